@@ -1,0 +1,34 @@
+# Everything lives in .venv; each target sets up what it needs and does nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup quickstart test lint bench clean
+
+help:
+	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
+	@echo "make test        run the tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
+	@echo "make clean       delete what the quickstart made (data/quickstart, runs/gla_tiny)"
+
+setup: $(VENV)/.done
+
+# Packages are laid out without byte-compiling all of them: what is used is compiled when it is first imported.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python recipes/quickstart.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf data/quickstart runs/gla_tiny

@@ -1,0 +1,28 @@
+"""Turn a training checkpoint into a Hugging Face folder: config, safetensors, tokenizer.
+
+python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/hf
+"""
+
+import sys
+from pathlib import Path
+
+from flame_composer.config import ConfigError, ToHfConfig, run
+
+
+def main(config: ToHfConfig) -> None:
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: already exists and is not empty; choose another folder")
+
+    from flame_composer.checkpoint import find_checkpoint, load_from_checkpoint, save_hf_folder
+
+    checkpoint = find_checkpoint(Path(config.checkpoint))
+    model, tokenizer = load_from_checkpoint(checkpoint)
+    save_hf_folder(model, tokenizer, out, dtype=config.dtype)
+    print(f"{checkpoint} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
+    print("load it with: from flame_composer import cpu; cpu.enable()")
+    print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, ToHfConfig))

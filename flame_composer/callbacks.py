@@ -1,0 +1,145 @@
+"""What watches a run: the JSONL log, and random state that survives a restart in the middle of an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist, reproducibility
+
+
+class JsonlLog(Callback):
+    """One JSON row per step in `train_log.jsonl`, every step once and in order however often the run is restarted.
+
+    Keys: current_steps, total_steps, loss (mean over the global batch's tokens), learning_rate (of this step), epoch,
+    percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with eval_loss and
+    eval_perplexity on the steps that evaluate, and batch_hash if asked for.
+
+    A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
+    after it, which it computes again.
+    """
+
+    def __init__(self, log_folder: Path, *, total_batches: int, batches_per_epoch: int, log_batch_hash: bool):
+        self.path = log_folder / "train_log.jsonl"
+        self.total_batches = total_batches
+        self.batches_per_epoch = batches_per_epoch
+        self.log_batch_hash = log_batch_hash
+        self._row_hashes = 0
+        self._learning_rate = 0.0
+        self._evaluation: dict[str, float] | None = None
+        self.initial_evaluation: dict[str, float] = {}
+        self.last_evaluation: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial_evaluation": self.initial_evaluation, "last_evaluation": self.last_evaluation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.initial_evaluation = state["initial_evaluation"]
+        self.last_evaluation = state["last_evaluation"]
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            keep_rows(self.path, last_step=state.timestamp.batch.value)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        # The scheduler has moved on by the time the step is logged.
+        self._learning_rate = state.optimizers[0].param_groups[0]["lr"]
+        if self.log_batch_hash:
+            self._row_hashes = sum(map(hash_row, state.batch["input_ids"]))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        values = state.eval_metric_values
+        self._evaluation = {
+            "eval_loss": float(values["LanguageCrossEntropy"]),
+            "eval_perplexity": float(values["LanguagePerplexity"]),
+        }
+        self.last_evaluation = self._evaluation
+        if state.timestamp.batch.value == 0:
+            self.initial_evaluation, self._evaluation = self._evaluation, None
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        hashes = dist.all_gather_object(self._row_hashes) if self.log_batch_hash else []
+        if dist.get_global_rank() != 0:
+            return
+        time = state.timestamp
+        assert time.batch_wct is not None
+        step_tokens = time.token.value - state.previous_timestamp.token.value
+        row: dict[str, Any] = {
+            "current_steps": time.batch.value,
+            "total_steps": self.total_batches,
+            "loss": state.total_loss_dict["loss/train/total"],
+            "learning_rate": self._learning_rate,
+            "epoch": round(time.batch.value / self.batches_per_epoch, 6),
+            "percentage": round(100 * time.batch.value / self.total_batches, 4),
+            "num_tokens": time.token.value,
+            "throughput": round(step_tokens / time.batch_wct.total_seconds(), 1),
+        }
+        if self._evaluation is not None:
+            row |= self._evaluation
+            self._evaluation = None
+        if self.log_batch_hash:
+            row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+
+    def summary(self, state: State) -> dict[str, Any]:
+        """What the run has come to: steps, tokens, evaluation at the start and last, and tokens per second on average."""
+        seconds = state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0
+        return {
+            "steps": state.timestamp.batch.value,
+            "train_tokens": state.timestamp.token.value,
+            "tokens_per_second": round(state.timestamp.token.value / seconds, 1) if seconds else None,
+            **{f"{name}_initial": value for name, value in self.initial_evaluation.items()},
+            **self.last_evaluation,
+        }
+
+
+def hash_row(input_ids: torch.Tensor) -> int:
+    """64 bits of a row's token ids; the sum over a global batch depends on its rows but not on their order or ranks."""
+    content = input_ids.to(torch.int64).cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def keep_rows(path: Path, *, last_step: int) -> None:
+    """Drop the rows after `last_step`, and a row that a kill cut short; replaces the file in one step."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["current_steps"] <= last_step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RandomState(Callback):
+    """Restores every rank's random state just before the first batch after a restart, wherever in an epoch that is.
+
+    Composer restores it at the start of an epoch only: with a dataset that resumes by itself, dropout in the middle of an
+    epoch would go on from a fresh seed. Restarted on another number of devices there is no state to restore, and each
+    rank goes on from its seed.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": reproducibility.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending = state["rng"]
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if self._pending is not None and len(self._pending) == dist.get_world_size():
+            reproducibility.load_rng_state(self._pending)
+        self._pending = None

@@ -1,0 +1,306 @@
+"""Documents out of JSONL, Parquet and plain-text files, folders and globs, always in the same order."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from flame_composer.config import ConfigError, DataError
+
+Format = Literal["jsonl", "parquet", "text"]
+
+FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json-lines": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    """One document and where it starts: the byte in a JSONL file (`line_at` gives the line), the row in a Parquet file,
+    counted from 1; a plain-text file is one document, at 0."""
+
+    text: str
+    path: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of one input file.
+
+    `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row groups in Parquet
+    and the whole file, 0 and its size, in plain text. `num_bytes` is its share of the file's size.
+    """
+
+    path: str
+    format: Format
+    start: int
+    end: int
+    num_bytes: int
+
+
+def _raise(error: DataError) -> None:
+    raise error
+
+
+def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
+    """The files that `sources` (files, folders, globs) name, each once: sources as given, sorted by path within each.
+
+    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix (`FORMATS`) if there
+    are none; names that begin with a dot are left out. A file or glob takes what it names, whatever its suffix.
+
+    Raises ConfigError for a source that is missing or in which there is nothing to read.
+    """
+    wanted = tuple(suffixes) or tuple(FORMATS)
+    files: dict[str, None] = {}
+    for source in sources:
+        if os.path.isdir(source):
+            found = _walk(source, wanted)
+            if not found:
+                raise ConfigError(
+                    f"source: {source}: this folder holds no file ending in {', '.join(wanted)}; "
+                    "name the endings to take with suffixes=[...]"
+                )
+        elif os.path.exists(source):
+            found = [source]
+        elif glob.has_magic(source):
+            found = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
+            if not found:
+                raise ConfigError(f"source: {source}: no file matches this pattern")
+        else:
+            raise ConfigError(f"source: {source}: no such file or folder")
+        files.update(dict.fromkeys(sorted(os.path.normpath(path) for path in found)))
+    return list(files)
+
+
+def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    paths: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+    return paths
+
+
+def format_of(path: str) -> Format:
+    """The format a file is read in, by its suffix; every unknown suffix is plain text."""
+    suffix = Path(path).suffix.lower()
+    if suffix in COMPRESSED:
+        raise ConfigError(f"source: {path}: compressed files cannot be read yet; unpack it first")
+    return FORMATS.get(suffix, "text")
+
+
+def slice_file(path: str, max_bytes: int) -> list[Slice]:
+    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet, whole text files."""
+    kind = format_of(path)
+    size = _reading(path, os.path.getsize)
+    if kind == "jsonl":
+        starts = range(0, size, max_bytes)
+        return [Slice(path, kind, start, min(start + max_bytes, size), min(max_bytes, size - start)) for start in starts]
+    if kind == "parquet":
+        metadata = _open_parquet(path).metadata
+        parts: list[Slice] = []
+        start = num_bytes = 0
+        for group in range(metadata.num_row_groups):
+            num_bytes += metadata.row_group(group).total_byte_size
+            if num_bytes >= max_bytes or group + 1 == metadata.num_row_groups:
+                parts.append(Slice(path, kind, start, group + 1, num_bytes))
+                start, num_bytes = group + 1, 0
+        return parts
+    return [Slice(path, kind, 0, size, size)]
+
+
+def sample_texts(
+    files: Sequence[str], text_column: str, max_bytes: int | None, on_damage: Callable[[DataError], None] = _raise
+) -> Iterator[str]:
+    """The texts of the files in order; with `max_bytes`, of parts drawn from all over them until they hold that much.
+
+    Always the same sample for the same files.
+    """
+    parts = [part for path in files for part in slice_file(path, 1 << 20)]
+    if max_bytes is not None:
+        parts = [parts[i] for i in np.random.default_rng(0).permutation(len(parts))]
+    num_bytes = 0
+    for part in parts:
+        for document in read_documents(part, text_column, on_damage):
+            if max_bytes is not None and num_bytes >= max_bytes:
+                return
+            num_bytes += len(document.text.encode())
+            yield document.text
+
+
+def read_documents(part: Slice, text_column: str, on_damage: Callable[[DataError], None] = _raise) -> Iterator[Document]:
+    """The documents of `part` in order.
+
+    A document that cannot be read (a malformed line, text that is missing, not a string or not valid UTF-8) is given
+    to `on_damage` as a DataError that names its place, and left out if that returns. Other damage is raised.
+    """
+    if part.format == "text":
+        return _read_text(part, on_damage)
+    read = _read_jsonl if part.format == "jsonl" else _read_parquet
+    return read(part, text_column, on_damage)
+
+
+def _read_text(part: Slice, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+    data = _reading(part.path, lambda path: Path(path).read_bytes())
+    try:
+        yield Document(data.removeprefix(UTF8_BOM).decode(), part.path, 0)
+    except UnicodeDecodeError as error:
+        # The offset the decoder gives counts from after the byte-order mark.
+        offset = error.start + (len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0)
+        on_damage(DataError(f"{part.path}: not valid UTF-8 at byte {offset}; convert the file to UTF-8 or remove it"))
+
+
+def _read_jsonl(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+    with _reading(part.path, lambda path: Path(path).open("rb")) as file:
+        position = part.start
+        if position > 0:
+            file.seek(position - 1)
+            position += len(file.readline()) - 1  # the rest of a record that started in the slice before
+        while position < part.end and (line := file.readline()):
+            record = line.removeprefix(UTF8_BOM) if position == 0 else line
+            if not record.isspace():
+                try:
+                    yield Document(_jsonl_text(record, text_column), part.path, position)
+                except InvalidRecord as error:
+                    on_damage(DataError(f"{part.path}:{line_at(part.path, position)}: {error}"))
+            position += len(line)
+
+
+def line_at(path: str, position: int) -> int:
+    """The number, from 1, of the line that starts at byte `position`."""
+    line = 1
+    with Path(path).open("rb") as file:
+        while position > 0:
+            block = file.read(min(position, 1 << 20))
+            line += block.count(b"\n")
+            position -= len(block)
+    return line
+
+
+class InvalidRecord(Exception):
+    """Why a JSONL record has no text."""
+
+
+def _jsonl_text(line: bytes, text_column: str) -> str:
+    try:
+        record = json.loads(line.rstrip(b"\r\n").decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRecord(f"not valid UTF-8 at byte {error.start} of the line; mend or remove the line") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRecord(f"not valid JSON: {error.msg} at column {error.colno}; mend or remove the line") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRecord(f"not valid JSON: {error}; mend or remove the line") from None
+    if not isinstance(record, dict):
+        raise InvalidRecord(f"must be a JSON object, not {_kind(record)}; mend or remove the line")
+    if text_column not in record:
+        raise InvalidRecord(f"no column '{text_column}'; {_columns(list(record))}")
+    text = record[text_column]
+    if not isinstance(text, str):
+        raise InvalidRecord(f"column '{text_column}' must be a string, not {_kind(text)}; mend or remove the line")
+    # Only an escape can bring a lone surrogate in, which is no text in any encoding.
+    if b"\\u" in line and not _encodable(text):
+        raise InvalidRecord(f"column '{text_column}' holds half of a surrogate pair; mend or remove the line")
+    return text
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+    import pyarrow as pa
+
+    file = _open_parquet(part.path)
+    names = file.schema_arrow.names
+    if text_column not in names:
+        raise DataError(f"{part.path}: no column '{text_column}'; {_columns(names)}")
+    kind = file.schema_arrow.field(text_column).type
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind) or pa.types.is_string_view(value_kind)):
+        raise DataError(
+            f"{part.path}: column '{text_column}' must hold strings, not {kind}; name another column with text_column=..."
+        )
+    row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+    batches = file.iter_batches(batch_size=256, row_groups=list(range(part.start, part.end)), columns=[text_column])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{part.path}: damaged after row {row}: {_first_line(error)}; fetch the file again") from None
+        if batch is None:
+            return
+        for value in batch.column(0):
+            row += 1
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                on_damage(
+                    DataError(
+                        f"{part.path}: row {row}: column '{text_column}' is not valid UTF-8 at byte "
+                        f"{error.start}; mend or remove the row"
+                    )
+                )
+                continue
+            if text is None:
+                on_damage(
+                    DataError(
+                        f"{part.path}: row {row}: column '{text_column}' must be a string, not null; mend or remove the row"
+                    )
+                )
+                continue
+            yield Document(text, part.path, row)
+
+
+def _open_parquet(path: str) -> Any:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return _reading(path, parquet.ParquetFile)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file: {_first_line(error)}; fetch the file again") from None
+
+
+def _reading(path: str, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names[type(value)]
+
+
+def _columns(names: list[str]) -> str:
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"its columns are: {listed} (name one with text_column=...)" if names else "it has no columns"

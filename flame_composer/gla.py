@@ -1,0 +1,380 @@
+"""Gated linear attention in plain PyTorch: the chunkwise kernel that trains GLA on a CPU, and the recurrence.
+
+For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2312.06635, eq. 3 to 5):
+
+    S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
+
+The chunkwise form splits the sequence into chunks of C tokens. With G the inclusive cumulative sum of g inside
+a chunk and G_C its last row, a chunk reads the state S that enters it and leaves S':
+
+    O  = scale * [ (Q * exp G) S + tril(A) V ]       A_ij = sum_k q_ik k_jk exp(G_ik - G_jk)
+    S' = diag(exp G_C) S + (K * exp(G_C - G))^T V
+
+`chunk_gla` is one autograd function which saves its inputs only and recomputes the rest in the backward pass:
+on a CPU the arithmetic is a few per cent of a model's, while the intermediates would be most of its memory.
+
+Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a chunk,
+M = B * H, n = number of chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_SIZE = 64
+MIN_CHUNK_SIZE = 16
+# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G): at most exp(MAX_DECAY / 2), far from fp32's
+# limit, and |G| this small keeps the rounding of G itself (relative 6e-8) below 5e-6 in exp(G).
+MAX_DECAY = 80.0
+
+
+def chunk_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Chunkwise GLA with the signature of `fla.ops.gla.chunk_gla` (0.5.2).
+
+    Args:
+        q, k, g: `[B, T, H, K]`; g holds log gates, <= 0.
+        v: `[B, T, H, V]`.
+        scale: factor on the scores; `K ** -0.5` when None.
+        initial_state: `[N, H, K, V]`, or `[N, H, V, K]` with `state_v_first`; N is B, or the number of sequences.
+        output_final_state: also return the state after the last token of each sequence.
+        cu_seqlens: `[N + 1]` offsets of N sequences packed into one row (B must be 1); they do not see each other.
+        cu_seqlens_cpu: a copy that saves fla a device synchronisation; not needed here.
+
+    Returns:
+        o `[B, T, H, V]` in v's dtype, and the final state in float32 (float64 for float64 inputs) or None.
+
+    Raises:
+        ValueError: for shapes or offsets that do not fit together.
+    """
+    _check(q, k, v, g, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens is None:
+        return _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
+    if initial_state is None and not output_final_state:
+        # Training: the packed row is cut into chunks where it lies; masks keep the sequences apart.
+        o, _ = _ChunkGLA.apply(q, k, v, g, scale, None, _segments(cu_seqlens, q.shape[1]))
+        return o, None
+    # A state per sequence (prefill of a batch of prompts): give every sequence its own row.
+    rows = _Rows(cu_seqlens)
+    o, state = _dense(*map(rows.split, (q, k, v, g)), scale, initial_state, output_final_state, state_v_first)
+    return rows.join(o), state
+
+
+def recurrent_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence, token by token: the form for decoding. Arguments and results as in `chunk_gla`."""
+    _check(q, k, v, gk, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        rows = _Rows(cu_seqlens)
+        q, k, v, gk = map(rows.split, (q, k, v, gk))
+        o, state = recurrent_gla(q, k, v, gk, scale, initial_state, output_final_state, state_v_first)
+        return rows.join(o), state
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if initial_state is None:
+        state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+    else:
+        state = _transposed(initial_state.to(dtype), state_v_first)
+    outputs = []
+    for q_t, k_t, v_t, g_t in zip(*(x.to(dtype).unbind(1) for x in (q, k, v, gk)), strict=True):
+        state = state * g_t.exp().unsqueeze(-1) + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        outputs.append(((q_t * scale).unsqueeze(-2) @ state).squeeze(-2))
+    o = torch.stack(outputs, 1).to(v.dtype)
+    return o, _transposed(state, state_v_first) if output_final_state else None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, cu: Tensor | None) -> None:
+    if not q.shape == k.shape == g.shape or v.shape[:3] != q.shape[:3]:
+        shapes = [list(x.shape) for x in (q, k, g, v)]
+        raise ValueError(f"q, k, g must be [B, T, H, K] and v [B, T, H, V], got {shapes}")
+    if cu is not None:
+        if q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the sequences into one row")
+        if int(cu[0]) != 0 or int(cu[-1]) != q.shape[1]:
+            raise ValueError(f"cu_seqlens must run from 0 to T={q.shape[1]}, got {int(cu[0])} to {int(cu[-1])}")
+    num_sequences = q.shape[0] if cu is None else len(cu) - 1
+    if initial_state is not None and initial_state.shape[0] != num_sequences:
+        raise ValueError(f"{num_sequences} sequences need as many initial states, got {initial_state.shape[0]}")
+
+
+def _transposed(state: Tensor, state_v_first: bool) -> Tensor:
+    return state.transpose(-1, -2) if state_v_first else state
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+    scale: float, initial_state: Tensor | None, output_final_state: bool, state_v_first: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if initial_state is not None:
+        initial_state = _transposed(initial_state, state_v_first)
+    o, state = _ChunkGLA.apply(q, k, v, g, scale, initial_state, None)
+    return o, _transposed(state, state_v_first) if output_final_state else None
+
+
+class _Rows:
+    """Sequences packed into one row <-> one sequence per row, padded at the end with zeros.
+
+    A token with k = v = g = 0 leaves the state as it is, so padding changes no output and no final state.
+    """
+
+    def __init__(self, cu_seqlens: Tensor):
+        lengths = cu_seqlens.diff()
+        position = torch.arange(int(lengths.max()), device=cu_seqlens.device)
+        self.is_token = position < lengths[:, None]
+        self.index = torch.where(self.is_token, cu_seqlens[:-1, None] + position, 0)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[1, T, ...] -> [N, longest, ...]`"""
+        return torch.where(self.is_token[..., None, None], x[0][self.index], 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        """`[N, longest, ...] -> [1, T, ...]`"""
+        return x[self.is_token].unsqueeze(0)
+
+
+def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The sequence number of every token, `[T]`."""
+    lengths = cu_seqlens.diff().long()
+    ids = torch.arange(len(lengths), device=cu_seqlens.device)
+    return ids.repeat_interleave(lengths, output_size=num_tokens)
+
+
+class _Masks(NamedTuple):
+    """What the tokens of a chunk may see. All None for one sequence per row."""
+
+    pairs: Tensor  # [n, C, C] bool: j <= i, and of the same sequence
+    reads: Tensor | None  # [n, C, 1] 1 where the token's sequence entered the chunk: it reads S
+    writes: Tensor | None  # [n, C, 1] 1 where the token's sequence leaves the chunk: it writes S'
+    keeps: Tensor | None  # [n, 1, 1] 1 where the sequence that enters is the one that leaves: S survives
+
+
+def _masks(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) -> _Masks:
+    causal = torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
+    if segments is None:
+        return _Masks(causal, None, None, None)
+    padding = num_chunks * size - len(segments)
+    ids = torch.cat([segments, segments[-1:].expand(padding)]).view(num_chunks, size)
+    entering = F.pad(ids[:-1, -1:], (0, 0, 1, 0), value=-1)
+    leaving = ids[:, -1:]
+    return _Masks(
+        causal & (ids[:, :, None] == ids[:, None, :]),
+        (ids == entering).to(like.dtype).unsqueeze(-1),
+        (ids == leaving).to(like.dtype).unsqueeze(-1),
+        (entering == leaving).to(like.dtype).unsqueeze(-1),
+    )
+
+
+def _chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`[B, T, H, D] -> [B * H, n, C, D]`, padded at the end with zeros."""
+    B, T, H, D = x.shape
+    x = x.to(dtype).transpose(1, 2)
+    if T % size:
+        x = F.pad(x, (0, 0, 0, size - T % size))
+    return x.reshape(B * H, -1, size, D)
+
+
+def _tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`[B * H, n, C, D] -> [B, T, H, D]`, the inverse of `_chunks`."""
+    B, T, H, D = shape
+    return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
+
+
+def _plan(g: Tensor) -> tuple[int, bool]:
+    """The chunk size for these gates, and whether the scores need the exact form.
+
+    Strong decay overflows the fast form, so the chunk shrinks until its whole decay is at most MAX_DECAY; gates
+    too negative even for the smallest chunk take the exact form, which never exponentiates a positive number.
+    """
+    size = CHUNK_SIZE
+    while size > MIN_CHUNK_SIZE and size // 2 >= g.shape[1]:
+        size //= 2
+    totals = _chunks(g, MIN_CHUNK_SIZE, torch.promote_types(g.dtype, torch.float32)).sum(2)
+    while True:
+        # Pairs of neighbours sum to the totals of chunks twice as long.
+        group = size // MIN_CHUNK_SIZE
+        padded = F.pad(totals, (0, 0, 0, -totals.shape[1] % group))
+        decay = padded.view(padded.shape[0], -1, group, padded.shape[2]).sum(2).amin()
+        if decay > -MAX_DECAY:
+            return size, False
+        if size == MIN_CHUNK_SIZE:
+            return size, True
+        size //= 2
+
+
+class _FastScores:
+    """A_ij = (q_i exp(G_i - r)) . (k_j exp(r - G_j)) with r = G_C / 2: one matrix product.
+
+    Above the diagonal the product may overflow to inf; those entries are masked.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor):
+        G = g.cumsum(2)
+        half = G[:, :, -1:] / 2
+        G -= half
+        self.decay = (half * 2).exp()  # exp(G_C), [M, n, 1, K]
+        half.exp_()
+        self.q_factor = G.exp()
+        self.k_factor = G.neg_().exp_()
+        self.q, self.k = q * self.q_factor, k * self.k_factor
+        self.read = self.q_factor * half  # exp(G): how S decays on its way to a token
+        self.write = self.k_factor * half  # exp(G_C - G): how a token decays on its way to S'
+
+    def scores(self) -> Tensor:
+        return self.q @ self.k.mT
+
+    def backward(self, dA: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients to q and k of the scores, for dA that is zero where the scores are masked."""
+        return (dA @ self.k).mul_(self.q_factor), (dA.mT @ self.q).mul_(self.k_factor)
+
+
+class _ExactScores:
+    """A_ij = sum_k q_ik k_jk exp(G_ik - G_jk), column by column: every exponent is <= 0, for any gates."""
+
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor):
+        # float64, since a difference of two sums in the thousands would lose float32's digits.
+        self.G = g.double().cumsum(2)
+        self.q, self.k = q, k
+        last = self.G[:, :, -1:]
+        self.decay = last.exp().to(q.dtype)
+        self.read = self.G.exp().to(q.dtype)
+        self.write = (last - self.G).exp().to(q.dtype)
+
+    def _column(self, j: int) -> Tensor:
+        return (self.G[:, :, j:] - self.G[:, :, j : j + 1]).to(self.q.dtype).exp_()
+
+    def scores(self) -> Tensor:
+        A = self.q.new_zeros(*self.q.shape[:3], self.q.shape[2])
+        for j in range(A.shape[-1]):
+            A[..., j:, j] = ((self.q[:, :, j:] * self._column(j)) @ self.k[:, :, j].unsqueeze(-1)).squeeze(-1)
+        return A
+
+    def backward(self, dA: Tensor) -> tuple[Tensor, Tensor]:
+        dq, dk = torch.zeros_like(self.q), torch.zeros_like(self.k)
+        for j in range(dA.shape[-1]):
+            weighted = self._column(j).mul_(dA[..., j:, j].unsqueeze(-1))
+            dk[:, :, j] = (weighted * self.q[:, :, j:]).sum(2)
+            dq[:, :, j:] += weighted.mul_(self.k[:, :, j : j + 1])
+        return dq, dk
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _states(scores: _FastScores | _ExactScores, k: Tensor, v: Tensor, h0: Tensor | None, masks: _Masks) -> Tensor:
+    """The state that enters each chunk and, last, the final one: `[M, n + 1, K, V]`."""
+    written = (k * _masked(scores.write, masks.writes)).mT @ v
+    decay = _masked(scores.decay, masks.keeps).mT
+    states = written.new_empty(written.shape[0], written.shape[1] + 1, *written.shape[2:])
+    states[:, 0] = 0 if h0 is None else h0
+    for n in range(written.shape[1]):
+        torch.addcmul(written[:, n], states[:, n], decay[:, n], out=states[:, n + 1])
+    return states
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, segments: Tensor | None, plan: tuple[int, bool]
+) -> tuple[Tensor, Tensor, Tensor, _FastScores | _ExactScores, _Masks, Tensor]:
+    """What forward and backward both start from: q, k, v in chunks, the scores, masks and states."""
+    size, exact = plan
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q_c, k_c, v_c, g_c = (_chunks(x, size, dtype) for x in (q, k, v, g))
+    scores = (_ExactScores if exact else _FastScores)(q_c, k_c, g_c)
+    masks = _masks(segments, q_c.shape[1], size, q_c)
+    h0_c = None if h0 is None else h0.reshape(-1, *h0.shape[2:])
+    return q_c, k_c, v_c, scores, masks, _states(scores, k_c, v_c, h0_c, masks)
+
+
+class _ChunkGLA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+        scale: float, h0: Tensor | None, segments: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(q, k, v, g, h0, segments)
+        ctx.scale = scale
+        ctx.plan = _plan(g)
+        q_c, _, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
+        A = scores.scores().masked_fill_(~masks.pairs, 0)
+        o = A @ v_c
+        o += (q_c * _masked(scores.read, masks.reads)) @ states[:, :-1]
+        o *= scale
+        final = states[:, -1].reshape(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        return _tokens(o, v.shape, v.dtype), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, h0, segments = ctx.saved_tensors
+        q_c, k_c, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
+        do_c = _chunks(do, ctx.plan[0], q_c.dtype).mul_(ctx.scale)
+        A = scores.scores().masked_fill_(~masks.pairs, 0)
+        dA = (do_c @ v_c.mT).masked_fill_(~masks.pairs, 0)
+
+        # The state's gradient, carried from the last chunk to the first.
+        read = _masked(scores.read, masks.reads)
+        write = _masked(scores.write, masks.writes)
+        decay = _masked(scores.decay, masks.keeps).mT
+        dread = (q_c * read).mT @ do_c
+        dstates = torch.empty_like(states)
+        dstates[:, -1] = dfinal.reshape(-1, *dfinal.shape[2:])
+        for n in reversed(range(dread.shape[1])):
+            torch.addcmul(dread[:, n], dstates[:, n + 1], decay[:, n], out=dstates[:, n])
+        dleaving = dstates[:, 1:]
+
+        dv = A.mT @ do_c
+        dv += (k_c * write) @ dleaving
+
+        # A_ii does not depend on the gates: leaving it out of the terms below spares dg their cancellation.
+        dA_diagonal = dA.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
+        dA.diagonal(dim1=-2, dim2=-1).zero_()
+        dq, dk = scores.backward(dA)
+        dk_write = (v_c @ dleaving.mT).mul_(write)
+        dq += (do_c @ states[:, :-1].mT).mul_(read)
+
+        # g_t takes part in exp(G_i - G_j) for j < t <= i, hence sums over the tokens after t (pairs and reads)
+        # and before t (writes), and the state that passes through.
+        dg = q_c * dq
+        dg -= k_c * dk
+        dg = dg.flip(2).cumsum(2).flip(2)
+        dg[:, :, 1:] += (k_c * dk_write)[:, :, :-1].cumsum(2)
+        dg += (states[:, :-1] * dleaving).sum(-1, keepdim=True).mul_(decay).mT
+
+        dq += k_c * dA_diagonal
+        dk += dk_write
+        dk += q_c * dA_diagonal
+        dh0 = None if h0 is None else dstates[:, 0].reshape(h0.shape).to(h0.dtype)
+        return (
+            _tokens(dq, q.shape, q.dtype),
+            _tokens(dk, k.shape, k.dtype),
+            _tokens(dv, v.shape, v.dtype),
+            _tokens(dg, g.shape, g.dtype),
+            None,
+            dh0,
+            None,
+        )

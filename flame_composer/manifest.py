@@ -1,0 +1,259 @@
+"""What a finished dataset says of itself, manifest.json and index.json: reading them without trusting them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from flame_composer.config import ConfigError, DataError
+from flame_composer.corpus import Slice
+from flame_composer.tokenizer import TokenizerFingerprint
+
+VERSION = 1
+HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
+
+Split = Literal["train", "val"]
+Unit = tuple[Slice, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
+
+    `carried_out` tokens fill no row of their unit; the tail unit carries them in. `documents_skipped` could not be
+    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them. `bytes` are
+    those of the shards.
+    """
+
+    documents: int = 0
+    documents_skipped: int = 0
+    tokens_in: int = 0
+    carried_in: int = 0
+    tokens_out: int = 0
+    carried_out: int = 0
+    dropped: int = 0
+    rows: int = 0
+    shards: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Ledger) -> Ledger:
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Ledger(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def balances(self) -> bool:
+        return self.tokens_in + self.carried_in == self.tokens_out + self.carried_out + self.dropped
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """One work unit: the inputs it read, a hash of its documents' hashes in order, and its ledger."""
+
+    name: str
+    inputs: Unit
+    documents_hash: str
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json: what the dataset was made of, by what, and where every token went."""
+
+    version: int
+    split: Split
+    tokenizer: TokenizerFingerprint
+    context_length: int
+    token_dtype: str
+    config: dict[str, Any]
+    units: tuple[UnitRecord, ...]
+    totals: Ledger
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard that index.json lists: its path within the dataset, its size in bytes, its hash (`HASH`) and rows."""
+
+    basename: str
+    bytes: int
+    hash: str
+    rows: int
+
+
+def read_manifest(folder: str) -> Manifest:
+    """The manifest of the dataset in a local folder; see `parse_manifest`."""
+    path = Path(folder, "manifest.json")
+    if not path.is_file():
+        what = "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
+        other = (
+            "no dataset made by convert/to_mds.py (manifest.json is missing)" if Path(folder).is_dir() else "no such folder"
+        )
+        raise ConfigError(f"{folder}: {what if Path(folder, 'plan.json').exists() else other}")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(data: bytes, place: str) -> Manifest:
+    """The manifest in `data`, which is not trusted: every type is checked, and that the ledger balances.
+
+    Raises DataError, naming `place`, for a manifest that is damaged or of another format version.
+    """
+    content = parse_json(data, place)
+    version = _take(content, "version", int, place)
+    if version != VERSION:
+        raise DataError(
+            f"{place}: dataset format version {version}, this flame_composer reads version {VERSION}; "
+            "convert the text again or install the matching version"
+        )
+    units = tuple(parse_record(unit, place) for unit in _take(content, "units", list, place))
+    tokenizer = _take(content, "tokenizer", dict, place)
+    manifest = Manifest(
+        version=version,
+        split=_one_of(_take(content, "split", str, place), ("train", "val"), place),
+        tokenizer=TokenizerFingerprint(
+            sha256=_take(tokenizer, "sha256", str, place),
+            vocab_size=_take(tokenizer, "vocab_size", int, place),
+            bos_token_id=_take_id(tokenizer, "bos_token_id", place),
+            eos_token_id=_take_id(tokenizer, "eos_token_id", place),
+        ),
+        context_length=_take(content, "context_length", int, place),
+        token_dtype=_one_of(_take(content, "token_dtype", str, place), ("uint16", "uint32"), place),
+        config=_take(content, "config", dict, place),
+        units=units,
+        totals=_ledger(_take(content, "totals", dict, place), place),
+        index_sha256=_take(content, "index_sha256", str, place),
+    )
+    whole = sum((unit.ledger for unit in units), Ledger())
+    if not (
+        manifest.totals == whole
+        and whole.balances
+        and whole.carried_in == whole.carried_out
+        and whole.tokens_out == whole.rows * manifest.context_length
+    ):
+        raise damaged(place, "its token ledger does not balance")
+    return manifest
+
+
+def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
+    """The shards that index.json of a local folder lists, in order, without looking at them.
+
+    The index is not trusted: it must be the one `manifest` was written with, and name files within the folder only.
+    Raises DataError otherwise.
+    """
+    path = Path(folder, "index.json")
+    if not path.is_file():
+        raise DataError(f"{path}: missing; run the same convert/to_mds.py command again to finish the dataset")
+    data = path.read_bytes()
+    place = str(path)
+    content = parse_json(data, place)
+    files: list[ShardFile] = []
+    for shard in _take(content, "shards", list, place):
+        raw = _take(shard, "raw_data", dict, place)
+        basename = _take(raw, "basename", str, place)
+        parts = PurePosixPath(basename).parts
+        if not parts or basename.startswith("/") or ".." in parts or "\\" in basename or ":" in basename:
+            raise damaged(place, f"it names a file outside the dataset: {basename!r}")
+        if shard.get("zip_data") is not None:
+            raise damaged(place, f"{basename} is compressed, which this format never is")
+        files.append(
+            ShardFile(
+                basename,
+                _take(raw, "bytes", int, place),
+                _take(_take(raw, "hashes", dict, place), HASH, str, place),
+                _take(shard, "samples", int, place),
+            )
+        )
+    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        raise damaged(place, "it is not the index that manifest.json was written with")
+    return files
+
+
+def check_shards(folder: str) -> list[ShardFile]:
+    """Check that the dataset in a local folder is whole: manifest, index, and every shard there with its right size.
+
+    Looks at sizes only; hashes are StreamingDataset's to check. Raises DataError that names the first bad file.
+    """
+    files = read_index(folder, read_manifest(folder))
+    for file in files:
+        size = file_size(Path(folder, file.basename))
+        if size != file.bytes:
+            what = "missing" if size is None else f"{size} bytes long, must be {file.bytes}"
+            raise DataError(
+                f"{Path(folder, file.basename)}: shard is {what}; restore it from a copy, or delete {folder} "
+                "and run convert/to_mds.py again"
+            )
+    return files
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert again") from None
+
+
+def dump_json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True) + "\n").encode("ascii")
+
+
+def parse_json(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise damaged(place, f"not valid JSON: {error}") from None
+
+
+def damaged(place: str, reason: str) -> DataError:
+    return DataError(f"{place}: damaged: {reason}; restore it from a copy, or delete its dataset and convert again")
+
+
+def _take(content: Any, key: str, kind: type[T], place: str) -> T:
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        wanted = {int: "a whole number, 0 or more", str: "a string", list: "a list", dict: "an object"}[kind]
+        raise damaged(place, f"'{key}' must be {wanted}")
+    return value
+
+
+def _take_id(content: dict[str, Any], key: str, place: str) -> int | None:
+    return None if key in content and content[key] is None else _take(content, key, int, place)
+
+
+def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
+    if value not in allowed:
+        raise damaged(place, f"{value!r} must be one of {', '.join(allowed)}")
+    return value
+
+
+def _ledger(content: Any, place: str) -> Ledger:
+    return Ledger(**{field.name: _take(content, field.name, int, place) for field in dataclasses.fields(Ledger)})
+
+
+def parse_record(content: Any, place: str) -> UnitRecord:
+    inputs = tuple(
+        Slice(
+            path=_take(part, "path", str, place),
+            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text"), place),
+            start=_take(part, "start", int, place),
+            end=_take(part, "end", int, place),
+            num_bytes=_take(part, "num_bytes", int, place),
+        )
+        for part in _take(content, "inputs", list, place)
+    )
+    return UnitRecord(
+        _take(content, "name", str, place),
+        inputs,
+        _take(content, "documents_hash", str, place),
+        _ledger(_take(content, "ledger", dict, place), place),
+    )
+
+
+def file_size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

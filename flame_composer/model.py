@@ -1,0 +1,194 @@
+"""The model: any fla or Hugging Face causal language model, as Composer trains it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.metrics.nlp import LanguageCrossEntropy, LanguagePerplexity
+from composer.models import HuggingFaceModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as hf_logging
+
+from flame_composer import cpu
+from flame_composer.config import ConfigError, InvalidField, nearest
+
+# Keys every model understands, though its own signature may leave them to the base class.
+_COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
+
+
+def build_hf_config(model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, context_length: int) -> PretrainedConfig:
+    """The Hugging Face config with these keys; vocabulary, special tokens and context length are filled in if not given.
+
+    Unlike transformers, which takes any key, this raises InvalidField for one the model's config class does not have,
+    for a value of another type, and for a vocabulary smaller than the tokenizer's.
+    """
+    cpu.enable()
+    keys = dict(model_config)
+    model_type = keys.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        close = nearest(str(model_type), sorted(CONFIG_MAPPING))
+        raise InvalidField("model.config.model_type", f"neither fla nor transformers has such a model{close}")
+    config_class = CONFIG_MAPPING[model_type]
+    parameters = inspect.signature(config_class.__init__).parameters
+    known = sorted({*parameters, *_COMMON_KEYS} - {"self", "kwargs"})
+    hints = typing.get_type_hints(config_class.__init__)
+    for key, value in keys.items():
+        if key not in known:
+            close = nearest(key, known).replace("mean ", "mean model.config.")
+            raise InvalidField(f"model.config.{key}", f"unknown key of {config_class.__name__}{close}")
+        if not _is_a(value, hints.get(key)):
+            raise InvalidField(f"model.config.{key}", f"must be {_type_name(hints[key])}")
+    keys.setdefault("vocab_size", len(tokenizer))
+    keys.setdefault("bos_token_id", tokenizer.bos_token_id)
+    keys.setdefault("eos_token_id", tokenizer.eos_token_id)
+    if "max_position_embeddings" in parameters:
+        keys.setdefault("max_position_embeddings", context_length)
+    if keys["vocab_size"] < len(tokenizer):
+        raise InvalidField("model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens")
+    try:
+        return config_class(**keys)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.config: {config_class.__name__} refuses it: {' '.join(str(error).split())}") from None
+
+
+def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """A freshly initialised causal language model; seed torch first.
+
+    Raises ConfigError if the config's numbers do not make a model (head counts that do not divide, say).
+    """
+    cpu.enable()
+    try:
+        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+    except (ValueError, AssertionError, NotImplementedError, ZeroDivisionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model.config: no {hf_config.model_type} model can be built from it: {reason[:300]}") from None
+
+
+def load_pretrained(path_or_id: str) -> PreTrainedModel:
+    """A causal language model with its weights, in fp32, from a Hugging Face folder or id; no code of its is run.
+
+    Raises ConfigError if there is none, or if its weights do not fill the model exactly.
+    """
+    cpu.enable()
+    is_folder = Path(path_or_id).is_dir()
+    if is_folder and not (Path(path_or_id) / "config.json").is_file():
+        raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
+    if not is_folder and (path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~")) or Path(path_or_id).exists()):
+        raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path_or_id, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, local_files_only=is_folder,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever a damaged folder makes transformers or safetensors raise
+        raise ConfigError(f"{path_or_id}: cannot be loaded as a causal language model: "
+                          f"{' '.join(str(error).split())[:300]}") from None
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                           for kind, names in wrong.items())
+        raise ConfigError(f"{path_or_id}: its weights are not those of a {model.config.model_type} model: {listed}")
+    return model
+
+
+def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> None:
+    """Raises InvalidField where `model_config` says something else than the config of the weights that were loaded."""
+    for key, value in model_config.items():
+        has = getattr(hf_config, key, None)
+        if has != value:
+            raise InvalidField(f"model.config.{key}", f"model.pretrained has {has}; leave the key out, or give that value")
+
+
+class CausalLM(HuggingFaceModel):
+    """A causal language model under Composer, fed with batches of `flame_composer.data.collate`.
+
+    With `varlen`, attention state never crosses documents: an fla model gets the rows end to end as [1, B * T] with the
+    documents' borders as `cu_seqlens` (its kernels take those for batch 1 only); another model gets `position_ids` that
+    start anew at every document, from which transformers derives a block-diagonal mask.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, varlen: bool):
+        super().__init__(
+            model=model, tokenizer=tokenizer, use_logits=True, shift_labels=True,
+            eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
+        )
+        self.varlen = varlen
+        self.is_fla = type(model).__module__.startswith("fla.")
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> Any:
+        """Logits [B, T, V], and the mean loss over labels that are not -100 if the batch has labels.
+
+        `input_ids`, `labels` and `sequence_id` (the document's number in its row) are [B, T]. A row's first label is
+        always -100, so that no row is asked to predict the next one's first token when rows are laid end to end.
+        """
+        input_ids, labels = batch["input_ids"], batch.get("labels")
+        inputs: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "use_cache": False}
+        if self.varlen and self.is_fla:
+            inputs["input_ids"] = input_ids.reshape(1, -1)
+            inputs["labels"] = None if labels is None else labels.reshape(1, -1)
+            inputs["cu_seqlens"] = cumulative_lengths(batch["sequence_id"])
+        elif self.varlen:
+            inputs["position_ids"] = positions(batch["sequence_id"])
+        outputs = self.model(**inputs)
+        if outputs.logits is not None:
+            outputs.logits = outputs.logits.reshape(*input_ids.shape, -1)
+        return outputs
+
+
+def _starts(sequence_id: torch.Tensor) -> torch.Tensor:
+    starts = torch.ones_like(sequence_id, dtype=torch.bool)
+    starts[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
+    return starts
+
+
+def cumulative_lengths(sequence_id: torch.Tensor) -> torch.Tensor:
+    """Offsets [num_documents + 1] of the documents when the rows of `sequence_id` [B, T] are laid end to end."""
+    offsets = _starts(sequence_id).flatten().nonzero().flatten()
+    return torch.cat([offsets, offsets.new_tensor([sequence_id.numel()])])
+
+
+def positions(sequence_id: torch.Tensor) -> torch.Tensor:
+    """Each token's place in its document, [B, T]."""
+    index = torch.arange(sequence_id.shape[1], device=sequence_id.device).expand_as(sequence_id)
+    return index - torch.where(_starts(sequence_id), index, 0).cummax(dim=1).values
+
+
+@contextlib.contextmanager
+def _quiet() -> typing.Iterator[None]:
+    """Without transformers' own report of keys that do not fit: ours is an error."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether `value` is of a plain annotated type; anything more intricate passes."""
+    plain = _plain_types(hint)
+    if plain is None:
+        return True
+    if isinstance(value, bool):
+        return bool in plain
+    return isinstance(value, tuple(plain)) or (float in plain and isinstance(value, int))
+
+
+def _plain_types(hint: Any) -> list[type] | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    plain = [option for option in options if option in (int, float, bool, str, type(None))]
+    return plain if len(plain) == len(options) else None
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)).replace("None", "null") if isinstance(hint, type) else str(hint).replace("None", "null")
+
+

@@ -1,0 +1,68 @@
+"""Documents to rows of exactly `context_length` tokens, with the lengths of the document pieces in every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens laid end to end, and the lengths of the document pieces they consist of (all positive, summing to them)."""
+
+    tokens: NDArray[np.unsignedinteger]
+    doc_lengths: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Full rows: `input_ids` [num_rows, context_length]; row r's pieces are `doc_lengths[splits[r]:splits[r + 1]]`."""
+
+    input_ids: NDArray[np.unsignedinteger]
+    doc_lengths: NDArray[np.int64]
+    splits: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]:
+        for r, row in enumerate(self.input_ids):
+            yield row, self.doc_lengths[self.splits[r] : self.splits[r + 1]]
+
+
+def no_pieces(dtype: type[np.unsignedinteger]) -> Pieces:
+    """The tail to start from."""
+    return Pieces(np.zeros(0, dtype), np.zeros(0, np.int64))
+
+
+def pack(
+    tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64], context_length: int, tail: Pieces
+) -> tuple[Rows, Pieces]:
+    """Cut `tail` followed by the documents into rows; what does not fill a row is the tail for the next call.
+
+    A document that meets the end of a row goes on in the next one as another piece; an empty document leaves no piece.
+    Only the sequence of documents matters, not how it is divided into calls.
+
+    Args:
+        tokens: the documents' tokens, end to end, [sum(doc_lengths)].
+        doc_lengths: tokens in each document, [num_documents].
+        context_length: tokens per row.
+        tail: what the previous call left (`no_pieces(dtype)` at first); fewer than `context_length` tokens.
+    """
+    assert len(tokens) == doc_lengths.sum(), (len(tokens), doc_lengths.sum())
+    assert len(tail.tokens) == tail.doc_lengths.sum() < context_length
+    stream = np.concatenate([tail.tokens, tokens])
+    num_rows = len(stream) // context_length
+    num_packed = num_rows * context_length
+    doc_ends = np.cumsum(np.concatenate([tail.doc_lengths, doc_lengths]))
+    row_ends = np.arange(1, num_rows + 1, dtype=np.int64) * context_length
+    ends = np.union1d(doc_ends, row_ends)
+    ends = ends[ends > 0]  # documents before the first token are empty
+    lengths = np.diff(ends, prepend=0)
+    splits = np.concatenate([[0], np.searchsorted(ends, row_ends, side="right")]).astype(np.int64)
+    rows = Rows(stream[:num_packed].reshape(num_rows, context_length), lengths[: splits[-1]], splits)
+    # Copies, so that a short tail does not keep the whole batch in memory.
+    return rows, Pieces(stream[num_packed:].copy(), lengths[splits[-1] :].copy())

@@ -1,0 +1,151 @@
+"""Tokenizers: loading, identity and the fast encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame_composer.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
+
+
+@dataclass(frozen=True)
+class TokenizerFingerprint:
+    """What makes two tokenizers the same: `sha256` of the serialised form, and what depends on the settings around it.
+
+    `vocab_size` counts the ids from 0 to the largest one, so it is the smallest embedding that holds every token.
+    """
+
+    sha256: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer in a Hugging Face folder or under a hub id; code that comes with it is never run.
+
+    Raises ConfigError if there is none, or only one without a fast (Rust) form.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    is_folder = os.path.isdir(path_or_id)
+    if not is_folder and (os.path.exists(path_or_id) or path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~"))):
+        raise ConfigError(f"tokenizer: {path_or_id}: no such folder; give a Hugging Face tokenizer folder or hub id")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, local_files_only=is_folder, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged folder makes transformers or tokenizers raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
+        raise ConfigError(f"tokenizer: {path_or_id}: {what}: {reason[:200]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"tokenizer: {path_or_id}: {type(tokenizer).__name__} has no fast form; "
+            "convert it to one that has a tokenizer.json"
+        )
+    return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
+    """The same for every copy of a tokenizer, re-saved ones included; truncation and padding play no part."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    # Older releases of tokenizers write a merge as "a b", newer ones as ["a", "b"].
+    merges = state["model"].get("merges")
+    if merges:
+        state["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    canonical = json.dumps(state, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return TokenizerFingerprint(
+        sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds every token id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos: bool) -> Encoder:
+    """A function from texts to their tokens, end to end, and the number of tokens of each text.
+
+    A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text, add_special_tokens=False).input_ids`,
+    then `[eos]` if `add_eos`. So these two flags alone say which special tokens are added, whatever the tokenizer's own
+    template; with the flags that mirror the template it equals `tokenizer(text)`. Truncation never applies.
+
+    Raises ConfigError if a token that is to be added does not exist.
+    """
+    ends: list[int | None] = [tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id if add_eos else None]
+    for wanted, end, name in zip((add_bos, add_eos), ends, ("bos", "eos"), strict=True):
+        if wanted and end is None:
+            raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
+    before, after = ([] if end is None else [end] for end in ends)
+    backend = _plain_copy(tokenizer)
+    vocab_size = fingerprint(tokenizer).vocab_size
+    dtype = token_dtype(vocab_size)
+
+    def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        parts = ids if not (before or after) else itertools.chain.from_iterable((before, each, after) for each in ids)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(before) + len(after)
+        return np.fromiter(itertools.chain.from_iterable(parts), dtype, int(lengths.sum())), lengths
+
+    return encode
+
+
+def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the text recognised."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int, eos_token: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (every byte is a token, so no text is unknown to it) learnt from an iterable of texts.
+
+    The same texts in the same order give the same tokenizer. `eos_token` is id 0, and bos and pad as well.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[eos_token],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos_token,
+        bos_token=eos_token,
+        pad_token=eos_token,
+        clean_up_tokenization_spaces=False,
+    )

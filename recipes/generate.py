@@ -1,0 +1,38 @@
+"""Continue a prompt with a trained model.
+
+    python recipes/generate.py model=runs/gla_tiny/hf prompt="def read_lines(path):"
+"""
+
+import sys
+
+from flame_composer.config import GenerateConfig, run
+
+
+def main(config: GenerateConfig) -> None:
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    from flame_composer.checkpoint import load_model
+
+    model, tokenizer = load_model(config.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    torch.manual_seed(config.seed)
+    ids = tokenizer(config.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] == 0:  # nothing to continue: a document starts after the end of the one before it
+        ids = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id]], device=device)
+    sampling = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    model.generate(
+        ids,
+        generation_config=GenerationConfig(
+            max_new_tokens=config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling,
+        ),
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, GenerateConfig))

@@ -1,0 +1,63 @@
+"""Small tokenizers and corpora that several test modules use."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
+
+from flame_composer.tokenizer import train_bpe
+
+TEXTS = [
+    "def gate(x):\n    return x.sigmoid()\n",
+    "Ein Satz mit Umlauten: äöüß — und einem Gedankenstrich.\n",
+    "数据 在 磁盘 上。 🔥🔥 zero\u200bwidth",
+    "tabs\tand   runs of     spaces\r\n\r\n",
+    "a literal <|endoftext|> inside the text, and </s> too",
+    " leading space, trailing space ",
+    "",
+    "\x00\x01 control \x7f characters",
+    "x" * 3000,
+    "The quick brown fox jumps over the lazy dog. " * 40,
+]
+
+
+@functools.cache
+def byte_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; bos and eos are the same token, 0."""
+    return train_bpe(TEXTS * 3, vocab_size=vocab_size, min_frequency=2, eos_token="<|endoftext|>")
+
+
+@functools.cache
+def llama_tokenizer() -> LlamaTokenizerFast:
+    """A SentencePiece-style BPE tokenizer with byte fallback, whose own template puts <s> before a text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts = [word for text in TEXTS for word in text.split()]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    )
+    return LlamaTokenizerFast(tokenizer_object=tokenizer, add_bos_token=True, add_eos_token=False, legacy=False)
+
+
+def words(count: int, seed: int) -> str:
+    """`count` words that look like text, always the same."""
+    letters = hashlib.shake_128(f"{seed}".encode()).hexdigest(count * 3)
+    return " ".join(letters[i : i + 2 + int(letters[i], 16) % 5] for i in range(0, count * 6, 6))
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,210 @@
+"""Reading text: every document once, in the same order, and errors that name the place."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flame_composer.config import ConfigError, DataError
+from flame_composer.corpus import Slice, find_files, line_at, read_documents, sample_texts, slice_file
+from tests.data_fixtures import words, write_jsonl
+
+
+def texts_of(path: Path, max_bytes: int = 1 << 30, **kwargs) -> list[str]:
+    return [
+        document.text
+        for part in slice_file(str(path), max_bytes)
+        for document in read_documents(part, "text", **kwargs)
+    ]
+
+
+def make_tree(root: Path) -> None:
+    for name in ("b.txt", "a/z.jsonl", "a/y.parquet", "a/deep/er/x.txt", "c.py", ".hidden.txt", ".git/d.txt", "e.ndjson"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+
+
+def test_folders_take_known_suffixes_in_sorted_order(tmp_path):
+    make_tree(tmp_path)
+    found = [str(Path(path).relative_to(tmp_path)) for path in find_files([str(tmp_path)])]
+    assert found == ["a/deep/er/x.txt", "a/y.parquet", "a/z.jsonl", "b.txt", "e.ndjson"]
+
+
+def test_suffixes_globs_and_files_take_what_they_name_and_each_file_once(tmp_path, monkeypatch):
+    make_tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["."], [".py"]) == ["c.py"]
+    assert find_files(["c.py", "./b.txt", "*.py"]) == ["c.py", "b.txt"]
+    assert find_files(["**/*.txt"]) == ["a/deep/er/x.txt", "b.txt"]
+    assert find_files(["e.ndjson", "."]) == ["e.ndjson", "a/deep/er/x.txt", "a/y.parquet", "a/z.jsonl", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("source", "suffixes", "message"),
+    [
+        ("nothing", [], "source: nothing: no such file or folder"),
+        ("*.rst", [], "source: *.rst: no file matches this pattern"),
+        ("empty", [], "source: empty: this folder holds no file ending in .jsonl, .json-lines, .ndjson, .parquet, .txt; "
+         "name the endings to take with suffixes=[...]"),
+        (".", [".rst"], "source: .: this folder holds no file ending in .rst; name the endings to take with suffixes=[...]"),
+    ],
+)  # fmt: skip
+def test_a_source_with_nothing_to_read(tmp_path, monkeypatch, source, suffixes, message):
+    make_tree(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        find_files([source], suffixes)
+
+
+def test_compressed_files_are_refused(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: compressed files cannot be read yet"):
+        slice_file(str(tmp_path / "a.jsonl.zst"), 1 << 20)
+
+
+@given(
+    texts=st.lists(st.text(max_size=30), max_size=12),
+    max_bytes=st.integers(1, 90),
+    blank_line=st.booleans(),
+    last_newline=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_jsonl_slices_hold_every_record_once_in_order(tmp_path_factory, texts, max_bytes, blank_line, last_newline):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    content = ("\n\n" if blank_line else "\n").join(lines) + ("\r\n" if last_newline else "")
+    path.write_text(content, newline="")
+    parts = slice_file(str(path), max_bytes)
+    assert sum(part.num_bytes for part in parts) == path.stat().st_size
+    documents = [document for part in parts for document in read_documents(part, "text")]
+    assert [document.text for document in documents] == texts
+    step = 2 if blank_line else 1
+    assert [line_at(str(path), document.position) for document in documents] == list(range(1, step * len(texts) + 1, step))
+
+
+def test_byte_order_marks_are_not_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
+    assert texts_of(tmp_path / "a.jsonl") == ["first", "second"]
+    assert texts_of(tmp_path / "a.txt") == ["first"]
+
+
+def test_plain_text_is_one_document_with_its_line_ends(tmp_path):
+    (tmp_path / "a.py").write_bytes("x = 'ä'\r\n\n".encode())
+    (tmp_path / "empty.md").write_bytes(b"")
+    assert texts_of(tmp_path / "a.py") == ["x = 'ä'\r\n\n"]
+    assert texts_of(tmp_path / "empty.md") == [""]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_row_groups(tmp_path, kind):
+    texts = [words(5, i) for i in range(50)]
+    column = pa.array(texts).cast(kind) if kind != pa.string_view() else pa.array(texts, pa.string_view())
+    pq.write_table(pa.table({"id": list(range(50)), "text": column}), tmp_path / "a.parquet", row_group_size=7)
+    parts = slice_file(str(tmp_path / "a.parquet"), 400)
+    assert len(parts) > 2
+    assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
+    assert texts_of(tmp_path / "a.parquet", 400) == texts
+    rows = [document.position for document in read_documents(parts[1], "text")]
+    assert rows[0] == parts[0].end * 7 + 1
+
+
+JSONL_DAMAGE = {
+    b'{"text": "x"': "not valid JSON: Expecting ',' delimiter at column 13; mend or remove the line",
+    b'{"text": "\xff"}': "not valid UTF-8 at byte 10 of the line; mend or remove the line",
+    b'["x"]': "must be a JSON object, not a list; mend or remove the line",
+    b"3": "must be a JSON object, not a number; mend or remove the line",
+    b'{"body": "x", "id": 3}': "no column 'text'; its columns are: body, id (name one with text_column=...)",
+    b"{}": "no column 'text'; it has no columns",
+    b'{"text": 3.5}': "column 'text' must be a string, not a number; mend or remove the line",
+    b'{"text": null}': "column 'text' must be a string, not null; mend or remove the line",
+    b'{"text": true}': "column 'text' must be a string, not a boolean; mend or remove the line",
+    b'{"text": "\\ud83d"}': "column 'text' holds half of a surrogate pair; mend or remove the line",
+    b'{"text": ' + b"1" * 5000 + b"}": "not valid JSON: Exceeds the limit (4300 digits) for integer string conversion",
+}
+
+
+@pytest.mark.parametrize("line", JSONL_DAMAGE, ids=lambda line: line[:25].decode(errors="replace"))
+def test_a_damaged_line_is_named_or_skipped(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "before"}\n\n' + line + b'\n{"text": "after"}\n')
+    with pytest.raises(DataError) as caught:
+        texts_of(path)
+    assert str(caught.value).startswith(f"{path}:3: {JSONL_DAMAGE[line]}")
+    assert "\n" not in str(caught.value)
+
+    # Found at the same line when read in pieces, and what is around it is read all the same.
+    skipped: list[DataError] = []
+    assert texts_of(path, max_bytes=10, on_damage=skipped.append) == ["before", "after"]
+    assert [str(error) for error in skipped] == [str(caught.value)]
+
+
+def test_deeply_nested_json_is_damage_not_a_crash(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ' + b"[" * 100_000)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not valid JSON"):
+        texts_of(tmp_path / "a.jsonl")
+
+
+def test_surrogate_pairs_in_escapes_are_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\udd25"}')
+    assert texts_of(tmp_path / "a.jsonl") == ["🔥"]
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc\xe9t\xe9")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.txt: not valid UTF-8 at byte 6; convert the file to UTF-8"):
+        texts_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"body": ["x"], "id": [1]}, ": no column 'text'; its columns are: body, id (name one with text_column=...)"),
+        ({"text": [1, 2]}, ": column 'text' must hold strings, not int64; name another column with text_column=..."),
+        ({"text": ["x", None]}, ": row 2: column 'text' must be a string, not null; mend or remove the row"),
+    ],
+)
+def test_parquet_without_text(tmp_path, table, message):
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path / 'a.parquet') + message)}$"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file: .*; fetch the file again$"):
+        texts_of(path)
+    pq.write_table(pa.table({"text": [words(50, i) for i in range(500)]}), path, compression="zstd", row_group_size=100)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet: damaged after row \d+: .*; fetch the file again$"):
+        texts_of(path)
+
+
+def test_a_file_that_vanishes(tmp_path):
+    part = Slice(str(tmp_path / "gone.txt"), "text", 0, 3, 3)
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read: No such file or directory$"):
+        list(read_documents(part, "text"))
+
+
+def test_samples_come_from_all_over_and_are_always_the_same(tmp_path):
+    for i in range(40):
+        write_jsonl(tmp_path / f"{i:02}.jsonl", [f"{i} " + words(40, i * 10 + j) for j in range(10)])
+    files = find_files([str(tmp_path)])
+    everything = list(sample_texts(files, "text", None))
+    assert len(everything) == 400
+    size = sum(len(text) for text in everything)
+    sample = list(sample_texts(files, "text", size // 4))
+    assert sample == list(sample_texts(files, "text", size // 4))
+    assert size // 4 <= sum(map(len, sample)) < size // 4 + 1000
+    assert {int(text.split()[0]) // 20 for text in sample} == {0, 1}, "both halves of the files must be drawn from"

@@ -1,0 +1,148 @@
+"""Tokenizers: the encoder equals Hugging Face's own, the fingerprint is the same for every copy, errors are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from flame_composer.config import ConfigError
+from flame_composer.tokenizer import build_encoder, fingerprint, load_tokenizer, token_dtype, train_bpe
+from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
+
+TOKENIZERS = {"byte-level": byte_tokenizer, "llama": llama_tokenizer}
+
+
+def split(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(False, False), (False, True), (True, False), (True, True)])
+def test_encoder_equals_hugging_face_and_its_flags_alone_add_special_tokens(name, add_bos, add_eos):
+    tokenizer = TOKENIZERS[name]()
+    before = [tokenizer.bos_token_id] if add_bos else []
+    after = [tokenizer.eos_token_id] if add_eos else []
+    tokens, lengths = build_encoder(tokenizer, add_bos=add_bos, add_eos=add_eos)(TEXTS)
+    assert split(tokens, lengths) == [
+        before + tokenizer(text, add_special_tokens=False).input_ids + after for text in TEXTS
+    ]
+
+
+def test_mirroring_the_template_equals_plain_tokenization():
+    tokenizer = llama_tokenizer()
+    assert tokenizer("fox").input_ids[0] == tokenizer.bos_token_id, "this tokenizer's template must add bos"
+    tokens, lengths = build_encoder(tokenizer, add_bos=True, add_eos=False)(TEXTS)
+    assert split(tokens, lengths) == [tokenizer(text).input_ids for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_encoder_equals_hugging_face_on_any_text(name, texts):
+    tokenizer = TOKENIZERS[name]()
+    tokens, lengths = build_encoder(tokenizer, add_bos=False, add_eos=False)(texts)
+    assert split(tokens, lengths) == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def test_truncation_and_padding_left_on_the_tokenizer_do_not_reach_the_encoder(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    before = fingerprint(tokenizer)
+    tokenizer(TEXTS, truncation=True, max_length=4, padding="max_length")
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["truncation"] is not None
+    tokens, lengths = build_encoder(tokenizer, add_bos=False, add_eos=False)([TEXTS[-1], "a"])
+    assert lengths[0] > 4
+    assert tokens.tolist() == byte_tokenizer()(TEXTS[-1]).input_ids + byte_tokenizer()("a").input_ids
+    assert fingerprint(tokenizer) == before
+
+
+def test_a_special_token_that_does_not_exist_cannot_be_added():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    with pytest.raises(ConfigError, match=re.escape("add_eos: the tokenizer has no eos token; set add_eos=false")):
+        build_encoder(tokenizer, add_bos=False, add_eos=True)
+    tokens, lengths = build_encoder(tokenizer, add_bos=False, add_eos=False)([""])
+    assert (tokens.tolist(), lengths.tolist()) == ([], [0])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_fingerprint_survives_copying_and_saving_again(name, tmp_path):
+    tokenizer = TOKENIZERS[name]()
+    prints = [fingerprint(tokenizer)]
+    for step in range(3):
+        tokenizer.save_pretrained(tmp_path / f"saved{step}")
+        shutil.copytree(tmp_path / f"saved{step}", tmp_path / f"copied{step}")
+        tokenizer = load_tokenizer(str(tmp_path / f"copied{step}"))
+        prints.append(fingerprint(tokenizer))
+    assert len(set(prints)) == 1
+    assert prints[0].vocab_size == len(tokenizer)
+    assert prints[0].eos_token_id == tokenizer.eos_token_id
+
+
+def test_fingerprint_tells_tokenizers_apart(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "a")
+    merges = json.loads((tmp_path / "a" / "tokenizer.json").read_bytes())
+    merges["model"]["merges"][0], merges["model"]["merges"][1] = merges["model"]["merges"][1], merges["model"]["merges"][0]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(merges))
+    prints = {
+        fingerprint(tokenizer).sha256
+        for tokenizer in (byte_tokenizer(), byte_tokenizer(401), llama_tokenizer(), load_tokenizer(str(tmp_path / "b")))
+    }
+    assert len(prints) == 4
+
+
+def test_old_and_new_spelling_of_merges_are_one_tokenizer(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: folder.rmdir(), "no such folder; give a Hugging Face tokenizer folder or hub id"),
+        (lambda folder: None, "not a tokenizer folder: "),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "not a tokenizer folder: "),
+        (lambda folder: (folder.rmdir(), folder.write_text("x")), "no such folder; give a Hugging Face"),
+    ],
+    ids=["missing", "empty", "garbage", "a file"],
+)
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, prepare, message):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    prepare(folder)
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(str(folder))
+    assert str(caught.value).startswith(f"tokenizer: {folder}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_trained_tokenizer_is_deterministic_lossless_and_loads_anywhere(tmp_path):
+    first = train_bpe(iter(TEXTS), vocab_size=300, min_frequency=1, eos_token="<|endoftext|>")
+    second = train_bpe(iter(TEXTS), vocab_size=300, min_frequency=1, eos_token="<|endoftext|>")
+    for name, tokenizer in (("first", first), ("second", second)):
+        tokenizer.save_pretrained(tmp_path / name)
+    for file in Path(tmp_path / "first").iterdir():
+        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
+
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "first")
+    assert len(loaded) == 300
+    assert loaded.eos_token_id == loaded.bos_token_id == loaded.pad_token_id == 0
+    unseen = "never seen: ∮ ŷ 👩‍🚀 \x00"
+    assert loaded.decode(loaded(unseen).input_ids) == unseen
+    assert loaded.decode(loaded(TEXTS[0]).input_ids) == TEXTS[0]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (65536, np.uint16), (65537, np.uint32)])
+def test_token_dtype(vocab_size, dtype):
+    assert token_dtype(vocab_size) is dtype
