@@ -6,7 +6,8 @@ python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/h
 import sys
 from pathlib import Path
 
-from flame_composer.config import ConfigError, ToHfConfig, run
+from flame_composer.cli import run
+from flame_composer.config import ConfigError, ToHfConfig
 
 
 def main(config: ToHfConfig) -> None:

@@ -10,7 +10,8 @@ import time
 
 from tqdm import tqdm
 
-from flame_composer.config import ConvertConfig, run
+from flame_composer.cli import run
+from flame_composer.config import ConvertConfig
 from flame_composer.corpus import find_files
 from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, convert_unit, plan_units
 from flame_composer.tokenizer import build_encoder, fingerprint, load_tokenizer

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flame_composer.config import ConfigError, DataError, TokenizerTrainConfig, run
+from flame_composer.cli import run
+from flame_composer.config import ConfigError, DataError, TokenizerTrainConfig
 from flame_composer.corpus import find_files, sample_texts
 
 SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", "max_bytes", "eos_token")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, State
-from composer.loggers import Logger
+import yaml
+from composer import Trainer
+from composer.core import Callback, Event, State
+from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from composer.utils import dist, reproducibility
+
+from flame_composer.config import ConfigError, WandbConfig
 
 
 class JsonlLog(Callback):
@@ -25,8 +30,12 @@ class JsonlLog(Callback):
     after it, which it computes again.
     """
 
-    def __init__(self, log_folder: Path, *, total_batches: int, batches_per_epoch: int, log_batch_hash: bool):
+    def __init__(
+        self, log_folder: Path, *, total_batches: int, batches_per_epoch: int, log_batch_hash: bool, print_lines: bool
+    ):
+        """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going."""
         self.path = log_folder / "train_log.jsonl"
+        self.print_every = max(1, total_batches // 50) if print_lines else 0
         self.total_batches = total_batches
         self.batches_per_epoch = batches_per_epoch
         self.log_batch_hash = log_batch_hash
@@ -62,6 +71,9 @@ class JsonlLog(Callback):
         self.last_evaluation = self._evaluation
         if state.timestamp.batch.value == 0:
             self.initial_evaluation, self._evaluation = self._evaluation, None
+            if self.print_every and dist.get_global_rank() == 0:
+                print(f"before training: eval loss {self.last_evaluation['eval_loss']:.4f}, "
+                      f"perplexity {self.last_evaluation['eval_perplexity']:.1f}", flush=True)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         hashes = dist.all_gather_object(self._row_hashes) if self.log_batch_hash else []
@@ -69,6 +81,7 @@ class JsonlLog(Callback):
             return
         time = state.timestamp
         assert time.batch_wct is not None
+        assert state.previous_timestamp is not None
         step_tokens = time.token.value - state.previous_timestamp.token.value
         row: dict[str, Any] = {
             "current_steps": time.batch.value,
@@ -87,6 +100,8 @@ class JsonlLog(Callback):
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
+        if self.print_every and (row["current_steps"] % self.print_every == 0 or "eval_loss" in row):
+            print(describe(row), flush=True)
 
     def summary(self, state: State) -> dict[str, Any]:
         """What the run has come to: steps, tokens, evaluation at the start and last, and tokens per second on average."""
@@ -98,6 +113,56 @@ class JsonlLog(Callback):
             **{f"{name}_initial": value for name, value in self.initial_evaluation.items()},
             **self.last_evaluation,
         }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of the log as a line for people."""
+    line = (f"step {row['current_steps']}/{row['total_steps']}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            f"{row['throughput']:,.0f} tokens/s  {row['num_tokens']:,} tokens")
+    if "eval_loss" in row:
+        line += f"  eval loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.1f}"
+    return line
+
+
+def every(interval: int, total: int) -> Callable[[State, Event], bool]:
+    """Composer's form of "after every `interval` batches, and after the last"."""
+
+    def due(state: State, event: Event) -> bool:
+        batch = state.timestamp.batch.value
+        return event == Event.BATCH_END and (batch % interval == 0 or batch == total)
+
+    return due
+
+
+def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> WandBLogger:
+    """A restart goes on with the same W&B run, whose id is the run's name. WANDB_MODE=offline needs no account."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return WandBLogger(
+        project=config.project, group=config.group, name=run_name, entity=config.entity, tags=config.tags,
+        init_kwargs={"id": run_name, "resume": "allow", "dir": str(folder)},
+    )
+
+
+def announce(trainer: Trainer, resolved_yaml: str, *, folders: list[Path | None], resumed_from: Path | None) -> None:
+    """Say what is about to run, and keep the configuration: in `folders` and with every logger."""
+    for destination in trainer.logger.destinations:
+        if isinstance(destination, ProgressBarLogger):
+            destination.hparams_already_logged_to_console = True  # sixty lines between a person and the progress bar
+    trainer.logger.log_hyperparameters(yaml.safe_load(resolved_yaml))
+    if dist.get_global_rank() != 0:
+        return
+    for folder in filter(None, folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(resolved_yaml, encoding="utf-8")
+    state = trainer.state
+    assert state.max_duration is not None
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    print(f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {state.device.name}, "
+          f"{state.max_duration.value:,} steps; logs in {folders[0]}", flush=True)
+    if resumed_from is not None:
+        time = state.timestamp
+        print(f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value}, row "
+              f"{time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen", flush=True)
 
 
 def hash_row(input_ids: torch.Tensor) -> int:
@@ -143,3 +208,24 @@ class RandomState(Callback):
         if self._pending is not None and len(self._pending) == dist.get_world_size():
             reproducibility.load_rng_state(self._pending)
         self._pending = None
+
+
+class SameData(Callback):
+    """Refuses to go on from a checkpoint whose rows came in another order than this run's would.
+
+    StreamingDataset remembers a position only, and would serve rows that were seen before, or never serve some.
+    """
+
+    def __init__(self, order: dict[str, Any], *, allow_change: bool):
+        self.order = order
+        self.allow_change = allow_change
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        before = state["order"]
+        changed = [f"{key} ({before.get(key)} before, {value} now)" for key, value in self.order.items() if before.get(key) != value]
+        if changed and not self.allow_change:
+            raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "
+                              "changed, start a new run_name, or set allow_data_change=true to go on all the same")

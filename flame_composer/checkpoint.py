@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import os
 import pickle
 import re
 import shutil
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from flame_composer.tokenizer import load_tokenizer
 
 _NAME = re.compile(r"ba(\d+)\.pt")
 
-# What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random state.
-_SAFE_GLOBALS = [
-    np.ndarray, np.dtype, np.dtypes.UInt32DType,
+log = logging.getLogger(__name__)
+
+# What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random state, times, versions.
+_SAFE_GLOBALS: list[Any] = [
+    np.ndarray, np.dtype, np.dtypes.UInt32DType, datetime.timedelta, torch.torch_version.TorchVersion,
     (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
 ]
 
@@ -94,18 +97,24 @@ def find_newest(folder: Path) -> Path | None:
             read_checkpoint(path)
             return path
         except DataError as error:
-            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+            log.warning("warning: %s; trying the one before it", error)
     if checkpoints:
         raise DataError(f"{folder}: none of its {len(checkpoints)} checkpoints can be read; "
                         "move them away (or set another run_name) to start over")
     return None
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raises ConfigError if the folder holds checkpoints, which a run that does not go on from them would overwrite."""
+def find_start(folder: Path, *, autoresume: bool) -> Path | None:
+    """The checkpoint a run that saves in `folder` goes on from; None for a fresh start.
+
+    Raises ConfigError without `autoresume` if there are checkpoints, which the run would overwrite; see `find_newest`.
+    """
+    if autoresume:
+        return find_newest(folder)
     if existing := list_checkpoints(folder):
         raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({existing[0].name}); set autoresume=true to go on "
                           "from them, or another run_name or save_folder")
+    return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,32 +1,19 @@
-"""Every script's configuration: dataclass defaults < YAML file < key=value arguments.
+"""Every script's configuration, its defaults and its rules; the string under a field is what `--help` says of it.
 
 Imports neither torch nor composer, so that a mistake is answered in well under a second.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
-import inspect
 import math
 import os
 import re
-import sys
-import textwrap
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import MappingProxyType
+from typing import Any, Literal
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from omegaconf.resolvers import oc
-
-EXIT_CONFIG = 2
-EXIT_DATA = 1
+from omegaconf import MISSING
 
 
 class ConfigError(ValueError):
@@ -54,10 +41,6 @@ def require(condition: bool, name: str, rule: str) -> None:
         raise InvalidField(name, rule)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Durations
-
-
 _DURATION = re.compile(r"(\d[\d_]*)(ba|tok|sp|ep)")
 _FRACTION = re.compile(r"(0?\.\d+|0|1|1\.0)dur")
 
@@ -70,41 +53,14 @@ def require_duration(value: str, name: str, *, fraction: bool = False, zero: boo
     require(zero or match is None or int(match[1]) > 0, name, "must be more than 0")
 
 
-def duration_in_batches(
-    value: str, *, global_batch_size: int, context_length: int, epoch_batches: int | None, run_batches: int | None = None
-) -> int | None:
-    """`value` in whole batches, rounded up; None if it needs an epoch's or the run's length and that is unknown."""
-    if match := _DURATION.fullmatch(value):
-        count, unit = int(match[1]), match[2]
-        if unit == "ba":
-            return count
-        if unit == "ep":
-            return None if epoch_batches is None else count * epoch_batches
-        return math.ceil(count / (global_batch_size * (context_length if unit == "tok" else 1)))
-    fraction = _FRACTION.fullmatch(value)
-    assert fraction, value
-    return None if run_batches is None else math.ceil(float(fraction[1]) * run_batches)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every script's configuration can do
-
-
 class ScriptConfig:
-    """Base of the dataclasses a script is run with, with what `load` knows beyond the values."""
+    """Base of the dataclasses a script is run with, and what `cli.load` knows about one beyond its values."""
 
-    # The configuration with interpolations resolved but those of the environment, so safe to log and save.
-    resolved_yaml = ""
-    _origins: dict[str, tuple[str, Any]] = {}  # noqa: RUF012 (not a field: set by `load` on the instance)
-    _file = "command line"
-
-    def explain(self, problem: InvalidField) -> str:
-        """One line that says where the field was set, to what, and the rule it breaks."""
-        origin, value = self._origins.get(problem.name, (self._file, None))
-        if problem.name not in self._origins:
-            for part in problem.name.split("."):
-                value = value.get(part) if isinstance(value, dict) else getattr(value or self, part, None)
-        return f"{origin}: {problem.name}{'' if value is None else f'={_show(value)}'}: {problem.rule}"
+    # As YAML, with interpolations resolved but those of the environment: safe to log and save.
+    resolved_yaml: str = ""
+    # Where each key that was given was given, and its value there; where to look for one that was not.
+    origins: Mapping[str, tuple[str, Any]] = MappingProxyType({})
+    place: str = "command line"
 
 
 @dataclass
@@ -283,12 +239,14 @@ class TrainConfig(ScriptConfig):
     """Newest checkpoints to keep; -1 keeps all."""
     autoresume: bool = True
     """Go on from the newest complete checkpoint in save_folder, if there is one."""
+    allow_data_change: bool = False
+    """Go on from a checkpoint although the data or its order is not what the run began with."""
     log_folder: str = "runs/${run_name}"
     """Receives train_log.jsonl (one row a step) and the resolved config."""
     log_batch_hash: bool = False
     """Add to every row of the log a hash of the global batch's token ids."""
     progress_bar: bool = True
-    """Show a progress bar on the terminal."""
+    """Show a progress bar where there is a terminal; a line now and then otherwise."""
     wandb: WandbConfig | None = None
     """Log to Weights & Biases."""
 
@@ -313,12 +271,23 @@ class TrainConfig(ScriptConfig):
         if self.eval_data is not None:
             require(self.eval_data.local != self.train_data.local or self.eval_data.remote != self.train_data.remote,
                     "eval_data.local", "must not be the dataset that is trained on")
-        sizes = {"global_batch_size": self.global_batch_size, "context_length": self.context_length, "epoch_batches": None}
-        run_batches = duration_in_batches(self.max_duration, **sizes)
-        warmup = duration_in_batches(self.scheduler.warmup, **sizes, run_batches=run_batches)
+        run_batches = self.in_batches(self.max_duration, None)
+        warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
         if run_batches is not None and warmup is not None:
             require(warmup <= run_batches, "scheduler.warmup",
                     f"must not be longer than the run: {warmup} batches of {run_batches} (max_duration={self.max_duration})")
+
+    def in_batches(self, duration: str, epoch_batches: int | None, run_batches: int | None = None) -> int | None:
+        """`duration` in global batches, rounded up; None where it needs an epoch's or the run's length and that is None."""
+        if match := _DURATION.fullmatch(duration):
+            count, unit = int(match[1]), match[2]
+            if unit == "ep":
+                return None if epoch_batches is None else count * epoch_batches
+            tokens_per_row = self.context_length if unit == "tok" else 1
+            return count if unit == "ba" else -(-count // (self.global_batch_size * tokens_per_row))
+        fraction = _FRACTION.fullmatch(duration)
+        assert fraction, duration
+        return None if run_batches is None else math.ceil(float(fraction[1]) * run_batches)
 
 
 @dataclass
@@ -457,238 +426,3 @@ class ToHfConfig(ScriptConfig):
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-C = TypeVar("C", bound=ScriptConfig)
-
-
-def load(cls: type[C], argv: list[str]) -> C:
-    """The configuration that `[file.yaml] [key=value ...]` asks for, checked.
-
-    Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a key that must be
-    set and is not, and whatever `validate()` of any section refuses.
-    """
-    file, overrides = _split(argv)
-    sources: list[tuple[str, DictConfig]] = []
-    if file is not None:
-        sources.append((file, _read_yaml(file)))
-    sources += [("command line", _read_override(argument)) for argument in overrides]
-
-    merged = OmegaConf.structured(cls)
-    known = [key for key, _, _, _ in _fields(cls)]
-    origins: dict[str, tuple[str, Any]] = {}
-    for origin, node in sources:
-        content = OmegaConf.to_container(node, resolve=False)
-        assert isinstance(content, dict)
-        _check_keys(cls, content, origin, known)
-        for key, value in _leaves(cls, content):
-            origins[key] = origin, value
-            if isinstance(value, dict):
-                origins.update({f"{key}.{name}": (origin, each) for name, each in value.items()})
-            try:
-                merged = OmegaConf.merge(merged, _nested(key, value))
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"{origin}: {key}={_show(value)}: {_reason(cls, key, error)}") from None
-    place = file or "command line"
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(f"{place}: {key}: must be set ({_doc(cls, key)}); add it to the file or give {key}=...")
-    try:
-        config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ConfigError(f"{origins.get(key, (place, None))[0]}: {key}: {_first_line(error)}") from None
-    assert isinstance(config, cls)
-    config.resolved_yaml, config._origins, config._file = _without_environment(merged), origins, place
-    for prefix, section in _sections(config):
-        try:
-            getattr(section, "validate", lambda: None)()
-        except InvalidField as problem:
-            raise ConfigError(config.explain(InvalidField(prefix + problem.name, problem.rule))) from None
-    return config
-
-
-def run(main: Callable[[C], None], cls: type[C]) -> int:
-    """Load the configuration from sys.argv and call `main` with it; returns the process's exit status."""
-    argv = sys.argv[1:]
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(help_text(cls, Path(sys.argv[0]).name))
-        return 0
-    config = None
-    try:
-        config = load(cls, argv)
-        main(config)
-    except (ConfigError, DataError) as error:
-        message = config.explain(error) if config is not None and isinstance(error, InvalidField) else str(error)
-        # An error in a loader process arrives with that process's traceback before it.
-        message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        # Every rank meets the same mistake in the configuration, and one of them says it.
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
-    return 0
-
-
-def nearest(name: str, allowed: list[str]) -> str:
-    """'; did you mean X?' for the allowed name closest to `name`, or '' if none is close."""
-    last = name.rsplit(".", 1)[-1]
-    same_leaf = [key for key in allowed if key.rsplit(".", 1)[-1] == last]
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(allowed)}
-    close = same_leaf or difflib.get_close_matches(name, allowed, n=1) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1)
-    ]
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def help_text(cls: type[ScriptConfig], script: str) -> str:
-    """Usage, then every key with its type, default and one-line doc."""
-    lines = [f"usage: {script} [file.yaml] [key=value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "keys:"]
-    for key, annotation, default, doc in _fields(cls):
-        lines.append(f"  {key}: {annotation}{'' if default is None else f' = {default}'}")
-        lines += textwrap.wrap(doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _split(argv: list[str]) -> tuple[str | None, list[str]]:
-    if argv and argv[0].startswith("-"):
-        raise ConfigError(f"command line: {argv[0]}: unknown option; arguments are [file.yaml] [key=value ...], see --help")
-    file = argv[0] if argv and "=" not in argv[0] else None
-    overrides = argv[1:] if file else argv
-    for argument in overrides:
-        if "=" not in argument:
-            raise ConfigError(f"command line: {argument}: must be key=value (only the first argument can be a file)")
-    return file, overrides
-
-
-def _read_yaml(file: str) -> DictConfig:
-    if not Path(file).is_file():
-        folder = Path(file).parent
-        beside = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
-        raise ConfigError(f"{file}: no such file{nearest(file, beside)}")
-    try:
-        node = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{file}: must hold keys and values (a YAML mapping)")
-    return node
-
-
-def _read_override(argument: str) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist([argument])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"command line: {argument}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _dataclass_of(annotation: Any) -> type | None:
-    """The dataclass in `X` or `X | None`, if there is one."""
-    for candidate in (annotation, *get_args(annotation)):
-        if dataclasses.is_dataclass(candidate):
-            return typing.cast(type, candidate)
-    return None
-
-
-def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "") -> None:
-    hints = typing.get_type_hints(cls)
-    for key, value in content.items():
-        full = f"{prefix}{key}"
-        if key not in hints:
-            raise ConfigError(f"{origin}: {full}: unknown key{nearest(full, known) or '; see --help for all keys'}")
-        section = _dataclass_of(hints[key])
-        if section is not None and isinstance(value, dict):
-            _check_keys(section, value, origin, known, f"{full}.")
-
-
-def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of `content` by full key; a single value given for a list becomes a list of one."""
-    hints = typing.get_type_hints(cls)
-    for key, value in content.items():
-        section = _dataclass_of(hints[key])
-        if section is not None and isinstance(value, dict) and value:
-            yield from _leaves(section, value, f"{prefix}{key}.")
-        elif get_origin(hints[key]) is list and isinstance(value, str) and "${" not in value:
-            yield f"{prefix}{key}", [part.strip() for part in value.split(",")]
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
-    """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
-    hints, docs = typing.get_type_hints(cls), _docs(cls)
-    for f in dataclasses.fields(cls):
-        section = _dataclass_of(hints[f.name])
-        annotation = str(f.type).replace("Literal[", "one of [") if section is None else "section"
-        if f.default is dataclasses.MISSING:
-            default = None if section else "[]" if get_origin(hints[f.name]) is list else "{}"
-        else:
-            default = "(must be set)" if f.default == MISSING else _show(f.default)
-        yield f"{prefix}{f.name}", annotation, default, docs.get(f.name, "")
-        if section is not None:
-            yield from _fields(section, f"{prefix}{f.name}.")
-
-
-def _docs(cls: type) -> dict[str, str]:
-    """The string literal under each field, of the class and its bases."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
-        for node, following in zip(body, body[1:], strict=False):
-            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-                docs[ast.unparse(node.target)] = ast.literal_eval(following.value)
-    return docs
-
-
-def _doc(cls: type, key: str) -> str:
-    return next((doc.rstrip(".") for name, _, _, doc in _fields(cls) if name == key), "")
-
-
-def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every section under its key prefix, the innermost first: their own rules come before those across sections."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _sections(value, f"{prefix}{f.name}.")
-    yield prefix, config
-
-
-def _reason(cls: type, key: str, error: OmegaConfBaseException) -> str:
-    annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
-    if annotation == "section":
-        return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
-    return f"must be {annotation}" if annotation else _first_line(error)
-
-
-def _section_keys(cls: type, key: str) -> list[str]:
-    prefix = f"{key}."
-    return [name for name, _, _, _ in _fields(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _without_environment(merged: DictConfig) -> str:
-    """The configuration as YAML with every interpolation resolved but those of the environment, which may be secret."""
-    untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
-    OmegaConf.register_resolver("oc.env", lambda *names: f"<environment variable {names[0]}>", replace=True)
-    try:
-        OmegaConf.resolve(untyped)
-        return OmegaConf.to_yaml(untyped)
-    finally:
-        OmegaConf.register_resolver("oc.env", oc.env, replace=True)

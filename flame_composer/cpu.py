@@ -1,12 +1,12 @@
 """fla's GLA models on a machine without a GPU: `from flame_composer import cpu; cpu.enable()`.
 
-fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`, `import fla`
-works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding) that meets a CPU tensor runs
-here, in plain PyTorch; CUDA tensors still take fla's own kernels. Configs, parameter names and checkpoints are
-the same on both. fla's softmax attention (flash-attn) has no CPU form here.
+fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
+`import fla` works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding) that meets a
+CPU tensor runs here, in plain PyTorch; CUDA tensors still take fla's own kernels. Configs, parameter names and
+checkpoints are the same on both. fla's softmax attention (flash-attn) has no CPU form here.
 
-The functions below the first are fla 0.5.2's operations: the name, the arguments and the results of each are
-those of the function it stands in for, which fla calls by position.
+The functions without an underscore, but for the first two, are operations of fla 0.5.2: the name, arguments and
+results of each are those of the function it stands in for, which fla calls by position.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def enable() -> None:
     version = importlib.metadata.version("fla-core")
     if not version.startswith(TESTED_FLA):
         raise ImportError(
-            f"fla-core {version} is installed, but flame_composer.cpu knows the internals of {TESTED_FLA}x only: "
-            f"pip install 'flash-linear-attention=={TESTED_FLA}*'"
+            f"fla-core {version} is installed, but flame_composer.cpu knows the internals of {TESTED_FLA}x "
+            f"only: pip install 'flash-linear-attention=={TESTED_FLA}*'"
         )
     if os.environ.get(DISPATCH_SWITCH) == "1":
-        raise ValueError(f"{DISPATCH_SWITCH}=1 keeps fla from running on a CPU: unset it before starting Python")
+        raise ValueError(f"{DISPATCH_SWITCH}=1 keeps fla from running on a CPU: unset it and start again")
     install_stub_driver()
     with warnings.catch_warnings():
         # fla says at import that flash-attn is missing; GLA does not use it.
@@ -66,7 +66,7 @@ def enable() -> None:
 def install_stub_driver() -> None:
     """Give Triton a driver that can be asked about but not launched on, where no GPU driver is active.
 
-    Triton 3.3 asks the driver for a benchmarker as soon as a kernel is decorated, so fla's import dies without.
+    Triton 3.3 asks the driver for a benchmarker as soon as a kernel is decorated: without one, fla's import dies.
     """
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
@@ -89,8 +89,8 @@ def install_stub_driver() -> None:
 
         def get_current_device(self) -> int:
             raise RuntimeError(
-                "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no CPU form of this "
-                "operation (it covers GLA models; a softmax-attention layer or another fla model needs a GPU)"
+                "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no CPU form of "
+                "this operation (it covers GLA models; other fla models need a GPU)"
             )
 
     if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):
@@ -106,7 +106,7 @@ def _register_backend() -> None:
     from fla.ops import backends
 
     if backends._DISPATCH_DISABLED:
-        raise ValueError(f"fla was imported under {DISPATCH_SWITCH}=1: unset it and start Python again")
+        raise ValueError(f"fla was imported under {DISPATCH_SWITCH}=1: unset it and start again")
 
     class TorchCPU(backends.BaseBackend):
         backend_type = "torch_cpu"
@@ -127,9 +127,6 @@ def _by_device(original: Callable[..., Any], cpu_version: Callable[..., Any]) ->
 
     call.cpu_version = cpu_version  # type: ignore[attr-defined]
     return call
-
-
-# --- norms -----------------------------------------------------------------------------------------------------
 
 
 def _plain_rms_norm(is_rms_norm: bool, bias: Tensor | None, num_groups: int = 1) -> None:
@@ -189,8 +186,8 @@ def _gate(g: Tensor, activation: str) -> Tensor:
 
 
 def layer_norm_gated_fwd(
-    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish", eps: float = 1e-5,
-    residual: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish",
+    eps: float = 1e-5, residual: Tensor | None = None, out_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None, is_rms_norm: bool = False,
 ) -> tuple[Tensor, None, Tensor, Tensor]:  # fmt: skip
     y, _, rstd, total = layer_norm_fwd(
@@ -220,12 +217,9 @@ def layer_norm_gated_bwd(
     dx, dw = _rms_norm_backward(_gate(g_f, activation).mul_(dy_f), x_f, weight, rstd)
     if dresidual is not None:
         dx += dresidual
-    result = dx.to(x_dtype or x.dtype), dg.to(x_dtype or g.dtype), dw, None
-    result = *result, dx.to(x.dtype) if has_residual else None
+    dx_dtype, dg_dtype = x_dtype or x.dtype, x_dtype or g.dtype
+    result = dx.to(dx_dtype), dg.to(dg_dtype), dw, None, dx.to(x.dtype) if has_residual else None
     return (*result, y.to(dy.dtype)) if recompute_output else result
-
-
-# --- activations -----------------------------------------------------------------------------------------------
 
 
 def sigmoid_fwd(x: Tensor, output_contiguous: bool = False) -> Tensor:
@@ -240,7 +234,9 @@ def logsigmoid_fwd(x: Tensor, temperature: float = 1.0, output_contiguous: bool 
     return F.logsigmoid(x) / temperature
 
 
-def logsigmoid_bwd(x: Tensor, dy: Tensor, temperature: float = 1.0, output_contiguous: bool = False) -> Tensor:
+def logsigmoid_bwd(
+    x: Tensor, dy: Tensor, temperature: float = 1.0, output_contiguous: bool = False
+) -> Tensor:
     return dy * (-x).sigmoid() / temperature
 
 
@@ -264,9 +260,6 @@ def swiglu_fwdbwd(
     output = silu * y if use_weight else None
     dx, dy = torch.ops.aten.silu_backward(g * y, x), silu.mul_(g)
     return (dx, dy) if output is None else (dx, dy, output)
-
-
-# --- losses ----------------------------------------------------------------------------------------------------
 
 
 def cross_entropy_loss(
@@ -342,9 +335,6 @@ def fused_linear_cross_entropy_backward(
     return dx * do, dw * do, None if db is None else db * do
 
 
-# --- short convolution -----------------------------------------------------------------------------------------
-
-
 def _short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None,
     cu_seqlens: Tensor | None,
@@ -382,10 +372,11 @@ def causal_conv1d_bwd(
     BT: int = 64, layout_fallback: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Recomputes the output and lets autograd differentiate it: a short convolution is a small part of a model."""
-    tensors = [x, weight, bias, initial_state]
-    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
+    bias, initial_state = (None if t is None else t.detach().requires_grad_() for t in (bias, initial_state))
     with torch.enable_grad():
-        y, final_state = _short_conv(*inputs, activation, cu_seqlens)  # type: ignore[arg-type]
+        y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
+    inputs = [x, weight, bias, initial_state]
     outputs = [(y, dy.float())] if dht is None else [(y, dy.float()), (final_state, dht)]
     present = [t for t in inputs if t is not None]
     gradients = iter(torch.autograd.grad([o for o, _ in outputs], present, [d for _, d in outputs]))
@@ -407,15 +398,12 @@ def causal_conv1d_update(
     return (y if residual is None else y + residual).to(x.dtype), cache
 
 
-# --- what goes where -------------------------------------------------------------------------------------------
-
-
 def _fused_recurrent_gla(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`fused_recurrent_gla`, which fla picks for T <= 64: the recurrence itself for decoding, chunks for the rest."""
+    """`fused_recurrent_gla`, which fla picks for T <= 64: the recurrence for decoding, chunks for the rest."""
     if gk is None or gv is not None or reverse:
         raise NotImplementedError("on a CPU GLA runs forwards, with gates on the keys only")
     num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

@@ -22,7 +22,7 @@ from streaming.base.storage import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config import ConfigError, DataError
+from flame_composer.config import ConfigError, DataConfig, DataError, EvalDataConfig
 from flame_composer.manifest import HASH, Manifest, ShardFile, check_shards, read_index, read_manifest
 from flame_composer.tokenizer import fingerprint
 
@@ -43,9 +43,9 @@ class Dataset:
 
 
 def open_dataset(
-    *, local: str | None, remote: str | None, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
+    local: str | None, remote: str | None, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
 ) -> Dataset:
-    """Read manifest and index, and refuse a dataset that is damaged or was made for another tokenizer or (if one is given) row length.
+    """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or `context_length`.
 
     A remote dataset is cached under `local` (or ~/.cache/flame_composer) in a folder named after its index, so that
     another dataset put under the same address never meets the old one's shards.
@@ -119,8 +119,8 @@ class Rows(StreamingDataset):
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one."""
         ids = super()._get_work(epoch, sample_in_epoch)
-        assert self.batch_size is not None and sample_in_epoch % self.global_batch_size == 0, sample_in_epoch
-        batches_left = self.batches_per_epoch - sample_in_epoch // self.global_batch_size
+        assert self.batch_size is not None
+        batches_left = self.batches_per_epoch - math.ceil(sample_in_epoch / self.global_batch_size)
         worker = get_worker_info()
         id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         return ids[: max(0, math.ceil((batches_left - id) / num_workers)) * self.batch_size]
@@ -138,11 +138,11 @@ class Rows(StreamingDataset):
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: shard cannot be read: {error.strerror}; restore it from a copy, or convert again") from None
+            raise DataError(f"{path}: shard cannot be read: {error.strerror}; restore it, or convert again") from None
         if len(content) != file.bytes or get_hash(HASH, content) != file.hash:
             raise DataError(f"{path}: damaged shard: its {len(content)} bytes are not those it was written with "
-                            f"({file.bytes} bytes, {HASH} {file.hash}); restore it from a copy, or delete it if it is the cached "
-                            "copy of a remote dataset")
+                            f"({file.bytes} bytes, {HASH} {file.hash}); restore it from a copy, or delete it if it is "
+                            "the cached copy of a remote dataset")
 
 
 class EvalBatches(IterableDataset):
@@ -185,26 +185,40 @@ def collate(rows: list[dict[str, NDArray[Any]]]) -> Batch:
     return {"input_ids": input_ids, "labels": labels, "sequence_id": torch.from_numpy(sequence_id)}
 
 
+def describe_order(dataset: Dataset, config: DataConfig, *, global_batch_size: int, seed: int) -> dict[str, Any]:
+    """All that decides which rows are in which global batch: a run must not go on with another."""
+    return {
+        "train_data (index.json)": dataset.manifest.index_sha256, "global_batch_size": global_batch_size,
+        "train_data.shuffle": config.shuffle, "train_data.shuffle_algo": config.shuffle_algo,
+        "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
+        "train_data.shuffle_block_size": config.shuffle_block_size,
+        "train_data.num_canonical_nodes": config.num_canonical_nodes,
+    }
+
+
 def count_tokens(batch: Batch) -> dict[str, int]:
     """All tokens of a batch, and those that carry loss."""
     return {"total": batch["input_ids"].numel(), "loss_generating": int((batch["labels"] != IGNORE).sum())}
 
 
-def build_train_loader(
-    dataset: Dataset, *, global_batch_size: int, num_workers: int, prefetch_factor: int, **streaming_options: Any
-) -> DataSpec:
-    """Batches of this rank's share of the global batch; `streaming_options` go to StreamingDataset.
+def build_train_loader(dataset: Dataset, config: DataConfig, *, global_batch_size: int, seed: int) -> DataSpec:
+    """This rank's share of every global batch, shuffled with `seed` unless the config has one of its own.
 
     Raises ConfigError if the dataset does not hold one global batch.
     """
     batch_size = global_batch_size // dist.get_world_size()
-    rows = Rows(dataset, batch_size=batch_size, **streaming_options)
+    rows = Rows(
+        dataset, batch_size=batch_size, shuffle=config.shuffle, shuffle_algo=config.shuffle_algo,
+        shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
+        shuffle_block_size=config.shuffle_block_size, num_canonical_nodes=config.num_canonical_nodes,
+        predownload=config.predownload, cache_limit=config.cache_limit,
+    )
     if rows.batches_per_epoch == 0:
         raise ConfigError(f"{dataset.remote or dataset.folder}: holds {rows.num_samples} rows, fewer than one global batch "
                           f"(global_batch_size={global_batch_size})")
     loader = DataLoader(
-        rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
+        rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
@@ -213,13 +227,13 @@ def build_train_loader(
 
 
 def build_evaluator(
-    dataset: Dataset, *, batch_size: int, num_workers: int, max_rows: int | None,
+    dataset: Dataset, config: EvalDataConfig, *, batch_size: int,
     eval_interval: Callable[[State, Event], bool] | None = None,
 ) -> Evaluator:
-    """Every row of the dataset once (or the first `max_rows`), `batch_size` rows at a time on each rank."""
+    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each rank."""
     rows = Rows(dataset, batch_size=batch_size, shuffle=False)
     loader = DataLoader(
-        EvalBatches(rows, batch_size=batch_size, max_rows=max_rows), batch_size=None, num_workers=num_workers,
+        EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
         generator=torch.Generator(),
     )
     return Evaluator(

@@ -1,6 +1,6 @@
 """Gated linear attention in plain PyTorch: the chunkwise kernel that trains GLA on a CPU, and the recurrence.
 
-For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2312.06635, eq. 3 to 5):
+For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2312.06635, section 4):
 
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
-# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G): at most exp(MAX_DECAY / 2), far from fp32's
-# limit, and |G| this small keeps the rounding of G itself (relative 6e-8) below 5e-6 in exp(G).
+# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G): at most exp(MAX_DECAY / 2), far from
+# fp32's limit, and |G| this small keeps the rounding of G itself (relative 6e-8) below 5e-6 in exp(G).
 MAX_DECAY = 80.0
 
 
@@ -43,7 +43,7 @@ def chunk_gla(
     output_final_state: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor | None]:
     """Chunkwise GLA with the signature of `fla.ops.gla.chunk_gla` (0.5.2).
 
@@ -72,7 +72,8 @@ def chunk_gla(
         return o, None
     # A state per sequence (prefill of a batch of prompts): give every sequence its own row.
     rows = _Rows(cu_seqlens)
-    o, state = _dense(*map(rows.split, (q, k, v, g)), scale, initial_state, output_final_state, state_v_first)
+    q, k, v, g = map(rows.split, (q, k, v, g))
+    o, state = _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
     return rows.join(o), state
 
 
@@ -108,18 +109,20 @@ def recurrent_gla(
     return o, _transposed(state, state_v_first) if output_final_state else None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, cu: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, cu: Tensor | None) -> None:
     if not q.shape == k.shape == g.shape or v.shape[:3] != q.shape[:3]:
         shapes = [list(x.shape) for x in (q, k, g, v)]
         raise ValueError(f"q, k, g must be [B, T, H, K] and v [B, T, H, V], got {shapes}")
     if cu is not None:
         if q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the sequences into one row")
+            raise ValueError(
+                f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the batch into one row"
+            )
         if int(cu[0]) != 0 or int(cu[-1]) != q.shape[1]:
-            raise ValueError(f"cu_seqlens must run from 0 to T={q.shape[1]}, got {int(cu[0])} to {int(cu[-1])}")
+            raise ValueError(f"cu_seqlens must run from 0 to T={q.shape[1]}, got {cu[0]:d} to {cu[-1]:d}")
     num_sequences = q.shape[0] if cu is None else len(cu) - 1
-    if initial_state is not None and initial_state.shape[0] != num_sequences:
-        raise ValueError(f"{num_sequences} sequences need as many initial states, got {initial_state.shape[0]}")
+    if h0 is not None and h0.shape[0] != num_sequences:
+        raise ValueError(f"{num_sequences} sequences need as many initial states, got {h0.shape[0]}")
 
 
 def _transposed(state: Tensor, state_v_first: bool) -> Tensor:
@@ -165,24 +168,29 @@ def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 class _Masks(NamedTuple):
-    """What the tokens of a chunk may see. All None for one sequence per row."""
+    """Who may see whom within a chunk. All but `pairs` are None for one sequence per row."""
 
-    pairs: Tensor  # [n, C, C] bool: j <= i, and of the same sequence
+    pairs: Tensor  # [n, C, C] 1 where j <= i, and both are of the same sequence
+    hidden: Tensor  # [n, C, C] bool, the opposite
+    same: Tensor | None  # [n, C, C] 1 where both are of the same sequence
     reads: Tensor | None  # [n, C, 1] 1 where the token's sequence entered the chunk: it reads S
     writes: Tensor | None  # [n, C, 1] 1 where the token's sequence leaves the chunk: it writes S'
     keeps: Tensor | None  # [n, 1, 1] 1 where the sequence that enters is the one that leaves: S survives
 
 
 def _masks(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) -> _Masks:
-    causal = torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
+    causal = like.new_ones(size, size).tril()
     if segments is None:
-        return _Masks(causal, None, None, None)
+        return _Masks(causal, causal == 0, None, None, None, None)
     padding = num_chunks * size - len(segments)
     ids = torch.cat([segments, segments[-1:].expand(padding)]).view(num_chunks, size)
     entering = F.pad(ids[:-1, -1:], (0, 0, 1, 0), value=-1)
     leaving = ids[:, -1:]
+    same = (ids[:, :, None] == ids[:, None, :]).to(like.dtype)
     return _Masks(
-        causal & (ids[:, :, None] == ids[:, None, :]),
+        causal * same,
+        causal * same == 0,
+        same,
         (ids == entering).to(like.dtype).unsqueeze(-1),
         (ids == leaving).to(like.dtype).unsqueeze(-1),
         (entering == leaving).to(like.dtype).unsqueeze(-1),
@@ -207,8 +215,8 @@ def _tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 def _plan(g: Tensor) -> tuple[int, bool]:
     """The chunk size for these gates, and whether the scores need the exact form.
 
-    Strong decay overflows the fast form, so the chunk shrinks until its whole decay is at most MAX_DECAY; gates
-    too negative even for the smallest chunk take the exact form, which never exponentiates a positive number.
+    Strong decay overflows the fast form, so the chunk shrinks until its whole decay is below MAX_DECAY; gates
+    too negative even for the smallest chunk take the exact form, which exponentiates no positive number.
     """
     size = CHUNK_SIZE
     while size > MIN_CHUNK_SIZE and size // 2 >= g.shape[1]:
@@ -226,17 +234,26 @@ def _plan(g: Tensor) -> tuple[int, bool]:
         size //= 2
 
 
+def _cumulative(g: Tensor, masks: _Masks) -> tuple[Tensor, Tensor]:
+    """G, and the total decay at each token's end of the chunk (G_C), both within the token's own sequence.
+
+    A product with the mask, not cumsum: not even the rounding of a sequence depends on its neighbours.
+    """
+    G = masks.pairs.to(g.dtype) @ g
+    return G, G[:, :, -1:] if masks.same is None else masks.same.to(g.dtype) @ g
+
+
 class _FastScores:
     """A_ij = (q_i exp(G_i - r)) . (k_j exp(r - G_j)) with r = G_C / 2: one matrix product.
 
     Above the diagonal the product may overflow to inf; those entries are masked.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor):
-        G = g.cumsum(2)
-        half = G[:, :, -1:] / 2
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: _Masks):
+        G, total = _cumulative(g, masks)
+        self.decay = total[:, :, -1:].exp()
+        half = total / 2
         G -= half
-        self.decay = (half * 2).exp()  # exp(G_C), [M, n, 1, K]
         half.exp_()
         self.q_factor = G.exp()
         self.k_factor = G.neg_().exp_()
@@ -255,17 +272,17 @@ class _FastScores:
 class _ExactScores:
     """A_ij = sum_k q_ik k_jk exp(G_ik - G_jk), column by column: every exponent is <= 0, for any gates."""
 
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor):
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: _Masks):
         # float64, since a difference of two sums in the thousands would lose float32's digits.
-        self.G = g.double().cumsum(2)
+        self.G, total = _cumulative(g.double(), masks)
         self.q, self.k = q, k
-        last = self.G[:, :, -1:]
-        self.decay = last.exp().to(q.dtype)
+        self.decay = total[:, :, -1:].exp().to(q.dtype)
         self.read = self.G.exp().to(q.dtype)
-        self.write = (last - self.G).exp().to(q.dtype)
+        self.write = (total - self.G).exp().to(q.dtype)
 
     def _column(self, j: int) -> Tensor:
-        return (self.G[:, :, j:] - self.G[:, :, j : j + 1]).to(self.q.dtype).exp_()
+        # Below zero but for pairs of different sequences, which are masked.
+        return (self.G[:, :, j:] - self.G[:, :, j : j + 1]).clamp_(max=0).to(self.q.dtype).exp_()
 
     def scores(self) -> Tensor:
         A = self.q.new_zeros(*self.q.shape[:3], self.q.shape[2])
@@ -286,7 +303,10 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _states(scores: _FastScores | _ExactScores, k: Tensor, v: Tensor, h0: Tensor | None, masks: _Masks) -> Tensor:
+_Scores = _FastScores | _ExactScores
+
+
+def _states(scores: _Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: _Masks) -> Tensor:
     """The state that enters each chunk and, last, the final one: `[M, n + 1, K, V]`."""
     written = (k * _masked(scores.write, masks.writes)).mT @ v
     decay = _masked(scores.decay, masks.keeps).mT
@@ -298,14 +318,15 @@ def _states(scores: _FastScores | _ExactScores, k: Tensor, v: Tensor, h0: Tensor
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, segments: Tensor | None, plan: tuple[int, bool]
-) -> tuple[Tensor, Tensor, Tensor, _FastScores | _ExactScores, _Masks, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+    h0: Tensor | None, segments: Tensor | None, plan: tuple[int, bool],
+) -> tuple[Tensor, Tensor, Tensor, _Scores, _Masks, Tensor]:  # fmt: skip
     """What forward and backward both start from: q, k, v in chunks, the scores, masks and states."""
     size, exact = plan
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_c, k_c, v_c, g_c = (_chunks(x, size, dtype) for x in (q, k, v, g))
-    scores = (_ExactScores if exact else _FastScores)(q_c, k_c, g_c)
     masks = _masks(segments, q_c.shape[1], size, q_c)
+    scores = (_ExactScores if exact else _FastScores)(q_c, k_c, g_c, masks)
     h0_c = None if h0 is None else h0.reshape(-1, *h0.shape[2:])
     return q_c, k_c, v_c, scores, masks, _states(scores, k_c, v_c, h0_c, masks)
 
@@ -320,7 +341,7 @@ class _ChunkGLA(torch.autograd.Function):
         ctx.scale = scale
         ctx.plan = _plan(g)
         q_c, _, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
-        A = scores.scores().masked_fill_(~masks.pairs, 0)
+        A = scores.scores().masked_fill_(masks.hidden, 0)
         o = A @ v_c
         o += (q_c * _masked(scores.read, masks.reads)) @ states[:, :-1]
         o *= scale
@@ -333,8 +354,8 @@ class _ChunkGLA(torch.autograd.Function):
         q, k, v, g, h0, segments = ctx.saved_tensors
         q_c, k_c, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
         do_c = _chunks(do, ctx.plan[0], q_c.dtype).mul_(ctx.scale)
-        A = scores.scores().masked_fill_(~masks.pairs, 0)
-        dA = (do_c @ v_c.mT).masked_fill_(~masks.pairs, 0)
+        A = scores.scores().masked_fill_(masks.hidden, 0)
+        dA = (do_c @ v_c.mT).masked_fill_(masks.hidden, 0)
 
         # The state's gradient, carried from the last chunk to the first.
         read = _masked(scores.read, masks.reads)
@@ -357,12 +378,12 @@ class _ChunkGLA(torch.autograd.Function):
         dk_write = (v_c @ dleaving.mT).mul_(write)
         dq += (do_c @ states[:, :-1].mT).mul_(read)
 
-        # g_t takes part in exp(G_i - G_j) for j < t <= i, hence sums over the tokens after t (pairs and reads)
-        # and before t (writes), and the state that passes through.
+        # g_t takes part in exp(G_i - G_j) for j < t <= i, hence sums over the tokens from t on (pairs and
+        # reads) and before t (writes), and the state that passes through the chunk.
         dg = q_c * dq
         dg -= k_c * dk
-        dg = dg.flip(2).cumsum(2).flip(2)
-        dg[:, :, 1:] += (k_c * dk_write)[:, :, :-1].cumsum(2)
+        dg = masks.pairs.mT @ dg
+        dg += masks.pairs.tril(-1) @ (k_c * dk_write)
         dg += (states[:, :-1] * dleaving).sum(-1, keepdim=True).mul_(decay).mT
 
         dq += k_c * dA_diagonal

@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
-from flame_composer.config import ConfigError, InvalidField, nearest
+from flame_composer.cli import nearest
+from flame_composer.config import ConfigError, InvalidField, ParallelismConfig
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
@@ -84,13 +85,14 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
         raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path_or_id, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, local_files_only=is_folder,
                 output_loading_info=True,
             )
     except Exception as error:  # whatever a damaged folder makes transformers or safetensors raise
         raise ConfigError(f"{path_or_id}: cannot be loaded as a causal language model: "
                           f"{' '.join(str(error).split())[:300]}") from None
+    model, report = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
@@ -105,6 +107,21 @@ def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> N
         has = getattr(hf_config, key, None)
         if has != value:
             raise InvalidField(f"model.config.{key}", f"model.pretrained has {has}; leave the key out, or give that value")
+
+
+def build_parallelism(config: ParallelismConfig, *, precision: str) -> dict[str, Any] | None:
+    """How the model is spread over devices, as Composer's Trainer takes it; None for plain data parallelism.
+
+    Raises InvalidField for what this machine cannot do.
+    """
+    if torch.cuda.is_available():
+        return {"fsdp": dict(vars(config.fsdp))} if config.fsdp else None
+    if precision != "fp32":
+        raise InvalidField("precision", "there is no GPU here, and CPUs compute in fp32; set precision=fp32")
+    if config.fsdp and not config.cpu_fallback:
+        raise InvalidField("parallelism.fsdp", "there is no GPU here; set parallelism.cpu_fallback=true to train with plain "
+                           "data parallelism, or parallelism.fsdp=null")
+    return None
 
 
 class CausalLM(HuggingFaceModel):
@@ -189,6 +206,4 @@ def _plain_types(hint: Any) -> list[type] | None:
 
 
 def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("None", "null") if isinstance(hint, type) else str(hint).replace("None", "null")
-
-
+    return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("None", "null")

@@ -128,8 +128,7 @@ class DatasetWriter:
         with _explained(self.out):
             Path(self.out).mkdir(parents=True, exist_ok=True)
             self._publish_file("plan.json", dump_json(_plan_json(self.plan)))
-            shutil.rmtree(Path(self.out, "tmp"), ignore_errors=True)
-            Path(self.out, "tmp").mkdir()
+            Path(self.out, "tmp").mkdir(exist_ok=True)
             Path(self.out, "units").mkdir(exist_ok=True)
             planned = {unit_name(number) for number in range(len(self.plan.units))}
             for folder in Path(self.out, "units").iterdir():

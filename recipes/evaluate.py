@@ -6,7 +6,8 @@
 import json
 import sys
 
-from flame_composer.config import EvaluateConfig, run
+from flame_composer.cli import run
+from flame_composer.config import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
@@ -23,10 +24,8 @@ def main(config: EvaluateConfig) -> None:
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     data = config.data
-    dataset = open_dataset(local=data.local, remote=data.remote, tokenizer=tokenizer)
-    evaluator = build_evaluator(
-        dataset, batch_size=config.batch_size, num_workers=data.num_workers, max_rows=data.max_rows
-    )
+    dataset = open_dataset(data.local, data.remote, tokenizer=tokenizer)
+    evaluator = build_evaluator(dataset, data, batch_size=config.batch_size)
     result = evaluate(CausalLM(model, tokenizer, varlen=config.varlen), evaluator, precision=config.precision)
     if dist.get_global_rank() == 0:
         print(f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {result['tokens']:,} tokens")

@@ -5,7 +5,8 @@
 
 import sys
 
-from flame_composer.config import GenerateConfig, run
+from flame_composer.cli import run
+from flame_composer.config import GenerateConfig
 
 
 def main(config: GenerateConfig) -> None:

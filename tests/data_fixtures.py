@@ -41,9 +41,7 @@ def llama_tokenizer() -> LlamaTokenizerFast:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     texts = [word for text in TEXTS for word in text.split()]
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-    )
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False))
     return LlamaTokenizerFast(tokenizer_object=tokenizer, add_bos_token=True, add_eos_token=False, legacy=False)
 
 

@@ -19,9 +19,7 @@ from tests.data_fixtures import words, write_jsonl
 
 def texts_of(path: Path, max_bytes: int = 1 << 30, **kwargs) -> list[str]:
     return [
-        document.text
-        for part in slice_file(str(path), max_bytes)
-        for document in read_documents(part, "text", **kwargs)
+        document.text for part in slice_file(str(path), max_bytes) for document in read_documents(part, "text", **kwargs)
     ]
 
 

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +34,8 @@ GATES = {
 
 def load_make_fixtures() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_fixtures", FIXTURES / "make_fixtures.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -48,7 +50,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def naive_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor, offsets: list[int] | None):
     """The definition, one sequence and one token after the other; states [N, H, K, V]."""
     B, T = q.shape[:2]
-    spans = [(b, 0, T) for b in range(B)] if offsets is None else [(0, *pair) for pair in zip(offsets, offsets[1:])]
+    spans = [(b, 0, T) for b in range(B)] if offsets is None else [(0, *span) for span in pairwise(offsets)]
     outputs, states = [], []
     for (row, start, end), state in zip(spans, h0, strict=True):
         for t in range(start, end):
@@ -61,13 +63,14 @@ def naive_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor, offsets: l
 def draw(T: int, gates: str, offsets: list[int] | None, B: int = 2, H: int = 2, K: int = 5, V: int = 7):
     """q, k, v, g, h0 and the gradients do, dht, in float64."""
     B, N = (B, B) if offsets is None else (1, len(offsets) - 1)
-    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K), (N, H, K, V), (B, T, H, V), (N, H, K, V)]
+    keys, values, states = (B, T, H, K), (B, T, H, V), (N, H, K, V)
+    shapes = [keys, keys, values, keys, states, values, states]
     random = torch.Generator().manual_seed(T)
     q, k, v, g, h0, do, dht = (torch.randn(s, generator=random, dtype=torch.float64) for s in shapes)
     return q, k, v, GATES[gates](g), h0, do, dht
 
 
-def check_against_definition(operation, T: int, gates: str, offsets: list[int] | None, with_states: bool) -> None:
+def check_against_definition(T: int, gates: str, offsets: list[int] | None, with_states: bool) -> None:
     *inputs, do, dht = draw(T, gates, offsets)
     if not with_states:
         inputs[4] = torch.zeros_like(inputs[4])
@@ -75,7 +78,11 @@ def check_against_definition(operation, T: int, gates: str, offsets: list[int] |
     o, ht = naive_gla(*exact, offsets)
     loss = (o * do).sum() + ((ht * dht).sum() if with_states else 0)
     expected = torch.autograd.grad(loss, exact)
+    for operation in (chunk_gla, recurrent_gla):
+        check(operation, inputs, do, dht, o, ht, expected, offsets, with_states)
 
+
+def check(operation, inputs, do, dht, o, ht, expected, offsets, with_states) -> None:
     single = [x.detach().float().requires_grad_() for x in inputs]
     cu_seqlens = None if offsets is None else torch.tensor(offsets)
     states = {"initial_state": single[4], "output_final_state": True} if with_states else {}
@@ -96,18 +103,17 @@ def check_against_definition(operation, T: int, gates: str, offsets: list[int] |
 @pytest.mark.parametrize("with_states", [False, True], ids=["", "states"])
 @pytest.mark.parametrize("offsets", [None, [0, 1, 70, 71, 100]], ids=["dense", "packed"])
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("operation", [chunk_gla, recurrent_gla])
-def test_agrees_with_the_definition(operation, gates, offsets, with_states):
-    check_against_definition(operation, 100, gates, offsets, with_states)
+def test_agrees_with_the_definition(gates, offsets, with_states):
+    check_against_definition(100, gates, offsets, with_states)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(data=st.data(), gates=st.sampled_from(sorted(GATES)), with_states=st.booleans())
 def test_any_shape_agrees_with_the_definition(data, gates, with_states):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
     offsets = [0, *np.cumsum(lengths).tolist()]
-    check_against_definition(chunk_gla, offsets[-1], gates, offsets, with_states)
-    check_against_definition(chunk_gla, lengths[0], gates, None, with_states)
+    check_against_definition(offsets[-1], gates, offsets, with_states)
+    check_against_definition(lengths[0], gates, None, with_states)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +134,6 @@ def test_a_single_strong_channel_is_noticed_anywhere():
     assert gla._plan(g) == (16, False)
 
 
-def name_of(case) -> str:
-    return case if isinstance(case, str) else ""
-
-
 MAKE_FIXTURES = load_make_fixtures()
 
 
@@ -146,8 +148,8 @@ def test_agrees_with_the_triton_kernels(operation, name):
         for key, want in stored.items():
             tolerance = 1e-5 if key in ("o", "ht") else 1e-4
             if name == "chunk_very_negative" and key == "grad:g":
-                # The gradient is nearly zero, and the difference of two large sums in the Triton kernel: off by
-                # 3e-3 from float64. test_agrees_with_the_definition holds ours to 5e-6.
+                # The gradient is nearly zero, and in the Triton kernel the difference of two large sums: off by
+                # 1e-3 from float64. test_agrees_with_the_definition holds ours to 5e-6.
                 tolerance = 1e-2
             assert relative_error(torch.from_numpy(got[key]), torch.from_numpy(want)) < tolerance, key
 
@@ -167,10 +169,12 @@ def test_a_sequence_in_two_pieces_equals_the_whole(gates, cut):
     assert relative_error(state, final) < 1e-6
 
 
+@pytest.mark.parametrize("gates", ["usual", "mixed"])
 @pytest.mark.parametrize("operation", [chunk_gla, recurrent_gla])
-def test_a_document_does_not_see_its_neighbours(operation):
+def test_a_document_does_not_see_its_neighbours(operation, gates):
+    """To the last bit, whatever the neighbours' tokens and gates."""
     offsets = [0, 30, 31, 80, 100]
-    q, k, v, g, _, do, _ = (x.float() for x in draw(100, "usual", offsets))
+    q, k, v, g, _, do, _ = (x.float() for x in draw(100, gates, offsets))
     others = torch.ones(100, dtype=torch.bool)
     others[31:80] = False
 
@@ -181,8 +185,7 @@ def test_a_document_does_not_see_its_neighbours(operation):
         return [x[:, 31:80] for x in (o, *gradients)], [x[:, others] for x in gradients]
 
     mine, theirs = outcome(q, k, v, g)
-    changed = [torch.where(others[:, None, None], x.roll(7, 1), x) for x in (q, k, v)]
-    mine_again, _ = outcome(*changed, g)
+    mine_again, _ = outcome(*(torch.where(others[:, None, None], x.roll(7, 1), x) for x in (q, k, v, g)))
     assert all(torch.equal(a, b) for a, b in zip(mine, mine_again, strict=True))
     assert all(not x.any() for x in theirs)
 
@@ -192,7 +195,8 @@ def test_state_v_first_only_transposes_the_states():
     for operation in (chunk_gla, recurrent_gla):
         o, state = operation(q, k, v, g, initial_state=h0, output_final_state=True)
         o_v, state_v = operation(q, k, v, g, initial_state=h0.mT, output_final_state=True, state_v_first=True)
-        assert torch.equal(o, o_v) and torch.equal(state, state_v.mT)
+        assert torch.equal(o, o_v)
+        assert torch.equal(state, state_v.mT)
 
 
 def test_scale():
@@ -218,8 +222,10 @@ def test_bfloat16_is_computed_in_float32(gates):
     low = [x.bfloat16() for x in (q, k, v)]
     o, state = chunk_gla(*low, g, initial_state=h0, output_final_state=True)
     want, want_state = chunk_gla(*(x.float() for x in low), g, initial_state=h0, output_final_state=True)
-    assert o.dtype == torch.bfloat16 and torch.equal(o, want.bfloat16())
-    assert state is not None and state.dtype == torch.float32 and torch.equal(state, want_state)
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, want.bfloat16())
+    assert state.dtype == torch.float32
+    assert torch.equal(state, want_state)
 
 
 @pytest.mark.parametrize("offsets", [None, [0, 1, 12, 20]], ids=["dense", "packed"])
@@ -235,7 +241,8 @@ def test_gradcheck(gates, offsets, with_states):
         return chunk_gla(q, k, v, g, None, h0, True, False, cu_seqlens)
 
     h0 = h0.requires_grad_(with_states)
-    assert torch.autograd.gradcheck(function, (*(x.requires_grad_() for x in (q, k, v, g)), h0))
+    inputs = (*(x.requires_grad_() for x in (q, k, v, g)), h0)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=gates == "mixed")
 
 
 def test_inputs_are_left_alone():
@@ -250,8 +257,8 @@ def test_inputs_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": (2, 9, 2, 5)}, "q, k, g must be"),
-        ({"v": (2, 9, 2, 7)}, "q, k, g must be"),
+        ({"k": (2, 9, 2, 5)}, r"\[B, T, H, K\] and v"),
+        ({"v": (2, 9, 2, 7)}, r"\[B, T, H, K\] and v"),
         ({"cu_seqlens": [0, 10]}, "cu_seqlens needs batch size 1, got 2"),
         ({"initial_state": (3, 2, 5, 7)}, "2 sequences need as many initial states, got 3"),
     ],
@@ -263,7 +270,7 @@ def test_shapes_that_do_not_fit_are_refused(operation, change, message):
     for name, value in change.items():
         arguments[name] = torch.tensor(value) if name == "cu_seqlens" else torch.zeros(value)
     with pytest.raises(ValueError, match=message):
-        operation(*(arguments.pop(name) for name in "qkvg"), **arguments)
+        operation(*[arguments.pop(name) for name in "qkvg"], **arguments)
 
 
 def test_offsets_that_do_not_cover_the_row_are_refused():

@@ -31,9 +31,7 @@ def test_encoder_equals_hugging_face_and_its_flags_alone_add_special_tokens(name
     before = [tokenizer.bos_token_id] if add_bos else []
     after = [tokenizer.eos_token_id] if add_eos else []
     tokens, lengths = build_encoder(tokenizer, add_bos=add_bos, add_eos=add_eos)(TEXTS)
-    assert split(tokens, lengths) == [
-        before + tokenizer(text, add_special_tokens=False).input_ids + after for text in TEXTS
-    ]
+    assert split(tokens, lengths) == [before + tokenizer(text, add_special_tokens=False).input_ids + after for text in TEXTS]
 
 
 def test_mirroring_the_template_equals_plain_tokenization():

@@ -1,0 +1,270 @@
+"""How a script's arguments become its configuration: `script.py [file.yaml] [key=value ...]`, checked, errors in one line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import os
+import signal
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
+
+EXIT_CONFIG = 2
+EXIT_DATA = 1
+
+C = TypeVar("C", bound=ScriptConfig)
+
+
+def load(cls: type[C], argv: list[str]) -> C:
+    """The configuration that `[file.yaml] [key=value ...]` asks for, checked.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a key that must be
+    set and is not, and whatever `validate()` of any section refuses.
+    """
+    file, overrides = _split(argv)
+    sources: list[tuple[str, DictConfig]] = []
+    if file is not None:
+        sources.append((file, _read_yaml(file)))
+    sources += [("command line", _read_override(argument)) for argument in overrides]
+
+    merged = OmegaConf.structured(cls)
+    known = [key for key, _, _, _ in _fields(cls)]
+    origins: dict[str, tuple[str, Any]] = {}
+    for origin, node in sources:
+        content = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(content, dict)
+        _check_keys(cls, content, origin, known)
+        for key, value in _leaves(cls, content):
+            origins[key] = origin, value
+            if isinstance(value, dict):
+                origins.update({f"{key}.{name}": (origin, each) for name, each in value.items()})
+            try:
+                merged = OmegaConf.merge(merged, _nested(key, value))
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{origin}: {key}={_show(value)}: {_reason(cls, key, error)}") from None
+    place = file or "command line"
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"{place}: {key}: must be set ({_doc(cls, key)}); add it to the file or give {key}=...")
+    try:
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        raise ConfigError(f"{origins.get(key, (place, None))[0]}: {key}: {_first_line(error)}") from None
+    assert isinstance(config, cls)
+    config.resolved_yaml, config.origins, config.place = _without_environment(merged), origins, place
+    for prefix, section in _sections(config):
+        try:
+            getattr(section, "validate", lambda: None)()
+        except InvalidField as problem:
+            raise ConfigError(_explain(config, InvalidField(prefix + problem.name, problem.rule))) from None
+    return config
+
+
+def run(main: Callable[[C], None], cls: type[C]) -> int:
+    """Load the configuration from sys.argv and call `main` with it; returns the process's exit status."""
+    argv = sys.argv[1:]
+    if any(argument in ("-h", "--help") for argument in argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends quietly
+        print(help_text(cls, Path(sys.argv[0]).name))
+        return 0
+    config = None
+    try:
+        config = load(cls, argv)
+        main(config)
+    except (ConfigError, DataError) as error:
+        message = _explain(config, error) if config is not None and isinstance(error, InvalidField) else str(error)
+        # An error in a loader process arrives with that process's traceback before it.
+        message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        # Every rank meets the same mistake in the configuration, and one of them says it.
+        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
+    return 0
+
+
+def _explain(config: ScriptConfig, problem: InvalidField) -> str:
+    """One line that says where the field was set, to what, and the rule it breaks."""
+    origin, value = config.origins.get(problem.name, (config.place, None))
+    if problem.name not in config.origins:
+        value = config
+        for part in problem.name.split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    return f"{origin}: {problem.name}{'' if value is None else f'={_show(value)}'}: {problem.rule}"
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """'; did you mean X?' for the allowed name closest to `name`, or '' if none is close."""
+    last = name.rsplit(".", 1)[-1]
+    same_leaf = [key for key in allowed if key.rsplit(".", 1)[-1] == last]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(allowed)}
+    close = same_leaf or difflib.get_close_matches(name, allowed, n=1) or [
+        by_leaf[leaf] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1)
+    ]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def help_text(cls: type[ScriptConfig], script: str) -> str:
+    """Usage, then every key with its type, default and one-line doc."""
+    lines = [f"usage: {script} [file.yaml] [key=value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "keys:"]
+    for key, annotation, default, doc in _fields(cls):
+        lines.append(f"  {key}: {annotation}{'' if default is None else f' = {default}'}")
+        lines += textwrap.wrap(doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[str]]:
+    if argv and argv[0].startswith("-"):
+        raise ConfigError(f"command line: {argv[0]}: unknown option; arguments are [file.yaml] [key=value ...], see --help")
+    file = argv[0] if argv and "=" not in argv[0] else None
+    overrides = argv[1:] if file else argv
+    for argument in overrides:
+        if "=" not in argument:
+            raise ConfigError(f"command line: {argument}: must be key=value (only the first argument can be a file)")
+    return file, overrides
+
+
+def _read_yaml(file: str) -> DictConfig:
+    if not Path(file).is_file():
+        folder = Path(file).parent
+        beside = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
+        raise ConfigError(f"{file}: no such file{nearest(file, beside)}")
+    try:
+        node = OmegaConf.load(file)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{file}: must hold keys and values (a YAML mapping)")
+    return node
+
+
+def _read_override(argument: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"command line: {argument}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass in `X` or `X | None`, if there is one."""
+    for candidate in (annotation, *get_args(annotation)):
+        if dataclasses.is_dataclass(candidate):
+            return typing.cast(type, candidate)
+    return None
+
+
+def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "") -> None:
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key, value in content.items():
+        full = f"{prefix}{key}"
+        if key not in names:
+            raise ConfigError(f"{origin}: {full}: unknown key{nearest(full, known) or '; see --help for all keys'}")
+        section = _dataclass_of(hints[key])
+        if section is not None and isinstance(value, dict):
+            _check_keys(section, value, origin, known, f"{full}.")
+
+
+def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of `content` by full key; a single value given for a list becomes a list of one."""
+    hints = typing.get_type_hints(cls)
+    for key, value in content.items():
+        section = _dataclass_of(hints[key])
+        if section is not None and isinstance(value, dict) and value:
+            yield from _leaves(section, value, f"{prefix}{key}.")
+        elif get_origin(hints[key]) is list and isinstance(value, str) and "${" not in value:
+            yield f"{prefix}{key}", [part.strip() for part in value.split(",")]
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
+    """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
+    hints, docs = typing.get_type_hints(cls), _docs(cls)
+    for f in dataclasses.fields(cls):
+        section = _dataclass_of(hints[f.name])
+        annotation = str(f.type).replace("Literal[", "one of [") if section is None else "section"
+        if f.default is dataclasses.MISSING:
+            default = None if section else "[]" if get_origin(hints[f.name]) is list else "{}"
+        else:
+            default = "(must be set)" if f.default == MISSING else _show(f.default)
+        yield f"{prefix}{f.name}", annotation, default, docs.get(f.name, "")
+        if section is not None:
+            yield from _fields(section, f"{prefix}{f.name}.")
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """The string literal under each field, of the class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for node, following in itertools.pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[ast.unparse(node.target)] = ast.literal_eval(following.value)
+    return docs
+
+
+def _doc(cls: type, key: str) -> str:
+    return next((doc.rstrip(".") for name, _, _, doc in _fields(cls) if name == key), "")
+
+
+def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section under its key prefix, the innermost first: their own rules come before those across sections."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _sections(value, f"{prefix}{f.name}.")
+    yield prefix, config
+
+
+def _reason(cls: type, key: str, error: OmegaConfBaseException) -> str:
+    annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
+    if annotation == "section":
+        return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
+    return f"must be {annotation}" if annotation else _first_line(error)
+
+
+def _section_keys(cls: type, key: str) -> list[str]:
+    prefix = f"{key}."
+    return [name for name, _, _, _ in _fields(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _without_environment(merged: DictConfig) -> str:
+    """The configuration as YAML with every interpolation resolved but those of the environment, which may be secret."""
+    untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
+    assert isinstance(untyped, DictConfig)
+    OmegaConf.register_resolver("oc.env", lambda *names: f"<environment variable {names[0]}>", replace=True)
+    try:
+        OmegaConf.resolve(untyped)
+        return OmegaConf.to_yaml(untyped)
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True)

@@ -1,0 +1,258 @@
+"""convert/train_tokenizer.py and convert/to_mds.py as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from streaming import StreamingDataset
+
+from flame_composer import config
+from flame_composer.manifest import check_shards, read_manifest
+from flame_composer.tokenizer import fingerprint, load_tokenizer
+from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "convert" / script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "convert" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
+    """The script in this process, which has already paid for the imports; returns the exit status."""
+    script = load_script(name)
+    classes = {"to_mds": config.ConvertConfig, "train_tokenizer": config.TokenizerTrainConfig}
+    monkeypatch.setattr(sys, "argv", [f"convert/{name}.py", *arguments])
+    return config.run(script.main, classes[name])
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch) -> Path:
+    """The current folder, with `source` (Python files, JSONL) and `tokenizer` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source" / "deep").mkdir(parents=True)
+    for i in range(30):
+        (tmp_path / "source" / "deep" / f"{i}.py").write_text(words(60, i))
+    write_jsonl(tmp_path / "source" / "a.jsonl", [words(50, 100 + i) for i in range(20)])
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def test_folder_of_python_files_to_tokenizer_to_dataset(corpus):
+    """The README's two commands, in processes of their own."""
+    trained = run_script("train_tokenizer.py", "source=source", "suffixes=[.py]", "out=tok", "vocab_size=300", cwd=corpus)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    assert trained.stdout == "tok: 300 tokens learnt from 30 documents (0 skipped)\n"
+    tokenizer = load_tokenizer("tok")
+    assert len(tokenizer) == 300
+
+    command = ("source=source", "suffixes=[.py]", "out=data/train", "val_out=data/val", "val_fraction=0.2",
+               "tokenizer=tok", "context_length=32")  # fmt: skip
+    converted = run_script("to_mds.py", *command, cwd=corpus)
+    assert (converted.returncode, converted.stderr) == (0, "")
+    manifests = {split: read_manifest(f"data/{split}") for split in ("train", "val")}
+    assert sum(manifest.totals.documents for manifest in manifests.values()) == 30
+    totals = manifests["train"].totals
+    assert converted.stdout.splitlines()[0] == (
+        f"data/train: {totals.documents} documents (0 skipped), {totals.tokens_in:,} tokens in = {totals.tokens_out:,} out "
+        f"({totals.rows} rows of 32) + {totals.dropped} dropped; {totals.bytes:,} bytes in 1 shards"
+    )
+    assert re.fullmatch(r"[\d,]+ tokens in \d+\.\d s: [\d,]+ tokens/s", converted.stdout.splitlines()[-1])
+    for split, manifest in manifests.items():
+        assert manifest.split == split
+        assert manifest.tokenizer == fingerprint(tokenizer)
+        assert (manifest.config["source"], manifest.config["add_eos"]) == (["source"], True)
+        check_shards(f"data/{split}")
+
+    rows = StreamingDataset(local="data/train", shuffle=False, batch_size=1)
+    stream = [token for row in rows for token in row["input_ids"].tolist()]
+    texts = tokenizer.decode(stream).split("<|endoftext|>")
+    assert len(texts) in (totals.documents, totals.documents + 1)
+    assert set(texts[:-1]) <= {path.read_text() for path in (corpus / "source").rglob("*.py")}
+
+    before = files_under(corpus / "data")
+    again = run_script("to_mds.py", *command, cwd=corpus)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("data/train: already finished, nothing to do: ")
+    assert files_under(corpus / "data") == before
+
+
+def test_jsonl_parquet_and_text_together_with_comma_separated_sources(corpus, monkeypatch, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": [words(40, i) for i in range(9)], "text": ["x"] * 9}), corpus / "b.parquet")
+    write_jsonl(corpus / "c.jsonl", ["x"])
+    (corpus / "c.jsonl").write_text(json.dumps({"body": "one document"}) + "\n")
+    arguments = ["source=b.parquet,c.jsonl,source/deep/*.py", "text_column=body", "tokenizer=tokenizer", "context_length=64"]
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=out") == 0
+    assert read_manifest("out").totals.documents == 9 + 1 + 30
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=other", "unit_size=3000") == 0
+    assert read_manifest("other").totals.tokens_in == read_manifest("out").totals.tokens_in
+    assert len(read_manifest("other").units) > len(read_manifest("out").units)
+
+
+def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):
+    (corpus / "source" / "bad.py").write_bytes(b"caf\xe9")
+    arguments = ["source=source", "suffixes=[.py]", "tokenizer=tokenizer", "context_length=64", "out=out"]
+    assert run_here(monkeypatch, "to_mds", *arguments) == 1
+    assert capsys.readouterr().err == (
+        "error: source/bad.py: not valid UTF-8 at byte 3; convert the file to UTF-8 or remove it\n"
+    )
+    assert not (corpus / "out" / "index.json").exists()
+    assert run_here(monkeypatch, "to_mds", *arguments, "on_error=skip") == 0
+    assert "30 documents (1 skipped)" in capsys.readouterr().out
+    assert run_here(monkeypatch, "train_tokenizer", *arguments[:2], "out=tok", "vocab_size=300", "on_error=skip") == 0
+    assert capsys.readouterr().out == "tok: 300 tokens learnt from 30 documents (1 skipped)\n"
+
+
+def bad_json(folder: Path) -> None:
+    (folder / "source" / "a.jsonl").write_text('{"text": "fine"}\n{"text": oops}\n')
+
+
+def bad_utf8(folder: Path) -> None:
+    (folder / "source" / "bad.txt").write_bytes(b"\xff")
+
+
+def no_eos(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(path.read_bytes())
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "eos_token"}))
+    (folder / "tokenizer" / "special_tokens_map.json").unlink()
+
+
+def finished_with_64(folder: Path) -> None:
+    arguments = ["source=source", "out=out", "tokenizer=tokenizer", "context_length=64"]
+    assert run_here(pytest.MonkeyPatch(), "to_mds", *arguments) == 0
+
+
+def truncated_shard(folder: Path) -> None:
+    finished_with_64(folder)
+    shard = folder / "out" / "units" / "000000" / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:100])
+
+
+def unrelated_out(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis.tex").write_text("mine")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+BAD_INPUT = {
+    "missing source": (nothing, ["source=nowhere"], 2, "source: nowhere: no such file or folder"),
+    "empty source": (lambda f: (f / "none").mkdir(), ["source=none"], 2, "source: none: this folder holds no file ending in "
+                     ".jsonl, .json-lines, .ndjson, .parquet, .txt; name the endings to take with suffixes=[...]"),
+    "no match": (nothing, ["source=source/*.csv"], 2, "source: source/*.csv: no file matches this pattern"),
+    "malformed line": (bad_json, [], 1, "source/a.jsonl:2: not valid JSON: Expecting value at column 10; mend or remove "
+                       "the line"),
+    "missing column": (nothing, ["text_column=body"], 1, "source/a.jsonl:1: no column 'body'; its columns are: text, id "
+                       "(name one with text_column=...)"),
+    "bad UTF-8": (bad_utf8, [], 1, "source/bad.txt: not valid UTF-8 at byte 0; convert the file to UTF-8 or remove it"),
+    "missing tokenizer": (nothing, ["tokenizer=./tok"], 2, "tokenizer: ./tok: no such folder; give a Hugging Face tokenizer "
+                          "folder or hub id"),
+    "no eos": (no_eos, [], 2, "add_eos: the tokenizer has no eos token; set add_eos=false or give it one"),
+    "other settings": (finished_with_64, ["context_length=32"], 2, "out: out: holds a conversion with other settings: "
+                       "context_length (64 there, 32 now); name another out, or remove this folder"),
+    "out in use": (unrelated_out, [], 2, "out: out: this folder is not empty and holds no conversion; name a new one or "
+                   "empty it"),
+    "damaged": (truncated_shard, [], 1, "out/units/000000/shard.00000.mds: shard is 100 bytes long, must be {size}; restore "
+                "it from a copy, or delete out and run convert/to_mds.py again"),
+    "too little": (nothing, ["context_length=100000"], 1, "out: the train split's {tokens} tokens do not fill one row of "
+                   "context_length=100000; remove this folder and give more text or shorter rows"),
+    "val_out inside out": (nothing, ["val_fraction=0.1", "val_out=out/val"], 2, "command line: val_out=out/val: must be a "
+                           "folder beside out=out, neither the same nor inside the other"),
+    "tiny shards": (nothing, ["shard_size=1000"], 2, "command line: shard_size=1000: must be at least 1536 (one row) and "
+                    "less than 4294967296 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_nothing_is_overwritten(corpus, monkeypatch, capsys, name):
+    prepare, arguments, status, message = BAD_INPUT[name]
+    prepare(corpus)
+    capsys.readouterr()
+    before = files_under(corpus)
+    defaults = ["source=source", "out=out", "tokenizer=tokenizer", "context_length=64"]
+    assert run_here(monkeypatch, "to_mds", *defaults, *arguments) == status
+    out, err = capsys.readouterr()
+    assert re.fullmatch(re.escape(f"error: {message}\n").replace(r"\{size\}", r"\d+").replace(r"\{tokens\}", r"\d+"), err)
+    assert out == ""
+    after = files_under(corpus)
+    assert before.items() <= after.items(), "a file that was there has changed"
+    assert "out/index.json" not in after.keys() - before.keys(), "nothing may be published"
+
+
+def test_errors_reach_the_shell_without_a_traceback(corpus):
+    result = run_script("to_mds.py", "source=nowhere", "out=out", "tokenizer=tokenizer", cwd=corpus)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: source: nowhere: no such file or folder\n"
+    bad_json(corpus)
+    result = run_script("train_tokenizer.py", "source=source", "out=tok", cwd=corpus)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: source/a.jsonl:2: not valid JSON: Expecting value at column 10; mend or remove the line\n"
+    )
+    assert not (corpus / "tok").exists()
+
+
+def test_training_a_tokenizer_again(corpus, monkeypatch, capsys):
+    arguments = ["source=source", "out=tok", "vocab_size=300"]
+    assert run_here(monkeypatch, "train_tokenizer", *arguments) == 0
+    before = files_under(corpus)
+    capsys.readouterr()
+    assert run_here(monkeypatch, "train_tokenizer", *arguments) == 0
+    assert capsys.readouterr().out == "tok: already trained, nothing to do\n"
+    assert run_here(monkeypatch, "train_tokenizer", "source=source", "out=tok", "vocab_size=310") == 2
+    assert capsys.readouterr().err == (
+        "error: out: tok: holds a tokenizer trained with other settings or text (see tok/training.json); "
+        "name another out, or remove this folder\n"
+    )
+    assert run_here(monkeypatch, "train_tokenizer", "source=source", "out=source", "vocab_size=310") == 2
+    assert capsys.readouterr().err == "error: out: source: is not an empty folder; name a new one or empty it\n"
+    assert files_under(corpus) == before
+
+
+def test_a_tokenizer_smaller_than_asked_for_says_so(corpus, monkeypatch, capsys):
+    (corpus / "small.txt").write_text("ab ab ab")
+    assert run_here(monkeypatch, "train_tokenizer", "source=small.txt", "out=tok", "vocab_size=5000") == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"tok: 2\d\d tokens learnt from 1 documents \(0 skipped\)\n", out)
+    assert err == ("warning: fewer than vocab_size=5000: no more pairs occur 2 times; give more text\n")
+
+
+def test_a_sampled_tokenizer_reads_only_its_share(corpus, monkeypatch, capsys):
+    arguments = ["source=source", "suffixes=[.py]", "vocab_size=280", "max_bytes=2000"]
+    assert run_here(monkeypatch, "train_tokenizer", *arguments, "out=tok") == 0
+    count = int(re.match(r"tok: 280 tokens learnt from (\d+) documents", capsys.readouterr().out)[1])  # pyright: ignore
+    assert 1 < count < 30
+    assert run_here(monkeypatch, "train_tokenizer", *arguments, "out=again") == 0
+    assert (corpus / "tok" / "tokenizer.json").read_bytes() == (corpus / "again" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("script", ["to_mds.py", "train_tokenizer.py"])
+def test_help_names_every_key(script, tmp_path):
+    result = run_script(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for key in ("source", "suffixes", "text_column", "on_error", "out"):
+        assert f"  {key}: " in result.stdout
