@@ -21,7 +21,8 @@ SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", 
 def main(config: TokenizerTrainConfig) -> None:
     files = find_files(config.source, config.suffixes)
     settings = {name: getattr(config, name) for name in SETTINGS}
-    plan = {"settings": settings, "files": {path: os.path.getsize(path) for path in files}}
+    sizes = {path: os.path.getsize(path) for path in files}
+    plan = json.dumps({"settings": settings, "files": sizes}, indent=1).encode() + b"\n"
     if is_finished(Path(config.out), plan):
         print(f"{config.out}: already trained, nothing to do")
         return
@@ -59,14 +60,14 @@ def main(config: TokenizerTrainConfig) -> None:
         )
 
 
-def is_finished(out: Path, plan: dict[str, object]) -> bool:
+def is_finished(out: Path, plan: bytes) -> bool:
     """Whether `out` holds the tokenizer of this very plan. Raises ConfigError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     record = out / "training.json"
     if not record.is_file():
         raise ConfigError(f"out: {out}: is not an empty folder; name a new one or empty it")
-    if json.loads(record.read_bytes()) != plan:
+    if record.read_bytes() != plan:
         raise ConfigError(
             f"out: {out}: holds a tokenizer trained with other settings or text (see {record}); "
             "name another out, or remove this folder"
@@ -74,12 +75,12 @@ def is_finished(out: Path, plan: dict[str, object]) -> bool:
     return True
 
 
-def save(tokenizer: object, out: Path, plan: dict[str, object]) -> None:
+def save(tokenizer: object, out: Path, plan: bytes) -> None:
     """Put the tokenizer folder in its place whole, or not at all."""
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue]
-    (temporary / "training.json").write_text(json.dumps(plan, indent=1) + "\n")
+    (temporary / "training.json").write_bytes(plan)
     if out.exists():
         out.rmdir()  # empty, or `is_finished` would have refused it
     os.rename(temporary, out)

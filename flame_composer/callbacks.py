@@ -225,7 +225,10 @@ class SameData(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = state["order"]
-        changed = [f"{key} ({before.get(key)} before, {value} now)" for key, value in self.order.items() if before.get(key) != value]
+        changed = [
+            f"{key} ({before.get(key)} before, {value} now)"
+            for key, value in self.order.items() if before.get(key) != value
+        ]
         if changed and not self.allow_change:
             raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "
                               "changed, start a new run_name, or set allow_data_change=true to go on all the same")

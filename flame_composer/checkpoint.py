@@ -23,6 +23,7 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flame_composer import cpu
 from flame_composer.config import ConfigError, DataError
 from flame_composer.model import build_model, load_pretrained
 from flame_composer.tokenizer import load_tokenizer
@@ -164,6 +165,7 @@ def load_from_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
         weights = content["state"]["model"]
     except (KeyError, TypeError):
         raise DataError(f"{path}: not a training checkpoint of this package: it holds no Hugging Face model") from None
+    cpu.enable()  # fla's configs have to be known to transformers
     model = build_model(get_hf_config_from_composer_state_dict(content))
     prefix = "model."
     model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
@@ -185,7 +187,8 @@ def save_hf_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, o
     try:
         model.to(getattr(torch, dtype)).save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
+        for path in (temporary, *temporary.iterdir()):  # made for this user alone, as temporary and safetensors files are
+            path.chmod(0o755 if path.is_dir() else 0o644)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

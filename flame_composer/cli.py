@@ -39,7 +39,7 @@ def load(cls: type[C], argv: list[str]) -> C:
     sources: list[tuple[str, DictConfig]] = []
     if file is not None:
         sources.append((file, _read_yaml(file)))
-    sources += [("command line", _read_override(argument)) for argument in overrides]
+    sources += [("command line", _read_override(cls, argument)) for argument in overrides]
 
     merged = OmegaConf.structured(cls)
     known = [key for key, _, _, _ in _fields(cls)]
@@ -151,7 +151,11 @@ def _read_yaml(file: str) -> DictConfig:
     return node
 
 
-def _read_override(argument: str) -> DictConfig:
+def _read_override(cls: type, argument: str) -> DictConfig:
+    key, _, text = argument.partition("=")
+    annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
+    if annotation == "str" or (annotation == "str | None" and text != "null"):
+        return OmegaConf.create(_nested(key, text))  # as it stands: as YAML, a prompt like "def f(x):" is a mapping
     try:
         return OmegaConf.from_dotlist([argument])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -191,7 +195,7 @@ def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tu
             yield f"{prefix}{key}", value
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
+def _nested(key: str, value: Any) -> dict[Any, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

@@ -2,11 +2,11 @@
 
 fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
 `import fla` works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding) that meets a
-CPU tensor runs here, in plain PyTorch; CUDA tensors still take fla's own kernels. Configs, parameter names and
-checkpoints are the same on both. fla's softmax attention (flash-attn) has no CPU form here.
+CPU tensor runs here, in plain PyTorch; CUDA tensors still take fla's own kernels. Configs, parameter names
+and checkpoints are the same on both. fla's softmax attention (flash-attn) has no CPU form here.
 
-The functions without an underscore, but for the first two, are operations of fla 0.5.2: the name, arguments and
-results of each are those of the function it stands in for, which fla calls by position.
+The functions without an underscore, but for the first two, are operations of fla 0.5.2: the name, arguments
+and results of each are those of the function it stands in for, which fla calls by position.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from flame_composer import gla
 
 TESTED_FLA = "0.5."
 DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
+_aten: Any = torch.ops.aten
 
 
 def enable() -> None:
@@ -66,7 +67,7 @@ def enable() -> None:
 def install_stub_driver() -> None:
     """Give Triton a driver that can be asked about but not launched on, where no GPU driver is active.
 
-    Triton 3.3 asks the driver for a benchmarker as soon as a kernel is decorated: without one, fla's import dies.
+    Triton 3.3 asks the driver for a benchmarker when a kernel is decorated: without one, fla's import dies.
     """
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
@@ -75,13 +76,13 @@ def install_stub_driver() -> None:
 
     class NoGPU(DriverBase):
         @classmethod
-        def is_active(cls) -> bool:
+        def is_active(cls) -> bool:  # type: ignore[override]
             return True
 
-        def get_current_target(self) -> GPUTarget:
+        def get_current_target(self) -> GPUTarget:  # type: ignore[override]
             return GPUTarget("cpu", 0, 1)
 
-        def get_active_torch_device(self) -> torch.device:
+        def get_active_torch_device(self) -> torch.device:  # type: ignore[override]
             return torch.device("cpu")
 
         def get_benchmarker(self) -> Callable[..., Any]:
@@ -89,8 +90,8 @@ def install_stub_driver() -> None:
 
         def get_current_device(self) -> int:
             raise RuntimeError(
-                "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no CPU form of "
-                "this operation (it covers GLA models; other fla models need a GPU)"
+                "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no CPU form "
+                "of this operation (it covers GLA models; other fla models need a GPU)"
             )
 
     if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):
@@ -210,10 +211,8 @@ def layer_norm_gated_bwd(
     if weight is not None:
         y *= weight
     dgate = y * dy_f
-    if activation == "sigmoid":
-        dg = torch.ops.aten.sigmoid_backward(dgate, g_f.sigmoid())
-    else:
-        dg = torch.ops.aten.silu_backward(dgate, g_f)
+    is_sigmoid = activation == "sigmoid"
+    dg = _aten.sigmoid_backward(dgate, g_f.sigmoid()) if is_sigmoid else _aten.silu_backward(dgate, g_f)
     dx, dw = _rms_norm_backward(_gate(g_f, activation).mul_(dy_f), x_f, weight, rstd)
     if dresidual is not None:
         dx += dresidual
@@ -227,7 +226,7 @@ def sigmoid_fwd(x: Tensor, output_contiguous: bool = False) -> Tensor:
 
 
 def sigmoid_bwd(x: Tensor, dy: Tensor, output_contiguous: bool = False) -> Tensor:
-    return torch.ops.aten.sigmoid_backward(dy, x.sigmoid())
+    return _aten.sigmoid_backward(dy, x.sigmoid())
 
 
 def logsigmoid_fwd(x: Tensor, temperature: float = 1.0, output_contiguous: bool = False) -> Tensor:
@@ -245,7 +244,7 @@ def swish_fwd(x: Tensor, output_contiguous: bool = False) -> Tensor:
 
 
 def swish_bwd(x: Tensor, dy: Tensor, output_contiguous: bool = False) -> Tensor:
-    return torch.ops.aten.silu_backward(dy, x)
+    return _aten.silu_backward(dy, x)
 
 
 def swiglu_fwd(x: Tensor, y: Tensor, output_contiguous: bool = False) -> Tensor:
@@ -258,7 +257,7 @@ def swiglu_fwdbwd(
     """dx, dy of silu(x) * y for the output's gradient g, and the output itself with `use_weight`."""
     silu = F.silu(x)
     output = silu * y if use_weight else None
-    dx, dy = torch.ops.aten.silu_backward(g * y, x), silu.mul_(g)
+    dx, dy = _aten.silu_backward(g * y, x), silu.mul_(g)
     return (dx, dy) if output is None else (dx, dy, output)
 
 
@@ -339,10 +338,11 @@ def _short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Causal depthwise convolution of x `[B, T, D]` with weight `[D, W]`, and the last W inputs `[N, D, W]`."""
+    """Depthwise causal convolution of x `[B, T, D]` with weight `[D, W]`; the last W inputs `[N, D, W]`."""
     D, W = weight.shape
     lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
     pieces = x.float().split(lengths, 1)
+    bias = None if bias is None else bias.float()
     state = x.new_zeros(x.shape[0] * len(lengths), D, W) if initial_state is None else initial_state
     outputs, finals = [], []
     for piece, before in zip(pieces, state.float().split(x.shape[0]), strict=True):
@@ -354,10 +354,10 @@ def _short_conv(
 
 
 def causal_conv1d_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, activation: str | None = None, cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None, chunk_indices: Tensor | None = None, BT: int = 64,
-    layout_fallback: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, activation: str | None = None,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None, BT: int = 64, layout_fallback: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
     if residual is not None:
@@ -368,10 +368,10 @@ def causal_conv1d_fwd(
 def causal_conv1d_bwd(
     x: Tensor, dy: Tensor, dht: Tensor | None, weight: Tensor, bias: Tensor | None = None,
     residual: Tensor | None = None, initial_state: Tensor | None = None, activation: str | None = None,
-    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_indices: Tensor | None = None,
-    BT: int = 64, layout_fallback: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None, BT: int = 64, layout_fallback: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Recomputes the output and lets autograd differentiate it: a short convolution is a small part of a model."""
+    """Recomputes the output and lets autograd differentiate it: a small part of a model's work."""
     x, weight = (t.detach().requires_grad_() for t in (x, weight))
     bias, initial_state = (None if t is None else t.detach().requires_grad_() for t in (bias, initial_state))
     with torch.enable_grad():
@@ -403,7 +403,7 @@ def _fused_recurrent_gla(
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`fused_recurrent_gla`, which fla picks for T <= 64: the recurrence for decoding, chunks for the rest."""
+    """`fused_recurrent_gla`, fla's choice for T <= 64: the recurrence for decoding, chunks for the rest."""
     if gk is None or gv is not None or reverse:
         raise NotImplementedError("on a CPU GLA runs forwards, with gates on the keys only")
     num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

@@ -4,7 +4,7 @@ For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2
 
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
-The chunkwise form splits the sequence into chunks of C tokens. With G the inclusive cumulative sum of g inside
+The chunkwise form cuts the sequence into chunks of C tokens. With G the inclusive cumulative sum of g inside
 a chunk and G_C its last row, a chunk reads the state S that enters it and leaves S':
 
     O  = scale * [ (Q * exp G) S + tril(A) V ]       A_ij = sum_k q_ik k_jk exp(G_ik - G_jk)
@@ -51,9 +51,9 @@ def chunk_gla(
         q, k, g: `[B, T, H, K]`; g holds log gates, <= 0.
         v: `[B, T, H, V]`.
         scale: factor on the scores; `K ** -0.5` when None.
-        initial_state: `[N, H, K, V]`, or `[N, H, V, K]` with `state_v_first`; N is B, or the number of sequences.
+        initial_state: `[N, H, K, V]`, or `[N, H, V, K]` with `state_v_first`, for N sequences.
         output_final_state: also return the state after the last token of each sequence.
-        cu_seqlens: `[N + 1]` offsets of N sequences packed into one row (B must be 1); they do not see each other.
+        cu_seqlens: `[N + 1]` offsets of N sequences packed into one row (B is 1), each on its own.
         cu_seqlens_cpu: a copy that saves fla a device synchronisation; not needed here.
 
     Returns:
@@ -63,12 +63,12 @@ def chunk_gla(
         ValueError: for shapes or offsets that do not fit together.
     """
     _check(q, k, v, g, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is None:
         return _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
     if initial_state is None and not output_final_state:
         # Training: the packed row is cut into chunks where it lies; masks keep the sequences apart.
-        o, _ = _ChunkGLA.apply(q, k, v, g, scale, None, _segments(cu_seqlens, q.shape[1]))
+        o, _ = _chunkwise(q, k, v, g, scale, None, _segments(cu_seqlens, q.shape[1]))
         return o, None
     # A state per sequence (prefill of a batch of prompts): give every sequence its own row.
     rows = _Rows(cu_seqlens)
@@ -90,7 +90,7 @@ def recurrent_gla(
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence, token by token: the form for decoding. Arguments and results as in `chunk_gla`."""
     _check(q, k, v, gk, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is not None:
         rows = _Rows(cu_seqlens)
         q, k, v, gk = map(rows.split, (q, k, v, gk))
@@ -135,7 +135,7 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if initial_state is not None:
         initial_state = _transposed(initial_state, state_v_first)
-    o, state = _ChunkGLA.apply(q, k, v, g, scale, initial_state, None)
+    o, state = _chunkwise(q, k, v, g, scale, initial_state, None)
     return o, _transposed(state, state_v_first) if output_final_state else None
 
 
@@ -168,7 +168,7 @@ def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 class _Masks(NamedTuple):
-    """Who may see whom within a chunk. All but `pairs` are None for one sequence per row."""
+    """Who may see whom within a chunk. All but the first two are None for one sequence per row."""
 
     pairs: Tensor  # [n, C, C] 1 where j <= i, and both are of the same sequence
     hidden: Tensor  # [n, C, C] bool, the opposite
@@ -221,17 +221,17 @@ def _plan(g: Tensor) -> tuple[int, bool]:
     size = CHUNK_SIZE
     while size > MIN_CHUNK_SIZE and size // 2 >= g.shape[1]:
         size //= 2
-    totals = _chunks(g, MIN_CHUNK_SIZE, torch.promote_types(g.dtype, torch.float32)).sum(2)
-    while True:
-        # Pairs of neighbours sum to the totals of chunks twice as long.
-        group = size // MIN_CHUNK_SIZE
-        padded = F.pad(totals, (0, 0, 0, -totals.shape[1] % group))
-        decay = padded.view(padded.shape[0], -1, group, padded.shape[2]).sum(2).amin()
-        if decay > -MAX_DECAY:
-            return size, False
+    totals = _sums(g.to(torch.promote_types(g.dtype, torch.float32)), MIN_CHUNK_SIZE)
+    while _sums(totals, size // MIN_CHUNK_SIZE).amin() <= -MAX_DECAY:
         if size == MIN_CHUNK_SIZE:
             return size, True
         size //= 2
+    return size, False
+
+
+def _sums(g: Tensor, group: int) -> Tensor:
+    """`[B, T, H, K] -> [B, T / group, H, K]`, the sums of neighbours."""
+    return F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % group)).unflatten(1, (-1, group)).sum(2)
 
 
 def _cumulative(g: Tensor, masks: _Masks) -> tuple[Tensor, Tensor]:
@@ -345,12 +345,14 @@ class _ChunkGLA(torch.autograd.Function):
         o = A @ v_c
         o += (q_c * _masked(scores.read, masks.reads)) @ states[:, :-1]
         o *= scale
-        final = states[:, -1].reshape(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        final = states[:, -1].clone()  # a view would keep the states of all chunks in the model's cache
+        final = final.view(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         return _tokens(o, v.shape, v.dtype), final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        do, dfinal = grad_outputs
         q, k, v, g, h0, segments = ctx.saved_tensors
         q_c, k_c, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
         do_c = _chunks(do, ctx.plan[0], q_c.dtype).mul_(ctx.scale)
@@ -399,3 +401,11 @@ class _ChunkGLA(torch.autograd.Function):
             dh0,
             None,
         )
+
+
+def _chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, h0: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output and final state `[B, H, K, V]`; `segments` `[T]` numbers the sequences packed into one row."""
+    result: Any = _ChunkGLA.apply(q, k, v, g, scale, h0, segments)
+    return result

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 from flame_composer import cpu
 from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, InvalidField, ParallelismConfig
+from flame_composer.tokenizer import may_be_hub_id
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
@@ -81,7 +82,7 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
     is_folder = Path(path_or_id).is_dir()
     if is_folder and not (Path(path_or_id) / "config.json").is_file():
         raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
-    if not is_folder and (path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~")) or Path(path_or_id).exists()):
+    if not is_folder and not may_be_hub_id(path_or_id):
         raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
     try:
         with _quiet():

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -249,8 +250,9 @@ class UnitWriter:
 
         plan = dataset.plan
         self.name, self.inputs, self.context_length = name, inputs, plan.context_length
-        self.temporary, self.final = Path(dataset.out, "tmp", name), Path(dataset.out, "units", name)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        # A name of its own: whoever else is at work on this unit must not write into the same folder.
+        self.temporary = Path(dataset.out, "tmp", f"{name}.{uuid.uuid4().hex}")
+        self.final = Path(dataset.out, "units", name)
         dtype = token_dtype(plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
         self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
@@ -292,7 +294,12 @@ class UnitWriter:
                 }
             )
         )
-        os.rename(self.temporary, self.final)
+        try:
+            os.rename(self.temporary, self.final)
+        except OSError:
+            if not self.final.exists():
+                raise
+            shutil.rmtree(self.temporary)  # another process has committed this unit, and the same plan gives the same bytes
         return record
 
 

@@ -43,7 +43,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     from transformers.utils import logging
 
     is_folder = os.path.isdir(path_or_id)
-    if not is_folder and (os.path.exists(path_or_id) or path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~"))):
+    if not is_folder and not may_be_hub_id(path_or_id):
         raise ConfigError(f"tokenizer: {path_or_id}: no such folder; give a Hugging Face tokenizer folder or hub id")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -61,6 +61,15 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
             "convert it to one that has a tokenizer.json"
         )
     return tokenizer
+
+
+def may_be_hub_id(path_or_id: str) -> bool:
+    """Whether a name that is no folder can be meant for the Hugging Face hub, rather than a mistyped path.
+
+    A path is not looked up there: with no network that takes a minute of retries before it says what was clear at once.
+    """
+    first, *rest = path_or_id.split("/")
+    return len(rest) <= 1 and first not in ("", ".", "..", "~") and not (rest and os.path.isdir(first)) and not os.path.exists(path_or_id)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:

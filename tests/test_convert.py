@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 from streaming import StreamingDataset
 
-from flame_composer import config
+from flame_composer.cli import run
+from flame_composer.config import ConvertConfig, TokenizerTrainConfig
 from flame_composer.manifest import check_shards, read_manifest
 from flame_composer.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
@@ -39,9 +40,9 @@ def load_script(name: str) -> ModuleType:
 def run_here(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
     """The script in this process, which has already paid for the imports; returns the exit status."""
     script = load_script(name)
-    classes = {"to_mds": config.ConvertConfig, "train_tokenizer": config.TokenizerTrainConfig}
+    classes = {"to_mds": ConvertConfig, "train_tokenizer": TokenizerTrainConfig}
     monkeypatch.setattr(sys, "argv", [f"convert/{name}.py", *arguments])
-    return config.run(script.main, classes[name])
+    return run(script.main, classes[name])
 
 
 @pytest.fixture

@@ -285,6 +285,34 @@ def test_killed_before_any_file_operation_and_run_again_gives_the_same_bytes(tmp
     assert files_under(out) == expected
 
 
+@pytest.mark.parametrize("how_far", ["one unit", "to the end"])
+def test_two_conversions_at_once_do_no_harm(tmp_path, source, how_far):
+    """The same command given twice: another conversion overtakes while this one is in the middle of its first unit."""
+    (plan,) = plans(source)
+    convert([DatasetWriter(str(tmp_path / "whole"), plan)])
+    dataset = DatasetWriter(str(tmp_path / "out"), plan)
+    other = DatasetWriter(str(tmp_path / "out"), plan)
+    overtaken = False
+
+    def overtake(texts: Sequence[str]):
+        nonlocal overtaken
+        if not overtaken:
+            overtaken = True
+            if how_far == "to the end":
+                convert([other])
+            else:
+                other.begin()
+                convert_unit([other], 0, encode)
+        return encode(texts)
+
+    if how_far == "to the end":
+        with pytest.raises(DataError, match="run the same command again"):
+            convert([dataset], overtake)
+    else:
+        convert([dataset], overtake)
+    assert files_under(tmp_path / "out") == files_under(tmp_path / "whole")
+
+
 def test_a_committed_unit_that_lost_bytes_is_made_again(tmp_path, source):
     (plan,) = plans(source)
     convert([DatasetWriter(str(tmp_path / "whole"), plan)])
