@@ -154,8 +154,9 @@ def _read_yaml(file: str) -> DictConfig:
 def _read_override(cls: type, argument: str) -> DictConfig:
     key, _, text = argument.partition("=")
     annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
-    if annotation == "str" or (annotation == "str | None" and text != "null"):
-        return OmegaConf.create(_nested(key, text))  # as it stands: as YAML, a prompt like "def f(x):" is a mapping
+    plain_list = annotation == "list[str]" and not text.startswith("[")
+    if annotation == "str" or plain_list or (annotation == "str | None" and text != "null"):
+        return OmegaConf.create(_nested(key, text))  # as it stands: to YAML "def f(x):" is a mapping, *.jsonl an alias
     try:
         return OmegaConf.from_dotlist([argument])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
