@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -18,7 +20,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
@@ -54,18 +56,18 @@ def load(cls: type[C], argv: list[str]) -> C:
                 origins.update({f"{key}.{name}": (origin, each) for name, each in value.items()})
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, TypeError) as error:
                 raise ConfigError(f"{origin}: {key}={_show(value)}: {_reason(cls, key, error)}") from None
     place = file or "command line"
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(f"{place}: {key}: must be set ({_doc(cls, key)}); add it to the file or give {key}=...")
     try:
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{place}: {key}: must be set ({_doc(cls, key)}); add it to the file or give {key}=...")
         config: Any = OmegaConf.to_object(merged)
+        resolved_yaml = _without_environment(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ConfigError(f"{origins.get(key, (place, None))[0]}: {key}: {_first_line(error)}") from None
+        raise ConfigError(_unresolved(cls, merged, origins) or f"{place}: {_first_line(error)}") from None
     assert isinstance(config, cls)
-    config.resolved_yaml, config.origins, config.place = _without_environment(merged), origins, place
+    config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
     for prefix, section in _sections(config):
         try:
             getattr(section, "validate", lambda: None)()
@@ -88,7 +90,9 @@ def run(main: Callable[[C], None], cls: type[C]) -> int:
     except (ConfigError, DataError) as error:
         message = _explain(config, error) if config is not None and isinstance(error, InvalidField) else str(error)
         # An error in a loader process arrives with that process's traceback before it.
-        message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        if message.startswith("Caught "):
+            message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        message = " ".join(message.splitlines())
         # Every rank meets the same mistake in the configuration, and one of them says it.
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -133,34 +137,45 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     overrides = argv[1:] if file else argv
     for argument in overrides:
         if "=" not in argument:
-            raise ConfigError(f"command line: {argument}: must be key=value (only the first argument can be a file)")
+            raise ConfigError(f"command line: {argument or repr(argument)}: must be key=value (only the first argument can be a file)")
     return file, overrides
 
 
 def _read_yaml(file: str) -> DictConfig:
-    if not Path(file).is_file():
+    if os.path.isdir(file):
+        raise ConfigError(f"{file}: is a folder; name a YAML file")
+    if not os.path.isfile(file):
         folder = Path(file).parent
         beside = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
         raise ConfigError(f"{file}: no such file{nearest(file, beside)}")
+    not_a_mapping = "must hold keys and values (a YAML mapping)"
     try:
         node = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:  # OmegaConf raises one of its own, without a number, for a file that holds a single value
+        raise ConfigError(f"{file}: {'cannot be read: ' + str(error.strerror) if error.errno else not_a_mapping}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split()).replace(f'in "{os.path.abspath(file)}", ', "at ")
+        raise ConfigError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(node, DictConfig):
-        raise ConfigError(f"{file}: must hold keys and values (a YAML mapping)")
+        raise ConfigError(f"{file}: {not_a_mapping}")
     return node
 
 
 def _read_override(cls: type, argument: str) -> DictConfig:
     key, _, text = argument.partition("=")
     annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
-    plain_list = annotation == "list[str]" and not text.startswith("[")
-    if annotation == "str" or plain_list or (annotation == "str | None" and text != "null"):
-        return OmegaConf.create(_nested(key, text))  # as it stands: to YAML "def f(x):" is a mapping, *.jsonl an alias
+    quoted = text.startswith("[") and text.endswith("]") and bool(set(text) & set("\"'"))
+    plain_list = annotation == "list[str]" and text != "null" and not quoted
     try:
+        # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
+        if plain_list and text.startswith("[") and text.endswith("]"):
+            return OmegaConf.create(_nested(key, _split_list(text[1:-1])))
+        if annotation == "str" or plain_list or (annotation == "str | None" and text != "null"):
+            return OmegaConf.create(_nested(key, text))
         return OmegaConf.from_dotlist([argument])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"command line: {argument}: cannot be read: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else " ".join(str(error).split())
+        raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
 
 
 def _dataclass_of(annotation: Any) -> type | None:
@@ -176,8 +191,12 @@ def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str
     names = {f.name for f in dataclasses.fields(cls)}
     for key, value in content.items():
         full = f"{prefix}{key}"
+        if full in known and key not in names:
+            section, _, leaf = full.rpartition(".")
+            raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {section}")
         if key not in names:
-            raise ConfigError(f"{origin}: {full}: unknown key{nearest(full, known) or '; see --help for all keys'}")
+            shown = full or repr(full)
+            raise ConfigError(f"{origin}: {shown}: unknown key{nearest(full, known) or '; see --help for all keys'}")
         section = _dataclass_of(hints[key])
         if section is not None and isinstance(value, dict):
             _check_keys(section, value, origin, known, f"{full}.")
@@ -190,10 +209,14 @@ def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tu
         section = _dataclass_of(hints[key])
         if section is not None and isinstance(value, dict) and value:
             yield from _leaves(section, value, f"{prefix}{key}.")
-        elif get_origin(hints[key]) is list and isinstance(value, str) and "${" not in value:
-            yield f"{prefix}{key}", [part.strip() for part in value.split(",")]
+        elif get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value:
+            yield f"{prefix}{key}", _split_list(value)
         else:
             yield f"{prefix}{key}", value
+
+
+def _split_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _nested(key: str, value: Any) -> dict[Any, Any]:
@@ -217,6 +240,7 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None,
             yield from _fields(section, f"{prefix}{f.name}.")
 
 
+@functools.cache
 def _docs(cls: type) -> dict[str, str]:
     """The string literal under each field, of the class and its bases."""
     docs: dict[str, str] = {}
@@ -243,16 +267,42 @@ def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield prefix, config
 
 
-def _reason(cls: type, key: str, error: OmegaConfBaseException) -> str:
+def _reason(cls: type, key: str, error: Exception | None) -> str:
     annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
     if annotation == "section":
         return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
-    return f"must be {annotation}" if annotation else _first_line(error)
+    if annotation:
+        return f"must be {annotation}"
+    return "is of the wrong type" if error is None else _first_line(error)
 
 
 def _section_keys(cls: type, key: str) -> list[str]:
     prefix = f"{key}."
     return [name for name, _, _, _ in _fields(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
+
+
+def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any]]) -> str | None:
+    """What is wrong with the first key whose interpolation fails; never what an environment variable is set to."""
+    for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):  # the innermost first
+        if "${" not in str(value):
+            continue
+        try:
+            node = OmegaConf.select(merged, key)
+            if OmegaConf.is_config(node):
+                OmegaConf.to_container(node, resolve=True)
+        except OmegaConfBaseException as error:
+            if isinstance(error, InterpolationValidationError):
+                reason = _reason(cls, key, None)
+            elif "GrammarParseError" in str(error):
+                reason = "cannot be resolved"
+            else:
+                reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", _first_line(error)).strip('"')
+            for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
+                reason = reason.replace(os.environ.get(name) or name, name)
+            if reason.startswith("Interpolation key"):
+                reason += "; where '${' is meant as it stands, write '\\${'"
+            return f"{origin}: {key}={_show(value)}: {reason}"
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -267,9 +317,15 @@ def _without_environment(merged: DictConfig) -> str:
     """The configuration as YAML with every interpolation resolved but those of the environment, which may be secret."""
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
+
+    def decode(text: str | None, _parent_: Any) -> Any:
+        return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_)
+
     OmegaConf.register_resolver("oc.env", lambda *names: f"<environment variable {names[0]}>", replace=True)
+    OmegaConf.register_resolver("oc.decode", decode, replace=True)
     try:
         OmegaConf.resolve(untyped)
         return OmegaConf.to_yaml(untyped)
     finally:
         OmegaConf.register_resolver("oc.env", oc.env, replace=True)
+        OmegaConf.register_resolver("oc.decode", oc.decode, replace=True)

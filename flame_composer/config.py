@@ -41,16 +41,28 @@ def require(condition: bool, name: str, rule: str) -> None:
         raise InvalidField(name, rule)
 
 
-_DURATION = re.compile(r"(\d[\d_]*)(ba|tok|sp|ep)")
-_FRACTION = re.compile(r"(0?\.\d+|0|1|1\.0)dur")
+_DURATION = re.compile(r"([0-9](?:_?[0-9]){0,17})(ba|tok|sp|ep)")
+_FRACTION = re.compile(r"(0?\.[0-9]+|0|1|1\.0)dur")
+_BYTES = re.compile(r"[0-9]+b?|[0-9]+(\.[0-9]+)?[kmgtp]b", re.IGNORECASE)
 
 
 def require_duration(value: str, name: str, *, fraction: bool = False, zero: bool = False) -> None:
     """A whole number of ba (batches), tok (tokens), sp (rows) or ep (epochs); with `fraction`, also 0.05dur."""
     allowed = "a whole number followed by ba, tok, sp or ep" + (", or a fraction of the run like 0.05dur" if fraction else "")
-    match = _DURATION.fullmatch(value)
-    require(bool(match) or (fraction and bool(_FRACTION.fullmatch(value))), name, f"must be {allowed}, e.g. 1000ba")
-    require(zero or match is None or int(match[1]) > 0, name, "must be more than 0")
+    match = _DURATION.fullmatch(value) or (_FRACTION.fullmatch(value) if fraction else None)
+    require(bool(match), name, f"must be {allowed}, e.g. 1000ba")
+    assert match is not None
+    require(zero or float(match[1]) > 0, name, "must be more than 0")
+
+
+def require_text(config: object, *names: str) -> None:
+    """An empty path or name is a variable of the shell that was not set; what may be left out is null."""
+    for name in names:
+        require(getattr(config, name) != "", name, "must not be empty")
+
+
+def require_seed(value: int | None, name: str) -> None:
+    require(value is None or 0 <= value < 2**32, name, "must be in [0, 2**32)")
 
 
 class ScriptConfig:
@@ -73,6 +85,7 @@ class ModelConfig:
     def validate(self) -> None:
         require(self.pretrained is not None or "model_type" in self.config, "config.model_type",
                 "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a folder")
+        require_text(self, "pretrained")
 
 
 @dataclass
@@ -103,6 +116,10 @@ class DataConfig:
     def validate(self) -> None:
         require(self.local is not None or self.remote is not None, "local",
                 "must name a dataset folder made by convert/to_mds.py (or set remote)")
+        require_text(self, "local", "remote")
+        require_seed(self.shuffle_seed, "shuffle_seed")
+        require(self.cache_limit is None or bool(_BYTES.fullmatch(self.cache_limit)), "cache_limit",
+                "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb")
         require(self.num_workers >= 0, "num_workers", "must be 0 or more")
         require(self.prefetch_factor >= 1, "prefetch_factor", "must be 1 or more")
         for name in ("shuffle_block_size", "num_canonical_nodes", "predownload"):
@@ -124,6 +141,7 @@ class EvalDataConfig:
     def validate(self) -> None:
         require(self.local is not None or self.remote is not None, "local",
                 "must name a dataset folder made by convert/to_mds.py (or set remote)")
+        require_text(self, "local", "remote")
         require(self.num_workers >= 0, "num_workers", "must be 0 or more")
         require(self.max_rows is None or self.max_rows > 0, "max_rows", "must be a positive number of rows, or null")
 
@@ -142,11 +160,12 @@ class OptimizerConfig:
     """Largest global gradient norm; null for no clipping."""
 
     def validate(self) -> None:
-        require(self.lr > 0, "lr", "must be more than 0")
+        require(0 < self.lr < math.inf, "lr", "must be more than 0, and finite")
         require(all(0 <= beta < 1 for beta in self.betas), "betas", "must both be in [0, 1)")
-        require(self.eps > 0, "eps", "must be more than 0")
-        require(self.weight_decay >= 0, "weight_decay", "must be 0 or more")
-        require(self.grad_clip_norm is None or self.grad_clip_norm > 0, "grad_clip_norm", "must be more than 0, or null")
+        require(0 < self.eps < math.inf, "eps", "must be more than 0, and finite")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite")
+        require(self.grad_clip_norm is None or 0 < self.grad_clip_norm < math.inf, "grad_clip_norm",
+                "must be more than 0 and finite, or null")
 
 
 @dataclass
@@ -253,7 +272,8 @@ class TrainConfig(ScriptConfig):
     def validate(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)), "run_name",
                 "must be letters, digits, '.', '_' and '-' (it names folders)")
-        require(0 <= self.seed < 2**32, "seed", "must be in [0, 2**32)")
+        require_seed(self.seed, "seed")
+        require_text(self, "tokenizer", "save_folder", "log_folder")
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
         require_duration(self.save_interval, "save_interval", fraction=True)
@@ -264,7 +284,11 @@ class TrainConfig(ScriptConfig):
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
                 "save_num_checkpoints_to_keep", "must be more than 0, or -1 for all")
-        devices = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = os.environ.get("WORLD_SIZE", "1")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", world_size):
+            raise ConfigError(f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with composer, "
+                              "or unset it")
+        devices = int(world_size)
         require(self.global_batch_size % (devices * self.microbatch_size) == 0, "global_batch_size",
                 f"must be a multiple of devices x microbatch_size = {devices} x {self.microbatch_size} "
                 f"= {devices * self.microbatch_size}")
@@ -316,6 +340,7 @@ class TokenizerTrainConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
+        require_text(self, "out", "text_column", "eos_token")
         require(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token")
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
@@ -355,6 +380,7 @@ class ConvertConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
+        require_text(self, "out", "val_out", "tokenizer", "text_column")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
         require((self.val_fraction > 0) == (self.val_out is not None), "val_out",
@@ -387,6 +413,7 @@ class EvaluateConfig(ScriptConfig):
     """Attention state starts anew at every document."""
 
     def validate(self) -> None:
+        require_text(self, "model", "tokenizer")
         require(self.batch_size > 0, "batch_size", "must be a positive number of rows")
 
 
@@ -410,8 +437,10 @@ class GenerateConfig(ScriptConfig):
     """Seed of the sampling."""
 
     def validate(self) -> None:
+        require_text(self, "model")
+        require_seed(self.seed, "seed")
         require(self.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
-        require(self.temperature >= 0, "temperature", "must be 0 or more")
+        require(0 <= self.temperature < math.inf, "temperature", "must be 0 or more, and finite")
         require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         require(self.top_k >= 0, "top_k", "must be 0 or more")
 
@@ -426,3 +455,6 @@ class ToHfConfig(ScriptConfig):
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
+
+    def validate(self) -> None:
+        require_text(self, "checkpoint", "out")

@@ -46,6 +46,9 @@ def enable() -> None:
     if os.environ.get(DISPATCH_SWITCH) == "1":
         raise ValueError(f"{DISPATCH_SWITCH}=1 keeps fla from running on a CPU: unset it and start again")
     install_stub_driver()
+    # fla's decorators import torch's compiler, which would start a pool of processes that compile; leave that until
+    # something is compiled.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
     with warnings.catch_warnings():
         # fla says at import that flash-attn is missing; GLA does not use it.
         warnings.filterwarnings("ignore", "Flash Attention is not installed", ImportWarning)

@@ -34,7 +34,7 @@ def build_hf_config(model_config: dict[str, Any], tokenizer: PreTrainedTokenizer
     cpu.enable()
     keys = dict(model_config)
     model_type = keys.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         close = nearest(str(model_type), sorted(CONFIG_MAPPING))
         raise InvalidField("model.config.model_type", f"neither fla nor transformers has such a model{close}")
     config_class = CONFIG_MAPPING[model_type]
@@ -45,19 +45,22 @@ def build_hf_config(model_config: dict[str, Any], tokenizer: PreTrainedTokenizer
         if key not in known:
             close = nearest(key, known).replace("mean ", "mean model.config.")
             raise InvalidField(f"model.config.{key}", f"unknown key of {config_class.__name__}{close}")
-        if not _is_a(value, hints.get(key)):
-            raise InvalidField(f"model.config.{key}", f"must be {_type_name(hints[key])}")
+        hint = hints.get(key) or _type_of_default(parameters.get(key))
+        if not _is_a(value, hint):
+            raise InvalidField(f"model.config.{key}", f"must be {_type_name(hint)}")
     keys.setdefault("vocab_size", len(tokenizer))
     keys.setdefault("bos_token_id", tokenizer.bos_token_id)
     keys.setdefault("eos_token_id", tokenizer.eos_token_id)
     if "max_position_embeddings" in parameters:
         keys.setdefault("max_position_embeddings", context_length)
+    if keys.get("num_hidden_layers", 1) < 1:
+        raise InvalidField("model.config.num_hidden_layers", "must be 1 or more")
     if keys["vocab_size"] < len(tokenizer):
         raise InvalidField("model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens")
     try:
         return config_class(**keys)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.config: {config_class.__name__} refuses it: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever the numbers make that class's own code raise
+        raise ConfigError(f"model.config: {config_class.__name__} refuses it: {_in_one_line(error)}") from None
 
 
 def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
@@ -66,11 +69,15 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     Raises ConfigError if the config's numbers do not make a model (head counts that do not divide, say).
     """
     cpu.enable()
+    heads, kv_heads = (getattr(hf_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if heads and kv_heads and heads % kv_heads:  # not seen by transformers until the first batch
+        raise InvalidField("model.config.num_key_value_heads", f"must divide num_attention_heads={heads}")
     try:
         return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
-    except (ValueError, AssertionError, NotImplementedError, ZeroDivisionError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"model.config: no {hf_config.model_type} model can be built from it: {reason[:300]}") from None
+    except Exception as error:  # whatever the config's values make the model's own code raise
+        raise ConfigError(
+            f"model.config: no {hf_config.model_type} model can be built from it: {_in_one_line(error)}"
+        ) from None
 
 
 def load_pretrained(path_or_id: str) -> PreTrainedModel:
@@ -188,6 +195,18 @@ def _quiet() -> typing.Iterator[None]:
         yield
     finally:
         hf_logging.set_verbosity(level)
+
+
+def _in_one_line(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"unknown value {reason}" if isinstance(error, KeyError) else reason[:300] or type(error).__name__
+
+
+def _type_of_default(parameter: inspect.Parameter | None) -> type | None:
+    """The type a parameter without annotation must have: its default's, but for token ids, which may be null or lists."""
+    if parameter is None or parameter.name.endswith("_token_id") or type(parameter.default) not in (int, float, bool, str):
+        return None
+    return type(parameter.default)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -69,7 +69,8 @@ def may_be_hub_id(path_or_id: str) -> bool:
     A path is not looked up there: with no network that takes a minute of retries before it says what was clear at once.
     """
     first, *rest = path_or_id.split("/")
-    return len(rest) <= 1 and first not in ("", ".", "..", "~") and not (rest and os.path.isdir(first)) and not os.path.exists(path_or_id)
+    is_path = first in ("", ".", "..", "~") or (rest and os.path.isdir(first)) or os.path.exists(path_or_id)
+    return len(rest) <= 1 and not is_path
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:

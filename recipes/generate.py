@@ -19,9 +19,10 @@ def main(config: GenerateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
     torch.manual_seed(config.seed)
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = tokenizer(config.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] == 0:  # nothing to continue: a document starts after the end of the one before it
-        ids = torch.tensor([[tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]], device=device)
+        ids = torch.tensor([[eos if bos is None else bos]], device=device)
     sampling = {"do_sample": False}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
@@ -29,9 +30,8 @@ def main(config: GenerateConfig) -> None:
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(
-            max_new_tokens=config.max_new_tokens, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **sampling,
+            max_new_tokens=config.max_new_tokens, bos_token_id=bos, eos_token_id=eos,
+            pad_token_id=eos if pad is None else pad, **sampling,
         ),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )

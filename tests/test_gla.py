@@ -41,6 +41,15 @@ def load_make_fixtures() -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it does."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def relative_error(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
     a, b = a.detach().double(), b.detach().double()

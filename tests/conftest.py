@@ -1,0 +1,130 @@
+"""Fixtures of several test modules: a tokenizer, small datasets made by the package itself, and one real training run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from flame_composer.corpus import find_files
+from flame_composer.manifest import Manifest
+from flame_composer.shards import DatasetWriter, Plan, convert_unit, plan_units
+from flame_composer.tokenizer import build_encoder, fingerprint
+from tests.data_fixtures import byte_tokenizer, words, write_jsonl
+
+CONTEXT_LENGTH = 32
+GLA = {"model_type": "gla", "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def make_dataset(
+    folder: Path, *, num_documents: int, seed: int = 0, context_length: int = CONTEXT_LENGTH,
+    tokenizer: PreTrainedTokenizerFast | None = None, shard_size: int = 1500,
+) -> Manifest:
+    """A dataset in `folder`/out of documents from one word to several rows long, in shards of about eight rows."""
+    folder.mkdir(parents=True)
+    tokenizer = tokenizer or byte_tokenizer()
+    source = write_jsonl(folder / "text.jsonl", [words(1 + i * 7 % 23, seed * 1000 + i) for i in range(num_documents)])
+    units = plan_units(find_files([str(source)]), 1 << 20)
+    config = {"text_column": "text", "val_fraction": 0.0, "shard_size": shard_size}
+    writer = DatasetWriter(str(folder / "out"), Plan("train", fingerprint(tokenizer), context_length, config, units))
+    writer.begin()
+    for number in range(len(units)):
+        convert_unit([writer], number, build_encoder(tokenizer, add_bos=False, add_eos=True))
+    return writer.publish()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset to read, not to change: StreamingDataset refuses two readers of one folder, so copy it (`copy_of`)."""
+    folder = tmp_path_factory.mktemp("data") / "train"
+    make_dataset(folder, num_documents=60)
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def eval_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "eval"
+    make_dataset(folder, num_documents=10, seed=1)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a folder to a new place, so that the copy can be read by a dataset of its own, or damaged."""
+    count = 0
+
+    def copy(folder: Path) -> Path:
+        nonlocal count
+        count += 1
+        return Path(shutil.copytree(folder, tmp_path / f"copy{count}"))
+
+    return copy
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run of three batches: its folders, its log callback and the model as the run left it."""
+
+    checkpoints: Path
+    log_folder: Path
+    log: Any
+    order: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    batches_per_epoch: int
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_dataset: Path) -> Run:
+    """Three batches of a real Trainer, put together as recipes/train.py does, with a checkpoint after each."""
+    from composer import Trainer
+    from composer.utils import reproducibility
+
+    from flame_composer import callbacks, checkpoint, data, model, optim
+    from flame_composer.config import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
+
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = byte_tokenizer()
+    reproducibility.seed_all(7)
+    made_for: Any = {"tokenizer": tokenizer, "context_length": CONTEXT_LENGTH}
+    train_set = data.open_dataset(shutil.copytree(dataset, folder / "train"), None, **made_for)
+    eval_set = data.open_dataset(shutil.copytree(eval_dataset, folder / "eval"), None, **made_for)
+    loader = data.build_train_loader(train_set, DataConfig(num_workers=0), global_batch_size=4, seed=7)
+    epoch_batches = loader.dataloader.dataset.batches_per_epoch  # pyright: ignore
+    evaluator = data.build_evaluator(eval_set, EvalDataConfig(), batch_size=4, eval_interval=callbacks.every(2, 3))
+    hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
+    (folder / "log").mkdir()
+    log = callbacks.JsonlLog(
+        folder / "log", total_batches=3, batches_per_epoch=epoch_batches, log_batch_hash=True, print_lines=False
+    )
+    order = data.describe_order(train_set, DataConfig(), global_batch_size=4, seed=7)
+    trainer = Trainer(
+        run_name="tiny",
+        seed=7,
+        model=model.CausalLM(hf_model, tokenizer, varlen=True),
+        train_dataloader=loader,
+        eval_dataloader=evaluator,
+        max_duration="3ba",
+        optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=1e-2)),
+        schedulers=optim.build_scheduler(SchedulerConfig(), warmup_batches=1, total_batches=3),
+        callbacks=[
+            callbacks.SameData(order, allow_change=False), callbacks.RandomState(), log,
+            checkpoint.SaveCheckpoints(folder / "checkpoints", interval=1, num_to_keep=-1),
+        ],
+        device="cpu",
+        precision="fp32",
+        device_train_microbatch_size=2,
+        accumulate_train_batch_on_tokens=True,
+        progress_bar=False,
+    )
+    trainer.eval()
+    trainer.fit()
+    weights = {name: parameter.detach().clone() for name, parameter in hf_model.state_dict().items()}
+    trainer.close()
+    return Run(folder / "checkpoints", folder / "log", log, order, weights, epoch_batches)

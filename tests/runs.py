@@ -1,0 +1,159 @@
+"""Real runs of the scripts in processes of their own, on a model and a corpus that take seconds. A pytest plugin."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+# yamls/gla_tiny.yaml made smaller still; an epoch is 15 steps, so 40 steps are two epochs and two thirds.
+TINY = (
+    "max_duration=40ba", "global_batch_size=4", "microbatch_size=2", "context_length=64", "scheduler.warmup=4ba",
+    "save_interval=5ba", "eval_interval=10ba", "eval_data.max_rows=7", "log_batch_hash=true", "train_data.num_workers=0",
+)
+TINY_GLA = (
+    "model.config.vocab_size=300", "model.config.hidden_size=32", "model.config.num_hidden_layers=2", "model.config.num_heads=2",
+)
+# Rows and tokens per second depend on the machine, all else must not.
+TIMINGS = ("throughput",)
+
+
+# A process that has imported what the scripts import, and forks for each of them: the import takes longer than a run.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([
+    f"flame_composer.{name}" for name in ("callbacks", "checkpoint", "data", "evaluate", "model", "optim", "shards")
+])
+
+
+def _run(command: list[str], output: str, env: dict[str, str]) -> None:
+    """In the forked process: what `python command...` does."""
+    os.environ.update(env)
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+    os.chdir(ROOT)
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
+
+
+class Script:
+    """A script that runs in a process of its own."""
+
+    def __init__(self, *command: object, env: dict[str, str] | None = None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.output = str(Path(self.folder.name, "std"))
+        self.process = _FORKS.Process(target=_run, args=(list(map(str, command)), self.output, env or {}))
+        self.process.start()
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        self.process.join(timeout=500)
+        assert self.process.exitcode is not None, self.read("err")
+        with self.folder:
+            return subprocess.CompletedProcess([], self.process.exitcode, self.read("out"), self.read("err"))
+
+    def read(self, name: str) -> str:
+        return Path(f"{self.output}.{name}").read_text()
+
+
+def run_script(*command: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return Script(*command, env=env).wait()
+
+
+def check(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process
+
+
+def last_json(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    return json.loads(check(process).stdout.splitlines()[-1])
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+class Corpus:
+    """A tokenizer and a dataset with its held-out part, made by the convert scripts."""
+
+    def __init__(self, folder: Path):
+        self.text = folder / "corpus.jsonl"
+        self.tokenizer, self.train, self.val = folder / "tokenizer", folder / "train", folder / "val"
+        words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "si") for b in ("t", "man", "ro", "vel", "sh")]
+        choose = random.Random(0)
+        with self.text.open("w") as corpus:
+            for _ in range(116):
+                corpus.write(json.dumps({"text": " ".join(choose.choices(words, k=choose.randint(1, 60)))}) + "\n")
+
+    def convert(self) -> None:
+        source, tokenizer = f"source={self.text}", self.tokenizer
+        check(run_script("convert/train_tokenizer.py", source, f"out={tokenizer}", "vocab_size=300"))
+        check(run_script(
+            "convert/to_mds.py", source, f"tokenizer={tokenizer}", "context_length=64", f"out={self.train}",
+            "val_fraction=0.15", f"val_out={self.val}",
+        ))
+
+    def keys(self, run: Path, *more: str) -> list[str]:
+        """The arguments of recipes/train.py for a run in folder `run`; `more` may begin with a YAML file."""
+        file = (more[0],) if more and more[0].endswith(".yaml") else ("yamls/gla_tiny.yaml", *TINY_GLA)
+        more = more if len(file) > 1 else more[1:]
+        return [
+            *file, *TINY, f"tokenizer={self.tokenizer}", f"train_data.local={self.train}",
+            f"eval_data.local={self.val}", f"run_name={run.name}", f"log_folder={run}", f"save_folder={run / 'checkpoints'}", *more,
+        ]
+
+    def yaml_with(self, model: dict[str, Any]) -> str:
+        """yamls/gla_tiny.yaml with another model."""
+        content = yaml.safe_load((ROOT / "yamls/gla_tiny.yaml").read_text())
+        file = self.text.with_name(f"{model['model_type']}.yaml")
+        file.write_text(yaml.dump({**content, "model": {"config": model}}))
+        return str(file)
+
+    def train_run(self, run: Path, *more: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+        return last_json(run_script("recipes/train.py", *self.keys(run, *more), env=env))
+
+    def killed_run(self, run: Path, *more: str, after_step: int) -> None:
+        """Start a run and kill it with SIGKILL some instant after it has logged `after_step`."""
+        script = Script("recipes/train.py", *self.keys(run, *more))
+        log = run / "train_log.jsonl"
+        while not log.exists() or log.read_text().count("\n") < after_step:
+            assert script.process.is_alive(), script.read("err")
+            time.sleep(0.002)
+        time.sleep(random.Random(after_step).random() * 0.05)
+        script.process.kill()
+        assert script.wait().returncode == -signal.SIGKILL, "it finished before it could be killed"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    made = Corpus(tmp_path_factory.mktemp("corpus"))
+    made.convert()
+    return made
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    summary = corpus.train_run(run, "wandb.project=tests", env={"WANDB_MODE": "offline"})
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run

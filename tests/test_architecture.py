@@ -1,0 +1,164 @@
+"""The rules of the layout, read from the source: who may import whom, what must not exist."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "flame_composer").glob("**/*.py"))
+SCRIPTS = sorted([*(ROOT / "recipes").glob("**/*.py"), *(ROOT / "convert").glob("**/*.py")])
+TREES = {path: ast.parse(path.read_text()) for path in LIBRARY + SCRIPTS}
+SIBLINGS = {path.stem for path in LIBRARY}
+WITHOUT_SIBLINGS = ("config", "packing", "gla")
+FORBIDDEN_NAMES = {"utils", "util", "common", "builders", "helpers", "misc", "registry"}
+MAX_SCRIPT_LINES = 100
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full dotted names of all that a file imports, wherever in it."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(TREES[path]) if isinstance(node, ast.Call))
+
+
+def test_there_is_something_to_read():
+    assert {"config", "cli", "data", "model", "gla"} <= SIBLINGS
+    assert {"train", "evaluate", "generate", "to_mds", "to_hf", "train_tokenizer"} <= {path.stem for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
+def test_imports_point_one_way(path):
+    tops = {name.partition(".")[0] for name in imports(path)}
+    assert not tops & {"recipes", "convert", "tests"}, "scripts are leaves, and nothing needs the tests"
+    scripts = {script.stem for script in SCRIPTS} - {"evaluate"}
+    assert not tops & (scripts | {"evaluate"}), "no script imports another as a top-level module"
+    if path in LIBRARY and path.stem in WITHOUT_SIBLINGS:
+        assert "flame_composer" not in tops
+
+
+def test_the_library_has_no_import_cycles():
+    graph = {
+        path.stem: {name.split(".")[1] for name in imports(path) if name.startswith("flame_composer.")} for path in LIBRARY
+    }
+    done: set[str] = set()
+    while ready := {module for module, needed in graph.items() if module not in done and needed <= done}:
+        done |= ready
+    assert done == set(graph)
+
+
+def test_no_module_without_an_owner():
+    modules = {path.stem for path in LIBRARY + SCRIPTS} | {path.parent.name for path in LIBRARY + SCRIPTS}
+    assert not modules & FORBIDDEN_NAMES
+
+
+def test_init_files_export_nothing():
+    for path in LIBRARY:
+        if path.name == "__init__.py":
+            assert all(is_docstring(node) for node in TREES[path].body), name_of(path)
+
+
+def is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+DEFINITIONS = (
+    ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_nothing_runs_at_import_time(path):
+    for node in TREES[path].body:
+        assert isinstance(node, DEFINITIONS) or is_docstring(node) or is_type_checking(node), f"line {node.lineno}"
+
+
+def ends_as_a_script(tree: ast.Module) -> bool:
+    """Whether the last statement is `if __name__ == "__main__": sys.exit(...)`, and the only one of that kind."""
+    last = tree.body[-1]
+    return (
+        isinstance(last, ast.If)
+        and ast.unparse(last.test) == "__name__ == '__main__'"
+        and not last.orelse
+        and len(last.body) == 1
+        and isinstance(last.body[0], ast.Expr)
+        and isinstance(last.body[0].value, ast.Call)
+        and ast.unparse(last.body[0].value.func) == "sys.exit"
+        and len(last.body[0].value.args) == 1
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_scripts(path):
+    assert len(path.read_text().splitlines()) <= MAX_SCRIPT_LINES
+    assert ast.get_docstring(TREES[path])
+    assert ends_as_a_script(TREES[path])
+    for node in TREES[path].body[:-1]:
+        assert isinstance(node, DEFINITIONS) or is_docstring(node), f"line {node.lineno} runs when the script is imported"
+
+
+@pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
+def test_no_bare_except(path):
+    bare = [node.lineno for node in ast.walk(TREES[path]) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    assert bare == []
+
+
+@pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
+def test_no_code_of_others_is_run(path):
+    for call in calls(path):
+        for keyword in call.keywords:
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else "not a constant"
+            if keyword.arg == "trust_remote_code":
+                assert value is False, f"line {call.lineno}"
+            if keyword.arg == "weights_only":
+                assert value is True, f"line {call.lineno}"
+        function = ast.unparse(call.func)
+        if function in ("torch.load", "load_checkpoint"):
+            assert any(keyword.arg == "weights_only" for keyword in call.keywords), f"line {call.lineno}"
+        assert function not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), f"line {call.lineno}"
+
+
+@pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
+def test_configurations_are_read_by_attribute(path):
+    """`cfg.get(key, default)` hides a typo and a second default."""
+    for call in calls(path):
+        function = ast.unparse(call.func)
+        assert not (function.endswith(".get") and function.split(".")[-2] in ("cfg", "config", "conf")), f"line {call.lineno}"
+        if function == "getattr" and ast.unparse(call.args[0]) in ("cfg", "config"):
+            # cli.py and config.py look fields up by the names that dataclasses.fields gives or that are written out there.
+            assert path.stem in ("cli", "config", "to_mds", "train_tokenizer"), f"line {call.lineno}"
+            assert len(call.args) == 2, f"line {call.lineno}: no default"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_no_dead_ends(path):
+    """No base class of our own with a single child."""
+    classes = {node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    children: dict[str, int] = {}
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for base in node.bases:
+                    children[ast.unparse(base)] = children.get(ast.unparse(base), 0) + 1
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ClassDef) and node.name in classes & children.keys():
+            is_error = any("Error" in ast.unparse(base) for base in node.bases)
+            assert is_error or children[node.name] > 1, node.name

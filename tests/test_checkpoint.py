@@ -1,0 +1,3 @@
+def test_x(trained):
+    import json
+    print((trained.log_folder/"train_log.jsonl").read_text(), sorted(trained.checkpoints.iterdir()))

@@ -1,0 +1,593 @@
+"""Arguments to configuration: precedence, and one line for every mistake, with where it is and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flame_composer import cli
+from flame_composer.cli import _fields, help_text, load, nearest, run
+from flame_composer.config import (
+    ConfigError,
+    ConvertConfig,
+    DataError,
+    EvaluateConfig,
+    GenerateConfig,
+    InvalidField,
+    ScriptConfig,
+    ToHfConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+)
+
+SCRIPTS: list[type[ScriptConfig]] = [
+    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig,
+]  # fmt: skip
+BASE = """
+run_name: base
+max_duration: 10ba
+global_batch_size: 8
+microbatch_size: 8
+tokenizer: tok
+model:
+  config: {model_type: gla, hidden_size: 64}
+train_data: {local: data}
+"""
+OPTIMIZER_KEYS = "optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.grad_clip_norm"
+MODEL_KEYS = "model.config, model.pretrained"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder, with base.yaml in it."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path
+
+
+def train(*arguments: str) -> TrainConfig:
+    return load(TrainConfig, ["base.yaml", *arguments])
+
+
+def train_yaml(text: str | bytes, *arguments: str) -> TrainConfig:
+    """base.yaml with `text` after it, or instead of it if that is no mapping."""
+    content = text if isinstance(text, bytes) else (BASE + text).encode()
+    Path("x.yaml").write_bytes(content)
+    return load(TrainConfig, ["x.yaml", *arguments])
+
+
+def message_of(call: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_defaults_then_yaml_then_arguments():
+    config = train_yaml("optimizer: {lr: 1e-3, eps: 1.0e-9}\nseed: 1\n", "optimizer.lr=0.5", "seed=2", "seed=3")
+    assert config.optimizer.lr == 0.5, "an argument beats the file"
+    assert config.optimizer.eps == 1e-9, "the file beats the default, beside a key that an argument sets"
+    assert config.optimizer.weight_decay == 0.01
+    assert config.seed == 3, "the last argument counts"
+    assert config.model.config == {"model_type": "gla", "hidden_size": 64}
+    assert config.origins["seed"] == ("command line", 3)
+    assert config.origins["optimizer.eps"] == ("x.yaml", 1e-9)
+
+
+def test_types_come_out_as_declared():
+    config = train("optimizer.lr=1", "optimizer.betas=[0.8,0.9]", "varlen=no", "eval_batch_size=4", "save_folder=null")
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (1.0, float)
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.varlen is False
+    assert config.eval_batch_size == 4
+    assert config.save_folder is None
+    assert train("optimizer.betas=0.8,0.9").optimizer.betas == (0.8, 0.9)
+    assert train("optimizer.grad_clip_norm=null").optimizer.grad_clip_norm is None
+
+
+def test_nested_keys_of_the_model():
+    config = train("model.config.num_heads=2", "model.config.attn={layers: [0, 1], num_heads: 4}", "model.config.attn.window=8")
+    assert config.model.config == {
+        "model_type": "gla", "hidden_size": 64, "num_heads": 2, "attn": {"layers": [0, 1], "num_heads": 4, "window": 8},
+    }  # fmt: skip
+    assert config.origins["model.config.num_heads"] == ("command line", 2)
+    assert config.origins["model.config.hidden_size"] == ("base.yaml", 64)
+
+
+def test_sections_that_are_off_unless_set():
+    config = train()
+    assert (config.eval_data, config.wandb, config.parallelism.fsdp) == (None, None, None)
+    config = train("eval_data.local=val", "wandb.project=p", "parallelism.fsdp={}")
+    assert (config.eval_data.local, config.eval_data.num_workers) == ("val", 0)
+    assert config.wandb.project == "p"
+    assert config.parallelism.fsdp.sharding_strategy == "FULL_SHARD"
+    assert train_yaml("wandb: {project: p}\n", "wandb=null").wandb is None
+    assert message_of(lambda: train("wandb.group=g")) == (
+        "base.yaml: wandb.project: must be set (Weights & Biases project; the run's name and id are run_name); add it to "
+        "the file or give wandb.project=..."
+    )
+
+
+SOURCES = {
+    "a": ["a"], "a,b": ["a", "b"], " a , b ": ["a", "b"], "a,,b,": ["a", "b"], "[a,b]": ["a", "b"], "*.jsonl": ["*.jsonl"],
+    "[*.jsonl,x/**/*.txt]": ["*.jsonl", "x/**/*.txt"], "[ab]*.txt": ["[ab]*.txt"], "a: b": ["a: b"], "-": ["-"],
+    "['a,b',c]": ["a,b", "c"], '["a"]': ["a"], "3": ["3"], "[3,0x1]": ["3", "0x1"], "true": ["true"], "#x": ["#x"],
+    "data/{a}.txt": ["data/{a}.txt"], "ünï.txt": ["ünï.txt"], "s3://b/c": ["s3://b/c"], "a=b": ["a=b"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SOURCES)
+def test_lists(text):
+    assert load(TokenizerTrainConfig, [f"source={text}", "out=o"]).source == SOURCES[text]
+
+
+def test_lists_in_yaml():
+    Path("x.yaml").write_text("source: [a, 'b,c']\nsuffixes: .py,.md\nout: o\n")
+    config = load(TokenizerTrainConfig, ["x.yaml"])
+    assert (config.source, config.suffixes) == (["a", "b,c"], [".py", ".md"])
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "$" not in text and text != "???"))
+@example("def f(x):")
+@example("*.jsonl")
+@example("null")
+@example("{a: 1}")
+@example("[1, 2]")
+@example("0x10")
+@example("yes")
+@example(" spaces ")
+@example("a=b")
+@example("# no comment")
+@example("two\nlines")
+@example("'")
+@settings(deadline=None)
+def test_strings_are_taken_as_they_stand(text):
+    assert load(GenerateConfig, ["model=m", f"prompt={text}"]).prompt == text
+
+
+def test_null_is_null_only_where_a_value_may_be_missing():
+    assert train("save_folder=null").save_folder is None
+    assert train("train_data.remote=null").train_data.remote is None
+    assert train("tokenizer=null").tokenizer == "null", "a name, as it stands"
+    assert load(GenerateConfig, ["model=m", "prompt=null"]).prompt == "null"
+
+
+def test_a_dollar_sign_can_be_escaped():
+    assert load(GenerateConfig, ["model=m", r"prompt=echo \${HOME} $HOME $(x)"]).prompt == "echo ${HOME} $HOME $(x)"
+    assert message_of(lambda: load(GenerateConfig, ["model=m", "prompt=${HOME}"])) == (
+        "command line: prompt=${HOME}: Interpolation key 'HOME' not found; where '${' is meant as it stands, write '\\${'"
+    )
+
+
+COMMAND_LINE = {
+    # Unknown keys, with the nearest.
+    "optimizer.weight_dcay=0.1": "optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?",
+    "lr=1": "lr: unknown key; did you mean optimizer.lr?",
+    "sed=1": "sed: unknown key; did you mean seed?",
+    "séed=1": "séed: unknown key; did you mean seed?",
+    "weight_decay=1": "weight_decay: unknown key; did you mean optimizer.weight_decay?",
+    "optimiser.lr=1": "optimiser: unknown key; did you mean optimizer?",
+    "train_data.locale=x": "train_data.locale: unknown key; did you mean train_data.local?",
+    "parallelism.fsdp.shard_strategy=x":
+        "parallelism.fsdp.shard_strategy: unknown key; did you mean parallelism.fsdp.sharding_strategy?",
+    "wandb.projct=p": "wandb.projct: unknown key; did you mean wandb.project?",
+    "zzz=1": "zzz: unknown key; see --help for all keys",
+    "a.b.c=1": "a: unknown key; see --help for all keys",
+    "resolved_yaml=x": "resolved_yaml: unknown key; see --help for all keys",
+    "--seed=1": "--seed: unknown key; did you mean seed?",
+    "optimizer.lr =1": "optimizer.lr : unknown key; did you mean optimizer.lr?",
+    "optimizer.=1": "optimizer.: unknown key; did you mean optimizer?",
+    ".lr=1": "'': unknown key; see --help for all keys",
+    "=3": "'': unknown key; see --help for all keys",
+    "=": "'': unknown key; see --help for all keys",
+    # No key=value.
+    "": "'': must be key=value (only the first argument can be a file)",
+    "seed": "seed: must be key=value (only the first argument can be a file)",
+    "seed:1": "seed:1: must be key=value (only the first argument can be a file)",
+    "--seed": "--seed: must be key=value (only the first argument can be a file)",
+    # Wrong types.
+    "seed=x": "seed=x: must be int",
+    "seed=1.5": "seed=1.5: must be int",
+    "seed=1e3": "seed=1000.0: must be int",
+    "seed=true": "seed=true: must be int",
+    "seed=": "seed=null: must be int",
+    "seed=null": "seed=null: must be int",
+    "seed=[1]": "seed=[1]: must be int",
+    "seed={}": "seed={}: must be int",
+    "seed.x=1": "seed={'x': 1}: must be int",
+    "seed=2024-01-01": "seed=2024-01-01: must be int",
+    "varlen=maybe": "varlen=maybe: must be bool",
+    "optimizer.lr=high": "optimizer.lr=high: must be float",
+    "optimizer.lr==1": "optimizer.lr==1: must be float",
+    "optimizer.lr.x=1": "optimizer.lr={'x': 1}: must be float",
+    "optimizer.betas=0.9": "optimizer.betas=0.9: must be tuple[float, float]",
+    "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be tuple[float, float]",
+    "optimizer.betas=[1,2,3]": "optimizer.betas=[1, 2, 3]: must be tuple[float, float]",
+    "optimizer.betas.0=0.9": "optimizer.betas={'0': 0.9}: must be tuple[float, float]",
+    "optimizer.betas[0]=0.9": "optimizer.betas={'0': 0.9}: must be tuple[float, float]",
+    "wandb.tags=null": "wandb.tags=null: must be list[str]",
+    "precision=bf16": "precision=bf16: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
+    "precision=FP32": "precision=FP32: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
+    "scheduler.name=cosin": "scheduler.name=cosin: must be one of ['cosine', 'linear', 'constant']",
+    # A value where a section is, and the reverse.
+    "model=x": f"model=x: must hold keys and values; its keys are {MODEL_KEYS}",
+    "model=3": f"model=3: must hold keys and values; its keys are {MODEL_KEYS}",
+    "model=[1]": f"model=[1]: must hold keys and values; its keys are {MODEL_KEYS}",
+    "model.config=3": "model.config=3: must be dict[str, Any]",
+    "model.config=[1]": "model.config=[1]: must be dict[str, Any]",
+    "model.config=null": "model.config=null: must be dict[str, Any]",
+    "model.config={1: 2}": "model.config={1: 2}: must be dict[str, Any]",
+    "optimizer=": f"optimizer=null: must hold keys and values; its keys are {OPTIMIZER_KEYS}",
+    "optimizer=null": f"optimizer=null: must hold keys and values; its keys are {OPTIMIZER_KEYS}",
+    # Values that break a rule: where it was set, even if the rule is about something else.
+    "train_data.local=": "train_data.local=: must not be empty",
+    "run_name=": "run_name=: must be letters, digits, '.', '_' and '-' (it names folders)",
+    "seed=-1": "seed=-1: must be in [0, 2**32)",
+    "optimizer.lr=nan": "optimizer.lr=nan: must be more than 0, and finite",
+    "optimizer.lr=inf": "optimizer.lr=inf: must be more than 0, and finite",
+    "optimizer.lr=1e400": "optimizer.lr=inf: must be more than 0, and finite",
+    "global_batch_size=0": "global_batch_size=0: must be a positive number of rows",
+    "scheduler.warmup=11ba": "scheduler.warmup=11ba: must not be longer than the run: 11 batches of 10 (max_duration=10ba)",
+    # Interpolations that lead nowhere.
+    "log_folder=${foo}":
+        "log_folder=${foo}: Interpolation key 'foo' not found; where '${' is meant as it stands, write '\\${'",
+    "run_name=${run_name}": "run_name=${run_name}: Recursive interpolation detected",
+    "log_folder=${": "log_folder=${: cannot be read: no viable alternative at input '${'",
+    "log_folder=${oc.env:FLAME_NOT_SET}": "log_folder=${oc.env:FLAME_NOT_SET}: Environment variable 'FLAME_NOT_SET' not found",
+    "model.config.a={b: '${oc.env:FLAME_NOT_SET}'}":
+        "model.config.a={'b': '${oc.env:FLAME_NOT_SET}'}: Environment variable 'FLAME_NOT_SET' not found",
+    "log_folder=${nosuch:1}": "log_folder=${nosuch:1}: Unsupported interpolation type nosuch",
+    "log_folder=${optimizer}": "log_folder=${optimizer}: must be str",
+    "seed=${run_name}": "seed=${run_name}: must be int",
+    "optimizer.betas=${seed}": "optimizer.betas=${seed}: must be tuple[float, float]",
+    "optimizer=${scheduler}": f"optimizer=${{scheduler}}: must hold keys and values; its keys are {OPTIMIZER_KEYS}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", COMMAND_LINE)
+def test_mistakes_on_the_command_line(argument):
+    assert message_of(lambda: train(argument)) == f"command line: {COMMAND_LINE[argument]}"
+
+
+NOT_YAML = "x.yaml: not valid YAML: "
+IN_YAML = {
+    "optimizer: {weight_dcay: 1}": "x.yaml: optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?",
+    "lr: 1": "x.yaml: lr: unknown key; did you mean optimizer.lr?",
+    "model_config: 1": "x.yaml: model_config: unknown key; did you mean model.config?",
+    "3: 4": "x.yaml: 3: unknown key; see --help for all keys",
+    "true: 4": "x.yaml: True: unknown key; see --help for all keys",
+    "x: &x {lr: 1}\noptimizer: *x": "x.yaml: x: unknown key; see --help for all keys",
+    "optimizer: &o {lr: 1}\nscheduler: *o": "x.yaml: scheduler.lr: unknown key; did you mean optimizer.lr?",
+    "optimizer.lr: 1": "x.yaml: optimizer.lr: unknown key; in a file write lr on a line of its own under optimizer",
+    "optimizer: 3": f"x.yaml: optimizer=3: must hold keys and values; its keys are {OPTIMIZER_KEYS}",
+    "optimizer:": f"x.yaml: optimizer=null: must hold keys and values; its keys are {OPTIMIZER_KEYS}",
+    "optimizer: {lr: fast}": "x.yaml: optimizer.lr=fast: must be float",
+    "precision: bf16": "x.yaml: precision=bf16: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
+    "optimizer: {lr: -1}": "x.yaml: optimizer.lr=-1: must be more than 0, and finite",
+    "seed: ${nowhere}":
+        "x.yaml: seed=${nowhere}: Interpolation key 'nowhere' not found; where '${' is meant as it stands, write '\\${'",
+    "seed: ${oc.env:FLAME_NOT_SET}": "x.yaml: seed=${oc.env:FLAME_NOT_SET}: Environment variable 'FLAME_NOT_SET' not found",
+    "seed: ${": f"{NOT_YAML}no viable alternative at input '${{' full_key: seed object_type=dict",
+    "run_name: twice": f"{NOT_YAML}while constructing a mapping at line 2, column 1 found duplicate key run_name at line",
+    "optimizer: {lr: 1, lr: 2}": f"{NOT_YAML}while constructing a mapping at",
+    "optimizer:\n\tlr: 1": f"{NOT_YAML}while scanning for the next token found character that cannot start any token at",
+    "a: b: c": f"{NOT_YAML}mapping values are not allowed in this context at",
+    "seed: *a": f"{NOT_YAML}found undefined alias at",
+    "seed: &a [*a]": f"{NOT_YAML}YAML recursive aliases are not supported. at",
+    "seed: [1": f"{NOT_YAML}while parsing a flow sequence at",
+    f"seed: {'[' * 3000}{']' * 3000}": f"{NOT_YAML}maximum recursion depth exceeded",
+    f"seed: {'9' * 5000}": f"{NOT_YAML}Exceeds the limit (4300 digits) for integer string conversion",
+    "seed: 1\x00": f"{NOT_YAML}unacceptable character #x0000: control characters are not allowed",
+    "? {a: 1}\n: 3": f"{NOT_YAML}while constructing a mapping at",
+    "seed: !!python/object/apply:os._exit [7]": f"{NOT_YAML}could not determine a constructor for the tag",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", IN_YAML, ids=lambda text: repr(text[:40]))
+def test_mistakes_in_a_file(text):
+    message = message_of(lambda: train_yaml(text))
+    assert message.startswith(IN_YAML[text])
+    assert message == IN_YAML[text] or text not in COMMAND_LINE, "no more than that"
+    assert "\n" not in message
+
+
+NO_MAPPING = "x.yaml: must hold keys and values (a YAML mapping)"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", NO_MAPPING),
+        (b"[]", NO_MAPPING),
+        (b"3", NO_MAPPING),
+        (b"abc", "x.yaml: abc: unknown key; see --help for all keys"),
+        (b"\xff\xfe\x00", "x.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        *(
+            (empty, "x.yaml: global_batch_size: must be set (Rows per optimizer step over all devices); add it to the file "
+             "or give global_batch_size=...")
+            for empty in (b"", b"\n", b"# all of it\n", b"---\n", b"null\n")
+        ),
+        (b"---\nseed: 1\n---\nseed: 2\n", "x.yaml: not valid YAML: expected a single document in the stream at "
+         "line 2, column 1 but found another document at line 3, column 1"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_something_else(content, message):
+    assert message_of(lambda: train_yaml(content)) == message
+
+
+def test_a_byte_order_mark_does_no_harm():
+    assert train_yaml(("\ufeff" + BASE + "seed: 5").encode()).seed == 5
+
+
+def test_files_that_are_not_there(folder):
+    (folder / "sub").mkdir()
+    for file, message in {
+        "bas.yaml": "bas.yaml: no such file; did you mean base.yaml?",
+        "nowhere/base.yaml": "nowhere/base.yaml: no such file",
+        "base.yml": "base.yml: no such file; did you mean base.yaml?",
+        "sub": "sub: is a folder; name a YAML file",
+        "x" * 5000: f"{'x' * 5000}: no such file",
+        "a\0b": "a\0b: no such file",
+        "--config": "command line: --config: unknown option; arguments are [file.yaml] [key=value ...], see --help",
+    }.items():
+        assert message_of(lambda file=file: load(TrainConfig, [file])) == message
+    assert message_of(lambda: load(TrainConfig, ["base.yaml", "base.yaml"])) == (
+        "command line: base.yaml: must be key=value (only the first argument can be a file)"
+    )
+
+
+@pytest.mark.parametrize(("cls", "key"), [
+    (TokenizerTrainConfig, "out"), (ConvertConfig, "out"), (EvaluateConfig, "model"), (GenerateConfig, "model"),
+    (ToHfConfig, "checkpoint"), (TrainConfig, "global_batch_size"),
+])  # fmt: skip
+def test_what_must_be_set_is_named_with_the_remedy(cls, key):
+    doc = next(doc for name, _, _, doc in _fields(cls) if name == key).rstrip(".")
+    assert message_of(lambda: load(cls, [])) == f"command line: {key}: must be set ({doc}); add it to the file or give {key}=..."
+
+
+KEYS = [key for key, annotation, _, _ in _fields(TrainConfig)]
+
+
+@given(key=st.sampled_from(KEYS), data=st.data())
+def test_one_wrong_letter_finds_the_key(key, data):
+    """Whatever letter of a key is left out, a key of that section or of that name is offered."""
+    leaf = key.rpartition(".")[2]
+    cut = data.draw(st.integers(len(key) - len(leaf), len(key) - 1))
+    typo = key[:cut] + key[cut + 1:]
+    if len(leaf) < 5 or typo in KEYS:
+        return
+    offered = re.fullmatch(r"; did you mean (.+)\?", nearest(typo, KEYS))
+    assert offered is not None
+    assert offered[1] in KEYS
+    assert offered[1].rpartition(".")[2][0:1] or key.startswith(offered[1])
+
+
+ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+VALUES = ANY | st.sampled_from(["null", "nan", "inf", "-1", "1e999", "[]", "{}", "[", "{", "'", "${", "${seed}", "&a", "*a", "!!x"])
+
+
+@given(key=st.sampled_from(KEYS) | ANY, suffix=st.sampled_from(["", ".x", "[0]", "..", " "]), value=VALUES)
+@settings(max_examples=150, deadline=None)
+def test_no_argument_gives_a_traceback(key, suffix, value):
+    """Any key=value is either taken or refused with a ConfigError."""
+    try:
+        config = load(TrainConfig, ["base.yaml", f"{key}{suffix}={value}"])
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert isinstance(config, TrainConfig)
+
+
+@given(content=st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats() | ANY,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY | st.integers(), inner, max_size=3), max_leaves=6,
+), key=st.sampled_from([key for key in KEYS if "." not in key]))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_no_file_gives_a_traceback(content, key):
+    Path("any.yaml").write_text(yaml.safe_dump(yaml.safe_load(BASE) | {key: content}, allow_unicode=True), encoding="utf-8")
+    try:
+        config = load(TrainConfig, ["any.yaml"])
+    except ConfigError as error:
+        assert str(error).startswith("any.yaml: ")
+    else:
+        assert isinstance(config, TrainConfig)
+
+
+# Interpolation and the environment
+
+SECRET = "hunter2-secret"
+
+
+def test_interpolation_of_other_keys():
+    config = train()
+    assert (config.save_folder, config.log_folder) == ("runs/base/checkpoints", "runs/base")
+    config = train("run_name=other", "log_folder=/logs/${run_name}/${seed}", "model.config.hidden_size=${context_length}")
+    assert config.save_folder == "runs/other/checkpoints"
+    assert config.log_folder == "/logs/other/42"
+    assert config.model.config["hidden_size"] == 2048
+    resolved = yaml.safe_load(config.resolved_yaml)
+    assert resolved["log_folder"] == "/logs/other/42"
+    assert resolved["model"]["config"]["hidden_size"] == 2048
+
+
+def test_environment_variables_work_and_are_nowhere_kept(monkeypatch):
+    monkeypatch.setenv("FLAME_SECRET", SECRET)
+    monkeypatch.setenv("FLAME_NUMBER", "77123")
+    config = train_yaml(
+        "log_folder: ${oc.env:FLAME_SECRET}\n"
+        "save_folder: ${log_folder}/${run_name}/again/${log_folder}\n"
+        "eval_data: {local: 'before ${oc.env:FLAME_SECRET} after', remote: '${oc.select:log_folder}'}\n"
+        "seed: ${oc.env:FLAME_NUMBER}\n"
+        "wandb: {project: '${oc.env:FLAME_UNSET,fallback}', tags: ['${oc.env:FLAME_SECRET}', plain]}\n",
+        "model.config.x=${oc.env:FLAME_SECRET}", "model.config.y={deep: ['${oc.env:FLAME_SECRET}']}",
+        "model.config.z=${oc.decode:${oc.env:FLAME_NUMBER}}", "model.config.v=${model.config.z}",
+    )  # fmt: skip
+    assert config.log_folder == SECRET
+    assert config.save_folder == f"{SECRET}/base/again/{SECRET}"
+    assert config.eval_data is not None
+    assert (config.eval_data.local, config.eval_data.remote) == (f"before {SECRET} after", SECRET)
+    assert config.seed == 77123
+    assert config.wandb is not None
+    assert (config.wandb.project, config.wandb.tags) == ("fallback", [SECRET, "plain"])
+    assert config.model.config["x"] == SECRET
+    assert config.model.config["y"] == {"deep": [SECRET]}
+    assert (config.model.config["z"], config.model.config["v"]) == (77123, 77123)
+
+    for kept in (config.resolved_yaml, str(config.origins)):
+        assert SECRET not in kept
+        assert "77123" not in kept
+    resolved = yaml.safe_load(config.resolved_yaml)
+    assert resolved["log_folder"] == "<environment variable FLAME_SECRET>"
+    assert resolved["save_folder"] == "{0}/base/again/{0}".format("<environment variable FLAME_SECRET>")
+    assert resolved["seed"] == "<environment variable FLAME_NUMBER>"
+    assert resolved["run_name"] == "base"
+    assert train("log_folder=${oc.env:FLAME_SECRET}").log_folder == SECRET, "the resolvers are as they were"
+    assert train("log_folder=${oc.decode:${oc.env:FLAME_NUMBER}}").log_folder == "77123"
+
+
+@pytest.mark.parametrize("argument", [
+    "seed=${oc.env:FLAME_SECRET}", "optimizer.lr=${oc.env:FLAME_SECRET}", "precision=${oc.env:FLAME_SECRET}",
+    "model=${oc.env:FLAME_SECRET}", "max_duration=${oc.env:FLAME_SECRET}", "run_name=${oc.env:FLAME_SECRET}/",
+    "log_folder=${${oc.env:FLAME_SECRET}}", "log_folder=${oc.env:${oc.env:FLAME_SECRET}}",
+    "seed=${oc.decode:${oc.env:FLAME_SECRET}}", "seed=${oc.decode:'[${oc.env:FLAME_SECRET}'}",
+    "optimizer.betas=[${oc.env:FLAME_SECRET},1]", "train_data.cache_limit=${oc.env:FLAME_SECRET}",
+])  # fmt: skip
+def test_a_refused_environment_variable_is_not_shown(monkeypatch, argument):
+    monkeypatch.setenv("FLAME_SECRET", SECRET)
+    message = message_of(lambda: train(argument))
+    assert message.startswith("command line: " + argument.partition("=")[0])
+    assert "hunter2" not in message
+
+
+def test_resolved_yaml_is_the_configuration():
+    config = train("optimizer.lr=0.5", "eval_data.local=v")
+    Path("again.yaml").write_text(config.resolved_yaml)
+    again = load(TrainConfig, ["again.yaml"])
+    assert again == config
+    assert again.resolved_yaml == config.resolved_yaml
+
+
+# Help
+
+
+@pytest.mark.parametrize("cls", SCRIPTS, ids=lambda cls: cls.__name__)
+def test_help_lists_every_key_with_type_default_and_doc(cls):
+    text = help_text(cls, "script.py")
+    assert text.startswith(f"usage: script.py [file.yaml] [key=value ...]\n\n{cls.__doc__}\n")
+    flat = " ".join(text.split())
+    for key, annotation, default, doc in _fields(cls):
+        assert re.search(rf"^  {re.escape(key)}: {re.escape(annotation)}", text, re.MULTILINE)
+        line = f" {key}: {annotation}{'' if default is None else f' = {default}'} "
+        assert line + " ".join(doc.split()) in flat
+    assert all(len(line) <= 128 for line in text.splitlines())
+
+
+def test_help_says_what_a_user_needs():
+    lines = help_text(TrainConfig, "train.py").splitlines()
+    assert "  seed: int = 42" in lines
+    assert "  run_name: str = (must be set)" in lines
+    assert "  save_folder: str | None = runs/${run_name}/checkpoints" in lines
+    assert "  scheduler.name: one of ['cosine', 'linear', 'constant'] = cosine" in lines
+    assert "  optimizer: section" in lines
+    assert "  wandb.tags: list[str] = []" in lines
+    assert "  optimizer.grad_clip_norm: float | None = 1.0" in lines
+
+
+# run()
+
+
+def do_nothing(config: Any) -> None:
+    pass
+
+
+def test_run_loads_calls_and_returns_0(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
+    seen = []
+    assert run(seen.append, GenerateConfig) == 0
+    assert [(config.model, config.prompt) for config in seen] == [("m", "p")]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["no.yaml", "--help"], ["x=1", "-h"]])
+def test_run_help(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["recipes/script.py", *arguments])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # would outlive the test
+    assert run(do_nothing, GenerateConfig) == 0
+    assert capsys.readouterr() == (help_text(GenerateConfig, "script.py") + "\n", "")
+
+
+def failing(error: Exception) -> Any:
+    def main(config: Any) -> None:
+        raise error
+
+    return main
+
+
+ERRORS = [
+    (ConfigError("place: key: rule"), 2, "place: key: rule"),
+    (ConfigError("a name with\na newline"), 2, "a name with a newline"),
+    (DataError("shard: damaged"), 1, "shard: damaged"),
+    (DataError("a name with\na newline"), 1, "a name with a newline"),
+    (InvalidField("top_k", "too many for this model"), 2, "command line: top_k=7: too many for this model"),
+    (InvalidField("top_p", "a rule"), 2, "command line: top_p=0.95: a rule"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "line"), ERRORS, ids=lambda value: str(value)[:20])
+def test_run_says_what_is_wrong_in_one_line(monkeypatch, capsys, error, status, line):
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p", "top_k=7"])
+    assert run(failing(error), GenerateConfig) == status
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+def test_run_does_not_hide_what_is_nobodys_mistake(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
+    with pytest.raises(ZeroDivisionError):
+        run(failing(ZeroDivisionError()), GenerateConfig)
+
+
+def test_run_refuses_before_it_calls(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "modle=m"])
+    assert run(failing(AssertionError("must not be called")), GenerateConfig) == 2
+    assert capsys.readouterr() == ("", "error: command line: modle: unknown key; did you mean model?\n")
+
+
+def test_one_rank_speaks_of_a_mistake_and_every_rank_of_damage(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
+    monkeypatch.setenv("RANK", "1")
+    assert run(failing(ConfigError("a mistake")), GenerateConfig) == 2
+    assert capsys.readouterr().err == ""
+    assert run(failing(DataError("damage")), GenerateConfig) == 1
+    assert capsys.readouterr().err == "error: damage\n"
+
+
+class Damaged:
+    """A dataset whose third row is damaged, by the process that reads it."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2:
+            raise DataError(f"{os.getppid()}: damaged shard; restore it")
+        return index
+
+
+def test_damage_met_by_a_loader_process_is_one_line(monkeypatch, capfd):
+    from torch.utils.data import DataLoader
+
+    def main(config: Any) -> None:
+        list(DataLoader(Damaged(), num_workers=1))  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
+    assert run(main, GenerateConfig) == 1
+    assert capfd.readouterr() == ("", f"error: {os.getpid()}: damaged shard; restore it\n")

@@ -1,0 +1,289 @@
+"""Every rule of every configuration, what a duration comes to, and that none of it needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flame_composer import config as config_module
+from flame_composer.cli import _docs
+from flame_composer.config import (
+    ConfigError,
+    ConvertConfig,
+    DataConfig,
+    EvalDataConfig,
+    EvaluateConfig,
+    FsdpConfig,
+    GenerateConfig,
+    InvalidField,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    SchedulerConfig,
+    ScriptConfig,
+    ToHfConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+    WandbConfig,
+    require_duration,
+)
+
+CLASSES = [
+    value for value in vars(config_module).values()
+    if dataclasses.is_dataclass(value) and value.__module__ == config_module.__name__
+]  # fmt: skip
+
+# What makes each of them valid.
+GIVEN: dict[type, dict[str, Any]] = {
+    ModelConfig: {"config": {"model_type": "gla"}},
+    DataConfig: {"local": "d"},
+    EvalDataConfig: {"local": "d"},
+    OptimizerConfig: {},
+    SchedulerConfig: {},
+    TrainConfig: {
+        "run_name": "r", "max_duration": "10ba", "global_batch_size": 8, "microbatch_size": 4, "tokenizer": "t",
+        "train_data": DataConfig(local="d"),
+    },
+    TokenizerTrainConfig: {"source": ["s"], "out": "o"},
+    ConvertConfig: {"source": ["s"], "out": "o", "tokenizer": "t"},
+    EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
+    GenerateConfig: {"model": "m", "prompt": ""},
+    ToHfConfig: {"checkpoint": "c", "out": "o"},
+}  # fmt: skip
+
+nan, inf = math.nan, math.inf
+WHOLE = "must be a whole number followed by ba, tok, sp or ep, e.g. 1000ba"
+FRACTION = "must be a whole number followed by ba, tok, sp or ep, or a fraction of the run like 0.05dur, e.g. 1000ba"
+NEEDS_DATA = "must name a dataset folder made by convert/to_mds.py (or set remote)"
+NAME = "must be letters, digits, '.', '_' and '-' (it names folders)"
+SEED = "must be in [0, 2**32)"
+ROWS = "must be a positive number of rows"
+EMPTY = "must not be empty"
+
+# Class, what is given beside GIVEN, the field at fault, the rule. Values on both sides of every border.
+BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
+    (ModelConfig, {"config": {}}, "config.model_type",
+     "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a folder"),
+    (ModelConfig, {"pretrained": ""}, "pretrained", EMPTY),
+    *((cls, {"local": None}, "local", NEEDS_DATA) for cls in (DataConfig, EvalDataConfig)),
+    *((cls, {name: ""}, name, EMPTY) for cls in (DataConfig, EvalDataConfig) for name in ("local", "remote")),
+    *((cls, {"num_workers": -1}, "num_workers", "must be 0 or more") for cls in (DataConfig, EvalDataConfig)),
+    (DataConfig, {"prefetch_factor": 0}, "prefetch_factor", "must be 1 or more"),
+    *((DataConfig, {name: 0}, name, "must be more than 0")
+      for name in ("shuffle_block_size", "num_canonical_nodes", "predownload")),
+    *((DataConfig, {"shuffle_seed": seed}, "shuffle_seed", SEED) for seed in (-1, 2**32)),
+    *((DataConfig, {"cache_limit": limit}, "cache_limit",
+       "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb")
+      for limit in ("", "lots", "-1gb", "1.5", "10 gb", "10xb", "gb", "1.5b")),
+    *((EvalDataConfig, {"max_rows": n}, "max_rows", "must be a positive number of rows, or null") for n in (0, -1)),
+    *((OptimizerConfig, {"lr": lr}, "lr", "must be more than 0, and finite") for lr in (0.0, -1e-3, nan, inf)),
+    *((OptimizerConfig, {"betas": betas}, "betas", "must both be in [0, 1)")
+      for betas in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, nan))),
+    *((OptimizerConfig, {"eps": eps}, "eps", "must be more than 0, and finite") for eps in (0.0, -1e-8, nan, inf)),
+    *((OptimizerConfig, {"weight_decay": decay}, "weight_decay", "must be 0 or more, and finite")
+      for decay in (-0.1, nan, inf)),
+    *((OptimizerConfig, {"grad_clip_norm": clip}, "grad_clip_norm", "must be more than 0 and finite, or null")
+      for clip in (0.0, -1.0, nan, inf)),
+    *((SchedulerConfig, {"warmup": warmup}, "warmup", FRACTION)
+      for warmup in ("", "5", "ba", "-5ba", "5 ba", "1.5ba", "1e3ba", "5BA", "1.5dur", "2dur", "dur", "1__0ba", "1_ba", "_1ba",
+                     "٣ba", "9" * 5000 + "ba", "5ba\n")),
+    *((SchedulerConfig, {"min_lr_ratio": ratio}, "min_lr_ratio", "must be in [0, 1]") for ratio in (-0.1, 1.1, nan)),
+    *((TrainConfig, {"run_name": name}, "run_name", NAME) for name in ("", "a/b", "../a", ".a", "-a", "a b", "a\n", "a:b")),
+    *((TrainConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32, 10**50)),
+    *((TrainConfig, {name: ""}, name, EMPTY) for name in ("tokenizer", "save_folder", "log_folder")),
+    *((TrainConfig, {"max_duration": duration}, "max_duration", WHOLE) for duration in ("", "10", "0.5dur", "1e5ba", "-1ba")),
+    *((TrainConfig, {"max_duration": duration}, "max_duration", "must be more than 0") for duration in ("0ba", "00tok", "0ep")),
+    *((TrainConfig, {name: "1.5ba"}, name, FRACTION) for name in ("eval_interval", "save_interval")),
+    *((TrainConfig, {name: duration}, name, "must be more than 0")
+      for name in ("eval_interval", "save_interval") for duration in ("0ba", "0dur", "0.0dur", ".00dur")),
+    *((TrainConfig, {name: size}, name, ROWS) for name in ("global_batch_size", "microbatch_size") for size in (0, -8)),
+    (TrainConfig, {"eval_batch_size": 0}, "eval_batch_size", "must be a positive number of rows, or null"),
+    (TrainConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
+    *((TrainConfig, {"save_num_checkpoints_to_keep": n}, "save_num_checkpoints_to_keep",
+       "must be more than 0, or -1 for all") for n in (0, -2)),
+    (TrainConfig, {"microbatch_size": 3}, "global_batch_size", "must be a multiple of devices x microbatch_size = 1 x 3 = 3"),
+    (TrainConfig, {"microbatch_size": 16}, "global_batch_size", "must be a multiple of devices x microbatch_size = 1 x 16 = 16"),
+    (TrainConfig, {"eval_data": EvalDataConfig(local="d")}, "eval_data.local", "must not be the dataset that is trained on"),
+    (TrainConfig, {"scheduler": SchedulerConfig(warmup="11ba")}, "scheduler.warmup",
+     "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"),
+    (TrainConfig, {"scheduler": SchedulerConfig(warmup="81sp")}, "scheduler.warmup",
+     "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"),
+    *((cls, {"source": []}, "source", "must name at least one file, folder or glob") for cls in (TokenizerTrainConfig, ConvertConfig)),
+    *((TokenizerTrainConfig, {name: ""}, name, EMPTY) for name in ("out", "text_column", "eos_token")),
+    (TokenizerTrainConfig, {"vocab_size": 256}, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token"),
+    (TokenizerTrainConfig, {"min_frequency": 0}, "min_frequency", "must be 1 or more"),
+    (TokenizerTrainConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0"),
+    *((ConvertConfig, {name: ""}, name, EMPTY) for name in ("out", "val_out", "tokenizer", "text_column")),
+    (ConvertConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
+    *((ConvertConfig, {"val_fraction": x, "val_out": "v"}, "val_fraction", "must be in [0, 1)") for x in (-0.1, 1.0, nan)),
+    (ConvertConfig, {"val_fraction": 0.1}, "val_out", "must be set together with val_fraction"),
+    (ConvertConfig, {"val_out": "v"}, "val_out", "must be set together with val_fraction"),
+    *((ConvertConfig, {"val_fraction": 0.1, "val_out": val_out, "out": out}, "val_out",
+       f"must be a folder beside out={out}, neither the same nor inside the other")
+      for out, val_out in (("o", "o"), ("o", "./o"), ("o", "o/val"), ("o/train", "o"), ("o", "x/../o"))),
+    *((ConvertConfig, {"shard_size": size}, "shard_size",
+       "must be at least 17408 (one row) and less than 4294967296 bytes") for size in (17407, 2**32)),
+    (ConvertConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
+    *((EvaluateConfig, {name: ""}, name, EMPTY) for name in ("model", "tokenizer")),
+    (EvaluateConfig, {"batch_size": 0}, "batch_size", ROWS),
+    (GenerateConfig, {"model": ""}, "model", EMPTY),
+    *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
+    (GenerateConfig, {"max_new_tokens": 0}, "max_new_tokens", "must be more than 0"),
+    *((GenerateConfig, {"temperature": t}, "temperature", "must be 0 or more, and finite") for t in (-0.1, nan, inf)),
+    *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
+    (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
+    *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out")),
+]  # fmt: skip
+
+# The other side of the borders.
+ALLOWED: list[tuple[type, dict[str, Any]]] = [
+    *((cls, {}) for cls in GIVEN),
+    (ModelConfig, {"config": {}, "pretrained": "p"}),
+    *((cls, {"local": None, "remote": "s3://b/d"}) for cls in (DataConfig, EvalDataConfig)),
+    (DataConfig, {"num_workers": 0, "prefetch_factor": 1, "shuffle_block_size": 1, "num_canonical_nodes": 1, "predownload": 1}),
+    *((DataConfig, {"cache_limit": limit}) for limit in ("100", "100b", "1.5gb", "10GB", "1kb")),
+    *((DataConfig, {"shuffle_seed": seed}) for seed in (0, 2**32 - 1)),
+    (EvalDataConfig, {"max_rows": 1}),
+    (OptimizerConfig, {"betas": (0.0, 0.0), "weight_decay": 0.0, "grad_clip_norm": None}),
+    *((SchedulerConfig, {"warmup": warmup}) for warmup in ("0ba", "0dur", "1dur", "1.0dur", ".5dur", "1_000tok", "3ep", "4sp")),
+    *((SchedulerConfig, {"min_lr_ratio": ratio}) for ratio in (0.0, 1.0)),
+    *((TrainConfig, {"run_name": name}) for name in ("a", "0", "a-b_c.d")),
+    (TrainConfig, {"seed": 0, "save_num_checkpoints_to_keep": -1, "save_folder": None, "context_length": 2}),
+    (TrainConfig, {"eval_data": EvalDataConfig(local="e"), "eval_batch_size": 1}),
+    (TrainConfig, {"scheduler": SchedulerConfig(warmup="10ba")}),
+    (TrainConfig, {"max_duration": "1ep", "scheduler": SchedulerConfig(warmup="10ba")}),
+    (TokenizerTrainConfig, {"vocab_size": 257, "min_frequency": 1, "max_bytes": 1}),
+    (ConvertConfig, {"val_fraction": 0.1, "val_out": "o2"}),
+    *((ConvertConfig, {"shard_size": size}) for size in (17408, 2**32 - 1)),
+    (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0}),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def ids(cases: list[Any]) -> list[str]:
+    return [f"{cls.__name__}-{', '.join(f'{k}={v!r}'[:40] for k, v in given.items())}" for cls, given, *_ in cases]
+
+
+@pytest.mark.parametrize(("cls", "given", "name", "rule"), BROKEN, ids=ids(BROKEN))
+def test_broken_rule(cls, given, name, rule):
+    with pytest.raises(InvalidField) as caught:
+        cls(**GIVEN[cls] | given).validate()
+    assert (caught.value.name, caught.value.rule) == (name, rule)
+
+
+@pytest.mark.parametrize(("cls", "given"), ALLOWED, ids=ids(ALLOWED))
+def test_allowed(cls, given):
+    cls(**GIVEN[cls] | given).validate()
+
+
+def test_no_rule_is_left_out():
+    """Every `require...` in config.py is broken by some case above."""
+    with_rules = {cls for cls in CLASSES if "validate" in vars(cls)}
+    assert with_rules == set(GIVEN)
+    for cls in with_rules:
+        source = inspect.getsource(cls.validate)
+        tested = {name for broken, _, name, _ in BROKEN if broken is cls}
+        named = set(re.findall(r'"([a-z_.]+)"', source)) & ({f.name for f in dataclasses.fields(cls)} | {"config.model_type"})
+        assert named - tested == set(), cls
+    assert set(CLASSES) - with_rules == {FsdpConfig, ParallelismConfig, WandbConfig}, "no rules beyond their types"
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_global_batch_divides_among_devices(monkeypatch, devices):
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    config = TrainConfig(**GIVEN[TrainConfig])  # 8 rows, 4 at a time
+    if devices <= 2:
+        config.validate()
+    else:
+        rule = re.escape("global_batch_size: must be a multiple of devices x microbatch_size = 4 x 4 = 16")
+        with pytest.raises(InvalidField, match=f"^{rule}$"):
+            config.validate()
+
+
+@pytest.mark.parametrize("world_size", ["", "0", "-1", "two", "1.0", "1" * 5000])
+def test_world_size_that_is_no_number(monkeypatch, world_size):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ConfigError, match=f"^environment: WORLD_SIZE={world_size}: must be the number of processes; start with"):
+        TrainConfig(**GIVEN[TrainConfig]).validate()
+
+
+def train_config(global_batch_size: int, context_length: int) -> TrainConfig:
+    given = GIVEN[TrainConfig] | {"global_batch_size": global_batch_size, "context_length": context_length}
+    return TrainConfig(**given)
+
+
+counts = st.integers(0, 10**12)
+sizes = st.integers(1, 10**4)
+
+
+@given(count=counts, batch=sizes, context=st.integers(2, 10**5), epoch=st.integers(1, 10**7))
+def test_in_batches(count, batch, context, epoch):
+    """The fewest whole batches that hold that much."""
+    config = train_config(batch, context)
+    assert config.in_batches(f"{count}ba", None) == count
+    assert config.in_batches(f"{count:_}ba", None) == count
+    assert config.in_batches(f"{count}ep", None) is None
+    assert config.in_batches(f"{count}ep", epoch) == count * epoch
+    for unit, per_batch in (("sp", batch), ("tok", batch * context)):
+        batches = config.in_batches(f"{count}{unit}", None)
+        assert batches is not None
+        assert (batches - 1) * per_batch < count <= batches * per_batch
+
+
+@given(thousandths=st.integers(0, 1000), run=st.integers(1, 10**6))
+def test_fractions_of_the_run_in_batches(thousandths, run):
+    config = train_config(1, 2)
+    duration = f"{'1.0' if thousandths == 1000 else f'0.{thousandths:03}'}dur"
+    require_duration(duration, "x", fraction=True, zero=True)
+    assert config.in_batches(duration, 5) is None
+    batches = config.in_batches(duration, 5, run)
+    assert batches in (exact := math.ceil(Fraction(thousandths, 1000) * run), exact + 1), "0.1 is not a tenth to a computer"
+
+
+@given(text=st.text(alphabet="0123456789._-badurtokspe ", max_size=12) | st.text(max_size=5))
+def test_whatever_passes_as_a_duration_can_be_computed(text):
+    try:
+        require_duration(text, "x", fraction=True)
+    except InvalidField:
+        return
+    batches = train_config(8, 32).in_batches(text, 10, 100)
+    assert batches is not None
+    assert batches >= 1
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_type_and_a_line_of_doc(cls):
+    docs = _docs(cls)
+    for field in dataclasses.fields(cls):
+        doc = docs.get(field.name, "")
+        assert re.match(r"[A-Z&`].*\.$", doc, re.DOTALL), f"{cls.__name__}.{field.name}: {doc!r}"
+    if issubclass(cls, ScriptConfig):
+        assert cls.__doc__.endswith("."), "what `--help` says of the script"
+
+
+def test_reading_a_configuration_imports_nothing_heavy():
+    code = (
+        "import json, sys, flame_composer.config, flame_composer.cli\n"
+        "flame_composer.cli.load(flame_composer.config.GenerateConfig, ['model=m', 'prompt=p'])\n"
+        "print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    imported = set(json.loads(result.stdout))
+    assert "omegaconf" in imported
+    assert imported & {"torch", "composer", "transformers", "streaming", "numpy", "fla", "triton", "datasets", "wandb"} == set()

@@ -1,0 +1,102 @@
+"""A killed run, started again by the same command, must end as the run that nothing disturbed: bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import Corpus, check, read_log, run_script
+
+# A model with dropout, which draws random numbers at every step.
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "attention_dropout": 0.2,
+}
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "ba40.pt", weights_only=False)["state"]["model"]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert read_log(run) == read_log(other)
+    ours, theirs = final_weights(run), final_weights(other)
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(("num_workers", "kills"), [(0, (17, 33)), (2, (3, 24))])
+def test_killed_run_ends_bit_identical(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path, num_workers: int, kills: tuple[int, ...]
+) -> None:
+    """Kills at 17 and 33 go on from steps 15 and 30, the ends of epochs; 3 is before the first checkpoint."""
+    run = tmp_path / "killed"
+    workers = f"train_data.num_workers={num_workers}"
+    for step in kills:
+        corpus.killed_run(run, workers, after_step=step)
+    summary = corpus.train_run(run, workers)
+    assert_same_run(run, undisturbed)
+    expected = json.loads((undisturbed / "summary.json").read_text())
+    for key in ("steps", "train_tokens", "eval_loss", "eval_loss_initial"):
+        assert summary[key] == expected[key], key
+
+
+def test_dropout_goes_on_with_the_same_random_numbers(corpus: Corpus, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    file = corpus.yaml_with(LLAMA)
+    corpus.train_run(whole, file)
+    corpus.killed_run(killed, file, after_step=18)
+    corpus.killed_run(killed, file, after_step=23)
+    corpus.train_run(killed, file)
+    assert_same_run(killed, whole)
+    corpus.train_run(tmp_path / "no_dropout", file, "model.config.attention_dropout=0.0")
+    assert read_log(tmp_path / "no_dropout") != read_log(whole)
+
+
+def test_epochs_have_orders_of_their_own(undisturbed: Path) -> None:
+    rows = read_log(undisturbed)
+    assert [row["current_steps"] for row in rows if row["epoch"] in (1, 2)] == [15, 30]
+    first, second = ([row["batch_hash"] for row in rows[start : start + 15]] for start in (0, 15))
+    assert set(first).isdisjoint(second)
+
+
+def test_finished_run_started_again_changes_nothing(corpus: Corpus, undisturbed: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and "wandb" not in path.parts}
+
+    before, summary = content(), str(undisturbed / "summary.json")
+    assert corpus.train_run(undisturbed, "wandb.project=tests", env={"WANDB_MODE": "offline"}) == json.loads(before[summary])
+    assert content() == before
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "damaged"
+    corpus.killed_run(run, after_step=27)
+    newest = max((run / "checkpoints").glob("ba*.pt"), key=lambda path: int(path.stem[2:]))
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    process = check(run_script("recipes/train.py", *corpus.keys(run)))
+    assert f"warning: {newest}: not a whole checkpoint" in process.stderr
+    assert f"resuming from {newest.with_name(f'ba{int(newest.stem[2:]) - 5}.pt')}" in process.stdout
+    assert_same_run(run, undisturbed)
+
+
+def test_another_data_order_is_refused(corpus: Corpus, undisturbed: Path) -> None:
+    process = run_script("recipes/train.py", *corpus.keys(undisturbed, "global_batch_size=6"))
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(
+        "error: the checkpoint was trained on rows in another order: global_batch_size (4 before, 6 now); set back what changed"
+    )
+    assert len(read_log(undisturbed)) == 40
+
+
+def test_without_autoresume_nothing_is_overwritten(corpus: Corpus, undisturbed: Path) -> None:
+    process = run_script("recipes/train.py", *corpus.keys(undisturbed, "autoresume=false"))
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: {undisturbed / 'checkpoints'}: holds checkpoints of an earlier run (ba40.pt)")
+    assert len(read_log(undisturbed)) == 40
