@@ -27,7 +27,8 @@ TINY = (
     "save_interval=5ba", "eval_interval=10ba", "eval_data.max_rows=7", "log_batch_hash=true", "train_data.num_workers=0",
 )
 TINY_GLA = (
-    "model.config.vocab_size=300", "model.config.hidden_size=32", "model.config.num_hidden_layers=2", "model.config.num_heads=2",
+    "model.config.vocab_size=300", "model.config.hidden_size=32", "model.config.num_hidden_layers=2",
+    "model.config.num_heads=2",
 )
 # Rows and tokens per second depend on the machine, all else must not.
 TIMINGS = ("throughput",)
@@ -118,7 +119,8 @@ class Corpus:
         more = more if len(file) > 1 else more[1:]
         return [
             *file, *TINY, f"tokenizer={self.tokenizer}", f"train_data.local={self.train}",
-            f"eval_data.local={self.val}", f"run_name={run.name}", f"log_folder={run}", f"save_folder={run / 'checkpoints'}", *more,
+            f"eval_data.local={self.val}", f"run_name={run.name}", f"log_folder={run}",
+            f"save_folder={run / 'checkpoints'}", *more,
         ]
 
     def yaml_with(self, model: dict[str, Any]) -> str:
