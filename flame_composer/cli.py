@@ -137,7 +137,8 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     overrides = argv[1:] if file else argv
     for argument in overrides:
         if "=" not in argument:
-            raise ConfigError(f"command line: {argument or repr(argument)}: must be key=value (only the first argument can be a file)")
+            shown = argument or repr(argument)
+            raise ConfigError(f"command line: {shown}: must be key=value (only the first argument can be a file)")
     return file, overrides
 
 
@@ -147,7 +148,8 @@ def _read_yaml(file: str) -> DictConfig:
     if not os.path.isfile(file):
         folder = Path(file).parent
         beside = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
-        raise ConfigError(f"{file}: no such file{nearest(file, beside)}")
+        close = difflib.get_close_matches(file, beside, n=1)
+        raise ConfigError(f"{file}: no such file{f'; did you mean {close[0]}?' if close else ''}")
     not_a_mapping = "must hold keys and values (a YAML mapping)"
     try:
         node = OmegaConf.load(file)
@@ -192,8 +194,8 @@ def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str
     for key, value in content.items():
         full = f"{prefix}{key}"
         if full in known and key not in names:
-            section, _, leaf = full.rpartition(".")
-            raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {section}")
+            above, _, leaf = full.rpartition(".")
+            raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {above}")
         if key not in names:
             shown = full or repr(full)
             raise ConfigError(f"{origin}: {shown}: unknown key{nearest(full, known) or '; see --help for all keys'}")
@@ -318,8 +320,8 @@ def _without_environment(merged: DictConfig) -> str:
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
 
-    def decode(text: str | None, _parent_: Any) -> Any:
-        return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_)
+    def decode(text: str | None, _parent_: Any, _node_: Any) -> Any:
+        return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_, _node_)
 
     OmegaConf.register_resolver("oc.env", lambda *names: f"<environment variable {names[0]}>", replace=True)
     OmegaConf.register_resolver("oc.decode", decode, replace=True)

@@ -17,6 +17,7 @@ from composer.utils import dist
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -115,6 +116,7 @@ class Rows(StreamingDataset):
         self.batches_per_epoch = self.num_samples // self.global_batch_size
         self.length = self.batches_per_epoch * batch_size
         self._checked: set[int] = set()
+        self._failures: dict[int, str] = {}
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one."""
@@ -125,20 +127,37 @@ class Rows(StreamingDataset):
         id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         return ids[: max(0, math.ceil((batches_left - id) / num_workers)) * self.batch_size]
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard; one that cannot be had counts as prepared, and `get_item` says what is wrong with it.
+
+        Upstream a background thread dies of it, unheard: the epoch ends early, or workers wait for one another for ever.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:  # every store's client has exceptions of its own
+            self._failures[shard_id] = " ".join(str(error).split())[:200] or type(error).__name__
+            self._shard_states[shard_id] = _ShardState.LOCAL
+
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         shard_id, _ = self.spanner[sample_id]
         if shard_id not in self._checked:
             self.prepare_shard(shard_id)
-            self._check(self.files[shard_id])
+            try:
+                self._check(self.files[shard_id], self._failures.get(shard_id) if self.streams[0].remote else None)
+            except DataError:
+                if hasattr(self, "_event"):
+                    self._event.set()  # ends the background threads, which the process would wait for before it ends
+                raise
             self._checked.add(shard_id)
         return super().get_item(sample_id, retry)
 
-    def _check(self, file: ShardFile) -> None:
+    def _check(self, file: ShardFile, failure: str | None) -> None:
         path = Path(self.streams[0].local, file.basename)
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: shard cannot be read: {error.strerror}; restore it, or convert again") from None
+            reason = failure or error.strerror
+            raise DataError(f"{path}: shard cannot be read: {reason}; restore it, or convert again") from None
         if len(content) != file.bytes or get_hash(HASH, content) != file.hash:
             raise DataError(f"{path}: damaged shard: its {len(content)} bytes are not those it was written with "
                             f"({file.bytes} bytes, {HASH} {file.hash}); restore it from a copy, or delete it if it is "

@@ -40,6 +40,12 @@ def make_dataset(
     return writer.publish()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_wait_for_loader_processes() -> None:
+    """A loader that is collected waits for each of its processes: 5 s by default, which some of them use up."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset to read, not to change: StreamingDataset refuses two readers of one folder, so copy it (`copy_of`)."""

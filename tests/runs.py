@@ -41,14 +41,14 @@ _FORKS.set_forkserver_preload([
 ])
 
 
-def _run(command: list[str], output: str, env: dict[str, str]) -> None:
+def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> None:
     """In the forked process: what `python command...` does."""
     os.environ.update(env)
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.argv = command
     try:
         runpy.run_path(command[0], run_name="__main__")
@@ -59,10 +59,10 @@ def _run(command: list[str], output: str, env: dict[str, str]) -> None:
 class Script:
     """A script that runs in a process of its own."""
 
-    def __init__(self, *command: object, env: dict[str, str] | None = None):
+    def __init__(self, *command: object, env: dict[str, str] | None = None, folder: Path = ROOT):
         self.folder = tempfile.TemporaryDirectory()
         self.output = str(Path(self.folder.name, "std"))
-        self.process = _FORKS.Process(target=_run, args=(list(map(str, command)), self.output, env or {}))
+        self.process = _FORKS.Process(target=_run, args=(list(map(str, command)), self.output, env or {}, folder))
         self.process.start()
 
     def wait(self) -> subprocess.CompletedProcess[str]:
@@ -75,8 +75,8 @@ class Script:
         return Path(f"{self.output}.{name}").read_text()
 
 
-def run_script(*command: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return Script(*command, env=env).wait()
+def run_script(*command: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return Script(*command, folder=folder).wait()
 
 
 def check(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -131,7 +131,7 @@ class Corpus:
         return str(file)
 
     def train_run(self, run: Path, *more: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-        return last_json(run_script("recipes/train.py", *self.keys(run, *more), env=env))
+        return last_json(Script("recipes/train.py", *self.keys(run, *more), env=env).wait())
 
     def killed_run(self, run: Path, *more: str, after_step: int) -> None:
         """Start a run and kill it with SIGKILL some instant after it has logged `after_step`."""

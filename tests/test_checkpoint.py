@@ -1,3 +1,267 @@
-def test_x(trained):
-    import json
-    print((trained.log_folder/"train_log.jsonl").read_text(), sorted(trained.checkpoints.iterdir()))
+"""Checkpoints of a real run: which one is taken, what is refused, and that the weights come out as they went in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flame_composer.checkpoint import (
+    SaveCheckpoints,
+    find_checkpoint,
+    find_newest,
+    find_start,
+    list_checkpoints,
+    load_from_checkpoint,
+    load_model,
+    read_checkpoint,
+    save_hf_folder,
+)
+from flame_composer.config import ConfigError, DataError
+from flame_composer.tokenizer import fingerprint
+from tests.data_fixtures import byte_tokenizer
+
+
+@pytest.fixture
+def folder(trained, copy_of) -> Path:
+    """ba1.pt, ba2.pt and ba3.pt, to damage."""
+    return copy_of(trained.checkpoints)
+
+
+def test_the_run_saved_what_it_should(trained):
+    assert sorted(path.name for path in trained.checkpoints.iterdir()) == ["ba1.pt", "ba2.pt", "ba3.pt"]
+
+
+def test_newest_first_by_number_and_nothing_else_counts(tmp_path):
+    others = ("unfinished-ba200.pt", "ba300.pt.tmp", "ba.pt", "ba-1.pt", "xba7.pt", "ba7.txt")
+    for name in ("ba9.pt", "ba10.pt", "ba100.pt", *others):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["ba100.pt", "ba10.pt", "ba9.pt"]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_the_last_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the largest tensor, where only a checksum sees it."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def text(path: Path) -> None:
+    path.write_text("<html>404</html>")
+
+
+def other_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "not a checkpoint")
+
+
+def dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere.pt")
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: list[Callable[[Path], None]] = [
+    truncate, lose_the_last_byte, flip_a_bit, empty, text, other_zip, dangling_link, a_folder,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damage):
+    damage(folder / "ba3.pt")
+    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint"):
+        assert find_newest(folder) == folder / "ba2.pt"
+    (message,) = caplog.messages
+    assert message.startswith(f"warning: {folder / 'ba3.pt'}: ")
+    assert message.endswith("; trying the one before it")
+    assert "\n" not in message
+    with pytest.raises(DataError, match=f"^{re.escape(str(folder / 'ba3.pt'))}: ") as caught:
+        read_checkpoint(folder / "ba3.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_falls_back_more_than_once(folder, caplog):
+    flip_a_bit(folder / "ba3.pt")
+    truncate(folder / "ba2.pt")
+    assert find_newest(folder) == folder / "ba1.pt"
+    assert [re.findall(r"ba\d\.pt", message)[0] for message in caplog.messages] == ["ba3.pt", "ba2.pt"]
+
+
+def test_a_whole_checkpoint_gives_no_warning(folder, caplog):
+    assert find_newest(folder) == folder / "ba3.pt"
+    assert caplog.messages == []
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(folder):
+    for path in folder.iterdir():
+        truncate(path)
+    message = f"{folder}: none of its 3 checkpoints can be read; move them away (or set another run_name) to start over"
+    for find in (find_newest, find_checkpoint, lambda f: find_start(f, autoresume=True)):
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            find(folder)
+
+
+def test_where_a_run_starts(folder, tmp_path):
+    assert find_start(folder, autoresume=True) == folder / "ba3.pt"
+    assert find_start(tmp_path / "nowhere", autoresume=True) is None
+    assert find_start(tmp_path / "nowhere", autoresume=False) is None
+    message = (
+        f"{folder}: holds checkpoints of an earlier run (ba3.pt); set autoresume=true to go on from them, or another "
+        "run_name or save_folder"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        find_start(folder, autoresume=False)
+
+
+def test_finding_the_checkpoint_that_is_meant(folder, tmp_path):
+    assert find_checkpoint(folder) == folder / "ba3.pt"
+    assert find_checkpoint(folder / "ba1.pt") == folder / "ba1.pt"
+    (tmp_path / "none").mkdir()
+    for name, what in (("none", "a folder without checkpoints (ba*.pt)"), ("no", "no such file or folder")):
+        path = tmp_path / name
+        message = f"{path}: {what}; name a checkpoint or the folder a run saved them in"
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            find_checkpoint(path)
+
+
+class Malicious:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog, legacy):
+    marker = tmp_path / "marker"
+    content = read_checkpoint(folder / "ba3.pt")
+    content = {"state": {**content["state"], "extra": Malicious(marker)}, "rng": content["rng"]}
+    torch.save(content, folder / "ba4.pt", _use_new_zipfile_serialization=not legacy)
+    for attempt in (read_checkpoint, load_from_checkpoint, lambda path: load_model(str(path))):
+        with pytest.raises(DataError, match=r"ba4\.pt: (refused, it holds something other than|not a whole checkpoint)"):
+            attempt(folder / "ba4.pt")
+    assert find_newest(folder) == folder / "ba3.pt"
+    assert "ba4.pt" in caplog.text
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Malicious(marker)))  # noqa: S301
+    assert marker.exists(), "the trap works"
+
+
+def rotate(folder: Path, num_to_keep: int) -> list[str]:
+    SaveCheckpoints(folder, interval=1, num_to_keep=num_to_keep)._rotate()
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_rotation_counts_what_lies_in_the_folder(folder):
+    (folder / "notes.txt").touch()
+    assert rotate(folder, -1) == ["ba1.pt", "ba2.pt", "ba3.pt", "notes.txt"]
+    assert rotate(folder, 3) == ["ba1.pt", "ba2.pt", "ba3.pt", "notes.txt"]
+    assert rotate(folder, 2) == ["ba2.pt", "ba3.pt", "notes.txt"]
+    assert rotate(folder, 1) == ["ba3.pt", "notes.txt"]
+
+
+def test_torsos_of_a_killed_run_are_cleared_at_the_start(folder):
+    (folder / "unfinished-ba4.pt").write_bytes(b"x")
+    state: Any = SimpleNamespace()
+    SaveCheckpoints(folder, interval=1, num_to_keep=1).fit_start(state, state)
+    assert sorted(path.name for path in folder.iterdir()) == ["ba1.pt", "ba2.pt", "ba3.pt"]
+
+
+def test_weights_come_out_bit_for_bit(trained):
+    model, tokenizer = load_from_checkpoint(trained.checkpoints / "ba3.pt")
+    loaded = model.state_dict()
+    assert loaded.keys() == trained.weights.keys()
+    for name, tensor in trained.weights.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+    assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+    assert model.config.model_type == "gla"
+    before = load_from_checkpoint(trained.checkpoints / "ba1.pt")[0].state_dict()
+    assert not all(torch.equal(before[name], tensor) for name, tensor in trained.weights.items()), "training moved them"
+
+
+def test_a_checkpoint_of_something_else(tmp_path):
+    for content in ({"state": {"model": {}}}, {}, [1, 2], {"state": 3}):
+        torch.save(content, tmp_path / "ba1.pt")
+        message = f"{tmp_path / 'ba1.pt'}: not a training checkpoint of this package: it holds no Hugging Face model"
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            load_from_checkpoint(tmp_path / "ba1.pt")
+
+
+def test_load_model_takes_all_that_holds_a_model(trained, tmp_path):
+    from_file, tokenizer = load_model(str(trained.checkpoints / "ba3.pt"))
+    save_hf_folder(from_file, tokenizer, tmp_path / "hf", dtype="float32")
+    for place in (trained.checkpoints, tmp_path / "hf"):
+        model, tokenizer = load_model(str(place))
+        assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+        for name, tensor in trained.weights.items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_an_export_is_whole_or_not_there_and_overwrites_nothing(trained, tmp_path, monkeypatch):
+    model, tokenizer = load_from_checkpoint(trained.checkpoints / "ba3.pt")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out in ("used", "file"):
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(tmp_path / out))}: already exists and is not empty; choose"):
+            save_hf_folder(model, tokenizer, tmp_path / out, dtype="float32")
+    (tmp_path / "empty").mkdir()
+    save_hf_folder(model, tokenizer, tmp_path / "empty", dtype="float32")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "empty").iterdir()}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "empty").iterdir())
+
+    def full_disk(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_hf_folder(model, tokenizer, tmp_path / "cut", dtype="float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "used"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_export_in_another_type(trained, tmp_path, dtype):
+    model, tokenizer = load_from_checkpoint(trained.checkpoints / "ba3.pt")
+    save_hf_folder(model, tokenizer, tmp_path / "hf", dtype=dtype)
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, trained.weights[name].to(getattr(torch, dtype))), name
+
+
+def test_checkpoints_are_written_under_another_name_first(folder):
+    """A reader never sees a file that is still being written as ba*.pt."""
+    shutil.copy(folder / "ba3.pt", folder / "unfinished-ba4.pt")
+    assert find_newest(folder) == folder / "ba3.pt"

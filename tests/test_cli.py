@@ -136,7 +136,7 @@ def test_lists_in_yaml():
     assert (config.source, config.suffixes) == (["a", "b,c"], [".py", ".md"])
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "$" not in text and text != "???"))
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$"), max_size=20).filter("???".__ne__))
 @example("def f(x):")
 @example("*.jsonl")
 @example("null")
@@ -351,7 +351,8 @@ def test_files_that_are_not_there(folder):
 ])  # fmt: skip
 def test_what_must_be_set_is_named_with_the_remedy(cls, key):
     doc = next(doc for name, _, _, doc in _fields(cls) if name == key).rstrip(".")
-    assert message_of(lambda: load(cls, [])) == f"command line: {key}: must be set ({doc}); add it to the file or give {key}=..."
+    message = f"command line: {key}: must be set ({doc}); add it to the file or give {key}=..."
+    assert message_of(lambda: load(cls, [])) == message
 
 
 KEYS = [key for key, annotation, _, _ in _fields(TrainConfig)]
@@ -372,19 +373,24 @@ def test_one_wrong_letter_finds_the_key(key, data):
 
 
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-VALUES = ANY | st.sampled_from(["null", "nan", "inf", "-1", "1e999", "[]", "{}", "[", "{", "'", "${", "${seed}", "&a", "*a", "!!x"])
+VALUES = ANY | st.sampled_from(
+    ["null", "nan", "inf", "-1", "1e999", "[]", "{}", "[", "{", "'", "${", "${seed}", "${oc.decode:'7'}", "&a", "*a", "!!x"]
+)
+
+
+def loaded_or_refused(argv: list[str]) -> TrainConfig | str:
+    try:
+        return load(TrainConfig, argv)
+    except ConfigError as error:
+        return str(error)
 
 
 @given(key=st.sampled_from(KEYS) | ANY, suffix=st.sampled_from(["", ".x", "[0]", "..", " "]), value=VALUES)
 @settings(max_examples=150, deadline=None)
 def test_no_argument_gives_a_traceback(key, suffix, value):
     """Any key=value is either taken or refused with a ConfigError."""
-    try:
-        config = load(TrainConfig, ["base.yaml", f"{key}{suffix}={value}"])
-    except ConfigError as error:
-        assert str(error)
-    else:
-        assert isinstance(config, TrainConfig)
+    result = loaded_or_refused(["base.yaml", f"{key}{suffix}={value}"])
+    assert isinstance(result, TrainConfig) or re.match("(command line|base.yaml): ", result)
 
 
 @given(content=st.recursive(
@@ -394,12 +400,8 @@ def test_no_argument_gives_a_traceback(key, suffix, value):
 @settings(max_examples=150, deadline=None)
 def test_no_file_gives_a_traceback(content, key):
     Path("any.yaml").write_text(yaml.safe_dump(yaml.safe_load(BASE) | {key: content}, allow_unicode=True), encoding="utf-8")
-    try:
-        config = load(TrainConfig, ["any.yaml"])
-    except ConfigError as error:
-        assert str(error).startswith("any.yaml: ")
-    else:
-        assert isinstance(config, TrainConfig)
+    result = loaded_or_refused(["any.yaml"])
+    assert isinstance(result, TrainConfig) or result.startswith("any.yaml: ")
 
 
 # Interpolation and the environment
@@ -413,6 +415,7 @@ def test_interpolation_of_other_keys():
     config = train("run_name=other", "log_folder=/logs/${run_name}/${seed}", "model.config.hidden_size=${context_length}")
     assert config.save_folder == "runs/other/checkpoints"
     assert config.log_folder == "/logs/other/42"
+    assert yaml.safe_load(train("seed=${oc.decode:'7'}").resolved_yaml)["seed"] == 7
     assert config.model.config["hidden_size"] == 2048
     resolved = yaml.safe_load(config.resolved_yaml)
     assert resolved["log_folder"] == "/logs/other/42"

@@ -1,0 +1,246 @@
+"""The log of a run and what it refuses: on the rows that a real Trainer wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Event, Timestamp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flame_composer.callbacks import JsonlLog, RandomState, SameData, describe, every, hash_row, keep_rows
+from flame_composer.config import ConfigError, DataConfig
+from flame_composer.data import describe_order, open_dataset
+from tests.conftest import CONTEXT_LENGTH, Run
+from tests.data_fixtures import byte_tokenizer
+
+ROW = {
+    "current_steps": 10, "total_steps": 20, "loss": 5.25, "learning_rate": 0.0003, "epoch": 0.5, "percentage": 50.0,
+    "num_tokens": 123456, "throughput": 1234.5,
+}  # fmt: skip
+EVERY_STEP = {*ROW, "batch_hash"}
+EVALUATION = {"eval_loss", "eval_perplexity"}
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.log_folder / "train_log.jsonl").read_text().splitlines()]
+
+
+# The log of a run
+
+
+def test_every_step_is_logged_once_with_exactly_the_documented_keys(trained):
+    rows = rows_of(trained)
+    assert [row["current_steps"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        evaluated = row["current_steps"] in (2, 3)  # every 2, and the last
+        assert row.keys() == EVERY_STEP | (EVALUATION if evaluated else set())
+        assert row["total_steps"] == 3
+        assert row["num_tokens"] == row["current_steps"] * 4 * CONTEXT_LENGTH
+        assert row["percentage"] == pytest.approx(100 * row["current_steps"] / 3, abs=1e-3)
+        assert row["epoch"] == pytest.approx(row["current_steps"] / trained.batches_per_epoch, abs=1e-6)
+        assert row["throughput"] > 0
+        assert 4 < row["loss"] < 8, "about ln(400) at the start"
+        if evaluated:
+            assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]), rel=1e-5)
+    for key in EVERY_STEP:
+        assert all(key in line for line in (JsonlLog.__doc__, (trained.log_folder / "train_log.jsonl").read_text())), key
+
+
+def test_the_learning_rate_logged_is_the_one_the_step_was_made_with(trained):
+    rates = [row["learning_rate"] for row in rows_of(trained)]
+    assert rates[0] == 0.0, "the warmup starts from 0"
+    assert max(rates) == 0.01
+    evaluations = [trained.log.initial_evaluation["eval_loss"], *(row["eval_loss"] for row in rows_of(trained)[1:])]
+    assert (evaluations[1] == evaluations[0]) == (rates[0] == rates[1] == 0.0), "no step without a rate, and the reverse"
+    assert evaluations[2] < evaluations[1]
+
+
+def test_evaluations_are_kept_for_the_summary(trained):
+    log, last = trained.log, rows_of(trained)[-1]
+    assert log.last_evaluation == {key: last[key] for key in EVALUATION}
+    assert log.initial_evaluation["eval_loss"] > log.last_evaluation["eval_loss"]
+    restored = JsonlLog(Path(), total_batches=3, batches_per_epoch=3, log_batch_hash=False, print_lines=False)
+    restored.load_state_dict(log.state_dict())
+    state: Any = SimpleNamespace(timestamp=Timestamp(batch=3, token=384))
+    assert restored.summary(state) == {
+        "steps": 3, "train_tokens": 384, "tokens_per_second": None, **log.last_evaluation,
+        "eval_loss_initial": log.initial_evaluation["eval_loss"],
+        "eval_perplexity_initial": log.initial_evaluation["eval_perplexity"],
+    }  # fmt: skip
+
+
+def test_a_row_for_people():
+    assert describe(ROW) == "step 10/20  loss 5.2500  lr 3.00e-04  1,234 tokens/s  123,456 tokens"
+    assert describe(ROW | {"eval_loss": 5.0, "eval_perplexity": 148.413}) == (
+        "step 10/20  loss 5.2500  lr 3.00e-04  1,234 tokens/s  123,456 tokens  eval loss 5.0000, perplexity 148.4"
+    )
+
+
+@pytest.mark.parametrize(("interval", "total", "expected"), [(2, 5, [2, 4, 5]), (5, 5, [5]), (9, 4, [4]), (1, 3, [1, 2, 3])])
+def test_every(interval, total, expected):
+    due = every(interval, total)
+
+    def state(batch: int) -> Any:
+        return SimpleNamespace(timestamp=Timestamp(batch=batch))
+
+    assert [batch for batch in range(1, total + 1) if due(state(batch), Event.BATCH_END)] == expected
+    assert not due(state(total), Event.EPOCH_END)
+
+
+# The log across restarts
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.integers(0, 8), last=st.integers(0, 9), cut=st.integers(0, 200))
+def test_keep_rows(tmp_path_factory, steps, last, cut):
+    """Whatever a kill left of the last line: whole rows up to the checkpoint stay as they are, all else goes, for good."""
+    path = tmp_path_factory.mktemp("log") / "train_log.jsonl"
+    lines = [json.dumps(ROW | {"current_steps": step}) + "\n" for step in range(1, steps + 1)]
+    torn = (json.dumps(ROW | {"current_steps": steps + 1}) + "\n")[:cut]
+    path.write_text("".join(lines) + torn)
+    keep_rows(path, last_step=last)
+    whole = lines + ([torn.rstrip("\n") + "\n"] if torn.endswith(("}", "}\n")) else [])
+    expected = "".join(whole[:last])
+    assert path.read_text() == expected
+    keep_rows(path, last_step=last)
+    assert path.read_text() == expected
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_keep_rows_of_no_log(tmp_path):
+    keep_rows(tmp_path / "train_log.jsonl", last_step=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_run_starts_its_log_anew(tmp_path):
+    path = tmp_path / "train_log.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    log = JsonlLog(tmp_path, total_batches=3, batches_per_epoch=3, log_batch_hash=False, print_lines=False)
+    state: Any = SimpleNamespace(timestamp=Timestamp())
+    log.fit_start(state, None)  # pyright: ignore[reportArgumentType]
+    assert path.read_text() == ""
+
+
+# The hash of a batch
+
+token_rows = st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4), min_size=1, max_size=6)
+
+
+def batch_hash(rows: list[list[int]]) -> int:
+    return sum(hash_row(torch.tensor(row)) for row in rows)
+
+
+@given(rows=token_rows, data=st.data())
+def test_batch_hash_depends_on_the_rows_not_on_their_order(rows, data):
+    assert batch_hash(data.draw(st.permutations(rows))) == batch_hash(rows)
+    split = data.draw(st.integers(0, len(rows)))
+    assert batch_hash(rows[:split]) + batch_hash(rows[split:]) == batch_hash(rows), "nor on the ranks"
+
+
+@given(rows=token_rows, row=st.integers(0, 5), place=st.integers(0, 3), other=st.integers(0, 2**32 - 1))
+def test_batch_hash_sees_every_token(rows, row, place, other):
+    changed = [list(each) for each in rows]
+    changed[row % len(rows)][place] = other
+    assert (batch_hash(changed) == batch_hash(rows)) == (changed == rows)
+
+
+def test_hash_of_a_row():
+    assert hash_row(torch.tensor([1, 2])) != hash_row(torch.tensor([2, 1]))
+    assert hash_row(torch.tensor([1, 2], dtype=torch.int32)) == hash_row(torch.tensor([1, 2])), "ids, not their type"
+    assert 0 <= hash_row(torch.tensor([1, 2])) < 2**64
+
+
+def test_the_hashes_logged_are_those_of_the_rows(trained, dataset, copy_of):
+    """Recomputed from the batches of a loader of its own."""
+    from flame_composer.data import build_train_loader
+
+    opened = open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH)
+    loader = build_train_loader(opened, DataConfig(num_workers=0), global_batch_size=4, seed=7).dataloader
+    logged = [row["batch_hash"] for row in rows_of(trained)]
+    batches = [batch for batch, _ in zip(loader, logged, strict=False)]
+    assert [f"{sum(map(hash_row, batch['input_ids'])) % 2**64:016x}" for batch in batches] == logged
+    assert len(set(logged)) == 3
+
+
+# The data a run goes on with
+
+ORDER: dict[str, Any] = {"train_data (index.json)": "abc", "global_batch_size": 4, "train_data.shuffle_seed": 7}
+
+
+def test_the_same_data_is_accepted():
+    SameData(dict(ORDER), allow_change=False).load_state_dict(SameData(dict(ORDER), allow_change=False).state_dict())
+
+
+@pytest.mark.parametrize("key", ORDER)
+def test_another_order_is_refused_naming_what_changed(key):
+    now = ORDER | {key: "other"}
+    with pytest.raises(ConfigError) as caught:
+        SameData(now, allow_change=False).load_state_dict({"order": ORDER})
+    assert str(caught.value) == (
+        f"the checkpoint was trained on rows in another order: {key} ({ORDER[key]} before, other now); set back what "
+        "changed, start a new run_name, or set allow_data_change=true to go on all the same"
+    )
+    SameData(now, allow_change=True).load_state_dict({"order": ORDER})
+
+
+def test_all_that_changed_is_named():
+    changes = "global_batch_size (4 before, 8 now), train_data.shuffle_seed (None before, 7 now)"
+    with pytest.raises(ConfigError, match=re.escape(changes)):
+        SameData(ORDER | {"global_batch_size": 8}, allow_change=False).load_state_dict(
+            {"order": {key: value for key, value in ORDER.items() if key != "train_data.shuffle_seed"}}
+        )
+
+
+def test_the_order_covers_what_decides_it(trained, dataset):
+    opened = open_dataset(str(dataset), None, tokenizer=byte_tokenizer())
+    base = describe_order(opened, DataConfig(), global_batch_size=4, seed=7)
+    assert base == trained.order
+    changes: list[dict[str, Any]] = [
+        {"shuffle": False}, {"shuffle_algo": "py1s"}, {"shuffle_seed": 1}, {"shuffle_block_size": 9},
+        {"num_canonical_nodes": 2},
+    ]  # fmt: skip
+    for change in changes:
+        other = describe_order(opened, DataConfig(**change), global_batch_size=4, seed=7)
+        assert [key for key in base if other[key] != base[key]] == [f"train_data.{name}" for name in change]
+    assert describe_order(opened, DataConfig(), global_batch_size=4, seed=8) != base
+    assert describe_order(opened, DataConfig(shuffle_seed=7), global_batch_size=4, seed=8) == base, "the seed in force"
+    for change in ({"num_workers": 7}, {"prefetch_factor": 9}, {"predownload": 3}, {"cache_limit": "1gb"}):
+        assert describe_order(opened, DataConfig(**change), global_batch_size=4, seed=7) == base, "may change on a restart"
+
+
+# Random state
+
+
+def test_random_state_is_restored_before_the_first_batch_only():
+    torch.manual_seed(3)
+    callback = RandomState()
+    saved = callback.state_dict()
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    restarted = RandomState()
+    restarted.load_state_dict(saved)
+    none: Any = None
+    restarted.after_dataloader(none, none)
+    assert torch.equal(torch.rand(3), expected)
+    restarted.after_dataloader(none, none)
+    assert not torch.equal(torch.rand(3), expected), "not again at the second batch"
+
+
+def test_random_state_of_another_number_of_ranks_is_left_alone():
+    callback = RandomState()
+    state = callback.state_dict()
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    callback.load_state_dict({"rng": state["rng"] * 2})
+    none: Any = None
+    callback.after_dataloader(none, none)
+    assert torch.equal(torch.rand(2), expected)

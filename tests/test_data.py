@@ -1,0 +1,360 @@
+"""Datasets to batches: every row once, in an order that a restart goes on with, and nothing damaged ever served."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flame_composer.config import ConfigError, DataConfig, DataError, EvalDataConfig
+from flame_composer.data import (
+    IGNORE,
+    EvalBatches,
+    Rows,
+    build_evaluator,
+    build_train_loader,
+    collate,
+    count_tokens,
+    open_dataset,
+)
+from flame_composer.manifest import read_manifest
+from flame_composer.tokenizer import load_tokenizer
+from tests.conftest import CONTEXT_LENGTH, make_dataset
+from tests.data_fixtures import byte_tokenizer
+
+Row = tuple[int, ...]
+Copy = Callable[[Path], Path]
+
+
+def opened(folder: Path, **options: Any) -> Any:
+    return open_dataset(str(folder), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH, **options)
+
+
+def loader_of(folder: Path, *, global_batch_size: int = 4, seed: int = 7, **options: Any) -> Any:
+    config = DataConfig(**{"num_workers": 0, **options})
+    return build_train_loader(opened(folder), config, global_batch_size=global_batch_size, seed=seed).dataloader
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
+    return [tuple(row) for row in batch["input_ids"].tolist()]
+
+
+def epoch_of(loader: Any) -> list[list[Row]]:
+    return [rows_of(batch) for batch in loader]
+
+
+@pytest.fixture(scope="session")
+def all_rows(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Every row in the order on disk."""
+    folder = shutil.copytree(dataset, tmp_path_factory.mktemp("all") / "copy")
+    rows = Rows(opened(folder), batch_size=1, shuffle=False)
+    found = [tuple(rows[i]["input_ids"].tolist()) for i in range(rows.num_samples)]
+    assert len(found) == len(set(found)) == read_manifest(str(dataset)).totals.rows > 100, "rows can be told apart"
+    assert len(rows.files) > 5, "several shards"
+    return found
+
+
+# Collation
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@given(data=st.data(), context_length=st.integers(2, 24), num_rows=st.integers(1, 4))
+def test_collate(data, context_length, num_rows, dtype):
+    rows = []
+    for _ in range(num_rows):
+        borders = data.draw(st.sets(st.integers(1, context_length - 1)))
+        doc_lengths = np.diff([0, *sorted(borders), context_length]).astype(np.uint32)
+        ids = data.draw(st.lists(st.integers(0, np.iinfo(dtype).max), min_size=context_length, max_size=context_length))
+        rows.append({"input_ids": np.array(ids, dtype), "doc_lengths": doc_lengths})
+    batch = collate(rows)
+    assert batch.keys() == {"input_ids", "labels", "sequence_id"}
+    for tensor in batch.values():
+        assert (tensor.shape, tensor.dtype) == ((num_rows, context_length), torch.int64)
+    for r, row in enumerate(rows):
+        assert batch["input_ids"][r].tolist() == row["input_ids"].tolist()
+        assert batch["labels"][r].tolist() == [IGNORE, *row["input_ids"].tolist()[1:]]
+        expected = [number for number, length in enumerate(row["doc_lengths"].tolist()) for _ in range(length)]
+        assert batch["sequence_id"][r].tolist() == expected
+    assert count_tokens(batch) == {"total": num_rows * context_length, "loss_generating": num_rows * (context_length - 1)}
+    batch["labels"].fill_(0)
+    assert batch["input_ids"][0].tolist() == rows[0]["input_ids"].tolist(), "labels are a copy: evaluation shifts them in place"
+
+
+# Training rows
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_every_row_once_per_epoch_in_an_order_of_its_own(dataset, copy_of, all_rows, num_workers):
+    loader = loader_of(copy_of(dataset), num_workers=num_workers)
+    first, second = epoch_of(loader), epoch_of(loader)
+    for epoch in (first, second):
+        served = [row for batch in epoch for row in batch]
+        assert len(epoch) == len(all_rows) // 4 == loader.dataset.batches_per_epoch
+        assert all(len(batch) == 4 for batch in epoch)
+        assert len(set(served)) == len(served), "no row twice"
+        assert set(served) <= set(all_rows)
+    assert first != second
+    assert sorted(first[0]) != sorted(all_rows[:4]), "shuffled"
+
+
+def test_order_depends_on_the_seed_alone(dataset, copy_of):
+    base = epoch_of(loader_of(copy_of(dataset)))
+    assert len(dataset.parents) > 1
+    assert epoch_of(loader_of(copy_of(dataset))) == base
+    assert epoch_of(loader_of(copy_of(dataset), num_workers=1)) == base
+    assert epoch_of(loader_of(copy_of(dataset), num_workers=2, prefetch_factor=1, predownload=8)) == base
+    assert epoch_of(loader_of(copy_of(dataset), seed=8)) != base
+    assert epoch_of(loader_of(copy_of(dataset), seed=8, shuffle_seed=7)) == base
+    torch.manual_seed(1234)
+    np.random.seed(1234)
+    assert epoch_of(loader_of(copy_of(dataset))) == base, "the global random state plays no part"
+
+
+def test_loading_leaves_the_global_random_state_alone(dataset, copy_of):
+    loader = loader_of(copy_of(dataset))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    epoch_of(loader)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_without_shuffling_rows_come_as_they_lie(dataset, copy_of, all_rows):
+    served = [row for batch in epoch_of(loader_of(copy_of(dataset), shuffle=False, num_canonical_nodes=1)) for row in batch]
+    assert served == all_rows[: len(served)]
+
+
+@pytest.mark.parametrize(("num_workers", "global_batch_size"), [(0, 4), (2, 20)])
+def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(dataset, copy_of, num_workers, global_batch_size):
+    """At every batch of the first epoch and at the middle and the end of the second, the very last ones included."""
+    options: Any = {"num_workers": num_workers, "global_batch_size": global_batch_size}
+    loader = loader_of(copy_of(dataset), **options)
+    epochs: list[list[list[Row]]] = []
+    states: list[tuple[int, int, Any]] = []
+    for epoch in range(3):
+        epochs.append([])
+        for batch in loader:
+            epochs[-1].append(rows_of(batch))
+            served = len(epochs[-1])
+            # As Composer does: rows over all ranks since the beginning of the epoch.
+            states.append((epoch, served, loader.dataset.state_dict(served * global_batch_size, True)))
+    per_epoch = len(epochs[0])
+    assert per_epoch >= 5
+    chosen = [state for state in states if state[0] == 0 or (state[0] == 1 and state[1] in (1, per_epoch // 2, per_epoch))]
+    assert len(chosen) == per_epoch + 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    for epoch, served, state in chosen:
+        resumed = loader_of(copy_of(dataset), **options)
+        resumed.dataset.load_state_dict(json.loads(json.dumps(state)))
+        assert epoch_of(resumed) == epochs[epoch][served:], f"after batch {served} of epoch {epoch}"
+        assert epoch_of(resumed) == epochs[epoch + 1], f"the epoch after batch {served} of epoch {epoch}"
+
+
+def test_too_few_rows_for_a_batch(dataset, copy_of, all_rows):
+    folder = copy_of(dataset)
+    message = f"{folder}: holds {len(all_rows)} rows, fewer than one global batch (global_batch_size={len(all_rows) + 1})"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        loader_of(folder, global_batch_size=len(all_rows) + 1)
+    assert len(epoch_of(loader_of(copy_of(dataset), global_batch_size=len(all_rows)))) == 1, "exactly one fits"
+
+
+# Evaluation rows
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 7, 12, 10**6])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_covers_every_row_once(dataset, copy_of, all_rows, world_size, max_rows):
+    rows = Rows(opened(copy_of(dataset)), batch_size=4, shuffle=False)
+    wanted = all_rows[:max_rows]
+    seen: list[Row] = []
+    num_batches = set()
+    for rank in range(world_size):
+        batches = EvalBatches(rows, batch_size=4, max_rows=max_rows)
+        batches.rank, batches.world_size = rank, world_size
+        own = list(batches)
+        assert len(own) == len(batches)
+        num_batches.add(len(own))
+        for batch in own:
+            assert batch["input_ids"].shape == (4, CONTEXT_LENGTH)
+            for row, labels in zip(rows_of(batch), batch["labels"], strict=True):
+                if (labels != IGNORE).any():
+                    assert labels.tolist() == [IGNORE, *row[1:]]
+                    seen.append(row)
+    assert sorted(seen) == sorted(wanted), "every row once, and what fills up carries no label"
+    assert num_batches == {-(-len(wanted) // (4 * world_size))}, "as many batches on every rank"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluator_reads_every_row(dataset, copy_of, all_rows, num_workers):
+    evaluator = build_evaluator(opened(copy_of(dataset)), EvalDataConfig(num_workers=num_workers), batch_size=7)
+    for _ in range(2):
+        counts = [count_tokens(batch)["loss_generating"] for batch in evaluator.dataloader.dataloader]  # pyright: ignore
+        assert sum(counts) == len(all_rows) * (CONTEXT_LENGTH - 1)
+
+
+# What is refused
+
+
+def refused(folder: Path, error: type[Exception], message: str, **options: Any) -> None:
+    options = {"tokenizer": byte_tokenizer(), "context_length": CONTEXT_LENGTH, **options}
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        open_dataset(str(folder), None, **options)
+
+
+def test_another_context_length(dataset):
+    refused(dataset, ConfigError, f"{dataset}: its rows are 32 tokens long, context_length is 64; set context_length=32 or "
+            "convert the text again", context_length=64)  # fmt: skip
+    open_dataset(str(dataset), None, tokenizer=byte_tokenizer())
+
+
+def test_another_tokenizer(dataset, tmp_path):
+    byte_tokenizer(401).save_pretrained(tmp_path / "larger")
+    larger = load_tokenizer(str(tmp_path / "larger"))
+    remedy = "set tokenizer to the one it was converted with, or convert the text again"
+    refused(dataset, ConfigError, f"{dataset}: was made with another tokenizer than {tmp_path / 'larger'} (vocab_size: 400 "
+            f"there, 401 here); {remedy}", tokenizer=larger)  # fmt: skip
+
+    byte_tokenizer().save_pretrained(tmp_path / "swapped")
+    path = tmp_path / "swapped" / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    merges = content["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    path.write_text(json.dumps(content))
+    swapped = load_tokenizer(str(tmp_path / "swapped"))
+    differs = rf"swapped \(sha256: [0-9a-f]{{64}} there, [0-9a-f]{{64}} here\); {remedy}$"
+    with pytest.raises(ConfigError, match=differs):
+        open_dataset(str(dataset), None, tokenizer=swapped)
+
+
+def last_shard(folder: Path) -> Path:
+    return folder / json.loads((folder / "index.json").read_bytes())["shards"][-1]["raw_data"]["basename"]
+
+
+def test_a_truncated_shard_is_found_at_once(dataset, copy_of):
+    folder = copy_of(dataset)
+    shard = last_shard(folder)
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(folder, DataError, f"{shard}: shard is {size - 1} bytes long, must be {size}; restore it from a copy, or delete "
+            f"{folder} and run convert/to_mds.py again")  # fmt: skip
+
+
+def flip_a_bit(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 4
+    shard.write_bytes(content)
+
+
+def damaged(shard: Path) -> str:
+    return (
+        rf"{re.escape(str(shard))}: damaged shard: its \d+ bytes are not those it was written with \(\d+ bytes, xxh64 "
+        r"[0-9a-f]{16}\); restore it from a copy, or delete it if it is the cached copy of a remote dataset"
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_bit_is_found_before_a_row_is_used(dataset, copy_of, num_workers):
+    folder = copy_of(dataset)
+    shard = last_shard(folder)
+    loader = loader_of(folder, num_workers=num_workers)
+    flip_a_bit(shard)
+    with pytest.raises(DataError) as caught:
+        epoch_of(loader)
+    lines = str(caught.value).strip().splitlines()
+    assert re.fullmatch((r"flame_composer\.config\.DataError: " if num_workers else "") + damaged(shard), lines[-1])
+    assert num_workers or len(lines) == 1
+
+
+def test_a_shard_that_vanishes_while_running(dataset, copy_of):
+    folder = copy_of(dataset)
+    shard = last_shard(folder)
+    rows = Rows(opened(folder), batch_size=1, shuffle=False)
+    shard.unlink()
+    assert len(rows[0]["input_ids"]) == CONTEXT_LENGTH
+    with pytest.raises(DataError, match=f"^{re.escape(str(shard))}: "):
+        rows[rows.num_samples - 1]
+
+
+# Remote datasets; a folder elsewhere is the plainest store
+
+
+def remote_of(folder: Path, cache: Path, **options: Any) -> Any:
+    return open_dataset(str(cache), str(folder), tokenizer=byte_tokenizer(), **options)
+
+
+def stream(dataset: Any, num_workers: int = 0) -> Iterator[Row]:
+    loader = build_train_loader(dataset, DataConfig(num_workers=num_workers), global_batch_size=4, seed=7).dataloader
+    for batch in loader:  # pyright: ignore[reportGeneralTypeIssues]
+        yield from rows_of(batch)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_remote_dataset_is_cached_under_its_index(dataset, copy_of, tmp_path, num_workers):
+    remote = copy_of(dataset)
+    found = remote_of(remote, tmp_path / "cache", context_length=CONTEXT_LENGTH)
+    name = read_manifest(str(remote)).index_sha256[:16]
+    assert found.folder == str(tmp_path / "cache" / name)
+    assert sorted(path.name for path in (tmp_path / "cache" / name).iterdir()) == ["index.json", "manifest.json"]
+    assert list(stream(found, num_workers)) == [row for batch in epoch_of(loader_of(copy_of(dataset))) for row in batch]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [name]
+    assert last_shard(tmp_path / "cache" / name).read_bytes() == last_shard(remote).read_bytes()
+
+
+def test_another_dataset_at_the_same_address_never_meets_the_old_shards(dataset, copy_of, tmp_path, all_rows):
+    remote = copy_of(dataset)
+    first = remote_of(remote, tmp_path / "cache")
+    assert set(stream(first)) <= set(all_rows)
+    shutil.rmtree(remote)
+    make_dataset(tmp_path / "new", num_documents=30, seed=5)
+    (tmp_path / "new" / "out").rename(remote)
+    second = remote_of(remote, tmp_path / "cache")
+    assert second.folder != first.folder
+    new = list(stream(second))
+    assert len(new) > 20
+    assert not set(new) & set(all_rows)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_remote_shard_that_is_damaged_is_named(dataset, copy_of, tmp_path, num_workers):
+    remote = copy_of(dataset)
+    flip_a_bit(last_shard(remote))
+    found = remote_of(remote, tmp_path / "cache")
+    with pytest.raises(DataError) as caught:
+        list(stream(found, num_workers))
+    cached = last_shard(Path(found.folder))
+    line = str(caught.value).strip().splitlines()[-1]
+    assert line.removeprefix("flame_composer.config.DataError: ").startswith(f"{cached}: ")
+
+
+def test_a_remote_that_is_not_there(tmp_path):
+    message = f"{tmp_path}/nothing/manifest.json: cannot be read: "
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}.*; check the address, the credentials and that") as caught:
+        remote_of(tmp_path / "nothing", tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("basename", ["../outside.mds", "/etc/passwd", "units/../../outside.mds"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_that_points_outside_is_refused(dataset, copy_of, tmp_path, basename, remote):
+    import hashlib
+
+    folder = copy_of(dataset)
+    index = json.loads((folder / "index.json").read_bytes())
+    index["shards"][0]["raw_data"]["basename"] = basename
+    (folder / "index.json").write_text(json.dumps(index))
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=re.escape(f"index.json: damaged: it names a file outside the dataset: {basename!r}")):
+        remote_of(folder, tmp_path / "cache") if remote else opened(folder)
+    assert not (tmp_path / "cache").exists()

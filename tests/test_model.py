@@ -1,0 +1,399 @@
+"""The model under Composer: what its config may say, that documents do not see each other, that weights keep their bits."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from flame_composer import cpu
+from flame_composer.checkpoint import save_hf_folder
+from flame_composer.cli import load
+from flame_composer.config import ConfigError, FsdpConfig, InvalidField, ParallelismConfig, TrainConfig
+from flame_composer.data import collate
+from flame_composer.model import (
+    CausalLM,
+    build_hf_config,
+    build_model,
+    build_parallelism,
+    check_agrees,
+    cumulative_lengths,
+    load_pretrained,
+    positions,
+)
+from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
+from tests.data_fixtures import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 400
+TINY = {"gla": GLA, "llama": LLAMA}
+
+
+def hf_config(config: dict[str, Any], **changes: Any) -> Any:
+    return build_hf_config({**config, **changes}, byte_tokenizer(), CONTEXT_LENGTH)
+
+
+def tiny(name: str, *, varlen: bool = True, **changes: Any) -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(build_model(hf_config(TINY[name], **changes)), byte_tokenizer(), varlen=varlen)
+
+
+def batch_of(doc_lengths: list[list[int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    choose = np.random.default_rng(seed)
+    return collate([
+        {"input_ids": choose.integers(0, VOCABULARY, sum(row)).astype(np.uint16), "doc_lengths": np.array(row, np.uint32)}
+        for row in doc_lengths
+    ])  # fmt: skip
+
+
+# The Hugging Face config
+
+REFUSED = [
+    ("gla", {"num_hidden_layer": 3}, "num_hidden_layer",
+     "unknown key of GLAConfig; did you mean model.config.num_hidden_layers?"),
+    ("llama", {"num_hidden_layer": 3}, "num_hidden_layer",
+     "unknown key of LlamaConfig; did you mean model.config.num_hidden_layers?"),
+    ("gla", {"num_head": 3}, "num_head", "unknown key of GLAConfig; did you mean model.config.num_heads?"),
+    ("gla", {"kwargs": 1}, "kwargs", "unknown key of GLAConfig"),
+    ("llama", {"self": 1}, "self", "unknown key of LlamaConfig"),
+    ("gla", {"": 1}, "", "unknown key of GLAConfig"),
+    ("gla", {"hidden_size": "big"}, "hidden_size", "must be int"),
+    ("gla", {"hidden_size": 64.0}, "hidden_size", "must be int"),
+    ("gla", {"hidden_size": True}, "hidden_size", "must be int"),
+    ("gla", {"hidden_size": None}, "hidden_size", "must be int"),
+    ("gla", {"expand_k": "half"}, "expand_k", "must be float"),
+    ("gla", {"tie_word_embeddings": "yes"}, "tie_word_embeddings", "must be bool"),
+    ("llama", {"hidden_size": "big"}, "hidden_size", "must be int"),
+    ("llama", {"hidden_size": None}, "hidden_size", "must be int"),
+    ("llama", {"vocab_size": "400"}, "vocab_size", "must be int"),
+    ("llama", {"vocab_size": None}, "vocab_size", "must be int"),
+    ("llama", {"rms_norm_eps": "tiny"}, "rms_norm_eps", "must be float"),
+    ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings", "must be bool"),
+    *((name, {"vocab_size": 399}, "vocab_size", "must be at least the tokenizer's 400 tokens") for name in TINY),
+    *((name, {"num_hidden_layers": 0}, "num_hidden_layers", "must be 1 or more") for name in TINY),
+    *((name, {"model_type": "glaa"}, "model_type", "neither fla nor transformers has such a model; did you mean gla?")
+      for name in TINY),
+    ("llama", {"model_type": "lama"}, "model_type", "neither fla nor transformers has such a model; did you mean llama?"),
+    ("gla", {"model_type": ["gla"]}, "model_type", "neither fla nor transformers has such a model; did you mean gla?"),
+    ("gla", {"model_type": 3}, "model_type", "neither fla nor transformers has such a model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "key", "rule"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refused_config(name, changes, key, rule):
+    with pytest.raises(InvalidField) as caught:
+        hf_config(TINY[name], **changes)
+    assert (caught.value.name, caught.value.rule) == (f"model.config.{key}", rule)
+
+
+def test_what_is_not_given_comes_from_the_tokenizer_and_the_data():
+    for name in TINY:
+        config = hf_config(TINY[name])
+        assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (400, 0, 0)
+        assert config.hidden_size == 32
+        assert hf_config(TINY[name], vocab_size=512, eos_token_id=5).vocab_size == 512
+        assert hf_config(TINY[name], eos_token_id=5).eos_token_id == 5
+    assert hf_config(LLAMA).max_position_embeddings == CONTEXT_LENGTH
+    assert hf_config(LLAMA, max_position_embeddings=99).max_position_embeddings == 99
+    assert hf_config(GLA, expand_k=1).expand_k == 1, "a whole number is a float"
+    assert hf_config(LLAMA, eos_token_id=[1, 2], rope_scaling=None).eos_token_id == [1, 2]
+
+
+NO_MODEL = [
+    ("gla", {"num_heads": 3}, "model.config: no gla model can be built from it: key dim must be divisible by num_heads of 3"),
+    ("gla", {"hidden_size": 33}, "model.config: no gla model can be built from it: "),
+    ("gla", {"num_heads": 0}, "model.config: no gla model can be built from it: integer division or modulo by zero"),
+    ("gla", {"hidden_size": -4}, "model.config: no gla model can be built from it: "),
+    ("gla", {"hidden_act": "swishh"}, "model.config: no gla model can be built from it: unknown value 'swishh'"),
+    ("gla", {"feature_map": "x"}, "model.config: no gla model can be built from it: unknown value 'x'"),
+    ("gla", {"attn_mode": "x"}, "model.config: no gla model can be built from it: "),
+    ("gla", {"pad_token_id": 9999}, "model.config: no gla model can be built from it: "),
+    ("gla", {"hidden_size": 10**30}, "model.config: no gla model can be built from it: "),
+    ("gla", {"attn": 3}, "model.config: GLAConfig refuses it: "),
+    ("llama", {"num_key_value_heads": 3}, "model.config.num_key_value_heads: must divide num_attention_heads=2"),
+    ("llama", {"num_attention_heads": 0}, "model.config: "),
+    ("llama", {"hidden_act": "swishh"}, "model.config: no llama model can be built from it: unknown value 'swishh'"),
+    ("llama", {"rope_scaling": 3}, "model.config: LlamaConfig refuses it: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), NO_MODEL, ids=lambda value: str(value)[:40])
+def test_numbers_that_make_no_model(name, changes, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}") as caught:
+        build_model(hf_config(TINY[name], **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_340m_recipe_is_flas_own_model_of_341_7_m_parameters():
+    cpu.enable()
+    from fla.models import GLAConfig, GLAForCausalLM
+
+    recipe = load(TrainConfig, [str(ROOT / "yamls" / "gla_340m.yaml")])
+    with torch.device("meta"):
+        ours = build_model(hf_config(recipe.model.config))
+        theirs = GLAForCausalLM(GLAConfig(
+            hidden_size=1024, num_hidden_layers=24, num_heads=4, expand_k=0.5, expand_v=1.0, hidden_ratio=4,
+            hidden_act="swish", norm_eps=1e-6, initializer_range=0.02, tie_word_embeddings=True, vocab_size=32000,
+            clamp_min=None, attn_mode="chunk",
+        ))  # fmt: skip
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert type(ours) is GLAForCausalLM
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+    assert round(counts[0] / 1e6, 1) == 341.7
+
+
+# Documents in rows
+
+document_rows = st.integers(2, 20).flatmap(lambda length: st.lists(
+    st.sets(st.integers(1, length - 1)).map(lambda borders: np.diff([0, *sorted(borders), length]).tolist()),
+    min_size=1, max_size=4,
+))  # fmt: skip
+
+
+@given(rows=document_rows)
+def test_offsets_and_positions(rows):
+    sequence_id = batch_of(rows)["sequence_id"]
+    offsets, places = [0], []
+    for row in rows:
+        places.append([place for length in row for place in range(length)])
+        for length in row:
+            offsets.append(offsets[-1] + length)
+    assert cumulative_lengths(sequence_id).tolist() == offsets
+    assert positions(sequence_id).tolist() == places
+    assert positions(sequence_id).shape == sequence_id.shape
+
+
+ROWS = [[5, 1, 20, 6], [32], [1, 31]]
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_document_sees_itself_only(name, batch_size):
+    """Whatever is written in one document, the logits of every other are the same, and its own are not."""
+    model = tiny(name).eval()
+    rows = ROWS[:batch_size]
+    batch = batch_of(rows)
+    del batch["labels"]
+    with torch.no_grad():
+        before = model(batch).logits
+    assert before.shape == (batch_size, 32, VOCABULARY)
+    for r, row in enumerate(rows):
+        for number, length in enumerate(row):
+            changed = {key: value.clone() for key, value in batch.items()}
+            inside = (batch["sequence_id"] == number) & (torch.arange(batch_size)[:, None] == r)
+            assert inside.sum() == length
+            changed["input_ids"][inside] = (changed["input_ids"][inside] + 1) % VOCABULARY
+            with torch.no_grad():
+                after = model(changed).logits
+            torch.testing.assert_close(after[~inside], before[~inside], rtol=0, atol=0 if name == "gla" else 1e-6)
+            assert not torch.isclose(after[inside], before[inside], atol=1e-4).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_document_alone_has_the_same_logits(name):
+    model = tiny(name).eval()
+    batch = batch_of(ROWS)
+    del batch["labels"]
+    with torch.no_grad():
+        packed = model(batch).logits[0, 6:26]
+        alone = model({key: value[:1, 6:26] - (2 if key == "sequence_id" else 0) for key, value in batch.items()}).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_without_varlen_state_runs_across_documents_of_a_row_not_across_rows(name):
+    model = tiny(name, varlen=False).eval()
+    batch = batch_of([[5, 27], [32]])
+    del batch["labels"]
+    changed = {key: value.clone() for key, value in batch.items()}
+    changed["input_ids"][0, 2] = (changed["input_ids"][0, 2] + 1) % VOCABULARY
+    with torch.no_grad():
+        before, after = model(batch).logits, model(changed).logits
+    torch.testing.assert_close(before[0, :2], after[0, :2], rtol=0, atol=1e-6)  # causal
+    assert not torch.isclose(before[0, 5:], after[0, 5:], rtol=0, atol=1e-7).all(), "the next document sees it"
+    torch.testing.assert_close(before[1], after[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("varlen", [True, False])
+@pytest.mark.parametrize("name", TINY)
+def test_loss_is_the_cross_entropy_of_the_logits(name, varlen):
+    model = tiny(name, varlen=varlen)
+    batch = batch_of(ROWS)
+    with torch.no_grad():
+        outputs = model(batch)
+        logits = model({key: value for key, value in batch.items() if key != "labels"}).logits
+    expected = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY).double(), batch["input_ids"][:, 1:].reshape(-1))
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6), "every token but each row's first is predicted"
+    evaluated = model.eval_forward({key: value.clone() for key, value in batch.items()})
+    assert evaluated.shape == (3, 32, VOCABULARY)
+    batch["labels"][1:] = -100
+    one_row = F.cross_entropy(logits[0, :-1].double(), batch["input_ids"][0, 1:])
+    with torch.no_grad():
+        assert model(batch).loss.item() == pytest.approx(one_row.item(), rel=1e-6), "-100 carries no loss"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_microbatches_give_one_loss_and_gradient(name):
+    """Weighted by their tokens, as Composer's Trainer weights them; norm-wise relative error below 1e-5."""
+    batch = batch_of([[5, 1, 20, 6], [32], [1, 31], [16, 16]])
+    batch["labels"][1, 7:] = -100  # so that microbatches have unequal numbers of tokens
+    total = int((batch["labels"] != -100).sum())
+    results = []
+    for size in (4, 2, 1):
+        model = tiny(name)
+        loss = 0.0
+        for start in range(0, 4, size):
+            part = {key: value[start : start + size] for key, value in batch.items()}
+            weighted = model(part).loss * int((part["labels"] != -100).sum()) / total
+            weighted.backward()
+            loss += weighted.item()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+        results.append((loss, gradients))
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert (gradients - results[0][1]).norm() <= 1e-5 * results[0][1].norm()
+
+
+# Weights on disk
+
+
+@pytest.fixture
+def saved(request, tmp_path) -> Path:
+    model = tiny(getattr(request, "param", "gla")).model
+    save_hf_folder(model, byte_tokenizer(), tmp_path / "hf", dtype="float32")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("saved", TINY, indirect=True)
+def test_saving_and_loading_keeps_every_bit(saved):
+    model = load_pretrained(str(saved))
+    assert type(model).__name__ in ("GLAForCausalLM", "LlamaForCausalLM")
+    original = tiny(model.config.model_type).model.state_dict()
+    loaded = model.state_dict()
+    assert loaded.keys() == original.keys()
+    for name, tensor in original.items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], tensor), name
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("x" * 100)
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def missing_tensor(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
+
+
+def unknown_tensor(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update(stray=torch.zeros(1)))
+
+
+def wrong_shape(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
+
+
+NO_WEIGHTS = "cannot be loaded as a causal language model: "
+OTHER_WEIGHTS = "its weights are not those of a gla model: "
+DAMAGE = {
+    no_config: "not a Hugging Face model folder: it has no config.json",
+    broken_config: NO_WEIGHTS,
+    no_weights: NO_WEIGHTS,
+    truncated: NO_WEIGHTS,
+    not_safetensors: NO_WEIGHTS,
+    missing_tensor: OTHER_WEIGHTS + "missing keys: model.norm.weight",
+    unknown_tensor: OTHER_WEIGHTS + "unexpected keys: stray",
+    wrong_shape: "",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_weights_that_do_not_fill_the_model_are_refused(saved, damage, capfd):
+    damage(saved)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{saved}: {DAMAGE[damage]}')}") as caught:
+        load_pretrained(str(saved))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    if damage is wrong_shape:
+        assert "model.norm.weight" in str(caught.value) or "size" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    path = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=f"^{re.escape(path)}: no such folder; give a Hugging Face model folder or id$"):
+        load_pretrained(path)
+
+
+def test_code_that_comes_with_a_model_is_never_run(saved, tmp_path):
+    """Neither with a model type of its own, which cannot be loaded then, nor with one that is known."""
+    marker = tmp_path / "marker"
+    (saved / "modeling_evil.py").write_text(
+        f"import os\nos.mkdir({str(marker)!r})\n"
+        "from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilForCausalLM\n"
+    )
+    path = saved / "config.json"
+    content = json.loads(path.read_bytes())
+    auto_map = {"AutoConfig": "modeling_evil.EvilConfig", "AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
+    path.write_text(json.dumps(content | {"auto_map": auto_map}))
+    assert type(load_pretrained(str(saved))).__name__ == "GLAForCausalLM"
+    path.write_text(json.dumps(content | {"auto_map": auto_map, "model_type": "evil"}))
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(saved))}: cannot be loaded"):
+        load_pretrained(str(saved))
+    assert not marker.exists()
+
+
+def test_a_config_given_beside_weights_may_only_repeat_theirs():
+    config = hf_config(GLA)
+    check_agrees(config, {})
+    check_agrees(config, dict(GLA))
+    for change in ({"num_heads": 4}, {"hidden_size": 64}, {"nonsense": 1}, {"model_type": "llama"}):
+        ((key, value),) = change.items()
+        has = getattr(config, key, None)
+        message = f"model.config.{key}: model.pretrained has {has}; leave the key out, or give that value"
+        with pytest.raises(InvalidField, match=f"^{re.escape(message)}$"):
+            check_agrees(config, {**GLA, key: value})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_parallelism_without_a_gpu():
+    assert build_parallelism(ParallelismConfig(), precision="fp32") is None
+    assert build_parallelism(ParallelismConfig(fsdp=FsdpConfig(), cpu_fallback=True), precision="fp32") is None
+    for config, precision, key in (
+        (ParallelismConfig(), "amp_bf16", "precision"), (ParallelismConfig(fsdp=FsdpConfig()), "fp32", "parallelism.fsdp"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
+            build_parallelism(config, precision=precision)

@@ -1,0 +1,119 @@
+"""What is decayed, the learning rate over a run, and that the fused AdamW computes what the plain one does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from composer.core import State, Timestamp
+from composer.utils import get_device
+
+from flame_composer.config import OptimizerConfig, SchedulerConfig
+from flame_composer.model import build_hf_config, build_model
+from flame_composer.optim import build_optimizer, build_scheduler
+from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
+from tests.data_fixtures import byte_tokenizer
+
+
+def tiny_model(config: dict[str, Any], **changes: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_model(build_hf_config({**config, **changes}, byte_tokenizer(), CONTEXT_LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"), [(GLA, {}), (GLA, {"tie_word_embeddings": True}), (LLAMA, {"attention_bias": True})]
+)
+def test_every_parameter_is_in_one_group_and_no_vector_is_decayed(config, changes):
+    model = tiny_model(config, **changes)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(parameter)]: parameter for parameter in group["params"]} for group in optimizer.param_groups]
+    decayed, plain = groups
+    assert len(decayed) + len(plain) == len(names) == len(decayed | plain)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert any("norm" in name for name in plain)
+    assert all("norm" in name or name.endswith(".bias") for name in plain)
+    assert not any("norm" in name or name.endswith(".bias") for name in decayed)
+    assert any("embed" in name for name in decayed)
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.8, 0.9), 1e-6, True)
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_model(GLA)
+    frozen = model.get_input_embeddings().weight  # pyright: ignore
+    frozen.requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    given = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert id(frozen) not in given
+    assert len(given) == sum(parameter.requires_grad for parameter in model.parameters()) == len(list(model.parameters())) - 1
+
+
+def test_no_empty_group():
+    assert len(build_optimizer(torch.nn.Linear(2, 2, bias=False), OptimizerConfig()).param_groups) == 1
+
+
+def rate(config: SchedulerConfig, batch: int, *, warmup: int, total: int) -> float:
+    """The factor on the learning rate that Composer's scheduler gives at a batch of a run."""
+    state = State(
+        model=torch.nn.Linear(1, 1), rank_zero_seed=0, run_name="run", device=get_device("cpu"), max_duration=f"{total}ba"
+    )
+    state.timestamp = Timestamp(batch=batch)
+    return build_scheduler(config, warmup_batches=warmup, total_batches=total)(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)]
+)
+def test_schedules(name, middle, end):
+    config: Any = SchedulerConfig(name=name, min_lr_ratio=0.1)
+    warmup, total = 10, 110
+    at = [rate(config, batch, warmup=warmup, total=total) for batch in range(total + 1)]
+    assert at[:11] == pytest.approx([batch / 10 for batch in range(11)])
+    assert at[10] == 1.0
+    assert at[60] == pytest.approx(middle)
+    assert at[110] == pytest.approx(end)
+    assert all(a >= b for a, b in itertools.pairwise(at[10:])), "never rises after the warmup"
+    assert min(at[10:]) >= end - 1e-12
+    quarter = {"cosine": 0.1 + 0.9 * (1 + 2**-0.5) / 2, "linear": 0.775, "constant": 1.0}[name]
+    assert at[35] == pytest.approx(quarter)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_no_warmup_starts_at_the_peak(name):
+    config: Any = SchedulerConfig(name=name)
+    assert rate(config, 0, warmup=0, total=10) == 1.0
+
+
+def test_warmup_as_long_as_the_run():
+    config = SchedulerConfig(name="cosine")
+    assert [rate(config, batch, warmup=4, total=4) for batch in range(4)] == pytest.approx([0, 0.25, 0.5, 0.75])
+
+
+def test_fused_adamw_is_adamw():
+    """Five steps of the optimizer that is used, and of PyTorch's for-loop, on the same gradients."""
+    model = tiny_model(GLA)
+    reference = copy.deepcopy(model)
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(model, config)
+    vectors = [p for p in reference.parameters() if p.ndim < 2]
+    plain = torch.optim.AdamW(
+        [{"params": [p for p in reference.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-2, betas=config.betas, eps=config.eps, foreach=False, fused=False,
+    )  # fmt: skip
+    start = copy.deepcopy(model.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        optimizer.step()
+        plain.step()
+    for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        moved = (theirs - start[name]).norm()
+        assert moved > 0
+        assert (ours - theirs).norm() <= 1e-5 * moved, name
