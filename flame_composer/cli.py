@@ -27,6 +27,7 @@ from flame_composer.config import ConfigError, DataError, InvalidField, ScriptCo
 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 C = TypeVar("C", bound=ScriptConfig)
 
@@ -97,6 +98,9 @@ def run(main: Callable[[C], None], cls: type[C]) -> int:
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     return 0
 
 

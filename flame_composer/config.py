@@ -282,6 +282,8 @@ class TrainConfig(ScriptConfig):
         require(self.eval_batch_size is None or self.eval_batch_size > 0, "eval_batch_size",
                 "must be a positive number of rows, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
+        for name in ("save_folder", "log_folder"):
+            require("://" not in (getattr(self, name) or ""), name, "must be a local folder (data can be remote)")
         require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
                 "save_num_checkpoints_to_keep", "must be more than 0, or -1 for all")
         world_size = os.environ.get("WORLD_SIZE", "1")

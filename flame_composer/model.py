@@ -145,6 +145,9 @@ class CausalLM(HuggingFaceModel):
             model=model, tokenizer=tokenizer, use_logits=True, shift_labels=True,
             eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
         )
+        blocks = set(model._no_split_modules or ())
+        # Composer asks the model's direct children: each block is gathered, and recomputed, by itself.
+        model.fsdp_wrap_fn = model.activation_checkpointing_fn = lambda module: type(module).__name__ in blocks  # type: ignore
         self.varlen = varlen
         self.is_fla = type(model).__module__.startswith("fla.")
 
