@@ -31,7 +31,7 @@ class JsonlLog(Callback):
     """
 
     def __init__(
-        self, log_folder: Path, *, total_batches: int, batches_per_epoch: int, log_batch_hash: bool, print_lines: bool
+        self, log_folder: Path, total_batches: int, batches_per_epoch: int, *, log_batch_hash: bool, print_lines: bool
     ):
         """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going."""
         self.path = log_folder / "train_log.jsonl"

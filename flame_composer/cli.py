@@ -179,7 +179,7 @@ def _read_override(cls: type, argument: str) -> DictConfig:
         if annotation == "str" or plain_list or (annotation == "str | None" and text != "null"):
             return OmegaConf.create(_nested(key, text))
         return OmegaConf.from_dotlist([argument])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, IndexError, RecursionError) as error:  # IndexError: '[=1'
         reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else " ".join(str(error).split())
         raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
 

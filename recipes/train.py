@@ -28,13 +28,12 @@ def main(config: TrainConfig) -> None:
     log_folder, save_folder = Path(config.log_folder), config.save_folder and Path(config.save_folder)
     resume_from = checkpoint.find_start(save_folder, autoresume=config.autoresume) if save_folder else None
 
-    device = get_device()
-    dist.initialize_dist(device)
+    dist.initialize_dist(device := get_device())
     reproducibility.seed_all(config.seed)
 
     made_for = {"tokenizer": tokenizer, "context_length": config.context_length}
-    train_set = data.open_dataset(config.train_data.local, config.train_data.remote, **made_for)
     order = {"global_batch_size": config.global_batch_size, "seed": config.seed}
+    train_set = data.open_dataset(config.train_data.local, config.train_data.remote, **made_for)
     train_loader = data.build_train_loader(train_set, config.train_data, **order)
     epoch_batches = train_loader.dataloader.dataset.batches_per_epoch
     total_batches = config.in_batches(config.max_duration, epoch_batches)
@@ -55,15 +54,14 @@ def main(config: TrainConfig) -> None:
     model.check_agrees(hf_model.config, config.model.config)
     show_bar = config.progress_bar and sys.stderr.isatty()
     log = callbacks.JsonlLog(
-        log_folder, total_batches=total_batches, batches_per_epoch=epoch_batches, log_batch_hash=config.log_batch_hash,
-        print_lines=not show_bar,
+        log_folder, total_batches, epoch_batches, log_batch_hash=config.log_batch_hash, print_lines=not show_bar
     )
     order = data.describe_order(train_set, config.train_data, **order)
-    watchers = [callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState(), log]
+    watchers = [callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState()]
+    lr, clip, keep = config.optimizer.lr, config.optimizer.grad_clip_norm, config.save_num_checkpoints_to_keep
+    watchers += [optim.Schedule(config.scheduler, lr, warmup_batches, total_batches), log]
     if save_folder:
-        keep = config.save_num_checkpoints_to_keep
         watchers.append(checkpoint.SaveCheckpoints(save_folder, interval=save_interval, num_to_keep=keep))
-    clip = config.optimizer.grad_clip_norm
 
     trainer = Trainer(
         run_name=config.run_name,
@@ -73,7 +71,6 @@ def main(config: TrainConfig) -> None:
         eval_dataloader=evaluators,
         max_duration=f"{total_batches}ba",
         optimizers=optim.build_optimizer(hf_model, config.optimizer),
-        schedulers=optim.build_scheduler(config.scheduler, warmup_batches=warmup_batches, total_batches=total_batches),
         algorithms=[algorithms.GradientClipping("norm", clip)] if clip else [],
         callbacks=watchers,
         loggers=[callbacks.build_wandb_logger(config.wandb, config.run_name, log_folder)] if config.wandb else [],

@@ -397,3 +397,10 @@ def test_parallelism_without_a_gpu():
     ):  # fmt: skip
         with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
             build_parallelism(config, precision=precision)
+
+
+def test_blocks_are_what_fsdp_wraps_and_recomputes():
+    wrapped = tiny("gla", num_hidden_layers=2).model
+    blocks = [name for name, module in wrapped.named_modules() if wrapped.fsdp_wrap_fn(module)]
+    assert blocks == ["model.layers.0", "model.layers.1"]
+    assert wrapped.activation_checkpointing_fn is wrapped.fsdp_wrap_fn

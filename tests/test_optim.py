@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from composer.core import State, Timestamp
+from composer.loggers import Logger
 from composer.utils import get_device
 
 from flame_composer.config import OptimizerConfig, SchedulerConfig
 from flame_composer.model import build_hf_config, build_model
-from flame_composer.optim import build_optimizer, build_scheduler
+from flame_composer.optim import Schedule, build_optimizer, rate_factor
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 
@@ -57,12 +58,7 @@ def test_no_empty_group():
 
 
 def rate(config: SchedulerConfig, batch: int, *, warmup: int, total: int) -> float:
-    """The factor on the learning rate that Composer's scheduler gives at a batch of a run."""
-    state = State(
-        model=torch.nn.Linear(1, 1), rank_zero_seed=0, run_name="run", device=get_device("cpu"), max_duration=f"{total}ba"
-    )
-    state.timestamp = Timestamp(batch=batch)
-    return build_scheduler(config, warmup_batches=warmup, total_batches=total)(state)
+    return rate_factor(config, batch, warmup_batches=warmup, total_batches=total)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +87,21 @@ def test_no_warmup_starts_at_the_peak(name):
 def test_warmup_as_long_as_the_run():
     config = SchedulerConfig(name="cosine")
     assert [rate(config, batch, warmup=4, total=4) for batch in range(4)] == pytest.approx([0, 0.25, 0.5, 0.75])
+
+
+def test_every_batch_gets_the_rate_of_its_place():
+    """Whatever rate the optimizer had before, as after a restart."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.AdamW([{"params": [parameter]}, {"params": []}], lr=123.0)
+    state = State(model=torch.nn.Linear(1, 1), rank_zero_seed=0, run_name="run", device=get_device("cpu"), max_duration="9ba")
+    state.optimizers = optimizer
+    schedule = Schedule(SchedulerConfig(name="linear", min_lr_ratio=0.0), 2.0, 4, 8)
+    seen = []
+    for batch in (3, 0, 4, 6):
+        state.timestamp = Timestamp(batch=batch)
+        schedule.batch_start(state, Logger(state))
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    assert seen == [[1.5, 1.5], [0.0, 0.0], [2.0, 2.0], [1.0, 1.0]]
 
 
 def test_fused_adamw_is_adamw():
