@@ -9,6 +9,7 @@ help:
 	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff and mypy"
+	@echo "make bench       time a training step against a Llama of the same size"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make clean       delete what the quickstart made (data/quickstart, runs/gla_tiny)"
 
@@ -29,6 +30,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python recipes/benchmark.py
 
 clean:
 	rm -rf data/quickstart runs/gla_tiny

@@ -460,3 +460,26 @@ class ToHfConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "checkpoint", "out")
+
+
+@dataclass
+class BenchmarkConfig(ScriptConfig):
+    """Time a training step of GLA against a Llama of the same size."""
+
+    context_lengths: list[int] = field(default_factory=lambda: [512, 2048])
+    """Tokens per row, one measurement each."""
+    batch_tokens: int = 4096
+    """Tokens per step."""
+    hidden_size: int = 512
+    """Width of both models."""
+    num_layers: int = 8
+    """Depth of both models."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    repeats: int = 5
+    """Steps of each model that count, after one that does not; the two take turns."""
+
+    def validate(self) -> None:
+        for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        require(bool(self.context_lengths) and min(self.context_lengths) > 1, "context_lengths", "must be 2 tokens or more")

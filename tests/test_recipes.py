@@ -218,6 +218,17 @@ def test_damaged_shard_is_named(corpus: Corpus, tmp_path: Path, num_workers: int
     assert not (tmp_path / "run/train_log.jsonl").exists()
 
 
+def test_benchmark_compares_models_of_one_size() -> None:
+    result = last_json(run_script(
+        "recipes/benchmark.py", "hidden_size=64", "num_layers=1", "batch_tokens=128", "repeats=1", "context_lengths=[32,64]",
+    ))
+    assert result["llama_parameters"] == pytest.approx(result["parameters"], rel=0.02)
+    assert [row["context_length"] for row in result["results"]] == [32, 64]
+    for row in result["results"]:
+        ratio = row["gla_tokens_per_second"] / row["llama_tokens_per_second"]
+        assert row["gla_over_llama"] == pytest.approx(ratio, abs=0.02)
+
+
 def readme_commands() -> list[list[str]]:
     """The lines of README's bash blocks, as lists of words."""
     blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
