@@ -27,6 +27,7 @@ from flame_composer.config import ConfigError, DataError, InvalidField, ScriptCo
 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
+EXIT_INTERRUPTED = 130
 
 C = TypeVar("C", bound=ScriptConfig)
 
@@ -97,6 +98,9 @@ def run(main: Callable[[C], None], cls: type[C]) -> int:
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -213,6 +217,8 @@ def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tu
             yield from _leaves(section, value, f"{prefix}{key}.")
         elif get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value:
             yield f"{prefix}{key}", _split_list(value)
+        elif get_origin(hints[key]) is list and isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", [value]
         else:
             yield f"{prefix}{key}", value
 

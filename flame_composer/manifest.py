@@ -14,6 +14,7 @@ from flame_composer.corpus import Slice
 from flame_composer.tokenizer import TokenizerFingerprint
 
 VERSION = 1
+HF = "hf"  # the encoder of tokenizers, which every other must agree with
 HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
 
 Split = Literal["train", "val"]
@@ -26,12 +27,14 @@ class Ledger:
     """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
 
     `carried_out` tokens fill no row of their unit; the tail unit carries them in. `documents_skipped` could not be
-    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them. `bytes` are
-    those of the shards.
+    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them.
+    `documents_short` of the `documents` are under `min_doc_length`: their tokens are `dropped`, as are the last ones of
+    the dataset, too few for a row. `bytes` are those of the shards.
     """
 
     documents: int = 0
     documents_skipped: int = 0
+    documents_short: int = 0
     tokens_in: int = 0
     carried_in: int = 0
     tokens_out: int = 0
@@ -52,10 +55,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """One work unit: the inputs it read, a hash of its documents' hashes in order, and its ledger."""
+    """One work unit: the inputs it read, the encoder that made its tokens (none for the tail), a hash of its documents'
+    hashes in order, and its ledger."""
 
     name: str
     inputs: Unit
+    encoder: str | None
     documents_hash: str
     ledger: Ledger
 
@@ -230,7 +235,8 @@ def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
 
 
 def _ledger(content: Any, place: str) -> Ledger:
-    return Ledger(**{field.name: _take(content, field.name, int, place) for field in dataclasses.fields(Ledger)})
+    counts = {"documents_short": 0, **content}  # not in datasets made before there was min_doc_length
+    return Ledger(**{field.name: _take(counts, field.name, int, place) for field in dataclasses.fields(Ledger)})
 
 
 def parse_record(content: Any, place: str) -> UnitRecord:
@@ -247,6 +253,8 @@ def parse_record(content: Any, place: str) -> UnitRecord:
     return UnitRecord(
         _take(content, "name", str, place),
         inputs,
+        # Datasets made before there was a choice do not say.
+        None if "encoder" in content and content["encoder"] is None else _take({"encoder": HF, **content}, "encoder", str, place),
         _take(content, "documents_hash", str, place),
         _ledger(_take(content, "ledger", dict, place), place),
     )

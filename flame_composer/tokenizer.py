@@ -109,7 +109,7 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos:
         if wanted and end is None:
             raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
     before, after = ([] if end is None else [end] for end in ends)
-    backend = _plain_copy(tokenizer)
+    backend = plain_copy(tokenizer)
     vocab_size = fingerprint(tokenizer).vocab_size
     dtype = token_dtype(vocab_size)
 
@@ -122,7 +122,7 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos:
     return encode
 
 
-def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
+def plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
     """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the text recognised."""
     from tokenizers import Tokenizer
 

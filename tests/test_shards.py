@@ -21,8 +21,9 @@ from streaming import StreamingDataset
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, read_documents
 from flame_composer.manifest import HASH, Ledger, check_shards, parse_manifest, read_index, read_manifest
-from flame_composer.shards import DatasetWriter, Plan, convert_unit, document_hash, plan_units, split_of
+from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import TokenizerFingerprint
+from flame_composer.units import convert_unit, document_hash, split_of
 from tests.data_fixtures import files_under, words, write_jsonl
 
 CONTEXT_LENGTH = 16
@@ -47,8 +48,13 @@ def make_corpus(folder: Path, num_documents: int = 60) -> None:
         (folder / f"c{i}.txt").write_text(text)
 
 
-def plans(source: Path, *, val_fraction: float = 0.0, unit_size: int = 700, **changes: Any) -> list[Plan]:
-    config = {"text_column": "text", "val_fraction": val_fraction, "shard_size": 1500, "unit_size": unit_size}
+def plans(
+    source: Path, *, val_fraction: float = 0.0, unit_size: int = 700, settings: dict[str, Any] | None = None, **changes: Any
+) -> list[Plan]:
+    config = {
+        "text_column": "text", "val_fraction": val_fraction, "shard_size": 1500, "unit_size": unit_size,
+        "max_doc_length": None, "min_doc_length": None, "seed": None, **(settings or {}),
+    }  # fmt: skip
     units = plan_units(find_files([str(source)]), unit_size)
     train = Plan("train", FINGERPRINT, CONTEXT_LENGTH, config, units)
     split_plans = [train, dataclasses.replace(train, split="val")] if val_fraction else [train]
@@ -167,7 +173,7 @@ def test_no_file_in_a_dataset_depends_on_time_order_or_batches(tmp_path, source,
     for name in ("first", "second", "batched"):
         datasets = [DatasetWriter(str(tmp_path / name / plan.split), plan) for plan in plans(source, val_fraction=0.3)]
         if name == "batched":
-            monkeypatch.setattr("flame_composer.shards.BATCH_CHARACTERS", 1)
+            monkeypatch.setattr("flame_composer.units.BATCH_CHARACTERS", 1)
         num_units = len(datasets[0].plan.units)
         convert(datasets, order=range(num_units) if name == "first" else reversed(range(num_units)))
     assert files_under(tmp_path / "first") == files_under(tmp_path / "second") == files_under(tmp_path / "batched")

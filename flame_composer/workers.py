@@ -1,0 +1,215 @@
+"""Work units on a pool of processes: who converts which unit, what they report, and what happens when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray
+from typing import Any, Literal
+
+from flame_composer.config import DataError
+from flame_composer.encoder import build_named_encoder
+from flame_composer.manifest import HF
+from flame_composer.shards import DatasetWriter, unit_name
+from flame_composer.tokenizer import Encoder, build_encoder, load_tokenizer
+from flame_composer.units import EncoderMismatch, convert_unit
+
+OnProgress = Callable[[int, int, int], None]
+
+PRELOADED = ["streaming", "transformers.models.auto.tokenization_auto"]  # imported once, in the process workers come from
+MAX_MEMORY = 512 << 20  # bytes; a worker that has grown beyond gives its place to a new one
+MAX_UNITS = 64  # units a worker converts before it does the same
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """All that a worker needs to know; `encoder` is what `encoder.choose_encoder` named."""
+
+    datasets: tuple[DatasetWriter, ...]
+    tokenizer: str
+    add_bos: bool
+    add_eos: bool
+    encoder: str
+    on_mismatch: Literal["fail", "redo"]
+    on_error: Literal["fail", "skip"]
+
+
+class UnitConverter:
+    """Converts units in the process it is made in, which loads the tokenizer once."""
+
+    def __init__(self, conversion: Conversion):
+        self.conversion = conversion
+        tokenizer = load_tokenizer(conversion.tokenizer)
+        ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
+        self.exact: Encoder = build_encoder(tokenizer, **ends)
+        self.fast = None if conversion.encoder == HF else build_named_encoder(conversion.encoder, tokenizer, **ends)
+
+    def convert(self, number: int, on_progress: OnProgress) -> str | None:
+        """Convert and commit unit `number`; returns a warning if it had to be done again with the slower encoder."""
+        conversion = self.conversion
+        common = (conversion.datasets, number)
+        if self.fast is None:
+            convert_unit(*common, self.exact, conversion.on_error, on_progress)
+            return None
+        try:
+            convert_unit(
+                *common, self.fast, conversion.on_error, on_progress, encoder=conversion.encoder, reference=self.exact
+            )
+        except EncoderMismatch as mismatch:
+            if conversion.on_mismatch == "fail":
+                raise DataError(f"{mismatch} to {conversion.encoder} than to {HF}; set encoder=auto or hf") from None
+            convert_unit(*common, self.exact, conversion.on_error, on_progress)
+            return f"{mismatch} to {conversion.encoder} than to {HF}; this unit was encoded with {HF}"
+        return None
+
+
+def convert_units(
+    conversion: Conversion, numbers: Sequence[int], num_workers: int, on_progress: OnProgress
+) -> Iterator[str]:
+    """Convert and commit the units `numbers`, in any order, on `num_workers` processes; yields warnings.
+
+    A single unit is converted in this process. `on_progress` is called in this process with the documents, tokens and
+    input bytes done with since the last call. The first error stops all of them, and units that were not committed are
+    left for the next time. Raises DataError if a process dies.
+    """
+    if len(numbers) > 1:
+        yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
+        return
+    for number in numbers:
+        warning = UnitConverter(conversion).convert(number, on_progress)
+        if warning is not None:
+            yield warning
+
+
+class _Lane:
+    """A pool of one process, made anew when that has grown too large.
+
+    (`ProcessPoolExecutor(max_tasks_per_child=...)` can stop for good when a process leaves: python/cpython#115634.)
+    """
+
+    def __init__(self, conversion: Conversion):
+        self.conversion = conversion
+        self.counts = RawArray("q", 3)  # documents, tokens and bytes so far; written by the process alone
+        self.reported = [0, 0, 0]
+        self.num_units = 0
+        self.executor: ProcessPoolExecutor | None = None
+
+    def submit(self, number: int) -> Future[tuple[str | None, int]]:
+        if self.executor is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(PRELOADED)
+            self.executor = ProcessPoolExecutor(1, context, _start, (self.conversion, self.counts))
+        self.num_units += 1
+        return self.executor.submit(_convert, number)
+
+    def news(self) -> list[int]:
+        """What was counted since the last call."""
+        counts = list(self.counts)
+        news = [now - before for now, before in zip(counts, self.reported, strict=True)]
+        self.reported = counts
+        return news
+
+    def renew(self, memory: int) -> None:
+        if memory > MAX_MEMORY or self.num_units >= MAX_UNITS:
+            self.close()
+
+    def close(self) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+            self.executor = None
+            self.num_units = 0
+
+
+def _convert_on_pool(
+    conversion: Conversion, numbers: Sequence[int], num_workers: int, on_progress: OnProgress
+) -> Iterator[str]:
+    waiting = iter(numbers)
+    idle = [_Lane(conversion) for _ in range(num_workers)]
+    lanes = tuple(idle)
+    busy: dict[Future[tuple[str | None, int]], tuple[_Lane, int]] = {}
+    with _closing(lanes):
+        while True:
+            while idle and (number := next(waiting, None)) is not None:
+                lane = idle.pop()
+                busy[lane.submit(number)] = lane, number
+            if not busy:
+                return
+            done, _ = wait(busy, POLL_SECONDS, FIRST_COMPLETED)
+            for lane in lanes:
+                if any(news := lane.news()):
+                    on_progress(*news)
+            for future in done:
+                lane, number = busy.pop(future)
+                try:
+                    warning, memory = future.result()
+                except BrokenProcessPool:
+                    raise DataError(
+                        f"a worker process died while it converted unit {unit_name(number)} (short of memory? give fewer "
+                        "num_workers); run the same command again: it goes on from the last finished unit"
+                    ) from None
+                lane.renew(memory)
+                idle.append(lane)
+                if warning is not None:
+                    yield warning
+
+
+@contextmanager
+def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
+    """Stops the processes in the middle of their units if the body is left by an exception."""
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
+    finally:
+        for lane in lanes:
+            lane.close()
+
+
+# In a worker process
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start(conversion: Conversion, counts: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    # One core each; read when the encoder starts its first thread.
+    os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    _worker.update(conversion=conversion, counts=counts)
+
+
+def _follow_parent() -> None:
+    """A worker whose parent was killed would wait for its next unit for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _convert(number: int) -> tuple[str | None, int]:
+    """Returns a warning, if any, and the most memory this process has taken, bytes."""
+    if "converter" not in _worker:
+        _worker["converter"] = UnitConverter(_worker["conversion"])
+    counts = _worker["counts"]
+
+    def on_progress(*news: int) -> None:
+        for i, count in enumerate(news):
+            counts[i] += count
+
+    warning = _worker["converter"].convert(number, on_progress)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return warning, peak if sys.platform == "darwin" else peak << 10
