@@ -26,6 +26,7 @@ from flame_composer.config import (
     EvaluateConfig,
     FsdpConfig,
     GenerateConfig,
+    InspectConfig,
     InvalidField,
     ModelConfig,
     OptimizerConfig,
@@ -60,6 +61,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m", "prompt": ""},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
+    InspectConfig: {"data": "d"},
 }  # fmt: skip
 
 nan, inf = math.nan, math.inf
@@ -146,6 +148,11 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
     (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out")),
+    *((InspectConfig, {name: ""}, name, EMPTY) for name in ("data", "tokenizer", "plot")),
+    (InspectConfig, {"rows": -1}, "rows", "must be 0 or more"),
+    (InspectConfig, {"row_numbers": [3, -1]}, "row_numbers", "must all be 0 or more"),
+    (InspectConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0 bytes, or null"),
+    (InspectConfig, {"plot": "lengths.svg"}, "plot", "must be a file name ending in .png"),
 ]  # fmt: skip
 
 # The other side of the borders.
@@ -169,6 +176,8 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (ConvertConfig, {"val_fraction": 0.1, "val_out": "o2"}),
     *((ConvertConfig, {"shard_size": size}) for size in (17408, 2**32 - 1)),
     (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0}),
+    (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
+    (InspectConfig, {"max_bytes": None}),
 ]  # fmt: skip
 
 
