@@ -328,7 +328,7 @@ class TokenizerTrainConfig(ScriptConfig):
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt. Endings other than these are plain text, one document a file."""
+    .ndjson, .parquet and .txt, and those compressed. Other endings are plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     min_frequency: int = 2
@@ -351,7 +351,7 @@ class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL, Parquet or plain text."""
+    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet."""
     out: str = MISSING
     """Folder the dataset is written to."""
     tokenizer: str = MISSING
@@ -362,7 +362,7 @@ class ConvertConfig(ScriptConfig):
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt. Endings other than these are plain text, one document a file."""
+    .ndjson, .parquet and .txt, and those compressed. Other endings are plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     add_bos: bool = False
