@@ -33,8 +33,10 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
     documents = f"{totals.documents:,}"
     if totals.documents:
         documents += f", {totals.tokens_in / totals.documents:,.0f} tokens each on average"
+    if totals.documents_short:
+        documents += f"; {totals.documents_short:,} of them were too short and were dropped"
     if totals.documents_skipped:
-        documents += f"; {totals.documents_skipped:,} could not be read and were skipped"
+        documents += f"; {totals.documents_skipped:,} more could not be read"
     facts = {
         "split": manifest.split,
         "rows": f"{totals.rows:,} of {manifest.context_length:,} tokens ({manifest.token_dtype}), {size(totals.bytes)} in "

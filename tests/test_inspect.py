@@ -197,6 +197,27 @@ def test_a_ledger_of_many_large_units_fits_the_width(dataset):
     assert lines[0] == "Ledger (of 500 units, 488 are not shown)"
 
 
+def test_what_the_dataset_is_takes_a_few_lines(dataset):
+    opened = open_dataset(str(dataset))
+    totals = dataclasses.replace(
+        opened.manifest.totals, documents=1000, tokens_in=123_456, documents_short=3, documents_skipped=2
+    )
+    config = {"source": ["corpus/\x1b[2J.jsonl"], "add_eos": True, "suffixes": [f".{i}" for i in range(40)]}
+    manifest = dataclasses.replace(opened.manifest, totals=totals, config=config)
+    lines = report.describe(dataclasses.replace(opened, manifest=manifest), "my_tokenizer")
+    assert max(map(len, lines)) <= 100
+    assert "".join(lines).isprintable()
+    assert lines[0] == str(dataset)
+    theirs = fingerprint(byte_tokenizer())
+    assert " ".join("\n".join(lines[1:]).split()).startswith(
+        f"split train rows {totals.rows} of 32 tokens (uint16), {totals.bytes / 1000:.1f} kB in {totals.shards} shards "
+        "documents 1,000, 123 tokens each on average; 3 of them were too short and were dropped; 2 more could not be read "
+        f"inputs 1 file, {report.size(sum(part.num_bytes for part in manifest.units[0].inputs))} "
+        f"tokenizer {theirs.sha256[:12]}: {theirs.vocab_size} tokens, bos 0, eos 0; matches my_tokenizer "
+        f"encoder {manifest.units[0].encoder} settings add_eos=true "
+    )
+
+
 def truncate(folder: Path) -> None:
     shard = shards_of(folder)[1]
     shard.write_bytes(shard.read_bytes()[:-7])
