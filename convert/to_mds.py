@@ -15,9 +15,9 @@ from tqdm import tqdm
 from flame_composer.cli import run
 from flame_composer.config import ConvertConfig
 from flame_composer.corpus import find_files
-from flame_composer.encoder import build_named_encoder, choose_encoder
+from flame_composer.encoder import choose_encoder, require_installed
 from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, plan_units
-from flame_composer.tokenizer import fingerprint, load_tokenizer
+from flame_composer.tokenizer import fingerprint, load_tokenizer, require_ends
 from flame_composer.workers import Conversion, convert_units
 
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and the inputs themselves.
@@ -29,9 +29,11 @@ COLUMNS = ("documents", "documents_skipped", "documents_short", "tokens_in", "to
 def main(config: ConvertConfig) -> None:
     units = plan_units(find_files(config.source, config.suffixes), config.unit_size)
     tokenizer = load_tokenizer(config.tokenizer)
+    require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
     outs: dict[Split, str] = {"train": config.out} | ({} if config.val_out is None else {"val": config.val_out})
     settings = {name: getattr(config, name) for name in SETTINGS}
-    plans = {split: Plan(split, fingerprint(tokenizer), config.context_length, settings, units) for split in outs}
+    identity = fingerprint(tokenizer)
+    plans = {split: Plan(split, identity, config.context_length, settings, units) for split in outs}
     datasets = [DatasetWriter(out, plans[split]) for split, out in outs.items()]
     begun = next((name for dataset in datasets if (name := dataset.begun_encoder()) is not None), None)
     settings["encoder"] = choose_encoder(config.encoder, tokenizer, begun)
@@ -46,7 +48,7 @@ def main(config: ConvertConfig) -> None:
             print(table([manifest]))
     if not unfinished:
         return
-    build_named_encoder(settings["encoder"], tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)  # whether it can be
+    require_installed(settings["encoder"])
     for dataset in unfinished:
         dataset.begin()
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from flame_composer.config import ConfigError
 from flame_composer.manifest import HF
-from flame_composer.tokenizer import Encoder, build_encoder, fingerprint, plain_copy, token_dtype
+from flame_composer.tokenizer import Encoder, plain_copy, require_ends, token_dtype, vocab_size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,8 @@ NEW_CHARACTERS = re.compile(
 )
 PROBES = (
     "", " ", "The quick  brown fox,\n\n\tdon't jump 1234567 times.\r\n", " leading and trailing ", "x" * 300, "\x00\x7f\x85",
-    "Größe — naïve e\u0301 数据 在 磁盘 上。 🔥👩‍🚀 \u200b\u00a0\u2028\ufeff", "def f(x):\n        return {'a': [x ** 2]}  # ok\n",
+    "Größe — naïve e\u0301 数据 在 磁盘 上。 🔥👩‍🚀 \u200b\u00a0\u2028\ufeff",
+    "def f(x):\n        return {'a': [x ** 2]}  # ok\n",
     "İſﬁⅧ ١٢٣ ñ'LL 'Re 's", "▁under▁ <0x0A> <s> </s> <unk> <pad> <|endoftext|> [CLS] [UNK]",
 )  # fmt: skip
 
@@ -53,23 +54,20 @@ def choose_encoder(
     return HF
 
 
-def build_named_encoder(name: str, tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos: bool) -> Encoder:
-    """The encoder that `choose_encoder` named; see `tokenizer.build_encoder` for what any encoder gives.
-
-    Raises ConfigError if it is a version of gigatoken that is not the one installed.
-    """
-    exact = build_encoder(tokenizer, add_bos=add_bos, add_eos=add_eos)
-    if name == HF:
-        return exact
-    if name != _installed():
+def require_installed(name: str) -> None:
+    """Raise ConfigError if this encoder is a version of gigatoken that is not the one installed."""
+    if name not in (HF, _installed()):
         raise ConfigError(
             f"encoder: this conversion was begun with {name}, and {_installed() or 'none'} is installed; "
             f"pip install {name.replace(' ', '==')}, or remove the folder"
         )
+
+
+def build_fast_encoder(tokenizer: PreTrainedTokenizerFast, exact: Encoder, *, add_bos: bool, add_eos: bool) -> Encoder:
+    """A gigatoken encoder that gives what `exact` does, which is `tokenizer.build_encoder` with the same flags."""
     fast = _gigatoken(tokenizer)
-    before = [tokenizer.bos_token_id] if add_bos else []
-    after = [tokenizer.eos_token_id] if add_eos else []
-    dtype = token_dtype(fingerprint(tokenizer).vocab_size)
+    before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
+    dtype = token_dtype(vocab_size_of(tokenizer))
     ends = np.array(before, dtype), np.array(after, dtype)
 
     def encode(texts: Sequence[str]) -> Any:

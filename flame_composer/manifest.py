@@ -228,6 +228,11 @@ def _take_id(content: dict[str, Any], key: str, place: str) -> int | None:
     return None if key in content and content[key] is None else _take(content, key, int, place)
 
 
+def _take_encoder(content: dict[str, Any], place: str) -> str | None:
+    content = {"encoder": HF, **content}  # datasets made before there was a choice do not say
+    return None if content["encoder"] is None else _take(content, "encoder", str, place)
+
+
 def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
     if value not in allowed:
         raise damaged(place, f"{value!r} must be one of {', '.join(allowed)}")
@@ -253,8 +258,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
     return UnitRecord(
         _take(content, "name", str, place),
         inputs,
-        # Datasets made before there was a choice do not say.
-        None if "encoder" in content and content["encoder"] is None else _take({"encoder": HF, **content}, "encoder", str, place),
+        _take_encoder(content, place),
         _take(content, "documents_hash", str, place),
         _ledger(_take(content, "ledger", dict, place), place),
     )

@@ -123,5 +123,5 @@ def _check(encode: Encoder, reference: Encoder, sample: Sequence[str], place: st
     for text in sample:
         found, expected = encode([text])[0].tolist(), reference([text])[0].tolist()
         if found != expected:
-            same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            same = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
             raise EncoderMismatch(f"{place}: token {same} of the document that begins {text[:40]!r} is another one")

@@ -17,7 +17,7 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any, Literal
 
 from flame_composer.config import DataError
-from flame_composer.encoder import build_named_encoder
+from flame_composer.encoder import build_fast_encoder, require_installed
 from flame_composer.manifest import HF
 from flame_composer.shards import DatasetWriter, unit_name
 from flame_composer.tokenizer import Encoder, build_encoder, load_tokenizer
@@ -52,7 +52,8 @@ class UnitConverter:
         tokenizer = load_tokenizer(conversion.tokenizer)
         ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
         self.exact: Encoder = build_encoder(tokenizer, **ends)
-        self.fast = None if conversion.encoder == HF else build_named_encoder(conversion.encoder, tokenizer, **ends)
+        require_installed(conversion.encoder)
+        self.fast = None if conversion.encoder == HF else build_fast_encoder(tokenizer, self.exact, **ends)
 
     def convert(self, number: int, on_progress: OnProgress) -> str | None:
         """Convert and commit unit `number`; returns a warning if it had to be done again with the slower encoder."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer import encoder, units
 from flame_composer.config import ConfigError
-from flame_composer.encoder import build_named_encoder, choose_encoder
+from flame_composer.encoder import build_fast_encoder, choose_encoder, require_installed
 from flame_composer.manifest import HF, read_manifest
 from flame_composer.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, files_under, llama_tokenizer, words, write_jsonl
@@ -51,7 +51,8 @@ def encoders(name: str) -> tuple:
         chosen = choose_encoder("gigatoken", tokenizer)
         assert re.fullmatch(r"gigatoken [\d.]+", chosen)
         ends = {"add_bos": True, "add_eos": True}
-        MADE[name] = build_named_encoder(chosen, tokenizer, **ends), build_encoder(tokenizer, **ends)
+        exact = build_encoder(tokenizer, **ends)
+        MADE[name] = build_fast_encoder(tokenizer, exact, **ends), exact
     return MADE[name]
 
 
@@ -102,7 +103,7 @@ def test_what_is_chosen(monkeypatch):
     assert choose_encoder("auto", tokenizer, begun="gigatoken 0.0.1") == "gigatoken 0.0.1"
     with pytest.raises(ConfigError, match=r"^encoder: this conversion was begun with gigatoken 0\.0\.1, and gigatoken .* is "
                        r"installed; pip install gigatoken==0\.0\.1, or remove the folder$"):  # fmt: skip
-        build_named_encoder("gigatoken 0.0.1", tokenizer, add_bos=False, add_eos=True)
+        require_installed("gigatoken 0.0.1")
 
     unigram = unigram_tokenizer()
     assert choose_encoder("auto", unigram) == HF

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`corpus` (JSONL of about 20 work units), `tokenizer`, and `whole`: the dataset and its validation split, made in peace."""
+    """`corpus` (JSONL of about 20 work units), `tokenizer`, and `whole`: the dataset and its val split, made in peace."""
     folder = tmp_path_factory.mktemp("workers")
     byte_tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "corpus").mkdir()
