@@ -181,6 +181,62 @@ def test_no_file_in_a_dataset_depends_on_time_order_or_batches(tmp_path, source,
     assert {path.name for path in (tmp_path / "first" / "train").iterdir()} == {"index.json", "manifest.json", "units"}
 
 
+def pieces_of(folder: Path) -> list[list[int]]:
+    """The document pieces of a dataset's rows, those that a row's end divides put together again."""
+    pieces: list[list[int]] = []
+    open_piece = False
+    for row, lengths in rows_of(folder):
+        for part in np.split(np.array(row), np.cumsum(lengths)[:-1]):
+            if open_piece:
+                pieces[-1] += part.tolist()
+            else:
+                pieces.append(part.tolist())
+            open_piece = part[-1] != EOS
+    return pieces
+
+
+def test_long_documents_are_cut_and_short_ones_left_out(tmp_path, source):
+    (plan,) = plans(source, settings={"max_doc_length": 10, "min_doc_length": 8})
+    convert([DatasetWriter(str(tmp_path / "out"), plan)])
+    rows = rows_of(tmp_path / "out")
+    assert max(length for _, lengths in rows for length in lengths) == 10
+    texts = [text for unit in texts_by_unit(plan) for text in unit]
+    short = [text for text in texts if len(text.encode()) + 1 < 8]
+    totals = read_manifest(str(tmp_path / "out")).totals
+    tokens_of_short = sum(len(text.encode()) + 1 for text in short)
+    assert (totals.documents, totals.documents_short) == (62, len(short))
+    assert 0 < len(short) < 62
+    assert totals.tokens_in == totals.tokens_out + totals.dropped
+    assert tokens_of_short <= totals.dropped < tokens_of_short + CONTEXT_LENGTH
+    kept = {text for text in texts if text not in short}
+    assert {bytes(piece[:-1]).decode() for piece in pieces_of(tmp_path / "out")[:10]} <= kept
+
+
+def test_a_seed_shuffles_documents_and_units_the_same_way_every_time(tmp_path, source, monkeypatch):
+    made = {}
+    for name, seed in (("plain", None), ("first", 5), ("again", 5), ("other", 6)):
+        if name == "again":
+            monkeypatch.setattr("flame_composer.units.BATCH_CHARACTERS", 1)
+        (plan,) = plans(source, settings={"seed": seed})
+        num_units = len(plan.units)
+        convert([DatasetWriter(str(tmp_path / name), plan)], order=reversed(range(num_units)) if name == "again" else None)
+        made[name] = pieces_of(tmp_path / name)
+    assert files_under(tmp_path / "first") == files_under(tmp_path / "again")
+    assert made["first"] != made["other"]
+    first = str(tmp_path / "first")
+    folders = [shard.basename.split("/")[1] for shard in read_index(first, read_manifest(first))]
+    assert folders != sorted(folders), "units are in another order"
+    assert folders[-1] == "tail"
+    in_order = [text for unit in texts_by_unit(plan) for text in unit]
+    first_unit = texts_by_unit(plan)[int(folders[0])]
+    begin = [bytes(piece[:-1]).decode() for piece in made["first"][: len(first_unit) - 3]]
+    assert set(begin) <= set(first_unit), "documents stay in their unit"
+    assert begin != first_unit[: len(begin)]
+    totals = read_manifest(str(tmp_path / "first")).totals
+    assert totals.documents == len(in_order)
+    assert totals.tokens_in == read_manifest(str(tmp_path / "plain")).totals.tokens_in
+
+
 def test_validation_documents_are_disjoint_complete_and_chosen_by_text_alone(tmp_path, source):
     split_plans = plans(source, val_fraction=0.3)
     convert([DatasetWriter(str(tmp_path / plan.split), plan) for plan in split_plans])
