@@ -16,18 +16,23 @@ from flame_composer.cli import run
 from flame_composer.config import ConvertConfig
 from flame_composer.corpus import find_files
 from flame_composer.encoder import choose_encoder, require_installed
+from flame_composer.hub import address
 from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, plan_units
 from flame_composer.tokenizer import fingerprint, load_tokenizer, require_ends
 from flame_composer.workers import Conversion, convert_units
 
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and the inputs themselves.
-SETTINGS = ("source", "suffixes", "text_column", "add_bos", "add_eos", "max_doc_length", "min_doc_length", "seed",
-            "val_fraction", "shard_size", "unit_size")  # fmt: skip
+SETTINGS = ("source", "name", "split", "suffixes", "text_column", "add_bos", "add_eos", "max_doc_length", "min_doc_length",
+            "seed", "val_fraction", "shard_size", "unit_size")  # fmt: skip
 COLUMNS = ("documents", "documents_skipped", "documents_short", "tokens_in", "tokens_out", "dropped", "rows", "shards", "bytes")
 
 
 def main(config: ConvertConfig) -> None:
-    units = plan_units(find_files(config.source, config.suffixes), config.unit_size)
+    if config.split is None:
+        files = find_files(config.source, config.suffixes)
+    else:
+        files = [address(source, config.name, config.split) for source in config.source]
+    units = plan_units(files, config.unit_size)
     tokenizer = load_tokenizer(config.tokenizer)
     require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
     outs: dict[Split, str] = {"train": config.out} | ({} if config.val_out is None else {"val": config.val_out})

@@ -351,7 +351,12 @@ class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet."""
+    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet; with `split`, Hugging Face
+    datasets by id or folder."""
+    split: str | None = None
+    """Split of the Hugging Face dataset to read, e.g. train."""
+    name: str | None = None
+    """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
     out: str = MISSING
     """Folder the dataset is written to."""
     tokenizer: str = MISSING
@@ -391,7 +396,9 @@ class ConvertConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "out", "val_out", "tokenizer", "text_column")
+        require_text(self, "out", "val_out", "tokenizer", "text_column", "split", "name")
+        require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
+        require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
         require((self.val_fraction > 0) == (self.val_out is not None), "val_out",

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
+from flame_composer import hub
 from flame_composer.config import ConfigError, DataError
 
-Format = Literal["jsonl", "parquet", "text"]
+Format = Literal["jsonl", "parquet", "text", "dataset"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -36,7 +38,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 class Document(NamedTuple):
     """One document and where it starts: the byte in a JSONL file once it is unpacked (`line_at` gives the line), the row
-    in a Parquet file, counted from 1; a plain-text file is one document, at 0."""
+    in a Parquet file or a dataset's shard, counted from 1; a plain-text file is one document, at 0."""
 
     text: str
     path: str
@@ -48,8 +50,8 @@ class Slice:
     """Part of one input file.
 
     `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row groups in Parquet
-    and the whole file, 0 and its size, in plain text and where it is compressed. `num_bytes` is its share of the file's
-    size.
+    shards in a dataset, and the whole file, 0 and its size, in plain text and where it is compressed. `num_bytes` is its
+    share of the file's size.
     """
 
     path: str
@@ -89,7 +91,9 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
             if not found:
                 raise ConfigError(f"source: {source}: no file matches this pattern")
         else:
-            raise ConfigError(f"source: {source}: no such file or folder")
+            may_be_id = re.fullmatch(r"[\w-]+/[\w.-]+", source)
+            hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
+            raise ConfigError(f"source: {source}: no such file or folder{hint}")
         files.update(dict.fromkeys(sorted(os.path.normpath(path) for path in found)))
     return list(files)
 
@@ -104,6 +108,8 @@ def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def format_of(path: str) -> Format:
     """The format a file is read in, by its suffix; every unknown suffix is plain text."""
+    if hub.is_dataset(path):
+        return "dataset"
     name = Path(path)
     suffix, inner = name.suffix.lower(), Path(name.stem).suffix.lower()
     if suffix in (".zip", ".tar", ".tgz", ".7z") or (suffix in COMPRESSED and inner in (".tar", ".parquet")):
@@ -118,8 +124,13 @@ def is_compressed(path: str) -> bool:
 
 
 def slice_file(path: str, max_bytes: int) -> list[Slice]:
-    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet; any other file whole."""
+    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet; any other file whole.
+
+    Of a dataset (`hub.address`), each shard; their sizes are not known, and taken for `max_bytes`.
+    """
     kind = format_of(path)
+    if kind == "dataset":
+        return [Slice(path, kind, shard, shard + 1, max_bytes) for shard in range(hub.open_dataset(path).num_shards)]
     size = _reading(path, os.path.getsize)
     if kind == "jsonl" and not is_compressed(path):
         starts = range(0, size, max_bytes)
@@ -164,7 +175,7 @@ def read_documents(part: Slice, text_column: str, on_damage: Callable[[DataError
     """
     if part.format == "text":
         return _read_text(part, on_damage)
-    read = _read_jsonl if part.format == "jsonl" else _read_parquet
+    read = {"jsonl": _read_jsonl, "parquet": _read_parquet, "dataset": _read_dataset}[part.format]
     return read(part, text_column, on_damage)
 
 
@@ -309,6 +320,18 @@ def _read_parquet(part: Slice, text_column: str, on_damage: Callable[[DataError]
             yield Document(text, part.path, row)
 
 
+def _read_dataset(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+    for row, values in enumerate(hub.read_shard(part.path, part.start), 1):
+        if text_column not in values:
+            raise DataError(f"{part.path}: no column '{text_column}'; {_columns(list(values))}")
+        text = values[text_column]
+        if isinstance(text, str):
+            yield Document(text, part.path, row)
+        else:
+            place = f"{part.path}: shard {part.start}, row {row}: column '{text_column}'"
+            on_damage(DataError(f"{place} must be a string, not {_kind(text)}; name another with text_column=..."))
+
+
 def _open_parquet(path: str) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
@@ -340,7 +363,7 @@ def _kind(value: Any) -> str:
         list: "a list",
         dict: "an object",
     }
-    return names[type(value)]
+    return names.get(type(value), type(value).__name__)
 
 
 def _columns(names: list[str]) -> str:

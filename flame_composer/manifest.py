@@ -248,7 +248,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
     inputs = tuple(
         Slice(
             path=_take(part, "path", str, place),
-            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text"), place),
+            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text", "dataset"), place),
             start=_take(part, "start", int, place),
             end=_take(part, "end", int, place),
             num_bytes=_take(part, "num_bytes", int, place),

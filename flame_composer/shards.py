@@ -369,7 +369,7 @@ def _inputs(units: Any) -> str:
 
 def _is_newer(unit: Unit, record: Path) -> bool:
     committed = record.stat().st_mtime
-    return any(Path(part.path).stat().st_mtime > committed for part in unit)
+    return any(Path(part.path).stat().st_mtime > committed for part in unit if part.format != "dataset")
 
 
 def _moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:

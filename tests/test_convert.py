@@ -114,6 +114,21 @@ def test_jsonl_parquet_and_text_together_with_comma_separated_sources(corpus, mo
     assert len(read_manifest("other").units) > len(read_manifest("out").units)
 
 
+def test_a_hugging_face_dataset_equals_its_files(corpus, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (corpus / "set").mkdir()
+    write_jsonl(corpus / "set" / "train.jsonl", [words(50, i) for i in range(20)])
+    arguments = ["tokenizer=tokenizer", "context_length=64"]
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "out=files") == 0
+    shards = [(corpus / out / "units" / "000000" / "shard.00000.mds").read_bytes() for out in ("out", "files")]
+    assert shards[0] == shards[1]
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0
+    assert "out: already finished" in capsys.readouterr().out
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "name=default", "out=other") == 2
+    assert "split: must be set together with name, e.g. split=train" in capsys.readouterr().err
+
+
 def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):
     (corpus / "source" / "bad.py").write_bytes(b"caf\xe9")
     arguments = ["source=source", "suffixes=[.py]", "tokenizer=tokenizer", "context_length=64", "out=out"]

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flame_composer import hub
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import Slice, find_files, line_at, read_documents, sample_texts, slice_file
 from tests.data_fixtures import words, write_jsonl
@@ -257,3 +258,45 @@ def test_samples_come_from_all_over_and_are_always_the_same(tmp_path):
     assert sample == list(sample_texts(files, "text", size // 4))
     assert size // 4 <= sum(map(len, sample)) < size // 4 + 1000
     assert {int(text.split()[0]) // 20 for text in sample} == {0, 1}, "both halves of the files must be drawn from"
+
+
+def make_dataset_folder(folder: Path) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for i in range(3):
+        write_jsonl(folder / "data" / f"train-0000{i}.jsonl", [words(5, i * 10 + j) for j in range(4)])
+    write_jsonl(folder / "data" / "test-00000.jsonl", ["held out"])
+    return folder
+
+
+def test_a_hugging_face_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = hub.address(str(make_dataset_folder(tmp_path / "set")), None, "train")
+    parts = slice_file(path, 1000)
+    assert parts == [Slice(path, "dataset", i, i + 1, 1000) for i in range(3)]
+    texts = [words(5, i * 10 + j) for i in range(3) for j in range(4)]
+    assert [doc.text for part in parts for doc in read_documents(part, "text")] == texts
+    assert [doc.position for doc in read_documents(parts[1], "text")] == [1, 2, 3, 4]
+    with pytest.raises(DataError, match=r"\?split=train: no column 'body'; its columns are: text, id \(name one with"):
+        list(read_documents(parts[0], "body"))
+    with pytest.raises(DataError, match=r"split=train: shard 0, row 1: column 'id' must be a string, not a number; name"):
+        list(read_documents(parts[0], "id"))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "split", "message"),
+    [
+        ("set", "xx", "train", "set: cannot be opened as a dataset: BuilderConfig 'xx' not found. Available: ['default']"),
+        ("set", None, "tst", "set: cannot be opened as a dataset: Bad split: tst. Available splits: ['train', 'test']"),
+        ("./none", None, "train", "./none: no such folder; with split=... it must be one, or a Hugging Face dataset id"),
+    ],
+)
+def test_a_dataset_that_is_not_there(tmp_path, monkeypatch, source, name, split, message):
+    monkeypatch.chdir(tmp_path)
+    make_dataset_folder(tmp_path / "set")
+    with pytest.raises(ConfigError, match=f"^source: {re.escape(message)}$"):
+        hub.open_dataset(hub.address(source, name, split))
+
+
+def test_a_dataset_id_without_a_split_gets_a_hint():
+    with pytest.raises(ConfigError, match=r"^source: some/set: no such file or folder; for a Hugging Face dataset give split="):
+        find_files(["some/set"])
