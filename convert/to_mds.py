@@ -74,7 +74,8 @@ def main(config: ConvertConfig) -> None:
             bar.set_postfix_str(f"{total_documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
             bar.update(num_bytes)
 
-        for warning in convert_units(conversion, to_do, config.num_workers or len(os.sched_getaffinity(0)), on_progress):
+        num_workers = config.num_workers or len(os.sched_getaffinity(0))
+        for warning in convert_units(conversion, to_do, num_workers, on_progress, config.cluster):
             bar.write(f"warning: {warning}", file=sys.stderr)
     manifests = [dataset.publish() for dataset in unfinished]
     seconds = time.monotonic() - started

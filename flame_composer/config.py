@@ -393,6 +393,9 @@ class ConvertConfig(ScriptConfig):
     auto is gigatoken where it is installed and agrees, hf otherwise."""
     num_workers: int | None = None
     """Processes that convert; one per core if not set. The dataset does not depend on it."""
+    cluster: str | None = None
+    """Address of a Dask scheduler (tcp://host:8786) whose workers convert instead; they must see the same files under the
+    same paths."""
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
@@ -416,6 +419,13 @@ class ConvertConfig(ScriptConfig):
             require(length is None or length > 0, name, "must be a positive number of tokens, or null")
         require_seed(self.seed, "seed")
         require(self.num_workers is None or self.num_workers > 0, "num_workers", "must be 1 or more, or null")
+        if self.cluster is not None:
+            require(self.num_workers is None, "num_workers", "must not be set together with cluster")
+            for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
+                value = getattr(self, name) or []
+                paths = [value] if isinstance(value, str) else value
+                require(all(os.path.isabs(path) for path in paths), name,
+                        "must be absolute where there is a cluster, whose workers have working folders of their own")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Work units on a pool of processes: who converts which unit, what they report, and what happens when one dies."""
+"""Work units on a pool of processes or a Dask cluster: who converts which, what they report, what happens if one dies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Literal
 
-from flame_composer.config import DataError
+from flame_composer.config import ConfigError, DataError
 from flame_composer.encoder import build_fast_encoder, require_installed
 from flame_composer.manifest import HF
 from flame_composer.shards import DatasetWriter, unit_name
@@ -29,6 +29,7 @@ PRELOADED = ["streaming", "transformers.models.auto.tokenization_auto"]  # impor
 MAX_MEMORY = 512 << 20  # bytes; a worker that has grown beyond gives its place to a new one
 MAX_UNITS = 64  # units a worker converts before it does the same
 POLL_SECONDS = 0.5
+CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,19 @@ class UnitConverter:
 
 
 def convert_units(
-    conversion: Conversion, numbers: Sequence[int], num_workers: int, on_progress: OnProgress
+    conversion: Conversion, numbers: Sequence[int], num_workers: int, on_progress: OnProgress, cluster: str | None = None
 ) -> Iterator[str]:
     """Convert and commit the units `numbers`, in any order, on `num_workers` processes; yields warnings.
 
-    A single unit is converted in this process. `on_progress` is called in this process with the documents, tokens and
-    input bytes done with since the last call. The first error stops all of them, and units that were not committed are
-    left for the next time. Raises DataError if a process dies.
+    With `cluster`, the address of a Dask scheduler, its workers do it instead. A single unit is converted in this process
+    where there is no cluster. `on_progress` is called in this process with the documents, tokens and input bytes done with
+    since the last call. The first error stops all of them, and units that were not committed are left for the next time.
+
+    Raises DataError if a process dies, ConfigError if there is no such cluster.
     """
+    if cluster is not None:
+        yield from _convert_on_cluster(conversion, numbers, cluster, on_progress)
+        return
     if len(numbers) > 1:
         yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
         return
@@ -90,6 +96,38 @@ def convert_units(
         warning = UnitConverter(conversion).convert(number, on_progress)
         if warning is not None:
             yield warning
+
+
+def _convert_on_cluster(
+    conversion: Conversion, numbers: Sequence[int], cluster: str, on_progress: OnProgress
+) -> Iterator[str]:
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError:
+        raise ConfigError("cluster: distributed is not installed; pip install 'flame-composer[cluster]'") from None
+    try:
+        client = Client(cluster, timeout=CLUSTER_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address") from None
+    with client:
+        executor = client.get_executor()
+        sent = client.scatter(conversion, hash=False)  # once to a worker, not once with every unit
+        futures = {executor.submit(_convert_alone, sent, number): number for number in numbers}
+        try:
+            for future in as_completed(futures):
+                warning, news = future.result()
+                on_progress(*news)
+                if warning is not None:
+                    yield warning
+        except KilledWorker:
+            raise DataError(
+                f"{cluster}: workers died again and again while they converted unit {unit_name(futures[future])} (short of "
+                "memory?); run the same command again: it goes on from the last finished unit"
+            ) from None
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 class _Lane:
@@ -179,7 +217,26 @@ def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
             lane.close()
 
 
-# In a worker process
+# In a worker of a cluster, which may have several threads
+
+
+_thread = threading.local()
+
+
+def _convert_alone(conversion: Conversion, number: int) -> tuple[str | None, list[int]]:
+    """Returns a warning, if any, and the documents, tokens and bytes done with."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has as many threads as it may use cores
+    if getattr(_thread, "conversion", None) is not conversion:
+        _thread.conversion, _thread.converter = conversion, UnitConverter(conversion)
+    counts = [0, 0, 0]
+
+    def on_progress(*news: int) -> None:
+        counts[:] = (total + count for total, count in zip(counts, news, strict=True))
+
+    return _thread.converter.convert(number, on_progress), counts
+
+
+# In a process of the pool
 
 
 _worker: dict[str, Any] = {}

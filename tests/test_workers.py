@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from flame_composer import workers
-from flame_composer.config import DataError
+from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files
 from flame_composer.manifest import HF, read_manifest
 from flame_composer.shards import DatasetWriter, Plan, plan_units
@@ -48,7 +48,8 @@ def folder(tmp_path_factory) -> Path:
 
 def writers(folder: Path, name: str) -> list[DatasetWriter]:
     settings = {
-        "source": [str(folder / "corpus")], "suffixes": [], "text_column": "text", "add_bos": False, "add_eos": True,
+        "source": [str(folder / "corpus")], "name": None, "split": None, "suffixes": [], "text_column": "text",
+        "add_bos": False, "add_eos": True,
         "max_doc_length": 700, "min_doc_length": 5, "seed": 3, "val_fraction": 0.2, "shard_size": 20000,
         "unit_size": 32000, "encoder": HF,
     }  # fmt: skip
@@ -61,20 +62,22 @@ def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
     return Conversion(tuple(datasets), str(folder / "tokenizer"), False, True, HF, "redo", "fail")
 
 
-def command(folder: Path, name: str, num_workers: int) -> list[str]:
+def command(folder: Path, name: str, num_workers: int | None, *more: str) -> list[str]:
     """The same conversion as a user gives it."""
     arguments = [
         f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={folder}/{name}/train", "context_length=64",
         f"val_out={folder}/{name}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
-        "shard_size=20000", "unit_size=32000", "encoder=hf", f"num_workers={num_workers}",
+        "shard_size=20000", "unit_size=32000", "encoder=hf", *more,
     ]  # fmt: skip
+    arguments += [] if num_workers is None else [f"num_workers={num_workers}"]
     return [sys.executable, str(ROOT / "convert" / "to_mds.py"), *arguments]
 
 
-def start(folder: Path, name: str, num_workers: int) -> subprocess.Popen[str]:
+def start(folder: Path, name: str, num_workers: int | None, *more: str) -> subprocess.Popen[str]:
     """In a session of its own, so that all its processes are known by it."""
+    arguments = command(folder, name, num_workers, *more)
     return subprocess.Popen(
-        command(folder, name, num_workers), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -155,6 +158,23 @@ def test_an_error_in_a_worker_is_the_error_of_all(folder, tmp_path):
     assert not (folder / "out" / "train" / "index.json").exists()
     committed = list((folder / "out" / "train" / "units").iterdir())
     assert 0 < len(committed) < len(numbers)
+
+
+def test_a_dask_cluster_gives_the_same_bytes(folder):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}")
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    check_finished(folder, "cluster")
+
+
+def test_a_cluster_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(workers, "CLUSTER_SECONDS", 1)
+    datasets = writers(folder, "nowhere")
+    with pytest.raises(ConfigError, match=r"^cluster: tcp://127\.0\.0\.1:1: cannot be reached: .*; give a Dask scheduler's"):
+        list(convert_units(conversion(folder, datasets), [0, 1], 1, lambda *news: None, "tcp://127.0.0.1:1"))
 
 
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(folder):
