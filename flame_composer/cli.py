@@ -27,7 +27,7 @@ from flame_composer.config import ConfigError, DataError, InvalidField, ScriptCo
 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 C = TypeVar("C", bound=ScriptConfig)
 
@@ -99,7 +99,7 @@ def run(main: Callable[[C], None], cls: type[C]) -> int:
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
     except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
 

@@ -399,7 +399,7 @@ class ConvertConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "out", "val_out", "tokenizer", "text_column", "split", "name")
+        require_text(self, "out", "val_out", "tokenizer", "text_column", "split", "name", "cluster")
         require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
         require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")

@@ -184,10 +184,9 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(folder):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
-    assert err == "error: interrupted; run the same command again to go on\n"
+    assert err == "interrupted; what was finished is kept, and the same command goes on from there\n"
     assert not (folder / "interrupted" / "train" / "index.json").exists()
     wait_until(lambda: not list(processes(process.pid)))
-    assert not list((folder / "interrupted" / "train" / "tmp").iterdir()) or units.exists()
     finish(folder, "interrupted")
 
 
