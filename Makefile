@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart test lint bench clean
+.PHONY: help setup quickstart test test-faults lint bench clean
 
 help:
 	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
 	@echo "make test        run the tests"
+	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       time a training step against a Llama of the same size"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
@@ -26,6 +27,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-faults: setup
+	FLAME_COMPOSER_FAULTS=1 $(BIN)/python -m pytest -m faults
 
 lint: setup
 	$(BIN)/ruff check .

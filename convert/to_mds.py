@@ -5,34 +5,43 @@ A conversion that was interrupted goes on where it stopped when the same command
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from flame_composer.cli import run
 from flame_composer.config import ConvertConfig
 from flame_composer.corpus import find_files
-from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, convert_unit, plan_units
-from flame_composer.tokenizer import build_encoder, fingerprint, load_tokenizer
+from flame_composer.encoder import choose_encoder, require_installed
+from flame_composer.hub import address
+from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, plan_units
+from flame_composer.tokenizer import fingerprint, load_tokenizer, require_ends
+from flame_composer.workers import Conversion, convert_units
 
-# What the files written depend on, apart from the tokenizer, the context length and the inputs themselves.
-SETTINGS = ("source", "suffixes", "text_column", "add_bos", "add_eos", "val_fraction", "shard_size", "unit_size")
+# What the files written depend on, apart from the tokenizer, the encoder, the context length and the inputs themselves.
+SETTINGS = ("source", "name", "split", "suffixes", "text_column", "add_bos", "add_eos", "max_doc_length", "min_doc_length",
+            "seed", "val_fraction", "shard_size", "unit_size")  # fmt: skip
+COLUMNS = ("documents", "documents_skipped", "documents_short", "tokens_in", "tokens_out", "dropped", "rows", "shards", "bytes")
 
 
 def main(config: ConvertConfig) -> None:
-    units = plan_units(find_files(config.source, config.suffixes), config.unit_size)
+    if config.split is None:
+        files = find_files(config.source, config.suffixes)
+    else:
+        files = [address(source, config.name, config.split) for source in config.source]
+    units = plan_units(files, config.unit_size)
     tokenizer = load_tokenizer(config.tokenizer)
-    encode = build_encoder(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
-
+    require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
+    outs: dict[Split, str] = {"train": config.out} | ({} if config.val_out is None else {"val": config.val_out})
     settings = {name: getattr(config, name) for name in SETTINGS}
-    outs: dict[Split, str] = {"train": config.out}
-    if config.val_out is not None:
-        outs["val"] = config.val_out
-    datasets = [
-        DatasetWriter(out, Plan(split, fingerprint(tokenizer), config.context_length, settings, units))
-        for split, out in outs.items()
-    ]
+    identity = fingerprint(tokenizer)
+    plans = {split: Plan(split, identity, config.context_length, settings, units) for split in outs}
+    datasets = [DatasetWriter(out, plans[split]) for split, out in outs.items()]
+    begun = next((name for dataset in datasets if (name := dataset.begun_encoder()) is not None), None)
+    settings["encoder"] = choose_encoder(config.encoder, tokenizer, begun)
 
     unfinished: list[DatasetWriter] = []
     for dataset in datasets:
@@ -40,18 +49,22 @@ def main(config: ConvertConfig) -> None:
         if manifest is None:
             unfinished.append(dataset)
         else:
-            print(f"{dataset.out}: already finished, nothing to do: {summary(manifest)}")
+            print(f"{dataset.out}: already finished, nothing to do")
+            print(table([manifest]))
     if not unfinished:
         return
+    require_installed(settings["encoder"])
     for dataset in unfinished:
         dataset.begin()
 
-    import streaming  # noqa: F401  # what writes the shards; its import takes seconds that are not the conversion's
-
     started = time.monotonic()
     total_documents = total_tokens = 0
-    total_bytes = sum(part.num_bytes for unit in units for part in unit)
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    to_do = [number for number in range(len(units)) if not all(dataset.is_committed(number) for dataset in unfinished)]
+    conversion = Conversion(tuple(unfinished), config.tokenizer, config.add_bos, config.add_eos, settings["encoder"],
+                            "redo" if config.encoder == "auto" else "fail", config.on_error)  # fmt: skip
+    sizes = [sum(part.num_bytes for part in unit) for unit in units]
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
+        bar.initial = bar.n = sum(sizes) - sum(sizes[number] for number in to_do)  # committed before an interruption
 
         def on_progress(documents: int, tokens: int, num_bytes: int) -> None:
             nonlocal total_documents, total_tokens
@@ -61,24 +74,22 @@ def main(config: ConvertConfig) -> None:
             bar.set_postfix_str(f"{total_documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
             bar.update(num_bytes)
 
-        for number, unit in enumerate(units):
-            if not convert_unit(unfinished, number, encode, config.on_error, on_progress):
-                bar.update(sum(part.num_bytes for part in unit))  # committed before an interruption
+        num_workers = config.num_workers or len(os.sched_getaffinity(0))
+        for warning in convert_units(conversion, to_do, num_workers, on_progress, config.cluster):
+            bar.write(f"warning: {warning}", file=sys.stderr)
     manifests = [dataset.publish() for dataset in unfinished]
     seconds = time.monotonic() - started
-
-    for dataset, manifest in zip(unfinished, manifests, strict=True):
-        print(f"{dataset.out}: {summary(manifest)}")
-    print(f"{total_tokens:,} tokens in {seconds:.1f} s: {total_tokens / seconds:,.0f} tokens/s")
+    print(table(manifests))
+    print(f"{total_tokens:,} tokens in {seconds:.1f} s: {total_tokens / seconds:,.0f} tokens/s ({settings['encoder']})")
 
 
-def summary(manifest: Manifest) -> str:
-    totals = manifest.totals
-    return (
-        f"{totals.documents:,} documents ({totals.documents_skipped:,} skipped), {totals.tokens_in:,} tokens in = "
-        f"{totals.tokens_out:,} out ({totals.rows:,} rows of {manifest.context_length:,}) + {totals.dropped:,} dropped; "
-        f"{totals.bytes:,} bytes in {totals.shards:,} shards"
-    )
+def table(manifests: Sequence[Manifest]) -> str:
+    """One row a dataset: tokens in = tokens out + dropped."""
+    lines = [("split", *(column.replace("documents_", "").replace("_", " ") for column in COLUMNS))]
+    for manifest in manifests:
+        lines.append((manifest.split, *(f"{getattr(manifest.totals, column):,}" for column in COLUMNS)))
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 if __name__ == "__main__":

@@ -217,6 +217,8 @@ def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tu
             yield from _leaves(section, value, f"{prefix}{key}.")
         elif get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value:
             yield f"{prefix}{key}", _split_list(value)
+        elif get_origin(hints[key]) is list and isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", [value]
         else:
             yield f"{prefix}{key}", value
 

@@ -1,20 +1,28 @@
-"""Documents out of JSONL, Parquet and plain-text files, folders and globs, always in the same order."""
+"""Documents out of JSONL, Parquet and plain-text files, compressed or not, always in the same order."""
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
+import io
 import json
+import lzma
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
+from flame_composer import hub
 from flame_composer.config import ConfigError, DataError
 
-Format = Literal["jsonl", "parquet", "text"]
+Format = Literal["jsonl", "parquet", "text", "dataset"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -23,13 +31,14 @@ FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after another suffix; .json before one of these is JSONL, as C4 has it
+FOUND = (*FORMATS, *(f"{inner}{outer}" for inner in (*FORMATS, ".json") for outer in COMPRESSED))
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """One document and where it starts: the byte in a JSONL file (`line_at` gives the line), the row in a Parquet file,
-    counted from 1; a plain-text file is one document, at 0."""
+    """One document and where it starts: the byte in a JSONL file once it is unpacked (`line_at` gives the line), the row
+    in a Parquet file or a dataset's shard, counted from 1; a plain-text file is one document, at 0."""
 
     text: str
     path: str
@@ -41,7 +50,8 @@ class Slice:
     """Part of one input file.
 
     `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row groups in Parquet
-    and the whole file, 0 and its size, in plain text. `num_bytes` is its share of the file's size.
+    shards in a dataset, and the whole file, 0 and its size, in plain text and where it is compressed. `num_bytes` is its
+    share of the file's size.
     """
 
     path: str
@@ -58,19 +68,20 @@ def _raise(error: DataError) -> None:
 def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
     """The files that `sources` (files, folders, globs) name, each once: sources as given, sorted by path within each.
 
-    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix (`FORMATS`) if there
+    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix (`FOUND`) if there
     are none; names that begin with a dot are left out. A file or glob takes what it names, whatever its suffix.
 
     Raises ConfigError for a source that is missing or in which there is nothing to read.
     """
-    wanted = tuple(suffixes) or tuple(FORMATS)
+    wanted = tuple(suffixes) or FOUND
+    named = ", ".join(suffixes or FORMATS) + ("" if suffixes else f" (or compressed, {', '.join(COMPRESSED)})")
     files: dict[str, None] = {}
     for source in sources:
         if os.path.isdir(source):
             found = _walk(source, wanted)
             if not found:
                 raise ConfigError(
-                    f"source: {source}: this folder holds no file ending in {', '.join(wanted)}; "
+                    f"source: {source}: this folder holds no file ending in {named}; "
                     "name the endings to take with suffixes=[...]"
                 )
         elif os.path.exists(source):
@@ -80,7 +91,9 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
             if not found:
                 raise ConfigError(f"source: {source}: no file matches this pattern")
         else:
-            raise ConfigError(f"source: {source}: no such file or folder")
+            may_be_id = re.fullmatch(r"[\w-]+/[\w.-]+", source)
+            hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
+            raise ConfigError(f"source: {source}: no such file or folder{hint}")
         files.update(dict.fromkeys(sorted(os.path.normpath(path) for path in found)))
     return list(files)
 
@@ -95,17 +108,31 @@ def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def format_of(path: str) -> Format:
     """The format a file is read in, by its suffix; every unknown suffix is plain text."""
-    suffix = Path(path).suffix.lower()
-    if suffix in COMPRESSED:
-        raise ConfigError(f"source: {path}: compressed files cannot be read yet; unpack it first")
-    return FORMATS.get(suffix, "text")
+    if hub.is_dataset(path):
+        return "dataset"
+    name = Path(path)
+    suffix, inner = name.suffix.lower(), Path(name.stem).suffix.lower()
+    if suffix in (".zip", ".tar", ".tgz", ".7z") or (suffix in COMPRESSED and inner in (".tar", ".parquet")):
+        raise ConfigError(f"source: {path}: archives and packed Parquet files cannot be read; unpack it first")
+    if suffix not in COMPRESSED:
+        return FORMATS.get(suffix, "text")
+    return "jsonl" if inner == ".json" else FORMATS.get(inner, "text")
+
+
+def is_compressed(path: str) -> bool:
+    return Path(path).suffix.lower() in COMPRESSED
 
 
 def slice_file(path: str, max_bytes: int) -> list[Slice]:
-    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet, whole text files."""
+    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet; any other file whole.
+
+    Of a dataset (`hub.address`), each shard; their sizes are not known, and taken for `max_bytes`.
+    """
     kind = format_of(path)
+    if kind == "dataset":
+        return [Slice(path, kind, shard, shard + 1, max_bytes) for shard in range(hub.open_dataset(path).num_shards)]
     size = _reading(path, os.path.getsize)
-    if kind == "jsonl":
+    if kind == "jsonl" and not is_compressed(path):
         starts = range(0, size, max_bytes)
         return [Slice(path, kind, start, min(start + max_bytes, size), min(max_bytes, size - start)) for start in starts]
     if kind == "parquet":
@@ -148,12 +175,13 @@ def read_documents(part: Slice, text_column: str, on_damage: Callable[[DataError
     """
     if part.format == "text":
         return _read_text(part, on_damage)
-    read = _read_jsonl if part.format == "jsonl" else _read_parquet
+    read = {"jsonl": _read_jsonl, "parquet": _read_parquet, "dataset": _read_dataset}[part.format]
     return read(part, text_column, on_damage)
 
 
 def _read_text(part: Slice, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
-    data = _reading(part.path, lambda path: Path(path).read_bytes())
+    with _reading(part.path, _open) as file, _unpacking(part.path):
+        data = file.read()
     try:
         yield Document(data.removeprefix(UTF8_BOM).decode(), part.path, 0)
     except UnicodeDecodeError as error:
@@ -163,12 +191,16 @@ def _read_text(part: Slice, on_damage: Callable[[DataError], None]) -> Iterator[
 
 
 def _read_jsonl(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
-    with _reading(part.path, lambda path: Path(path).open("rb")) as file:
+    with _reading(part.path, _open) as file:
         position = part.start
         if position > 0:
             file.seek(position - 1)
             position += len(file.readline()) - 1  # the rest of a record that started in the slice before
-        while position < part.end and (line := file.readline()):
+        while is_compressed(part.path) or position < part.end:
+            with _unpacking(part.path):
+                line = file.readline()
+            if not line:
+                return
             record = line.removeprefix(UTF8_BOM) if position == 0 else line
             if not record.isspace():
                 try:
@@ -178,10 +210,31 @@ def _read_jsonl(part: Slice, text_column: str, on_damage: Callable[[DataError], 
             position += len(line)
 
 
+def _open(path: str) -> BinaryIO:
+    """The content of a file, unpacked if it is compressed."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".zst":
+        from pyarrow import input_stream
+
+        # Notices a file that was cut short, and reads on where one frame ends and another begins.
+        return cast(BinaryIO, io.BufferedReader(input_stream(path, compression="zstd"), 1 << 20))
+    openers: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast(BinaryIO, openers[suffix](path)) if suffix in openers else Path(path).open("rb")
+
+
+@contextmanager
+def _unpacking(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        what = "damaged" if is_compressed(path) else "cannot be read"
+        raise DataError(f"{path}: {what}: {_first_line(error)}; fetch the file again") from None
+
+
 def line_at(path: str, position: int) -> int:
     """The number, from 1, of the line that starts at byte `position`."""
     line = 1
-    with Path(path).open("rb") as file:
+    with _open(path) as file:
         while position > 0:
             block = file.read(min(position, 1 << 20))
             line += block.count(b"\n")
@@ -267,6 +320,18 @@ def _read_parquet(part: Slice, text_column: str, on_damage: Callable[[DataError]
             yield Document(text, part.path, row)
 
 
+def _read_dataset(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+    for row, values in enumerate(hub.read_shard(part.path, part.start), 1):
+        if text_column not in values:
+            raise DataError(f"{part.path}: no column '{text_column}'; {_columns(list(values))}")
+        text = values[text_column]
+        if isinstance(text, str):
+            yield Document(text, part.path, row)
+        else:
+            place = f"{part.path}: shard {part.start}, row {row}: column '{text_column}'"
+            on_damage(DataError(f"{place} must be a string, not {_kind(text)}; name another with text_column=..."))
+
+
 def _open_parquet(path: str) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
@@ -298,7 +363,7 @@ def _kind(value: Any) -> str:
         list: "a list",
         dict: "an object",
     }
-    return names[type(value)]
+    return names.get(type(value), type(value).__name__)
 
 
 def _columns(names: list[str]) -> str:

@@ -14,6 +14,7 @@ from flame_composer.corpus import Slice
 from flame_composer.tokenizer import TokenizerFingerprint
 
 VERSION = 1
+HF = "hf"  # the encoder of tokenizers, which every other must agree with
 HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
 
 Split = Literal["train", "val"]
@@ -26,12 +27,14 @@ class Ledger:
     """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
 
     `carried_out` tokens fill no row of their unit; the tail unit carries them in. `documents_skipped` could not be
-    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them. `bytes` are
-    those of the shards.
+    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them.
+    `documents_short` of the `documents` are under `min_doc_length`: their tokens are `dropped`, as are the last ones of
+    the dataset, too few for a row. `bytes` are those of the shards.
     """
 
     documents: int = 0
     documents_skipped: int = 0
+    documents_short: int = 0
     tokens_in: int = 0
     carried_in: int = 0
     tokens_out: int = 0
@@ -52,10 +55,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """One work unit: the inputs it read, a hash of its documents' hashes in order, and its ledger."""
+    """One work unit: the inputs it read, the encoder that made its tokens (none for the tail), a hash of its documents'
+    hashes in order, and its ledger."""
 
     name: str
     inputs: Unit
+    encoder: str | None
     documents_hash: str
     ledger: Ledger
 
@@ -223,6 +228,11 @@ def _take_id(content: dict[str, Any], key: str, place: str) -> int | None:
     return None if key in content and content[key] is None else _take(content, key, int, place)
 
 
+def _take_encoder(content: dict[str, Any], place: str) -> str | None:
+    content = {"encoder": HF, **content}  # datasets made before there was a choice do not say
+    return None if content["encoder"] is None else _take(content, "encoder", str, place)
+
+
 def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
     if value not in allowed:
         raise damaged(place, f"{value!r} must be one of {', '.join(allowed)}")
@@ -230,14 +240,15 @@ def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
 
 
 def _ledger(content: Any, place: str) -> Ledger:
-    return Ledger(**{field.name: _take(content, field.name, int, place) for field in dataclasses.fields(Ledger)})
+    counts = {"documents_short": 0, **content}  # not in datasets made before there was min_doc_length
+    return Ledger(**{field.name: _take(counts, field.name, int, place) for field in dataclasses.fields(Ledger)})
 
 
 def parse_record(content: Any, place: str) -> UnitRecord:
     inputs = tuple(
         Slice(
             path=_take(part, "path", str, place),
-            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text"), place),
+            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text", "dataset"), place),
             start=_take(part, "start", int, place),
             end=_take(part, "end", int, place),
             num_bytes=_take(part, "num_bytes", int, place),
@@ -247,6 +258,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
     return UnitRecord(
         _take(content, "name", str, place),
         inputs,
+        _take_encoder(content, place),
         _take(content, "documents_hash", str, place),
         _ledger(_take(content, "ledger", dict, place), place),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,3 +66,23 @@ def pack(
     rows = Rows(stream[:num_packed].reshape(num_rows, context_length), lengths[: splits[-1]], splits)
     # Copies, so that a short tail does not keep the whole batch in memory.
     return rows, Pieces(stream[num_packed:].copy(), lengths[splits[-1] :].copy())
+
+
+def cut(doc_lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+    """The lengths of the pieces when every document of more than `longest` tokens is cut after each `longest` of them."""
+    whole, rest = np.divmod(doc_lengths, longest)
+    has_rest = rest > 0
+    num_pieces = whole + has_rest
+    pieces = np.full(num_pieces.sum(), longest, np.int64)
+    pieces[np.cumsum(num_pieces)[has_rest] - 1] = rest[has_rest]
+    return pieces
+
+
+def shuffled(parts: Sequence[Pieces], seed: Sequence[int]) -> Pieces:
+    """The documents of `parts` in an order that depends on `seed` and their number alone."""
+    tokens = np.concatenate([part.tokens for part in parts])
+    doc_lengths = np.concatenate([part.doc_lengths for part in parts])
+    order = np.random.default_rng(seed).permutation(len(doc_lengths))
+    starts = np.cumsum(doc_lengths) - doc_lengths
+    moved = [tokens[starts[i] : starts[i] + doc_lengths[i]] for i in order]
+    return Pieces(np.concatenate([tokens[:0], *moved]), doc_lengths[order])

@@ -17,18 +17,20 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import Slice, read_documents, slice_file
+from flame_composer.corpus import Slice, slice_file
 from flame_composer.manifest import (
     HASH,
+    HF,
     VERSION,
     Ledger,
     Manifest,
@@ -43,12 +45,10 @@ from flame_composer.manifest import (
     read_json,
     read_manifest,
 )
-from flame_composer.packing import Pieces, no_pieces, pack
-from flame_composer.tokenizer import Encoder, TokenizerFingerprint, token_dtype
+from flame_composer.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.tokenizer import TokenizerFingerprint, token_dtype
 
 TAIL = "tail"
-HASH_KEY = b"flame_composer document"
-BATCH_CHARACTERS = 4 << 20  # texts encoded in one call: enough to keep every core busy, little enough memory
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,6 @@ def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
     return (*units, tuple(unit)) if unit else tuple(units)
 
 
-def document_hash(text: str) -> bytes:
-    """16 bytes that depend on the text alone."""
-    return hashlib.blake2b(text.encode(), digest_size=16, key=HASH_KEY).digest()
-
-
-def split_of(digest: bytes, val_fraction: float) -> Split:
-    """The side a document is on, by its hash: equal documents are on the same side, whatever their order or source."""
-    return "val" if int.from_bytes(digest[:8], "big") < round(val_fraction * 2**64) else "train"
-
-
 # Writing
 
 
@@ -124,9 +114,19 @@ class DatasetWriter:
             raise ConfigError(f"out: {out}: this folder is not empty and holds no conversion; name a new one or empty it")
         return None
 
+    def begun_encoder(self) -> str | None:
+        """The encoder of the conversion that the folder holds, finished or not; None if it holds none."""
+        for name in ("manifest.json", "plan.json"):
+            path = Path(self.out, name)
+            if path.is_file():
+                content = read_json(path)
+                settings = content["config"] if isinstance(content, dict) else None
+                return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
+        return None
+
     def begin(self) -> None:
         """Take possession of the folder, or go on with the conversion that was interrupted in it."""
-        with _explained(self.out):
+        with explained(self.out):
             Path(self.out).mkdir(parents=True, exist_ok=True)
             self._publish_file("plan.json", dump_json(_plan_json(self.plan)))
             Path(self.out, "tmp").mkdir(exist_ok=True)
@@ -156,25 +156,27 @@ class DatasetWriter:
 
         Raises DataError if the documents do not fill a single row.
         """
-        with _explained(self.out):
+        with explained(self.out):
             return self._publish()
 
     def _publish(self) -> Manifest:
         folders = [Path(self.out, "units", unit_name(number)) for number in range(len(self.plan.units))]
         shutil.rmtree(Path(self.out, "units", TAIL), ignore_errors=True)
-        writer = UnitWriter(self, TAIL, ())
-        for folder in folders:
-            tail = Pieces(
-                np.load(folder / "tail.npy"), np.array(read_json(folder / "unit.json")["tail_doc_lengths"], np.int64)
-            )
-            writer.write(tail.tokens, tail.doc_lengths, carried=True)
-        writer.commit()
+        tail = Path(self.out, "units", TAIL)
+        order = self._unit_order()
+        writer = UnitWriter(self, None)
+        for folder in (folders[number] for number in order):
+            lengths = np.array(read_json(folder / "unit.json")["tail_doc_lengths"], np.int64)
+            writer.carry(Pieces(np.load(folder / "tail.npy"), lengths))
+        writer.commit(None)
 
-        folders.append(Path(self.out, "units", TAIL))
-        contents = [read_json(folder / "unit.json") for folder in folders]
-        records = tuple(
-            parse_record(content["record"], str(folder)) for folder, content in zip(folders, contents, strict=True)
-        )
+        shards = [
+            _moved(shard, f"units/{folder.name}/")
+            for folder in (*(folders[number] for number in order), tail)
+            for shard in read_json(folder / "unit.json")["shards"]
+        ]
+        folders.append(tail)
+        records = tuple(parse_record(read_json(folder / "unit.json")["record"], str(folder)) for folder in folders)
         totals = sum((record.ledger for record in records), Ledger())
         assert totals.balances, totals
         assert totals.carried_in == totals.carried_out, totals
@@ -189,16 +191,7 @@ class DatasetWriter:
                 f"{self.out}: the {self.plan.split} split's {totals.tokens_in} tokens do not fill one row of "
                 f"context_length={self.plan.context_length}; remove this folder and give more text or shorter rows"
             )
-        index = dump_json(
-            {
-                "version": 2,
-                "shards": [
-                    _moved(shard, f"units/{folder.name}/")
-                    for folder, content in zip(folders, contents, strict=True)
-                    for shard in content["shards"]
-                ],
-            }
-        )
+        index = dump_json({"version": 2, "shards": shards})
         manifest = Manifest(
             version=VERSION,
             split=self.plan.split,
@@ -214,6 +207,11 @@ class DatasetWriter:
         self._publish_file("index.json", index)
         self._clean()
         return manifest
+
+    def _unit_order(self) -> list[int]:
+        """The order of the units in the dataset, which is not that of their names if there is a seed."""
+        seed, number = self.plan.config["seed"], len(self.plan.units)
+        return list(range(number)) if seed is None else np.random.default_rng(seed).permutation(number).tolist()
 
     def _publish_file(self, name: str, data: bytes) -> None:
         temporary = Path(self.out, f"{name}.tmp")
@@ -243,54 +241,83 @@ class DatasetWriter:
 
 
 class UnitWriter:
-    """Writes one work unit into a temporary folder; `commit` puts it in its place with one rename."""
+    """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit` puts it in its place with
+    one rename."""
 
-    def __init__(self, dataset: DatasetWriter, name: str, inputs: Unit):
+    def __init__(self, dataset: DatasetWriter, number: int | None):
         from streaming import MDSWriter
 
-        plan = dataset.plan
-        self.name, self.inputs, self.context_length = name, inputs, plan.context_length
+        self.plan, self.number = dataset.plan, number
+        self.name = TAIL if number is None else unit_name(number)
         # A name of its own: whoever else is at work on this unit must not write into the same folder.
-        self.temporary = Path(dataset.out, "tmp", f"{name}.{uuid.uuid4().hex}")
-        self.final = Path(dataset.out, "units", name)
-        dtype = token_dtype(plan.tokenizer.vocab_size)
+        self.temporary = Path(dataset.out, "tmp", f"{self.name}.{uuid.uuid4().hex}")
+        self.final = Path(dataset.out, "units", self.name)
+        dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
+        self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
         self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
         self.hash = hashlib.blake2b(digest_size=16)
         self.mds = MDSWriter(
-            columns={"input_ids": f"ndarray:{np.dtype(dtype).name}:{plan.context_length}", "doc_lengths": "ndarray:uint32"},
+            columns={
+                "input_ids": f"ndarray:{np.dtype(dtype).name}:{self.plan.context_length}",
+                "doc_lengths": "ndarray:uint32",
+            },
             out=str(self.temporary),
             hashes=[HASH],
-            size_limit=plan.config["shard_size"],
+            size_limit=self.plan.config["shard_size"],
         )
 
-    def write(self, tokens: Any, doc_lengths: Any, *, carried: bool = False) -> None:
-        """Append documents (see `packing.pack`); `carried` ones were counted by the unit they come from."""
-        rows, self.tail = pack(tokens, doc_lengths, self.context_length, self.tail)
+    def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
+        """Append documents: their tokens, end to end, and the number of tokens of each."""
+        self.counts["documents"] += len(doc_lengths)
+        self.counts["tokens_in"] += len(tokens)
+        minimum = self.plan.config["min_doc_length"]
+        if minimum is not None:
+            is_kept = doc_lengths >= minimum
+            self.counts["documents_short"] += int((~is_kept).sum())
+            self.counts["dropped"] += int(doc_lengths[~is_kept].sum())
+            tokens, doc_lengths = tokens[np.repeat(is_kept, doc_lengths)], doc_lengths[is_kept]
+        if self.plan.config["seed"] is None:
+            self._pack(tokens, doc_lengths)
+        else:
+            self.waiting.append(Pieces(tokens, doc_lengths))
+
+    def carry(self, tail: Pieces) -> None:
+        """Append what filled no row of another unit, which has counted it."""
+        self.counts["carried_in"] += len(tail.tokens)
+        self._pack(tail.tokens, tail.doc_lengths)
+
+    def _pack(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
+        longest = self.plan.config["max_doc_length"]
+        pieces = doc_lengths if longest is None else cut(doc_lengths, longest)
+        rows, self.tail = pack(tokens, pieces, self.plan.context_length, self.tail)
         for input_ids, lengths in rows:
             self.mds.write({"input_ids": input_ids, "doc_lengths": lengths.astype(np.uint32)})
-        self.counts["carried_in" if carried else "tokens_in"] += len(tokens)
         self.counts["rows"] += len(rows)
 
-    def commit(self) -> UnitRecord:
+    def commit(self, encoder: str | None) -> UnitRecord:
+        """Put the unit in its place; `encoder` is what made its tokens, None for the tail unit."""
+        if self.number is not None and self.plan.config["seed"] is not None:
+            documents = shuffled(self.waiting, [self.plan.config["seed"], self.number])
+            self._pack(documents.tokens, documents.doc_lengths)
         self.mds.finish()
         (self.temporary / "index.json").unlink()  # its content is in unit.json; the dataset has one index
         shards: list[dict[str, Any]] = self.mds.shards
-        is_tail = self.name == TAIL
-        self.counts["dropped" if is_tail else "carried_out"] = len(self.tail.tokens)
-        self.counts["tokens_out"] = self.counts["rows"] * self.context_length
+        self.counts["dropped" if self.number is None else "carried_out"] += len(self.tail.tokens)
+        self.counts["tokens_out"] = self.counts["rows"] * self.plan.context_length
         self.counts["shards"] = len(shards)
         self.counts["bytes"] = sum(shard["raw_data"]["bytes"] for shard in shards)
-        record = UnitRecord(self.name, self.inputs, self.hash.hexdigest(), Ledger(**self.counts))
+        inputs = () if self.number is None else self.plan.units[self.number]
+        record = UnitRecord(self.name, inputs, encoder, self.hash.hexdigest(), Ledger(**self.counts))
         assert record.ledger.balances, record
-        if not is_tail:
+        if self.number is not None:
             np.save(self.temporary / "tail.npy", self.tail.tokens)
         (self.temporary / "unit.json").write_bytes(
             dump_json(
                 {
                     "record": dataclasses.asdict(record),
                     "shards": shards,
-                    "tail_doc_lengths": [] if is_tail else self.tail.doc_lengths.tolist(),
+                    "tail_doc_lengths": [] if self.number is None else self.tail.doc_lengths.tolist(),
                 }
             )
         )
@@ -299,12 +326,15 @@ class UnitWriter:
         except OSError:
             if not self.final.exists():
                 raise
-            shutil.rmtree(self.temporary)  # another process has committed this unit, and the same plan gives the same bytes
+            self.discard()  # another process has committed this unit, and the same plan gives the same bytes
         return record
+
+    def discard(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 @contextmanager
-def _explained(folder: str) -> Iterator[None]:
+def explained(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -316,69 +346,6 @@ def _explained(folder: str) -> Iterator[None]:
 
 def unit_name(number: int) -> str:
     return f"{number:06}"
-
-
-def convert_unit(
-    datasets: Sequence[DatasetWriter],
-    number: int,
-    encode: Encoder,
-    on_error: Literal["fail", "skip"] = "fail",
-    on_progress: Callable[[int, int, int], None] | None = None,
-) -> list[UnitRecord]:
-    """Read work unit `number` once and commit it to each of `datasets` (one a split) that does not have it yet.
-
-    `on_progress` is called after every batch with the documents, tokens and input bytes done with since the last call.
-    A document that cannot be read is left out and counted with `on_error="skip"`, which changes nothing for the others,
-    and raises DataError with "fail"; nothing of this unit is committed then.
-    """
-    missing = [dataset for dataset in datasets if not dataset.is_committed(number)]
-    if not missing:
-        return []
-    plan = missing[0].plan
-    writers = {dataset.plan.split: UnitWriter(dataset, unit_name(number), plan.units[number]) for dataset in missing}
-    texts: dict[Split, list[str]] = {split: [] for split in writers}
-    skipped = num_bytes = 0
-
-    def flush() -> None:
-        nonlocal num_bytes
-        documents = num_tokens = 0
-        for split, batch in texts.items():
-            if batch:
-                tokens, doc_lengths = encode(batch)
-                writers[split].write(tokens, doc_lengths)
-                writers[split].counts["documents"] += len(batch)
-                documents += len(batch)
-                num_tokens += len(tokens)
-                batch.clear()
-        if on_progress is not None:
-            on_progress(documents, num_tokens, num_bytes)
-        num_bytes = 0
-
-    def skip(error: DataError) -> None:
-        nonlocal skipped
-        if on_error == "fail":
-            raise error
-        skipped += 1
-
-    with _explained(" and ".join(dataset.out for dataset in missing)):
-        characters = 0
-        for part in plan.units[number]:
-            for document in read_documents(part, plan.config["text_column"], skip):
-                digest = document_hash(document.text)
-                split = split_of(digest, plan.config["val_fraction"])
-                if split not in writers:
-                    continue
-                writers[split].hash.update(digest)
-                texts[split].append(document.text)
-                characters += len(document.text)
-                if characters >= BATCH_CHARACTERS:
-                    flush()
-                    characters = 0
-            num_bytes += part.num_bytes
-        flush()
-        if "train" in writers:
-            writers["train"].counts["documents_skipped"] = skipped
-        return [writer.commit() for writer in writers.values()]
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
@@ -402,7 +369,7 @@ def _inputs(units: Any) -> str:
 
 def _is_newer(unit: Unit, record: Path) -> bool:
     committed = record.stat().st_mtime
-    return any(Path(part.path).stat().st_mtime > committed for part in unit)
+    return any(Path(part.path).stat().st_mtime > committed for part in unit if part.format != "dataset")
 
 
 def _moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -84,10 +84,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
     canonical = json.dumps(state, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return TokenizerFingerprint(
         sha256=hashlib.sha256(canonical.encode()).hexdigest(),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=vocab_size_of(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -104,14 +108,9 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos:
 
     Raises ConfigError if a token that is to be added does not exist.
     """
-    ends: list[int | None] = [tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id if add_eos else None]
-    for wanted, end, name in zip((add_bos, add_eos), ends, ("bos", "eos"), strict=True):
-        if wanted and end is None:
-            raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
-    before, after = ([] if end is None else [end] for end in ends)
-    backend = _plain_copy(tokenizer)
-    vocab_size = fingerprint(tokenizer).vocab_size
-    dtype = token_dtype(vocab_size)
+    before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
+    backend = plain_copy(tokenizer)
+    dtype = token_dtype(vocab_size_of(tokenizer))
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -122,7 +121,17 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos:
     return encode
 
 
-def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
+def require_ends(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
+    """What is to be put before and after every document. Raises ConfigError if such a token does not exist."""
+    ends: list[int | None] = [tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id if add_eos else None]
+    for wanted, end, name in zip((add_bos, add_eos), ends, ("bos", "eos"), strict=True):
+        if wanted and end is None:
+            raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
+    before, after = ([] if end is None else [end] for end in ends)
+    return before, after
+
+
+def plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
     """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the text recognised."""
     from tokenizers import Tokenizer
 

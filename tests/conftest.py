@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer.corpus import find_files
 from flame_composer.manifest import Manifest
-from flame_composer.shards import DatasetWriter, Plan, convert_unit, plan_units
+from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import build_encoder, fingerprint
+from flame_composer.units import convert_unit
 from tests.data_fixtures import byte_tokenizer, words, write_jsonl
 
 pytest_plugins = ("tests.runs",)
@@ -39,7 +40,10 @@ def make_dataset(
     tokenizer = tokenizer or byte_tokenizer()
     source = write_jsonl(folder / "text.jsonl", [words(1 + i * 7 % 23, seed * 1000 + i) for i in range(num_documents)])
     units = plan_units(find_files([str(source)]), 1 << 20)
-    config = {"text_column": "text", "val_fraction": 0.0, "shard_size": shard_size}
+    config = {
+        "text_column": "text", "val_fraction": 0.0, "shard_size": shard_size,
+        "max_doc_length": None, "min_doc_length": None, "seed": None,
+    }  # fmt: skip
     writer = DatasetWriter(str(folder / "out"), Plan("train", fingerprint(tokenizer), context_length, config, units))
     writer.begin()
     for number in range(len(units)):

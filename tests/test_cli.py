@@ -21,6 +21,7 @@ from flame_composer.config import (
     DataError,
     EvaluateConfig,
     GenerateConfig,
+    InspectConfig,
     InvalidField,
     ScriptConfig,
     ToHfConfig,
@@ -29,7 +30,7 @@ from flame_composer.config import (
 )
 
 SCRIPTS: list[type[ScriptConfig]] = [
-    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig,
+    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, InspectConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base
@@ -128,6 +129,18 @@ SOURCES = {
 @pytest.mark.parametrize("text", SOURCES)
 def test_lists(text):
     assert load(TokenizerTrainConfig, [f"source={text}", "out=o"]).source == SOURCES[text]
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("3", [3]), ("3,5", [3, 5]), ("[3,5]", [3, 5]), ("[]", [])])
+def test_lists_of_numbers(text, numbers):
+    assert load(InspectConfig, ["data=d", f"row_numbers={text}"]).row_numbers == numbers
+
+
+@pytest.mark.parametrize("text", ["true", "1.5", "a", "[a]"])
+def test_lists_of_numbers_hold_nothing_else(text):
+    shown = {"a": "['a']", "[a]": "['a']"}
+    message = message_of(lambda: load(InspectConfig, ["data=d", f"row_numbers={text}"]))
+    assert message == f"command line: row_numbers={shown.get(text, text)}: must be list[int]"
 
 
 def test_lists_in_yaml():
@@ -347,7 +360,7 @@ def test_files_that_are_not_there(folder):
 
 @pytest.mark.parametrize(("cls", "key"), [
     (TokenizerTrainConfig, "out"), (ConvertConfig, "out"), (EvaluateConfig, "model"), (GenerateConfig, "model"),
-    (ToHfConfig, "checkpoint"), (TrainConfig, "global_batch_size"),
+    (ToHfConfig, "checkpoint"), (InspectConfig, "data"), (TrainConfig, "global_batch_size"),
 ])  # fmt: skip
 def test_what_must_be_set_is_named_with_the_remedy(cls, key):
     doc = next(doc for name, _, _, doc in _fields(cls) if name == key).rstrip(".")

@@ -26,6 +26,7 @@ from flame_composer.config import (
     EvaluateConfig,
     FsdpConfig,
     GenerateConfig,
+    InspectConfig,
     InvalidField,
     ModelConfig,
     OptimizerConfig,
@@ -60,6 +61,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m", "prompt": ""},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
+    InspectConfig: {"data": "d"},
 }  # fmt: skip
 
 nan, inf = math.nan, math.inf
@@ -126,7 +128,18 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (TokenizerTrainConfig, {"vocab_size": 256}, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token"),
     (TokenizerTrainConfig, {"min_frequency": 0}, "min_frequency", "must be 1 or more"),
     (TokenizerTrainConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0"),
-    *((ConvertConfig, {name: ""}, name, EMPTY) for name in ("out", "val_out", "tokenizer", "text_column")),
+    *((ConvertConfig, {name: ""}, name, EMPTY) for name in ("out", "val_out", "tokenizer", "text_column", "split", "name")),
+    (ConvertConfig, {"name": "n"}, "split", "must be set together with name, e.g. split=train"),
+    (ConvertConfig, {"split": "train", "suffixes": [".py"]}, "suffixes", "must not be set together with split"),
+    *((ConvertConfig, {name: 0}, name, "must be a positive number of tokens, or null")
+      for name in ("max_doc_length", "min_doc_length")),
+    *((ConvertConfig, {"seed": seed}, "seed", "must be in [0, 2**32)") for seed in (-1, 2**32)),
+    (ConvertConfig, {"num_workers": 0}, "num_workers", "must be 1 or more, or null"),
+    (ConvertConfig, {"num_workers": 1, "cluster": "c"}, "num_workers", "must not be set together with cluster"),
+    *((ConvertConfig, {"source": ["/s"], "out": "/o", "val_fraction": 0.1, "val_out": "/v", "cluster": "c"} | given, name,
+       "must be absolute where there is a cluster, whose workers have working folders of their own")
+      for name, given in (("source", {"source": ["/s", "s"]}), ("out", {"out": "o"}), ("val_out", {"val_out": "v"}))),
+    (ConvertConfig, {"cluster": ""}, "cluster", EMPTY),
     (ConvertConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
     *((ConvertConfig, {"val_fraction": x, "val_out": "v"}, "val_fraction", "must be in [0, 1)") for x in (-0.1, 1.0, nan)),
     (ConvertConfig, {"val_fraction": 0.1}, "val_out", "must be set together with val_fraction"),
@@ -146,6 +159,11 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
     (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out")),
+    *((InspectConfig, {name: ""}, name, EMPTY) for name in ("data", "tokenizer", "plot")),
+    (InspectConfig, {"rows": -1}, "rows", "must be 0 or more"),
+    (InspectConfig, {"row_numbers": [3, -1]}, "row_numbers", "must all be 0 or more"),
+    (InspectConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0 bytes, or null"),
+    (InspectConfig, {"plot": "lengths.svg"}, "plot", "must be a file name ending in .png"),
 ]  # fmt: skip
 
 # The other side of the borders.
@@ -168,7 +186,11 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (TokenizerTrainConfig, {"vocab_size": 257, "min_frequency": 1, "max_bytes": 1}),
     (ConvertConfig, {"val_fraction": 0.1, "val_out": "o2"}),
     *((ConvertConfig, {"shard_size": size}) for size in (17408, 2**32 - 1)),
+    (ConvertConfig, {"source": ["a/set"], "split": "train", "out": "/o", "cluster": "c"}),
+    (ConvertConfig, {"max_doc_length": 1, "min_doc_length": 1, "seed": 0, "num_workers": 1}),
     (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0}),
+    (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
+    (InspectConfig, {"max_bytes": None}),
 ]  # fmt: skip
 
 

@@ -72,11 +72,14 @@ def test_folder_of_python_files_to_tokenizer_to_dataset(corpus):
     manifests = {split: read_manifest(f"data/{split}") for split in ("train", "val")}
     assert sum(manifest.totals.documents for manifest in manifests.values()) == 30
     totals = manifests["train"].totals
-    assert converted.stdout.splitlines()[0] == (
-        f"data/train: {totals.documents} documents (0 skipped), {totals.tokens_in:,} tokens in = {totals.tokens_out:,} out "
-        f"({totals.rows} rows of 32) + {totals.dropped} dropped; {totals.bytes:,} bytes in 1 shards"
-    )
-    assert re.fullmatch(r"[\d,]+ tokens in \d+\.\d s: [\d,]+ tokens/s", converted.stdout.splitlines()[-1])
+    header, train, val, rate = converted.stdout.splitlines()
+    assert re.split("  +", header.strip()) == [
+        "split", "documents", "skipped", "short", "tokens in", "tokens out", "dropped", "rows", "shards", "bytes"]  # fmt: skip
+    assert train.split() == [
+        "train", str(totals.documents), "0", "0", f"{totals.tokens_in:,}", f"{totals.tokens_out:,}", str(totals.dropped),
+        str(totals.rows), "1", f"{totals.bytes:,}"]  # fmt: skip
+    assert val.split()[:2] == ["val", str(manifests["val"].totals.documents)]
+    assert re.fullmatch(r"[\d,]+ tokens in \d+\.\d s: [\d,]+ tokens/s \((gigatoken [\d.]+|hf)\)", rate)
     for split, manifest in manifests.items():
         assert manifest.split == split
         assert manifest.tokenizer == fingerprint(tokenizer)
@@ -92,7 +95,7 @@ def test_folder_of_python_files_to_tokenizer_to_dataset(corpus):
     before = files_under(corpus / "data")
     again = run_script("to_mds.py", *command, cwd=corpus)
     assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.startswith("data/train: already finished, nothing to do: ")
+    assert again.stdout.startswith("data/train: already finished, nothing to do\nsplit")
     assert files_under(corpus / "data") == before
 
 
@@ -111,6 +114,21 @@ def test_jsonl_parquet_and_text_together_with_comma_separated_sources(corpus, mo
     assert len(read_manifest("other").units) > len(read_manifest("out").units)
 
 
+def test_a_hugging_face_dataset_equals_its_files(corpus, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (corpus / "set").mkdir()
+    write_jsonl(corpus / "set" / "train.jsonl", [words(50, i) for i in range(20)])
+    arguments = ["tokenizer=tokenizer", "context_length=64"]
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "out=files") == 0
+    shards = [(corpus / out / "units" / "000000" / "shard.00000.mds").read_bytes() for out in ("out", "files")]
+    assert shards[0] == shards[1]
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0
+    assert "out: already finished" in capsys.readouterr().out
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "name=default", "out=other") == 2
+    assert "split: must be set together with name, e.g. split=train" in capsys.readouterr().err
+
+
 def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):
     (corpus / "source" / "bad.py").write_bytes(b"caf\xe9")
     arguments = ["source=source", "suffixes=[.py]", "tokenizer=tokenizer", "context_length=64", "out=out"]
@@ -120,7 +138,7 @@ def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):
     )
     assert not (corpus / "out" / "index.json").exists()
     assert run_here(monkeypatch, "to_mds", *arguments, "on_error=skip") == 0
-    assert "30 documents (1 skipped)" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["train", "30", "1"]
     assert run_here(monkeypatch, "train_tokenizer", *arguments[:2], "out=tok", "vocab_size=300", "on_error=skip") == 0
     assert capsys.readouterr().out == "tok: 300 tokens learnt from 30 documents (1 skipped)\n"
 
@@ -163,7 +181,8 @@ def nothing(folder: Path) -> None:
 BAD_INPUT = {
     "missing source": (nothing, ["source=nowhere"], 2, "source: nowhere: no such file or folder"),
     "empty source": (lambda f: (f / "none").mkdir(), ["source=none"], 2, "source: none: this folder holds no file ending in "
-                     ".jsonl, .json-lines, .ndjson, .parquet, .txt; name the endings to take with suffixes=[...]"),
+                     ".jsonl, .json-lines, .ndjson, .parquet, .txt (or compressed, .gz, .zst, .bz2, .xz); name "
+                     "the endings to take with suffixes=[...]"),
     "no match": (nothing, ["source=source/*.csv"], 2, "source: source/*.csv: no file matches this pattern"),
     "malformed line": (bad_json, [], 1, "source/a.jsonl:2: not valid JSON: Expecting value at column 10; mend or remove "
                        "the line"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flame_composer import hub
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import Slice, find_files, line_at, read_documents, sample_texts, slice_file
 from tests.data_fixtures import words, write_jsonl
@@ -49,7 +53,8 @@ def test_suffixes_globs_and_files_take_what_they_name_and_each_file_once(tmp_pat
     [
         ("nothing", [], "source: nothing: no such file or folder"),
         ("*.rst", [], "source: *.rst: no file matches this pattern"),
-        ("empty", [], "source: empty: this folder holds no file ending in .jsonl, .json-lines, .ndjson, .parquet, .txt; "
+        ("empty", [], "source: empty: this folder holds no file ending in .jsonl, .json-lines, .ndjson, .parquet, .txt (or "
+         "compressed, .gz, .zst, .bz2, .xz); "
          "name the endings to take with suffixes=[...]"),
         (".", [".rst"], "source: .: this folder holds no file ending in .rst; name the endings to take with suffixes=[...]"),
     ],
@@ -62,10 +67,57 @@ def test_a_source_with_nothing_to_read(tmp_path, monkeypatch, source, suffixes, 
         find_files([source], suffixes)
 
 
-def test_compressed_files_are_refused(tmp_path):
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: compressed files cannot be read yet"):
-        slice_file(str(tmp_path / "a.jsonl.zst"), 1 << 20)
+COMPRESS = {
+    ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_are_read_whole(tmp_path, suffix):
+    texts = [words(1 + i % 50, i) for i in range(3000)] + ["", "ä 🔥"]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    # Two streams, one behind the other, as `cat` and parallel compressors leave them.
+    packed = COMPRESS[suffix](b"".join(lines[:2000])) + COMPRESS[suffix](b"".join(lines[2000:]))
+    for name in ("a.jsonl", "b.JSON"):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(packed)
+        assert slice_file(str(path), 1000) == [Slice(str(path), "jsonl", 0, len(packed), len(packed))]
+        assert texts_of(path) == texts
+    text = tmp_path / f"c.py{suffix}"
+    text.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbfx = 1\r\n"))
+    assert texts_of(text) == ["x = 1\r\n"]
+    assert find_files([str(tmp_path)]) == [str(tmp_path / f"a.jsonl{suffix}")], "case and unknown endings are to be named"
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damaged_compressed_files_lose_nothing_in_silence(tmp_path, suffix):
+    packed = COMPRESS[suffix](b"".join(json.dumps({"text": words(50, i)}).encode() + b"\n" for i in range(1000)))
+    path = tmp_path / f"a.jsonl{suffix}"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    spoilt = [] if suffix == ".zst" else [packed[:2000] + bytes(200) + packed[2200:]]  # pyarrow writes no checksum
+    for data in (packed[:-20], packed[: len(packed) // 2], *spoilt, pointer):
+        path.write_bytes(data)
+        skipped: list[DataError] = []
+        with pytest.raises(DataError, match=rf"a\.jsonl{re.escape(suffix)}: damaged: .*; fetch the file again$") as caught:
+            texts_of(path, on_damage=skipped.append)
+        assert "\n" not in str(caught.value)
+        # Bytes that still unpack to something may be found out as text before the checksum comes.
+        assert all("not valid" in str(error) for error in skipped)
+
+
+def test_a_damaged_line_in_a_compressed_file_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "fine"}\n' * 5000 + b"oops\n"))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:5001: not valid JSON"):
+        texts_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.parquet.zst"])
+def test_archives_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: archives and packed Parquet files cannot be read; unpack"):
+        slice_file(str(tmp_path / name), 1 << 20)
 
 
 @given(
@@ -206,3 +258,45 @@ def test_samples_come_from_all_over_and_are_always_the_same(tmp_path):
     assert sample == list(sample_texts(files, "text", size // 4))
     assert size // 4 <= sum(map(len, sample)) < size // 4 + 1000
     assert {int(text.split()[0]) // 20 for text in sample} == {0, 1}, "both halves of the files must be drawn from"
+
+
+def make_dataset_folder(folder: Path) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for i in range(3):
+        write_jsonl(folder / "data" / f"train-0000{i}.jsonl", [words(5, i * 10 + j) for j in range(4)])
+    write_jsonl(folder / "data" / "test-00000.jsonl", ["held out"])
+    return folder
+
+
+def test_a_hugging_face_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = hub.address(str(make_dataset_folder(tmp_path / "set")), None, "train")
+    parts = slice_file(path, 1000)
+    assert parts == [Slice(path, "dataset", i, i + 1, 1000) for i in range(3)]
+    texts = [words(5, i * 10 + j) for i in range(3) for j in range(4)]
+    assert [doc.text for part in parts for doc in read_documents(part, "text")] == texts
+    assert [doc.position for doc in read_documents(parts[1], "text")] == [1, 2, 3, 4]
+    with pytest.raises(DataError, match=r"\?split=train: no column 'body'; its columns are: text, id \(name one with"):
+        list(read_documents(parts[0], "body"))
+    with pytest.raises(DataError, match=r"split=train: shard 0, row 1: column 'id' must be a string, not a number; name"):
+        list(read_documents(parts[0], "id"))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "split", "message"),
+    [
+        ("set", "xx", "train", "set: cannot be opened as a dataset: BuilderConfig 'xx' not found. Available: ['default']"),
+        ("set", None, "tst", "set: cannot be opened as a dataset: Bad split: tst. Available splits: ['train', 'test']"),
+        ("./none", None, "train", "./none: no such folder; with split=... it must be one, or a Hugging Face dataset id"),
+    ],
+)
+def test_a_dataset_that_is_not_there(tmp_path, monkeypatch, source, name, split, message):
+    monkeypatch.chdir(tmp_path)
+    make_dataset_folder(tmp_path / "set")
+    with pytest.raises(ConfigError, match=f"^source: {re.escape(message)}$"):
+        hub.open_dataset(hub.address(source, name, split))
+
+
+def test_a_dataset_id_without_a_split_gets_a_hint():
+    with pytest.raises(ConfigError, match=r"^source: some/set: no such file or folder; for a Hugging Face dataset give split="):
+        find_files(["some/set"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flame_composer.packing import no_pieces, pack
+from flame_composer.packing import Pieces, cut, no_pieces, pack, shuffled
 
 CONTEXT_LENGTHS = st.integers(1, 9)
 DOC_LENGTHS = st.lists(st.integers(0, 30), max_size=25)
@@ -76,3 +78,30 @@ def test_types_and_independence_of_the_tail():
 def test_lengths_that_do_not_cover_the_tokens_are_refused():
     with pytest.raises(AssertionError):
         pack(np.zeros(5, np.uint16), np.array([2, 2]), 4, no_pieces(np.uint16))
+
+
+@given(lengths=st.lists(st.integers(0, 40), max_size=20), longest=st.integers(1, 12))
+def test_cut_documents_are_whole_but_for_their_borders(lengths, longest):
+    pieces = cut(np.array(lengths, np.int64), longest).tolist()
+    expected = [min(longest, length - start) for length in lengths for start in range(0, length, longest)]
+    assert pieces == expected
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), max_size=20),
+    borders=st.lists(st.integers(0, 20), max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_shuffled_documents_are_all_there_in_an_order_of_their_own(lengths, borders, seed):
+    documents = [[i] * length for i, length in enumerate(lengths)]
+    borders = [0, *sorted(min(border, len(lengths)) for border in borders), len(lengths)]
+    parts = [
+        Pieces(np.array(sum(documents[a:b], []), np.uint16), np.array(lengths[a:b], np.int64))  # noqa: RUF017
+        for a, b in itertools.pairwise(borders)
+    ]
+    result = shuffled(parts, [seed, 1])
+    found = [part.tolist() for part in np.split(result.tokens, np.cumsum(result.doc_lengths)[:-1])] if lengths else []
+    assert sorted(found) == sorted(documents)
+    assert result.tokens.dtype == np.uint16
+    order = np.random.default_rng([seed, 1]).permutation(len(lengths))
+    assert result.doc_lengths.tolist() == [lengths[i] for i in order], "by the seed and the number of documents alone"

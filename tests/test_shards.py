@@ -21,8 +21,9 @@ from streaming import StreamingDataset
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, read_documents
 from flame_composer.manifest import HASH, Ledger, check_shards, parse_manifest, read_index, read_manifest
-from flame_composer.shards import DatasetWriter, Plan, convert_unit, document_hash, plan_units, split_of
+from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import TokenizerFingerprint
+from flame_composer.units import convert_unit, document_hash, split_of
 from tests.data_fixtures import files_under, words, write_jsonl
 
 CONTEXT_LENGTH = 16
@@ -47,8 +48,13 @@ def make_corpus(folder: Path, num_documents: int = 60) -> None:
         (folder / f"c{i}.txt").write_text(text)
 
 
-def plans(source: Path, *, val_fraction: float = 0.0, unit_size: int = 700, **changes: Any) -> list[Plan]:
-    config = {"text_column": "text", "val_fraction": val_fraction, "shard_size": 1500, "unit_size": unit_size}
+def plans(
+    source: Path, *, val_fraction: float = 0.0, unit_size: int = 700, settings: dict[str, Any] | None = None, **changes: Any
+) -> list[Plan]:
+    config = {
+        "text_column": "text", "val_fraction": val_fraction, "shard_size": 1500, "unit_size": unit_size,
+        "max_doc_length": None, "min_doc_length": None, "seed": None, **(settings or {}),
+    }  # fmt: skip
     units = plan_units(find_files([str(source)]), unit_size)
     train = Plan("train", FINGERPRINT, CONTEXT_LENGTH, config, units)
     split_plans = [train, dataclasses.replace(train, split="val")] if val_fraction else [train]
@@ -167,12 +173,68 @@ def test_no_file_in_a_dataset_depends_on_time_order_or_batches(tmp_path, source,
     for name in ("first", "second", "batched"):
         datasets = [DatasetWriter(str(tmp_path / name / plan.split), plan) for plan in plans(source, val_fraction=0.3)]
         if name == "batched":
-            monkeypatch.setattr("flame_composer.shards.BATCH_CHARACTERS", 1)
+            monkeypatch.setattr("flame_composer.units.BATCH_CHARACTERS", 1)
         num_units = len(datasets[0].plan.units)
         convert(datasets, order=range(num_units) if name == "first" else reversed(range(num_units)))
     assert files_under(tmp_path / "first") == files_under(tmp_path / "second") == files_under(tmp_path / "batched")
     assert not list((tmp_path / "first").rglob("*.tmp"))
     assert {path.name for path in (tmp_path / "first" / "train").iterdir()} == {"index.json", "manifest.json", "units"}
+
+
+def pieces_of(folder: Path) -> list[list[int]]:
+    """The document pieces of a dataset's rows, those that a row's end divides put together again."""
+    pieces: list[list[int]] = []
+    open_piece = False
+    for row, lengths in rows_of(folder):
+        for part in np.split(np.array(row), np.cumsum(lengths)[:-1]):
+            if open_piece:
+                pieces[-1] += part.tolist()
+            else:
+                pieces.append(part.tolist())
+            open_piece = part[-1] != EOS
+    return pieces
+
+
+def test_long_documents_are_cut_and_short_ones_left_out(tmp_path, source):
+    (plan,) = plans(source, settings={"max_doc_length": 10, "min_doc_length": 8})
+    convert([DatasetWriter(str(tmp_path / "out"), plan)])
+    rows = rows_of(tmp_path / "out")
+    assert max(length for _, lengths in rows for length in lengths) == 10
+    texts = [text for unit in texts_by_unit(plan) for text in unit]
+    short = [text for text in texts if len(text.encode()) + 1 < 8]
+    totals = read_manifest(str(tmp_path / "out")).totals
+    tokens_of_short = sum(len(text.encode()) + 1 for text in short)
+    assert (totals.documents, totals.documents_short) == (62, len(short))
+    assert 0 < len(short) < 62
+    assert totals.tokens_in == totals.tokens_out + totals.dropped
+    assert tokens_of_short <= totals.dropped < tokens_of_short + CONTEXT_LENGTH
+    kept = {text for text in texts if text not in short}
+    assert {bytes(piece[:-1]).decode() for piece in pieces_of(tmp_path / "out")[:10]} <= kept
+
+
+def test_a_seed_shuffles_documents_and_units_the_same_way_every_time(tmp_path, source, monkeypatch):
+    made = {}
+    for name, seed in (("plain", None), ("first", 5), ("again", 5), ("other", 6)):
+        if name == "again":
+            monkeypatch.setattr("flame_composer.units.BATCH_CHARACTERS", 1)
+        (plan,) = plans(source, settings={"seed": seed})
+        num_units = len(plan.units)
+        convert([DatasetWriter(str(tmp_path / name), plan)], order=reversed(range(num_units)) if name == "again" else None)
+        made[name] = pieces_of(tmp_path / name)
+    assert files_under(tmp_path / "first") == files_under(tmp_path / "again")
+    assert made["first"] != made["other"]
+    first = str(tmp_path / "first")
+    folders = [shard.basename.split("/")[1] for shard in read_index(first, read_manifest(first))]
+    assert folders != sorted(folders), "units are in another order"
+    assert folders[-1] == "tail"
+    in_order = [text for unit in texts_by_unit(plan) for text in unit]
+    first_unit = texts_by_unit(plan)[int(folders[0])]
+    begin = [bytes(piece[:-1]).decode() for piece in made["first"][: len(first_unit) - 3]]
+    assert set(begin) <= set(first_unit), "documents stay in their unit"
+    assert begin != first_unit[: len(begin)]
+    totals = read_manifest(str(tmp_path / "first")).totals
+    assert totals.documents == len(in_order)
+    assert totals.tokens_in == read_manifest(str(tmp_path / "plain")).totals.tokens_in
 
 
 def test_validation_documents_are_disjoint_complete_and_chosen_by_text_alone(tmp_path, source):

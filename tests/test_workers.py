@@ -1,0 +1,240 @@
+"""Units on a pool of processes: the same bytes whatever the number of workers, and whoever is killed when."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flame_composer import workers
+from flame_composer.config import ConfigError, DataError
+from flame_composer.corpus import find_files
+from flame_composer.manifest import HF, read_manifest
+from flame_composer.shards import DatasetWriter, Plan, plan_units
+from flame_composer.tokenizer import fingerprint, load_tokenizer
+from flame_composer.workers import Conversion, convert_units
+from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`corpus` (JSONL of about 20 work units), `tokenizer`, and `whole`: the dataset and its val split, made in peace."""
+    folder = tmp_path_factory.mktemp("workers")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "corpus").mkdir()
+    for i in range(4):
+        write_jsonl(folder / "corpus" / f"{i}.jsonl", [words(1 + j * 31 % 800, i * 1000 + j) for j in range(100)])
+    datasets = writers(folder, "whole")
+    for dataset in datasets:
+        dataset.begin()
+    for number in range(len(datasets[0].plan.units)):
+        assert list(convert_units(conversion(folder, datasets), [number], 1, lambda *news: None)) == []
+    for dataset in datasets:
+        dataset.publish()
+    return folder
+
+
+def writers(folder: Path, name: str) -> list[DatasetWriter]:
+    settings = {
+        "source": [str(folder / "corpus")], "name": None, "split": None, "suffixes": [], "text_column": "text",
+        "add_bos": False, "add_eos": True,
+        "max_doc_length": 700, "min_doc_length": 5, "seed": 3, "val_fraction": 0.2, "shard_size": 20000,
+        "unit_size": 32000, "encoder": HF,
+    }  # fmt: skip
+    units = plan_units(find_files(settings["source"]), settings["unit_size"])
+    print_of = fingerprint(load_tokenizer(str(folder / "tokenizer")))
+    return [DatasetWriter(str(folder / name / split), Plan(split, print_of, 64, settings, units)) for split in ("train", "val")]
+
+
+def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
+    return Conversion(tuple(datasets), str(folder / "tokenizer"), False, True, HF, "redo", "fail")
+
+
+def command(folder: Path, name: str, num_workers: int | None, *more: str) -> list[str]:
+    """The same conversion as a user gives it."""
+    arguments = [
+        f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={folder}/{name}/train", "context_length=64",
+        f"val_out={folder}/{name}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
+        "shard_size=20000", "unit_size=32000", "encoder=hf", *more,
+    ]  # fmt: skip
+    arguments += [] if num_workers is None else [f"num_workers={num_workers}"]
+    return [sys.executable, str(ROOT / "convert" / "to_mds.py"), *arguments]
+
+
+def start(folder: Path, name: str, num_workers: int | None, *more: str) -> subprocess.Popen[str]:
+    """In a session of its own, so that all its processes are known by it."""
+    arguments = command(folder, name, num_workers, *more)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def processes(session: int) -> Iterator[tuple[int, int]]:
+    """The process ids of a session that are alive, with those of their parents."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            yield int(path.parent.name), int(fields[1])
+
+
+def workers_of(session: int) -> list[int]:
+    """The grandchildren of the process that leads the session: workers come from the fork server."""
+    parents = dict(processes(session))
+    return [pid for pid, parent in parents.items() if parents.get(parent) == session]
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def check_finished(folder: Path, name: str) -> None:
+    assert files_under(folder / name) == files_under(folder / "whole")
+    for split in ("train", "val"):
+        totals = read_manifest(str(folder / name / split)).totals  # which checks that the ledger balances
+        assert totals.tokens_in == totals.tokens_out + totals.dropped
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeypatch):
+    if num_workers == 3:
+        monkeypatch.setattr(workers, "MAX_MEMORY", 0)  # a new process for every unit
+    datasets = writers(folder, f"by{num_workers}")
+    for dataset in datasets:
+        dataset.begin()
+    numbers = list(range(len(datasets[0].plan.units)))
+    assert len(numbers) >= 20
+    numbers = numbers if num_workers < 3 else numbers[:6]
+    seen = np.zeros(3, int)
+    for number in numbers:
+        assert not datasets[0].is_committed(number)
+
+    def on_progress(*news: int) -> None:
+        seen[:] += news
+
+    started: list[int] = []
+    monkeypatch.setattr(workers._Lane, "close", lambda lane, close=workers._Lane.close: (started.append(1), close(lane)))
+    assert list(convert_units(conversion(folder, datasets), numbers, num_workers, on_progress)) == []
+    if num_workers == 3:
+        assert len(started) == 6 + 3, "a process is given up after each unit, and all lanes at the end"
+        assert list(convert_units(conversion(folder, datasets), range(6, len(datasets[0].plan.units)), 2, on_progress)) == []
+    manifests = [dataset.publish() for dataset in datasets]
+    check_finished(folder, f"by{num_workers}")
+    size = sum(path.stat().st_size for path in (folder / "corpus").iterdir())
+    totals = [manifest.totals for manifest in manifests]
+    assert seen.tolist() == [sum(t.documents for t in totals), sum(t.tokens_in for t in totals), size]
+    assert totals[0].documents_short > 0, "the corpus must try min_doc_length"
+
+
+def test_an_error_in_a_worker_is_the_error_of_all(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("whole", "by*"))
+    folder = tmp_path / "copy"
+    with (folder / "corpus" / "1.jsonl").open("a") as file:
+        file.write("oops\n")
+    datasets = writers(folder, "out")
+    for dataset in datasets:
+        dataset.begin()
+    numbers = range(len(datasets[0].plan.units))
+    with pytest.raises(DataError, match=r"corpus/1\.jsonl:101: not valid JSON: Expecting value at column 1") as caught:
+        list(convert_units(conversion(folder, datasets), numbers, 2, lambda *news: None))
+    assert "\n" not in str(caught.value)
+    assert not (folder / "out" / "train" / "index.json").exists()
+    committed = list((folder / "out" / "train" / "units").iterdir())
+    assert 0 < len(committed) < len(numbers)
+
+
+def test_a_dask_cluster_gives_the_same_bytes(folder):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}")
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    check_finished(folder, "cluster")
+
+
+def test_a_cluster_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(workers, "CLUSTER_SECONDS", 1)
+    datasets = writers(folder, "nowhere")
+    with pytest.raises(ConfigError, match=r"^cluster: tcp://127\.0\.0\.1:1: cannot be reached: .*; give a Dask scheduler's"):
+        list(convert_units(conversion(folder, datasets), [0, 1], 1, lambda *news: None, "tcp://127.0.0.1:1"))
+
+
+def test_ctrl_c_is_one_line_and_the_next_run_goes_on(folder):
+    process = start(folder, "interrupted", 2)
+    units = folder / "interrupted" / "train" / "units"
+    wait_until(lambda: units.exists() and any(units.iterdir()))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err == "interrupted; what was finished is kept, and the same command goes on from there\n"
+    assert not (folder / "interrupted" / "train" / "index.json").exists()
+    wait_until(lambda: not list(processes(process.pid)))
+    finish(folder, "interrupted")
+
+
+def finish(folder: Path, name: str) -> None:
+    process = start(folder, name, 2)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    check_finished(folder, name)
+
+
+@pytest.mark.parametrize(
+    "num_kills",
+    [
+        6,
+        pytest.param(20, marks=[
+            pytest.mark.faults,
+            pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
+        ]),
+    ],
+)  # fmt: skip
+def test_killed_at_any_instant_with_any_number_of_workers(folder, num_kills):
+    """SIGKILL to the process in charge, to all, or to one worker; the next run goes on, until one gets to the end."""
+    rng = random.Random(num_kills)
+    attempt = kills = 0
+    name = f"killed{num_kills}.{attempt}"
+    while kills < num_kills:
+        process = start(folder, name, 1 + kills % 3)
+        units = folder / name / "train" / "units"
+        wait_until(lambda: units.exists() or process.poll() is not None, 60)  # noqa: B023
+        time.sleep(rng.uniform(0, 6) if rng.random() < 0.5 else rng.uniform(3, 5))
+        victim = rng.choice(["leader", "all", "worker"])
+        targets = workers_of(process.pid)
+        if victim == "worker" and targets and process.poll() is None:
+            os.kill(rng.choice(targets), signal.SIGKILL)
+        elif process.poll() is None:
+            victim = victim if victim == "all" else "leader"
+            (os.killpg if victim == "all" else os.kill)(process.pid, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        wait_until(lambda: not list(processes(process.pid)))  # noqa: B023  # who is left behind must not live on
+        if process.returncode == 0:
+            check_finished(folder, name)
+            attempt += 1
+            name = f"killed{num_kills}.{attempt}"
+            continue
+        kills += 1
+        if victim == "worker":
+            assert process.returncode == 1
+            assert re.fullmatch(r"error: a worker process died while it converted unit \d{6} \(short of memory\?.*\n", err)
+        else:
+            assert process.returncode == -signal.SIGKILL
+    finish(folder, name)
