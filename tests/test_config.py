@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from flame_composer import config as config_module
 from flame_composer.cli import _docs
 from flame_composer.config import (
+    BenchmarkConfig,
     ConfigError,
     ConvertConfig,
     DataConfig,
@@ -62,6 +63,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     GenerateConfig: {"model": "m", "prompt": ""},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     InspectConfig: {"data": "d"},
+    BenchmarkConfig: {},
 }  # fmt: skip
 
 nan, inf = math.nan, math.inf
@@ -164,6 +166,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (InspectConfig, {"row_numbers": [3, -1]}, "row_numbers", "must all be 0 or more"),
     (InspectConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0 bytes, or null"),
     (InspectConfig, {"plot": "lengths.svg"}, "plot", "must be a file name ending in .png"),
+    *((BenchmarkConfig, {name: 0}, name, "must be more than 0")
+      for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats")),
+    *((BenchmarkConfig, {"context_lengths": lengths}, "context_lengths", "must be 2 tokens or more")
+      for lengths in ([], [512, 1])),
 ]  # fmt: skip
 
 # The other side of the borders.
@@ -191,6 +197,7 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0}),
     (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
     (InspectConfig, {"max_bytes": None}),
+    (BenchmarkConfig, {"context_lengths": [2], "repeats": 1}),
 ]  # fmt: skip
 
 
