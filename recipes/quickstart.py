@@ -57,13 +57,13 @@ def write_corpus(path: Path) -> None:
 def step(*command: str) -> dict:
     """Run a script of this package, and return what its last line says where that is JSON."""
     print("\n$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     last = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line
-    if process.wait():
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line
+    if process.returncode:
         sys.exit(process.returncode)
     return json.loads(last) if last.startswith("{") else {}
 
