@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from flame_composer import report
 from flame_composer.cli import run
-from flame_composer.config import ConfigError, DataError, InspectConfig
+from flame_composer.config import ConfigError, DataError
+from flame_composer.convert_config import InspectConfig
 from flame_composer.inspection import check_tokenizer, choose_shards, open_dataset, spread, survey
 from flame_composer.tokenizer import fingerprint, load_tokenizer
 

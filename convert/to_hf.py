@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from flame_composer.cli import run
-from flame_composer.config import ConfigError, ToHfConfig
+from flame_composer.config import ConfigError
+from flame_composer.convert_config import ToHfConfig
 
 
 def main(config: ToHfConfig) -> None:

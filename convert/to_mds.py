@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from flame_composer.cli import run
-from flame_composer.config import ConvertConfig
+from flame_composer.convert_config import ConvertConfig
 from flame_composer.corpus import find_files
 from flame_composer.encoder import choose_encoder, require_installed
 from flame_composer.hub import address

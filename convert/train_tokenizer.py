@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flame_composer.cli import run
-from flame_composer.config import ConfigError, DataError, TokenizerTrainConfig
+from flame_composer.config import ConfigError, DataError
+from flame_composer.convert_config import TokenizerTrainConfig
 from flame_composer.corpus import find_files, sample_texts
 
 SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", "max_bytes", "eos_token")

@@ -16,7 +16,8 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from composer.utils import dist, reproducibility
 
-from flame_composer.config import ConfigError, WandbConfig
+from flame_composer.config import ConfigError
+from flame_composer.train_config import WandbConfig
 
 
 class JsonlLog(Callback):

@@ -23,9 +23,10 @@ from streaming.base.storage import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config import ConfigError, DataConfig, DataError, EvalDataConfig
+from flame_composer.config import ConfigError, DataError
 from flame_composer.manifest import HASH, Manifest, ShardFile, check_shards, read_index, read_manifest
 from flame_composer.tokenizer import fingerprint
+from flame_composer.train_config import DataConfig, EvalDataConfig
 
 IGNORE = -100  # the label that carries no loss
 CACHE = Path("~/.cache/flame_composer")

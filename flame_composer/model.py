@@ -18,8 +18,9 @@ from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
 from flame_composer.cli import nearest
-from flame_composer.config import ConfigError, InvalidField, ParallelismConfig
+from flame_composer.config import ConfigError, InvalidField
 from flame_composer.tokenizer import may_be_hub_id
+from flame_composer.train_config import ParallelismConfig
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")

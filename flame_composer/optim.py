@@ -8,7 +8,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from flame_composer.config import OptimizerConfig, SchedulerConfig
+from flame_composer.train_config import OptimizerConfig, SchedulerConfig
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

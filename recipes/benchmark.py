@@ -12,7 +12,7 @@ import sys
 import time
 
 from flame_composer.cli import run
-from flame_composer.config import BenchmarkConfig
+from flame_composer.recipe_config import BenchmarkConfig
 
 
 def main(config: BenchmarkConfig) -> None:

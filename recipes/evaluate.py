@@ -7,7 +7,7 @@ import json
 import sys
 
 from flame_composer.cli import run
-from flame_composer.config import EvaluateConfig
+from flame_composer.recipe_config import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:

@@ -6,7 +6,7 @@
 import sys
 
 from flame_composer.cli import run
-from flame_composer.config import GenerateConfig
+from flame_composer.recipe_config import GenerateConfig
 
 
 def main(config: GenerateConfig) -> None:

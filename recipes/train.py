@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from flame_composer.cli import run
-from flame_composer.config import TrainConfig
+from flame_composer.train_config import TrainConfig
 
 
 def main(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ from flame_composer.tokenizer import build_encoder, fingerprint
 from flame_composer.units import convert_unit
 from tests.data_fixtures import byte_tokenizer, words, write_jsonl
 
-pytest_plugins = ("tests.runs",)
+pytest_plugins = ("tests.runs", "tests.s3")
 
 # The same examples on every machine: a failure met in CI is met at home.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -104,7 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_datase
     from composer.utils import reproducibility
 
     from flame_composer import callbacks, checkpoint, data, model, optim
-    from flame_composer.config import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
+    from flame_composer.train_config import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
 
     folder = tmp_path_factory.mktemp("run")
     tokenizer = byte_tokenizer()

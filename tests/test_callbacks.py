@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flame_composer.callbacks import JsonlLog, RandomState, SameData, describe, every, hash_row, keep_rows
-from flame_composer.config import ConfigError, DataConfig
+from flame_composer.config import ConfigError
 from flame_composer.data import describe_order, open_dataset
+from flame_composer.train_config import DataConfig
 from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 

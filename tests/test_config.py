@@ -16,34 +16,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer import config as config_module
+from flame_composer import convert_config, recipe_config, train_config
 from flame_composer.cli import _docs
-from flame_composer.config import (
-    BenchmarkConfig,
-    ConfigError,
-    ConvertConfig,
+from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
+from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.recipe_config import BenchmarkConfig, EvaluateConfig, GenerateConfig
+from flame_composer.train_config import (
     DataConfig,
     EvalDataConfig,
-    EvaluateConfig,
     FsdpConfig,
-    GenerateConfig,
-    InspectConfig,
-    InvalidField,
     ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
     SchedulerConfig,
-    ScriptConfig,
-    ToHfConfig,
-    TokenizerTrainConfig,
     TrainConfig,
     WandbConfig,
-    require_duration,
 )
 
 CLASSES = [
-    value for value in vars(config_module).values()
-    if dataclasses.is_dataclass(value) and value.__module__ == config_module.__name__
+    value for module in (train_config, convert_config, recipe_config) for value in vars(module).values()
+    if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
 ]  # fmt: skip
 
 # What makes each of them valid.
@@ -309,8 +301,8 @@ def test_every_field_has_a_type_and_a_line_of_doc(cls):
 
 def test_reading_a_configuration_imports_nothing_heavy():
     code = (
-        "import json, sys, flame_composer.config, flame_composer.cli\n"
-        "flame_composer.cli.load(flame_composer.config.GenerateConfig, ['model=m', 'prompt=p'])\n"
+        "import json, sys, flame_composer.recipe_config, flame_composer.cli\n"
+        "flame_composer.cli.load(flame_composer.recipe_config.GenerateConfig, ['model=m', 'prompt=p'])\n"
         "print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -14,7 +14,7 @@ import pytest
 from streaming import StreamingDataset
 
 from flame_composer.cli import run
-from flame_composer.config import ConvertConfig, TokenizerTrainConfig
+from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
 from flame_composer.manifest import check_shards, read_manifest
 from flame_composer.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl

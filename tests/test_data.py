@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.config import ConfigError, DataConfig, DataError, EvalDataConfig
+from flame_composer.config import ConfigError, DataError
 from flame_composer.data import (
     IGNORE,
     EvalBatches,
@@ -28,6 +28,7 @@ from flame_composer.data import (
 )
 from flame_composer.manifest import read_manifest
 from flame_composer.tokenizer import load_tokenizer
+from flame_composer.train_config import DataConfig, EvalDataConfig
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 

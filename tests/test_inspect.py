@@ -8,10 +8,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
 from flame_composer import cli, report
-from flame_composer.config import InspectConfig
+from flame_composer.convert_config import InspectConfig
 from flame_composer.inspection import ROWS_AT_ONCE, Shard, add, choose_shards, open_dataset, spread
 from flame_composer.manifest import read_manifest
 from flame_composer.tokenizer import fingerprint
@@ -397,61 +395,10 @@ def test_in_a_process_of_its_own(dataset):
     assert "  row_numbers: list[int] = []\n" in help_text
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a real S3 server (JuiceFS's gateway), which has a bucket `data`; the environment points to the server."""
-    import boto3
-
-    folder = tmp_path_factory.mktemp("s3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    juicefs = Path(sys.executable).with_name("juicefs")
-    meta = f"sqlite3://{folder}/meta.db"
-    env = {"MINIO_ROOT_USER": "tester", "MINIO_ROOT_PASSWORD": "testtest", "HOME": str(folder), "PATH": os.environ["PATH"]}
-    subprocess.run(
-        [juicefs, "format", meta, "test", "--storage", "file", "--bucket", f"{folder}/bucket/"], check=True, env=env,
-        capture_output=True,
-    )  # fmt: skip
-    server = subprocess.Popen(
-        [juicefs, "gateway", "--no-banner", "--multi-buckets", meta, address], env=env, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("S3_ENDPOINT_URL", f"http://{address}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "tester")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testtest")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        try:
-            until = time.monotonic() + 30
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", int(address.split(":")[1]))).close()
-                    break
-                except OSError:
-                    assert server.poll() is None
-                    assert time.monotonic() < until
-                    time.sleep(0.05)
-            client = boto3.client("s3", endpoint_url=f"http://{address}")
-            client.create_bucket(Bucket="data")
-            yield client
-            client.close()
-        finally:
-            server.terminate()
-            server.wait()
-
-
-def upload(s3: Any, folder: Path, prefix: str) -> str:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            s3.put_object(Bucket="data", Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
-    return f"s3://data/{prefix}"
-
-
 def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = copy_of(dataset)
-    remote = upload(s3, folder, "whole")
+    remote = s3.upload(folder, "whole")
     arguments = [f"tokenizer={tokenizer}", "rows=3"]
     local, there = inspect(f"data={folder}", *arguments, "verify=true"), inspect(f"data={remote}/", *arguments, "verify=true")
     assert (there[0], there[2]) == (0, "")
@@ -464,7 +411,7 @@ def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, 
     flip_token(folder)
     remove_at = shards_of(folder)[2]
     remove_at.unlink()
-    remote = upload(s3, folder, "broken")
+    remote = s3.upload(folder, "broken")
     status, out, err = result = inspect(f"data={remote}", "verify=true")
     assert status == 1
     bad, missing, error = err.splitlines()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flame_composer import cpu
 from flame_composer.checkpoint import save_hf_folder
 from flame_composer.cli import load
-from flame_composer.config import ConfigError, FsdpConfig, InvalidField, ParallelismConfig, TrainConfig
+from flame_composer.config import ConfigError, InvalidField
 from flame_composer.data import collate
 from flame_composer.model import (
     CausalLM,
@@ -30,6 +30,7 @@ from flame_composer.model import (
     load_pretrained,
     positions,
 )
+from flame_composer.train_config import FsdpConfig, ParallelismConfig, TrainConfig
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

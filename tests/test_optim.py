@@ -12,9 +12,9 @@ from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import get_device
 
-from flame_composer.config import OptimizerConfig, SchedulerConfig
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.optim import Schedule, build_optimizer, rate_factor
+from flame_composer.train_config import OptimizerConfig, SchedulerConfig
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

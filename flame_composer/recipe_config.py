@@ -1,0 +1,85 @@
+"""What the recipes beside train.py are run with: every field, its default and its rules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from flame_composer.config import ScriptConfig, require, require_seed, require_text
+from flame_composer.train_config import EvalDataConfig
+
+
+@dataclass
+class EvaluateConfig(ScriptConfig):
+    """Loss and perplexity of a Hugging Face folder or a checkpoint on a dataset."""
+
+    model: str = MISSING
+    """A Hugging Face folder or id, a checkpoint file, or a folder of checkpoints (its newest is taken)."""
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    """The dataset."""
+    tokenizer: str | None = None
+    """Tokenizer folder or id; the model's own if not set."""
+    batch_size: int = 8
+    """Rows per forward pass."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+    varlen: bool = True
+    """Attention state starts anew at every document."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "tokenizer")
+        require(self.batch_size > 0, "batch_size", "must be a positive number of rows")
+
+
+@dataclass
+class GenerateConfig(ScriptConfig):
+    """Continue a prompt."""
+
+    model: str = MISSING
+    """A Hugging Face folder or id, a checkpoint file, or a folder of checkpoints (its newest is taken)."""
+    prompt: str = MISSING
+    """The text to continue."""
+    max_new_tokens: int = 128
+    """Most tokens to generate."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 for no such limit."""
+    seed: int = 42
+    """Seed of the sampling."""
+
+    def validate(self) -> None:
+        require_text(self, "model")
+        require_seed(self.seed, "seed")
+        require(self.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
+        require(0 <= self.temperature < math.inf, "temperature", "must be 0 or more, and finite")
+        require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
+        require(self.top_k >= 0, "top_k", "must be 0 or more")
+
+
+@dataclass
+class BenchmarkConfig(ScriptConfig):
+    """Time a training step of GLA against a Llama of the same size."""
+
+    context_lengths: list[int] = field(default_factory=lambda: [512, 2048])
+    """Tokens per row, one measurement each."""
+    batch_tokens: int = 4096
+    """Tokens per step."""
+    hidden_size: int = 512
+    """Width of both models."""
+    num_layers: int = 8
+    """Depth of both models."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    repeats: int = 5
+    """Steps of each model that count, after one that does not; the two take turns."""
+
+    def validate(self) -> None:
+        for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        require(bool(self.context_lengths) and min(self.context_lengths) > 1, "context_lengths", "must be 2 tokens or more")

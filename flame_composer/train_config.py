@@ -1,0 +1,264 @@
+"""What recipes/train.py is run with: every section, its defaults and its rules."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from flame_composer.config import (
+    BYTES,
+    DURATION,
+    FRACTION,
+    ConfigError,
+    ScriptConfig,
+    require,
+    require_duration,
+    require_seed,
+    require_text,
+)
+
+
+@dataclass
+class ModelConfig:
+    config: dict[str, Any] = field(default_factory=dict)
+    """Hugging Face model config: model_type (gla, transformer, llama, ...) and that model's own keys."""
+    pretrained: str | None = None
+    """Start from the weights of this Hugging Face folder or id; model.config may then only repeat what it says."""
+
+    def validate(self) -> None:
+        require(self.pretrained is not None or "model_type" in self.config, "config.model_type",
+                "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a folder")
+        require_text(self, "pretrained")
+
+
+@dataclass
+class DataConfig:
+    local: str | None = None
+    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
+    remote: str | None = None
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through `local`."""
+    shuffle: bool = True
+    """Shuffle rows anew in every epoch."""
+    shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
+    """StreamingDataset's shuffle algorithm."""
+    shuffle_seed: int | None = None
+    """Seed of the row order; the run's seed if not set."""
+    shuffle_block_size: int | None = None
+    """Rows over which the shuffle spreads a shard; larger mixes better and keeps more shards on disk."""
+    num_canonical_nodes: int | None = None
+    """Number of nodes the row order is laid out for; keep it when the number of nodes changes between restarts."""
+    predownload: int | None = None
+    """Rows to download ahead of the one being read, per worker."""
+    cache_limit: str | None = None
+    """Most disk the cached shards may take, e.g. 100gb; unlimited if not set."""
+    num_workers: int = 2
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch_factor: int = 2
+    """Batches each loader process keeps ready."""
+
+    def validate(self) -> None:
+        require(self.local is not None or self.remote is not None, "local",
+                "must name a dataset folder made by convert/to_mds.py (or set remote)")
+        require_text(self, "local", "remote")
+        require_seed(self.shuffle_seed, "shuffle_seed")
+        require(self.cache_limit is None or bool(BYTES.fullmatch(self.cache_limit)), "cache_limit",
+                "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb")
+        require(self.num_workers >= 0, "num_workers", "must be 0 or more")
+        require(self.prefetch_factor >= 1, "prefetch_factor", "must be 1 or more")
+        for name in ("shuffle_block_size", "num_canonical_nodes", "predownload"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "must be more than 0")
+
+
+@dataclass
+class EvalDataConfig:
+    local: str | None = None
+    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
+    remote: str | None = None
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through `local`."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+    max_rows: int | None = None
+    """Evaluate on the first so many rows; all if not set."""
+
+    def validate(self) -> None:
+        require(self.local is not None or self.remote is not None, "local",
+                "must name a dataset folder made by convert/to_mds.py (or set remote)")
+        require_text(self, "local", "remote")
+        require(self.num_workers >= 0, "num_workers", "must be 0 or more")
+        require(self.max_rows is None or self.max_rows > 0, "max_rows", "must be a positive number of rows, or null")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    weight_decay: float = 0.01
+    """Decay of matrices and embeddings; norms and biases are never decayed."""
+    grad_clip_norm: float | None = 1.0
+    """Largest global gradient norm; null for no clipping."""
+
+    def validate(self) -> None:
+        require(0 < self.lr < math.inf, "lr", "must be more than 0, and finite")
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", "must both be in [0, 1)")
+        require(0 < self.eps < math.inf, "eps", "must be more than 0, and finite")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite")
+        require(self.grad_clip_norm is None or 0 < self.grad_clip_norm < math.inf, "grad_clip_norm",
+                "must be more than 0 and finite, or null")
+
+
+@dataclass
+class SchedulerConfig:
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warmup."""
+    warmup: str = "0ba"
+    """Linear warmup from 0: ba, tok, sp, ep or a fraction of the run (0.05dur)."""
+    min_lr_ratio: float = 0.1
+    """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr."""
+
+    def validate(self) -> None:
+        require_duration(self.warmup, "warmup", fraction=True, zero=True)
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "must be in [0, 1]")
+
+
+@dataclass
+class FsdpConfig:
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD"
+    """How parameters, gradients and optimizer state are spread over devices."""
+    mixed_precision: Literal["PURE", "DEFAULT", "FULL"] = "PURE"
+    """Composer's FSDP mixed-precision policy."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+@dataclass
+class ParallelismConfig:
+    fsdp: FsdpConfig | None = None
+    """Fully sharded data parallelism; plain data parallelism if not set."""
+    cpu_fallback: bool = False
+    """Train with plain data parallelism where there is no GPU, though fsdp is asked for."""
+
+
+@dataclass
+class WandbConfig:
+    project: str = MISSING
+    """Weights & Biases project; the run's name and id are run_name."""
+    entity: str | None = None
+    """Team or user the run belongs to."""
+    group: str | None = None
+    """Group the run is shown in."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+
+
+@dataclass
+class TrainConfig(ScriptConfig):
+    """Train a causal language model on a streamed dataset."""
+
+    run_name: str = MISSING
+    """Name of the run: its folder under runs/, its W&B id, and what autoresume looks for."""
+    seed: int = 42
+    """Seed of weights, dropout and (unless set there) the row order."""
+    max_duration: str = MISSING
+    """Length of the run: batches (ba), tokens (tok), rows (sp) or epochs (ep), e.g. 20480ba."""
+    global_batch_size: int = MISSING
+    """Rows per optimizer step over all devices."""
+    microbatch_size: int = MISSING
+    """Rows per forward pass on one device; global_batch_size = devices x microbatch_size x accumulation steps."""
+    context_length: int = 2048
+    """Tokens per row; must be the dataset's."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; CPUs take fp32."""
+    tokenizer: str = MISSING
+    """Hugging Face tokenizer folder or id; must be the one the dataset was made with."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    train_data: DataConfig = field(default_factory=DataConfig)
+    """The dataset to train on."""
+    eval_data: EvalDataConfig | None = None
+    """The dataset to evaluate on; no evaluation if not set."""
+    eval_interval: str = "500ba"
+    """How often to evaluate (also once before the first batch and at the end)."""
+    eval_batch_size: int | None = None
+    """Rows per evaluation forward pass on one device; microbatch_size if not set."""
+    varlen: bool = True
+    """Attention state starts anew at every document; false lets it run across the documents of a row."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """The learning rate over time."""
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    """How the model is spread over devices."""
+    save_folder: str | None = "runs/${run_name}/checkpoints"
+    """Folder of checkpoints; null to save none."""
+    save_interval: str = "500ba"
+    """How often to save (also at the end)."""
+    save_num_checkpoints_to_keep: int = 3
+    """Newest checkpoints to keep; -1 keeps all."""
+    autoresume: bool = True
+    """Go on from the newest complete checkpoint in save_folder, if there is one."""
+    allow_data_change: bool = False
+    """Go on from a checkpoint although the data or its order is not what the run began with."""
+    log_folder: str = "runs/${run_name}"
+    """Receives train_log.jsonl (one row a step) and the resolved config."""
+    log_batch_hash: bool = False
+    """Add to every row of the log a hash of the global batch's token ids."""
+    progress_bar: bool = True
+    """Show a progress bar where there is a terminal; a line now and then otherwise."""
+    wandb: WandbConfig | None = None
+    """Log to Weights & Biases."""
+
+    def validate(self) -> None:
+        require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)), "run_name",
+                "must be letters, digits, '.', '_' and '-' (it names folders)")
+        require_seed(self.seed, "seed")
+        require_text(self, "tokenizer", "save_folder", "log_folder")
+        require_duration(self.max_duration, "max_duration")
+        require_duration(self.eval_interval, "eval_interval", fraction=True)
+        require_duration(self.save_interval, "save_interval", fraction=True)
+        for name in ("global_batch_size", "microbatch_size"):
+            require(getattr(self, name) > 0, name, "must be a positive number of rows")
+        require(self.eval_batch_size is None or self.eval_batch_size > 0, "eval_batch_size",
+                "must be a positive number of rows, or null")
+        require(self.context_length > 1, "context_length", "must be 2 tokens or more")
+        for name in ("save_folder", "log_folder"):
+            require("://" not in (getattr(self, name) or ""), name, "must be a local folder (data can be remote)")
+        require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
+                "save_num_checkpoints_to_keep", "must be more than 0, or -1 for all")
+        world_size = os.environ.get("WORLD_SIZE", "1")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", world_size):
+            raise ConfigError(f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with composer, "
+                              "or unset it")
+        devices = int(world_size)
+        require(self.global_batch_size % (devices * self.microbatch_size) == 0, "global_batch_size",
+                f"must be a multiple of devices x microbatch_size = {devices} x {self.microbatch_size} "
+                f"= {devices * self.microbatch_size}")
+        if self.eval_data is not None:
+            require(self.eval_data.local != self.train_data.local or self.eval_data.remote != self.train_data.remote,
+                    "eval_data.local", "must not be the dataset that is trained on")
+        run_batches = self.in_batches(self.max_duration, None)
+        warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
+        if run_batches is not None and warmup is not None:
+            require(warmup <= run_batches, "scheduler.warmup",
+                    f"must not be longer than the run: {warmup} batches of {run_batches} (max_duration={self.max_duration})")
+
+    def in_batches(self, duration: str, epoch_batches: int | None, run_batches: int | None = None) -> int | None:
+        """`duration` in global batches, rounded up; None where it needs an epoch's or the run's length and that is None."""
+        if match := DURATION.fullmatch(duration):
+            count, unit = int(match[1]), match[2]
+            if unit == "ep":
+                return None if epoch_batches is None else count * epoch_batches
+            tokens_per_row = self.context_length if unit == "tok" else 1
+            return count if unit == "ba" else -(-count // (self.global_batch_size * tokens_per_row))
+        fraction = FRACTION.fullmatch(duration)
+        assert fraction, duration
+        return None if run_batches is None else math.ceil(float(fraction[1]) * run_batches)
