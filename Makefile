@@ -25,8 +25,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/python recipes/quickstart.py
 
+# Most of the time goes into imports, which keep one core busy: two tests at once, each on one core.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-faults: setup
 	FLAME_COMPOSER_FAULTS=1 $(BIN)/python -m pytest -m faults

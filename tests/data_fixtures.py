@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
+from streaming import StreamingDataset
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from flame_composer.tokenizer import train_bpe
@@ -59,3 +63,10 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 def files_under(folder: Path) -> dict[str, bytes]:
     """Every file in a folder with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def streaming_dataset(local: Path | str, **options: Any) -> StreamingDataset:
+    """Streaming's own view of a dataset, in order. Two made at once can take the same name for their shared memory: hence
+    the lock, which is the one that `data.Rows` takes."""
+    with FileLock(Path(tempfile.gettempdir(), "flame_composer.lock")):
+        return StreamingDataset(local=str(local), shuffle=False, batch_size=1, **options)

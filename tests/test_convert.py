@@ -11,13 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from streaming import StreamingDataset
 
 from flame_composer.cli import run
 from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
 from flame_composer.manifest import check_shards, read_manifest
 from flame_composer.tokenizer import fingerprint, load_tokenizer
-from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +85,7 @@ def test_folder_of_python_files_to_tokenizer_to_dataset(corpus):
         assert (manifest.config["source"], manifest.config["add_eos"]) == (["source"], True)
         check_shards(f"data/{split}")
 
-    rows = StreamingDataset(local="data/train", shuffle=False, batch_size=1)
+    rows = streaming_dataset("data/train")
     stream = [token for row in rows for token in row["input_ids"].tolist()]
     texts = tokenizer.decode(stream).split("<|endoftext|>")
     assert len(texts) in (totals.documents, totals.documents + 1)

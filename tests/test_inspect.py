@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from streaming import MDSWriter, StreamingDataset
+from streaming import MDSWriter
 
 from flame_composer import cli, report
 from flame_composer.convert_config import InspectConfig
@@ -25,7 +25,7 @@ from flame_composer.inspection import ROWS_AT_ONCE, Shard, add, choose_shards, o
 from flame_composer.manifest import read_manifest
 from flame_composer.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH
-from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
+from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
 from tests.test_convert import ROOT, load_script
 
 Result = tuple[int, str, str]
@@ -58,7 +58,7 @@ def json_of(result: Result) -> dict[str, Any]:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return list(StreamingDataset(local=str(folder), shuffle=False, batch_size=1))
+    return list(streaming_dataset(folder))
 
 
 def shards_of(folder: Path) -> list[Path]:

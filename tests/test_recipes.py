@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from tests.data_fixtures import streaming_dataset
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
 COMPOSER = Path(sys.executable).with_name("composer")
@@ -88,18 +90,20 @@ def test_export_and_checkpoint_evaluate_to_the_loss_seen_in_training(corpus: Cor
         assert result["tokens"] == 7 * 63
 
     # The documented line, in a process that knows nothing of this package's trainer; documents one by one.
+    rows = streaming_dataset(shutil.copytree(corpus.val, tmp_path / "rows"))
+    pieces = [np.split(rows[i]["input_ids"], np.cumsum(rows[i]["doc_lengths"])[:-1]) for i in range(7)]
+    (tmp_path / "rows.json").write_text(json.dumps([[piece.tolist() for piece in row] for row in pieces]))
     program = f"""
+import json
 from flame_composer import cpu; cpu.enable()
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
-from streaming import StreamingDataset
 model = AutoModelForCausalLM.from_pretrained({str(out)!r}).eval()
 assert len(AutoTokenizer.from_pretrained({str(out)!r})) == 300
 total = count = 0
-rows = StreamingDataset(local={str(corpus.val)!r}, batch_size=1, shuffle=False)
-for i in range(7):
-    ids = torch.from_numpy(rows[i]["input_ids"].astype("int64"))
-    logits = torch.cat([model(piece[None]).logits[0] for piece in ids.split(rows[i]["doc_lengths"].tolist())])
+for row in json.load(open({str(tmp_path / "rows.json")!r})):
+    logits = torch.cat([model(torch.tensor([piece])).logits[0] for piece in row])
+    ids = torch.tensor(sum(row, []))
     total += torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum").item()
     count += len(ids) - 1
 print(total / count)

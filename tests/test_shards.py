@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, read_documents
@@ -24,7 +23,7 @@ from flame_composer.manifest import HASH, Ledger, check_shards, parse_manifest, 
 from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import TokenizerFingerprint
 from flame_composer.units import convert_unit, document_hash, split_of
-from tests.data_fixtures import files_under, words, write_jsonl
+from tests.data_fixtures import files_under, streaming_dataset, words, write_jsonl
 
 CONTEXT_LENGTH = 16
 EOS = 256
@@ -78,7 +77,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def rows_of(folder: Path) -> list[tuple[list[int], list[int]]]:
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1, validate_hash=HASH)
+    dataset = streaming_dataset(folder, validate_hash=HASH)
     return [(dataset[i]["input_ids"].tolist(), dataset[i]["doc_lengths"].tolist()) for i in range(len(dataset))]
 
 
@@ -149,9 +148,7 @@ def test_streaming_reads_back_exactly_the_documents(tmp_path, source):
 def test_a_copy_is_streamed_from_a_remote(tmp_path, source):
     (plan,) = plans(source)
     convert([DatasetWriter(str(tmp_path / "out"), plan)])
-    dataset = StreamingDataset(
-        remote=str(tmp_path / "out"), local=str(tmp_path / "cache"), shuffle=False, batch_size=1, validate_hash=HASH
-    )
+    dataset = streaming_dataset(tmp_path / "cache", remote=str(tmp_path / "out"), validate_hash=HASH)
     assert [row["input_ids"].tolist() for row in dataset] == [row for row, _ in rows_of(tmp_path / "out")]
 
 
@@ -163,7 +160,7 @@ def test_large_vocabularies_are_stored_as_uint32(tmp_path, source):
         return tokens.astype(np.uint32) + 69_000, lengths
 
     convert([DatasetWriter(str(tmp_path / "out"), plan)], encode_high)
-    row = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=1)[0]["input_ids"]
+    row = streaming_dataset(tmp_path / "out")[0]["input_ids"]
     assert row.dtype == np.uint32
     assert row.min() >= 69_000
     assert read_manifest(str(tmp_path / "out")).token_dtype == "uint32"
