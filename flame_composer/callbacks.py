@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,28 +18,33 @@ from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from composer.utils import dist, reproducibility
 
 from flame_composer.config import ConfigError
-from flame_composer.train_config import WandbConfig
+from flame_composer.train_config import RunPlan, WandbConfig
 
 
 class JsonlLog(Callback):
     """One JSON row per step in `train_log.jsonl`, every step once and in order however often the run is restarted.
 
-    Keys: current_steps, total_steps, loss (mean over the global batch's tokens), learning_rate (of this step), epoch,
-    percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with eval_loss and
-    eval_perplexity on the steps that evaluate, and batch_hash if asked for.
+    Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), learning_rate (of this
+    step), epoch, percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with
+    eval_loss and eval_perplexity on the steps that evaluate, and batch_hash if asked for.
 
     A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
     after it, which it computes again.
     """
 
     def __init__(
-        self, log_folder: Path, total_batches: int, batches_per_epoch: int, *, log_batch_hash: bool, print_lines: bool
+        self, log_folder: Path, plan: RunPlan, *, log_batch_hash: bool, print_lines: bool,
+        eval_due: Callable[[State, Event], bool] | None = None,
     ):
-        """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going."""
+        """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going.
+
+        `eval_due`: when an evaluation belongs to a step's row, if ever. One that a signal prevented is done on the restart.
+        """
         self.path = log_folder / "train_log.jsonl"
-        self.print_every = max(1, total_batches // 50) if print_lines else 0
-        self.total_batches = total_batches
-        self.batches_per_epoch = batches_per_epoch
+        self.eval_due = eval_due
+        self.eval_missing = False
+        self.plan = plan
+        self.print_every = max(1, plan.total // 50) if print_lines else 0
         self.log_batch_hash = log_batch_hash
         self._row_hashes = 0
         self._learning_rate = 0.0
@@ -47,11 +53,15 @@ class JsonlLog(Callback):
         self.last_evaluation: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"initial_evaluation": self.initial_evaluation, "last_evaluation": self.last_evaluation}
+        return {
+            "initial_evaluation": self.initial_evaluation, "last_evaluation": self.last_evaluation,
+            "eval_missing": self.eval_missing,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.initial_evaluation = state["initial_evaluation"]
         self.last_evaluation = state["last_evaluation"]
+        self.eval_missing = state["eval_missing"]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -64,19 +74,28 @@ class JsonlLog(Callback):
             self._row_hashes = sum(map(hash_row, state.batch["input_ids"]))
 
     def eval_end(self, state: State, logger: Logger) -> None:
+        if state.eval_timestamp.batch < state.dataloader_len:
+            return  # a signal cut it short
         values = state.eval_metric_values
-        self._evaluation = {
+        self.last_evaluation = {
             "eval_loss": float(values["LanguageCrossEntropy"]),
             "eval_perplexity": float(values["LanguagePerplexity"]),
         }
-        self.last_evaluation = self._evaluation
-        if state.timestamp.batch.value == 0:
-            self.initial_evaluation, self._evaluation = self._evaluation, None
+        if self.eval_missing:
+            self.eval_missing = False
+            if dist.get_global_rank() == 0:
+                keep_rows(self.path, last_step=state.timestamp.batch.value, evaluation=self.last_evaluation)
+        elif state.timestamp.batch.value > 0:
+            self._evaluation = self.last_evaluation
+        else:
+            self.initial_evaluation = self.last_evaluation
             if self.print_every and dist.get_global_rank() == 0:
                 print(f"before training: eval loss {self.last_evaluation['eval_loss']:.4f}, "
                       f"perplexity {self.last_evaluation['eval_perplexity']:.1f}", flush=True)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        due = self.eval_due is not None and self.eval_due(state, Event.BATCH_END)
+        self.eval_missing = due and self._evaluation is None
         hashes = dist.all_gather_object(self._row_hashes) if self.log_batch_hash else []
         if dist.get_global_rank() != 0:
             return
@@ -84,13 +103,14 @@ class JsonlLog(Callback):
         assert time.batch_wct is not None
         assert state.previous_timestamp is not None
         step_tokens = time.token.value - state.previous_timestamp.token.value
+        loss = state.total_loss_dict["loss/train/total"]
         row: dict[str, Any] = {
             "current_steps": time.batch.value,
-            "total_steps": self.total_batches,
-            "loss": state.total_loss_dict["loss/train/total"],
+            "total_steps": self.plan.total,
+            "loss": loss if math.isfinite(loss) else None,
             "learning_rate": self._learning_rate,
-            "epoch": round(time.batch.value / self.batches_per_epoch, 6),
-            "percentage": round(100 * time.batch.value / self.total_batches, 4),
+            "epoch": round(time.batch.value / self.plan.per_epoch, 6),
+            "percentage": round(100 * time.batch.value / self.plan.total, 4),
             "num_tokens": time.token.value,
             "throughput": round(step_tokens / time.batch_wct.total_seconds(), 1),
         }
@@ -118,7 +138,8 @@ class JsonlLog(Callback):
 
 def describe(row: dict[str, Any]) -> str:
     """A row of the log as a line for people."""
-    line = (f"step {row['current_steps']}/{row['total_steps']}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    line = (f"step {row['current_steps']}/{row['total_steps']}  loss {loss}  lr {row['learning_rate']:.2e}  "
             f"{row['throughput']:,.0f} tokens/s  {row['num_tokens']:,} tokens")
     if "eval_loss" in row:
         line += f"  eval loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.1f}"
@@ -172,17 +193,24 @@ def hash_row(input_ids: torch.Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def keep_rows(path: Path, *, last_step: int) -> None:
-    """Drop the rows after `last_step`, and a row that a kill cut short; replaces the file in one step."""
+def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, float] | None = None) -> None:
+    """Drop the rows after `last_step`, and a row that a kill cut short; replaces the file in one step.
+
+    `evaluation` goes into the row of `last_step`, before a batch_hash: where it would have been.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["current_steps"] <= last_step:
-                kept.append(line + "\n")
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if evaluation is not None and row["current_steps"] == last_step:
+            hash = {key: row.pop(key) for key in ("batch_hash",) if key in row}
+            line = json.dumps(row | evaluation | hash)
+        if row["current_steps"] <= last_step:
+            kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from flame_composer import cpu
 from flame_composer.config import ConfigError, DataError
 from flame_composer.model import build_model, load_pretrained
 from flame_composer.tokenizer import load_tokenizer
+from flame_composer.train_config import RunPlan
 
 _NAME = re.compile(r"ba(\d+)\.pt")
 
@@ -40,7 +42,7 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 class SaveCheckpoints(Callback):
-    """Saves `ba<batch>.pt` every `interval` batches and at the end; a file under that name is always whole.
+    """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; a file under that name is always whole.
 
     Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two steps, so that a kill
     can leave a torso or a link to nothing. This one writes under a temporary name, forces the bytes to disk and renames.
@@ -48,23 +50,41 @@ class SaveCheckpoints(Callback):
     StreamingDataset's disagree, and the next epoch would repeat the order of the last.
     """
 
-    def __init__(self, folder: Path, *, interval: int, num_to_keep: int):
+    def __init__(self, folder: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int):
+        """One of `batches` and `seconds` says how often; `num_to_keep` of -1 keeps all."""
         self.folder = folder
-        self.interval = interval
+        self.batches = batches
+        self.seconds = seconds
         self.num_to_keep = num_to_keep
+        self.saved: Path | None = None  # the newest
+        self._last_time = time.monotonic()
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._last_time = time.monotonic()
         if dist.get_global_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for torso in self.folder.glob("unfinished-*.pt"):
                 torso.unlink()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        batch = state.timestamp.batch.value
         assert state.max_duration is not None
-        if batch % self.interval and state.timestamp < state.max_duration:
+        if self._is_due(state.timestamp.batch.value) or state.timestamp >= state.max_duration:
+            self.save(state)
+
+    def _is_due(self, batch: int) -> bool:
+        if self.batches is not None:
+            return batch % self.batches == 0
+        assert self.seconds is not None
+        # Clocks differ: the first rank's decides for all.
+        decision = [time.monotonic() - self._last_time >= self.seconds]
+        dist.broadcast_object_list(decision, src=0)
+        return decision[0]
+
+    def save(self, state: State) -> None:
+        """Save now, unless this batch was saved already. Every rank must call it."""
+        path = self.folder / f"ba{state.timestamp.batch.value}.pt"
+        if path == self.saved:
             return
-        path = self.folder / f"ba{batch}.pt"
         temporary = path.with_name(f"unfinished-{path.name}")
         save_checkpoint(state, str(temporary))
         if dist.get_global_rank() == 0:
@@ -73,12 +93,21 @@ class SaveCheckpoints(Callback):
             os.replace(temporary, path)
             self._rotate()
         dist.barrier()
+        self.saved = path
+        self._last_time = time.monotonic()
 
     def _rotate(self) -> None:
         """Counts what lies in the folder, so that it holds across restarts."""
         if self.num_to_keep > 0:
             for old in list_checkpoints(self.folder)[self.num_to_keep :]:
                 old.unlink()
+
+
+def build_saver(folder: Path | None, plan: RunPlan, *, num_to_keep: int) -> SaveCheckpoints | None:
+    """None for a run that saves nothing."""
+    if folder is None:
+        return None
+    return SaveCheckpoints(folder, batches=plan.save_batches, seconds=plan.save_seconds, num_to_keep=num_to_keep)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

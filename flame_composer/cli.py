@@ -16,6 +16,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -23,7 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
+from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig, TrainingError
 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
@@ -85,23 +86,29 @@ def run(main: Callable[[C], None], cls: type[C]) -> int:
         print(help_text(cls, Path(sys.argv[0]).name))
         return 0
     config = None
+    signal.signal(signal.SIGTERM, _leave)
     try:
         config = load(cls, argv)
         main(config)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, TrainingError) as error:
         message = _explain(config, error) if config is not None and isinstance(error, InvalidField) else str(error)
         # An error in a loader process arrives with that process's traceback before it.
         if message.startswith("Caught "):
             message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
         message = " ".join(message.splitlines())
         # Every rank meets the same mistake in the configuration, and one of them says it.
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Ends the process as an exception does, with whatever it has open closed; status 143 for SIGTERM."""
+    sys.exit(128 + number)
 
 
 def _explain(config: ScriptConfig, problem: InvalidField) -> str:

@@ -20,6 +20,10 @@ class DataError(ValueError):
     """Damaged or unusable data met while running: one line naming the file and the remedy. Exit status 1."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on as it is: one line with the step, the cause and the remedy. Exit status 1."""
+
+
 class InvalidField(ConfigError):
     """A field that breaks a rule: its full key (in `validate()` the name within the dataclass) and the rule.
 
@@ -39,13 +43,18 @@ def require(condition: bool, name: str, rule: str) -> None:
 
 DURATION = re.compile(r"([0-9](?:_?[0-9]){0,17})(ba|tok|sp|ep)")
 FRACTION = re.compile(r"(0?\.[0-9]+|0|1|1\.0)dur")
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+TIME = re.compile(r"([0-9]{1,9})(s|min|h)")
 BYTES = re.compile(r"[0-9]+b?|[0-9]+(\.[0-9]+)?[kmgtp]b", re.IGNORECASE)
 
 
-def require_duration(value: str, name: str, *, fraction: bool = False, zero: bool = False) -> None:
-    """A whole number of ba (batches), tok (tokens), sp (rows) or ep (epochs); with `fraction`, also 0.05dur."""
-    allowed = "a whole number followed by ba, tok, sp or ep" + (", or a fraction of the run like 0.05dur" if fraction else "")
-    match = DURATION.fullmatch(value) or (FRACTION.fullmatch(value) if fraction else None)
+def require_duration(value: str, name: str, *, fraction: bool = False, time: bool = False, zero: bool = False) -> None:
+    """A whole number of ba (batches), tok (tokens), sp (rows) or ep (epochs); with `fraction`, also 0.05dur; with `time`,
+    also of s (seconds), min or h."""
+    units = "ba, tok, sp or ep" + (", or by s, min or h" if time else "")
+    allowed = f"a whole number followed by {units}" + (", or a fraction of the run like 0.05dur" if fraction else "")
+    match = (DURATION.fullmatch(value) or (FRACTION.fullmatch(value) if fraction else None)
+             or (TIME.fullmatch(value) if time else None))
     require(bool(match), name, f"must be {allowed}, e.g. 1000ba")
     assert match is not None
     require(zero or float(match[1]) > 0, name, "must be more than 0")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,24 +242,45 @@ def build_train_loader(dataset: Dataset, config: DataConfig, *, global_batch_siz
     loader = DataLoader(
         rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
+def outlive_signals(_worker_id: int) -> None:
+    """In a loader process: only the training process, which still needs the batch in hand, may end it.
+
+    SIGTERM and Ctrl-C are often sent to the whole process group.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 def build_evaluator(
     dataset: Dataset, config: EvalDataConfig, *, batch_size: int,
-    eval_interval: Callable[[State, Event], bool] | None = None,
+    eval_interval: Callable[[State, Event], bool] | None = None, until: Callable[[DataLoader], Any] | None = None,
 ) -> Evaluator:
-    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each rank."""
+    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each rank.
+
+    `until` wraps the loader in what can end it early.
+    """
     rows = Rows(dataset, batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
-        generator=torch.Generator(),
+        generator=torch.Generator(), worker_init_fn=outlive_signals,
     )
+    batches = until(loader) if until else loader
     return Evaluator(
-        label="eval", dataloader=DataSpec(loader, get_num_tokens_in_batch=count_tokens), eval_interval=eval_interval,
+        label="eval", dataloader=DataSpec(batches, get_num_tokens_in_batch=count_tokens), eval_interval=eval_interval,
         device_eval_microbatch_size=batch_size,
     )

@@ -20,7 +20,7 @@ from flame_composer import cpu
 from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.tokenizer import may_be_hub_id
-from flame_composer.train_config import ParallelismConfig
+from flame_composer.train_config import ModelConfig, ParallelismConfig
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
@@ -107,6 +107,16 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
                            for kind, names in wrong.items())
         raise ConfigError(f"{path_or_id}: its weights are not those of a {model.config.model_type} model: {listed}")
+    return model
+
+
+def build_or_load(config: ModelConfig, hf_config: PretrainedConfig | None) -> PreTrainedModel:
+    """A new model of `hf_config`, or without one `config.pretrained` with its weights."""
+    if hf_config is not None:
+        return build_model(hf_config)
+    assert config.pretrained is not None
+    model = load_pretrained(config.pretrained)
+    check_agrees(model.config, config.config)
     return model
 
 

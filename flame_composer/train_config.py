@@ -6,7 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import MISSING
 
@@ -14,6 +14,8 @@ from flame_composer.config import (
     BYTES,
     DURATION,
     FRACTION,
+    SECONDS,
+    TIME,
     ConfigError,
     ScriptConfig,
     require,
@@ -161,6 +163,32 @@ class WandbConfig:
 
 
 @dataclass
+class SpikeConfig:
+    window: int = 100
+    """Steps whose median loss is taken for the usual one."""
+    factor: float = 2.0
+    """How many times the usual loss is too much."""
+    patience: int = 10
+    """Steps in a row that have to be too high."""
+
+    def validate(self) -> None:
+        require(self.window > 0, "window", "must be 1 step or more")
+        require(1 < self.factor < math.inf, "factor", "must be more than 1, and finite")
+        require(self.patience > 0, "patience", "must be 1 step or more")
+
+
+class RunPlan(NamedTuple):
+    """How long a run is and how often it does what, in global batches; saving may go by seconds instead."""
+
+    total: int
+    per_epoch: int
+    warmup: int
+    eval_interval: int
+    save_batches: int | None
+    save_seconds: int | None
+
+
+@dataclass
 class TrainConfig(ScriptConfig):
     """Train a causal language model on a streamed dataset."""
 
@@ -201,11 +229,17 @@ class TrainConfig(ScriptConfig):
     save_folder: str | None = "runs/${run_name}/checkpoints"
     """Folder of checkpoints; null to save none."""
     save_interval: str = "500ba"
-    """How often to save (also at the end)."""
+    """How often to save (also at the end): as the other durations, or by the clock (30min, 2h, 600s)."""
     save_num_checkpoints_to_keep: int = 3
     """Newest checkpoints to keep; -1 keeps all."""
     autoresume: bool = True
     """Go on from the newest complete checkpoint in save_folder, if there is one."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose gradient is not a number or infinite: end the run before it is taken, or leave it out."""
+    loss_spike: SpikeConfig | None = None
+    """End the run when its loss leaps up and stays there; never if not set."""
+    stall_timeout: float | None = 1800
+    """End the run when nothing has moved for so many seconds, naming the rank and what it was doing; null for never."""
     allow_data_change: bool = False
     """Go on from a checkpoint although the data or its order is not what the run began with."""
     log_folder: str = "runs/${run_name}"
@@ -224,11 +258,13 @@ class TrainConfig(ScriptConfig):
         require_text(self, "tokenizer", "save_folder", "log_folder")
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
-        require_duration(self.save_interval, "save_interval", fraction=True)
+        require_duration(self.save_interval, "save_interval", fraction=True, time=True)
         for name in ("global_batch_size", "microbatch_size"):
             require(getattr(self, name) > 0, name, "must be a positive number of rows")
         require(self.eval_batch_size is None or self.eval_batch_size > 0, "eval_batch_size",
                 "must be a positive number of rows, or null")
+        require(self.stall_timeout is None or 0 < self.stall_timeout < math.inf, "stall_timeout",
+                "must be a number of seconds more than 0, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         for name in ("save_folder", "log_folder"):
             require("://" not in (getattr(self, name) or ""), name, "must be a local folder (data can be remote)")
@@ -250,6 +286,22 @@ class TrainConfig(ScriptConfig):
         if run_batches is not None and warmup is not None:
             require(warmup <= run_batches, "scheduler.warmup",
                     f"must not be longer than the run: {warmup} batches of {run_batches} (max_duration={self.max_duration})")
+
+    def plan(self, epoch_batches: int) -> RunPlan:
+        """The run's durations, for a dataset that has so many global batches an epoch."""
+        total = self.in_batches(self.max_duration, epoch_batches)
+        assert total is not None
+        warmup, eval_interval = (
+            self.in_batches(duration, epoch_batches, total) for duration in (self.scheduler.warmup, self.eval_interval)
+        )
+        assert warmup is not None
+        assert eval_interval is not None
+        by_clock = TIME.fullmatch(self.save_interval)
+        return RunPlan(
+            total, epoch_batches, warmup, eval_interval,
+            save_batches=None if by_clock else self.in_batches(self.save_interval, epoch_batches, total),
+            save_seconds=int(by_clock[1]) * SECONDS[by_clock[2]] if by_clock else None,
+        )
 
     def in_batches(self, duration: str, epoch_batches: int | None, run_batches: int | None = None) -> int | None:
         """`duration` in global batches, rounded up; None where it needs an epoch's or the run's length and that is None."""

@@ -6,6 +6,7 @@
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from flame_composer.cli import run
@@ -17,15 +18,17 @@ def main(config: TrainConfig) -> None:
     from composer import Trainer, algorithms
     from composer.utils import dist, get_device, reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, model, optim
+    from flame_composer import callbacks, checkpoint, data, model, optim, watch
+    from flame_composer.preemption import Preemption, lock_run
     from flame_composer.tokenizer import load_tokenizer
 
     # What can be wrong is found out first: before processes meet, data is read or a model takes memory.
     parallelism = model.build_parallelism(config.parallelism, precision=config.precision)
     tokenizer = load_tokenizer(config.tokenizer)
-    if not config.model.pretrained:
-        hf_config = model.build_hf_config(config.model.config, tokenizer, config.context_length)
+    new_model = (config.model.config, tokenizer, config.context_length)
+    hf_config = None if config.model.pretrained else model.build_hf_config(*new_model)
     log_folder, save_folder = Path(config.log_folder), config.save_folder and Path(config.save_folder)
+    lock = lock_run(log_folder)
     resume_from = checkpoint.find_start(save_folder, autoresume=config.autoresume) if save_folder else None
 
     dist.initialize_dist(device := get_device())
@@ -35,33 +38,25 @@ def main(config: TrainConfig) -> None:
     order = {"global_batch_size": config.global_batch_size, "seed": config.seed}
     train_set = data.open_dataset(config.train_data.local, config.train_data.remote, **made_for)
     train_loader = data.build_train_loader(train_set, config.train_data, **order)
-    epoch_batches = train_loader.dataloader.dataset.batches_per_epoch
-    total_batches = config.in_batches(config.max_duration, epoch_batches)
-    warmup_batches, eval_interval, save_interval = (
-        config.in_batches(duration, epoch_batches, total_batches)
-        for duration in (config.scheduler.warmup, config.eval_interval, config.save_interval)
-    )
-    evaluators = []
+    plan = config.plan(epoch_batches=train_loader.dataloader.dataset.batches_per_epoch)
+
+    saver = checkpoint.build_saver(save_folder, plan, num_to_keep=config.save_num_checkpoints_to_keep)
+    stop = Preemption(saver)
+    evaluators, eval_due = [], callbacks.every(plan.eval_interval, plan.total)
     if config.eval_data:
         eval_set = data.open_dataset(config.eval_data.local, config.eval_data.remote, **made_for)
-        evaluators.append(data.build_evaluator(
-            eval_set, config.eval_data, batch_size=config.eval_batch_size or config.microbatch_size,
-            eval_interval=callbacks.every(eval_interval, total_batches),
-        ))
-
-    pretrained = config.model.pretrained
-    hf_model = model.load_pretrained(pretrained) if pretrained else model.build_model(hf_config)
-    model.check_agrees(hf_model.config, config.model.config)
+        batch_size = config.eval_batch_size or config.microbatch_size
+        options = {"batch_size": batch_size, "eval_interval": stop.unless_stopping(eval_due), "until": stop.until_asked}
+        evaluators.append(data.build_evaluator(eval_set, config.eval_data, **options))
     show_bar = config.progress_bar and sys.stderr.isatty()
     log = callbacks.JsonlLog(
-        log_folder, total_batches, epoch_batches, log_batch_hash=config.log_batch_hash, print_lines=not show_bar
+        log_folder, plan, log_batch_hash=config.log_batch_hash, print_lines=not show_bar,
+        eval_due=eval_due if evaluators else None,
     )
+
+    hf_model = model.build_or_load(config.model, hf_config)
     order = data.describe_order(train_set, config.train_data, **order)
-    watchers = [callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState()]
-    lr, clip, keep = config.optimizer.lr, config.optimizer.grad_clip_norm, config.save_num_checkpoints_to_keep
-    watchers += [optim.Schedule(config.scheduler, lr, warmup_batches, total_batches), log]
-    if save_folder:
-        watchers.append(checkpoint.SaveCheckpoints(save_folder, interval=save_interval, num_to_keep=keep))
+    clip = config.optimizer.grad_clip_norm
 
     trainer = Trainer(
         run_name=config.run_name,
@@ -69,10 +64,16 @@ def main(config: TrainConfig) -> None:
         model=model.CausalLM(hf_model, tokenizer, varlen=config.varlen),
         train_dataloader=train_loader,
         eval_dataloader=evaluators,
-        max_duration=f"{total_batches}ba",
+        max_duration=f"{plan.total}ba",
         optimizers=optim.build_optimizer(hf_model, config.optimizer),
         algorithms=[algorithms.GradientClipping("norm", clip)] if clip else [],
-        callbacks=watchers,
+        callbacks=[
+            callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState(),
+            optim.Schedule(config.scheduler, config.optimizer.lr, plan.warmup, plan.total),
+            *watch.build_watchers(config),
+            # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
+            log, *([saver] if saver else []), stop,
+        ],
         loggers=[callbacks.build_wandb_logger(config.wandb, config.run_name, log_folder)] if config.wandb else [],
         device=device,
         precision=config.precision,
@@ -83,15 +84,16 @@ def main(config: TrainConfig) -> None:
         load_exclude_algorithms=algorithms.__all__,  # Composer would evaluate their text from the checkpoint
         progress_bar=show_bar,
     )
-    callbacks.announce(trainer, config.resolved_yaml, folders=[log_folder, save_folder], resumed_from=resume_from)
-    step = trainer.state.timestamp.batch.value
-    if step == 0 and evaluators:
-        trainer.eval()
-    if step < total_batches:
-        trainer.fit()
-    if dist.get_global_rank() == 0:
-        print(json.dumps({**log.summary(trainer.state), "checkpoint_folder": config.save_folder}))
-    trainer.close()
+    with closing(trainer), watch.explained_memory(config):
+        callbacks.announce(trainer, config.resolved_yaml, folders=[log_folder, save_folder], resumed_from=resume_from)
+        lock = lock or lock_run(log_folder, seconds=0)
+        step = trainer.state.timestamp.batch.value
+        if evaluators and (step == 0 or log.eval_missing):
+            trainer.eval()
+        if step < plan.total:
+            trainer.fit()
+        if dist.get_global_rank() == 0:
+            print(json.dumps({**log.summary(trainer.state), "checkpoint_folder": config.save_folder}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,19 @@ def short_wait_for_loader_processes() -> None:
 
 
 @pytest.fixture(scope="session")
+def signal_handlers() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers(signal_handlers: dict[int, Any]) -> Iterator[None]:
+    """A run listens to signals until its process ends."""
+    yield
+    for number, handler in signal_handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset to read, not to change: StreamingDataset refuses two readers of one folder, so copy it (`copy_of`)."""
     folder = tmp_path_factory.mktemp("data") / "train"
@@ -87,39 +102,61 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run of three batches: its folders, its log callback and the model as the run left it."""
+    """A training run of a few batches: its folders, its trainer and its log callback."""
 
-    checkpoints: Path
-    log_folder: Path
+    folder: Path
+    trainer: Any
     log: Any
     order: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    batches_per_epoch: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def log_folder(self) -> Path:
+        return self.folder / "log"
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.log.plan.per_epoch
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.trainer.state.model.model.state_dict().items()}
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_dataset: Path) -> Run:
-    """Three batches of a real Trainer, put together as recipes/train.py does, with a checkpoint after each."""
+def make_run(
+    folder: Path, dataset: Path, eval_dataset: Path, *, total: int = 3, eval_interval: int = 2, load_path: Path | None = None,
+    watchers: tuple[Any, ...] = (), lr: float = 1e-2, microbatch_size: int = 2,
+) -> Run:
+    """A real Trainer put together as recipes/train.py does; saves a checkpoint after each batch. Not started."""
     from composer import Trainer
     from composer.utils import reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, model, optim
-    from flame_composer.train_config import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
+    from flame_composer import callbacks, checkpoint, data, model, optim, preemption
+    from flame_composer.train_config import DataConfig, EvalDataConfig, OptimizerConfig, RunPlan, SchedulerConfig
 
-    folder = tmp_path_factory.mktemp("run")
     tokenizer = byte_tokenizer()
     reproducibility.seed_all(7)
     made_for: Any = {"tokenizer": tokenizer, "context_length": CONTEXT_LENGTH}
-    train_set = data.open_dataset(shutil.copytree(dataset, folder / "train"), None, **made_for)
-    eval_set = data.open_dataset(shutil.copytree(eval_dataset, folder / "eval"), None, **made_for)
-    loader = data.build_train_loader(train_set, DataConfig(num_workers=0), global_batch_size=4, seed=7)
-    epoch_batches = loader.dataloader.dataset.batches_per_epoch  # pyright: ignore
-    evaluator = data.build_evaluator(eval_set, EvalDataConfig(), batch_size=4, eval_interval=callbacks.every(2, 3))
-    hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
-    (folder / "log").mkdir()
-    log = callbacks.JsonlLog(
-        folder / "log", 3, epoch_batches, log_batch_hash=True, print_lines=False
+    copies = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("train", "eval")]
+    train_set = data.open_dataset(shutil.copytree(dataset, copies[0]), None, **made_for)
+    eval_set = data.open_dataset(shutil.copytree(eval_dataset, copies[1]), None, **made_for)
+    loader: Any = data.build_train_loader(train_set, DataConfig(num_workers=0), global_batch_size=4, seed=7)
+    plan = RunPlan(
+        total, loader.dataloader.dataset.batches_per_epoch, warmup=1, eval_interval=eval_interval, save_batches=1,
+        save_seconds=None,
     )
+    saver = checkpoint.SaveCheckpoints(folder / "checkpoints", batches=plan.save_batches, num_to_keep=-1)
+    stop = preemption.Preemption(saver)
+    due = callbacks.every(plan.eval_interval, plan.total)
+    evaluator = data.build_evaluator(
+        eval_set, EvalDataConfig(), batch_size=4, eval_interval=stop.unless_stopping(due), until=stop.until_asked
+    )
+    hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
+    (folder / "log").mkdir(exist_ok=True)
+    log = callbacks.JsonlLog(folder / "log", plan, log_batch_hash=True, print_lines=False, eval_due=due)
     order = data.describe_order(train_set, DataConfig(), global_batch_size=4, seed=7)
     trainer = Trainer(
         run_name="tiny",
@@ -127,21 +164,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_datase
         model=model.CausalLM(hf_model, tokenizer, varlen=True),
         train_dataloader=loader,
         eval_dataloader=evaluator,
-        max_duration="3ba",
-        optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=1e-2)),
+        max_duration=f"{total}ba",
+        optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=lr)),
         callbacks=[
             callbacks.SameData(order, allow_change=False), callbacks.RandomState(),
-            optim.Schedule(SchedulerConfig(), 1e-2, 1, 3), log,
-            checkpoint.SaveCheckpoints(folder / "checkpoints", interval=1, num_to_keep=-1),
+            optim.Schedule(SchedulerConfig(), lr, 1, total), *watchers, log, saver, stop,
         ],
         device="cpu",
         precision="fp32",
-        device_train_microbatch_size=2,
+        device_train_microbatch_size=microbatch_size,
         accumulate_train_batch_on_tokens=True,
+        load_path=str(load_path) if load_path else None,
         progress_bar=False,
     )
-    trainer.eval()
-    trainer.fit()
-    weights = {name: parameter.detach().clone() for name, parameter in hf_model.state_dict().items()}
-    trainer.close()
-    return Run(folder / "checkpoints", folder / "log", log, order, weights, epoch_batches)
+    return Run(folder, trainer, log, order)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_dataset: Path) -> Run:
+    """Three batches, with a checkpoint after each."""
+    run = make_run(tmp_path_factory.mktemp("run"), dataset, eval_dataset)
+    run.trainer.eval()
+    run.trainer.fit()
+    run.trainer.close()
+    return run

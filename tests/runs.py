@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -43,6 +44,7 @@ _FORKS.set_forkserver_preload([
 
 def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> None:
     """In the forked process: what `python command...` does."""
+    os.setpgid(0, 0)  # so that a signal to the whole group spares the tests
     os.environ.update(env)
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -72,7 +74,8 @@ class Script:
             return subprocess.CompletedProcess([], self.process.exitcode, self.read("out"), self.read("err"))
 
     def read(self, name: str) -> str:
-        return Path(f"{self.output}.{name}").read_text()
+        path = Path(f"{self.output}.{name}")
+        return path.read_text() if path.exists() else ""  # it has just been forked
 
 
 def run_script(*command: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -133,14 +136,30 @@ class Corpus:
     def train_run(self, run: Path, *more: str, env: dict[str, str] | None = None) -> dict[str, Any]:
         return last_json(Script("recipes/train.py", *self.keys(run, *more), env=env).wait())
 
+    def stopped_run(self, run: Path, *more: str, after_step: int, group: bool = False) -> subprocess.CompletedProcess[str]:
+        """Start a run and send it (or its whole group) SIGTERM, three times, some instant after it has logged `after_step`."""
+        script = Script("recipes/train.py", *self.keys(run, *more))
+        self.wait_for_step(script, run, after_step)
+        pid = script.process.pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):  # the second or third may come too late
+            for _ in range(3):
+                (os.killpg if group else os.kill)(pid, signal.SIGTERM)
+                time.sleep(0.05)
+        return script.wait()
+
+    def wait_for_step(self, script: Script, run: Path, step: int) -> None:
+        """Until some instant after the run has logged `step`."""
+        log = run / "train_log.jsonl"
+        while not log.exists() or log.read_text().count("\n") < step:
+            assert script.process.is_alive(), script.read("err")
+            time.sleep(0.002)
+        time.sleep(random.Random(step).random() * 0.05)
+
     def killed_run(self, run: Path, *more: str, after_step: int) -> None:
         """Start a run and kill it with SIGKILL some instant after it has logged `after_step`."""
         script = Script("recipes/train.py", *self.keys(run, *more))
-        log = run / "train_log.jsonl"
-        while not log.exists() or log.read_text().count("\n") < after_step:
-            assert script.process.is_alive(), script.read("err")
-            time.sleep(0.002)
-        time.sleep(random.Random(after_step).random() * 0.05)
+        self.wait_for_step(script, run, after_step)
         script.process.kill()
         assert script.wait().returncode == -signal.SIGKILL, "it finished before it could be killed"
 

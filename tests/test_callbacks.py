@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flame_composer.callbacks import JsonlLog, RandomState, SameData, describe, every, hash_row, keep_rows
 from flame_composer.config import ConfigError
 from flame_composer.data import describe_order, open_dataset
-from flame_composer.train_config import DataConfig
+from flame_composer.train_config import DataConfig, RunPlan
 from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 
@@ -26,6 +26,7 @@ ROW = {
     "current_steps": 10, "total_steps": 20, "loss": 5.25, "learning_rate": 0.0003, "epoch": 0.5, "percentage": 50.0,
     "num_tokens": 123456, "throughput": 1234.5,
 }  # fmt: skip
+PLAN = RunPlan(total=3, per_epoch=3, warmup=0, eval_interval=2, save_batches=1, save_seconds=None)
 EVERY_STEP = {*ROW, "batch_hash"}
 EVALUATION = {"eval_loss", "eval_perplexity"}
 
@@ -68,7 +69,7 @@ def test_evaluations_are_kept_for_the_summary(trained):
     log, last = trained.log, rows_of(trained)[-1]
     assert log.last_evaluation == {key: last[key] for key in EVALUATION}
     assert log.initial_evaluation["eval_loss"] > log.last_evaluation["eval_loss"]
-    restored = JsonlLog(Path(), total_batches=3, batches_per_epoch=3, log_batch_hash=False, print_lines=False)
+    restored = JsonlLog(Path(), PLAN, log_batch_hash=False, print_lines=False)
     restored.load_state_dict(log.state_dict())
     state: Any = SimpleNamespace(timestamp=Timestamp(batch=3, token=384))
     assert restored.summary(state) == {
@@ -124,7 +125,7 @@ def test_keep_rows_of_no_log(tmp_path):
 def test_a_fresh_run_starts_its_log_anew(tmp_path):
     path = tmp_path / "train_log.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
-    log = JsonlLog(tmp_path, total_batches=3, batches_per_epoch=3, log_batch_hash=False, print_lines=False)
+    log = JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=False)
     state: Any = SimpleNamespace(timestamp=Timestamp())
     log.fit_start(state, None)  # pyright: ignore[reportArgumentType]
     assert path.read_text() == ""

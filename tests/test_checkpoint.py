@@ -178,7 +178,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog,
 
 
 def rotate(folder: Path, num_to_keep: int) -> list[str]:
-    SaveCheckpoints(folder, interval=1, num_to_keep=num_to_keep)._rotate()
+    SaveCheckpoints(folder, batches=1, num_to_keep=num_to_keep)._rotate()
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -190,10 +190,17 @@ def test_rotation_counts_what_lies_in_the_folder(folder):
     assert rotate(folder, 1) == ["ba3.pt", "notes.txt"]
 
 
+def test_saving_by_the_clock(folder):
+    saver = SaveCheckpoints(folder, batches=None, seconds=60, num_to_keep=1)
+    assert not saver._is_due(1)
+    saver._last_time -= 60
+    assert saver._is_due(2)
+
+
 def test_torsos_of_a_killed_run_are_cleared_at_the_start(folder):
     (folder / "unfinished-ba4.pt").write_bytes(b"x")
     state: Any = SimpleNamespace()
-    SaveCheckpoints(folder, interval=1, num_to_keep=1).fit_start(state, state)
+    SaveCheckpoints(folder, batches=1, num_to_keep=1).fit_start(state, state)
     assert sorted(path.name for path in folder.iterdir()) == ["ba1.pt", "ba2.pt", "ba3.pt"]
 
 

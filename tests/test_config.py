@@ -29,6 +29,7 @@ from flame_composer.train_config import (
     OptimizerConfig,
     ParallelismConfig,
     SchedulerConfig,
+    SpikeConfig,
     TrainConfig,
     WandbConfig,
 )
@@ -45,6 +46,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     EvalDataConfig: {"local": "d"},
     OptimizerConfig: {},
     SchedulerConfig: {},
+    SpikeConfig: {},
     TrainConfig: {
         "run_name": "r", "max_duration": "10ba", "global_batch_size": 8, "microbatch_size": 4, "tokenizer": "t",
         "train_data": DataConfig(local="d"),
@@ -100,9 +102,18 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((TrainConfig, {name: ""}, name, EMPTY) for name in ("tokenizer", "save_folder", "log_folder")),
     *((TrainConfig, {"max_duration": duration}, "max_duration", WHOLE) for duration in ("", "10", "0.5dur", "1e5ba", "-1ba")),
     *((TrainConfig, {"max_duration": duration}, "max_duration", "must be more than 0") for duration in ("0ba", "00tok", "0ep")),
-    *((TrainConfig, {name: "1.5ba"}, name, FRACTION) for name in ("eval_interval", "save_interval")),
+    (TrainConfig, {"eval_interval": "1.5ba"}, "eval_interval", FRACTION),
+    (TrainConfig, {"eval_interval": "30min"}, "eval_interval", FRACTION),
+    *((TrainConfig, {"save_interval": interval}, "save_interval", FRACTION.replace("or ep,", "or ep, or by s, min or h,"))
+      for interval in ("1.5ba", "1.5h", "5m", "1h30min", "min")),
+    *((TrainConfig, {"stall_timeout": s}, "stall_timeout", "must be a number of seconds more than 0, or null")
+      for s in (0.0, -1.0, nan, inf)),
+    (SpikeConfig, {"window": 0}, "window", "must be 1 step or more"),
+    (SpikeConfig, {"patience": 0}, "patience", "must be 1 step or more"),
+    *((SpikeConfig, {"factor": factor}, "factor", "must be more than 1, and finite") for factor in (1.0, nan, inf)),
     *((TrainConfig, {name: duration}, name, "must be more than 0")
       for name in ("eval_interval", "save_interval") for duration in ("0ba", "0dur", "0.0dur", ".00dur")),
+    (TrainConfig, {"save_interval": "0min"}, "save_interval", "must be more than 0"),
     *((TrainConfig, {name: size}, name, ROWS) for name in ("global_batch_size", "microbatch_size") for size in (0, -8)),
     (TrainConfig, {"eval_batch_size": 0}, "eval_batch_size", "must be a positive number of rows, or null"),
     (TrainConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
@@ -276,6 +287,19 @@ def test_fractions_of_the_run_in_batches(thousandths, run):
     assert config.in_batches(duration, 5) is None
     batches = config.in_batches(duration, 5, run)
     assert batches in (exact := math.ceil(Fraction(thousandths, 1000) * run), exact + 1), "0.1 is not a tenth to a computer"
+
+
+@pytest.mark.parametrize(
+    ("interval", "batches", "seconds"), [("500ba", 500, None), ("0.1dur", 10, None), ("2ep", 80, None), ("90s", None, 90),
+                                         ("30min", None, 1800), ("2h", None, 7200)],
+)  # fmt: skip
+def test_saving_goes_by_batches_or_by_the_clock(interval, batches, seconds):
+    config = train_config(8, 32)
+    config.save_interval = interval
+    config.max_duration = "100ba"
+    plan = config.plan(epoch_batches=40)
+    assert (plan.save_batches, plan.save_seconds) == (batches, seconds)
+    assert (plan.total, plan.per_epoch) == (100, 40)
 
 
 @given(text=st.text(alphabet="0123456789._-badurtokspe ", max_size=12) | st.text(max_size=5))

@@ -1,0 +1,130 @@
+"""Ending a run at a signal without losing anything, and keeping a run from being started twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+from filelock import FileLock, Timeout
+
+from flame_composer.checkpoint import SaveCheckpoints
+from flame_composer.config import ConfigError
+
+LOCK_SECONDS = 60  # how long a run waits for its predecessor, which may still be saving
+
+
+class Preempted(SystemExit):
+    """Raised on every rank when a run has stopped at a signal. Its code is 143 for SIGTERM, 130 for Ctrl-C."""
+
+
+class Preemption(Callback):
+    """At SIGTERM or Ctrl-C: the batch in hand finishes, a checkpoint of it is saved, evaluation is left for the restart.
+
+    The signal may come to one rank only, and to each several times. A second Ctrl-C ends the process at once. Composer's
+    own handler exits where it stands, with all that was computed since the last checkpoint.
+    """
+
+    def __init__(self, saver: SaveCheckpoints | None):
+        """Listens from now until the process ends, where more signals may come. `saver` is None for a run that saves none."""
+        self.saver = saver
+        self.asked = 0  # by a signal to this process: the exit status to end with
+        self.status = 0  # the same, agreed on by all ranks
+        self._interrupts = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os._exit(128 + signal.SIGINT)
+        if not self.asked and dist.get_global_rank() == 0:
+            again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"{signal.Signals(number).name}: finishing the batch in hand and saving it{again}\n".encode())
+        self.asked = max(self.asked, 128 + number)
+
+    def agree(self, state: State) -> None:
+        """Every rank comes to know what any of them was asked."""
+        if dist.get_world_size() == 1:
+            self.status = self.asked
+            return
+        status = state.device.tensor_to_device(torch.tensor([self.asked]))
+        dist.all_reduce(status, reduce_operation="MAX")
+        self.status = int(status.item())
+
+    def until_asked(self, batches: Any) -> UntilAsked:
+        return UntilAsked(self, batches)
+
+    def unless_stopping(self, due: Callable[[State, Event], bool]) -> Callable[[State, Event], bool]:
+        return lambda state, event: not self.status and due(state, event)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.agree(state)  # before Composer evaluates
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.agree(state)  # an evaluation may have been cut short
+        if self.status:
+            if self.saver is not None:
+                self.saver.save(state)
+            self._stop(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        self.agree(state)
+        if self.status:
+            self._stop(state)
+
+    def _stop(self, state: State) -> None:
+        if dist.get_global_rank() == 0:
+            saved = "nothing was saved" if self.saver is None or self.saver.saved is None else f"saved {self.saver.saved}"
+            print(f"stopped after step {state.timestamp.batch.value}; {saved}; the same command goes on from there",
+                  file=sys.stderr, flush=True)
+        raise Preempted(self.status)
+
+
+class UntilAsked:
+    """An evaluation's batches, up to the signal. Composer stops all ranks where the first of them has no more batches."""
+
+    def __init__(self, preemption: Preemption, batches: Any):
+        self.preemption = preemption
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if self.preemption.asked:
+                return
+            yield batch
+
+
+def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
+    """Keeps `folder`, which a run writes to, for this process until it ends.
+
+    None if there is no such folder yet, and on every rank but the first.
+
+    Waits for another process that has it, which may be saving its last checkpoint. Raises ConfigError after `seconds`.
+    """
+    if not folder.is_dir() or dist.get_global_rank() != 0:
+        return None
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if seconds:
+            print(f"{folder}: waiting for another process that trains this run", file=sys.stderr, flush=True)
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            raise ConfigError(f"{folder}: another process is training this run; wait until it has ended, or give this one "
+                              "another run_name") from None
+    return lock

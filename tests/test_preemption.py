@@ -1,0 +1,132 @@
+"""SIGTERM and Ctrl-C: nothing that was computed is lost, and the restarted run is the one that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from composer.core import Callback, State
+from composer.loggers import Logger
+from filelock import FileLock
+
+from flame_composer.config import ConfigError
+from flame_composer.preemption import Preempted, lock_run
+from tests.conftest import make_run
+from tests.runs import Corpus, Script, check, read_log
+from tests.test_resume import assert_same_run
+
+
+@pytest.mark.parametrize(("num_workers", "group", "steps"), [(0, False, (1, 9, 20)), (2, True, (13, 39))])
+def test_stopped_run_loses_no_batch_and_ends_bit_identical(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path, num_workers: int, group: bool, steps: tuple[int, ...]
+) -> None:
+    """Steps 10, 20, 30 and 40 evaluate; what a signal made them leave out is done by the restart."""
+    run = tmp_path / "stopped"
+    workers = f"train_data.num_workers={num_workers}"
+    for step in steps:
+        process = corpus.stopped_run(run, workers, after_step=step, group=group)
+        assert process.returncode == 143, process.stderr
+        rows = read_log(run)
+        assert step <= len(rows) <= step + 3
+        newest = run / f"checkpoints/ba{len(rows)}.pt"
+        assert process.stderr.splitlines()[-2:] == [
+            "SIGTERM: finishing the batch in hand and saving it",
+            f"stopped after step {len(rows)}; saved {newest}; the same command goes on from there",
+        ]
+        assert newest.is_file()  # so that no batch is computed twice
+    summary = corpus.train_run(run, workers)
+    assert_same_run(run, undisturbed)
+    expected = json.loads((undisturbed / "summary.json").read_text())
+    assert {key: summary[key] for key in ("steps", "eval_loss")} == {key: expected[key] for key in ("steps", "eval_loss")}
+
+
+class SendAt(Callback):
+    """Sends this process a signal in the middle of the evaluation after `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def eval_batch_start(self, state: State, logger: Logger) -> None:
+        if (state.timestamp.batch, state.eval_timestamp.batch) == (self.step, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_an_evaluation_that_was_cut_short_is_done_by_the_restart(trained, dataset, eval_dataset, tmp_path, capfd, step):
+    """After the second of three steps, and after the last."""
+    first = make_run(tmp_path, dataset, eval_dataset, watchers=(SendAt(step),))
+    first.trainer.eval()
+    with pytest.raises(Preempted) as stopped:
+        first.trainer.fit()
+    first.trainer.close()
+    assert stopped.value.code == 143
+    assert first.trainer.state.eval_timestamp.batch == 2 < len(first.trainer.state.evaluators[0].dataloader.dataloader)
+    before = [json.loads(line) for line in (first.log_folder / "train_log.jsonl").read_text().splitlines()]
+    assert len(before) == step
+    assert "eval_loss" not in before[-1]
+    assert f"stopped after step {step}; saved {tmp_path / f'checkpoints/ba{step}.pt'}; the same" in capfd.readouterr().err
+
+    second = make_run(tmp_path, dataset, eval_dataset, load_path=tmp_path / f"checkpoints/ba{step}.pt")
+    assert second.log.eval_missing
+    second.trainer.eval()
+    if step < 3:
+        second.trainer.fit()
+    second.trainer.close()
+    for run in (trained, second):
+        assert not run.log.eval_missing
+    whole, restarted = (
+        [{**json.loads(line), "throughput": 0} for line in (run.log_folder / "train_log.jsonl").read_text().splitlines()]
+        for run in (trained, second)
+    )
+    assert restarted == whole
+    assert [list(row) for row in restarted] == [list(row) for row in whole]
+    assert second.log.summary(second.trainer.state)["eval_loss"] == trained.log.summary(trained.trainer.state)["eval_loss"]
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(dataset, eval_dataset, tmp_path, capfd):
+    run = make_run(tmp_path, dataset, eval_dataset, watchers=(SendAt(0),))
+    with pytest.raises(Preempted):
+        run.trainer.eval()
+    run.trainer.close()
+    assert capfd.readouterr().err.splitlines()[-1].startswith("stopped after step 0; nothing was saved; the same command")
+    assert not run.checkpoints.exists()
+    assert run.log.initial_evaluation == {}
+
+
+def test_ctrl_c_saves_and_the_second_ends_at_once(corpus: Corpus, tmp_path: Path) -> None:
+    run = tmp_path / "interrupted"
+    script = Script("recipes/train.py", *corpus.keys(run))
+    corpus.wait_for_step(script, run, 3)
+    assert script.process.pid
+    os.kill(script.process.pid, signal.SIGINT)
+    process = script.wait()
+    assert process.returncode == 130
+    assert "SIGINT: finishing the batch in hand and saving it; Ctrl-C again ends it at once" in process.stderr
+    assert (run / f"checkpoints/ba{len(read_log(run))}.pt").is_file()
+
+
+def test_a_run_that_is_started_twice_waits_for_the_other(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "twice"
+    run.mkdir()
+    with FileLock(run / ".lock"):
+        script = Script("recipes/train.py", *corpus.keys(run))
+        while f"{run}: waiting for another process that trains this run" not in script.read("err"):
+            assert script.process.is_alive()
+            time.sleep(0.05)
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    check(script.wait())
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_that_another_process_keeps(tmp_path: Path) -> None:
+    assert lock_run(tmp_path / "new") is None
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another process is training this run; wait until"):
+        lock_run(tmp_path, seconds=0.1)
+    lock = lock_run(tmp_path)
+    assert lock is not None
+    assert lock.is_locked
+    lock.release()
