@@ -24,6 +24,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on as it is: one line with the step, the cause and the remedy. Exit status 1."""
 
 
+class StoreError(DataError):
+    """An object store that failed, after it was asked as often as is sensible."""
+
+
 class InvalidField(ConfigError):
     """A field that breaks a rule: its full key (in `validate()` the name within the dataclass) and the rule.
 
