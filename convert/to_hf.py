@@ -4,6 +4,7 @@ python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/h
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 from flame_composer.cli import run
@@ -18,10 +19,11 @@ def main(config: ToHfConfig) -> None:
 
     from flame_composer.checkpoint import find_checkpoint, load_from_checkpoint, save_hf_folder
 
-    checkpoint = find_checkpoint(Path(config.checkpoint))
-    model, tokenizer = load_from_checkpoint(checkpoint)
+    with tempfile.TemporaryDirectory() as staging:
+        checkpoint = find_checkpoint(config.checkpoint, Path(staging))
+        model, tokenizer = load_from_checkpoint(checkpoint)
     save_hf_folder(model, tokenizer, out, dtype=config.dtype)
-    print(f"{checkpoint} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
+    print(f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
     print("load it with: from flame_composer import cpu; cpu.enable()")
     print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")
 

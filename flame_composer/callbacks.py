@@ -17,6 +17,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from composer.utils import dist, reproducibility
 
+from flame_composer import storage
 from flame_composer.config import ConfigError
 from flame_composer.train_config import RunPlan, WandbConfig
 
@@ -165,22 +166,28 @@ def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> Wand
     )
 
 
-def announce(trainer: Trainer, resolved_yaml: str, *, folders: list[Path | None], resumed_from: Path | None) -> None:
-    """Say what is about to run, and keep the configuration: in `folders` and with every logger."""
+def announce(
+    trainer: Trainer, resolved_yaml: str, log_folder: Path, save_folder: str | None, *, resumed_from: str | None
+) -> None:
+    """Say what is about to run, and keep the configuration: in both folders and with every logger.
+
+    Where the checkpoints are to go cannot be written to, that is found out here and not when hours are to be saved.
+    """
     for destination in trainer.logger.destinations:
         if isinstance(destination, ProgressBarLogger):
             destination.hparams_already_logged_to_console = True  # sixty lines between a person and the progress bar
     trainer.logger.log_hyperparameters(yaml.safe_load(resolved_yaml))
     if dist.get_global_rank() != 0:
         return
-    for folder in filter(None, folders):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(resolved_yaml, encoding="utf-8")
+    for folder in filter(None, (str(log_folder), save_folder)):
+        if not storage.is_url(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        storage.write(storage.join(folder, "config.yaml"), resolved_yaml.encode())
     state = trainer.state
     assert state.max_duration is not None
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {state.device.name}, "
-          f"{state.max_duration.value:,} steps; logs in {folders[0]}", flush=True)
+          f"{state.max_duration.value:,} steps; logs in {log_folder}", flush=True)
     if resumed_from is not None:
         time = state.timestamp
         print(f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value}, row "

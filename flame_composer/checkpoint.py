@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +23,17 @@ from composer.models import HuggingFaceModel
 from composer.models.huggingface import get_hf_config_from_composer_state_dict
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer import cpu
-from flame_composer.config import ConfigError, DataError
+from flame_composer import cpu, storage
+from flame_composer.config import ConfigError, DataError, StoreError
 from flame_composer.model import build_model, load_pretrained
 from flame_composer.tokenizer import load_tokenizer
 from flame_composer.train_config import RunPlan
 
 _NAME = re.compile(r"ba(\d+)\.pt")
+UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
 
 log = logging.getLogger(__name__)
 
@@ -41,30 +44,48 @@ _SAFE_GLOBALS: list[Any] = [
 ]
 
 
+class Checkpoint(NamedTuple):
+    """Where a checkpoint is, and the local file it can be read from: the same, or a copy out of an object store."""
+
+    place: str
+    file: Path
+
+
 class SaveCheckpoints(Callback):
     """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; a file under that name is always whole.
 
     Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two steps, so that a kill
-    can leave a torso or a link to nothing. This one writes under a temporary name, forces the bytes to disk and renames.
+    can leave a torso or a link to nothing. This one writes under a temporary name, forces the bytes to disk and renames,
+    or uploads them, which an object store shows when all are there. There is no link: the newest is found by name.
     It saves at the end of a batch only, never at the end of an epoch: there Composer's epoch counter and
     StreamingDataset's disagree, and the next epoch would repeat the order of the last.
     """
 
-    def __init__(self, folder: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int):
-        """One of `batches` and `seconds` says how often; `num_to_keep` of -1 keeps all."""
+    def __init__(
+        self, folder: str, staging: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int
+    ):
+        """Keeps the newest `num_to_keep` in `folder`, a path or URL; all if -1. One of `batches` and `seconds` says how often.
+
+        `staging` is a local folder for copies of what is in an object store.
+        """
         self.folder = folder
+        self.staging = staging if storage.is_url(folder) else Path(folder)
         self.batches = batches
         self.seconds = seconds
         self.num_to_keep = num_to_keep
-        self.saved: Path | None = None  # the newest
+        self.saved: str | None = None  # the newest
         self._last_time = time.monotonic()
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        """Clears away what a killed run has left."""
         self._last_time = time.monotonic()
+        dist.barrier()  # every rank has read what it goes on from
+        if dist.get_local_rank() == 0:
+            self.staging.mkdir(parents=True, exist_ok=True)
+            for left in self.staging.glob("*.pt" if storage.is_url(self.folder) else "unfinished-*.pt"):
+                left.unlink(missing_ok=True)
         if dist.get_global_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for torso in self.folder.glob("unfinished-*.pt"):
-                torso.unlink()
+            storage.abort_uploads(self.folder)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
@@ -82,50 +103,71 @@ class SaveCheckpoints(Callback):
 
     def save(self, state: State) -> None:
         """Save now, unless this batch was saved already. Every rank must call it."""
-        path = self.folder / f"ba{state.timestamp.batch.value}.pt"
-        if path == self.saved:
+        name = f"ba{state.timestamp.batch.value}.pt"
+        place = storage.join(self.folder, name)
+        if place == self.saved:
             return
-        temporary = path.with_name(f"unfinished-{path.name}")
+        temporary = self.staging / f"unfinished-{name}"
         save_checkpoint(state, str(temporary))
         if dist.get_global_rank() == 0:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if storage.is_url(place):
+                _upload(temporary, place)
+                temporary.unlink()
+            else:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, place)
             self._rotate()
         dist.barrier()
-        self.saved = path
+        self.saved = place
         self._last_time = time.monotonic()
 
     def _rotate(self) -> None:
         """Counts what lies in the folder, so that it holds across restarts."""
         if self.num_to_keep > 0:
             for old in list_checkpoints(self.folder)[self.num_to_keep :]:
-                old.unlink()
+                storage.delete(old)
 
 
-def build_saver(folder: Path | None, plan: RunPlan, *, num_to_keep: int) -> SaveCheckpoints | None:
+def build_saver(folder: str | None, staging: Path, plan: RunPlan, *, num_to_keep: int) -> SaveCheckpoints | None:
     """None for a run that saves nothing."""
     if folder is None:
         return None
-    return SaveCheckpoints(folder, batches=plan.save_batches, seconds=plan.save_seconds, num_to_keep=num_to_keep)
+    return SaveCheckpoints(folder, staging, batches=plan.save_batches, seconds=plan.save_seconds, num_to_keep=num_to_keep)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def _upload(file: Path, place: str) -> None:
+    """An outage of some minutes, or credentials that are being renewed, need not end a run."""
+    for seconds in (*UPLOAD_WAITS, None):
+        try:
+            storage.put(file, place)
+            return
+        except (StoreError, ConfigError) as error:
+            if seconds is None:
+                raise
+            log.warning("warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds)
+            time.sleep(seconds)
+
+
+def list_checkpoints(folder: str) -> list[str]:
     """The checkpoints in a folder, newest first, damaged ones included."""
-    found = [(int(match[1]), path) for path in folder.glob("ba*.pt") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [(int(match[1]), name) for name in storage.ls(folder) if (match := _NAME.fullmatch(name))]
+    return [storage.join(folder, name) for _, name in sorted(found, reverse=True)]
 
 
-def find_newest(folder: Path) -> Path | None:
+def find_newest(folder: str, staging: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is named in a warning and the one before it tried.
 
-    Raises DataError if there are checkpoints but none of them is whole: starting over would be a surprise.
+    What is in an object store is copied to the local folder `staging`, once for all ranks of a machine; a copy that is not
+    of the very object there is now is never used. Raises DataError if there are checkpoints but none of them is whole
+    (starting over would be a surprise), and StoreError or ConfigError if the store does not answer.
     """
     checkpoints = list_checkpoints(folder)
-    for path in checkpoints:
+    for place in checkpoints:
+        checkpoint = _fetched(place, staging)
         try:
-            read_checkpoint(path)
-            return path
+            read_checkpoint(checkpoint)
+            return checkpoint
         except DataError as error:
             log.warning("warning: %s; trying the one before it", error)
     if checkpoints:
@@ -134,66 +176,87 @@ def find_newest(folder: Path) -> Path | None:
     return None
 
 
-def find_start(folder: Path, *, autoresume: bool) -> Path | None:
+def _fetched(place: str, staging: Path) -> Checkpoint:
+    if not storage.is_url(place):
+        return Checkpoint(place, Path(place))
+    there = storage.stat(place)
+    if there is None:
+        raise StoreError(f"{place}: was deleted a moment ago; start again")
+    key = hashlib.sha256(f"{place} {there}".encode()).hexdigest()[:16]
+    staging.mkdir(parents=True, exist_ok=True)
+    file = staging / f"{key}-{place.rpartition('/')[2]}"
+    with FileLock(staging / ".lock"):
+        if not file.exists():
+            storage.download(place, file)
+    return Checkpoint(place, file)
+
+
+def find_start(folder: str, staging: Path, *, autoresume: bool) -> Checkpoint | None:
     """The checkpoint a run that saves in `folder` goes on from; None for a fresh start.
 
     Raises ConfigError without `autoresume` if there are checkpoints, which the run would overwrite; see `find_newest`.
     """
     if autoresume:
-        return find_newest(folder)
+        return find_newest(folder, staging)
     if existing := list_checkpoints(folder):
-        raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({existing[0].name}); set autoresume=true to go on "
-                          "from them, or another run_name or save_folder")
+        name = existing[0].rpartition("/")[2]
+        raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({name}); set autoresume=true to go on from them, or "
+                          "another run_name or save_folder")
     return None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint's content, its tensors mapped from the file; no code in it is run.
 
     Raises DataError if it is missing, truncated, altered (every part's CRC-32 is checked) or holds anything but tensors
     and plain values.
     """
+    place, file = checkpoint
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise DataError(f"{path}: damaged checkpoint: {damaged} does not match its checksum")
+            raise DataError(f"{place}: damaged checkpoint: {damaged} does not match its checksum")
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise DataError(f"{path}: not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{place}: not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: refused, it holds something other than tensors and plain values: "
+        raise DataError(f"{place}: refused, it holds something other than tensors and plain values: "
                         f"{' '.join(str(error).split())[:200]}") from None
 
 
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself, or the newest whole checkpoint if it is a folder. Raises ConfigError if there is none."""
-    if path.is_file():
-        return path
-    newest = find_newest(path) if path.is_dir() else None
+def find_checkpoint(place: str, staging: Path) -> Checkpoint:
+    """`place` itself, or the newest whole checkpoint if it is a folder. Raises ConfigError if there is none."""
+    if storage.stat(place) is not None:
+        return _fetched(place, staging)
+    newest = find_newest(place, staging)
     if newest is None:
-        raise ConfigError(f"{path}: {'a folder without checkpoints (ba*.pt)' if path.is_dir() else 'no such file or folder'}; "
+        is_folder = bool(storage.ls(place)) or Path(place).is_dir()
+        raise ConfigError(f"{place}: {'a folder without checkpoints (ba*.pt)' if is_folder else 'no such file or folder'}; "
                           "name a checkpoint or the folder a run saved them in")
     return newest
 
 
-def load_model(path_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder."""
-    path = Path(path_or_id)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        return load_from_checkpoint(find_checkpoint(path))
-    return load_pretrained(path_or_id), load_tokenizer(path_or_id)
+    path = Path(place_or_id)
+    if storage.is_url(place_or_id) or path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        with tempfile.TemporaryDirectory() as staging:
+            return load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
+    return load_pretrained(place_or_id), load_tokenizer(place_or_id)
 
 
-def load_from_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly."""
-    content = read_checkpoint(path)
+    content = read_checkpoint(checkpoint)
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
         weights = content["state"]["model"]
     except (KeyError, TypeError):
-        raise DataError(f"{path}: not a training checkpoint of this package: it holds no Hugging Face model") from None
+        raise DataError(
+            f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
+        ) from None
     cpu.enable()  # fla's configs have to be known to transformers
     model = build_model(get_hf_config_from_composer_state_dict(content))
     prefix = "model."

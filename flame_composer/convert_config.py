@@ -160,7 +160,7 @@ class ToHfConfig(ScriptConfig):
     """Turn a training checkpoint into a Hugging Face folder with safetensors and the tokenizer."""
 
     checkpoint: str = MISSING
-    """A checkpoint file, or a folder of checkpoints (its newest is taken)."""
+    """A checkpoint file, or a folder of checkpoints (its newest is taken), local or in an object store."""
     out: str = MISSING
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

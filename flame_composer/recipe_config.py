@@ -17,7 +17,7 @@ class EvaluateConfig(ScriptConfig):
     """Loss and perplexity of a Hugging Face folder or a checkpoint on a dataset."""
 
     model: str = MISSING
-    """A Hugging Face folder or id, a checkpoint file, or a folder of checkpoints (its newest is taken)."""
+    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     """The dataset."""
     tokenizer: str | None = None
@@ -39,7 +39,7 @@ class GenerateConfig(ScriptConfig):
     """Continue a prompt."""
 
     model: str = MISSING
-    """A Hugging Face folder or id, a checkpoint file, or a folder of checkpoints (its newest is taken)."""
+    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
     prompt: str = MISSING
     """The text to continue."""
     max_new_tokens: int = 128

@@ -227,7 +227,7 @@ class TrainConfig(ScriptConfig):
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     """How the model is spread over devices."""
     save_folder: str | None = "runs/${run_name}/checkpoints"
-    """Folder of checkpoints; null to save none."""
+    """Folder of checkpoints, local or in an object store (s3://bucket/path); null to save none."""
     save_interval: str = "500ba"
     """How often to save (also at the end): as the other durations, or by the clock (30min, 2h, 600s)."""
     save_num_checkpoints_to_keep: int = 3
@@ -266,8 +266,7 @@ class TrainConfig(ScriptConfig):
         require(self.stall_timeout is None or 0 < self.stall_timeout < math.inf, "stall_timeout",
                 "must be a number of seconds more than 0, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
-        for name in ("save_folder", "log_folder"):
-            require("://" not in (getattr(self, name) or ""), name, "must be a local folder (data can be remote)")
+        require("://" not in self.log_folder, "log_folder", "must be a local folder (save_folder and data can be remote)")
         require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
                 "save_num_checkpoints_to_keep", "must be more than 0, or -1 for all")
         world_size = os.environ.get("WORLD_SIZE", "1")

@@ -27,9 +27,9 @@ def main(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     new_model = (config.model.config, tokenizer, config.context_length)
     hf_config = None if config.model.pretrained else model.build_hf_config(*new_model)
-    log_folder, save_folder = Path(config.log_folder), config.save_folder and Path(config.save_folder)
+    log_folder, save_folder, staging = Path(config.log_folder), config.save_folder, Path(config.log_folder, "staging")
     lock = lock_run(log_folder)
-    resume_from = checkpoint.find_start(save_folder, autoresume=config.autoresume) if save_folder else None
+    start = checkpoint.find_start(save_folder, staging, autoresume=config.autoresume) if save_folder else None
 
     dist.initialize_dist(device := get_device())
     reproducibility.seed_all(config.seed)
@@ -40,7 +40,7 @@ def main(config: TrainConfig) -> None:
     train_loader = data.build_train_loader(train_set, config.train_data, **order)
     plan = config.plan(epoch_batches=train_loader.dataloader.dataset.batches_per_epoch)
 
-    saver = checkpoint.build_saver(save_folder, plan, num_to_keep=config.save_num_checkpoints_to_keep)
+    saver = checkpoint.build_saver(save_folder, staging, plan, num_to_keep=config.save_num_checkpoints_to_keep)
     stop = Preemption(saver)
     evaluators, eval_due = [], callbacks.every(plan.eval_interval, plan.total)
     if config.eval_data:
@@ -80,12 +80,12 @@ def main(config: TrainConfig) -> None:
         parallelism_config=parallelism,
         device_train_microbatch_size=config.microbatch_size,
         accumulate_train_batch_on_tokens=True,
-        load_path=str(resume_from) if resume_from else None,
+        load_path=str(start.file) if start else None,
         load_exclude_algorithms=algorithms.__all__,  # Composer would evaluate their text from the checkpoint
         progress_bar=show_bar,
     )
     with closing(trainer), watch.explained_memory(config):
-        callbacks.announce(trainer, config.resolved_yaml, folders=[log_folder, save_folder], resumed_from=resume_from)
+        callbacks.announce(trainer, config.resolved_yaml, log_folder, save_folder, resumed_from=start and start.place)
         lock = lock or lock_run(log_folder, seconds=0)
         step = trainer.state.timestamp.batch.value
         if evaluators and (step == 0 or log.eval_missing):

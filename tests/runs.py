@@ -78,8 +78,10 @@ class Script:
         return path.read_text() if path.exists() else ""  # it has just been forked
 
 
-def run_script(*command: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return Script(*command, folder=folder).wait()
+def run_script(
+    *command: object, folder: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return Script(*command, folder=folder, env=env).wait()
 
 
 def check(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -136,9 +138,11 @@ class Corpus:
     def train_run(self, run: Path, *more: str, env: dict[str, str] | None = None) -> dict[str, Any]:
         return last_json(Script("recipes/train.py", *self.keys(run, *more), env=env).wait())
 
-    def stopped_run(self, run: Path, *more: str, after_step: int, group: bool = False) -> subprocess.CompletedProcess[str]:
+    def stopped_run(
+        self, run: Path, *more: str, after_step: int, group: bool = False, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Start a run and send it (or its whole group) SIGTERM, three times, some instant after it has logged `after_step`."""
-        script = Script("recipes/train.py", *self.keys(run, *more))
+        script = Script("recipes/train.py", *self.keys(run, *more), env=env)
         self.wait_for_step(script, run, after_step)
         pid = script.process.pid
         assert pid is not None
@@ -156,9 +160,9 @@ class Corpus:
             time.sleep(0.002)
         time.sleep(random.Random(step).random() * 0.05)
 
-    def killed_run(self, run: Path, *more: str, after_step: int) -> None:
+    def killed_run(self, run: Path, *more: str, after_step: int, env: dict[str, str] | None = None) -> None:
         """Start a run and kill it with SIGKILL some instant after it has logged `after_step`."""
-        script = Script("recipes/train.py", *self.keys(run, *more))
+        script = Script("recipes/train.py", *self.keys(run, *more), env=env)
         self.wait_for_step(script, run, after_step)
         script.process.kill()
         assert script.wait().returncode == -signal.SIGKILL, "it finished before it could be killed"

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from flame_composer.checkpoint import (
+    Checkpoint,
     SaveCheckpoints,
     find_checkpoint,
     find_newest,
@@ -30,6 +31,31 @@ from flame_composer.checkpoint import (
 from flame_composer.config import ConfigError, DataError
 from flame_composer.tokenizer import fingerprint
 from tests.data_fixtures import byte_tokenizer
+
+
+def read(file: Path) -> dict[str, Any]:
+    return read_checkpoint(Checkpoint(str(file), file))
+
+
+def load(file: Path) -> Any:
+    return load_from_checkpoint(Checkpoint(str(file), file))
+
+
+def newest(folder: Path) -> Path | None:
+    return file_of(find_newest(str(folder), folder / "staging"))
+
+
+def start(folder: Path, autoresume: bool = True) -> Path | None:
+    return file_of(find_start(str(folder), folder / "staging", autoresume=autoresume))
+
+
+def meant(place: Path) -> Path | None:
+    return file_of(find_checkpoint(str(place), place / "staging"))
+
+
+def file_of(found: Checkpoint | None) -> Path | None:
+    assert found is None or found.place == str(found.file), "a local one is read where it is"
+    return found and found.file
 
 
 @pytest.fixture
@@ -46,8 +72,8 @@ def test_newest_first_by_number_and_nothing_else_counts(tmp_path):
     others = ("unfinished-ba200.pt", "ba300.pt.tmp", "ba.pt", "ba-1.pt", "xba7.pt", "ba7.txt")
     for name in ("ba9.pt", "ba10.pt", "ba100.pt", *others):
         (tmp_path / name).touch()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["ba100.pt", "ba10.pt", "ba9.pt"]
-    assert list_checkpoints(tmp_path / "nowhere") == []
+    assert list_checkpoints(str(tmp_path)) == [str(tmp_path / f"ba{step}.pt") for step in (100, 10, 9)]
+    assert list_checkpoints(str(tmp_path / "nowhere")) == []
 
 
 def truncate(path: Path) -> None:
@@ -99,25 +125,25 @@ DAMAGE: list[Callable[[Path], None]] = [
 def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damage):
     damage(folder / "ba3.pt")
     with caplog.at_level(logging.WARNING, "flame_composer.checkpoint"):
-        assert find_newest(folder) == folder / "ba2.pt"
+        assert newest(folder) == folder / "ba2.pt"
     (message,) = caplog.messages
     assert message.startswith(f"warning: {folder / 'ba3.pt'}: ")
     assert message.endswith("; trying the one before it")
     assert "\n" not in message
     with pytest.raises(DataError, match=f"^{re.escape(str(folder / 'ba3.pt'))}: ") as caught:
-        read_checkpoint(folder / "ba3.pt")
+        read(folder / "ba3.pt")
     assert "\n" not in str(caught.value)
 
 
 def test_falls_back_more_than_once(folder, caplog):
     flip_a_bit(folder / "ba3.pt")
     truncate(folder / "ba2.pt")
-    assert find_newest(folder) == folder / "ba1.pt"
+    assert newest(folder) == folder / "ba1.pt"
     assert [re.findall(r"ba\d\.pt", message)[0] for message in caplog.messages] == ["ba3.pt", "ba2.pt"]
 
 
 def test_a_whole_checkpoint_gives_no_warning(folder, caplog):
-    assert find_newest(folder) == folder / "ba3.pt"
+    assert newest(folder) == folder / "ba3.pt"
     assert caplog.messages == []
 
 
@@ -125,32 +151,32 @@ def test_all_damaged_is_an_error_not_a_fresh_start(folder):
     for path in folder.iterdir():
         truncate(path)
     message = f"{folder}: none of its 3 checkpoints can be read; move them away (or set another run_name) to start over"
-    for find in (find_newest, find_checkpoint, lambda f: find_start(f, autoresume=True)):
+    for find in (newest, meant, start):
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             find(folder)
 
 
 def test_where_a_run_starts(folder, tmp_path):
-    assert find_start(folder, autoresume=True) == folder / "ba3.pt"
-    assert find_start(tmp_path / "nowhere", autoresume=True) is None
-    assert find_start(tmp_path / "nowhere", autoresume=False) is None
+    assert start(folder, autoresume=True) == folder / "ba3.pt"
+    assert start(tmp_path / "nowhere", autoresume=True) is None
+    assert start(tmp_path / "nowhere", autoresume=False) is None
     message = (
         f"{folder}: holds checkpoints of an earlier run (ba3.pt); set autoresume=true to go on from them, or another "
         "run_name or save_folder"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        find_start(folder, autoresume=False)
+        start(folder, autoresume=False)
 
 
 def test_finding_the_checkpoint_that_is_meant(folder, tmp_path):
-    assert find_checkpoint(folder) == folder / "ba3.pt"
-    assert find_checkpoint(folder / "ba1.pt") == folder / "ba1.pt"
+    assert meant(folder) == folder / "ba3.pt"
+    assert meant(folder / "ba1.pt") == folder / "ba1.pt"
     (tmp_path / "none").mkdir()
     for name, what in (("none", "a folder without checkpoints (ba*.pt)"), ("no", "no such file or folder")):
         path = tmp_path / name
         message = f"{path}: {what}; name a checkpoint or the folder a run saved them in"
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-            find_checkpoint(path)
+            meant(path)
 
 
 class Malicious:
@@ -164,13 +190,13 @@ class Malicious:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog, legacy):
     marker = tmp_path / "marker"
-    content = read_checkpoint(folder / "ba3.pt")
+    content = read(folder / "ba3.pt")
     content = {"state": {**content["state"], "extra": Malicious(marker)}, "rng": content["rng"]}
     torch.save(content, folder / "ba4.pt", _use_new_zipfile_serialization=not legacy)
-    for attempt in (read_checkpoint, load_from_checkpoint, lambda path: load_model(str(path))):
+    for attempt in (read, load, lambda path: load_model(str(path))):
         with pytest.raises(DataError, match=r"ba4\.pt: (refused, it holds something other than|not a whole checkpoint)"):
             attempt(folder / "ba4.pt")
-    assert find_newest(folder) == folder / "ba3.pt"
+    assert newest(folder) == folder / "ba3.pt"
     assert "ba4.pt" in caplog.text
     assert not marker.exists()
     pickle.loads(pickle.dumps(Malicious(marker)))  # noqa: S301
@@ -178,7 +204,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog,
 
 
 def rotate(folder: Path, num_to_keep: int) -> list[str]:
-    SaveCheckpoints(folder, batches=1, num_to_keep=num_to_keep)._rotate()
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=num_to_keep)._rotate()
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -191,7 +217,7 @@ def test_rotation_counts_what_lies_in_the_folder(folder):
 
 
 def test_saving_by_the_clock(folder):
-    saver = SaveCheckpoints(folder, batches=None, seconds=60, num_to_keep=1)
+    saver = SaveCheckpoints(str(folder), folder, batches=None, seconds=60, num_to_keep=1)
     assert not saver._is_due(1)
     saver._last_time -= 60
     assert saver._is_due(2)
@@ -200,12 +226,12 @@ def test_saving_by_the_clock(folder):
 def test_torsos_of_a_killed_run_are_cleared_at_the_start(folder):
     (folder / "unfinished-ba4.pt").write_bytes(b"x")
     state: Any = SimpleNamespace()
-    SaveCheckpoints(folder, batches=1, num_to_keep=1).fit_start(state, state)
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=1).fit_start(state, state)
     assert sorted(path.name for path in folder.iterdir()) == ["ba1.pt", "ba2.pt", "ba3.pt"]
 
 
 def test_weights_come_out_bit_for_bit(trained):
-    model, tokenizer = load_from_checkpoint(trained.checkpoints / "ba3.pt")
+    model, tokenizer = load(trained.checkpoints / "ba3.pt")
     loaded = model.state_dict()
     assert loaded.keys() == trained.weights.keys()
     for name, tensor in trained.weights.items():
@@ -213,7 +239,7 @@ def test_weights_come_out_bit_for_bit(trained):
         assert torch.equal(loaded[name], tensor), name
     assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
     assert model.config.model_type == "gla"
-    before = load_from_checkpoint(trained.checkpoints / "ba1.pt")[0].state_dict()
+    before = load(trained.checkpoints / "ba1.pt")[0].state_dict()
     assert not all(torch.equal(before[name], tensor) for name, tensor in trained.weights.items()), "training moved them"
 
 
@@ -222,7 +248,7 @@ def test_a_checkpoint_of_something_else(tmp_path):
         torch.save(content, tmp_path / "ba1.pt")
         message = f"{tmp_path / 'ba1.pt'}: not a training checkpoint of this package: it holds no Hugging Face model"
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-            load_from_checkpoint(tmp_path / "ba1.pt")
+            load(tmp_path / "ba1.pt")
 
 
 def test_load_model_takes_all_that_holds_a_model(trained, tmp_path):
@@ -236,7 +262,7 @@ def test_load_model_takes_all_that_holds_a_model(trained, tmp_path):
 
 
 def test_an_export_is_whole_or_not_there_and_overwrites_nothing(trained, tmp_path, monkeypatch):
-    model, tokenizer = load_from_checkpoint(trained.checkpoints / "ba3.pt")
+    model, tokenizer = load(trained.checkpoints / "ba3.pt")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -259,7 +285,7 @@ def test_an_export_is_whole_or_not_there_and_overwrites_nothing(trained, tmp_pat
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_export_in_another_type(trained, tmp_path, dtype):
-    model, tokenizer = load_from_checkpoint(trained.checkpoints / "ba3.pt")
+    model, tokenizer = load(trained.checkpoints / "ba3.pt")
     save_hf_folder(model, tokenizer, tmp_path / "hf", dtype=dtype)
     from safetensors.torch import load_file
 
@@ -271,4 +297,4 @@ def test_an_export_in_another_type(trained, tmp_path, dtype):
 def test_checkpoints_are_written_under_another_name_first(folder):
     """A reader never sees a file that is still being written as ba*.pt."""
     shutil.copy(folder / "ba3.pt", folder / "unfinished-ba4.pt")
-    assert find_newest(folder) == folder / "ba3.pt"
+    assert newest(folder) == folder / "ba3.pt"

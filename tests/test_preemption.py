@@ -68,7 +68,7 @@ def test_an_evaluation_that_was_cut_short_is_done_by_the_restart(trained, datase
     before = [json.loads(line) for line in (first.log_folder / "train_log.jsonl").read_text().splitlines()]
     assert len(before) == step
     assert "eval_loss" not in before[-1]
-    assert f"stopped after step {step}; saved {tmp_path / f'checkpoints/ba{step}.pt'}; the same" in capfd.readouterr().err
+    assert f"stopped after step {step}; saved {tmp_path}/checkpoints/ba{step}.pt; the same" in capfd.readouterr().err
 
     second = make_run(tmp_path, dataset, eval_dataset, load_path=tmp_path / f"checkpoints/ba{step}.pt")
     assert second.log.eval_missing
