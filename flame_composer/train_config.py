@@ -98,12 +98,14 @@ class EvalDataConfig:
 
 @dataclass
 class OptimizerConfig:
+    name: Literal["adamw", "decoupled_adamw", "lamb"] = "adamw"
+    """AdamW; Composer's DecoupledAdamW, whose weight decay is not multiplied by lr (then 1e-5 is a usual value); or LAMB."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
+    """Decay rates of the first and second moment."""
     eps: float = 1e-8
-    """AdamW's denominator floor."""
+    """Floor of the denominator."""
     weight_decay: float = 0.01
     """Decay of matrices and embeddings; norms and biases are never decayed."""
     grad_clip_norm: float | None = 1.0
@@ -120,14 +122,19 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warmup."""
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after the warmup; wsd (warmup, stable, decay) stays at the peak until the decay."""
     warmup: str = "0ba"
     """Linear warmup from 0: ba, tok, sp, ep or a fraction of the run (0.05dur)."""
+    decay: str = "0.1dur"
+    """Of wsd: how long before the end of the run the rate begins to fall; as warmup."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """Of wsd: how the rate falls."""
     min_lr_ratio: float = 0.1
     """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr."""
 
     def validate(self) -> None:
+        require_duration(self.decay, "decay", fraction=True, zero=True)
         require_duration(self.warmup, "warmup", fraction=True, zero=True)
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "must be in [0, 1]")
 
@@ -183,6 +190,7 @@ class RunPlan(NamedTuple):
     total: int
     per_epoch: int
     warmup: int
+    decay: int
     eval_interval: int
     save_batches: int | None
     save_seconds: int | None
@@ -221,7 +229,7 @@ class TrainConfig(ScriptConfig):
     varlen: bool = True
     """Attention state starts anew at every document; false lets it run across the documents of a row."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """What takes the steps."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """The learning rate over time."""
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
@@ -285,19 +293,24 @@ class TrainConfig(ScriptConfig):
         if run_batches is not None and warmup is not None:
             require(warmup <= run_batches, "scheduler.warmup",
                     f"must not be longer than the run: {warmup} batches of {run_batches} (max_duration={self.max_duration})")
+            decay = self.in_batches(self.scheduler.decay, None, run_batches)
+            require(self.scheduler.name != "wsd" or decay is None or warmup + decay <= run_batches, "scheduler.decay",
+                    f"must leave room for the warmup: {decay} and {warmup} batches of {run_batches}")
 
     def plan(self, epoch_batches: int) -> RunPlan:
         """The run's durations, for a dataset that has so many global batches an epoch."""
         total = self.in_batches(self.max_duration, epoch_batches)
         assert total is not None
-        warmup, eval_interval = (
-            self.in_batches(duration, epoch_batches, total) for duration in (self.scheduler.warmup, self.eval_interval)
+        warmup, decay, eval_interval = (
+            self.in_batches(duration, epoch_batches, total)
+            for duration in (self.scheduler.warmup, self.scheduler.decay, self.eval_interval)
         )
         assert warmup is not None
+        assert decay is not None
         assert eval_interval is not None
         by_clock = TIME.fullmatch(self.save_interval)
         return RunPlan(
-            total, epoch_batches, warmup, eval_interval,
+            total, epoch_batches, warmup, decay, eval_interval,
             save_batches=None if by_clock else self.in_batches(self.save_interval, epoch_batches, total),
             save_seconds=int(by_clock[1]) * SECONDS[by_clock[2]] if by_clock else None,
         )

@@ -69,7 +69,7 @@ def main(config: TrainConfig) -> None:
         algorithms=[algorithms.GradientClipping("norm", clip)] if clip else [],
         callbacks=[
             callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState(),
-            optim.Schedule(config.scheduler, config.optimizer.lr, plan.warmup, plan.total),
+            optim.Schedule(config.scheduler, config.optimizer.lr, plan),
             *watch.build_watchers(config),
             # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
             log, *([saver] if saver else []), stop,

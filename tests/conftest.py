@@ -145,7 +145,7 @@ def make_run(
     eval_set = data.open_dataset(shutil.copytree(eval_dataset, copies[1]), None, **made_for)
     loader: Any = data.build_train_loader(train_set, DataConfig(num_workers=0), global_batch_size=4, seed=7)
     plan = RunPlan(
-        total, loader.dataloader.dataset.batches_per_epoch, warmup=1, eval_interval=eval_interval, save_batches=1,
+        total, loader.dataloader.dataset.batches_per_epoch, warmup=1, decay=0, eval_interval=eval_interval, save_batches=1,
         save_seconds=None,
     )
     saver = checkpoint.build_saver(str(folder / "checkpoints"), folder / "staging", plan, num_to_keep=-1)
@@ -168,7 +168,7 @@ def make_run(
         optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=lr)),
         callbacks=[
             callbacks.SameData(order, allow_change=False), callbacks.RandomState(),
-            optim.Schedule(SchedulerConfig(), lr, 1, total), *watchers, log, saver, stop,
+            optim.Schedule(SchedulerConfig(), lr, plan), *watchers, log, saver, stop,
         ],
         device="cpu",
         precision="fp32",

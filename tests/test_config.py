@@ -96,6 +96,9 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((SchedulerConfig, {"warmup": warmup}, "warmup", FRACTION)
       for warmup in ("", "5", "ba", "-5ba", "5 ba", "1.5ba", "1e3ba", "5BA", "1.5dur", "2dur", "dur", "1__0ba", "1_ba", "_1ba",
                      "٣ba", "9" * 5000 + "ba", "5ba\n")),
+    (SchedulerConfig, {"decay": "10"}, "decay", FRACTION),
+    (TrainConfig, {"scheduler": SchedulerConfig(name="wsd", warmup="3ba", decay="8ba")}, "scheduler.decay",
+     "must leave room for the warmup: 8 and 3 batches of 10"),
     *((SchedulerConfig, {"min_lr_ratio": ratio}, "min_lr_ratio", "must be in [0, 1]") for ratio in (-0.1, 1.1, nan)),
     *((TrainConfig, {"run_name": name}, "run_name", NAME) for name in ("", "a/b", "../a", ".a", "-a", "a b", "a\n", "a:b")),
     *((TrainConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32, 10**50)),
@@ -186,6 +189,8 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (EvalDataConfig, {"max_rows": 1}),
     (OptimizerConfig, {"betas": (0.0, 0.0), "weight_decay": 0.0, "grad_clip_norm": None}),
     *((SchedulerConfig, {"warmup": warmup}) for warmup in ("0ba", "0dur", "1dur", "1.0dur", ".5dur", "1_000tok", "3ep", "4sp")),
+    *((TrainConfig, {"scheduler": SchedulerConfig(name="wsd", warmup="3ba", decay=decay)})
+      for decay in ("7ba", "0ba", "0.7dur")),
     *((SchedulerConfig, {"min_lr_ratio": ratio}) for ratio in (0.0, 1.0)),
     *((TrainConfig, {"run_name": name}) for name in ("a", "0", "a-b_c.d")),
     (TrainConfig, {"seed": 0, "save_num_checkpoints_to_keep": -1, "save_folder": None, "context_length": 2}),

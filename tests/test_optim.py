@@ -14,7 +14,7 @@ from composer.utils import get_device
 
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.optim import Schedule, build_optimizer, rate_factor
-from flame_composer.train_config import OptimizerConfig, SchedulerConfig
+from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 
@@ -57,8 +57,12 @@ def test_no_empty_group():
     assert len(build_optimizer(torch.nn.Linear(2, 2, bias=False), OptimizerConfig()).param_groups) == 1
 
 
-def rate(config: SchedulerConfig, batch: int, *, warmup: int, total: int) -> float:
-    return rate_factor(config, batch, warmup_batches=warmup, total_batches=total)
+def plan(*, warmup: int, total: int, decay: int = 0) -> RunPlan:
+    return RunPlan(total, per_epoch=9, warmup=warmup, decay=decay, eval_interval=9, save_batches=9, save_seconds=None)
+
+
+def rate(config: SchedulerConfig, batch: int, *, warmup: int, total: int, decay: int = 0) -> float:
+    return rate_factor(config, batch, plan(warmup=warmup, total=total, decay=decay))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,17 @@ def test_schedules(name, middle, end):
     assert at[35] == pytest.approx(quarter)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.55), ("cosine", 0.55), ("1-sqrt", 0.1 + 0.9 * (1 - 0.5**0.5))])
+def test_warmup_stable_decay(shape, middle):
+    config = SchedulerConfig(name="wsd", decay_shape=shape, min_lr_ratio=0.1)
+    at = [rate(config, batch, warmup=10, total=110, decay=20) for batch in range(111)]
+    assert at[:11] == pytest.approx([batch / 10 for batch in range(11)])
+    assert at[10:91] == [1.0] * 81
+    assert all(a > b for a, b in itertools.pairwise(at[90:]))
+    assert (at[100], at[110]) == (pytest.approx(middle), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
 def test_no_warmup_starts_at_the_peak(name):
     config: Any = SchedulerConfig(name=name)
     assert rate(config, 0, warmup=0, total=10) == 1.0
@@ -95,7 +109,7 @@ def test_every_batch_gets_the_rate_of_its_place():
     optimizer = torch.optim.AdamW([{"params": [parameter]}, {"params": []}], lr=123.0)
     state = State(model=torch.nn.Linear(1, 1), rank_zero_seed=0, run_name="run", device=get_device("cpu"), max_duration="9ba")
     state.optimizers = optimizer
-    schedule = Schedule(SchedulerConfig(name="linear", min_lr_ratio=0.0), 2.0, 4, 8)
+    schedule = Schedule(SchedulerConfig(name="linear", min_lr_ratio=0.0), 2.0, plan(warmup=4, total=8))
     seen = []
     for batch in (3, 0, 4, 6):
         state.timestamp = Timestamp(batch=batch)
@@ -128,3 +142,38 @@ def test_fused_adamw_is_adamw():
         moved = (theirs - start[name]).norm()
         assert moved > 0
         assert (ours - theirs).norm() <= 1e-5 * moved, name
+
+
+def steps_of(name: str, *, weight_decay: float, lr: float = 1e-2) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix and a vector of ones after three steps on gradients of zero but for their first entry."""
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    config: Any = OptimizerConfig(name=name, lr=lr, weight_decay=weight_decay)
+    optimizer = build_optimizer(model, config)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.view(-1)[0] = 1.0
+        optimizer.step()
+    return model.weight.detach().view(-1), model.bias.detach()
+
+
+def test_weight_decay_is_what_each_optimizer_calls_it():
+    """Entries without a gradient only decay: by lr x weight_decay a step in AdamW, by weight_decay in DecoupledAdamW."""
+    for name, weight_decay, left in (("adamw", 0.1, (1 - 1e-3) ** 3), ("decoupled_adamw", 1e-3, (1 - 1e-3) ** 3)):
+        matrix, vector = steps_of(name, weight_decay=weight_decay)
+        assert matrix[1:].tolist() == pytest.approx([left] * 5, rel=1e-6)
+        assert vector[1] == 1.0
+        assert matrix[0] < left
+        assert vector[0] < 1
+
+
+def test_lamb_scales_the_step_by_the_norm_of_the_weights():
+    """You et al. 2020, algorithm 2: here every step is lr x |w| / |update| x update, and the update has one entry."""
+    matrix, _ = steps_of("lamb", weight_decay=0.0, lr=1e-2)
+    expected = torch.ones(6)
+    for _ in range(3):
+        expected[0] -= 1e-2 * expected.norm()
+    torch.testing.assert_close(matrix, expected, rtol=1e-4, atol=0)
