@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -14,12 +15,12 @@ import torch
 import yaml
 from composer import Trainer
 from composer.core import Callback, Event, State
-from composer.loggers import Logger, ProgressBarLogger, WandBLogger
+from composer.loggers import Logger, LoggerDestination, ProgressBarLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist, reproducibility
 
 from flame_composer import storage
-from flame_composer.config import ConfigError
-from flame_composer.train_config import RunPlan, WandbConfig
+from flame_composer.config import ConfigError, InvalidField
+from flame_composer.train_config import RunPlan, TrainConfig, WandbConfig
 
 
 class JsonlLog(Callback):
@@ -164,6 +165,57 @@ def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> Wand
         project=config.project, group=config.group, name=run_name, entity=config.entity, tags=config.tags,
         init_kwargs={"id": run_name, "resume": "allow", "dir": str(folder)},
     )
+
+
+class TensorBoard(TensorboardLogger):
+    """Composer's, with every step shown once however often the run is restarted.
+
+    What the run before a restart logged after its checkpoint is logged again, so it is marked as void. The evaluation of
+    the checkpoint's own step, which comes under the number that the next step's loss has, is written anew.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(log_dir=str(folder))
+        self.evaluation: tuple[int, dict[str, float]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluation": self.evaluation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluation = state["evaluation"]
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        values = {name: float(value) for name, value in metrics.items() if name.startswith("metrics/eval/")}
+        if values and step is not None:
+            same_step = self.evaluation is not None and self.evaluation[0] == step
+            self.evaluation = step, {**(self.evaluation[1] if same_step and self.evaluation else {}), **values}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        if dist.get_global_rank() == 0 and step > 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            assert self.log_dir is not None
+            self.writer = SummaryWriter(str(Path(self.log_dir, state.run_name)), purge_step=step)
+            if self.evaluation is not None and self.evaluation[0] == step:
+                super().log_metrics(self.evaluation[1], step)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._flush(logger)  # and no table of hyperparameters, which would be a run of its own at every evaluation
+
+
+def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
+    """Raises ConfigError for what is not installed."""
+    folder = Path(config.log_folder)
+    loggers: list[LoggerDestination] = []
+    if config.wandb is not None:
+        loggers.append(build_wandb_logger(config.wandb, config.run_name, folder))
+    if config.tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise InvalidField("tensorboard", "tensorboard is not installed; pip install 'flame-composer[tensorboard]'")
+        loggers.append(TensorBoard(folder / "tensorboard"))
+    return loggers
 
 
 def announce(

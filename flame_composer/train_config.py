@@ -258,6 +258,8 @@ class TrainConfig(ScriptConfig):
     """Show a progress bar where there is a terminal; a line now and then otherwise."""
     wandb: WandbConfig | None = None
     """Log to Weights & Biases."""
+    tensorboard: bool = False
+    """Log to TensorBoard, in log_folder/tensorboard (extra tensorboard)."""
 
     def validate(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)), "run_name",

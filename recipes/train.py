@@ -74,7 +74,7 @@ def main(config: TrainConfig) -> None:
             # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
             log, *([saver] if saver else []), stop,
         ],
-        loggers=[callbacks.build_wandb_logger(config.wandb, config.run_name, log_folder)] if config.wandb else [],
+        loggers=callbacks.build_loggers(config),
         device=device,
         precision=config.precision,
         parallelism_config=parallelism,

@@ -12,6 +12,7 @@ import pytest
 from composer.core import Callback, State
 from composer.loggers import Logger
 from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flame_composer.config import ConfigError
 from flame_composer.preemption import Preempted, lock_run
@@ -95,6 +96,28 @@ def test_a_signal_before_the_first_step_leaves_nothing(dataset, eval_dataset, tm
     assert capfd.readouterr().err.splitlines()[-1].startswith("stopped after step 0; nothing was saved; the same command")
     assert not run.checkpoints.exists()
     assert run.log.initial_evaluation == {}
+
+
+def test_w_and_b_and_tensorboard_go_on_with_the_same_run(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    """Killed past a checkpoint at an evaluation: TensorBoard shows every step and evaluation once, W&B has one run id."""
+    run = tmp_path / "logged"
+    keys, env = ("wandb.project=tests", "tensorboard=true", "save_interval=10ba"), {"WANDB_MODE": "offline"}
+    corpus.killed_run(run, *keys, after_step=14, env=env)
+    corpus.train_run(run, *keys, env=env)
+
+    parts = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [part.name for part in parts] == ["run-logged.wandb"] * 2
+
+    events = EventAccumulator(str(run / "tensorboard/logged"), purge_orphaned_data=True).Reload()
+    rows = read_log(run)
+    losses = {event.step: event.value for event in events.Scalars("loss/train/total")}
+    assert len(losses) == len(events.Scalars("loss/train/total"))
+    assert losses == {row["current_steps"] - 1: pytest.approx(row["loss"], rel=1e-6) for row in rows}
+    evaluations = [(event.step, event.value) for event in events.Scalars("metrics/eval/LanguageCrossEntropy")]
+    assert [step for step, _ in evaluations] == [0, 10, 20, 30, 40]
+    expected = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert [value for _, value in evaluations[1:]] == pytest.approx(expected, rel=1e-6)
+    assert_same_run(run, undisturbed)
 
 
 def test_ctrl_c_saves_and_the_second_ends_at_once(corpus: Corpus, tmp_path: Path) -> None:
