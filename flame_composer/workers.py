@@ -27,7 +27,7 @@ OnProgress = Callable[[int, int, int], None]
 
 # Imported once, in the process that workers come from: nothing of the seconds that transformers, streaming or torch take.
 PRELOADED = ["flame_composer.cli", "flame_composer.convert_config", "flame_composer.workers", "gigatoken", "tokenizers", "tqdm"]
-MAX_MEMORY = 512 << 20  # bytes; a worker that has grown beyond gives its place to a new one
+MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
 MAX_UNITS = 64  # units a worker converts before it does the same
 POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer

@@ -149,7 +149,8 @@ def test_a_conversion_imports_none_of_what_takes_seconds(folder):
     """Of transformers what tokenizers need, and that in the process in charge alone: torch is 4 s and 250 MB, in each."""
     tell = "sys.stderr.write(repr(sorted({'torch', 'streaming', 'composer', 'datasets', 'transformers'} & set(sys.modules))))"
     run = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: "
-    process = subprocess.run([sys.executable, "-c", run + tell, *command(folder, "told", 2)[1:]], capture_output=True, text=True)
+    in_charge = [sys.executable, "-c", run + tell, *command(folder, "told", 2)[1:]]
+    process = subprocess.run(in_charge, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "['transformers']")
 
     datasets = writers(folder, "told again")
