@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, sample_texts
 from flame_composer.manifest import read_manifest
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 BASELINE = (
     "import sys; from flame_composer.benchmark import convert_plainly; "
@@ -59,18 +60,30 @@ def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({}
     # Another process runs it: one that has no other children, and is small, for the memory of a new process counts from
     # that of the one it was started from.
     code = "from flame_composer.benchmark import run_and_count; run_and_count()"
-    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, env={**os.environ, **env})
-    *errors, last = [line for line in result.stderr.decode().splitlines() if line.strip()]
-    if result.returncode != 0:
-        reason = errors[-1].removeprefix("error: ") if errors else f"exit status {result.returncode}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **env}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, lines = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+        process.communicate()
+        raise
+    *errors, last = [line for line in lines.splitlines() if line.strip()]
+    if process.returncode != 0:
+        reason = errors[-1].removeprefix("error: ") if errors else f"exit status {process.returncode}"
         raise DataError(f"{' '.join(command[:2])}: failed: {reason}")
     seconds, cpu_seconds, peak_bytes = json.loads(last)
-    return Usage(seconds, cpu_seconds, peak_bytes, result.stdout.decode())
+    return Usage(seconds, cpu_seconds, peak_bytes, output)
 
 
 def run_and_count() -> None:
     """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage` holds of it."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever is left behind becomes a child of this process
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever is left behind becomes a child of this process
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # nobody waits for what is measured if the benchmark was killed
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])
     _, code, usage = os.wait4(process.pid, 0)
