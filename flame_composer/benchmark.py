@@ -207,7 +207,8 @@ def compare_conversions(
     `on_progress` is called after each conversion. Raises DataError if their tokens differ.
     """
     settings = [f"tokenizer={tokenizer}", f"context_length={context_length}", f"unit_size={unit_size}"]
-    converters = {"baseline": 1, "one_worker": 1, "workers": num_workers}
+    # The script first: it says what is wrong with a tokenizer.
+    converters = {"one_worker": 1, "workers": num_workers, "baseline": 1}
     encoders: set[str] = set()
 
     def convert(name: str, corpus: Path) -> Run:

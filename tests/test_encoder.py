@@ -81,6 +81,8 @@ def test_characters_that_are_new_are_all_that_differ_in_a_plain_tokenizer():
     differ = [c for c in new[::25] if fast(f"{c}'sthe").tolist() != tokenizer(f"{c}'sthe", add_special_tokens=False).input_ids]
     assert len(differ) > 0.9 * len(new[::25])
     assert {c.encode()[:1] for c in new} == set(encoder.NEW_BYTES)
+    assert all(encoder.NEW_STARTS.match(c.encode()) for c in new)
+    assert not encoder._may_be_new("é数한नไ🔥".encode())
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:
