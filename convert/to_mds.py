@@ -18,7 +18,7 @@ from flame_composer.corpus import find_files
 from flame_composer.encoder import choose_encoder, require_installed
 from flame_composer.hub import address
 from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, plan_units
-from flame_composer.tokenizer import fingerprint, load_tokenizer, require_ends
+from flame_composer.tokenizer import bare, fingerprint, import_transformers_without_torch, load_tokenizer, require_ends
 from flame_composer.workers import Conversion, convert_units
 
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and the inputs themselves.
@@ -33,6 +33,7 @@ def main(config: ConvertConfig) -> None:
     else:
         files = [address(source, config.name, config.split) for source in config.source]
     units = plan_units(files, config.unit_size)
+    import_transformers_without_torch()
     tokenizer = load_tokenizer(config.tokenizer)
     require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
     outs: dict[Split, str] = {"train": config.out} | ({} if config.val_out is None else {"val": config.val_out})
@@ -60,7 +61,7 @@ def main(config: ConvertConfig) -> None:
     started = time.monotonic()
     total_documents = total_tokens = 0
     to_do = [number for number in range(len(units)) if not all(dataset.is_committed(number) for dataset in unfinished)]
-    conversion = Conversion(tuple(unfinished), config.tokenizer, config.add_bos, config.add_eos, settings["encoder"],
+    conversion = Conversion(tuple(unfinished), bare(tokenizer), config.add_bos, config.add_eos, settings["encoder"],
                             "redo" if config.encoder == "auto" else "fail", config.on_error)  # fmt: skip
     sizes = [sum(part.num_bytes for part in unit) for unit in units]
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar:

@@ -14,7 +14,7 @@ import signal
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, get_args, get_origin
@@ -80,10 +80,32 @@ def load(cls: type[C], argv: list[str]) -> C:
 
 def run(main: Callable[[C], None], cls: type[C]) -> int:
     """Load the configuration from sys.argv and call `main` with it; returns the process's exit status."""
-    argv = sys.argv[1:]
+    return _run(main, cls, Path(sys.argv[0]).name, sys.argv[1:])
+
+
+def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfig]]]) -> int:
+    """As `run`, for a script that does several things: `script.py [name] [file.yaml] [key=value ...]`, the first by default."""
+    script, argv = Path(sys.argv[0]).name, sys.argv[1:]
+    first = argv[0] if argv else ""
+    if first in mains:
+        return _run(*mains[first], f"{script} {first}", argv[1:])
+    if first in ("-h", "--help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        print("\n\n".join(help_text(cls, f"{script} {name}") for name, (_, cls) in mains.items()))
+        return 0
+    if first and "=" not in first and not first.startswith("-") and not first.endswith((".yaml", ".yml")):
+        names = list(mains)
+        message = f"command line: {first}: must be one of {', '.join(names)}, or a YAML file{nearest(first, names)}"
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_CONFIG
+    name = next(iter(mains))
+    return _run(*mains[name], f"{script} {name}", argv)
+
+
+def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends quietly
-        print(help_text(cls, Path(sys.argv[0]).name))
+        print(help_text(cls, script))
         return 0
     config = None
     signal.signal(signal.SIGTERM, _leave)

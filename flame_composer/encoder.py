@@ -11,7 +11,7 @@ import numpy as np
 
 from flame_composer.config import ConfigError
 from flame_composer.manifest import HF
-from flame_composer.tokenizer import Encoder, plain_copy, require_ends, token_dtype, vocab_size_of
+from flame_composer.tokenizer import BareTokenizer, Encoder, bare, plain_copy, require_ends, token_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,6 +24,9 @@ NEW_CHARACTERS = re.compile(
     "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
     "\U000323b0-\U00033479]"
 )
+# How each of them begins in UTF-8: its first byte, then two. These are looked for first, forty and six times as fast.
+NEW_BYTES = (b"\xe0", b"\xea", b"\xf0")
+NEW_STARTS = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 PROBES = (
     "", " ", "The quick  brown fox,\n\n\tdon't jump 1234567 times.\r\n", " leading and trailing ", "x" * 300, "\x00\x7f\x85",
     "Größe — naïve e\u0301 数据 在 磁盘 上。 🔥👩‍🚀 \u200b\u00a0\u2028\ufeff",
@@ -63,18 +66,21 @@ def require_installed(name: str) -> None:
         )
 
 
-def build_fast_encoder(tokenizer: PreTrainedTokenizerFast, exact: Encoder, *, add_bos: bool, add_eos: bool) -> Encoder:
+def build_fast_encoder(
+    tokenizer: PreTrainedTokenizerFast | BareTokenizer, exact: Encoder, *, add_bos: bool, add_eos: bool
+) -> Encoder:
     """A gigatoken encoder that gives what `exact` does, which is `tokenizer.build_encoder` with the same flags."""
+    tokenizer = bare(tokenizer)
     fast = _gigatoken(tokenizer)
     before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
-    dtype = token_dtype(vocab_size_of(tokenizer))
+    dtype = token_dtype(tokenizer.vocab_size)
     ends = np.array(before, dtype), np.array(after, dtype)
 
     def encode(texts: Sequence[str]) -> Any:
         parts = [np.zeros(0, dtype)]
         lengths = np.zeros(len(texts), np.int64)
         for i, text in enumerate(texts):
-            if not text.isascii() and NEW_CHARACTERS.search(text):
+            if not text.isascii() and _may_be_new(text.encode()) and NEW_CHARACTERS.search(text):
                 parts.append(exact([text])[0])
                 lengths[i] = len(parts[-1])
             else:
@@ -86,6 +92,10 @@ def build_fast_encoder(tokenizer: PreTrainedTokenizerFast, exact: Encoder, *, ad
     return encode
 
 
+def _may_be_new(data: bytes) -> bool:
+    return any(first in data for first in NEW_BYTES) and NEW_STARTS.search(data) is not None
+
+
 def _installed() -> str | None:
     try:
         return f"gigatoken {importlib.metadata.version('gigatoken')}"
@@ -93,7 +103,7 @@ def _installed() -> str | None:
         return None
 
 
-def _gigatoken(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Any]:
+def _gigatoken(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Callable[[str], Any]:
     """One text at a time, on the calling thread: as fast as in batches, and without the weight of awkward arrays."""
     import gigatoken
 

@@ -83,3 +83,34 @@ class BenchmarkConfig(ScriptConfig):
         for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
             require(getattr(self, name) > 0, name, "must be more than 0")
         require(bool(self.context_lengths) and min(self.context_lengths) > 1, "context_lengths", "must be 2 tokens or more")
+
+
+@dataclass
+class ConversionBenchmarkConfig(ScriptConfig):
+    """Time convert/to_mds.py against one process that calls encode_batch_fast and MDSWriter."""
+
+    source: list[str] = field(default_factory=list)
+    """Files, folders or globs of text to draw the corpus from; if not set, the Python files of the installed packages."""
+    suffixes: list[str] = field(default_factory=list)
+    """Take only files with these endings when a folder is searched."""
+    megabytes: float = 160
+    """Size of the corpus, as JSONL of distinct documents; less if the source holds less."""
+    tokenizer: str | None = None
+    """Tokenizer folder or id; if not set, Mistral-7B's from the package mistral-common."""
+    context_length: int = 2048
+    """Tokens per row."""
+    unit_size: int = 8388608
+    """Input bytes per work unit."""
+    num_workers: int = 2
+    """Processes that are compared with one."""
+    repeats: int = 3
+    """Conversions by each, which take turns; if more than one, after a small one that does not count."""
+    folder: str | None = None
+    """Where the corpus and the datasets are put, and removed in the end; the system's temporary folder if not set."""
+
+    def validate(self) -> None:
+        require_text(self, "tokenizer", "folder")
+        for name in ("megabytes", "unit_size", "repeats"):
+            require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
+        require(self.context_length > 1, "context_length", "must be 2 tokens or more")
+        require(self.num_workers > 1, "num_workers", "must be 2 or more")

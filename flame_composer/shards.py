@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import Slice, slice_file
 from flame_composer.manifest import (
-    HASH,
     HF,
     VERSION,
     Ledger,
@@ -45,6 +44,7 @@ from flame_composer.manifest import (
     read_json,
     read_manifest,
 )
+from flame_composer.mds import ShardWriter
 from flame_composer.packing import Pieces, cut, no_pieces, pack, shuffled
 from flame_composer.tokenizer import TokenizerFingerprint, token_dtype
 
@@ -245,8 +245,6 @@ class UnitWriter:
     one rename."""
 
     def __init__(self, dataset: DatasetWriter, number: int | None):
-        from streaming import MDSWriter
-
         self.plan, self.number = dataset.plan, number
         self.name = TAIL if number is None else unit_name(number)
         # A name of its own: whoever else is at work on this unit must not write into the same folder.
@@ -257,15 +255,7 @@ class UnitWriter:
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
         self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
         self.hash = hashlib.blake2b(digest_size=16)
-        self.mds = MDSWriter(
-            columns={
-                "input_ids": f"ndarray:{np.dtype(dtype).name}:{self.plan.context_length}",
-                "doc_lengths": "ndarray:uint32",
-            },
-            out=str(self.temporary),
-            hashes=[HASH],
-            size_limit=self.plan.config["shard_size"],
-        )
+        self.mds = ShardWriter(self.temporary, dtype, self.plan.context_length, self.plan.config["shard_size"])
 
     def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
         """Append documents: their tokens, end to end, and the number of tokens of each."""
@@ -291,8 +281,7 @@ class UnitWriter:
         longest = self.plan.config["max_doc_length"]
         pieces = doc_lengths if longest is None else cut(doc_lengths, longest)
         rows, self.tail = pack(tokens, pieces, self.plan.context_length, self.tail)
-        for input_ids, lengths in rows:
-            self.mds.write({"input_ids": input_ids, "doc_lengths": lengths.astype(np.uint32)})
+        self.mds.write(rows)
         self.counts["rows"] += len(rows)
 
     def commit(self, encoder: str | None) -> UnitRecord:
@@ -300,9 +289,8 @@ class UnitWriter:
         if self.number is not None and self.plan.config["seed"] is not None:
             documents = shuffled(self.waiting, [self.plan.config["seed"], self.number])
             self._pack(documents.tokens, documents.doc_lengths)
-        self.mds.finish()
-        (self.temporary / "index.json").unlink()  # its content is in unit.json; the dataset has one index
-        shards: list[dict[str, Any]] = self.mds.shards
+        self.mds.flush()
+        shards = self.mds.shards
         self.counts["dropped" if self.number is None else "carried_out"] += len(self.tail.tokens)
         self.counts["tokens_out"] = self.counts["rows"] * self.plan.context_length
         self.counts["shards"] = len(shards)

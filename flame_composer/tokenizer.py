@@ -34,6 +34,44 @@ class TokenizerFingerprint:
     eos_token_id: int | None
 
 
+@dataclass(frozen=True)
+class BareTokenizer:
+    """All that an encoder needs of a tokenizer: fit to be sent to a process, which then need not import transformers."""
+
+    serialized: str
+    split_special_tokens: bool
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+def bare(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> BareTokenizer:
+    if isinstance(tokenizer, BareTokenizer):
+        return tokenizer
+    return BareTokenizer(
+        serialized=tokenizer.backend_tokenizer.to_str(),
+        split_special_tokens=tokenizer.split_special_tokens,
+        vocab_size=vocab_size_of(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def import_transformers_without_torch() -> None:
+    """For a process that runs no model: torch would take seconds and hundreds of MB. Too late if transformers is there."""
+    settings = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # transformers reads them when it is imported
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        import transformers  # noqa: F401
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer in a Hugging Face folder or under a hub id; code that comes with it is never run.
 
@@ -99,7 +137,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos: bool) -> Encoder:
+def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool) -> Encoder:
     """A function from texts to their tokens, end to end, and the number of tokens of each text.
 
     A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text, add_special_tokens=False).input_ids`,
@@ -108,9 +146,10 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos:
 
     Raises ConfigError if a token that is to be added does not exist.
     """
+    tokenizer = bare(tokenizer)
     before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
     backend = plain_copy(tokenizer)
-    dtype = token_dtype(vocab_size_of(tokenizer))
+    dtype = token_dtype(tokenizer.vocab_size)
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -121,7 +160,9 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos:
     return encode
 
 
-def require_ends(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
+def require_ends(
+    tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
+) -> tuple[list[int], list[int]]:
     """What is to be put before and after every document. Raises ConfigError if such a token does not exist."""
     ends: list[int | None] = [tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id if add_eos else None]
     for wanted, end, name in zip((add_bos, add_eos), ends, ("bos", "eos"), strict=True):
@@ -131,11 +172,12 @@ def require_ends(tokenizer: PreTrainedTokenizerFast, *, add_bos: bool, add_eos: 
     return before, after
 
 
-def plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
+def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
     """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the text recognised."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    tokenizer = bare(tokenizer)
+    backend = Tokenizer.from_str(tokenizer.serialized)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens

@@ -20,13 +20,14 @@ from flame_composer.config import ConfigError, DataError
 from flame_composer.encoder import build_fast_encoder, require_installed
 from flame_composer.manifest import HF
 from flame_composer.shards import DatasetWriter, unit_name
-from flame_composer.tokenizer import Encoder, build_encoder, load_tokenizer
+from flame_composer.tokenizer import BareTokenizer, Encoder, build_encoder
 from flame_composer.units import EncoderMismatch, convert_unit
 
 OnProgress = Callable[[int, int, int], None]
 
-PRELOADED = ["streaming", "transformers.models.auto.tokenization_auto"]  # imported once, in the process workers come from
-MAX_MEMORY = 512 << 20  # bytes; a worker that has grown beyond gives its place to a new one
+# Imported once, in the process that workers come from: nothing of the seconds that transformers, streaming or torch take.
+PRELOADED = ["flame_composer.cli", "flame_composer.convert_config", "flame_composer.workers", "gigatoken", "tokenizers", "tqdm"]
+MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
 MAX_UNITS = 64  # units a worker converts before it does the same
 POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
@@ -37,7 +38,7 @@ class Conversion:
     """All that a worker needs to know; `encoder` is what `encoder.choose_encoder` named."""
 
     datasets: tuple[DatasetWriter, ...]
-    tokenizer: str
+    tokenizer: BareTokenizer
     add_bos: bool
     add_eos: bool
     encoder: str
@@ -46,15 +47,14 @@ class Conversion:
 
 
 class UnitConverter:
-    """Converts units in the process it is made in, which loads the tokenizer once."""
+    """Converts units in the process it is made in, which builds the encoders once."""
 
     def __init__(self, conversion: Conversion):
         self.conversion = conversion
-        tokenizer = load_tokenizer(conversion.tokenizer)
         ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
-        self.exact: Encoder = build_encoder(tokenizer, **ends)
+        self.exact: Encoder = build_encoder(conversion.tokenizer, **ends)
         require_installed(conversion.encoder)
-        self.fast = None if conversion.encoder == HF else build_fast_encoder(tokenizer, self.exact, **ends)
+        self.fast = None if conversion.encoder == HF else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
 
     def convert(self, number: int, on_progress: OnProgress) -> str | None:
         """Convert and commit unit `number`; returns a warning if it had to be done again with the slower encoder."""

@@ -1,23 +1,28 @@
-"""How fast a training step is here: GLA against a Llama of the same size, in one process, taking turns.
+"""How fast things are here, each against another in one run: a training step, a conversion.
 
-    python recipes/benchmark.py            # or: make bench
+    python recipes/benchmark.py train      # GLA against a Llama of the same size, forward and backward
+    python recipes/benchmark.py convert    # convert/to_mds.py against encode_batch_fast and MDSWriter
 
-One JSON line last: tokens per second forward and backward of both (medians), and the medians of their ratios.
+One JSON line last: medians of each, and the medians of their ratios.
 """
 
 import json
+import os
 import platform
 import statistics
 import sys
 import time
+from pathlib import Path
 
-from flame_composer.cli import run
-from flame_composer.recipe_config import BenchmarkConfig
+from tqdm import tqdm
+
+from flame_composer.benchmark import compare_conversions, mistral_tokenizer, workplace, write_corpus
+from flame_composer.cli import run_one_of
+from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig
 
 
-def main(config: BenchmarkConfig) -> None:
+def train(config: BenchmarkConfig) -> None:
     import torch
-    from tqdm import tqdm
 
     from flame_composer import cpu
     from flame_composer.model import build_model
@@ -75,5 +80,19 @@ def count(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def convert(config: ConversionBenchmarkConfig) -> None:
+    script = Path(__file__).parent.parent / "convert" / "to_mds.py"
+    with workplace(config.folder) as folder, tqdm(unit=" conversions", disable=None) as bar:
+        tokenizer = config.tokenizer or str(mistral_tokenizer(folder / "tokenizer"))
+        whole, tenth = write_corpus(config.source, config.suffixes, round(config.megabytes * 1e6), folder)
+        result = {"benchmark": "conversion", "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)),
+                  "corpus_bytes": whole.stat().st_size, "num_workers": config.num_workers, "repeats": config.repeats}
+        result |= compare_conversions(script, tokenizer, whole, tenth, config.context_length, config.unit_size,
+                                      config.num_workers, config.repeats, bar.update)
+    for name in ("baseline", "one_worker", "workers"):
+        print(f"{name:10}", ", ".join(f"{key} {value}" for key, value in result[name].items()))
+    print(json.dumps(result))
+
+
 if __name__ == "__main__":
-    sys.exit(run(main, BenchmarkConfig))
+    sys.exit(run_one_of({"train": (train, BenchmarkConfig), "convert": (convert, ConversionBenchmarkConfig)}))

@@ -17,11 +17,12 @@ from flame_composer import cli
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.recipe_config import EvaluateConfig, GenerateConfig
+from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, InspectConfig,
+    BenchmarkConfig, ConversionBenchmarkConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base

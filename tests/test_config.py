@@ -20,7 +20,7 @@ from flame_composer import convert_config, recipe_config, train_config
 from flame_composer.cli import _docs
 from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
 from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.recipe_config import BenchmarkConfig, EvaluateConfig, GenerateConfig
+from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import (
     DataConfig,
     EvalDataConfig,
@@ -58,6 +58,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
+    ConversionBenchmarkConfig: {},
 }  # fmt: skip
 
 nan, inf = math.nan, math.inf
@@ -176,6 +177,11 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
       for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats")),
     *((BenchmarkConfig, {"context_lengths": lengths}, "context_lengths", "must be 2 tokens or more")
       for lengths in ([], [512, 1])),
+    *((ConversionBenchmarkConfig, {name: ""}, name, EMPTY) for name in ("tokenizer", "folder")),
+    *((ConversionBenchmarkConfig, {name: 0}, name, "must be more than 0") for name in ("megabytes", "unit_size", "repeats")),
+    *((ConversionBenchmarkConfig, {"megabytes": size}, "megabytes", "must be more than 0") for size in (inf, nan)),
+    (ConversionBenchmarkConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
+    (ConversionBenchmarkConfig, {"num_workers": 1}, "num_workers", "must be 2 or more"),
 ]  # fmt: skip
 
 # The other side of the borders.
@@ -206,6 +212,7 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
     (InspectConfig, {"max_bytes": None}),
     (BenchmarkConfig, {"context_lengths": [2], "repeats": 1}),
+    (ConversionBenchmarkConfig, {"megabytes": 0.1, "unit_size": 1, "repeats": 1, "context_length": 2, "num_workers": 2}),
 ]  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer import encoder, units
+from flame_composer import benchmark, encoder, units
 from flame_composer.config import ConfigError
 from flame_composer.encoder import build_fast_encoder, choose_encoder, require_installed
 from flame_composer.manifest import HF, read_manifest
-from flame_composer.tokenizer import build_encoder
+from flame_composer.tokenizer import build_encoder, load_tokenizer
 from tests.data_fixtures import TEXTS, byte_tokenizer, files_under, llama_tokenizer, words, write_jsonl
 from tests.test_convert import run_here
 
@@ -28,16 +28,12 @@ NEW = "\U00032974'sthe"  # begins with a letter of Unicode 17
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """Mistral-7B's, from the SentencePiece model that mistral-common carries."""
-    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-    spec = importlib.util.find_spec("mistral_common")
-    if spec is None or spec.origin is None:
-        pytest.skip("mistral-common is not installed")
-    model = Path(spec.origin).parent / "data" / "tokenizer.model.v1"
-    state = json.loads(sentencepiece_to_tokenizer_json(model.read_bytes()))
-    backend = Tokenizer.from_str(json.dumps(state))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    """Mistral-7B's."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return load_tokenizer(str(benchmark.mistral_tokenizer(Path(folder, "mistral"))))
+        except ConfigError as error:
+            pytest.skip(str(error))
 
 
 TOKENIZERS = {"byte-level": byte_tokenizer, "llama": llama_tokenizer, "mistral": mistral_tokenizer}
@@ -84,6 +80,9 @@ def test_characters_that_are_new_are_all_that_differ_in_a_plain_tokenizer():
     assert len(new) > 4600
     differ = [c for c in new[::25] if fast(f"{c}'sthe").tolist() != tokenizer(f"{c}'sthe", add_special_tokens=False).input_ids]
     assert len(differ) > 0.9 * len(new[::25])
+    assert {c.encode()[:1] for c in new} == set(encoder.NEW_BYTES)
+    assert all(encoder.NEW_STARTS.match(c.encode()) for c in new)
+    assert not encoder._may_be_new("é数한नไ🔥".encode())
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pickle
 import random
 import re
 import shutil
@@ -16,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flame_composer import workers
+from flame_composer import encoder, workers
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files
 from flame_composer.manifest import HF, read_manifest
 from flame_composer.shards import DatasetWriter, Plan, plan_units
-from flame_composer.tokenizer import fingerprint, load_tokenizer
+from flame_composer.tokenizer import bare, fingerprint, load_tokenizer
 from flame_composer.workers import Conversion, convert_units
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 
@@ -59,7 +61,7 @@ def writers(folder: Path, name: str) -> list[DatasetWriter]:
 
 
 def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
-    return Conversion(tuple(datasets), str(folder / "tokenizer"), False, True, HF, "redo", "fail")
+    return Conversion(tuple(datasets), bare(load_tokenizer(str(folder / "tokenizer"))), False, True, HF, "redo", "fail")
 
 
 def command(folder: Path, name: str, num_workers: int | None, *more: str) -> list[str]:
@@ -143,6 +145,29 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeyp
     assert totals[0].documents_short > 0, "the corpus must try min_doc_length"
 
 
+def test_a_conversion_imports_none_of_what_takes_seconds(folder):
+    """Of transformers what tokenizers need, and that in the process in charge alone: torch is 4 s and 250 MB, in each."""
+    tell = "sys.stderr.write(repr(sorted({'torch', 'streaming', 'composer', 'datasets', 'transformers'} & set(sys.modules))))"
+    run = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: "
+    in_charge = [sys.executable, "-c", run + tell, *command(folder, "told", 2)[1:]]
+    process = subprocess.run(in_charge, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "['transformers']")
+
+    datasets = writers(folder, "told again")
+    for dataset in datasets:
+        dataset.begin()
+    sent = dataclasses.replace(conversion(folder, datasets), encoder=encoder._installed() or HF)
+    worker = (
+        "import importlib, pickle, sys\nfrom flame_composer import workers\n"
+        "for name in workers.PRELOADED: importlib.import_module(name)\n"
+        "workers._worker.update(conversion=pickle.load(sys.stdin.buffer), counts=[0, 0, 0])\n"
+        f"assert workers._convert(1)[0] is None\n{tell}"
+    )
+    process = subprocess.run([sys.executable, "-c", worker], capture_output=True, input=pickle.dumps(sent))
+    assert (process.returncode, process.stderr) == (0, b"[]")
+    assert all(dataset.is_committed(1) for dataset in datasets)
+
+
 def test_an_error_in_a_worker_is_the_error_of_all(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("whole", "by*"))
     folder = tmp_path / "copy"
@@ -216,7 +241,7 @@ def test_killed_at_any_instant_with_any_number_of_workers(folder, num_kills):
         process = start(folder, name, 1 + kills % 3)
         units = folder / name / "train" / "units"
         wait_until(lambda: units.exists() or process.poll() is not None, 60)  # noqa: B023
-        time.sleep(rng.uniform(0, 6) if rng.random() < 0.5 else rng.uniform(3, 5))
+        time.sleep(rng.uniform(0, 1) if rng.random() < 0.5 else rng.uniform(0.3, 0.7))
         victim = rng.choice(["leader", "all", "worker"])
         targets = workers_of(process.pid)
         if victim == "worker" and targets and process.poll() is None:

@@ -1,0 +1,134 @@
+"""The benchmark of conversions: the same tokens by all, every process counted, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from streaming import StreamingDataset
+
+from flame_composer.benchmark import Run, Usage, convert_plainly, measure, summary, write_corpus
+from flame_composer.config import ConfigError, DataError
+from flame_composer.tokenizer import build_encoder
+from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
+from tests.runs import check, last_json, run_script
+
+# A process that leaves one behind that lives longer; the numbers are megabytes and seconds on a processor.
+LEAVE_BEHIND = """
+import subprocess, sys
+work = "import sys, time\\nx = b'x' * (int(sys.argv[1]) << 20)\\nwhile time.process_time() < float(sys.argv[2]): pass"
+subprocess.run([sys.executable, "-c", work, "150", "0.3"])
+subprocess.Popen([sys.executable, "-c", work, "250", "0.4"])
+print("done")
+"""
+
+
+def test_every_process_counts():
+    usage = measure([sys.executable, "-c", LEAVE_BEHIND])
+    assert usage.output == "done\n"
+    assert 0.7 <= usage.cpu_seconds < 10
+    assert usage.peak_bytes > 250 << 20
+    alone = measure([sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"])
+    assert 0.2 <= alone.cpu_seconds < usage.cpu_seconds
+
+
+def test_a_failure_is_that_of_the_command():
+    command = [sys.executable, "-c", "import sys; print('first', file=sys.stderr); sys.exit('error: no room')"]
+    with pytest.raises(DataError, match=r"^\S+ -c: failed: no room$"):
+        measure(command)
+    with pytest.raises(DataError, match=r"failed: exit status 3$"):
+        measure([sys.executable, "-c", "import sys; sys.exit(3)"])
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, llama_tokenizer])
+def test_the_baseline_converts_every_token(tmp_path, make):
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = [*TEXTS, *(words(300, seed) for seed in range(1200))]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts)
+    expected, _ = build_encoder(tokenizer, add_bos=False, add_eos=True)(texts)
+    found = convert_plainly(str(corpus), str(tmp_path / "tokenizer"), str(tmp_path / "out"), 100)
+    assert found == len(expected)
+    dataset = StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False)
+    rows = np.stack([dataset[i]["input_ids"] for i in range(len(dataset))])
+    assert (rows == expected[: len(expected) // 100 * 100].reshape(-1, 100)).all()
+
+
+def test_the_corpus_is_distinct_documents_and_its_tenth_begins_it(tmp_path):
+    texts = [words(50, seed) for seed in range(300)]
+    source = write_jsonl(tmp_path / "source.jsonl", [*texts, *texts, "", *TEXTS])
+    whole, tenth = write_corpus([str(source)], (), 1 << 40, tmp_path)
+    found = [json.loads(line)["text"] for line in whole.read_text().splitlines()]
+    assert sorted(found) == sorted({*texts, *TEXTS} - {""})
+    assert whole.read_bytes().startswith(tenth.read_bytes())
+    assert tenth.stat().st_size == pytest.approx(whole.stat().st_size / 10, abs=4000)
+    part, _ = write_corpus([str(source)], (), 20000, tmp_path)
+    assert 20000 <= part.stat().st_size < 24000
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ConfigError, match=r"^source: \S+/empty\.txt: holds no text$"):
+        write_corpus([str(tmp_path / "empty.txt")], (), 1000, tmp_path)
+
+
+def test_figures_are_medians_and_ratios_those_of_a_turn():
+    def runs(start: float, seconds: float, cpu_seconds: float, megabytes: int) -> tuple[Run, Run]:
+        tenth = Usage(start + seconds / 10, start + cpu_seconds / 10, megabytes << 20, "")
+        return Run(100, tenth), Run(1000, Usage(start + seconds, start + cpu_seconds, (megabytes + 10) << 20, ""))
+
+    turns = [
+        {"baseline": runs(10, 90, 100 * slow, 500), "one_worker": runs(5, 20, 10 * slow, 50), "workers": runs(5, 10, 11, 40)}
+        for slow in (1, 3, 2)
+    ]
+    result = summary(turns)
+    assert result["baseline"] == {
+        "tokens_per_cpu_second": round(1000 / 210), "tokens_per_cpu_second_after_start": 5,
+        "tokens_per_second": 10, "tokens_per_second_after_start": round(1000 / 90),
+        "peak_mb_of_a_tenth": 500, "peak_mb": 510,
+    }  # fmt: skip
+    ratios = {key: value for key, value in result.items() if "_over_" in key}
+    assert ratios == {
+        "one_worker_over_baseline": 8.4, "one_worker_over_baseline_after_start": 10.0,
+        "workers_over_one": round(25 / 15, 2), "workers_over_one_after_start": 2.0,
+    }  # fmt: skip
+    no_time = Run(1000, turns[0]["workers"][0].usage)
+    timeless = summary([{**turns[0], "workers": (turns[0]["workers"][0], no_time)}])
+    assert timeless["workers"]["tokens_per_second_after_start"] is None
+    assert timeless["workers_over_one_after_start"] is None
+    assert timeless["workers_over_one"] > 0
+
+
+def test_all_conversions_agree(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = [words(1 + i % 700, i) for i in range(200)]
+    source = write_jsonl(tmp_path / "source.jsonl", texts)
+    (tmp_path / "work").mkdir()
+    result = last_json(run_script(
+        "recipes/benchmark.py", "convert", f"source={source}", f"tokenizer={tmp_path / 'tokenizer'}", "repeats=1",
+        f"folder={tmp_path / 'work'}", "context_length=64", "unit_size=20000",
+    ))  # fmt: skip
+    expected, _ = build_encoder(tokenizer, add_bos=False, add_eos=True)(texts)
+    assert result["tokens"] == len(expected)
+    for name in ("baseline", "one_worker", "workers"):
+        assert result[name]["tokens_per_cpu_second"] > 0
+    assert list((tmp_path / "work").iterdir()) == []
+    nowhere = run_script("recipes/benchmark.py", "convert", f"folder={tmp_path}/no")
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)
+    assert nowhere.stderr.startswith(f"error: folder: {tmp_path}/no/")
+    assert nowhere.stderr.endswith(": No such file or directory; give another one with folder=...\n")
+
+
+def test_which_benchmark():
+    helped = check(run_script("recipes/benchmark.py", "--help")).stdout
+    assert "usage: benchmark.py train [file.yaml]" in helped
+    assert "usage: benchmark.py convert [file.yaml]" in helped
+    assert "context_lengths" not in check(run_script("recipes/benchmark.py", "convert", "-h")).stdout
+    wrong = run_script("recipes/benchmark.py", "convrt", "repeats=1")
+    assert wrong.returncode == 2
+    assert wrong.stderr == (
+        "error: command line: convrt: must be one of train, convert, or a YAML file; did you mean convert?\n"
+    )
+    for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"]):
+        failed = run_script("recipes/benchmark.py", *arguments)
+        assert (failed.returncode, failed.stderr) == (2, "error: command line: repeats=0: must be more than 0\n")
