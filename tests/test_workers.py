@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flame_composer import workers
+from flame_composer import storage, workers
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files
 from flame_composer.manifest import HF, read_manifest
@@ -24,6 +24,7 @@ from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import fingerprint, load_tokenizer
 from flame_composer.workers import Conversion, convert_units
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+from tests.s3 import BUCKET
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,11 +63,17 @@ def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
     return Conversion(tuple(datasets), str(folder / "tokenizer"), False, True, HF, "redo", "fail")
 
 
+def place_of(folder: Path, name: str) -> str:
+    """Where the datasets called `name` are: in `folder`, unless it is a URL."""
+    return name if storage.is_url(name) else str(folder / name)
+
+
 def command(folder: Path, name: str, num_workers: int | None, *more: str) -> list[str]:
     """The same conversion as a user gives it."""
+    place = place_of(folder, name)
     arguments = [
-        f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={folder}/{name}/train", "context_length=64",
-        f"val_out={folder}/{name}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
+        f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={place}/train", "context_length=64",
+        f"val_out={place}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
         "shard_size=20000", "unit_size=32000", "encoder=hf", *more,
     ]  # fmt: skip
     arguments += [] if num_workers is None else [f"num_workers={num_workers}"]
@@ -106,9 +113,10 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 
 def check_finished(folder: Path, name: str) -> None:
-    assert files_under(folder / name) == files_under(folder / "whole")
+    place = place_of(folder, name)
+    assert {file: storage.read(f"{place}/{file}") for file in storage.find(place)} == files_under(folder / "whole")
     for split in ("train", "val"):
-        totals = read_manifest(str(folder / name / split)).totals  # which checks that the ledger balances
+        totals = read_manifest(f"{place}/{split}").totals  # which checks that the ledger balances
         assert totals.tokens_in == totals.tokens_out + totals.dropped
 
 
@@ -197,25 +205,28 @@ def finish(folder: Path, name: str) -> None:
     check_finished(folder, name)
 
 
+FAULTS = [
+    pytest.mark.faults,
+    pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
+]
+
+
 @pytest.mark.parametrize(
-    "num_kills",
-    [
-        6,
-        pytest.param(20, marks=[
-            pytest.mark.faults,
-            pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
-        ]),
-    ],
-)  # fmt: skip
-def test_killed_at_any_instant_with_any_number_of_workers(folder, num_kills):
+    ("store", "num_kills"),
+    [("folder", 6), ("s3", 3), pytest.param("folder", 20, marks=FAULTS), pytest.param("s3", 20, marks=FAULTS)],
+)
+def test_killed_at_any_instant_with_any_number_of_workers(folder, store, num_kills, request):
     """SIGKILL to the process in charge, to all, or to one worker; the next run goes on, until one gets to the end."""
+    if store == "s3":
+        request.getfixturevalue("s3")
     rng = random.Random(num_kills)
     attempt = kills = 0
-    name = f"killed{num_kills}.{attempt}"
+    name = base = f"killed{num_kills}." if store == "folder" else f"s3://{BUCKET}/killed{num_kills}."
+    name += "0"
     while kills < num_kills:
         process = start(folder, name, 1 + kills % 3)
-        units = folder / name / "train" / "units"
-        wait_until(lambda: units.exists() or process.poll() is not None, 60)  # noqa: B023
+        train = f"{place_of(folder, name)}/train"
+        wait_until(lambda: storage.ls(train) or process.poll() is not None, 60)  # noqa: B023
         time.sleep(rng.uniform(0, 6) if rng.random() < 0.5 else rng.uniform(3, 5))
         victim = rng.choice(["leader", "all", "worker"])
         targets = workers_of(process.pid)
@@ -229,7 +240,7 @@ def test_killed_at_any_instant_with_any_number_of_workers(folder, num_kills):
         if process.returncode == 0:
             check_finished(folder, name)
             attempt += 1
-            name = f"killed{num_kills}.{attempt}"
+            name = f"{base}{attempt}"
             continue
         kills += 1
         if victim == "worker":
