@@ -111,7 +111,8 @@ def _find_remote(source: str, suffixes: tuple[str, ...]) -> tuple[list[str], boo
     if storage.stat(source) is not None:
         return [source], False
     if glob.has_magic(source):
-        return storage.glob(source), False
+        found = storage.glob(source)  # in which `*` stands for a leading dot too
+        return [path for path in found if "/." in source or "/." not in path], False
     names = list(storage.find(source))
     taken = [name for name in names if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/"))]
     return [storage.join(source, name) for name in taken], bool(names)

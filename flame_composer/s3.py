@@ -10,6 +10,7 @@ import errno
 import functools
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -275,7 +276,8 @@ def _code(error: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+    line = re.sub(r'( on| to the)? endpoint URL: "[^"]*"', "", " ".join(str(error).split()))
+    return line.rstrip(".")[:200] or type(error).__name__
 
 
 def _split(path: str) -> tuple[str, str]:
