@@ -286,6 +286,8 @@ class UnitWriter:
         # A name of its own: whoever else is at work on this unit must not write into the same folder.
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
         self.final = storage.join(dataset.out, "units", self.name)
+        if storage.is_url(dataset.out):
+            dataset.staging.parent.mkdir(mode=0o700, exist_ok=True)  # TMPDIR may be everybody's
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled

@@ -215,7 +215,7 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
         if scheme == "s3":
             from flame_composer.s3 import S3FileSystem
 
-            if not path.strip("/"):
+            if not path.partition("/")[0]:
                 raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
             fs: Any = S3FileSystem()
         elif scheme in ("file", "local"):

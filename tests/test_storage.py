@@ -182,6 +182,8 @@ def test_the_aws_variable_names_the_server_too(s3, monkeypatch):
     ("place", "message"),
     [
         ("s3://", r"s3://: names no bucket; must be s3://bucket/path"),
+        ("s3:///file", r"s3:///file: names no bucket"),
+        ("file:///x", r"file:///x: must be given as a path, without file://"),
         ("gs://bucket/file", r"gs://bucket/file: Please install gcsfs"),
         ("nonsense://x", r"nonsense://x: Protocol not known: nonsense"),
     ],

@@ -168,13 +168,19 @@ def test_an_error_in_a_worker_is_the_error_of_all(folder, tmp_path):
     assert 0 < len(committed) < len(numbers)
 
 
-def test_a_dask_cluster_gives_the_same_bytes(folder):
+def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
+    """One split to a folder, the other to an object store."""
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}")
-        _, err = process.communicate(timeout=120)
+    val = f"s3://{BUCKET}/cluster/val"
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, env=s3.env) as cluster:
+        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}", f"val_out={val}")
+        _, err = process.communicate(timeout=240)
         assert (process.returncode, err) == (0, "")
+    assert list((folder / "cluster").iterdir()) == [folder / "cluster" / "train"]
+    for file in storage.find(val):
+        (folder / "cluster" / "val" / file).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(f"{val}/{file}", folder / "cluster" / "val" / file)
     check_finished(folder, "cluster")
 
 
