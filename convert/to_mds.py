@@ -60,7 +60,7 @@ def main(config: ConvertConfig) -> None:
 
     started = time.monotonic()
     total_documents = total_tokens = 0
-    to_do = [number for number in range(len(units)) if not all(dataset.is_committed(number) for dataset in unfinished)]
+    to_do = sorted(set().union(*(dataset.uncommitted() for dataset in unfinished)))
     conversion = Conversion(tuple(unfinished), bare(tokenizer), config.add_bos, config.add_eos, settings["encoder"],
                             "redo" if config.encoder == "auto" else "fail", config.on_error)  # fmt: skip
     sizes = [sum(part.num_bytes for part in unit) for unit in units]

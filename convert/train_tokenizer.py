@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from flame_composer import storage
 from flame_composer.cli import run
 from flame_composer.config import ConfigError, DataError
 from flame_composer.convert_config import TokenizerTrainConfig
@@ -22,7 +23,8 @@ SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", 
 def main(config: TokenizerTrainConfig) -> None:
     files = find_files(config.source, config.suffixes)
     settings = {name: getattr(config, name) for name in SETTINGS}
-    sizes = {path: os.path.getsize(path) for path in files}
+    stats = dict(zip(files, storage.each(storage.stat, files), strict=True))
+    sizes = {path: stat and ([stat.size, stat.version] if stat.version else stat.size) for path, stat in stats.items()}
     plan = json.dumps({"settings": settings, "files": sizes}, indent=1).encode() + b"\n"
     if is_finished(Path(config.out), plan):
         print(f"{config.out}: already trained, nothing to do")

@@ -9,6 +9,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from flame_composer.config import ScriptConfig, require, require_seed, require_text
+from flame_composer.storage import is_url
 
 
 @dataclass
@@ -16,7 +17,7 @@ class TokenizerTrainConfig(ScriptConfig):
     """Train a byte-level BPE tokenizer on text and save it as a Hugging Face tokenizer folder."""
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL, Parquet or plain text."""
+    """Files, folders or globs of JSONL, Parquet or plain text, also as URLs (s3://bucket/folder)."""
     out: str = MISSING
     """Folder the tokenizer is written to."""
     vocab_size: int = 32000
@@ -38,6 +39,7 @@ class TokenizerTrainConfig(ScriptConfig):
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
         require_text(self, "out", "text_column", "eos_token")
+        require(not is_url(self.out), "out", "must be a local folder")
         require(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token")
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
@@ -48,14 +50,14 @@ class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet; with `split`, Hugging Face
-    datasets by id or folder."""
+    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet, also as URLs
+    (s3://bucket/folder); with `split`, Hugging Face datasets by id or folder."""
     split: str | None = None
     """Split of the Hugging Face dataset to read, e.g. train."""
     name: str | None = None
     """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
     out: str = MISSING
-    """Folder the dataset is written to."""
+    """Folder the dataset is written to, local or as a URL (s3://bucket/folder); then each work unit is made in TMPDIR first."""
     tokenizer: str = MISSING
     """Hugging Face tokenizer folder or id."""
     context_length: int = 2048
@@ -74,7 +76,7 @@ class ConvertConfig(ScriptConfig):
     val_fraction: float = 0.0
     """Fraction of documents held out for validation, chosen by a hash of the text."""
     val_out: str | None = None
-    """Folder the held-out documents' dataset is written to."""
+    """Folder the held-out documents' dataset is written to, local or as a URL."""
     shard_size: int = 67108864
     """Largest size of a shard, bytes."""
     unit_size: int = 67108864
@@ -104,8 +106,9 @@ class ConvertConfig(ScriptConfig):
         require((self.val_fraction > 0) == (self.val_out is not None), "val_out",
                 "must be set together with val_fraction")
         if self.val_out is not None:
-            out, val_out = os.path.realpath(self.out), os.path.realpath(self.val_out)
-            require(os.path.commonpath([out, val_out]) not in (out, val_out), "val_out",
+            places = [place if is_url(place) else os.path.realpath(place) for place in (self.out, self.val_out)]
+            out, val_out = (f"{place.rstrip('/')}/" for place in places)
+            require(not out.startswith(val_out) and not val_out.startswith(out), "val_out",
                     f"must be a folder beside out={self.out}, neither the same nor inside the other")
         smallest = 8 * self.context_length + 1024
         require(smallest <= self.shard_size < 2**32, "shard_size",
@@ -121,7 +124,7 @@ class ConvertConfig(ScriptConfig):
             for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
                 value = getattr(self, name) or []
                 paths = [value] if isinstance(value, str) else value
-                require(all(os.path.isabs(path) for path in paths), name,
+                require(all(os.path.isabs(path) or is_url(path) for path in paths), name,
                         "must be absolute where there is a cluster, whose workers have working folders of their own")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import errno
+import functools
 import glob
 import gzip
 import io
@@ -19,7 +21,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
-from flame_composer import hub
+from flame_composer import hub, storage
 from flame_composer.config import ConfigError, DataError
 
 Format = Literal["jsonl", "parquet", "text", "dataset"]
@@ -51,7 +53,7 @@ class Slice:
 
     `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row groups in Parquet
     shards in a dataset, and the whole file, 0 and its size, in plain text and where it is compressed. `num_bytes` is its
-    share of the file's size.
+    share of the file's size. `version` is that of a file in an object store, such as its ETag.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Slice:
     start: int
     end: int
     num_bytes: int
+    version: str | None = None
 
 
 def _raise(error: DataError) -> None:
@@ -66,7 +69,8 @@ def _raise(error: DataError) -> None:
 
 
 def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
-    """The files that `sources` (files, folders, globs) name, each once: sources as given, sorted by path within each.
+    """The files that `sources` (files, folders, globs, also as URLs) name, each once: in the order of the sources, sorted
+    by path within each.
 
     Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix (`FOUND`) if there
     are none; names that begin with a dot are left out. A file or glob takes what it names, whatever its suffix.
@@ -77,25 +81,41 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
     named = ", ".join(suffixes or FORMATS) + ("" if suffixes else f" (or compressed, {', '.join(COMPRESSED)})")
     files: dict[str, None] = {}
     for source in sources:
-        if os.path.isdir(source):
+        is_folder = os.path.isdir(source)
+        if storage.is_url(source):
+            found, is_folder = _find_remote(source, wanted)
+        elif is_folder:
             found = _walk(source, wanted)
-            if not found:
-                raise ConfigError(
-                    f"source: {source}: this folder holds no file ending in {named}; "
-                    "name the endings to take with suffixes=[...]"
-                )
         elif os.path.exists(source):
             found = [source]
         elif glob.has_magic(source):
             found = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
-            if not found:
-                raise ConfigError(f"source: {source}: no file matches this pattern")
         else:
+            found = []
+        if not found and is_folder:
+            raise ConfigError(
+                f"source: {source}: this folder holds no file ending in {named}; name the endings to take with suffixes=[...]"
+            )
+        if not found and glob.has_magic(source):
+            raise ConfigError(f"source: {source}: no file matches this pattern")
+        if not found:
             may_be_id = re.fullmatch(r"[\w-]+/[\w.-]+", source)
             hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
             raise ConfigError(f"source: {source}: no such file or folder{hint}")
-        files.update(dict.fromkeys(sorted(os.path.normpath(path) for path in found)))
+        files.update(dict.fromkeys(sorted(found if storage.is_url(source) else map(os.path.normpath, found))))
     return list(files)
+
+
+def _find_remote(source: str, suffixes: tuple[str, ...]) -> tuple[list[str], bool]:
+    """The files, and whether `source` is a folder."""
+    if storage.stat(source) is not None:
+        return [source], False
+    if glob.has_magic(source):
+        found = storage.glob(source)  # in which `*` stands for a leading dot too
+        return [path for path in found if "/." in source or "/." not in path], False
+    names = list(storage.find(source))
+    taken = [name for name in names if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/"))]
+    return [storage.join(source, name) for name in taken], bool(names)
 
 
 def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -131,21 +151,32 @@ def slice_file(path: str, max_bytes: int) -> list[Slice]:
     kind = format_of(path)
     if kind == "dataset":
         return [Slice(path, kind, shard, shard + 1, max_bytes) for shard in range(hub.open_dataset(path).num_shards)]
-    size = _reading(path, os.path.getsize)
+    stat = _reading(path, storage.stat)
+    if stat is None:
+        raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+    size, version = stat.size, stat.version
     if kind == "jsonl" and not is_compressed(path):
         starts = range(0, size, max_bytes)
-        return [Slice(path, kind, start, min(start + max_bytes, size), min(max_bytes, size - start)) for start in starts]
+        sizes = [min(max_bytes, size - start) for start in starts]
+        return [Slice(path, kind, start, start + n, n, version) for start, n in zip(starts, sizes, strict=True)]
     if kind == "parquet":
-        metadata = _open_parquet(path).metadata
+        metadata = _open_parquet(path, version).metadata
         parts: list[Slice] = []
         start = num_bytes = 0
         for group in range(metadata.num_row_groups):
             num_bytes += metadata.row_group(group).total_byte_size
             if num_bytes >= max_bytes or group + 1 == metadata.num_row_groups:
-                parts.append(Slice(path, kind, start, group + 1, num_bytes))
+                parts.append(Slice(path, kind, start, group + 1, num_bytes, version))
                 start, num_bytes = group + 1, 0
         return parts
-    return [Slice(path, kind, 0, size, size)]
+    return [Slice(path, kind, 0, size, size, version)]
+
+
+def slice_files(files: Sequence[str], max_bytes: int) -> list[Slice]:
+    """The slices of each file in order; many files at a time are looked at if they are in an object store."""
+    slices = functools.partial(slice_file, max_bytes=max_bytes)
+    each = storage.each(slices, files) if any(map(storage.is_url, files)) else map(slices, files)
+    return [part for parts in each for part in parts]
 
 
 def sample_texts(
@@ -155,7 +186,7 @@ def sample_texts(
 
     Always the same sample for the same files.
     """
-    parts = [part for path in files for part in slice_file(path, 1 << 20)]
+    parts = slice_files(files, 1 << 20)
     if max_bytes is not None:
         parts = [parts[i] for i in np.random.default_rng(0).permutation(len(parts))]
     num_bytes = 0
@@ -180,7 +211,7 @@ def read_documents(part: Slice, text_column: str, on_damage: Callable[[DataError
 
 
 def _read_text(part: Slice, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
-    with _reading(part.path, _open) as file, _unpacking(part.path):
+    with _open_part(part) as file, _unpacking(part.path):
         data = file.read()
     try:
         yield Document(data.removeprefix(UTF8_BOM).decode(), part.path, 0)
@@ -191,7 +222,7 @@ def _read_text(part: Slice, on_damage: Callable[[DataError], None]) -> Iterator[
 
 
 def _read_jsonl(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
-    with _reading(part.path, _open) as file:
+    with _open_part(part) as file:
         position = part.start
         if position > 0:
             file.seek(position - 1)
@@ -206,20 +237,28 @@ def _read_jsonl(part: Slice, text_column: str, on_damage: Callable[[DataError], 
                 try:
                     yield Document(_jsonl_text(record, text_column), part.path, position)
                 except InvalidRecord as error:
-                    on_damage(DataError(f"{part.path}:{line_at(part.path, position)}: {error}"))
+                    on_damage(DamagedRecord(part.path, position, str(error)))
             position += len(line)
 
 
-def _open(path: str) -> BinaryIO:
+def _open_part(part: Slice) -> BinaryIO:
+    # A small part is no reason to fetch the many bytes behind it.
+    return _reading(part.path, functools.partial(_open, version=part.version, block_size=min(8 << 20, part.num_bytes + 65536)))
+
+
+def _open(path: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
     """The content of a file, unpacked if it is compressed."""
     suffix = Path(path).suffix.lower()
+    file: Any = storage.open_file(path, version, block_size) if storage.is_url(path) else path
     if suffix == ".zst":
         from pyarrow import input_stream
 
         # Notices a file that was cut short, and reads on where one frame ends and another begins.
-        return cast(BinaryIO, io.BufferedReader(input_stream(path, compression="zstd"), 1 << 20))
-    openers: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return cast(BinaryIO, openers[suffix](path)) if suffix in openers else Path(path).open("rb")
+        return cast(BinaryIO, io.BufferedReader(input_stream(file, compression="zstd"), 1 << 20))
+    openers: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    if suffix in openers:
+        file = openers[suffix](file)
+    return cast(BinaryIO, Path(path).open("rb") if file is path else file)
 
 
 @contextmanager
@@ -240,6 +279,18 @@ def line_at(path: str, position: int) -> int:
             line += block.count(b"\n")
             position -= len(block)
     return line
+
+
+class DamagedRecord(DataError):
+    """What is wrong with the JSONL record at byte `position`. Only when it is shown is the line's number looked for, since
+    that means reading the file up to it."""
+
+    def __init__(self, path: str, position: int, reason: str):
+        super().__init__(path, position, reason)
+
+    def __str__(self) -> str:
+        path, position, reason = self.args
+        return f"{path}:{line_at(path, position)}: {reason}"
 
 
 class InvalidRecord(Exception):
@@ -279,7 +330,7 @@ def _encodable(text: str) -> bool:
 def _read_parquet(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
     import pyarrow as pa
 
-    file = _open_parquet(part.path)
+    file = _open_parquet(part.path, part.version)
     names = file.schema_arrow.names
     if text_column not in names:
         raise DataError(f"{part.path}: no column '{text_column}'; {_columns(names)}")
@@ -332,12 +383,13 @@ def _read_dataset(part: Slice, text_column: str, on_damage: Callable[[DataError]
             on_damage(DataError(f"{place} must be a string, not {_kind(text)}; name another with text_column=..."))
 
 
-def _open_parquet(path: str) -> Any:
+def _open_parquet(path: str, version: str | None = None) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        return _reading(path, parquet.ParquetFile)
+        file = _reading(path, lambda path: storage.open_file(path, version, block_size=0)) if storage.is_url(path) else path
+        return _reading(path, lambda _: parquet.ParquetFile(file))
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file: {_first_line(error)}; fetch the file again") from None
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flame_composer import storage
 from flame_composer.config import ConfigError
-from flame_composer.manifest import HASH, Manifest, ShardFile, damaged, file_size, read_index, read_manifest
+from flame_composer.manifest import HASH, Manifest, ShardFile, damaged, read_index, read_manifest
 from flame_composer.tokenizer import TokenizerFingerprint
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ def survey(
 
 
 def check_size(path: Path, file: ShardFile) -> None:
-    size = file_size(path)
+    stat = storage.stat(str(path))
+    size = None if stat is None else stat.size
     if size is None:
         raise BadShard("missing")
     if size != file.bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal, TypeVar
 
+from flame_composer import storage
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import Slice
 from flame_composer.tokenizer import TokenizerFingerprint
@@ -91,15 +93,14 @@ class ShardFile:
 
 
 def read_manifest(folder: str) -> Manifest:
-    """The manifest of the dataset in a local folder; see `parse_manifest`."""
-    path = Path(folder, "manifest.json")
-    if not path.is_file():
+    """The manifest of the dataset in a folder, local or in an object store; see `parse_manifest`."""
+    path = storage.join(folder, "manifest.json")
+    if storage.stat(path) is None:
         what = "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
-        other = (
-            "no dataset made by convert/to_mds.py (manifest.json is missing)" if Path(folder).is_dir() else "no such folder"
-        )
-        raise ConfigError(f"{folder}: {what if Path(folder, 'plan.json').exists() else other}")
-    return parse_manifest(path.read_bytes(), str(path))
+        is_folder = os.path.isdir(folder) or storage.ls(folder)
+        other = "no dataset made by convert/to_mds.py (manifest.json is missing)" if is_folder else "no such folder"
+        raise ConfigError(f"{folder}: {what if storage.stat(storage.join(folder, 'plan.json')) else other}")
+    return parse_manifest(storage.read(path), path)
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
@@ -144,16 +145,15 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 
 
 def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
-    """The shards that index.json of a local folder lists, in order, without looking at them.
+    """The shards that index.json of a folder lists, in order, without looking at them.
 
     The index is not trusted: it must be the one `manifest` was written with, and name files within the folder only.
     Raises DataError otherwise.
     """
-    path = Path(folder, "index.json")
-    if not path.is_file():
-        raise DataError(f"{path}: missing; run the same convert/to_mds.py command again to finish the dataset")
-    data = path.read_bytes()
-    place = str(path)
+    place = storage.join(folder, "index.json")
+    if storage.stat(place) is None:
+        raise DataError(f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset")
+    data = storage.read(place)
     content = parse_json(data, place)
     files: list[ShardFile] = []
     for shard in _take(content, "shards", list, place):
@@ -178,25 +178,26 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
 
 
 def check_shards(folder: str) -> list[ShardFile]:
-    """Check that the dataset in a local folder is whole: manifest, index, and every shard there with its right size.
+    """Check that the dataset in a folder is whole: manifest, index, and every shard there with its right size.
 
     Looks at sizes only; hashes are StreamingDataset's to check. Raises DataError that names the first bad file.
     """
     files = read_index(folder, read_manifest(folder))
+    there = storage.find(folder)
     for file in files:
-        size = file_size(Path(folder, file.basename))
-        if size != file.bytes:
-            what = "missing" if size is None else f"{size} bytes long, must be {file.bytes}"
+        found = there.get(file.basename)
+        if found is None or found.size != file.bytes:
+            what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
             raise DataError(
-                f"{Path(folder, file.basename)}: shard is {what}; restore it from a copy, or delete {folder} "
+                f"{storage.join(folder, file.basename)}: shard is {what}; restore it from a copy, or delete {folder} "
                 "and run convert/to_mds.py again"
             )
     return files
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str) -> Any:
     try:
-        return parse_json(path.read_bytes(), str(path))
+        return parse_json(storage.read(path), path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert again") from None
 
@@ -252,6 +253,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
             start=_take(part, "start", int, place),
             end=_take(part, "end", int, place),
             num_bytes=_take(part, "num_bytes", int, place),
+            version=None if part.get("version") is None else _take(part, "version", str, place),
         )
         for part in _take(content, "inputs", list, place)
     )
@@ -262,10 +264,3 @@ def parse_record(content: Any, place: str) -> UnitRecord:
         _take(content, "documents_hash", str, place),
         _ledger(_take(content, "ledger", dict, place), place),
     )
-
-
-def file_size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None

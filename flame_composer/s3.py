@@ -6,12 +6,14 @@ What the user has to put right is a ConfigError, what failed again and again a `
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -53,7 +55,7 @@ class S3FileSystem(AbstractFileSystem):
         with _explained(path) as client:
             below = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
         if key and not below.get("KeyCount", 0):
-            raise FileNotFoundError(path)
+            raise _missing(path)
         return _folder(path)
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
@@ -82,7 +84,7 @@ class S3FileSystem(AbstractFileSystem):
         assert mode == "rb", mode
         info = self.info(path)
         if info["type"] != "file":
-            raise FileNotFoundError(path)
+            raise _missing(path)
         if kwargs.get("version") not in (None, info["version"]):
             raise StoreError(f"s3://{path}: has been replaced since it was looked at")
         file = _Ranges(path, info["size"], info["etag"])
@@ -121,10 +123,13 @@ class S3FileSystem(AbstractFileSystem):
             client.delete_object(Bucket=bucket, Key=key)
 
     def abort_uploads(self, path: str) -> None:
-        """Give up what was sent of files below `path` that never got whole: invisible, but stored and paid for."""
+        """Give up what was sent of files below `path` that never got whole: invisible, but stored and paid for.
+
+        Where that is not allowed, it is left to the bucket's own rules.
+        """
         path = self._strip_protocol(path)
         bucket, key = _split(path)
-        with _explained(path) as client:
+        with suppress(ConfigError, StoreError), _explained(path) as client:
             for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
                 for upload in page.get("Uploads", []):
                     client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
@@ -247,7 +252,7 @@ def _why(error: Exception, path: str, client: Any, failed: type[Exception] = Sto
     if code == "NoSuchBucket":
         return ConfigError(f"{place}: there is no bucket '{bucket}' at {server}; check its name, or create it")
     if code in MISSING:
-        return FileNotFoundError(place)
+        return _missing(path)
     if code in DENIED:
         return ConfigError(f"{place}: access denied by {server} ({code}); check the credentials and what they allow")
     if code in CHANGED:
@@ -262,12 +267,17 @@ def _why(error: Exception, path: str, client: Any, failed: type[Exception] = Sto
     return failed(f"{place}: {_line(error)}")
 
 
+def _missing(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"s3://{path}")
+
+
 def _code(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+    line = re.sub(r'( on| to the)? endpoint URL: "[^"]*"', "", " ".join(str(error).split()))
+    return line.rstrip(".")[:200] or type(error).__name__
 
 
 def _split(path: str) -> tuple[str, str]:

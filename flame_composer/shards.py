@@ -6,6 +6,9 @@
     out/units/tail/         the rows made of the units' tails, in unit order
     out/plan.json, out/tmp/ only while a conversion is unfinished
 
+In an object store the same, but for tmp/: a unit is made in a temporary local folder (`staging`) and uploaded; unit.json
+goes last, and there is no unit without it.
+
 Every file depends on the plan alone: not on when, how often interrupted, or in what order its units were converted.
 """
 
@@ -13,9 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +31,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import Slice, slice_file
+from flame_composer import storage
+from flame_composer.config import ConfigError, DataError, StoreError
+from flame_composer.corpus import Slice, slice_files
 from flame_composer.manifest import (
     HF,
     VERSION,
@@ -39,7 +45,6 @@ from flame_composer.manifest import (
     check_shards,
     damaged,
     dump_json,
-    file_size,
     parse_record,
     read_json,
     read_manifest,
@@ -74,7 +79,7 @@ def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
     units: list[Unit] = []
     unit: list[Slice] = []
     num_bytes = 0
-    for part in (part for path in files for part in slice_file(path, unit_size)):
+    for part in slice_files(files, unit_size):
         if unit and num_bytes + part.num_bytes > unit_size:
             units.append(tuple(unit))
             unit, num_bytes = [], 0
@@ -88,38 +93,50 @@ def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
 
 @dataclass(frozen=True)
 class DatasetWriter:
-    """A dataset in the making: `out` is its folder. Holds nothing that is not on disk, so any process can have one."""
+    """A dataset in the making: `out` is its folder, or the URL of one. Holds nothing that is not there, so any process can
+    have one."""
 
     out: str
     plan: Plan
+
+    @property
+    def staging(self) -> Path:
+        """The local folder that units are made in: on the same disk, or in TMPDIR for those that are then uploaded."""
+        if not storage.is_url(self.out):
+            return Path(self.out, "tmp")
+        name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir(), f"flame_composer-{os.getuid()}", name)
+
+    def _place(self, *names: str) -> str:
+        return storage.join(self.out, *names)
 
     def finished(self) -> Manifest | None:
         """The manifest if this very plan is already finished in the folder, None if there is work to do.
 
         Raises ConfigError if the folder holds something else, and DataError if a finished dataset is damaged.
         """
-        out = Path(self.out)
-        if out.exists() and not out.is_dir():
+        out = self.out
+        if storage.stat(out) is not None:
             raise ConfigError(f"out: {out}: is a file; name a folder")
-        if (out / "index.json").exists():
+        names = storage.ls(out)
+        if "index.json" in names:
             manifest = read_manifest(self.out)
             self._refuse_difference(_plan_of(manifest), inputs_too=True)
             check_shards(self.out)
             self._clean()
             return manifest
-        if (out / "plan.json").exists():
+        if "plan.json" in names:
             # Inputs may have been mended since the conversion stopped; `is_committed` sees to the units they are in.
-            self._refuse_difference(read_json(out / "plan.json"), inputs_too=False)
-        elif out.exists() and any(path.name != "plan.json.tmp" for path in out.iterdir()):
+            self._refuse_difference(read_json(self._place("plan.json")), inputs_too=False)
+        elif any(name != "plan.json.tmp" for name in names):
             raise ConfigError(f"out: {out}: this folder is not empty and holds no conversion; name a new one or empty it")
         return None
 
     def begun_encoder(self) -> str | None:
         """The encoder of the conversion that the folder holds, finished or not; None if it holds none."""
         for name in ("manifest.json", "plan.json"):
-            path = Path(self.out, name)
-            if path.is_file():
-                content = read_json(path)
+            if storage.stat(self._place(name)) is not None:
+                content = read_json(self._place(name))
                 settings = content["config"] if isinstance(content, dict) else None
                 return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
         return None
@@ -127,28 +144,34 @@ class DatasetWriter:
     def begin(self) -> None:
         """Take possession of the folder, or go on with the conversion that was interrupted in it."""
         with explained(self.out):
-            Path(self.out).mkdir(parents=True, exist_ok=True)
-            self._publish_file("plan.json", dump_json(_plan_json(self.plan)))
-            Path(self.out, "tmp").mkdir(exist_ok=True)
-            Path(self.out, "units").mkdir(exist_ok=True)
-            planned = {unit_name(number) for number in range(len(self.plan.units))}
-            for folder in Path(self.out, "units").iterdir():
-                if folder.name not in planned:
-                    shutil.rmtree(folder)
+            if not storage.is_url(self.out):
+                Path(self.out).mkdir(parents=True, exist_ok=True)
+            storage.write(self._place("plan.json"), dump_json(_plan_json(self.plan)))
+            if not storage.is_url(self.out):
+                Path(self.out, "tmp").mkdir(exist_ok=True)
+                Path(self.out, "units").mkdir(exist_ok=True)
+
+    def uncommitted(self) -> set[int]:
+        """The numbers of the units that are still to be converted."""
+        with explained(self.out):
+            there = set(storage.ls(self._place("units")))
+            begun = [number for number in range(len(self.plan.units)) if unit_name(number) in there]
+            committed = [number for number, done in zip(begun, storage.each(self.is_committed, begun), strict=True) if done]
+            return set(range(len(self.plan.units))) - set(committed)
 
     def is_committed(self, number: int) -> bool:
         """Whether the unit is there, whole, and made from the inputs as they are now; if there but not so, it goes."""
-        folder = Path(self.out, "units", unit_name(number))
-        if not folder.exists():
-            return False
-        content = read_json(folder / "unit.json")
-        whole = all(
-            file_size(folder / shard["raw_data"]["basename"]) == shard["raw_data"]["bytes"] for shard in content["shards"]
-        )
-        same_inputs = parse_record(content["record"], str(folder)).inputs == self.plan.units[number]
-        if whole and same_inputs and not _is_newer(self.plan.units[number], folder / "unit.json"):
-            return True
-        shutil.rmtree(folder)
+        folder = self._place("units", unit_name(number))
+        files = storage.find(folder)
+        record = files.get("unit.json")
+        if record is not None:
+            content = read_json(storage.join(folder, "unit.json"))
+            sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+            whole = all(name in files and files[name].size == size for name, size in sizes.items())
+            same_inputs = parse_record(content["record"], folder).inputs == self.plan.units[number]
+            if whole and same_inputs and not _is_newer(self.plan.units[number], record.modified):
+                return True
+        storage.retract_folder(folder, "unit.json")
         return False
 
     def publish(self) -> Manifest:
@@ -160,23 +183,25 @@ class DatasetWriter:
             return self._publish()
 
     def _publish(self) -> Manifest:
-        folders = [Path(self.out, "units", unit_name(number)) for number in range(len(self.plan.units))]
-        shutil.rmtree(Path(self.out, "units", TAIL), ignore_errors=True)
-        tail = Path(self.out, "units", TAIL)
-        order = self._unit_order()
+        names = [unit_name(number) for number in range(len(self.plan.units))]
+        units = dict(zip(names, storage.each(self._read_unit, names), strict=True))
+        order = [names[number] for number in self._unit_order()]
+        tails = storage.each(lambda name: storage.read(self._place("units", name, "tail.npy")), order)
+        storage.retract_folder(self._place("units", TAIL), "unit.json")
         writer = UnitWriter(self, None)
-        for folder in (folders[number] for number in order):
-            lengths = np.array(read_json(folder / "unit.json")["tail_doc_lengths"], np.int64)
-            writer.carry(Pieces(np.load(folder / "tail.npy"), lengths))
-        writer.commit(None)
+        try:
+            for name, tail in zip(order, tails, strict=True):
+                writer.carry(Pieces(np.load(io.BytesIO(tail)), np.array(units[name]["tail_doc_lengths"], np.int64)))
+            writer.commit(None)
+        except BaseException:
+            writer.discard()
+            raise
+        units[TAIL] = self._read_unit(TAIL)
 
-        shards = [
-            _moved(shard, f"units/{folder.name}/")
-            for folder in (*(folders[number] for number in order), tail)
-            for shard in read_json(folder / "unit.json")["shards"]
-        ]
-        folders.append(tail)
-        records = tuple(parse_record(read_json(folder / "unit.json")["record"], str(folder)) for folder in folders)
+        shards = [_moved(shard, f"units/{name}/") for name in (*order, TAIL) for shard in units[name]["shards"]]
+        self._delete_others({f"units/{name}/unit.json" for name in units} | {f"units/{name}/tail.npy" for name in names}
+                            | {shard["raw_data"]["basename"] for shard in shards})  # fmt: skip
+        records = tuple(parse_record(unit["record"], self._place("units", name)) for name, unit in units.items())
         totals = sum((record.ledger for record in records), Ledger())
         assert totals.balances, totals
         assert totals.carried_in == totals.carried_out, totals
@@ -203,8 +228,8 @@ class DatasetWriter:
             totals=totals,
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
-        self._publish_file("manifest.json", dump_json(dataclasses.asdict(manifest)))
-        self._publish_file("index.json", index)
+        storage.write(self._place("manifest.json"), dump_json(dataclasses.asdict(manifest)))
+        storage.write(self._place("index.json"), index)
         self._clean()
         return manifest
 
@@ -213,14 +238,23 @@ class DatasetWriter:
         seed, number = self.plan.config["seed"], len(self.plan.units)
         return list(range(number)) if seed is None else np.random.default_rng(seed).permutation(number).tolist()
 
-    def _publish_file(self, name: str, data: bytes) -> None:
-        temporary = Path(self.out, f"{name}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, Path(self.out, name))
+    def _read_unit(self, name: str) -> Any:
+        return read_json(self._place("units", name, "unit.json"))
+
+    def _delete_others(self, wanted: set[str]) -> None:
+        """Delete what killed processes and earlier plans have left among the units."""
+        folders = {name.split("/")[1] for name in wanted}
+        for name in storage.ls(self._place("units")):
+            if name not in folders:
+                storage.delete_folder(self._place("units", name))
+        for name in storage.find(self._place("units")):
+            if f"units/{name}" not in wanted:
+                storage.delete(self._place("units", name))
+        storage.abort_uploads(self.out)
 
     def _clean(self) -> None:
-        Path(self.out, "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(Path(self.out, "tmp"), ignore_errors=True)
+        storage.delete(self._place("plan.json"))
+        shutil.rmtree(self.staging, ignore_errors=True)
 
     def _refuse_difference(self, there: Any, *, inputs_too: bool) -> None:
         """Raise ConfigError naming every key in which the plan `there`, read from the folder, is not this one."""
@@ -242,14 +276,16 @@ class DatasetWriter:
 
 class UnitWriter:
     """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit` puts it in its place with
-    one rename."""
+    one rename, or uploads it."""
 
     def __init__(self, dataset: DatasetWriter, number: int | None):
         self.plan, self.number = dataset.plan, number
         self.name = TAIL if number is None else unit_name(number)
         # A name of its own: whoever else is at work on this unit must not write into the same folder.
-        self.temporary = Path(dataset.out, "tmp", f"{self.name}.{uuid.uuid4().hex}")
-        self.final = Path(dataset.out, "units", self.name)
+        self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
+        self.final = storage.join(dataset.out, "units", self.name)
+        if storage.is_url(dataset.out):
+            dataset.staging.parent.mkdir(mode=0o700, exist_ok=True)  # TMPDIR may be everybody's
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
@@ -310,10 +346,8 @@ class UnitWriter:
             )
         )
         try:
-            os.rename(self.temporary, self.final)
-        except OSError:
-            if not self.final.exists():
-                raise
+            storage.put_folder(self.temporary, self.final, "unit.json")
+        except FileExistsError:
             self.discard()  # another process has committed this unit, and the same plan gives the same bytes
         return record
 
@@ -323,13 +357,14 @@ class UnitWriter:
 
 @contextmanager
 def explained(folder: str) -> Iterator[None]:
+    remedy = "when that is mended, run the same command again: it goes on from the last finished unit"
     try:
         yield
+    except StoreError as error:
+        raise DataError(f"{error}; {remedy}") from None
     except OSError as error:
-        raise DataError(
-            f"{folder}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; when that is "
-            "mended, run the same command again: it goes on from the last finished unit"
-        ) from None
+        where = f": {error.filename}" if error.filename else ""
+        raise DataError(f"{folder}: {error.strerror or error}{where}; {remedy}") from None
 
 
 def unit_name(number: int) -> str:
@@ -347,17 +382,21 @@ def _plan_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def _inputs(units: Any) -> str:
-    """The input files of a plan in a few words that differ when the files or their sizes do."""
+    """The input files of a plan in a few words that differ when the files, their sizes or versions do."""
     sizes: dict[str, int] = {}
+    versions: dict[str, str] = {}
     for part in (part for unit in units for part in unit):
         sizes[part["path"]] = sizes.get(part["path"], 0) + part["num_bytes"]
-    digest = hashlib.sha256(dump_json(list(sizes.items()))).hexdigest()
+        if "version" in part and part["version"] is not None:
+            versions[part["path"]] = part["version"]
+    digest = hashlib.sha256(dump_json([list(sizes.items()), versions])).hexdigest()
     return f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}"
 
 
-def _is_newer(unit: Unit, record: Path) -> bool:
-    committed = record.stat().st_mtime
-    return any(Path(part.path).stat().st_mtime > committed for part in unit if part.format != "dataset")
+def _is_newer(unit: Unit, committed: float) -> bool:
+    """Whether a file was written since; in an object store, versions tell."""
+    files = (part.path for part in unit if part.format != "dataset" and part.version is None)
+    return any(stat is None or stat.modified > committed for stat in map(storage.stat, files))
 
 
 def _moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ not there is a FileNotFoundError, and any other failure of a local disk an OSErr
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -129,15 +130,28 @@ def put(local: str | Path, place: str) -> None:
 def put_folder(local: str | Path, place: str, last: str) -> None:
     """Move a local folder of files, whose `last` one appears last: who sees that sees them all.
 
-    To a local place, which must be on the same disk and not be there yet, by one rename. In an object store, files that
-    are there are replaced, and others left as they are.
+    To a local place, which must be on the same disk, by one rename; FileExistsError if it is there and not empty. In an
+    object store, files that are there are replaced, and others left as they are.
     """
     if not is_url(place):
-        os.rename(local, place)
+        try:
+            os.rename(local, place)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place) from None
         return
     for path in sorted(Path(local).iterdir(), key=lambda path: (path.name == last, path.name)):
         put(path, join(place, path.name))
     shutil.rmtree(local)
+
+
+def retract_folder(place: str, last: str) -> None:
+    """Undo `put_folder`, if it was done. In an object store only `last` is deleted: others may be putting the same files."""
+    if is_url(place):
+        delete(join(place, last))
+    else:
+        delete_folder(place)
 
 
 def download(place: str, local: str | Path) -> None:
@@ -166,7 +180,8 @@ def delete(place: str) -> None:
 def delete_folder(place: str) -> None:
     """Delete all files below a folder, and what killed uploads have left there."""
     if not is_url(place):
-        shutil.rmtree(place, ignore_errors=True)
+        if os.path.isdir(place):
+            shutil.rmtree(place)
         return
     list(each(lambda name: delete(join(place, name)), find(place)))
     abort_uploads(place)
@@ -200,9 +215,11 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
         if scheme == "s3":
             from flame_composer.s3 import S3FileSystem
 
-            if not path.strip("/"):
+            if not path.partition("/")[0]:
                 raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
             fs: Any = S3FileSystem()
+        elif scheme in ("file", "local"):
+            raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
         else:
             fs = fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:

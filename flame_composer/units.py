@@ -50,7 +50,8 @@ def convert_unit(
     `encoder` is what the manifest is to call `encode`. With `reference`, the first document of the unit and one in
     `SAMPLE` of the others, chosen by their hashes, must have the same tokens by both; EncoderMismatch otherwise.
     """
-    missing = [dataset for dataset in datasets if not dataset.is_committed(number)]
+    with explained(" and ".join(dataset.out for dataset in datasets)):
+        missing = [dataset for dataset in datasets if not dataset.is_committed(number)]
     if not missing:
         return []
     plan = missing[0].plan

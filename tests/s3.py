@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +42,49 @@ class S3:
 
     def read(self, key: str) -> bytes:
         return self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """A line to the server that breaks: it cuts the next `num_cuts` answers after a megabyte, and is gone after `cut`."""
+
+    def __init__(self, endpoint: str):
+        super().__init__(("127.0.0.1", 0), _Connection)
+        host, port = endpoint.removeprefix("http://").split(":")
+        self.target, self.num_cuts, self.is_cut = (host, int(port)), 0, False
+        self.endpoint = "http://{}:{}".format(*self.server_address)
+        self.thread = threading.Thread(target=self.serve_forever, args=[0.05])
+
+    def __enter__(self) -> Relay:
+        self.thread.start()
+        return self
+
+    def cut(self) -> None:
+        self.is_cut = True
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+    def __exit__(self, *error: object) -> None:
+        self.cut()
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: Relay
+
+    def handle(self) -> None:
+        num_bytes = 0
+        with socket.create_connection(self.server.target) as server:
+            while not self.server.is_cut:
+                for source in select.select([self.request, server], [], [], 0.1)[0]:
+                    block = source.recv(1 << 16)
+                    if source is server:
+                        num_bytes += len(block)
+                        if num_bytes > 1 << 20 and self.server.num_cuts:
+                            self.server.num_cuts -= 1
+                            return
+                    if not block:
+                        return
+                    (self.request if source is server else server).sendall(block)
 
 
 @pytest.fixture(scope="session")

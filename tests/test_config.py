@@ -134,6 +134,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((cls, {"source": []}, "source", "must name at least one file, folder or glob")
       for cls in (TokenizerTrainConfig, ConvertConfig)),
     *((TokenizerTrainConfig, {name: ""}, name, EMPTY) for name in ("out", "text_column", "eos_token")),
+    (TokenizerTrainConfig, {"out": "s3://b/tokenizer"}, "out", "must be a local folder"),
     (TokenizerTrainConfig, {"vocab_size": 256}, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token"),
     (TokenizerTrainConfig, {"min_frequency": 0}, "min_frequency", "must be 1 or more"),
     (TokenizerTrainConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0"),
@@ -155,7 +156,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (ConvertConfig, {"val_out": "v"}, "val_out", "must be set together with val_fraction"),
     *((ConvertConfig, {"val_fraction": 0.1, "val_out": val_out, "out": out}, "val_out",
        f"must be a folder beside out={out}, neither the same nor inside the other")
-      for out, val_out in (("o", "o"), ("o", "./o"), ("o", "o/val"), ("o/train", "o"), ("o", "x/../o"))),
+      for out, val_out in (("o", "o"), ("o", "./o"), ("o", "o/val"), ("o/train", "o"), ("o", "x/../o"),
+                           ("s3://b/o", "s3://b/o/"), ("s3://b/o", "s3://b/o/val"), ("s3://b", "s3://b/val"))),
     *((ConvertConfig, {"shard_size": size}, "shard_size",
        "must be at least 17408 (one row) and less than 4294967296 bytes") for size in (17407, 2**32)),
     (ConvertConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
@@ -205,6 +207,8 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (TrainConfig, {"max_duration": "1ep", "scheduler": SchedulerConfig(warmup="10ba")}),
     (TokenizerTrainConfig, {"vocab_size": 257, "min_frequency": 1, "max_bytes": 1}),
     (ConvertConfig, {"val_fraction": 0.1, "val_out": "o2"}),
+    (ConvertConfig, {"val_fraction": 0.1, "out": "s3://b/o", "val_out": "s3://b/o2"}),
+    (ConvertConfig, {"source": ["s3://b/s"], "val_fraction": 0.1, "out": "s3://b/o", "val_out": "/o", "cluster": "c"}),
     *((ConvertConfig, {"shard_size": size}) for size in (17408, 2**32 - 1)),
     (ConvertConfig, {"source": ["a/set"], "split": "train", "out": "/o", "cluster": "c"}),
     (ConvertConfig, {"max_doc_length": 1, "min_doc_length": 1, "seed": 0, "num_workers": 1}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -275,3 +276,23 @@ def test_help_names_every_key(script, tmp_path):
     assert result.returncode == 0
     for key in ("source", "suffixes", "text_column", "on_error", "out"):
         assert f"  {key}: " in result.stdout
+
+
+def test_a_full_disk_is_one_line_and_a_rerun_finishes(corpus):
+    """A small filesystem, filled up and then enlarged, where a mount namespace may be made."""
+    small = corpus / "small"
+    small.mkdir()
+    namespace = ["unshare", "--user", "--mount", "--map-root-user", "sh", "-c"]
+    mount = "mount -t tmpfs -o size=12k none small"
+    if shutil.which("unshare") is None or subprocess.run([*namespace, mount], cwd=corpus, capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    convert = f"{sys.executable} {ROOT}/convert/to_mds.py source=source tokenizer=tokenizer context_length=64 encoder=hf"
+    commands = f"{mount}; {convert} out=small/out; echo status $?; find small -name index.json; "
+    commands += f"mount -o remount,size=10m small; {convert} out=small/out && cp -r small/out ."
+    done = subprocess.run([*namespace, commands], cwd=corpus, capture_output=True, text=True, timeout=120)
+    assert re.fullmatch(r"error: small/out: No space left on device.*; when that is mended, run the same command again: it "
+                        r"goes on from the last finished unit\n", done.stderr), done.stderr
+    assert done.stdout.startswith("status 1\nsplit"), "nothing was published"
+    whole = subprocess.run(f"{convert} out=whole", shell=True, cwd=corpus, capture_output=True, timeout=120)
+    assert whole.returncode == 0
+    assert files_under(corpus / "out") == files_under(corpus / "whole")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flame_composer import encoder, workers
+from flame_composer import encoder, storage, workers
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files
 from flame_composer.manifest import HF, read_manifest
@@ -26,6 +26,7 @@ from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import bare, fingerprint, load_tokenizer
 from flame_composer.workers import Conversion, convert_units
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+from tests.s3 import BUCKET
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,11 +65,17 @@ def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
     return Conversion(tuple(datasets), bare(load_tokenizer(str(folder / "tokenizer"))), False, True, HF, "redo", "fail")
 
 
+def place_of(folder: Path, name: str) -> str:
+    """Where the datasets called `name` are: in `folder`, unless it is a URL."""
+    return name if storage.is_url(name) else str(folder / name)
+
+
 def command(folder: Path, name: str, num_workers: int | None, *more: str) -> list[str]:
     """The same conversion as a user gives it."""
+    place = place_of(folder, name)
     arguments = [
-        f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={folder}/{name}/train", "context_length=64",
-        f"val_out={folder}/{name}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
+        f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={place}/train", "context_length=64",
+        f"val_out={place}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
         "shard_size=20000", "unit_size=32000", "encoder=hf", *more,
     ]  # fmt: skip
     arguments += [] if num_workers is None else [f"num_workers={num_workers}"]
@@ -108,9 +115,10 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 
 def check_finished(folder: Path, name: str) -> None:
-    assert files_under(folder / name) == files_under(folder / "whole")
+    place = place_of(folder, name)
+    assert {file: storage.read(f"{place}/{file}") for file in storage.find(place)} == files_under(folder / "whole")
     for split in ("train", "val"):
-        totals = read_manifest(str(folder / name / split)).totals  # which checks that the ledger balances
+        totals = read_manifest(f"{place}/{split}").totals  # which checks that the ledger balances
         assert totals.tokens_in == totals.tokens_out + totals.dropped
 
 
@@ -185,13 +193,19 @@ def test_an_error_in_a_worker_is_the_error_of_all(folder, tmp_path):
     assert 0 < len(committed) < len(numbers)
 
 
-def test_a_dask_cluster_gives_the_same_bytes(folder):
+def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
+    """One split to a folder, the other to an object store."""
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}")
-        _, err = process.communicate(timeout=120)
+    val = f"s3://{BUCKET}/cluster/val"
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, env=s3.env) as cluster:
+        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}", f"val_out={val}")
+        _, err = process.communicate(timeout=240)
         assert (process.returncode, err) == (0, "")
+    assert list((folder / "cluster").iterdir()) == [folder / "cluster" / "train"]
+    for file in storage.find(val):
+        (folder / "cluster" / "val" / file).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(f"{val}/{file}", folder / "cluster" / "val" / file)
     check_finished(folder, "cluster")
 
 
@@ -222,25 +236,28 @@ def finish(folder: Path, name: str) -> None:
     check_finished(folder, name)
 
 
+FAULTS = [
+    pytest.mark.faults,
+    pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
+]
+
+
 @pytest.mark.parametrize(
-    "num_kills",
-    [
-        6,
-        pytest.param(20, marks=[
-            pytest.mark.faults,
-            pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
-        ]),
-    ],
-)  # fmt: skip
-def test_killed_at_any_instant_with_any_number_of_workers(folder, num_kills):
+    ("store", "num_kills"),
+    [("folder", 6), ("s3", 3), pytest.param("folder", 20, marks=FAULTS), pytest.param("s3", 20, marks=FAULTS)],
+)
+def test_killed_at_any_instant_with_any_number_of_workers(folder, store, num_kills, request):
     """SIGKILL to the process in charge, to all, or to one worker; the next run goes on, until one gets to the end."""
+    if store == "s3":
+        request.getfixturevalue("s3")
     rng = random.Random(num_kills)
     attempt = kills = 0
-    name = f"killed{num_kills}.{attempt}"
+    name = base = f"killed{num_kills}." if store == "folder" else f"s3://{BUCKET}/killed{num_kills}."
+    name += "0"
     while kills < num_kills:
         process = start(folder, name, 1 + kills % 3)
-        units = folder / name / "train" / "units"
-        wait_until(lambda: units.exists() or process.poll() is not None, 60)  # noqa: B023
+        train = f"{place_of(folder, name)}/train"
+        wait_until(lambda: storage.ls(train) or process.poll() is not None, 60)  # noqa: B023
         time.sleep(rng.uniform(0, 1) if rng.random() < 0.5 else rng.uniform(0.3, 0.7))
         victim = rng.choice(["leader", "all", "worker"])
         targets = workers_of(process.pid)
@@ -254,7 +271,7 @@ def test_killed_at_any_instant_with_any_number_of_workers(folder, num_kills):
         if process.returncode == 0:
             check_finished(folder, name)
             attempt += 1
-            name = f"killed{num_kills}.{attempt}"
+            name = f"{base}{attempt}"
             continue
         kills += 1
         if victim == "worker":
