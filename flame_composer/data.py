@@ -242,27 +242,30 @@ def build_train_loader(dataset: Dataset, config: DataConfig, *, global_batch_siz
     loader = DataLoader(
         rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
-def outlive_signals(_worker_id: int) -> None:
-    """In a loader process: only the training process, which still needs the batch in hand, may end it.
+def follow_parent(_worker_id: int) -> None:
+    """In a loader process: the training process, which still needs the batch in hand, ends it, and nobody else.
 
-    SIGTERM and Ctrl-C are often sent to the whole process group.
+    SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was killed, upstream's threads
+    would keep this one alive for ever, with its memory and its share of the shared memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    while os.getppid() == parent:
+        heard = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if heard is not None and heard.si_pid == parent:
+            break
     os._exit(0)
 
 
@@ -277,7 +280,7 @@ def build_evaluator(
     rows = Rows(dataset, batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
-        generator=torch.Generator(), worker_init_fn=outlive_signals,
+        generator=torch.Generator(), worker_init_fn=follow_parent,
     )
     batches = until(loader) if until else loader
     return Evaluator(
