@@ -41,8 +41,7 @@ from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, DataError
 from flame_composer.convert_config import C4Config, CleanConfig, GopherQualityConfig, GopherRepetitionConfig, LanguageConfig
 from flame_composer.corpus import read_documents
-from flame_composer.manifest import read_json
-from flame_composer.parts import DOCUMENTS, Counts, PartsFolder, PartWriter, publish_file, read_part
+from flame_composer.parts import DOCUMENTS, Counts, PartsFolder, PartWriter, publish_file, read_json, read_part
 
 Documents = Iterator[Document]
 

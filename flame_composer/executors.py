@@ -27,8 +27,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from flame_composer.cleaning import EXACT_HASHES, FINDINGS, MAX_TASKS, Stage, build_stages, counts_path
 from flame_composer.config import ConfigError, DataError
 from flame_composer.convert_config import CleanConfig
-from flame_composer.manifest import read_json
-from flame_composer.parts import PartsFolder, publish_file
+from flame_composer.parts import PartsFolder, publish_file, read_json
 from flame_composer.shards import explained
 
 Executor: TypeAlias = LocalPipelineExecutor | SlurmPipelineExecutor | RayPipelineExecutor
@@ -42,8 +41,8 @@ def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
         done, record = first / "completions" / f"{number:05}", counts_path(folder, "filter", number)
         if done.exists():
             same = read_json(record)["inputs"] == [dataclasses.asdict(part) for part in unit]
-            written = record.stat().st_mtime
-            if same and not any(os.stat(part.path).st_mtime > written for part in unit if part.format != "dataset"):
+            files = [part.path for part in unit if os.path.exists(part.path)]  # not datasets, which are addresses
+            if same and not any(os.stat(path).st_mtime > record.stat().st_mtime for path in files):
                 continue
             done.unlink()
         is_changed = True

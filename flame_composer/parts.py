@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from flame_composer.config import ConfigError, DataError
-from flame_composer.manifest import Unit, dump_json, file_size, read_json
+from flame_composer.manifest import Unit, dump_json
 
 FORMAT = "flame_composer cleaned documents"
 VERSION = 1
@@ -164,7 +164,7 @@ class PartsFolder:
             self._refuse_difference(there, {**self.settings, "inputs": inputs_of(self.units)})
             for part in manifest["parts"]:
                 path = out / DOCUMENTS / part["name"]
-                size = file_size(path)
+                size = path.stat().st_size if path.is_file() else None
                 if size != part["bytes"]:
                     what = "missing" if size is None else f"{size} bytes long, must be {part['bytes']}"
                     raise DataError(f"{path}: is {what}; restore it from a copy, or delete {out} and run the command again")
@@ -223,6 +223,13 @@ def publish_file(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(dump_json(content))
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged: {str(error).splitlines()[0]}; remove its folder and run the command again") from None
 
 
 def inputs_of(units: Sequence[Unit]) -> str:

@@ -292,7 +292,7 @@ KEYS = ("unit_size=30000", "gopher_repetition.dup_n_grams=0,0,0,0,0,0")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("clean")
-    texts = [prose(seed, 40) for seed in range(60)]
+    texts = [prose(seed, 30) for seed in range(60)]
     texts[7] += " Write to somebody@site.org."
     code = "int f() { return 1; }\n" + prose(70, 20)
     extra = [texts[3], with_changed_words(texts[5], 3, 1), prose(80, 2), "", code, texts[3]]
