@@ -59,18 +59,14 @@ def main(config: CleanConfig) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"out: {config.out}: another process is at work in this folder; wait for it to end") from None
-    with lock:
-        for each in folders.values():
-            if each.finished() is None:
-                each.begin()
-        with tqdm(unit=" tasks", disable=None) as bar:
+    with lock, tqdm(unit=" tasks", disable=None) as bar:
 
-            def on_progress(stage: str, done: int, total: int) -> None:
-                bar.total = total
-                bar.set_description_str(stage, refresh=False)
-                bar.update(done)
+        def on_progress(stage: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description_str(stage, refresh=False)
+            bar.update(done)
 
-            submitted = executors.clean(config, folder, removed, on_progress)
+        submitted = executors.clean(config, folder, removed, on_progress)
     if submitted is not None:
         print(submitted)
         return

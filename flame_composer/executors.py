@@ -30,6 +30,8 @@ from flame_composer.convert_config import CleanConfig
 from flame_composer.parts import PartsFolder, publish_file, read_json
 from flame_composer.shards import explained
 
+JOBS = "slurm_jobs.json"
+
 Executor: TypeAlias = LocalPipelineExecutor | SlurmPipelineExecutor | RayPipelineExecutor
 
 
@@ -73,7 +75,7 @@ def build_executor(config: CleanConfig, folder: PartsFolder, stage: Stage, befor
             stage.pipeline, stage.tasks, section.time, section.partition, workers=workers, logging_dir=logs, depends=before,
             job_name=f"clean-{stage.name.replace(' ', '-')}", mem_per_cpu_gb=section.mem_per_cpu_gb, qos=section.qos,
             venv_path=section.activate or (str(activate) if activate.exists() else None),
-            max_array_size=section.max_array_size,
+            max_array_size=section.max_array_size, sbatch_args={"kill-on-invalid-dep": "yes"},
         )  # fmt: skip
     return LocalPipelineExecutor(stage.pipeline, stage.tasks, logging_dir=logs)
 
@@ -87,6 +89,14 @@ def clean(
 
     Raises DataError for documents that cannot be read, and for a process that dies; what is finished is kept.
     """
+    waiting = jobs_in_queue(folder)
+    if waiting:
+        return f"jobs {', '.join(waiting)} are in the queue still; run the same command again when they are done"
+    if folder.finished() is not None:  # by a process that was at work until now
+        return None
+    for each in (folder, removed):
+        if each is not None and each.finished() is None:
+            each.begin()
     loguru.logger.remove()  # what datatrove logs is in the folder, a file a task
     stages = build_stages(config, folder, removed)
     forget_changed(folder, stages)
@@ -196,22 +206,34 @@ def connect_to_ray(address: str) -> None:
         raise ConfigError(f"ray.address: {address}: cannot be reached: {reason}; give a Ray cluster's address") from None
 
 
-def submit(config: CleanConfig, folder: PartsFolder, stages: Sequence[Stage]) -> str:
-    """Submit every stage to Slurm, each to start when the one before has finished, unless they are in the queue already."""
-    record = folder.work / "slurm_jobs.json"
-    if record.exists():
-        jobs = read_json(record)["jobs"]
+def jobs_in_queue(folder: PartsFolder) -> list[str]:
+    """The jobs that were submitted for this folder, if any of them is not done: nothing in it must be touched then."""
+    record = folder.work / JOBS
+    if not record.exists():
+        return []
+    jobs: list[str] = read_json(record)["jobs"]
+    try:
         queue = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(jobs)], capture_output=True, text=True)
-        if queue.returncode == 0 and queue.stdout.strip():
-            return f"jobs {', '.join(jobs)} are in the queue still; run the same command again when they are done"
+    except OSError:
+        raise ConfigError(f"{folder.out}: Slurm jobs {', '.join(jobs)} were submitted for it, and there is no squeue here to "
+                          f"ask about them; run the command where they were submitted, or remove {record}") from None
+    return jobs if queue.returncode == 0 and queue.stdout.strip() else []  # not 0 if it has forgotten them
+
+
+def submit(config: CleanConfig, folder: PartsFolder, stages: Sequence[Stage]) -> str:
+    """Submit every stage to Slurm, each to start when the one before has finished."""
+    record = folder.work / JOBS
+    before = ""
+    if record.exists():
+        before = f"jobs {', '.join(read_json(record)['jobs'])} did not finish, see {folder.work / 'logs'}; "
     last: Executor | None = None
     executors = [last := build_executor(config, folder, stage, last) for stage in stages]
     try:
         executors[-1].run()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
         raise ConfigError(f"executor=slurm: {error.filename}: no such command; submit from a machine of the cluster") from None
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"slurm: sbatch refused a job (exit status {error.returncode}): see what it printed above") from None
+        raise ConfigError(f"slurm: sbatch refused a job (exit status {error.returncode}) for what it says above") from None
     jobs = [str(executor.job_id) for executor in executors if executor.job_id not in (None, -1)]
     publish_file(record, {"jobs": jobs})
-    return f"submitted jobs {', '.join(jobs)}; run the same command again when they are done"
+    return f"{before}submitted jobs {', '.join(jobs)}; run the same command again when they are done"

@@ -249,7 +249,7 @@ def test_of_equal_documents_the_first_stays(tmp_path: Path) -> None:
     """Also where a later unit has the document further to its front, and whatever the units are."""
     texts = [prose(1), prose(2), prose(3), prose(4), prose(2), prose(4), prose(5), prose(1), prose(4)]
     source = write_documents(tmp_path / "a.jsonl", texts)
-    for size in (2500, 10**6):
+    for size in (4000, 10**6):
         result = clean(source, tmp_path / f"out{size}", *ALL_OFF[:3], *ALL_OFF[4:], "exact_dedup=true", f"unit_size={size}",
                        "num_workers=1")  # fmt: skip
         assert result["removed"] == {"exact_dedup": 4}
@@ -270,7 +270,7 @@ def test_of_similar_documents_the_first_stays(tmp_path: Path) -> None:
     random.Random(5).shuffle(labelled)
     source = write_documents(tmp_path / "a.jsonl", [text for _, text in labelled])
     firsts = [text for n, (i, text) in enumerate(labelled) if i not in [j for j, _ in labelled[:n]]]
-    for size in (20_000, 10**6):
+    for size in (60_000, 10**6):
         result = clean(source, tmp_path / f"out{size}", *ALL_OFF[:4], "pii=null", f"unit_size={size}", "num_workers=1")
         assert result["removed"] == {"minhash": len(labelled) - len(clusters)}
         assert [text for _, text in read_documents(tmp_path / f"out{size}")] == firsts
@@ -286,16 +286,16 @@ class Corpus:
     result: dict[str, Any]
 
 
-KEYS = ("unit_size=30000", "gopher_repetition.dup_n_grams=0,0,0,0,0,0")
+KEYS = ("unit_size=40000", "gopher_repetition.dup_n_grams=0,0,0,0,0,0")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("clean")
-    texts = [prose(seed, 30) for seed in range(60)]
+    texts = [prose(seed, 20) for seed in range(60)]
     texts[7] += " Write to somebody@site.org."
     code = "int f() { return 1; }\n" + prose(70, 20)
-    extra = [texts[3], with_changed_words(texts[5], 3, 1), prose(80, 2), "", code, texts[3]]
+    extra = [texts[3], with_changed_words(texts[5], 2, 1), prose(80, 2), "", code, texts[3]]
     write_documents(folder / "source/a.jsonl", texts[:40] + extra)
     (folder / "source/b.txt").write_text(texts[41])
     write_documents(folder / "source/c.jsonl", [texts[4], *texts[40:]])
@@ -477,7 +477,7 @@ def test_without_the_extra(tmp_path: Path) -> None:
 
 
 def test_jobs_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts that datatrove would submit. (There is no Slurm here to run them.)"""
+    """The scripts that datatrove would submit, and what is said where there is no Slurm and no Ray."""
     source = write_documents(tmp_path / "a.jsonl", [prose(seed) for seed in range(4)])
     section = SlurmConfig("cpu", "2:00:00", mem_per_cpu_gb=3, activate="/env/activate")
     config = CleanConfig(source=[str(source)], out=str(tmp_path / "out"), executor="slurm", slurm=section, num_workers=7)
