@@ -378,7 +378,7 @@ def test_a_source_that_was_mended_is_read_again(tmp_path: Path) -> None:
     good = bad.read_bytes()
     damaged = good[:100] + b'"' + good[101:]  # a quotation mark inside the first text
     bad.write_bytes(damaged)
-    command = ("convert/clean.py", f"source={source.parent}", "unit_size=5000", "num_workers=1")
+    command = ("convert/clean.py", f"source={source.parent}", "unit_size=12000", "num_workers=1", "minhash=null")
     failed = run_script(*command, f"out={tmp_path / 'out'}")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith(f"error: {bad}:1: not valid JSON: ")
@@ -389,7 +389,7 @@ def test_a_source_that_was_mended_is_read_again(tmp_path: Path) -> None:
     bad.write_bytes(good)
     result = last_json(run_script(*command, f"out={tmp_path / 'out'}"))
     assert (result["documents"], result["removed"]["exact_dedup"], result["documents_out"]) == (13, 1, 12)
-    clean(source.parent, tmp_path / "fresh", "unit_size=5000", "num_workers=1")
+    clean(source.parent, tmp_path / "fresh", "unit_size=12000", "num_workers=1", "minhash=null")
     assert files_under(tmp_path / "out/documents") == files_under(tmp_path / "fresh/documents")
 
 
@@ -407,7 +407,7 @@ def test_parquet_compressed_and_hugging_face_sources(tmp_path: Path) -> None:
         "dataset": (tmp_path / "set", "split=train"),
     }  # fmt: skip
     for name, (source, key) in by_source.items():
-        clean(source, tmp_path / name, "c4=null", key, "num_workers=1", "unit_size=5000")
+        clean(source, tmp_path / name, "c4=null", "minhash=null", key, "num_workers=1", "unit_size=5000")
         assert [text for _, text in read_documents(tmp_path / name)] == texts
         if key == "compression=gz":
             part = next((tmp_path / name / "documents").iterdir()).read_bytes()
