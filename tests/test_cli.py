@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from flame_composer import cli
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
-from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.convert_config import CleanConfig, ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
 from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, InspectConfig,
-    BenchmarkConfig, ConversionBenchmarkConfig,
+    BenchmarkConfig, ConversionBenchmarkConfig, CleanConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base
@@ -34,7 +34,7 @@ model:
   config: {model_type: gla, hidden_size: 64}
 train_data: {local: data}
 """
-OPTIMIZER_KEYS = "optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.grad_clip_norm"
+OPTIMIZER_KEYS = "optimizer.name, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.grad_clip_norm"
 MODEL_KEYS = "model.config, model.pretrained"
 
 
@@ -222,7 +222,7 @@ COMMAND_LINE = {
     "wandb.tags=null": "wandb.tags=null: must be list[str]",
     "precision=bf16": "precision=bf16: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
     "precision=FP32": "precision=FP32: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
-    "scheduler.name=cosin": "scheduler.name=cosin: must be one of ['cosine', 'linear', 'constant']",
+    "scheduler.name=cosin": "scheduler.name=cosin: must be one of ['cosine', 'linear', 'constant', 'wsd']",
     # A value where a section is, and the reverse.
     "model=x": f"model=x: must hold keys and values; its keys are {MODEL_KEYS}",
     "model=3": f"model=3: must hold keys and values; its keys are {MODEL_KEYS}",
@@ -504,7 +504,7 @@ def test_help_says_what_a_user_needs():
     assert "  seed: int = 42" in lines
     assert "  run_name: str = (must be set)" in lines
     assert "  save_folder: str | None = runs/${run_name}/checkpoints" in lines
-    assert "  scheduler.name: one of ['cosine', 'linear', 'constant'] = cosine" in lines
+    assert "  scheduler.name: one of ['cosine', 'linear', 'constant', 'wsd'] = cosine" in lines
     assert "  optimizer: section" in lines
     assert "  wandb.tags: list[str] = []" in lines
     assert "  optimizer.grad_clip_norm: float | None = 1.0" in lines

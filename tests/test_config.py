@@ -19,7 +19,21 @@ from hypothesis import strategies as st
 from flame_composer import convert_config, recipe_config, train_config
 from flame_composer.cli import _docs
 from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
-from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.convert_config import (
+    C4Config,
+    CleanConfig,
+    ConvertConfig,
+    GopherQualityConfig,
+    GopherRepetitionConfig,
+    InspectConfig,
+    LanguageConfig,
+    MinhashConfig,
+    PiiConfig,
+    RayConfig,
+    SlurmConfig,
+    ToHfConfig,
+    TokenizerTrainConfig,
+)
 from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import (
     DataConfig,
@@ -59,7 +73,13 @@ GIVEN: dict[type, dict[str, Any]] = {
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
     ConversionBenchmarkConfig: {},
+    CleanConfig: {"source": ["s"], "out": "o"},
+    LanguageConfig: {"model": "m"},
+    **{cls: {} for cls in (GopherRepetitionConfig, GopherQualityConfig, C4Config, MinhashConfig, PiiConfig, RayConfig)},
+    SlurmConfig: {"partition": "p", "time": "1:00:00"},
 }  # fmt: skip
+NO_STEP = dict.fromkeys(("gopher_repetition", "gopher_quality", "c4", "minhash", "pii")) | {"exact_dedup": False}
+SLURM = {"executor": "slurm", "slurm": SlurmConfig(**GIVEN[SlurmConfig])}
 
 nan, inf = math.nan, math.inf
 WHOLE = "must be a whole number followed by ba, tok, sp or ep, e.g. 1000ba"
@@ -69,6 +89,9 @@ NAME = "must be letters, digits, '.', '_' and '-' (it names folders)"
 SEED = "must be in [0, 2**32)"
 ROWS = "must be a positive number of rows"
 EMPTY = "must not be empty"
+
+FRACTION_OF_ONE = "must be in [0, 1]"
+ABSOLUTE = "must be absolute where there is a cluster, whose workers have working folders of their own"
 
 # Class, what is given beside GIVEN, the field at fault, the rule. Values on both sides of every border.
 BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
@@ -138,6 +161,45 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (TokenizerTrainConfig, {"vocab_size": 256}, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token"),
     (TokenizerTrainConfig, {"min_frequency": 0}, "min_frequency", "must be 1 or more"),
     (TokenizerTrainConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0"),
+    *((LanguageConfig, {"threshold": x}, "threshold", FRACTION_OF_ONE) for x in (-0.1, 1.1, nan)),
+    (LanguageConfig, {"model": ""}, "model", EMPTY),
+    (LanguageConfig, {"languages": []}, "languages", "must name at least one language, e.g. [en]"),
+    *((GopherRepetitionConfig, {name: x}, name, FRACTION_OF_ONE) for x in (-0.1, 1.1, nan)
+      for name in ("dup_line_frac", "dup_para_frac", "dup_line_char_frac", "dup_para_char_frac")),
+    *((GopherRepetitionConfig, {"top_n_grams": x}, "top_n_grams", "must be 3 numbers from 0 to 1")
+      for x in ([], [0.1] * 4, [0.1, 0.1, 1.1], [-0.1, 0.1, 0.1])),
+    *((GopherRepetitionConfig, {"dup_n_grams": x}, "dup_n_grams", "must be 6 numbers from 0 to 1")
+      for x in ([0.1] * 5, [nan] * 6)),
+    *((GopherQualityConfig, {name: -1}, name, "must be 0 or more")
+      for name in ("min_doc_words", "max_doc_words", "min_avg_word_length", "max_avg_word_length", "min_stop_words")),
+    *((GopherQualityConfig, {name: x}, name, FRACTION_OF_ONE) for x in (-0.1, 1.1, nan) for name in (
+        "max_symbol_word_ratio", "max_bullet_lines_ratio", "max_ellipsis_lines_ratio", "min_alpha_words_ratio")),
+    *((GopherQualityConfig, {"stop_words": x}, "stop_words", "must be at least min_stop_words words")
+      for x in ([], ["the"], ["the", "the"])),
+    *((C4Config, {name: -1}, name, "must be 0 or more")
+      for name in ("min_num_sentences", "min_words_per_line", "max_word_length")),
+    *((MinhashConfig, {name: 0}, name, "must be 1 or more") for name in ("n_grams", "num_buckets", "hashes_per_bucket")),
+    *((MinhashConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
+    (PiiConfig, {"emails": None, "ips": None}, "emails", "must be set if ips is not; pii=null masks nothing"),
+    *((SlurmConfig, {name: ""}, name, EMPTY) for name in ("partition", "time", "qos", "activate")),
+    *((SlurmConfig, {name: 0}, name, "must be 1 or more") for name in ("mem_per_cpu_gb", "max_array_size")),
+    (RayConfig, {"address": ""}, "address", EMPTY),
+    *((RayConfig, {"mem_per_cpu_gb": x}, "mem_per_cpu_gb", "must be more than 0") for x in (0.0, nan)),
+    (CleanConfig, {"source": []}, "source", "must name at least one file, folder or glob"),
+    *((CleanConfig, {name: ""}, name, EMPTY) for name in ("out", "removed_out", "text_column", "split", "name")),
+    (CleanConfig, {"name": "n"}, "split", "must be set together with name, e.g. split=train"),
+    (CleanConfig, {"split": "train", "suffixes": [".py"]}, "suffixes", "must not be set together with split"),
+    *((CleanConfig, {"removed_out": folder}, "removed_out",
+       "must be a folder beside out=o, neither the same nor inside the other") for folder in ("o", "./o", "o/p", ".")),
+    (CleanConfig, NO_STEP, "exact_dedup", "must be true where every other step is null, or there is nothing to do"),
+    (CleanConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
+    (CleanConfig, {"num_workers": 0}, "num_workers", "must be 1 or more, or null"),
+    *((CleanConfig, given, "slurm",
+       "must be set with executor=slurm, and with no other: slurm.partition=... slurm.time=...")
+      for given in ({"executor": "slurm"}, {"slurm": SLURM["slurm"]}, SLURM | {"executor": "ray"})),
+    *((CleanConfig, {"source": ["/s"], "out": "/o", "removed_out": "/r"} | cluster | {name: value}, name, ABSOLUTE)
+      for name, value in (("source", ["/s", "s"]), ("out", "o"), ("removed_out", "r"))
+      for cluster in (SLURM, {"executor": "ray"})),
     *((ConvertConfig, {name: ""}, name, EMPTY) for name in ("out", "val_out", "tokenizer", "text_column", "split", "name")),
     (ConvertConfig, {"name": "n"}, "split", "must be set together with name, e.g. split=train"),
     (ConvertConfig, {"split": "train", "suffixes": [".py"]}, "suffixes", "must not be set together with split"),
@@ -217,6 +279,14 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (InspectConfig, {"max_bytes": None}),
     (BenchmarkConfig, {"context_lengths": [2], "repeats": 1}),
     (ConversionBenchmarkConfig, {"megabytes": 0.1, "unit_size": 1, "repeats": 1, "context_length": 2, "num_workers": 2}),
+    (CleanConfig, NO_STEP | {"exact_dedup": True}),
+    *((CleanConfig, NO_STEP | {name: section}) for name, section in (
+        ("minhash", MinhashConfig()), ("pii", PiiConfig()), ("c4", C4Config()), ("language", LanguageConfig(model="m")))),
+    *((CleanConfig, {"source": ["a/set"], "split": "train", "out": "/o"} | each) for each in (SLURM, {"executor": "ray"})),
+    (GopherRepetitionConfig, {"top_n_grams": [0.0, 1.0, 0.5], "dup_n_grams": [0.0] * 6, "dup_line_frac": 0.0}),
+    (GopherQualityConfig, {"min_doc_words": 0, "min_stop_words": 0, "stop_words": [], "min_alpha_words_ratio": 1.0}),
+    (C4Config, {"min_num_sentences": 0}),
+    *((PiiConfig, {name: None}) for name in ("emails", "ips")),
 ]  # fmt: skip
 
 

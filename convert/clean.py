@@ -1,0 +1,81 @@
+"""Remove duplicates and documents that are no use to train on: python convert/clean.py source=DIR out=DIR [key=value ...]
+
+A cleaning that was interrupted goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from flame_composer.cli import run
+from flame_composer.config import ConfigError
+from flame_composer.convert_config import CleanConfig
+from flame_composer.corpus import find_files
+from flame_composer.hub import address
+from flame_composer.parts import LOCK, PartsFolder, report
+from flame_composer.shards import plan_units
+
+# What the files written do not depend on.
+MEANS = ("on_error", "num_workers", "executor", "slurm", "ray", "out")
+
+
+def main(config: CleanConfig) -> None:
+    try:
+        from flame_composer import cleaning, executors
+    except ImportError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise ConfigError(f"{package} is not installed; pip install 'flame-composer[clean]'") from None
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MEANS}
+    if config.language is not None:
+        settings["language"]["model_hash"] = cleaning.check_model(config.language)
+    if config.split is None:
+        files = find_files(config.source, config.suffixes)
+    else:
+        files = [address(source, config.name, config.split) for source in config.source]
+    units = plan_units(files, config.unit_size)
+    executors.check_number(len(units))
+    versions = cleaning.versions()
+    names = {"out": config.out} | ({} if config.removed_out is None else {"removed_out": config.removed_out})
+    folders = {key: PartsFolder(key, out, settings, versions, units) for key, out in names.items()}
+    folder, removed = folders["out"], folders.get("removed_out")
+
+    manifest = folder.finished()
+    if manifest is not None:
+        print(f"{config.out}: already finished, nothing to do")
+        print(*report(manifest), sep="\n")
+        return
+    if removed is not None:
+        removed.finished()
+    started = time.monotonic()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(config.out, LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"out: {config.out}: another process is at work in this folder; wait for it to end") from None
+    with lock, tqdm(unit=" tasks", disable=None) as bar:
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description_str(stage, refresh=False)
+            bar.update(done)
+
+        submitted = executors.clean(config, folder, removed, on_progress)
+    if submitted is not None:
+        print(submitted)
+        return
+    manifest, *_ = (each.finished() for each in folders.values())
+    assert manifest is not None
+    print(*report(manifest, time.monotonic() - started), sep="\n")
+    if manifest["counts"]["out"] == 0:
+        print(f"warning: {config.out}: no document is left", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, CleanConfig))
