@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -246,8 +247,9 @@ def _local_stat(path: str) -> Stat:
 def _stat(info: dict[str, Any]) -> Stat:
     names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
     version = next((str(info[name]) for name in names if info.get(name)), None)
-    modified = next((info[name] for name in ("modified", "mtime") if isinstance(info.get(name), (int, float))), 0.0)
-    return Stat(info["size"] or 0, modified, version)
+    times = [info[name] for name in ("modified", "mtime", "last_modified", "LastModified") if info.get(name)]
+    known = (t.timestamp() if isinstance(t, datetime) else t for t in times if isinstance(t, (datetime, float, int)))
+    return Stat(info["size"] or 0, next(known, 0.0), version)
 
 
 def _below(folder: str, path: str) -> str:
