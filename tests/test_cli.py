@@ -34,7 +34,7 @@ model:
   config: {model_type: gla, hidden_size: 64}
 train_data: {local: data}
 """
-OPTIMIZER_KEYS = "optimizer.name, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.grad_clip_norm"
+OPTIMIZER_KEYS = ", ".join(f"optimizer.{name}" for name in ("name", "lr", "betas", "eps", "weight_decay", "grad_clip_norm"))
 MODEL_KEYS = "model.config, model.pretrained"
 
 
