@@ -17,6 +17,7 @@ from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from composer.utils import dist, reproducibility
 
 from flame_composer.config import ConfigError
+from flame_composer.mixture import Mixture
 from flame_composer.train_config import WandbConfig
 
 
@@ -25,14 +26,15 @@ class JsonlLog(Callback):
 
     Keys: current_steps, total_steps, loss (mean over the global batch's tokens), learning_rate (of this step), epoch,
     percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with eval_loss and
-    eval_perplexity on the steps that evaluate, and batch_hash if asked for.
+    eval_perplexity on the steps that evaluate, batch_hash if asked for, and with several streams what has come of each.
 
     A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
     after it, which it computes again.
     """
 
     def __init__(
-        self, log_folder: Path, total_batches: int, batches_per_epoch: int, *, log_batch_hash: bool, print_lines: bool
+        self, log_folder: Path, total_batches: int, batches_per_epoch: int, *, log_batch_hash: bool, print_lines: bool,
+        mixture: Mixture | None = None,
     ):
         """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going."""
         self.path = log_folder / "train_log.jsonl"
@@ -40,6 +42,7 @@ class JsonlLog(Callback):
         self.total_batches = total_batches
         self.batches_per_epoch = batches_per_epoch
         self.log_batch_hash = log_batch_hash
+        self.mixture = mixture
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -99,6 +102,8 @@ class JsonlLog(Callback):
             self._evaluation = None
         if self.log_batch_hash:
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
+        if self.mixture is not None:
+            row["streams"] = self.mixture.achieved()
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         if self.print_every and (row["current_steps"] % self.print_every == 0 or "eval_loss" in row):
@@ -227,8 +232,8 @@ class SameData(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = state["order"]
         changed = [
-            f"{key} ({before.get(key)} before, {value} now)"
-            for key, value in self.order.items() if before.get(key) != value
+            f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
+            for key in {**self.order, **before} if before.get(key) != self.order.get(key)
         ]
         if changed and not self.allow_change:
             raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "

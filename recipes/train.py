@@ -33,8 +33,8 @@ def main(config: TrainConfig) -> None:
 
     made_for = {"tokenizer": tokenizer, "context_length": config.context_length}
     order = {"global_batch_size": config.global_batch_size, "seed": config.seed}
-    train_set = data.open_dataset(config.train_data.local, config.train_data.remote, **made_for)
-    train_loader = data.build_train_loader(train_set, config.train_data, **order)
+    train_sets = data.open_train_data(config.train_data, **made_for)
+    train_loader = data.build_train_loader(train_sets, config.train_data, **order)
     epoch_batches = train_loader.dataloader.dataset.batches_per_epoch
     total_batches = config.in_batches(config.max_duration, epoch_batches)
     warmup_batches, eval_interval, save_interval = (
@@ -53,11 +53,14 @@ def main(config: TrainConfig) -> None:
     hf_model = model.load_pretrained(pretrained) if pretrained else model.build_model(hf_config)
     model.check_agrees(hf_model.config, config.model.config)
     show_bar = config.progress_bar and sys.stderr.isatty()
+    mixture = data.build_mixture(train_loader, train_sets)
     log = callbacks.JsonlLog(
-        log_folder, total_batches, epoch_batches, log_batch_hash=config.log_batch_hash, print_lines=not show_bar
+        log_folder, total_batches, epoch_batches, log_batch_hash=config.log_batch_hash, print_lines=not show_bar,
+        mixture=mixture,
     )
-    order = data.describe_order(train_set, config.train_data, **order)
-    watchers = [callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState()]
+    order = data.describe_order(train_sets, config.train_data, **order)
+    watchers = [mixture] if mixture else []
+    watchers += [callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState()]
     lr, clip, keep = config.optimizer.lr, config.optimizer.grad_clip_norm, config.save_num_checkpoints_to_keep
     watchers += [optim.Schedule(config.scheduler, lr, warmup_batches, total_batches), log]
     if save_folder:

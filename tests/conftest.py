@@ -112,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_datase
     made_for: Any = {"tokenizer": tokenizer, "context_length": CONTEXT_LENGTH}
     train_set = data.open_dataset(shutil.copytree(dataset, folder / "train"), None, **made_for)
     eval_set = data.open_dataset(shutil.copytree(eval_dataset, folder / "eval"), None, **made_for)
-    loader = data.build_train_loader(train_set, DataConfig(num_workers=0), global_batch_size=4, seed=7)
+    loader = data.build_train_loader({"": train_set}, DataConfig(num_workers=0), global_batch_size=4, seed=7)
     epoch_batches = loader.dataloader.dataset.batches_per_epoch  # pyright: ignore
     evaluator = data.build_evaluator(eval_set, EvalDataConfig(), batch_size=4, eval_interval=callbacks.every(2, 3))
     hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
@@ -120,7 +120,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_datase
     log = callbacks.JsonlLog(
         folder / "log", 3, epoch_batches, log_batch_hash=True, print_lines=False
     )
-    order = data.describe_order(train_set, DataConfig(), global_batch_size=4, seed=7)
+    order = data.describe_order({"": train_set}, DataConfig(), global_batch_size=4, seed=7)
     trainer = Trainer(
         run_name="tiny",
         seed=7,

@@ -1,0 +1,185 @@
+"""Fetching a remote dataset into a cache folder: its index, then its shards, none of it trusted before it is checked."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import tempfile
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist
+from streaming import Stream
+from streaming.base.storage import CloudDownloader
+
+from flame_composer.config import ConfigError, DataError
+from flame_composer.inspection import BadShard, check_hash, check_size
+from flame_composer.manifest import Manifest, ShardFile, check_totals, read_index, read_manifest
+
+INCOMING = "incoming"  # the folder, within a dataset's cache folder, of what has not been checked yet
+STALE_SECONDS = 3600.0
+CLAIM_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset fit for training: `folder` holds it, or the part of `remote` that has been downloaded so far."""
+
+    folder: str
+    remote: str | None
+    manifest: Manifest
+    files: list[ShardFile]
+
+    @property
+    def place(self) -> str:
+        return self.remote or self.folder
+
+
+def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
+    """Download manifest.json and index.json of a remote dataset into its cache folder, and return that folder.
+
+    The folder is named after the index, so that another dataset put under the same address never meets the old one's
+    shards. Jobs of one machine share it: a shard appears in it whole. With `exclusive`, for a job that deletes shards to
+    keep within a limit, it is a folder of the job's own, which a later job takes over.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in ("manifest.json", "index.json"):
+            source = f"{remote.rstrip('/')}/{name}"
+            try:
+                CloudDownloader.get(remote).download(source, str(Path(temporary, name)), timeout=15)
+            except Exception as error:  # every store's client has exceptions of its own
+                raise ConfigError(f"{source}: cannot be read: {one_line(error)}; check the address, the credentials and that "
+                                  "the conversion has finished") from None
+        manifest = read_manifest(temporary)
+        check_totals(remote, manifest, read_index(temporary, manifest))
+        shared = cache / manifest.index_sha256[:16]
+        folder = str(shared)
+        if exclusive:
+            # The node's first rank claims it for all.
+            claimed = _claim(shared) if dist.get_local_rank() == 0 else ""
+            folder = dist.all_gather_object(claimed)[dist.get_global_rank() - dist.get_local_rank()]
+        incoming = Path(folder, INCOMING)
+        incoming.mkdir(parents=True, exist_ok=True)
+        _sweep(incoming)
+        for name in ("manifest.json", "index.json"):
+            # Ranks and jobs do this side by side, with the same bytes.
+            whole = incoming / uuid.uuid4().hex
+            whole.write_bytes(Path(temporary, name).read_bytes())
+            whole.replace(Path(folder, name))
+    return folder
+
+
+def _claim(shared: Path) -> str:
+    """The first of `shared`-1, `shared`-2, ... that no living job has; this process and its children have it from now on.
+
+    A job that was killed has its folder until its loader processes have noticed, some seconds later: the job that takes
+    its place waits for them rather than begin with an empty cache.
+    """
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    give_up = time.monotonic() + CLAIM_SECONDS
+    while True:
+        for number in itertools.count(1):
+            folder = shared.with_name(f"{shared.name}-{number}")
+            if number > 1 and not folder.exists() and time.monotonic() < give_up:
+                break
+            lock = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                continue
+            folder.mkdir(exist_ok=True)
+            return str(folder)  # the lock stays open, and held, until the last of this job's processes has ended
+        time.sleep(0.2)
+
+
+def _sweep(incoming: Path) -> None:
+    """Delete what killed jobs left half fetched."""
+    for path in incoming.iterdir():
+        try:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another rank's sweep, or whole by now
+
+
+class Shards(Stream):
+    """A dataset's shards as StreamingDataset reads them. One that is not in the folder is fetched, checked, then put there.
+
+    Upstream a shard is checked where it lies, so that a damaged one is taken for whole the next time, and `remote` makes
+    StreamingDataset refuse the folders of other jobs, dead ones included: it is not told of one.
+    """
+
+    def __init__(self, dataset: Dataset, *, retries: int = 3, timeout: float = 60.0, **weight: Any):
+        """`timeout` in seconds without an answer; `weight` is at most one of proportion, repeat and choose."""
+        super().__init__(local=dataset.folder, validate_hash=None, keep_zip=False, **weight)
+        self.dataset = dataset
+        self.files = {file.basename: file for file in dataset.files}
+        self.retries = retries
+        self.timeout = timeout
+        self.stop = threading.Event()
+        self._downloaders: dict[int, CloudDownloader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stop": None, "_downloaders": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "stop": threading.Event()}
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Called for a shard that is not there; returns its path. Raises DataError."""
+        assert to_basename is None, "only the index has two names, and it is there"
+        self.fetch(self.files[from_basename])
+        return str(Path(self.local, from_basename))
+
+    def fetch(self, file: ShardFile) -> None:
+        """Put a whole shard, fetched anew, in its place. Raises DataError that says what was wrong the last time."""
+        path = Path(self.local, file.basename)
+        if self.dataset.remote is None:
+            raise DataError(f"{path}: shard is missing; restore it from a copy, or convert again")
+        source = f"{self.dataset.remote.rstrip('/')}/{file.basename}"
+        for attempt in range(self.retries + 1):
+            if attempt and self.stop.wait(min(2 ** (attempt - 1), 30)):
+                break
+            arrived = Path(self.local, INCOMING, uuid.uuid4().hex)
+            try:
+                self._downloader_of_this_process().download(source, str(arrived), self.timeout)
+                check_size(arrived, file)
+                check_hash(arrived, file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                arrived.replace(path)
+                return
+            except BadShard as problem:
+                what, remedy = f"damaged shard: {problem}", "put a good copy there, or convert again"
+            except Exception as error:  # every store's client has exceptions of its own
+                what, remedy = f"shard cannot be fetched: {one_line(error)}", "the same command goes on when it can be"
+                self._downloaders.clear()
+            finally:
+                arrived.unlink(missing_ok=True)
+        times = "once" if self.retries == 0 else f"{self.retries + 1} times"
+        raise DataError(f"{source}: {what} (tried {times}); {remedy}")
+
+    def _downloader_of_this_process(self) -> CloudDownloader:
+        """One for all shards, so that they share connections and credentials; not with the process that was forked from."""
+        return self._downloaders.setdefault(os.getpid(), CloudDownloader.get(self.dataset.remote))
+
+    def check(self, file: ShardFile) -> None:
+        """Make sure that a shard in the folder is whole; a bad one is fetched again if it can be. Raises DataError."""
+        path = Path(self.local, file.basename)
+        try:
+            check_size(path, file)
+            check_hash(path, file)
+        except BadShard as problem:
+            if self.dataset.remote is None:
+                raise DataError(f"{path}: damaged shard: {problem}; restore it from a copy, or convert again") from None
+            if path.exists():  # else it has just made room for another, and is fetched when a row of it is read
+                self.fetch(file)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
