@@ -20,6 +20,10 @@ class DataError(ValueError):
     """Damaged or unusable data met while running: one line naming the file and the remedy. Exit status 1."""
 
 
+class StoreError(DataError):
+    """An object store that failed, after it was asked as often as is sensible."""
+
+
 class InvalidField(ConfigError):
     """A field that breaks a rule: its full key (in `validate()` the name within the dataclass) and the rule.
 

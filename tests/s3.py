@@ -58,7 +58,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         capture_output=True,
     )  # fmt: skip
     server = subprocess.Popen(
-        [juicefs, "gateway", "--no-banner", "--multi-buckets", meta, f"{address[0]}:{address[1]}"], env=env,
+        [juicefs, "gateway", "--no-banner", "--multi-buckets", "--keep-etag", meta, f"{address[0]}:{address[1]}"], env=env,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

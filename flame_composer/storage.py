@@ -1,0 +1,241 @@
+"""Files in folders and object stores by the same few functions: a place is a path, or a URL such as s3://bucket/folder/file.
+
+`put`, `write` and `download` show a file whole or not at all. Of an object store, what the user has to put right
+(credentials, a bucket, an endpoint) is a ConfigError and what failed again and again a StoreError, both one line; what is
+not there is a FileNotFoundError, and any other failure of a local disk an OSError, as everywhere in Python.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from flame_composer.config import ConfigError, DataError, StoreError
+
+THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A file's size in bytes, when it was last written (seconds since 1970), and in an object store what changes with its
+    content: the ETag, or the nearest thing the store has."""
+
+    size: int
+    modified: float
+    version: str | None
+
+
+def is_url(place: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def join(place: str, *names: str) -> str:
+    return "/".join((place.rstrip("/"), *names)) if is_url(place) else os.path.join(place, *names)
+
+
+def stat(place: str) -> Stat | None:
+    """None where there is no such file; a folder is none."""
+    if not is_url(place):
+        return _local_stat(place) if os.path.isfile(place) else None
+    with _at(place) as (fs, path):
+        try:
+            info = fs.info(path)
+        except FileNotFoundError:
+            return None
+        return _stat(info) if info["type"] == "file" else None
+
+
+def find(place: str) -> dict[str, Stat]:
+    """All files below a folder, at any depth, by their path within it, sorted. None where there is no folder."""
+    if not is_url(place):
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names]
+        return {os.path.relpath(path, place): _local_stat(path) for path in sorted(paths) if os.path.exists(path)}
+    with _at(place) as (fs, path):
+        infos = fs.find(path, detail=True)
+        return {_below(path, name): _stat(info) for name, info in sorted(infos.items()) if name != path}
+
+
+def ls(place: str) -> list[str]:
+    """The names of the files and folders right in a folder, sorted. None where there is no folder."""
+    if not is_url(place):
+        return sorted(os.listdir(place)) if os.path.isdir(place) else []
+    with _at(place) as (fs, path):
+        try:
+            return sorted(_below(path, name.rstrip("/")) for name in fs.ls(path, detail=False) if name != path)
+        except FileNotFoundError:
+            return []
+
+
+def glob(pattern: str) -> list[str]:
+    """The files whose URL matches; `*` matches within a folder, `**` any number of folders."""
+    with _at(pattern) as (fs, path):
+        found = fs.glob(path, detail=True)
+        return sorted(str(fs.unstrip_protocol(name)) for name, info in found.items() if info["type"] == "file")
+
+
+def read(place: str) -> bytes:
+    if not is_url(place):
+        return Path(place).read_bytes()
+    with _at(place) as (fs, path):
+        return bytes(fs.cat_file(path))
+
+
+def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
+    """A file for reading in any order, of which about `block_size` bytes are fetched at a time (0: just what is asked for).
+
+    A StoreError if it is not of this `version`, or is replaced while it is read (in S3).
+    """
+    if not is_url(place):
+        return Path(place).open("rb")
+    with _at(place) as (fs, path):
+        if fs.protocol == "s3":
+            return cast(BinaryIO, fs.open(path, "rb", block_size=block_size, version=version))
+        return cast(BinaryIO, io.BufferedReader(fs.open(path, "rb"), 1 << 20))  # whose readline is a slow one
+
+
+def write(place: str, data: bytes) -> None:
+    """Put `data` in a file, whose folder there must be, whole or not at all."""
+    if is_url(place):
+        with _at(place) as (fs, path):
+            fs.pipe_file(path, data)
+        return
+    temporary = f"{place}.tmp"
+    Path(temporary).write_bytes(data)
+    os.replace(temporary, place)
+
+
+def put(local: str | Path, place: str) -> None:
+    """Copy a local file, whole or not at all; the folder is made if it is not there."""
+    if is_url(place):
+        with _at(place) as (fs, path):
+            fs.put_file(str(local), path)
+        return
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(local, f"{place}.tmp")
+    os.replace(f"{place}.tmp", place)
+
+
+def put_folder(local: str | Path, place: str, last: str) -> None:
+    """Move a local folder of files, whose `last` one appears last: who sees that sees them all.
+
+    To a local place, which must be on the same disk and not be there yet, by one rename. In an object store, files that
+    are there are replaced, and others left as they are.
+    """
+    if not is_url(place):
+        os.rename(local, place)
+        return
+    for path in sorted(Path(local).iterdir(), key=lambda path: (path.name == last, path.name)):
+        put(path, join(place, path.name))
+    shutil.rmtree(local)
+
+
+def download(place: str, local: str | Path) -> None:
+    """Copy a file to a local one, whole or not at all."""
+    temporary = Path(tempfile.mkstemp(dir=Path(local).parent, prefix=f".{Path(local).name}.")[1])
+    try:
+        if is_url(place):
+            with _at(place) as (fs, path):
+                fs.get_file(path, str(temporary))
+        else:
+            shutil.copyfile(place, temporary)
+        os.replace(temporary, local)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def delete(place: str) -> None:
+    """Delete a file, if it is there."""
+    if not is_url(place):
+        Path(place).unlink(missing_ok=True)
+        return
+    with _at(place) as (fs, path), suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def delete_folder(place: str) -> None:
+    """Delete all files below a folder, and what killed uploads have left there."""
+    if not is_url(place):
+        shutil.rmtree(place, ignore_errors=True)
+        return
+    list(each(lambda name: delete(join(place, name)), find(place)))
+    abort_uploads(place)
+
+
+def abort_uploads(place: str) -> None:
+    """Free what is stored below a folder of uploads that were killed. Must not be called while others upload."""
+    if is_url(place):
+        with _at(place) as (fs, path):
+            if fs.protocol == "s3":
+                fs.abort_uploads(path)
+
+
+def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map`, with many requests at a time; an error stops it."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            yield from pool.map(do, items)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _at(place: str) -> Iterator[tuple[Any, str]]:
+    """The filesystem of a URL and the path within it; its failures in our terms."""
+    import fsspec
+
+    scheme, _, path = place.partition("://")
+    try:
+        if scheme == "s3":
+            from flame_composer.s3 import S3FileSystem
+
+            if not path.strip("/"):
+                raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
+            fs: Any = S3FileSystem()
+        else:
+            fs = fsspec.filesystem(scheme)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{place}: {_line(error)}") from None
+    except Exception as error:  # every store's client has exceptions of its own
+        raise ConfigError(f"{place}: {_line(error)}") from None
+    try:
+        yield fs, fs._strip_protocol(place)
+    except (ConfigError, DataError, FileNotFoundError):
+        raise
+    except PermissionError as error:
+        raise ConfigError(f"{place}: access denied: {_line(error)}; check the credentials") from None
+    except Exception as error:  # the same
+        raise StoreError(f"{place}: {_line(error)}") from None
+
+
+def _local_stat(path: str) -> Stat:
+    found = os.stat(path)
+    return Stat(found.st_size, found.st_mtime, None)
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+    names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
+    version = next((str(info[name]) for name in names if info.get(name)), None)
+    modified = next((info[name] for name in ("modified", "mtime") if isinstance(info.get(name), (int, float))), 0.0)
+    return Stat(info["size"] or 0, modified, version)
+
+
+def _below(folder: str, path: str) -> str:
+    return path[len(folder.rstrip("/")) + 1 :]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
