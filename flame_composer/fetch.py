@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
+import functools
 import itertools
 import os
 import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,14 @@ from composer.utils import dist
 from streaming import Stream
 from streaming.base.storage import CloudDownloader
 
+from flame_composer import storage
 from flame_composer.config import ConfigError, DataError
 from flame_composer.inspection import BadShard, check_hash, check_size
 from flame_composer.manifest import Manifest, ShardFile, check_totals, read_index, read_manifest
 
 INCOMING = "incoming"  # the folder, within a dataset's cache folder, of what has not been checked yet
+MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
+INDEX_TRIES = 3
 STALE_SECONDS = 3600.0
 CLAIM_SECONDS = 15.0
 
@@ -48,15 +54,13 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
     keep within a limit, it is a folder of the job's own, which a later job takes over.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        for name in ("manifest.json", "index.json"):
-            source = f"{remote.rstrip('/')}/{name}"
+        for tries_left in reversed(range(INDEX_TRIES)):
             try:
-                CloudDownloader.get(remote).download(source, str(Path(temporary, name)), timeout=15)
-            except Exception as error:  # every store's client has exceptions of its own
-                raise ConfigError(f"{source}: cannot be read: {one_line(error)}; check the address, the credentials and that "
-                                  "the conversion has finished") from None
-        manifest = read_manifest(temporary)
-        check_totals(remote, manifest, read_index(temporary, manifest))
+                manifest = _download_index(remote, temporary)
+                break
+            except DataError as problem:
+                if tries_left == 0:
+                    raise type(problem)(str(problem).replace(temporary, remote.rstrip("/"))) from None
         shared = cache / manifest.index_sha256[:16]
         folder = str(shared)
         if exclusive:
@@ -72,6 +76,38 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
             whole.write_bytes(Path(temporary, name).read_bytes())
             whole.replace(Path(folder, name))
     return folder
+
+
+def _download_index(remote: str, folder: str) -> Manifest:
+    for name in ("manifest.json", "index.json"):
+        source = f"{remote.rstrip('/')}/{name}"
+        try:
+            _download(source, Path(folder, name), at_most=MAX_INDEX_BYTES)
+        except FileNotFoundError:
+            raise ConfigError(f"{source}: there is none; check the address, and that the conversion has finished") from None
+        except BadShard as problem:
+            raise ConfigError(f"{source}: {problem}") from None
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # every store's client has exceptions of its own
+            raise ConfigError(f"{source}: cannot be read: {one_line(error)}; check the address, the credentials and that "
+                              "the conversion has finished") from None
+    manifest = read_manifest(folder)
+    check_totals(remote, manifest, read_index(folder, manifest))
+    return manifest
+
+
+def _download(source: str, path: Path, *, at_most: int) -> None:
+    """Raises BadShard if there is more than `at_most` bytes of it, ConfigError, FileNotFoundError, or what the store does."""
+    if source.startswith("s3://") or not storage.is_url(source):
+        found = storage.stat(source)
+        if found is None:
+            raise FileNotFoundError(f"{source}: there is no such file")
+        if found.size > at_most:
+            raise BadShard(f"{found.size:,} bytes long, must be {at_most:,} at most")
+        storage.download(source, path)
+    else:  # with the packages that StreamingDataset asks for
+        CloudDownloader.direct_download(source, str(path))
 
 
 def _claim(shared: Path) -> str:
@@ -116,17 +152,16 @@ class Shards(Stream):
     """
 
     def __init__(self, dataset: Dataset, *, retries: int = 3, timeout: float = 60.0, **weight: Any):
-        """`timeout` in seconds without an answer; `weight` is at most one of proportion, repeat and choose."""
+        """`timeout` in seconds for each try; `weight` is at most one of proportion, repeat and choose."""
         super().__init__(local=dataset.folder, validate_hash=None, keep_zip=False, **weight)
         self.dataset = dataset
         self.files = {file.basename: file for file in dataset.files}
         self.retries = retries
         self.timeout = timeout
         self.stop = threading.Event()
-        self._downloaders: dict[int, CloudDownloader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stop": None, "_downloaders": {}}
+        return {**self.__dict__, "stop": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "stop": threading.Event()}
@@ -148,7 +183,7 @@ class Shards(Stream):
                 break
             arrived = Path(self.local, INCOMING, uuid.uuid4().hex)
             try:
-                self._downloader_of_this_process().download(source, str(arrived), self.timeout)
+                self._wait_for(functools.partial(_download, source, arrived, at_most=file.bytes))
                 check_size(arrived, file)
                 check_hash(arrived, file)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,15 +193,29 @@ class Shards(Stream):
                 what, remedy = f"damaged shard: {problem}", "put a good copy there, or convert again"
             except Exception as error:  # every store's client has exceptions of its own
                 what, remedy = f"shard cannot be fetched: {one_line(error)}", "the same command goes on when it can be"
-                self._downloaders.clear()
             finally:
                 arrived.unlink(missing_ok=True)
         times = "once" if self.retries == 0 else f"{self.retries + 1} times"
         raise DataError(f"{source}: {what} (tried {times}); {remedy}")
 
-    def _downloader_of_this_process(self) -> CloudDownloader:
-        """One for all shards, so that they share connections and credentials; not with the process that was forked from."""
-        return self._downloaders.setdefault(os.getpid(), CloudDownloader.get(self.dataset.remote))
+    def _wait_for(self, download: Callable[[], None]) -> None:
+        """Give up `download`, whatever its client thinks, when the time is over or the run ends."""
+        result: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                download()
+                result.set_result(None)
+            except Exception as error:  # raised again in the thread that waits
+                result.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        give_up = time.monotonic() + self.timeout
+        while not self.stop.is_set() and (left := give_up - time.monotonic()) > 0:
+            concurrent.futures.wait([result], timeout=min(left, 1.0))
+            if result.done():
+                return result.result()
+        raise TimeoutError(f"not there after {self.timeout:g} seconds (train_data.download_timeout)")
 
     def check(self, file: ShardFile) -> None:
         """Make sure that a shard in the folder is whole; a bad one is fetched again if it can be. Raises DataError."""

@@ -90,7 +90,7 @@ class DataConfig:
     download_retries: int = 3
     """How often a shard that did not arrive whole is fetched again, after 1, 2, 4, ... seconds, before the run stops."""
     download_timeout: float = 60.0
-    """Seconds without an answer of the store after which a request is given up."""
+    """Seconds that a shard may take to arrive before it is fetched again."""
     num_workers: int = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch_factor: int = 2

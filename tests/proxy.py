@@ -38,12 +38,12 @@ class Proxy(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up on a spoiled answer is none of our business."""
 
-    def fault(self, method: str) -> str | None:
+    def fault(self, has_body: bool) -> str | None:
         with self.lock:
             if self.random.random() >= self.rate:
                 return None
-            # Each in its turn; only a GET has a body to spoil.
-            kinds = [kind for kind in self.kinds if method == "GET" or kind in ("503", "reset")]
+            # Each in its turn.
+            kinds = [kind for kind in self.kinds if has_body or kind in ("503", "reset")]
             kind = min(kinds, key=lambda kind: self.faults[kind], default=None)
             if kind is not None:
                 self.faults[kind] += 1
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests[f"{self.command} {urlsplit(self.path).path}"] += 1
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.fault(self.command)
+        fault = self.server.fault(self.command == "GET" and "list-type=" not in self.path)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
