@@ -17,7 +17,6 @@ from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from composer.utils import dist, reproducibility
 
 from flame_composer.config import ConfigError
-from flame_composer.mixture import Mixture
 from flame_composer.train_config import WandbConfig
 
 
@@ -33,8 +32,7 @@ class JsonlLog(Callback):
     """
 
     def __init__(
-        self, log_folder: Path, total_batches: int, batches_per_epoch: int, *, log_batch_hash: bool, print_lines: bool,
-        mixture: Mixture | None = None,
+        self, log_folder: Path, total_batches: int, batches_per_epoch: int, *, log_batch_hash: bool, print_lines: bool
     ):
         """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going."""
         self.path = log_folder / "train_log.jsonl"
@@ -42,7 +40,7 @@ class JsonlLog(Callback):
         self.total_batches = total_batches
         self.batches_per_epoch = batches_per_epoch
         self.log_batch_hash = log_batch_hash
-        self.mixture = mixture
+        self.streams: dict[str, dict[str, float]] | None = None  # what has come of each, where there are several
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -102,8 +100,8 @@ class JsonlLog(Callback):
             self._evaluation = None
         if self.log_batch_hash:
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
-        if self.mixture is not None:
-            row["streams"] = self.mixture.achieved()
+        if self.streams is not None:
+            row["streams"] = self.streams
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         if self.print_every and (row["current_steps"] % self.print_every == 0 or "eval_loss" in row):

@@ -13,7 +13,7 @@ from typing import Any, cast
 import filelock
 import numpy as np
 import torch
-from composer.core import DataSpec, Evaluator, Event, State
+from composer.core import Callback, DataSpec, Evaluator, Event, State
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
@@ -24,6 +24,7 @@ from streaming.base.world import World
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
+from flame_composer.callbacks import JsonlLog
 from flame_composer.config import ConfigError, DataError, InvalidField
 from flame_composer.fetch import Dataset, Shards, fetch_index, one_line
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
@@ -356,14 +357,14 @@ def build_train_loader(
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
-def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> Mixture | None:
-    """What counts the rows of every stream; None where there is one dataset."""
+def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog) -> list[Callback]:
+    """What counts the rows of every stream; nothing where there is one dataset."""
     if len(datasets) == 1:
-        return None
+        return []
     streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
     rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
     on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
-    return Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length)
+    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length, log)]
 
 
 def build_evaluator(

@@ -9,15 +9,18 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from flame_composer.callbacks import JsonlLog
+
 
 class Mixture(Callback):
     """Counts the rows of every stream over all ranks, whatever becomes of the run: the counts are in the checkpoint.
 
-    Logs mixture/<stream>/rows, tokens and share at every step, and says at the start what an epoch is made of.
+    Logs mixture/<stream>/rows, tokens and share at every step, and into `log`; says at the start what an epoch is made of.
     """
 
-    def __init__(self, rows_per_epoch: dict[str, int], rows_on_disk: list[int], context_length: int):
+    def __init__(self, rows_per_epoch: dict[str, int], rows_on_disk: list[int], context_length: int, log: JsonlLog):
         """`rows_per_epoch` by stream in the order of their numbers, which are in the batches."""
+        self.log = log
         self.rows_per_epoch = rows_per_epoch
         self.rows_on_disk = rows_on_disk
         self.context_length = context_length
@@ -50,6 +53,7 @@ class Mixture(Callback):
         counts = state.device.tensor_to_device(counts)
         dist.all_reduce(counts)
         self.rows += counts.cpu()
+        self.log.streams = achieved = self.achieved()
         logger.log_metrics({
-            f"mixture/{name}/{what}": value for name, values in self.achieved().items() for what, value in values.items()
+            f"mixture/{name}/{what}": value for name, values in achieved.items() for what, value in values.items()
         })

@@ -53,13 +53,11 @@ def main(config: TrainConfig) -> None:
     hf_model = model.load_pretrained(pretrained) if pretrained else model.build_model(hf_config)
     model.check_agrees(hf_model.config, config.model.config)
     show_bar = config.progress_bar and sys.stderr.isatty()
-    mixture = data.build_mixture(train_loader, train_sets)
     log = callbacks.JsonlLog(
-        log_folder, total_batches, epoch_batches, log_batch_hash=config.log_batch_hash, print_lines=not show_bar,
-        mixture=mixture,
+        log_folder, total_batches, epoch_batches, log_batch_hash=config.log_batch_hash, print_lines=not show_bar
     )
     order = data.describe_order(train_sets, config.train_data, **order)
-    watchers = [mixture] if mixture else []
+    watchers = data.build_mixture(train_loader, train_sets, log)
     watchers += [callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState()]
     lr, clip, keep = config.optimizer.lr, config.optimizer.grad_clip_norm, config.save_num_checkpoints_to_keep
     watchers += [optim.Schedule(config.scheduler, lr, warmup_batches, total_batches), log]

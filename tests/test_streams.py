@@ -181,7 +181,8 @@ def test_one_dataset_is_no_mixture(dataset, copy_of):
     datasets = opened(config)
     loader = build_train_loader(datasets, config, global_batch_size=8, seed=7)
     assert "stream" not in next(iter(loader.dataloader))
-    assert build_mixture(loader, datasets) is None
+    log: Any = None
+    assert build_mixture(loader, datasets, log) == []
 
 
 # A whole run
