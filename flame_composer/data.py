@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ class Rows(StreamingDataset):
             try:
                 # Every stream has its share of a batch, or batches of its own; what does not come out even is left out.
                 self.batches_per_epoch = min(self.batches_per_epoch, len(self.lay_out(0)))
-            except ValueError as error:
+            except (ValueError, ArithmeticError) as error:
                 raise InvalidField("train_data.batching_method", f"{one_line(error)} (global_batch_size="
                                    f"{self.global_batch_size})") from None
         self.length = self.batches_per_epoch * batch_size
@@ -240,7 +241,7 @@ class Rows(StreamingDataset):
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Every machine's jobs one after another, each with all its ranks: two at once would take the same shared memory."""
-    path = Path(tempfile.gettempdir(), "flame_composer.lock")
+    path = Path(tempfile.gettempdir(), f"flame_composer-{os.getuid()}.lock")
     lock = filelock.FileLock(path, timeout=600) if dist.get_local_rank() == 0 else contextlib.nullcontext()
     try:
         with lock:

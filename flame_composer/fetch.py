@@ -61,20 +61,27 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
             except DataError as problem:
                 if tries_left == 0:
                     raise type(problem)(str(problem).replace(temporary, remote.rstrip("/"))) from None
-        shared = cache / manifest.index_sha256[:16]
-        folder = str(shared)
-        if exclusive:
-            # The node's first rank claims it for all.
-            claimed = _claim(shared) if dist.get_local_rank() == 0 else ""
-            folder = dist.all_gather_object(claimed)[dist.get_global_rank() - dist.get_local_rank()]
-        incoming = Path(folder, INCOMING)
-        incoming.mkdir(parents=True, exist_ok=True)
-        _sweep(incoming)
-        for name in ("manifest.json", "index.json"):
-            # Ranks and jobs do this side by side, with the same bytes.
-            whole = incoming / uuid.uuid4().hex
-            whole.write_bytes(Path(temporary, name).read_bytes())
-            whole.replace(Path(folder, name))
+        try:
+            return _place_index(Path(temporary), cache / manifest.index_sha256[:16], exclusive=exclusive)
+        except OSError as error:
+            raise ConfigError(f"{cache}: cannot be written to: {error.strerror}; set local to a folder that can, on a disk "
+                              "with space") from None
+
+
+def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
+    folder = str(shared)
+    if exclusive:
+        # The node's first rank claims it for all.
+        claimed = _claim(shared) if dist.get_local_rank() == 0 else ""
+        folder = dist.all_gather_object(claimed)[dist.get_global_rank() - dist.get_local_rank()]
+    incoming = Path(folder, INCOMING)
+    incoming.mkdir(parents=True, exist_ok=True)
+    _sweep(incoming)
+    for name in ("manifest.json", "index.json"):
+        # Ranks and jobs do this side by side, with the same bytes.
+        whole = incoming / uuid.uuid4().hex
+        whole.write_bytes((index / name).read_bytes())
+        whole.replace(Path(folder, name))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,13 @@ def make_dataset(
 def short_wait_for_loader_processes() -> None:
     """A loader that is collected waits for each of its processes: 5 s by default, which some of them use up."""
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def many_open_files() -> None:
+    """A StreamingDataset keeps its shared memory, eight files, until its process ends."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming.base.world import World
 
 from flame_composer.config import ConfigError, DataError
 from flame_composer.data import (
@@ -159,6 +160,21 @@ def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(dataset
         resumed.dataset.load_state_dict(json.loads(json.dumps(state)))
         assert epoch_of(resumed) == epochs[epoch][served:], f"after batch {served} of epoch {epoch}"
         assert epoch_of(resumed) == epochs[epoch + 1], f"the epoch after batch {served} of epoch {epoch}"
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_share_out_a_global_batch(dataset, copy_of, nodes, ranks_per_node):
+    """Each row is one rank's; with as many canonical nodes as machines, each machine reads a part of the shards only."""
+    folder = copy_of(dataset)
+    rows = loader_of(folder, global_batch_size=8, shuffle=False, num_canonical_nodes=nodes).dataset
+    order = rows.lay_out(0)
+    ranks = [World(nodes, ranks_per_node, 1, rank) for rank in range(nodes * ranks_per_node)]
+    parts = [order[:, Rows._place(rank) :: rank.num_ranks] for rank in ranks]
+    assert np.array_equal(np.sort(np.concatenate(parts, axis=1)), np.sort(order))
+    assert len({part.shape for part in parts}) == 1
+    for node in range(nodes):
+        own = {row for rank, part in zip(ranks, parts, strict=True) if rank.node == node for row in part.ravel()}
+        assert max(own) - min(own) <= rows.num_samples / nodes
 
 
 def test_too_few_rows_for_a_batch(dataset, copy_of, all_rows):

@@ -117,6 +117,14 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(dataset, copy_of, tmp_pat
     assert stream(again, num_workers) == expected
 
 
+def test_a_cache_that_cannot_be_written_to(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = f"{tmp_path}/file: cannot be written to: Not a directory; set local to a folder that can"
+    for exclusive in (False, True):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            remote_of(dataset, tmp_path / "file", exclusive=exclusive)
+
+
 def test_what_a_killed_job_left_half_fetched_goes_in_time(dataset, copy_of, tmp_path):
     remote = copy_of(dataset)
     found = remote_of(remote, tmp_path / "cache")
