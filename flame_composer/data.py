@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import filelock
 import numpy as np
+import streaming.base.dataset
 import torch
 from composer.core import Callback, DataSpec, Evaluator, Event, State
 from composer.utils import dist
@@ -28,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.callbacks import JsonlLog
 from flame_composer.config import ConfigError, DataError, InvalidField
 from flame_composer.fetch import Dataset, Shards, fetch_index, one_line
+from flame_composer.machine import claim_shared_memory
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture
 from flame_composer.tokenizer import fingerprint
@@ -99,7 +98,7 @@ class Rows(StreamingDataset):
 
     def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
         """`batch_size` is this rank's share of the global batch."""
-        with _one_at_a_time():
+        with _own_shared_memory():
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.rank_batch_size = batch_size
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
@@ -239,16 +238,13 @@ class Rows(StreamingDataset):
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Every machine's jobs one after another, each with all its ranks: two at once would take the same shared memory."""
-    path = Path(tempfile.gettempdir(), f"flame_composer-{os.getuid()}.lock")
-    lock = filelock.FileLock(path, timeout=600) if dist.get_local_rank() == 0 else contextlib.nullcontext()
+def _own_shared_memory() -> Iterator[None]:
+    upstream = streaming.base.dataset.get_shm_prefix
+    streaming.base.dataset.get_shm_prefix = claim_shared_memory
     try:
-        with lock:
-            dist.barrier()
-            yield
-    except filelock.Timeout:
-        raise DataError(f"{path}: held for ten minutes by a job that does not get on; end that job") from None
+        yield
+    finally:
+        streaming.base.dataset.get_shm_prefix = upstream
 
 
 class EvalBatches(IterableDataset):

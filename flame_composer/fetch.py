@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import fcntl
 import functools
-import itertools
-import os
 import tempfile
 import threading
 import time
@@ -23,13 +20,13 @@ from streaming.base.storage import CloudDownloader
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError
 from flame_composer.inspection import BadShard, check_hash, check_size
+from flame_composer.machine import claim_folder
 from flame_composer.manifest import Manifest, ShardFile, check_totals, read_index, read_manifest
 
 INCOMING = "incoming"  # the folder, within a dataset's cache folder, of what has not been checked yet
 MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
 INDEX_TRIES = 3
 STALE_SECONDS = 3600.0
-CLAIM_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
     folder = str(shared)
     if exclusive:
         # The node's first rank claims it for all.
-        claimed = _claim(shared) if dist.get_local_rank() == 0 else ""
+        claimed = claim_folder(shared) if dist.get_local_rank() == 0 else ""
         folder = dist.all_gather_object(claimed)[dist.get_global_rank() - dist.get_local_rank()]
     incoming = Path(folder, INCOMING)
     incoming.mkdir(parents=True, exist_ok=True)
@@ -115,30 +112,6 @@ def _download(source: str, path: Path, *, at_most: int) -> None:
         storage.download(source, path)
     else:  # with the packages that StreamingDataset asks for
         CloudDownloader.direct_download(source, str(path))
-
-
-def _claim(shared: Path) -> str:
-    """The first of `shared`-1, `shared`-2, ... that no living job has; this process and its children have it from now on.
-
-    A job that was killed has its folder until its loader processes have noticed, some seconds later: the job that takes
-    its place waits for them rather than begin with an empty cache.
-    """
-    shared.parent.mkdir(parents=True, exist_ok=True)
-    give_up = time.monotonic() + CLAIM_SECONDS
-    while True:
-        for number in itertools.count(1):
-            folder = shared.with_name(f"{shared.name}-{number}")
-            if number > 1 and not folder.exists() and time.monotonic() < give_up:
-                break
-            lock = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                continue
-            folder.mkdir(exist_ok=True)
-            return str(folder)  # the lock stays open, and held, until the last of this job's processes has ended
-        time.sleep(0.2)
 
 
 def _sweep(incoming: Path) -> None:
