@@ -240,7 +240,7 @@ class Rows(StreamingDataset):
 @contextlib.contextmanager
 def _own_shared_memory() -> Iterator[None]:
     upstream = streaming.base.dataset.get_shm_prefix
-    streaming.base.dataset.get_shm_prefix = claim_shared_memory
+    streaming.base.dataset.get_shm_prefix = claim_shared_memory  # type: ignore[assignment]
     try:
         yield
     finally:
