@@ -28,7 +28,8 @@ class JsonlLog(Callback):
 
     Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), learning_rate (of this
     step), epoch, percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with
-    eval_loss and eval_perplexity on the steps that evaluate, and batch_hash if asked for.
+    eval_loss and eval_perplexity on the steps that evaluate, batch_hash if asked for, and with several streams what has
+    come of each.
 
     A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
     after it, which it computes again.
@@ -48,6 +49,7 @@ class JsonlLog(Callback):
         self.plan = plan
         self.print_every = max(1, plan.total // 50) if print_lines else 0
         self.log_batch_hash = log_batch_hash
+        self.streams: dict[str, dict[str, float]] | None = None  # what has come of each, where there are several
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -121,6 +123,8 @@ class JsonlLog(Callback):
             self._evaluation = None
         if self.log_batch_hash:
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
+        if self.streams is not None:
+            row["streams"] = self.streams
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         if self.print_every and (row["current_steps"] % self.print_every == 0 or "eval_loss" in row):
@@ -255,7 +259,7 @@ def hash_row(input_ids: torch.Tensor) -> int:
 def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, float] | None = None) -> None:
     """Drop the rows after `last_step`, and a row that a kill cut short; replaces the file in one step.
 
-    `evaluation` goes into the row of `last_step`, before a batch_hash: where it would have been.
+    `evaluation` goes into the row of `last_step`, where it would have been.
     """
     if not path.exists():
         return
@@ -266,8 +270,8 @@ def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, float] | None
         except json.JSONDecodeError:
             break
         if evaluation is not None and row["current_steps"] == last_step:
-            hash = {key: row.pop(key) for key in ("batch_hash",) if key in row}
-            line = json.dumps(row | evaluation | hash)
+            after = {key: row.pop(key) for key in ("batch_hash", "streams") if key in row}
+            line = json.dumps(row | evaluation | after)
         if row["current_steps"] <= last_step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
@@ -314,8 +318,8 @@ class SameData(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = state["order"]
         changed = [
-            f"{key} ({before.get(key)} before, {value} now)"
-            for key, value in self.order.items() if before.get(key) != value
+            f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
+            for key in {**self.order, **before} if before.get(key) != self.order.get(key)
         ]
         if changed and not self.allow_change:
             raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "

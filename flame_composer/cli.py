@@ -28,6 +28,8 @@ from flame_composer.config import ConfigError, DataError, InvalidField, ScriptCo
 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
+ANY_NAME = "NAME"  # stands in help for the name of a section that the user names
+SECTIONS = "sections under names of your own"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 C = TypeVar("C", bound=ScriptConfig)
@@ -198,7 +200,7 @@ def _read_yaml(file: str) -> DictConfig:
 
 def _read_override(cls: type, argument: str) -> DictConfig:
     key, _, text = argument.partition("=")
-    annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
+    annotation = _annotation(cls, key)
     quoted = text.startswith("[") and text.endswith("]") and bool(set(text) & set("\"'"))
     plain_list = annotation == "list[str]" and text != "null" and not quoted
     try:
@@ -215,10 +217,17 @@ def _read_override(cls: type, argument: str) -> DictConfig:
 
 def _dataclass_of(annotation: Any) -> type | None:
     """The dataclass in `X` or `X | None`, if there is one."""
+    if get_origin(annotation) is dict:
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if dataclasses.is_dataclass(candidate):
             return typing.cast(type, candidate)
     return None
+
+
+def _named_sections(annotation: Any) -> type | None:
+    """The dataclass in `dict[str, X]`, if there is one: sections under names of the user's own."""
+    return _dataclass_of(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
 def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "") -> None:
@@ -232,18 +241,31 @@ def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str
         if key not in names:
             shown = full or repr(full)
             raise ConfigError(f"{origin}: {shown}: unknown key{nearest(full, known) or '; see --help for all keys'}")
-        section = _dataclass_of(hints[key])
+        section, each = _dataclass_of(hints[key]), _named_sections(hints[key])
         if section is not None and isinstance(value, dict):
             _check_keys(section, value, origin, known, f"{full}.")
+        if each is None or not isinstance(value, dict):
+            continue
+        for name, content_of_name in value.items():
+            if not isinstance(name, str) or "." in name:
+                raise ConfigError(f"{origin}: {full}: {name!r} is no name; names are letters, digits, '_' and '-'")
+            if not isinstance(content_of_name, dict):
+                raise ConfigError(f"{origin}: {full}.{name}={_show(content_of_name)}: must hold keys and values; its keys are "
+                                  f"{', '.join(field.name for field in dataclasses.fields(each))}")
+            known_here = [key.replace(f"{full}.{ANY_NAME}.", f"{full}.{name}.") for key in known]
+            _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.")
 
 
 def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of `content` by full key; a single value given for a list becomes a list of one."""
     hints = typing.get_type_hints(cls)
     for key, value in content.items():
-        section = _dataclass_of(hints[key])
+        section, each = _dataclass_of(hints[key]), _named_sections(hints[key])
         if section is not None and isinstance(value, dict) and value:
             yield from _leaves(section, value, f"{prefix}{key}.")
+        elif each is not None and isinstance(value, dict) and value:
+            for name, content_of_name in value.items():
+                yield from _leaves(each, content_of_name, f"{prefix}{key}.{name}.")
         elif get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value:
             yield f"{prefix}{key}", _split_list(value)
         elif get_origin(hints[key]) is list and isinstance(value, int) and not isinstance(value, bool):
@@ -266,8 +288,9 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None,
     """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
     hints, docs = typing.get_type_hints(cls), _docs(cls)
     for f in dataclasses.fields(cls):
-        section = _dataclass_of(hints[f.name])
+        section, each = _dataclass_of(hints[f.name]), _named_sections(hints[f.name])
         annotation = str(f.type).replace("Literal[", "one of [") if section is None else "section"
+        annotation = annotation if each is None else SECTIONS
         if f.default is dataclasses.MISSING:
             default = None if section else "[]" if get_origin(hints[f.name]) is list else "{}"
         else:
@@ -275,6 +298,17 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None,
         yield f"{prefix}{f.name}", annotation, default, docs.get(f.name, "")
         if section is not None:
             yield from _fields(section, f"{prefix}{f.name}.")
+        if each is not None:
+            yield from _fields(each, f"{prefix}{f.name}.{ANY_NAME}.")
+
+
+def _annotation(cls: type, key: str) -> str:
+    """The type of a field as `--help` has it; '' for a key that is none."""
+    def is_it(field: str) -> bool:
+        parts, ours = field.split("."), key.split(".")
+        return len(parts) == len(ours) and all(part in (our, ANY_NAME) for part, our in zip(parts, ours, strict=True))
+
+    return next((annotation for name, annotation, _, _ in _fields(cls) if is_it(name)), "")
 
 
 @functools.cache
@@ -301,11 +335,17 @@ def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _sections(value, f"{prefix}{f.name}.")
+        for name, each in value.items() if isinstance(value, dict) else ():
+            if dataclasses.is_dataclass(each):
+                yield from _sections(each, f"{prefix}{f.name}.{name}.")
     yield prefix, config
 
 
 def _reason(cls: type, key: str, error: Exception | None) -> str:
-    annotation = next((annotation for name, annotation, _, _ in _fields(cls) if name == key), "")
+    annotation = _annotation(cls, key)
+    if annotation == SECTIONS:
+        below = [name for name, _, _, _ in _fields(cls) if name.startswith(f"{key}.{ANY_NAME}.")]
+        return f"must hold {SECTIONS}; their keys are {', '.join(below)}"
     if annotation == "section":
         return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
     if annotation:
@@ -347,6 +387,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+        return ", ".join(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -6,28 +6,31 @@ import contextlib
 import math
 import os
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import streaming.base.dataset
 import torch
-from composer.core import DataSpec, Evaluator, Event, State
+from composer.core import Callback, DataSpec, Evaluator, Event, State
 from composer.utils import dist
-from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base.batching import generate_work
 from streaming.base.dataset import _ShardState
-from streaming.base.hashing import get_hash
-from streaming.base.storage import CloudDownloader
+from streaming.base.util import bytes_to_int
+from streaming.base.world import World
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config import ConfigError, DataError
-from flame_composer.manifest import HASH, Manifest, ShardFile, check_shards, read_index, read_manifest
+from flame_composer.callbacks import JsonlLog
+from flame_composer.config import ConfigError, DataError, InvalidField
+from flame_composer.fetch import Dataset, Shards, fetch_index, one_line
+from flame_composer.machine import claim_shared_memory
+from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
+from flame_composer.mixture import Mixture
 from flame_composer.tokenizer import fingerprint
 from flame_composer.train_config import DataConfig, EvalDataConfig
 
@@ -37,23 +40,13 @@ CACHE = Path("~/.cache/flame_composer")
 Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset fit for training: `folder` holds it, or the part of `remote` that has been downloaded so far."""
-
-    folder: str
-    remote: str | None
-    manifest: Manifest
-    files: list[ShardFile]
-
-
 def open_dataset(
-    local: str | None, remote: str | None, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
+    local: str | None, remote: str | None, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None,
+    exclusive: bool = False,
 ) -> Dataset:
     """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or `context_length`.
 
-    A remote dataset is cached under `local` (or ~/.cache/flame_composer) in a folder named after its index, so that
-    another dataset put under the same address never meets the old one's shards.
+    A remote dataset is cached under `local` (or ~/.cache/flame_composer), see `fetch_index`.
 
     Raises ConfigError or DataError.
     """
@@ -61,8 +54,9 @@ def open_dataset(
         assert local is not None
         folder, manifest = local, read_manifest(local)
         files = check_shards(folder)
+        check_totals(folder, manifest, files)
     else:
-        folder = _fetch_index(remote, Path(local or CACHE).expanduser())
+        folder = fetch_index(remote, Path(local or CACHE).expanduser(), exclusive=exclusive)
         manifest = read_manifest(folder)
         files = read_index(folder, manifest)
     place = remote or local
@@ -79,93 +73,180 @@ def open_dataset(
     return Dataset(folder, remote, manifest, files)
 
 
-def _fetch_index(remote: str, cache: Path) -> str:
-    """Download manifest.json and index.json of a remote dataset into its cache folder, and return that folder."""
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in ("manifest.json", "index.json"):
-            source = f"{remote.rstrip('/')}/{name}"
-            try:
-                CloudDownloader.get(remote).download(source, str(Path(temporary, name)), timeout=15)
-            except Exception as error:  # every store's client has exceptions of its own
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ConfigError(f"{source}: cannot be read: {reason[:200]}; check the address, the credentials and that "
-                                  "the conversion has finished") from None
-        manifest = read_manifest(temporary)
-        read_index(temporary, manifest)
-        folder = cache / manifest.index_sha256[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("manifest.json", "index.json"):
-            # Ranks do this side by side, with the same bytes.
-            whole = Path(tempfile.mkstemp(dir=folder)[1])
-            whole.write_bytes(Path(temporary, name).read_bytes())
-            whole.replace(folder / name)
-    return str(folder)
+def open_train_data(
+    config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
+) -> dict[str, Dataset]:
+    """The datasets of every stream by name, or the only one under "", each checked as by `open_dataset`."""
+    sources = {name: (stream.local, stream.remote) for name, stream in config.streams.items()}
+    datasets: dict[str, Dataset] = {}
+    for name, (local, remote) in (sources or {"": (config.local, config.remote)}).items():
+        dataset = open_dataset(local, remote, tokenizer=tokenizer, context_length=context_length,
+                               exclusive=config.cache_limit is not None)
+        for other, before in datasets.items():
+            if before.manifest.index_sha256 == dataset.manifest.index_sha256:
+                raise InvalidField(f"train_data.streams.{name}", f"must be another dataset than train_data.streams.{other}; "
+                                   "give one of them a larger proportion, repeat or choose instead")
+        datasets[name] = dataset
+    return datasets
 
 
 class Rows(StreamingDataset):
-    """StreamingDataset that reads whole global batches only, and checks every shard's hash before it uses it.
+    """StreamingDataset whose global batches do not depend on how many ranks and workers there are, of checked shards.
 
-    StreamingDataset pads an epoch with repeated rows until it divides among the ranks, so the number of batches, and the
-    last ones' rows, depend on how many ranks there are. This one ends at the last full global batch on any number.
+    Upstream the order of an epoch is laid out for the processes that happen to be there: it pads with repeated rows until
+    it divides among them, so that the number of batches, the last ones' rows, and with several streams all that follows,
+    change with their number. Here it is laid out in global batches, of which every process then takes its part.
     """
 
-    def __init__(self, dataset: Dataset, *, batch_size: int, **options: Any):
+    def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
         """`batch_size` is this rank's share of the global batch."""
-        # Two jobs that start together would take the same name for their shared memory; the local leader chooses it.
-        lock = FileLock(Path(tempfile.gettempdir(), "flame_composer.lock")) if dist.get_local_rank() == 0 else None
-        with lock or contextlib.nullcontext():
-            super().__init__(local=dataset.folder, remote=dataset.remote, validate_hash=HASH, batch_size=batch_size, **options)
-        self.files = dataset.files
-        self.global_batch_size = batch_size * dist.get_world_size()
-        self.batches_per_epoch = self.num_samples // self.global_batch_size
+        with _own_shared_memory():
+            super().__init__(streams=datasets, batch_size=batch_size, **options)
+        self.rank_batch_size = batch_size
+        self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
+        self.files = [file for dataset in datasets for file in dataset.dataset.files]
+        # What is fetched from now on is checked before it is put where it is looked for.
+        self._unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
+        self._failures: dict[int, DataError] = {}
+        self._set_shuffle_block_size(World(1, 1, 1, 0))
+        self.batches_per_epoch = self.epoch_size // self.global_batch_size
+        if self.batching_method != "random" and self.batches_per_epoch:
+            try:
+                # Every stream has its share of a batch, or batches of its own; what does not come out even is left out.
+                self.batches_per_epoch = min(self.batches_per_epoch, len(self.lay_out(0)))
+            except (ValueError, ArithmeticError) as error:
+                raise InvalidField("train_data.batching_method", f"{one_line(error)} (global_batch_size="
+                                   f"{self.global_batch_size})") from None
         self.length = self.batches_per_epoch * batch_size
-        self._checked: set[int] = set()
-        self._failures: dict[int, str] = {}
+
+    def lay_out(self, epoch: int, sample_in_epoch: int = 0) -> NDArray[np.int64]:
+        """The row ids of an epoch's global batches, in order, from `sample_in_epoch` on: [batches, global batch size]."""
+        order = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, sample_in_epoch)
+        order = order.reshape(-1, self.global_batch_size)
+        return order[(order >= 0).all(axis=1)]
+
+    @staticmethod
+    def _place(worker: World) -> int:
+        """The first row of a batch that is this rank's; its others are every num_ranks-th.
+
+        Canonical nodes take turns in the order, so that with as many of them as machines, each keeps to shards of its own.
+        """
+        return worker.rank_of_node * worker.num_nodes + worker.node
+
+    def limit_cache(self, limit: int, *, num_workers: int, prefetch_factor: int) -> None:
+        """Delete the shards that were used longest ago when all would take more than `limit` bytes.
+
+        Raises InvalidField if shards would have to go while they are in use, and be fetched over and over.
+        """
+        indexes = sum(stream.get_index_size() for stream in self.streams)
+        largest = max(file.bytes for file in self.files)
+        in_use = self.bytes_in_use(num_workers=num_workers, prefetch_factor=prefetch_factor)
+        minimum = indexes + max(in_use, 4 * largest)
+        if limit < minimum:
+            raise InvalidField("train_data.cache_limit", f"must be at least {minimum} bytes: so much is in use at once with "
+                               f"shuffle_block_size={self.shuffle_block_size}, num_canonical_nodes={self.num_canonical_nodes} "
+                               f"and shards of up to {largest} bytes; a smaller train_data.shuffle_block_size needs less")
+        self.cache_limit = limit
+
+    def bytes_in_use(self, *, num_workers: int, prefetch_factor: int) -> int:
+        """The most bytes of shards that one machine is in the middle of reading at once, in the first epoch.
+
+        From `predownload` rows before the first row of a shard is read until the last one is, with loader processes that
+        are as far apart as they can be.
+        """
+        world = self._unique_rank_world
+        ranks = [World(world.num_nodes, world.ranks_per_node, 1, world.node * world.ranks_per_node + rank)
+                 for rank in range(world.ranks_per_node)]
+        order = self.lay_out(0)[: self.batches_per_epoch]
+        order = np.concatenate([order[:, self._place(rank) :: world.num_ranks] for rank in ranks], axis=1)
+        shards = np.searchsorted(self.sample_offset_per_shard, order.ravel(), side="right") - 1
+        batches = np.repeat(np.arange(len(order)), order.shape[1])
+        used = np.unique(shards)
+        first, last = np.empty(self.num_shards, np.int64), np.empty(self.num_shards, np.int64)
+        first[shards[::-1]], last[shards] = batches[::-1], batches  # of several values for a shard, the last stays
+        assert self.predownload is not None
+        apart = max(1, num_workers) * (math.ceil(self.predownload / self.rank_batch_size) + prefetch_factor + 1)
+        change = np.zeros(len(order) + 1, np.int64)
+        sizes = np.array([file.bytes for file in self.files])
+        np.add.at(change, np.maximum(first[used] - apart, 0), sizes[used])
+        np.add.at(change, last[used] + 1, -sizes[used])
+        return int(change.cumsum().max())
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one."""
-        ids = super()._get_work(epoch, sample_in_epoch)
-        assert self.batch_size is not None
-        batches_left = self.batches_per_epoch - math.ceil(sample_in_epoch / self.global_batch_size)
-        worker = get_worker_info()
-        id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return ids[: max(0, math.ceil((batches_left - id) / num_workers)) * self.batch_size]
+        """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one.
+
+        As upstream, one process of a machine lays out the epoch for all of them, through shared memory.
+        """
+        worker = self._unique_worker_world
+        if worker.is_local_leader:
+            batches_left = self.batches_per_epoch - math.ceil(sample_in_epoch / self.global_batch_size)
+            order = self.lay_out(epoch, sample_in_epoch)[: max(0, batches_left)]
+            shared = [*self._share_work(order.reshape(1, 1, 1, -1, self.global_batch_size))]
+            self._shared_barrier(worker.workers_per_node)
+        else:
+            self._shared_barrier(worker.workers_per_node)
+            shaped, *shared = self._attach_work()
+            order = shaped.reshape(-1, self.global_batch_size)
+        ids = order[worker.worker_of_rank :: worker.workers_per_rank, self._place(worker) :: worker.num_ranks].flatten()
+        self._shared_barrier(worker.workers_per_node)
+        for memory in shared:
+            if memory is not None:
+                memory.cleanup()
+        return ids
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard; one that cannot be had counts as prepared, and `get_item` says what is wrong with it.
+        """Fetch a shard if it is not there. Raises DataError if it cannot be had and `blocking`; else `get_item` will.
 
         Upstream a background thread dies of it, unheard: the epoch ends early, or workers wait for one another for ever.
         """
+        if shard_id in self._failures:
+            if blocking:
+                raise self._failures[shard_id]
+            return
         try:
             super().prepare_shard(shard_id, blocking)
-        except Exception as error:  # every store's client has exceptions of its own
-            self._failures[shard_id] = " ".join(str(error).split())[:200] or type(error).__name__
-            self._shard_states[shard_id] = _ShardState.LOCAL
+        except Exception as error:  # DataError, or what upstream does not expect
+            if self._cache_filelock.is_locked:
+                self._cache_filelock.release(force=True)
+            self._failures[shard_id] = error if isinstance(error, DataError) else DataError(one_line(error))
+            self._shard_states[shard_id] = _ShardState.LOCAL  # counts as prepared: the others find out for themselves
+            if blocking:
+                raise self._failures[shard_id] from None
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """A row; with several streams, it says under `stream` which of them it is of. Raises DataError."""
         shard_id, _ = self.spanner[sample_id]
-        if shard_id not in self._checked:
-            self.prepare_shard(shard_id)
-            try:
-                self._check(self.files[shard_id], self._failures.get(shard_id) if self.streams[0].remote else None)
-            except DataError:
-                if hasattr(self, "_event"):
-                    self._event.set()  # ends the background threads, which the process would wait for before it ends
-                raise
-            self._checked.add(shard_id)
-        return super().get_item(sample_id, retry)
-
-    def _check(self, file: ShardFile, failure: str | None) -> None:
-        path = Path(self.streams[0].local, file.basename)
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            reason = failure or error.strerror
-            raise DataError(f"{path}: shard cannot be read: {reason}; restore it, or convert again") from None
-        if len(content) != file.bytes or get_hash(HASH, content) != file.hash:
-            raise DataError(f"{path}: damaged shard: its {len(content)} bytes are not those it was written with "
-                            f"({file.bytes} bytes, {HASH} {file.hash}); restore it from a copy, or delete it if it is "
-                            "the cached copy of a remote dataset")
+            if shard_id in self._unchecked:
+                cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(self.files[shard_id])
+                self._unchecked.remove(shard_id)
+            row = super().get_item(sample_id, retry)
+        except (DataError, RuntimeError) as error:
+            if hasattr(self, "_event"):
+                self._event.set()  # ends the background threads, which the process would wait for before it ends
+            raise error if isinstance(error, DataError) else DataError(one_line(error)) from None
+        if self.num_streams > 1:
+            row["stream"] = self.stream_per_shard[shard_id]
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not hasattr(self, "_event"):
+            self._event = threading.Event()
+            for stream in self.streams:
+                cast(Shards, stream).stop = self._event
+        yield from super().__iter__()
+        if self._event.is_set():
+            raise DataError("reading ahead failed, and the epoch would end early; the lines before this one say why")
+
+
+@contextlib.contextmanager
+def _own_shared_memory() -> Iterator[None]:
+    upstream = streaming.base.dataset.get_shm_prefix
+    streaming.base.dataset.get_shm_prefix = claim_shared_memory  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        streaming.base.dataset.get_shm_prefix = upstream
 
 
 class EvalBatches(IterableDataset):
@@ -197,7 +278,8 @@ class EvalBatches(IterableDataset):
 
 
 def collate(rows: list[dict[str, NDArray[Any]]]) -> Batch:
-    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row), all int64 [B, T].
+    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row), all int64 [B, T];
+    `stream` (the number of the row's stream, int64 [B]) where the rows say so.
 
     Labels are the tokens themselves: the model shifts them. The first one predicts nothing, so it is never a label.
     """
@@ -205,13 +287,27 @@ def collate(rows: list[dict[str, NDArray[Any]]]) -> Batch:
     sequence_id = np.stack([np.repeat(np.arange(len(row["doc_lengths"])), row["doc_lengths"]) for row in rows])
     labels = input_ids.clone()
     labels[:, 0] = IGNORE
-    return {"input_ids": input_ids, "labels": labels, "sequence_id": torch.from_numpy(sequence_id)}
+    batch = {"input_ids": input_ids, "labels": labels, "sequence_id": torch.from_numpy(sequence_id)}
+    if "stream" in rows[0]:
+        batch["stream"] = torch.tensor([int(row["stream"]) for row in rows])
+    return batch
 
 
-def describe_order(dataset: Dataset, config: DataConfig, *, global_batch_size: int, seed: int) -> dict[str, Any]:
+def describe_order(
+    datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
+) -> dict[str, Any]:
     """All that decides which rows are in which global batch: a run must not go on with another."""
-    return {
-        "train_data (index.json)": dataset.manifest.index_sha256, "global_batch_size": global_batch_size,
+    order: dict[str, Any] = {
+        f"train_data{name and f'.streams.{name}'} (index.json)": dataset.manifest.index_sha256
+        for name, dataset in datasets.items()
+    }
+    for name, stream in config.streams.items():
+        weight = stream.weight()
+        order |= {f"train_data.streams.{name}.{kind}": value for kind, value in weight.items()}
+    return order | {
+        "train_data.streams": ", ".join(config.streams) or None,  # they are numbered in this order
+        "train_data.batching_method": config.batching_method if config.streams else "random",
+        "global_batch_size": global_batch_size,
         "train_data.shuffle": config.shuffle, "train_data.shuffle_algo": config.shuffle_algo,
         "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
         "train_data.shuffle_block_size": config.shuffle_block_size,
@@ -224,21 +320,32 @@ def count_tokens(batch: Batch) -> dict[str, int]:
     return {"total": batch["input_ids"].numel(), "loss_generating": int((batch["labels"] != IGNORE).sum())}
 
 
-def build_train_loader(dataset: Dataset, config: DataConfig, *, global_batch_size: int, seed: int) -> DataSpec:
+def build_train_loader(
+    datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
+) -> DataSpec:
     """This rank's share of every global batch, shuffled with `seed` unless the config has one of its own.
 
-    Raises ConfigError if the dataset does not hold one global batch.
+    Raises ConfigError if the datasets do not hold one global batch, or need a larger cache than they may have.
     """
     batch_size = global_batch_size // dist.get_world_size()
+    weights = {name: stream.weight() for name, stream in config.streams.items()}
+    shards = [
+        Shards(dataset, retries=config.download_retries, timeout=config.download_timeout, **weights.get(name, {}))
+        for name, dataset in datasets.items()
+    ]
     rows = Rows(
-        dataset, batch_size=batch_size, shuffle=config.shuffle, shuffle_algo=config.shuffle_algo,
+        shards, batch_size=batch_size, shuffle=config.shuffle, shuffle_algo=config.shuffle_algo,
         shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
         shuffle_block_size=config.shuffle_block_size, num_canonical_nodes=config.num_canonical_nodes,
-        predownload=config.predownload, cache_limit=config.cache_limit,
+        predownload=config.predownload, batching_method=config.batching_method,
     )
     if rows.batches_per_epoch == 0:
-        raise ConfigError(f"{dataset.remote or dataset.folder}: holds {rows.num_samples} rows, fewer than one global batch "
+        what = "; ".join(dataset.place for dataset in datasets.values())
+        raise ConfigError(f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
                           f"(global_batch_size={global_batch_size})")
+    if config.cache_limit is not None:
+        rows.limit_cache(bytes_to_int(config.cache_limit), num_workers=config.num_workers,
+                         prefetch_factor=config.prefetch_factor)
     loader = DataLoader(
         rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
@@ -269,6 +376,16 @@ def _end_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog) -> list[Callback]:
+    """What counts the rows of every stream; nothing where there is one dataset."""
+    if len(datasets) == 1:
+        return []
+    streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
+    rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
+    on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
+    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length, log)]
+
+
 def build_evaluator(
     dataset: Dataset, config: EvalDataConfig, *, batch_size: int,
     eval_interval: Callable[[State, Event], bool] | None = None, until: Callable[[DataLoader], Any] | None = None,
@@ -277,7 +394,7 @@ def build_evaluator(
 
     `until` wraps the loader in what can end it early.
     """
-    rows = Rows(dataset, batch_size=batch_size, shuffle=False)
+    rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
         generator=torch.Generator(), worker_init_fn=follow_parent,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from flame_composer import storage
 from flame_composer.config import ConfigError
-from flame_composer.manifest import HASH, Manifest, ShardFile, damaged, read_index, read_manifest
+from flame_composer.manifest import HASH, Manifest, ShardFile, check_totals, read_index, read_manifest
 from flame_composer.tokenizer import TokenizerFingerprint
 
 if TYPE_CHECKING:
@@ -94,11 +94,7 @@ def open_dataset(data: str) -> Dataset:
     else:
         manifest = read_manifest(data)
         files = read_index(data, manifest)
-    listed = (sum(file.rows for file in files), len(files), sum(file.bytes for file in files))
-    totals = (manifest.totals.rows, manifest.totals.shards, manifest.totals.bytes)
-    if listed != totals:
-        raise damaged(f"{data.rstrip('/')}/manifest.json", "its totals (rows, shards, bytes) are {}, {}, {}, those of "
-                      "index.json {}, {}, {}".format(*totals, *listed))
+    check_totals(data, manifest, files)
     return Dataset(data, is_remote, manifest, files)
 
 

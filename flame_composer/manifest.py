@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Literal, TypeVar
 
 from flame_composer import storage
@@ -17,6 +18,8 @@ from flame_composer.tokenizer import TokenizerFingerprint
 
 VERSION = 1
 HF = "hf"  # the encoder of tokenizers, which every other must agree with
+SHARD_NAME = re.compile(r"units/[A-Za-z0-9_-]+/shard\.[0-9]+\.mds")
+MAX_SHARD_BYTES = 2**32  # offsets within a shard are uint32
 HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
 
 Split = Literal["train", "val"]
@@ -155,26 +158,47 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         raise DataError(f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset")
     data = storage.read(place)
     content = parse_json(data, place)
+    row_bytes = manifest.context_length * int(manifest.token_dtype.removeprefix("uint")) // 8
+    form = {
+        "format": "mds", "version": 2, "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, row_bytes],
+        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
+    }  # fmt: skip
     files: list[ShardFile] = []
     for shard in _take(content, "shards", list, place):
         raw = _take(shard, "raw_data", dict, place)
         basename = _take(raw, "basename", str, place)
-        parts = PurePosixPath(basename).parts
-        if not parts or basename.startswith("/") or ".." in parts or "\\" in basename or ":" in basename:
+        if not SHARD_NAME.fullmatch(basename):
             raise damaged(place, f"it names a file outside the dataset: {basename!r}")
-        if shard.get("zip_data") is not None:
+        if shard.get("zip_data") is not None or shard.get("compression") is not None:
             raise damaged(place, f"{basename} is compressed, which this format never is")
-        files.append(
-            ShardFile(
-                basename,
-                _take(raw, "bytes", int, place),
-                _take(_take(raw, "hashes", dict, place), HASH, str, place),
-                _take(shard, "samples", int, place),
-            )
+        if any(shard.get(key) != value for key, value in form.items()):
+            raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
+        file = ShardFile(
+            basename,
+            _take(raw, "bytes", int, place),
+            _take(_take(raw, "hashes", dict, place), HASH, str, place),
+            _take(shard, "samples", int, place),
         )
+        if file.bytes > MAX_SHARD_BYTES:
+            raise damaged(place, f"{basename}: {file.bytes} bytes are more than a shard can have")
+        if file.rows * row_bytes > file.bytes:
+            raise damaged(place, f"{basename}: {file.rows} rows do not go into {file.bytes} bytes")
+        files.append(file)
+    names = Counter(file.basename for file in files)
+    if len(names) != len(files):
+        raise damaged(place, f"it names {names.most_common(1)[0][0]} twice")
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise damaged(place, "it is not the index that manifest.json was written with")
     return files
+
+
+def check_totals(place: str, manifest: Manifest, files: list[ShardFile]) -> None:
+    """Raises DataError if the index lists other shards than the manifest of the dataset at `place` counts."""
+    listed = (sum(file.rows for file in files), len(files), sum(file.bytes for file in files))
+    totals = (manifest.totals.rows, manifest.totals.shards, manifest.totals.bytes)
+    if listed != totals:
+        raise damaged(f"{place.rstrip('/')}/manifest.json", "its totals (rows, shards, bytes) are {}, {}, {}, those of "
+                      "index.json {}, {}, {}".format(*totals, *listed))
 
 
 def check_shards(folder: str) -> list[ShardFile]:

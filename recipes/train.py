@@ -36,8 +36,8 @@ def main(config: TrainConfig) -> None:
 
     made_for = {"tokenizer": tokenizer, "context_length": config.context_length}
     order = {"global_batch_size": config.global_batch_size, "seed": config.seed}
-    train_set = data.open_dataset(config.train_data.local, config.train_data.remote, **made_for)
-    train_loader = data.build_train_loader(train_set, config.train_data, **order)
+    train_sets = data.open_train_data(config.train_data, **made_for)
+    train_loader = data.build_train_loader(train_sets, config.train_data, **order)
     plan = config.plan(epoch_batches=train_loader.dataloader.dataset.batches_per_epoch)
 
     saver = checkpoint.build_saver(save_folder, staging, plan, num_to_keep=config.save_num_checkpoints_to_keep)
@@ -55,7 +55,7 @@ def main(config: TrainConfig) -> None:
     )
 
     hf_model = model.build_or_load(config.model, hf_config)
-    order = data.describe_order(train_set, config.train_data, **order)
+    order = data.describe_order(train_sets, config.train_data, **order)
     clip = config.optimizer.grad_clip_norm
 
     trainer = Trainer(
@@ -68,9 +68,9 @@ def main(config: TrainConfig) -> None:
         optimizers=optim.build_optimizer(hf_model, config.optimizer),
         algorithms=[algorithms.GradientClipping("norm", clip)] if clip else [],
         callbacks=[
-            callbacks.SameData(order, allow_change=config.allow_data_change), callbacks.RandomState(),
-            optim.Schedule(config.scheduler, config.optimizer.lr, plan),
-            *watch.build_watchers(config),
+            *data.build_mixture(train_loader, train_sets, log), callbacks.RandomState(),
+            callbacks.SameData(order, allow_change=config.allow_data_change),
+            optim.Schedule(config.scheduler, config.optimizer.lr, plan), *watch.build_watchers(config),
             # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
             log, *([saver] if saver else []), stop,
         ],

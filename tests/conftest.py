@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import signal
 import tempfile
@@ -57,6 +58,13 @@ def make_dataset(
 def short_wait_for_loader_processes() -> None:
     """A loader that is collected waits for each of its processes: 5 s by default, which some of them use up."""
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def many_open_files() -> None:
+    """A StreamingDataset keeps its shared memory, eight files, until its process ends."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +151,7 @@ def make_run(
     copies = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("train", "eval")]
     train_set = data.open_dataset(shutil.copytree(dataset, copies[0]), None, **made_for)
     eval_set = data.open_dataset(shutil.copytree(eval_dataset, copies[1]), None, **made_for)
-    loader: Any = data.build_train_loader(train_set, DataConfig(num_workers=0), global_batch_size=4, seed=7)
+    loader: Any = data.build_train_loader({"": train_set}, DataConfig(num_workers=0), global_batch_size=4, seed=7)
     plan = RunPlan(
         total, loader.dataloader.dataset.batches_per_epoch, warmup=1, decay=0, eval_interval=eval_interval, save_batches=1,
         save_seconds=None,
@@ -157,7 +165,7 @@ def make_run(
     hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
     (folder / "log").mkdir(exist_ok=True)
     log = callbacks.JsonlLog(folder / "log", plan, log_batch_hash=True, print_lines=False, eval_due=due)
-    order = data.describe_order(train_set, DataConfig(), global_batch_size=4, seed=7)
+    order = data.describe_order({"": train_set}, DataConfig(), global_batch_size=4, seed=7)
     trainer = Trainer(
         run_name="tiny",
         seed=7,

@@ -165,7 +165,7 @@ def test_the_hashes_logged_are_those_of_the_rows(trained, dataset, copy_of):
     from flame_composer.data import build_train_loader
 
     opened = open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH)
-    loader = build_train_loader(opened, DataConfig(num_workers=0), global_batch_size=4, seed=7).dataloader
+    loader = build_train_loader({"": opened}, DataConfig(num_workers=0), global_batch_size=4, seed=7).dataloader
     logged = [row["batch_hash"] for row in rows_of(trained)]
     batches = [batch for batch, _ in zip(loader, logged, strict=False)]
     assert [f"{sum(map(hash_row, batch['input_ids'])) % 2**64:016x}" for batch in batches] == logged
@@ -203,19 +203,20 @@ def test_all_that_changed_is_named():
 
 def test_the_order_covers_what_decides_it(trained, dataset):
     opened = open_dataset(str(dataset), None, tokenizer=byte_tokenizer())
-    base = describe_order(opened, DataConfig(), global_batch_size=4, seed=7)
+    base = describe_order({"": opened}, DataConfig(), global_batch_size=4, seed=7)
     assert base == trained.order
     changes: list[dict[str, Any]] = [
         {"shuffle": False}, {"shuffle_algo": "py1s"}, {"shuffle_seed": 1}, {"shuffle_block_size": 9},
         {"num_canonical_nodes": 2},
     ]  # fmt: skip
     for change in changes:
-        other = describe_order(opened, DataConfig(**change), global_batch_size=4, seed=7)
+        other = describe_order({"": opened}, DataConfig(**change), global_batch_size=4, seed=7)
         assert [key for key in base if other[key] != base[key]] == [f"train_data.{name}" for name in change]
-    assert describe_order(opened, DataConfig(), global_batch_size=4, seed=8) != base
-    assert describe_order(opened, DataConfig(shuffle_seed=7), global_batch_size=4, seed=8) == base, "the seed in force"
+    assert describe_order({"": opened}, DataConfig(), global_batch_size=4, seed=8) != base
+    assert describe_order({"": opened}, DataConfig(shuffle_seed=7), global_batch_size=4, seed=8) == base, "the seed in force"
     for change in ({"num_workers": 7}, {"prefetch_factor": 9}, {"predownload": 3}, {"cache_limit": "1gb"}):
-        assert describe_order(opened, DataConfig(**change), global_batch_size=4, seed=7) == base, "may change on a restart"
+        other = describe_order({"": opened}, DataConfig(**change), global_batch_size=4, seed=7)
+        assert other == base, "may change on a restart"
 
 
 # Random state

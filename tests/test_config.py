@@ -44,6 +44,7 @@ from flame_composer.train_config import (
     ParallelismConfig,
     SchedulerConfig,
     SpikeConfig,
+    StreamConfig,
     TrainConfig,
     WandbConfig,
 )
@@ -58,6 +59,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ModelConfig: {"config": {"model_type": "gla"}},
     DataConfig: {"local": "d"},
     EvalDataConfig: {"local": "d"},
+    StreamConfig: {"local": "d"},
     OptimizerConfig: {},
     SchedulerConfig: {},
     SpikeConfig: {},
@@ -98,8 +100,26 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (ModelConfig, {"config": {}}, "config.model_type",
      "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a folder"),
     (ModelConfig, {"pretrained": ""}, "pretrained", EMPTY),
-    *((cls, {"local": None}, "local", NEEDS_DATA) for cls in (DataConfig, EvalDataConfig)),
-    *((cls, {name: ""}, name, EMPTY) for cls in (DataConfig, EvalDataConfig) for name in ("local", "remote")),
+    *((cls, {"local": None}, "local", NEEDS_DATA) for cls in (EvalDataConfig, StreamConfig)),
+    (DataConfig, {"local": None}, "local", NEEDS_DATA.replace("remote)", "remote, or streams)")),
+    *((cls, {name: ""}, name, EMPTY) for cls in (DataConfig, EvalDataConfig, StreamConfig) for name in ("local", "remote")),
+    *((StreamConfig, {name: value}, name, "must be more than 0, and finite")
+      for name in ("proportion", "repeat", "choose") for value in (0, -1)),
+    *((StreamConfig, {name: value}, name, "must be more than 0, and finite")
+      for name in ("proportion", "repeat") for value in (nan, inf)),
+    *((StreamConfig, {first: 1, second: 1}, "proportion", "must not be set together with repeat or choose")
+      for first, second in (("proportion", "repeat"), ("proportion", "choose"), ("repeat", "choose"))),
+    *((DataConfig, {"local": None, "streams": {"a": StreamConfig(local="d")}, name: "d"}, name,
+       "must be null with streams, which each have their own") for name in ("local", "remote")),
+    *((DataConfig, {"local": None, "streams": {name: StreamConfig(local="d")}}, "streams",
+       "must have names of letters, digits, '_' and '-'") for name in ("", "a.b", "a b", "a/b", "a\n")),
+    (DataConfig, {"local": None, "streams": {"a": StreamConfig(local="d", repeat=1), "b": StreamConfig(local="e")}}, "streams",
+     "must all have proportion, or all repeat, or all choose, or none: a has repeat, b has none"),
+    *((DataConfig, {"batching_method": method}, "batching_method", "must be random without streams")
+      for method in ("stratified", "per_stream")),
+    (DataConfig, {"download_retries": -1}, "download_retries", "must be 0 or more"),
+    *((DataConfig, {"download_timeout": seconds}, "download_timeout", "must be more than 0, and finite")
+      for seconds in (0.0, -1.0, nan, inf)),
     *((cls, {"num_workers": -1}, "num_workers", "must be 0 or more") for cls in (DataConfig, EvalDataConfig)),
     (DataConfig, {"prefetch_factor": 0}, "prefetch_factor", "must be 1 or more"),
     *((DataConfig, {name: 0}, name, "must be more than 0")
@@ -149,7 +169,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (TrainConfig, {"microbatch_size": 3}, "global_batch_size", "must be a multiple of devices x microbatch_size = 1 x 3 = 3"),
     (TrainConfig, {"microbatch_size": 16}, "global_batch_size",
      "must be a multiple of devices x microbatch_size = 1 x 16 = 16"),
-    (TrainConfig, {"eval_data": EvalDataConfig(local="d")}, "eval_data.local", "must not be the dataset that is trained on"),
+    (TrainConfig, {"eval_data": EvalDataConfig(local="d")}, "eval_data.local", "must not be a dataset that is trained on"),
     (TrainConfig, {"scheduler": SchedulerConfig(warmup="11ba")}, "scheduler.warmup",
      "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"),
     (TrainConfig, {"scheduler": SchedulerConfig(warmup="81sp")}, "scheduler.warmup",
@@ -252,7 +272,12 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
 ALLOWED: list[tuple[type, dict[str, Any]]] = [
     *((cls, {}) for cls in GIVEN),
     (ModelConfig, {"config": {}, "pretrained": "p"}),
-    *((cls, {"local": None, "remote": "s3://b/d"}) for cls in (DataConfig, EvalDataConfig)),
+    *((cls, {"local": None, "remote": "s3://b/d"}) for cls in (DataConfig, EvalDataConfig, StreamConfig)),
+    *((StreamConfig, {name: 1}) for name in ("proportion", "repeat", "choose")),
+    *((DataConfig, {"local": None, "batching_method": "stratified",
+                    "streams": {name: StreamConfig(local=name, **weight) for name in ("a-1", "B_2")}})
+      for weight in ({}, {"proportion": 0.1}, {"repeat": 3.0}, {"choose": 9})),
+    (DataConfig, {"download_retries": 0, "download_timeout": 0.1}),
     (DataConfig, {"num_workers": 0, "prefetch_factor": 1, "shuffle_block_size": 1, "num_canonical_nodes": 1, "predownload": 1}),
     *((DataConfig, {"cache_limit": limit}) for limit in ("100", "100b", "1.5gb", "10GB", "1kb")),
     *((DataConfig, {"shuffle_seed": seed}) for seed in (0, 2**32 - 1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming.base.world import World
 
 from flame_composer.config import ConfigError, DataError
 from flame_composer.data import (
@@ -26,10 +27,11 @@ from flame_composer.data import (
     count_tokens,
     open_dataset,
 )
+from flame_composer.fetch import Shards
 from flame_composer.manifest import read_manifest
 from flame_composer.tokenizer import load_tokenizer
 from flame_composer.train_config import DataConfig, EvalDataConfig
-from tests.conftest import CONTEXT_LENGTH, make_dataset
+from tests.conftest import CONTEXT_LENGTH
 from tests.data_fixtures import byte_tokenizer
 
 Row = tuple[int, ...]
@@ -42,7 +44,7 @@ def opened(folder: Path, **options: Any) -> Any:
 
 def loader_of(folder: Path, *, global_batch_size: int = 4, seed: int = 7, **options: Any) -> Any:
     config = DataConfig(**{"num_workers": 0, **options})
-    return build_train_loader(opened(folder), config, global_batch_size=global_batch_size, seed=seed).dataloader
+    return build_train_loader({"": opened(folder)}, config, global_batch_size=global_batch_size, seed=seed).dataloader
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
@@ -57,7 +59,7 @@ def epoch_of(loader: Any) -> list[list[Row]]:
 def all_rows(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """Every row in the order on disk."""
     folder = shutil.copytree(dataset, tmp_path_factory.mktemp("all") / "copy")
-    rows = Rows(opened(folder), batch_size=1, shuffle=False)
+    rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
     found = [tuple(rows[i]["input_ids"].tolist()) for i in range(rows.num_samples)]
     assert len(found) == len(set(found)) == read_manifest(str(dataset)).totals.rows > 100, "rows can be told apart"
     assert len(rows.files) > 5, "several shards"
@@ -160,6 +162,21 @@ def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(dataset
         assert epoch_of(resumed) == epochs[epoch + 1], f"the epoch after batch {served} of epoch {epoch}"
 
 
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_share_out_a_global_batch(dataset, copy_of, nodes, ranks_per_node):
+    """Each row is one rank's; with as many canonical nodes as machines, each machine reads a part of the shards only."""
+    folder = copy_of(dataset)
+    rows = loader_of(folder, global_batch_size=8, shuffle=False, num_canonical_nodes=nodes).dataset
+    order = rows.lay_out(0)
+    ranks = [World(nodes, ranks_per_node, 1, rank) for rank in range(nodes * ranks_per_node)]
+    parts = [order[:, Rows._place(rank) :: rank.num_ranks] for rank in ranks]
+    assert np.array_equal(np.sort(np.concatenate(parts, axis=1)), np.sort(order))
+    assert len({part.shape for part in parts}) == 1
+    for node in range(nodes):
+        own = {row for rank, part in zip(ranks, parts, strict=True) if rank.node == node for row in part.ravel()}
+        assert max(own) - min(own) <= rows.num_samples / nodes
+
+
 def test_too_few_rows_for_a_batch(dataset, copy_of, all_rows):
     folder = copy_of(dataset)
     message = f"{folder}: holds {len(all_rows)} rows, fewer than one global batch (global_batch_size={len(all_rows) + 1})"
@@ -174,7 +191,7 @@ def test_too_few_rows_for_a_batch(dataset, copy_of, all_rows):
 @pytest.mark.parametrize("max_rows", [None, 1, 7, 12, 10**6])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_covers_every_row_once(dataset, copy_of, all_rows, world_size, max_rows):
-    rows = Rows(opened(copy_of(dataset)), batch_size=4, shuffle=False)
+    rows = Rows([Shards(opened(copy_of(dataset)))], batch_size=4, shuffle=False)
     wanted = all_rows[:max_rows]
     seen: list[Row] = []
     num_batches = set()
@@ -257,8 +274,8 @@ def flip_a_bit(shard: Path) -> None:
 
 def damaged(shard: Path) -> str:
     return (
-        rf"{re.escape(str(shard))}: damaged shard: its \d+ bytes are not those it was written with \(\d+ bytes, xxh64 "
-        r"[0-9a-f]{16}\); restore it from a copy, or delete it if it is the cached copy of a remote dataset"
+        rf"{re.escape(str(shard))}: damaged shard: its xxh64 hash is [0-9a-f]{{16}}, must be [0-9a-f]{{16}}: the content has "
+        "changed; restore it from a copy, or convert again"
     )
 
 
@@ -278,84 +295,8 @@ def test_a_flipped_bit_is_found_before_a_row_is_used(dataset, copy_of, num_worke
 def test_a_shard_that_vanishes_while_running(dataset, copy_of):
     folder = copy_of(dataset)
     shard = last_shard(folder)
-    rows = Rows(opened(folder), batch_size=1, shuffle=False)
+    rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
     shard.unlink()
     assert len(rows[0]["input_ids"]) == CONTEXT_LENGTH
     with pytest.raises(DataError, match=f"^{re.escape(str(shard))}: "):
         rows[rows.num_samples - 1]
-
-
-# Remote datasets; a folder elsewhere is the plainest store
-
-
-def remote_of(folder: Path, cache: Path, **options: Any) -> Any:
-    return open_dataset(str(cache), str(folder), tokenizer=byte_tokenizer(), **options)
-
-
-def stream(dataset: Any, num_workers: int = 0) -> Iterator[Row]:
-    loader = build_train_loader(dataset, DataConfig(num_workers=num_workers), global_batch_size=4, seed=7).dataloader
-    for batch in loader:  # pyright: ignore[reportGeneralTypeIssues]
-        yield from rows_of(batch)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_remote_dataset_is_cached_under_its_index(dataset, copy_of, tmp_path, num_workers):
-    remote = copy_of(dataset)
-    found = remote_of(remote, tmp_path / "cache", context_length=CONTEXT_LENGTH)
-    name = read_manifest(str(remote)).index_sha256[:16]
-    assert found.folder == str(tmp_path / "cache" / name)
-    assert sorted(path.name for path in (tmp_path / "cache" / name).iterdir()) == ["index.json", "manifest.json"]
-    assert list(stream(found, num_workers)) == [row for batch in epoch_of(loader_of(copy_of(dataset))) for row in batch]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [name]
-    assert last_shard(tmp_path / "cache" / name).read_bytes() == last_shard(remote).read_bytes()
-
-
-def test_another_dataset_at_the_same_address_never_meets_the_old_shards(dataset, copy_of, tmp_path, all_rows):
-    remote = copy_of(dataset)
-    first = remote_of(remote, tmp_path / "cache")
-    assert set(stream(first)) <= set(all_rows)
-    shutil.rmtree(remote)
-    make_dataset(tmp_path / "new", num_documents=30, seed=5)
-    (tmp_path / "new" / "out").rename(remote)
-    second = remote_of(remote, tmp_path / "cache")
-    assert second.folder != first.folder
-    new = list(stream(second))
-    assert len(new) > 20
-    assert not set(new) & set(all_rows)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_remote_shard_that_is_damaged_is_named(dataset, copy_of, tmp_path, num_workers):
-    remote = copy_of(dataset)
-    flip_a_bit(last_shard(remote))
-    found = remote_of(remote, tmp_path / "cache")
-    with pytest.raises(DataError) as caught:
-        list(stream(found, num_workers))
-    cached = last_shard(Path(found.folder))
-    line = str(caught.value).strip().splitlines()[-1]
-    assert line.removeprefix("flame_composer.config.DataError: ").startswith(f"{cached}: ")
-
-
-def test_a_remote_that_is_not_there(tmp_path):
-    message = f"{tmp_path}/nothing/manifest.json: cannot be read: "
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}.*; check the address, the credentials and that") as caught:
-        remote_of(tmp_path / "nothing", tmp_path / "cache")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("basename", ["../outside.mds", "/etc/passwd", "units/../../outside.mds"])
-@pytest.mark.parametrize("remote", [False, True])
-def test_an_index_that_points_outside_is_refused(dataset, copy_of, tmp_path, basename, remote):
-    import hashlib
-
-    folder = copy_of(dataset)
-    index = json.loads((folder / "index.json").read_bytes())
-    index["shards"][0]["raw_data"]["basename"] = basename
-    (folder / "index.json").write_text(json.dumps(index))
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["index_sha256"] = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=re.escape(f"index.json: damaged: it names a file outside the dataset: {basename!r}")):
-        remote_of(folder, tmp_path / "cache") if remote else opened(folder)
-    assert not (tmp_path / "cache").exists()
