@@ -179,16 +179,17 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
             _take(_take(raw, "hashes", dict, place), HASH, str, place),
             _take(shard, "samples", int, place),
         )
-        if file.bytes > MAX_SHARD_BYTES:
-            raise damaged(place, f"{basename}: {file.bytes} bytes are more than a shard can have")
-        if file.rows * row_bytes > file.bytes:
-            raise damaged(place, f"{basename}: {file.rows} rows do not go into {file.bytes} bytes")
         files.append(file)
     names = Counter(file.basename for file in files)
     if len(names) != len(files):
         raise damaged(place, f"it names {names.most_common(1)[0][0]} twice")
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise damaged(place, "it is not the index that manifest.json was written with")
+    for file in files:
+        if file.bytes > MAX_SHARD_BYTES:
+            raise damaged(place, f"{file.basename}: {file.bytes} bytes are more than a shard can have")
+        if file.rows * row_bytes > file.bytes:
+            raise damaged(place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes")
     return files
 
 
