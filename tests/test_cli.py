@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from flame_composer import cli
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
-from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
 from flame_composer.recipe_config import EvaluateConfig, GenerateConfig
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
-    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, InspectConfig,
+    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
+    InspectConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base

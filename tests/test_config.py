@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from flame_composer import convert_config, recipe_config, train_config
 from flame_composer.cli import _docs
 from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
-from flame_composer.convert_config import ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
 from flame_composer.recipe_config import BenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import (
     DataConfig,
@@ -56,6 +56,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m", "prompt": ""},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
+    FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
 }  # fmt: skip
@@ -164,6 +165,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
     (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out")),
+    *((FromLlamaConfig, {name: ""}, name, EMPTY) for name in ("model", "config", "out", "tokenizer")),
+    (FromLlamaConfig, {"fresh": ["q_proj", "g_proj"]}, "fresh", "must be among q_proj, k_proj, v_proj, o_proj"),
+    (FromLlamaConfig, {"seed": -1}, "seed", SEED),
+    (FromLlamaConfig, {"max_shard_size": 0}, "max_shard_size", "must be more than 0 bytes"),
     *((InspectConfig, {name: ""}, name, EMPTY) for name in ("data", "tokenizer", "plot")),
     (InspectConfig, {"rows": -1}, "rows", "must be 0 or more"),
     (InspectConfig, {"row_numbers": [3, -1]}, "row_numbers", "must all be 0 or more"),
@@ -200,6 +205,7 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0}),
     (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
     (InspectConfig, {"max_bytes": None}),
+    (FromLlamaConfig, {"fresh": ["k_proj"], "max_shard_size": 1}),
     (BenchmarkConfig, {"context_lengths": [2], "repeats": 1}),
 ]  # fmt: skip
 
