@@ -272,10 +272,12 @@ def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTr
     return model, tokenizer
 
 
-def save_hf_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str) -> None:
-    """Config, safetensors and tokenizer in a `new_folder`."""
+def save_hf_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str, max_shard_size: int = 5_000_000_000
+) -> None:
+    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`."""
     with new_folder(out) as folder:
-        model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
 

@@ -167,9 +167,12 @@ class ToHfConfig(ScriptConfig):
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
+    max_shard_size: int = 5000000000
+    """Largest size of a weights file, bytes; a larger model is stored in several."""
 
     def validate(self) -> None:
         require_text(self, "checkpoint", "out")
+        require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
 
 
 @dataclass
