@@ -22,7 +22,7 @@ def main(config: ToHfConfig) -> None:
     with tempfile.TemporaryDirectory() as staging:
         checkpoint = find_checkpoint(config.checkpoint, Path(staging))
         model, tokenizer = load_from_checkpoint(checkpoint)
-    save_hf_folder(model, tokenizer, out, dtype=config.dtype)
+    save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size)
     print(f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
     print("load it with: from flame_composer import cpu; cpu.enable()")
     print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
+import glob
 import hashlib
 import logging
 import os
@@ -12,6 +15,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +28,7 @@ from composer.models.huggingface import get_hf_config_from_composer_state_dict
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer import cpu, storage
@@ -267,20 +272,61 @@ def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTr
     return model, tokenizer
 
 
-def save_hf_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str) -> None:
-    """Config, safetensors and tokenizer in a folder that appears whole or not at all.
+def save_hf_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str, max_shard_size: int = 5_000_000_000
+) -> None:
+    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`."""
+    with new_folder(out) as folder:
+        model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
 
-    Raises ConfigError if `out` exists and is not an empty folder.
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end, whole, or is removed if that is not reached.
+
+    What a conversion to `out` that was killed has left is removed first. Raises ConfigError if `out` exists and is not an
+    empty folder, DataError if the disk is full or the like.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: already exists and is not empty; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        model.to(getattr(torch, dtype)).save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-        for path in (temporary, *temporary.iterdir()):  # made for this user alone, as temporary and safetensors files are
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.replace(temporary, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f".{glob.escape(out.name)}-*.unfinished"):
+            with _locked(left) as alone:
+                if alone:
+                    shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".unfinished", dir=out.parent))
+        try:
+            with _locked(temporary):
+                yield temporary
+                for path in (*temporary.iterdir(), temporary):
+                    path.chmod(0o755 if path.is_dir() else 0o644)  # made for this user alone, as temporary files are
+                    with _opened(path) as number:
+                        os.fsync(number)
+                os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{out}: cannot be written: {' '.join(str(error).split())[:200]}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        yield number
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(number)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether no other process has this folder locked; if so, it is until the end, or until this process dies."""
+    with _opened(folder) as number:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True

@@ -22,6 +22,8 @@ def require_apart(out: str, other: str, name: str) -> None:
 def require_fraction(value: float, name: str) -> None:
     require(0 <= value <= 1, name, "must be in [0, 1]")
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # of an attention layer
+
 
 @dataclass
 class TokenizerTrainConfig(ScriptConfig):
@@ -176,9 +178,39 @@ class ToHfConfig(ScriptConfig):
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
+    max_shard_size: int = 5000000000
+    """Largest size of a weights file, bytes; a larger model is stored in several."""
 
     def validate(self) -> None:
         require_text(self, "checkpoint", "out")
+        require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
+
+
+@dataclass
+class FromLlamaConfig(ScriptConfig):
+    """Turn a Llama or Mistral checkpoint into a GLA model's Hugging Face folder, to go on training from."""
+
+    model: str = MISSING
+    """Hugging Face folder or id of the checkpoint; its weights must be safetensors."""
+    config: str = MISSING
+    """The GLA model to make: a recipe (.yaml; its model.config is taken) or a Hugging Face config (.json). What follows
+    from the checkpoint can be left out."""
+    out: str = MISSING
+    """Folder to write; must not exist or be empty."""
+    tokenizer: str | None = None
+    """Tokenizer folder or id; the checkpoint's own if not set."""
+    fresh: list[str] = field(default_factory=list)
+    """Attention projections to make anew though the checkpoint has them, e.g. [q_proj,k_proj] for another expand_k."""
+    seed: int = 42
+    """Seed of the tensors that are made anew."""
+    max_shard_size: int = 2000000000
+    """Largest size of a weights file, bytes; so much is in memory at a time."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "config", "out", "tokenizer")
+        require(set(self.fresh) <= set(PROJECTIONS), "fresh", f"must be among {', '.join(PROJECTIONS)}")
+        require_seed(self.seed, "seed")
+        require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
 
 
 @dataclass

@@ -149,8 +149,8 @@ def make_run(
     reproducibility.seed_all(7)
     made_for: Any = {"tokenizer": tokenizer, "context_length": CONTEXT_LENGTH}
     copies = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("train", "eval")]
-    train_set = data.open_dataset(shutil.copytree(dataset, copies[0]), None, **made_for)
-    eval_set = data.open_dataset(shutil.copytree(eval_dataset, copies[1]), None, **made_for)
+    train_set = data.open_dataset(str(shutil.copytree(dataset, copies[0])), None, **made_for)
+    eval_set = data.open_dataset(str(shutil.copytree(eval_dataset, copies[1])), None, **made_for)
     loader: Any = data.build_train_loader({"": train_set}, DataConfig(num_workers=0), global_batch_size=4, seed=7)
     plan = RunPlan(
         total, loader.dataloader.dataset.batches_per_epoch, warmup=1, decay=0, eval_interval=eval_interval, save_batches=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import socket
 import socketserver
 import subprocess
@@ -73,9 +73,13 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         num_bytes = 0
-        with socket.create_connection(self.server.target) as server:
+        # Not select.select: the numbers of the files may be too large for it.
+        with socket.create_connection(self.server.target) as server, selectors.DefaultSelector() as selector:
+            for end in (self.request, server):
+                selector.register(end, selectors.EVENT_READ)
             while not self.server.is_cut:
-                for source in select.select([self.request, server], [], [], 0.1)[0]:
+                for key, _ in selector.select(0.1):
+                    source: Any = key.fileobj
                     block = source.recv(1 << 16)
                     if source is server:
                         num_bytes += len(block)

@@ -278,9 +278,19 @@ def test_an_export_is_whole_or_not_there_and_overwrites_nothing(trained, tmp_pat
         raise OSError("No space left on device")
 
     monkeypatch.setattr(tokenizer, "save_pretrained", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match="cut: cannot be written: No space left"):
         save_hf_folder(model, tokenizer, tmp_path / "cut", dtype="float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "used"]
+
+
+def test_an_export_in_several_files_is_the_same_model(trained, tmp_path):
+    model, tokenizer = load(trained.checkpoints / "ba3.pt")
+    save_hf_folder(model, tokenizer, tmp_path / "hf", dtype="float32", max_shard_size=20000)
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    again, _ = load_model(str(tmp_path / "hf"))
+    for name, tensor in trained.weights.items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -16,13 +16,20 @@ from hypothesis import strategies as st
 from flame_composer import cli
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
-from flame_composer.convert_config import CleanConfig, ConvertConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.convert_config import (
+    CleanConfig,
+    ConvertConfig,
+    FromLlamaConfig,
+    InspectConfig,
+    ToHfConfig,
+    TokenizerTrainConfig,
+)
 from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
-    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, InspectConfig,
-    BenchmarkConfig, ConversionBenchmarkConfig, CleanConfig,
+    TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
+    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, CleanConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base

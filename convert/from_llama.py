@@ -1,0 +1,49 @@
+"""Turn a Llama or Mistral checkpoint into a GLA model to go on training from.
+
+python convert/from_llama.py model=mistralai/Mistral-7B-v0.1 config=yamls/gla_7b_continual.yaml out=runs/gla_7b_continual/start
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flame_composer.cli import run
+from flame_composer.config import ConfigError
+from flame_composer.convert_config import FromLlamaConfig
+
+
+def main(config: FromLlamaConfig) -> None:
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: already exists and is not empty; choose another folder")
+
+    from flame_composer import transplant
+    from flame_composer.checkpoint import new_folder
+    from flame_composer.llama import open_source
+    from flame_composer.tokenizer import load_tokenizer
+
+    target = transplant.read_target(config.config)
+    source = open_source(config.model)
+    tokenizer = load_tokenizer(config.tokenizer or str(source.folder))
+    model, plan = transplant.plan_conversion(target, source, tokenizer, config.fresh)
+    generation = transplant.build_generation_config(source, model.config)
+    transplant.require_space(plan, out)
+    print(*transplant.describe(plan), sep="\n", flush=True)
+
+    num_bytes = sum(entry.shape.numel() * entry.dtype.itemsize for entry in plan if entry.target)
+    with new_folder(out) as folder, tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        limit = config.max_shard_size
+        transplant.write_weights(plan, source, model, folder, seed=config.seed, max_shard_size=limit, on_progress=bar.update)
+        for part in (model.config, generation, tokenizer):
+            part.save_pretrained(folder)
+    tensors = Counter(entry.fate for entry in plan)
+    parameters = sum(entry.shape.numel() for entry in plan if entry.target)
+    print(f"{config.model} -> {out}: {parameters:,} parameters; train with model.pretrained={out}")
+    print(json.dumps({"out": str(out), "parameters": parameters, **{fate: tensors[fate] for fate in transplant.FATES}}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, FromLlamaConfig))
