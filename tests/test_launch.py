@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -307,5 +306,4 @@ def test_a_pod_that_is_deleted_saves_before_its_launcher_hears_of_it(corpus: Cor
     with start(COMPOSER, "-n", 2, "recipes/train.py", *corpus.keys(run, *CANONICAL)) as process:
         output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
-    assert json.loads(output.splitlines()[-1])["steps"] == 40
     assert_same_run(run, two_ranks)
