@@ -31,7 +31,7 @@ def main(config: TrainConfig) -> None:
     lock = lock_run(log_folder)
     start = checkpoint.find_start(save_folder, staging, autoresume=config.autoresume) if save_folder else None
 
-    dist.initialize_dist(device := get_device())
+    dist.initialize_dist(device := get_device(), timeout=(config.stall_timeout or 86400) + 60)  # the watchdog says more
     reproducibility.seed_all(config.seed)
 
     made_for = {"tokenizer": tokenizer, "context_length": config.context_length}
