@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -349,23 +351,25 @@ def build_train_loader(
     loader = DataLoader(
         rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=functools.partial(follow_parent, os.getpid()),
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
-def follow_parent(_worker_id: int) -> None:
-    """In a loader process: the training process, which still needs the batch in hand, ends it, and nobody else.
+def follow_parent(parent: int, _worker_id: int) -> None:
+    """In a loader process: the training process (`parent`), which still needs the batch in hand, ends it, and nobody else.
 
     SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was killed, upstream's threads
     would keep this one alive for ever, with its memory and its share of the shared memory.
     """
+    # When it has been told to end, upstream's threads would have it wait until the training process loses patience: 5 s.
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
@@ -397,7 +401,7 @@ def build_evaluator(
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
-        generator=torch.Generator(), worker_init_fn=follow_parent,
+        generator=torch.Generator(), worker_init_fn=functools.partial(follow_parent, os.getpid()),
     )
     batches = until(loader) if until else loader
     return Evaluator(

@@ -574,7 +574,7 @@ def test_training_goes_on_from_the_converted_weights(corpus: Corpus, tmp_path):
     rows = read_log(tmp_path / "run")
 
     dataset = open_dataset(str(shutil.copytree(corpus.train, tmp_path / "rows")), None, tokenizer=tokenizer, context_length=64)
-    loader = build_train_loader(dataset, DataConfig(local="rows", num_workers=0), global_batch_size=4, seed=42)
+    loader = build_train_loader({"": dataset}, DataConfig(local="rows", num_workers=0), global_batch_size=4, seed=42)
     batch = next(iter(loader.dataloader))
     torch.manual_seed(0)
     losses = []
