@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import multiprocessing.util
 import os
@@ -351,15 +350,15 @@ def build_train_loader(
     loader = DataLoader(
         rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=functools.partial(follow_parent, os.getpid()),
+        pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
-def follow_parent(parent: int, _worker_id: int) -> None:
-    """In a loader process: the training process (`parent`), which still needs the batch in hand, ends it, and nobody else.
+def follow_parent(_worker_id: int) -> None:
+    """In a loader process: the training process, which still needs the batch in hand, ends it, and nobody else.
 
     SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was killed, upstream's threads
     would keep this one alive for ever, with its memory and its share of the shared memory.
@@ -369,7 +368,7 @@ def follow_parent(parent: int, _worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
@@ -401,7 +400,7 @@ def build_evaluator(
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
-        generator=torch.Generator(), worker_init_fn=functools.partial(follow_parent, os.getpid()),
+        generator=torch.Generator(), worker_init_fn=follow_parent,
     )
     batches = until(loader) if until else loader
     return Evaluator(

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -47,6 +48,7 @@ _FORKS.set_forkserver_preload([
 def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> None:
     """In the forked process: what `python command...` does."""
     os.setpgid(0, 0)  # so that a signal to the whole group spares the tests
+    multiprocessing.set_start_method("fork", force=True)  # as for `python`; a process of a fork server has another default
     os.environ.update(env)
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -166,8 +168,10 @@ class Corpus:
         """Start a run and kill it with SIGKILL some instant after it has logged `after_step`."""
         script = Script("recipes/train.py", *self.keys(run, *more), env=env)
         self.wait_for_step(script, run, after_step)
+        loaders = psutil.Process(script.process.pid).children(recursive=True)
         script.process.kill()
         assert script.wait().returncode == -signal.SIGKILL, "it finished before it could be killed"
+        assert psutil.wait_procs(loaders, timeout=30)[1] == [], "loader processes outlive the run"
 
 
 @pytest.fixture(scope="session")

@@ -398,7 +398,7 @@ def test_in_a_process_of_its_own(dataset):
 def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = copy_of(dataset)
-    remote = s3.upload(folder, "whole")
+    remote = s3.upload(folder, "inspect-whole")
     arguments = [f"tokenizer={tokenizer}", "rows=3"]
     local, there = inspect(f"data={folder}", *arguments, "verify=true"), inspect(f"data={remote}/", *arguments, "verify=true")
     assert (there[0], there[2]) == (0, "")
@@ -411,7 +411,7 @@ def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, 
     flip_token(folder)
     remove_at = shards_of(folder)[2]
     remove_at.unlink()
-    remote = s3.upload(folder, "broken")
+    remote = s3.upload(folder, "inspect-broken")
     status, out, err = result = inspect(f"data={remote}", "verify=true")
     assert status == 1
     bad, missing, error = err.splitlines()
