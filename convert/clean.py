@@ -13,9 +13,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from flame_composer.clean_config import CleanConfig
 from flame_composer.cli import run
 from flame_composer.config import ConfigError
-from flame_composer.convert_config import CleanConfig
 from flame_composer.corpus import find_files
 from flame_composer.hub import address
 from flame_composer.parts import LOCK, PartsFolder, report

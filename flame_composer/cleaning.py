@@ -37,9 +37,15 @@ from datatrove.pipeline.formatters.pii import PIIFormatter
 from datatrove.utils.lid import FastTextLID
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
+from flame_composer.clean_config import (
+    C4Config,
+    CleanConfig,
+    GopherQualityConfig,
+    GopherRepetitionConfig,
+    LanguageConfig,
+)
 from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, DataError
-from flame_composer.convert_config import C4Config, CleanConfig, GopherQualityConfig, GopherRepetitionConfig, LanguageConfig
 from flame_composer.corpus import read_documents
 from flame_composer.parts import DOCUMENTS, Counts, PartsFolder, PartWriter, publish_file, read_json, read_part
 

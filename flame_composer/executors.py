@@ -24,9 +24,9 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
+from flame_composer.clean_config import CleanConfig
 from flame_composer.cleaning import EXACT_HASHES, FINDINGS, MAX_TASKS, Stage, build_stages, counts_path
 from flame_composer.config import ConfigError, DataError
-from flame_composer.convert_config import CleanConfig
 from flame_composer.parts import PartsFolder, publish_file, read_json
 from flame_composer.shards import explained
 

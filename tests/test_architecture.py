@@ -17,7 +17,9 @@ WITHOUT_SIBLINGS = ("config", "packing", "gla")
 FORBIDDEN_NAMES = {"utils", "util", "common", "builders", "helpers", "misc", "registry"}
 MAX_SCRIPT_LINES = 100
 # These look fields up by the names that dataclasses.fields gives or that are written out there.
-FIELDS_BY_NAME = ("cli", "config", "train_config", "convert_config", "recipe_config", "to_mds", "train_tokenizer")
+FIELDS_BY_NAME = (
+    "cli", "config", "train_config", "convert_config", "clean_config", "recipe_config", "to_mds", "train_tokenizer",
+)
 
 
 def name_of(path: Path) -> str:

@@ -23,7 +23,7 @@ from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
 
 from flame_composer import cleaning, executors
-from flame_composer.convert_config import (
+from flame_composer.clean_config import (
     C4Config,
     CleanConfig,
     GopherQualityConfig,

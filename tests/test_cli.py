@@ -14,16 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flame_composer import cli
+from flame_composer.clean_config import CleanConfig
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
-from flame_composer.convert_config import (
-    CleanConfig,
-    ConvertConfig,
-    FromLlamaConfig,
-    InspectConfig,
-    ToHfConfig,
-    TokenizerTrainConfig,
-)
+from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
 from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import TrainConfig
 

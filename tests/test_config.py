@@ -16,25 +16,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer import convert_config, recipe_config, train_config
-from flame_composer.cli import _docs
-from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
-from flame_composer.convert_config import (
+from flame_composer import clean_config, convert_config, recipe_config, train_config
+from flame_composer.clean_config import (
     C4Config,
     CleanConfig,
-    ConvertConfig,
-    FromLlamaConfig,
     GopherQualityConfig,
     GopherRepetitionConfig,
-    InspectConfig,
     LanguageConfig,
     MinhashConfig,
     PiiConfig,
     RayConfig,
     SlurmConfig,
-    ToHfConfig,
-    TokenizerTrainConfig,
 )
+from flame_composer.cli import _docs
+from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
+from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
 from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
 from flame_composer.train_config import (
     DataConfig,
@@ -51,7 +47,7 @@ from flame_composer.train_config import (
 )
 
 CLASSES = [
-    value for module in (train_config, convert_config, recipe_config) for value in vars(module).values()
+    value for module in (train_config, convert_config, clean_config, recipe_config) for value in vars(module).values()
     if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
 ]  # fmt: skip
 
