@@ -65,7 +65,7 @@ class JsonlLog(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.initial_evaluation = state["initial_evaluation"]
         self.last_evaluation = state["last_evaluation"]
-        self.eval_missing = state["eval_missing"]
+        self.eval_missing = state.get("eval_missing", False)  # not in checkpoints of 2026-11-21 and before
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -236,9 +236,13 @@ def announce(
     if dist.get_global_rank() != 0:
         return
     for folder in filter(None, (str(log_folder), save_folder)):
-        if not storage.is_url(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        storage.write(storage.join(folder, "config.yaml"), resolved_yaml.encode())
+        try:
+            if not storage.is_url(folder):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            storage.write(storage.join(folder, "config.yaml"), resolved_yaml.encode())
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written to: {error.strerror}; set log_folder and save_folder to folders "
+                              "that can") from None
     state = trainer.state
     assert state.max_duration is not None
     parameters = sum(parameter.numel() for parameter in state.model.parameters())

@@ -84,9 +84,12 @@ class Preemption(Callback):
 
     def _stop(self, state: State) -> None:
         if dist.get_global_rank() == 0:
-            saved = "nothing was saved" if self.saver is None or self.saver.saved is None else f"saved {self.saver.saved}"
-            print(f"stopped after step {state.timestamp.batch.value}; {saved}; the same command goes on from there",
-                  file=sys.stderr, flush=True)
+            step, goes_on = state.timestamp.batch.value, "the same command goes on from there"
+            if self.saver is None:
+                saved, goes_on = "nothing was saved (save_folder=null)", "the same command starts over"
+            else:
+                saved = "nothing new to save" if self.saver.saved is None else f"saved {self.saver.saved}"
+            print(f"stopped after step {step}; {saved}; {goes_on}", file=sys.stderr, flush=True)
         raise Preempted(self.status)
 
 

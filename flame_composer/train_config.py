@@ -293,7 +293,8 @@ class TrainConfig(ScriptConfig):
     loss_spike: SpikeConfig | None = None
     """End the run when its loss leaps up and stays there; never if not set."""
     stall_timeout: float | None = 1800
-    """End the run when nothing has moved for so many seconds, naming the rank and what it was doing; null for never."""
+    """End the run when nothing has moved for so many seconds, naming the rank and what it was doing; null for never. Saving a
+    checkpoint, with its upload, is one move."""
     allow_data_change: bool = False
     """Go on from a checkpoint although the data or its order is not what the run began with."""
     log_folder: str = "runs/${run_name}"

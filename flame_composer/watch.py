@@ -51,6 +51,7 @@ class NanGuard(Callback):
         is_bad = (~torch.isfinite(norm)).to(torch.int64).reshape(1)
         if hasattr(is_bad, "full_tensor"):  # of sharded gradients
             is_bad = is_bad.full_tensor()
+        is_bad = state.device.tensor_to_device(is_bad)  # where a rank holds no gradient it was made on the CPU
         dist.all_reduce(is_bad, reduce_operation="MAX")
         if not is_bad.item():
             self.skipped = 0
@@ -110,6 +111,7 @@ class StallWatchdog(Callback):
         self._phase, self._step = "", 0
         self._since = time.monotonic()
         self._over = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def _enter(self, phase: str, state: State) -> None:
         self._phase, self._step, self._since = phase, state.timestamp.batch.value + 1, time.monotonic()
@@ -122,9 +124,17 @@ class StallWatchdog(Callback):
                 faulthandler.dump_traceback()
                 os._exit(1)
 
+    def _start(self, phase: str, state: State) -> None:
+        self._enter(phase, state)
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        self._start("evaluating", state)
+
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._enter("starting", state)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._start("starting", state)
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._enter("waiting for data", state)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
+from flame_composer import checkpoint
+from flame_composer.config import ConfigError
 from tests.runs import Corpus, Script, check, read_log, run_script
 from tests.s3 import S3
 from tests.test_resume import assert_same_run
@@ -53,6 +56,40 @@ def test_a_run_that_saves_in_s3_survives_all_there_is(
     local = tmp_path / "local"
     check(run_script("convert/to_hf.py", f"checkpoint={undisturbed}/checkpoints", f"out={local}"))
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
+
+
+def test_an_upload_is_tried_again_until_the_store_takes_it(s3: S3, tmp_path: Path, monkeypatch, caplog) -> None:
+    """The bucket is made while the upload waits; one that never comes is an error in the end."""
+    (tmp_path / "file").write_bytes(b"weights")
+    monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.5,) * 60)
+    timer = threading.Timer(0.7, lambda: s3.client.create_bucket(Bucket="made-later"))
+    timer.start()
+    checkpoint._upload(tmp_path / "file", "s3://made-later/ba1.pt")
+    timer.join()
+    assert s3.client.get_object(Bucket="made-later", Key="ba1.pt")["Body"].read() == b"weights"
+    assert caplog.messages[0].startswith("warning: s3://made-later/ba1.pt: not saved yet: s3://made-later: there is no bucket")
+    monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.1,))
+    with pytest.raises(ConfigError, match=r"^s3://never-made: there is no bucket"):
+        checkpoint._upload(tmp_path / "file", "s3://never-made/ba1.pt")
+
+
+def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(s3: S3, tmp_path: Path, monkeypatch, caplog) -> None:
+    for name in ("ba1.pt", "ba2.pt", "ba3.pt"):
+        s3.client.put_object(Bucket="data", Key=f"kept/{name}", Body=b"x")
+
+    def deny(place: str) -> None:
+        raise ConfigError(f"{place}: access denied")
+
+    saver = checkpoint.SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.storage, "delete", deny)
+        saver._rotate()
+    assert [message.split(": ", 2)[:2] for message in caplog.messages] == [
+        ["warning", "s3://data/kept/ba2.pt"], ["warning", "s3://data/kept/ba1.pt"],
+    ]  # fmt: skip
+    assert set(s3.keys("kept")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
+    saver._rotate()
+    assert set(s3.keys("kept")) == {"ba3.pt"}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(dataset, eval_dataset, tm
     with pytest.raises(Preempted):
         run.trainer.eval()
     run.trainer.close()
-    assert capfd.readouterr().err.splitlines()[-1].startswith("stopped after step 0; nothing was saved; the same command")
+    assert capfd.readouterr().err.splitlines()[-1].startswith("stopped after step 0; nothing new to save; the same command")
     assert not run.checkpoints.exists()
     assert run.log.initial_evaluation == {}
 

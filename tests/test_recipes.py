@@ -185,6 +185,15 @@ def test_missing_yaml_and_help(tmp_path: Path) -> None:
             assert re.match(rf"usage: {script.name} (\w+ )?\[file.yaml\] \[key=value ...\]", process.stdout)
 
 
+@pytest.mark.parametrize("name", ["log_folder", "save_folder"])
+def test_a_folder_that_cannot_be_made_is_one_line(corpus: Corpus, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    process = run_script("recipes/train.py", *corpus.keys(tmp_path / "run", f"{name}={tmp_path}/file/x"))
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: {tmp_path}/file/x: cannot be written to: Not a directory; set log_folder and")
+    assert process.stderr.count("\n") == 1
+
+
 def test_mistake_under_the_launcher_exits_with_its_status(corpus: Corpus, tmp_path: Path) -> None:
     process = subprocess.run(
         [COMPOSER, "-n", "2", "recipes/train.py", *corpus.keys(tmp_path / "run", "optimizer.lr=-1")], cwd=ROOT,

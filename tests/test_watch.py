@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from composer.loggers import Logger
 
 from flame_composer.config import TrainingError
 from flame_composer.train_config import FsdpConfig, ParallelismConfig, SpikeConfig
-from flame_composer.watch import MAX_SKIPPED, NanGuard, SpikeGuard, explained_memory
+from flame_composer.watch import MAX_SKIPPED, NanGuard, SpikeGuard, StallWatchdog, explained_memory
 from tests.conftest import make_run
 from tests.runs import Corpus, Script, read_log, run_script
 
@@ -136,6 +137,16 @@ def test_a_stall_names_the_rank_and_the_phase(corpus: Corpus, tmp_path: Path) ->
     line = f"error: rank 0 has been waiting for data at step {step} for more than stall_timeout=3 s; where its threads stand:"
     assert line in process.stderr
     assert "get_item" in process.stderr.split(line)[1]
+
+
+def test_an_evaluation_before_the_first_step_is_watched(monkeypatch, capfd):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    watchdog, state = StallWatchdog(0.2), SimpleNamespace(timestamp=Timestamp())
+    watchdog.eval_standalone_start(state, None)  # pyright: ignore[reportArgumentType]
+    assert ended.wait(30)
+    watchdog.close(state, None)  # pyright: ignore[reportArgumentType]
+    assert "error: rank 0 has been evaluating at step 1 for more than stall_timeout=0.2 s" in capfd.readouterr().err
 
 
 def test_too_little_memory_names_the_keys_to_change():
