@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer import cpu, storage
-from flame_composer.config import ConfigError, DataError, StoreError
+from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.model import build_model, load_pretrained
 from flame_composer.tokenizer import load_tokenizer
 from flame_composer.train_config import RunPlan
@@ -228,10 +228,10 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise DataError(f"{place}: not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
     except pickle.UnpicklingError as error:
         raise DataError(f"{place}: refused, it holds something other than tensors and plain values: "
-                        f"{' '.join(str(error).split())[:200]}") from None
+                        f"{one_line(error)}") from None
 
 
 def find_checkpoint(place: str, staging: Path) -> Checkpoint:
@@ -311,7 +311,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{out}: cannot be written: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{out}: cannot be written: {one_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -74,6 +74,11 @@ def require_seed(value: int | None, name: str) -> None:
     require(value is None or 0 <= value < 2**32, name, "must be in [0, 2**32)")
 
 
+def one_line(error: Exception) -> str:
+    """What others' exceptions say, as part of a line of ours."""
+    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+
+
 class ScriptConfig:
     """Base of the dataclasses a script is run with, and what `cli.load` knows about one beyond its values."""
 

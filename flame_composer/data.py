@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.callbacks import JsonlLog
-from flame_composer.config import ConfigError, DataError, InvalidField
-from flame_composer.fetch import Dataset, Shards, fetch_index, one_line
+from flame_composer.config import ConfigError, DataError, InvalidField, one_line
+from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.machine import claim_shared_memory
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, one_line
 from flame_composer.manifest import HF
 from flame_composer.tokenizer import BareTokenizer, Encoder, bare, plain_copy, require_ends, token_dtype
 
@@ -117,8 +117,7 @@ def _trouble(tokenizer: PreTrainedTokenizerFast) -> str | None:
     try:
         fast = _gigatoken(tokenizer)
     except Exception as error:  # whatever it makes of a tokenizer of a kind it does not know
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return f"gigatoken does not handle this tokenizer: {reason}; set encoder=hf"
+        return f"gigatoken does not handle this tokenizer: {one_line(error)}; set encoder=hf"
     added = " ".join(f"a{token}b {token}" for token in list(tokenizer.get_added_vocab())[:100])
     for text in (*PROBES, added):
         if fast(text).tolist() != tokenizer(text, add_special_tokens=False).input_ids:

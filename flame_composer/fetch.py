@@ -18,7 +18,7 @@ from streaming import Stream
 from streaming.base.storage import CloudDownloader
 
 from flame_composer import storage
-from flame_composer.config import ConfigError, DataError
+from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.inspection import BadShard, check_hash, check_size
 from flame_composer.machine import claim_folder
 from flame_composer.manifest import Manifest, ShardFile, check_totals, read_index, read_manifest
@@ -208,7 +208,3 @@ class Shards(Stream):
                 raise DataError(f"{path}: damaged shard: {problem}; restore it from a copy, or convert again") from None
             if path.exists():  # else it has just made room for another, and is fetched when a row of it is read
                 self.fetch(file)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

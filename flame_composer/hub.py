@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
-from flame_composer.config import ConfigError, DataError
+from flame_composer.config import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -39,7 +39,7 @@ def open_dataset(path: str) -> IterableDataset:
     try:
         return load_dataset(source, settings.get("name"), split=settings["split"], streaming=True)
     except Exception as error:  # whatever a dataset, the hub or the network makes of it
-        raise ConfigError(f"source: {source}: cannot be opened as a dataset: {_reason(error)}") from None
+        raise ConfigError(f"source: {source}: cannot be opened as a dataset: {one_line(error)}") from None
 
 
 def read_shard(path: str, shard: int) -> Iterator[dict[str, Any]]:
@@ -50,11 +50,7 @@ def read_shard(path: str, shard: int) -> Iterator[dict[str, Any]]:
         try:
             row = next(rows, None)
         except Exception as error:  # the same
-            raise DataError(f"{path}: shard {shard}: cannot be read: {_reason(error)}; run the same command again") from None
+            raise DataError(f"{path}: shard {shard}: cannot be read: {one_line(error)}; run the same command again") from None
         if row is None:
             return
         yield row
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer import storage
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, one_line
 from flame_composer.manifest import HASH, Manifest, ShardFile, check_totals, read_index, read_manifest
 from flame_composer.tokenizer import TokenizerFingerprint
 
@@ -215,8 +215,7 @@ def download(address: str, path: Path) -> None:
     try:
         downloader(store + separator + rest.partition("/")[0]).download(address, str(path), timeout=60)
     except Exception as error:  # every store's client has exceptions of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadShard(f"cannot be downloaded: {reason[:200]}") from None
+        raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
 
 
 class Shard:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame_composer import cpu
-from flame_composer.config import ConfigError, DataError
+from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.model import build_model
 from flame_composer.tokenizer import may_be_hub_id
 
@@ -72,7 +72,7 @@ def open_source(path_or_id: str) -> Source:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(given)
     except Exception as error:  # whatever wrong values make transformers raise
-        raise ConfigError(f"{folder / 'config.json'}: {model_type} refuses it: {_in_one_line(error)}") from None
+        raise ConfigError(f"{folder / 'config.json'}: {model_type} refuses it: {one_line(error)}") from None
 
     files, shapes, dtypes = {}, {}, {}
     for file, names in _weight_files(folder).items():
@@ -95,7 +95,7 @@ def _download(model_id: str) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=["*.json", "tokenizer.model", "model*.safetensors"]))
     except Exception as error:  # whatever the hub or the network makes of it
         raise ConfigError(f"model: {model_id}: no such folder, and not to be had from the Hugging Face hub: "
-                          f"{_in_one_line(error)}") from None
+                          f"{one_line(error)}") from None
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
@@ -161,7 +161,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: damaged: {_in_one_line(error)}; get the checkpoint again") from None
+        raise DataError(f"{file}: damaged: {one_line(error)}; get the checkpoint again") from None
 
 
 def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
@@ -175,11 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {_in_one_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values (a JSON object)")
     return content
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
 from flame_composer.cli import nearest
-from flame_composer.config import ConfigError, InvalidField
+from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.tokenizer import may_be_hub_id
 from flame_composer.train_config import ModelConfig, ParallelismConfig
 
@@ -212,8 +212,7 @@ def _quiet() -> typing.Iterator[None]:
 
 
 def _in_one_line(error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return f"unknown value {reason}" if isinstance(error, KeyError) else reason[:300] or type(error).__name__
+    return f"unknown value {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
 
 
 def _type_of_default(parameter: inspect.Parameter | None) -> type | None:

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from flame_composer.config import ConfigError, DataError, StoreError
+from flame_composer.config import ConfigError, DataError, StoreError, one_line
 
 THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
 T = TypeVar("T")
@@ -226,17 +226,17 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
     except (ImportError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{place}: {_line(error)}") from None
+        raise ConfigError(f"{place}: {one_line(error)}") from None
     except Exception as error:  # every store's client has exceptions of its own
-        raise ConfigError(f"{place}: {_line(error)}") from None
+        raise ConfigError(f"{place}: {one_line(error)}") from None
     try:
         yield fs, fs._strip_protocol(place)
     except (ConfigError, DataError, FileNotFoundError):
         raise
     except PermissionError as error:
-        raise ConfigError(f"{place}: access denied: {_line(error)}; check the credentials") from None
+        raise ConfigError(f"{place}: access denied: {one_line(error)}; check the credentials") from None
     except Exception as error:  # the same
-        raise StoreError(f"{place}: {_line(error)}") from None
+        raise StoreError(f"{place}: {one_line(error)}") from None
 
 
 def _local_stat(path: str) -> Stat:
@@ -254,7 +254,3 @@ def _stat(info: dict[str, Any]) -> Stat:
 
 def _below(folder: str, path: str) -> str:
     return path[len(folder.rstrip("/")) + 1 :]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__

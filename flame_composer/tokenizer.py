@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,9 +88,8 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_id, local_files_only=is_folder, trust_remote_code=False)
     except Exception as error:  # whatever a damaged folder makes transformers or tokenizers raise
-        reason = " ".join(str(error).split()) or type(error).__name__
         what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
-        raise ConfigError(f"tokenizer: {path_or_id}: {what}: {reason[:200]}") from None
+        raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     if not getattr(tokenizer, "is_fast", False):
