@@ -10,7 +10,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make lint        ruff and mypy"
-	@echo "make bench       time a training step and a conversion, each against another"
+	@echo "make bench       time training, data, start-up, checkpoints, decoding and conversion, each against another"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make clean       delete what the quickstart made (data/quickstart, runs/gla_tiny)"
 
@@ -37,8 +37,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python recipes/benchmark.py train
-	$(BIN)/python recipes/benchmark.py convert
+	$(BIN)/python recipes/benchmark.py all
 
 clean:
 	rm -rf data/quickstart runs/gla_tiny

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import signal
 import statistics
 import subprocess
@@ -26,10 +27,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, sample_texts
 from flame_composer.manifest import read_manifest
+from flame_composer.recipe_config import ConversionBenchmarkConfig, SystemBenchmarkConfig
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -38,6 +41,59 @@ BASELINE = (
     "print(convert_plainly(*sys.argv[1:4], int(sys.argv[4])))"
 )
 BATCH = 1000  # documents that the baseline encodes in one call
+
+
+# Figures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, and what is stated of it: at least, or at most, so much. `value` is None where it was not measured."""
+
+    name: str
+    value: float | None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def is_missed(self, slack: float = 0.1) -> bool:
+        """By more than a tenth."""
+        if self.value is None:
+            return False
+        too_low = self.at_least is not None and self.value < self.at_least * (1 - slack)
+        return too_low or (self.at_most is not None and self.value > self.at_most * (1 + slack))
+
+    def line(self) -> str:
+        value = "not measured" if self.value is None else f"{self.value:,.{0 if self.value > 999 else 2}f}"
+        stated = "" if self.at_least is None else f"at least {self.at_least:g}"
+        stated = stated if self.at_most is None else f"at most {self.at_most:g}"
+        verdict = ""
+        if stated and self.value is not None:
+            verdict = "missed" if self.is_missed() else "short" if self.is_missed(slack=0) else "reached"
+        return f"{self.name:68} {value:>14}   {stated:16} {verdict}".rstrip()
+
+
+def machine() -> dict[str, Any]:
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.machine())
+    return {"machine": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the ratios of each turn."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+
+def interleaved(what: Mapping[str, Callable[[], float]], repeats: int, title: str) -> dict[str, list[float]]:
+    """What each returns, `repeats` times after a first that does not count, taking turns."""
+    values: dict[str, list[float]] = {name: [] for name in what}
+    for _ in tqdm(range(repeats + 1), desc=title, disable=None):
+        for name, run in what.items():
+            values[name].append(run())
+    return {name: found[1:] for name, found in values.items()}
 
 
 # Processes
@@ -197,7 +253,30 @@ class Run:
     usage: Usage
 
 
-def compare_conversions(
+def compare_conversions(root: Path, config: ConversionBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+    """The scripts of `root` against what most people write, on a corpus put in `folder`."""
+    tokenizer = config.tokenizer or str(mistral_tokenizer(folder / "tokenizer"))
+    whole, tenth = write_corpus(config.source, config.suffixes, round(config.megabytes * 1e6), folder)
+    result: dict[str, Any] = {
+        "corpus_bytes": whole.stat().st_size, "num_workers": config.num_workers, "repeats": config.repeats,
+    }  # fmt: skip
+    with tqdm(unit=" conversions", disable=None) as bar:
+        result |= convert_in_turns(
+            root / "convert" / "to_mds.py", tokenizer, whole, tenth, config.context_length, config.unit_size,
+            config.num_workers, config.repeats, bar.update,
+        )
+    for name in ("baseline", "one_worker", "workers"):
+        print(f"{name:10}", ", ".join(f"{key} {value}" for key, value in result[name].items()))
+    return result, [
+        Figure("conversion: tokens per CPU-second of one worker", result["one_worker"]["tokens_per_cpu_second"], at_least=3e6),
+        Figure("conversion: the same over encode_batch_fast and MDSWriter", result["one_worker_over_baseline"], at_least=6),
+        Figure(f"conversion: {config.num_workers} workers over one, after start", result["workers_over_one_after_start"],
+               at_least=1.8 if config.num_workers == 2 else None),
+        Figure("conversion: peak memory of a worker, MB", result["one_worker"]["peak_mb"], at_most=600),
+    ]  # fmt: skip
+
+
+def convert_in_turns(
     script: Path, tokenizer: str, whole: Path, tenth: Path, context_length: int, unit_size: int, num_workers: int,
     repeats: int, on_progress: Callable[[], Any],
 ) -> dict[str, Any]:  # fmt: skip
@@ -270,3 +349,104 @@ def _speeds(tenth: Run, whole: Run) -> dict[str, float]:
 
 def _median(values: Sequence[float], digits: int | None = None) -> float | None:
     return None if any(map(math.isnan, values)) else round(statistics.median(values), digits)
+
+
+# Runs
+
+
+def quickstart_data(root: Path, config: SystemBenchmarkConfig, folder: Path) -> list[str]:
+    """A tokenizer and a dataset made from Python files, and the arguments that train yamls/gla_tiny.yaml on it."""
+    whole, _ = write_corpus((), (), round(config.megabytes * 1e6), folder)
+    tokenizer, dataset = folder / "tokenizer", folder / "train"
+    for command in (
+        ["train_tokenizer.py", f"source={whole}", f"out={tokenizer}", "vocab_size=4096"],
+        ["to_mds.py", f"source={whole}", f"out={dataset}", f"tokenizer={tokenizer}", "context_length=512", "num_workers=2"],
+    ):
+        measure([sys.executable, str(root / "convert" / command[0]), *command[1:]])
+    return [
+        str(root / "yamls/gla_tiny.yaml"), f"tokenizer={tokenizer}", f"train_data.local={dataset}", "train_data.num_workers=1",
+        "eval_data=null", "save_folder=null", "autoresume=false", "progress_bar=false", "run_name=timed",
+        f"log_folder={folder}/run", "scheduler.warmup=0ba",
+    ]  # fmt: skip
+
+
+def compare_trainers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+    """recipes/train.py against a loop of forward, backward and optimizer step over the same batches."""
+    arguments = [*quickstart_data(root, config, folder), f"max_duration={config.steps}ba"]
+    log = folder / "run/train_log.jsonl"
+
+    def recipe() -> float:
+        log.unlink(missing_ok=True)
+        measure([sys.executable, str(root / "recipes/train.py"), *arguments])
+        speeds = [json.loads(line)["throughput"] for line in log.read_text().splitlines()]
+        return median(speeds[2:])
+
+    def bare() -> float:
+        code = "import sys; from flame_composer.timing import bare_loop; bare_loop(*sys.argv[1:])"
+        return float(measure([sys.executable, "-c", code, *arguments]).output.splitlines()[-1])
+
+    found = interleaved({"recipe": recipe, "bare": bare}, config.repeats, "trainer")
+    result = {f"{name}_tokens_per_second": round(median(values)) for name, values in found.items()}
+    name = "trainer: tokens/s of recipes/train.py over a bare loop"
+    return result, [Figure(name, ratio(found["recipe"], found["bare"]), at_least=0.95)]
+
+
+def compare_readers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+    """The data path: rows to batches against StreamingDataset's rows, and where an epoch is begun in its middle."""
+    quickstart_data(root, config, folder)
+    dataset = str(folder / "train")
+
+    def call(function: str, *arguments: float) -> Callable[[], float]:
+        first = f"import sys; from flame_composer.timing import {function}; "
+        code = first + f"print({function}(sys.argv[1], *map(float, sys.argv[2:])))"
+        return lambda: float(measure([sys.executable, "-c", code, dataset, *map(str, arguments)]).output.splitlines()[-1])
+
+    rows = interleaved({"ours": call("read_all"), "plain": call("read_all_plainly")}, config.repeats, "rows")
+    begun = interleaved(
+        {"start": call("first_batch", config.epoch_rows, 0), "end": call("first_batch", config.epoch_rows, 0.99)},
+        config.repeats, "first batch",
+    )  # fmt: skip
+    result: dict[str, Any] = {f"{name}_rows_per_second": round(median(values)) for name, values in rows.items()}
+    result |= {f"first_batch_at_the_{name}_seconds": round(median(values), 2) for name, values in begun.items()}
+    return result, [
+        Figure("data: rows/s to collated batches over StreamingDataset's rows", ratio(rows["ours"], rows["plain"])),
+        Figure(f"data: first batch at 99 % of {config.epoch_rows:,} rows over at 0 %", ratio(begun["end"], begun["start"]),
+               at_most=1.2),
+    ]  # fmt: skip
+
+
+def compare_starts(root: Path, config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+    """The first step of recipes/train.py against the imports it cannot do without; and what answers without them."""
+    arguments = [*quickstart_data(root, config, folder), "max_duration=1ba"]
+    script, log = str(root / "recipes/train.py"), folder / "run/train_log.jsonl"
+
+    def first_step() -> float:
+        log.unlink(missing_ok=True)
+        start = time.time()
+        measure([sys.executable, script, *arguments])
+        return log.stat().st_mtime - start
+
+    def imports() -> float:
+        code = "import torch, composer, streaming; from flame_composer import cpu; cpu.enable()"
+        return measure([sys.executable, "-c", code]).seconds
+
+    def answer(*keys: str, status: int) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            process = subprocess.run([sys.executable, script, *keys], capture_output=True, check=False)
+            assert process.returncode == status, process.stderr
+            return time.perf_counter() - start
+
+        return run
+
+    found = interleaved({
+        "first_step": first_step, "imports": imports, "help": answer("--help", status=0),
+        "mistake": answer(arguments[0], "optimizer.weight_dcay=1", status=2),
+    }, config.repeats, "start")  # fmt: skip
+    result = {f"{name}_seconds": round(median(values), 2) for name, values in found.items()}
+    return result, [
+        Figure("start: first training step over importing torch, composer, streaming, fla",
+               ratio(found["first_step"], found["imports"]), at_most=1.3),
+        Figure("start: --help, seconds", median(found["help"]), at_most=1),
+        Figure("start: a mistake in the configuration, seconds", median(found["mistake"]), at_most=1),
+    ]  # fmt: skip

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flame_composer import gla
+from flame_composer.linear import product, weight_gradient
 
 TESTED_FLA = "0.5."
 DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
@@ -264,6 +266,30 @@ def swiglu_fwdbwd(
     return (dx, dy) if output is None else (dx, dy, output)
 
 
+class _SwiGLULinear(torch.autograd.Function):
+    """linear(silu(x) * y), which keeps x and y only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, y, weight)
+        return product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight = ctx.saved_tensors
+        (dout,) = gradients
+        dout = dout.reshape(-1, dout.shape[-1])
+        dx, dy, z = swiglu_fwdbwd(x, y, product(dout, weight.t()).view_as(x), use_weight=True)
+        dweight = weight_gradient(dout, z.reshape(-1, z.shape[-1]))
+        return dx, dy, dweight, dout.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = _SwiGLULinear.apply(x, y, weight, bias)
+    return result
+
+
 def cross_entropy_loss(
     logits: Tensor, target: Tensor, label_smoothing: float = 0.0, logit_scale: float = 1.0,
     lse_square_scale: float = 0.0, logit_softcapping: float | None = None, ignore_index: int = -100,
@@ -313,7 +339,7 @@ def fused_linear_cross_entropy_forward(
     loss = x.new_zeros((), dtype=torch.float32)
     size = -(-len(x) // num_chunks)
     for x_c, target_c, dx_c in zip(x.split(size), target.split(size), dx.split(size), strict=True):
-        logits = F.linear(x_c, weight, bias).detach().requires_grad_()
+        logits = product(x_c, weight, bias).detach().requires_grad_()
         with torch.enable_grad():
             losses, _ = cross_entropy_loss(
                 logits, target_c, label_smoothing, logit_scale, 0.0, logit_softcapping, ignore_index
@@ -324,8 +350,8 @@ def fused_linear_cross_entropy_forward(
         if use_l2warp:
             largest, index = logits.detach().max(-1, keepdim=True)
             dlogits.scatter_add_(-1, index, largest * (l2_penalty_factor / len(x)))
-        dx_c.copy_(dlogits @ weight)
-        dw.addmm_(dlogits.T.to(grad_dtype), x_c.to(grad_dtype))
+        dx_c.copy_(product(dlogits, weight.t()))
+        dw += weight_gradient(dlogits.to(grad_dtype), x_c.to(grad_dtype))
         if db is not None:
             db += dlogits.sum(0, dtype=grad_dtype)
     return loss, dx, dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
@@ -429,6 +455,7 @@ _OPERATIONS: tuple[Callable[..., Any], ...] = (
     swish_bwd,
     swiglu_fwd,
     swiglu_fwdbwd,
+    swiglu_linear,
     cross_entropy_loss,
     fused_linear_cross_entropy_forward,
     fused_linear_cross_entropy_backward,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from composer.metrics.nlp import LanguageCrossEntropy, LanguagePerplexity
-from composer.models import HuggingFaceModel
+from composer.models import HuggingFaceModel, huggingface
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 from flame_composer import cpu
 from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.linear import through_onednn
 from flame_composer.tokenizer import may_be_hub_id
 from flame_composer.train_config import ModelConfig
 
@@ -79,7 +80,9 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     if heads and kv_heads and heads % kv_heads:  # not seen by transformers until the first batch
         raise InvalidField("model.config.num_key_value_heads", f"must divide num_attention_heads={heads}")
     try:
-        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+        through_onednn(model)
+        return model
     except Exception as error:  # whatever the config's values make the model's own code raise
         raise ConfigError(
             f"model.config: no {hf_config.model_type} model can be built from it: {_in_one_line(error)}"
@@ -112,6 +115,7 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
                            for kind, names in wrong.items())
         raise ConfigError(f"{path_or_id}: its weights are not those of a {model.config.model_type} model: {listed}")
+    through_onednn(model)
     return model
 
 
@@ -149,10 +153,11 @@ class CausalLM(HuggingFaceModel):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, varlen: bool):
-        super().__init__(
-            model=model, tokenizer=tokenizer, use_logits=True, shift_labels=True,
-            eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
-        )
+        with _known_as_causal():
+            super().__init__(
+                model=model, tokenizer=tokenizer, use_logits=True, shift_labels=True,
+                eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
+            )
         blocks = set(model._no_split_modules or ())
         # Composer asks the model's direct children: each block is gathered, and recomputed, by itself.
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = lambda module: type(module).__name__ in blocks  # type: ignore
@@ -177,6 +182,17 @@ class CausalLM(HuggingFaceModel):
         if outputs.logits is not None:
             outputs.logits = outputs.logits.reshape(*input_ids.shape, -1)
         return outputs
+
+
+@contextlib.contextmanager
+def _known_as_causal() -> typing.Iterator[None]:
+    """Composer asks of every model whether transformers knows its class, and imports the 139 it knows to find out: 2 s."""
+    asked = huggingface._is_registered_causal_lm
+    huggingface._is_registered_causal_lm = lambda model: True  # noqa: ARG005
+    try:
+        yield
+    finally:
+        huggingface._is_registered_causal_lm = asked
 
 
 def _starts(sequence_id: torch.Tensor) -> torch.Tensor:

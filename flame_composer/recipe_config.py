@@ -66,7 +66,7 @@ class GenerateConfig(ScriptConfig):
 class BenchmarkConfig(ScriptConfig):
     """Time a training step of GLA against a Llama of the same size."""
 
-    context_lengths: list[int] = field(default_factory=lambda: [512, 2048])
+    context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
     """Tokens per row, one measurement each."""
     batch_tokens: int = 4096
     """Tokens per step."""
@@ -114,3 +114,48 @@ class ConversionBenchmarkConfig(ScriptConfig):
             require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(self.num_workers > 1, "num_workers", "must be 2 or more")
+
+
+@dataclass
+class SystemBenchmarkConfig(ScriptConfig):
+    """Time what surrounds the model: the trainer, the data path, start-up, checkpoints, decoding."""
+
+    repeats: int = 3
+    """Turns that count."""
+    megabytes: float = 8
+    """Size of the corpus that is trained on and read, drawn from the Python files of the installed packages."""
+    steps: int = 24
+    """Optimizer steps of a timed run."""
+    epoch_rows: int = 10000000
+    """Rows of the epoch whose last hundredth a run starts in."""
+    context_lengths: list[int] = field(default_factory=lambda: [256, 8192])
+    """Tokens read before decoding is timed."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    """Sequences decoded at a time."""
+    new_tokens: int = 32
+    """Tokens decoded in a turn."""
+    hidden_size: int = 512
+    """Width of the models that are decoded and saved."""
+    num_layers: int = 8
+    """Their depth."""
+    vocab_size: int = 4096
+    """Tokens of their vocabulary."""
+    folder: str | None = None
+    """Where the corpus and the runs are put, and removed in the end; the system's temporary folder if not set."""
+
+    def validate(self) -> None:
+        require_text(self, "folder")
+        for name in ("repeats", "epoch_rows", "new_tokens", "hidden_size", "num_layers", "vocab_size"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        require(0 < self.megabytes < math.inf, "megabytes", "must be more than 0")
+        require(self.steps > 3, "steps", "must be more than 3")
+        for name in ("context_lengths", "batch_sizes"):
+            require(bool(getattr(self, name)) and min(getattr(self, name)) > 0, name, "must be 1 or more")
+
+
+@dataclass
+class AllBenchmarksConfig(ScriptConfig):
+    """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated of it by more than a tenth."""
+
+    names: list[str] = field(default_factory=list)
+    """Only these."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from streaming import StreamingDataset
 
-from flame_composer.benchmark import Run, Usage, convert_plainly, measure, summary, write_corpus
+from flame_composer.benchmark import Figure, Run, Usage, convert_plainly, measure, summary, write_corpus
 from flame_composer.config import ConfigError, DataError
 from flame_composer.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
@@ -119,6 +119,37 @@ def test_all_conversions_agree(tmp_path):
     assert nowhere.stderr.endswith(": No such file or directory; give another one with folder=...\n")
 
 
+SMALL = ("repeats=1", "hidden_size=64", "num_layers=1", "vocab_size=256")
+
+
+def test_decoding_and_checkpoints_are_timed(tmp_path):
+    decoded = last_json(run_script(
+        "recipes/benchmark.py", "decode", *SMALL, "context_lengths=[8,16]", "batch_sizes=[1,2]", "new_tokens=2",
+    ))  # fmt: skip
+    assert [(row["batch_size"], row["context_length"]) for row in decoded["results"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert len(decoded["figures"]) == 6
+    saved = last_json(run_script("recipes/benchmark.py", "checkpoint", *SMALL, f"folder={tmp_path}"))
+    assert all(saved[f"{name}_seconds"] > 0 for name in ("save", "torch_save", "read", "torch_load"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_path_is_timed(tmp_path):
+    keys = ("repeats=1", "megabytes=0.2", "epoch_rows=2000", f"folder={tmp_path}")
+    read = last_json(run_script("recipes/benchmark.py", "data", *keys))
+    assert read["ours_rows_per_second"] > 0
+    assert read["first_batch_at_the_end_seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_that_misses_what_is_stated():
+    high, low = Figure("speed", 0.95, at_least=1), Figure("memory", 1.2, at_most=1)
+    assert [figure.is_missed() for figure in (high, low)] == [False, True]
+    assert [figure.line().split()[-1] for figure in (high, low)] == ["short", "missed"]
+    assert Figure("speed", 1.0, at_least=1).line().endswith("reached")
+    assert not Figure("speed", None, at_least=1).is_missed()
+    assert "not measured" in Figure("speed", None, at_least=1).line()
+
+
 def test_which_benchmark():
     helped = check(run_script("recipes/benchmark.py", "--help")).stdout
     assert "usage: benchmark.py train [file.yaml]" in helped
@@ -127,8 +158,11 @@ def test_which_benchmark():
     wrong = run_script("recipes/benchmark.py", "convrt", "repeats=1")
     assert wrong.returncode == 2
     assert wrong.stderr == (
-        "error: command line: convrt: must be one of train, convert, or a YAML file; did you mean convert?\n"
+        "error: command line: convrt: must be one of train, decode, trainer, data, start, checkpoint, convert, all, "
+        "or a YAML file; did you mean convert?\n"
     )
-    for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"]):
+    unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
+    assert (unknown.returncode, unknown.stderr.splitlines()[-1][:28]) == (2, "error: names: strat: must be")
+    for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"], ["start", "repeats=0"]):
         failed = run_script("recipes/benchmark.py", *arguments)
         assert (failed.returncode, failed.stderr) == (2, "error: command line: repeats=0: must be more than 0\n")

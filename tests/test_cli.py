@@ -18,12 +18,19 @@ from flame_composer.clean_config import CleanConfig
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
+from flame_composer.recipe_config import (
+    AllBenchmarksConfig,
+    BenchmarkConfig,
+    ConversionBenchmarkConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    SystemBenchmarkConfig,
+)
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
-    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, CleanConfig,
+    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, SystemBenchmarkConfig, AllBenchmarksConfig, CleanConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base

@@ -31,7 +31,14 @@ from flame_composer.clean_config import (
 from flame_composer.cli import _docs
 from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
+from flame_composer.recipe_config import (
+    AllBenchmarksConfig,
+    BenchmarkConfig,
+    ConversionBenchmarkConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    SystemBenchmarkConfig,
+)
 from flame_composer.train_config import (
     DataConfig,
     EvalDataConfig,
@@ -75,6 +82,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
     ConversionBenchmarkConfig: {},
+    SystemBenchmarkConfig: {},
     CleanConfig: {"source": ["s"], "out": "o"},
     LanguageConfig: {"model": "m"},
     **{cls: {} for cls in (GopherRepetitionConfig, GopherQualityConfig, C4Config, MinhashConfig, PiiConfig, RayConfig)},
@@ -275,6 +283,13 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((ConversionBenchmarkConfig, {"megabytes": size}, "megabytes", "must be more than 0") for size in (inf, nan)),
     (ConversionBenchmarkConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
     (ConversionBenchmarkConfig, {"num_workers": 1}, "num_workers", "must be 2 or more"),
+    (SystemBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
+    *((SystemBenchmarkConfig, {name: 0}, name, "must be more than 0")
+      for name in ("repeats", "epoch_rows", "new_tokens", "hidden_size", "num_layers", "vocab_size", "megabytes")),
+    (SystemBenchmarkConfig, {"megabytes": inf}, "megabytes", "must be more than 0"),
+    (SystemBenchmarkConfig, {"steps": 3}, "steps", "must be more than 3"),
+    *((SystemBenchmarkConfig, {name: values}, name, "must be 1 or more")
+      for name in ("context_lengths", "batch_sizes") for values in ([], [0])),
 ]  # fmt: skip
 
 # The other side of the borders.
@@ -355,7 +370,7 @@ def test_no_rule_is_left_out():
         tested = {name for broken, _, name, _ in BROKEN if broken is cls}
         named = set(re.findall(r'"([a-z_.]+)"', source)) & ({f.name for f in dataclasses.fields(cls)} | {"config.model_type"})
         assert named - tested == set(), cls
-    assert set(CLASSES) - with_rules == {WandbConfig}, "no rules beyond their types"
+    assert set(CLASSES) - with_rules == {AllBenchmarksConfig, WandbConfig}, "no rules beyond their types"
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

@@ -83,7 +83,7 @@ def test_25_kills(corpus: Corpus, s3_server: S3, whole: LongRun, tmp_path: Path,
         while run.steps() < target or (wait_for_save and not run.is_saving()):
             assert script.process.is_alive(), script.read("err")
             time.sleep(0.0005)
-        time.sleep(choose.random() * (0.02 if wait_for_save else 0.1))
+        time.sleep(choose.random() * (0.1 if not wait_for_save else 0.02 if in_s3 else 0.004))
         script.process.kill()
         assert script.wait().returncode == -signal.SIGKILL
         kills_in_saves += run.is_saving()

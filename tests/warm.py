@@ -1,7 +1,6 @@
 """What the scripts import, and work out once in a process: done before the tests fork (tests/runs.py), it is not done again."""
 
 from composer.utils.collect_env import get_composer_env_dict
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flame_composer import (
     callbacks,  # noqa: F401
@@ -19,5 +18,4 @@ from flame_composer import (
 )
 
 cpu.enable()  # imports fla
-list(MODEL_FOR_CAUSAL_LM_MAPPING.values())  # Composer goes through all of them for every model
 get_composer_env_dict()  # what every checkpoint says of the machine

@@ -1,0 +1,82 @@
+"""Linear layers of CPU models through oneDNN, where PyTorch takes MKL, which leaves AMD's wide vectors unused.
+
+On an AMD EPYC with AVX-512 the fp32 products of a training step take half the time (docs/benchmarks.md). What is computed
+is the same, up to the order in which fp32 sums are added up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Multiplications below which oneDNN's overhead for a call, some 15 microseconds, outweighs its speed.
+MIN_PRODUCTS = 1 << 19
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` for x `[N, I]` and weight `[O, I]`, either of which may be a transposed view."""
+    if _is_for_onednn(x, weight):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return F.linear(x, weight, bias)
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """`dy.T @ x` `[O, I]` for dy `[N, O]` and x `[N, I]`."""
+    # oneDNN has its first operand copied if it is transposed: better the smaller of the two.
+    if x.shape[1] < dy.shape[1]:
+        return product(x.t(), dy.t()).t().contiguous()
+    return product(dy.t(), x.t())
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return bool(
+        x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+        and x.shape[0] * weight.numel() >= MIN_PRODUCTS
+        and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for x `[..., I]`, differentiable once."""
+    result: Tensor = _Linear.apply(x, weight, bias)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (dy,) = gradients
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = product(dy, weight.t()).view_as(x) if needs_x else None
+        dweight = weight_gradient(dy, x.reshape(-1, x.shape[-1])) if needs_weight else None
+        return dx, dweight, dy.sum(0) if needs_bias else None
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear` for fp32 on a CPU; by PyTorch for all else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or input.dtype != torch.float32 or torch.compiler.is_compiling():
+            return super().forward(input)
+        return linear(input, self.weight, self.bias)
+
+
+def through_onednn(model: nn.Module) -> None:
+    """Let every linear layer of a model compute as `Linear`; its parameters stay what and where they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear

@@ -1,0 +1,73 @@
+"""Linear layers through oneDNN: PyTorch's results to fp32 rounding, at every size, and nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import nn
+
+from flame_composer.linear import MIN_PRODUCTS, Linear, linear, product, through_onednn, weight_gradient
+
+SIZES = st.integers(1, 130)
+
+
+@given(SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
+@example(1024, 512, 96, True, 0)
+@example(2, 1024, 1024, False, 1)
+def test_results_and_gradients_are_pytorchs(n: int, inputs: int, outputs: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    given = [torch.randn(2, n, inputs), torch.randn(outputs, inputs), *([torch.randn(outputs)] if bias else [])]
+    results = []
+    for compute in (linear, F.linear):
+        x, weight, *rest = (tensor.double() if compute is F.linear else tensor.clone() for tensor in given)
+        leaves = [tensor.requires_grad_() for tensor in (x, weight, *rest)]
+        y = compute(*leaves)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        scale = theirs.abs().max().clamp(min=1e-3)
+        assert (ours - theirs).abs().max() <= 2e-6 * scale * max(n, inputs, outputs) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(4096, 64, 300), (4096, 300, 64)])
+def test_weight_gradients_are_contiguous(shape: tuple[int, int, int]) -> None:
+    n, inputs, outputs = shape
+    x, dy = torch.randn(n, inputs), torch.randn(n, outputs)
+    assert n * inputs * outputs >= MIN_PRODUCTS
+    found = weight_gradient(dy, x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, dy.t() @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    x, weight = torch.randn(4096, 512), torch.randn(1408, 512)
+    assert torch.equal(product(x, weight), product(x.clone(), weight.clone()))
+
+
+def test_a_model_keeps_its_parameters_and_other_layers() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Scaled(8, 8), nn.Linear(8, 4, bias=False))
+    plain = copy.deepcopy(model)
+    through_onednn(model)
+    assert [type(module) for module in model] == [Linear, nn.ReLU, Scaled, Linear]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), plain(x))
+    assert [type(module) for module in copy.deepcopy(model)] == [Linear, nn.ReLU, Scaled, Linear]
+    half = model.bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_switched_off_with_mkldnn() -> None:
+    x, weight = torch.randn(4096, 64), torch.randn(64, 64)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(product(x, weight), F.linear(x, weight))
