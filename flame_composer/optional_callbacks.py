@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from flame_composer.algorithms import EMA
 from flame_composer.callbacks import keep_rows
 from flame_composer.checkpoint import save_hf_folder
+from flame_composer.config import ConfigError
 from flame_composer.extensions_config import whole_batches
 from flame_composer.model import CausalLM
 
@@ -126,6 +128,8 @@ class HfExport(Callback):
         self, log_folder: Path, folder: str | None = None, interval: str = "1000ba",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
+        if folder is not None and (not folder or "://" in folder):
+            raise ValueError(f"folder={folder}: must be a local folder")
         self.folder = Path(folder) if folder else log_folder / "hf"
         self.interval = whole_batches("interval", interval)
         self.dtype = dtype
@@ -136,8 +140,8 @@ class HfExport(Callback):
         if dist.get_global_rank() != 0 or (batch % self.interval and state.timestamp < state.max_duration):
             return
         out = self.folder / f"ba{batch}"
-        if out.exists():  # written before a restart that computed this step again, with the same result
-            return
+        if (out / "config.json").is_file():  # written before a restart that computed this step again, or by another run
+            shutil.rmtree(out)
         composer_model = _causal_lm(state)
         averages = [algorithm.average for algorithm in state.algorithms if isinstance(algorithm, EMA)]
         model = copy.deepcopy(cast(PreTrainedModel, composer_model.model))
@@ -181,6 +185,10 @@ class FileLogger(ComposerFileLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         self._run_name = state.run_name  # type: ignore[assignment]
-        Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
-        self.file = Path(self.filename).open("a", buffering=self.buffer_size, encoding="utf-8")  # noqa: SIM115
+        try:
+            Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
+            self.file = Path(self.filename).open("a", buffering=self.buffer_size, encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"{self.filename}: cannot be written to: {error.strerror}; set log_folder, or "
+                              "loggers.file_logger.filename, to what can") from None
         self._flush_queue()

@@ -40,9 +40,10 @@ loggers:
 ```
 
 Arguments are compared with the class's signature before anything starts. A run with any of these goes on bit for bit when
-it is killed and started again. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export` are refused with `parallelism.fsdp`.
-`memory_monitor`, and what `system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on one yet; nor has
-`microbatch_size: auto`.
+it is killed and started again; what is given as a fraction of the run (`0.5dur`, `freeze_start`, a warmup's `duration`) moves
+if `max_duration` is changed in between. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export` are refused with
+`parallelism.fsdp`. `memory_monitor`, and what `system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on
+one yet; nor has `microbatch_size: auto`.
 """
 
 

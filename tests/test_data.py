@@ -225,6 +225,15 @@ def test_evaluator_reads_every_row(dataset, copy_of, all_rows, num_workers):
         assert sum(counts) == len(all_rows) * (CONTEXT_LENGTH - 1)
 
 
+def test_evaluation_without_loss_across_documents(dataset, copy_of):
+    config = EvalDataConfig(loss_across_documents=False)
+    evaluator = build_evaluator(opened(copy_of(dataset)), config, batch_size=7)
+    for batch in evaluator.dataloader.dataloader:  # pyright: ignore
+        starts = torch.diff(batch["sequence_id"], dim=1) != 0
+        assert starts.any()
+        assert (batch["labels"][:, 1:][starts] == IGNORE).all()
+
+
 # What is refused
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import composer.algorithms
@@ -19,11 +20,11 @@ from composer.loggers import Logger, LoggerDestination
 
 from flame_composer.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
 from flame_composer.checkpoint import Checkpoint, find_newest, load_from_checkpoint
-from flame_composer.config import InvalidField
+from flame_composer.config import ConfigError, InvalidField
 from flame_composer.extensions import arguments_of, build, find_class
 from flame_composer.extensions_config import OFFERED, REFUSED, spelled_alike
 from flame_composer.model import load_pretrained
-from flame_composer.optional_callbacks import EarlyStopper, ScheduledGC
+from flame_composer.optional_callbacks import EarlyStopper, FileLogger, ScheduledGC
 from tests.conftest import make_run
 from tests.runs import Corpus, Script, check, last_json, read_log
 
@@ -302,6 +303,15 @@ def test_memory_of_a_gpu_is_logged(corpus: Corpus, tmp_path: Path) -> None:
     assert "memory/peak_allocated_mem" in (run / "logs-rank0.txt").read_text()
 
 
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    logger = FileLogger(tmp_path / "file" / "log")
+    state: Any = SimpleNamespace(run_name="run")
+    none: Any = None
+    with pytest.raises(ConfigError, match=r"logs-rank0.txt: cannot be written to: Not a directory; set log_folder, or "):
+        logger.init(state, none)
+
+
 # Arguments
 
 RUN = {"log_folder": Path("log"), "context_length": 64}
@@ -356,6 +366,8 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("callbacks.generate", {"prompts": ["a"], "top_p": 1.5}, "callbacks.generate",
      "Generate refuses it: max_new_tokens must be 1 or more, temperature 0 or more, top_p in (0, 1]"),
     ("callbacks.hf_export", {"dtype": "int8"}, "callbacks.hf_export.dtype", "must be one of float32, bfloat16, float16"),
+    ("callbacks.hf_export", {"folder": "s3://b/hf"}, "callbacks.hf_export",
+     "HfExport refuses it: folder=s3://b/hf: must be a local folder"),
     ("callbacks.scheduled_gc", {"interval": "5min"}, "callbacks.scheduled_gc",
      "ScheduledGC refuses it: interval=5min: must be a whole number of batches, e.g. 100ba"),
     ("loggers.file_logger", {"filename": "log.txt"}, "loggers.file_logger",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,13 +98,19 @@ def test_another_data_order_is_refused(corpus: Corpus, undisturbed: Path) -> Non
     assert len(read_log(undisturbed)) == 40
 
 
-def test_a_longer_run_is_refused_where_it_would_have_had_other_rates(corpus: Corpus, undisturbed: Path) -> None:
+def test_a_longer_run_is_refused_where_it_would_have_had_other_rates(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     process = run_script("recipes/train.py", *corpus.keys(undisturbed, "max_duration=60ba"))
     assert process.returncode == 2
     assert re.fullmatch(
         r"error: the checkpoint was trained at other learning rates: step 6 of the 40 taken had .*: max_duration \(40ba "
         r"before, 60ba now\); set back what changed, .*allow_schedule_change=true.*", process.stderr.splitlines()[-1])
     assert len(read_log(undisturbed)) == 40
+    run = Path(shutil.copytree(undisturbed, tmp_path / "undisturbed"))
+    corpus.train_run(run, "max_duration=42ba", "allow_schedule_change=true")
+    assert read_log(run)[:40] == read_log(undisturbed)
+    assert len(read_log(run)) == 42
 
 
 def test_a_run_at_a_constant_rate_can_be_made_longer(dataset: Path, eval_dataset: Path, tmp_path: Path) -> None:
