@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart test test-faults lint bench clean
+.PHONY: help setup quickstart test test-faults lint docs bench clean
 
 help:
 	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       time training, data, start-up, checkpoints, decoding and conversion, each against another"
+	@echo "make docs        write docs/configuration.md from the code"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make clean       delete what the quickstart made (data/quickstart, runs/gla_tiny)"
 
@@ -35,6 +36,9 @@ test-faults: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -c "from flame_composer.reference import write; write()"
 
 bench: setup
 	$(BIN)/python recipes/benchmark.py all

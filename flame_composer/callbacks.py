@@ -142,6 +142,14 @@ class JsonlLog(Callback):
         }
 
 
+def build_log(
+    config: TrainConfig, plan: RunPlan, *, print_lines: bool, eval_due: Callable[[State, Event], bool] | None
+) -> JsonlLog:
+    return JsonlLog(
+        Path(config.log_folder), plan, log_batch_hash=config.log_batch_hash, print_lines=print_lines, eval_due=eval_due
+    )
+
+
 def describe(row: dict[str, Any]) -> str:
     """A row of the log as a line for people."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.models import HuggingFaceModel
@@ -38,6 +39,8 @@ from flame_composer.tokenizer import load_tokenizer
 from flame_composer.train_config import RunPlan, TrainConfig
 
 _NAME = re.compile(r"ba(\d+)(\.pt)?")  # a file, or a folder of pieces
+# Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates; none of them is made so.
+NEVER_EVALUATED = algorithms.__all__
 UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
 
 log = logging.getLogger(__name__)
@@ -348,11 +351,12 @@ def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
 
 
 def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly."""
+    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly; algorithms.ema's, if there are."""
     content = read_checkpoint(checkpoint)
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
+        weights |= _average_of(content["state"])
     except (KeyError, TypeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
@@ -365,6 +369,11 @@ def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTr
         HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(hf_state, tokenizer_save_dir=folder)
         tokenizer = load_tokenizer(folder)
     return model, tokenizer
+
+
+def _average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The exponential moving average of the weights, which is what was evaluated, if the run has one."""
+    return next((kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {})
 
 
 def save_hf_folder(

@@ -48,7 +48,7 @@ def load(cls: type[C], argv: list[str]) -> C:
     sources += [("command line", _read_override(cls, argument)) for argument in overrides]
 
     merged = OmegaConf.structured(cls)
-    known = [key for key, _, _, _ in _fields(cls)]
+    known = [key for key, _, _, _ in fields_of(cls)]
     origins: dict[str, tuple[str, Any]] = {}
     for origin, node in sources:
         content = OmegaConf.to_container(node, resolve=False)
@@ -56,12 +56,11 @@ def load(cls: type[C], argv: list[str]) -> C:
         _check_keys(cls, content, origin, known)
         for key, value in _leaves(cls, content):
             origins[key] = origin, value
-            if isinstance(value, dict):
-                origins.update({f"{key}.{name}": (origin, each) for name, each in value.items()})
+            origins.update({inner: (origin, each) for inner, each in _inner(key, value)})
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
             except (OmegaConfBaseException, TypeError) as error:
-                raise ConfigError(f"{origin}: {key}={_show(value)}: {_reason(cls, key, error)}") from None
+                raise ConfigError(f"{origin}: {key}={show(value)}: {_reason(cls, key, error)}") from None
     place = file or "command line"
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
@@ -137,12 +136,14 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 def _explain(config: ScriptConfig, problem: InvalidField) -> str:
     """One line that says where the field was set, to what, and the rule it breaks."""
-    origin, value = config.origins.get(problem.name, (config.place, None))
+    parts = problem.name.split(".")
+    above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]  # where it is missing, its section's place
+    origin, value = next((config.origins[key] for key in above if key in config.origins), (config.place, None))
     if problem.name not in config.origins:
         value = config
         for part in problem.name.split("."):
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return f"{origin}: {problem.name}{'' if value is None else f'={_show(value)}'}: {problem.rule}"
+    return f"{origin}: {problem.name}{'' if value is None else f'={show(value)}'}: {problem.rule}"
 
 
 def nearest(name: str, allowed: list[str]) -> str:
@@ -159,7 +160,7 @@ def nearest(name: str, allowed: list[str]) -> str:
 def help_text(cls: type[ScriptConfig], script: str) -> str:
     """Usage, then every key with its type, default and one-line doc."""
     lines = [f"usage: {script} [file.yaml] [key=value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "keys:"]
-    for key, annotation, default, doc in _fields(cls):
+    for key, annotation, default, doc in fields_of(cls):
         lines.append(f"  {key}: {annotation}{'' if default is None else f' = {default}'}")
         lines += textwrap.wrap(doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
@@ -250,7 +251,7 @@ def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str
             if not isinstance(name, str) or "." in name:
                 raise ConfigError(f"{origin}: {full}: {name!r} is no name; names are letters, digits, '_' and '-'")
             if not isinstance(content_of_name, dict):
-                raise ConfigError(f"{origin}: {full}.{name}={_show(content_of_name)}: must hold keys and values; its keys are "
+                raise ConfigError(f"{origin}: {full}.{name}={show(content_of_name)}: must hold keys and values; its keys are "
                                   f"{', '.join(field.name for field in dataclasses.fields(each))}")
             known_here = [key.replace(f"{full}.{ANY_NAME}.", f"{full}.{name}.") for key in known]
             _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.")
@@ -274,6 +275,13 @@ def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tu
             yield f"{prefix}{key}", value
 
 
+def _inner(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What lies within a value whose keys are a third party's, by full key."""
+    for name, each in value.items() if isinstance(value, dict) else ():
+        yield f"{key}.{name}", each
+        yield from _inner(f"{key}.{name}", each)
+
+
 def _split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -284,7 +292,7 @@ def _nested(key: str, value: Any) -> dict[Any, Any]:
     return value
 
 
-def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
+def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
     """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
     hints, docs = typing.get_type_hints(cls), _docs(cls)
     for f in dataclasses.fields(cls):
@@ -294,12 +302,12 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None,
         if f.default is dataclasses.MISSING:
             default = None if section else "[]" if get_origin(hints[f.name]) is list else "{}"
         else:
-            default = "(must be set)" if f.default == MISSING else _show(f.default)
+            default = "(must be set)" if f.default == MISSING else show(f.default)
         yield f"{prefix}{f.name}", annotation, default, docs.get(f.name, "")
         if section is not None:
-            yield from _fields(section, f"{prefix}{f.name}.")
+            yield from fields_of(section, f"{prefix}{f.name}.")
         if each is not None:
-            yield from _fields(each, f"{prefix}{f.name}.{ANY_NAME}.")
+            yield from fields_of(each, f"{prefix}{f.name}.{ANY_NAME}.")
 
 
 def _annotation(cls: type, key: str) -> str:
@@ -308,7 +316,7 @@ def _annotation(cls: type, key: str) -> str:
         parts, ours = field.split("."), key.split(".")
         return len(parts) == len(ours) and all(part in (our, ANY_NAME) for part, our in zip(parts, ours, strict=True))
 
-    return next((annotation for name, annotation, _, _ in _fields(cls) if is_it(name)), "")
+    return next((annotation for name, annotation, _, _ in fields_of(cls) if is_it(name)), "")
 
 
 @functools.cache
@@ -326,7 +334,7 @@ def _docs(cls: type) -> dict[str, str]:
 
 
 def _doc(cls: type, key: str) -> str:
-    return next((doc.rstrip(".") for name, _, _, doc in _fields(cls) if name == key), "")
+    return next((doc.rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
 
 
 def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -344,7 +352,7 @@ def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _reason(cls: type, key: str, error: Exception | None) -> str:
     annotation = _annotation(cls, key)
     if annotation == SECTIONS:
-        below = [name for name, _, _, _ in _fields(cls) if name.startswith(f"{key}.{ANY_NAME}.")]
+        below = [name for name, _, _, _ in fields_of(cls) if name.startswith(f"{key}.{ANY_NAME}.")]
         return f"must hold {SECTIONS}; their keys are {', '.join(below)}"
     if annotation == "section":
         return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
@@ -355,7 +363,7 @@ def _reason(cls: type, key: str, error: Exception | None) -> str:
 
 def _section_keys(cls: type, key: str) -> list[str]:
     prefix = f"{key}."
-    return [name for name, _, _, _ in _fields(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
+    return [name for name, _, _, _ in fields_of(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
 
 
 def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any]]) -> str | None:
@@ -378,7 +386,7 @@ def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any
                 reason = reason.replace(os.environ.get(name) or name, name)
             if reason.startswith("Interpolation key"):
                 reason += "; where '${' is meant as it stands, write '\\${'"
-            return f"{origin}: {key}={_show(value)}: {reason}"
+            return f"{origin}: {key}={show(value)}: {reason}"
     return None
 
 
@@ -386,7 +394,7 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     if isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
         return ", ".join(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

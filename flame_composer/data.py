@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import multiprocessing.util
 import os
@@ -32,10 +33,10 @@ from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.machine import claim_shared_memory
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture
+from flame_composer.model import IGNORE
 from flame_composer.tokenizer import fingerprint
 from flame_composer.train_config import DataConfig, EvalDataConfig
 
-IGNORE = -100  # the label that carries no loss
 CACHE = Path("~/.cache/flame_composer")
 
 Batch = dict[str, torch.Tensor]
@@ -257,8 +258,9 @@ class EvalBatches(IterableDataset):
     rank has as many batches and a token-weighted mean is exact.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, max_rows: int | None):
+    def __init__(self, rows: Rows, *, batch_size: int, max_rows: int | None, loss_across_documents: bool = True):
         self.rows = rows
+        self.loss_across_documents = loss_across_documents
         self.batch_size = batch_size
         self.num_rows = min(rows.num_samples, max_rows or rows.num_samples)
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
@@ -273,21 +275,25 @@ class EvalBatches(IterableDataset):
         for index in range(id, len(self), num_workers):
             first = index * self.batch_size
             numbers = [self.rank + self.world_size * (first + i) for i in range(self.batch_size)]
-            batch = collate([self.rows[min(number, self.num_rows - 1)] for number in numbers])
+            batch = collate([self.rows[min(number, self.num_rows - 1)] for number in numbers],
+                            loss_across_documents=self.loss_across_documents)
             batch["labels"][[number >= self.num_rows for number in numbers]] = IGNORE
             yield batch
 
 
-def collate(rows: list[dict[str, NDArray[Any]]]) -> Batch:
+def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
     """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row), all int64 [B, T];
     `stream` (the number of the row's stream, int64 [B]) where the rows say so.
 
-    Labels are the tokens themselves: the model shifts them. The first one predicts nothing, so it is never a label.
+    Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing comes before, is never a
+    label; without `loss_across_documents` the first one of a document is none, either.
     """
     input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
     sequence_id = np.stack([np.repeat(np.arange(len(row["doc_lengths"])), row["doc_lengths"]) for row in rows])
     labels = input_ids.clone()
     labels[:, 0] = IGNORE
+    if not loss_across_documents:
+        labels[:, 1:][torch.from_numpy(np.diff(sequence_id) != 0)] = IGNORE
     batch = {"input_ids": input_ids, "labels": labels, "sequence_id": torch.from_numpy(sequence_id)}
     if "stream" in rows[0]:
         batch["stream"] = torch.tensor([int(row["stream"]) for row in rows])
@@ -348,7 +354,8 @@ def build_train_loader(
         rows.limit_cache(bytes_to_int(config.cache_limit), num_workers=config.num_workers,
                          prefetch_factor=config.prefetch_factor)
     loader = DataLoader(
-        rows, batch_size=batch_size, drop_last=True, collate_fn=collate, num_workers=config.num_workers,
+        rows, batch_size=batch_size, drop_last=True, num_workers=config.num_workers,
+        collate_fn=functools.partial(collate, loss_across_documents=config.loss_across_documents),
         prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
         pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
@@ -399,8 +406,8 @@ def build_evaluator(
     """
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
-        EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows), batch_size=None, num_workers=config.num_workers,
-        generator=torch.Generator(), worker_init_fn=follow_parent,
+        EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows, loss_across_documents=config.loss_across_documents),
+        batch_size=None, num_workers=config.num_workers, generator=torch.Generator(), worker_init_fn=follow_parent,
     )
     batches = until(loader) if until else loader
     return Evaluator(

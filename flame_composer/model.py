@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from composer.metrics.nlp import LanguageCrossEntropy, LanguagePerplexity
 from composer.models import HuggingFaceModel, huggingface
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -22,6 +23,8 @@ from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.linear import through_onednn
 from flame_composer.tokenizer import may_be_hub_id
 from flame_composer.train_config import ModelConfig
+
+IGNORE = -100  # the label that carries no loss
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
@@ -163,24 +166,44 @@ class CausalLM(HuggingFaceModel):
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = lambda module: type(module).__name__ in blocks  # type: ignore
         self.varlen = varlen
         self.is_fla = type(model).__module__.startswith("fla.")
+        self.label_smoothing = 0.0  # of the loss that is trained on; see algorithms.LabelSmoothing
+        self.matmul_parameters = count_matmul_parameters(model)
+
+    def flops_per_batch(self, batch: dict[str, torch.Tensor]) -> int:
+        """FLOPs of a step on this batch: 6 a token for every weight of a matrix (Kaplan et al. 2020).
+
+        What attention does beside that is left out, as is recomputing activations, so utilisation is not overstated.
+        """
+        return 6 * self.matmul_parameters * batch["input_ids"].numel()
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Logits [B, T, V], and the mean loss over labels that are not -100 if the batch has labels.
+        """Logits [B, T, V], and the mean loss over labels that are not -100 if the batch has labels; 0 if all of them are.
 
         `input_ids`, `labels` and `sequence_id` (the document's number in its row) are [B, T]. A row's first label is
         always -100, so that no row is asked to predict the next one's first token when rows are laid end to end.
         """
         input_ids, labels = batch["input_ids"], batch.get("labels")
-        inputs: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "use_cache": False}
+        smoothing = self.label_smoothing if self.training else 0.0
+        is_void = labels is not None and not (labels[:, 1:] != IGNORE).any()
+        if labels is not None and is_void:  # the mean over nothing is no number, and nor is its gradient
+            labels = torch.cat([labels[:, :-1], input_ids[:, -1:]], dim=1)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "labels": None if smoothing else labels, "use_cache": False}
         if self.varlen and self.is_fla:
             inputs["input_ids"] = input_ids.reshape(1, -1)
-            inputs["labels"] = None if labels is None else labels.reshape(1, -1)
+            inputs["labels"] = None if inputs["labels"] is None else inputs["labels"].reshape(1, -1)
             inputs["cu_seqlens"] = cumulative_lengths(batch["sequence_id"])
         elif self.varlen:
             inputs["position_ids"] = positions(batch["sequence_id"])
         outputs = self.model(**inputs)
         if outputs.logits is not None:
             outputs.logits = outputs.logits.reshape(*input_ids.shape, -1)
+        if smoothing and labels is not None:
+            assert outputs.logits is not None
+            outputs["loss"] = F.cross_entropy(
+                outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, label_smoothing=smoothing
+            )
+        if is_void:
+            outputs["loss"] = typing.cast(torch.Tensor, outputs["loss"]) * 0
         return outputs
 
 
@@ -193,6 +216,20 @@ def _known_as_causal() -> typing.Iterator[None]:
         yield
     finally:
         huggingface._is_registered_causal_lm = asked
+
+
+def count_matmul_parameters(model: PreTrainedModel) -> int:
+    """Weights that every token is multiplied with: all matrices but the input embedding, unless that is the output's, too."""
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    is_shared = outputs is not None and inputs.weight is outputs.weight  # type: ignore[union-attr]
+    return matrices if is_shared else matrices - inputs.weight.numel()  # type: ignore[operator,union-attr]
+
+
+def check_microbatch_size(size: int | str) -> None:
+    """Raises InvalidField for `auto` on a machine without a GPU, where lack of memory ends the process."""
+    if size == "auto" and not torch.cuda.is_available():
+        raise InvalidField("microbatch_size", "there is no GPU here, whose memory could be tried out; give a number of rows")
 
 
 def _starts(sequence_id: torch.Tensor) -> torch.Tensor:

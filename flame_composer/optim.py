@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.algorithms import GradientClipping
+from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.optim import DecoupledAdamW
 
+from flame_composer.config import ConfigError
 from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig
 
 
@@ -35,6 +37,11 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
     return torch.optim.AdamW(groups, fused=True, **common)
 
 
+def build_clipping(config: OptimizerConfig) -> list[Algorithm]:
+    """Nothing where the gradient is not to be clipped."""
+    return [] if config.grad_clip_norm is None else [GradientClipping("norm", config.grad_clip_norm)]
+
+
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
     """The learning rate of the batch after `batch` earlier ones, as a fraction of the peak.
 
@@ -57,14 +64,62 @@ class Schedule(Callback):
     """Sets every batch's learning rate from its place in the run, so a restart needs no state to go on exactly.
 
     Composer's schedulers step before the clock does, so that a batch trains at the rate meant for the one before it.
+
+    What the rates came from is in the checkpoint. A run goes on with another configuration if every step it has taken had
+    the rate that it would have with that one: a constant rate, or wsd before its decay, can be made longer; a cosine cannot,
+    whose every rate depends on the run's length.
     """
 
-    def __init__(self, config: SchedulerConfig, peak: float, plan: RunPlan):
+    def __init__(self, config: SchedulerConfig, peak: float, plan: RunPlan, *, allow_change: bool = False):
         self.config = config
         self.peak = peak
         self.plan = plan
+        self.allow_change = allow_change
+        self.num_used = 0  # rates of the first so many batches
 
     def batch_start(self, state: State, logger: Logger) -> None:
         rate = self.peak * rate_factor(self.config, state.timestamp.batch.value, self.plan)
+        self.num_used = state.timestamp.batch.value + 1
         for group in state.optimizers[0].param_groups:
             group["lr"] = rate
+
+    def _made_from(self) -> dict[str, Any]:
+        """What decides the rates, by the keys that say it; durations in batches."""
+        return {
+            "optimizer.lr": self.peak, "scheduler.name": self.config.name, "max_duration": self.plan.total,
+            "scheduler.warmup": self.plan.warmup, "scheduler.decay": self.plan.decay,
+            "scheduler.decay_shape": self.config.decay_shape, "scheduler.min_lr_ratio": self.config.min_lr_ratio,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made_from": self._made_from(), "num_used": self.num_used}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError if a step that was taken had another rate than it would have now."""
+        before, now, self.num_used = state["made_from"], self._made_from(), state["num_used"]
+        uses_decay = "wsd" in (before["scheduler.name"], now["scheduler.name"])
+        changed = [key for key in now if now[key] != before[key] and (uses_decay or not key.startswith("scheduler.decay"))]
+        if not changed or self.allow_change:
+            return
+        config = SchedulerConfig(
+            name=before["scheduler.name"], decay_shape=before["scheduler.decay_shape"],
+            min_lr_ratio=before["scheduler.min_lr_ratio"],
+        )
+        plan = self.plan._replace(
+            total=before["max_duration"], warmup=before["scheduler.warmup"], decay=before["scheduler.decay"]
+        )
+        for batch in range(self.num_used):
+            was = before["optimizer.lr"] * rate_factor(config, batch, plan)
+            would_be = self.peak * rate_factor(self.config, batch, self.plan)
+            if was != would_be:
+                listed = ", ".join(f"{key} ({_in_words(key, before[key])} before, {_in_words(key, now[key])} now)"
+                                   for key in changed)
+                raise ConfigError(
+                    f"the checkpoint was trained at other learning rates: step {batch + 1} of the {self.num_used} taken had "
+                    f"{was:.6g}, and would have {would_be:.6g}: {listed}; set back what changed, start a new run_name, or set "
+                    "allow_schedule_change=true to go on all the same"
+                )
+
+
+def _in_words(key: str, value: Any) -> str:
+    return f"{value}ba" if key in ("max_duration", "scheduler.warmup", "scheduler.decay") else str(value)

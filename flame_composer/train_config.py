@@ -23,6 +23,7 @@ from flame_composer.config import (
     require_seed,
     require_text,
 )
+from flame_composer.extensions_config import NEEDS_WHOLE_PARAMETERS, ONLY_LOGS, check_names, in_use
 
 
 @dataclass
@@ -93,6 +94,8 @@ class DataConfig:
     """How often a shard that did not arrive whole is fetched again, after 1, 2, 4, ... seconds, before the run stops."""
     download_timeout: float = 60.0
     """Seconds that a shard may take to arrive before it is fetched again."""
+    loss_across_documents: bool = True
+    """A document's first token is to be predicted, too, from the end of the one before it; false leaves it out of the loss."""
     num_workers: int = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch_factor: int = 2
@@ -129,6 +132,8 @@ class EvalDataConfig:
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
     """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through `local`."""
+    loss_across_documents: bool = True
+    """As that of the training data: false leaves the first token of every document out of the loss."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
     max_rows: int | None = None
@@ -177,7 +182,7 @@ class SchedulerConfig:
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
     """Of wsd: how the rate falls."""
     min_lr_ratio: float = 0.1
-    """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr."""
+    """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr; constant has none."""
 
     def validate(self) -> None:
         require_duration(self.decay, "decay", fraction=True, zero=True)
@@ -274,8 +279,9 @@ class TrainConfig(ScriptConfig):
     """Length of the run: batches (ba), tokens (tok), rows (sp) or epochs (ep), e.g. 20480ba."""
     global_batch_size: int = MISSING
     """Rows per optimizer step over all devices."""
-    microbatch_size: int = MISSING
-    """Rows per forward pass on one device; global_batch_size = devices x microbatch_size x accumulation steps."""
+    microbatch_size: int | str = MISSING
+    """Rows per forward pass on one device; global_batch_size = devices x microbatch_size x accumulation steps. The result does
+    not depend on it. auto (GPUs) halves a device's share until it fits into memory."""
     context_length: int = 2048
     """Tokens per row; must be the dataset's."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
@@ -291,7 +297,7 @@ class TrainConfig(ScriptConfig):
     eval_interval: str = "500ba"
     """How often to evaluate (also once before the first batch and at the end)."""
     eval_batch_size: int | None = None
-    """Rows per evaluation forward pass on one device; microbatch_size if not set."""
+    """Rows per evaluation forward pass on one device; microbatch_size if not set, but needed with microbatch_size=auto."""
     varlen: bool = True
     """Attention state starts anew at every document; false lets it run across the documents of a row."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -300,6 +306,12 @@ class TrainConfig(ScriptConfig):
     """The learning rate over time."""
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     """How the model is spread over devices."""
+    algorithms: dict[str, Any] = field(default_factory=dict)
+    """What changes training, by name with its arguments: algorithms.ema.half_life=500ba. See docs/configuration.md."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """What watches a run and acts on it, by name with its arguments; null for the defaults, false to leave one out."""
+    loggers: dict[str, Any] = field(default_factory=dict)
+    """Where else metrics go, by name with its arguments: loggers.file_logger={}."""
     save_folder: str | None = "runs/${run_name}/checkpoints"
     """Folder of checkpoints, local or in an object store (s3://bucket/path); null to save none."""
     save_interval: str = "500ba"
@@ -317,6 +329,8 @@ class TrainConfig(ScriptConfig):
     checkpoint, with its upload, is one move."""
     allow_data_change: bool = False
     """Go on from a checkpoint although the data or its order is not what the run began with."""
+    allow_schedule_change: bool = False
+    """Go on from a checkpoint although steps already taken would have had another learning rate with this configuration."""
     log_folder: str = "runs/${run_name}"
     """Receives train_log.jsonl (one row a step) and the resolved config."""
     log_batch_hash: bool = False
@@ -336,8 +350,10 @@ class TrainConfig(ScriptConfig):
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
         require_duration(self.save_interval, "save_interval", fraction=True, time=True)
-        for name in ("global_batch_size", "microbatch_size"):
-            require(getattr(self, name) > 0, name, "must be a positive number of rows")
+        require(self.global_batch_size > 0, "global_batch_size", "must be a positive number of rows")
+        size = self.microbatch_size
+        require(size == "auto" or (isinstance(size, int) and size > 0), "microbatch_size",
+                "must be a positive number of rows, or auto")
         require(self.eval_batch_size is None or self.eval_batch_size > 0, "eval_batch_size",
                 "must be a positive number of rows, or null")
         require(self.stall_timeout is None or 0 < self.stall_timeout < math.inf, "stall_timeout",
@@ -351,17 +367,22 @@ class TrainConfig(ScriptConfig):
             raise ConfigError(f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with composer, "
                               "or unset it")
         devices = int(world_size)
-        require(self.global_batch_size % (devices * self.microbatch_size) == 0, "global_batch_size",
-                f"must be a multiple of devices x microbatch_size = {devices} x {self.microbatch_size} "
-                f"= {devices * self.microbatch_size}")
+        if isinstance(size, int):
+            require(self.global_batch_size % (devices * size) == 0, "global_batch_size",
+                    f"must be a multiple of devices x microbatch_size = {devices} x {size} = {devices * size}")
+        require(self.global_batch_size % devices == 0, "global_batch_size", f"must be a multiple of the {devices} devices")
         fsdp = self.parallelism.fsdp
+        require(fsdp is None or size != "auto", "microbatch_size", "must be a number with parallelism.fsdp, which cannot try")
         require(fsdp is None or fsdp.replicas is None or devices % fsdp.replicas == 0, "parallelism.fsdp.replicas",
                 f"must divide the {devices} devices")
         if self.eval_data is not None:
+            require(size != "auto" or self.eval_batch_size is not None, "eval_batch_size",
+                    "must be set with microbatch_size=auto, which is about training")
             trained_on = [(self.train_data.local, self.train_data.remote)]
             trained_on += [(stream.local, stream.remote) for stream in self.train_data.streams.values()]
             require((self.eval_data.local, self.eval_data.remote) not in trained_on, "eval_data.local",
                     "must not be a dataset that is trained on")
+        self._check_extensions()
         run_batches = self.in_batches(self.max_duration, None)
         warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
         if run_batches is not None and warmup is not None:
@@ -370,6 +391,22 @@ class TrainConfig(ScriptConfig):
             decay = self.in_batches(self.scheduler.decay, None, run_batches)
             require(self.scheduler.name != "wsd" or decay is None or warmup + decay <= run_batches, "scheduler.decay",
                     f"must leave room for the warmup: {decay} and {warmup} batches of {run_batches}")
+
+    def _check_extensions(self) -> None:
+        for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks), ("loggers", self.loggers)):
+            check_names(section, given)
+        named = {f"{section}.{name}" for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks))
+                 for name in in_use(given)}
+        require("callbacks.early_stopper" not in named or self.eval_data is not None, "callbacks.early_stopper",
+                "needs an evaluation to go by; set eval_data")
+        has_logger = bool(in_use(self.loggers)) or self.wandb is not None or self.tensorboard
+        for key in sorted(named):
+            name = key.partition(".")[2]
+            require(has_logger or name not in ONLY_LOGS, key,
+                    "hands metrics to loggers, and there is none; set loggers.file_logger={}, wandb.project=... or "
+                    "tensorboard=true")
+            require(self.parallelism.fsdp is None or name not in NEEDS_WHOLE_PARAMETERS, key,
+                    "must not be set together with parallelism.fsdp, which spreads parameters over devices")
 
     def plan(self, epoch_batches: int) -> RunPlan:
         """The run's durations, for a dataset that has so many global batches an epoch."""

@@ -60,7 +60,8 @@ class NanGuard(Callback):
         self.skipped += 1
         if self.action == "stop" or self.skipped > MAX_SKIPPED:
             again = f", as in the {self.skipped - 1} steps before it" if self.skipped > 1 else ""
-            remedy = "lower optimizer.lr" + ("" if self.action == "skip" else ", or leave such steps out with on_nan=skip")
+            remedy = "lower optimizer.lr (and set allow_schedule_change=true)"
+            remedy += "" if self.action == "skip" else ", or leave such steps out with on_nan=skip"
             raise TrainingError(f"step {step}: the gradient is not finite{again}; the step was not taken and nothing was saved "
                                 f"after it; {remedy}")
         for parameter in parameters:
@@ -93,7 +94,7 @@ class SpikeGuard(Callback):
                 raise TrainingError(
                     f"step {state.timestamp.batch.value}: loss {loss:.4f}, for {self.high} steps more than "
                     f"{self.config.factor:g} times the median {usual:.4f} of the {self.config.window} before; go on from an "
-                    "earlier checkpoint with a lower optimizer.lr, or set loss_spike=null"
+                    "earlier checkpoint with a lower optimizer.lr (allow_schedule_change=true), or set loss_spike=null"
                 )
         # What is too high does not become usual; nor does what is not a number.
         if not self.high and math.isfinite(loss):
@@ -173,7 +174,7 @@ def explained_memory(config: TrainConfig) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         advice = []
-        if config.microbatch_size > 1:
+        if isinstance(config.microbatch_size, int) and config.microbatch_size > 1:
             advice.append(f"lower microbatch_size ({config.microbatch_size}; the result does not change)")
         if not config.parallelism.activation_checkpointing:
             advice.append("set parallelism.activation_checkpointing=true")

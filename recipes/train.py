@@ -15,17 +15,20 @@ from flame_composer.train_config import TrainConfig
 
 def main(config: TrainConfig) -> None:
     # Imported here, so that a mistake in the configuration is answered without waiting for them.
-    from composer import Trainer, algorithms
+    from composer import Trainer
     from composer.utils import dist, get_device, reproducibility
 
     from flame_composer import callbacks, checkpoint, data, model, optim, parallelism, watch
+    from flame_composer.extensions import build_extensions
     from flame_composer.preemption import Preemption, lock_run
     from flame_composer.tokenizer import load_tokenizer
 
     # What can be wrong is found out first: before processes meet, data is read or a model takes memory.
     parallelism.check_devices(config.parallelism, precision=config.precision)
+    model.check_microbatch_size(config.microbatch_size)
     tokenizer = load_tokenizer(config.tokenizer)
     hf_config = model.new_hf_config(config.model, tokenizer, config.context_length)
+    named = build_extensions(config)
     log_folder, save_folder, staging = Path(config.log_folder), config.save_folder, Path(config.log_folder, "staging")
     lock = lock_run(log_folder)
     start = checkpoint.find_start(save_folder, staging, autoresume=config.autoresume) if save_folder else None
@@ -48,14 +51,10 @@ def main(config: TrainConfig) -> None:
         options = {"batch_size": batch_size, "eval_interval": stop.unless_stopping(eval_due), "until": stop.until_asked}
         evaluators.append(data.build_evaluator(eval_set, config.eval_data, **options))
     show_bar = config.progress_bar and sys.stderr.isatty()
-    log = callbacks.JsonlLog(
-        log_folder, plan, log_batch_hash=config.log_batch_hash, print_lines=not show_bar,
-        eval_due=eval_due if evaluators else None,
-    )
+    log = callbacks.build_log(config, plan, print_lines=not show_bar, eval_due=eval_due if evaluators else None)
 
     hf_model = model.build_or_load(config.model, hf_config, empty=parallelism.gets_weights(config.parallelism))
     order = data.describe_order(train_sets, config.train_data, **order)
-    clip = config.optimizer.grad_clip_norm
 
     trainer = Trainer(
         run_name=config.run_name,
@@ -65,15 +64,16 @@ def main(config: TrainConfig) -> None:
         eval_dataloader=evaluators,
         max_duration=f"{plan.total}ba",
         optimizers=optim.build_optimizer(hf_model, config.optimizer),
-        algorithms=[algorithms.GradientClipping("norm", clip)] if clip else [],
+        algorithms=[*optim.build_clipping(config.optimizer), *named.algorithms],
         callbacks=[
             *data.build_mixture(train_loader, train_sets, log), callbacks.RandomState(),
             callbacks.SameData(order, allow_change=config.allow_data_change),
-            optim.Schedule(config.scheduler, config.optimizer.lr, plan), *watch.build_watchers(config),
+            optim.Schedule(config.scheduler, config.optimizer.lr, plan, allow_change=config.allow_schedule_change),
+            *watch.build_watchers(config), *named.callbacks,
             # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
             log, *([saver] if saver else []), stop,
         ],
-        loggers=callbacks.build_loggers(config),
+        loggers=named.loggers,
         device=device,
         precision=config.precision,
         parallelism_config=parallelism.build(config.parallelism),
@@ -81,7 +81,7 @@ def main(config: TrainConfig) -> None:
         device_train_microbatch_size=config.microbatch_size,
         accumulate_train_batch_on_tokens=True,
         load_path=str(start.file) if start else None,
-        load_exclude_algorithms=algorithms.__all__,  # Composer would evaluate their text from the checkpoint
+        load_exclude_algorithms=checkpoint.NEVER_EVALUATED,
         progress_bar=show_bar,
     )
     with closing(trainer), watch.explained_memory(config):
@@ -90,7 +90,7 @@ def main(config: TrainConfig) -> None:
         step = trainer.state.timestamp.batch.value
         if evaluators and (step == 0 or log.eval_missing):
             trainer.eval()
-        if step < plan.total:
+        if trainer.state.timestamp < trainer.state.max_duration:
             trainer.fit()
         if dist.get_global_rank() == 0:
             print(json.dumps({**log.summary(trainer.state), "checkpoint_folder": config.save_folder}))

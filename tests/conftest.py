@@ -136,7 +136,8 @@ class Run:
 
 def make_run(
     folder: Path, dataset: Path, eval_dataset: Path, *, total: int = 3, eval_interval: int = 2, load_path: Path | None = None,
-    watchers: tuple[Any, ...] = (), lr: float = 1e-2, microbatch_size: int = 2,
+    watchers: tuple[Any, ...] = (), lr: float = 1e-2, microbatch_size: int = 2, algorithms: tuple[Any, ...] = (),
+    schedule: str = "cosine", loss_across_documents: bool = True,
 ) -> Run:
     """A real Trainer put together as recipes/train.py does; saves a checkpoint after each batch. Not started."""
     from composer import Trainer
@@ -151,7 +152,8 @@ def make_run(
     copies = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("train", "eval")]
     train_set = data.open_dataset(str(shutil.copytree(dataset, copies[0])), None, **made_for)
     eval_set = data.open_dataset(str(shutil.copytree(eval_dataset, copies[1])), None, **made_for)
-    loader: Any = data.build_train_loader({"": train_set}, DataConfig(num_workers=0), global_batch_size=4, seed=7)
+    train_data = DataConfig(num_workers=0, loss_across_documents=loss_across_documents)
+    loader: Any = data.build_train_loader({"": train_set}, train_data, global_batch_size=4, seed=7)
     plan = RunPlan(
         total, loader.dataloader.dataset.batches_per_epoch, warmup=1, decay=0, eval_interval=eval_interval, save_batches=1,
         save_seconds=None,
@@ -176,8 +178,9 @@ def make_run(
         optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=lr)),
         callbacks=[
             callbacks.SameData(order, allow_change=False), callbacks.RandomState(),
-            optim.Schedule(SchedulerConfig(), lr, plan), *watchers, log, saver, stop,
+            optim.Schedule(SchedulerConfig(name=schedule), lr, plan), *watchers, log, saver, stop,  # pyright: ignore
         ],
+        algorithms=list(algorithms),
         device="cpu",
         precision="fp32",
         device_train_microbatch_size=microbatch_size,

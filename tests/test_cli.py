@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flame_composer import cli
 from flame_composer.clean_config import CleanConfig
-from flame_composer.cli import _fields, help_text, load, nearest, run
+from flame_composer.cli import fields_of, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
 from flame_composer.recipe_config import (
@@ -257,7 +257,7 @@ COMMAND_LINE = {
     "log_folder=${": "log_folder=${: cannot be read: no viable alternative at input '${'",
     "log_folder=${oc.env:FLAME_NOT_SET}": "log_folder=${oc.env:FLAME_NOT_SET}: Environment variable 'FLAME_NOT_SET' not found",
     "model.config.a={b: '${oc.env:FLAME_NOT_SET}'}":
-        "model.config.a={'b': '${oc.env:FLAME_NOT_SET}'}: Environment variable 'FLAME_NOT_SET' not found",
+        "model.config.a.b=${oc.env:FLAME_NOT_SET}: Environment variable 'FLAME_NOT_SET' not found",
     "log_folder=${nosuch:1}": "log_folder=${nosuch:1}: Unsupported interpolation type nosuch",
     "log_folder=${optimizer}": "log_folder=${optimizer}: must be str",
     "seed=${run_name}": "seed=${run_name}: must be int",
@@ -363,12 +363,12 @@ def test_files_that_are_not_there(folder):
     (ToHfConfig, "checkpoint"), (InspectConfig, "data"), (TrainConfig, "global_batch_size"),
 ])  # fmt: skip
 def test_what_must_be_set_is_named_with_the_remedy(cls, key):
-    doc = next(doc for name, _, _, doc in _fields(cls) if name == key).rstrip(".")
+    doc = next(doc for name, _, _, doc in fields_of(cls) if name == key).rstrip(".")
     message = f"command line: {key}: must be set ({doc}); add it to the file or give {key}=..."
     assert message_of(lambda: load(cls, [])) == message
 
 
-KEYS = [key for key, annotation, _, _ in _fields(TrainConfig)]
+KEYS = [key for key, annotation, _, _ in fields_of(TrainConfig)]
 
 
 @given(key=st.sampled_from(KEYS), data=st.data())
@@ -500,7 +500,7 @@ def test_help_lists_every_key_with_type_default_and_doc(cls):
     text = help_text(cls, "script.py")
     assert text.startswith(f"usage: script.py [file.yaml] [key=value ...]\n\n{cls.__doc__}\n")
     flat = " ".join(text.split())
-    for key, annotation, default, doc in _fields(cls):
+    for key, annotation, default, doc in fields_of(cls):
         assert re.search(rf"^  {re.escape(key)}: {re.escape(annotation)}", text, re.MULTILINE)
         line = f" {key}: {annotation}{'' if default is None else f' = {default}'} "
         assert line + " ".join(doc.split()) in flat

@@ -152,6 +152,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (FsdpConfig, {"replicas": 2}, "replicas", "must be null unless sharding_strategy=HYBRID_SHARD"),
     (FsdpConfig, {"sharding_strategy": "HYBRID_SHARD", "replicas": 0}, "replicas", "must be more than 0"),
     (ParallelismConfig, {"cpu_fallback": True, "cpu_fsdp": True}, "cpu_fsdp", "must not be set together with cpu_fallback"),
+    (TrainConfig, {"microbatch_size": "auto", "parallelism": ParallelismConfig(FsdpConfig())}, "microbatch_size",
+     "must be a number with parallelism.fsdp, which cannot try"),
     (TrainConfig, {"parallelism": ParallelismConfig(FsdpConfig("HYBRID_SHARD", replicas=2))}, "parallelism.fsdp.replicas",
      "must divide the 1 devices"),
     (TrainConfig, {"scheduler": SchedulerConfig(name="wsd", warmup="3ba", decay="8ba")}, "scheduler.decay",
@@ -174,7 +176,18 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((TrainConfig, {name: duration}, name, "must be more than 0")
       for name in ("eval_interval", "save_interval") for duration in ("0ba", "0dur", "0.0dur", ".00dur")),
     (TrainConfig, {"save_interval": "0min"}, "save_interval", "must be more than 0"),
-    *((TrainConfig, {name: size}, name, ROWS) for name in ("global_batch_size", "microbatch_size") for size in (0, -8)),
+    *((TrainConfig, {"global_batch_size": size}, "global_batch_size", ROWS) for size in (0, -8)),
+    *((TrainConfig, {"microbatch_size": size}, "microbatch_size", f"{ROWS}, or auto") for size in (0, -8, "", "many", "8")),
+    (TrainConfig, {"microbatch_size": "auto", "eval_data": EvalDataConfig(local="e")}, "eval_batch_size",
+     "must be set with microbatch_size=auto, which is about training"),
+    (TrainConfig, {"callbacks": {"early_stopper": {"patience": "5ba"}}}, "callbacks.early_stopper",
+     "needs an evaluation to go by; set eval_data"),
+    (TrainConfig, {"callbacks": {"lr_monitor": None}}, "callbacks.lr_monitor",
+     "hands metrics to loggers, and there is none; set loggers.file_logger={}, wandb.project=... or tensorboard=true"),
+    *((TrainConfig, {section: {name: {}}, "parallelism": ParallelismConfig(fsdp=FsdpConfig())}, f"{section}.{name}",
+       "must not be set together with parallelism.fsdp, which spreads parameters over devices")
+      for section, names in (("algorithms", ("ema", "swa", "layer_freezing")), ("callbacks", ("generate", "hf_export")))
+      for name in names),
     (TrainConfig, {"eval_batch_size": 0}, "eval_batch_size", "must be a positive number of rows, or null"),
     (TrainConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
     *((TrainConfig, {"save_num_checkpoints_to_keep": n}, "save_num_checkpoints_to_keep",
@@ -314,6 +327,11 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     *((TrainConfig, {"run_name": name}) for name in ("a", "0", "a-b_c.d")),
     (TrainConfig, {"seed": 0, "save_num_checkpoints_to_keep": -1, "save_folder": None, "context_length": 2}),
     (TrainConfig, {"eval_data": EvalDataConfig(local="e"), "eval_batch_size": 1}),
+    (TrainConfig, {"microbatch_size": "auto"}),
+    (TrainConfig, {"microbatch_size": "auto", "eval_data": EvalDataConfig(local="e"), "eval_batch_size": 1}),
+    (TrainConfig, {"callbacks": {"lr_monitor": False}, "algorithms": {"ema": {}}}),
+    *((TrainConfig, {"callbacks": {"lr_monitor": None}} | logger)
+      for logger in ({"loggers": {"file_logger": None}}, {"tensorboard": True}, {"wandb": WandbConfig(project="p")})),
     (TrainConfig, {"scheduler": SchedulerConfig(warmup="10ba")}),
     (TrainConfig, {"max_duration": "1ep", "scheduler": SchedulerConfig(warmup="10ba")}),
     (TokenizerTrainConfig, {"vocab_size": 257, "min_frequency": 1, "max_bytes": 1}),
@@ -383,6 +401,13 @@ def test_global_batch_divides_among_devices(monkeypatch, devices):
         rule = re.escape("global_batch_size: must be a multiple of devices x microbatch_size = 4 x 4 = 16")
         with pytest.raises(InvalidField, match=f"^{rule}$"):
             config.validate()
+
+
+def test_auto_needs_rows_for_every_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    rule = "^global_batch_size: must be a multiple of the 3 devices$"
+    with pytest.raises(InvalidField, match=rule):
+        TrainConfig(**GIVEN[TrainConfig] | {"microbatch_size": "auto"}).validate()
 
 
 @pytest.mark.parametrize("world_size", ["", "0", "-1", "two", "1.0", "1" * 5000])

@@ -88,6 +88,12 @@ def test_collate(data, context_length, num_rows, dtype):
         expected = [number for number, length in enumerate(row["doc_lengths"].tolist()) for _ in range(length)]
         assert batch["sequence_id"][r].tolist() == expected
     assert count_tokens(batch) == {"total": num_rows * context_length, "loss_generating": num_rows * (context_length - 1)}
+    within = collate(rows, loss_across_documents=False)
+    for r, row in enumerate(rows):
+        starts = np.cumsum([0, *row["doc_lengths"]])[:-1].tolist()
+        expected = [IGNORE if i in starts else id for i, id in enumerate(row["input_ids"].tolist())]
+        assert within["labels"][r].tolist() == expected, "no document's first token is a label"
+    assert torch.equal(within["input_ids"], batch["input_ids"])
     batch["labels"].fill_(0)
     assert batch["input_ids"][0].tolist() == rows[0]["input_ids"].tolist(), "labels are a copy: evaluation shifts them in place"
 
@@ -217,6 +223,15 @@ def test_evaluator_reads_every_row(dataset, copy_of, all_rows, num_workers):
     for _ in range(2):
         counts = [count_tokens(batch)["loss_generating"] for batch in evaluator.dataloader.dataloader]  # pyright: ignore
         assert sum(counts) == len(all_rows) * (CONTEXT_LENGTH - 1)
+
+
+def test_evaluation_without_loss_across_documents(dataset, copy_of):
+    config = EvalDataConfig(loss_across_documents=False)
+    evaluator = build_evaluator(opened(copy_of(dataset)), config, batch_size=7)
+    for batch in evaluator.dataloader.dataloader:  # pyright: ignore
+        starts = torch.diff(batch["sequence_id"], dim=1) != 0
+        assert starts.any()
+        assert (batch["labels"][:, 1:][starts] == IGNORE).all()
 
 
 # What is refused

@@ -25,6 +25,7 @@ from flame_composer.model import (
     build_hf_config,
     build_model,
     check_agrees,
+    check_microbatch_size,
     cumulative_lengths,
     load_pretrained,
     positions,
@@ -263,6 +264,47 @@ def test_microbatches_give_one_loss_and_gradient(name):
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert (gradients - results[0][1]).norm() <= 1e-5 * results[0][1].norm()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_microbatch_without_labels_is_no_loss_and_no_gradient(name):
+    """As of a row of documents of one token each, without loss across documents."""
+    model = tiny(name)
+    batch = batch_of([[1] * 32])
+    batch["labels"].fill_(-100)
+    loss = model(batch).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_smoothed_labels_are_trained_on_and_not_evaluated(name):
+    model = tiny(name)
+    batch = batch_of(ROWS)
+    plain = model(batch).loss
+    model.label_smoothing = 0.2
+    logits = model({key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1].double()
+    even = -logits.log_softmax(dim=-1).mean()
+    assert model(batch).loss.item() == pytest.approx((0.8 * plain + 0.2 * even).item(), rel=1e-6)
+    model.eval()
+    assert model(batch).loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_flops_count_what_a_token_is_multiplied_with():
+    model = tiny("llama")
+    matrices = 4 * 32 * 32 + 3 * 32 * 64 + VOCABULARY * 32
+    assert model.flops_per_batch(batch_of(ROWS)) == 6 * matrices * 3 * 32
+    assert tiny("llama", tie_word_embeddings=True).matmul_parameters == matrices, "the embedding is the output's matrix"
+
+
+def test_microbatches_are_tried_out_on_gpus_only():
+    check_microbatch_size(8)
+    if torch.cuda.is_available():
+        check_microbatch_size("auto")
+    else:
+        with pytest.raises(InvalidField, match=r"^microbatch_size: there is no GPU here, .*; give a number of rows$"):
+            check_microbatch_size("auto")
 
 
 # Weights on disk

@@ -12,6 +12,7 @@ from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import get_device
 
+from flame_composer.config import ConfigError
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.optim import Schedule, build_optimizer, rate_factor
 from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig
@@ -116,6 +117,58 @@ def test_every_batch_gets_the_rate_of_its_place():
         schedule.batch_start(state, Logger(state))
         seen.append([group["lr"] for group in optimizer.param_groups])
     assert seen == [[1.5, 1.5], [0.0, 0.0], [2.0, 2.0], [1.0, 1.0]]
+
+
+def resumed(before: Schedule, batch: int, after: Schedule) -> None:
+    """`after` goes on from a checkpoint that `before` was in after `batch` batches."""
+    before.num_used = batch
+    after.load_state_dict(before.state_dict())
+
+
+# Name, warmup and decay in batches, batches taken, length of the run before and after.
+EXTENDED = [
+    ("constant", 4, 0, 20, 20, 40), ("constant", 4, 0, 10, 20, 12), ("wsd", 4, 5, 15, 20, 40), ("wsd", 4, 5, 10, 20, 15),
+    ("cosine", 4, 0, 4, 20, 40), ("linear", 4, 0, 0, 20, 40), ("cosine", 4, 0, 9, 20, 20),
+]
+BENT = [
+    ("cosine", 4, 0, 6, 20, 40), ("linear", 4, 0, 6, 20, 19), ("wsd", 4, 5, 17, 20, 40), ("wsd", 4, 5, 15, 20, 18),
+    ("cosine", 0, 0, 20, 20, 40),
+]  # fmt: skip
+
+
+def schedules_of(name: str, warmup: int, decay: int, lengths: tuple[int, int], **options: Any) -> list[Schedule]:
+    config: Any = SchedulerConfig(name=name)
+    return [Schedule(config, 3e-4, plan(warmup=warmup, decay=decay, total=total), **options) for total in lengths]
+
+
+@pytest.mark.parametrize(("name", "warmup", "decay", "taken", "before", "after"), EXTENDED)
+def test_a_length_that_changes_no_rate_that_was_used_is_accepted(name, warmup, decay, taken, before, after):
+    old, new = schedules_of(name, warmup, decay, (before, after))
+    resumed(old, taken, new)
+    assert new.num_used == taken
+
+
+@pytest.mark.parametrize(("name", "warmup", "decay", "taken", "before", "after"), BENT)
+def test_a_length_that_changes_a_rate_that_was_used_is_refused_with_the_reason(name, warmup, decay, taken, before, after):
+    old, new = schedules_of(name, warmup, decay, (before, after))
+    with pytest.raises(ConfigError, match=rf"^the checkpoint was trained at other learning rates: step \d+ of the {taken} "
+                       rf"taken had .*: max_duration \({before}ba before, {after}ba now\); set back what changed, start a new "
+                       "run_name, or set allow_schedule_change=true to go on all the same$"):
+        resumed(old, taken, new)
+    old, new = schedules_of(name, warmup, decay, (before, after), allow_change=True)
+    resumed(old, taken, new)
+    strict = schedules_of(name, warmup, decay, (before, after))[1]
+    resumed(new, taken, strict)  # from then on it is the new one that counts
+
+
+@pytest.mark.parametrize(("key", "other", "lr"), [
+    ("optimizer.lr", {}, 1e-4), ("scheduler.name", {"name": "linear"}, 3e-4),
+    ("scheduler.min_lr_ratio", {"min_lr_ratio": 0.2}, 3e-4),
+])  # fmt: skip
+def test_whatever_bends_the_curve_is_named(key, other, lr):
+    before = Schedule(SchedulerConfig(), 3e-4, plan(warmup=4, total=20))
+    with pytest.raises(ConfigError, match=rf": {key} \("):
+        resumed(before, 9, Schedule(SchedulerConfig(**other), lr, plan(warmup=4, total=20)))
 
 
 def test_fused_adamw_is_adamw():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import make_run
 from tests.runs import Corpus, check, read_log, run_script
 
 # A model with dropout, which draws random numbers at every step.
@@ -93,6 +96,37 @@ def test_another_data_order_is_refused(corpus: Corpus, undisturbed: Path) -> Non
         "error: the checkpoint was trained on rows in another order: global_batch_size (4 before, 6 now); set back what changed"
     )
     assert len(read_log(undisturbed)) == 40
+
+
+def test_a_longer_run_is_refused_where_it_would_have_had_other_rates(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = run_script("recipes/train.py", *corpus.keys(undisturbed, "max_duration=60ba"))
+    assert process.returncode == 2
+    assert re.fullmatch(
+        r"error: the checkpoint was trained at other learning rates: step 6 of the 40 taken had .*: max_duration \(40ba "
+        r"before, 60ba now\); set back what changed, .*allow_schedule_change=true.*", process.stderr.splitlines()[-1])
+    assert len(read_log(undisturbed)) == 40
+    run = Path(shutil.copytree(undisturbed, tmp_path / "undisturbed"))
+    corpus.train_run(run, "max_duration=42ba", "allow_schedule_change=true")
+    assert read_log(run)[:40] == read_log(undisturbed)
+    assert len(read_log(run)) == 42
+
+
+def test_a_run_at_a_constant_rate_can_be_made_longer(dataset: Path, eval_dataset: Path, tmp_path: Path) -> None:
+    """And ends as the run that was that long from the beginning."""
+    runs = []
+    for name, total, start in (("short", 3, None), ("long", 6, "short/checkpoints/ba3.pt"), ("whole", 6, None)):
+        (tmp_path / name).mkdir()
+        load_path = tmp_path / start if start else None
+        run = make_run(tmp_path / name, dataset, eval_dataset, total=total, eval_interval=9, schedule="constant",
+                       load_path=load_path)
+        run.trainer.fit()
+        run.trainer.close()
+        runs.append(run)
+    for name, tensor in runs[2].weights.items():
+        assert torch.equal(tensor, runs[1].weights[name]), name
+    assert read_log(runs[1].log_folder) == read_log(runs[2].log_folder)[3:]
 
 
 def test_without_autoresume_nothing_is_overwritten(corpus: Corpus, undisturbed: Path) -> None:

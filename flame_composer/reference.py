@@ -1,0 +1,113 @@
+"""docs/configuration.md: every key of every script, and all that can be named, out of the code itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flame_composer.cli import fields_of, show
+from flame_composer.config import ScriptConfig
+from flame_composer.extensions import arguments_of, find_class, in_words
+from flame_composer.extensions_config import OFFERED, REFUSED
+from flame_composer.train_config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
+
+INTRODUCTION = """# Configuration
+
+Every script is run as `script.py [file.yaml] [key=value ...]`: defaults, then the file, then the arguments. A key that does
+not exist, a value of the wrong type or one that breaks a rule ends the script with status 2 and one line that names it.
+`${key}` stands for another key's value and `${oc.env:NAME}` for an environment variable. `script.py --help` shows the same
+as this page, which is made from the code by `make docs`.
+"""
+EXTENSIONS = """### algorithms, callbacks, loggers
+
+Each is a section of names with their arguments: `callbacks.speed_monitor.window_size=20`, or in a file
+
+```yaml
+algorithms:
+  ema: {half_life: 500ba}
+callbacks:
+  lr_monitor:            # with its defaults
+  speed_monitor: false   # left out, e.g. by an argument that overrides the file
+loggers:
+  file_logger: {}
+```
+
+Arguments are compared with the class's signature before anything starts. A run with any of these goes on bit for bit when
+it is killed and started again; what is given as a fraction of the run (`0.5dur`, `freeze_start`, a warmup's `duration`) moves
+if `max_duration` is changed in between. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export` are refused with
+`parallelism.fsdp`. `memory_monitor`, and what `system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on
+one yet; nor has `microbatch_size: auto`.
+"""
+
+
+def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
+    """What is typed to run each script, and its configuration, from the line that ends the script."""
+    for path in sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules = {alias.name: node.module for node in imports for alias in node.names}
+        name = str(path.relative_to(ROOT))
+        for call in ast.walk(tree.body[-1]):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                continue
+            if call.func.id == "run":
+                yield name, _class(call.args[1], modules)
+            if call.func.id == "run_one_of":
+                given = typing.cast(ast.Dict, call.args[0])
+                for key, value in zip(given.keys, given.values, strict=True):
+                    yield f"{name} {ast.literal_eval(typing.cast(ast.Constant, key))}", _class(
+                        typing.cast(ast.Tuple, value).elts[1], modules)
+
+
+def _class(node: ast.expr, modules: dict[str, str | None]) -> type[ScriptConfig]:
+    name = typing.cast(ast.Name, node).id
+    return vars(importlib.import_module(str(modules[name])))[name]
+
+
+def page() -> str:
+    """The whole of docs/configuration.md."""
+    parts = [INTRODUCTION]
+    for name, cls in sorted(scripts(), key=lambda item: item[1] is not TrainConfig):  # the longest, and most asked for, first
+        rows = [(f"`{key}`", _code(kind), "" if default is None else _code(default), doc)
+                for key, kind, default, doc in fields_of(cls)]
+        parts += [f"## {name}\n\n{inspect.cleandoc(cls.__doc__ or '')}\n", _table(("key", "type", "default", "meaning"), rows)]
+        if cls is TrainConfig:
+            parts += [EXTENSIONS, *_extensions()]
+    return "\n".join(parts)
+
+
+def _extensions() -> Iterator[str]:
+    for section, names in OFFERED.items():
+        rows = []
+        for name, doc in names.items():
+            arguments = arguments_of(find_class(section, name))
+            rows.append((f"`{section}.{name}`", doc, "<br>".join(_argument(*each) for each in arguments.items())))
+        yield _table(("name", "what it does", "arguments"), rows)
+    yield "What else Composer has is refused, with the reason:\n"
+    refused = [(f"`{section}.{name}`", reason) for section, names in REFUSED.items() for name, reason in names.items()]
+    yield _table(("name", "reason"), refused)
+
+
+def _argument(name: str, parameter: inspect.Parameter) -> str:
+    default = "(must be set)" if parameter.default is inspect.Parameter.empty else f"= {show(parameter.default)}"
+    return _code(f"{name}: {in_words(parameter.annotation)} {default}")
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *(tuple(" ".join(cell.split()) for cell in row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def write() -> None:
+    PAGE.write_text(page(), encoding="utf-8")

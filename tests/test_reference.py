@@ -1,0 +1,26 @@
+"""docs/configuration.md is what the code says."""
+
+from __future__ import annotations
+
+import re
+
+from flame_composer.cli import fields_of
+from flame_composer.extensions_config import OFFERED
+from flame_composer.reference import PAGE, page, scripts
+from flame_composer.train_config import TrainConfig
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `make docs`"
+
+
+def test_every_key_and_every_name_is_on_it():
+    text = page()
+    assert [name for name, cls in scripts() if cls is TrainConfig] == ["recipes/train.py"]
+    assert len(list(scripts())) >= 11
+    for name, cls in scripts():
+        part = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
+        assert set(re.findall(r"^\| `([^`]+)` \| `", part, re.MULTILINE)) == {key for key, _, _, _ in fields_of(cls)}
+    for section, names in OFFERED.items():
+        for name in names:
+            assert text.count(f"| `{section}.{name}` |") == 1
