@@ -31,13 +31,13 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer import cpu, storage
+from flame_composer import cpu, pieces, storage
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.model import build_model, check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer
-from flame_composer.train_config import RunPlan
+from flame_composer.train_config import RunPlan, TrainConfig
 
-_NAME = re.compile(r"ba(\d+)\.pt")
+_NAME = re.compile(r"ba(\d+)(\.pt)?")  # a file, or a folder of pieces
 UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
 
 log = logging.getLogger(__name__)
@@ -50,36 +50,51 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 class Checkpoint(NamedTuple):
-    """Where a checkpoint is, and the local file it can be read from: the same, or a copy out of an object store."""
+    """Where a checkpoint is, and the local file it can be read from: the same, or a copy out of an object store.
+
+    Of one in pieces, `place` is a folder and `file` its head, beside which the pieces lie.
+    """
 
     place: str
     file: Path
 
 
 class SaveCheckpoints(Callback):
-    """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; a file under that name is always whole.
+    """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; what has that name is always whole.
 
     Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two steps, so that a kill
     can leave a torso or a link to nothing. This one writes under a temporary name, forces the bytes to disk and renames,
     or uploads them, which an object store shows when all are there. There is no link: the newest is found by name.
     It saves at the end of a batch only, never at the end of an epoch: there Composer's epoch counter and
     StreamingDataset's disagree, and the next epoch would repeat the order of the last.
+
+    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all are there, or in an
+    object store with its head (`pieces.HEAD`) put last.
     """
 
     def __init__(
-        self, folder: str, staging: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int
+        self, folder: str, staging: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int,
+        in_pieces: bool = False, start: Checkpoint | None = None,
     ):
         """Keeps the newest `num_to_keep` in `folder`, a path or URL; all if -1. One of `batches` and `seconds` says how often.
 
-        `staging` is a local folder for copies of what is in an object store.
+        `staging` is a local folder for copies of what is in an object store. `start` is what Composer loads (`load_path`):
+        if that is the head of one in pieces, they are loaded after it.
         """
         self.folder = folder
         self.staging = staging if storage.is_url(folder) else Path(folder)
         self.batches = batches
         self.seconds = seconds
         self.num_to_keep = num_to_keep
+        self.in_pieces = in_pieces
+        self.start = start
         self.saved: str | None = None  # the newest
         self._last_time = time.monotonic()
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        if self.start is not None and self.start.file.name == pieces.HEAD:
+            content = _read(self.start, verify=False)  # that was done when it was chosen
+            pieces.load(state, content["pieces"])
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Clears away what a killed run has left."""
@@ -87,10 +102,11 @@ class SaveCheckpoints(Callback):
         dist.barrier()  # every rank has read what it goes on from
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
-            for left in self.staging.glob("*.pt" if storage.is_url(self.folder) else "unfinished-*.pt"):
-                left.unlink(missing_ok=True)
+            for left in self.staging.glob("*ba*" if storage.is_url(self.folder) else "unfinished-*"):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         if dist.get_global_rank() == 0:
             storage.abort_uploads(self.folder)
+        dist.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
@@ -108,40 +124,89 @@ class SaveCheckpoints(Callback):
 
     def save(self, state: State) -> None:
         """Save now, unless this batch was saved already. Every rank must call it."""
-        name = f"ba{state.timestamp.batch.value}.pt"
+        in_pieces = self.in_pieces and state.fsdp_config is not None
+        name = f"ba{state.timestamp.batch.value}" + ("" if in_pieces else ".pt")
         place = storage.join(self.folder, name)
         if place == self.saved:
             return
         temporary = self.staging / f"unfinished-{name}"
+        (self._save_pieces if in_pieces else self._save_file)(state, temporary, place)
+        if dist.get_global_rank() == 0:
+            self._rotate()
+        dist.barrier()
+        self.saved = place
+        self._last_time = time.monotonic()
+
+    def _save_file(self, state: State, temporary: Path, place: str) -> None:
         save_checkpoint(state, str(temporary))
         if dist.get_global_rank() == 0:
             if storage.is_url(place):
                 _upload(temporary, place)
                 temporary.unlink()
             else:
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+                _flush(temporary)
                 os.replace(temporary, place)
-            self._rotate()
-        dist.barrier()
-        self.saved = place
-        self._last_time = time.monotonic()
+
+    def _save_pieces(self, state: State, temporary: Path, place: str) -> None:
+        is_first = dist.get_global_rank() == 0
+        temporary.mkdir(parents=True, exist_ok=True)
+        files = pieces.save(state, temporary)
+        if storage.is_url(place):
+            if is_first:
+                storage.delete(storage.join(place, pieces.HEAD))  # of one that was found to be damaged
+            dist.barrier()
+            for file in files:
+                if file.name == pieces.HEAD:
+                    continue
+                _upload(file, storage.join(place, file.name))
+            dist.barrier()
+            if is_first:
+                _upload(files[-1], storage.join(place, pieces.HEAD))
+            for file in files:
+                file.unlink()
+        else:
+            for file in files:
+                _flush(file)
+            dist.barrier()
+            if is_first:
+                _flush(temporary)
+                storage.delete_folder(place)
+                os.rename(temporary, place)
 
     def _rotate(self) -> None:
         """Counts what lies in the folder, so that it holds across restarts."""
         if self.num_to_keep > 0:
             for old in list_checkpoints(self.folder)[self.num_to_keep :]:
                 try:
-                    storage.delete(old)
+                    _delete(old)
                 except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
                     log.warning("warning: %s: an old checkpoint stays: %s", old, error)
 
 
-def build_saver(folder: str | None, staging: Path, plan: RunPlan, *, num_to_keep: int) -> SaveCheckpoints | None:
+def build_saver(config: TrainConfig, staging: Path, plan: RunPlan, start: Checkpoint | None) -> SaveCheckpoints | None:
     """None for a run that saves nothing."""
-    if folder is None:
+    if config.save_folder is None:
         return None
-    return SaveCheckpoints(folder, staging, batches=plan.save_batches, seconds=plan.save_seconds, num_to_keep=num_to_keep)
+    fsdp = config.parallelism.fsdp
+    return SaveCheckpoints(
+        config.save_folder, staging, batches=plan.save_batches, seconds=plan.save_seconds,
+        num_to_keep=config.save_num_checkpoints_to_keep, in_pieces=fsdp is not None and fsdp.state_dict_type == "sharded",
+        start=start,
+    )
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    with _opened(path) as number:
+        os.fsync(number)
+
+
+def _delete(checkpoint: str) -> None:
+    if not checkpoint.endswith(".pt"):
+        storage.delete(storage.join(checkpoint, pieces.HEAD))  # first, so that what is left is none
+        storage.delete_folder(checkpoint)
+    else:
+        storage.delete(checkpoint)
 
 
 def _upload(file: Path, place: str) -> None:
@@ -158,9 +223,10 @@ def _upload(file: Path, place: str) -> None:
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """The checkpoints in a folder, newest first, damaged ones included."""
-    found = [(int(match[1]), name) for name in storage.ls(folder) if (match := _NAME.fullmatch(name))]
-    return [storage.join(folder, name) for _, name in sorted(found, reverse=True)]
+    """The checkpoints in a folder, newest first, damaged ones included; not what was never finished."""
+    found = [(int(match[1]), storage.join(folder, name)) for name in storage.ls(folder) if (match := _NAME.fullmatch(name))]
+    places = [place for _, place in sorted(found, reverse=True)]
+    return [place for place in places if place.endswith(".pt") or storage.stat(storage.join(place, pieces.HEAD))]
 
 
 def find_newest(folder: str, staging: Path) -> Checkpoint | None:
@@ -185,18 +251,26 @@ def find_newest(folder: str, staging: Path) -> Checkpoint | None:
 
 
 def _fetched(place: str, staging: Path) -> Checkpoint:
+    head = storage.stat(storage.join(place, pieces.HEAD))
+    in_pieces = head is not None
     if not storage.is_url(place):
-        return Checkpoint(place, Path(place))
-    there = storage.stat(place)
+        return Checkpoint(place, Path(place, pieces.HEAD) if in_pieces else Path(place))
+    there = head or storage.stat(place)
     if there is None:
         raise StoreError(f"{place}: was deleted a moment ago; start again")
     key = hashlib.sha256(f"{place} {there}".encode()).hexdigest()[:16]
     staging.mkdir(parents=True, exist_ok=True)
-    file = staging / f"{key}-{place.rpartition('/')[2]}"
+    copy = staging / f"{key}-{place.rpartition('/')[2]}"
     with FileLock(staging / ".lock"):
-        if not file.exists():
-            storage.download(place, file)
-    return Checkpoint(place, file)
+        if in_pieces:
+            copy.mkdir(exist_ok=True)
+            # The head last: with it, the copy is whole.
+            for name in sorted(storage.ls(place), key=lambda name: name == pieces.HEAD):
+                if not (copy / name).exists():
+                    storage.download(storage.join(place, name), copy / name)
+        elif not copy.exists():
+            storage.download(place, copy)
+    return Checkpoint(place, copy / pieces.HEAD if in_pieces else copy)
 
 
 def find_start(folder: str, staging: Path, *, autoresume: bool) -> Checkpoint | None:
@@ -214,15 +288,33 @@ def find_start(folder: str, staging: Path, *, autoresume: bool) -> Checkpoint | 
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint's content, its tensors mapped from the file; no code in it is run.
+    """A checkpoint's content, its tensors mapped from the file; no code in it is run. `pieces` has those it is in, if it is.
 
     Raises DataError if it is missing, truncated, altered (every part's CRC-32 is checked) or holds anything but tensors
     and plain values.
     """
+    return _read(checkpoint, verify=True)
+
+
+def _read(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
+    content = _read_file(checkpoint, verify=verify)
+    if checkpoint.file.name == pieces.HEAD:
+        number = content.get("pieces")
+        if not isinstance(number, int) or number < 1:
+            raise DataError(f"{checkpoint.place}: not the head of a checkpoint in pieces")
+        names = map(pieces.name_of, range(number))
+        content["pieces"] = [
+            _read_file(Checkpoint(storage.join(checkpoint.place, name), checkpoint.file.with_name(name)), verify=verify)
+            for name in names
+        ]
+    return content
+
+
+def _read_file(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
     place, file = checkpoint
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() if verify else None
         if damaged is not None:
             raise DataError(f"{place}: damaged checkpoint: {damaged} does not match its checksum")
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
@@ -235,8 +327,8 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def find_checkpoint(place: str, staging: Path) -> Checkpoint:
-    """`place` itself, or the newest whole checkpoint if it is a folder. Raises ConfigError if there is none."""
-    if storage.stat(place) is not None:
+    """`place` itself, or the newest whole checkpoint in it if it is a run's folder. Raises ConfigError if there is none."""
+    if storage.stat(place) is not None or storage.stat(storage.join(place, pieces.HEAD)) is not None:
         return _fetched(place, staging)
     newest = find_newest(place, staging)
     if newest is None:
@@ -262,7 +354,7 @@ def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTr
     content = read_checkpoint(checkpoint)
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
-        weights = content["state"]["model"]
+        weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
     except (KeyError, TypeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"

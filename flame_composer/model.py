@@ -20,7 +20,7 @@ from flame_composer import cpu
 from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.tokenizer import may_be_hub_id
-from flame_composer.train_config import ModelConfig, ParallelismConfig
+from flame_composer.train_config import ModelConfig
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
@@ -85,6 +85,11 @@ def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:
         raise ConfigError(f"{place}: {missing[0]} of its config: {missing[1]}")
 
 
+def new_hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context_length: int) -> PretrainedConfig | None:
+    """That of a new model; None for one that comes with its own, from `config.pretrained`."""
+    return None if config.pretrained else build_hf_config(config.config, tokenizer, context_length)
+
+
 def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     """A freshly initialised causal language model; seed torch first.
 
@@ -135,14 +140,21 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
     return model
 
 
-def build_or_load(config: ModelConfig, hf_config: PretrainedConfig | None) -> PreTrainedModel:
-    """A new model of `hf_config`, or without one `config.pretrained` with its weights."""
-    if hf_config is not None:
+def build_or_load(config: ModelConfig, hf_config: PretrainedConfig | None, *, empty: bool = False) -> PreTrainedModel:
+    """A new model of `hf_config`, or without one `config.pretrained` with its weights.
+
+    `empty`: without memory for weights (on the meta device), for a rank that gets its share of them from the first.
+    """
+    if hf_config is None:
+        assert config.pretrained is not None
+        if not empty:
+            model = load_pretrained(config.pretrained)
+            check_agrees(model.config, config.config)
+            return model
+        cpu.enable()
+        hf_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+    with torch.device("meta") if empty else contextlib.nullcontext():
         return build_model(hf_config)
-    assert config.pretrained is not None
-    model = load_pretrained(config.pretrained)
-    check_agrees(model.config, config.config)
-    return model
 
 
 def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> None:
@@ -151,21 +163,6 @@ def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> N
         has = getattr(hf_config, key, None)
         if has != value:
             raise InvalidField(f"model.config.{key}", f"model.pretrained has {has}; leave the key out, or give that value")
-
-
-def build_parallelism(config: ParallelismConfig, *, precision: str) -> dict[str, Any] | None:
-    """How the model is spread over devices, as Composer's Trainer takes it; None for plain data parallelism.
-
-    Raises InvalidField for what this machine cannot do.
-    """
-    if torch.cuda.is_available():
-        return {"fsdp": dict(vars(config.fsdp))} if config.fsdp else None
-    if precision != "fp32":
-        raise InvalidField("precision", "there is no GPU here, and CPUs compute in fp32; set precision=fp32")
-    if config.fsdp and not config.cpu_fallback:
-        raise InvalidField("parallelism.fsdp", "there is no GPU here; set parallelism.cpu_fallback=true to train with plain "
-                           "data parallelism, or parallelism.fsdp=null")
-    return None
 
 
 class CausalLM(HuggingFaceModel):

@@ -188,19 +188,39 @@ class SchedulerConfig:
 @dataclass
 class FsdpConfig:
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD"
-    """How parameters, gradients and optimizer state are spread over devices."""
+    """What is spread over devices: parameters, gradients and optimizer state; the same, but a block's parameters stay gathered
+    from its forward to its backward pass; or as the first within each replica of the model."""
+    replicas: int | None = None
+    """Of HYBRID_SHARD: copies of the model, each sharded over devices / replicas; one per machine if not set."""
     mixed_precision: Literal["PURE", "DEFAULT", "FULL"] = "PURE"
-    """Composer's FSDP mixed-precision policy."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """With precision amp_bf16: compute and reduce gradients in bf16; reduce them in fp32; or neither. Weights stay fp32."""
+    state_dict_type: Literal["full", "sharded"] = "full"
+    """Checkpoints: one file that the first rank gathers and writes, or a folder with a piece from every rank (which takes a
+    save_folder that all machines share, or an object store). Either is read by any number of devices, with or without fsdp."""
+
+    def validate(self) -> None:
+        require(self.replicas is None or self.sharding_strategy == "HYBRID_SHARD", "replicas",
+                "must be null unless sharding_strategy=HYBRID_SHARD")
+        require(self.replicas is None or self.replicas > 0, "replicas", "must be more than 0")
 
 
 @dataclass
 class ParallelismConfig:
     fsdp: FsdpConfig | None = None
-    """Fully sharded data parallelism; plain data parallelism if not set."""
+    """Fully sharded data parallelism (torch's FSDP2); plain data parallelism if not set."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations: less memory, about a third more work."""
+    activation_cpu_offload: bool = False
+    """Keep what is kept for the backward pass in the machine's memory instead of the GPU's."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     cpu_fallback: bool = False
     """Train with plain data parallelism where there is no GPU, though fsdp is asked for."""
+    cpu_fsdp: bool = False
+    """Shard over processes (gloo) where there is no GPU: to try out what GPUs will do; saves no time."""
+
+    def validate(self) -> None:
+        require(not (self.cpu_fallback and self.cpu_fsdp), "cpu_fsdp", "must not be set together with cpu_fallback")
 
 
 @dataclass
@@ -334,6 +354,9 @@ class TrainConfig(ScriptConfig):
         require(self.global_batch_size % (devices * self.microbatch_size) == 0, "global_batch_size",
                 f"must be a multiple of devices x microbatch_size = {devices} x {self.microbatch_size} "
                 f"= {devices * self.microbatch_size}")
+        fsdp = self.parallelism.fsdp
+        require(fsdp is None or fsdp.replicas is None or devices % fsdp.replicas == 0, "parallelism.fsdp.replicas",
+                f"must divide the {devices} devices")
         if self.eval_data is not None:
             trained_on = [(self.train_data.local, self.train_data.remote)]
             trained_on += [(stream.local, stream.remote) for stream in self.train_data.streams.values()]

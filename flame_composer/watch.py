@@ -175,10 +175,9 @@ def explained_memory(config: TrainConfig) -> Iterator[None]:
         advice = []
         if config.microbatch_size > 1:
             advice.append(f"lower microbatch_size ({config.microbatch_size}; the result does not change)")
-        fsdp = config.parallelism.fsdp
-        if fsdp is None:
+        if not config.parallelism.activation_checkpointing:
+            advice.append("set parallelism.activation_checkpointing=true")
+        if config.parallelism.fsdp is None and dist.get_world_size() > 1:
             advice.append("spread the model over devices with parallelism.fsdp={}")
-        elif not fsdp.activation_checkpointing:
-            advice.append("set parallelism.fsdp.activation_checkpointing=true")
         advice.append(f"lower context_length ({config.context_length}) or the model's size")
         raise TrainingError(f"out of memory on rank {dist.get_global_rank()}: {', or '.join(advice)}") from None

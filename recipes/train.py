@@ -18,15 +18,14 @@ def main(config: TrainConfig) -> None:
     from composer import Trainer, algorithms
     from composer.utils import dist, get_device, reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, model, optim, watch
+    from flame_composer import callbacks, checkpoint, data, model, optim, parallelism, watch
     from flame_composer.preemption import Preemption, lock_run
     from flame_composer.tokenizer import load_tokenizer
 
     # What can be wrong is found out first: before processes meet, data is read or a model takes memory.
-    parallelism = model.build_parallelism(config.parallelism, precision=config.precision)
+    parallelism.check_devices(config.parallelism, precision=config.precision)
     tokenizer = load_tokenizer(config.tokenizer)
-    new_model = (config.model.config, tokenizer, config.context_length)
-    hf_config = None if config.model.pretrained else model.build_hf_config(*new_model)
+    hf_config = model.new_hf_config(config.model, tokenizer, config.context_length)
     log_folder, save_folder, staging = Path(config.log_folder), config.save_folder, Path(config.log_folder, "staging")
     lock = lock_run(log_folder)
     start = checkpoint.find_start(save_folder, staging, autoresume=config.autoresume) if save_folder else None
@@ -40,7 +39,7 @@ def main(config: TrainConfig) -> None:
     train_loader = data.build_train_loader(train_sets, config.train_data, **order)
     plan = config.plan(epoch_batches=train_loader.dataloader.dataset.batches_per_epoch)
 
-    saver = checkpoint.build_saver(save_folder, staging, plan, num_to_keep=config.save_num_checkpoints_to_keep)
+    saver = checkpoint.build_saver(config, staging, plan, start)
     stop = Preemption(saver)
     evaluators, eval_due = [], callbacks.every(plan.eval_interval, plan.total)
     if config.eval_data:
@@ -54,14 +53,14 @@ def main(config: TrainConfig) -> None:
         eval_due=eval_due if evaluators else None,
     )
 
-    hf_model = model.build_or_load(config.model, hf_config)
+    hf_model = model.build_or_load(config.model, hf_config, empty=parallelism.gets_weights(config.parallelism))
     order = data.describe_order(train_sets, config.train_data, **order)
     clip = config.optimizer.grad_clip_norm
 
     trainer = Trainer(
         run_name=config.run_name,
         seed=config.seed,
-        model=model.CausalLM(hf_model, tokenizer, varlen=config.varlen),
+        model=parallelism.recompute_blocks(model.CausalLM(hf_model, tokenizer, varlen=config.varlen), config.parallelism),
         train_dataloader=train_loader,
         eval_dataloader=evaluators,
         max_duration=f"{plan.total}ba",
@@ -77,7 +76,8 @@ def main(config: TrainConfig) -> None:
         loggers=callbacks.build_loggers(config),
         device=device,
         precision=config.precision,
-        parallelism_config=parallelism,
+        parallelism_config=parallelism.build(config.parallelism),
+        compile_config={} if config.parallelism.compile else None,
         device_train_microbatch_size=config.microbatch_size,
         accumulate_train_batch_on_tokens=True,
         load_path=str(start.file) if start else None,

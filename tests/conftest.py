@@ -156,7 +156,7 @@ def make_run(
         total, loader.dataloader.dataset.batches_per_epoch, warmup=1, decay=0, eval_interval=eval_interval, save_batches=1,
         save_seconds=None,
     )
-    saver = checkpoint.build_saver(str(folder / "checkpoints"), folder / "staging", plan, num_to_keep=-1)
+    saver = checkpoint.SaveCheckpoints(str(folder / "checkpoints"), folder / "staging", batches=1, num_to_keep=-1)
     stop = preemption.Preemption(saver)
     due = callbacks.every(plan.eval_interval, plan.total)
     evaluator = data.build_evaluator(

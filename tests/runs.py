@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,7 @@ TIMINGS = ("throughput",)
 
 # A process that has imported what the scripts import, and forks for each of them: the import takes longer than a run.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([
-    f"flame_composer.{name}" for name in (
-        "callbacks", "checkpoint", "data", "evaluate", "executors", "model", "optim", "preemption", "shards", "watch",
-    )
-])
+_FORKS.set_forkserver_preload(["tests.warm"])
 
 
 def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> None:
@@ -80,6 +77,33 @@ class Script:
     def read(self, name: str) -> str:
         path = Path(f"{self.output}.{name}")
         return path.read_text() if path.exists() else ""  # it has just been forked
+
+
+class Ranks:
+    """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that have imported everything."""
+
+    def __init__(self, number: int, *keys: str, env: dict[str, str] | None = None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = {**(env or {}), "WORLD_SIZE": f"{number}", "LOCAL_WORLD_SIZE": f"{number}", "NODE_RANK": "0",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}  # fmt: skip
+        self.scripts = [
+            Script("recipes/train.py", *keys, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}) for rank in range(number)
+        ]
+
+    def kill_after(self, log: Path, step: int) -> None:
+        while not log.exists() or log.read_text().count("\n") < step:
+            assert all(script.process.is_alive() for script in self.scripts), self.scripts[0].read("err")
+            time.sleep(0.002)
+        for script in self.scripts:
+            script.process.kill()
+        for script in self.scripts:
+            script.wait()
+
+    def finish(self) -> None:
+        for script in self.scripts:
+            check(script.wait())
 
 
 def run_script(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, Corpus, Script, check, read_log
+from tests.runs import ROOT, Corpus, Ranks, read_log
 from tests.s3 import S3
 
 
@@ -21,33 +19,6 @@ def slow(test: Any) -> Any:
     """For `make test-faults`."""
     skip = pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
     return pytest.mark.faults(skip(test))
-
-
-class Ranks:
-    """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that have imported everything."""
-
-    def __init__(self, number: int, *keys: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        env = {"WORLD_SIZE": f"{number}", "LOCAL_WORLD_SIZE": f"{number}", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": f"{port}"}  # fmt: skip
-        self.scripts = [
-            Script("recipes/train.py", *keys, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}) for rank in range(number)
-        ]
-
-    def kill_after(self, log: Path, step: int) -> None:
-        while not log.exists() or log.read_text().count("\n") < step:
-            assert all(script.process.is_alive() for script in self.scripts), self.scripts[0].read("err")
-            time.sleep(0.002)
-        for script in self.scripts:
-            script.process.kill()
-        for script in self.scripts:
-            script.wait()
-
-    def finish(self) -> None:
-        for script in self.scripts:
-            check(script.wait())
 
 
 def assert_same_batches(run: Path, other: Path) -> None:

@@ -24,13 +24,12 @@ from flame_composer.model import (
     CausalLM,
     build_hf_config,
     build_model,
-    build_parallelism,
     check_agrees,
     cumulative_lengths,
     load_pretrained,
     positions,
 )
-from flame_composer.train_config import FsdpConfig, ParallelismConfig, TrainConfig
+from flame_composer.train_config import TrainConfig
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 
@@ -387,17 +386,6 @@ def test_a_config_given_beside_weights_may_only_repeat_theirs():
         message = f"model.config.{key}: model.pretrained has {has}; leave the key out, or give that value"
         with pytest.raises(InvalidField, match=f"^{re.escape(message)}$"):
             check_agrees(config, {**GLA, key: value})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_parallelism_without_a_gpu():
-    assert build_parallelism(ParallelismConfig(), precision="fp32") is None
-    assert build_parallelism(ParallelismConfig(fsdp=FsdpConfig(), cpu_fallback=True), precision="fp32") is None
-    for config, precision, key in (
-        (ParallelismConfig(), "amp_bf16", "precision"), (ParallelismConfig(fsdp=FsdpConfig()), "fp32", "parallelism.fsdp"),
-    ):  # fmt: skip
-        with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
-            build_parallelism(config, precision=precision)
 
 
 def test_blocks_are_what_fsdp_wraps_and_recomputes():

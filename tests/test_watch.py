@@ -14,9 +14,10 @@ import pytest
 import torch
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
+from composer.utils import dist
 
 from flame_composer.config import TrainingError
-from flame_composer.train_config import FsdpConfig, ParallelismConfig, SpikeConfig
+from flame_composer.train_config import ParallelismConfig, SpikeConfig
 from flame_composer.watch import MAX_SKIPPED, NanGuard, SpikeGuard, StallWatchdog, explained_memory
 from tests.conftest import make_run
 from tests.runs import Corpus, Script, read_log, run_script
@@ -149,16 +150,18 @@ def test_an_evaluation_before_the_first_step_is_watched(monkeypatch, capfd):
     assert "error: rank 0 has been evaluating at step 1 for more than stall_timeout=0.2 s" in capfd.readouterr().err
 
 
-def test_too_little_memory_names_the_keys_to_change():
+def test_too_little_memory_names_the_keys_to_change(monkeypatch):
     config: Any = SimpleNamespace(microbatch_size=4, context_length=2048, parallelism=ParallelismConfig())
     with pytest.raises(TrainingError) as error, explained_memory(config):
         torch.empty(1 << 55)
     assert str(error.value) == (
-        "out of memory on rank 0: lower microbatch_size (4; the result does not change), or spread the model over devices with "
-        "parallelism.fsdp={}, or lower context_length (2048) or the model's size"
+        "out of memory on rank 0: lower microbatch_size (4; the result does not change), or set "
+        "parallelism.activation_checkpointing=true, or lower context_length (2048) or the model's size"
     )
-    config = SimpleNamespace(microbatch_size=1, context_length=2048, parallelism=ParallelismConfig(fsdp=FsdpConfig()))
-    advice = r"rank 0: set parallelism[.]fsdp[.]activation_checkpointing=true, or lower context_length"
+    recomputed = ParallelismConfig(activation_checkpointing=True)
+    config = SimpleNamespace(microbatch_size=1, context_length=2048, parallelism=recomputed)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    advice = r"rank 0: spread the model over devices with parallelism[.]fsdp={}, or lower context_length"
     with pytest.raises(TrainingError, match=advice), explained_memory(config):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     with pytest.raises(RuntimeError, match=r"^something else$"), explained_memory(config):

@@ -1,0 +1,197 @@
+"""A model spread over processes trains as one, and what it saves is read by any number of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flame_composer import checkpoint, pieces
+from flame_composer.config import DataError, InvalidField
+from flame_composer.parallelism import check_devices
+from flame_composer.train_config import FsdpConfig, ParallelismConfig
+from tests.runs import Corpus, Ranks, Script, check, last_json, read_log
+from tests.s3 import S3
+
+SHARDED = (
+    "parallelism.fsdp.state_dict_type=sharded", "parallelism.cpu_fsdp=true", "microbatch_size=2", "max_duration=12ba",
+    "eval_interval=100ba", "save_interval=4ba", "eval_data.max_rows=4",
+    # With so large an eps a step is all but proportional to the gradient, as it is not with AdamW's usual one.
+    "optimizer.eps=0.01", "optimizer.grad_clip_norm=null", "optimizer.lr=0.02",
+)  # fmt: skip
+slow = pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_what_cannot_be_done_without_a_gpu():
+    fsdp = FsdpConfig()
+    for allowed in (ParallelismConfig(), ParallelismConfig(fsdp, cpu_fallback=True), ParallelismConfig(fsdp, cpu_fsdp=True)):
+        check_devices(allowed, precision="fp32")
+    refused: list[tuple[ParallelismConfig, str, str]] = [
+        (ParallelismConfig(), "amp_bf16", "precision"), (ParallelismConfig(fsdp), "fp32", "parallelism.fsdp"),
+        (ParallelismConfig(activation_cpu_offload=True), "fp32", "parallelism.activation_cpu_offload"),
+    ]  # fmt: skip
+    for config, precision, key in refused:
+        with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
+            check_devices(config, precision=precision)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_log(run)]
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    found = checkpoint.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
+    return checkpoint.load_from_checkpoint(found)[0].state_dict()
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert list(ours) == list(theirs)
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+def assert_close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """To fp32 rounding: sums over ranks are added up in another order."""
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def sharded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks with FSDP2, its checkpoints in pieces, that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "sharded"
+    Ranks(2, *corpus.keys(run, *SHARDED)).finish()
+    return run
+
+
+def test_a_sharded_model_is_trained_as_a_whole_one(corpus: Corpus, sharded: Path, tmp_path: Path) -> None:
+    """Its gradients are means, though gloo gives FSDP2 their sums."""
+    whole = tmp_path / "whole"
+    check(Script("recipes/train.py", *corpus.keys(whole, *SHARDED, "parallelism.fsdp=null")).wait())
+    assert losses(sharded)[0] == pytest.approx(losses(whole)[0], rel=1e-6), "the same weights to begin with"
+    assert losses(sharded) == pytest.approx(losses(whole), rel=1e-4)
+    ours, theirs = weights(sharded, "ba12"), weights(whole, "ba12.pt")
+    assert_close(ours, theirs)
+    saved = torch.load(sharded / "checkpoints/ba12/piece1.pt", weights_only=True)["model"]
+    parts = {name: len(piece["part"]) / piece["shape"][0] for name, piece in saved.items()}
+    assert parts, "every tensor is cut in two"
+    assert set(parts.values()) == {0.5}
+
+
+def test_a_killed_sharded_run_goes_on_bit_for_bit_and_on_other_ranks(
+    corpus: Corpus, sharded: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    keys = corpus.keys(run, *SHARDED)
+    Ranks(2, *keys).kill_after(run / "train_log.jsonl", 6)
+    # A piece that was cut short, of a newer checkpoint, and one that was never finished.
+    newest = run / "checkpoints/ba4"
+    torso = run / "checkpoints/ba5"
+    torso.mkdir()
+    for file in newest.iterdir():
+        (torso / file.name).write_bytes(file.read_bytes()[: -10 if file.name == "piece1.pt" else None])
+    (run / "checkpoints/unfinished-ba8").mkdir()
+    ranks = Ranks(2, *keys)
+    stderr = [check(script.wait()).stderr for script in ranks.scripts]
+    assert f"warning: {torso}/piece1.pt: not a whole checkpoint" in stderr[0]
+    assert not (run / "checkpoints/unfinished-ba8").exists()
+    assert read_log(run) == read_log(sharded)
+    assert_equal(weights(run, "ba12"), weights(sharded, "ba12"))
+
+    # On one rank that does not shard, from the pieces; its own checkpoint is a file.
+    alone = last_json(Script("recipes/train.py", *keys, "parallelism.fsdp=null", "max_duration=14ba").wait())
+    assert alone["steps"] == 14
+    assert sorted(path.name for path in (run / "checkpoints").glob("ba*")) == ["ba12", "ba14.pt", "ba8"]
+    # And the other way round, from the file.
+    ranks = Ranks(2, *keys, "max_duration=16ba")
+    ranks.finish()
+    assert_equal(weights(sharded, "ba12"), weights(run, "ba12"))
+    assert len(losses(run)) == 16
+
+
+def test_blocks_that_are_recomputed_change_nothing(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "recomputed"
+    corpus.train_run(run, "parallelism.activation_checkpointing=true")
+    assert read_log(run) == read_log(undisturbed)
+
+
+@slow
+@pytest.mark.faults
+def test_full_and_sharded_checkpoints_export_the_same(corpus: Corpus, sharded: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    Ranks(2, *corpus.keys(full, *SHARDED, "parallelism.fsdp.state_dict_type=full")).finish()
+    assert read_log(full) == read_log(sharded)
+    for run, name in ((full, "ba12.pt"), (sharded, "ba12")):
+        keys = (f"checkpoint={run}/checkpoints/{name}", f"out={tmp_path}/{run.name}_export")
+        check(Script("convert/to_hf.py", *keys).wait())
+    exports = [(tmp_path / f"{name}_export/model.safetensors").read_bytes() for name in ("full", "sharded")]
+    assert exports[0] == exports[1]
+
+
+@slow
+@pytest.mark.faults
+@pytest.mark.parametrize("keys", [
+    ["parallelism.fsdp.sharding_strategy=SHARD_GRAD_OP"],
+    ["parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "parallelism.fsdp.replicas=2", "microbatch_size=1"],
+    ["parallelism.activation_checkpointing=true"],
+], ids=["grad-op", "hybrid", "recomputed"])  # fmt: skip
+def test_every_strategy_trains_the_same(corpus: Corpus, sharded: Path, tmp_path: Path, keys: list[str]) -> None:
+    run = tmp_path / "strategy"
+    Ranks(4 if "parallelism.fsdp.replicas=2" in keys else 2, *corpus.keys(run, *SHARDED, *keys)).finish()
+    assert losses(run) == pytest.approx(losses(sharded), rel=1e-4)
+    ours, theirs = weights(run, "ba12"), weights(sharded, "ba12")
+    assert_close(ours, theirs)
+
+
+@slow
+@pytest.mark.faults
+def test_pieces_in_an_object_store(corpus: Corpus, sharded: Path, s3_server: S3, tmp_path: Path) -> None:
+    s3, run = s3_server, tmp_path / "pieces_in_s3"
+    keys = corpus.keys(run, *SHARDED, f"save_folder=s3://data/{run.name}", "save_num_checkpoints_to_keep=2")
+    Ranks(2, *keys, env=s3.env).kill_after(run / "train_log.jsonl", 6)
+    Ranks(2, *keys, env=s3.env).finish()
+    assert read_log(run) == read_log(sharded)
+    names = {f"ba{step}/{file}" for step in (8, 12) for file in ("piece0.pt", "piece1.pt", "state.pt")}
+    assert set(s3.keys(run.name)) == {"config.yaml", *names}
+    check(Script("convert/to_hf.py", f"checkpoint=s3://data/{run.name}", f"out={tmp_path}/out", env=s3.env).wait())
+
+
+@slow
+@pytest.mark.faults
+def test_a_compiled_model_trains_the_same(corpus: Corpus, tmp_path: Path) -> None:
+    file = corpus.yaml_with({
+        "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    })  # fmt: skip
+    for name, keys in (("plain", ()), ("compiled", ("parallelism.compile=true",))):
+        corpus.train_run(tmp_path / name, file, "max_duration=8ba", *keys)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_any_rows_out_of_any_pieces(lengths: list[int], data: st.DataObject) -> None:
+    whole = torch.arange(sum(lengths) * 2).reshape(-1, 2)
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    cut = [{"shape": list(whole.shape), "start": start, "part": whole[start : start + length]}
+           for start, length in zip(starts, lengths, strict=True)]
+    first = data.draw(st.integers(0, len(whole)))
+    last = data.draw(st.integers(first, len(whole)))
+    out = torch.full((last - first, 2), -1)
+    pieces._copy(cut, out, first)
+    assert torch.equal(out, whole[first:last])
+    assert torch.equal(pieces._whole(cut), whole)
+    if len(whole):
+        short = [piece for piece in cut if len(piece["part"])][1:]
+        with pytest.raises((TypeError, IndexError)):
+            pieces._whole(short)
+
+
+def test_pieces_of_another_model_are_refused(trained: Any) -> None:
+    state = trained.trainer.state
+    with pytest.raises(DataError, match="not those of this model"):
+        pieces.load(state, [{"model": {}, "optimizers": {}}])
