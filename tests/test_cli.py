@@ -18,12 +18,19 @@ from flame_composer.clean_config import CleanConfig
 from flame_composer.cli import _fields, help_text, load, nearest, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, EvaluateConfig, GenerateConfig
+from flame_composer.recipe_config import (
+    BenchmarkConfig,
+    ConversionBenchmarkConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    ReportConfig,
+)
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
-    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, CleanConfig,
+    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, CleanConfig, PlanConfig, ReportConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base
@@ -491,7 +498,8 @@ def test_resolved_yaml_is_the_configuration():
 @pytest.mark.parametrize("cls", SCRIPTS, ids=lambda cls: cls.__name__)
 def test_help_lists_every_key_with_type_default_and_doc(cls):
     text = help_text(cls, "script.py")
-    assert text.startswith(f"usage: script.py [file.yaml] [key=value ...]\n\n{cls.__doc__}\n")
+    first = "RUNS ..." if cls is ReportConfig else "[file.yaml]"
+    assert text.startswith(f"usage: script.py {first} [key=value ...]\n\n{cls.__doc__}\n")
     flat = " ".join(text.split())
     for key, annotation, default, doc in _fields(cls):
         assert re.search(rf"^  {re.escape(key)}: {re.escape(annotation)}", text, re.MULTILINE)
