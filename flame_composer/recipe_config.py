@@ -123,7 +123,7 @@ class PlanConfig(TrainConfig):
     devices: int = MISSING
     """GPUs of a node, or processes on CPUs."""
     device: Literal["a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"] = MISSING
-    """What they are; h100 and h200 are SXM modules, a100 has 80 GB."""
+    """Kind of the devices; h100 and h200 are SXM modules, a100 has 80 GB."""
     nodes: int = 1
     """Machines with as many devices each."""
     mfu: float = 0.4

@@ -51,7 +51,7 @@ def find_supply(config: PlanConfig) -> Supply | str:
             except (ConfigError, DataError) as error:
                 return str(error)
         num_rows = sum(dataset.manifest.totals.rows for dataset in datasets.values())
-        share = min(1.0, MAX_ROWS / num_rows) if num_rows else 1.0
+        share = min(1.0, max(MAX_ROWS, 2 * config.global_batch_size) / num_rows) if num_rows else 1.0
         if share < 1:
             datasets = {name: _begin(dataset, share, Path(folder, f"part-{name}")) for name, dataset in datasets.items()}
         return _lay_out(config, datasets, share)

@@ -62,9 +62,9 @@ def describe(plan: dict[str, Any]) -> list[str]:
         configured = preempted["goodput_as_configured"]
         rows += [
             ("save_interval", f"best every {hours(preempted['best_save_seconds'])}: {preempted['best_save_interval']}"),
-            ("goodput", f"{preempted['goodput']:.1%} when killed without notice"
-             + ("" if configured is None else f" ({configured:.1%} with save_interval as it is)")
-             + f", {preempted['goodput_with_notice']:.1%} with notice enough to save"),
+            ("goodput", f"{preempted['goodput']:.1%} then"
+             + ("" if configured is None else f", {configured:.1%} with save_interval as it is")
+             + f"; {preempted['goodput_with_notice']:.1%} with notice enough to save"),
         ]
     memory = plan["memory"]
     table = [f"{name:16}{value:>12}" for name, value in

@@ -432,7 +432,8 @@ def test_rows_of_another_length(dataset: Path) -> None:
 
 def test_a_plan_comes_true(corpus: Corpus, undisturbed: Path) -> None:
     """The plan of the run that the other tests look at: its steps, its tokens."""
-    process = run_script("recipes/plan.py", *corpus.keys(undisturbed), "devices=1", "device=cpu", "tokens_per_second=1000")
+    keys = ("devices=1", "device=cpu", "tokens_per_second=1000", "preemption_hours=1", "price_per_hour=1")
+    process = run_script("recipes/plan.py", *corpus.keys(undisturbed), *keys)
     plan = last_json(process)
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert (plan["steps"], plan["tokens"]) == (summary["steps"], summary["train_tokens"])
@@ -441,10 +442,13 @@ def test_a_plan_comes_true(corpus: Corpus, undisturbed: Path) -> None:
     lines = process.stdout.splitlines()
     assert lines[0] == "undisturbed on 1 x 1 x cpu"
     assert all(len(line) <= 100 for line in lines[:-1])
-    told = dict(line.split(maxsplit=1) for line in lines if line.startswith(("parameters", "steps", "downloads", "dataset")))
+    told = dict(line.split(maxsplit=1) for line in lines if line.startswith(("parameters", "downloads", "dataset", "goodput")))
     assert told["parameters"] == f"{plan['parameters']:,}"
     assert told["dataset"].endswith("2.67 epochs of 15 steps")
     assert told["downloads"] == "0 to each node"
+    shares = [f"{plan['preemption'][name]:.1%}" for name in ("goodput", "goodput_as_configured", "goodput_with_notice")]
+    expected = "{} then, {} with save_interval as it is; {} with notice enough to save".format(*shares)
+    assert told["goodput"] == expected
 
 
 def test_a_plan_without_its_data(corpus: Corpus, tmp_path: Path) -> None:
