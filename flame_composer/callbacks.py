@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -233,7 +234,7 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
 def announce(
     trainer: Trainer, resolved_yaml: str, log_folder: Path, save_folder: str | None, *, resumed_from: str | None
 ) -> None:
-    """Say what is about to run, and keep the configuration: in both folders and with every logger.
+    """Say what is about to run, and keep the configuration, in both folders and with every logger; note the start in the log's.
 
     Where the checkpoints are to go cannot be written to, that is found out here and not when hours are to be saved.
     """
@@ -253,6 +254,11 @@ def announce(
                               "that can") from None
     state = trainer.state
     assert state.max_duration is not None
+    if state.timestamp < state.max_duration:
+        start = {"step": state.timestamp.batch.value, "resumed_from": resumed_from, "devices": dist.get_world_size(),
+                 "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        with (log_folder / "starts.jsonl").open("a", encoding="utf-8") as starts:
+            starts.write(json.dumps(start) + "\n")
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {state.device.name}, "
           f"{state.max_duration.value:,} steps; logs in {log_folder}", flush=True)

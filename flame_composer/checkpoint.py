@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer import cpu, pieces, storage
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
-from flame_composer.model import build_model, load_pretrained
+from flame_composer.model import build_model, check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer
 from flame_composer.train_config import RunPlan, TrainConfig
 
@@ -342,11 +342,13 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
 
 
 def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder."""
+    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder."""
     path = Path(place_or_id)
     if storage.is_url(place_or_id) or path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         with tempfile.TemporaryDirectory() as staging:
-            return load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
+            model, tokenizer = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
+            check_runs_here(model.config, place_or_id)
+            return model, tokenizer
     return load_pretrained(place_or_id), load_tokenizer(place_or_id)
 
 

@@ -41,10 +41,15 @@ def load(cls: type[C], argv: list[str]) -> C:
     Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a key that must be
     set and is not, and whatever `validate()` of any section refuses.
     """
-    file, overrides = _split(argv)
     sources: list[tuple[str, DictConfig]] = []
-    if file is not None:
-        sources.append((file, _read_yaml(file)))
+    if cls.positional:
+        values = list(itertools.takewhile(lambda argument: "=" not in argument and not argument.startswith("-"), argv))
+        file, overrides = None, _split(argv[len(values) :])[1]
+        sources += [("command line", OmegaConf.create({cls.positional: values}))] if values else []
+    else:
+        file, overrides = _split(argv)
+        if file is not None:
+            sources.append((file, _read_yaml(file)))
     sources += [("command line", _read_override(cls, argument)) for argument in overrides]
 
     merged = OmegaConf.structured(cls)
@@ -159,7 +164,8 @@ def nearest(name: str, allowed: list[str]) -> str:
 
 def help_text(cls: type[ScriptConfig], script: str) -> str:
     """Usage, then every key with its type, default and one-line doc."""
-    lines = [f"usage: {script} [file.yaml] [key=value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "keys:"]
+    before = f"{cls.positional.upper()} ..." if cls.positional else "[file.yaml]"
+    lines = [f"usage: {script} {before} [key=value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "keys:"]
     for key, annotation, default, doc in fields_of(cls):
         lines.append(f"  {key}: {annotation}{'' if default is None else f' = {default}'}")
         lines += textwrap.wrap(doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -82,6 +82,8 @@ def one_line(error: Exception) -> str:
 class ScriptConfig:
     """Base of the dataclasses a script is run with, and what `cli.load` knows about one beyond its values."""
 
+    # The list that leading arguments without a key fill, in place of a YAML file.
+    positional = ""
     # As YAML, with interpolations resolved but those of the environment: safe to log and save.
     resolved_yaml: str = ""
     # Where each key that was given was given, and its value there; where to look for one that was not.

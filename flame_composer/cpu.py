@@ -3,7 +3,8 @@
 fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
 `import fla` works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding) that meets a
 CPU tensor runs here, in plain PyTorch; CUDA tensors still take fla's own kernels. Configs, parameter names
-and checkpoints are the same on both. fla's softmax attention (flash-attn) has no CPU form here.
+and checkpoints are the same on both. fla's softmax attention (flash-attn) has no CPU form here, nor has what the
+other models of fla do, but for Mamba, which brings a plain PyTorch form of its own: `missing` tells.
 
 The functions without an underscore, but for the first two, are operations of fla 0.5.2: the name, arguments
 and results of each are those of the function it stands in for, which fla calls by position.
@@ -67,6 +68,22 @@ def enable() -> None:
     # transformers >= 4.52 reads the docstring of every registered config, and fla's BitNetConfig has none.
     bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
     bitnet.__doc__ = bitnet.__doc__ or ""
+
+
+def missing(hf_config: Any) -> tuple[str, str] | None:
+    """The key of a model's config that makes it need a GPU, and why; None for a model that can be trained on a CPU."""
+    if not type(hf_config).__module__.startswith("fla.") or hf_config.model_type == "mamba":
+        return None
+    if hf_config.model_type != "gla":
+        return "model_type", (f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's models, gla and "
+                              "mamba train on a CPU, and so does any of transformers' own (llama, ...)")
+    for key, has_none in (
+        ("attn", hf_config.attn is not None), ("attnres_block_size", hf_config.attnres_block_size is not None),
+        ("hidden_act", hf_config.hidden_act == "powglu"),
+    ):  # fmt: skip
+        if has_none:
+            return key, "needs a GPU, and there is none here; leave it out"
+    return None
 
 
 def install_stub_driver() -> None:

@@ -104,7 +104,6 @@ class Rows(StreamingDataset):
         """`batch_size` is this rank's share of the global batch."""
         with _own_shared_memory():
             super().__init__(streams=datasets, batch_size=batch_size, **options)
-        self.rank_batch_size = batch_size
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
         # What is fetched from now on is checked before it is put where it is looked for.
@@ -140,23 +139,28 @@ class Rows(StreamingDataset):
 
         Raises InvalidField if shards would have to go while they are in use, and be fetched over and over.
         """
-        indexes = sum(stream.get_index_size() for stream in self.streams)
-        largest = max(file.bytes for file in self.files)
-        in_use = self.bytes_in_use(num_workers=num_workers, prefetch_factor=prefetch_factor)
-        minimum = indexes + max(in_use, 4 * largest)
+        minimum = self.smallest_cache(self._unique_rank_world, num_workers=num_workers, prefetch_factor=prefetch_factor)
         if limit < minimum:
+            largest = max(file.bytes for file in self.files)
             raise InvalidField("train_data.cache_limit", f"must be at least {minimum} bytes: so much is in use at once with "
                                f"shuffle_block_size={self.shuffle_block_size}, num_canonical_nodes={self.num_canonical_nodes} "
                                f"and shards of up to {largest} bytes; a smaller train_data.shuffle_block_size needs less")
         self.cache_limit = limit
 
-    def bytes_in_use(self, *, num_workers: int, prefetch_factor: int) -> int:
-        """The most bytes of shards that one machine is in the middle of reading at once, in the first epoch.
+    def smallest_cache(self, world: World, *, num_workers: int, prefetch_factor: int) -> int:
+        """Bytes of cache with which a machine of `world` deletes no shard while it is in use."""
+        indexes = sum(stream.get_index_size() for stream in self.streams)
+        largest = max(file.bytes for file in self.files)
+        in_use, _ = self.bytes_in_use(world, num_workers=num_workers, prefetch_factor=prefetch_factor)
+        return indexes + max(in_use, 4 * largest)
 
-        From `predownload` rows before the first row of a shard is read until the last one is, with loader processes that
-        are as far apart as they can be.
+    def bytes_in_use(self, world: World, *, num_workers: int, prefetch_factor: int) -> tuple[int, int]:
+        """Of one machine of `world`, in the first epoch: the most bytes of shards that it is in the middle of reading at
+        once, and the bytes of all that it reads.
+
+        A shard is in use from `predownload` rows before its first row is read until the last one is, with loader processes
+        that are as far apart as they can be.
         """
-        world = self._unique_rank_world
         ranks = [World(world.num_nodes, world.ranks_per_node, 1, world.node * world.ranks_per_node + rank)
                  for rank in range(world.ranks_per_node)]
         order = self.lay_out(0)[: self.batches_per_epoch]
@@ -167,12 +171,13 @@ class Rows(StreamingDataset):
         first, last = np.empty(self.num_shards, np.int64), np.empty(self.num_shards, np.int64)
         first[shards[::-1]], last[shards] = batches[::-1], batches  # of several values for a shard, the last stays
         assert self.predownload is not None
-        apart = max(1, num_workers) * (math.ceil(self.predownload / self.rank_batch_size) + prefetch_factor + 1)
+        ahead = math.ceil(self.predownload * world.num_ranks / self.global_batch_size)
+        apart = max(1, num_workers) * (ahead + prefetch_factor + 1)
         change = np.zeros(len(order) + 1, np.int64)
         sizes = np.array([file.bytes for file in self.files])
         np.add.at(change, np.maximum(first[used] - apart, 0), sizes[used])
         np.add.at(change, last[used] + 1, -sizes[used])
-        return int(change.cumsum().max())
+        return int(change.cumsum().max()), int(sizes[used].sum())
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one.

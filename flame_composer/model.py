@@ -30,11 +30,18 @@ IGNORE = -100  # the label that carries no loss
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
 
-def build_hf_config(model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, context_length: int) -> PretrainedConfig:
+# fla models whose layers take no borders of documents: their state runs on across them, most without a word.
+_WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
+
+
+def build_hf_config(
+    model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None, context_length: int, *, to_run: bool = True
+) -> PretrainedConfig:
     """The Hugging Face config with these keys; vocabulary, special tokens and context length are filled in if not given.
 
     Unlike transformers, which takes any key, this raises InvalidField for one the model's config class does not have,
-    for a value of another type, and for a vocabulary smaller than the tokenizer's.
+    for a value of another type, for a vocabulary smaller than the tokenizer's, and, unless the model is only to be looked
+    at, for one that this machine cannot run. Without a tokenizer `vocab_size` must be given.
     """
     cpu.enable()
     keys = dict(model_config)
@@ -53,19 +60,33 @@ def build_hf_config(model_config: dict[str, Any], tokenizer: PreTrainedTokenizer
         hint = hints.get(key) or _type_of_default(parameters.get(key))
         if not _is_a(value, hint):
             raise InvalidField(f"model.config.{key}", f"must be {_type_name(hint)}")
-    keys.setdefault("vocab_size", len(tokenizer))
-    keys.setdefault("bos_token_id", tokenizer.bos_token_id)
-    keys.setdefault("eos_token_id", tokenizer.eos_token_id)
+    if tokenizer is not None:
+        keys.setdefault("vocab_size", len(tokenizer))
+        keys.setdefault("bos_token_id", tokenizer.bos_token_id)
+        keys.setdefault("eos_token_id", tokenizer.eos_token_id)
     if "max_position_embeddings" in parameters:
         keys.setdefault("max_position_embeddings", context_length)
     if keys.get("num_hidden_layers", 1) < 1:
         raise InvalidField("model.config.num_hidden_layers", "must be 1 or more")
-    if keys["vocab_size"] < len(tokenizer):
+    if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
         raise InvalidField("model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens")
     try:
-        return config_class(**keys)
+        hf_config = config_class(**keys)
     except Exception as error:  # whatever the numbers make that class's own code raise
         raise ConfigError(f"model.config: {config_class.__name__} refuses it: {_in_one_line(error)}") from None
+    if to_run and (missing := _missing_here(hf_config)):
+        raise InvalidField(f"model.config.{missing[0]}", missing[1])
+    return hf_config
+
+
+def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
+    return None if torch.cuda.is_available() else cpu.missing(hf_config)
+
+
+def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:
+    """Raises ConfigError for weights, at `place`, of a model that this machine cannot run."""
+    if missing := _missing_here(hf_config):
+        raise ConfigError(f"{place}: {missing[0]} of its config: {missing[1]}")
 
 
 def new_hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context_length: int) -> PretrainedConfig | None:
@@ -105,10 +126,14 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
         raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
     try:
         with _quiet():
+            hf_config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, local_files_only=is_folder)
+            check_runs_here(hf_config, path_or_id)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path_or_id, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, local_files_only=is_folder,
                 output_loading_info=True,
             )
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a damaged folder makes transformers or safetensors raise
         raise ConfigError(f"{path_or_id}: cannot be loaded as a causal language model: "
                           f"{' '.join(str(error).split())[:300]}") from None
@@ -156,6 +181,11 @@ class CausalLM(HuggingFaceModel):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, varlen: bool):
+        """Raises InvalidField for `varlen` with a model that cannot keep documents apart."""
+        self.is_fla = type(model).__module__.startswith("fla.")
+        if varlen and self.is_fla and model.config.model_type in _WITHOUT_VARLEN:
+            raise InvalidField("varlen", f"fla's {model.config.model_type} cannot keep documents apart; set varlen=false to "
+                               "let its state run on across the documents of a row")
         with _known_as_causal():
             super().__init__(
                 model=model, tokenizer=tokenizer, use_logits=True, shift_labels=True,
@@ -165,7 +195,6 @@ class CausalLM(HuggingFaceModel):
         # Composer asks the model's direct children: each block is gathered, and recomputed, by itself.
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = lambda module: type(module).__name__ in blocks  # type: ignore
         self.varlen = varlen
-        self.is_fla = type(model).__module__.startswith("fla.")
         self.label_smoothing = 0.0  # of the loss that is trained on; see algorithms.LabelSmoothing
         self.matmul_parameters = count_matmul_parameters(model)
 

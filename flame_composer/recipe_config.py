@@ -8,8 +8,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from flame_composer.config import ScriptConfig, require, require_seed, require_text
-from flame_composer.train_config import EvalDataConfig
+from flame_composer.config import BYTES, ScriptConfig, require, require_seed, require_text
+from flame_composer.train_config import EvalDataConfig, TrainConfig
 
 
 @dataclass
@@ -159,3 +159,67 @@ class AllBenchmarksConfig(ScriptConfig):
 
     names: list[str] = field(default_factory=list)
     """Only these."""
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """What a run of recipes/train.py comes to, before anyone pays for it. The file and all keys but the last are the run's."""
+
+    devices: int = MISSING
+    """GPUs of a node, or processes on CPUs."""
+    device: Literal["a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"] = MISSING
+    """Kind of the devices; h100 and h200 are SXM modules, a100 has 80 GB."""
+    nodes: int = 1
+    """Machines with as many devices each."""
+    mfu: float = 0.4
+    """Share of the devices' peak that the model's own FLOPs come to: an assumption, until it was measured."""
+    tokens_per_second: float | None = None
+    """Of the whole run, where it was measured; in place of mfu."""
+    price_per_hour: float | None = None
+    """Price of a device for an hour."""
+    dataset_tokens: int | None = None
+    """Tokens the training data holds; if not set, its manifest is read, where it is."""
+    save_seconds: float | None = None
+    """Seconds that training waits for a checkpoint, where it was measured; in place of save_bandwidth."""
+    save_bandwidth: str = "1gb"
+    """Bytes a second at which a checkpoint is written: an assumption."""
+    preemption_hours: float | None = None
+    """Mean time between the moments at which machines are taken away, in hours."""
+    restart_minutes: float = 10.0
+    """From then to the first step after it: waiting for machines, starting, loading the checkpoint."""
+
+    def validate(self) -> None:
+        for name in ("devices", "nodes"):
+            require(getattr(self, name) > 0, name, "must be 1 or more")
+        require(0 < self.mfu <= 1, "mfu", "must be in (0, 1]")
+        for name in ("tokens_per_second", "save_seconds", "preemption_hours"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, "must be more than 0 and finite, or null")
+        require(self.price_per_hour is None or 0 <= self.price_per_hour < math.inf, "price_per_hour",
+                "must be 0 or more and finite, or null")
+        require(0 <= self.restart_minutes < math.inf, "restart_minutes", "must be 0 or more, and finite")
+        require(self.dataset_tokens is None or self.dataset_tokens > 0, "dataset_tokens", "must be more than 0, or null")
+        require(bool(BYTES.fullmatch(self.save_bandwidth)) and bool(self.save_bandwidth.strip("0.bBkKmMgGtTpP")),
+                "save_bandwidth", "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb")
+        super().validate()
+
+    def world_size(self) -> str:
+        return str(self.devices * self.nodes)
+
+
+@dataclass
+class ReportConfig(ScriptConfig):
+    """Charts of one or more runs as an HTML page, self-contained, and as PNGs."""
+
+    positional = "runs"
+    runs: list[str] = field(default_factory=list)
+    """Log folders, as in runs/NAME, or the logs in them."""
+    out: str | None = None
+    """Folder for report.html and the PNGs; if not set, report/ in the first run's folder."""
+    smooth: int = 1
+    """Steps over which loss, perplexity, gradient norm and throughput are averaged; 1 shows every step."""
+
+    def validate(self) -> None:
+        require(bool(self.runs), "runs", "must name at least one run's folder, e.g. runs/gla_tiny")
+        require_text(self, "out")
+        require(self.smooth > 0, "smooth", "must be 1 step or more")

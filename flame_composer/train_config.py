@@ -362,7 +362,7 @@ class TrainConfig(ScriptConfig):
         require("://" not in self.log_folder, "log_folder", "must be a local folder (save_folder and data can be remote)")
         require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
                 "save_num_checkpoints_to_keep", "must be more than 0, or -1 for all")
-        world_size = os.environ.get("WORLD_SIZE", "1")
+        world_size = self.world_size()
         if not re.fullmatch(r"[1-9][0-9]{0,8}", world_size):
             raise ConfigError(f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with composer, "
                               "or unset it")
@@ -425,6 +425,10 @@ class TrainConfig(ScriptConfig):
             save_batches=None if by_clock else self.in_batches(self.save_interval, epoch_batches, total),
             save_seconds=int(by_clock[1]) * SECONDS[by_clock[2]] if by_clock else None,
         )
+
+    def world_size(self) -> str:
+        """The number of processes of this run, as whoever started it says."""
+        return os.environ.get("WORLD_SIZE", "1")
 
     def in_batches(self, duration: str, epoch_batches: int | None, run_batches: int | None = None) -> int | None:
         """`duration` in global batches, rounded up; None where it needs an epoch's or the run's length and that is None."""

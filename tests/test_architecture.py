@@ -155,4 +155,5 @@ def test_no_base_class_with_one_child():
     bases = [ast.unparse(base) for node in classes for base in node.bases]
     for node in classes:
         is_error = node.name.endswith("Error")
-        assert is_error or bases.count(node.name) != 1, node.name
+        is_its_own = node.name == "TrainConfig"  # a script's configuration, to which that of plan.py adds keys
+        assert is_error or is_its_own or bases.count(node.name) != 1, node.name

@@ -24,6 +24,8 @@ from flame_composer.recipe_config import (
     ConversionBenchmarkConfig,
     EvaluateConfig,
     GenerateConfig,
+    PlanConfig,
+    ReportConfig,
     SystemBenchmarkConfig,
 )
 from flame_composer.train_config import TrainConfig
@@ -31,6 +33,7 @@ from flame_composer.train_config import TrainConfig
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
     InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, SystemBenchmarkConfig, AllBenchmarksConfig, CleanConfig,
+    PlanConfig, ReportConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base
@@ -498,7 +501,8 @@ def test_resolved_yaml_is_the_configuration():
 @pytest.mark.parametrize("cls", SCRIPTS, ids=lambda cls: cls.__name__)
 def test_help_lists_every_key_with_type_default_and_doc(cls):
     text = help_text(cls, "script.py")
-    assert text.startswith(f"usage: script.py [file.yaml] [key=value ...]\n\n{cls.__doc__}\n")
+    first = "RUNS ..." if cls is ReportConfig else "[file.yaml]"
+    assert text.startswith(f"usage: script.py {first} [key=value ...]\n\n{cls.__doc__}\n")
     flat = " ".join(text.split())
     for key, annotation, default, doc in fields_of(cls):
         assert re.search(rf"^  {re.escape(key)}: {re.escape(annotation)}", text, re.MULTILINE)

@@ -37,6 +37,8 @@ from flame_composer.recipe_config import (
     ConversionBenchmarkConfig,
     EvaluateConfig,
     GenerateConfig,
+    PlanConfig,
+    ReportConfig,
     SystemBenchmarkConfig,
 )
 from flame_composer.train_config import (
@@ -81,6 +83,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
+    ReportConfig: {"runs": ["r"]},
     ConversionBenchmarkConfig: {},
     SystemBenchmarkConfig: {},
     CleanConfig: {"source": ["s"], "out": "o"},
@@ -88,6 +91,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     **{cls: {} for cls in (GopherRepetitionConfig, GopherQualityConfig, C4Config, MinhashConfig, PiiConfig, RayConfig)},
     SlurmConfig: {"partition": "p", "time": "1:00:00"},
 }  # fmt: skip
+GIVEN[PlanConfig] = GIVEN[TrainConfig] | {"devices": 2, "device": "h100"}
 NO_STEP = dict.fromkeys(("gopher_repetition", "gopher_quality", "c4", "minhash", "pii")) | {"exact_dedup": False}
 SLURM = {"executor": "slurm", "slurm": SlurmConfig(**GIVEN[SlurmConfig])}
 
@@ -200,6 +204,23 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
      "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"),
     (TrainConfig, {"scheduler": SchedulerConfig(warmup="81sp")}, "scheduler.warmup",
      "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"),
+    *((PlanConfig, {name: 0}, name, "must be 1 or more") for name in ("devices", "nodes")),
+    *((PlanConfig, {"mfu": share}, "mfu", "must be in (0, 1]") for share in (0.0, 1.1, nan)),
+    *((PlanConfig, {name: value}, name, "must be more than 0 and finite, or null")
+      for name in ("tokens_per_second", "save_seconds", "preemption_hours") for value in (0.0, -1.0, nan, inf)),
+    *((PlanConfig, {"price_per_hour": price}, "price_per_hour", "must be 0 or more and finite, or null")
+      for price in (-1.0, nan, inf)),
+    *((PlanConfig, {"restart_minutes": minutes}, "restart_minutes", "must be 0 or more, and finite")
+      for minutes in (-1.0, nan, inf)),
+    (PlanConfig, {"dataset_tokens": 0}, "dataset_tokens", "must be more than 0, or null"),
+    *((PlanConfig, {"save_bandwidth": speed}, "save_bandwidth",
+       "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb")
+      for speed in ("", "0", "0.0gb", "fast", "-1gb")),
+    (PlanConfig, {"run_name": ""}, "run_name", NAME),
+    (PlanConfig, {"nodes": 2}, "global_batch_size", "must be a multiple of devices x microbatch_size = 4 x 4 = 16"),
+    (ReportConfig, {"runs": []}, "runs", "must name at least one run's folder, e.g. runs/gla_tiny"),
+    (ReportConfig, {"out": ""}, "out", EMPTY),
+    (ReportConfig, {"smooth": 0}, "smooth", "must be 1 step or more"),
     *((cls, {"source": []}, "source", "must name at least one file, folder or glob")
       for cls in (TokenizerTrainConfig, ConvertConfig)),
     *((TokenizerTrainConfig, {name: ""}, name, EMPTY) for name in ("out", "text_column", "eos_token")),
@@ -346,6 +367,9 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (InspectConfig, {"max_bytes": None}),
     (FromLlamaConfig, {"fresh": ["k_proj"], "max_shard_size": 1}),
     (BenchmarkConfig, {"context_lengths": [2], "repeats": 1}),
+    (PlanConfig, {"mfu": 1.0, "price_per_hour": 0.0, "restart_minutes": 0.0, "dataset_tokens": 1, "save_bandwidth": "0.1GB"}),
+    (PlanConfig, {"devices": 1, "nodes": 2}),
+    (ReportConfig, {"smooth": 1, "out": "o"}),
     (ConversionBenchmarkConfig, {"megabytes": 0.1, "unit_size": 1, "repeats": 1, "context_length": 2, "num_workers": 2}),
     (CleanConfig, NO_STEP | {"exact_dedup": True}),
     *((CleanConfig, NO_STEP | {name: section}) for name, section in (

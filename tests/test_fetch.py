@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streaming.base.world import World
 
 from flame_composer import fetch, machine
 from flame_composer.config import ConfigError, DataError, InvalidField
@@ -233,7 +234,17 @@ def test_bytes_in_use(dataset, copy_of, options):
             if any(shard in batch for batch in order[: now + apart + 1]) and any(shard in batch for batch in order[now:])
         }
         most = max(most, sum(found.files[shard].bytes for shard in in_use))
-    assert rows.bytes_in_use(num_workers=num_workers, prefetch_factor=prefetch) == most > 0
+    everything = sum(file.bytes for file in found.files)
+    seen = rows.bytes_in_use(World(1, 1, 1, 0), num_workers=num_workers, prefetch_factor=prefetch)
+    assert seen == (most, everything)
+    assert most > 0
+
+    # A machine of two reads its half of every batch: with two canonical nodes, that is one of them.
+    halves = [rows.bytes_in_use(World(2, 2, 1, 2 * node), num_workers=0, prefetch_factor=2) for node in range(2)]
+    mine = [{shard for batch in order for shard in batch[node::2]} for node in range(2)]
+    assert [read for _, read in halves] == [sum(found.files[shard].bytes for shard in shards) for shards in mine]
+    if "num_canonical_nodes" in options:
+        assert sum(read for _, read in halves) <= everything + max(file.bytes for file in found.files)
 
 
 # Several jobs on one machine

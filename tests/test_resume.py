@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flame_composer.charts import read_run
 from tests.conftest import make_run
 from tests.runs import Corpus, check, read_log, run_script
 
@@ -43,6 +44,11 @@ def test_killed_run_ends_bit_identical(
         corpus.killed_run(run, workers, after_step=step)
     summary = corpus.train_run(run, workers)
     assert_same_run(run, undisturbed)
+    starts = read_run(str(run)).starts
+    assert len(starts) == len(kills) + 1
+    for start in starts:  # the one after a kill before the first checkpoint begins anew
+        assert start["resumed_from"] == (str(run / f"checkpoints/ba{start['step']}.pt") if start["step"] else None)
+    assert starts[0]["step"] == 0 < starts[-1]["step"]
     expected = json.loads((undisturbed / "summary.json").read_text())
     for key in ("steps", "train_tokens", "eval_loss", "eval_loss_initial"):
         assert summary[key] == expected[key], key

@@ -1,0 +1,32 @@
+"""Look at runs: loss, perplexity, learning rate, gradient norm and throughput over the steps, resumes marked.
+
+    python recipes/report.py runs/gla_tiny [runs/other ...] [smooth=10] [out=DIR]
+
+Writes report.html, a page that needs nothing else, and a PNG for each chart.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from flame_composer.cli import run
+from flame_composer.recipe_config import ReportConfig
+
+
+def main(config: ReportConfig) -> None:
+    from flame_composer import charts
+
+    runs = [charts.read_run(path) for path in dict.fromkeys(config.runs)]
+    out = Path(config.out or Path(runs[0].place, "report"))
+    files = charts.write(runs, out, config.smooth)
+    head, lines = charts.table(runs)
+    for line in lines:
+        print("\n".join(f"{name:20}{cell}" for name, cell in zip(head, line, strict=True)), end="\n\n")
+    for each in runs:
+        print(*(f"{each.place}: {note}" for note in each.notes), sep="\n", end="\n" if each.notes else "")
+    print(f"open {files['html']} in a browser")
+    print(json.dumps({"runs": [each.place for each in runs], "files": {name: str(path) for name, path in files.items()}}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, ReportConfig))
