@@ -40,7 +40,8 @@ TIMINGS = ("throughput",)
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([
     f"flame_composer.{name}" for name in (
-        "callbacks", "checkpoint", "data", "evaluate", "executors", "model", "optim", "preemption", "shards", "watch",
+        "callbacks", "checkpoint", "data", "evaluate", "executors", "model", "optim", "preemption", "publish", "shards",
+        "watch",
     )
 ])
 

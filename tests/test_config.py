@@ -249,7 +249,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"temperature": t}, "temperature", "must be 0 or more, and finite") for t in (-0.1, nan, inf)),
     *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
     (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
-    *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out")),
+    *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out", "push_to_hub")),
     *((cls, {"max_shard_size": 0}, "max_shard_size", "must be more than 0 bytes") for cls in (ToHfConfig, FromLlamaConfig)),
     *((FromLlamaConfig, {name: ""}, name, EMPTY) for name in ("model", "config", "out", "tokenizer")),
     (FromLlamaConfig, {"fresh": ["q_proj", "g_proj"]}, "fresh", "must be among q_proj, k_proj, v_proj, o_proj"),
