@@ -1,4 +1,5 @@
-"""What recipes/benchmark.py measures with: whole processes, what they are measured on, and the conversion most people write.
+"""What recipes/benchmark.py measures with: whole processes, what they are measured on, and the conversion most people write;
+and decoding, token by token.
 
 A process counts with all its descendants: what is wanted is the cost of a command, whatever it starts.
 """
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import signal
 import statistics
 import subprocess
@@ -30,6 +32,7 @@ import numpy as np
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, sample_texts
 from flame_composer.manifest import read_manifest
+from flame_composer.recipe_config import DecodeBenchmarkConfig
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -270,3 +273,73 @@ def _speeds(tenth: Run, whole: Run) -> dict[str, float]:
 
 def _median(values: Sequence[float], digits: int | None = None) -> float | None:
     return None if any(map(math.isnan, values)) else round(statistics.median(values), digits)
+
+
+# Decoding
+
+
+def decode(config: DecodeBenchmarkConfig) -> None:
+    """Prints, and as a JSON line last, what a token takes after each context, and what is kept of the context."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig
+    from transformers.generation.streamers import BaseStreamer
+
+    from flame_composer import cpu
+    from flame_composer.model import build_model
+
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            value.cpu()  # waits for a GPU
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    cpu.enable()
+    from fla.models import GLAConfig
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    longest = max(config.context_lengths) + config.new_tokens
+    shape = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
+             "max_position_embeddings": longest}
+    heads = max(1, config.hidden_size // 128)
+    configs = {"gla": GLAConfig(**shape, num_heads=heads), "llama": LlamaConfig(
+        **shape, num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=3 * config.hidden_size)}
+    torch.manual_seed(0)
+    models = {name: build_model(each).to(device, dtype).eval() for name, each in configs.items()}
+    greedy = GenerationConfig(
+        max_new_tokens=config.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True,
+    )
+    seconds: dict[tuple[str, int], list[float]] = {}
+    kept: dict[tuple[str, int], int] = {}
+    for _ in range(config.repeats):
+        for length, (name, model) in itertools.product(config.context_lengths, models.items()):
+            ids, clock = torch.randint(0, config.vocab_size, (1, length), device=device), Clock()
+            out: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy, streamer=clock,
+                                      use_model_defaults=False)
+            seconds.setdefault((name, length), []).extend(b - a for a, b in itertools.pairwise(clock.times[1:]))
+            kept[name, length] = sum(tensor.nbytes for tensor in tensors_in(out.past_key_values.layers))
+    results = [
+        {"model": name, "context_length": length, "milliseconds_per_token": round(1000 * statistics.median(times), 3),
+         "state_bytes": kept[name, length]}
+        for (name, length), times in seconds.items()
+    ]  # fmt: skip
+    for row in results:
+        print(f"{row['model']:5} after {row['context_length']:6,} tokens: {row['milliseconds_per_token']:8.3f} ms a token, "
+              f"{row['state_bytes']:12,} bytes kept")
+    print(json.dumps({"benchmark": "decoding", "device": device, "machine": platform.machine(),
+                      "threads": torch.get_num_threads(), "repeats": config.repeats, "results": results}))
+
+
+def tensors_in(content: Any) -> Iterator[Any]:
+    """All tensors in lists, dictionaries and the objects of a cache."""
+    if hasattr(content, "nbytes"):
+        yield content
+    elif isinstance(content, (list, tuple, dict)):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(each)
+    elif hasattr(content, "__dict__") and not isinstance(content, type):
+        yield from tensors_in(vars(content))

@@ -98,8 +98,11 @@ def _size_of(place: str | None, index_sha256: str) -> str:
 
 
 def _evaluation(content: dict[str, Any]) -> str:
-    """Of the run's last evaluation before the checkpoint."""
-    values = dict(content["state"]["callbacks"].get("JsonlLog", {}).get("last_evaluation", {}))
+    """Of the run's last evaluation before the checkpoint, and the last scores in tasks."""
+    callbacks = content["state"]["callbacks"]
+    values = dict(callbacks.get("JsonlLog", {}).get("last_evaluation", {}))
+    for task, scores in callbacks.get("TaskScores", {}).get("last", {}).items():
+        values |= {f"{task} {metric}": value for metric, value in scores.items()}
     if not values:
         return "The run evaluated nothing before this checkpoint."
     return "\n".join(["Last in training:\n", *(f"- {name}: {value:.4f}" for name, value in values.items())])

@@ -1,7 +1,8 @@
-"""How fast things are here, each against another in one run: a training step, a conversion.
+"""How fast things are here, each against another in one run: a training step, a conversion, decoding.
 
     python recipes/benchmark.py train      # GLA against a Llama of the same size, forward and backward
     python recipes/benchmark.py convert    # convert/to_mds.py against encode_batch_fast and MDSWriter
+    python recipes/benchmark.py decode     # a token after a short context and after a long one
 
 One JSON line last: medians of each, and the medians of their ratios.
 """
@@ -16,9 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flame_composer.benchmark import compare_conversions, mistral_tokenizer, workplace, write_corpus
+from flame_composer.benchmark import compare_conversions, decode, mistral_tokenizer, workplace, write_corpus
 from flame_composer.cli import run_one_of
-from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig
+from flame_composer.recipe_config import BenchmarkConfig, ConversionBenchmarkConfig, DecodeBenchmarkConfig
 
 
 def train(config: BenchmarkConfig) -> None:
@@ -95,4 +96,5 @@ def convert(config: ConversionBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_one_of({"train": (train, BenchmarkConfig), "convert": (convert, ConversionBenchmarkConfig)}))
+    sys.exit(run_one_of({"train": (train, BenchmarkConfig), "convert": (convert, ConversionBenchmarkConfig),
+                         "decode": (decode, DecodeBenchmarkConfig)}))

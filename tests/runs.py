@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,16 @@ def run_script(
     *command: object, folder: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return Script(*command, folder=folder, env=env).wait()
+
+
+def two_ranks(*command: object) -> list[subprocess.CompletedProcess[str]]:
+    """What each of two processes that work together comes to, first rank first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    ranks = [Script(*command, env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    return [check(rank.wait()) for rank in ranks]
 
 
 def check(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

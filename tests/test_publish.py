@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers import GenerationConfig
 from flame_composer.checkpoint import Checkpoint, find_checkpoint, model_in, read_checkpoint
 from flame_composer.config import ConfigError, StoreError
 from flame_composer.publish import check_hub, model_card, push_folder, read_run_config
-from tests.runs import Corpus, Script, check, run_script
+from tests.runs import Corpus, check, run_script, two_ranks
 
 
 @pytest.fixture
@@ -68,18 +67,9 @@ def test_a_card_of_a_checkpoint_alone(trained: Any, monkeypatch: pytest.MonkeyPa
 
 def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
     """Bit for bit: of two rows with as many labels each, the order of adding does not matter, nor does halving."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     keys = ("global_batch_size=2", "microbatch_size=1", "max_duration=4ba", "scheduler.warmup=0ba", "eval_data=null")
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    ranks = [
-        Script("recipes/train.py", *corpus.keys(tmp_path / "two", *keys), env={**env, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
     corpus.train_run(tmp_path / "one", *keys)
-    for rank in ranks:
-        check(rank.wait())
+    two_ranks("recipes/train.py", *corpus.keys(tmp_path / "two", *keys))
     for name in ("one", "two"):
         out = f"out={tmp_path / name / 'hf'}"
         check(run_script("convert/to_hf.py", f"checkpoint={tmp_path / name / 'checkpoints'}", out))
