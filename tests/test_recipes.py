@@ -249,7 +249,8 @@ def test_benchmark_compares_models_of_one_size() -> None:
 
 def test_a_token_after_a_long_context_is_written_from_as_small_a_state() -> None:
     result = last_json(run_script(
-        "recipes/benchmark.py", "decode", "hidden_size=64", "num_layers=2", "new_tokens=3", "repeats=1", "context_lengths=[8,300]",
+        "recipes/benchmark.py", "decode", "hidden_size=64", "num_layers=2", "new_tokens=3", "repeats=1",
+        "context_lengths=[8,300]",
     ))
     kept = {(row["model"], row["context_length"]): row["state_bytes"] for row in result["results"]}
     assert kept["gla", 300] == kept["gla", 8] > 0
