@@ -40,10 +40,11 @@ TIMINGS = ("throughput",)
 # A process that has imported what the scripts import, and forks for each of them: the import takes longer than a run.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([
-    f"flame_composer.{name}" for name in (
-        "callbacks", "checkpoint", "data", "evaluate", "executors", "model", "optim", "preemption", "publish", "shards",
-        "watch",
-    )
+    "tests.preloaded",
+    *(f"flame_composer.{name}" for name in (
+        "callbacks", "checkpoint", "data", "evaluate", "executors", "generate", "harness", "model", "optim", "preemption",
+        "publish", "shards", "watch",
+    )),
 ])
 
 

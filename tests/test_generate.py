@@ -141,24 +141,21 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"prompts={file}: {message}")
 
 
-def test_a_file_is_continued_as_each_prompt_is(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_file_and_a_session_are_continued_as_each_prompt_is(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is piped in, line by line, is a session; there an empty line is continued from nothing."""
+    model = ("recipes/generate.py", f"model={undisturbed / 'checkpoints'}", "max_new_tokens=8", "temperature=0")
     file = tmp_path / "prompts.txt"
     file.write_text("kat loman: ra\n\nmiro puvel\nsit\n")
-    model = (f"model={undisturbed / 'checkpoints'}", "max_new_tokens=8", "temperature=0", "repetition_penalty=1.1")
-    process = check(run_script("recipes/generate.py", *model, f"prompts={file}", "batch_size=2"))
+    process = check(run_script(*model, f"prompts={file}", "batch_size=2"))
     rows = [json.loads(line) for line in process.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["kat loman: ra", "miro puvel", "sit"]
-    for row in rows:
-        alone = check(run_script("recipes/generate.py", *model, f"prompt={row['prompt']}")).stdout
-        assert alone == row["prompt"] + row["completion"] + "\n"
+    lines = [f"{row['prompt']}{row['completion']}\n" for row in rows]
+    assert check(run_script(*model, "prompt=kat loman: ra")).stdout == lines[0]
 
-
-def test_a_session(undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is piped in is continued line by line, an empty line from nothing."""
-    model = f"model={undisturbed / 'checkpoints'}"
-    arguments = ["recipes/generate.py", model, "max_new_tokens=4", "temperature=0"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("kat loman\n\nsit"))
+    monkeypatch.setattr(sys, "argv", list(model))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("kat loman: ra\n\nsit"))
     on_broken_pipe = signal.getsignal(signal.SIGPIPE)
     try:
         with pytest.raises(SystemExit, match=r"^0$"):
@@ -166,9 +163,9 @@ def test_a_session(undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     finally:
         signal.signal(signal.SIGPIPE, on_broken_pipe)
     shown, errors = capsys.readouterr()
-    expected = [check(run_script(*arguments, f"prompt={prompt}")).stdout for prompt in ("kat loman", "", "sit")]
-    assert shown == "".join(expected)
-    assert shown.startswith("kat loman")
+    assert shown.startswith(lines[0])
+    assert shown.endswith(lines[2])
+    assert len(shown) > len(lines[0] + lines[2]) + 1
     assert errors == ""
 
 

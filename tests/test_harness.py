@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,26 @@ def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_tasks_that_are_not_there(tasks: Path, tmp_path: Path) -> None:
+@pytest.mark.faults
+@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults")
+def test_a_task_that_is_not_there(tasks: Path) -> None:
+    from flame_composer.harness import load_tasks
+
+    for name, folder, message in (
+        ("choise", str(tasks), f"tasks: choise: no such task in {tasks} and the harness; did you mean choice?"),
+        ("hellaswagg", None, "tasks: hellaswagg: no such task in the harness; did you mean hellaswag?"),
+        ("humaneval", None, "tasks: humaneval: runs what the model writes as code, which is refused here"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_tasks([name], folder, num_fewshot=None)
+        assert str(caught.value) == message
+
+
+def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
     from flame_composer.harness import load_tasks
 
     (tmp_path / "broken.yaml").write_text("task: [")
     for names, folder, message in (
-        (["choise"], str(tasks), f"tasks: choise: no such task in {tasks} and the harness; did you mean choice?"),
         (["choice"], str(tmp_path / "none"), f"task_path={tmp_path / 'none'}: no such folder"),
         (["choice"], str(tmp_path), f"{tmp_path / 'broken.yaml'}: cannot be read as a task: while parsing a flow node"),
     ):
@@ -140,7 +155,7 @@ def without_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def keys_of(tasks: Path) -> tuple[str, ...]:
     return (f"eval_tasks.tasks=[{','.join(TASKS)}]", f"eval_tasks.task_path={tasks}", "eval_tasks.interval=15ba",
-            "eval_tasks.batch_size=3")  # fmt: skip
+            "eval_tasks.batch_size=3", "eval_tasks.limit=4")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +171,7 @@ def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) 
     assert [row["current_steps"] for row in rows if "tasks" in row] == [15, 30, 40]
     result = last_json(run_script(
         "recipes/evaluate.py", f"model={scored / 'checkpoints'}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}",
-        "batch_size=3",
+        "batch_size=3", "task_limit=4",
     ))["tasks"]
     for task in TASKS:
         in_training = rows[-1]["tasks"][task]
