@@ -309,7 +309,9 @@ def decode(config: DecodeBenchmarkConfig) -> None:
     configs = {"gla": GLAConfig(**shape, num_heads=heads), "llama": LlamaConfig(
         **shape, num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=3 * config.hidden_size)}
     torch.manual_seed(0)
-    models = {name: build_model(each).to(device, dtype).eval() for name, each in configs.items()}
+    models: dict[str, Any] = {name: build_model(each).eval() for name, each in configs.items()}
+    for model in models.values():
+        model.to(device, dtype)
     greedy = GenerationConfig(
         max_new_tokens=config.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -108,6 +108,10 @@ def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+class Asked(Exception):
+    """Ends the harness's work in the middle of it."""
+
+
 class TaskScores(Callback):
     """Takes a model's scores in tasks of lm-evaluation-harness while it trains, for the log and every logger.
 
@@ -159,14 +163,14 @@ class TaskScores(Callback):
             for watchdog in watchdogs:
                 watchdog.eval_batch_end(state, logger)
             if self.stop.asked and dist.get_world_size() == 1:
-                raise InterruptedError
+                raise Asked
 
-        module = state.model.module if state.is_model_ddp else state.model
+        module = cast(CausalLM, state.model.module if state.is_model_ddp else state.model)
         was_training, random_state = module.training, reproducibility.get_rng_state()
         self.model.take(module.eval().model, before_batch)
         try:
             results = score(self.model, self.tasks, limit=self.limit, bootstraps=0)
-        except InterruptedError:
+        except Asked:
             return None
         finally:
             module.train(was_training)

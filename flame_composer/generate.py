@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -52,7 +52,7 @@ def continue_prompts(
     pieces = [Pieces(tokenizer, row[kept == 1].tolist()) for row, kept in zip(ids, mask, strict=True)]
     streamer = None if show is None else Streamer(pieces[0], show)
     with torch.inference_mode():
-        written = model.generate(
+        written = cast(Any, model).generate(
             ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling, tokenizer=tokenizer,
             logits_processor=processors, streamer=streamer, use_model_defaults=False,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flame_composer.config import ConfigError
 from flame_composer.model import build_hf_config, build_model
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, words
-from tests.runs import Corpus, last_json, read_log, run_script, two_ranks
+from tests.runs import Corpus, Script, last_json, read_log, run_script, two_ranks
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the harness's own code
@@ -182,19 +183,43 @@ def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) 
     assert f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n" in card.read_text()
 
 
-def test_scores_survive_a_restart(corpus: Corpus, tasks: Path, scored: Path, tmp_path: Path) -> None:
-    """Killed after some scores and before others; and told to stop while it takes some, which the restart takes instead."""
-    run = tmp_path / "killed"
-    corpus.killed_run(run, *keys_of(tasks), after_step=17)
-    stopped = corpus.stopped_run(run, *keys_of(tasks), "eval_tasks.interval=1ba", after_step=31)  # more than it had logged
-    assert stopped.returncode == 143
-    corpus.train_run(run, *keys_of(tasks), "eval_tasks.interval=1ba")
+STOPPING = """
+import os, pathlib, signal
+
+def text(doc):
+    now = pathlib.Path(__file__).with_name("now")
+    if now.exists():
+        now.unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return doc["text"]
+"""
+
+
+def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
+    corpus: Corpus, tasks: Path, scored: Path, tmp_path: Path
+) -> None:
+    """Told to stop in the middle of the scores of step 30 by a task of them."""
+    folder, run = Path(shutil.copytree(tasks, tmp_path / "tasks")), tmp_path / "stopped"
+    (folder / "stopping.py").write_text(STOPPING)
+    task = (folder / "choice.yaml").read_text().replace("task: choice", "task: stopping")
+    (folder / "stopping.yaml").write_text(task.replace("'{{text}}'", "!function stopping.text"))
+    keys = (*keys_of(folder), f"eval_tasks.tasks=[stopping,{','.join(TASKS)}]", "eval_tasks.interval=30ba")
+    script = Script("recipes/train.py", *corpus.keys(run, *keys))
+    corpus.wait_for_step(script, run, 1)
+    (folder / "now").touch()
+    stopped = script.wait()
+    assert stopped.returncode == 143, stopped.stderr
+    assert f"stopped after step 30; saved {run / 'checkpoints/ba30.pt'}" in stopped.stderr
+    assert not any("tasks" in row for row in read_log(run))
+
+    corpus.train_run(run, *keys)
     rows, expected = read_log(run), read_log(scored)
     assert without_tasks(rows) == without_tasks(expected)
-    for row, other in zip(rows, expected, strict=True):
-        if "tasks" in other:
-            assert row["tasks"] == other["tasks"]
-    assert all("tasks" in row for row in rows[15:])
+    assert [row["current_steps"] for row in rows if "tasks" in row] == [30, 40]
+    for step in (30, 40):
+        taken = rows[step - 1]["tasks"]
+        assert taken.pop("stopping") == taken["choice"]
+        assert taken == expected[step - 1]["tasks"]
 
 
 def test_mistaken_tasks_are_found_before_training(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
