@@ -25,7 +25,7 @@ def main(config: ToHfConfig) -> None:
     with tempfile.TemporaryDirectory() as staging:
         checkpoint = find_checkpoint(config.checkpoint, Path(staging))
         content = read_checkpoint(checkpoint)
-        model, tokenizer = model_in(content, checkpoint)
+        model, tokenizer = model_in(content, checkpoint, config.weights)
         run_config = publish.read_run_config(checkpoint)
         card = publish.model_card(model, content, run_config, dtype=config.dtype, name=out.name)
     save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card)

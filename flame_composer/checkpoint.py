@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -264,19 +264,28 @@ def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
 
 
 def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly."""
+    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly; their average, if there is one."""
     return model_in(read_checkpoint(checkpoint), checkpoint)
 
 
-def model_in(content: dict[str, Any], checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """As `load_from_checkpoint`, of what `read_checkpoint` returned."""
+def model_in(
+    content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """As `load_from_checkpoint`, of what `read_checkpoint` returned.
+
+    `model` are the weights that training goes on with, `ema` their exponential moving average, which is what was evaluated;
+    `auto` takes that where the run has one. Raises ConfigError for `ema` without one.
+    """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
-        weights = content["state"]["model"]
+        average = _average_of(content["state"])
+        weights = content["state"]["model"] | ({} if which == "model" else average)
     except (KeyError, TypeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
         ) from None
+    if which == "ema" and not average:
+        raise ConfigError(f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model")
     cpu.enable()  # fla's configs have to be known to transformers
     model = build_model(get_hf_config_from_composer_state_dict(content))
     prefix = "model."
@@ -285,6 +294,11 @@ def model_in(content: dict[str, Any], checkpoint: Checkpoint) -> tuple[PreTraine
         HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(hf_state, tokenizer_save_dir=folder)
         tokenizer = load_tokenizer(folder)
     return model, tokenizer
+
+
+def _average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The exponential moving average of the weights, which is what was evaluated, if the run has one."""
+    return next((kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {})
 
 
 def save_hf_folder(

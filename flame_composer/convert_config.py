@@ -175,6 +175,8 @@ class ToHfConfig(ScriptConfig):
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
+    weights: Literal["auto", "model", "ema"] = "auto"
+    """The weights that training goes on with, or their exponential moving average; auto: the average, if the run has one."""
     max_shard_size: int = 5000000000
     """Largest size of a weights file, bytes; a larger model is stored in several."""
     push_to_hub: str | None = None

@@ -127,8 +127,8 @@ def test_which_benchmark():
     wrong = run_script("recipes/benchmark.py", "convrt", "repeats=1")
     assert wrong.returncode == 2
     assert wrong.stderr == (
-        "error: command line: convrt: must be one of train, convert, or a YAML file; did you mean convert?\n"
+        "error: command line: convrt: must be one of train, convert, decode, or a YAML file; did you mean convert?\n"
     )
-    for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"]):
+    for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"], ["decode", "repeats=0"]):
         failed = run_script("recipes/benchmark.py", *arguments)
         assert (failed.returncode, failed.stderr) == (2, "error: command line: repeats=0: must be more than 0\n")
