@@ -1,4 +1,4 @@
-"""Turn a training checkpoint into a Hugging Face folder: config, safetensors, tokenizer.
+"""Turn a training checkpoint into a Hugging Face folder: config, safetensors, tokenizer, generation config, model card.
 
 python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/hf
 """
@@ -17,15 +17,23 @@ def main(config: ToHfConfig) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: already exists and is not empty; choose another folder")
 
-    from flame_composer.checkpoint import find_checkpoint, load_from_checkpoint, save_hf_folder
+    from flame_composer import publish
+    from flame_composer.checkpoint import find_checkpoint, model_in, read_checkpoint, save_hf_folder
 
+    if config.push_to_hub is not None:
+        publish.check_hub(config.push_to_hub)
     with tempfile.TemporaryDirectory() as staging:
         checkpoint = find_checkpoint(config.checkpoint, Path(staging))
-        model, tokenizer = load_from_checkpoint(checkpoint)
-    save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size)
+        content = read_checkpoint(checkpoint)
+        model, tokenizer = model_in(content, checkpoint, config.weights)
+        run_config = publish.read_run_config(checkpoint)
+        card = publish.model_card(model, content, run_config, dtype=config.dtype, name=out.name)
+    save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card)
     print(f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
     print("load it with: from flame_composer import cpu; cpu.enable()")
     print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    if config.push_to_hub is not None:
+        print(f"uploaded: {publish.push_folder(out, config.push_to_hub, private=config.hub_private)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What recipes/benchmark.py measures with: whole processes, what they are measured on, and the conversion most people write.
+"""What recipes/benchmark.py measures with: whole processes, what they are measured on, and the conversion most people write;
+and decoding, token by token.
 
 A process counts with all its descendants: what is wanted is the cost of a command, whatever it starts.
 """

@@ -29,8 +29,8 @@ class JsonlLog(Callback):
 
     Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), learning_rate (of this
     step), epoch, percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with
-    eval_loss and eval_perplexity on the steps that evaluate, batch_hash if asked for, and with several streams what has
-    come of each.
+    eval_loss and eval_perplexity on the steps that evaluate, tasks on those that take scores, batch_hash if asked for, and
+    with several streams what has come of each.
 
     A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
     after it, which it computes again.
@@ -51,6 +51,7 @@ class JsonlLog(Callback):
         self.print_every = max(1, plan.total // 50) if print_lines else 0
         self.log_batch_hash = log_batch_hash
         self.streams: dict[str, dict[str, float]] | None = None  # what has come of each, where there are several
+        self.tasks: dict[str, dict[str, float]] | None = None  # the scores of this step, by task
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -122,13 +123,15 @@ class JsonlLog(Callback):
         if self._evaluation is not None:
             row |= self._evaluation
             self._evaluation = None
+        if self.tasks is not None:
+            row["tasks"], self.tasks = self.tasks, None
         if self.log_batch_hash:
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
         if self.streams is not None:
             row["streams"] = self.streams
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
-        if self.print_every and (row["current_steps"] % self.print_every == 0 or "eval_loss" in row):
+        if self.print_every and (row["current_steps"] % self.print_every == 0 or {"eval_loss", "tasks"} & set(row)):
             print(describe(row), flush=True)
 
     def summary(self, state: State) -> dict[str, Any]:
@@ -158,6 +161,8 @@ def describe(row: dict[str, Any]) -> str:
             f"{row['throughput']:,.0f} tokens/s  {row['num_tokens']:,} tokens")
     if "eval_loss" in row:
         line += f"  eval loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.1f}"
+    for task, scores in row.get("tasks", {}).items():
+        line += f"  {task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
     return line
 
 
@@ -274,7 +279,7 @@ def hash_row(input_ids: torch.Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, float] | None = None) -> None:
+def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None = None) -> None:
     """Drop the rows after `last_step`, and a row that a kill cut short; replaces the file in one step.
 
     `evaluation` goes into the row of `last_step`, where it would have been.

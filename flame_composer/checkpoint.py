@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -335,10 +335,18 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
         return _fetched(place, staging)
     newest = find_newest(place, staging)
     if newest is None:
+        _refuse_sharded(place)
         is_folder = bool(storage.ls(place)) or Path(place).is_dir()
         raise ConfigError(f"{place}: {'a folder without checkpoints (ba*.pt)' if is_folder else 'no such file or folder'}; "
                           "name a checkpoint or the folder a run saved them in")
     return newest
+
+
+def _refuse_sharded(place: str) -> None:
+    """Raises ConfigError for torch's distributed checkpoints: a folder each, of files for each rank and one `.metadata`."""
+    for folder in (place, *(storage.join(place, name) for name in storage.ls(place))):
+        if ".metadata" in storage.ls(folder):
+            raise ConfigError(f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file can (ba*.pt)")
 
 
 def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -353,16 +361,29 @@ def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
 
 
 def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly; algorithms.ema's, if there are."""
-    content = read_checkpoint(checkpoint)
+    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly; their average, if there is one."""
+    return model_in(read_checkpoint(checkpoint), checkpoint)
+
+
+def model_in(
+    content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """As `load_from_checkpoint`, of what `read_checkpoint` returned.
+
+    `model` are the weights that training goes on with, `ema` their exponential moving average, which is what was evaluated;
+    `auto` takes that where the run has one. Raises ConfigError for `ema` without one.
+    """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
+        average = _average_of(content["state"])
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
-        weights |= _average_of(content["state"])
+        weights |= {} if which == "model" else average
     except (KeyError, TypeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
         ) from None
+    if which == "ema" and not average:
+        raise ConfigError(f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model")
     cpu.enable()  # fla's configs have to be known to transformers
     model = build_model(get_hf_config_from_composer_state_dict(content))
     prefix = "model."
@@ -379,12 +400,29 @@ def _average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def save_hf_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str, max_shard_size: int = 5_000_000_000
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str, max_shard_size: int = 5_000_000_000,
+    card: str | None = None,
 ) -> None:
-    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`."""
+    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`.
+
+    The generation config has the tokenizer's special tokens where the model names none; `card` becomes README.md.
+    """
+    if model.generation_config is not None:
+        for name, token in special_tokens(tokenizer).items():
+            if getattr(model.generation_config, name) is None:
+                setattr(model.generation_config, name, token)
+        model.generation_config._from_model_config = False  # transformers would make it anew, without them
     with new_folder(out) as folder:
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """As generation names them. A batch is filled up with the end-of-text token where there is none for padding."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
 
 
 @contextlib.contextmanager

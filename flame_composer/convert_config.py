@@ -175,11 +175,17 @@ class ToHfConfig(ScriptConfig):
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
+    weights: Literal["auto", "model", "ema"] = "auto"
+    """The weights that training goes on with, or their exponential moving average; auto: the average, if the run has one."""
     max_shard_size: int = 5000000000
     """Largest size of a weights file, bytes; a larger model is stored in several."""
+    push_to_hub: str | None = None
+    """Upload the folder to this Hugging Face repository (USER/NAME), too, with the token of `hf auth login` or HF_TOKEN."""
+    hub_private: bool = True
+    """Make the repository one that only you can see; with true, one that is there and public is refused."""
 
     def validate(self) -> None:
-        require_text(self, "checkpoint", "out")
+        require_text(self, "checkpoint", "out", "push_to_hub")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
 
 

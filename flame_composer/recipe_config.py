@@ -9,17 +9,19 @@ from typing import Literal
 from omegaconf import MISSING
 
 from flame_composer.config import BYTES, ScriptConfig, require, require_seed, require_text
-from flame_composer.train_config import EvalDataConfig, TrainConfig
+from flame_composer.train_config import EvalDataConfig, TrainConfig, require_tasks
 
 
 @dataclass
 class EvaluateConfig(ScriptConfig):
-    """Loss and perplexity of a Hugging Face folder or a checkpoint on a dataset."""
+    """Loss and perplexity of a Hugging Face folder or a checkpoint on datasets, and its scores in tasks."""
 
     model: str = MISSING
     """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
-    data: EvalDataConfig = field(default_factory=EvalDataConfig)
-    """The dataset."""
+    data: EvalDataConfig | None = None
+    """The dataset to take loss and perplexity on."""
+    datasets: dict[str, EvalDataConfig] = field(default_factory=dict)
+    """Several datasets instead of one, by names of your own: datasets.web.local=... datasets.code.remote=..."""
     tokenizer: str | None = None
     """Tokenizer folder or id; the model's own if not set."""
     batch_size: int = 8
@@ -27,21 +29,51 @@ class EvaluateConfig(ScriptConfig):
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     """Arithmetic of the forward pass."""
     varlen: bool = True
-    """Attention state starts anew at every document."""
+    """On datasets, attention state starts anew at every document."""
+    block_size: int | None = None
+    """Show perplexity by the length of the context, so many tokens of it together; not if not set."""
+    plot: str | None = None
+    """PNG file to draw perplexity over the length of the context to."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
+    task_path: str | None = None
+    """Folder of tasks of your own (YAML files in the harness's form), which come before the harness's."""
+    num_fewshot: int | None = None
+    """Examples shown before each question; each task's own number if not set."""
+    task_limit: int | None = None
+    """Take the first so many documents of each task; all if not set."""
+    max_length: int | None = None
+    """Most tokens of a task's question and answer; the model's max_position_embeddings if not set."""
 
     def validate(self) -> None:
-        require_text(self, "model", "tokenizer")
+        require_text(self, "model", "tokenizer", "plot")
         require(self.batch_size > 0, "batch_size", "must be a positive number of rows")
+        require(self.data is not None or bool(self.datasets or self.tasks), "data", "must be set (data.local=...), or tasks")
+        require(self.data is None or not self.datasets, "data", "must be null with datasets, which each have their own")
+        places = [(data.local, data.remote) for data in self.datasets.values()]
+        require(len(set(places)) == len(places), "datasets", "must all be different ones")
+        require(self.block_size is None or self.block_size > 0, "block_size", "must be a positive number of tokens, or null")
+        require(self.block_size is None or bool(self.data or self.datasets), "block_size", "needs data.local=... or datasets")
+        require(self.plot is None or self.plot.lower().endswith(".png"), "plot", "must be a file name ending in .png")
+        require(self.plot is None or self.block_size is not None, "block_size", "must be set together with plot")
+        require_tasks(self)
+        require(self.task_path is None or bool(self.tasks), "tasks", "must be set together with task_path")
+        require(self.task_limit is None or self.task_limit > 0, "task_limit", "must be a positive number, or null")
+        require(self.max_length is None or self.max_length > 1, "max_length", "must be 2 tokens or more, or null")
 
 
 @dataclass
 class GenerateConfig(ScriptConfig):
-    """Continue a prompt."""
+    """Continue a prompt, every prompt of a file, or what is typed."""
 
     model: str = MISSING
     """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
-    prompt: str = MISSING
-    """The text to continue."""
+    prompt: str | None = None
+    """The text to continue. Without it and prompts, what is typed (or piped in) is continued line by line, to Ctrl-D."""
+    prompts: str | None = None
+    """File of prompts: a line each, empty ones left out, or .jsonl with a key prompt; written as JSON lines."""
+    batch_size: int = 8
+    """Prompts of the file that are continued together."""
     max_new_tokens: int = 128
     """Most tokens to generate."""
     temperature: float = 0.8
@@ -50,12 +82,20 @@ class GenerateConfig(ScriptConfig):
     """Sample from the likeliest tokens that together have this probability."""
     top_k: int = 0
     """Sample from this many likeliest tokens; 0 for no such limit."""
+    repetition_penalty: float = 1.0
+    """Make tokens less likely that are there already, in the prompt too: 1.2, say; 1 for no difference."""
+    stop: list[str] = field(default_factory=list)
+    """Stop after the token that completes one of these texts."""
     seed: int = 42
     """Seed of the sampling."""
 
     def validate(self) -> None:
-        require_text(self, "model")
+        require_text(self, "model", "prompts")
         require_seed(self.seed, "seed")
+        require(self.prompt is None or self.prompts is None, "prompts", "must not be set together with prompt")
+        require(self.batch_size > 0, "batch_size", "must be a positive number of prompts")
+        require(0 < self.repetition_penalty < math.inf, "repetition_penalty", "must be more than 0, and finite")
+        require("" not in self.stop, "stop", "must not hold an empty text")
         require(self.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
         require(0 <= self.temperature < math.inf, "temperature", "must be 0 or more, and finite")
         require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")

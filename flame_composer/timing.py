@@ -155,6 +155,8 @@ def decoding(config: SystemBenchmarkConfig) -> tuple[dict[str, Any], list[Figure
                 "batch_size": batch_size, "context_length": context_length,
                 "gla_over_llama": ratio(found["gla"], found["llama"]),
                 **{f"{name}_tokens_per_second": round(median(values), 1) for name, values in found.items()},
+                **{f"{name}_milliseconds": round(1000 * batch_size / median(values), 2) for name, values in found.items()},
+                **{f"{name}_bytes_kept_per_sequence": kept_of_context(model, context_length) for name, model in models.items()},
             })  # fmt: skip
             figures.append(Figure(f"decoding: GLA over Llama, tokens/s, {batch_size} sequences after {context_length}",
                                   rows[-1]["gla_over_llama"]))
@@ -184,6 +186,25 @@ def decode(model: PreTrainedModel, batch_size: int, context_length: int, new_tok
         return batch_size * new_tokens / seconds(go)
 
     return run
+
+
+@torch.no_grad()
+def kept_of_context(model: PreTrainedModel, context_length: int) -> int:
+    """Bytes that a model keeps of a sequence it has read."""
+    prompt = torch.zeros(1, context_length, dtype=torch.long, device=model.device)
+    cache: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    return sum(tensor.nbytes for tensor in tensors_in(cache.layers))
+
+
+def tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """All tensors in lists, dictionaries and the objects of a cache."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (list, tuple, dict)):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(each)
+    elif hasattr(content, "__dict__") and not isinstance(content, type):
+        yield from tensors_in(vars(content))
 
 
 # A run's checkpoints

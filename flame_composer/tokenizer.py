@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from flame_composer.config import ConfigError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
 
 
@@ -129,6 +131,30 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64] | None:
+    """How many bytes of UTF-8 each token id stands for; none for special tokens, which are no text.
+
+    Of a byte-level tokenizer, and of SentencePiece's kind (which may have put a space before each document, a byte here).
+    None for one whose tokens do not add up to the text, such as WordPiece's.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoder = state["decoder"] or {"type": None}
+    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
+    sizes = np.zeros(vocab_size_of(tokenizer), np.int64)
+    for token, id in tokenizer.get_vocab().items():
+        if "ByteLevel" in kinds:
+            sizes[id] = len(token)  # a character for every byte
+        elif kinds & {"ByteFallback", "Metaspace"}:
+            sizes[id] = 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+        else:
+            return None
+    for token in state["added_tokens"]:
+        if not _BYTE.fullmatch(token["content"]):  # which some have as special tokens
+            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+    sizes[tokenizer.all_special_ids] = 0
+    return sizes
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

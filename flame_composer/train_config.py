@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -145,6 +146,39 @@ class EvalDataConfig:
         require_text(self, "local", "remote")
         require(self.num_workers >= 0, "num_workers", "must be 0 or more")
         require(self.max_rows is None or self.max_rows > 0, "max_rows", "must be a positive number of rows, or null")
+
+
+def require_tasks(config: EvalTasksConfig | Any) -> None:
+    """Of those who take `tasks`, `task_path` and `num_fewshot`."""
+    require_text(config, "task_path")
+    require(len(set(config.tasks)) == len(config.tasks), "tasks", "must not name a task twice")
+    require(config.num_fewshot is None or config.num_fewshot >= 0, "num_fewshot", "must be 0 or more, or null")
+    require(not config.tasks or importlib.util.find_spec("lm_eval") is not None, "tasks",
+            "lm-evaluation-harness is not installed; pip install 'flame-composer[eval]'")
+
+
+@dataclass
+class EvalTasksConfig:
+    tasks: list[str] = MISSING
+    """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
+    task_path: str | None = None
+    """Folder of tasks of your own (YAML files in the harness's form), which come before the harness's."""
+    interval: str = "0.1dur"
+    """How often to take the scores (also at the end)."""
+    num_fewshot: int | None = None
+    """Examples shown before each question; each task's own number if not set."""
+    limit: int | None = None
+    """Take the first so many documents of each task; all if not set."""
+    batch_size: int | None = None
+    """Requests per forward pass on one device; microbatch_size if not set."""
+
+    def validate(self) -> None:
+        require(len(self.tasks) > 0, "tasks", "must name at least one task")
+        require_tasks(self)
+        require_duration(self.interval, "interval", fraction=True)
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "must be more than 0, or null")
 
 
 @dataclass
@@ -298,6 +332,8 @@ class TrainConfig(ScriptConfig):
     """How often to evaluate (also once before the first batch and at the end)."""
     eval_batch_size: int | None = None
     """Rows per evaluation forward pass on one device; microbatch_size if not set, but needed with microbatch_size=auto."""
+    eval_tasks: EvalTasksConfig | None = None
+    """Scores in tasks of lm-evaluation-harness (extra eval); none if not set."""
     varlen: bool = True
     """Attention state starts anew at every document; false lets it run across the documents of a row."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -371,7 +407,11 @@ class TrainConfig(ScriptConfig):
             require(self.global_batch_size % (devices * size) == 0, "global_batch_size",
                     f"must be a multiple of devices x microbatch_size = {devices} x {size} = {devices * size}")
         require(self.global_batch_size % devices == 0, "global_batch_size", f"must be a multiple of the {devices} devices")
-        fsdp = self.parallelism.fsdp
+        fsdp, tasks = self.parallelism.fsdp, self.eval_tasks
+        require(tasks is None or size != "auto" or tasks.batch_size is not None, "eval_tasks.batch_size",
+                "must be set with microbatch_size=auto, which is about training")
+        require(tasks is None or fsdp is None, "eval_tasks", "must be null with parallelism.fsdp: evaluate checkpoints with "
+                "recipes/evaluate.py")
         require(fsdp is None or size != "auto", "microbatch_size", "must be a number with parallelism.fsdp, which cannot try")
         require(fsdp is None or fsdp.replicas is None or devices % fsdp.replicas == 0, "parallelism.fsdp.replicas",
                 f"must divide the {devices} devices")

@@ -1,6 +1,7 @@
-"""Loss and perplexity of a Hugging Face folder or a training checkpoint on a dataset.
+"""Loss and perplexity of a Hugging Face folder or a training checkpoint on datasets, and its scores in tasks.
 
-    python recipes/evaluate.py model=runs/gla_tiny/hf data.local=data/quickstart/val
+    python recipes/evaluate.py model=runs/gla_tiny/hf data.local=data/quickstart/val block_size=128
+    python recipes/evaluate.py model=runs/gla_tiny/hf tasks=piqa,lambada_openai
 """
 
 import json
@@ -15,21 +16,59 @@ def main(config: EvaluateConfig) -> None:
 
     from flame_composer.checkpoint import load_model
     from flame_composer.data import build_evaluator, open_dataset
-    from flame_composer.evaluate import evaluate
+    from flame_composer.evaluate import evaluate, plot_by_context
     from flame_composer.model import CausalLM
-    from flame_composer.tokenizer import load_tokenizer
+    from flame_composer.tokenizer import load_tokenizer, token_bytes
 
     dist.initialize_dist(get_device())
+    if config.tasks:
+        from flame_composer import cpu, harness
+
+        cpu.enable()
+        tasks = harness.load_tasks(config.tasks, config.task_path, num_fewshot=config.num_fewshot)
     model, tokenizer = load_model(config.model)
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
-    data = config.data
-    dataset = open_dataset(data.local, data.remote, tokenizer=tokenizer)
-    evaluator = build_evaluator(dataset, data, batch_size=config.batch_size)
-    result = evaluate(CausalLM(model, tokenizer, varlen=config.varlen), evaluator, precision=config.precision)
+    sources = config.datasets or ({"": config.data} if config.data else {})
+    datasets = {name: open_dataset(data.local, data.remote, tokenizer=tokenizer) for name, data in sources.items()}
+
+    summary = {"model": config.model}
+    results = {}
+    for name, data in sources.items():
+        evaluator = build_evaluator(datasets[name], data, batch_size=config.batch_size)
+        result = results[name] = evaluate(
+            CausalLM(model, tokenizer, varlen=config.varlen), evaluator, precision=config.precision,
+            token_bytes=token_bytes(tokenizer), block_size=config.block_size,
+        )
+        if dist.get_global_rank() == 0:
+            show(name, result)
+    if config.plot and dist.get_global_rank() == 0:
+        plot_by_context(results, config.plot)
+    if config.data:
+        summary |= {"data": config.data.remote or config.data.local, **results[""]}
+    elif results:
+        summary["datasets"] = results
+
+    if config.tasks:
+        adapter = harness.HarnessModel(
+            get_device().module_to_device(model).eval(), tokenizer, batch_size=config.batch_size, precision=config.precision,
+            max_length=config.max_length,
+        )
+        found = harness.score(adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty())
+        if found is not None:
+            print(harness.table(found))
+            summary["tasks"] = harness.scores(found)
     if dist.get_global_rank() == 0:
-        print(f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {result['tokens']:,} tokens")
-        print(json.dumps({"model": config.model, "data": data.remote or data.local, **result}))
+        print(json.dumps(summary))
+
+
+def show(name: str, result: dict) -> None:
+    bits = "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
+    print(f"{name}{': ' if name else ''}loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}{bits} over "
+          f"{result['tokens']:,} tokens", flush=True)
+    for block in result.get("by_context", []):
+        print(f"  {block['from']:>7,} to {block['to']:>7,} tokens of context: perplexity {block['perplexity']:10.2f} over "
+              f"{block['tokens']:,} tokens")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""Continue a prompt with a trained model.
+"""Continue a prompt with a trained model, or every prompt of a file, or what is typed.
 
     python recipes/generate.py model=runs/gla_tiny/hf prompt="def read_lines(path):"
+    python recipes/generate.py model=runs/gla_tiny/hf prompts=prompts.txt batch_size=16 > written.jsonl
+    python recipes/generate.py model=runs/gla_tiny/hf
 """
 
+import json
+import signal
 import sys
+from functools import partial
 
 from flame_composer.cli import run
 from flame_composer.recipe_config import GenerateConfig
@@ -11,30 +16,38 @@ from flame_composer.recipe_config import GenerateConfig
 
 def main(config: GenerateConfig) -> None:
     import torch
-    from transformers import GenerationConfig, TextStreamer
 
     from flame_composer.checkpoint import load_model
+    from flame_composer.generate import asked, build_sampling, continue_prompts, in_batches, read_prompts
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
+    prompts = read_prompts(config.prompts) if config.prompts else []
     model, tokenizer = load_model(config.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(config.seed)
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    ids = tokenizer(config.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
-    if ids.shape[1] == 0:  # nothing to continue: a document starts after the end of the one before it
-        ids = torch.tensor([[eos if bos is None else bos]], device=device)
-    sampling = {"do_sample": False}
-    if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=GenerationConfig(
-            max_new_tokens=config.max_new_tokens, bos_token_id=bos, eos_token_id=eos,
-            pad_token_id=eos if pad is None else pad, **sampling,
-        ),
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    proceed = partial(
+        continue_prompts, model, tokenizer, sampling=build_sampling(config, tokenizer),
+        repetition_penalty=config.repetition_penalty,
     )
+    show = partial(print, end="", flush=True)
+    try:
+        if config.prompt is not None:
+            show(config.prompt)
+            proceed([config.prompt], show=show)
+            print()
+        for batch in in_batches(prompts, config.batch_size):
+            for prompt, completion in zip(batch, proceed(batch), strict=True):
+                print(json.dumps({"prompt": prompt, "completion": completion}), flush=True)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    if config.prompt is None and not prompts:
+        for prompt in asked():
+            try:
+                show(prompt)
+                proceed([prompt], show=show)
+            except KeyboardInterrupt:  # ends this answer; at the prompt, the session
+                pass
+            print()
 
 
 if __name__ == "__main__":

@@ -112,6 +112,16 @@ def run_script(
     return Script(*command, folder=folder, env=env).wait()
 
 
+def two_ranks(*command: object) -> list[subprocess.CompletedProcess[str]]:
+    """What each of two processes that work together comes to, first rank first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    ranks = [Script(*command, env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    return [check(rank.wait()) for rank in ranks]
+
+
 def check(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return process

@@ -25,6 +25,7 @@ from flame_composer.checkpoint import (
     list_checkpoints,
     load_from_checkpoint,
     load_model,
+    model_in,
     read_checkpoint,
     save_hf_folder,
 )
@@ -241,6 +242,22 @@ def test_weights_come_out_bit_for_bit(trained):
     assert model.config.model_type == "gla"
     before = load(trained.checkpoints / "ba1.pt")[0].state_dict()
     assert not all(torch.equal(before[name], tensor) for name, tensor in trained.weights.items()), "training moved them"
+
+
+def test_an_average_of_the_weights_is_taken_where_there_is_one(trained):
+    checkpoint = Checkpoint("ba3.pt", trained.checkpoints / "ba3.pt")
+    content = read_checkpoint(checkpoint)
+    with pytest.raises(ConfigError, match=r"^weights=ema: ba3.pt: holds no average of the weights; set weights=model$"):
+        model_in(content, checkpoint, "ema")
+    name = "model.model.norm.weight"
+    average = torch.full_like(content["state"]["model"][name], 0.5)
+    content["state"]["algorithms"] = [*content["state"]["algorithms"], ("EMA", {"average": {name: average}})]
+    for which, expected in (("auto", average), ("ema", average), ("model", content["state"]["model"][name])):
+        model, _ = model_in(content, checkpoint, which)
+        assert torch.equal(model.state_dict()["model.norm.weight"], expected)
+    content["state"]["algorithms"] = [("EMA", {"average": None})]  # not begun yet
+    model, _ = model_in(content, checkpoint)
+    assert torch.equal(model.state_dict()["model.norm.weight"], trained.weights["model.norm.weight"])
 
 
 def test_a_checkpoint_of_something_else(tmp_path):

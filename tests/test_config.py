@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -44,6 +45,7 @@ from flame_composer.recipe_config import (
 from flame_composer.train_config import (
     DataConfig,
     EvalDataConfig,
+    EvalTasksConfig,
     FsdpConfig,
     ModelConfig,
     OptimizerConfig,
@@ -65,6 +67,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ModelConfig: {"config": {"model_type": "gla"}},
     DataConfig: {"local": "d"},
     EvalDataConfig: {"local": "d"},
+    EvalTasksConfig: {"tasks": ["t"]},
     StreamConfig: {"local": "d"},
     OptimizerConfig: {},
     SchedulerConfig: {},
@@ -78,7 +81,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     TokenizerTrainConfig: {"source": ["s"], "out": "o"},
     ConvertConfig: {"source": ["s"], "out": "o", "tokenizer": "t"},
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
-    GenerateConfig: {"model": "m", "prompt": ""},
+    GenerateConfig: {"model": "m"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
     InspectConfig: {"data": "d"},
@@ -156,6 +159,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (FsdpConfig, {"replicas": 2}, "replicas", "must be null unless sharding_strategy=HYBRID_SHARD"),
     (FsdpConfig, {"sharding_strategy": "HYBRID_SHARD", "replicas": 0}, "replicas", "must be more than 0"),
     (ParallelismConfig, {"cpu_fallback": True, "cpu_fsdp": True}, "cpu_fsdp", "must not be set together with cpu_fallback"),
+    (TrainConfig, {"microbatch_size": "auto", "eval_tasks": EvalTasksConfig(["t"])}, "eval_tasks.batch_size",
+     "must be set with microbatch_size=auto, which is about training"),
+    (TrainConfig, {"parallelism": ParallelismConfig(FsdpConfig()), "eval_tasks": EvalTasksConfig(["t"])}, "eval_tasks",
+     "must be null with parallelism.fsdp: evaluate checkpoints with recipes/evaluate.py"),
     (TrainConfig, {"microbatch_size": "auto", "parallelism": ParallelismConfig(FsdpConfig())}, "microbatch_size",
      "must be a number with parallelism.fsdp, which cannot try"),
     (TrainConfig, {"parallelism": ParallelismConfig(FsdpConfig("HYBRID_SHARD", replicas=2))}, "parallelism.fsdp.replicas",
@@ -290,15 +297,39 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((ConvertConfig, {"shard_size": size}, "shard_size",
        "must be at least 17408 (one row) and less than 4294967296 bytes") for size in (17407, 2**32)),
     (ConvertConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
-    *((EvaluateConfig, {name: ""}, name, EMPTY) for name in ("model", "tokenizer")),
+    *((EvaluateConfig, {name: ""}, name, EMPTY) for name in ("model", "tokenizer", "plot", "task_path")),
     (EvaluateConfig, {"batch_size": 0}, "batch_size", ROWS),
-    (GenerateConfig, {"model": ""}, "model", EMPTY),
+    (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks"),
+    (EvaluateConfig, {"datasets": {"a": EvalDataConfig(local="e")}}, "data",
+     "must be null with datasets, which each have their own"),
+    (EvaluateConfig, {"data": None, "datasets": {name: EvalDataConfig(local="e") for name in "ab"}}, "datasets",
+     "must all be different ones"),
+    *((EvaluateConfig, {"block_size": n}, "block_size", "must be a positive number of tokens, or null") for n in (0, -1)),
+    (EvaluateConfig, {"data": None, "tasks": ["t"], "block_size": 1}, "block_size", "needs data.local=... or datasets"),
+    (EvaluateConfig, {"plot": "p.svg", "block_size": 1}, "plot", "must be a file name ending in .png"),
+    (EvaluateConfig, {"plot": "p.png"}, "block_size", "must be set together with plot"),
+    *((cls, {"tasks": ["t", "t"]}, "tasks", "must not name a task twice") for cls in (EvaluateConfig, EvalTasksConfig)),
+    *((cls, {"tasks": ["t"], "num_fewshot": -1}, "num_fewshot", "must be 0 or more, or null")
+      for cls in (EvaluateConfig, EvalTasksConfig)),
+    (EvaluateConfig, {"task_path": "p"}, "tasks", "must be set together with task_path"),
+    (EvaluateConfig, {"task_limit": 0}, "task_limit", "must be a positive number, or null"),
+    (EvaluateConfig, {"max_length": 1}, "max_length", "must be 2 tokens or more, or null"),
+    (EvalTasksConfig, {"tasks": []}, "tasks", "must name at least one task"),
+    (EvalTasksConfig, {"task_path": ""}, "task_path", EMPTY),
+    (EvalTasksConfig, {"interval": "10"}, "interval", FRACTION),
+    *((EvalTasksConfig, {name: 0}, name, "must be more than 0, or null") for name in ("limit", "batch_size")),
+    *((GenerateConfig, {name: ""}, name, EMPTY) for name in ("model", "prompts")),
+    (GenerateConfig, {"prompt": "", "prompts": "p"}, "prompts", "must not be set together with prompt"),
+    (GenerateConfig, {"batch_size": 0}, "batch_size", "must be a positive number of prompts"),
+    *((GenerateConfig, {"repetition_penalty": x}, "repetition_penalty", "must be more than 0, and finite")
+      for x in (0.0, inf, nan)),
+    (GenerateConfig, {"stop": ["a", ""]}, "stop", "must not hold an empty text"),
     *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     (GenerateConfig, {"max_new_tokens": 0}, "max_new_tokens", "must be more than 0"),
     *((GenerateConfig, {"temperature": t}, "temperature", "must be 0 or more, and finite") for t in (-0.1, nan, inf)),
     *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
     (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
-    *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out")),
+    *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out", "push_to_hub")),
     *((cls, {"max_shard_size": 0}, "max_shard_size", "must be more than 0 bytes") for cls in (ToHfConfig, FromLlamaConfig)),
     *((FromLlamaConfig, {name: ""}, name, EMPTY) for name in ("model", "config", "out", "tokenizer")),
     (FromLlamaConfig, {"fresh": ["q_proj", "g_proj"]}, "fresh", "must be among q_proj, k_proj, v_proj, o_proj"),
@@ -362,7 +393,12 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     *((ConvertConfig, {"shard_size": size}) for size in (17408, 2**32 - 1)),
     (ConvertConfig, {"source": ["a/set"], "split": "train", "out": "/o", "cluster": "c"}),
     (ConvertConfig, {"max_doc_length": 1, "min_doc_length": 1, "seed": 0, "num_workers": 1}),
-    (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0}),
+    (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 0.5, "stop": ["\n"]}),
+    *((GenerateConfig, given) for given in ({"prompt": ""}, {"prompts": "p", "batch_size": 1})),
+    (EvaluateConfig, {"block_size": 1, "plot": "p.PNG", "task_limit": None, "tasks": ["t"], "task_path": "p", "max_length": 2}),
+    (EvaluateConfig, {"data": None, "datasets": {name: EvalDataConfig(local=name) for name in "ab"}}),
+    (EvaluateConfig, {"data": None, "tasks": ["t"], "num_fewshot": 0, "task_limit": 1}),
+    (EvalTasksConfig, {"interval": "1ba", "limit": 1, "batch_size": 1, "num_fewshot": 0}),
     (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
     (InspectConfig, {"max_bytes": None}),
     (FromLlamaConfig, {"fresh": ["k_proj"], "max_shard_size": 1}),
@@ -413,6 +449,14 @@ def test_no_rule_is_left_out():
         named = set(re.findall(r'"([a-z_.]+)"', source)) & ({f.name for f in dataclasses.fields(cls)} | {"config.model_type"})
         assert named - tested == set(), cls
     assert set(CLASSES) - with_rules == {AllBenchmarksConfig, WandbConfig}, "no rules beyond their types"
+
+
+@pytest.mark.parametrize("cls", [EvaluateConfig, EvalTasksConfig])
+def test_tasks_need_the_harness(monkeypatch, cls):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = r"^tasks: lm-evaluation-harness is not installed; pip install 'flame-composer\[eval\]'$"
+    with pytest.raises(InvalidField, match=message):
+        cls(**GIVEN[cls] | {"tasks": ["t"]}).validate()
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

@@ -249,9 +249,20 @@ def test_benchmark_compares_models_of_one_size() -> None:
         assert row["gla_over_llama"] == pytest.approx(ratio, rel=0.01)
 
 
-def readme_commands() -> list[list[str]]:
-    """The lines of README's bash blocks, as lists of words."""
-    blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
+def test_a_token_after_a_long_context_is_written_from_as_small_a_state() -> None:
+    result = last_json(run_script(
+        "recipes/benchmark.py", "decode", "hidden_size=64", "num_layers=2", "new_tokens=3", "repeats=1",
+        "context_lengths=[8,300]",
+    ))
+    kept = {(row["model"], row["context_length"]): row["state_bytes"] for row in result["results"]}
+    assert kept["gla", 300] == kept["gla", 8] > 0
+    assert kept["llama", 300] > 25 * kept["llama", 8]
+    assert all(row["milliseconds_per_token"] > 0 for row in result["results"])
+
+
+def commands_in(document: str) -> list[list[str]]:
+    """The lines of its bash blocks, as lists of words."""
+    blocks = (ROOT / document).read_text().split("```bash\n")[1:]
     lines = [line for block in blocks for line in block.split("```")[0].replace("\\\n", "").splitlines()]
     return [shlex.split(line) for line in lines if line]
 
@@ -281,8 +292,9 @@ def run_quickstart(folder: Path) -> dict[str, Any]:
 
 
 def test_every_readme_command(tmp_path: Path) -> None:
-    """In a copy of the checkout with a shorter gla_tiny, in README's order; `make` targets by what make would run."""
-    for name in ("recipes", "convert", "yamls", "flame_composer"):
+    """And of docs/evaluation.md, in a copy of the checkout with a shorter gla_tiny, in their order; `make` targets by what make
+    would run."""
+    for name in ("recipes", "convert", "yamls", "flame_composer", "docs/tasks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -301,7 +313,8 @@ def test_every_readme_command(tmp_path: Path) -> None:
             command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=500,
         )
 
-    commands = [[word.replace("max_duration=20ba", "max_duration=2ba") for word in command] for command in readme_commands()]
+    commands = [*commands_in("README.md"), *commands_in("docs/evaluation.md")]
+    commands = [[word.replace("max_duration=20ba", "max_duration=2ba") for word in command] for command in commands]
     assert [command for command in commands if command[0] == "make"] == [["make", "quickstart"], ["make", "test"]]
     assert "recipes/quickstart.py" in check(run(["make", "-n", "quickstart"])).stdout
     assert "-m pytest" in check(run(["make", "-n", "test"])).stdout

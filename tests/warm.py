@@ -9,10 +9,13 @@ from flame_composer import (
     data,  # noqa: F401
     evaluate,  # noqa: F401
     executors,  # noqa: F401
+    generate,  # noqa: F401
+    harness,  # noqa: F401
     model,  # noqa: F401
     optim,  # noqa: F401
     parallelism,  # noqa: F401
     preemption,  # noqa: F401
+    publish,  # noqa: F401
     shards,  # noqa: F401
     watch,  # noqa: F401
 )

@@ -1,0 +1,159 @@
+"""Text that a model writes: prompts to batches, the sampling, and tokens back to text as they come."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from flame_composer.checkpoint import special_tokens
+from flame_composer.config import ConfigError
+from flame_composer.recipe_config import GenerateConfig
+
+
+def build_sampling(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """The repetition penalty is left to `continue_prompts`."""
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens, stop_strings=config.stop or None, **special_tokens(tokenizer), **sampling
+    )
+
+
+def continue_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: GenerationConfig, *,
+    repetition_penalty: float = 1.0, show: Callable[[str], Any] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt; `show`, for a single one, is called with each piece of it as it comes.
+
+    The prompts of a batch do not see one another: what is written greedily does not depend on the others, nor on how far
+    theirs are longer. A model of linear attention carries a state of fixed size from token to token.
+    """
+    ids, mask = encode(tokenizer, prompts)
+    processors = LogitsProcessorList()
+    if repetition_penalty != 1.0:
+        processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
+    pieces = [Pieces(tokenizer, row[kept == 1].tolist()) for row, kept in zip(ids, mask, strict=True)]
+    streamer = None if show is None else Streamer(pieces[0], show)
+    with torch.inference_mode():
+        written = cast(Any, model).generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling, tokenizer=tokenizer,
+            logits_processor=processors, streamer=streamer, use_model_defaults=False,
+        )
+    if streamer is not None:
+        return ["".join(streamer.shown)]
+    return ["".join(map(piece.add, row[ids.shape[1] :].tolist())) for piece, row in zip(pieces, written, strict=True)]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [B, T], filled up on the left. As in training, no token is put before a text, and special tokens
+    that are written in it are those. An empty prompt is the token that a document starts after."""
+    special = special_tokens(tokenizer)
+    start = special["eos_token_id"] if special["bos_token_id"] is None else special["bos_token_id"]
+    rows = [tokenizer(prompt, add_special_tokens=False).input_ids or [start] for prompt in prompts]
+    length = max(map(len, rows))
+    ids = torch.tensor([[special["pad_token_id"]] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """transformers', which takes what a shorter prompt is filled up with for text: often the token that ends it."""
+
+    def __init__(self, penalty: float, padding: torch.Tensor):
+        """`padding` tokens [B] stand before each prompt."""
+        self.plain = RepetitionPenaltyLogitsProcessor(penalty)
+        self.padding = padding
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        is_padding = torch.arange(input_ids.shape[1]) < self.padding[:, None]
+        text = torch.where(is_padding.to(input_ids.device), input_ids[:, -1:], input_ids)
+        return self.plain(text, scores)  # type: ignore[arg-type]
+
+
+class Pieces:
+    """Text of tokens as they come, each character when it is whole, spaces as they are after what came before."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: list[int]):
+        self.backend = tokenizer.backend_tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
+        for token in prompt:
+            self.add(token)
+
+    def add(self, token: int) -> str:
+        return self.stream.step(self.backend, token) or ""
+
+
+class Streamer(BaseStreamer):
+    """Shows what `generate` writes, without the prompt, which it is given first."""
+
+    def __init__(self, pieces: Pieces, show: Callable[[str], Any]):
+        self.pieces, self.show = pieces, show
+        self.shown: list[str] = []
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            for token in value.flatten().tolist():
+                self.shown.append(self.pieces.add(token))
+                self.show(self.shown[-1])
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.is_prompt = True
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file. Raises ConfigError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigError(f"prompts={path}: cannot be read: {reason}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not path.endswith(".jsonl"):
+            prompts.append(line.removesuffix("\r"))
+            continue
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"prompts={path}: line {number} must be JSON like {{\"prompt\": \"text\"}}") from None
+        if not isinstance(prompts[-1], str):
+            raise ConfigError(f"prompts={path}: line {number}: prompt must be a string")
+    if not prompts:
+        raise ConfigError(f"prompts={path}: holds no prompt")
+    return prompts
+
+
+def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(prompts)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def asked() -> Iterator[str]:
+    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D)."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return

@@ -1,0 +1,212 @@
+"""Tasks of lm-evaluation-harness (extra `eval`), its own or from a local folder, on a model that is in memory.
+
+Importing this module needs that package. Scoring is the harness's own: its HF backend, given a model instead of a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import torch
+from composer.utils import dist
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import make_table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from flame_composer.cli import nearest
+from flame_composer.config import ConfigError, one_line
+
+FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
+BOOTSTRAPS = 100000  # the same: samples for the standard error of a metric that has no formula for it
+_DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+class HarnessModel(HFLM):
+    """A model in memory as the harness's HF backend, sharing requests among Composer's ranks instead of accelerate's."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, precision: str = "fp32",
+        max_length: int | None = None,
+    ):
+        """`max_length` tokens are the most a request may have; the config's max_position_embeddings if not set."""
+        tokenizer = copy.deepcopy(tokenizer)  # it gets a padding token
+        with _only_errors():  # the harness warns of every option that has no meaning for a model in memory
+            super().__init__(
+                model, "causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
+                mixed_precision_dtype=_DTYPES[precision],
+            )
+        self._rank, self._world_size = dist.get_global_rank(), dist.get_world_size()
+        self.before_batch: Callable[[], None] = lambda: None
+
+    def take(self, model: torch.nn.Module, before_batch: Callable[[], None]) -> None:
+        """Go on with `model`, which a trainer may have wrapped since; `before_batch` may raise to end an evaluation early."""
+        self._model, self.before_batch = model, before_batch
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # a trainer moves it
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([each.reshape(-1) for each in dist.all_gather(tensor)])
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def _model_call(self, *args: Any, **options: Any) -> torch.Tensor:
+        self.before_batch()
+        return super()._model_call(*args, **options)
+
+    def _model_generate(self, *args: Any, **options: Any) -> torch.Tensor:
+        self.before_batch()
+        return super()._model_generate(*args, **options)
+
+
+def load_tasks(names: list[str], folder: str | None, *, num_fewshot: int | None) -> dict[str, Any]:
+    """The harness's TaskDict of these tasks, groups or tags, with their data; those in `folder` come before its own.
+
+    Raises ConfigError for what is not there or cannot be loaded, and for tasks that run what a model writes or need code
+    from the hub.
+    """
+    manager = _find(names, folder)
+    loaded: Any = {}
+    for name in names:
+        entry = manager.task_index[name]
+        if (entry.cfg or {}).get("unsafe_code"):
+            raise ConfigError(f"tasks: {name}: runs what the model writes as code, which is refused here")
+    try:
+        with _no_remote_code(), _only_errors():
+            loaded = manager.load(list(names))
+    except Exception as error:  # whatever a task's own code, its data, the hub or the network makes of it
+        raise ConfigError(f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}") from None
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ConfigError(f"tasks: {name}: runs what the model writes as code, which is refused here")
+        for metric, function in getattr(task, "_metric_fn_list", {}).items():
+            if function is None:
+                raise ConfigError(f"tasks: {name}: the harness has no metric {metric}, and code for it is not fetched")
+        if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # a task's own 0 stays, as in the harness
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return loaded
+
+
+def _find(names: list[str], folder: str | None) -> TaskManager:
+    """What knows the names: the folder alone if that is enough, as reading the harness's own takes seconds."""
+    manager = None
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"task_path={folder}: no such folder")
+        for file in sorted(Path(folder).rglob("*.yaml")):
+            try:
+                load_yaml(file, resolve_func=False)
+            except Exception as error:  # the harness passes over such files without a word
+                raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None
+        with _only_errors():
+            manager = TaskManager(include_path=folder, include_defaults=False)
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        with _only_errors():
+            manager = TaskManager(include_path=folder)
+    for name in names:
+        if name not in manager.task_index:
+            where = "the harness" if folder is None else f"{folder} and the harness"
+            raise ConfigError(f"tasks: {name}: no such task in {where}{nearest(name, manager.all_tasks)}")
+    return manager
+
+
+def score(
+    model: HarnessModel, tasks: dict[str, Any], *, limit: int | None, bootstraps: int = BOOTSTRAPS, show_bars: bool = False
+) -> dict[str, Any] | None:
+    """The harness's results of `load_tasks`' tasks, on their first `limit` documents each; None but on the first rank.
+
+    Always on the same few-shot examples. Without `bootstraps` there are no standard errors.
+    """
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    with _no_remote_code(), _only_errors(), _bars(show_bars):
+        return evaluator.evaluate(model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False)
+
+
+def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers in the harness's results: by task or group, then by metric, with the filter's name if it has one."""
+    return {
+        name: {
+            key.removesuffix(",none"): float(value) for key, value in values.items()
+            if "," in key and isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        for name, values in results["results"].items()
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The harness's own table of its results."""
+    groups = f"\n{make_table(results, 'groups')}" if results.get("groups") else ""
+    return f"{make_table(results)}{groups}".rstrip()
+
+
+@contextlib.contextmanager
+def _no_remote_code() -> Iterator[None]:
+    """Metrics that are code on the hub are not fetched; of datasets, this release of `datasets` runs none."""
+    settings = _import_evaluate().config
+    before = settings.HF_EVALUATE_OFFLINE
+    datasets.disable_progress_bars()
+    settings.HF_EVALUATE_OFFLINE = True
+    try:
+        yield
+    finally:
+        settings.HF_EVALUATE_OFFLINE = before
+        datasets.enable_progress_bars()
+
+
+def _import_evaluate() -> Any:
+    """Hugging Face's, which tasks import: not recipes/evaluate.py, beside which python looks first for a script's imports."""
+    before = sys.path[:]
+    sys.path[:] = [folder for folder in before if not Path(folder, "evaluate.py").is_file()]
+    try:
+        return importlib.import_module("evaluate")
+    finally:
+        sys.path[:] = before
+
+
+@contextlib.contextmanager
+def _bars(show: bool) -> Iterator[None]:
+    """The harness draws progress bars into files, too."""
+
+    def bar(items: Any = None, *, disable: bool = False, total: int | None = None, desc: str | None = None) -> Any:
+        return tqdm(items, disable=disable or not show, total=total, desc=desc)
+
+    modules: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface]
+    for module in modules:
+        module.tqdm = bar
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.tqdm = tqdm
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

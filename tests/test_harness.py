@@ -1,0 +1,230 @@
+"""lm-evaluation-harness on our models: the harness's own scores, what is refused, and training that does not notice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flame_composer.checkpoint import save_hf_folder
+from flame_composer.config import ConfigError
+from flame_composer.model import build_hf_config, build_model
+from tests.conftest import GLA
+from tests.data_fixtures import byte_tokenizer, words
+from tests.runs import Corpus, Script, last_json, read_log, run_script, two_ranks
+
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the harness's own code
+
+TASKS = ["choice", "text", "written"]
+
+
+def write_task(folder: Path, name: str, **content: Any) -> None:
+    task = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
+        "test_split": "test", "metadata": {"version": 1}, **content,
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.dump({key: value for key, value in task.items() if value is not None}))
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of each kind: multiple choice, with examples shown before it; perplexity; text that is written."""
+    folder = tmp_path_factory.mktemp("tasks")
+    with (folder / "data.jsonl").open("w") as data:
+        for i in range(9):
+            choices = [f" {words(1 + j * i % 4, 7 * i + j)}" for j in range(3)]
+            data.write(json.dumps({"text": words(2 + 9 * i % 50, i), "choices": choices, "answer": i % 3}) + "\n")
+    write_task(folder, "choice", output_type="multiple_choice", doc_to_text="{{text}}", doc_to_choice="choices",
+               doc_to_target="answer", fewshot_split="test", num_fewshot=2,
+               metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
+    write_task(folder, "text", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+               metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")])
+    write_task(folder, "written", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text[:3]}}",
+               generation_kwargs={"max_gen_toks": 3, "until": ["\n"]}, metric_list=[{"metric": "exact_match"}])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    torch.manual_seed(0)
+    save_hf_folder(build_model(build_hf_config(GLA, byte_tokenizer(), 64)), byte_tokenizer(), folder, dtype="float32")
+    return folder
+
+
+def test_scores_are_those_of_the_harness_itself(tasks: Path, model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    caplog.set_level(logging.ERROR)
+    ours = last_json(run_script(
+        "recipes/evaluate.py", f"model={model_folder}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}", "batch_size=4",
+    ))["tasks"]
+    theirs = evaluator.evaluate(
+        HFLM(str(model_folder), device="cpu", dtype="float32", batch_size=4),
+        TaskManager(include_path=str(tasks), include_defaults=False).load(TASKS),
+    )
+    assert theirs is not None
+    for task in TASKS:
+        for key, value in theirs["results"][task].items():
+            if "," in key and value != "N/A":
+                assert ours[task].pop(key.removesuffix(",none")) == pytest.approx(value, rel=1e-12), key
+    assert ours == {task: {} for task in TASKS}
+
+
+def test_two_ranks_share_the_questions(tasks: Path, model_folder: Path) -> None:
+    keys = (f"model={model_folder}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}", "task_limit=5", "num_fewshot=1")
+    one = last_json(run_script("recipes/evaluate.py", *keys))["tasks"]
+    first, second = two_ranks("recipes/evaluate.py", *keys)
+    two = last_json(first)["tasks"]
+    assert second.stdout == ""
+    assert two.keys() == one.keys()
+    for task, values in one.items():
+        assert two[task] == pytest.approx(values, rel=1e-6)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unsafe": ({"unsafe_code": True, "doc_to_text": "{{text}}"}, "tasks: unsafe: runs what the model writes as code, which is"),
+    "no_data": (
+        {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}, "doc_to_text": "{{text}}"},
+        "tasks: no_data: cannot be loaded: Unable to find",
+    ),
+    "remote_metric": (
+        {"doc_to_text": "{{text}}", "metric_list": [{"metric": "rouge_of_the_hub", "aggregation": "mean",
+                                                     "higher_is_better": True}]},
+        "tasks: remote_metric: the harness has no metric rouge_of_the_hub, and code for it is not fetched",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
+    from flame_composer.harness import load_tasks
+
+    content, message = REFUSED[name]
+    (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
+    write_task(tmp_path, name, **{"output_type": "generate_until", "doc_to_target": "{{text}}", **content})
+    with pytest.raises(ConfigError) as caught:
+        load_tasks([name], str(tmp_path), num_fewshot=None)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults")
+def test_a_task_that_is_not_there(tasks: Path) -> None:
+    from flame_composer.harness import load_tasks
+
+    for name, folder, message in (
+        ("choise", str(tasks), f"tasks: choise: no such task in {tasks} and the harness; did you mean choice?"),
+        ("hellaswagg", None, "tasks: hellaswagg: no such task in the harness; did you mean hellaswag?"),
+        ("humaneval", None, "tasks: humaneval: runs what the model writes as code, which is refused here"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_tasks([name], folder, num_fewshot=None)
+        assert str(caught.value) == message
+
+
+def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
+    from flame_composer.harness import load_tasks
+
+    (tmp_path / "broken.yaml").write_text("task: [")
+    for names, folder, message in (
+        (["choice"], str(tmp_path / "none"), f"task_path={tmp_path / 'none'}: no such folder"),
+        (["choice"], str(tmp_path), f"{tmp_path / 'broken.yaml'}: cannot be read as a task: while parsing a flow node"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_tasks(names, folder, num_fewshot=None)
+        assert str(caught.value).startswith(message)
+
+
+# In training
+
+
+def without_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "tasks"} for row in rows]
+
+
+def keys_of(tasks: Path) -> tuple[str, ...]:
+    return (f"eval_tasks.tasks=[{','.join(TASKS)}]", f"eval_tasks.task_path={tasks}", "eval_tasks.interval=15ba",
+            "eval_tasks.batch_size=3", "eval_tasks.limit=4")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(corpus: Corpus, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "scored"
+    corpus.train_run(run, *keys_of(tasks))
+    return run
+
+
+def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) -> None:
+    rows = read_log(scored)
+    assert without_tasks(rows) == read_log(undisturbed)
+    assert [row["current_steps"] for row in rows if "tasks" in row] == [15, 30, 40]
+    result = last_json(run_script(
+        "recipes/evaluate.py", f"model={scored / 'checkpoints'}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}",
+        "batch_size=3", "task_limit=4",
+    ))["tasks"]
+    for task in TASKS:
+        in_training = rows[-1]["tasks"][task]
+        assert in_training == {name: value for name, value in result[task].items() if "stderr" not in name}
+    card = Path(scored, "hf/README.md")
+    last_line = run_script("convert/to_hf.py", f"checkpoint={scored / 'checkpoints'}", f"out={card.parent}")
+    assert last_line.returncode == 0
+    assert f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n" in card.read_text()
+
+
+STOPPING = """
+import os, pathlib, signal
+
+def text(doc):
+    now = pathlib.Path(__file__).with_name("now")
+    if now.exists():
+        now.unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return doc["text"]
+"""
+
+
+def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
+    corpus: Corpus, tasks: Path, scored: Path, tmp_path: Path
+) -> None:
+    """Told to stop in the middle of the scores of step 30 by a task of them."""
+    folder, run = Path(shutil.copytree(tasks, tmp_path / "tasks")), tmp_path / "stopped"
+    (folder / "stopping.py").write_text(STOPPING)
+    task = (folder / "choice.yaml").read_text().replace("task: choice", "task: stopping")
+    (folder / "stopping.yaml").write_text(task.replace("'{{text}}'", "!function stopping.text"))
+    keys = (*keys_of(folder), f"eval_tasks.tasks=[stopping,{','.join(TASKS)}]", "eval_tasks.interval=30ba")
+    script = Script("recipes/train.py", *corpus.keys(run, *keys))
+    corpus.wait_for_step(script, run, 1)
+    (folder / "now").touch()
+    stopped = script.wait()
+    assert stopped.returncode == 143, stopped.stderr
+    assert f"stopped after step 30; saved {run / 'checkpoints/ba30.pt'}" in stopped.stderr
+    assert not any("tasks" in row for row in read_log(run))
+
+    corpus.train_run(run, *keys)
+    rows, expected = read_log(run), read_log(scored)
+    assert without_tasks(rows) == without_tasks(expected)
+    assert [row["current_steps"] for row in rows if "tasks" in row] == [30, 40]
+    for step in (30, 40):
+        taken = rows[step - 1]["tasks"]
+        assert taken.pop("stopping") == taken["choice"]
+        assert taken == expected[step - 1]["tasks"]
+
+
+def test_mistaken_tasks_are_found_before_training(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
+    keys = corpus.keys(tmp_path / "run", *keys_of(tasks), "eval_tasks.task_path=./nowhere")
+    process = run_script("recipes/train.py", *keys)
+    assert process.returncode == 2
+    assert process.stderr == "error: task_path=./nowhere: no such folder\n"
+    assert not (tmp_path / "run").exists()

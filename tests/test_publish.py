@@ -1,0 +1,223 @@
+"""Models that leave: the card is the run's, an export is the same from one rank or two, and the hub is asked as it must be."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from flame_composer.checkpoint import Checkpoint, find_checkpoint, model_in, read_checkpoint
+from flame_composer.config import ConfigError, StoreError
+from flame_composer.publish import check_hub, model_card, push_folder, read_run_config
+from tests.runs import Corpus, check, run_script, two_ranks
+
+
+@pytest.fixture
+def exported(undisturbed: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "hf"
+    check(run_script("convert/to_hf.py", f"checkpoint={undisturbed / 'checkpoints'}", f"out={out}"))
+    return out
+
+
+def test_the_card_says_what_the_run_was(corpus: Corpus, undisturbed: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    header, body = yaml.safe_load(card.split("---\n")[1]), card.split("---\n", 2)[2]
+    assert header["model_name"] == "undisturbed"
+    assert header["tags"] == ["flame-composer", "gla"]
+    parameters = sum(tensor.numel() for tensor in load_file(exported / "model.safetensors").values())
+    assert f"# undisturbed\n\nA gla language model of {parameters:,} parameters, stored as float32, pretrained" in body
+    assert "- steps: 40\n- tokens: 10,240 (160 rows)\n" in body
+    manifest = json.loads((corpus.train / "manifest.json").read_text())
+    totals = manifest["totals"]
+    assert (f"- data: {corpus.train}, sha256 of its index {manifest['index_sha256']} ({totals['documents']:,} documents, "
+            f"{totals['tokens_out']:,} tokens in rows of 64)\n") in body
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert f"- eval_loss: {summary['eval_loss']:.4f}\n- eval_perplexity: {summary['eval_perplexity']:.4f}\n" in body
+    recipe = body.split("```yaml\n")[1].split("\n```")[0]
+    assert yaml.safe_load(recipe) == yaml.safe_load((undisturbed / "config.yaml").read_text())
+    assert GenerationConfig.from_pretrained(exported).pad_token_id == 0
+
+
+def test_a_card_of_a_checkpoint_alone(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing lies beside it, and its dataset is gone: what is in it is said, and no more."""
+    monkeypatch.chdir(trained.checkpoints)  # a file named without a folder
+    checkpoint = Checkpoint("ba1.pt", trained.checkpoints / "ba1.pt")
+    assert read_run_config(checkpoint) is None
+    content = read_checkpoint(checkpoint)
+    model, _ = model_in(content, checkpoint)
+    card = model_card(model, content, None, dtype="bfloat16", name="tiny")
+    assert "# tiny\n" in card
+    assert "- steps: 1\n- tokens: 128 (4 rows)\n" in card
+    assert f"- data: see below, sha256 of its index {trained.order['train_data (index.json)']}\n" in card
+    assert "No config.yaml lay beside the checkpoint." in card
+    assert "None" not in card
+
+
+def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
+    """Bit for bit: of two rows with as many labels each, the order of adding does not matter, nor does halving."""
+    keys = ("global_batch_size=2", "microbatch_size=1", "max_duration=4ba", "scheduler.warmup=0ba", "eval_data=null")
+    corpus.train_run(tmp_path / "one", *keys)
+    two_ranks("recipes/train.py", *corpus.keys(tmp_path / "two", *keys))
+    for name in ("one", "two"):
+        out = f"out={tmp_path / name / 'hf'}"
+        check(run_script("convert/to_hf.py", f"checkpoint={tmp_path / name / 'checkpoints'}", out))
+    one, two = ((tmp_path / name / "hf/model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert "- steps: 4\n" in (tmp_path / "two/hf/README.md").read_text()
+
+
+@pytest.mark.parametrize("inside", [".", "ba4"])
+def test_a_sharded_checkpoint_is_refused(tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / "checkpoints" / inside
+    folder.mkdir(parents=True)
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+        (folder / name).write_bytes(b"shard")
+    with pytest.raises(ConfigError) as caught:
+        find_checkpoint(str(tmp_path / "checkpoints"), tmp_path)
+    expected = "a sharded checkpoint, which cannot be read here; only those in one file can (ba*.pt)"
+    assert re.sub(r"/\.:", ":", str(caught.value)) == f"{folder}: {expected}"
+
+
+# The hub
+
+
+@dataclass
+class Hub:
+    """As much of the hub's API as an upload of small files takes, and what was uploaded."""
+
+    url: str = ""
+    private: bool | None = None  # of the repository, once it is there
+    files: dict[str, bytes] = field(default_factory=dict)
+    card: str = "a card"
+    fails: set[str] = field(default_factory=set)  # ends of paths that are answered by an error
+
+    def answer(self, path: str, token: str | None, body: bytes) -> tuple[int, Any]:
+        if token != "Bearer hf_right":
+            return 401, {"error": "Invalid user token."}
+        if any(path.endswith(end) for end in self.fails):
+            return 500, {"error": "out of order"}
+        if path == "/api/whoami-v2":
+            return 200, {"name": "me", "type": "user"}
+        if path == "/api/repos/create":
+            if self.private is not None:
+                return 409, {"error": "there is one already", "url": f"{self.url}/me/model"}
+            self.private = json.loads(body)["private"]
+            return 200, {"url": f"{self.url}/me/model", "name": "me/model"}
+        if path == "/api/validate-yaml":
+            assert json.loads(body)["content"] == self.card
+            return 200, {"errors": [], "warnings": []}
+        if path.endswith("/preupload/main"):
+            return 200, {"files": [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+            ]}  # fmt: skip
+        if path.endswith("/commit/main"):
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return 200, {"commitUrl": f"{self.url}/me/model/commit/1", "commitOid": "1", "success": True}
+        if path.startswith("/api/models/me/model"):
+            return 200, {"id": "me/model", "private": self.private, "siblings": [], "tags": [], "sha": "0"}
+        return 404, {"error": path}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    made = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, content = made.answer(self.path.partition("?")[0], self.headers.get("Authorization"), body)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        made.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_right")
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/README.md").write_text("a card")
+    (tmp_path / "hf/model.safetensors").write_bytes(bytes(range(256)))
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_folder_is_uploaded_as_it_is(hub: Hub, folder: Path, private: bool) -> None:
+    check_hub("me/model")
+    address = push_folder(folder, "me/model", private=private)
+    assert address == f"{hub.url}/me/model/commit/1"
+    assert hub.private is private
+    assert hub.files == {"README.md": b"a card", "model.safetensors": bytes(range(256))}
+
+
+def test_a_public_repository_is_no_place_for_what_is_private(hub: Hub, folder: Path) -> None:
+    hub.private = False
+    with pytest.raises(ConfigError, match=r"^push_to_hub=me/model: is there and public; set hub_private=false, or name ano"):
+        push_folder(folder, "me/model", private=True)
+    assert hub.files == {}
+    push_folder(folder, "me/model", private=False)
+    assert set(hub.files) == {"README.md", "model.safetensors"}
+
+
+def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(hub: Hub, folder: Path) -> None:
+    hub.fails = {"/commit/main"}
+    with pytest.raises(StoreError) as caught:
+        push_folder(folder, "me/model", private=True)
+    assert str(caught.value).startswith("push_to_hub=me/model: 500 Server Error")
+    assert str(caught.value).endswith(f"; {folder} is whole: hf upload me/model {folder}")
+    assert "\n" not in str(caught.value)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("repo", "token", "message"), [
+    ("model", "hf_right", "push_to_hub=model: must be USER/NAME or ORGANIZATION/NAME"),
+    ("me/model/x", "hf_right", "push_to_hub=me/model/x: Repo id must be in the form"),
+    ("me/mo del", "hf_right", "push_to_hub=me/mo del: Repo id must use alphanumeric chars"),
+    ("me/model", "hf_wrong", "push_to_hub=me/model: http://127.0.0.1:{port} does not take the token: "),
+    ("me/model", "", "push_to_hub=me/model: there is no token; run `hf auth login`, or set HF_TOKEN"),
+])
+def test_what_is_wrong_with_the_hub_is_found_before_anything_is_done(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo: str, token: str, message: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError) as caught:
+        check_hub(repo)
+    assert str(caught.value).startswith(message.format(port=hub.url.rpartition(":")[2]))
+    assert "hf_wrong" not in str(caught.value)
+    assert hub.private is None
+
+
+def test_an_export_that_cannot_be_uploaded_is_not_begun(trained: Any, tmp_path: Path) -> None:
+    process = run_script("convert/to_hf.py", f"checkpoint={trained.checkpoints}", f"out={tmp_path / 'hf'}", "push_to_hub=model")
+    assert process.returncode == 2
+    assert process.stderr == "error: push_to_hub=model: must be USER/NAME or ORGANIZATION/NAME\n"
+    assert not (tmp_path / "hf").exists()
