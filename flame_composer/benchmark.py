@@ -88,13 +88,13 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
-def interleaved(what: Mapping[str, Callable[[], float]], repeats: int, title: str) -> dict[str, list[float]]:
-    """What each returns, `repeats` times after a first that does not count, taking turns."""
+def interleaved(what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1) -> dict[str, list[float]]:
+    """What each returns, `repeats` times after `warm` that do not count, taking turns."""
     values: dict[str, list[float]] = {name: [] for name in what}
-    for _ in tqdm(range(repeats + 1), desc=title, disable=None):
+    for _ in tqdm(range(warm + repeats), desc=title, disable=None):
         for name, run in what.items():
             values[name].append(run())
-    return {name: found[1:] for name, found in values.items()}
+    return {name: found[warm:] for name, found in values.items()}
 
 
 # Processes
@@ -386,7 +386,7 @@ def compare_trainers(root: Path, config: SystemBenchmarkConfig, folder: Path) ->
         code = "import sys; from flame_composer.timing import bare_loop; bare_loop(*sys.argv[1:])"
         return float(measure([sys.executable, "-c", code, *arguments]).output.splitlines()[-1])
 
-    found = interleaved({"recipe": recipe, "bare": bare}, config.repeats, "trainer")
+    found = interleaved({"recipe": recipe, "bare": bare}, config.repeats, "trainer", warm=0)
     result = {f"{name}_tokens_per_second": round(median(values)) for name, values in found.items()}
     name = "trainer: tokens/s of recipes/train.py over a bare loop"
     return result, [Figure(name, ratio(found["recipe"], found["bare"]), at_least=0.95)]
@@ -402,10 +402,10 @@ def compare_readers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> 
         code = first + f"print({function}(sys.argv[1], *map(float, sys.argv[2:])))"
         return lambda: float(measure([sys.executable, "-c", code, dataset, *map(str, arguments)]).output.splitlines()[-1])
 
-    rows = interleaved({"ours": call("read_all"), "plain": call("read_all_plainly")}, config.repeats, "rows")
+    rows = interleaved({"ours": call("read_all"), "plain": call("read_all_plainly")}, config.repeats, "rows", warm=0)
     begun = interleaved(
         {"start": call("first_batch", config.epoch_rows, 0), "end": call("first_batch", config.epoch_rows, 0.99)},
-        config.repeats, "first batch",
+        config.repeats, "first batch", warm=0,
     )  # fmt: skip
     result: dict[str, Any] = {f"{name}_rows_per_second": round(median(values)) for name, values in rows.items()}
     result |= {f"first_batch_at_the_{name}_seconds": round(median(values), 2) for name, values in begun.items()}
@@ -443,7 +443,7 @@ def compare_starts(root: Path, config: SystemBenchmarkConfig, folder: Path) -> t
     found = interleaved({
         "first_step": first_step, "imports": imports, "help": answer("--help", status=0),
         "mistake": answer(arguments[0], "optimizer.weight_dcay=1", status=2),
-    }, config.repeats, "start")  # fmt: skip
+    }, config.repeats, "start", warm=0)  # fmt: skip
     result = {f"{name}_seconds": round(median(values), 2) for name, values in found.items()}
     return result, [
         Figure("start: first training step over importing torch, composer, streaming, fla",

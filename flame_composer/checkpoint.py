@@ -377,7 +377,7 @@ def model_in(
         hf_state = content["state"]["integrations"]["huggingface"]
         average = _average_of(content["state"])
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
-        weights |= {} if which == "model" else average
+        weights = weights | ({} if which == "model" else average)
     except (KeyError, TypeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"

@@ -70,7 +70,8 @@ class Linear(nn.Linear):
     """nn.Linear by `linear` for fp32 on a CPU; by PyTorch for all else."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or input.dtype != torch.float32 or torch.compiler.is_compiling():
+        is_plain = input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not is_plain or torch.compiler.is_compiling():
             return super().forward(input)
         return linear(input, self.weight, self.bias)
 

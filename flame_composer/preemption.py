@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -50,6 +51,9 @@ class Preemption(Callback):
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"{signal.Signals(number).name}: finishing the batch in hand and saving it{again}\n".encode())
+        # Of an evaluation that ends before its first batch.
+        warnings.filterwarnings("ignore", "No batches were evaluated", UserWarning)
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
         self.asked = max(self.asked, 128 + number)
 
     def agree(self, state: State) -> None:

@@ -116,7 +116,7 @@ class BenchmarkConfig(ScriptConfig):
     """Depth of both models."""
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
-    repeats: int = 5
+    repeats: int = 3
     """Steps of each model that count, after one that does not; the two take turns."""
 
     def validate(self) -> None:
@@ -143,7 +143,7 @@ class ConversionBenchmarkConfig(ScriptConfig):
     """Input bytes per work unit."""
     num_workers: int = 2
     """Processes that are compared with one."""
-    repeats: int = 3
+    repeats: int = 2
     """Conversions by each, which take turns; if more than one, after a small one that does not count."""
     folder: str | None = None
     """Where the corpus and the datasets are put, and removed in the end; the system's temporary folder if not set."""
@@ -172,7 +172,7 @@ class SystemBenchmarkConfig(ScriptConfig):
     """Tokens read before decoding is timed."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     """Sequences decoded at a time."""
-    new_tokens: int = 32
+    new_tokens: int = 16
     """Tokens decoded in a turn."""
     hidden_size: int = 512
     """Width of the models that are decoded and saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -136,6 +137,8 @@ def test_decoding_and_checkpoints_are_timed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
+@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
 def test_the_data_path_is_timed(tmp_path):
     keys = ("repeats=1", "megabytes=0.2", "epoch_rows=2000", f"folder={tmp_path}")
     read = last_json(run_script("recipes/benchmark.py", "data", *keys))

@@ -105,11 +105,12 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit_and_on_other_ranks(
     assert_equal(weights(run, "ba12"), weights(sharded, "ba12"))
 
     # On one rank that does not shard, from the pieces; its own checkpoint is a file.
-    alone = last_json(Script("recipes/train.py", *keys, "parallelism.fsdp=null", "max_duration=14ba").wait())
+    longer = ("allow_schedule_change=true",)
+    alone = last_json(Script("recipes/train.py", *keys, *longer, "parallelism.fsdp=null", "max_duration=14ba").wait())
     assert alone["steps"] == 14
     assert sorted(path.name for path in (run / "checkpoints").glob("ba*")) == ["ba12", "ba14.pt", "ba8"]
     # And the other way round, from the file.
-    ranks = Ranks(2, *keys, "max_duration=16ba")
+    ranks = Ranks(2, *keys, *longer, "max_duration=16ba")
     ranks.finish()
     assert_equal(weights(sharded, "ba12"), weights(run, "ba12"))
     assert len(losses(run)) == 16
@@ -131,6 +132,20 @@ def test_full_and_sharded_checkpoints_export_the_same(corpus: Corpus, sharded: P
         keys = (f"checkpoint={run}/checkpoints/{name}", f"out={tmp_path}/{run.name}_export")
         check(Script("convert/to_hf.py", *keys).wait())
     exports = [(tmp_path / f"{name}_export/model.safetensors").read_bytes() for name in ("full", "sharded")]
+    assert exports[0] == exports[1]
+
+
+@slow
+@pytest.mark.faults
+def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
+    """Of two rows a step the sum of gradients does not depend on the order: what one rank computes, two do, bit for bit."""
+    exports = []
+    for number in (1, 2):
+        run = tmp_path / f"ranks{number}"
+        two_rows = ("global_batch_size=2", "microbatch_size=1")
+        Ranks(number, *corpus.keys(run, *SHARDED, *two_rows)).finish()
+        check(Script("convert/to_hf.py", f"checkpoint={run}/checkpoints", f"out={run}/export").wait())
+        exports.append((run / "export/model.safetensors").read_bytes())
     assert exports[0] == exports[1]
 
 

@@ -184,7 +184,8 @@ def test_missing_yaml_and_help(tmp_path: Path) -> None:
     for script in (*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")):
         if script.name != "quickstart.py":
             process = check(run_script(script.relative_to(ROOT), "--help"))
-            assert re.match(rf"usage: {script.name} (\w+ )?\[file.yaml\] \[key=value ...\]", process.stdout)
+            given = r"RUNS \.\.\." if script.name == "report.py" else r"(\w+ )?\[file.yaml\]"
+            assert re.match(rf"usage: {script.name} {given} \[key=value ...\]", process.stdout)
 
 
 @pytest.mark.parametrize("name", ["log_folder", "save_folder"])
@@ -247,17 +248,6 @@ def test_benchmark_compares_models_of_one_size() -> None:
     for row in result["results"]:
         ratio = row["gla_tokens_per_second"] / row["llama_tokens_per_second"]
         assert row["gla_over_llama"] == pytest.approx(ratio, rel=0.01)
-
-
-def test_a_token_after_a_long_context_is_written_from_as_small_a_state() -> None:
-    result = last_json(run_script(
-        "recipes/benchmark.py", "decode", "hidden_size=64", "num_layers=2", "new_tokens=3", "repeats=1",
-        "context_lengths=[8,300]",
-    ))
-    kept = {(row["model"], row["context_length"]): row["state_bytes"] for row in result["results"]}
-    assert kept["gla", 300] == kept["gla", 8] > 0
-    assert kept["llama", 300] > 25 * kept["llama", 8]
-    assert all(row["milliseconds_per_token"] > 0 for row in result["results"])
 
 
 def commands_in(document: str) -> list[list[str]]:

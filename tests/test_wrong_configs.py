@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 WRONG: dict[str, str] = {
     # Typos, at every level.
     "max_durations=5ba": "max_durations: unknown key; did you mean max_duration?",
-    "batch_size=8": "batch_size: unknown key; did you mean microbatch_size?",
+    "batch_size=8": "batch_size: unknown key; did you mean eval_tasks.batch_size?",
     "lr=1e-3": "lr: unknown key; did you mean optimizer.lr?",
     "warmup=10ba": "warmup: unknown key; did you mean scheduler.warmup?",
     "optimizer.weight_dcay=1": "optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?",
@@ -132,8 +132,8 @@ WRONG: dict[str, str] = {
         "microbatch_size=auto": "there is no GPU here, whose memory could be tried out; give a number of rows",
         "precision=amp_bf16": "there is no GPU here, and CPUs compute in fp32; set precision=fp32",
         "parallelism.fsdp={}":
-            "there is no GPU here; set parallelism.cpu_fallback=true to train with plain data parallelism, or "
-            "parallelism.fsdp=null",
+            "there is no GPU here; set parallelism.cpu_fallback=true to train with plain data parallelism, "
+            "parallelism.cpu_fsdp=true to shard over processes, or parallelism.fsdp=null",
         "callbacks.memory_monitor={} loggers.file_logger={}": "there is no GPU here, whose memory it would log; leave it out",
     }),
 }  # fmt: skip
