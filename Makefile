@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Packages are compiled when they are first imported, and once: without this set, every process compiles all of torch again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup quickstart test test-faults lint docs bench clean
 
