@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from flame_composer.config import ConfigError, DataError, InvalidField, ScriptCo
 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
+SECONDS_BEHIND = 20  # that a mistake is met by the other processes of a machine before its first one, at most
 ANY_NAME = "NAME"  # stands in help for the name of a section that the user names
 SECTIONS = "sections under names of your own"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -127,7 +129,13 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         # Every rank meets the same mistake in the configuration, and one of them says it.
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_DATA
+        if isinstance(error, DataError | TrainingError):
+            return EXIT_DATA
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # A launcher ends the others when the first process fails, and reports what the lowest rank ended with: 2, if that
+            # is let go first.
+            time.sleep(SECONDS_BEHIND)
+        return EXIT_CONFIG
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
