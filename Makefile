@@ -33,7 +33,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-faults: setup
-	FLAME_COMPOSER_FAULTS=1 $(BIN)/python -m pytest -m faults
+	OMP_NUM_THREADS=1 FLAME_COMPOSER_FAULTS=1 $(BIN)/python -m pytest -m faults
 
 lint: setup
 	$(BIN)/ruff check .
