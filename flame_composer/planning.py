@@ -150,7 +150,8 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> dict[str, in
     tokens = microbatch_size * config.context_length
     kept = size.kept
     if is_cpu and size.softmax_heads:  # where a mask makes PyTorch compute attention step by step
-        kept += size.num_blocks * size.softmax_heads * (config.context_length + 2 * size.head_dim)
+        # Weights of attention before and after rows that see nothing are set to 0 (_safe_softmax), scaled queries and keys.
+        kept += size.num_blocks * size.softmax_heads * (2 * config.context_length + 2 * size.head_dim)
     largest = kept * size.kept_in_largest // max(size.kept, 1)
     if config.parallelism.activation_cpu_offload:
         kept = largest
