@@ -435,7 +435,8 @@ def compare_starts(root: Path, config: SystemBenchmarkConfig, folder: Path) -> t
         def run() -> float:
             start = time.perf_counter()
             process = subprocess.run([sys.executable, script, *keys], capture_output=True, check=False)
-            assert process.returncode == status, process.stderr
+            if process.returncode != status:
+                raise DataError(f"recipes/train.py {' '.join(keys)}: ended with status {process.returncode}, not {status}")
             return time.perf_counter() - start
 
         return run

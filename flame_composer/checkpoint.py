@@ -165,8 +165,9 @@ class SaveCheckpoints(Callback):
             dist.barrier()
             if is_first:
                 _upload(files[-1], storage.join(place, pieces.HEAD))
-            for file in files:
-                file.unlink()
+            dist.barrier()
+            if dist.get_local_rank() == 0:
+                shutil.rmtree(temporary)
         else:
             for file in files:
                 _flush(file)
@@ -302,7 +303,7 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _read(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
     content = _read_file(checkpoint, verify=verify)
     if checkpoint.file.name == pieces.HEAD:
-        number = content.get("pieces")
+        number = content.get("pieces") if isinstance(content, dict) else None
         if not isinstance(number, int) or number < 1:
             raise DataError(f"{checkpoint.place}: not the head of a checkpoint in pieces")
         names = map(pieces.name_of, range(number))

@@ -159,7 +159,10 @@ def build_or_load(config: ModelConfig, hf_config: PretrainedConfig | None, *, em
             check_agrees(model.config, config.config)
             return model
         cpu.enable()
-        hf_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        try:
+            hf_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        except Exception as error:  # whatever a damaged folder makes transformers raise
+            raise ConfigError(f"{config.pretrained}: its config cannot be read: {one_line(error)}") from None
     with torch.device("meta") if empty else contextlib.nullcontext():
         return build_model(hf_config)
 

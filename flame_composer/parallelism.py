@@ -38,8 +38,7 @@ def is_sharded(config: ParallelismConfig) -> bool:
 def gets_weights(config: ParallelismConfig) -> bool:
     """Whether this rank's share of the weights comes from the first rank, so that it need not make any.
 
-    All are made, or read, by the first: a model begins with the same weights on any number of devices, and a machine never
-    holds more than one copy.
+    All are made, or read, by the first: a model begins with the same weights on any number of devices.
     """
     return is_sharded(config) and dist.get_global_rank() > 0
 

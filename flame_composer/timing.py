@@ -297,9 +297,7 @@ def read_all(folder: str, batch_size: int = 8) -> float:
 def read_all_plainly(folder: str, batch_size: int = 8) -> float:
     """The same with StreamingDataset alone, its rows as they come."""
     from streaming import StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
 
-    clean_stale_shared_memory()
     dataset = StreamingDataset(local=folder, batch_size=batch_size, shuffle=True, shuffle_seed=1)
     start = time.perf_counter()
     count = sum(1 for _ in dataset)

@@ -20,7 +20,7 @@ from pathlib import Path
 from flame_composer import benchmark
 from flame_composer.benchmark import Figure
 from flame_composer.cli import run_one_of
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, DataError
 from flame_composer.recipe_config import AllBenchmarksConfig, BenchmarkConfig, ConversionBenchmarkConfig, SystemBenchmarkConfig
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +79,10 @@ def run_all(config: AllBenchmarksConfig) -> None:
     results = {}
     for name in names:
         print(f"\n== {name}", flush=True)
-        process = subprocess.run([sys.executable, __file__, name], stdout=subprocess.PIPE, text=True, check=True)
+        process = subprocess.run([sys.executable, __file__, name], stdout=subprocess.PIPE, text=True)
         print(process.stdout, end="", flush=True)
+        if process.returncode != 0:
+            raise DataError(f"{name}: ended with status {process.returncode}")
         results[name] = json.loads(process.stdout.splitlines()[-1])
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
     print("\n" + "\n".join(figure.line() for figure in figures))

@@ -174,6 +174,7 @@ def test_pieces_in_an_object_store(corpus: Corpus, sharded: Path, s3_server: S3,
     assert read_log(run) == read_log(sharded)
     names = {f"ba{step}/{file}" for step in (8, 12) for file in ("piece0.pt", "piece1.pt", "state.pt")}
     assert set(s3.keys(run.name)) == {"config.yaml", *names}
+    assert not list((run / "staging").glob("unfinished-*")), "what was uploaded is not left behind"
     check(Script("convert/to_hf.py", f"checkpoint=s3://data/{run.name}", f"out={tmp_path}/out", env=s3.env).wait())
 
 
@@ -210,3 +211,12 @@ def test_pieces_of_another_model_are_refused(trained: Any) -> None:
     state = trained.trainer.state
     with pytest.raises(DataError, match="not those of this model"):
         pieces.load(state, [{"model": {}, "optimizers": {}}])
+
+
+@pytest.mark.parametrize("content", [[1], {"state": {}}, {"pieces": "two"}, {"pieces": 0}, {"pieces": 2}])
+def test_a_head_that_is_none_is_damage(tmp_path: Path, content: Any) -> None:
+    head = tmp_path / "ba1" / pieces.HEAD
+    head.parent.mkdir()
+    torch.save(content, head)
+    with pytest.raises(DataError, match=str(head.parent)):
+        checkpoint.read_checkpoint(checkpoint.Checkpoint(str(head.parent), head))
