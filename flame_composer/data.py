@@ -9,6 +9,7 @@ import multiprocessing.util
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,8 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.batching import generate_work
-from streaming.base.dataset import _ShardState
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -146,6 +148,8 @@ class Rows(StreamingDataset):
                                f"shuffle_block_size={self.shuffle_block_size}, num_canonical_nodes={self.num_canonical_nodes} "
                                f"and shards of up to {largest} bytes; a smaller train_data.shuffle_block_size needs less")
         self.cache_limit = limit
+        for stream in self.streams:
+            cast(Shards, stream).opened.limit = 0  # a file that is deleted while it is open keeps its room on disk
 
     def smallest_cache(self, world: World, *, num_workers: int, prefetch_factor: int) -> int:
         """Bytes of cache with which a machine of `world` deletes no shard while it is in use."""
@@ -236,6 +240,20 @@ class Rows(StreamingDataset):
             row["stream"] = self.stream_per_shard[shard_id]
         return row
 
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        """The rows of `it` in order, each when its shard is there.
+
+        Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even where every shard is there.
+        """
+        while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
+            sample_id = it.sample_ids[it.yield_index]
+            if it.ready_index <= it.yield_index and self._shard_states[self.spanner[sample_id][0]] != _ShardState.LOCAL:
+                time.sleep(TICK)
+                continue
+            yield sample_id
+            it.yield_index += 1
+        it.on_exit()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not hasattr(self, "_event"):
             self._event = threading.Event()
@@ -293,8 +311,12 @@ def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool 
     Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing comes before, is never a
     label; without `loss_across_documents` the first one of a document is none, either.
     """
-    input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
-    sequence_id = np.stack([np.repeat(np.arange(len(row["doc_lengths"])), row["doc_lengths"]) for row in rows])
+    shape = len(rows), len(rows[0]["input_ids"])
+    tokens, sequence_id = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    for number, row in enumerate(rows):
+        tokens[number] = row["input_ids"]
+        sequence_id[number] = np.repeat(np.arange(len(row["doc_lengths"])), row["doc_lengths"])
+    input_ids = torch.from_numpy(tokens)
     labels = input_ids.clone()
     labels[:, 0] = IGNORE
     if not loss_across_documents:

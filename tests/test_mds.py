@@ -1,4 +1,4 @@
-"""Shard files are those that streaming's MDSWriter writes, byte for byte."""
+"""Shard files are those that streaming's MDSWriter writes, byte for byte, and are read as its reader reads them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from streaming import MDSWriter
+from streaming.base.format.mds.reader import MDSReader
 
 from flame_composer.manifest import HASH, dump_json
 from flame_composer.mds import ShardWriter
 from flame_composer.packing import no_pieces, pack
+from flame_composer.reader import OpenShards, ShardReader
 from tests.data_fixtures import files_under
 
 
@@ -37,6 +39,12 @@ def written_by_both(
     (folder / "theirs" / "index.json").unlink()
     assert files_under(folder / "ours") == files_under(folder / "theirs")
     assert dump_json(ours.shards) == dump_json(theirs.shards)
+    for shard in ours.shards:
+        fast, plain = (reader.from_json(str(folder / "ours"), None, shard) for reader in (ShardReader, MDSReader))
+        fast.opened = OpenShards()
+        for row in range(len(plain)):
+            for name, value in plain[row].items():
+                np.testing.assert_array_equal(fast[row][name], value, strict=True)
     return len(ours.shards)
 
 
