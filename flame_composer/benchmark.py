@@ -1,30 +1,20 @@
-"""What recipes/benchmark.py measures with: whole processes, what they are measured on, and the conversion most people write;
-and decoding, token by token.
-
-A process counts with all its descendants: what is wanted is the cost of a command, whatever it starts.
-"""
+"""What recipes/benchmark.py compares as whole processes: conversion with what most people write, and all around training."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib.util
 import itertools
 import json
 import math
-import os
-import platform
-import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,9 +23,9 @@ from tqdm import tqdm
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, sample_texts
 from flame_composer.manifest import read_manifest
+from flame_composer.measuring import Figure, Usage, interleaved, measure, median, ratio
 from flame_composer.recipe_config import ConversionBenchmarkConfig, SystemBenchmarkConfig
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 BASELINE = (
     "import sys; from flame_composer.benchmark import convert_plainly; "
@@ -44,130 +34,7 @@ BASELINE = (
 BATCH = 1000  # documents that the baseline encodes in one call
 
 
-# Figures
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What was measured, and what is stated of it: at least, or at most, so much. `value` is None where it was not measured."""
-
-    name: str
-    value: float | None
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def is_missed(self, slack: float = 0.1) -> bool:
-        """By more than a tenth."""
-        if self.value is None:
-            return False
-        too_low = self.at_least is not None and self.value < self.at_least * (1 - slack)
-        return too_low or (self.at_most is not None and self.value > self.at_most * (1 + slack))
-
-    def line(self) -> str:
-        value = "not measured" if self.value is None else f"{self.value:,.{0 if self.value > 999 else 2}f}"
-        stated = "" if self.at_least is None else f"at least {self.at_least:g}"
-        stated = stated if self.at_most is None else f"at most {self.at_most:g}"
-        verdict = ""
-        if stated and self.value is not None:
-            verdict = "missed" if self.is_missed() else "short" if self.is_missed(slack=0) else "reached"
-        return f"{self.name:68} {value:>14}   {stated:16} {verdict}".rstrip()
-
-
-def machine() -> dict[str, Any]:
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())
-    return {"machine": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the ratios of each turn."""
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
-
-
-def interleaved(what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1) -> dict[str, list[float]]:
-    """What each returns, `repeats` times after `warm` that do not count, taking turns."""
-    values: dict[str, list[float]] = {name: [] for name in what}
-    for _ in tqdm(range(warm + repeats), desc=title, disable=None):
-        for name, run in what.items():
-            values[name].append(run())
-    return {name: found[warm:] for name, found in values.items()}
-
-
-# Processes
-
-
-@dataclass(frozen=True)
-class Usage:
-    """A command's time, that of all its processes together on all cores, the memory of its largest one, and its stdout."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    output: str
-
-
-def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({})) -> Usage:
-    """Run a command to its end and that of all its descendants. Raises DataError if it fails, ConfigError off Linux."""
-    if sys.platform != "linux":
-        raise ConfigError("this benchmark needs Linux, which can hand over the processes that a command leaves behind")
-    # Another process runs it: one that has no other children, and is small, for the memory of a new process counts from
-    # that of the one it was started from.
-    code = "from flame_composer.benchmark import run_and_count; run_and_count()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, **env}, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, lines = process.communicate()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-        process.communicate()
-        raise
-    *errors, last = [line for line in lines.splitlines() if line.strip()]
-    if process.returncode != 0:
-        reason = errors[-1].removeprefix("error: ") if errors else f"exit status {process.returncode}"
-        raise DataError(f"{' '.join(command[:2])}: failed: {reason}")
-    seconds, cpu_seconds, peak_bytes = json.loads(last)
-    return Usage(seconds, cpu_seconds, peak_bytes, output)
-
-
-def run_and_count() -> None:
-    """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage` holds of it."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever is left behind becomes a child of this process
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # nobody waits for what is measured if the benchmark was killed
-    started = time.perf_counter()
-    process = subprocess.Popen(sys.argv[1:])
-    _, code, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    usages = [usage]
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            usages.append(os.wait4(-1, 0)[2])
-    process.returncode = os.waitstatus_to_exitcode(code)
-    cpu_seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    counted = json.dumps([seconds, cpu_seconds, max(usage.ru_maxrss for usage in usages) << 10])
-    print(f"\n{counted}", file=sys.stderr)
-    sys.exit(process.returncode)
-
-
 # What is converted
-
-
-@contextlib.contextmanager
-def workplace(parent: str | None) -> Iterator[Path]:
-    """A folder in `parent`, the system's temporary folder if None, that is removed with all that is in it."""
-    try:
-        with tempfile.TemporaryDirectory(dir=parent) as folder:
-            yield Path(folder)
-    except OSError as error:
-        place = error.filename or parent or tempfile.gettempdir()
-        raise DataError(f"folder: {place}: {error.strerror or error}; give another one with folder=...") from None
 
 
 def mistral_tokenizer(folder: Path) -> Path:
@@ -383,7 +250,7 @@ def compare_trainers(root: Path, config: SystemBenchmarkConfig, folder: Path) ->
         return median(speeds[2:])
 
     def bare() -> float:
-        code = "import sys; from flame_composer.timing import bare_loop; bare_loop(*sys.argv[1:])"
+        code = "import sys; from flame_composer.run_timing import bare_loop; bare_loop(*sys.argv[1:])"
         return float(measure([sys.executable, "-c", code, *arguments]).output.splitlines()[-1])
 
     found = interleaved({"recipe": recipe, "bare": bare}, config.repeats, "trainer", warm=0)
@@ -398,11 +265,14 @@ def compare_readers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> 
     dataset = str(folder / "train")
 
     def call(function: str, *arguments: float) -> Callable[[], float]:
-        first = f"import sys; from flame_composer.timing import {function}; "
+        first = f"import sys; from flame_composer.run_timing import {function}; "
         code = first + f"print({function}(sys.argv[1], *map(float, sys.argv[2:])))"
         return lambda: float(measure([sys.executable, "-c", code, dataset, *map(str, arguments)]).output.splitlines()[-1])
 
-    rows = interleaved({"ours": call("read_all"), "plain": call("read_all_plainly")}, config.repeats, "rows", warm=0)
+    rows = interleaved({
+        "ours": call("read_all", 0), "plain": call("read_all_plainly"), "one_worker": call("read_all", 1),
+        "two_workers": call("read_all", 2),
+    }, config.repeats, "rows", warm=0)  # fmt: skip
     begun = interleaved(
         {"start": call("first_batch", config.epoch_rows, 0), "end": call("first_batch", config.epoch_rows, 0.99)},
         config.repeats, "first batch", warm=0,
@@ -410,7 +280,7 @@ def compare_readers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> 
     result: dict[str, Any] = {f"{name}_rows_per_second": round(median(values)) for name, values in rows.items()}
     result |= {f"first_batch_at_the_{name}_seconds": round(median(values), 2) for name, values in begun.items()}
     return result, [
-        Figure("data: rows/s to collated batches over StreamingDataset's rows", ratio(rows["ours"], rows["plain"])),
+        Figure("data: rows/s to collated batches over StreamingDataset's rows", ratio(rows["ours"], rows["plain"]), at_least=1),
         Figure(f"data: first batch at 99 % of {config.epoch_rows:,} rows over at 0 %", ratio(begun["end"], begun["start"]),
                at_most=1.2),
     ]  # fmt: skip
@@ -452,3 +322,19 @@ def compare_starts(root: Path, config: SystemBenchmarkConfig, folder: Path) -> t
         Figure("start: --help, seconds", median(found["help"]), at_most=1),
         Figure("start: a mistake in the configuration, seconds", median(found["mistake"]), at_most=1),
     ]  # fmt: skip
+
+
+# All of them
+
+
+def run_each(script: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Run the benchmarks of a script in turn, and show what they print. Returns what each says in its last line."""
+    results = {}
+    for name in names:
+        print(f"\n== {name}", flush=True)
+        process = subprocess.run([sys.executable, str(script), name], stdout=subprocess.PIPE, text=True, check=False)
+        print(process.stdout, end="", flush=True)
+        if process.returncode != 0:
+            raise DataError(f"{name}: ended with status {process.returncode}")
+        results[name] = json.loads(process.stdout.splitlines()[-1])
+    return results

@@ -199,6 +199,11 @@ class AllBenchmarksConfig(ScriptConfig):
 
     names: list[str] = field(default_factory=list)
     """Only these."""
+    plot: str | None = None
+    """A PNG of how cost grows with context, rows, layers and workers."""
+
+    def validate(self) -> None:
+        require_text(self, "plot")
 
 
 @dataclass

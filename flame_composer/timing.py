@@ -1,22 +1,18 @@
-"""What recipes/benchmark.py times in a process of its own, each against what a user would do instead, taking turns."""
+"""Models that recipes/benchmark.py times, a GLA against a Llama of its size, taking turns: training steps and decoding."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flame_composer import cpu
-from flame_composer.benchmark import Figure, interleaved, measure, median, ratio
-from flame_composer.model import CausalLM, build_model
+from flame_composer.measuring import Figure, interleaved, measure, median, ratio
+from flame_composer.model import build_model
 from flame_composer.recipe_config import BenchmarkConfig, SystemBenchmarkConfig
 
 
@@ -79,9 +75,10 @@ def step(model: Any, context_length: int, batch_tokens: int, vocab_size: int) ->
     return run
 
 
-def gemm(size: int = 1024) -> Callable[[], float]:
-    """The product of two fp32 matrices, which returns FLOP/s."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def gemm(device: str) -> Callable[[], float]:
+    """The product of two matrices, fp32 on a CPU and bfloat16 on a GPU, which returns FLOP/s."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return lambda: 8 * 2 * size**3 / seconds(lambda: [a @ b for _ in range(8)])
 
 
@@ -96,42 +93,102 @@ def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Forward and backward of a GLA model and a Llama (SDPA) of its size, at each context length."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size, device=device)
-    figures, rows = [], []
+    rows: list[dict[str, Any]] = []
+    roofs: list[float] = []
     for context_length in config.context_lengths:
         what: dict[str, Callable[[], float]] = {
             name: step(model, context_length, config.batch_tokens, config.vocab_size) for name, model in models.items()
         }
-        if device == "cpu":
-            what["gemm"] = gemm()
-        found = interleaved(what, config.repeats, f"context {context_length}")
+        found = interleaved({**what, "gemm": gemm(device)}, config.repeats, f"context {context_length}")
         of_gemm = [value * flops_per_token(models["gla"]) for value in found["gla"]]
-        row: dict[str, Any] = {
+        roofs += found["gemm"]
+        rows.append({
             "context_length": context_length, "gla_over_llama": ratio(found["gla"], found["llama"]),
             **{f"{name}_tokens_per_second": round(median(found[name])) for name in models},
-            "gla_model_flops_over_gemm": ratio(of_gemm, found["gemm"]) if device == "cpu" else None,
-        }  # fmt: skip
-        rows.append(row)
-        stated = {512: 1.2, 2048: 1.8, 8192: 4.0} if device == "cpu" else {}
-        name = f"training step: GLA over Llama, tokens/s at context {context_length}"
-        figures.append(Figure(name, row["gla_over_llama"], at_least=stated.get(context_length)))
-        print(f"context {context_length:6,}: GLA {row['gla_tokens_per_second']:8,} tokens/s, Llama (SDPA) "
-              f"{row['llama_tokens_per_second']:8,} tokens/s, ratio {row['gla_over_llama']:.2f}", flush=True)
-    by_context = {row["context_length"]: row for row in rows}
+            "gla_model_flops_per_second": round(median(of_gemm)), "gla_model_flops_over_gemm": ratio(of_gemm, found["gemm"]),
+        })  # fmt: skip
+        print(f"context {context_length:6,}: GLA {rows[-1]['gla_tokens_per_second']:8,} tokens/s, Llama (SDPA) "
+              f"{rows[-1]['llama_tokens_per_second']:8,} tokens/s, ratio {rows[-1]['gla_over_llama']:.2f}", flush=True)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads(),
+        "parameters": count(models["gla"]), "llama_parameters": count(models["llama"]), "repeats": config.repeats,
+        "gemm_flops_per_second": round(median(roofs)), "results": rows,
+    }  # fmt: skip
+    by_context: dict[int, dict[str, Any]] = {row["context_length"]: row for row in rows}
+    if 2048 in by_context and device == "cpu":
+        result["bytes_per_token_and_layer"] = {name: _memory(name, config) for name in models}
+    return result, [*training_figures(result, by_context), *mfu(result)]
+
+
+def training_figures(result: dict[str, Any], by_context: dict[int, dict[str, Any]]) -> Iterator[Figure]:
+    """What is stated holds on a CPU."""
+    on_cpu = result["device"] == "cpu"
+    stated = {512: 1.2, 2048: 1.8, 8192: 4.0} if on_cpu else {}
+    for context_length, row in by_context.items():
+        yield Figure(f"training step: GLA over Llama, tokens/s at context {context_length}", row["gla_over_llama"],
+                     at_least=stated.get(context_length))
     if {512, 8192} <= by_context.keys():
         slower = by_context[512]["gla_tokens_per_second"] / by_context[8192]["gla_tokens_per_second"]
-        figures.append(Figure("training step: GLA's time per token at 8192 over at 512", round(slower, 3), at_most=1.15))
-    if 512 in by_context:
-        figures.append(Figure("training step: GLA's model FLOP/s over the rate of an fp32 GEMM, at 512",
-                              by_context[512]["gla_model_flops_over_gemm"], at_least=0.85))
-    result: dict[str, Any] = {
-        "device": device, "threads": torch.get_num_threads(), "parameters": count(models["gla"]),
-        "llama_parameters": count(models["llama"]), "repeats": config.repeats, "results": rows,
-    }  # fmt: skip
-    if 2048 in by_context and device == "cpu":
-        result["bytes_per_token_and_layer"] = memory = {name: _memory(name, config) for name in models}
-        figures.append(Figure("training step: GLA's memory per token and layer over Llama's, at 2048",
-                              round(memory["gla"] / memory["llama"], 3), at_most=1.0))
-    return result, figures
+        yield Figure("training step: GLA's time per token at 8192 over at 512", round(slower, 3),
+                     at_most=1.15 if on_cpu else None)
+    if 512 in by_context and on_cpu:
+        yield Figure("training step: GLA's model FLOP/s over the rate of an fp32 GEMM, at 512",
+                     by_context[512]["gla_model_flops_over_gemm"], at_least=0.85)
+    if memory := result.get("bytes_per_token_and_layer"):
+        yield Figure("training step: GLA's memory per token and layer over Llama's, at 2048",
+                     round(memory["gla"] / memory["llama"], 3), at_most=1.0)
+
+
+def mfu(result: dict[str, Any]) -> Iterator[Figure]:
+    """Model FLOP/s on a GPU over its data sheet's peak and over a product of large matrices, in bfloat16."""
+    best = None if result["device"] == "cpu" else max(row["gla_model_flops_per_second"] for row in result["results"])
+    peak = None if best is None else peak_of(result["device"])
+    if best is not None:
+        sheet = f"its data sheet {peak / 1e12:,.0f}" if peak else "no data sheet's peak is known for it"
+        print(f"roofline of {result['device']}, bf16 TFLOP/s: a GEMM {result['gemm_flops_per_second'] / 1e12:,.0f}, {sheet}")
+    share = round(best / peak, 3) if best and peak else None
+    yield Figure("training step on a GPU: MFU, bf16, of the data sheet's peak", share)
+    over = None if best is None else round(best / result["gemm_flops_per_second"], 3)
+    yield Figure("training step on a GPU: model FLOP/s over a bf16 GEMM's", over)
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s in bfloat16, by the data sheet of the GPU that CUDA calls so."""
+    from flame_composer.planning import DEVICES
+
+    words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    found = [kind for kind in DEVICES if kind.split("_")[0] in words]
+    if "pcie" in words and f"{found[0] if found else ''}_pcie" in DEVICES:
+        return DEVICES[f"{found[0]}_pcie"].peak
+    return DEVICES[found[0]].peak if found else None
+
+
+def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+    """The same step at the first context length: with more rows, up to `batch_tokens`, and with fewer and more layers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    context_length = config.context_lengths[0]
+    most = max(1, config.batch_tokens // context_length)
+    by_rows = [1 << power for power in range(most.bit_length())]
+    by_layers = sorted({max(1, round(config.num_layers * part)) for part in (0.25, 0.5, 1, 2)})
+
+    def timed(num_rows: int, num_layers: int) -> dict[str, Any]:
+        models = build_pair(config.hidden_size, num_layers, config.vocab_size, device=device)
+        batch_tokens = num_rows * context_length
+        what = {name: step(model, context_length, batch_tokens, config.vocab_size) for name, model in models.items()}
+        found = interleaved(what, config.repeats, f"{num_rows} rows, {num_layers} layers")
+        speeds = {f"{name}_tokens_per_second": round(median(values)) for name, values in found.items()}
+        return {"rows": num_rows, "layers": num_layers, **speeds}
+
+    rows = [timed(number, config.num_layers) for number in by_rows]
+    layers = [timed(max(1, most // 2), number) for number in by_layers]
+    less, more = rows[0]["gla_tokens_per_second"], rows[-1]["gla_tokens_per_second"]
+    shallow, deep = layers[0], layers[-1]
+    a_layer = deep["layers"] / shallow["layers"] * deep["gla_tokens_per_second"] / shallow["gla_tokens_per_second"]
+    return {"device": device, "context_length": context_length, "by_rows": rows, "by_layers": layers}, [
+        Figure(f"growth: GLA's time per token with {by_rows[-1]} rows of {context_length} over with 1", round(less / more, 3)),
+        Figure(f"growth: GLA's time per layer and token with {deep['layers']} layers over with {shallow['layers']}",
+               round(1 / a_layer, 3)),
+    ]  # fmt: skip
 
 
 def _memory(name: str, config: BenchmarkConfig) -> int:
@@ -205,148 +262,3 @@ def tensors_in(content: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(each)
     elif hasattr(content, "__dict__") and not isinstance(content, type):
         yield from tensors_in(vars(content))
-
-
-# A run's checkpoints
-
-
-def checkpoints(config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
-    """Seconds to save a training state as a run does against torch.save of the same, forced to disk; and to read them."""
-    from composer import Trainer
-
-    from flame_composer import checkpoint
-    from flame_composer.optim import build_optimizer
-    from flame_composer.train_config import OptimizerConfig
-
-    model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
-    optimizer = build_optimizer(model, OptimizerConfig())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    trainer = Trainer(model=CausalLM(model, plain_tokenizer(config.vocab_size), varlen=False), optimizers=optimizer,
-                      device="cpu", progress_bar=False, max_duration="1ba")
-    place, plain = folder / "ours", folder / "plain.pt"
-    place.mkdir()
-    saver = checkpoint.SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    def save() -> None:
-        saver.saved = None
-        saver.save(trainer.state)
-
-    def save_plainly() -> None:
-        with plain.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read() -> None:
-        checkpoint.read_checkpoint(checkpoint.Checkpoint("", place / "ba0.pt"))
-
-    timed: dict[str, Callable[[], Any]] = {
-        "save": save, "torch_save": save_plainly, "read": read, "torch_load": lambda: torch.load(plain, weights_only=True),
-    }  # fmt: skip
-    found = interleaved({name: partial(seconds, run) for name, run in timed.items()}, config.repeats, "checkpoint")
-    result = {f"{name}_seconds": round(median(values), 3) for name, values in found.items()}
-    return {"bytes": plain.stat().st_size, **result}, [
-        Figure("checkpoint: training waits, over torch.save and fsync", ratio(found["save"], found["torch_save"]), at_most=1.1),
-        Figure("checkpoint: checking and reading, over torch.load", ratio(found["read"], found["torch_load"])),
-    ]
-
-
-def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One that has as many tokens and is never used."""
-    from tokenizers import Tokenizer, models
-
-    words = {f"{number}": number for number in range(vocab_size)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="0")
-
-
-# Data
-
-
-@contextlib.contextmanager
-def rows_of(folder: str, *, choose: int | None = None, batch_size: int = 8) -> Iterator[Any]:
-    """The loader a run has for a dataset; `choose` rows of it an epoch, repeated as often as it takes."""
-    from flame_composer import data
-    from flame_composer.config import DataError
-    from flame_composer.fetch import Dataset
-    from flame_composer.manifest import check_shards, read_manifest
-    from flame_composer.train_config import DataConfig, StreamConfig
-
-    if not folder:
-        raise DataError("no dataset")
-    dataset = Dataset(folder, None, read_manifest(folder), check_shards(folder))
-    config = DataConfig(num_workers=0, local=folder)
-    if choose:
-        config = DataConfig(num_workers=0, streams={"all": StreamConfig(local=folder, choose=choose)})
-    name = "all" if choose else ""
-    yield data.build_train_loader({name: dataset}, config, global_batch_size=batch_size, seed=1).dataloader
-
-
-def read_all(folder: str, batch_size: int = 8) -> float:
-    """Rows per second from shards to collated batches."""
-    with rows_of(folder, batch_size=batch_size) as loader:
-        count = 0
-        start = time.perf_counter()
-        for batch in loader:
-            count += len(batch["input_ids"])
-        return count / (time.perf_counter() - start)
-
-
-def read_all_plainly(folder: str, batch_size: int = 8) -> float:
-    """The same with StreamingDataset alone, its rows as they come."""
-    from streaming import StreamingDataset
-
-    dataset = StreamingDataset(local=folder, batch_size=batch_size, shuffle=True, shuffle_seed=1)
-    start = time.perf_counter()
-    count = sum(1 for _ in dataset)
-    return count / (time.perf_counter() - start)
-
-
-def first_batch(folder: str, epoch_rows: float, at: float) -> float:
-    """Seconds from opening a dataset to the first batch, `at` a fraction of an epoch of so many rows."""
-    start = time.perf_counter()
-    with rows_of(folder, choose=int(epoch_rows)) as loader:
-        rows = loader.dataset
-        row = int(epoch_rows * at) // 8 * 8
-        state = rows.state_dict(0, True)
-        rows.load_state_dict({**state, "sample_in_epoch": row})
-        next(iter(loader))
-        return time.perf_counter() - start
-
-
-# The whole trainer
-
-
-def bare_loop(config_file: str, *overrides: str) -> None:
-    """Train as the recipe does with nothing around it: print the median of tokens per second of a step."""
-    from flame_composer import data, optim
-    from flame_composer.cli import load
-    from flame_composer.model import build_hf_config
-    from flame_composer.tokenizer import load_tokenizer
-    from flame_composer.train_config import TrainConfig
-
-    config = load(TrainConfig, [config_file, *overrides])
-    tokenizer = load_tokenizer(config.tokenizer)
-    torch.manual_seed(config.seed)
-    hf_model = build_model(build_hf_config(config.model.config, tokenizer, config.context_length))
-    model = CausalLM(hf_model, tokenizer, varlen=config.varlen)
-    sets = data.open_train_data(config.train_data, tokenizer=tokenizer, context_length=config.context_length)
-    loader = data.build_train_loader(sets, config.train_data, global_batch_size=config.global_batch_size, seed=config.seed)
-    plan = config.plan(epoch_batches=10**9)
-    batches = [batch for batch, _ in zip(loader.dataloader, range(plan.total), strict=False)]
-    optimizer = optim.build_optimizer(model, config.optimizer)
-    model.train()
-    speeds = []
-    for batch in batches:
-        def train(batch: Any = batch) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            outputs = model(batch)
-            outputs["loss"].backward()
-            if config.optimizer.grad_clip_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
-            optimizer.step()
-
-        speeds.append(batch["input_ids"].numel() / seconds(train))
-    print(median(speeds[2:]))

@@ -1,6 +1,7 @@
 """How fast things are here, each against another in one run.
 
     python recipes/benchmark.py train        # GLA against a Llama of the same size, forward and backward
+    python recipes/benchmark.py growth       # the same with more rows, and with fewer and more layers
     python recipes/benchmark.py decode       # the same two, token by token
     python recipes/benchmark.py trainer      # recipes/train.py against a bare loop over the same batches
     python recipes/benchmark.py data         # shards to batches against StreamingDataset; the first batch of a resumed epoch
@@ -13,30 +14,35 @@ One JSON line last: medians, the medians of the ratios of each turn, and `figure
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from flame_composer import benchmark
-from flame_composer.benchmark import Figure
+from flame_composer import benchmark, benchmark_charts, measuring
 from flame_composer.cli import run_one_of
-from flame_composer.config import ConfigError, DataError
+from flame_composer.config import ConfigError
+from flame_composer.measuring import Figure
 from flame_composer.recipe_config import AllBenchmarksConfig, BenchmarkConfig, ConversionBenchmarkConfig, SystemBenchmarkConfig
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["train", "decode", "trainer", "data", "start", "checkpoint", "convert"]
+NAMES = ["train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert"]
 
 
 def report(name: str, result: dict, figures: list[Figure]) -> None:
     for figure in figures:
         print(figure.line(), flush=True)
-    print(json.dumps({"benchmark": name, **benchmark.machine(), **result, "figures": [vars(figure) for figure in figures]}))
+    print(json.dumps({"benchmark": name, **measuring.machine(), **result, "figures": [vars(figure) for figure in figures]}))
 
 
 def train(config: BenchmarkConfig) -> None:
     from flame_composer import timing
 
     report("train", *timing.training(config))
+
+
+def growth(config: BenchmarkConfig) -> None:
+    from flame_composer import timing
+
+    report("growth", *timing.growth(config))
 
 
 def decode(config: SystemBenchmarkConfig) -> None:
@@ -46,29 +52,29 @@ def decode(config: SystemBenchmarkConfig) -> None:
 
 
 def checkpoint(config: SystemBenchmarkConfig) -> None:
-    from flame_composer import timing
+    from flame_composer import run_timing
 
-    with benchmark.workplace(config.folder) as folder:
-        report("checkpoint", *timing.checkpoints(config, folder))
+    with measuring.workplace(config.folder) as folder:
+        report("checkpoint", *run_timing.checkpoints(config, folder))
 
 
 def trainer(config: SystemBenchmarkConfig) -> None:
-    with benchmark.workplace(config.folder) as folder:
+    with measuring.workplace(config.folder) as folder:
         report("trainer", *benchmark.compare_trainers(ROOT, config, folder))
 
 
 def data(config: SystemBenchmarkConfig) -> None:
-    with benchmark.workplace(config.folder) as folder:
+    with measuring.workplace(config.folder) as folder:
         report("data", *benchmark.compare_readers(ROOT, config, folder))
 
 
 def start(config: SystemBenchmarkConfig) -> None:
-    with benchmark.workplace(config.folder) as folder:
+    with measuring.workplace(config.folder) as folder:
         report("start", *benchmark.compare_starts(ROOT, config, folder))
 
 
 def convert(config: ConversionBenchmarkConfig) -> None:
-    with benchmark.workplace(config.folder) as folder:
+    with measuring.workplace(config.folder) as folder:
         report("convert", *benchmark.compare_conversions(ROOT, config, folder))
 
 
@@ -76,24 +82,18 @@ def run_all(config: AllBenchmarksConfig) -> None:
     names = config.names or NAMES
     if unknown := set(names) - set(NAMES):
         raise ConfigError(f"names: {', '.join(sorted(unknown))}: must be of {', '.join(NAMES)}")
-    results = {}
-    for name in names:
-        print(f"\n== {name}", flush=True)
-        process = subprocess.run([sys.executable, __file__, name], stdout=subprocess.PIPE, text=True)
-        print(process.stdout, end="", flush=True)
-        if process.returncode != 0:
-            raise DataError(f"{name}: ended with status {process.returncode}")
-        results[name] = json.loads(process.stdout.splitlines()[-1])
+    results = benchmark.run_each(Path(__file__), names)
+    if config.plot:
+        benchmark_charts.write(results, config.plot)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
-    print("\n" + "\n".join(figure.line() for figure in figures))
-    print(json.dumps({"benchmark": "all", "results": results}))
+    print("", *(figure.line() for figure in figures), json.dumps({"benchmark": "all", "results": results}), sep="\n")
     if missed := [figure.name for figure in figures if figure.is_missed()]:
         sys.exit(f"missed by more than a tenth: {', '.join(missed)}")
 
 
 if __name__ == "__main__":
     sys.exit(run_one_of({
-        "train": (train, BenchmarkConfig), "decode": (decode, SystemBenchmarkConfig),
+        "train": (train, BenchmarkConfig), "growth": (growth, BenchmarkConfig), "decode": (decode, SystemBenchmarkConfig),
         "trainer": (trainer, SystemBenchmarkConfig), "data": (data, SystemBenchmarkConfig),
         "start": (start, SystemBenchmarkConfig), "checkpoint": (checkpoint, SystemBenchmarkConfig),
         "convert": (convert, ConversionBenchmarkConfig), "all": (run_all, AllBenchmarksConfig),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -10,11 +11,16 @@ import numpy as np
 import pytest
 from streaming import StreamingDataset
 
-from flame_composer.benchmark import Figure, Run, Usage, convert_plainly, measure, summary, write_corpus
+from flame_composer import benchmark_charts
+from flame_composer.benchmark import Run, convert_plainly, summary, write_corpus
+from flame_composer.benchmark_charts import panels
 from flame_composer.config import ConfigError, DataError
+from flame_composer.measuring import Figure, Usage, measure
+from flame_composer.recipe_config import AllBenchmarksConfig
+from flame_composer.timing import mfu, peak_of
 from flame_composer.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
-from tests.runs import check, last_json, run_script
+from tests.runs import ROOT, check, last_json, run_script
 
 # A process that leaves one behind that lives longer; the numbers are megabytes and seconds on a processor.
 LEAVE_BEHIND = """
@@ -156,6 +162,60 @@ def test_a_figure_that_misses_what_is_stated():
     assert "not measured" in Figure("speed", None, at_least=1).line()
 
 
+def test_growth_is_timed_and_drawn(tmp_path):
+    grown = last_json(run_script("recipes/benchmark.py", "growth", *SMALL, "batch_tokens=128", "context_lengths=[32,64]"))
+    assert [row["rows"] for row in grown["by_rows"]] == [1, 2, 4]
+    assert [row["layers"] for row in grown["by_layers"]] == [1, 2]
+    speeds = [row[f"{name}_tokens_per_second"] for row in grown["by_rows"] + grown["by_layers"] for name in ("gla", "llama")]
+    assert min(speeds) > 0
+    drawn = {"growth": grown, "data": {"one_worker_rows_per_second": 5, "two_workers_rows_per_second": 9}}
+    assert [(panel.x_name, panel.xs) for panel in panels(drawn)] == [("rows of 32", [1, 2, 4]), ("layers", [1, 2])]
+    convert = {"num_workers": 2, "workers_over_one_after_start": 1.9}
+    workers = list(panels({**drawn, "convert": convert}))[-1]
+    assert workers.lines == {"conversion": [1, 1.9], "loading": [1, 1.8]}
+    benchmark_charts.write(drawn, str(tmp_path / "growth.png"))
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DataError, match=r"^plot: \S+/no/growth\.png: No such file or directory; give another"):
+        benchmark_charts.write(drawn, str(tmp_path / "no/growth.png"))
+    with pytest.raises(DataError, match=r"^plot: nothing that is drawn was measured: start$"):
+        benchmark_charts.write({"start": {}}, str(tmp_path / "growth.png"))
+
+
+SAYS = """
+import json, sys
+if sys.argv[1] == "convert":
+    sys.exit(1)
+figure = {"name": sys.argv[1], "value": {"start": 1.05, "data": 2.0}[sys.argv[1]], "at_least": None, "at_most": 1.0}
+print(json.dumps({"figures": [figure]}))
+"""
+
+
+def test_all_ends_with_what_is_missed(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "recipes/benchmark.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (tmp_path / "says.py").write_text(SAYS)
+    script.__file__ = str(tmp_path / "says.py")
+    script.run_all(AllBenchmarksConfig(names=["start"]))
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["results"]["start"]["figures"][0]["value"] == 1.05
+    with pytest.raises(SystemExit, match=r"^missed by more than a tenth: data$"):
+        script.run_all(AllBenchmarksConfig(names=["start", "data"]))
+    with pytest.raises(DataError, match=r"^convert: ended with status 1$"):
+        script.run_all(AllBenchmarksConfig(names=["convert"]))
+
+
+def test_the_peak_of_a_gpu():
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA L4"]
+    assert [peak_of(name) for name in names] == [989e12, 756e12, 312e12, 165e12, 121e12]
+    assert peak_of("Some Other GPU") is None
+    rows = [{"gla_model_flops_per_second": 3e14}, {"gla_model_flops_per_second": 4e14}]
+    on_gpu = {"device": "NVIDIA H200", "gemm_flops_per_second": 8e14, "results": rows}
+    assert [figure.value for figure in mfu(on_gpu)] == [round(4e14 / 989e12, 3), 0.5]
+    assert [figure.value for figure in mfu({**on_gpu, "device": "cpu"})] == [None, None]
+    assert [figure.value for figure in mfu({**on_gpu, "device": "Another"})] == [None, 0.5]
+
+
 def test_which_benchmark():
     helped = check(run_script("recipes/benchmark.py", "--help")).stdout
     assert "usage: benchmark.py train [file.yaml]" in helped
@@ -164,7 +224,7 @@ def test_which_benchmark():
     wrong = run_script("recipes/benchmark.py", "convrt", "repeats=1")
     assert wrong.returncode == 2
     assert wrong.stderr == (
-        "error: command line: convrt: must be one of train, decode, trainer, data, start, checkpoint, convert, all, "
+        "error: command line: convrt: must be one of train, growth, decode, trainer, data, start, checkpoint, convert, all, "
         "or a YAML file; did you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
