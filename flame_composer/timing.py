@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -202,40 +203,52 @@ def _memory(name: str, config: BenchmarkConfig) -> int:
 def decoding(config: SystemBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by sequences and context."""
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
+    for model in models.values():
+        model.eval()
     rows, figures = [], []
-    for batch_size in config.batch_sizes:
-        for context_length in config.context_lengths:
-            after = batch_size, context_length, config.new_tokens
-            what = {name: decode(model.eval(), *after) for name, model in models.items()}
+    for context_length in config.context_lengths:
+        caches = {name: read_prompt(model, context_length) for name, model in models.items()}
+        kept = {name: sum(tensor.nbytes for tensor in tensors_in(cache.layers)) for name, cache in caches.items()}
+        for batch_size in config.batch_sizes:
+            what = {name: decode(model, caches[name], batch_size, config.new_tokens) for name, model in models.items()}
             found = interleaved(what, config.repeats, f"decoding {batch_size} x {context_length}")
             rows.append({
                 "batch_size": batch_size, "context_length": context_length,
                 "gla_over_llama": ratio(found["gla"], found["llama"]),
                 **{f"{name}_tokens_per_second": round(median(values), 1) for name, values in found.items()},
                 **{f"{name}_milliseconds": round(1000 * batch_size / median(values), 2) for name, values in found.items()},
-                **{f"{name}_bytes_kept_per_sequence": kept_of_context(model, context_length) for name, model in models.items()},
+                **{f"{name}_bytes_kept_per_sequence": number for name, number in kept.items()},
             })  # fmt: skip
             figures.append(Figure(f"decoding: GLA over Llama, tokens/s, {batch_size} sequences after {context_length}",
                                   rows[-1]["gla_over_llama"]))
-        mine = [row["gla_tokens_per_second"] for row in rows if row["batch_size"] == batch_size]
-        if len(mine) > 1:
-            first, last = config.context_lengths[0], config.context_lengths[-1]
+    if len(config.context_lengths) > 1:
+        first, last = config.context_lengths[0], config.context_lengths[-1]
+        for batch_size in config.batch_sizes:
+            mine = [row["gla_tokens_per_second"] for row in rows if row["batch_size"] == batch_size]
             figures.append(Figure(f"decoding: GLA's time per token after {last} over after {first}, {batch_size} sequences",
                                   round(mine[0] / mine[-1], 3), at_most=1.1))
     return {"parameters": count(models["gla"]), "results": rows}, figures
 
 
-def decode(model: PreTrainedModel, batch_size: int, context_length: int, new_tokens: int) -> Callable[[], float]:
-    """Tokens per second of decoding after a context, whose reading is not counted."""
-    prompt = torch.randint(0, model.config.vocab_size, (batch_size, context_length), device=model.device)
-    with torch.no_grad():
-        cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, context_length: int) -> Any:
+    """What a model keeps of one sequence."""
+    prompt = torch.randint(0, model.config.vocab_size, (1, context_length), device=model.device)
+    return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(model: PreTrainedModel, prompt: Any, batch_size: int, new_tokens: int) -> Callable[[], float]:
+    """Tokens per second of decoding so many sequences, each after the same prompt, whose reading is not counted."""
+    cache = copy.deepcopy(prompt)
+    for tensor in tensors_in(cache.layers):
+        tensor.set_(tensor.repeat(batch_size, *[1] * (tensor.ndim - 1)))  # type: ignore[call-overload]
+    first = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
 
     @torch.no_grad()
     def run() -> float:
         def go() -> None:
             nonlocal cache
-            token = prompt[:, -1:]
+            token = first
             for _ in range(new_tokens):
                 outputs = model(input_ids=token, past_key_values=cache, use_cache=True)
                 cache, token = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
@@ -243,14 +256,6 @@ def decode(model: PreTrainedModel, batch_size: int, context_length: int, new_tok
         return batch_size * new_tokens / seconds(go)
 
     return run
-
-
-@torch.no_grad()
-def kept_of_context(model: PreTrainedModel, context_length: int) -> int:
-    """Bytes that a model keeps of a sequence it has read."""
-    prompt = torch.zeros(1, context_length, dtype=torch.long, device=model.device)
-    cache: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-    return sum(tensor.nbytes for tensor in tensors_in(cache.layers))
 
 
 def tensors_in(content: Any) -> Iterator[torch.Tensor]:
