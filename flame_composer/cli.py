@@ -27,6 +27,7 @@ from omegaconf.resolvers import oc
 
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig, TrainingError
 
+PASSWORD = r"(://[^/@:\s]*:)[^/@\s]+@"  # in an address; it would end up in logs
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 SECONDS_BEHIND = 20  # that a mistake is met by the other processes of a machine before its first one, at most
@@ -125,7 +126,7 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         # An error in a loader process arrives with that process's traceback before it.
         if message.startswith("Caught "):
             message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        message = " ".join(message.splitlines())
+        message = re.sub(PASSWORD, r"\1***@", " ".join(message.splitlines()))
         # Every rank meets the same mistake in the configuration, and one of them says it.
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)

@@ -36,6 +36,7 @@ CALLBACKS: Mapping[str, str] = MappingProxyType({
 })
 LOGGERS: Mapping[str, str] = MappingProxyType({
     "file_logger": "Every metric as a line of text, in log_folder; a resumed run goes on in the same file.",
+    "mlflow_logger": "Metrics and settings to MLflow (extra mlflow); a resumed run goes on as the same one, by its run_name.",
 })
 OFFERED = MappingProxyType({"algorithms": ALGORITHMS, "callbacks": CALLBACKS, "loggers": LOGGERS})
 
@@ -77,7 +78,6 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "console_logger": "is not offered: a run prints lines of its own; set loggers.file_logger={} to have all metrics",
         "in_memory_logger": "keeps every metric in memory for the whole run; set loggers.file_logger={} instead",
         "remote_uploader_downloader": "set save_folder=s3://... instead",
-        "mlflow_logger": "is not tested here; set wandb.project, tensorboard=true or loggers.file_logger={}",
         **dict.fromkeys(("comet_ml_logger", "neptune_logger", "slack_logger", "mosaic_ml_logger"), _ACCOUNT),
     },
 })

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import json
+import os
 import shutil
+import urllib.parse
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +16,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import FileLogger as ComposerFileLogger
 from composer.loggers import Logger
+from composer.loggers import MLFlowLogger as ComposerMLFlowLogger
 from composer.utils import dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,9 +24,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from flame_composer.algorithms import EMA
 from flame_composer.callbacks import keep_rows
 from flame_composer.checkpoint import save_hf_folder
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, one_line
 from flame_composer.extensions_config import whole_batches
 from flame_composer.model import CausalLM
+
+MLFLOW_TRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 def _causal_lm(state: State) -> CausalLM:
@@ -192,3 +198,54 @@ class FileLogger(ComposerFileLogger):
             raise ConfigError(f"{self.filename}: cannot be written to: {error.strerror}; set log_folder, or "
                               "loggers.file_logger.filename, to what can") from None
         self._flush_queue()
+
+
+class MLFlowLogger(ComposerMLFlowLogger):
+    """Composer's, in which a run that is started again goes on as the same run of MLflow."""
+
+    def __init__(
+        self, experiment_name: str = "flame_composer", tracking_uri: str | None = None, run_name: str | None = None,
+        run_group: str | None = None, ignore_metrics: list[str] | None = None,
+    ):  # fmt: skip
+        """`tracking_uri` as for MLflow, whose environment variables hold; user and password are in no configuration."""
+        if importlib.util.find_spec("mlflow") is None:
+            raise ValueError("mlflow is not installed; pip install 'flame-composer[mlflow]'")
+        if tracking_uri is not None and urllib.parse.urlsplit(tracking_uri).password is not None:
+            raise ValueError("tracking_uri: must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        from mlflow import MlflowException
+
+        tries = os.environ.get(MLFLOW_TRIES)
+        os.environ.setdefault(MLFLOW_TRIES, "1")  # a wrong address is found out at once, not after minutes
+        try:
+            super().__init__(
+                experiment_name=experiment_name, tracking_uri=tracking_uri, run_name=run_name, run_group=run_group,
+                ignore_metrics=ignore_metrics, resume=True, log_system_metrics=False,
+            )  # fmt: skip
+        except MlflowException as error:
+            raise ValueError(f"{tracking_uri or 'the tracking server'}: {one_line(error)}") from None
+        finally:
+            if tries is None:
+                del os.environ[MLFLOW_TRIES]
+        self.state: State | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.state = state
+        super().init(state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a killed run, only steps that are trained again may be missing in MLflow, not those before its checkpoint."""
+        if self._enabled:
+            import mlflow
+
+            mlflow.flush_async_logging()
+        return {}
+
+    def post_close(self) -> None:
+        """Composer's calls a run that was preempted finished."""
+        if not self._enabled or self.state is None:
+            return
+        import mlflow
+
+        mlflow.flush_async_logging()
+        longest = self.state.max_duration
+        mlflow.end_run("FINISHED" if longest is not None and self.state.timestamp >= longest else "KILLED")

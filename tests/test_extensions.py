@@ -75,8 +75,8 @@ def test_every_name_of_composer_is_offered_or_refused_with_the_reason():
 
 def test_every_one_that_is_offered_is_run_below():
     assert {section: set(names) for section, names in ALL.items()} == {
-        section: set(names) - {"memory_monitor"} for section, names in OFFERED.items()
-    }  # its test needs a GPU
+        section: set(names) - {"memory_monitor", "mlflow_logger"} for section, names in OFFERED.items()
+    }  # the one needs a GPU, the other a store: it has a test of its own
 
 
 @pytest.fixture(scope="module")
@@ -388,3 +388,42 @@ def test_arguments_that_do_not_fit(name, arguments, key, rule):
 def test_every_argument_has_a_type_that_a_configuration_can_hold(section, name):
     for argument, parameter in arguments_of(find_class(section, name)).items():
         assert parameter.annotation is not Any, argument
+
+
+def test_mlflow_has_one_run_of_a_killed_one(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    store, run = f"file:{tmp_path}/mlruns", tmp_path / "killed"
+    keys = ("max_duration=9ba", "save_interval=3ba", f"loggers.mlflow_logger={{tracking_uri: '{store}'}}")
+    env = {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    client = mlflow.MlflowClient(store)
+
+    def only_run() -> Any:
+        (experiment,) = client.search_experiments(filter_string="name = 'flame_composer'")
+        (found,) = client.search_runs([experiment.experiment_id])
+        return found
+
+    corpus.killed_run(run, *keys, after_step=4, env=env)
+    assert corpus.stopped_run(run, *keys, after_step=6, env=env).returncode == 143
+    assert only_run().info.status == "KILLED"
+    corpus.train_run(run, *keys, env=env)
+    found = only_run()
+    assert (found.info.run_name, found.info.status) == ("killed", "FINISHED")
+    assert found.data.params["global_batch_size"] == "4"
+    losses = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, "loss/train/total")}
+    assert losses == pytest.approx({row["current_steps"] - 1: row["loss"] for row in read_log(run)}, rel=1e-6)
+
+
+def test_mlflow_that_cannot_be_reached(corpus: Corpus, tmp_path: Path) -> None:
+    for uri, what in (
+        ("http://127.0.0.1:9", "MLFlowLogger refuses it: http://127.0.0.1:9: API request to "),
+        ("http://me:secret@127.0.0.1:9", "MLFlowLogger refuses it: tracking_uri: must hold no password; set MLFLOW_TRACKING_"),
+    ):
+        keys = corpus.keys(tmp_path / "run", f"loggers.mlflow_logger={{tracking_uri: '{uri}'}}")
+        failed = Script("recipes/train.py", *keys).wait()
+        assert (failed.returncode, failed.stderr.count("\n")) == (2, 1), failed.stderr
+        assert what in failed.stderr
+        assert "secret" not in failed.stderr + failed.stdout
