@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -147,13 +147,15 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     plan = config.plan(epoch_batches=10**9)
     batches = [batch for batch, _ in zip(loader.dataloader, range(plan.total), strict=False)]
     optimizer = optim.build_optimizer(model, config.optimizer)
+    microbatch_size = cast(int, config.microbatch_size)
     model.train()
     speeds = []
     for batch in batches:
         def train(batch: Any = batch) -> None:
             optimizer.zero_grad(set_to_none=True)
-            outputs = model(batch)
-            outputs["loss"].backward()
+            for rows in range(0, config.global_batch_size, microbatch_size):
+                part = {name: values[rows : rows + microbatch_size] for name, values in batch.items()}
+                (model(part)["loss"] * (microbatch_size / config.global_batch_size)).backward()
             if config.optimizer.grad_clip_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
             optimizer.step()
