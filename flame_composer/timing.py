@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from flame_composer import cpu
 from flame_composer.benchmark import Figure, interleaved, measure, median, ratio
 from flame_composer.model import CausalLM, build_model
-from flame_composer.recipe_config import BenchmarkConfig, SystemBenchmarkConfig
+from flame_composer.recipe_config import BenchmarkConfig, CheckpointBenchmarkConfig, DecodeBenchmarkConfig
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -142,7 +142,7 @@ def _memory(name: str, config: BenchmarkConfig) -> int:
     return round((long - short) / (2048 - 256) / config.num_layers)
 
 
-def decoding(config: SystemBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by sequences and context."""
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
     rows, figures = [], []
@@ -210,7 +210,7 @@ def tensors_in(content: Any) -> Iterator[torch.Tensor]:
 # A run's checkpoints
 
 
-def checkpoints(config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
     """Seconds to save a training state as a run does against torch.save of the same, forced to disk; and to read them."""
     from composer import Trainer
 

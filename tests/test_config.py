@@ -35,12 +35,16 @@ from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, Inspec
 from flame_composer.recipe_config import (
     AllBenchmarksConfig,
     BenchmarkConfig,
+    CheckpointBenchmarkConfig,
     ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    DecodeBenchmarkConfig,
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,
-    SystemBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
 )
 from flame_composer.train_config import (
     DataConfig,
@@ -88,7 +92,8 @@ GIVEN: dict[type, dict[str, Any]] = {
     BenchmarkConfig: {},
     ReportConfig: {"runs": ["r"]},
     ConversionBenchmarkConfig: {},
-    SystemBenchmarkConfig: {},
+    **{cls: {} for cls in (DecodeBenchmarkConfig, CheckpointBenchmarkConfig, StartBenchmarkConfig, TrainerBenchmarkConfig,
+                           DataBenchmarkConfig)},
     CleanConfig: {"source": ["s"], "out": "o"},
     LanguageConfig: {"model": "m"},
     **{cls: {} for cls in (GopherRepetitionConfig, GopherQualityConfig, C4Config, MinhashConfig, PiiConfig, RayConfig)},
@@ -348,12 +353,15 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((ConversionBenchmarkConfig, {"megabytes": size}, "megabytes", "must be more than 0") for size in (inf, nan)),
     (ConversionBenchmarkConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
     (ConversionBenchmarkConfig, {"num_workers": 1}, "num_workers", "must be 2 or more"),
-    (SystemBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
-    *((SystemBenchmarkConfig, {name: 0}, name, "must be more than 0")
-      for name in ("repeats", "epoch_rows", "new_tokens", "hidden_size", "num_layers", "vocab_size", "megabytes")),
-    (SystemBenchmarkConfig, {"megabytes": inf}, "megabytes", "must be more than 0"),
-    (SystemBenchmarkConfig, {"steps": 3}, "steps", "must be more than 3"),
-    *((SystemBenchmarkConfig, {name: values}, name, "must be 1 or more")
+    *((cls, {"folder": ""}, "folder", EMPTY) for cls in (CheckpointBenchmarkConfig, StartBenchmarkConfig)),
+    *((cls, {name: 0}, name, "must be more than 0") for cls in (DecodeBenchmarkConfig, CheckpointBenchmarkConfig)
+      for name in ("hidden_size", "num_layers", "vocab_size", "repeats")),
+    (DecodeBenchmarkConfig, {"new_tokens": 0}, "new_tokens", "must be more than 0"),
+    *((StartBenchmarkConfig, {name: 0}, name, "must be more than 0") for name in ("megabytes", "repeats")),
+    (StartBenchmarkConfig, {"megabytes": inf}, "megabytes", "must be more than 0"),
+    (TrainerBenchmarkConfig, {"steps": 3}, "steps", "must be more than 3"),
+    (DataBenchmarkConfig, {"epoch_rows": 0}, "epoch_rows", "must be more than 0"),
+    *((DecodeBenchmarkConfig, {name: values}, name, "must be 1 or more")
       for name in ("context_lengths", "batch_sizes") for values in ([], [0])),
 ]  # fmt: skip
 
