@@ -24,7 +24,12 @@ from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files, sample_texts
 from flame_composer.manifest import read_manifest
 from flame_composer.measuring import Figure, Usage, interleaved, measure, median, ratio
-from flame_composer.recipe_config import ConversionBenchmarkConfig, SystemBenchmarkConfig
+from flame_composer.recipe_config import (
+    ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
+)
 
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 BASELINE = (
@@ -222,7 +227,7 @@ def _median(values: Sequence[float], digits: int | None = None) -> float | None:
 # Runs
 
 
-def quickstart_data(root: Path, config: SystemBenchmarkConfig, folder: Path) -> list[str]:
+def quickstart_data(root: Path, config: StartBenchmarkConfig, folder: Path) -> list[str]:
     """A tokenizer and a dataset made from Python files, and the arguments that train yamls/gla_tiny.yaml on it."""
     whole, _ = write_corpus((), (), round(config.megabytes * 1e6), folder)
     tokenizer, dataset = folder / "tokenizer", folder / "train"
@@ -238,7 +243,7 @@ def quickstart_data(root: Path, config: SystemBenchmarkConfig, folder: Path) -> 
     ]  # fmt: skip
 
 
-def compare_trainers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+def compare_trainers(root: Path, config: TrainerBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
     """recipes/train.py against a loop of forward, backward and optimizer step over the same batches."""
     arguments = [*quickstart_data(root, config, folder), f"max_duration={config.steps}ba"]
     log = folder / "run/train_log.jsonl"
@@ -259,7 +264,7 @@ def compare_trainers(root: Path, config: SystemBenchmarkConfig, folder: Path) ->
     return result, [Figure(name, ratio(found["recipe"], found["bare"]), at_least=0.95)]
 
 
-def compare_readers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+def compare_readers(root: Path, config: DataBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
     """The data path: rows to batches against StreamingDataset's rows, and where an epoch is begun in its middle."""
     quickstart_data(root, config, folder)
     dataset = str(folder / "train")
@@ -286,7 +291,7 @@ def compare_readers(root: Path, config: SystemBenchmarkConfig, folder: Path) -> 
     ]  # fmt: skip
 
 
-def compare_starts(root: Path, config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+def compare_starts(root: Path, config: StartBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
     """The first step of recipes/train.py against the imports it cannot do without; and what answers without them."""
     arguments = [*quickstart_data(root, config, folder), "max_duration=1ba"]
     script, log = str(root / "recipes/train.py"), folder / "run/train_log.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -76,9 +77,10 @@ def _claim_number() -> int:
             continue
         left = list(SHARED_MEMORY.glob(f"{number}_*"))
         # What a job that was killed just now leaves, its resource tracker removes, by name, in a moment.
-        if all(time.time() - path.stat().st_mtime > UNLINK_SECONDS for path in left):
-            for path in left:
-                path.unlink()
-            return number
+        with contextlib.suppress(FileNotFoundError):  # it does so just now
+            if all(time.time() - path.stat().st_mtime > UNLINK_SECONDS for path in left):
+                for path in left:
+                    path.unlink()
+                return number
         os.close(lock)
     raise AssertionError

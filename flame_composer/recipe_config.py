@@ -157,17 +157,9 @@ class ConversionBenchmarkConfig(ScriptConfig):
 
 
 @dataclass
-class SystemBenchmarkConfig(ScriptConfig):
-    """Time what surrounds the model: the trainer, the data path, start-up, checkpoints, decoding."""
+class DecodeBenchmarkConfig(ScriptConfig):
+    """Time decoding with GLA against a Llama of the same size."""
 
-    repeats: int = 3
-    """Turns that count."""
-    megabytes: float = 8
-    """Size of the corpus that is trained on and read, drawn from the Python files of the installed packages."""
-    steps: int = 24
-    """Optimizer steps of a timed run."""
-    epoch_rows: int = 10000000
-    """Rows of the epoch whose last hundredth a run starts in."""
     context_lengths: list[int] = field(default_factory=lambda: [256, 8192])
     """Tokens read before decoding is timed."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
@@ -175,22 +167,81 @@ class SystemBenchmarkConfig(ScriptConfig):
     new_tokens: int = 16
     """Tokens decoded in a turn."""
     hidden_size: int = 512
-    """Width of the models that are decoded and saved."""
+    """Width of both models."""
     num_layers: int = 8
-    """Their depth."""
+    """Depth of both models."""
     vocab_size: int = 4096
-    """Tokens of their vocabulary."""
+    """Tokens of the vocabulary."""
+    repeats: int = 3
+    """Turns that count."""
+
+    def validate(self) -> None:
+        for name in ("new_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        for name in ("context_lengths", "batch_sizes"):
+            require(bool(getattr(self, name)) and min(getattr(self, name)) > 0, name, "must be 1 or more")
+
+
+@dataclass
+class CheckpointBenchmarkConfig(ScriptConfig):
+    """Time saving and reading a checkpoint against torch.save and torch.load."""
+
+    hidden_size: int = 512
+    """Width of the model that is saved."""
+    num_layers: int = 8
+    """Its depth."""
+    vocab_size: int = 4096
+    """Tokens of its vocabulary."""
+    repeats: int = 3
+    """Turns that count."""
+    folder: str | None = None
+    """Where the checkpoints are put, and removed in the end; the system's temporary folder if not set."""
+
+    def validate(self) -> None:
+        require_text(self, "folder")
+        for name in ("hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+
+
+@dataclass
+class StartBenchmarkConfig(ScriptConfig):
+    """Time a run's first step, from the command on, against importing the libraries."""
+
+    megabytes: float = 8
+    """Size of the corpus, drawn from the Python files of the installed packages."""
+    repeats: int = 3
+    """Turns that count."""
     folder: str | None = None
     """Where the corpus and the runs are put, and removed in the end; the system's temporary folder if not set."""
 
     def validate(self) -> None:
         require_text(self, "folder")
-        for name in ("repeats", "epoch_rows", "new_tokens", "hidden_size", "num_layers", "vocab_size"):
-            require(getattr(self, name) > 0, name, "must be more than 0")
-        require(0 < self.megabytes < math.inf, "megabytes", "must be more than 0")
+        for name in ("megabytes", "repeats"):
+            require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
+
+
+@dataclass
+class TrainerBenchmarkConfig(StartBenchmarkConfig):
+    """Time recipes/train.py against a bare loop over the same batches."""
+
+    steps: int = 24
+    """Optimizer steps of a timed run."""
+
+    def validate(self) -> None:
+        super().validate()
         require(self.steps > 3, "steps", "must be more than 3")
-        for name in ("context_lengths", "batch_sizes"):
-            require(bool(getattr(self, name)) and min(getattr(self, name)) > 0, name, "must be 1 or more")
+
+
+@dataclass
+class DataBenchmarkConfig(StartBenchmarkConfig):
+    """Time shards to batches against StreamingDataset, and the first batch of a resumed epoch."""
+
+    epoch_rows: int = 10000000
+    """Rows of the epoch whose last hundredth a run starts in."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.epoch_rows > 0, "epoch_rows", "must be more than 0")
 
 
 @dataclass

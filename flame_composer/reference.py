@@ -67,8 +67,9 @@ def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
 
 
 def _class(node: ast.expr, modules: dict[str, str | None]) -> type[ScriptConfig]:
-    name = typing.cast(ast.Name, node).id
-    return vars(importlib.import_module(str(modules[name])))[name]
+    module, _, name = ast.unparse(node).rpartition(".")  # a class that is imported, or one in a module that is
+    place = f"{modules[module]}.{module}" if module else str(modules[name])
+    return vars(importlib.import_module(place))[name]
 
 
 def page() -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer.measuring import Figure, interleaved, median, ratio
 from flame_composer.model import CausalLM, build_model
-from flame_composer.recipe_config import SystemBenchmarkConfig
+from flame_composer.recipe_config import CheckpointBenchmarkConfig
 from flame_composer.timing import build_pair, seconds
 
 ROWS_READ = 30_000
@@ -24,7 +24,7 @@ ROWS_OF_A_BATCH = 8
 # A run's checkpoints
 
 
-def checkpoints(config: SystemBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
+def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
     """Seconds to save a training state as a run does against torch.save of the same, forced to disk; and to read them."""
     from composer import Trainer
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from flame_composer import cpu
 from flame_composer.measuring import Figure, interleaved, measure, median, ratio
 from flame_composer.model import build_model
-from flame_composer.recipe_config import BenchmarkConfig, SystemBenchmarkConfig
+from flame_composer.recipe_config import BenchmarkConfig, DecodeBenchmarkConfig
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -200,7 +200,7 @@ def _memory(name: str, config: BenchmarkConfig) -> int:
     return round((long - short) / (2048 - 256) / config.num_layers)
 
 
-def decoding(config: SystemBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by sequences and context."""
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
     for model in models.values():

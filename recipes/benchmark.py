@@ -17,11 +17,10 @@ import json
 import sys
 from pathlib import Path
 
-from flame_composer import benchmark, benchmark_charts, measuring
+from flame_composer import benchmark, benchmark_charts, measuring, recipe_config
 from flame_composer.cli import run_one_of
 from flame_composer.config import ConfigError
 from flame_composer.measuring import Figure
-from flame_composer.recipe_config import AllBenchmarksConfig, BenchmarkConfig, ConversionBenchmarkConfig, SystemBenchmarkConfig
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert"]
@@ -33,52 +32,52 @@ def report(name: str, result: dict, figures: list[Figure]) -> None:
     print(json.dumps({"benchmark": name, **measuring.machine(), **result, "figures": [vars(figure) for figure in figures]}))
 
 
-def train(config: BenchmarkConfig) -> None:
+def train(config: recipe_config.BenchmarkConfig) -> None:
     from flame_composer import timing
 
     report("train", *timing.training(config))
 
 
-def growth(config: BenchmarkConfig) -> None:
+def growth(config: recipe_config.BenchmarkConfig) -> None:
     from flame_composer import timing
 
     report("growth", *timing.growth(config))
 
 
-def decode(config: SystemBenchmarkConfig) -> None:
+def decode(config: recipe_config.DecodeBenchmarkConfig) -> None:
     from flame_composer import timing
 
     report("decode", *timing.decoding(config))
 
 
-def checkpoint(config: SystemBenchmarkConfig) -> None:
+def checkpoint(config: recipe_config.CheckpointBenchmarkConfig) -> None:
     from flame_composer import run_timing
 
     with measuring.workplace(config.folder) as folder:
         report("checkpoint", *run_timing.checkpoints(config, folder))
 
 
-def trainer(config: SystemBenchmarkConfig) -> None:
+def trainer(config: recipe_config.TrainerBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("trainer", *benchmark.compare_trainers(ROOT, config, folder))
 
 
-def data(config: SystemBenchmarkConfig) -> None:
+def data(config: recipe_config.DataBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("data", *benchmark.compare_readers(ROOT, config, folder))
 
 
-def start(config: SystemBenchmarkConfig) -> None:
+def start(config: recipe_config.StartBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("start", *benchmark.compare_starts(ROOT, config, folder))
 
 
-def convert(config: ConversionBenchmarkConfig) -> None:
+def convert(config: recipe_config.ConversionBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("convert", *benchmark.compare_conversions(ROOT, config, folder))
 
 
-def run_all(config: AllBenchmarksConfig) -> None:
+def run_all(config: recipe_config.AllBenchmarksConfig) -> None:
     names = config.names or NAMES
     if unknown := set(names) - set(NAMES):
         raise ConfigError(f"names: {', '.join(sorted(unknown))}: must be of {', '.join(NAMES)}")
@@ -93,8 +92,9 @@ def run_all(config: AllBenchmarksConfig) -> None:
 
 if __name__ == "__main__":
     sys.exit(run_one_of({
-        "train": (train, BenchmarkConfig), "growth": (growth, BenchmarkConfig), "decode": (decode, SystemBenchmarkConfig),
-        "trainer": (trainer, SystemBenchmarkConfig), "data": (data, SystemBenchmarkConfig),
-        "start": (start, SystemBenchmarkConfig), "checkpoint": (checkpoint, SystemBenchmarkConfig),
-        "convert": (convert, ConversionBenchmarkConfig), "all": (run_all, AllBenchmarksConfig),
+        "train": (train, recipe_config.BenchmarkConfig), "growth": (growth, recipe_config.BenchmarkConfig),
+        "decode": (decode, recipe_config.DecodeBenchmarkConfig), "trainer": (trainer, recipe_config.TrainerBenchmarkConfig),
+        "data": (data, recipe_config.DataBenchmarkConfig), "start": (start, recipe_config.StartBenchmarkConfig),
+        "checkpoint": (checkpoint, recipe_config.CheckpointBenchmarkConfig),
+        "convert": (convert, recipe_config.ConversionBenchmarkConfig), "all": (run_all, recipe_config.AllBenchmarksConfig),
     }))

@@ -60,6 +60,15 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def write_configurations(folder: Path, **texts: list[str]) -> None:
+    """A Hugging Face dataset with a configuration for each of `texts`; none of them is the default."""
+    folder.mkdir()
+    for name, each in texts.items():
+        write_jsonl(folder / f"{name}.jsonl", each)
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in texts)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+
+
 def files_under(folder: Path) -> dict[str, bytes]:
     """Every file in a folder with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.filters.c4_filters import C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
@@ -29,13 +31,15 @@ from flame_composer.clean_config import (
     GopherQualityConfig,
     GopherRepetitionConfig,
     LanguageConfig,
+    MinhashConfig,
     PiiConfig,
+    RayConfig,
     SlurmConfig,
 )
 from flame_composer.corpus import find_files
 from flame_composer.parts import PartsFolder
 from flame_composer.shards import plan_units
-from tests.data_fixtures import byte_tokenizer, files_under
+from tests.data_fixtures import byte_tokenizer, files_under, write_configurations
 from tests.runs import ROOT, Script, check, last_json, run_script
 
 NOUNS = (  # noqa: SIM905
@@ -95,6 +99,7 @@ QUALITY = [
     ("gopher_too_many_end_ellipsis", prose(1).replace(".", "…").replace(" The", "\nThe"), {"max_ellipsis_lines_ratio": 0.0}),
     ("gopher_below_alpha_threshold", prose(1) + " 7 + 5 - 3 = 9 ;" * 9, {"min_alpha_words_ratio": 0.5}),
     ("gopher_enough_stop_words", "Katze Hund Garten Fenster Lehrer " * 20, {"stop_words": ["Hund", "Katze"]}),
+    ("gopher_enough_stop_words", "Katze Hund Garten Fenster Lehrer " * 20, {"min_stop_words": 0}),
 ]  # fmt: skip
 
 
@@ -146,7 +151,11 @@ def test_c4_removes_documents_and_marks() -> None:
     assert judge(c4, prose(1, 4))[:2] == ("c4", "too_few_sentences")
     assert judge(config_with(c4=C4Config(min_num_sentences=4)), prose(1, 4))[:2] == ("", "")
     assert judge(config_with(c4=C4Config(min_num_sentences=0)), "Two words.")[:2] == ("c4", "no_line_left")
-    assert judge(c4, text.replace("that", "that[12]"))[2] == judge(c4, text)[2]
+    marked = text.replace("that", "that[12]")
+    assert judge(c4, marked)[2] == judge(c4, text)[2]
+    assert judge(config_with(c4=C4Config(remove_citations=False)), marked)[2].count("[12]") == marked.count("[12]")
+    for switch, line in (("filter_curly_bracket", "int main() { return 0; }."), ("filter_lorem_ipsum", "Lorem ipsum.")):
+        assert judge(config_with(c4=C4Config(**{switch: False}, min_words_per_line=0)), f"{text}\n{line}")[:2] == ("", "")
     unpunctuated = text + "\nA heading without a stop"
     assert judge(c4, unpunctuated)[2].endswith("without a stop")
     assert judge(config_with(c4=C4Config(filter_no_terminal_punct=True)), unpunctuated)[2] == judge(c4, text)[2]
@@ -219,6 +228,8 @@ def test_language(language_model: str) -> None:
     assert judge(config, "der alte Wald und das Haus ist nicht der Berg")[:2] == ("language", "de")
     both = config_with(language=LanguageConfig(language_model, ["de", "en"]))
     assert judge(both, "der alte Wald und das Haus ist nicht der Berg")[:2] == ("", "")
+    anything = config_with(language=LanguageConfig(language_model, ["en"], threshold=0.0))
+    assert judge(anything, "der alte Wald und das Haus ist nicht der Berg")[:2] == ("", "")
 
 
 def write_documents(path: Path, texts: list[str]) -> Path:
@@ -400,20 +411,24 @@ def test_parquet_compressed_and_hugging_face_sources(tmp_path: Path) -> None:
     texts = [prose(seed, 20) for seed in range(6)]
     (tmp_path / "set").mkdir()
     parquet.write_table(pa.table({"text": texts}), tmp_path / "set/train.parquet", row_group_size=2)
-    with pa.output_stream(str(tmp_path / "b.jsonl.zst"), compression="zstd") as file:
-        file.write("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    write_configurations(tmp_path / "named", one=texts, two=["nothing of it"])
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/a.txt").write_text(prose(9, 20))
+    with pa.output_stream(str(tmp_path / "mixed/b.jsonl.zst"), compression="zstd") as file:
+        file.write("".join(json.dumps({"body": text}) + "\n" for text in texts).encode())
     by_source = {
-        "parquet": (tmp_path / "set", "compression=gz"), "zst": (tmp_path / "b.jsonl.zst", "compression=none"),
-        "dataset": (tmp_path / "set", "split=train"),
+        "parquet": (tmp_path / "set", "compression=gz"),
+        "zst": (tmp_path / "mixed", "compression=none", "suffixes=.jsonl.zst", "text_column=body"),
+        "dataset": (tmp_path / "named", "split=train", "name=one"),
     }  # fmt: skip
-    for name, (source, key) in by_source.items():
-        clean(source, tmp_path / name, "c4=null", "minhash=null", key, "num_workers=1", "unit_size=5000")
+    for name, (source, *keys) in by_source.items():
+        clean(source, tmp_path / name, "c4=null", "minhash=null", *keys, "num_workers=1", "unit_size=5000")
         assert [text for _, text in read_documents(tmp_path / name)] == texts
-        if key == "compression=gz":
+        if keys == ["compression=gz"]:
             part = next((tmp_path / name / "documents").iterdir()).read_bytes()
             assert part[3:8] == bytes(5), "neither a name nor a time, which would differ"
     ids = [place for place, _ in read_documents(tmp_path / "dataset")]
-    assert ids == [f"dataset:{tmp_path / 'set'}?split=train:0:{row}" for row in range(1, 7)]
+    assert ids == [f"dataset:{tmp_path / 'named'}?name=one&split=train:0:{row}" for row in range(1, 7)]
 
 
 @pytest.mark.parametrize(("keys", "message"), [
@@ -479,7 +494,7 @@ def test_without_the_extra(tmp_path: Path) -> None:
 def test_jobs_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts that datatrove would submit, and what is said where there is no Slurm and no Ray."""
     source = write_documents(tmp_path / "a.jsonl", [prose(seed) for seed in range(4)])
-    section = SlurmConfig("cpu", "2:00:00", mem_per_cpu_gb=3, activate="/env/activate")
+    section = SlurmConfig("cpu", "2:00:00", mem_per_cpu_gb=3, qos="long", activate="/env/activate", max_array_size=99)
     config = CleanConfig(source=[str(source)], out=str(tmp_path / "out"), executor="slurm", slurm=section, num_workers=7)
     folder = PartsFolder("out", config.out, {"compression": "zst"}, {}, plan_units([str(source)], 1000))
     stages = cleaning.build_stages(config, folder, None)
@@ -490,12 +505,37 @@ def test_jobs_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for line in (
             "#SBATCH --partition=cpu", "#SBATCH --time=2:00:00", "#SBATCH --mem-per-cpu=3G", "#SBATCH --cpus-per-task=1",
             f"#SBATCH --array=0-{stage.tasks - 1}%7", f"#SBATCH --job-name=clean-{stage.name.replace(' ', '-')}",
-            "source /env/activate",
+            "#SBATCH --qos=long", "source /env/activate",
         ):  # fmt: skip
             assert line in script.splitlines()
+        assert executor.max_array_size == 99
+    on_ray = dataclasses.replace(config, executor="ray", slurm=None, ray=RayConfig("ray://here", mem_per_cpu_gb=2.5))
+    assert executors.build_executor(on_ray, folder, stages[0], None).mem_per_cpu_gb == 2.5
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(executors.ConfigError, match="executor=slurm: sbatch: no such command"):
         executors.clean(config, folder, None, lambda *_: None)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(executors.ConfigError, match="executor=ray: ray is not installed; pip install ray"):
-        executors.clean(dataclasses.replace(config, executor="ray"), folder, None, lambda *_: None)
+        executors.clean(on_ray, folder, None, lambda *_: None)
+    asked: dict[str, Any] = {}
+
+    def init(**given: Any) -> None:
+        asked.update(given)
+        raise ConnectionError("there is none")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(executors.ConfigError, match=r"ray\.address: ray://here: cannot be reached: there is none; give a Ray"):
+        executors.clean(on_ray, folder, None, lambda *_: None)
+    assert asked["address"] == "ray://here"
+
+
+def test_near_duplicates_are_found_as_the_keys_say(tmp_path: Path) -> None:
+    """The hashes are of datatrove; how close documents have to be is what they are asked for."""
+    source = write_documents(tmp_path / "a.jsonl", [prose(1)])
+    config = config_with(minhash=MinhashConfig(n_grams=3, num_buckets=4, hashes_per_bucket=2, seed=9))
+    folder = PartsFolder("out", str(tmp_path / "out"), {"compression": "zst"}, {}, plan_units([str(source)], 1000))
+    stages = {stage.name: stage for stage in cleaning.build_stages(config, folder, None)}
+    signature = next(step for stage in stages.values() for step in stage.pipeline if isinstance(step, MinhashDedupSignature))
+    assert (signature.config.n_grams, signature.config.num_buckets, signature.config.hashes_per_bucket) == (3, 4, 2)
+    assert signature.config.seed == 9
+    assert stages["find similar"].tasks == 4

@@ -21,19 +21,24 @@ from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, Inspec
 from flame_composer.recipe_config import (
     AllBenchmarksConfig,
     BenchmarkConfig,
+    CheckpointBenchmarkConfig,
     ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    DecodeBenchmarkConfig,
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,
-    SystemBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
 )
 from flame_composer.train_config import TrainConfig
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
-    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, SystemBenchmarkConfig, AllBenchmarksConfig, CleanConfig,
-    PlanConfig, ReportConfig,
+    InspectConfig, BenchmarkConfig, ConversionBenchmarkConfig, DecodeBenchmarkConfig, CheckpointBenchmarkConfig,
+    StartBenchmarkConfig, TrainerBenchmarkConfig, DataBenchmarkConfig, AllBenchmarksConfig, CleanConfig, PlanConfig,
+    ReportConfig,
 ]  # fmt: skip
 BASE = """
 run_name: base

@@ -17,7 +17,7 @@ from flame_composer.cli import run
 from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
 from flame_composer.manifest import check_shards, read_manifest
 from flame_composer.tokenizer import fingerprint, load_tokenizer
-from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_jsonl
+from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_configurations, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,8 +125,44 @@ def test_a_hugging_face_dataset_equals_its_files(corpus, monkeypatch, capsys):
     assert shards[0] == shards[1]
     assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0
     assert "out: already finished" in capsys.readouterr().out
+    write_configurations(corpus / "named", one=[words(50, i) for i in range(20)], two=["another"])
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=named", "split=train", "name=one", "out=named_out") == 0
+    assert (corpus / "named_out/units/000000/shard.00000.mds").read_bytes() == shards[0]
     assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "name=default", "out=other") == 2
     assert "split: must be set together with name, e.g. split=train" in capsys.readouterr().err
+
+
+def test_what_keys_make_of_documents(corpus, monkeypatch):
+    write_jsonl(corpus / "d.jsonl", [words(1 + 7 * i % 40, i) for i in range(40)])
+    arguments = ["source=d.jsonl", "tokenizer=tokenizer", "context_length=64", "num_workers=1"]
+    keys = ["add_bos=true", "add_eos=false", "max_doc_length=20", "min_doc_length=9", "shard_size=1600"]
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=plain") == 0
+    assert run_here(monkeypatch, "to_mds", *arguments, *keys, "out=keys") == 0
+    assert run_here(monkeypatch, "to_mds", *arguments, *keys, "seed=3", "out=shuffled") == 0
+    plain, ours = read_manifest("plain").totals, read_manifest("keys").totals
+    streams = {out: [row["input_ids"].tolist() for row in streaming_dataset(out)] for out in ("plain", "keys", "shuffled")}
+    assert (plain.documents_short, plain.documents) == (0, 40)
+    assert 0 < ours.documents_short < 40
+    assert max(length for row in streaming_dataset("plain") for length in row["doc_lengths"]) > 20
+    assert max(length for row in streaming_dataset("keys") for length in row["doc_lengths"]) == 20
+    assert (plain.shards, ours.shards > 1) == (1, True)
+    assert streams["plain"][0][0] != 0, "the number of bos and eos"
+    assert streams["keys"][0][0] == 0
+    assert 30 < sum(row.count(0) for row in streams["keys"]) <= 40 - ours.documents_short, "bos before each, eos after none"
+    assert streams["shuffled"] != streams["keys"]
+    totals = [vars(read_manifest(out).totals) for out in ("shuffled", "keys")]
+    assert all(totals[0][name] == totals[1][name] for name in ("documents", "tokens_in", "tokens_out"))
+
+
+def test_a_tokenizer_of_ones_own_making(corpus, monkeypatch):
+    lines = [{"body": word, "text": "never"} for word in ("zqx", "zqx", "zqx", "wvw", "wvw")]
+    (corpus / "body.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = ("text_column=body", "min_frequency=3", "eos_token=<end>", "vocab_size=300")
+    assert run_here(monkeypatch, "train_tokenizer", "source=body.jsonl", "out=own", *keys) == 0
+    tokenizer = load_tokenizer("own")
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<end>", "<end>")
+    assert tokenizer.tokenize("zqx") == ["zqx"]
+    assert tokenizer.tokenize("wvw") == ["w", "v", "w"], "which is not in there often enough"
 
 
 def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):

@@ -120,7 +120,9 @@ def test_order_depends_on_the_seed_alone(dataset, copy_of):
     assert len(dataset.parents) > 1
     assert epoch_of(loader_of(copy_of(dataset))) == base
     assert epoch_of(loader_of(copy_of(dataset), num_workers=1)) == base
-    assert epoch_of(loader_of(copy_of(dataset), num_workers=2, prefetch_factor=1, predownload=8)) == base
+    loader = loader_of(copy_of(dataset), num_workers=2, prefetch_factor=1, predownload=8)
+    assert epoch_of(loader) == base
+    assert (loader.prefetch_factor, loader.dataset.predownload) == (1, 8)
     assert epoch_of(loader_of(copy_of(dataset), seed=8)) != base
     assert epoch_of(loader_of(copy_of(dataset), seed=8, shuffle_seed=7)) == base
     torch.manual_seed(1234)

@@ -179,7 +179,10 @@ def test_config_tokenizer_and_generation_config_are_carried_over(tmp_path):
 
 def test_tied_source_can_be_untied(tmp_path):
     model = save_source(tmp_path / "source", tie_word_embeddings=True)
-    convert(tmp_path / "source", tmp_path / "out", {**GLA, "tie_word_embeddings": False})
+    byte_tokenizer(300).save_pretrained(tmp_path / "tokenizer")
+    arguments = ({**GLA, "tie_word_embeddings": False}, f"tokenizer={tmp_path / 'tokenizer'}")
+    convert(tmp_path / "source", tmp_path / "out", *arguments)
+    assert fingerprint(load_tokenizer(str(tmp_path / "out"))) == fingerprint(byte_tokenizer(300))
     weights = weights_of(tmp_path / "out")
     for name in ("lm_head.weight", "model.embeddings.weight"):
         assert torch.equal(weights[name], model.model.embed_tokens.weight)

@@ -24,7 +24,7 @@ from flame_composer.convert_config import InspectConfig
 from flame_composer.inspection import ROWS_AT_ONCE, Shard, add, choose_shards, open_dataset, spread
 from flame_composer.manifest import read_manifest
 from flame_composer.tokenizer import fingerprint
-from tests.conftest import CONTEXT_LENGTH
+from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
 from tests.test_convert import ROOT, load_script
 
@@ -177,6 +177,12 @@ def test_long_rows_are_shortened_and_fit_the_width():
     whole = report.show_row(report.Row(7, "s", ids, lengths), lambda ids: "数" * 200, whole=True)
     assert not any("left out" in line for line in whole)
     assert [len(line) for line in whole[2:8]] == [2 + 49] * 4 + [2 + 4, 100]
+
+
+def test_long_rows_are_shown_whole_if_asked_for(inspect, tmp_path):
+    make_dataset(tmp_path / "long", num_documents=60, context_length=512, shard_size=9000)
+    shown = [inspect(f"data={tmp_path / 'long/out'}", f"whole_rows={whole}")[1] for whole in ("false", "true")]
+    assert ["left out" in out for out in shown] == [True, False]
 
 
 def test_a_ledger_of_many_large_units_fits_the_width(dataset):

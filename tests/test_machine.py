@@ -50,3 +50,9 @@ def test_what_a_killed_job_left_is_removed_once_nobody_else_will(own_folders: Pa
     assert not old.exists()
     assert new.exists()
     assert other.exists(), "not ours"
+
+
+def test_what_goes_while_it_is_looked_at(own_folders: Path) -> None:
+    first = (os.getuid() + 1) * 100_000
+    (own_folders / f"{first}_locals").symlink_to(own_folders / "gone")  # is listed, and then is not there
+    assert machine._claim_number() == first + 1

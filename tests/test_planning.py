@@ -369,8 +369,15 @@ def test_preemption_in_a_plan() -> None:
     assert plan["time"]["seconds_per_step"] == 1
     assert preempted["best_save_interval"] == f"{round(best_interval(30, 7200))}ba"
     assert preempted["goodput_as_configured"] == goodput(5000, 30, 600, 7200) < preempted["goodput"]
-    by_clock = drawn_up("gla_340m", *keys, "save_interval=10min")
-    assert by_clock["preemption"]["goodput_as_configured"] == goodput(600, 30, 600, 7200)
+    by_clock = drawn_up("gla_340m", *keys, "save_interval=10min", "restart_minutes=5")
+    assert by_clock["preemption"]["goodput_as_configured"] == goodput(600, 30, 300, 7200)
+
+
+def test_what_checkpoints_take() -> None:
+    keys = ("dataset_tokens=2_000_000_000", "save_bandwidth=512mb", "save_num_checkpoints_to_keep=2")
+    saved = drawn_up("gla_340m", *keys)["checkpoints"]
+    assert saved["save_seconds"] == saved["bytes"] / 2**29
+    assert saved["bytes_kept"] == 2 * saved["bytes"]
 
 
 # Warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import runpy
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from flame_composer.checkpoint import Checkpoint, find_checkpoint, model_in, read_checkpoint
+from flame_composer.cli import load
 from flame_composer.config import ConfigError, StoreError
+from flame_composer.convert_config import ToHfConfig
 from flame_composer.publish import check_hub, model_card, push_folder, read_run_config
-from tests.runs import Corpus, check, run_script, two_ranks
+from tests.runs import ROOT, Corpus, check, run_script, two_ranks
 
 
 @pytest.fixture
@@ -100,7 +104,7 @@ class Hub:
     url: str = ""
     private: bool | None = None  # of the repository, once it is there
     files: dict[str, bytes] = field(default_factory=dict)
-    card: str = "a card"
+    card: str | None = "a card"  # what it has to be, if that is known
     fails: set[str] = field(default_factory=set)  # ends of paths that are answered by an error
 
     def answer(self, path: str, token: str | None, body: bytes) -> tuple[int, Any]:
@@ -116,7 +120,7 @@ class Hub:
             self.private = json.loads(body)["private"]
             return 200, {"url": f"{self.url}/me/model", "name": "me/model"}
         if path == "/api/validate-yaml":
-            assert json.loads(body)["content"] == self.card
+            assert self.card in (None, json.loads(body)["content"])
             return 200, {"errors": [], "warnings": []}
         if path.endswith("/preupload/main"):
             return 200, {"files": [
@@ -176,6 +180,18 @@ def test_a_folder_is_uploaded_as_it_is(hub: Hub, folder: Path, private: bool) ->
     assert address == f"{hub.url}/me/model/commit/1"
     assert hub.private is private
     assert hub.files == {"README.md": b"a card", "model.safetensors": bytes(range(256))}
+
+
+def test_an_export_is_what_its_keys_say(hub: Hub, trained: Any, tmp_path: Path) -> None:
+    main, out = runpy.run_path(str(ROOT / "convert/to_hf.py"))["main"], tmp_path / "hf"
+    keys = ("dtype=bfloat16", "max_shard_size=20000", "push_to_hub=me/model", "hub_private=false")
+    hub.card = None
+    main(load(ToHfConfig, [f"checkpoint={trained.checkpoints}", f"out={out}", *keys]))
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 1
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.bfloat16}
+    assert hub.private is False
+    assert {path.name for path in out.iterdir()} == set(hub.files)
 
 
 def test_a_public_repository_is_no_place_for_what_is_private(hub: Hub, folder: Path) -> None:

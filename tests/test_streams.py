@@ -191,7 +191,8 @@ def test_one_dataset_is_no_mixture(dataset, copy_of):
 def keys_of(corpus: Corpus, run: Path, *more: str) -> list[str]:
     """A run on the corpus and, twice as often, its held-out part."""
     streams = {"train_data.streams.web.local": corpus.train, "train_data.streams.web.repeat": 1,
-               "train_data.streams.code.local": corpus.val, "train_data.streams.code.repeat": 2}  # fmt: skip
+               "train_data.streams.code.remote": corpus.val, "train_data.streams.code.local": f"{run}-cache",
+               "train_data.streams.code.repeat": 2}  # fmt: skip
     keys = [key for key in corpus.keys(run) if not key.startswith(("train_data.local", "eval_"))]
     keys += ["train_data.local=null", "eval_data=null", "max_duration=25ba"]
     keys += ["algorithms.seq_length_warmup.min_seq_length=32"]  # cuts every tensor but the rows' streams
