@@ -11,17 +11,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flame_composer.cli import run
-from flame_composer.config import ConfigError
 from flame_composer.convert_config import FromLlamaConfig
+from flame_composer.folders import new_folder, require_new
 
 
 def main(config: FromLlamaConfig) -> None:
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: already exists and is not empty; choose another folder")
+    require_new(out)
 
     from flame_composer import transplant
-    from flame_composer.checkpoint import new_folder
     from flame_composer.llama import open_source
     from flame_composer.tokenizer import load_tokenizer
 

@@ -8,14 +8,13 @@ import tempfile
 from pathlib import Path
 
 from flame_composer.cli import run
-from flame_composer.config import ConfigError
 from flame_composer.convert_config import ToHfConfig
+from flame_composer.folders import require_new
 
 
 def main(config: ToHfConfig) -> None:
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: already exists and is not empty; choose another folder")
+    require_new(out)
 
     from flame_composer import publish
     from flame_composer.checkpoint import find_checkpoint, model_in, read_checkpoint, save_hf_folder
@@ -27,7 +26,7 @@ def main(config: ToHfConfig) -> None:
         content = read_checkpoint(checkpoint)
         model, tokenizer = model_in(content, checkpoint, config.weights)
         run_config = publish.read_run_config(checkpoint)
-        card = publish.model_card(model, content, run_config, dtype=config.dtype, name=out.name)
+        card = publish.model_card(model, content, run_config, dtype=config.dtype, name=out.name, which=config.weights)
     save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card)
     print(f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
     print("load it with: from flame_composer import cpu; cpu.enable()")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
-import glob
 import hashlib
 import logging
 import os
@@ -15,7 +12,6 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,13 +25,13 @@ from composer.models.huggingface import get_hf_config_from_composer_state_dict
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer import cpu, pieces, storage
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
+from flame_composer.folders import flush, new_folder
 from flame_composer.model import build_model, check_runs_here, load_pretrained
-from flame_composer.tokenizer import load_tokenizer
+from flame_composer.tokenizer import load_tokenizer, vocab_size_of
 from flame_composer.train_config import RunPlan, TrainConfig
 
 _NAME = re.compile(r"ba(\d+)(\.pt)?")  # a file, or a folder of pieces
@@ -147,7 +143,7 @@ class SaveCheckpoints(Callback):
                 _upload(temporary, place)
                 temporary.unlink()
             else:
-                _flush(temporary)
+                flush(temporary)
                 os.replace(temporary, place)
 
     def _save_pieces(self, state: State, temporary: Path, place: str) -> None:
@@ -170,10 +166,10 @@ class SaveCheckpoints(Callback):
                 shutil.rmtree(temporary)
         else:
             for file in files:
-                _flush(file)
+                flush(file)
             dist.barrier()
             if is_first:
-                _flush(temporary)
+                flush(temporary)
                 storage.delete_folder(place)
                 os.rename(temporary, place)
 
@@ -197,12 +193,6 @@ def build_saver(config: TrainConfig, staging: Path, plan: RunPlan, start: Checkp
         num_to_keep=config.save_num_checkpoints_to_keep, in_pieces=fsdp is not None and fsdp.state_dict_type == "sharded",
         start=start,
     )
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    with _opened(path) as number:
-        os.fsync(number)
 
 
 def _delete(checkpoint: str) -> None:
@@ -338,8 +328,10 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
     if newest is None:
         _refuse_sharded(place)
         is_folder = bool(storage.ls(place)) or Path(place).is_dir()
+        below = storage.join(place, "checkpoints")
+        meant = f"did you mean {below}?" if list_checkpoints(below) else "name a checkpoint or the folder a run saved them in"
         raise ConfigError(f"{place}: {'a folder without checkpoints (ba*.pt)' if is_folder else 'no such file or folder'}; "
-                          "name a checkpoint or the folder a run saved them in")
+                          f"{meant}")
     return newest
 
 
@@ -350,15 +342,23 @@ def _refuse_sharded(place: str) -> None:
             raise ConfigError(f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file can (ba*.pt)")
 
 
-def load_model(place_or_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder."""
+def load_model(place_or_id: str, tokenizer: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder.
+
+    `tokenizer` is the folder or id of one to take instead. Raises ConfigError for one with tokens that the model has not.
+    """
     path = Path(place_or_id)
     if storage.is_url(place_or_id) or path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         with tempfile.TemporaryDirectory() as staging:
-            model, tokenizer = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
+            model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
             check_runs_here(model.config, place_or_id)
-            return model, tokenizer
-    return load_pretrained(place_or_id), load_tokenizer(place_or_id)
+            found = its_own if tokenizer is None else load_tokenizer(tokenizer)
+    else:
+        model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
+    if vocab_size_of(found) > model.config.vocab_size:
+        raise ConfigError(f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the model only "
+                          f"{model.config.vocab_size}; give the one it was trained with")
+    return model, found
 
 
 def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -376,7 +376,7 @@ def model_in(
     """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
-        average = _average_of(content["state"])
+        average = average_of(content["state"])
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
         weights = weights | ({} if which == "model" else average)
     except (KeyError, TypeError):
@@ -395,7 +395,7 @@ def model_in(
     return model, tokenizer
 
 
-def _average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The exponential moving average of the weights, which is what was evaluated, if the run has one."""
     return next((kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {})
 
@@ -424,54 +424,3 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
     """As generation names them. A batch is filled up with the end-of-text token where there is none for padding."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` at the end, whole, or is removed if that is not reached.
-
-    What a conversion to `out` that was killed has left is removed first. Raises ConfigError if `out` exists and is not an
-    empty folder, DataError if the disk is full or the like.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: already exists and is not empty; choose another folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f".{glob.escape(out.name)}-*.unfinished"):
-            with _locked(left) as alone:
-                if alone:
-                    shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".unfinished", dir=out.parent))
-        try:
-            with _locked(temporary):
-                yield temporary
-                for path in (*temporary.iterdir(), temporary):
-                    path.chmod(0o755 if path.is_dir() else 0o644)  # made for this user alone, as temporary files are
-                    with _opened(path) as number:
-                        os.fsync(number)
-                os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{out}: cannot be written: {one_line(error)}") from None
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        yield number
-    finally:
-        os.close(number)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether no other process has this folder locked; if so, it is until the end, or until this process dies."""
-    with _opened(folder) as number:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True

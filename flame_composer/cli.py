@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig, TrainingError
+from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig, TrainingError, is_text
 
 PASSWORD = r"(://[^/@:\s]*:)[^/@\s]+@"  # in an address; it would end up in logs
 EXIT_CONFIG = 2
@@ -182,6 +182,9 @@ def help_text(cls: type[ScriptConfig], script: str) -> str:
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[str]]:
+    for argument in argv:
+        if not is_text(argument):
+            raise ConfigError(f"command line: {argument!a}: must be UTF-8")
     if argv and argv[0].startswith("-"):
         raise ConfigError(f"command line: {argv[0]}: unknown option; arguments are [file.yaml] [key=value ...], see --help")
     file = argv[0] if argv and "=" not in argv[0] else None
@@ -349,7 +352,7 @@ def _docs(cls: type) -> dict[str, str]:
 
 
 def _doc(cls: type, key: str) -> str:
-    return next((doc.rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
+    return next((" ".join(doc.split()).rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
 
 
 def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -74,6 +74,15 @@ def require_seed(value: int | None, name: str) -> None:
     require(value is None or 0 <= value < 2**32, name, "must be in [0, 2**32)")
 
 
+def is_text(value: str) -> bool:
+    """Not so what Python makes of bytes that are no UTF-8, nor half a pair of surrogates out of JSON."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(error: Exception) -> str:
     """What others' exceptions say, as part of a line of ours."""
     return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

@@ -186,6 +186,7 @@ class ToHfConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "checkpoint", "out", "push_to_hub")
+        require("://" not in self.out, "out", "must be a local folder")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
 
 
@@ -211,6 +212,7 @@ class FromLlamaConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "model", "config", "out", "tokenizer")
+        require("://" not in self.out, "out", "must be a local folder")
         require(set(self.fresh) <= set(PROJECTIONS), "fresh", f"must be among {', '.join(PROJECTIONS)}")
         require_seed(self.seed, "seed")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")

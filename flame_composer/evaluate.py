@@ -4,6 +4,7 @@ in tasks while it trains."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.callbacks import JsonlLog, every, keep_rows
+from flame_composer.config import ConfigError, DataError
 from flame_composer.model import CausalLM, positions
 from flame_composer.preemption import Preemption
 from flame_composer.train_config import TrainConfig
@@ -104,8 +106,21 @@ def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
     axes.grid(alpha=0.3)
     if len(results) > 1:
         axes.legend(frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise DataError(f"plot={path}: cannot be written: {error.strerror}") from None
+
+
+def require_plot(path: str) -> None:
+    """Makes the folder of a plot, before the work that it is to show. Raises ConfigError where none can be written."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"plot={path}: {folder} cannot be made: {error.strerror}") from None
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"plot={path}: {'is a folder' if Path(path).is_dir() else f'{folder} cannot be written to'}")
 
 
 class Asked(Exception):
@@ -198,12 +213,13 @@ def build_tasks(
     wanted, plan = config.eval_tasks, log.plan
     if wanted is None:
         return []
-    from flame_composer.harness import HarnessModel, load_tasks  # the extra need not be installed otherwise
+    from flame_composer.harness import HarnessModel, check_fits, load_tasks  # the extra need not be installed otherwise
 
-    tasks = load_tasks(wanted.tasks, wanted.task_path, num_fewshot=wanted.num_fewshot)
+    tasks = load_tasks(wanted.tasks, wanted.task_path, num_fewshot=wanted.num_fewshot, task_code=wanted.task_code)
     interval = config.in_batches(wanted.interval, plan.per_epoch, plan.total)
     assert interval is not None
     batch_size = wanted.batch_size or config.microbatch_size
     assert isinstance(batch_size, int)  # a rule
     adapter = HarnessModel(model, tokenizer, batch_size=batch_size, precision=config.precision)
+    check_fits(adapter, tasks)
     return [TaskScores(adapter, tasks, log, stop, due=every(interval, plan.total), limit=wanted.limit)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,43 +19,53 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from flame_composer.checkpoint import special_tokens
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, is_text
+from flame_composer.model import quiet
 from flame_composer.recipe_config import GenerateConfig
+
+log = logging.getLogger(__name__)
 
 
 def build_sampling(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """The repetition penalty is left to `continue_prompts`."""
+    """Repetition penalty and stop strings are left to `continue_prompts`."""
     sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    return GenerationConfig(
-        max_new_tokens=config.max_new_tokens, stop_strings=config.stop or None, **special_tokens(tokenizer), **sampling
-    )
+    return GenerationConfig(max_new_tokens=config.max_new_tokens, **special_tokens(tokenizer), **sampling)
 
 
 def continue_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: GenerationConfig, *,
-    repetition_penalty: float = 1.0, show: Callable[[str], Any] | None = None,
+    repetition_penalty: float = 1.0, stop: Sequence[str] = (), show: Callable[[str], Any] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt; `show`, for a single one, is called with each piece of it as it comes.
+    """What the model writes after each prompt, up to the token that completes a text of `stop`; `show`, for a single one,
+    is called with each piece of it as it comes.
 
     The prompts of a batch do not see one another: what is written greedily does not depend on the others, nor on how far
     theirs are longer. A model of linear attention carries a state of fixed size from token to token.
     """
     ids, mask = encode(tokenizer, prompts)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] > limit:
+        log.warning("warning: a prompt of %s tokens, where the model was trained on rows of %s: what it writes may be worse",
+                    f"{ids.shape[1]:,}", f"{limit:,}")
     processors = LogitsProcessorList()
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
-    pieces = [Pieces(tokenizer, row[kept == 1].tolist()) for row, kept in zip(ids, mask, strict=True)]
+    read = [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
+    pieces = [Pieces(tokenizer, row) for row in read]
+    criteria = StoppingCriteriaList([StopTexts(tokenizer, read, stop)] if stop else [])
     streamer = None if show is None else Streamer(pieces[0], show)
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet():
         written = cast(Any, model).generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling, tokenizer=tokenizer,
-            logits_processor=processors, streamer=streamer, use_model_defaults=False,
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling,
+            logits_processor=processors, stopping_criteria=criteria, streamer=streamer, use_model_defaults=False,
         )
     if streamer is not None:
         return ["".join(streamer.shown)]
@@ -66,7 +77,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torc
     that are written in it are those. An empty prompt is the token that a document starts after."""
     special = special_tokens(tokenizer)
     start = special["eos_token_id"] if special["bos_token_id"] is None else special["bos_token_id"]
-    rows = [tokenizer(prompt, add_special_tokens=False).input_ids or [start] for prompt in prompts]
+    rows = [tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids or [start] for prompt in prompts]
     length = max(map(len, rows))
     ids = torch.tensor([[special["pad_token_id"]] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -90,14 +101,32 @@ class RepetitionPenalty(LogitsProcessor):
 class Pieces:
     """Text of tokens as they come, each character when it is whole, spaces as they are after what came before."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: list[int]):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: list[int], *, skip_special_tokens: bool = True):
         self.backend = tokenizer.backend_tokenizer
-        self.stream = DecodeStream(skip_special_tokens=True)
-        for token in prompt:
-            self.add(token)
+        self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.prompt = "".join(map(self.add, prompt))
 
     def add(self, token: int) -> str:
         return self.stream.step(self.backend, token) or ""
+
+
+class StopTexts(StoppingCriteria):
+    """Ends each row when one of `texts` is complete in it. transformers' own cannot find what single tokens are not whole
+    parts of: characters of several tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], texts: Sequence[str]):
+        self.pieces = [Pieces(tokenizer, prompt, skip_special_tokens=False) for prompt in prompts]
+        self.rows = [piece.prompt for piece in self.pieces]
+        self.texts = texts
+
+    def __call__(self, input_ids: torch.LongTensor, *_: Any, **__: Any) -> torch.BoolTensor:
+        done = []
+        for row, (piece, token) in enumerate(zip(self.pieces, input_ids[:, -1].tolist(), strict=True)):
+            self.rows[row] += piece.add(token)
+            # One that begins in the prompt counts, but not one that is all in it.
+            starts = [max(0, len(piece.prompt) - len(text) + 1) for text in self.texts]
+            done.append(any(text in self.rows[row][start:] for text, start in zip(self.texts, starts, strict=True)))
+        return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
 
 
 class Streamer(BaseStreamer):
@@ -122,7 +151,7 @@ class Streamer(BaseStreamer):
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file. Raises ConfigError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
         raise ConfigError(f"prompts={path}: cannot be read: {reason}") from None
@@ -139,6 +168,8 @@ def read_prompts(path: str) -> list[str]:
             raise ConfigError(f"prompts={path}: line {number} must be JSON like {{\"prompt\": \"text\"}}") from None
         if not isinstance(prompts[-1], str):
             raise ConfigError(f"prompts={path}: line {number}: prompt must be a string")
+        if not is_text(prompts[-1]):
+            raise ConfigError(f"prompts={path}: line {number}: prompt holds half a surrogate pair, which is no text")
     if not prompts:
         raise ConfigError(f"prompts={path}: holds no prompt")
     return prompts
@@ -151,9 +182,16 @@ def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def asked() -> Iterator[str]:
-    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D)."""
-    while True:
+    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D). Raises ConfigError."""
+    if sys.stdin is None:  # closed
+        raise ConfigError("there is no standard input to read prompts from; set prompt=... or prompts=FILE")
+    for number in itertools.count(1):
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError:
+            line = "\udcff"
+        if not is_text(line):
+            raise ConfigError(f"standard input: line {number} or one soon after it is not UTF-8")
+        yield line.removeprefix("\ufeff") if number == 1 else line

@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ import datasets
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
+import lm_eval.utils
 import torch
 from composer.utils import dist
+from jinja2 import BaseLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _yaml_loader
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import make_table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.cli import nearest
-from flame_composer.config import ConfigError, one_line
+from flame_composer.config import ConfigError, DataError, one_line
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
 BOOTSTRAPS = 100000  # the same: samples for the standard error of a metric that has no formula for it
@@ -77,11 +81,13 @@ class HarnessModel(HFLM):
         return super()._model_generate(*args, **options)
 
 
-def load_tasks(names: list[str], folder: str | None, *, num_fewshot: int | None) -> dict[str, Any]:
+def load_tasks(
+    names: list[str], folder: str | None, *, num_fewshot: int | None, task_code: bool = False
+) -> dict[str, Any]:
     """The harness's TaskDict of these tasks, groups or tags, with their data; those in `folder` come before its own.
 
-    Raises ConfigError for what is not there or cannot be loaded, and for tasks that run what a model writes or need code
-    from the hub.
+    Raises ConfigError for what is not there or cannot be loaded, and for tasks that run what a model writes, need code from
+    the hub or, without `task_code`, name Python functions outside the harness.
     """
     manager = _find(names, folder)
     loaded: Any = {}
@@ -90,8 +96,10 @@ def load_tasks(names: list[str], folder: str | None, *, num_fewshot: int | None)
         if (entry.cfg or {}).get("unsafe_code"):
             raise ConfigError(f"tasks: {name}: runs what the model writes as code, which is refused here")
     try:
-        with _no_remote_code(), _only_errors():
+        with _no_foreign_code(task_code), _only_errors():
             loaded = manager.load(list(names))
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a task's own code, its data, the hub or the network makes of it
         raise ConfigError(f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}") from None
     for name, task in loaded["tasks"].items():
@@ -139,8 +147,25 @@ def score(
     """
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
-    with _no_remote_code(), _only_errors(), _bars(show_bars):
-        return evaluator.evaluate(model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False)
+    try:
+        with _no_foreign_code(), _only_errors(), _bars(show_bars):
+            return evaluator.evaluate(model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False)
+    except AssertionError as error:
+        reason = str(error) or f"an answer may be longer than the {model.max_length} tokens of max_length"
+        raise DataError(f"tasks: {', '.join(tasks['tasks'])}: the harness gives up: {one_line(Exception(reason))}") from None
+    except TemplateError as error:
+        raise DataError(f"tasks: {', '.join(tasks['tasks'])}: a template of theirs fails: {one_line(error)}") from None
+
+
+def check_fits(model: HarnessModel, tasks: dict[str, Any]) -> None:
+    """Raises ConfigError for a task that has text written which leaves no room for the question: the harness gives up then."""
+    for name, task in tasks["tasks"].items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        written = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", model.max_gen_toks)
+        if written >= model.max_length:
+            raise ConfigError(f"tasks: {name}: has up to {written} tokens written, of {model.max_length} for question and "
+                              "answer; set max_gen_toks in its generation_kwargs, or a larger max_length")
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -161,17 +186,46 @@ def table(results: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _no_remote_code() -> Iterator[None]:
-    """Metrics that are code on the hub are not fetched; of datasets, this release of `datasets` runs none."""
-    settings = _import_evaluate().config
-    before = settings.HF_EVALUATE_OFFLINE
+def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
+    """Nothing that a task's file or data says runs as code, but functions with `task_code`, and those of the harness itself.
+
+    Templates see no more of Python than they need; metrics that are code, on the hub or beside a task, are not loaded. Of
+    datasets, this release of `datasets` runs none.
+    """
+    templates = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    templates.filters.update(lm_eval.utils.env.filters)
+    import_function = _yaml_loader._import_func_in_yml
+
+    def own_function(name: str, folder: Path) -> Any:
+        if not (task_code or folder.resolve().is_relative_to(Path(_yaml_loader.__file__).parent.resolve())):
+            raise ConfigError(f"task_path: a task in {folder} runs Python code (!function {name}); set task_code=true if you "
+                              "trust it")
+        return import_function(name, folder)
+
+    def no_metric(name: str, *_: Any, **__: Any) -> Any:
+        raise ValueError(f"{name}: is code")
+
     datasets.disable_progress_bars()
-    settings.HF_EVALUATE_OFFLINE = True
+    try:
+        with ExitStack() as stack:
+            for owner, name, value in (
+                (_import_evaluate(), "load", no_metric), (lm_eval.utils, "env", templates),
+                (_yaml_loader, "_import_func_in_yml", own_function),
+            ):
+                stack.enter_context(_replaced(owner, name, value))
+            yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        settings.HF_EVALUATE_OFFLINE = before
-        datasets.enable_progress_bars()
+        setattr(owner, name, before)
 
 
 def _import_evaluate() -> Any:

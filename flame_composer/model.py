@@ -125,7 +125,7 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
     if not is_folder and not may_be_hub_id(path_or_id):
         raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
     try:
-        with _quiet():
+        with quiet():
             hf_config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, local_files_only=is_folder)
             check_runs_here(hf_config, path_or_id)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -283,8 +283,8 @@ def positions(sequence_id: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> typing.Iterator[None]:
-    """Without transformers' own report of keys that do not fit: ours is an error."""
+def quiet() -> typing.Iterator[None]:
+    """Without transformers' own warnings, where ours say what is to be said."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from flame_composer import storage
-from flame_composer.checkpoint import Checkpoint
+from flame_composer.checkpoint import Checkpoint, average_of
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.manifest import read_manifest
 
@@ -30,10 +30,13 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
         return None
 
 
-def model_card(model: PreTrainedModel, content: dict[str, Any], run_config: str | None, *, dtype: str, name: str) -> str:
+def model_card(
+    model: PreTrainedModel, content: dict[str, Any], run_config: str | None, *, dtype: str, name: str, which: str = "auto",
+) -> str:
     """README.md of a model in `content`, a checkpoint's: what it is, how to load it, what it was trained on and how.
 
-    `run_config` is what `read_run_config` found; `name` stands for the run's where that found nothing.
+    `run_config` is what `read_run_config` found; `name` stands for the run's where that found nothing; `which` are the
+    weights, as in `model_in`.
     """
     recipe = yaml.safe_load(run_config) if run_config else {}
     name = recipe.get("run_name", name)
@@ -46,7 +49,7 @@ def model_card(model: PreTrainedModel, content: dict[str, Any], run_config: str 
     parts = [
         f"---\n{header.to_yaml()}\n---", f"# {name}",
         f"A {model.config.model_type} language model of {parameters:,} parameters, stored as {dtype}, pretrained with "
-        "flame_composer.", _how_to_load(is_fla), "## Training", _training(content, recipe), "## Evaluation",
+        "flame_composer.", _how_to_load(is_fla), "## Training", _training(content, recipe, which), "## Evaluation",
         _evaluation(content), "## Recipe",
         f"```yaml\n{run_config.strip()}\n```" if run_config else f"No {CONFIG} lay beside the checkpoint.",
     ]
@@ -64,9 +67,12 @@ def _how_to_load(is_fla: bool) -> str:
     )
 
 
-def _training(content: dict[str, Any], recipe: dict[str, Any]) -> str:
+def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> str:
     time = content["state"]["timestamp"]["Timestamp"]
     lines = [f"- steps: {time['batch']:,}", f"- tokens: {time['token']:,} ({time['sample']:,} rows)"]
+    if average_of(content["state"]):
+        lines.append("- weights: those that training went on with; what was evaluated is their exponential moving average"
+                     if which == "model" else "- weights: their exponential moving average, which is what was evaluated")
     start = (recipe.get("model") or {}).get("pretrained")
     if start:
         lines.append(f"- began from the weights of: {start}")

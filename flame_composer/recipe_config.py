@@ -38,6 +38,8 @@ class EvaluateConfig(ScriptConfig):
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None
     """Folder of tasks of your own (YAML files in the harness's form), which come before the harness's."""
+    task_code: bool = False
+    """Run the Python functions that task files in task_path name (!function)."""
     num_fewshot: int | None = None
     """Examples shown before each question; each task's own number if not set."""
     task_limit: int | None = None

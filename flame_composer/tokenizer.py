@@ -85,6 +85,8 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     is_folder = os.path.isdir(path_or_id)
     if not is_folder and not may_be_hub_id(path_or_id):
         raise ConfigError(f"tokenizer: {path_or_id}: no such folder; give a Hugging Face tokenizer folder or hub id")
+    if is_folder and not any(name.startswith(("token", "vocab")) for name in os.listdir(path_or_id)):
+        raise ConfigError(f"tokenizer: {path_or_id}: holds no tokenizer (tokenizer.json); give the folder or id of one")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

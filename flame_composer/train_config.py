@@ -152,6 +152,7 @@ def require_tasks(config: EvalTasksConfig | Any) -> None:
     """Of those who take `tasks`, `task_path` and `num_fewshot`."""
     require_text(config, "task_path")
     require(len(set(config.tasks)) == len(config.tasks), "tasks", "must not name a task twice")
+    require(not config.task_code or config.task_path is not None, "task_path", "must be set together with task_code")
     require(config.num_fewshot is None or config.num_fewshot >= 0, "num_fewshot", "must be 0 or more, or null")
     require(not config.tasks or importlib.util.find_spec("lm_eval") is not None, "tasks",
             "lm-evaluation-harness is not installed; pip install 'flame-composer[eval]'")
@@ -163,6 +164,8 @@ class EvalTasksConfig:
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None
     """Folder of tasks of your own (YAML files in the harness's form), which come before the harness's."""
+    task_code: bool = False
+    """Run the Python functions that task files in task_path name (!function)."""
     interval: str = "0.1dur"
     """How often to take the scores (also at the end)."""
     num_fewshot: int | None = None

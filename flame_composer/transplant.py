@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -266,6 +267,8 @@ def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
 def build_generation_config(source: Source, hf_config: PretrainedConfig) -> GenerationConfig:
     """The source's special tokens and, if it samples, how; not its cache, which is of another kind."""
     settings = {key: getattr(hf_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(source.config.eos_token_id, list):
+        settings["eos_token_id"] = source.config.eos_token_id
     path = source.folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
     taken = [*settings]
@@ -277,8 +280,8 @@ def build_generation_config(source: Source, hf_config: PretrainedConfig) -> Gene
 def require_space(plan: list[Entry], out: Path) -> None:
     """Raises ConfigError if the disk has no room for the weights."""
     needed = sum(entry.shape.numel() * entry.dtype.itemsize for entry in plan if entry.target is not None)
-    parent = next(path for path in out.absolute().parents if path.is_dir())
+    parent = next(path for path in Path(os.path.realpath(out)).parents if path.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ConfigError(f"out={out}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; "
+        raise ConfigError(f"out={out}: needs {needed / 1e9:.3g} GB of disk and {free / 1e9:.3g} GB are free; "
                           "name another folder")

@@ -9,6 +9,7 @@ import sys
 
 from flame_composer.cli import run
 from flame_composer.recipe_config import EvaluateConfig
+from flame_composer.train_config import ParallelismConfig
 
 
 def main(config: EvaluateConfig) -> None:
@@ -16,19 +17,29 @@ def main(config: EvaluateConfig) -> None:
 
     from flame_composer.checkpoint import load_model
     from flame_composer.data import build_evaluator, open_dataset
-    from flame_composer.evaluate import evaluate, plot_by_context
+    from flame_composer.evaluate import evaluate, plot_by_context, require_plot
     from flame_composer.model import CausalLM
-    from flame_composer.tokenizer import load_tokenizer, token_bytes
+    from flame_composer.parallelism import check_devices
+    from flame_composer.tokenizer import token_bytes
 
+    check_devices(ParallelismConfig(), precision=config.precision)
+    if config.plot:
+        require_plot(config.plot)
     dist.initialize_dist(get_device())
     if config.tasks:
         from flame_composer import cpu, harness
 
         cpu.enable()
-        tasks = harness.load_tasks(config.tasks, config.task_path, num_fewshot=config.num_fewshot)
-    model, tokenizer = load_model(config.model)
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tasks = harness.load_tasks(
+            config.tasks, config.task_path, num_fewshot=config.num_fewshot, task_code=config.task_code
+        )
+    model, tokenizer = load_model(config.model, config.tokenizer)
+    if config.tasks:
+        adapter = harness.HarnessModel(
+            get_device().module_to_device(model).eval(), tokenizer, batch_size=config.batch_size, precision=config.precision,
+            max_length=config.max_length,
+        )
+        harness.check_fits(adapter, tasks)
     sources = config.datasets or ({"": config.data} if config.data else {})
     datasets = {name: open_dataset(data.local, data.remote, tokenizer=tokenizer) for name, data in sources.items()}
 
@@ -42,24 +53,20 @@ def main(config: EvaluateConfig) -> None:
         )
         if dist.get_global_rank() == 0:
             show(name, result)
-    if config.plot and dist.get_global_rank() == 0:
-        plot_by_context(results, config.plot)
     if config.data:
         summary |= {"data": config.data.remote or config.data.local, **results[""]}
     elif results:
         summary["datasets"] = results
 
     if config.tasks:
-        adapter = harness.HarnessModel(
-            get_device().module_to_device(model).eval(), tokenizer, batch_size=config.batch_size, precision=config.precision,
-            max_length=config.max_length,
-        )
         found = harness.score(adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty())
         if found is not None:
             print(harness.table(found))
             summary["tasks"] = harness.scores(found)
     if dist.get_global_rank() == 0:
         print(json.dumps(summary))
+        if config.plot:
+            plot_by_context(results, config.plot)
 
 
 def show(name: str, result: dict) -> None:

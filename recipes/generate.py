@@ -27,7 +27,7 @@ def main(config: GenerateConfig) -> None:
     torch.manual_seed(config.seed)
     proceed = partial(
         continue_prompts, model, tokenizer, sampling=build_sampling(config, tokenizer),
-        repetition_penalty=config.repetition_penalty,
+        repetition_penalty=config.repetition_penalty, stop=config.stop,
     )
     show = partial(print, end="", flush=True)
     try:

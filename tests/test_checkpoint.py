@@ -172,6 +172,10 @@ def test_where_a_run_starts(folder, tmp_path):
 def test_finding_the_checkpoint_that_is_meant(folder, tmp_path):
     assert meant(folder) == folder / "ba3.pt"
     assert meant(folder / "ba1.pt") == folder / "ba1.pt"
+    shutil.copytree(folder, tmp_path / "run/checkpoints")
+    message = f"{tmp_path}/run: a folder without checkpoints (ba*.pt); did you mean {tmp_path}/run/checkpoints?"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        meant(tmp_path / "run")
     (tmp_path / "none").mkdir()
     for name, what in (("none", "a folder without checkpoints (ba*.pt)"), ("no", "no such file or folder")):
         path = tmp_path / name
@@ -278,13 +282,24 @@ def test_load_model_takes_all_that_holds_a_model(trained, tmp_path):
             assert torch.equal(model.state_dict()[name], tensor), name
 
 
+def test_a_tokenizer_with_tokens_that_the_model_has_not(trained, tmp_path):
+    larger = byte_tokenizer(420)
+    model, _ = load(trained.checkpoints / "ba3.pt")
+    save_hf_folder(model, larger, tmp_path / "hf", dtype="float32")
+    larger.save_pretrained(tmp_path / "tokenizer")
+    for place, tokenizer in ((tmp_path / "hf", None), (trained.checkpoints, str(tmp_path / "tokenizer"))):
+        message = f"{tokenizer or place}: its tokenizer has 420 tokens, the model only 400; give the one it was trained with"
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            load_model(str(place), tokenizer)
+
+
 def test_an_export_is_whole_or_not_there_and_overwrites_nothing(trained, tmp_path, monkeypatch):
     model, tokenizer = load(trained.checkpoints / "ba3.pt")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for out in ("used", "file"):
-        with pytest.raises(ConfigError, match=f"^{re.escape(str(tmp_path / out))}: already exists and is not empty; choose"):
+        with pytest.raises(ConfigError, match=f"^out={re.escape(str(tmp_path / out))}: already exists and is not empty"):
             save_hf_folder(model, tokenizer, tmp_path / out, dtype="float32")
     (tmp_path / "empty").mkdir()
     save_hf_folder(model, tokenizer, tmp_path / "empty", dtype="float32")

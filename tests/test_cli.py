@@ -580,6 +580,12 @@ def test_run_does_not_hide_what_is_nobodys_mistake(monkeypatch):
         run(failing(ZeroDivisionError()), GenerateConfig)
 
 
+def test_what_is_not_utf8_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=k\udce4t"])
+    assert run(failing(AssertionError("must not be called")), GenerateConfig) == 2
+    assert capsys.readouterr() == ("", "error: command line: 'prompt=k\\udce4t': must be UTF-8\n")
+
+
 def test_run_refuses_before_it_calls(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script.py", "modle=m"])
     assert run(failing(AssertionError("must not be called")), GenerateConfig) == 2

@@ -319,6 +319,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((cls, {"tasks": ["t"], "num_fewshot": -1}, "num_fewshot", "must be 0 or more, or null")
       for cls in (EvaluateConfig, EvalTasksConfig)),
     (EvaluateConfig, {"task_path": "p"}, "tasks", "must be set together with task_path"),
+    *((cls, {"tasks": ["t"], "task_code": True}, "task_path", "must be set together with task_code")
+      for cls in (EvaluateConfig, EvalTasksConfig)),
     (EvaluateConfig, {"task_limit": 0}, "task_limit", "must be a positive number, or null"),
     (EvaluateConfig, {"max_length": 1}, "max_length", "must be 2 tokens or more, or null"),
     (EvalTasksConfig, {"tasks": []}, "tasks", "must name at least one task"),
@@ -336,6 +338,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"temperature": t}, "temperature", "must be 0 or more, and finite") for t in (-0.1, nan, inf)),
     *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
     (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
+    *((cls, {"out": "s3://bucket/folder"}, "out", "must be a local folder") for cls in (ToHfConfig, FromLlamaConfig)),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out", "push_to_hub")),
     *((cls, {"max_shard_size": 0}, "max_shard_size", "must be more than 0 bytes") for cls in (ToHfConfig, FromLlamaConfig)),
     *((FromLlamaConfig, {name: ""}, name, EMPTY) for name in ("model", "config", "out", "tokenizer")),

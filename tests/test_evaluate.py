@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from flame_composer.config import ConfigError, DataError
 from flame_composer.data import build_evaluator, open_dataset
-from flame_composer.evaluate import evaluate
+from flame_composer.evaluate import evaluate, plot_by_context, require_plot
 from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.tokenizer import token_bytes
 from flame_composer.train_config import EvalDataConfig
@@ -125,6 +126,26 @@ def test_several_datasets_at_once(corpus: Corpus, undisturbed: Path, tmp_path: P
         assert f"{name}: loss {shown['loss']:.4f}, perplexity {shown['perplexity']:.2f}, " in process.stdout
     assert "\n        1 to      32 tokens of context: perplexity " in process.stdout
     assert plot.read_bytes().startswith(PNG)
+
+
+def test_a_plot_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path, message in ((tmp_path / "file/a.png", f"{tmp_path}/file cannot be made: File exists"),
+                          (tmp_path / "folder.png", "is a folder"), (Path("/proc/a/b.png"), "/proc/a cannot be made: ")):
+        with pytest.raises(ConfigError) as caught:
+            require_plot(str(path))
+        assert str(caught.value).startswith(f"plot={path}: {message}")
+    require_plot(str(tmp_path / "new/a.png"))
+    with pytest.raises(DataError, match=r"/folder\.png: cannot be written: Is a directory$"):
+        plot_by_context({"": {"by_context": [{"to": 1, "perplexity": 2.0}]}}, str(tmp_path / "folder.png"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_half_precision_needs_a_gpu(undisturbed: Path) -> None:
+    process = run_script("recipes/evaluate.py", f"model={undisturbed}", "data.local=d", "precision=amp_bf16")
+    message = "precision=amp_bf16: there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+    assert (process.returncode, process.stderr) == (2, f"error: command line: {message}\n")
 
 
 def test_nothing_to_evaluate_on_and_no_such_data(undisturbed: Path, tmp_path: Path) -> None:

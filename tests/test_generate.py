@@ -90,12 +90,27 @@ def test_stop_ends_with_the_text_that_was_named() -> None:
     model, tokenizer = tiny(GLA), byte_tokenizer()
     (whole,) = continue_prompts(model, tokenizer, [PROMPTS[1]], sampling())
     stop = whole[4:6]
-    (cut,) = continue_prompts(model, tokenizer, [PROMPTS[1]], sampling(stop=["never there", stop]))
+    (cut,) = continue_prompts(model, tokenizer, [PROMPTS[1]], sampling(), stop=["never there", "\u4e2d", stop])
     assert whole.startswith(cut)
     assert stop in cut
     assert len(cut) < len(whole)
-    others = continue_prompts(model, tokenizer, [PROMPTS[1], PROMPTS[2]], sampling(stop=[stop]))
+    others = continue_prompts(model, tokenizer, [PROMPTS[1], PROMPTS[2]], sampling(), stop=[stop])
     assert others[0] == cut
+
+
+@pytest.mark.parametrize(("text", "stop", "length"), [
+    ("a\u4e2db", "\u4e2d", 4), ("abc", "bc", 3), ("abc", "pqab", 2), ("abc", "q", None), ("qabc", "q", 1),
+])  # fmt: skip
+def test_a_stop_text_is_found_in_whatever_tokens_it_comes(text: str, stop: str, length: int | None) -> None:
+    """After a prompt that ends in q, a text of one token a byte: after how many of them it is complete."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.model.dropout = 1.0  # no merges
+    prompt, ids = (tokenizer(part, add_special_tokens=False).input_ids for part in ("pq", text))
+    assert len(ids) == len(text.encode())
+    criterion = generate.StopTexts(tokenizer, [prompt, prompt], ["never there", stop])
+    ends = [number for number, token in enumerate(ids, 1) if criterion(torch.tensor([[token], [prompt[0]]]), None)[0]]
+    assert ends[:1] == ([] if length is None else [length])
+    assert not criterion(torch.tensor([[ids[-1]], [prompt[0]]]), None)[1]
 
 
 def test_prompts_as_tokens() -> None:
@@ -127,11 +142,15 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(str(text)) == ["  indented", "zwei\u2028drei", "last"]
     lines.write_text('{"prompt": "a\\nb"}\n\n{"prompt": "", "id": 1}\n')
     assert read_prompts(str(lines)) == ["a\nb", ""]
+    for file, prompts in ((text, ["  indented", "zwei\u2028drei", "last"]), (lines, ["a\nb", ""])):
+        file.write_bytes("\ufeff".encode() + file.read_bytes().replace(b"\n", b"\r\n"))
+        assert read_prompts(str(file)) == prompts, "as Windows writes it"
     for name, content, message in (
         ("none.txt", None, "cannot be read: No such file or directory"), ("b.txt", b"\xff\n", "cannot be read: is not UTF-8"),
         ("empty.txt", b"\n \n", "holds no prompt"), ("no.jsonl", b'{"prompt": "a"}\nb\n', 'line 2 must be JSON like {"prompt"'),
         ("key.jsonl", b'{"text": "a"}\n', 'line 1 must be JSON like {"prompt"'), ("list.jsonl", b"[]\n", "line 1 must be JSON"),
         ("number.jsonl", b'{"prompt": 1}\n', "line 1: prompt must be a string"),
+        ("half.jsonl", b'{"prompt": "a\\ud83d"}\n', "line 1: prompt holds half a surrogate pair, which is no text"),
     ):  # fmt: skip
         file = tmp_path / name
         if content is not None:
@@ -167,6 +186,31 @@ def test_a_file_and_a_session_are_continued_as_each_prompt_is(
     assert shown.endswith(lines[2])
     assert len(shown) > len(lines[0] + lines[2]) + 1
     assert errors == ""
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_piped_in_is_text(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    def piped(content: bytes) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
+        return list(generate.asked())
+
+    assert piped("\ufeffkät\r\n\n\ufefflast".encode()) == ["kät", "", "\ufefflast"]
+    with pytest.raises(ConfigError, match=r"^standard input: line 1 or one soon after it is not UTF-8$"):
+        piped(b"k\xe4t\n")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match=r"^there is no standard input to read prompts from; set prompt=... or prompts=FILE$"):
+        list(generate.asked())
+
+
+def test_a_prompt_longer_than_the_model_was_trained_on(caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    model, tokenizer = tiny(GLA), byte_tokenizer()
+    continue_prompts(model, tokenizer, ["x" * 512], sampling(max_new_tokens=1))
+    assert caplog.messages == []
+    (written,) = continue_prompts(model, tokenizer, [words(400, 1)], sampling(max_new_tokens=2))
+    assert written
+    (message,) = caplog.messages
+    assert message.endswith("tokens, where the model was trained on rows of 512: what it writes may be worse")
+    assert capfd.readouterr().err == ""
 
 
 def test_ctrl_c_ends_it_quietly(undisturbed: Path) -> None:

@@ -103,6 +103,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                                                      "higher_is_better": True}]},
         "tasks: remote_metric: the harness has no metric rouge_of_the_hub, and code for it is not fetched",
     ),
+    "local_metric": (
+        {"doc_to_text": "{{text}}", "metric_list": [{"metric": "{folder}/code.py", "aggregation": "mean",
+                                                     "higher_is_better": True}]},
+        "tasks: local_metric: the harness has no metric {folder}/code.py, and code for it is not fetched",
+    ),
+    "template": (
+        {"doc_to_text": "{{{{ cycler.__init__.__globals__.os.mkdir('{folder}/marker') }}}}"},
+        "tasks: template: cannot be loaded: access to attribute '__init__' of",
+    ),
+    "function": (
+        {"doc_to_text": "!function code.run"},
+        "task_path: a task in {folder} runs Python code (!function code.run); set task_code=true if you trust it",
+    ),
+    "of_python": (
+        {"doc_to_text": "!function os.mkdir"}, "task_path: a task in {folder} runs Python code (!function os.mkdir); set",
+    ),
 }  # fmt: skip
 
 
@@ -112,11 +128,33 @@ def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
 
     content, message = REFUSED[name]
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
+    (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\nrun = str\n")
     write_task(tmp_path, name, **{"output_type": "generate_until", "doc_to_target": "{{text}}", **content})
+    file = tmp_path / f"{name}.yaml"
+    text = file.read_text().replace("'!function", "!function").replace(".run'", ".run").replace(".mkdir'", ".mkdir")
+    file.write_text(text.replace("{folder}", str(tmp_path)).replace("{{{{", "{{").replace("}}}}", "}}"))
     with pytest.raises(ConfigError) as caught:
         load_tasks([name], str(tmp_path), num_fewshot=None)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(message.replace("{folder}", str(tmp_path)))
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "marker").exists(), "no code of a task is run"
+
+
+def test_a_task_that_leaves_no_room_for_its_question(tasks: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Found before any work; what is found late is one line."""
+    (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
+    write_task(tmp_path, "long", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text}}",
+               metric_list=[{"metric": "exact_match"}])
+    model = ("recipes/evaluate.py", f"model={model_folder}")
+    process = run_script(*model, "tasks=long", f"task_path={tmp_path}")
+    assert (process.returncode, process.stderr) == (
+        2, "error: tasks: long: has up to 256 tokens written, of 64 for question and answer; set max_gen_toks in its "
+           "generation_kwargs, or a larger max_length\n",
+    )  # fmt: skip
+    process = run_script(*model, "tasks=choice", f"task_path={tasks}", "max_length=2")
+    assert (process.returncode, process.stderr) == (
+        1, "error: tasks: choice: the harness gives up: an answer may be longer than the 2 tokens of max_length\n",
+    )
 
 
 @pytest.mark.faults
@@ -183,6 +221,27 @@ def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) 
     assert f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n" in card.read_text()
 
 
+def test_scores_are_of_the_average_where_there_is_one(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
+    """And training goes on with the weights themselves."""
+    keys = ("algorithms.ema.half_life=4ba", "max_duration=8ba", "eval_data=null")
+    corpus.train_run(tmp_path / "plain", *keys)
+    corpus.train_run(tmp_path / "scored", *keys, f"eval_tasks.task_path={tasks}", "eval_tasks.tasks=[text]",
+                     "eval_tasks.interval=4ba", "eval_tasks.batch_size=3")  # fmt: skip
+    rows = read_log(tmp_path / "scored")
+    assert without_tasks(rows) == read_log(tmp_path / "plain")
+    found = {}
+    for which in ("model", "ema"):
+        out = tmp_path / which
+        exported = run_script(
+            "convert/to_hf.py", f"checkpoint={tmp_path}/scored/checkpoints", f"out={out}", f"weights={which}"
+        )
+        assert exported.returncode == 0, exported.stderr
+        scored = run_script("recipes/evaluate.py", f"model={out}", "tasks=text", f"task_path={tasks}", "batch_size=3")
+        found[which] = last_json(scored)["tasks"]["text"]
+    assert rows[-1]["tasks"]["text"] == found["ema"] != found["model"]
+    assert [row["current_steps"] for row in rows if "tasks" in row] == [4, 8]
+
+
 STOPPING = """
 import os, pathlib, signal
 
@@ -203,7 +262,8 @@ def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
     (folder / "stopping.py").write_text(STOPPING)
     task = (folder / "choice.yaml").read_text().replace("task: choice", "task: stopping")
     (folder / "stopping.yaml").write_text(task.replace("'{{text}}'", "!function stopping.text"))
-    keys = (*keys_of(folder), f"eval_tasks.tasks=[stopping,{','.join(TASKS)}]", "eval_tasks.interval=30ba")
+    keys = (*keys_of(folder), f"eval_tasks.tasks=[stopping,{','.join(TASKS)}]", "eval_tasks.interval=30ba",
+            "eval_tasks.task_code=true")  # fmt: skip
     script = Script("recipes/train.py", *corpus.keys(run, *keys))
     corpus.wait_for_step(script, run, 1)
     (folder / "now").touch()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
@@ -24,6 +28,7 @@ from flame_composer.checkpoint import Checkpoint, find_checkpoint, model_in, rea
 from flame_composer.cli import load
 from flame_composer.config import ConfigError, StoreError
 from flame_composer.convert_config import ToHfConfig
+from flame_composer.model import load_pretrained
 from flame_composer.publish import check_hub, model_card, push_folder, read_run_config
 from tests.runs import ROOT, Corpus, check, run_script, two_ranks
 
@@ -54,6 +59,35 @@ def test_the_card_says_what_the_run_was(corpus: Corpus, undisturbed: Path, expor
     assert GenerationConfig.from_pretrained(exported).pad_token_id == 0
 
 
+PLAIN = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from flame_composer.cpu import install_stub_driver; install_stub_driver()  # in place of a GPU's
+import fla, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("kat loman: ra miro puvel " * 20, return_tensors="pt").input_ids
+with torch.no_grad():
+    torch.save((ids, model(ids).logits), sys.argv[2])
+assert not torch.cuda.is_available() and "flame_composer.gla" not in sys.modules
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="interprets kernels: make test-faults")
+def test_an_export_is_a_model_of_fla_and_transformers(exported: Path, tmp_path: Path) -> None:
+    """A process without this package's model: fla's own kernels, interpreted. No code comes with the folder."""
+    command = [sys.executable, "-c", PLAIN, str(exported), str(tmp_path / "logits.pt")]
+    check(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500))
+    assert not list(exported.glob("*.py"))
+    assert "auto_map" not in json.loads((exported / "config.json").read_text())
+    ids, logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert ids.shape[1] > 64, "so that it is the chunked kernel"
+    with torch.no_grad():
+        torch.testing.assert_close(load_pretrained(str(exported)).eval()(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_card_of_a_checkpoint_alone(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing lies beside it, and its dataset is gone: what is in it is said, and no more."""
     monkeypatch.chdir(trained.checkpoints)  # a file named without a folder
@@ -67,6 +101,14 @@ def test_a_card_of_a_checkpoint_alone(trained: Any, monkeypatch: pytest.MonkeyPa
     assert f"- data: see below, sha256 of its index {trained.order['train_data (index.json)']}\n" in card
     assert "No config.yaml lay beside the checkpoint." in card
     assert "None" not in card
+    assert "- weights" not in card
+
+    content["state"]["algorithms"] = [("EMA", {"average": {"model.norm": 1}})]
+    for which, line in (("auto", "their exponential moving average, which is what was evaluated"),
+                        ("ema", "their exponential moving average, which is what was evaluated"),
+                        ("model", "those that training went on with; what was evaluated is their exponential moving average")):
+        card = model_card(model, content, None, dtype="bfloat16", name="tiny", which=which)
+        assert f"(4 rows)\n- weights: {line}\n- data" in card
 
 
 def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
@@ -156,6 +198,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         made.url = f"http://127.0.0.1:{server.server_port}"
+        reset_sessions()  # one that was made without a network refuses to use it
         monkeypatch.setattr(constants, "ENDPOINT", made.url)
         monkeypatch.setenv("HF_TOKEN", "hf_right")
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))

@@ -109,7 +109,7 @@ def test_old_and_new_spelling_of_merges_are_one_tokenizer(tmp_path):
     ("prepare", "message"),
     [
         (lambda folder: folder.rmdir(), "no such folder; give a Hugging Face tokenizer folder or hub id"),
-        (lambda folder: None, "not a tokenizer folder: "),
+        (lambda folder: None, "holds no tokenizer (tokenizer.json); give the folder or id of one"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "not a tokenizer folder: "),
         (lambda folder: (folder.rmdir(), folder.write_text("x")), "no such folder; give a Hugging Face"),
     ],
