@@ -27,10 +27,10 @@ from flame_composer.train_config import RunPlan, TrainConfig, WandbConfig
 class JsonlLog(Callback):
     """One JSON row per step in `train_log.jsonl`, every step once and in order however often the run is restarted.
 
-    Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), learning_rate (of this
-    step), epoch, percentage, num_tokens (seen so far), throughput (tokens per second of this step over all devices), with
-    eval_loss and eval_perplexity on the steps that evaluate, tasks on those that take scores, batch_hash if asked for, and
-    with several streams what has come of each.
+    Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), grad_norm (of the whole
+    gradient, before it is clipped; null if not finite), learning_rate (of this step), epoch, percentage, num_tokens (seen so
+    far), throughput (tokens per second of this step over all devices), with eval_loss and eval_perplexity on the steps that
+    evaluate, tasks on those that take scores, batch_hash if asked for, and with several streams what has come of each.
 
     A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
     after it, which it computes again.
@@ -52,6 +52,7 @@ class JsonlLog(Callback):
         self.log_batch_hash = log_batch_hash
         self.streams: dict[str, dict[str, float]] | None = None  # what has come of each, where there are several
         self.tasks: dict[str, dict[str, float]] | None = None  # the scores of this step, by task
+        self.grad_norm = math.nan  # of this step
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -114,6 +115,7 @@ class JsonlLog(Callback):
             "current_steps": time.batch.value,
             "total_steps": self.plan.total,
             "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "learning_rate": self._learning_rate,
             "epoch": round(time.batch.value / self.plan.per_epoch, 6),
             "percentage": round(100 * time.batch.value / self.plan.total, 4),

@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 import torch
-from composer.algorithms import GradientClipping
-from composer.core import Algorithm, Callback, State
+from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.optim import DecoupledAdamW
 
@@ -35,11 +34,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
         return Lamb(groups, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
-
-
-def build_clipping(config: OptimizerConfig) -> list[Algorithm]:
-    """Nothing where the gradient is not to be clipped."""
-    return [] if config.grad_clip_norm is None else [GradientClipping("norm", config.grad_clip_norm)]
 
 
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:

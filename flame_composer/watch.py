@@ -1,4 +1,4 @@
-"""What ends a run that has gone wrong: a loss that is not a number or leaps, batches that never finish, too little memory."""
+"""What ends a run that has gone wrong: a loss that leaps, batches that never finish, too little memory."""
 
 from __future__ import annotations
 
@@ -12,62 +12,17 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from composer.core import Callback, Precision, State
+from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from flame_composer.config import TrainingError
 from flame_composer.train_config import SpikeConfig, TrainConfig
 
-MAX_SKIPPED = 10  # steps in a row that may be skipped
 POLL_SECONDS = 0.5
-
-
-class NanGuard(Callback):
-    """Looks at every step's gradients before the optimizer does: not a number, or infinite, and the step is not taken.
-
-    With `stop` the run ends there, its weights as they were; with `skip` it goes on with the next batch, and ends after
-    MAX_SKIPPED such steps in a row. (With amp_fp16 such gradients are the loss scaler's everyday business: left to it.)
-    """
-
-    def __init__(self, action: Literal["stop", "skip"]):
-        self.action = action
-        self.skipped = 0  # in a row
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped = state["skipped"]
-
-    def after_train_batch(self, state: State, logger: Logger) -> None:
-        if state.precision == Precision.AMP_FP16:
-            return
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        is_bad = (~torch.isfinite(norm)).to(torch.int64).reshape(1)
-        if hasattr(is_bad, "full_tensor"):  # of sharded gradients
-            is_bad = is_bad.full_tensor()
-        is_bad = state.device.tensor_to_device(is_bad)  # where a rank holds no gradient it was made on the CPU
-        dist.all_reduce(is_bad, reduce_operation="MAX")
-        if not is_bad.item():
-            self.skipped = 0
-            return
-        step = state.timestamp.batch.value + 1
-        self.skipped += 1
-        if self.action == "stop" or self.skipped > MAX_SKIPPED:
-            again = f", as in the {self.skipped - 1} steps before it" if self.skipped > 1 else ""
-            remedy = "lower optimizer.lr (and set allow_schedule_change=true)"
-            remedy += "" if self.action == "skip" else ", or leave such steps out with on_nan=skip"
-            raise TrainingError(f"step {step}: the gradient is not finite{again}; the step was not taken and nothing was saved "
-                                f"after it; {remedy}")
-        for parameter in parameters:
-            parameter.grad = None  # what an optimizer passes over
-        if dist.get_global_rank() == 0:
-            print(f"step {step}: the gradient is not finite; skipped", file=sys.stderr, flush=True)
 
 
 class SpikeGuard(Callback):
@@ -157,7 +112,7 @@ class StallWatchdog(Callback):
 
 
 def build_watchers(config: TrainConfig) -> list[Callback]:
-    watchers: list[Callback] = [NanGuard(config.on_nan)]
+    watchers: list[Callback] = []
     if config.loss_spike is not None:
         watchers.append(SpikeGuard(config.loss_spike))
     if config.stall_timeout is not None:

@@ -18,7 +18,7 @@ def main(config: TrainConfig) -> None:
     from composer import Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, evaluate, model, optim, parallelism, watch
+    from flame_composer import callbacks, checkpoint, data, evaluate, gradients, model, optim, parallelism, watch
     from flame_composer.extensions import build_extensions
     from flame_composer.preemption import Preemption, lock_run
     from flame_composer.tokenizer import load_tokenizer
@@ -64,12 +64,12 @@ def main(config: TrainConfig) -> None:
         eval_dataloader=evaluators,
         max_duration=f"{plan.total}ba",
         optimizers=optim.build_optimizer(hf_model, config.optimizer),
-        algorithms=[*optim.build_clipping(config.optimizer), *named.algorithms],
+        algorithms=named.algorithms,
         callbacks=[
             *data.build_mixture(train_loader, train_sets, log), *evaluate.build_tasks(config, hf_model, tokenizer, log, stop),
             callbacks.RandomState(), callbacks.SameData(order, allow_change=config.allow_data_change),
             optim.Schedule(config.scheduler, config.optimizer.lr, plan, allow_change=config.allow_schedule_change),
-            *watch.build_watchers(config), *named.callbacks,
+            gradients.build_gradients(config, log), *watch.build_watchers(config), *named.callbacks,
             # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
             log, *([saver] if saver else []), stop,
         ],

@@ -137,13 +137,13 @@ class Run:
 def make_run(
     folder: Path, dataset: Path, eval_dataset: Path, *, total: int = 3, eval_interval: int = 2, load_path: Path | None = None,
     watchers: tuple[Any, ...] = (), lr: float = 1e-2, microbatch_size: int = 2, algorithms: tuple[Any, ...] = (),
-    schedule: str = "cosine", loss_across_documents: bool = True,
+    schedule: str = "cosine", loss_across_documents: bool = True, on_nan: str = "stop", max_norm: float | None = None,
 ) -> Run:
     """A real Trainer put together as recipes/train.py does; saves a checkpoint after each batch. Not started."""
     from composer import Trainer
     from composer.utils import reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, model, optim, preemption
+    from flame_composer import callbacks, checkpoint, data, gradients, model, optim, preemption
     from flame_composer.train_config import DataConfig, EvalDataConfig, OptimizerConfig, RunPlan, SchedulerConfig
 
     tokenizer = byte_tokenizer()
@@ -178,7 +178,8 @@ def make_run(
         optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=lr)),
         callbacks=[
             callbacks.SameData(order, allow_change=False), callbacks.RandomState(),
-            optim.Schedule(SchedulerConfig(name=schedule), lr, plan), *watchers, log, saver, stop,  # pyright: ignore
+            optim.Schedule(SchedulerConfig(name=schedule), lr, plan), *watchers,  # pyright: ignore
+            gradients.Gradients(max_norm, on_nan, log), log, saver, stop,  # pyright: ignore
         ],
         algorithms=list(algorithms),
         device="cpu",

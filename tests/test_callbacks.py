@@ -23,8 +23,8 @@ from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 
 ROW = {
-    "current_steps": 10, "total_steps": 20, "loss": 5.25, "learning_rate": 0.0003, "epoch": 0.5, "percentage": 50.0,
-    "num_tokens": 123456, "throughput": 1234.5,
+    "current_steps": 10, "total_steps": 20, "loss": 5.25, "grad_norm": 1.5, "learning_rate": 0.0003, "epoch": 0.5,
+    "percentage": 50.0, "num_tokens": 123456, "throughput": 1234.5,
 }  # fmt: skip
 PLAN = RunPlan(total=3, per_epoch=3, warmup=0, decay=0, eval_interval=2, save_batches=1, save_seconds=None)
 EVERY_STEP = {*ROW, "batch_hash"}

@@ -240,7 +240,7 @@ def test_report_of_real_runs(undisturbed: Path, tmp_path: Path) -> None:
     process = run_script("recipes/report.py", undisturbed, killed, f"out={tmp_path / 'out'}")
     result = last_json(process)
     assert result["runs"] == [str(undisturbed), killed]
-    assert set(result["files"]) == {"loss", "perplexity", "learning_rate", "throughput", "html"}
+    assert set(result["files"]) == {"loss", "perplexity", "learning_rate", "grad_norm", "throughput", "html"}
     assert all(Path(path).stat().st_size > 0 for path in result["files"].values())
     assert "resumed after step  7" in process.stdout
     text = (tmp_path / "out/report.html").read_text()

@@ -22,7 +22,7 @@ SHARDED = (
     "parallelism.fsdp.state_dict_type=sharded", "parallelism.cpu_fsdp=true", "microbatch_size=2", "max_duration=12ba",
     "eval_interval=100ba", "save_interval=4ba", "eval_data.max_rows=4",
     # With so large an eps a step is all but proportional to the gradient, as it is not with AdamW's usual one.
-    "optimizer.eps=0.01", "optimizer.grad_clip_norm=null", "optimizer.lr=0.02",
+    "optimizer.eps=0.01", "optimizer.grad_clip_norm=0.5", "optimizer.lr=0.02",
 )  # fmt: skip
 slow = pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
 
@@ -43,6 +43,10 @@ def test_what_cannot_be_done_without_a_gpu():
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_log(run)]
+
+
+def norms(run: Path) -> list[float]:
+    return [row["grad_norm"] for row in read_log(run)]
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -76,6 +80,8 @@ def test_a_sharded_model_is_trained_as_a_whole_one(corpus: Corpus, sharded: Path
     check(Script("recipes/train.py", *corpus.keys(whole, *SHARDED, "parallelism.fsdp=null")).wait())
     assert losses(sharded)[0] == pytest.approx(losses(whole)[0], rel=1e-6), "the same weights to begin with"
     assert losses(sharded) == pytest.approx(losses(whole), rel=1e-4)
+    assert norms(sharded) == pytest.approx(norms(whole), rel=1e-3)
+    assert min(norms(whole)) > 0.5, "clipped, every one"
     ours, theirs = weights(sharded, "ba12"), weights(whole, "ba12.pt")
     assert_close(ours, theirs)
     saved = torch.load(sharded / "checkpoints/ba12/piece1.pt", weights_only=True)["model"]
@@ -142,7 +148,7 @@ def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
     exports = []
     for number in (1, 2):
         run = tmp_path / f"ranks{number}"
-        two_rows = ("global_batch_size=2", "microbatch_size=1")
+        two_rows = ("global_batch_size=2", "microbatch_size=1", "optimizer.grad_clip_norm=null")  # a norm is added up by ranks
         Ranks(number, *corpus.keys(run, *SHARDED, *two_rows)).finish()
         check(Script("convert/to_hf.py", f"checkpoint={run}/checkpoints", f"out={run}/export").wait())
         exports.append((run / "export/model.safetensors").read_bytes())
