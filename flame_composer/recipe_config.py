@@ -118,7 +118,7 @@ class BenchmarkConfig(ScriptConfig):
     """Depth of both models."""
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
-    repeats: int = 3
+    repeats: int = 2
     """Steps of each model that count, after one that does not; the two take turns."""
 
     def validate(self) -> None:
@@ -166,7 +166,7 @@ class DecodeBenchmarkConfig(ScriptConfig):
     """Tokens read before decoding is timed."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     """Sequences decoded at a time."""
-    new_tokens: int = 16
+    new_tokens: int = 8
     """Tokens decoded in a turn."""
     hidden_size: int = 512
     """Width of both models."""
@@ -174,7 +174,7 @@ class DecodeBenchmarkConfig(ScriptConfig):
     """Depth of both models."""
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
-    repeats: int = 3
+    repeats: int = 2
     """Turns that count."""
 
     def validate(self) -> None:
@@ -211,7 +211,7 @@ class StartBenchmarkConfig(ScriptConfig):
 
     megabytes: float = 8
     """Size of the corpus, drawn from the Python files of the installed packages."""
-    repeats: int = 3
+    repeats: int = 2
     """Turns that count."""
     folder: str | None = None
     """Where the corpus and the runs are put, and removed in the end; the system's temporary folder if not set."""
@@ -226,7 +226,7 @@ class StartBenchmarkConfig(ScriptConfig):
 class TrainerBenchmarkConfig(StartBenchmarkConfig):
     """Time recipes/train.py against a bare loop over the same batches."""
 
-    steps: int = 24
+    steps: int = 16
     """Optimizer steps of a timed run."""
 
     def validate(self) -> None:

@@ -18,7 +18,7 @@ from flame_composer.model import CausalLM, build_model
 from flame_composer.recipe_config import CheckpointBenchmarkConfig
 from flame_composer.timing import build_pair, seconds
 
-ROWS_READ = 30_000
+ROWS_READ = 20_000
 ROWS_OF_A_BATCH = 8
 
 # A run's checkpoints
