@@ -318,7 +318,8 @@ def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | Non
         annotation = str(f.type).replace("Literal[", "one of [") if section is None else "section"
         annotation = annotation if each is None else SECTIONS
         if f.default is dataclasses.MISSING:
-            default = None if section else "[]" if get_origin(hints[f.name]) is list else "{}"
+            assert f.default_factory is not dataclasses.MISSING
+            default = None if section else show(f.default_factory())
         else:
             default = "(must be set)" if f.default == MISSING else show(f.default)
         yield f"{prefix}{f.name}", annotation, default, docs.get(f.name, "")

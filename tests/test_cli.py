@@ -525,6 +525,7 @@ def test_help_says_what_a_user_needs():
     assert "  optimizer: section" in lines
     assert "  wandb.tags: list[str] = []" in lines
     assert "  optimizer.grad_clip_norm: float | None = 1.0" in lines
+    assert "  gopher_repetition.top_n_grams: list[float] = [0.2, 0.18, 0.16]" in help_text(CleanConfig, "clean.py").splitlines()
 
 
 # run()
