@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flame_composer.cli import run
+from flame_composer.cli import listen_to_signals, run
 from flame_composer.convert_config import FromLlamaConfig
 from flame_composer.folders import new_folder, require_new
 
@@ -23,6 +23,7 @@ def main(config: FromLlamaConfig) -> None:
     from flame_composer.llama import open_source
     from flame_composer.tokenizer import load_tokenizer
 
+    listen_to_signals()
     target = transplant.read_target(config.config)
     source = open_source(config.model)
     tokenizer = load_tokenizer(config.tokenizer or str(source.folder))

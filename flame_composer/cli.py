@@ -117,10 +117,16 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         print(help_text(cls, script))
         return 0
     config = None
+    _told.clear()
     signal.signal(signal.SIGTERM, _leave)
     try:
         config = load(cls, argv)
-        main(config)
+        try:
+            main(config)
+        except Exception:
+            if _told:  # a library that was called from made another error of it: safetensors does
+                sys.exit(_told[0])
+            raise
     except (ConfigError, DataError, TrainingError) as error:
         message = _explain(config, error) if config is not None and isinstance(error, InvalidField) else str(error)
         # An error in a loader process arrives with that process's traceback before it.
@@ -143,9 +149,20 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
     return 0
 
 
+def listen_to_signals() -> None:
+    """Take SIGTERM and Ctrl-C back from Composer, which sets handlers of its own when it is imported: theirs end a process in
+    which ours would go on, or know why an error came."""
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_told: list[int] = []  # the status to leave with, once a signal came
+
+
 def _leave(number: int, _frame: FrameType | None) -> None:
     """Ends the process as an exception does, with whatever it has open closed; status 143 for SIGTERM."""
-    sys.exit(128 + number)
+    _told.append(128 + number)
+    sys.exit(_told[0])
 
 
 def _explain(config: ScriptConfig, problem: InvalidField) -> str:

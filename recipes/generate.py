@@ -10,7 +10,7 @@ import signal
 import sys
 from functools import partial
 
-from flame_composer.cli import run
+from flame_composer.cli import listen_to_signals, run
 from flame_composer.recipe_config import GenerateConfig
 
 
@@ -20,6 +20,7 @@ def main(config: GenerateConfig) -> None:
     from flame_composer.checkpoint import load_model
     from flame_composer.generate import asked, build_sampling, continue_prompts, in_batches, read_prompts
 
+    listen_to_signals()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
     prompts = read_prompts(config.prompts) if config.prompts else []
     model, tokenizer = load_model(config.model)

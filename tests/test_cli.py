@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -579,6 +580,21 @@ def test_run_does_not_hide_what_is_nobodys_mistake(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
     with pytest.raises(ZeroDivisionError):
         run(failing(ZeroDivisionError()), GenerateConfig)
+
+
+def test_a_library_that_makes_an_error_of_the_exit_does_not_hide_it(monkeypatch, capsys):
+    """As safetensors does where a signal comes while it asks torch for a name."""
+
+    def main(config: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise AttributeError("module 'torch' has no attribute 'UntypedStorage'") from None
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
+    with pytest.raises(SystemExit, match=r"^143$"):
+        run(main, GenerateConfig)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_is_not_utf8_is_refused(monkeypatch, capsys):

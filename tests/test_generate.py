@@ -181,6 +181,7 @@ def test_a_file_and_a_session_are_continued_as_each_prompt_is(
             runpy.run_path(str(ROOT / "recipes/generate.py"), run_name="__main__")
     finally:
         signal.signal(signal.SIGPIPE, on_broken_pipe)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Composer's own would end the session with an answer"
     shown, errors = capsys.readouterr()
     assert shown.startswith(lines[0])
     assert shown.endswith(lines[2])

@@ -70,7 +70,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer("kat loman: ra miro puvel " * 20, return_tensors="pt").input_ids
 with torch.no_grad():
     torch.save((ids, model(ids).logits), sys.argv[2])
-assert not torch.cuda.is_available() and "flame_composer.gla" not in sys.modules
+assert fla.layers.gla.chunk_gla.__module__.startswith("fla.") and "flame_composer.model" not in sys.modules
 """
 
 
