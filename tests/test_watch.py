@@ -86,6 +86,9 @@ def test_a_rate_far_too_high_ends_the_run_with_one_line(corpus: Corpus, tmp_path
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1].startswith("error: step 2: the gradient is not finite; the step was not taken")
     assert len(read_log(tmp_path / "run")) == 1
+    keys = ("optimizer.lr=1e30", "scheduler.warmup=0ba", "on_nan=skip", "autoresume=false", "eval_data=null")
+    process = run_script("recipes/train.py", *corpus.keys(tmp_path / "on", *keys))
+    assert process.stderr.splitlines()[-1].startswith(f"error: step {MAX_SKIPPED + 2}: the gradient is not finite, as in the ")
 
 
 def spike(step: int, loss: float) -> Any:
@@ -109,6 +112,7 @@ def test_a_loss_that_leaps_and_stays_there():
     assert feed(SpikeGuard(config), [*usual, 9.0, 9.0, 3.0, 9.0, 9.0, 3.0]) == 0, "it came down again"
     assert feed(SpikeGuard(config), [9.0, 9.0, 9.0, 9.0, 3.0, 3.0]) == 0, "no usual loss yet"
     assert feed(SpikeGuard(config), [*usual, *[6.0] * 20]) == 0, "less than twice"
+    assert feed(SpikeGuard(SpikeConfig(window=4, factor=4.0, patience=3)), [*usual, *[9.0] * 20]) == 0, "less than four times"
     assert feed(SpikeGuard(config), [*usual, math.nan, math.nan, math.nan, *usual]) == 0, "that is NanGuard's business"
     guard = SpikeGuard(config)
     assert feed(guard, [*usual, 9.0, 9.0]) == 0
