@@ -112,7 +112,7 @@ def test_metrics_reach_the_logger(everything: tuple[Path, str]) -> None:
     assert len(re.findall("seq_length_warmup/curr_seq_len", text)) == 16
 
 
-def test_samples_and_exports_are_written_when_they_are_due(everything: tuple[Path, str]) -> None:
+def test_samples_and_exports_are_written_when_they_are_due(everything: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = everything
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [(row["current_steps"], row["prompt"]) for row in samples] == [
@@ -128,7 +128,7 @@ def test_samples_and_exports_are_written_when_they_are_due(everything: tuple[Pat
     for name, tensor in model.state_dict().items():
         assert torch.equal(exported[name], tensor.bfloat16().float()), "both are the average"
     assert any(not torch.equal(weights[f"model.{name}"], tensor) for name, tensor in model.state_dict().items())
-    plain = run.with_name("plain")
+    plain = tmp_path / "plain"
     check(run_script("convert/to_hf.py", f"checkpoint={newest.file}", f"out={plain}", "weights=model"))
     for name, tensor in load_pretrained(str(plain)).state_dict().items():
         assert torch.equal(weights[f"model.{name}"], tensor), "what training goes on with"

@@ -172,7 +172,7 @@ def scored(corpus: Corpus, tasks: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) -> None:
+def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path, tmp_path: Path) -> None:
     rows = read_log(scored)
     assert without_tasks(rows) == read_log(undisturbed)
     assert [row["current_steps"] for row in rows if "tasks" in row] == [15, 30, 40]
@@ -183,7 +183,7 @@ def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) 
     for task in TASKS:
         in_training = rows[-1]["tasks"][task]
         assert in_training == {name: value for name, value in result[task].items() if "stderr" not in name}
-    card = Path(scored, "hf/README.md")
+    card = tmp_path / "hf/README.md"
     last_line = run_script("convert/to_hf.py", f"checkpoint={scored / 'checkpoints'}", f"out={card.parent}")
     assert last_line.returncode == 0
     assert f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n" in card.read_text()
