@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Packages are compiled when they are first imported, and once: without this set, every process compiles all of torch again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup quickstart test test-faults lint docs bench clean
+.PHONY: help setup quickstart test test-faults test-keys lint docs bench clean
 
 help:
 	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
 	@echo "make test        run the tests"
 	@echo "make test-faults  the tests that kill processes for minutes"
+	@echo "make test-keys   see every key's test fail while the key is forgotten (tests/keys.json)"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       time training, data, start-up, checkpoints, decoding and conversion, each against another"
 	@echo "make docs        write docs/configuration.md from the code"
@@ -34,6 +35,9 @@ test: setup
 
 test-faults: setup
 	OMP_NUM_THREADS=1 FLAME_COMPOSER_FAULTS=1 $(BIN)/python -m pytest -m faults
+
+test-keys: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.prove_keys
 
 lint: setup
 	$(BIN)/ruff check .

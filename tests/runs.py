@@ -33,6 +33,7 @@ TINY_GLA = (
     "model.config.vocab_size=300", "model.config.hidden_size=32", "model.config.num_hidden_layers=2",
     "model.config.num_heads=2",
 )
+WANDB = ("wandb.project=tests", "wandb.entity=testers", "wandb.group=ours", "wandb.tags=[still,whole]")
 # Rows and tokens per second depend on the machine, all else must not.
 TIMINGS = ("throughput",)
 
@@ -219,6 +220,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    summary = corpus.train_run(run, "wandb.project=tests", env={"WANDB_MODE": "offline"})
+    summary = corpus.train_run(run, *WANDB, env={"WANDB_MODE": "offline"})
     (run / "summary.json").write_text(json.dumps(summary))
     return run

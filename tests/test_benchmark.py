@@ -5,18 +5,32 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
+import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from streaming import StreamingDataset
 
-from flame_composer import benchmark_charts
+from flame_composer import benchmark, benchmark_charts, measuring, run_timing, timing
 from flame_composer.benchmark import Run, convert_plainly, summary, write_corpus
 from flame_composer.benchmark_charts import panels
 from flame_composer.config import ConfigError, DataError
 from flame_composer.measuring import Figure, Usage, measure
-from flame_composer.recipe_config import AllBenchmarksConfig
+from flame_composer.recipe_config import (
+    AllBenchmarksConfig,
+    BenchmarkConfig,
+    CheckpointBenchmarkConfig,
+    ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    DecodeBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
+)
 from flame_composer.timing import mfu, peak_of
 from flame_composer.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
@@ -232,3 +246,107 @@ def test_which_benchmark():
     for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"], ["start", "repeats=0"]):
         failed = run_script("recipes/benchmark.py", *arguments)
         assert (failed.returncode, failed.stderr) == (2, "error: command line: repeats=0: must be more than 0\n")
+
+
+# What the keys say. What is run, and that it can be, is tested above: here it is only noted.
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stand_in: Callable[..., Any]) -> list[tuple[Any, ...]]:
+    """The positional arguments of every call of a function from now on, in whose place `stand_in` is called."""
+    calls: list[tuple[Any, ...]] = []
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return stand_in(*arguments, **options)
+
+    monkeypatch.setattr(module, name, note)
+    return calls
+
+
+def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
+    shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 256, "repeats": 2}
+    built = [noted(monkeypatch, module, "build_pair", timing.build_pair) for module in (timing, run_timing)]
+    turns = [noted(monkeypatch, module, "interleaved", measuring.interleaved) for module in (timing, run_timing)]
+    steps, decoded = (noted(monkeypatch, timing, name, lambda *_: lambda: 1.0) for name in ("step", "decode"))
+    read = noted(monkeypatch, timing, "read_prompt", timing.read_prompt)
+    timing.training(BenchmarkConfig(context_lengths=[64, 128], batch_tokens=512, **shape))
+    timing.decoding(DecodeBenchmarkConfig(context_lengths=[8], batch_sizes=[3], new_tokens=5, **shape))
+    timing.growth(BenchmarkConfig(context_lengths=[32], batch_tokens=64, **shape))
+    run_timing.checkpoints(CheckpointBenchmarkConfig(**shape), tmp_path)
+    assert built == [[(64, 1, 256)] * 5 + [(64, 2, 256)], [(64, 1, 256)]]
+    assert [{repeats for _, repeats, _ in found} for found in turns] == [{2}, {2}]
+    lengths = [(64, 512), (64, 512), (128, 512), (128, 512), *[(32, number * 32) for number in (1, 1, 2, 2, 1, 1, 1, 1)]]
+    assert [arguments for _, *arguments in steps] == [[length, tokens, 256] for length, tokens in lengths]
+    assert [arguments for _, *arguments in read] == [[8]] * 2
+    assert [arguments for _, _, *arguments in decoded] == [[3, 5]] * 2
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
+    """The commands that are measured, none of which is run."""
+    def measure(command: list[str], *_: Any) -> Usage:
+        if "recipes/train.py" in str(command):
+            (tmp_path / "run").mkdir(exist_ok=True)
+            (tmp_path / "run/train_log.jsonl").write_text(json.dumps({"throughput": 1.0}) + "\n" + '{"throughput": 1.0}\n' * 3)
+        return Usage(1.0, 1.0, 1, "7\n")
+
+    monkeypatch.setattr(benchmark, "read_manifest", lambda _: SimpleNamespace(
+        totals=SimpleNamespace(tokens_in=7), config={"encoder": "hf"}
+    ))
+    return noted(monkeypatch, benchmark, "measure", measure)
+
+
+@pytest.fixture
+def corpora(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
+    source = write_jsonl(tmp_path / "source.jsonl", TEXTS)
+    write = benchmark.write_corpus
+    return noted(monkeypatch, benchmark, "write_corpus", lambda *_: write([str(source)], (), 1000, tmp_path))
+
+
+def test_runs_are_timed_as_the_keys_say(monkeypatch, commands, corpora, tmp_path):
+    def ran(script: str) -> list[str]:
+        return [str(command) for command, *_ in commands if script in str(command)]
+
+    benchmark.compare_trainers(ROOT, TrainerBenchmarkConfig(megabytes=0.2, repeats=2, steps=5), tmp_path)
+    assert len(ran("recipes/train.py")) == 2
+    assert all("max_duration=5ba" in command for command in ran("recipes/train.py"))
+    benchmark.compare_readers(ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=2, epoch_rows=77), tmp_path)
+    assert [len(ran(name)) for name in ("import read_all;", "import first_batch")] == [6, 4]
+    assert all("'77'" in command for command in ran("import first_batch"))
+    commands.clear()
+    noted(monkeypatch, subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0 if "--help" in command else 2))
+    benchmark.compare_starts(ROOT, StartBenchmarkConfig(megabytes=0.4, repeats=2), tmp_path)
+    assert len(ran("recipes/train.py")) == 2
+    assert [max_bytes for _, _, max_bytes, _ in corpora] == [200_000, 300_000, 400_000]
+
+
+def test_conversions_are_timed_as_the_keys_say(commands, corpora, tmp_path):
+    config = ConversionBenchmarkConfig(["s"], [".md"], 0.5, "tok", context_length=64, unit_size=999, num_workers=3, repeats=1)
+    benchmark.compare_conversions(ROOT, config, tmp_path)
+    assert corpora == [(["s"], [".md"], 500_000, tmp_path)]
+    ours = [command for command, *_ in commands if "to_mds.py" in str(command)]
+    assert all({"tokenizer=tok", "context_length=64", "unit_size=999"} <= set(command) for command in ours)
+    assert sorted(command[-1] for command in ours) == ["num_workers=1", "num_workers=1", "num_workers=3", "num_workers=3"]
+    assert [command[-3:][::2] for command, *_ in commands if "to_mds.py" not in str(command)] == [["tok", "64"]] * 2
+
+
+@pytest.mark.parametrize(("name", "config", "module", "function"), [
+    ("trainer", TrainerBenchmarkConfig, benchmark, "compare_trainers"),
+    ("data", DataBenchmarkConfig, benchmark, "compare_readers"),
+    ("start", StartBenchmarkConfig, benchmark, "compare_starts"),
+    ("checkpoint", CheckpointBenchmarkConfig, run_timing, "checkpoints"),
+    ("convert", ConversionBenchmarkConfig, benchmark, "compare_conversions"),
+])
+def test_where_files_are_put(monkeypatch, tmp_path, name, config, module, function):
+    given = noted(monkeypatch, module, function, lambda *_: ({}, []))
+    runpy.run_path("recipes/benchmark.py")[name](config(folder=str(tmp_path)))
+    assert [arguments[-1].parent for arguments in given] == [tmp_path]
+
+
+def test_only_what_is_named_is_run_and_drawn(monkeypatch, capsys):
+    answer = subprocess.CompletedProcess([], 0, json.dumps({"figures": []}))
+    given = noted(monkeypatch, subprocess, "run", lambda *_, **__: answer)
+    drawn = noted(monkeypatch, benchmark_charts, "write", lambda *_: None)
+    runpy.run_path("recipes/benchmark.py")["run_all"](AllBenchmarksConfig(["start", "data"], "growth.png"))
+    assert drawn == [({"start": {"figures": []}, "data": {"figures": []}}, "growth.png")]
+    assert [command[-1] for command, in given] == ["start", "data"]

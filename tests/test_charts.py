@@ -7,6 +7,7 @@ import html.parser
 import json
 import math
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flame_composer.charts import CHARTS, draw, read_run, series, table, write
 from flame_composer.cli import help_text, load
 from flame_composer.config import ConfigError, DataError
 from flame_composer.recipe_config import ReportConfig
-from tests.runs import check, last_json, run_script
+from tests.runs import ROOT, check, last_json, run_script
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -215,6 +216,15 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 
 # The script
+
+
+def test_a_report_is_as_smooth_as_it_is_asked_to_be(tmp_path: Path) -> None:
+    rows = [{"current_steps": step, "total_steps": 9, "num_tokens": 4, "loss": 1e6 * step % 7} for step in range(1, 10)]
+    place = make_log(tmp_path / "a", rows)
+    main = runpy.run_path(str(ROOT / "recipes/report.py"))["main"]
+    main(load(ReportConfig, [str(place), f"out={tmp_path / 'out'}", "smooth=3"]))
+    drawn = [write([read_run(place)], tmp_path / f"{smooth}", smooth)["loss"].read_bytes() for smooth in (1, 3)]
+    assert [(tmp_path / "out/loss.png").read_bytes() == picture for picture in drawn] == [False, True]
 
 
 def test_runs_come_first_on_the_command_line() -> None:

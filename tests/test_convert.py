@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from flame_composer import workers
 from flame_composer.cli import run
 from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
 from flame_composer.manifest import check_shards, read_manifest
@@ -136,9 +137,12 @@ def test_what_keys_make_of_documents(corpus, monkeypatch):
     write_jsonl(corpus / "d.jsonl", [words(1 + 7 * i % 40, i) for i in range(40)])
     arguments = ["source=d.jsonl", "tokenizer=tokenizer", "context_length=64", "num_workers=1"]
     keys = ["add_bos=true", "add_eos=false", "max_doc_length=20", "min_doc_length=9", "shard_size=1600"]
-    assert run_here(monkeypatch, "to_mds", *arguments, "out=plain") == 0
+    convert_units, processes = workers.convert_units, []
+    monkeypatch.setattr(workers, "convert_units", lambda *given: processes.append(given[2]) or convert_units(*given))
+    assert run_here(monkeypatch, "to_mds", *arguments, "num_workers=3", "out=plain") == 0
     assert run_here(monkeypatch, "to_mds", *arguments, *keys, "out=keys") == 0
     assert run_here(monkeypatch, "to_mds", *arguments, *keys, "seed=3", "out=shuffled") == 0
+    assert processes == [3, 1, 1]
     plain, ours = read_manifest("plain").totals, read_manifest("keys").totals
     streams = {out: [row["input_ids"].tolist() for row in streaming_dataset(out)] for out in ("plain", "keys", "shuffled")}
     assert (plain.documents_short, plain.documents) == (0, 40)

@@ -130,6 +130,21 @@ def test_order_depends_on_the_seed_alone(dataset, copy_of):
     assert epoch_of(loader_of(copy_of(dataset))) == base, "the global random state plays no part"
 
 
+def test_rows_are_mixed_as_the_keys_say(dataset, copy_of, all_rows):
+    def mixed(**options: Any) -> float:
+        """Shards that eight rows in a row come from, on average; a shard has about eight."""
+        rows = [row for batch in epoch_of(loader_of(copy_of(dataset), **options)) for row in batch]
+        assert set(rows) <= set(all_rows)
+        orders.append(rows)
+        shards = [all_rows.index(row) // 8 for row in rows]
+        return float(np.mean([len(set(shards[i : i + 8])) for i in range(len(shards) - 8)]))
+
+    orders: list[list[Row]] = []
+    assert mixed(shuffle_block_size=4) < 3 < 5 < mixed()
+    assert mixed(shuffle_algo="naive") > 5
+    assert orders[1] != orders[2]
+
+
 def test_loading_leaves_the_global_random_state_alone(dataset, copy_of):
     loader = loader_of(copy_of(dataset))
     torch.manual_seed(5)
@@ -222,6 +237,7 @@ def test_evaluation_covers_every_row_once(dataset, copy_of, all_rows, world_size
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluator_reads_every_row(dataset, copy_of, all_rows, num_workers):
     evaluator = build_evaluator(opened(copy_of(dataset)), EvalDataConfig(num_workers=num_workers), batch_size=7)
+    assert evaluator.dataloader.dataloader.num_workers == num_workers  # pyright: ignore
     for _ in range(2):
         counts = [count_tokens(batch)["loss_generating"] for batch in evaluator.dataloader.dataloader]  # pyright: ignore
         assert sum(counts) == len(all_rows) * (CONTEXT_LENGTH - 1)

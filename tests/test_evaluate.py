@@ -113,15 +113,23 @@ def test_a_tokenizer_without_bytes_has_no_bits_per_byte(eval_dataset: Path, copy
 def test_several_datasets_at_once(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
     model, plot = f"model={undisturbed / 'checkpoints'}", tmp_path / "plots/context.png"
     process = check(run_script(
-        "recipes/evaluate.py", model, f"datasets.held_out.local={corpus.val}", f"datasets.seen.local={corpus.train}",
-        "datasets.seen.max_rows=5", "block_size=32", f"plot={plot}",
+        "recipes/evaluate.py", model, f"datasets.held_out.local={corpus.val}", f"datasets.seen.remote={corpus.train}",
+        f"datasets.seen.local={tmp_path / 'cache'}", "datasets.seen.max_rows=5", "datasets.seen.loss_across_documents=false",
+        "block_size=32", f"plot={plot}",
     ))
     result = last_json(process)
     assert list(result["datasets"]) == ["held_out", "seen"]
-    alone = last_json(run_script("recipes/evaluate.py", model, f"data.local={corpus.train}", "data.max_rows=5"))
+    alone = last_json(run_script(
+        "recipes/evaluate.py", model, f"data.remote={corpus.train}", f"data.local={tmp_path / 'other'}", "data.max_rows=5",
+        "data.loss_across_documents=false",
+    ))
     seen = result["datasets"]["seen"]
     assert {key: seen[key] for key in alone if key in seen} == {key: alone[key] for key in alone if key in seen}
-    assert alone["tokens"] == 5 * 63
+    assert 0 < alone["tokens"] < 5 * 63, "without the first tokens of documents"
+    plain = last_json(run_script("recipes/evaluate.py", model, f"data.local={corpus.train}", "data.max_rows=5", "varlen=false"))
+    assert plain["tokens"] == 5 * 63
+    across = last_json(run_script("recipes/evaluate.py", model, f"data.local={corpus.train}", "data.max_rows=5"))
+    assert plain["loss"] != pytest.approx(across["loss"], rel=1e-6), "attention state runs across documents"
     for name, shown in result["datasets"].items():
         assert f"{name}: loss {shown['loss']:.4f}, perplexity {shown['perplexity']:.2f}, " in process.stdout
     assert "\n        1 to      32 tokens of context: perplexity " in process.stdout
@@ -153,6 +161,8 @@ def test_nothing_to_evaluate_on_and_no_such_data(undisturbed: Path, tmp_path: Pa
         ((), "error: command line: data: must be set (data.local=...), or tasks\n"),
         (("datasets.a.local=./nowhere",), "error: ./nowhere: no such folder\n"),
         (("data.local=./nowhere",), "error: ./nowhere: no such folder\n"),
+        ((f"data.local={undisturbed}", "tokenizer=./nowhere"),
+         "error: tokenizer: ./nowhere: no such folder; give a Hugging Face tokenizer folder or hub id\n"),
     ):
         process = run_script("recipes/evaluate.py", f"model={undisturbed / 'checkpoints'}", *keys)
         assert (process.returncode, process.stderr) == (2, message)

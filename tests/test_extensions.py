@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -18,15 +19,16 @@ import torch
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger, LoggerDestination
 
-from flame_composer.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
+from flame_composer.algorithms import EMA, SWA, Instant, LayerFreezing, SeqLengthWarmup
 from flame_composer.checkpoint import Checkpoint, find_newest, load_from_checkpoint
 from flame_composer.config import ConfigError, InvalidField
-from flame_composer.extensions import arguments_of, build, find_class
+from flame_composer.extensions import arguments_of, build, build_extensions, find_class
 from flame_composer.extensions_config import OFFERED, REFUSED, spelled_alike
 from flame_composer.model import load_pretrained
 from flame_composer.optional_callbacks import EarlyStopper, FileLogger, ScheduledGC
+from flame_composer.train_config import TrainConfig
 from tests.conftest import make_run
-from tests.runs import Corpus, Script, check, last_json, read_log
+from tests.runs import Corpus, Script, check, last_json, read_log, run_script
 
 # A model with dropout, which draws random numbers at every step: what draws some beside it would be seen.
 LLAMA = {
@@ -79,6 +81,17 @@ def test_every_one_that_is_offered_is_run_below():
     }  # the one needs a GPU, the other a store: it has a test of its own
 
 
+def test_what_is_named_is_built_unless_it_is_left_out(tmp_path):
+    config = TrainConfig("run", max_duration="9ba", global_batch_size=4, microbatch_size=4, tokenizer="t",
+                         log_folder=str(tmp_path), **ALL)  # fmt: skip
+    built = build_extensions(config)
+    assert [[type(each) for each in objects] for objects in built] == [
+        [find_class(section, name) for name in names] for section, names in ALL.items()
+    ]
+    nothing = {section: dict.fromkeys(names, False) for section, names in ALL.items()}
+    assert build_extensions(dataclasses.replace(config, **nothing)) == ([], [], [])
+
+
 @pytest.fixture(scope="module")
 def everything(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with all of them, and the file it was configured with."""
@@ -99,7 +112,7 @@ def test_metrics_reach_the_logger(everything: tuple[Path, str]) -> None:
     assert len(re.findall("seq_length_warmup/curr_seq_len", text)) == 16
 
 
-def test_samples_and_exports_are_written_when_they_are_due(everything: tuple[Path, str]) -> None:
+def test_samples_and_exports_are_written_when_they_are_due(everything: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = everything
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [(row["current_steps"], row["prompt"]) for row in samples] == [
@@ -115,6 +128,10 @@ def test_samples_and_exports_are_written_when_they_are_due(everything: tuple[Pat
     for name, tensor in model.state_dict().items():
         assert torch.equal(exported[name], tensor.bfloat16().float()), "both are the average"
     assert any(not torch.equal(weights[f"model.{name}"], tensor) for name, tensor in model.state_dict().items())
+    plain = tmp_path / "plain"
+    check(run_script("convert/to_hf.py", f"checkpoint={newest.file}", f"out={plain}", "weights=model"))
+    for name, tensor in load_pretrained(str(plain)).state_dict().items():
+        assert torch.equal(weights[f"model.{name}"], tensor), "what training goes on with"
 
 
 def test_a_run_with_all_of_them_that_was_killed_ends_bit_identical(
@@ -315,6 +332,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 # Arguments
 
 RUN = {"log_folder": Path("log"), "context_length": 64}
+Plain = int | float | str | list | dict
 WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("algorithms.ema", {"halflife": "9ba"}, "algorithms.ema.halflife",
      "unknown argument of EMA; did you mean algorithms.ema.half_life?"),
@@ -427,3 +445,52 @@ def test_mlflow_that_cannot_be_reached(corpus: Corpus, tmp_path: Path) -> None:
         assert (failed.returncode, failed.stderr.count("\n")) == (2, 1), failed.stderr
         assert what in failed.stderr
         assert "secret" not in failed.stderr + failed.stdout
+
+
+OTHER: dict[str, dict[str, dict[str, Any]]] = {
+    "algorithms": {
+        "ema": {"half_life": "4ba", "ema_start": "3ba", "update_interval": "2ba"},
+        "swa": {"swa_start": "0.5dur", "swa_end": "0.9dur", "update_interval": "3ba"},
+        "label_smoothing": {"smoothing": 0.2}, "layer_freezing": {"freeze_start": 0.6, "freeze_level": 0.5},
+        "seq_length_warmup": {"duration": 0.5, "min_seq_length": 16, "step_size": 4},
+    },
+    "callbacks": {
+        "speed_monitor": {"window_size": 2, "gpu_flops_available": 1e12, "time_unit": "seconds"}, "lr_monitor": {},
+        "memory_monitor": {"memory_keys": {"allocated_bytes.all.current": "now"}, "dist_aggregate_batch_interval": 3},
+        "optimizer_monitor": {"log_optimizer_metrics": False, "batch_log_interval": 1}, "free_outputs": {},
+        "runtime_estimator": {"skip_batches": 3, "time_unit": "seconds"}, "system_metrics_monitor": {"log_all_data": True},
+        "early_stopper": {"patience": "100ba", "min_delta": 0.5}, "scheduled_gc": {"interval": "5ba"},
+        "generate": {"prompts": ["a"], "interval": "6ba", "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.5},
+        "hf_export": {"folder": "elsewhere", "interval": "8ba", "dtype": "bfloat16"},
+    },
+    "loggers": {
+        "file_logger": {"filename": "log{rank}", "flush_interval": 1},
+        "mlflow_logger": {
+            "experiment_name": "e", "tracking_uri": "file:elsewhere", "run_name": "r", "run_group": "g",
+            "ignore_metrics": ["*"],
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "name"), [(section, name) for section, names in OFFERED.items() for name in names])
+def test_every_argument_reaches_what_it_is_given_to(section, name, tmp_path, monkeypatch):
+    """What the classes make of them is theirs (Composer's), or tested above."""
+    monkeypatch.chdir(tmp_path)  # for MLflow's stores
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:here")
+
+    def settings(**arguments: Any) -> dict[str, Any]:
+        made = build(section, name, arguments, RUN)
+        values = {attribute: getattr(value, "maxlen", value) for attribute, value in vars(made).items()
+                  if not attribute.startswith("_last")}  # times
+        return {attribute: value for attribute, value in values.items() if isinstance(value, Plain | Path | Instant)}
+
+    known, given = arguments_of(find_class(section, name)), OTHER[section][name]
+    assert list(given) == list(known)
+    needed = {each: ["x"] if each == "prompts" else "9ba" for each, parameter in known.items()
+              if parameter.default is parameter.empty}
+    plain = settings(**needed)
+    assert settings(**needed) == plain
+    for argument, value in given.items():
+        assert settings(**{**needed, argument: value}) != plain, argument

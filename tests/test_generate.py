@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flame_composer import generate
+from flame_composer.cli import load
 from flame_composer.config import ConfigError
 from flame_composer.generate import Pieces, build_sampling, continue_prompts, encode, read_prompts
 from flame_composer.model import build_hf_config, build_model
@@ -212,6 +213,25 @@ def test_a_prompt_longer_than_the_model_was_trained_on(caplog: pytest.LogCapture
     (message,) = caplog.messages
     assert message.endswith("tokens, where the model was trained on rows of 512: what it writes may be worse")
     assert capfd.readouterr().err == ""
+
+
+def test_a_file_is_continued_as_the_keys_say(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, float]] = []
+    proceed, on_broken_pipe = generate.continue_prompts, signal.getsignal(signal.SIGPIPE)
+
+    def note(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> list[str]:
+        asked.append((len(prompts), options["repetition_penalty"]))
+        return proceed(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(generate, "continue_prompts", note)
+    (tmp_path / "prompts.txt").write_text("kat\nloman\nra\n")
+    keys = (f"prompts={tmp_path / 'prompts.txt'}", "batch_size=2", "repetition_penalty=1.5", "max_new_tokens=2")
+    try:
+        main = runpy.run_path(str(ROOT / "recipes/generate.py"))["main"]
+        main(load(GenerateConfig, [f"model={undisturbed / 'checkpoints'}", *keys]))
+    finally:
+        signal.signal(signal.SIGPIPE, on_broken_pipe)
+    assert asked == [(2, 1.5), (1, 1.5)]
 
 
 def test_ctrl_c_ends_it_quietly(undisturbed: Path) -> None:

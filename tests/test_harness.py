@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flame_composer.checkpoint import save_hf_folder
+from flame_composer.cli import load
 from flame_composer.config import ConfigError
 from flame_composer.model import build_hf_config, build_model
+from flame_composer.recipe_config import EvaluateConfig
+from flame_composer.train_config import TrainConfig
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, words
-from tests.runs import Corpus, Script, last_json, read_log, run_script, two_ranks
+from tests.runs import ROOT, Corpus, Script, last_json, read_log, run_script, two_ranks
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the harness's own code
@@ -68,9 +73,10 @@ def test_scores_are_those_of_the_harness_itself(tasks: Path, model_folder: Path,
     caplog.set_level(logging.ERROR)
     ours = last_json(run_script(
         "recipes/evaluate.py", f"model={model_folder}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}", "batch_size=4",
+        "max_length=40",
     ))["tasks"]
     theirs = evaluator.evaluate(
-        HFLM(str(model_folder), device="cpu", dtype="float32", batch_size=4),
+        HFLM(str(model_folder), device="cpu", dtype="float32", batch_size=4, max_length=40),
         TaskManager(include_path=str(tasks), include_defaults=False).load(TASKS),
     )
     assert theirs is not None
@@ -194,7 +200,7 @@ def without_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def keys_of(tasks: Path) -> tuple[str, ...]:
     return (f"eval_tasks.tasks=[{','.join(TASKS)}]", f"eval_tasks.task_path={tasks}", "eval_tasks.interval=15ba",
-            "eval_tasks.batch_size=3", "eval_tasks.limit=4")  # fmt: skip
+            "eval_tasks.batch_size=3", "eval_tasks.limit=4", "eval_tasks.num_fewshot=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +210,18 @@ def scored(corpus: Corpus, tasks: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path) -> None:
+def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path, tmp_path: Path) -> None:
     rows = read_log(scored)
     assert without_tasks(rows) == read_log(undisturbed)
     assert [row["current_steps"] for row in rows if "tasks" in row] == [15, 30, 40]
     result = last_json(run_script(
         "recipes/evaluate.py", f"model={scored / 'checkpoints'}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}",
-        "batch_size=3", "task_limit=4",
+        "batch_size=3", "task_limit=4", "num_fewshot=1",
     ))["tasks"]
     for task in TASKS:
         in_training = rows[-1]["tasks"][task]
         assert in_training == {name: value for name, value in result[task].items() if "stderr" not in name}
-    card = Path(scored, "hf/README.md")
+    card = tmp_path / "hf/README.md"
     last_line = run_script("convert/to_hf.py", f"checkpoint={scored / 'checkpoints'}", f"out={card.parent}")
     assert last_line.returncode == 0
     assert f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n" in card.read_text()
@@ -240,6 +246,38 @@ def test_scores_are_of_the_average_where_there_is_one(corpus: Corpus, tasks: Pat
         found[which] = last_json(scored)["tasks"]["text"]
     assert rows[-1]["tasks"]["text"] == found["ema"] != found["model"]
     assert [row["current_steps"] for row in rows if "tasks" in row] == [4, 8]
+
+
+def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
+    corpus: Corpus, tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the scores do not depend on; nor do they have to on the number of examples."""
+    from flame_composer import harness
+
+    sizes: list[int] = []
+    asked: list[Any] = []
+    load_tasks = harness.load_tasks
+    monkeypatch.setattr(harness, "load_tasks", lambda *names, **more: asked.append(more) or load_tasks(*names, **more))
+    monkeypatch.chdir(ROOT)
+
+    def note(module: torch.nn.Module, arguments: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            sizes.append(len(arguments[0]))
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        main = runpy.run_path("recipes/evaluate.py")["main"]
+        main(load(EvaluateConfig, [f"model={model_folder}", "tasks=choice", f"task_path={tasks}", "batch_size=5",
+                              "num_fewshot=3"]))  # fmt: skip
+        assert max(sizes) == 5
+        sizes.clear()
+        main = runpy.run_path("recipes/train.py")["main"]
+        main(load(TrainConfig, corpus.keys(tmp_path / "run", *keys_of(tasks), "max_duration=1ba", "eval_data=null",
+                                           "eval_tasks.tasks=choice", "scheduler.warmup=0ba")))  # fmt: skip
+        assert max(sizes) == 3
+        assert asked == [{"num_fewshot": 3}, {"num_fewshot": 1}]
+    finally:
+        hook.remove()
 
 
 STOPPING = """

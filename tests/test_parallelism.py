@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from composer.utils import dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
 
-from flame_composer import checkpoint, pieces
+from flame_composer import checkpoint, parallelism, pieces
 from flame_composer.config import DataError, InvalidField
+from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.parallelism import check_devices
 from flame_composer.train_config import FsdpConfig, ParallelismConfig
+from tests.conftest import CONTEXT_LENGTH, GLA
+from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Ranks, Script, check, last_json, read_log
 from tests.s3 import S3
 
@@ -39,6 +44,27 @@ def test_what_cannot_be_done_without_a_gpu():
     for config, precision, key in refused:
         with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
             check_devices(config, precision=precision)
+
+
+def test_what_fsdp_is_asked_for(monkeypatch):
+    dist.initialize_dist("cpu")
+    factors = "_get_gradient_divide_factors"
+    monkeypatch.setattr(parallelism._fsdp_collectives, factors, getattr(parallelism._fsdp_collectives, factors))  # put back
+    asked = parallelism.build(ParallelismConfig(FsdpConfig("SHARD_GRAD_OP", mixed_precision="FULL"), cpu_fsdp=True))
+    assert asked is not None
+    assert (asked["fsdp"].reshard_after_forward, asked["fsdp"].mixed_precision) == (False, "FULL")
+
+
+@pytest.mark.parametrize(("key", "wrapper"), [
+    ("activation_checkpointing", CheckpointWrapper), ("activation_cpu_offload", OffloadWrapper),
+])
+def test_every_block_is_wrapped(key, wrapper):
+    config = build_hf_config({**GLA, "num_hidden_layers": 3}, byte_tokenizer(), CONTEXT_LENGTH)
+    model = CausalLM(build_model(config), byte_tokenizer(), varlen=True)
+    names = list(model.state_dict())
+    parallelism.recompute_blocks(model, ParallelismConfig(**{key: True}))
+    assert sum(isinstance(module, wrapper) for module in model.modules()) == 3
+    assert list(model.state_dict()) == names
 
 
 def losses(run: Path) -> list[float]:
@@ -168,6 +194,7 @@ def test_every_strategy_trains_the_same(corpus: Corpus, sharded: Path, tmp_path:
     assert losses(run) == pytest.approx(losses(sharded), rel=1e-4)
     ours, theirs = weights(run, "ba12"), weights(sharded, "ba12")
     assert_close(ours, theirs)
+    assert len(list((run / "checkpoints/ba12").glob("piece*.pt"))) == 2, "four ranks are two replicas of two shards"
 
 
 @slow
@@ -191,7 +218,9 @@ def test_a_compiled_model_trains_the_same(corpus: Corpus, tmp_path: Path) -> Non
         "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     })  # fmt: skip
     for name, keys in (("plain", ()), ("compiled", ("parallelism.compile=true",))):
-        corpus.train_run(tmp_path / name, file, "max_duration=8ba", *keys)
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{name}_code")}
+        corpus.train_run(tmp_path / name, file, "max_duration=8ba", *keys, env=env)
+    assert [len(list(tmp_path.glob(f"{name}_code/**/*.py"))) > 0 for name in ("plain", "compiled")] == [False, True]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 

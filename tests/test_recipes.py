@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.internal.datastore import DataStore
 
 from tests.data_fixtures import streaming_dataset
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
@@ -46,7 +48,14 @@ def test_log_has_one_row_per_step(undisturbed: Path) -> None:
 def test_wandb_run_has_the_runs_name_as_its_id(undisturbed: Path) -> None:
     runs = list((undisturbed / "wandb").glob("offline-run-*"))
     assert [path.name.split("-")[-1] for path in runs] == ["undisturbed"] * len(runs)
-    assert (runs[0] / "run-undisturbed.wandb").stat().st_size > 0
+    records = DataStore()
+    records.open_for_scan(str(runs[0] / "run-undisturbed.wandb"))
+    record = Record()
+    while record.WhichOneof("record_type") != "run":
+        record.ParseFromString(records.scan_data())
+    records.close()
+    run = record.run
+    assert (run.project, run.entity, run.run_group, list(run.tags)) == ("tests", "testers", "ours", ["still", "whole"])
 
 
 def test_resolved_config_lies_beside_checkpoints_and_log(undisturbed: Path) -> None:
@@ -144,12 +153,14 @@ def test_pretrained_weights_are_trained_on(corpus: Corpus, undisturbed: Path, tm
 
 def test_data_from_a_remote_is_cached_and_gives_the_same_run(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
     run, cache = tmp_path / "remote", tmp_path / "cache"
-    remote = (f"train_data.remote={corpus.train}", f"train_data.local={cache}")
-    corpus.train_run(run, *remote, "max_duration=20ba", "eval_data=null")
+    remote = (f"train_data.remote={corpus.train}", f"train_data.local={cache}", f"eval_data.remote={corpus.val}",
+              f"eval_data.local={cache}")  # fmt: skip
+    summary = corpus.train_run(run, *remote, "max_duration=20ba", "eval_interval=100ba")
     hashes = [row["batch_hash"] for row in read_log(run)]
     assert hashes == [row["batch_hash"] for row in read_log(undisturbed)[:20]]
-    index = json.loads((corpus.train / "manifest.json").read_text())["index_sha256"]
-    assert [path.name for path in cache.iterdir()] == [index[:16]]
+    assert summary["eval_loss_initial"] == json.loads((undisturbed / "summary.json").read_text())["eval_loss_initial"]
+    indexes = {json.loads((each / "manifest.json").read_text())["index_sha256"][:16] for each in (corpus.train, corpus.val)}
+    assert {path.name for path in cache.iterdir()} == indexes
 
 
 @pytest.mark.parametrize(("argument", "message"), [

@@ -12,7 +12,7 @@ import torch
 
 from flame_composer.charts import read_run
 from tests.conftest import make_run
-from tests.runs import Corpus, check, read_log, run_script
+from tests.runs import WANDB, Corpus, check, read_log, run_script
 
 # A model with dropout, which draws random numbers at every step.
 LLAMA = {
@@ -78,7 +78,7 @@ def test_finished_run_started_again_changes_nothing(corpus: Corpus, undisturbed:
         return {str(path): path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and "wandb" not in path.parts}
 
     before, summary = content(), str(undisturbed / "summary.json")
-    assert corpus.train_run(undisturbed, "wandb.project=tests", env={"WANDB_MODE": "offline"}) == json.loads(before[summary])
+    assert corpus.train_run(undisturbed, *WANDB, env={"WANDB_MODE": "offline"}) == json.loads(before[summary])
     assert content() == before
 
 
