@@ -265,7 +265,8 @@ def noted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stand_in: Cal
 
 def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
     shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 256, "repeats": 2}
-    built = [noted(monkeypatch, module, "build_pair", timing.build_pair) for module in (timing, run_timing)]
+    build_pair = timing.build_pair
+    built = [noted(monkeypatch, module, "build_pair", build_pair) for module in (timing, run_timing)]
     turns = [noted(monkeypatch, module, "interleaved", measuring.interleaved) for module in (timing, run_timing)]
     steps, decoded = (noted(monkeypatch, timing, name, lambda *_: lambda: 1.0) for name in ("step", "decode"))
     read = noted(monkeypatch, timing, "read_prompt", timing.read_prompt)

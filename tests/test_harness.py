@@ -275,9 +275,23 @@ def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
         main(load(TrainConfig, corpus.keys(tmp_path / "run", *keys_of(tasks), "max_duration=1ba", "eval_data=null",
                                            "eval_tasks.tasks=choice", "scheduler.warmup=0ba")))  # fmt: skip
         assert max(sizes) == 3
-        assert asked == [{"num_fewshot": 3}, {"num_fewshot": 1}]
+        assert asked == [{"num_fewshot": 3, "task_code": False}, {"num_fewshot": 1, "task_code": False}]
     finally:
         hook.remove()
+
+
+def test_functions_of_a_task_that_is_trusted_run(
+    tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = Path(shutil.copytree(tasks, tmp_path / "tasks"))
+    (folder / "code.py").write_text("def text(doc):\n    return doc['text']\n")
+    task = (folder / "choice.yaml").read_text().replace("task: choice", "task: own")
+    (folder / "own.yaml").write_text(task.replace("'{{text}}'", "!function code.text"))
+    main = runpy.run_path("recipes/evaluate.py")["main"]
+    main(load(EvaluateConfig, [f"model={model_folder}", "tasks=[own,choice]", f"task_path={folder}", "task_code=true"]))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert found["own"] == found["choice"]
 
 
 STOPPING = """
