@@ -3,10 +3,15 @@
 Composer has classes of these names. Its own do nothing here (LabelSmoothing: the loss is computed in the model), divide by
 zero or cut rows for good (SeqLengthWarmup), or cannot go on from a checkpoint, on one rank or on another number of them
 (EMA, SWA, LayerFreezing). These do, bit for bit.
+
+Those that go by the length of the run say with `at(batch, total)` what they have the step after `batch` earlier ones do, so
+that a run of another length is not taken for the same (optim.Schedule).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +60,11 @@ class Instant(NamedTuple):
 
     def is_reached(self, state: State) -> bool:
         assert state.max_duration is not None
-        batch = state.timestamp.batch.value
-        return batch >= (self.batches if self.fraction is None else self.fraction * state.max_duration.value)  # type: ignore
+        return self.is_before(state.timestamp.batch.value, state.max_duration.value)
+
+    def is_before(self, batch: int, total: int) -> bool:
+        """Whether it has come once `batch` of `total` batches are done."""
+        return batch >= (self.batches if self.fraction is None else self.fraction * total)  # type: ignore[operator]
 
 
 class EMA(Algorithm):
@@ -82,6 +90,9 @@ class EMA(Algorithm):
             _put(self._trained, state)
             self._trained = None
 
+    def at(self, batch: int, total: int) -> str:
+        return "an average" if self.start.is_before(batch + 1, total) else "no average"
+
     def _update(self, state: State) -> None:
         weights = weights_of(state)
         if self.average is None:
@@ -98,6 +109,22 @@ class EMA(Algorithm):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.average = state["average"]
+
+
+@contextmanager
+def as_evaluated(state: State, logger: Logger) -> Iterator[None]:
+    """The model as evaluation sees it: with the average of its weights in their place, where there is one."""
+    _tell(Event.EVAL_START, state, logger)
+    try:
+        yield
+    finally:
+        _tell(Event.EVAL_END, state, logger)
+
+
+def _tell(event: Event, state: State, logger: Logger) -> None:
+    for algorithm in state.algorithms:
+        if algorithm.match(event, state):
+            algorithm.apply(event, state, logger)
 
 
 class SWA(Algorithm):
@@ -127,6 +154,10 @@ class SWA(Algorithm):
         if ends:
             _put(self.average, state)
             self.done, self.average = True, None
+
+    def at(self, batch: int, total: int) -> str:
+        ended = self.end.is_before(batch + 1, total)
+        return "its end" if ended else "an average" if self.start.is_before(batch + 1, total) else "no average"
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "count": self.count, "done": self.done}
@@ -168,6 +199,9 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
             raise ValueError(f"step_size={step_size}: must be 1 or more")
         super().__init__(duration, min_seq_length, context_length, step_size)
 
+    def at(self, batch: int, total: int) -> str:
+        return f"rows of {self.length(batch, total)} tokens"
+
     def length(self, batch: int, num_batches: int) -> int:
         """Tokens of a row in the batch after `batch` earlier ones."""
         progress = min(1.0, batch / (self.duration * num_batches))
@@ -203,13 +237,18 @@ class LayerFreezing(algorithms.LayerFreezing):
     def match(self, event: Event, state: State) -> bool:
         return event == Event.BATCH_START
 
+    def share(self, batch: int, total: int) -> float:
+        """Of the layers that are frozen in the batch after `batch` earlier ones."""
+        return self.freeze_level * max(0.0, batch / total - self.freeze_start) / (1 - self.freeze_start)
+
+    def at(self, batch: int, total: int) -> str:
+        return f"{self.share(batch, total):.4g} of the layers frozen"
+
     def apply(self, event: Event, state: State, logger: Logger) -> int | None:
         assert state.max_duration is not None
-        elapsed = state.timestamp.batch.value / state.max_duration.value
         layers = [module for module in state.model.modules()
                   if not list(module.children()) and next(module.parameters(), None) is not None]
-        share = self.freeze_level * max(0.0, elapsed - self.freeze_start) / (1 - self.freeze_start)
-        num_frozen = int(share * (len(layers) - 1))
+        num_frozen = int(self.share(state.timestamp.batch.value, state.max_duration.value) * (len(layers) - 1))
         for layer in layers[:num_frozen]:
             layer.requires_grad_(False)
         logger.log_metrics({"layer_freezing/layers_frozen": num_frozen})

@@ -20,7 +20,7 @@ from composer.loggers import Logger, LoggerDestination, ProgressBarLogger, Tenso
 from composer.utils import dist, reproducibility
 
 from flame_composer import storage
-from flame_composer.config import ConfigError, InvalidField
+from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.train_config import RunPlan, TrainConfig, WandbConfig
 
 
@@ -178,10 +178,23 @@ def every(interval: int, total: int) -> Callable[[State, Event], bool]:
     return due
 
 
+class WandB(WandBLogger):
+    """Composer's, which answers in one line where W&B cannot be logged to."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        from wandb.errors import Error
+
+        try:
+            super().init(state, logger)
+        except Error as error:
+            raise ConfigError(f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, set WANDB_MODE=offline, or "
+                              "wandb=null") from None
+
+
 def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> WandBLogger:
     """A restart goes on with the same W&B run, whose id is the run's name. WANDB_MODE=offline needs no account."""
     folder.mkdir(parents=True, exist_ok=True)
-    return WandBLogger(
+    return WandB(
         project=config.project, group=config.group, name=run_name, entity=config.entity, tags=config.tags,
         init_kwargs={"id": run_name, "resume": "allow", "dir": str(folder)},
     )

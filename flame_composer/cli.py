@@ -61,10 +61,12 @@ def load(cls: type[C], argv: list[str]) -> C:
     for origin, node in sources:
         content = OmegaConf.to_container(node, resolve=False)
         assert isinstance(content, dict)
-        _check_keys(cls, content, origin, known)
+        _check_keys(cls, content, origin, known, elsewhere=cls.elsewhere)
         for key, value in _leaves(cls, content):
             origins[key] = origin, value
             origins.update({inner: (origin, each) for inner, each in _inner(key, value)})
+            if type(value) in (int, float) and value not in (0, 1) and _annotation(cls, key) == "bool":
+                raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")  # OmegaConf takes any number for true
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
             except (OmegaConfBaseException, TypeError) as error:
@@ -174,16 +176,27 @@ def _explain(config: ScriptConfig, problem: InvalidField) -> str:
         value = config
         for part in problem.name.split("."):
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return f"{origin}: {problem.name}{'' if value is None else f'={show(value)}'}: {problem.rule}"
+    value = None if dataclasses.is_dataclass(value) else value
+    return _masked(f"{origin}: {problem.name}{'' if value is None else f'={show(value)}'}: {problem.rule}", config.origins)
+
+
+def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
+    """A message with the names of the environment's variables in place of what they are set to."""
+    for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
+        value = os.environ.get(name, "")
+        # What is shorter is no secret, and would be found in words.
+        text = text.replace(value, name) if len(value) > 3 else text
+    return text
 
 
 def nearest(name: str, allowed: list[str]) -> str:
     """'; did you mean X?' for the allowed name closest to `name`, or '' if none is close."""
+    name, by_name = name.lower(), {key.lower(): key for key in reversed(allowed)}
     last = name.rsplit(".", 1)[-1]
-    same_leaf = [key for key in allowed if key.rsplit(".", 1)[-1] == last]
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(allowed)}
-    close = same_leaf or difflib.get_close_matches(name, allowed, n=1) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1)
+    same_leaf = [key for key in allowed if key.lower().rsplit(".", 1)[-1] == last]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in by_name}
+    close = same_leaf or [by_name[key] for key in difflib.get_close_matches(name, list(by_name), n=1)] or [
+        by_name[by_leaf[leaf]] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1)
     ]
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -266,7 +279,9 @@ def _named_sections(annotation: Any) -> type | None:
     return _dataclass_of(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
-def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "") -> None:
+def _check_keys(
+    cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "", *, elsewhere: Mapping[str, str]
+) -> None:
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}
     for key, value in content.items():
@@ -275,11 +290,13 @@ def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str
             above, _, leaf = full.rpartition(".")
             raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {above}")
         if key not in names:
-            shown = full or repr(full)
-            raise ConfigError(f"{origin}: {shown}: unknown key{nearest(full, known) or '; see --help for all keys'}")
+            shown = (full if len(full) < 80 else f"{full[:77]}...") or repr(full)
+            meant = elsewhere.get(full.rpartition(".")[2])
+            close = f"; did you mean {meant}?" if meant else nearest(full, known)
+            raise ConfigError(f"{origin}: {shown}: unknown key{close or '; see --help for all keys'}")
         section, each = _dataclass_of(hints[key]), _named_sections(hints[key])
         if section is not None and isinstance(value, dict):
-            _check_keys(section, value, origin, known, f"{full}.")
+            _check_keys(section, value, origin, known, f"{full}.", elsewhere=elsewhere)
         if each is None or not isinstance(value, dict):
             continue
         for name, content_of_name in value.items():
@@ -289,7 +306,7 @@ def _check_keys(cls: type, content: dict[Any, Any], origin: str, known: list[str
                 raise ConfigError(f"{origin}: {full}.{name}={show(content_of_name)}: must hold keys and values; its keys are "
                                   f"{', '.join(field.name for field in dataclasses.fields(each))}")
             known_here = [key.replace(f"{full}.{ANY_NAME}.", f"{full}.{name}.") for key in known]
-            _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.")
+            _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.", elsewhere=elsewhere)
 
 
 def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -418,8 +435,7 @@ def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any
                 reason = "cannot be resolved"
             else:
                 reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", _first_line(error)).strip('"')
-            for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
-                reason = reason.replace(os.environ.get(name) or name, name)
+            reason = _masked(reason, origins)
             if reason.startswith("Interpolation key"):
                 reason += "; where '${' is meant as it stands, write '\\${'"
             return f"{origin}: {key}={show(value)}: {reason}"

@@ -93,6 +93,8 @@ class ScriptConfig:
 
     # The list that leading arguments without a key fill, in place of a YAML file.
     positional = ""
+    # What others call its keys, where no likeness would tell.
+    elsewhere: Mapping[str, str] = MappingProxyType({})
     # As YAML, with interpolations resolved but those of the environment: safe to log and save.
     resolved_yaml: str = ""
     # Where each key that was given was given, and its value there; where to look for one that was not.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flame_composer.algorithms import as_evaluated
 from flame_composer.callbacks import JsonlLog, every, keep_rows
 from flame_composer.config import ConfigError, DataError
 from flame_composer.model import CausalLM, positions
@@ -180,21 +181,15 @@ class TaskScores(Callback):
             if self.stop.asked and dist.get_world_size() == 1:
                 raise Asked
 
-        def tell_algorithms(event: Event) -> None:
-            for algorithm in state.algorithms:  # one that averages weights has evaluations see the average
-                if algorithm.match(event, state):
-                    algorithm.apply(event, state, logger)
-
         module = cast(CausalLM, state.model.module if state.is_model_ddp else state.model)
         was_training, random_state = module.training, reproducibility.get_rng_state()
         self.model.take(module.eval().model, before_batch)
-        tell_algorithms(Event.EVAL_START)
         try:
-            results = score(self.model, self.tasks, limit=self.limit, bootstraps=0)
+            with as_evaluated(state, logger):
+                results = score(self.model, self.tasks, limit=self.limit, bootstraps=0)
         except Asked:
             return None
         finally:
-            tell_algorithms(Event.EVAL_END)
             module.train(was_training)
             reproducibility.load_rng_state(random_state)
         found = [scores(results) if results else {}]

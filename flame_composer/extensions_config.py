@@ -30,7 +30,7 @@ CALLBACKS: Mapping[str, str] = MappingProxyType({
     "system_metrics_monitor": "Logs the use of CPU, memory, disk and network; on a GPU its use, too (needs pynvml).",
     "free_outputs": "Lets go of a batch's logits once its loss is known.",
     "early_stopper": "Ends the run when the evaluation loss has not fallen by more than min_delta for longer than patience.",
-    "generate": "Continues prompts now and then, into samples.jsonl in log_folder.",
+    "generate": "Continues prompts now and then, into samples.jsonl in log_folder; with ema by the average.",
     "hf_export": "Writes Hugging Face folders now and then and at the end, into log_folder/hf if not told otherwise.",
     "scheduled_gc": "Collects Python's garbage on all ranks at the same step, so that none waits for another's.",
 })

@@ -7,7 +7,7 @@ import inspect
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ IGNORE = -100  # the label that carries no loss
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
+# Of which there must be some, and which not every model looks at before it computes.
+_COUNTS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_heads", "num_hidden_layers", "num_key_value_heads",
+    "num_kv_heads", "vocab_size",
+)  # fmt: skip
 
 # fla models whose layers take no borders of documents: their state runs on across them, most without a word.
 _WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
@@ -47,7 +52,7 @@ def build_hf_config(
     keys = dict(model_config)
     model_type = keys.pop("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        close = nearest(str(model_type), sorted(CONFIG_MAPPING))
+        close = nearest(str(model_type), sorted(CONFIG_MAPPING)) if model_type else "; give gla, for example"
         raise InvalidField("model.config.model_type", f"neither fla nor transformers has such a model{close}")
     config_class = CONFIG_MAPPING[model_type]
     parameters = inspect.signature(config_class.__init__).parameters
@@ -66,8 +71,9 @@ def build_hf_config(
         keys.setdefault("eos_token_id", tokenizer.eos_token_id)
     if "max_position_embeddings" in parameters:
         keys.setdefault("max_position_embeddings", context_length)
-    if keys.get("num_hidden_layers", 1) < 1:
-        raise InvalidField("model.config.num_hidden_layers", "must be 1 or more")
+    for key in _COUNTS:
+        if isinstance(keys.get(key), int) and keys[key] < 1:
+            raise InvalidField(f"model.config.{key}", "must be 1 or more")
     if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
         raise InvalidField("model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens")
     try:
@@ -199,14 +205,11 @@ class CausalLM(HuggingFaceModel):
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = lambda module: type(module).__name__ in blocks  # type: ignore
         self.varlen = varlen
         self.label_smoothing = 0.0  # of the loss that is trained on; see algorithms.LabelSmoothing
-        self.matmul_parameters = count_matmul_parameters(model)
+        self.work = count_work(model)
 
     def flops_per_batch(self, batch: dict[str, torch.Tensor]) -> int:
-        """FLOPs of a step on this batch: 6 a token for every weight of a matrix (Kaplan et al. 2020).
-
-        What attention does beside that is left out, as is recomputing activations, so utilisation is not overstated.
-        """
-        return 6 * self.matmul_parameters * batch["input_ids"].numel()
+        """Of a training step on this batch: what utilisation (MFU) goes by, as does recipes/plan.py."""
+        return self.work.flops_per_token(batch["input_ids"].shape[1]) * batch["input_ids"].numel()
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Any:
         """Logits [B, T, V], and the mean loss over labels that are not -100 if the batch has labels; 0 if all of them are.
@@ -250,12 +253,35 @@ def _known_as_causal() -> typing.Iterator[None]:
         huggingface._is_registered_causal_lm = asked
 
 
-def count_matmul_parameters(model: PreTrainedModel) -> int:
-    """Weights that every token is multiplied with: all matrices but the input embedding, unless that is the output's, too."""
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    is_shared = outputs is not None and inputs.weight is outputs.weight  # type: ignore[union-attr]
-    return matrices if is_shared else matrices - inputs.weight.numel()  # type: ignore[operator,union-attr]
+class Work(NamedTuple):
+    """What a model does with a token."""
+
+    multiplied: int  # parameters: all but an input embedding that is not the output's as well
+    softmax_heads: int  # of attention with scores between all tokens, in each block; 0 where there is none
+    head_dim: int
+    num_blocks: int
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Forward and backward: six for each parameter that is multiplied, twelve for each of the scores' channels.
+
+        Chowdhery et al. 2022, appendix B. What linear attention does beside its projections is left out, as is what
+        activation checkpointing computes twice: MFU counts neither.
+        """
+        return 6 * self.multiplied + 12 * self.num_blocks * self.softmax_heads * self.head_dim * context_length
+
+
+def count_work(model: PreTrainedModel) -> Work:
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    is_shared = output is not None and embedding.weight is output.weight  # type: ignore[union-attr]
+    unused = 0 if is_shared else typing.cast(torch.Tensor, embedding.weight).numel()
+    shape = model.config.get_text_config()
+    heads = getattr(shape, "num_heads" if shape.model_type == "transformer" else "num_attention_heads", 0)
+    blocks = set(model._no_split_modules or ())
+    return Work(
+        multiplied=sum(parameter.numel() for parameter in model.parameters()) - unused, softmax_heads=heads,
+        head_dim=(getattr(shape, "head_dim", None) or shape.hidden_size // heads) if heads else 0,
+        num_blocks=sum(type(module).__name__ in blocks for module in model.modules()),
+    )
 
 
 def check_microbatch_size(size: int | str) -> None:

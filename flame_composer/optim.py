@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.optim import DecoupledAdamW
 
 from flame_composer.config import ConfigError
-from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig
+from flame_composer.extensions_config import spelled_alike
+from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig, TrainConfig
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -61,14 +64,18 @@ class Schedule(Callback):
 
     What the rates came from is in the checkpoint. A run goes on with another configuration if every step it has taken had
     the rate that it would have with that one: a constant rate, or wsd before its decay, can be made longer; a cosine cannot,
-    whose every rate depends on the run's length.
+    whose every rate depends on the run's length. The same holds of `going_by_length`: algorithms by their key.
     """
 
-    def __init__(self, config: SchedulerConfig, peak: float, plan: RunPlan, *, allow_change: bool = False):
+    def __init__(
+        self, config: SchedulerConfig, peak: float, plan: RunPlan, *, allow_change: bool = False,
+        going_by_length: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.config = config
         self.peak = peak
         self.plan = plan
         self.allow_change = allow_change
+        self.going_by_length = going_by_length
         self.num_used = 0  # rates of the first so many batches
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -89,8 +96,12 @@ class Schedule(Callback):
         return {"made_from": self._made_from(), "num_used": self.num_used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError if a step that was taken had another rate than it would have now."""
+        """Raises ConfigError if a step that was taken would have had another rate, or been otherwise, or not been at all."""
         before, now, self.num_used = state["made_from"], self._made_from(), state["num_used"]
+        if self.num_used > self.plan.total:
+            raise ConfigError(f"max_duration: comes to {self.plan.total}ba, and the checkpoint has {self.num_used} steps "
+                              "behind it; set it to more, or move the checkpoints after that step away to end there")
+        self._check_algorithms(before["max_duration"])
         uses_decay = "wsd" in (before["scheduler.name"], now["scheduler.name"])
         changed = [key for key in now if now[key] != before[key] and (uses_decay or not key.startswith("scheduler.decay"))]
         if not changed or self.allow_change:
@@ -113,6 +124,24 @@ class Schedule(Callback):
                     f"{was:.6g}, and would have {would_be:.6g}: {listed}; set back what changed, start a new run_name, or set "
                     "allow_schedule_change=true to go on all the same"
                 )
+
+    def _check_algorithms(self, total_before: int) -> None:
+        for key, algorithm in self.going_by_length.items() if not self.allow_change else ():
+            for batch in range(self.num_used):
+                was, would_be = (algorithm.at(batch, total) for total in (total_before, self.plan.total))
+                if was != would_be:
+                    raise ConfigError(
+                        f"{key}: goes by the length of the run: step {batch + 1} of the {self.num_used} taken had {was}, and "
+                        f"would have {would_be}: max_duration ({total_before}ba before, {self.plan.total}ba now); set it back, "
+                        "start a new run_name, or set allow_schedule_change=true to go on all the same"
+                    )
+
+
+def build_schedule(config: TrainConfig, plan: RunPlan, algorithms: Sequence[Algorithm]) -> Schedule:
+    keys = {spelled_alike(name): f"algorithms.{name}" for name in config.algorithms}
+    by_length = {keys[type(each).__name__.lower()]: each for each in algorithms if hasattr(each, "at")}
+    return Schedule(config.scheduler, config.optimizer.lr, plan, allow_change=config.allow_schedule_change,
+                    going_by_length=by_length)
 
 
 def _in_words(key: str, value: Any) -> str:

@@ -21,7 +21,7 @@ from composer.utils import dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.algorithms import EMA
+from flame_composer.algorithms import as_evaluated
 from flame_composer.callbacks import keep_rows
 from flame_composer.checkpoint import save_hf_folder
 from flame_composer.config import ConfigError, one_line
@@ -78,7 +78,7 @@ class EarlyStopper(Callback):
 class Generate(Callback):
     """Continues `prompts` every `interval` and at the end, into samples.jsonl and, as a table, every logger that takes some.
 
-    Draws random numbers of its own, so that training goes on as if it were not there.
+    It is the model as evaluation sees it. Draws random numbers of its own: training goes on as if it were not there.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Generate(Callback):
         composer_model = _causal_lm(state)
         tokenizer = cast(PreTrainedTokenizerFast, composer_model.tokenizer)
         composer_model.eval()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), as_evaluated(state, logger):
             torch.manual_seed(batch)
             texts = [self._continued(prompt, cast(PreTrainedModel, composer_model.model), tokenizer) for prompt in self.prompts]
         composer_model.train()
@@ -140,6 +140,13 @@ class HfExport(Callback):
         self.interval = whole_batches("interval", interval)
         self.dtype = dtype
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be written to: {error.strerror}; set callbacks.hf_export.folder to what "
+                              "can") from None
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value
         assert state.max_duration is not None
@@ -149,10 +156,8 @@ class HfExport(Callback):
         if (out / "config.json").is_file():  # written before a restart that computed this step again, or by another run
             shutil.rmtree(out)
         composer_model = _causal_lm(state)
-        averages = [algorithm.average for algorithm in state.algorithms if isinstance(algorithm, EMA)]
-        model = copy.deepcopy(cast(PreTrainedModel, composer_model.model))
-        if averages and averages[0] is not None:
-            model.load_state_dict({name.removeprefix("model."): value for name, value in averages[0].items()}, strict=False)
+        with as_evaluated(state, logger):
+            model = copy.deepcopy(cast(PreTrainedModel, composer_model.model))
         save_hf_folder(model, cast(PreTrainedTokenizerFast, composer_model.tokenizer), out, dtype=self.dtype)
 
 
@@ -184,6 +189,8 @@ class FileLogger(ComposerFileLogger):
         """`filename` within `log_folder`, with a place for the rank."""
         if "{rank}" not in filename:
             raise ValueError(f"filename={filename}: must hold {{rank}}, or ranks would write over one another")
+        if Path(filename).is_absolute() or ".." in Path(filename).parts:
+            raise ValueError(f"filename={filename}: must lie within log_folder")
         if flush_interval < 1:
             raise ValueError(f"flush_interval={flush_interval}: must be 1 or more batches")
         super().__init__(str(log_folder / filename), capture_stdout=False, capture_stderr=False, log_traces=False,

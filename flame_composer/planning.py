@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flame_composer import cpu
 from flame_composer.config import ConfigError, InvalidField, one_line
-from flame_composer.model import build_hf_config, build_model
+from flame_composer.model import Work, build_hf_config, build_model, count_work
 from flame_composer.recipe_config import PlanConfig
 from flame_composer.supply import Supply
 from flame_composer.tokenizer import load_tokenizer
@@ -54,16 +54,13 @@ class Size:
     """Of a model: what follows from its modules, read from one without memory for its weights."""
 
     parameters: int  # those that are tied count once
-    multiplied: int  # that every token is multiplied with: all but an input embedding that is not the head as well
+    work: Work  # of a token
     largest_block: int  # parameters
     in_blocks: int  # parameters
-    num_blocks: int
     kept: int  # values that a token leaves in all blocks until the backward pass
     kept_in_largest: int
     hidden_size: int
     vocab_size: int
-    softmax_heads: int  # of attention with scores between all tokens; 0 where there is none
-    head_dim: int
     fused_loss: bool  # fla's cross-entropy
     linear_loss: bool  # computed together with the head, a part of the tokens at a time
 
@@ -76,17 +73,11 @@ def read_size(hf_config: PretrainedConfig) -> Size:
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     kept = [sum(map(_kept_by, block.modules())) for block in blocks] or [0]
     sizes = [_count(block) for block in blocks] or [0]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and embedding.weight is head.weight
     is_fla = type(model).__module__.startswith("fla.")
     shape = hf_config.get_text_config()
-    heads = getattr(shape, "num_heads" if shape.model_type == "transformer" else "num_attention_heads", 0)
-    hidden_size: int = shape.hidden_size
     return Size(
-        parameters=_count(model), multiplied=_count(model) - (0 if tied else embedding.weight.numel()),
-        largest_block=max(sizes), in_blocks=sum(sizes), num_blocks=len(blocks), kept=sum(kept), kept_in_largest=max(kept),
-        hidden_size=hidden_size, vocab_size=shape.vocab_size, softmax_heads=heads,
-        head_dim=(getattr(shape, "head_dim", None) or hidden_size // heads) if heads else 0,
+        parameters=_count(model), work=count_work(model), largest_block=max(sizes), in_blocks=sum(sizes),
+        kept=sum(kept), kept_in_largest=max(kept), hidden_size=shape.hidden_size, vocab_size=shape.vocab_size,
         fused_loss=is_fla and getattr(shape, "fuse_cross_entropy", False),
         linear_loss=is_fla and getattr(shape, "fuse_linear_cross_entropy", False),
     )  # fmt: skip
@@ -141,7 +132,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> dict[str, in
         gathered = size.parameters if all_at_once else outside + 2 * size.largest_block
         copies = gathered * copy_width
     else:  # autocast's own
-        copies = size.multiplied * width if width < 4 else 0
+        copies = size.work.multiplied * width if width < 4 else 0
     gradients = 4 * size.parameters // shards
     if shards > 1:
         gradients += size.largest_block * copy_width  # before it is spread
@@ -149,14 +140,15 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> dict[str, in
         gradients *= 2  # DistributedDataParallel's buckets
     tokens = microbatch_size * config.context_length
     kept = size.kept
-    if is_cpu and size.softmax_heads:  # where a mask makes PyTorch compute attention step by step
+    work = size.work
+    if is_cpu and work.softmax_heads:  # where a mask makes PyTorch compute attention step by step
         # Weights of attention before and after rows that see nothing are set to 0 (_safe_softmax), scaled queries and keys.
-        kept += size.num_blocks * size.softmax_heads * (2 * config.context_length + 2 * size.head_dim)
+        kept += work.num_blocks * work.softmax_heads * (2 * config.context_length + 2 * work.head_dim)
     largest = kept * size.kept_in_largest // max(size.kept, 1)
     if config.parallelism.activation_cpu_offload:
         kept = largest
     elif config.parallelism.activation_checkpointing:
-        kept = size.num_blocks * size.hidden_size + largest
+        kept = work.num_blocks * size.hidden_size + largest
     return {
         "weights": 4 * size.parameters // shards,
         "copies for computing": copies,
@@ -187,15 +179,6 @@ def device_memory(config: PlanConfig) -> int:
     if config.device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // config.devices
     return DEVICES[config.device].memory
-
-
-def flops_per_token(size: Size, context_length: int) -> int:
-    """Forward and backward: six for each parameter a token is multiplied with, and twelve for each of its scores' channels.
-
-    Chowdhery et al. 2022, appendix B. What linear attention does beside its projections is left out, as is what
-    activation checkpointing computes twice: MFU counts neither.
-    """
-    return 6 * size.multiplied + 12 * size.num_blocks * size.softmax_heads * size.head_dim * context_length
 
 
 def best_interval(save: float, between: float) -> float:
@@ -230,13 +213,13 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> dict[str, 
         raise InvalidField("max_duration", "is in epochs, and the dataset cannot be read; give dataset_tokens")
     world = config.devices * config.nodes
     tokens_per_step = config.global_batch_size * config.context_length
-    flops = flops_per_token(size, config.context_length)
+    flops = size.work.flops_per_token(config.context_length)
     fits = largest_microbatch(config, size)
     microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else fits or 1
     parts = memory(config, size, microbatch)
     plan: dict[str, Any] = {
         "run_name": config.run_name, "devices": config.devices, "nodes": config.nodes, "device": config.device,
-        "parameters": size.parameters, "multiplied_parameters": size.multiplied,
+        "parameters": size.parameters, "multiplied_parameters": size.work.multiplied,
         "microbatch_size": microbatch, "accumulation_steps": math.ceil(config.global_batch_size / (world * microbatch)),
         "largest_microbatch_size": fits,
         "tokens_per_step": tokens_per_step, "steps": steps, "tokens": steps * tokens_per_step,
@@ -317,8 +300,12 @@ def warnings(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     total, there = plan["memory"]["total"], plan["memory"]["device"]
     if total > FILL * there:
         rows = plan["largest_microbatch_size"]
-        remedy = f"microbatch_size={rows} fits" if rows else "not even one row does: spread the model with parallelism.fsdp, " \
-            "set parallelism.activation_checkpointing, or take more or larger devices"
+        more = ["take more or larger devices"]
+        if not config.parallelism.activation_checkpointing:
+            more.insert(0, "set parallelism.activation_checkpointing=true")
+        if config.parallelism.fsdp is None:
+            more.insert(0, "spread the model with parallelism.fsdp")
+        remedy = f"microbatch_size={rows} fits" if rows else f"not even one row does: {', or '.join(more)}"
         found.append(f"{gigabytes(total)} do not fit into {gigabytes(there)} a device, of which a tenth should stay free: "
                      + remedy)
     share = plan["warmup_steps"] / plan["steps"] if plan["warmup_steps"] is not None else 0

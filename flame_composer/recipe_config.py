@@ -287,16 +287,18 @@ class PlanConfig(TrainConfig):
     """From then to the first step after it: waiting for machines, starting, loading the checkpoint."""
 
     def validate(self) -> None:
-        for name in ("devices", "nodes"):
-            require(getattr(self, name) > 0, name, "must be 1 or more")
-        require(0 < self.mfu <= 1, "mfu", "must be in (0, 1]")
+        for name, most in (("devices", 1000), ("nodes", 100_000)):
+            require(0 < getattr(self, name) <= most, name, f"must be in [1, {most}]")
+        # Bounds beyond all that there is, within which no figure becomes infinite.
+        require(1e-6 <= self.mfu <= 1, "mfu", "must be in [1e-06, 1]")
         for name in ("tokens_per_second", "save_seconds", "preemption_hours"):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, "must be more than 0 and finite, or null")
-        require(self.price_per_hour is None or 0 <= self.price_per_hour < math.inf, "price_per_hour",
-                "must be 0 or more and finite, or null")
-        require(0 <= self.restart_minutes < math.inf, "restart_minutes", "must be 0 or more, and finite")
-        require(self.dataset_tokens is None or self.dataset_tokens > 0, "dataset_tokens", "must be more than 0, or null")
+            require(value is None or 1e-6 <= value <= 1e12, name, "must be in [1e-06, 1e+12], or null")
+        require(self.price_per_hour is None or 0 <= self.price_per_hour <= 1e12, "price_per_hour",
+                "must be in [0, 1e+12], or null")
+        require(0 <= self.restart_minutes <= 1e12, "restart_minutes", "must be in [0, 1e+12]")
+        require(self.dataset_tokens is None or 0 < self.dataset_tokens <= 10**18, "dataset_tokens",
+                "must be in [1, 10**18], or null")
         require(bool(BYTES.fullmatch(self.save_bandwidth)) and bool(self.save_bandwidth.strip("0.bBkKmMgGtTpP")),
                 "save_bandwidth", "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb")
         super().validate()

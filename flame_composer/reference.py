@@ -40,8 +40,10 @@ loggers:
 ```
 
 Arguments are compared with the class's signature before anything starts. A run with any of these goes on bit for bit when
-it is killed and started again; what is given as a fraction of the run (`0.5dur`, `freeze_start`, a warmup's `duration`) moves
-if `max_duration` is changed in between. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export` are refused with
+it is killed and started again. What is given as a fraction of the run (`0.5dur`, `freeze_start`, a warmup's `duration`) follows
+`max_duration`: where that is changed in between so that a step already taken would have been another one, the run is refused
+(`allow_schedule_change`). They go together with one another, with `activation_checkpointing`, `compile`, `varlen` and any
+number of devices and microbatches. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export` are refused with
 `parallelism.fsdp`. `memory_monitor`, and what `system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on
 one yet; nor has `microbatch_size: auto`.
 """

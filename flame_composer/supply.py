@@ -51,10 +51,14 @@ def find_supply(config: PlanConfig) -> Supply | str:
             except (ConfigError, DataError) as error:
                 return str(error)
         num_rows = sum(dataset.manifest.totals.rows for dataset in datasets.values())
-        share = min(1.0, max(MAX_ROWS, 2 * config.global_batch_size) / num_rows) if num_rows else 1.0
-        if share < 1:
+        share = min(1.0, _most_rows(config) / num_rows) if num_rows else 1.0
+        if share < 1 and config.dataset_tokens is None:
             datasets = {name: _begin(dataset, share, Path(folder, f"part-{name}")) for name, dataset in datasets.items()}
         return _lay_out(config, datasets, share)
+
+
+def _most_rows(config: PlanConfig) -> int:
+    return max(MAX_ROWS, 2 * config.global_batch_size)
 
 
 def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> Supply:
@@ -108,7 +112,10 @@ def _read(config: PlanConfig, folder: Path) -> dict[str, Dataset]:
 
 
 def _imagine(config: PlanConfig, folder: Path) -> Dataset:
-    """A dataset of `dataset_tokens` tokens in shards as convert/to_mds.py writes them: its index, and no shards."""
+    """A dataset of `dataset_tokens` tokens in shards as convert/to_mds.py writes them: its index, and no shards.
+
+    Of one with more than MAX_ROWS rows, the first shards that hold so many.
+    """
     assert config.dataset_tokens is not None
     if config.dataset_tokens < config.global_batch_size * config.context_length:
         raise InvalidField("dataset_tokens", f"must be a global batch of {config.global_batch_size} x {config.context_length} "
@@ -119,11 +126,13 @@ def _imagine(config: PlanConfig, folder: Path) -> Dataset:
     num_rows = config.dataset_tokens // config.context_length
     row_bytes = config.context_length * dtype().itemsize + ROW_OVERHEAD
     rows_each = max(1, SHARD_BYTES // row_bytes)
-    counts = [min(rows_each, num_rows - first) for first in range(0, num_rows, rows_each)]
+    num_shards = -(-num_rows // rows_each)
+    laid_out = max(1, round(min(1.0, _most_rows(config) / num_rows) * num_shards))
+    counts = [min(rows_each, num_rows - number * rows_each) for number in range(laid_out)]
     files = [ShardFile(f"units/0/shard.{i:05}.mds", count * row_bytes, "", count) for i, count in enumerate(counts)]
     totals = Ledger(
-        tokens_in=config.dataset_tokens, tokens_out=num_rows * config.context_length, rows=num_rows, shards=len(files),
-        bytes=num_rows * row_bytes,
+        tokens_in=config.dataset_tokens, tokens_out=num_rows * config.context_length, rows=num_rows,
+        shards=num_shards, bytes=num_rows * row_bytes,
     )
     manifest = Manifest(
         VERSION, "train", TokenizerFingerprint("", vocab_size, None, None), config.context_length, dtype.__name__, {}, (),

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flame_composer import cpu
 from flame_composer.measuring import Figure, interleaved, measure, median, ratio
-from flame_composer.model import build_model
+from flame_composer.model import build_model, count_work
 from flame_composer.recipe_config import BenchmarkConfig, DecodeBenchmarkConfig
 
 
@@ -48,17 +48,6 @@ def build_pair(hidden_size: int, num_layers: int, vocab_size: int, *, device: st
 
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops_per_token(model: Any) -> int:
-    """Of forward and backward, by the matrices a token is multiplied with: 6 per weight (Kaplan et al. 2020, 2.1).
-
-    Attention itself is left out: this understates what is done.
-    """
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
-    weights = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2)
-    return 6 * (weights if tied else weights - embedding.numel())
 
 
 def step(model: Any, context_length: int, batch_tokens: int, vocab_size: int) -> Callable[[], float]:
@@ -101,7 +90,8 @@ def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
             name: step(model, context_length, config.batch_tokens, config.vocab_size) for name, model in models.items()
         }
         found = interleaved({**what, "gemm": gemm(device)}, config.repeats, f"context {context_length}")
-        of_gemm = [value * flops_per_token(models["gla"]) for value in found["gla"]]
+        flops = count_work(models["gla"]).flops_per_token(context_length)
+        of_gemm = [value * flops for value in found["gla"]]
         roofs += found["gemm"]
         rows.append({
             "context_length": context_length, "gla_over_llama": ratio(found["gla"], found["llama"]),

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from omegaconf import MISSING
@@ -25,6 +26,9 @@ from flame_composer.config import (
     require_text,
 )
 from flame_composer.extensions_config import NEEDS_WHOLE_PARAMETERS, ONLY_LOGS, check_names, in_use
+
+MAX_WORKERS = 1000  # loader processes of a rank: more bring a machine down before they read anything
+MAX_SECONDS = 1e8  # three years; torch's timeouts end at some hundreds of them
 
 
 @dataclass
@@ -63,7 +67,8 @@ class StreamConfig:
                 "must name a dataset folder made by convert/to_mds.py (or set remote)")
         require_text(self, "local", "remote")
         for name, value in self.weight().items():
-            require(0 < value < math.inf, name, "must be more than 0, and finite")
+            most = 10**12 if name == "choose" else 10**6
+            require(0 < value <= most, name, f"must be more than 0, and no more than {most}")
         require(len(self.weight()) <= 1, "proportion", "must not be set together with repeat or choose")
 
 
@@ -120,11 +125,11 @@ class DataConfig:
         require_seed(self.shuffle_seed, "shuffle_seed")
         require(self.cache_limit is None or bool(BYTES.fullmatch(self.cache_limit)), "cache_limit",
                 "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb")
-        require(self.num_workers >= 0, "num_workers", "must be 0 or more")
+        require(0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]")
         require(self.prefetch_factor >= 1, "prefetch_factor", "must be 1 or more")
-        for name in ("shuffle_block_size", "num_canonical_nodes", "predownload"):
+        for name, most in (("shuffle_block_size", 10**12), ("num_canonical_nodes", 65536), ("predownload", 10**12)):
             value = getattr(self, name)
-            require(value is None or value > 0, name, "must be more than 0")
+            require(value is None or 0 < value <= most, name, f"must be in [1, {most}]")
 
 
 @dataclass
@@ -144,7 +149,7 @@ class EvalDataConfig:
         require(self.local is not None or self.remote is not None, "local",
                 "must name a dataset folder made by convert/to_mds.py (or set remote)")
         require_text(self, "local", "remote")
-        require(self.num_workers >= 0, "num_workers", "must be 0 or more")
+        require(0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]")
         require(self.max_rows is None or self.max_rows > 0, "max_rows", "must be a positive number of rows, or null")
 
 
@@ -276,6 +281,9 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
 
+    def validate(self) -> None:
+        require_text(self, "project", "entity", "group")
+
 
 @dataclass
 class SpikeConfig:
@@ -304,10 +312,22 @@ class RunPlan(NamedTuple):
     save_seconds: int | None
 
 
+# Of flame, torchtitan, LLM Foundry and Hugging Face's trainer.
+_ELSEWHERE = MappingProxyType({
+    "learning_rate": "optimizer.lr", "max_norm": "optimizer.grad_clip_norm", "grad_clip": "optimizer.grad_clip_norm",
+    "warmup_steps": "scheduler.warmup", "batch_size": "global_batch_size",
+    "data": "train_data.local", "dataset": "train_data.local",
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "epochs", "num_epochs", "num_train_epochs"), "max_duration"),
+    **dict.fromkeys(("context", "seq_len", "max_seq_len", "ctx_len"), "context_length"),
+    **dict.fromkeys(("batch", "device_train_microbatch_size", "per_device_train_batch_size"), "microbatch_size"),
+})
+
+
 @dataclass
 class TrainConfig(ScriptConfig):
     """Train a causal language model on a streamed dataset."""
 
+    elsewhere = _ELSEWHERE
     run_name: str = MISSING
     """Name of the run: its folder under runs/, its W&B id, and what autoresume looks for."""
     seed: int = 42
@@ -369,7 +389,8 @@ class TrainConfig(ScriptConfig):
     allow_data_change: bool = False
     """Go on from a checkpoint although the data or its order is not what the run began with."""
     allow_schedule_change: bool = False
-    """Go on from a checkpoint although steps already taken would have had another learning rate with this configuration."""
+    """Go on from a checkpoint although steps already taken would have had another learning rate with this configuration, or
+    an algorithm that goes by the length of the run would have been further, or less far, by then."""
     log_folder: str = "runs/${run_name}"
     """Receives train_log.jsonl (one row a step) and the resolved config."""
     log_batch_hash: bool = False
@@ -395,8 +416,8 @@ class TrainConfig(ScriptConfig):
                 "must be a positive number of rows, or auto")
         require(self.eval_batch_size is None or self.eval_batch_size > 0, "eval_batch_size",
                 "must be a positive number of rows, or null")
-        require(self.stall_timeout is None or 0 < self.stall_timeout < math.inf, "stall_timeout",
-                "must be a number of seconds more than 0, or null")
+        require(self.stall_timeout is None or 0 < self.stall_timeout <= MAX_SECONDS, "stall_timeout",
+                f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require("://" not in self.log_folder, "log_folder", "must be a local folder (save_folder and data can be remote)")
         require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
@@ -429,11 +450,13 @@ class TrainConfig(ScriptConfig):
         run_batches = self.in_batches(self.max_duration, None)
         warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
         if run_batches is not None and warmup is not None:
-            require(warmup <= run_batches, "scheduler.warmup",
-                    f"must not be longer than the run: {warmup} batches of {run_batches} (max_duration={self.max_duration})")
-            decay = self.in_batches(self.scheduler.decay, None, run_batches)
-            require(self.scheduler.name != "wsd" or decay is None or warmup + decay <= run_batches, "scheduler.decay",
-                    f"must leave room for the warmup: {decay} and {warmup} batches of {run_batches}")
+            self._check_schedule(run_batches, warmup, self.in_batches(self.scheduler.decay, None, run_batches))
+
+    def _check_schedule(self, total: int, warmup: int, decay: int | None) -> None:
+        require(warmup <= total, "scheduler.warmup",
+                f"must not be longer than the run: {warmup} batches of {total} (max_duration={self.max_duration})")
+        require(self.scheduler.name != "wsd" or decay is None or warmup + decay <= total, "scheduler.decay",
+                f"must leave room for the warmup: {decay} and {warmup} batches of {total}")
 
     def _check_extensions(self) -> None:
         for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks), ("loggers", self.loggers)):
@@ -450,9 +473,17 @@ class TrainConfig(ScriptConfig):
                     "tensorboard=true")
             require(self.parallelism.fsdp is None or name not in NEEDS_WHOLE_PARAMETERS, key,
                     "must not be set together with parallelism.fsdp, which spreads parameters over devices")
+        require("callbacks.optimizer_monitor" not in named or self.parallelism.fsdp is None
+                or self.optimizer.name != "decoupled_adamw"
+                or (self.callbacks["optimizer_monitor"] or {}).get("log_optimizer_metrics") is False,
+                "callbacks.optimizer_monitor", "cannot gather what decoupled_adamw adds to it with parallelism.fsdp; set "
+                "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw")
 
     def plan(self, epoch_batches: int) -> RunPlan:
-        """The run's durations, for a dataset that has so many global batches an epoch."""
+        """The run's durations, for a dataset that has so many global batches an epoch.
+
+        Raises InvalidField for those in epochs that do not fit one another.
+        """
         total = self.in_batches(self.max_duration, epoch_batches)
         assert total is not None
         warmup, decay, eval_interval = (
@@ -462,6 +493,7 @@ class TrainConfig(ScriptConfig):
         assert warmup is not None
         assert decay is not None
         assert eval_interval is not None
+        self._check_schedule(total, warmup, decay)
         by_clock = TIME.fullmatch(self.save_interval)
         return RunPlan(
             total, epoch_batches, warmup, decay, eval_interval,

@@ -68,7 +68,7 @@ def main(config: TrainConfig) -> None:
         callbacks=[
             *data.build_mixture(train_loader, train_sets, log), *evaluate.build_tasks(config, hf_model, tokenizer, log, stop),
             callbacks.RandomState(), callbacks.SameData(order, allow_change=config.allow_data_change),
-            optim.Schedule(config.scheduler, config.optimizer.lr, plan, allow_change=config.allow_schedule_change),
+            optim.build_schedule(config, plan, named.algorithms),
             gradients.build_gradients(config, log), *watch.build_watchers(config), *named.callbacks,
             # In this order: a checkpoint finds the row of its step in the log, and stopping finds the checkpoint.
             log, *([saver] if saver else []), stop,

@@ -23,7 +23,7 @@ from flame_composer.tokenizer import build_encoder, fingerprint
 from flame_composer.units import convert_unit
 from tests.data_fixtures import byte_tokenizer, words, write_jsonl
 
-pytest_plugins = ("tests.runs", "tests.s3", "tests.slurm")
+pytest_plugins = ("tests.runs", "tests.s3", "tests.slurm", "tests.hosts")
 
 # The same examples on every machine: a failure met in CI is met at home.
 settings.register_profile("same", derandomize=True, deadline=None)

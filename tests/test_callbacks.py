@@ -15,10 +15,19 @@ from composer.core import Event, Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer.callbacks import JsonlLog, RandomState, SameData, describe, every, hash_row, keep_rows
+from flame_composer.callbacks import (
+    JsonlLog,
+    RandomState,
+    SameData,
+    build_wandb_logger,
+    describe,
+    every,
+    hash_row,
+    keep_rows,
+)
 from flame_composer.config import ConfigError
 from flame_composer.data import describe_order, open_dataset
-from flame_composer.train_config import DataConfig, RunPlan
+from flame_composer.train_config import DataConfig, RunPlan, WandbConfig
 from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 
@@ -217,6 +226,17 @@ def test_the_order_covers_what_decides_it(trained, dataset):
     for change in ({"num_workers": 7}, {"prefetch_factor": 9}, {"predownload": 3}, {"cache_limit": "1gb"}):
         other = describe_order({"": opened}, DataConfig(**change), global_batch_size=4, seed=7)
         assert other == base, "may change on a restart"
+
+
+def test_w_and_b_without_an_account_is_one_line(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    logger = build_wandb_logger(WandbConfig(project="p"), "run", tmp_path)
+    state: Any = SimpleNamespace(run_name="run")
+    with pytest.raises(ConfigError, match=r"^wandb: cannot be logged to: api_key not configured .*; run `wandb login`"):
+        logger.init(state, None)  # pyright: ignore[reportArgumentType]
 
 
 # Random state

@@ -309,7 +309,7 @@ def text(doc):
 def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
     corpus: Corpus, tasks: Path, scored: Path, tmp_path: Path
 ) -> None:
-    """Told to stop in the middle of the scores of step 30 by a task of them."""
+    """Told to stop in the middle of the scores of step 30 by a task of them; the restart recomputes blocks besides."""
     folder, run = Path(shutil.copytree(tasks, tmp_path / "tasks")), tmp_path / "stopped"
     (folder / "stopping.py").write_text(STOPPING)
     task = (folder / "choice.yaml").read_text().replace("task: choice", "task: stopping")
@@ -324,7 +324,7 @@ def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
     assert f"stopped after step 30; saved {run / 'checkpoints/ba30.pt'}" in stopped.stderr
     assert not any("tasks" in row for row in read_log(run))
 
-    corpus.train_run(run, *keys)
+    corpus.train_run(run, *keys, "parallelism.activation_checkpointing=true")
     rows, expected = read_log(run), read_log(scored)
     assert without_tasks(rows) == without_tasks(expected)
     assert [row["current_steps"] for row in rows if "tasks" in row] == [30, 40]
@@ -332,6 +332,23 @@ def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
         taken = rows[step - 1]["tasks"]
         assert taken.pop("stopping") == taken["choice"]
         assert taken == expected[step - 1]["tasks"]
+
+
+@pytest.mark.faults
+@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes half a minute: make test-faults")
+def test_the_average_is_what_takes_the_tasks(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
+    averaged, plain = tmp_path / "averaged", tmp_path / "plain"
+    keys = (*keys_of(tasks), "max_duration=8ba", "parallelism.activation_checkpointing=true")
+    corpus.train_run(plain, *keys)
+    corpus.train_run(averaged, *keys, "algorithms.ema.half_life=4ba")
+    assert [row["loss"] for row in read_log(averaged)] == [row["loss"] for row in read_log(plain)]
+    taken = read_log(averaged)[-1]["tasks"]["text"]
+    assert taken != read_log(plain)[-1]["tasks"]["text"]
+    found = last_json(run_script(
+        "recipes/evaluate.py", f"model={averaged / 'checkpoints'}", "tasks=[text]", f"task_path={tasks}", "batch_size=3",
+        "task_limit=4",
+    ))["tasks"]["text"]
+    assert taken == {name: value for name, value in found.items() if "stderr" not in name}
 
 
 def test_mistaken_tasks_are_found_before_training(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:

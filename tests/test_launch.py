@@ -18,6 +18,7 @@ from composer.cli import launcher
 
 from flame_composer.cli import load
 from flame_composer.train_config import TrainConfig
+from tests.hosts import Hosts
 from tests.runs import ROOT, Corpus, check, read_log
 from tests.slurm import Slurm, missing
 from tests.test_recipes import COMPOSER
@@ -216,6 +217,52 @@ def test_jobs_that_must_not_come_back(slurm: Slurm, corpus: Corpus, two_ranks: P
     assert slurm.wait_for(job.id, "COMPLETED", "FAILED")["ExitCode"] == "0:0", job.log.read_text()
     assert "2 processes on node0" in job.log.read_text()
     assert_same_run(job.run, two_ranks)
+
+
+# Several machines
+
+
+LAUNCHERS = {
+    "composer": "composer --nproc 1 --world_size 2 --node_rank NODE --master_addr ADDRESS --master_port 29500",
+    "torchrun": "torchrun --nnodes 2 --nproc-per-node 1 --node-rank NODE --master-addr ADDRESS --master-port 29500",
+}
+
+
+@faults
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_machine_that_is_lost(hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path, launcher: str) -> None:
+    """One of two goes down; the other ends by itself, and the same commands go on as if nothing had been."""
+    run = tmp_path / "machines"
+
+    def begin() -> list[subprocess.Popen[bytes]]:
+        started = []
+        for node in (0, 1):
+            data = tmp_path / f"disk{node}"
+            if not data.exists():
+                shutil.copytree(corpus.train, data / "train")
+                shutil.copytree(corpus.val, data / "val")
+            name, *arguments = LAUNCHERS[launcher].replace("NODE", f"{node}").replace("ADDRESS", "node0").split()
+            keys = corpus.keys(run, *CANONICAL, f"train_data.local={data}/train", f"eval_data.local={data}/val")
+            command = (sys.executable, COMPOSER.with_name(name), *arguments, "recipes/train.py", *keys)
+            started.append(hosts.start(node, *command, NODE_RANK=f"{node}"))
+        return started
+
+    machines = begin()
+    wait_for_step(run, 12, lambda: all(machine.poll() is None for machine in machines))
+    machines[1].kill()
+    assert machines[0].wait(timeout=120) != 0, "it does not wait for the one that is gone"
+    assert len(read_log(run)) < 40
+    for machine in begin():
+        assert machine.wait(timeout=300) == 0, hosts.log(0) + hosts.log(1)
+    assert_same_run(run, two_ranks)
+    assert "resuming from" in hosts.log(0)
+
+
+def test_the_commands_for_several_machines_are_those_in_the_documentation() -> None:
+    documented = (ROOT / "docs/migrating-from-flame.md").read_text()
+    for command in LAUNCHERS.values():
+        eight = re.sub(r"(--nproc(?:-per-node)?) 1\b", r"\1 8", command).replace("--world_size 2", "--world_size 16")
+        assert f"{eight} recipes/train.py FILE.yaml" in documented
 
 
 # Kubernetes

@@ -112,8 +112,8 @@ def test_what_is_not_given_comes_from_the_tokenizer_and_the_data():
 NO_MODEL = [
     ("gla", {"num_heads": 3}, "model.config: no gla model can be built from it: key dim must be divisible by num_heads of 3"),
     ("gla", {"hidden_size": 33}, "model.config: no gla model can be built from it: "),
-    ("gla", {"num_heads": 0}, "model.config: no gla model can be built from it: integer division or modulo by zero"),
-    ("gla", {"hidden_size": -4}, "model.config: no gla model can be built from it: "),
+    ("gla", {"num_heads": 0}, "model.config.num_heads: must be 1 or more"),
+    ("gla", {"hidden_size": -4}, "model.config.hidden_size: must be 1 or more"),
     ("gla", {"hidden_act": "swishh"}, "model.config: no gla model can be built from it: unknown value 'swishh'"),
     ("gla", {"feature_map": "x"}, "model.config: no gla model can be built from it: unknown value 'x'"),
     ("gla", {"attn_mode": "x"}, "model.config: no gla model can be built from it: "),
@@ -121,7 +121,7 @@ NO_MODEL = [
     ("gla", {"hidden_size": 10**30}, "model.config: no gla model can be built from it: "),
     ("gla", {"attn": 3}, "model.config: GLAConfig refuses it: "),
     ("llama", {"num_key_value_heads": 3}, "model.config.num_key_value_heads: must divide num_attention_heads=2"),
-    ("llama", {"num_attention_heads": 0}, "model.config: "),
+    ("llama", {"num_attention_heads": 0}, "model.config.num_attention_heads: must be 1 or more"),
     ("llama", {"hidden_act": "swishh"}, "model.config: no llama model can be built from it: unknown value 'swishh'"),
     ("llama", {"rope_scaling": 3}, "model.config: LlamaConfig refuses it: "),
 ]  # fmt: skip
@@ -294,8 +294,10 @@ def test_smoothed_labels_are_trained_on_and_not_evaluated(name):
 def test_flops_count_what_a_token_is_multiplied_with():
     model = tiny("llama")
     matrices = 4 * 32 * 32 + 3 * 32 * 64 + VOCABULARY * 32
-    assert model.flops_per_batch(batch_of(ROWS)) == 6 * matrices * 3 * 32
-    assert tiny("llama", tie_word_embeddings=True).matmul_parameters == matrices, "the embedding is the output's matrix"
+    norms, scores = 3 * 32, 32  # of a token with each of the row's 32: hidden size 32
+    assert model.flops_per_batch(batch_of(ROWS)) == (6 * (matrices + norms) + 12 * scores * 32) * 3 * 32
+    assert tiny("llama", tie_word_embeddings=True).work.multiplied == matrices + norms, "the embedding is the output's matrix"
+    assert tiny("gla").work.softmax_heads == 0
 
 
 def test_microbatches_are_tried_out_on_gpus_only():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import get_device
 
+from flame_composer.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
 from flame_composer.config import ConfigError
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.optim import Schedule, build_optimizer, rate_factor
@@ -169,6 +171,44 @@ def test_whatever_bends_the_curve_is_named(key, other, lr):
     before = Schedule(SchedulerConfig(), 3e-4, plan(warmup=4, total=20))
     with pytest.raises(ConfigError, match=rf": {key} \("):
         resumed(before, 9, Schedule(SchedulerConfig(**other), lr, plan(warmup=4, total=20)))
+
+
+# Steps taken, length of the run before and after, and what the line begins with.
+BY_LENGTH: list[tuple[Any, int, int, int, str]] = [
+    (SWA("0.5dur", "0.9dur"), 20, 20, 40,
+     "step 10 of the 20 taken had an average, and would have no average: max_duration (20ba before, 40ba now); set it back"),
+    (SWA("0.5dur", "0.9dur"), 9, 20, 40, ""), (SWA("5ba", "9ba"), 20, 20, 40, ""),
+    (EMA(ema_start="0.5dur"), 12, 20, 40, "step 10 of the 12 taken had an average, and would have no average"),
+    (EMA(ema_start="5ba"), 20, 20, 40, ""),
+    (SeqLengthWarmup(32, 0.5, 8, 8), 20, 20, 40, "step 5 of the 20 taken had rows of 16 tokens, and would have rows of 8"),
+    (LayerFreezing(0.5), 10, 20, 40, ""), (LayerFreezing(0.5), 11, 20, 40, ""),
+    (LayerFreezing(0.5), 12, 20, 40, "step 12 of the 12 taken had 0.1 of the layers frozen, and would have 0 of the layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algorithm", "taken", "before", "after", "line"), BY_LENGTH)
+def test_an_algorithm_that_goes_by_the_length_of_the_run(algorithm, taken, before, after, line):
+    """A constant rate would allow any other length."""
+    def schedule(total: int, **options: Any) -> Schedule:
+        config = SchedulerConfig(name="constant")
+        return Schedule(config, 3e-4, plan(warmup=0, total=total), going_by_length={"algorithms.x": algorithm}, **options)
+
+    resumed(schedule(before), taken, schedule(before))
+    if not line:
+        resumed(schedule(before), taken, schedule(after))
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"algorithms.x: goes by the length of the run: {line}")):
+        resumed(schedule(before), taken, schedule(after))
+    resumed(schedule(before), taken, schedule(after, allow_change=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_change": True}])
+def test_a_run_cannot_be_made_shorter_than_it_is(options):
+    old, new = schedules_of("constant", 0, 0, (20, 10), **options)
+    resumed(old, 10, new)
+    line = "^max_duration: comes to 10ba, and the checkpoint has 11 steps behind it; set it to more"
+    with pytest.raises(ConfigError, match=line):
+        resumed(old, 11, new)
 
 
 def test_fused_adamw_is_adamw():

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flame_composer import planning
 from flame_composer.cli import load
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.data import build_train_loader, open_dataset
-from flame_composer.model import build_hf_config, build_model
+from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.planning import DEVICES, best_interval, goodput, goodput_with_notice, largest_microbatch, memory, read_size
 from flame_composer.recipe_config import PlanConfig
 from flame_composer.supply import Supply, find_supply
@@ -60,9 +61,9 @@ def test_parameters_are_those_of_the_built_model(model: dict[str, Any], tied: bo
     size = read_size(hf_config)
     embedding = built.get_input_embeddings().weight.numel()
     assert size.parameters == sum(parameter.numel() for parameter in built.parameters())
-    assert size.multiplied == size.parameters - (0 if tied else embedding)
+    assert size.work.multiplied == size.parameters - (0 if tied else embedding)
     assert size.in_blocks == size.largest_block == size.parameters - embedding * (1 if tied else 2) - 32  # the last norm
-    assert (size.num_blocks, size.vocab_size, size.softmax_heads) == (1, 400, 0 if model is GLA else 2)
+    assert (size.work.num_blocks, size.vocab_size, size.work.softmax_heads) == (1, 400, 0 if model is GLA else 2)
 
 
 def test_what_a_token_leaves_is_what_projections_take_and_give_and_norms_give() -> None:
@@ -81,13 +82,21 @@ def test_models_of_other_makers(model: dict[str, Any]) -> None:
     hf_config = build_hf_config(model, byte_tokenizer(), CONTEXT_LENGTH)
     size = read_size(hf_config)
     assert size.parameters == sum(parameter.numel() for parameter in build_model(hf_config).parameters())
-    assert size.kept > 3 * size.num_blocks * size.hidden_size > 0
+    assert size.kept > 3 * size.work.num_blocks * size.hidden_size > 0
 
 
 def test_flops() -> None:
     gla, llama = size_of(plan_config("gla_340m")), size_of(plan_config("transformer_340m"))
-    assert planning.flops_per_token(gla, 2048) == 6 * 341_707_776
-    assert planning.flops_per_token(llama, 2048) == 6 * 341_099_520 + 12 * 24 * 1024 * 2048
+    assert gla.work.flops_per_token(2048) == 6 * 341_707_776
+    assert llama.work.flops_per_token(2048) == 6 * 341_099_520 + 12 * 24 * 1024 * 2048
+
+
+@pytest.mark.parametrize("model", [GLA, LLAMA], ids=["gla", "llama"])
+def test_a_plan_counts_what_utilisation_goes_by(model: dict[str, Any]) -> None:
+    hf_config = build_hf_config(model, byte_tokenizer(), CONTEXT_LENGTH)
+    trained = CausalLM(build_model(hf_config), byte_tokenizer(), varlen=True)
+    batch = {"input_ids": torch.zeros(3, CONTEXT_LENGTH, dtype=torch.int64)}
+    assert trained.flops_per_batch(batch) == 3 * CONTEXT_LENGTH * read_size(hf_config).work.flops_per_token(CONTEXT_LENGTH)
 
 
 def test_vocabulary_from_the_datasets_tokenizer(dataset: Path) -> None:
@@ -386,6 +395,9 @@ WARNINGS = [
     ((), []),
     (("microbatch_size=32",), [r"[\d.]+ GB do not fit into 80 GB a device, of which a tenth should stay free: microbatch_size="
                                "16 fits"]),
+    (("model.config.hidden_size=65536",),
+     [r".* TB do not fit into 80 GB a device, .*: not even one row does: set parallelism.activation_checkpointing=true, or "
+      "take more or larger devices$"]),
     (("scheduler.warmup=0.2dur",), ["scheduler.warmup=0.2dur is 20% of the run; more than 10% is seldom meant"]),
     (("dataset_tokens=2_000_000_000",), [r"5.4 epochs: text that is repeated more than 4 times"]),
     (("precision=fp32",), ["precision=fp32: the peak"]),

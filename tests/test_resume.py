@@ -119,6 +119,26 @@ def test_a_longer_run_is_refused_where_it_would_have_had_other_rates(
     assert len(read_log(run)) == 42
 
 
+def test_a_finished_run_is_made_longer_by_any_unit_and_not_shorter(corpus: Corpus, tmp_path: Path) -> None:
+    """wsd without a decay is a constant rate after the warmup: what goes on is the run that was that long at once."""
+    run, whole = tmp_path / "longer", tmp_path / "whole"
+    wsd = ("scheduler.name=wsd", "scheduler.decay=0ba", "eval_data=null", "save_interval=3ba")
+    corpus.train_run(run, *wsd, "max_duration=2000tok")  # 7.8 steps of 4 x 64 tokens
+    assert len(read_log(run)) == 8
+    corpus.train_run(run, *wsd, "max_duration=1ep")
+    assert len(read_log(run)) == 15
+    process = run_script("recipes/train.py", *corpus.keys(run, *wsd, "max_duration=14ba"))
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(
+        "error: max_duration: comes to 14ba, and the checkpoint has 15 steps behind it; set it to more")
+    assert len(read_log(run)) == 15
+    corpus.train_run(run, *wsd, "max_duration=2ep")
+    corpus.train_run(whole, *wsd, "max_duration=30ba")
+    keys = ("loss", "grad_norm", "learning_rate", "batch_hash")
+    at_once, in_parts = ([[row[key] for key in keys] for row in read_log(each)] for each in (whole, run))
+    assert in_parts == at_once
+
+
 def test_a_run_at_a_constant_rate_can_be_made_longer(dataset: Path, eval_dataset: Path, tmp_path: Path) -> None:
     """And ends as the run that was that long from the beginning."""
     runs = []

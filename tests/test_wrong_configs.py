@@ -26,7 +26,11 @@ ROOT = Path(__file__).parent.parent
 WRONG: dict[str, str] = {
     # Typos, at every level.
     "max_durations=5ba": "max_durations: unknown key; did you mean max_duration?",
-    "batch_size=8": "batch_size: unknown key; did you mean eval_tasks.batch_size?",
+    "batch_size=8": "batch_size: unknown key; did you mean global_batch_size?",
+    "learning_rate=1e-3": "learning_rate: unknown key; did you mean optimizer.lr?",
+    "optimizer.learning_rate=1e-3": "optimizer.learning_rate: unknown key; did you mean optimizer.lr?",
+    "optimizer.LR=1e-3": "optimizer.LR: unknown key; did you mean optimizer.lr?",
+    "steps=100": "steps: unknown key; did you mean max_duration?",
     "lr=1e-3": "lr: unknown key; did you mean optimizer.lr?",
     "warmup=10ba": "warmup: unknown key; did you mean scheduler.warmup?",
     "optimizer.weight_dcay=1": "optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?",
@@ -55,7 +59,14 @@ WRONG: dict[str, str] = {
     "algorithms=[ema]": "algorithms=['ema']: must be dict[str, Any]",
     "callbacks.lr_monitor=true": "must hold its arguments, or be null for the defaults, or false to leave it out",
     "train_data.loss_across_documents=null": "must be bool",
+    "varlen=2": "must be bool",
     # What is not one of the allowed values.
+    "stall_timeout=1e300": "stall_timeout=1e+300: must be a number of seconds more than 0 and no more than 100000000, or null",
+    "train_data.num_workers=100000": "must be in [0, 1000]",
+    "train_data.shuffle_block_size=99999999999999999999": "must be in [1, 1000000000000]",
+    "train_data.predownload=99999999999999999999": "must be in [1, 1000000000000]",
+    "train_data.num_canonical_nodes=99999999999": "must be in [1, 65536]",
+    "wandb.project=": "must not be empty",
     "precision=bf16": "must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
     "scheduler.name=step": "must be one of ['cosine', 'linear', 'constant', 'wsd']",
     "optimizer.name=sgd": "must be one of ['adamw', 'decoupled_adamw', 'lamb']",
@@ -125,6 +136,9 @@ WRONG: dict[str, str] = {
     "model.config.model_type=glaa": "neither fla nor transformers has such a model; did you mean gla?",
     "model.config.vocab_size=10": "must be at least the tokenizer's 400 tokens",
     "model.config.num_hidden_layers=0": "must be 1 or more",
+    "model.config.hidden_size=0": "must be 1 or more",
+    "model.config.num_heads=-4": "must be 1 or more",
+    "model.config.model_type=": "model.config.model_type: neither fla nor transformers has such a model; give gla, for example",
     "model=gla": "must hold keys and values; its keys are model.config, model.pretrained",
     "tokenizer=./nowhere": "tokenizer: ./nowhere: no such folder",
     # What this machine cannot do.
@@ -191,6 +205,21 @@ IN_A_FILE = [
     "seed=one", "optimizer.lr=-1", "algorithms.emma={}", "algorithms.ema.half_lif=9ba", "callbacks.generate.prompts=hello",
     "model.config.hidden_size=big", "train_data.streams.web.propotion=1", "loss_spike.windw=5",
 ]  # fmt: skip
+
+
+def test_what_the_environment_holds_is_not_told(capsys, monkeypatch, train):
+    """Though a class of others says it in an error of its own."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    for argument in ("algorithms.ema.half_life=${oc.env:SECRET}", "algorithms={ema: {half_life: '${oc.env:SECRET}'}}"):
+        line = line_of(capsys, monkeypatch, train, "base.yaml", argument)
+        assert line.endswith("EMA refuses it: half_life=SECRET: must be a whole number of batches, e.g. 100ba")
+        assert "hunter2" not in line
+
+
+def test_a_file_that_is_none_is_not_told_at_length(capsys, monkeypatch, train):
+    Path("words.txt").write_text("word " * 99)
+    line = line_of(capsys, monkeypatch, train, "words.txt")
+    assert line == f"words.txt: {('word ' * 99)[:77]}...: unknown key; see --help for all keys"
 
 
 @pytest.mark.parametrize("argument", IN_A_FILE)
