@@ -55,16 +55,11 @@ def make_dataset(
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_of_a_recipe() -> Iterator[None]:
-    """That ran in this process: processes forked later would wait for a group that they are not in, and take its signals."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+def no_process_group() -> Iterator[None]:
+    """Is left of a recipe that ran in this process: those forked later would wait for a group that they are not in."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    for number, handler in handlers.items():
-        if handler is not None and signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

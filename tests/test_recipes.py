@@ -34,7 +34,8 @@ def test_log_has_one_row_per_step(undisturbed: Path) -> None:
     assert [row["current_steps"] for row in rows] == steps
     assert [row["num_tokens"] for row in rows] == [step * 4 * 64 for step in steps]
     assert [row["percentage"] for row in rows] == [step * 2.5 for step in steps]
-    plain = ["current_steps", "total_steps", "loss", "learning_rate", "epoch", "percentage", "num_tokens", "batch_hash"]
+    plain = ["current_steps", "total_steps", "loss", "grad_norm", "learning_rate", "epoch", "percentage", "num_tokens",
+             "batch_hash"]  # fmt: skip
     evaluated = {10, 20, 30, 40}
     for row in rows:
         expected = {*plain, "eval_loss", "eval_perplexity"} if row["current_steps"] in evaluated else {*plain}
