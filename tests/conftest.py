@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -57,9 +58,14 @@ def make_dataset(
 @pytest.fixture(autouse=True)
 def no_process_group() -> Iterator[None]:
     """Is left of a recipe that ran in this process: those forked later would wait for a group that they are not in."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    for name in names:
+        if before[name] is None:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
