@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,3 +254,14 @@ def write(runs: Sequence[Run], out: Path, smooth: int) -> dict[str, Path]:
     except OSError as error:
         raise DataError(f"{out}: cannot be written to: {error.strerror}; give another folder with out=...") from None
     return files
+
+
+def require_plot(path: str) -> None:
+    """Makes the folder of a plot, before the work that it is to show. Raises ConfigError where none can be written."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"plot={path}: {folder} cannot be made: {error.strerror}") from None
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"plot={path}: {'is a folder' if Path(path).is_dir() else f'{folder} cannot be written to'}")

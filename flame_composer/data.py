@@ -36,6 +36,7 @@ from flame_composer.machine import claim_shared_memory
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture
 from flame_composer.model import IGNORE
+from flame_composer.reader import OpenShards, ShardReader
 from flame_composer.tokenizer import fingerprint
 from flame_composer.train_config import DataConfig, EvalDataConfig
 
@@ -108,6 +109,9 @@ class Rows(StreamingDataset):
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
+        self.opened = OpenShards()  # of all streams together: a process may have so many files and no more
+        for reader in cast(list[ShardReader], self.shards):
+            reader.opened = self.opened
         # What is fetched from now on is checked before it is put where it is looked for.
         self._unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
         self._failures: dict[int, DataError] = {}
@@ -148,8 +152,7 @@ class Rows(StreamingDataset):
                                f"shuffle_block_size={self.shuffle_block_size}, num_canonical_nodes={self.num_canonical_nodes} "
                                f"and shards of up to {largest} bytes; a smaller train_data.shuffle_block_size needs less")
         self.cache_limit = limit
-        for stream in self.streams:
-            cast(Shards, stream).opened.limit = 0  # a file that is deleted while it is open keeps its room on disk
+        self.opened.limit = 0  # a file that is deleted while it is open keeps its room on disk
 
     def smallest_cache(self, world: World, *, num_workers: int, prefetch_factor: int) -> int:
         """Bytes of cache with which a machine of `world` deletes no shard while it is in use."""

@@ -4,9 +4,7 @@ in tasks while it trains."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -21,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.algorithms import as_evaluated
 from flame_composer.callbacks import JsonlLog, every, keep_rows
-from flame_composer.config import ConfigError, DataError
+from flame_composer.config import DataError
 from flame_composer.model import CausalLM, positions
 from flame_composer.preemption import Preemption
 from flame_composer.train_config import TrainConfig
@@ -111,17 +109,6 @@ def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
         raise DataError(f"plot={path}: cannot be written: {error.strerror}") from None
-
-
-def require_plot(path: str) -> None:
-    """Makes the folder of a plot, before the work that it is to show. Raises ConfigError where none can be written."""
-    folder = Path(path).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"plot={path}: {folder} cannot be made: {error.strerror}") from None
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"plot={path}: {'is a folder' if Path(path).is_dir() else f'{folder} cannot be written to'}")
 
 
 class Asked(Exception):

@@ -23,7 +23,7 @@ from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.inspection import BadShard, check_hash, check_size
 from flame_composer.machine import claim_folder
 from flame_composer.manifest import Manifest, ShardFile, check_totals, read_index, read_manifest
-from flame_composer.reader import OpenShards, ShardReader
+from flame_composer.reader import ShardReader
 
 INCOMING = "incoming"  # the folder, within a dataset's cache folder, of what has not been checked yet
 MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
@@ -141,13 +141,11 @@ class Shards(Stream):
         self.retries = retries
         self.timeout = timeout
         self.stop = threading.Event()
-        self.opened = OpenShards()
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
         readers = super().get_shards(world, allow_unsafe_types)
         for reader in readers:
             reader.__class__ = ShardReader
-            vars(reader)["opened"] = self.opened
         return readers
 
     def __getstate__(self) -> dict[str, Any]:

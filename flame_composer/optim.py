@@ -126,7 +126,9 @@ class Schedule(Callback):
                 )
 
     def _check_algorithms(self, total_before: int) -> None:
-        for key, algorithm in self.going_by_length.items() if not self.allow_change else ():
+        if self.allow_change or total_before == self.plan.total:
+            return
+        for key, algorithm in self.going_by_length.items():
             for batch in range(self.num_used):
                 was, would_be = (algorithm.at(batch, total) for total in (total_before, self.plan.total))
                 if was != would_be:

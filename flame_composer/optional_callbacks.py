@@ -28,8 +28,6 @@ from flame_composer.config import ConfigError, one_line
 from flame_composer.extensions_config import whole_batches
 from flame_composer.model import CausalLM
 
-MLFLOW_TRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-
 
 def _causal_lm(state: State) -> CausalLM:
     return cast(CausalLM, state.model.module if isinstance(state.model, DistributedDataParallel) else state.model)
@@ -221,8 +219,8 @@ class MLFlowLogger(ComposerMLFlowLogger):
             raise ValueError("tracking_uri: must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         from mlflow import MlflowException
 
-        tries = os.environ.get(MLFLOW_TRIES)
-        os.environ.setdefault(MLFLOW_TRIES, "1")  # a wrong address is found out at once, not after minutes
+        # MLflow's own seven tries are minutes, for which a checkpoint would wait while the server is away.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:
             super().__init__(
                 experiment_name=experiment_name, tracking_uri=tracking_uri, run_name=run_name, run_group=run_group,
@@ -230,9 +228,6 @@ class MLFlowLogger(ComposerMLFlowLogger):
             )  # fmt: skip
         except MlflowException as error:
             raise ValueError(f"{tracking_uri or 'the tracking server'}: {one_line(error)}") from None
-        finally:
-            if tries is None:
-                del os.environ[MLFLOW_TRIES]
         self.state: State | None = None
 
     def init(self, state: State, logger: Logger) -> None:

@@ -17,7 +17,7 @@ MAX_OPEN = 64  # more than shuffling reads from at once with its defaults, far f
 
 
 class OpenShards:
-    """The files read last, `limit` of them at most, and where their rows are."""
+    """The shards' files read last, `limit` of them at most, and where their rows are."""
 
     def __init__(self, limit: int = MAX_OPEN):
         self.limit = limit

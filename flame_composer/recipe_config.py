@@ -246,6 +246,9 @@ class DataBenchmarkConfig(StartBenchmarkConfig):
         require(self.epoch_rows > 0, "epoch_rows", "must be more than 0")
 
 
+BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert")
+
+
 @dataclass
 class AllBenchmarksConfig(ScriptConfig):
     """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated of it by more than a tenth."""
@@ -257,6 +260,7 @@ class AllBenchmarksConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "plot")
+        require(set(self.names) <= set(BENCHMARKS), "names", f"must be among {', '.join(BENCHMARKS)}")
 
 
 @dataclass

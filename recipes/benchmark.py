@@ -17,13 +17,11 @@ import json
 import sys
 from pathlib import Path
 
-from flame_composer import benchmark, benchmark_charts, measuring, recipe_config
+from flame_composer import benchmark, benchmark_charts, charts, measuring, recipe_config
 from flame_composer.cli import run_one_of
-from flame_composer.config import ConfigError
 from flame_composer.measuring import Figure
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert"]
 
 
 def report(name: str, result: dict, figures: list[Figure]) -> None:
@@ -78,14 +76,13 @@ def convert(config: recipe_config.ConversionBenchmarkConfig) -> None:
 
 
 def run_all(config: recipe_config.AllBenchmarksConfig) -> None:
-    names = config.names or NAMES
-    if unknown := set(names) - set(NAMES):
-        raise ConfigError(f"names: {', '.join(sorted(unknown))}: must be of {', '.join(NAMES)}")
-    results = benchmark.run_each(Path(__file__), names)
     if config.plot:
-        benchmark_charts.write(results, config.plot)
+        charts.require_plot(config.plot)
+    results = benchmark.run_each(Path(__file__), config.names or recipe_config.BENCHMARKS)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
     print("", *(figure.line() for figure in figures), json.dumps({"benchmark": "all", "results": results}), sep="\n")
+    if config.plot:
+        benchmark_charts.write(results, config.plot)
     if missed := [figure.name for figure in figures if figure.is_missed()]:
         sys.exit(f"missed by more than a tenth: {', '.join(missed)}")
 

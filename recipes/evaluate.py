@@ -15,9 +15,10 @@ from flame_composer.train_config import ParallelismConfig
 def main(config: EvaluateConfig) -> None:
     from composer.utils import dist, get_device
 
+    from flame_composer.charts import require_plot
     from flame_composer.checkpoint import load_model
     from flame_composer.data import build_evaluator, open_dataset
-    from flame_composer.evaluate import evaluate, plot_by_context, require_plot
+    from flame_composer.evaluate import evaluate, plot_by_context
     from flame_composer.model import CausalLM
     from flame_composer.parallelism import check_devices
     from flame_composer.tokenizer import token_bytes

@@ -242,7 +242,11 @@ def test_which_benchmark():
         "or a YAML file; did you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
-    assert (unknown.returncode, unknown.stderr.splitlines()[-1][:28]) == (2, "error: names: strat: must be")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    assert unknown.stderr.startswith("error: command line: names=['train', 'strat']: must be among train, growth, decode, ")
+    nowhere = run_script("recipes/benchmark.py", "all", "plot=/proc/no/growth.png")
+    assert (nowhere.returncode, nowhere.stdout) == (2, ""), "before anything is measured"
+    assert nowhere.stderr.startswith("error: plot=/proc/no/growth.png: /proc/no cannot be made: ")
     for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"], ["start", "repeats=0"]):
         failed = run_script("recipes/benchmark.py", *arguments)
         assert (failed.returncode, failed.stderr) == (2, "error: command line: repeats=0: must be more than 0\n")

@@ -241,6 +241,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (PlanConfig, {"run_name": ""}, "run_name", NAME),
     (PlanConfig, {"nodes": 2}, "global_batch_size", "must be a multiple of devices x microbatch_size = 4 x 4 = 16"),
     (AllBenchmarksConfig, {"plot": ""}, "plot", EMPTY),
+    (AllBenchmarksConfig, {"names": ["train", "strat"]}, "names",
+     "must be among train, growth, decode, trainer, data, start, checkpoint, convert"),
     (ReportConfig, {"runs": []}, "runs", "must name at least one run's folder, e.g. runs/gla_tiny"),
     (ReportConfig, {"out": ""}, "out", EMPTY),
     (ReportConfig, {"smooth": 0}, "smooth", "must be 1 step or more"),

@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from flame_composer.charts import require_plot
 from flame_composer.config import ConfigError, DataError
 from flame_composer.data import build_evaluator, open_dataset
-from flame_composer.evaluate import evaluate, plot_by_context, require_plot
+from flame_composer.evaluate import evaluate, plot_by_context
 from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.tokenizer import token_bytes
 from flame_composer.train_config import EvalDataConfig

@@ -11,9 +11,8 @@ import pytest
 
 from flame_composer.config import DataError
 from flame_composer.data import build_train_loader, open_dataset
-from flame_composer.fetch import Shards
 from flame_composer.reader import OpenShards
-from flame_composer.train_config import DataConfig
+from flame_composer.train_config import DataConfig, StreamConfig
 from tests.data_fixtures import byte_tokenizer
 
 
@@ -28,28 +27,31 @@ def open_under(folder: Path) -> set[str]:
     return {path for path in found if path.startswith(str(folder))}
 
 
-def rows_of(folder: Path, **options: Any) -> Any:
-    found = open_dataset(str(folder), None, tokenizer=byte_tokenizer())
-    config = DataConfig(num_workers=0, shuffle_block_size=20, **options)
-    return build_train_loader({"": found}, config, global_batch_size=4, seed=7).dataloader
+def rows_of(*folders: Path, **options: Any) -> Any:
+    found = {f"s{number}": open_dataset(str(folder), None, tokenizer=byte_tokenizer()) for number, folder in enumerate(folders)}
+    streams = {name: StreamConfig(local=dataset.folder) for name, dataset in found.items()} if len(folders) > 1 else {}
+    config = DataConfig(num_workers=0, shuffle_block_size=20, streams=streams, **options)
+    return build_train_loader(found if streams else {"": found["s0"]}, config, global_batch_size=4, seed=7).dataloader
 
 
-def test_shards_stay_open_and_no_more_than_may_be(dataset, copy_of):
-    folder = copy_of(dataset)
-    loader = rows_of(folder)
-    stream: Shards = loader.dataset.streams[0]
-    stream.opened.limit = 2
-    num_shards = len(stream.files)
+def test_shards_stay_open_and_no_more_than_may_be(dataset, eval_dataset, copy_of, tmp_path):
+    """Of all streams together."""
+    folders = copy_of(dataset), copy_of(eval_dataset)
+    loader = rows_of(*folders)
+    opened = loader.dataset.opened
+    opened.limit = 2
+    num_shards = len(loader.dataset.files)
     assert num_shards > 3
     first = [row["input_ids"].tolist() for row in loader]
-    assert len(open_under(folder)) == 2
-    stream.opened.limit = num_shards
+    assert sum(len(open_under(folder)) for folder in folders) == 2
+    opened.limit = num_shards
     assert len([row["input_ids"].tolist() for row in loader]) == len(first)
-    assert len(open_under(folder)) == num_shards
-    again = copy.deepcopy(stream)  # as a loader process that is not forked gets it
-    assert (again.opened.limit, len(again.opened.files)) == (num_shards, 0)
-    stream.opened.close()
-    assert open_under(folder) == set()
+    assert all(open_under(folder) for folder in folders)
+    assert sum(len(open_under(folder)) for folder in folders) == num_shards
+    again = copy.deepcopy(opened)  # as a loader process that is not forked gets it
+    assert (again.limit, len(again.files)) == (num_shards, 0)
+    opened.close()
+    assert not any(open_under(folder) for folder in folders)
 
 
 def test_none_stays_open_where_shards_are_deleted_to_make_room(dataset, copy_of):
