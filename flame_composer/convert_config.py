@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -128,6 +129,7 @@ class ConvertConfig(ScriptConfig):
         require(self.num_workers is None or self.num_workers > 0, "num_workers", "must be 1 or more, or null")
         if self.cluster is not None:
             require(self.num_workers is None, "num_workers", "must not be set together with cluster")
+            require(bool(re.fullmatch(r"\w+://[^\s:]\S*:\d+", self.cluster)), "cluster", "must be like tcp://host:8786")
             for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
                 value = getattr(self, name) or []
                 paths = [value] if isinstance(value, str) else value

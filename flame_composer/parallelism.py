@@ -10,11 +10,10 @@ from composer.distributed.activation_checkpointing import apply_ac, generate_com
 from composer.models import ComposerModel
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
 from flame_composer.config import InvalidField
-from flame_composer.train_config import FsdpConfig, ParallelismConfig
+from flame_composer.train_config import ParallelismConfig
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
@@ -43,6 +42,17 @@ def gets_weights(config: ParallelismConfig) -> bool:
     return is_sharded(config) and dist.get_global_rank() > 0
 
 
+class Sharding(FSDP2Config):
+    """Composer lays the devices out itself, and FSDP2Config tells it of no replicas: one mesh over all of them, whatever mesh
+    it was given."""
+
+    replicas: int | None = None
+
+    @property
+    def data_parallel_replicate_degree(self) -> int | None:
+        return self.replicas
+
+
 def build(config: ParallelismConfig) -> dict[str, Any] | None:
     """As Composer's Trainer takes it; None for plain data parallelism. Processes must have met (dist.initialize_dist)."""
     if not is_sharded(config):
@@ -50,23 +60,17 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
     assert config.fsdp is not None
     if not torch.cuda.is_available():
         _average_on_cpus()
+        _replicate_on_cpus()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental", UserWarning)
-        return {"fsdp": FSDP2Config(
-            device_mesh=_mesh(config.fsdp),
+        sharding = Sharding(
             reshard_after_forward=config.fsdp.sharding_strategy != "SHARD_GRAD_OP",
             mixed_precision=config.fsdp.mixed_precision,
             state_dict_type="full",  # what Composer loads; pieces are ours (flame_composer.pieces)
-        )}  # fmt: skip
-
-
-def _mesh(config: FsdpConfig) -> DeviceMesh:
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    world = dist.get_world_size()
-    if config.sharding_strategy != "HYBRID_SHARD":
-        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    replicas = config.replicas or world // dist.get_local_world_size()
-    return init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+        )
+    if config.fsdp.sharding_strategy == "HYBRID_SHARD":
+        sharding.replicas = config.fsdp.replicas or dist.get_world_size() // dist.get_local_world_size()
+    return {"fsdp": sharding}
 
 
 def _average_on_cpus() -> None:
@@ -84,6 +88,19 @@ def _average_on_cpus() -> None:
 
     if given.__module__ == _fsdp_collectives.__name__:  # not done yet
         _fsdp_collectives._get_gradient_divide_factors = divide_factors  # type: ignore[assignment]
+
+
+def _replicate_on_cpus() -> None:
+    """With replicas, FSDP2 keeps the reduced gradients until their event is over, and fails where streams have no events: on
+    CPUs, where all is over on return (torch 2.7.0, FSDPParamGroup.post_backward)."""
+    given = _fsdp_param_group.foreach_reduce
+
+    def reduced(*args: Any) -> Any:
+        *before, kept, event, partial = given(*args)
+        return (*before, kept if event is not None else None, event, partial)
+
+    if given.__module__ == _fsdp_collectives.__name__:  # not done yet
+        _fsdp_param_group.foreach_reduce = reduced  # type: ignore[assignment]
 
 
 def recompute_blocks(model: ComposerModel, config: ParallelismConfig) -> ComposerModel:

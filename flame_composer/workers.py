@@ -107,7 +107,7 @@ def _convert_on_cluster(
         raise ConfigError("cluster: distributed is not installed; pip install 'flame-composer[cluster]'") from None
     try:
         client = Client(cluster, timeout=CLUSTER_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: tls:// without certificates
         reason = str(error).splitlines()[0]
         raise ConfigError(f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address") from None
     with client:

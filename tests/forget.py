@@ -33,7 +33,10 @@ STAND_INS: dict[str, Any] = {
     "stall_timeout": 1.5,  # not half an hour
 }  # fmt: skip
 FOLDERS = ("save_folder", "log_folder")
-ARGUMENTS: dict[str, Any] = {"patience": "1ba", "prompts": ["forgotten"]}
+ARGUMENTS: dict[str, Any] = {
+    "patience": "1ba", "prompts": ["forgotten"],
+    "tracking_uri": "file://{folder}",  # without one, MLflow goes on with the last that it was given
+}  # fmt: skip
 ONLY_COMPARED = ("describe_order",)  # what these read is compared with that of the run before, and is no effect
 _loading = 0
 
@@ -184,7 +187,8 @@ def _forget_extension(patch: pytest.MonkeyPatch, section: str, name: str, argume
         init(*args, **kwargs)  # so that the argument has been checked
         bound = inspect.signature(init).bind(*args, **kwargs)
         if bound.arguments.pop(argument, None) is not None and argument in ARGUMENTS:
-            bound.arguments[argument] = ARGUMENTS[argument]
+            value = ARGUMENTS[argument]
+            bound.arguments[argument] = value.format(folder=os.environ[PLACE]) if isinstance(value, str) else value
         init(*bound.args, **bound.kwargs)
 
     if argument:

@@ -268,7 +268,7 @@ def noted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stand_in: Cal
 
 
 def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
-    shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 256, "repeats": 2}
+    shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 256, "repeats": 4}
     build_pair = timing.build_pair
     built = [noted(monkeypatch, module, "build_pair", build_pair) for module in (timing, run_timing)]
     turns = [noted(monkeypatch, module, "interleaved", measuring.interleaved) for module in (timing, run_timing)]
@@ -279,7 +279,7 @@ def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
     timing.growth(BenchmarkConfig(context_lengths=[32], batch_tokens=64, **shape))
     run_timing.checkpoints(CheckpointBenchmarkConfig(**shape), tmp_path)
     assert built == [[(64, 1, 256)] * 5 + [(64, 2, 256)], [(64, 1, 256)]]
-    assert [{repeats for _, repeats, _ in found} for found in turns] == [{2}, {2}]
+    assert [{repeats for _, repeats, _ in found} for found in turns] == [{4}, {4}]
     lengths = [(64, 512), (64, 512), (128, 512), (128, 512), *[(32, number * 32) for number in (1, 1, 2, 2, 1, 1, 1, 1)]]
     assert [arguments for _, *arguments in steps] == [[length, tokens, 256] for length, tokens in lengths]
     assert [arguments for _, *arguments in read] == [[8]] * 2
@@ -312,16 +312,16 @@ def test_runs_are_timed_as_the_keys_say(monkeypatch, commands, corpora, tmp_path
     def ran(script: str) -> list[str]:
         return [str(command) for command, *_ in commands if script in str(command)]
 
-    benchmark.compare_trainers(ROOT, TrainerBenchmarkConfig(megabytes=0.2, repeats=2, steps=5), tmp_path)
-    assert len(ran("recipes/train.py")) == 2
+    benchmark.compare_trainers(ROOT, TrainerBenchmarkConfig(megabytes=0.2, repeats=3, steps=5), tmp_path)
+    assert len(ran("recipes/train.py")) == 3
     assert all("max_duration=5ba" in command for command in ran("recipes/train.py"))
-    benchmark.compare_readers(ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=2, epoch_rows=77), tmp_path)
-    assert [len(ran(name)) for name in ("import read_all;", "import first_batch")] == [6, 4]
+    benchmark.compare_readers(ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=3, epoch_rows=77), tmp_path)
+    assert [len(ran(name)) for name in ("import read_all;", "import first_batch")] == [9, 6]
     assert all("'77'" in command for command in ran("import first_batch"))
     commands.clear()
     noted(monkeypatch, subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0 if "--help" in command else 2))
-    benchmark.compare_starts(ROOT, StartBenchmarkConfig(megabytes=0.4, repeats=2), tmp_path)
-    assert len(ran("recipes/train.py")) == 2
+    benchmark.compare_starts(ROOT, StartBenchmarkConfig(megabytes=0.4, repeats=3), tmp_path)
+    assert len(ran("recipes/train.py")) == 3
     assert [max_bytes for _, _, max_bytes, _ in corpora] == [200_000, 300_000, 400_000]
 
 

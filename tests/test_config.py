@@ -115,6 +115,7 @@ ROWS = "must be a positive number of rows"
 EMPTY = "must not be empty"
 
 FRACTION_OF_ONE = "must be in [0, 1]"
+DASK = "tcp://host:8786"
 ABSOLUTE = "must be absolute where there is a cluster, whose workers have working folders of their own"
 
 # Class, what is given beside GIVEN, the field at fault, the rule. Values on both sides of every border.
@@ -299,11 +300,13 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
       for name in ("max_doc_length", "min_doc_length")),
     *((ConvertConfig, {"seed": seed}, "seed", "must be in [0, 2**32)") for seed in (-1, 2**32)),
     (ConvertConfig, {"num_workers": 0}, "num_workers", "must be 1 or more, or null"),
-    (ConvertConfig, {"num_workers": 1, "cluster": "c"}, "num_workers", "must not be set together with cluster"),
-    *((ConvertConfig, {"source": ["/s"], "out": "/o", "val_fraction": 0.1, "val_out": "/v", "cluster": "c"} | given, name,
+    (ConvertConfig, {"num_workers": 1, "cluster": DASK}, "num_workers", "must not be set together with cluster"),
+    *((ConvertConfig, {"source": ["/s"], "out": "/o", "val_fraction": 0.1, "val_out": "/v", "cluster": DASK} | given, name,
        "must be absolute where there is a cluster, whose workers have working folders of their own")
       for name, given in (("source", {"source": ["/s", "s"]}), ("out", {"out": "o"}), ("val_out", {"val_out": "v"}))),
     (ConvertConfig, {"cluster": ""}, "cluster", EMPTY),
+    *((ConvertConfig, {"cluster": address}, "cluster", f"must be like {DASK}")
+      for address in ("host", "host:8786", "tcp://host", "tcp://:8786", "tcp://host:port", "tcp://a b:1")),
     (ConvertConfig, {"context_length": 1}, "context_length", "must be 2 tokens or more"),
     *((ConvertConfig, {"val_fraction": x, "val_out": "v"}, "val_fraction", "must be in [0, 1)") for x in (-0.1, 1.0, nan)),
     (ConvertConfig, {"val_fraction": 0.1}, "val_out", "must be set together with val_fraction"),
@@ -413,9 +416,9 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (TokenizerTrainConfig, {"vocab_size": 257, "min_frequency": 1, "max_bytes": 1}),
     (ConvertConfig, {"val_fraction": 0.1, "val_out": "o2"}),
     (ConvertConfig, {"val_fraction": 0.1, "out": "s3://b/o", "val_out": "s3://b/o2"}),
-    (ConvertConfig, {"source": ["s3://b/s"], "val_fraction": 0.1, "out": "s3://b/o", "val_out": "/o", "cluster": "c"}),
+    (ConvertConfig, {"source": ["s3://b/s"], "val_fraction": 0.1, "out": "s3://b/o", "val_out": "/o", "cluster": DASK}),
     *((ConvertConfig, {"shard_size": size}) for size in (17408, 2**32 - 1)),
-    (ConvertConfig, {"source": ["a/set"], "split": "train", "out": "/o", "cluster": "c"}),
+    (ConvertConfig, {"source": ["a/set"], "split": "train", "out": "/o", "cluster": DASK}),
     (ConvertConfig, {"max_doc_length": 1, "min_doc_length": 1, "seed": 0, "num_workers": 1}),
     (GenerateConfig, {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 0.5, "stop": ["\n"]}),
     *((GenerateConfig, given) for given in ({"prompt": ""}, {"prompts": "p", "batch_size": 1})),

@@ -119,9 +119,10 @@ def test_a_hugging_face_dataset_equals_its_files(corpus, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (corpus / "set").mkdir()
     write_jsonl(corpus / "set" / "train.jsonl", [words(50, i) for i in range(20)])
+    write_jsonl(corpus / "set" / "test.jsonl", ["another"])
     arguments = ["tokenizer=tokenizer", "context_length=64"]
     assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0
-    assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "out=files") == 0
+    assert run_here(monkeypatch, "to_mds", *arguments, "source=set/train.jsonl", "out=files") == 0
     shards = [(corpus / out / "units" / "000000" / "shard.00000.mds").read_bytes() for out in ("out", "files")]
     assert shards[0] == shards[1]
     assert run_here(monkeypatch, "to_mds", *arguments, "source=set", "split=train", "out=out") == 0

@@ -80,7 +80,7 @@ def test_a_run_is_what_its_keys_say(train, corpus: Corpus, undisturbed: Path, tm
         seen = train(
             run, "seed=43", "train_data.shuffle_seed=42", "max_duration=6ba", "microbatch_size=4", "scheduler.name=wsd",
             "scheduler.warmup=2ba", "scheduler.decay=2ba", "scheduler.min_lr_ratio=0.5", "optimizer.lr=0.001",
-            "save_interval=2ba", "save_num_checkpoints_to_keep=1", "eval_interval=3ba", "eval_batch_size=3",
+            "save_interval=2ba", "save_num_checkpoints_to_keep=2", "eval_interval=3ba", "eval_batch_size=3",
             "optimizer.grad_clip_norm=0.01", "progress_bar=false",
         )  # fmt: skip
     rows, others = read_log(run), read_log(undisturbed)[:6]
@@ -91,7 +91,8 @@ def test_a_run_is_what_its_keys_say(train, corpus: Corpus, undisturbed: Path, tm
     assert seen.norms == pytest.approx([0.01] * 6, rel=1e-3)
     assert seen.forward == [4] * 6
     assert seen.evaluated == [3] * 9, "the last is filled up"
-    assert [path.name for path in (run / "checkpoints").glob("*.pt")] == ["ba6.pt"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.pt")) == ["ba4.pt", "ba6.pt"]
+    assert seen.trainer.state.run_name == "run"
     assert not any(isinstance(each, ProgressBarLogger) for each in seen.trainer.logger.destinations)
     assert "step 6" in capsys.readouterr().out
 

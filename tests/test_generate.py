@@ -216,22 +216,22 @@ def test_a_prompt_longer_than_the_model_was_trained_on(caplog: pytest.LogCapture
 
 
 def test_a_file_is_continued_as_the_keys_say(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, float]] = []
+    asked: list[tuple[int, float, list[str]]] = []
     proceed, on_broken_pipe = generate.continue_prompts, signal.getsignal(signal.SIGPIPE)
 
     def note(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> list[str]:
-        asked.append((len(prompts), options["repetition_penalty"]))
+        asked.append((len(prompts), options["repetition_penalty"], options["stop"]))
         return proceed(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr(generate, "continue_prompts", note)
     (tmp_path / "prompts.txt").write_text("kat\nloman\nra\n")
-    keys = (f"prompts={tmp_path / 'prompts.txt'}", "batch_size=2", "repetition_penalty=1.5", "max_new_tokens=2")
+    keys = (f"prompts={tmp_path / 'prompts.txt'}", "batch_size=2", "repetition_penalty=1.5", "max_new_tokens=2", "stop=[x]")
     try:
         main = runpy.run_path(str(ROOT / "recipes/generate.py"))["main"]
         main(load(GenerateConfig, [f"model={undisturbed / 'checkpoints'}", *keys]))
     finally:
         signal.signal(signal.SIGPIPE, on_broken_pipe)
-    assert asked == [(2, 1.5), (1, 1.5)]
+    assert asked == [(2, 1.5, ["x"]), (1, 1.5, ["x"])]
 
 
 def test_ctrl_c_ends_it_quietly(undisturbed: Path) -> None:

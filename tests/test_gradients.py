@@ -110,8 +110,10 @@ def test_skipping_has_an_end(dataset, eval_dataset, tmp_path):
     run.trainer.close()
 
 
-def test_a_rate_far_too_high_ends_the_run_with_one_line(corpus: Corpus, tmp_path: Path) -> None:
-    process = run_script("recipes/train.py", *corpus.keys(tmp_path / "run", "optimizer.lr=1e30", "scheduler.warmup=0ba"))
+@pytest.mark.parametrize(("on_nan", "last"), [("stop", 1), ("skip", MAX_SKIPPED + 1)])
+def test_a_rate_far_too_high_ends_the_run_with_one_line(corpus: Corpus, tmp_path: Path, on_nan: str, last: int) -> None:
+    keys = ("optimizer.lr=1e30", "scheduler.warmup=0ba", f"on_nan={on_nan}")
+    process = run_script("recipes/train.py", *corpus.keys(tmp_path / "run", *keys))
     assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith("error: step 2: the gradient is not finite; the step was not taken")
-    assert len(read_log(tmp_path / "run")) == 1
+    assert process.stderr.splitlines()[-1].startswith(f"error: step {last + 1}: the gradient is not finite")
+    assert len(read_log(tmp_path / "run")) == last

@@ -49,10 +49,15 @@ def test_what_cannot_be_done_without_a_gpu():
 def test_what_fsdp_is_asked_for(monkeypatch):
     dist.initialize_dist("cpu")
     factors = "_get_gradient_divide_factors"
-    monkeypatch.setattr(parallelism._fsdp_collectives, factors, getattr(parallelism._fsdp_collectives, factors))  # put back
+    for module, name in ((parallelism._fsdp_collectives, factors), (parallelism._fsdp_param_group, "foreach_reduce")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back
     asked = parallelism.build(ParallelismConfig(FsdpConfig("SHARD_GRAD_OP", mixed_precision="FULL"), cpu_fsdp=True))
     assert asked is not None
     assert (asked["fsdp"].reshard_after_forward, asked["fsdp"].mixed_precision) == (False, "FULL")
+    assert asked["fsdp"].data_parallel_replicate_degree is None
+    asked = parallelism.build(ParallelismConfig(FsdpConfig("HYBRID_SHARD"), cpu_fsdp=True))
+    assert asked is not None
+    assert asked["fsdp"].data_parallel_replicate_degree == 1, "one for each machine"
 
 
 @pytest.mark.parametrize(("key", "wrapper"), [
@@ -190,7 +195,9 @@ def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
 ], ids=["grad-op", "hybrid", "recomputed"])  # fmt: skip
 def test_every_strategy_trains_the_same(corpus: Corpus, sharded: Path, tmp_path: Path, keys: list[str]) -> None:
     run = tmp_path / "strategy"
-    Ranks(4 if "parallelism.fsdp.replicas=2" in keys else 2, *corpus.keys(run, *SHARDED, *keys)).finish()
+    number = 4 if "parallelism.fsdp.replicas=2" in keys else 2
+    Ranks(number, *corpus.keys(run, *SHARDED, *keys)).kill_after(run / "train_log.jsonl", 6)
+    Ranks(number, *corpus.keys(run, *SHARDED, *keys)).finish()
     assert losses(run) == pytest.approx(losses(sharded), rel=1e-4)
     ours, theirs = weights(run, "ba12"), weights(sharded, "ba12")
     assert_close(ours, theirs)

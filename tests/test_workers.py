@@ -209,11 +209,16 @@ def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
     check_finished(folder, "cluster")
 
 
-def test_a_cluster_that_is_not_there(folder, monkeypatch):
+def test_a_cluster_that_is_not_there(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "CLUSTER_SECONDS", 1)
     datasets = writers(folder, "nowhere")
     with pytest.raises(ConfigError, match=r"^cluster: tcp://127\.0\.0\.1:1: cannot be reached: .*; give a Dask scheduler's"):
         list(convert_units(conversion(folder, datasets), [0, 1], 1, lambda *news: None, "tcp://127.0.0.1:1"))
+    asked = start(folder, str(tmp_path), None, "cluster=tcp://127.0.0.1:1")
+    out, err = asked.communicate(timeout=60)
+    assert (asked.returncode, out) == (2, "")
+    assert err.startswith("error: cluster: tcp://127.0.0.1:1: cannot be reached")
+    assert err.count("\n") == 1
 
 
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(folder):
