@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
+import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +32,13 @@ IGNORE = -100  # the label that carries no loss
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
-# Of which there must be some, and which not every model looks at before it computes.
-_COUNTS = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_heads", "num_hidden_layers", "num_key_value_heads",
-    "num_kv_heads", "vocab_size",
+# What numbers must be, by the names of their keys: not every model looks at them before it computes.
+_RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers)|n_(embd|head|inner|layer|positions)|sliding_window",
+     lambda value: value >= 1, "must be 1 or more"),
+    (r"(\w+_)?(eps|epsilon)|rope_theta|expand_[kv]|hidden_ratio", lambda value: value > 0, "must be more than 0"),
+    (r"(\w+_)?(dropout|pdrop)", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    (r"clamp_min", lambda value: value <= 0, "must be 0 or less: it is the least logarithm of a gate"),
 )  # fmt: skip
 
 # fla models whose layers take no borders of documents: their state runs on across them, most without a word.
@@ -69,11 +75,14 @@ def build_hf_config(
         keys.setdefault("vocab_size", len(tokenizer))
         keys.setdefault("bos_token_id", tokenizer.bos_token_id)
         keys.setdefault("eos_token_id", tokenizer.eos_token_id)
-    if "max_position_embeddings" in parameters:
-        keys.setdefault("max_position_embeddings", context_length)
-    for key in _COUNTS:
-        if isinstance(keys.get(key), int) and keys[key] < 1:
-            raise InvalidField(f"model.config.{key}", "must be 1 or more")
+    positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")  # GPT-2: n_positions
+    if positions in parameters:
+        keys.setdefault(positions, context_length)
+    for key, value in keys.items():
+        for pattern, holds, message in _RULES:
+            is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
+            if is_number and not (math.isfinite(value) and holds(value)):
+                raise InvalidField(f"model.config.{key}", message)
     if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
         raise InvalidField("model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens")
     try:
@@ -109,6 +118,10 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     heads, kv_heads = (getattr(hf_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
     if heads and kv_heads and heads % kv_heads:  # not seen by transformers until the first batch
         raise InvalidField("model.config.num_key_value_heads", f"must divide num_attention_heads={heads}")
+    if heads and hasattr(hf_config, "rope_theta") and getattr(hf_config, "partial_rotary_factor", 1) == 1:  # nor this
+        size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+        if size % 2:
+            raise InvalidField("model.config.num_attention_heads", f"makes heads of {size}, which is odd: RoPE turns pairs")
     try:
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
         through_onednn(model)

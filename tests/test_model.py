@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ REFUSED = [
     ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings", "must be bool"),
     *((name, {"vocab_size": 399}, "vocab_size", "must be at least the tokenizer's 400 tokens") for name in TINY),
     *((name, {"num_hidden_layers": 0}, "num_hidden_layers", "must be 1 or more") for name in TINY),
+    *(("gla", {"norm_eps": value}, "norm_eps", "must be more than 0") for value in (-1, 0, math.nan, math.inf)),
+    *(("gla", {key: 0}, key, "must be more than 0") for key in ("expand_k", "expand_v", "hidden_ratio")),
+    ("gla", {"clamp_min": 3.0}, "clamp_min", "must be 0 or less: it is the least logarithm of a gate"),
+    ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps", "must be more than 0"),
+    ("llama", {"rope_theta": 0}, "rope_theta", "must be more than 0"),
+    *(("llama", {"attention_dropout": value}, "attention_dropout", "must be in [0, 1)") for value in (-0.1, 1)),
     *((name, {"model_type": "glaa"}, "model_type", "neither fla nor transformers has such a model; did you mean gla?")
       for name in TINY),
     ("llama", {"model_type": "lama"}, "model_type", "neither fla nor transformers has such a model; did you mean llama?"),
@@ -104,6 +111,7 @@ def test_what_is_not_given_comes_from_the_tokenizer_and_the_data():
         assert hf_config(TINY[name], vocab_size=512, eos_token_id=5).vocab_size == 512
         assert hf_config(TINY[name], eos_token_id=5).eos_token_id == 5
     assert hf_config(LLAMA).max_position_embeddings == CONTEXT_LENGTH
+    assert hf_config({"model_type": "gpt2"}).n_positions == CONTEXT_LENGTH
     assert hf_config(LLAMA, max_position_embeddings=99).max_position_embeddings == 99
     assert hf_config(GLA, expand_k=1).expand_k == 1, "a whole number is a float"
     assert hf_config(LLAMA, eos_token_id=[1, 2], rope_scaling=None).eos_token_id == [1, 2]
@@ -122,6 +130,7 @@ NO_MODEL = [
     ("gla", {"attn": 3}, "model.config: GLAConfig refuses it: "),
     ("llama", {"num_key_value_heads": 3}, "model.config.num_key_value_heads: must divide num_attention_heads=2"),
     ("llama", {"num_attention_heads": 0}, "model.config.num_attention_heads: must be 1 or more"),
+    ("llama", {"head_dim": 3}, "model.config.num_attention_heads: makes heads of 3, which is odd: RoPE turns pairs"),
     ("llama", {"hidden_act": "swishh"}, "model.config: no llama model can be built from it: unknown value 'swishh'"),
     ("llama", {"rope_scaling": 3}, "model.config: LlamaConfig refuses it: "),
 ]  # fmt: skip

@@ -138,6 +138,7 @@ WRONG: dict[str, str] = {
     "model.config.num_hidden_layers=0": "must be 1 or more",
     "model.config.hidden_size=0": "must be 1 or more",
     "model.config.num_heads=-4": "must be 1 or more",
+    "model.config.norm_eps=-1": "must be more than 0",
     "model.config.model_type=": "model.config.model_type: neither fla nor transformers has such a model; give gla, for example",
     "model=gla": "must hold keys and values; its keys are model.config, model.pretrained",
     "tokenizer=./nowhere": "tokenizer: ./nowhere: no such folder",
