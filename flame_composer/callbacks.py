@@ -21,7 +21,8 @@ from composer.utils import dist, reproducibility
 
 from flame_composer import storage
 from flame_composer.config import ConfigError, InvalidField, one_line
-from flame_composer.train_config import RunPlan, TrainConfig, WandbConfig
+from flame_composer.sections import WandbConfig
+from flame_composer.train_config import RunPlan, TrainConfig
 
 
 class JsonlLog(Callback):

@@ -44,9 +44,9 @@ from flame_composer.clean_config import (
     GopherRepetitionConfig,
     LanguageConfig,
 )
-from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import read_documents
+from flame_composer.fields import nearest
 from flame_composer.parts import DOCUMENTS, Counts, PartsFolder, PartWriter, publish_file, read_json, read_part
 
 Documents = Iterator[Document]

@@ -89,7 +89,7 @@ def one_line(error: Exception) -> str:
 
 
 class ScriptConfig:
-    """Base of the dataclasses a script is run with, and what `cli.load` knows about one beyond its values."""
+    """Base of the dataclasses a script is run with, and what `loading.load` knows about one beyond its values."""
 
     # The list that leading arguments without a key fill, in place of a YAML file.
     positional = ""

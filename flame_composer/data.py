@@ -37,8 +37,8 @@ from flame_composer.manifest import check_shards, check_totals, read_index, read
 from flame_composer.mixture import Mixture
 from flame_composer.model import IGNORE
 from flame_composer.reader import OpenShards, ShardReader
+from flame_composer.sections import DataConfig, EvalDataConfig
 from flame_composer.tokenizer import fingerprint
-from flame_composer.train_config import DataConfig, EvalDataConfig
 
 CACHE = Path("~/.cache/flame_composer")
 

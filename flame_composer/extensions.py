@@ -19,9 +19,9 @@ from composer.loggers import LoggerDestination
 
 from flame_composer import algorithms, optional_callbacks
 from flame_composer.callbacks import build_loggers
-from flame_composer.cli import nearest
 from flame_composer.config import InvalidField, one_line
 from flame_composer.extensions_config import in_use, spelled_alike
+from flame_composer.fields import nearest
 from flame_composer.train_config import TrainConfig
 
 # Where a class of each kind is looked for, in this order.

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from flame_composer.cli import nearest
 from flame_composer.config import DURATION, require
+from flame_composer.fields import nearest
 
 ALGORITHMS: Mapping[str, str] = MappingProxyType({
     "ema": "Evaluates, and exports, an exponential moving average of the weights instead of the weights themselves.",

@@ -33,8 +33,8 @@ from lm_eval.utils import make_table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, DataError, one_line
+from flame_composer.fields import nearest
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
 BOOTSTRAPS = 100000  # the same: samples for the standard error of a metric that has no formula for it

@@ -21,11 +21,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
-from flame_composer.cli import nearest
 from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.fields import nearest
 from flame_composer.linear import through_onednn
+from flame_composer.sections import ModelConfig
 from flame_composer.tokenizer import may_be_hub_id
-from flame_composer.train_config import ModelConfig
 
 IGNORE = -100  # the label that carries no loss
 

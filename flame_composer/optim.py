@@ -14,7 +14,8 @@ from composer.optim import DecoupledAdamW
 
 from flame_composer.config import ConfigError
 from flame_composer.extensions_config import spelled_alike
-from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig, TrainConfig
+from flame_composer.sections import OptimizerConfig, SchedulerConfig
+from flame_composer.train_config import RunPlan, TrainConfig
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

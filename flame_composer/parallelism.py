@@ -13,7 +13,7 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
 from flame_composer.config import InvalidField
-from flame_composer.train_config import ParallelismConfig
+from flame_composer.sections import ParallelismConfig
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:

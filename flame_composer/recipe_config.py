@@ -9,7 +9,8 @@ from typing import Literal
 from omegaconf import MISSING
 
 from flame_composer.config import BYTES, ScriptConfig, require, require_seed, require_text
-from flame_composer.train_config import EvalDataConfig, TrainConfig, require_tasks
+from flame_composer.sections import EvalDataConfig, require_tasks
+from flame_composer.train_config import TrainConfig
 
 
 @dataclass

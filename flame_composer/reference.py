@@ -9,10 +9,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flame_composer.cli import fields_of, show
 from flame_composer.config import ScriptConfig
 from flame_composer.extensions import arguments_of, find_class, in_words
 from flame_composer.extensions_config import OFFERED, REFUSED
+from flame_composer.fields import fields_of, show
 from flame_composer.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

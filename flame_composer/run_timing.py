@@ -30,7 +30,7 @@ def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[s
 
     from flame_composer import checkpoint
     from flame_composer.optim import build_optimizer
-    from flame_composer.train_config import OptimizerConfig
+    from flame_composer.sections import OptimizerConfig
 
     model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -85,7 +85,7 @@ def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Iterator[Any
     from flame_composer import data
     from flame_composer.fetch import Dataset
     from flame_composer.manifest import check_shards, read_manifest
-    from flame_composer.train_config import DataConfig, StreamConfig
+    from flame_composer.sections import DataConfig, StreamConfig
 
     dataset = Dataset(folder, None, read_manifest(folder), check_shards(folder))
     config = DataConfig(num_workers=num_workers, streams={"all": StreamConfig(local=folder, choose=num_rows)})
@@ -132,7 +132,7 @@ def first_batch(folder: str, epoch_rows: float, at: float) -> float:
 def bare_loop(config_file: str, *overrides: str) -> None:
     """Train as the recipe does with nothing around it: print the median of tokens per second of a step."""
     from flame_composer import data, optim
-    from flame_composer.cli import load
+    from flame_composer.loading import load
     from flame_composer.model import build_hf_config
     from flame_composer.tokenizer import load_tokenizer
     from flame_composer.train_config import TrainConfig

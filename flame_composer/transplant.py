@@ -19,10 +19,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.cli import load
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.convert_config import PROJECTIONS
 from flame_composer.llama import Source, is_rotary_buffer, meta_model, read_json
+from flame_composer.loading import load
 from flame_composer.model import build_hf_config
 from flame_composer.tokenizer import vocab_size_of
 from flame_composer.train_config import TrainConfig

@@ -20,7 +20,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from flame_composer.config import TrainingError
-from flame_composer.train_config import SpikeConfig, TrainConfig
+from flame_composer.sections import SpikeConfig
+from flame_composer.train_config import TrainConfig
 
 POLL_SECONDS = 0.5
 

@@ -9,7 +9,7 @@ import sys
 
 from flame_composer.cli import run
 from flame_composer.recipe_config import EvaluateConfig
-from flame_composer.train_config import ParallelismConfig
+from flame_composer.sections import ParallelismConfig
 
 
 def main(config: EvaluateConfig) -> None:

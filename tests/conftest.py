@@ -158,7 +158,8 @@ def make_run(
     from composer.utils import reproducibility
 
     from flame_composer import callbacks, checkpoint, data, gradients, model, optim, preemption
-    from flame_composer.train_config import DataConfig, EvalDataConfig, OptimizerConfig, RunPlan, SchedulerConfig
+    from flame_composer.sections import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
+    from flame_composer.train_config import RunPlan
 
     tokenizer = byte_tokenizer()
     reproducibility.seed_all(7)

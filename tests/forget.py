@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flame_composer import cli
+from flame_composer import cli, fields, loading
 from flame_composer.extensions_config import OFFERED
 
 ROOT = Path(__file__).parent.parent
@@ -100,9 +100,9 @@ def _fields(cls: type, path: str) -> Iterator[tuple[str, type, str]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield path, cls, field.name
-        section, each = cli._dataclass_of(hints[field.name]), cli._named_sections(hints[field.name])
+        section, each = fields.dataclass_of(hints[field.name]), fields.named_sections(hints[field.name])
         yield from _fields(section, f"{path}{field.name}.") if section else ()
-        yield from _fields(each, f"{path}{field.name}.{cli.ANY_NAME}.") if each else ()
+        yield from _fields(each, f"{path}{field.name}.{fields.ANY_NAME}.") if each else ()
 
 
 def extension_keys() -> list[str]:
@@ -146,8 +146,8 @@ def begin() -> None:
 
 
 def note_places() -> None:
-    """Have all that is loaded from now on, by whoever imports cli.load from now on, know where it is."""
-    cli.load = functools.partial(_load, cli.load)  # type: ignore[assignment]
+    """Have all that is loaded from now on, by whoever imports loading.load from now on, know where it is."""
+    cli.load = loading.load = functools.partial(_load, loading.load)  # type: ignore[assignment]
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -161,13 +161,13 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
 
 def _load(real: Callable[..., Any], cls: type, argv: list[str]) -> Any:
-    """As cli.load; every section then knows where it is."""
+    """As loading.load; every section then knows where it is."""
     global _loading
     _loading += 1
     try:
         config = real(cls, argv)
-        for path, section in cli._sections(config):
-            vars(section)["place"] = cls, re.sub(r"\b(streams|datasets)\.[^.]+\.", rf"\1.{cli.ANY_NAME}.", path)
+        for path, section in fields.sections_of(config):
+            vars(section)["place"] = cls, re.sub(r"\b(streams|datasets)\.[^.]+\.", rf"\1.{fields.ANY_NAME}.", path)
     finally:
         _loading -= 1
     return config

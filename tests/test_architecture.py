@@ -18,7 +18,8 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "builders", "helpers", "misc", "re
 MAX_SCRIPT_LINES = 100
 # These look fields up by the names that dataclasses.fields gives or that are written out there.
 FIELDS_BY_NAME = (
-    "cli", "config", "train_config", "convert_config", "clean_config", "recipe_config", "to_mds", "train_tokenizer",
+    "fields", "loading", "config", "sections", "train_config", "convert_config", "clean_config", "recipe_config", "to_mds",
+    "train_tokenizer",
 )
 
 

@@ -27,7 +27,8 @@ from flame_composer.callbacks import (
 )
 from flame_composer.config import ConfigError
 from flame_composer.data import describe_order, open_dataset
-from flame_composer.train_config import DataConfig, RunPlan, WandbConfig
+from flame_composer.sections import DataConfig, WandbConfig
+from flame_composer.train_config import RunPlan
 from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 

@@ -16,8 +16,9 @@ import pytest
 
 from flame_composer import charts
 from flame_composer.charts import CHARTS, draw, read_run, series, table, write
-from flame_composer.cli import help_text, load
+from flame_composer.cli import help_text
 from flame_composer.config import ConfigError, DataError
+from flame_composer.loading import load
 from flame_composer.recipe_config import ReportConfig
 from tests.runs import ROOT, check, last_json, run_script
 

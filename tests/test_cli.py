@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from flame_composer import cli
 from flame_composer.clean_config import CleanConfig
-from flame_composer.cli import fields_of, help_text, load, nearest, run
+from flame_composer.cli import help_text, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.fields import fields_of, nearest
+from flame_composer.loading import load
 from flame_composer.recipe_config import (
     AllBenchmarksConfig,
     BenchmarkConfig,

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer import clean_config, convert_config, recipe_config, train_config
+from flame_composer import clean_config, convert_config, recipe_config, sections, train_config
 from flame_composer.clean_config import (
     C4Config,
     CleanConfig,
@@ -29,9 +29,9 @@ from flame_composer.clean_config import (
     RayConfig,
     SlurmConfig,
 )
-from flame_composer.cli import _docs
 from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.fields import docs_of
 from flame_composer.recipe_config import (
     AllBenchmarksConfig,
     BenchmarkConfig,
@@ -46,7 +46,7 @@ from flame_composer.recipe_config import (
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
-from flame_composer.train_config import (
+from flame_composer.sections import (
     DataConfig,
     EvalDataConfig,
     EvalTasksConfig,
@@ -57,12 +57,12 @@ from flame_composer.train_config import (
     SchedulerConfig,
     SpikeConfig,
     StreamConfig,
-    TrainConfig,
     WandbConfig,
 )
+from flame_composer.train_config import TrainConfig
 
 CLASSES = [
-    value for module in (train_config, convert_config, clean_config, recipe_config) for value in vars(module).values()
+    value for module in (sections, train_config, convert_config, clean_config, recipe_config) for value in vars(module).values()
     if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
 ]  # fmt: skip
 
@@ -584,7 +584,7 @@ def test_whatever_passes_as_a_duration_can_be_computed(text):
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_field_has_a_type_and_a_line_of_doc(cls):
-    docs = _docs(cls)
+    docs = docs_of(cls)
     for field in dataclasses.fields(cls):
         doc = docs.get(field.name, "")
         assert re.match(r"[A-Z&`].*\.$", doc, re.DOTALL), f"{cls.__name__}.{field.name}: {doc!r}"
@@ -595,7 +595,7 @@ def test_every_field_has_a_type_and_a_line_of_doc(cls):
 def test_reading_a_configuration_imports_nothing_heavy():
     code = (
         "import json, sys, flame_composer.recipe_config, flame_composer.cli\n"
-        "flame_composer.cli.load(flame_composer.recipe_config.GenerateConfig, ['model=m', 'prompt=p'])\n"
+        "flame_composer.loading.load(flame_composer.recipe_config.GenerateConfig, ['model=m', 'prompt=p'])\n"
         "print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

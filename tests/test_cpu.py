@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame_composer import cpu
+from flame_composer import cpu, cpu_ops
 
 cpu.enable()
 
@@ -411,10 +411,10 @@ def test_the_operations_have_flas_signatures():
         "layernorm",
     ]
     modules = [importlib.import_module(f"fla.modules.{name}") for name in (*names, "conv.triton.ops")]
-    for operation in cpu._OPERATIONS:
+    for operation in cpu_ops.OPERATIONS:
         theirs = next(getattr(m, operation.__name__) for m in modules if hasattr(m, operation.__name__))
         assert list(inspect.signature(operation).parameters) == list(inspect.signature(theirs).parameters)
-    for module, name, version in cpu._REPLACEMENTS:
+    for module, name, version in cpu_ops.REPLACEMENTS:
         if not name.endswith("forward"):
             theirs = getattr(importlib.import_module(module), name).__wrapped__
             names = [p for p in inspect.signature(theirs).parameters if p != "kwargs"]

@@ -29,8 +29,8 @@ from flame_composer.data import (
 )
 from flame_composer.fetch import Shards
 from flame_composer.manifest import read_manifest
+from flame_composer.sections import DataConfig, EvalDataConfig
 from flame_composer.tokenizer import load_tokenizer
-from flame_composer.train_config import DataConfig, EvalDataConfig
 from tests.conftest import CONTEXT_LENGTH
 from tests.data_fixtures import byte_tokenizer
 

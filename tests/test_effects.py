@@ -16,8 +16,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 
 from flame_composer.callbacks import build_loggers
-from flame_composer.cli import load
-from flame_composer.train_config import SpikeConfig, TrainConfig, WandbConfig
+from flame_composer.loading import load
+from flame_composer.sections import SpikeConfig, WandbConfig
+from flame_composer.train_config import TrainConfig
 from flame_composer.watch import SpikeGuard, build_watchers
 from tests.runs import ROOT, Corpus, read_log
 

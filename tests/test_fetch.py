@@ -24,7 +24,7 @@ from flame_composer.config import ConfigError, DataError, InvalidField
 from flame_composer.data import build_train_loader, open_dataset
 from flame_composer.fetch import Dataset
 from flame_composer.manifest import read_manifest
-from flame_composer.train_config import DataConfig
+from flame_composer.sections import DataConfig
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.proxy import FAULTS, proxy

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from flame_composer import generate
-from flame_composer.cli import load
 from flame_composer.config import ConfigError
 from flame_composer.generate import Pieces, build_sampling, continue_prompts, encode, read_prompts
+from flame_composer.loading import load
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.recipe_config import GenerateConfig
 from tests.conftest import GLA, LLAMA

@@ -16,8 +16,8 @@ import yaml
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flame_composer.checkpoint import save_hf_folder
-from flame_composer.cli import load
 from flame_composer.config import ConfigError
+from flame_composer.loading import load
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.recipe_config import EvaluateConfig
 from flame_composer.train_config import TrainConfig

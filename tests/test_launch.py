@@ -16,7 +16,7 @@ import pytest
 import yaml
 from composer.cli import launcher
 
-from flame_composer.cli import load
+from flame_composer.loading import load
 from flame_composer.train_config import TrainConfig
 from tests.hosts import Hosts
 from tests.runs import ROOT, Corpus, check, read_log

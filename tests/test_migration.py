@@ -11,9 +11,10 @@ import pytest
 from composer.cli import launcher
 from torch.distributed.run import get_args_parser
 
-from flame_composer.cli import fields_of, load
 from flame_composer.config import ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig
+from flame_composer.fields import fields_of
+from flame_composer.loading import load
 from flame_composer.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from flame_composer import cpu
 from flame_composer.checkpoint import save_hf_folder
-from flame_composer.cli import load
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.data import collate
+from flame_composer.loading import load
 from flame_composer.model import (
     CausalLM,
     build_hf_config,

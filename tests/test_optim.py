@@ -17,7 +17,8 @@ from flame_composer.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
 from flame_composer.config import ConfigError
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.optim import Schedule, build_optimizer, rate_factor
-from flame_composer.train_config import OptimizerConfig, RunPlan, SchedulerConfig
+from flame_composer.sections import OptimizerConfig, SchedulerConfig
+from flame_composer.train_config import RunPlan
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

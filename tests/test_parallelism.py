@@ -17,7 +17,7 @@ from flame_composer import checkpoint, parallelism, pieces
 from flame_composer.config import DataError, InvalidField
 from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.parallelism import check_devices
-from flame_composer.train_config import FsdpConfig, ParallelismConfig
+from flame_composer.sections import FsdpConfig, ParallelismConfig
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Ranks, Script, check, last_json, read_log

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from flame_composer import planning
-from flame_composer.cli import load
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.data import build_train_loader, open_dataset
+from flame_composer.loading import load
 from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.planning import DEVICES, best_interval, goodput, goodput_with_notice, largest_microbatch, memory, read_size
 from flame_composer.recipe_config import PlanConfig
+from flame_composer.sections import StreamConfig
 from flame_composer.supply import Supply, find_supply
-from flame_composer.train_config import StreamConfig
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, Script, check, last_json, run_script

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from flame_composer.checkpoint import Checkpoint, find_checkpoint, model_in, read_checkpoint
-from flame_composer.cli import load
 from flame_composer.config import ConfigError, StoreError
 from flame_composer.convert_config import ToHfConfig
+from flame_composer.loading import load
 from flame_composer.model import load_pretrained
 from flame_composer.publish import check_hub, model_card, push_folder, read_run_config
 from tests.runs import ROOT, Corpus, check, run_script, two_ranks

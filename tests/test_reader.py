@@ -12,7 +12,7 @@ import pytest
 from flame_composer.config import DataError
 from flame_composer.data import build_train_loader, open_dataset
 from flame_composer.reader import OpenShards
-from flame_composer.train_config import DataConfig, StreamConfig
+from flame_composer.sections import DataConfig, StreamConfig
 from tests.data_fixtures import byte_tokenizer
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from flame_composer.cli import fields_of
 from flame_composer.extensions_config import OFFERED
+from flame_composer.fields import fields_of
 from flame_composer.reference import PAGE, page, scripts
 from flame_composer.train_config import TrainConfig
 

@@ -17,7 +17,7 @@ from composer.core import Timestamp
 from composer.utils import dist
 
 from flame_composer.config import TrainingError
-from flame_composer.train_config import ParallelismConfig, SpikeConfig
+from flame_composer.sections import ParallelismConfig, SpikeConfig
 from flame_composer.watch import SpikeGuard, StallWatchdog, explained_memory
 from tests.runs import Corpus, Script, read_log
 

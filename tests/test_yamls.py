@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flame_composer import cpu
-from flame_composer.cli import load
 from flame_composer.config import ConfigError, InvalidField
+from flame_composer.loading import load
 from flame_composer.model import CausalLM, build_hf_config, build_model, load_pretrained
 from flame_composer.train_config import TrainConfig
 from tests.conftest import CONTEXT_LENGTH, GLA

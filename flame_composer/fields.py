@@ -1,0 +1,110 @@
+"""The keys of a configuration: what its dataclasses say of each of their fields."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from omegaconf import MISSING
+
+ANY_NAME = "NAME"  # stands in help for the name of a section that the user names
+SECTIONS = "sections under names of your own"
+
+
+def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
+    """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
+    hints, docs = typing.get_type_hints(cls), docs_of(cls)
+    for f in dataclasses.fields(cls):
+        section, each = dataclass_of(hints[f.name]), named_sections(hints[f.name])
+        annotation = str(f.type).replace("Literal[", "one of [") if section is None else "section"
+        annotation = annotation if each is None else SECTIONS
+        if f.default is dataclasses.MISSING:
+            assert f.default_factory is not dataclasses.MISSING
+            default = None if section else show(f.default_factory())
+        else:
+            default = "(must be set)" if f.default == MISSING else show(f.default)
+        yield f"{prefix}{f.name}", annotation, default, docs.get(f.name, "")
+        if section is not None:
+            yield from fields_of(section, f"{prefix}{f.name}.")
+        if each is not None:
+            yield from fields_of(each, f"{prefix}{f.name}.{ANY_NAME}.")
+
+
+def annotation_of(cls: type, key: str) -> str:
+    """The type of a field as `--help` has it; '' for a key that is none."""
+    def is_it(field: str) -> bool:
+        parts, ours = field.split("."), key.split(".")
+        return len(parts) == len(ours) and all(part in (our, ANY_NAME) for part, our in zip(parts, ours, strict=True))
+
+    return next((annotation for name, annotation, _, _ in fields_of(cls) if is_it(name)), "")
+
+
+@functools.cache
+def docs_of(cls: type) -> dict[str, str]:
+    """The string literal under each field, of the class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for node, following in itertools.pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[ast.unparse(node.target)] = ast.literal_eval(following.value)
+    return docs
+
+
+def doc_of(cls: type, key: str) -> str:
+    return next((" ".join(doc.split()).rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
+
+
+def dataclass_of(annotation: Any) -> type | None:
+    """The dataclass in `X` or `X | None`, if there is one."""
+    if get_origin(annotation) is dict:
+        return None
+    for candidate in (annotation, *get_args(annotation)):
+        if dataclasses.is_dataclass(candidate):
+            return typing.cast(type, candidate)
+    return None
+
+
+def named_sections(annotation: Any) -> type | None:
+    """The dataclass in `dict[str, X]`, if there is one: sections under names of the user's own."""
+    return dataclass_of(get_args(annotation)[1]) if get_origin(annotation) is dict else None
+
+
+def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section under its key prefix, the innermost first: their own rules come before those across sections."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from sections_of(value, f"{prefix}{f.name}.")
+        for name, each in value.items() if isinstance(value, dict) else ():
+            if dataclasses.is_dataclass(each):
+                yield from sections_of(each, f"{prefix}{f.name}.{name}.")
+    yield prefix, config
+
+
+def show(value: Any) -> str:
+    if isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+        return ", ".join(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """'; did you mean X?' for the allowed name closest to `name`, or '' if none is close."""
+    name, by_name = name.lower(), {key.lower(): key for key in reversed(allowed)}
+    last = name.rsplit(".", 1)[-1]
+    same_leaf = [key for key in allowed if key.lower().rsplit(".", 1)[-1] == last]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in by_name}
+    close = same_leaf or [by_name[key] for key in difflib.get_close_matches(name, list(by_name), n=1)] or [
+        by_name[by_leaf[leaf]] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1)
+    ]
+    return f"; did you mean {close[0]}?" if close else ""

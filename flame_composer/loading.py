@@ -1,0 +1,287 @@
+"""How `[file.yaml] [key=value ...]` become a checked configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from flame_composer.config import ConfigError, InvalidField, ScriptConfig, is_text
+from flame_composer.fields import (
+    ANY_NAME,
+    SECTIONS,
+    annotation_of,
+    dataclass_of,
+    doc_of,
+    fields_of,
+    named_sections,
+    nearest,
+    sections_of,
+    show,
+)
+
+C = TypeVar("C", bound=ScriptConfig)
+
+
+def load(cls: type[C], argv: list[str]) -> C:
+    """The configuration that `[file.yaml] [key=value ...]` asks for, checked.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a key that must be
+    set and is not, and whatever `validate()` of any section refuses.
+    """
+    sources: list[tuple[str, DictConfig]] = []
+    if cls.positional:
+        values = list(itertools.takewhile(lambda argument: "=" not in argument and not argument.startswith("-"), argv))
+        file, overrides = None, _split(argv[len(values) :])[1]
+        sources += [("command line", OmegaConf.create({cls.positional: values}))] if values else []
+    else:
+        file, overrides = _split(argv)
+        if file is not None:
+            sources.append((file, _read_yaml(file)))
+    sources += [("command line", _read_override(cls, argument)) for argument in overrides]
+
+    merged = OmegaConf.structured(cls)
+    known = [key for key, _, _, _ in fields_of(cls)]
+    origins: dict[str, tuple[str, Any]] = {}
+    for origin, node in sources:
+        content = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(content, dict)
+        _check_keys(cls, content, origin, known, elsewhere=cls.elsewhere)
+        for key, value in _leaves(cls, content):
+            origins[key] = origin, value
+            origins.update({inner: (origin, each) for inner, each in _inner(key, value)})
+            if type(value) in (int, float) and value not in (0, 1) and annotation_of(cls, key) == "bool":
+                raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")  # OmegaConf takes any number for true
+            try:
+                merged = OmegaConf.merge(merged, _nested(key, value))
+            except (OmegaConfBaseException, TypeError) as error:
+                raise ConfigError(f"{origin}: {key}={show(value)}: {_reason(cls, key, error)}") from None
+    place = file or "command line"
+    try:
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{place}: {key}: must be set ({doc_of(cls, key)}); add it to the file or give {key}=...")
+        config: Any = OmegaConf.to_object(merged)
+        resolved_yaml = _without_environment(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_unresolved(cls, merged, origins) or f"{place}: {_first_line(error)}") from None
+    assert isinstance(config, cls)
+    config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
+    for prefix, section in sections_of(config):
+        try:
+            getattr(section, "validate", lambda: None)()
+        except InvalidField as problem:
+            raise ConfigError(explain(config, InvalidField(prefix + problem.name, problem.rule))) from None
+    return config
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[str]]:
+    for argument in argv:
+        if not is_text(argument):
+            raise ConfigError(f"command line: {argument!a}: must be UTF-8")
+    if argv and argv[0].startswith("-"):
+        raise ConfigError(f"command line: {argv[0]}: unknown option; arguments are [file.yaml] [key=value ...], see --help")
+    file = argv[0] if argv and "=" not in argv[0] else None
+    overrides = argv[1:] if file else argv
+    for argument in overrides:
+        if "=" not in argument:
+            shown = argument or repr(argument)
+            raise ConfigError(f"command line: {shown}: must be key=value (only the first argument can be a file)")
+    return file, overrides
+
+
+def _read_yaml(file: str) -> DictConfig:
+    if os.path.isdir(file):
+        raise ConfigError(f"{file}: is a folder; name a YAML file")
+    if not os.path.isfile(file):
+        folder = Path(file).parent
+        beside = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
+        close = difflib.get_close_matches(file, beside, n=1)
+        raise ConfigError(f"{file}: no such file{f'; did you mean {close[0]}?' if close else ''}")
+    not_a_mapping = "must hold keys and values (a YAML mapping)"
+    try:
+        node = OmegaConf.load(file)
+    except OSError as error:  # OmegaConf raises one of its own, without a number, for a file that holds a single value
+        raise ConfigError(f"{file}: {'cannot be read: ' + str(error.strerror) if error.errno else not_a_mapping}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split()).replace(f'in "{os.path.abspath(file)}", ', "at ")
+        raise ConfigError(f"{file}: not valid YAML: {reason}") from None
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{file}: {not_a_mapping}")
+    return node
+
+
+def _read_override(cls: type, argument: str) -> DictConfig:
+    key, _, text = argument.partition("=")
+    annotation = annotation_of(cls, key)
+    quoted = text.startswith("[") and text.endswith("]") and bool(set(text) & set("\"'"))
+    plain_list = annotation == "list[str]" and text != "null" and not quoted
+    try:
+        # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
+        if plain_list and text.startswith("[") and text.endswith("]"):
+            return OmegaConf.create(_nested(key, _split_list(text[1:-1])))
+        if annotation == "str" or plain_list or (annotation == "str | None" and text != "null"):
+            return OmegaConf.create(_nested(key, text))
+        return OmegaConf.from_dotlist([argument])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, IndexError, RecursionError) as error:  # IndexError: '[=1'
+        reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else " ".join(str(error).split())
+        raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
+
+
+def _check_keys(
+    cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "", *, elsewhere: Mapping[str, str]
+) -> None:
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key, value in content.items():
+        full = f"{prefix}{key}"
+        if full in known and key not in names:
+            above, _, leaf = full.rpartition(".")
+            raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {above}")
+        if key not in names:
+            shown = (full if len(full) < 80 else f"{full[:77]}...") or repr(full)
+            meant = elsewhere.get(full.rpartition(".")[2])
+            close = f"; did you mean {meant}?" if meant else nearest(full, known)
+            raise ConfigError(f"{origin}: {shown}: unknown key{close or '; see --help for all keys'}")
+        section, each = dataclass_of(hints[key]), named_sections(hints[key])
+        if section is not None and isinstance(value, dict):
+            _check_keys(section, value, origin, known, f"{full}.", elsewhere=elsewhere)
+        if each is None or not isinstance(value, dict):
+            continue
+        for name, content_of_name in value.items():
+            if not isinstance(name, str) or "." in name:
+                raise ConfigError(f"{origin}: {full}: {name!r} is no name; names are letters, digits, '_' and '-'")
+            if not isinstance(content_of_name, dict):
+                raise ConfigError(f"{origin}: {full}.{name}={show(content_of_name)}: must hold keys and values; its keys are "
+                                  f"{', '.join(field.name for field in dataclasses.fields(each))}")
+            known_here = [key.replace(f"{full}.{ANY_NAME}.", f"{full}.{name}.") for key in known]
+            _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.", elsewhere=elsewhere)
+
+
+def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of `content` by full key; a single value given for a list becomes a list of one."""
+    hints = typing.get_type_hints(cls)
+    for key, value in content.items():
+        section, each = dataclass_of(hints[key]), named_sections(hints[key])
+        if section is not None and isinstance(value, dict) and value:
+            yield from _leaves(section, value, f"{prefix}{key}.")
+        elif each is not None and isinstance(value, dict) and value:
+            for name, content_of_name in value.items():
+                yield from _leaves(each, content_of_name, f"{prefix}{key}.{name}.")
+        elif get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value:
+            yield f"{prefix}{key}", _split_list(value)
+        elif get_origin(hints[key]) is list and isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", [value]
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _inner(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What lies within a value whose keys are a third party's, by full key."""
+    for name, each in value.items() if isinstance(value, dict) else ():
+        yield f"{key}.{name}", each
+        yield from _inner(f"{key}.{name}", each)
+
+
+def _split_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _nested(key: str, value: Any) -> dict[Any, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _reason(cls: type, key: str, error: Exception | None) -> str:
+    annotation = annotation_of(cls, key)
+    if annotation == SECTIONS:
+        below = [name for name, _, _, _ in fields_of(cls) if name.startswith(f"{key}.{ANY_NAME}.")]
+        return f"must hold {SECTIONS}; their keys are {', '.join(below)}"
+    if annotation == "section":
+        return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
+    if annotation:
+        return f"must be {annotation}"
+    return "is of the wrong type" if error is None else _first_line(error)
+
+
+def _section_keys(cls: type, key: str) -> list[str]:
+    prefix = f"{key}."
+    return [name for name, _, _, _ in fields_of(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
+
+
+def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any]]) -> str | None:
+    """What is wrong with the first key whose interpolation fails; never what an environment variable is set to."""
+    for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):  # the innermost first
+        if "${" not in str(value):
+            continue
+        try:
+            node = OmegaConf.select(merged, key)
+            if OmegaConf.is_config(node):
+                OmegaConf.to_container(node, resolve=True)
+        except OmegaConfBaseException as error:
+            if isinstance(error, InterpolationValidationError):
+                reason = _reason(cls, key, None)
+            elif "GrammarParseError" in str(error):
+                reason = "cannot be resolved"
+            else:
+                reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", _first_line(error)).strip('"')
+            reason = _masked(reason, origins)
+            if reason.startswith("Interpolation key"):
+                reason += "; where '${' is meant as it stands, write '\\${'"
+            return f"{origin}: {key}={show(value)}: {reason}"
+    return None
+
+
+def _without_environment(merged: DictConfig) -> str:
+    """The configuration as YAML with every interpolation resolved but those of the environment, which may be secret."""
+    untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
+    assert isinstance(untyped, DictConfig)
+
+    def decode(text: str | None, _parent_: Any, _node_: Any) -> Any:
+        return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_, _node_)
+
+    OmegaConf.register_resolver("oc.env", lambda *names: f"<environment variable {names[0]}>", replace=True)
+    OmegaConf.register_resolver("oc.decode", decode, replace=True)
+    try:
+        OmegaConf.resolve(untyped)
+        return OmegaConf.to_yaml(untyped)
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True)
+        OmegaConf.register_resolver("oc.decode", oc.decode, replace=True)
+
+
+def explain(config: ScriptConfig, problem: InvalidField) -> str:
+    """One line that says where the field was set, to what, and the rule it breaks."""
+    parts = problem.name.split(".")
+    above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]  # where it is missing, its section's place
+    origin, value = next((config.origins[key] for key in above if key in config.origins), (config.place, None))
+    if problem.name not in config.origins:
+        value = config
+        for part in problem.name.split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    value = None if dataclasses.is_dataclass(value) else value
+    return _masked(f"{origin}: {problem.name}{'' if value is None else f'={show(value)}'}: {problem.rule}", config.origins)
+
+
+def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
+    """A message with the names of the environment's variables in place of what they are set to."""
+    for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
+        value = os.environ.get(name, "")
+        # What is shorter is no secret, and would be found in words.
+        text = text.replace(value, name) if len(value) > 3 else text
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
