@@ -93,7 +93,7 @@ class ScriptConfig:
 
     # The list that leading arguments without a key fill, in place of a YAML file.
     positional = ""
-    # What others call its keys, where no likeness would tell.
+    # By the names that others give its keys, what is said to those who use them (other_names.py).
     elsewhere: Mapping[str, str] = MappingProxyType({})
     # As YAML, with interpolations resolved but those of the environment: safe to log and save.
     resolved_yaml: str = ""

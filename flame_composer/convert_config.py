@@ -9,6 +9,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from flame_composer import other_names
 from flame_composer.config import ScriptConfig, require, require_seed, require_text
 from flame_composer.storage import is_url
 
@@ -59,6 +60,8 @@ class TokenizerTrainConfig(ScriptConfig):
 @dataclass
 class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
+
+    elsewhere = other_names.CONVERSION
 
     source: list[str] = MISSING
     """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet, also as URLs

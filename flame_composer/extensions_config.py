@@ -62,7 +62,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "callbacks": {
         "checkpoint_saver": "set save_folder, save_interval and save_num_checkpoints_to_keep instead",
         "load_checkpoint": "set model.pretrained to start from weights; a run goes on from its checkpoints by itself",
-        "export_for_inference_callback": "set callbacks.hf_export={} instead",
+        **dict.fromkeys(("export_for_inference_callback", "hf_checkpointer"), "set callbacks.hf_export={} instead"),
         "nan_monitor": "set on_nan instead",
         "threshold_stopper": "set callbacks.early_stopper instead",
         "activation_monitor": "is not offered: it has not been tried with fla's layers",
@@ -72,8 +72,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "ml_perf_callback": "is for submissions to MLPerf",
     },
     "loggers": {
-        "wandb_logger": "set wandb.project instead",
-        "tensorboard_logger": "set tensorboard=true instead",
+        **dict.fromkeys(("wandb_logger", "wandb"), "set wandb.project instead"),
+        **dict.fromkeys(("tensorboard_logger", "tensorboard"), "set tensorboard=true instead"),
         "progress_bar_logger": "set progress_bar instead",
         "console_logger": "is not offered: a run prints lines of its own; set loggers.file_logger={} to have all metrics",
         "in_memory_logger": "keeps every metric in memory for the whole run; set loggers.file_logger={} instead",

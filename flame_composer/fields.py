@@ -99,12 +99,15 @@ def show(value: Any) -> str:
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """'; did you mean X?' for the allowed name closest to `name`, or '' if none is close."""
-    name, by_name = name.lower(), {key.lower(): key for key in reversed(allowed)}
-    last = name.rsplit(".", 1)[-1]
-    same_leaf = [key for key in allowed if key.lower().rsplit(".", 1)[-1] == last]
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in by_name}
-    close = same_leaf or [by_name[key] for key in difflib.get_close_matches(name, list(by_name), n=1)] or [
-        by_name[by_leaf[leaf]] for leaf in difflib.get_close_matches(last, list(by_leaf), n=1)
-    ]
-    return f"; did you mean {close[0]}?" if close else ""
+    """'; did you mean X?', or '' if none is like `name`: the same in another section, or like it there or anywhere."""
+    section, _, last = name.lower().rstrip(".").rpartition(".")
+    wholes = {key.lower(): key for key in reversed(allowed)}
+    leaves = {key.rpartition(".")[2]: known for key, known in wholes.items()}
+    beside = {key.rpartition(".")[2]: known for key, known in wholes.items() if key.rpartition(".")[0] == section}
+    if last in leaves:
+        return f"; did you mean {leaves[last]}?"
+    # Not whole names, which are alike already when they are of one section.
+    for names in (beside, leaves):
+        if close := difflib.get_close_matches(last, list(names), n=1):
+            return f"; did you mean {names[close[0]]}?"
+    return ""

@@ -149,10 +149,9 @@ def _check_keys(
             above, _, leaf = full.rpartition(".")
             raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {above}")
         if key not in names:
-            shown = (full if len(full) < 80 else f"{full[:77]}...") or repr(full)
-            meant = elsewhere.get(full.rpartition(".")[2])
-            close = f"; did you mean {meant}?" if meant else nearest(full, known)
-            raise ConfigError(f"{origin}: {shown}: unknown key{close or '; see --help for all keys'}")
+            shown, remedy = _unknown(full, value, known, elsewhere)
+            shown = (shown if len(shown) < 80 else f"{shown[:77]}...") or repr(shown)
+            raise ConfigError(f"{origin}: {shown}: unknown key{remedy}")
         section, each = dataclass_of(hints[key]), named_sections(hints[key])
         if section is not None and isinstance(value, dict):
             _check_keys(section, value, origin, known, f"{full}.", elsewhere=elsewhere)
@@ -166,6 +165,24 @@ def _check_keys(
                                   f"{', '.join(field.name for field in dataclasses.fields(each))}")
             known_here = [key.replace(f"{full}.{ANY_NAME}.", f"{full}.{name}.") for key in known]
             _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.", elsewhere=elsewhere)
+
+
+def _unknown(full: str, value: Any, known: list[str], elsewhere: Mapping[str, str]) -> tuple[str, str]:
+    """Of a key that there is none of, or of the first one in a section that there is none of: its name, and the remedy."""
+    whole = full
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        whole += f".{name}"
+    section, _, leaf = full.rpartition(".")
+    ours = {key.rpartition(".")[2] for key in known}  # these are meant where others use them too
+    for name, theirs in ((whole, whole), (whole, whole.rpartition(".")[2]), (full, leaf)):
+        if theirs in elsewhere and (theirs == name or theirs not in ours):
+            return name, f"; {elsewhere[theirs]}"
+    for name in (full, whole):
+        if close := nearest(name, known):
+            return name, close
+    beside = [key for key in known if key.rpartition(".")[0] == section]
+    return full, f"; the keys of {section} are {', '.join(beside)}" if section and beside else "; see --help for all keys"
 
 
 def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,11 +6,11 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from omegaconf import MISSING
 
+from flame_composer import other_names
 from flame_composer.config import (
     DURATION,
     FRACTION,
@@ -50,22 +50,11 @@ class RunPlan(NamedTuple):
     save_seconds: int | None
 
 
-# Of flame, torchtitan, LLM Foundry and Hugging Face's trainer.
-_ELSEWHERE = MappingProxyType({
-    "learning_rate": "optimizer.lr", "max_norm": "optimizer.grad_clip_norm", "grad_clip": "optimizer.grad_clip_norm",
-    "warmup_steps": "scheduler.warmup", "batch_size": "global_batch_size",
-    "data": "train_data.local", "dataset": "train_data.local",
-    **dict.fromkeys(("steps", "max_steps", "num_steps", "epochs", "num_epochs", "num_train_epochs"), "max_duration"),
-    **dict.fromkeys(("context", "seq_len", "max_seq_len", "ctx_len"), "context_length"),
-    **dict.fromkeys(("batch", "device_train_microbatch_size", "per_device_train_batch_size"), "microbatch_size"),
-})
-
-
 @dataclass
 class TrainConfig(ScriptConfig):
     """Train a causal language model on a streamed dataset."""
 
-    elsewhere = _ELSEWHERE
+    elsewhere = other_names.TRAINING
     run_name: str = MISSING
     """Name of the run: its folder under runs/, its W&B id, and what autoresume looks for."""
     seed: int = 42

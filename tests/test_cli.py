@@ -205,12 +205,23 @@ COMMAND_LINE = {
         "parallelism.fsdp.shard_strategy: unknown key; did you mean parallelism.fsdp.sharding_strategy?",
     "wandb.projct=p": "wandb.projct: unknown key; did you mean wandb.project?",
     "zzz=1": "zzz: unknown key; see --help for all keys",
+    "parallelism.fsdp.sync_module_states=true":
+        "parallelism.fsdp.sync_module_states: unknown key; it is of torch's first FSDP; FSDP2 does without it",
+    "parallelism.fsdp.zzz=1": "parallelism.fsdp.zzz: unknown key; the keys of parallelism.fsdp are "
+        "parallelism.fsdp.sharding_strategy, parallelism.fsdp.replicas, parallelism.fsdp.mixed_precision, "
+        "parallelism.fsdp.state_dict_type",
+    "fsdp_config.sharding_strategy=FULL_SHARD": "fsdp_config: unknown key; did you mean parallelism.fsdp?",
+    "model.name=gla": "model.name: unknown key; did you mean model.config.model_type?",
+    "training.seq_len=2048": "training.seq_len: unknown key; did you mean context_length?",
+    "training.seed=1": "training.seed: unknown key; did you mean seed?",
+    "nnodes=2": "nnodes: unknown key; it is the launcher's (composer, torchrun or Slurm): see docs/migrating-from-flame.md, "
+        "Several nodes",
     "a.b.c=1": "a: unknown key; see --help for all keys",
     "resolved_yaml=x": "resolved_yaml: unknown key; see --help for all keys",
     "--seed=1": "--seed: unknown key; did you mean seed?",
     "optimizer.lr =1": "optimizer.lr : unknown key; did you mean optimizer.lr?",
     "optimizer.=1": "optimizer.: unknown key; did you mean optimizer?",
-    ".lr=1": "'': unknown key; see --help for all keys",
+    ".lr=1": ".lr: unknown key; did you mean optimizer.lr?",
     "=3": "'': unknown key; see --help for all keys",
     "=": "'': unknown key; see --help for all keys",
     # No key=value.
@@ -289,7 +300,7 @@ IN_YAML = {
     "model_config: 1": "x.yaml: model_config: unknown key; did you mean model.config?",
     "3: 4": "x.yaml: 3: unknown key; see --help for all keys",
     "true: 4": "x.yaml: True: unknown key; see --help for all keys",
-    "x: &x {lr: 1}\noptimizer: *x": "x.yaml: x: unknown key; see --help for all keys",
+    "x: &x {lr: 1}\noptimizer: *x": "x.yaml: x.lr: unknown key; did you mean optimizer.lr?",
     "optimizer: &o {lr: 1}\nscheduler: *o": "x.yaml: scheduler.lr: unknown key; did you mean optimizer.lr?",
     "optimizer.lr: 1": "x.yaml: optimizer.lr: unknown key; in a file write lr on a line of its own under optimizer",
     "optimizer: 3": f"x.yaml: optimizer=3: must hold keys and values; its keys are {OPTIMIZER_KEYS}",

@@ -11,7 +11,7 @@ import pytest
 from composer.cli import launcher
 from torch.distributed.run import get_args_parser
 
-from flame_composer.config import ScriptConfig
+from flame_composer.config import ConfigError, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig
 from flame_composer.fields import fields_of
 from flame_composer.loading import load
@@ -59,6 +59,36 @@ def test_every_key_of_the_legacy_scripts_is_there() -> None:
     assert set(PREPROCESS.split()) == preprocess
     assert set(TRAIN.split()) <= train
     assert train - set(TRAIN.split()) == {"bf16"}
+
+
+def their_keys() -> list[tuple[type[ScriptConfig], str, list[str]]]:
+    """Each key of theirs that ours have not, with what the table says of it."""
+    found = []
+    for cls, rows in tables():
+        known = {name for name, _, _, _ in fields_of(cls)}
+        for theirs, ours, *_ in rows:
+            first = keys_in(theirs)[0]
+            for key in keys_in(theirs):
+                section = first.rpartition(".")[0] if "." not in key else ""
+                name = f"{section}.{key.partition('=')[0]}".lstrip(".")
+                if name not in known and "flame." not in name:
+                    found.append((cls, name, keys_in(ours)))
+    return found
+
+
+@pytest.mark.parametrize(("cls", "theirs", "ours"), their_keys(), ids=lambda value: value if isinstance(value, str) else "")
+def test_their_keys_are_answered_with_ours(cls: type[ScriptConfig], theirs: str, ours: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(cls, [f"{theirs}=1"])
+    message = str(caught.value)
+    assert message.startswith(f"command line: {theirs.partition('.')[0]}")
+    assert ": unknown key; " in message
+    if ours:
+        named = set(re.findall(r"[a-z_.]+", message.partition("unknown key")[2]))
+        assert {*ours, *(key.rpartition(".")[0] for key in ours)} & named, message
+    else:
+        assert "did you mean" not in message
+        assert "--help" not in message
 
 
 def commands() -> list[list[str]]:
