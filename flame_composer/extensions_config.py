@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from flame_composer import other_names
 from flame_composer.config import DURATION, require
 from flame_composer.fields import nearest
 
@@ -62,7 +63,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "callbacks": {
         "checkpoint_saver": "set save_folder, save_interval and save_num_checkpoints_to_keep instead",
         "load_checkpoint": "set model.pretrained to start from weights; a run goes on from its checkpoints by itself",
-        **dict.fromkeys(("export_for_inference_callback", "hf_checkpointer"), "set callbacks.hf_export={} instead"),
+        "export_for_inference_callback": "set callbacks.hf_export={} instead",
         "nan_monitor": "set on_nan instead",
         "threshold_stopper": "set callbacks.early_stopper instead",
         "activation_monitor": "is not offered: it has not been tried with fla's layers",
@@ -72,8 +73,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "ml_perf_callback": "is for submissions to MLPerf",
     },
     "loggers": {
-        **dict.fromkeys(("wandb_logger", "wandb"), "set wandb.project instead"),
-        **dict.fromkeys(("tensorboard_logger", "tensorboard"), "set tensorboard=true instead"),
+        "wandb_logger": "set wandb.project instead",
+        "tensorboard_logger": "set tensorboard=true instead",
         "progress_bar_logger": "set progress_bar instead",
         "console_logger": "is not offered: a run prints lines of its own; set loggers.file_logger={} to have all metrics",
         "in_memory_logger": "keeps every metric in memory for the whole run; set loggers.file_logger={} instead",
@@ -107,6 +108,8 @@ def check_names(section: str, given: Mapping[str, Any]) -> None:
 
 
 def _remedy(section: str, name: str) -> str:
+    if meant := other_names.EXTENSIONS.get(f"{section}.{name}"):
+        return f"; {meant}"
     for other, names in OFFERED.items():
         if name in names:
             return f"; did you mean {other}.{name}?"

@@ -92,3 +92,9 @@ CONVERSION = _remedies({
     "return_offsets": "the borders of documents are in every row",
     "bos_text eos_text": "set add_bos and add_eos; the tokens are the tokenizer's",
 })  # fmt: skip
+
+EXTENSIONS = MappingProxyType({
+    "loggers.wandb": "set wandb.project instead",
+    "loggers.tensorboard": "set tensorboard=true instead",
+    "callbacks.hf_checkpointer": "set callbacks.hf_export={} instead",
+})  # fmt: skip

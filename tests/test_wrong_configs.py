@@ -108,8 +108,8 @@ WRONG: dict[str, str] = {
     "callbacks.checkpoint_saver={}": "set save_folder, save_interval and save_num_checkpoints_to_keep instead",
     "callbacks.zzz={}": "there is no such callback; there are speed_monitor, lr_monitor, ",
     "loggers.wandb_logger={}": "set wandb.project instead",
-    "loggers.wandb={}": "set wandb.project instead",
-    "callbacks.hf_checkpointer={}": "set callbacks.hf_export={} instead",
+    "loggers.wandb={}": "there is no such logger; set wandb.project instead",
+    "callbacks.hf_checkpointer={}": "there is no such callback; set callbacks.hf_export={} instead",
     "loggers.tensorboard_logger={}": "set tensorboard=true instead",
     "loggers.neptune_logger={}":
         "needs an account of its service, and is not tested here; set wandb.project, or loggers.file_logger={}",
