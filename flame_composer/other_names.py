@@ -79,6 +79,11 @@ TRAINING = _remedies({
     "export_dtype": "it is dtype of convert/to_hf.py",
 })  # fmt: skip
 
+# Which asks for what is the launcher's otherwise.
+PLANNING = MappingProxyType(TRAINING | _remedies({
+    "device": "gpu gpu_type", "devices": "gpus num_gpus nproc nproc_per_node", "nodes": "node nnodes num_nodes",
+}, {}))  # fmt: skip
+
 CONVERSION = _remedies({
     "source": "dataset data path input",
     "context_length": "seq_len max_seq_len sequence_length concat_tokens block_size",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from flame_composer import other_names
 from flame_composer.config import BYTES, ScriptConfig, require, require_seed, require_text
 from flame_composer.sections import EvalDataConfig, require_tasks
 from flame_composer.train_config import TrainConfig
@@ -267,6 +268,8 @@ class AllBenchmarksConfig(ScriptConfig):
 @dataclass
 class PlanConfig(TrainConfig):
     """What a run of recipes/train.py comes to, before anyone pays for it. The file and all keys but the last are the run's."""
+
+    elsewhere = other_names.PLANNING
 
     devices: int = MISSING
     """GPUs of a node, or processes on CPUs."""

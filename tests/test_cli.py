@@ -390,6 +390,11 @@ def test_what_must_be_set_is_named_with_the_remedy(cls, key):
     assert message_of(lambda: load(cls, [])) == message
 
 
+def test_a_name_of_others_that_a_plan_takes():
+    assert message_of(lambda: load(PlanConfig, ["gpus=8"])) == "command line: gpus: unknown key; did you mean devices?"
+    assert message_of(lambda: load(PlanConfig, ["steps=8"])) == "command line: steps: unknown key; did you mean max_duration?"
+
+
 KEYS = [key for key, annotation, _, _ in fields_of(TrainConfig)]
 
 
