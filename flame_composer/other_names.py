@@ -80,9 +80,9 @@ TRAINING = _remedies({
 })  # fmt: skip
 
 # Which asks for what is the launcher's otherwise.
-PLANNING = MappingProxyType(TRAINING | _remedies({
+PLANNING = MappingProxyType({**TRAINING, **_remedies({
     "device": "gpu gpu_type", "devices": "gpus num_gpus nproc nproc_per_node", "nodes": "node nnodes num_nodes",
-}, {}))  # fmt: skip
+}, {})})  # fmt: skip
 
 CONVERSION = _remedies({
     "source": "dataset data path input",
