@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -104,7 +105,7 @@ def test_stop_ends_with_the_text_that_was_named() -> None:
 ])  # fmt: skip
 def test_a_stop_text_is_found_in_whatever_tokens_it_comes(text: str, stop: str, length: int | None) -> None:
     """After a prompt that ends in q, a text of one token a byte: after how many of them it is complete."""
-    tokenizer = byte_tokenizer()
+    tokenizer = copy.deepcopy(byte_tokenizer())
     tokenizer.backend_tokenizer.model.dropout = 1.0  # no merges
     prompt, ids = (tokenizer(part, add_special_tokens=False).input_ids for part in ("pq", text))
     assert len(ids) == len(text.encode())

@@ -228,34 +228,48 @@ LAUNCHERS = {
 }
 
 
+def on_two_machines(hosts: Hosts, corpus: Corpus, run: Path, command: str, *more: str) -> list[subprocess.Popen[bytes]]:
+    """The launcher's command on each of them, which has the data on a disk of its own."""
+    started = []
+    for node in (0, 1):
+        data = hosts.folder / f"disk{node}"
+        if not data.exists():
+            shutil.copytree(corpus.train, data / "train")
+            shutil.copytree(corpus.val, data / "val")
+        name, *arguments = command.replace("NODE", f"{node}").replace("ADDRESS", "node0").split()
+        keys = corpus.keys(run, *CANONICAL, f"train_data.local={data}/train", f"eval_data.local={data}/val", *more)
+        launched = (sys.executable, COMPOSER.with_name(name), *arguments, "recipes/train.py", *keys)
+        started.append(hosts.start(node, *launched, NODE_RANK=f"{node}"))
+    return started
+
+
 @faults
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_machine_that_is_lost(hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path, launcher: str) -> None:
     """One of two goes down; the other ends by itself, and the same commands go on as if nothing had been."""
     run = tmp_path / "machines"
-
-    def begin() -> list[subprocess.Popen[bytes]]:
-        started = []
-        for node in (0, 1):
-            data = tmp_path / f"disk{node}"
-            if not data.exists():
-                shutil.copytree(corpus.train, data / "train")
-                shutil.copytree(corpus.val, data / "val")
-            name, *arguments = LAUNCHERS[launcher].replace("NODE", f"{node}").replace("ADDRESS", "node0").split()
-            keys = corpus.keys(run, *CANONICAL, f"train_data.local={data}/train", f"eval_data.local={data}/val")
-            command = (sys.executable, COMPOSER.with_name(name), *arguments, "recipes/train.py", *keys)
-            started.append(hosts.start(node, *command, NODE_RANK=f"{node}"))
-        return started
-
-    machines = begin()
+    machines = on_two_machines(hosts, corpus, run, LAUNCHERS[launcher])
     wait_for_step(run, 12, lambda: all(machine.poll() is None for machine in machines))
     machines[1].kill()
     assert machines[0].wait(timeout=120) != 0, "it does not wait for the one that is gone"
     assert len(read_log(run)) < 40
-    for machine in begin():
+    for machine in on_two_machines(hosts, corpus, run, LAUNCHERS[launcher]):
         assert machine.wait(timeout=300) == 0, hosts.log(0) + hosts.log(1)
     assert_same_run(run, two_ranks)
     assert "resuming from" in hosts.log(0)
+
+
+@faults
+def test_a_copy_of_the_model_on_each_machine(hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path) -> None:
+    """HYBRID_SHARD on two machines of two ranks: each machine holds a whole model, and one of them saves its."""
+    run, command = tmp_path / "hybrid", LAUNCHERS["composer"].replace("--nproc 1 --world_size 2", "--nproc 2 --world_size 4")
+    hybrid = ("parallelism.fsdp={sharding_strategy: HYBRID_SHARD, state_dict_type: sharded}", "parallelism.cpu_fsdp=true",
+              "max_duration=6ba", "microbatch_size=1")
+    for machine in on_two_machines(hosts, corpus, run, command, *hybrid):
+        assert machine.wait(timeout=300) == 0, hosts.log(0) + hosts.log(1)
+    assert sorted(path.name for path in (run / "checkpoints/ba6").glob("piece*")) == ["piece0.pt", "piece1.pt"]
+    losses = [[row["loss"] for row in read_log(each)[:3]] for each in (run, two_ranks)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_commands_for_several_machines_are_those_in_the_documentation() -> None:
