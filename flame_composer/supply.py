@@ -11,10 +11,10 @@ from typing import Any
 from streaming.base.world import World
 
 from flame_composer.config import ConfigError, DataError, InvalidField
-from flame_composer.data import Rows
 from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.manifest import HASH, VERSION, Ledger, Manifest, ShardFile, read_index, read_manifest
 from flame_composer.recipe_config import PlanConfig
+from flame_composer.rows import Rows
 from flame_composer.tokenizer import TokenizerFingerprint, token_dtype
 
 MAX_ROWS = 16_000_000  # that are laid out as training would; of more, as many, and the rest in proportion

@@ -76,6 +76,6 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 def streaming_dataset(local: Path | str, **options: Any) -> StreamingDataset:
     """Streaming's own view of a dataset, in order. Two made at once can take the same name for their shared memory: hence
-    the lock. (`data.Rows` has numbers of its own.)"""
+    the lock. (`rows.Rows` has numbers of its own.)"""
     with FileLock(Path(tempfile.gettempdir(), "flame_composer.lock")):
         return StreamingDataset(local=str(local), shuffle=False, batch_size=1, **options)
