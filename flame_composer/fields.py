@@ -107,7 +107,7 @@ def nearest(name: str, allowed: list[str]) -> str:
     if last in leaves:
         return f"; did you mean {leaves[last]}?"
     # Not whole names, which are alike already when they are of one section.
-    for names in (beside, leaves):
-        if close := difflib.get_close_matches(last, list(names), n=1):
+    for names, likeness in ((beside, 0.6), (leaves, 0.7)):
+        if close := difflib.get_close_matches(last, list(names), n=1, cutoff=likeness):
             return f"; did you mean {names[close[0]]}?"
     return ""

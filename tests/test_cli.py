@@ -390,6 +390,21 @@ def test_what_must_be_set_is_named_with_the_remedy(cls, key):
     assert message_of(lambda: load(cls, [])) == message
 
 
+@pytest.mark.parametrize("cls", [TrainConfig, PlanConfig, ConvertConfig])
+def test_names_of_others_lead_to_keys_of_ours(cls):
+    ours = {"model.config.model_type", *(key for key, _, _, _ in fields_of(cls))}
+    assert len(cls.elsewhere) > 20
+    for theirs, remedy in cls.elsewhere.items():
+        meant = re.fullmatch(r"did you mean (.+)\?", remedy)
+        named = set(re.findall(r"[a-z_.]+", meant[1])) if meant else set()
+        assert named - {"or", "for", "data"} <= ours, theirs
+        if theirs in ours:
+            assert cls is PlanConfig, "which has some that are not the run's"
+            continue
+        shown = message_of(lambda theirs=theirs: load(cls, [f"{theirs}=1"]))
+        assert shown == f"command line: {theirs}: unknown key; {remedy}"
+
+
 def test_a_name_of_others_that_a_plan_takes():
     assert message_of(lambda: load(PlanConfig, ["gpus=8"])) == "command line: gpus: unknown key; did you mean devices?"
     assert message_of(lambda: load(PlanConfig, ["steps=8"])) == "command line: steps: unknown key; did you mean max_duration?"
