@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flame_composer.cpu_ops import OPERATIONS, REPLACEMENTS
+from flame_composer.linear import keep_signals_off_the_heap
 
 TESTED_FLA = "0.5."
 DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
@@ -39,6 +40,7 @@ def enable() -> None:
         )
     if os.environ.get(DISPATCH_SWITCH) == "1":
         raise ValueError(f"{DISPATCH_SWITCH}=1 keeps fla from running on a CPU: unset it and start again")
+    keep_signals_off_the_heap()
     install_stub_driver()
     # fla's decorators import torch's compiler, which would start a pool of processes that compile; leave that until
     # something is compiled.

@@ -6,6 +6,7 @@ is the same, up to the order in which fp32 sums are added up.
 
 from __future__ import annotations
 
+import faulthandler
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from torch.autograd.function import once_differentiable
 
 # Multiplications below which oneDNN's overhead for a call, some 15 microseconds, outweighs its speed.
 MIN_PRODUCTS = 1 << 19
+
+
+def keep_signals_off_the_heap() -> None:
+    """Have this thread's signals come on a stack of their own.
+
+    While oneDNN's fp32 kernels compute, the stack pointer is in the heap (before 3.11.2; uxlfoundation/oneDNN issue 4845): a
+    SIGTERM in the middle of one overwrites what lies there, and the process aborts some time after. Python's handlers run on
+    the alternate stack if there is one, and faulthandler makes one; signals come to the main thread, if it takes them.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,6 +90,7 @@ class Linear(nn.Linear):
 
 def through_onednn(model: nn.Module) -> None:
     """Let every linear layer of a model compute as `Linear`; its parameters stay what and where they are."""
+    keep_signals_off_the_heap()
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,3 +74,40 @@ def test_switched_off_with_mkldnn() -> None:
     x, weight = torch.randn(4096, 64), torch.randn(64, 64)
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(product(x, weight), F.linear(x, weight))
+
+
+SIGNALS = """
+import signal, sys, time
+import torch
+from flame_composer import linear
+if sys.argv[1:] == ["guarded"]:
+    linear.keep_signals_off_the_heap()
+heard, kept = [], []
+signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+x, weight = torch.randn(128, 256), torch.randn(300, 256)
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    y = linear.product(x, weight)
+    kept = [*kept[-50:], linear.weight_gradient(y, x).sum(1)]
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(len(heard))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_signal_in_the_middle_of_a_product_does_no_harm(threads: int) -> None:
+    """Without the guard this aborts with `corrupted size vs. prev_size` on CPUs with AVX2 or AVX-512."""
+    environment = {**os.environ, "OMP_NUM_THREADS": f"{threads}"}
+    environment.pop("PYTHONFAULTHANDLER", None)
+    command = [sys.executable, "-c", SIGNALS, "guarded"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert int(process.stdout) > 100
+
+
+def test_models_on_a_cpu_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("flame_composer.linear.keep_signals_off_the_heap", lambda: calls.append(True))
+    through_onednn(nn.Linear(2, 2))
+    assert calls == [True]
