@@ -188,7 +188,9 @@ ORDER: dict[str, Any] = {"train_data (index.json)": "abc", "global_batch_size": 
 
 
 def test_the_same_data_is_accepted():
-    SameData(dict(ORDER), allow_change=False).load_state_dict(SameData(dict(ORDER), allow_change=False).state_dict())
+    resumed = SameData(dict(ORDER), allow_change=False)
+    resumed.load_state_dict(SameData(dict(ORDER), allow_change=False).state_dict())
+    assert resumed.state_dict() == {"order": ORDER}
 
 
 @pytest.mark.parametrize("key", ORDER)

@@ -463,7 +463,10 @@ def test_broken_rule(cls, given, name, rule):
 
 @pytest.mark.parametrize(("cls", "given"), ALLOWED, ids=ids(ALLOWED))
 def test_allowed(cls, given):
-    cls(**GIVEN[cls] | given).validate()
+    config = cls(**GIVEN[cls] | given)
+    before = dataclasses.asdict(config)
+    config.validate()
+    assert dataclasses.asdict(config) == before, "it is looked at, not changed"
 
 
 def test_no_rule_is_left_out():

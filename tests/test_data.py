@@ -257,7 +257,7 @@ def refused(folder: Path, error: type[Exception], message: str, **options: Any) 
 def test_another_context_length(dataset):
     refused(dataset, ConfigError, f"{dataset}: its rows are 32 tokens long, context_length is 64; set context_length=32 or "
             "convert the text again", context_length=64)  # fmt: skip
-    open_dataset(str(dataset), None, tokenizer=byte_tokenizer())
+    assert open_dataset(str(dataset), None, tokenizer=byte_tokenizer()).manifest.context_length == 32
 
 
 def test_another_tokenizer(dataset, tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
+from flame_composer import cpu
 from flame_composer.linear import MIN_PRODUCTS, Linear, linear, product, through_onednn, weight_gradient
 
 SIZES = st.integers(1, 130)
@@ -111,3 +112,6 @@ def test_models_on_a_cpu_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flame_composer.linear.keep_signals_off_the_heap", lambda: calls.append(True))
     through_onednn(nn.Linear(2, 2))
     assert calls == [True]
+    monkeypatch.setattr(cpu, "keep_signals_off_the_heap", lambda: calls.append(True))
+    cpu.enable()
+    assert calls == [True, True]

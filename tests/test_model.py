@@ -126,6 +126,7 @@ NO_MODEL = [
     ("gla", {"feature_map": "x"}, "model.config: no gla model can be built from it: unknown value 'x'"),
     ("gla", {"attn_mode": "x"}, "model.config: no gla model can be built from it: "),
     ("gla", {"pad_token_id": 9999}, "model.config: no gla model can be built from it: "),
+    ("gla", {"hidden_size": 10**400}, "model.config: no gla model can be built from it: "),
     ("gla", {"hidden_size": 10**30}, "model.config: no gla model can be built from it: "),
     ("gla", {"attn": 3}, "model.config: GLAConfig refuses it: "),
     ("llama", {"num_key_value_heads": 3}, "model.config.num_key_value_heads: must divide num_attention_heads=2"),
