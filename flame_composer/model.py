@@ -81,7 +81,7 @@ def build_hf_config(
     for key, value in keys.items():
         for pattern, holds, message in _RULES:
             is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
-            if is_number and not (math.isfinite(value) and holds(value)):
+            if is_number and not (abs(value) < math.inf and holds(value)):
                 raise InvalidField(f"model.config.{key}", message)
     if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
         raise InvalidField("model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens")

@@ -25,6 +25,7 @@ def _remedies(ours: Mapping[str, str], reasons: Mapping[str, str]) -> Mapping[st
 TRAINING = _remedies({
     "context_length": "context seq_len max_seq_len ctx_len context_len block_size sequence_length",
     "eval_batch_size": "device_eval_batch_size per_device_eval_batch_size",
+    "eval_data.local or eval_data.remote": "eval_data.path",
     "eval_data": "eval_loader eval_dataset",
     "eval_interval": "eval_steps eval_freq eval_every eval_strategy evaluation_strategy",
     "eval_tasks": "icl_tasks",
@@ -67,7 +68,7 @@ TRAINING = _remedies({
     "tensorboard": "enable_tensorboard save_tb_folder",
     "tokenizer": "tokenizer_path tokenizer_name",
     "train_data": "train_loader dataloader train_dataset",
-    "train_data.local or train_data.remote": "data dataset cache data_dir data_path data_local data_remote",
+    "train_data.local or train_data.remote": "data dataset cache data_dir data_path data_local data_remote train_data.path",
     "train_data.num_workers": "workers num_proc dataloader_num_workers",
     "train_data.prefetch_factor": "prefetch",
     "train_data.remote or train_data.streams": "dataset_name dataset_split data_files",
