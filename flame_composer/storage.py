@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 
+MAX_NAME_BYTES = 255  # of a file, on Linux
 THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +45,19 @@ def is_url(place: str) -> bool:
 
 def join(place: str, *names: str) -> str:
     return "/".join((place.rstrip("/"), *names)) if is_url(place) else os.path.join(place, *names)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name`, which comes from a checkpoint, an index, a listing or the like, is that of a file right in a folder.
+
+    Only such a name may be joined to a path: a separator or `..` would lead out of the folder.
+    """
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(letter in "/\\" or not letter.isprintable() for letter in name)
+        and len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+    )
 
 
 def stat(place: str) -> Stat | None:

@@ -216,3 +216,16 @@ def test_an_answer_that_breaks_off_is_asked_for_again(s3, tmp_path, monkeypatch)
         with pytest.raises(StoreError, match=r"/file: .*(broken|Connection|read)"):
             storage.read(f"s3://{BUCKET}/{tmp_path.name}/file")
         assert 80 < relay.num_cuts <= 100 - s3_module.ATTEMPTS, "asked again, but not for ever"
+
+
+@pytest.mark.parametrize("name", ["ba12.pt", "shard.00000.mds", ".hidden", "a b", "naïve", "x" * 255])
+def test_a_plain_name(name):
+    assert storage.is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/etc/passwd", "../up", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[2J", "\ud800", "x" * 256, "é" * 128, None, 3],
+)
+def test_a_name_that_is_not_plain(name):
+    assert not storage.is_plain_name(name)
