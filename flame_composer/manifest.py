@@ -50,8 +50,7 @@ class Ledger:
     bytes: int = 0
 
     def __add__(self, other: Ledger) -> Ledger:
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Ledger(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return Ledger(**{name: count + getattr(other, name) for name, count in vars(self).items()})
 
     @property
     def balances(self) -> bool:

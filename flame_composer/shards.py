@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +59,14 @@ TAIL = "tail"
 @dataclass(frozen=True)
 class Plan:
     """All that a dataset's bytes depend on. `config` holds the conversion settings, JSON values only, and says
-    whatever the other fields do not."""
+    whatever the other fields do not. `units` holds the inputs of every unit by its number; of one unit alone in a worker
+    (`DatasetWriter.only`)."""
 
     split: Split
     tokenizer: TokenizerFingerprint
     context_length: int
     config: dict[str, Any]
-    units: tuple[Unit, ...]
+    units: Sequence[Unit] | Mapping[int, Unit]
 
 
 # What is to be converted
@@ -106,6 +107,10 @@ class DatasetWriter:
             return Path(self.out, "tmp")
         name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir(), f"flame_composer-{os.getuid()}", name)
+
+    def only(self, number: int) -> DatasetWriter:
+        """Return what the conversion of one unit needs of this: sending every unit's inputs with each would be quadratic."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, units={number: self.plan.units[number]}))
 
     def _place(self, *names: str) -> str:
         return storage.join(self.out, *names)

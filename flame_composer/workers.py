@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import resource
@@ -28,14 +29,14 @@ OnProgress = Callable[[int, int, int], None]
 # Imported once, in the process that workers come from: nothing of the seconds that transformers, streaming or torch take.
 PRELOADED = ["flame_composer.cli", "flame_composer.convert_config", "flame_composer.workers", "gigatoken", "tokenizers", "tqdm"]
 MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
-MAX_UNITS = 64  # units a worker converts before it does the same
+MAX_INPUT = 4 << 30  # input bytes a worker converts before it does the same
 POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """All that a worker needs to know; `encoder` is what `encoder.choose_encoder` named."""
+    """How text becomes datasets; `encoder` is what `encoder.choose_encoder` named."""
 
     datasets: tuple[DatasetWriter, ...]
     tokenizer: BareTokenizer
@@ -44,6 +45,18 @@ class Conversion:
     encoder: str
     on_mismatch: Literal["fail", "redo"]
     on_error: Literal["fail", "skip"]
+
+    def settings(self) -> Conversion:
+        """Return what every unit needs: all but the datasets, which hold the inputs of all units."""
+        return dataclasses.replace(self, datasets=())
+
+    def unit(self, number: int) -> tuple[DatasetWriter, ...]:
+        """Return what unit `number` alone needs."""
+        return tuple(dataset.only(number) for dataset in self.datasets)
+
+    def num_bytes(self, number: int) -> int:
+        """Return the size of a unit's input, bytes."""
+        return sum(part.num_bytes for part in self.datasets[0].plan.units[number])
 
 
 class UnitConverter:
@@ -56,10 +69,10 @@ class UnitConverter:
         require_installed(conversion.encoder)
         self.fast = None if conversion.encoder == HF else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
 
-    def convert(self, number: int, on_progress: OnProgress) -> str | None:
+    def convert(self, datasets: Sequence[DatasetWriter], number: int, on_progress: OnProgress) -> str | None:
         """Convert and commit unit `number`; returns a warning if it had to be done again with the slower encoder."""
         conversion = self.conversion
-        common = (conversion.datasets, number)
+        common = (datasets, number)
         if self.fast is None:
             convert_unit(*common, self.exact, conversion.on_error, on_progress)
             return None
@@ -93,7 +106,7 @@ def convert_units(
         yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
         return
     for number in numbers:
-        warning = UnitConverter(conversion).convert(number, on_progress)
+        warning = UnitConverter(conversion).convert(conversion.datasets, number, on_progress)
         if warning is not None:
             yield warning
 
@@ -112,8 +125,8 @@ def _convert_on_cluster(
         raise ConfigError(f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address") from None
     with client:
         executor = client.get_executor()
-        sent = client.scatter(conversion, hash=False)  # once to a worker, not once with every unit
-        futures = {executor.submit(_convert_alone, sent, number): number for number in numbers}
+        sent = client.scatter(conversion.settings(), hash=False)  # once to a worker, not once with every unit
+        futures = {executor.submit(_convert_alone, sent, conversion.unit(number), number): number for number in numbers}
         try:
             for future in as_completed(futures):
                 warning, news = future.result()
@@ -140,16 +153,16 @@ class _Lane:
         self.conversion = conversion
         self.counts = RawArray("q", 3)  # documents, tokens and bytes so far; written by the process alone
         self.reported = [0, 0, 0]
-        self.num_units = 0
+        self.num_bytes = 0  # of input, that the process was given
         self.executor: ProcessPoolExecutor | None = None
 
     def submit(self, number: int) -> Future[tuple[str | None, int]]:
         if self.executor is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOADED)
-            self.executor = ProcessPoolExecutor(1, context, _start, (self.conversion, self.counts))
-        self.num_units += 1
-        return self.executor.submit(_convert, number)
+            self.executor = ProcessPoolExecutor(1, context, _start, (self.conversion.settings(), self.counts))
+        self.num_bytes += self.conversion.num_bytes(number)
+        return self.executor.submit(_convert, self.conversion.unit(number), number)
 
     def news(self) -> list[int]:
         """What was counted since the last call."""
@@ -159,14 +172,14 @@ class _Lane:
         return news
 
     def renew(self, memory: int) -> None:
-        if memory > MAX_MEMORY or self.num_units >= MAX_UNITS:
+        if memory > MAX_MEMORY or self.num_bytes >= MAX_INPUT:
             self.close()
 
     def close(self) -> None:
         if self.executor is not None:
             self.executor.shutdown(wait=True, cancel_futures=True)
             self.executor = None
-            self.num_units = 0
+            self.num_bytes = 0
 
 
 def _convert_on_pool(
@@ -223,7 +236,9 @@ def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
 _thread = threading.local()
 
 
-def _convert_alone(conversion: Conversion, number: int) -> tuple[str | None, list[int]]:
+def _convert_alone(
+    conversion: Conversion, datasets: Sequence[DatasetWriter], number: int
+) -> tuple[str | None, list[int]]:
     """Returns a warning, if any, and the documents, tokens and bytes done with."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has as many threads as it may use cores
     if getattr(_thread, "conversion", None) is not conversion:
@@ -233,7 +248,7 @@ def _convert_alone(conversion: Conversion, number: int) -> tuple[str | None, lis
     def on_progress(*news: int) -> None:
         counts[:] = (total + count for total, count in zip(counts, news, strict=True))
 
-    return _thread.converter.convert(number, on_progress), counts
+    return _thread.converter.convert(datasets, number, on_progress), counts
 
 
 # In a process of the pool
@@ -258,7 +273,7 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _convert(number: int) -> tuple[str | None, int]:
+def _convert(datasets: Sequence[DatasetWriter], number: int) -> tuple[str | None, int]:
     """Returns a warning, if any, and the most memory this process has taken, bytes."""
     if "converter" not in _worker:
         _worker["converter"] = UnitConverter(_worker["conversion"])
@@ -268,6 +283,6 @@ def _convert(number: int) -> tuple[str | None, int]:
         for i, count in enumerate(news):
             counts[i] += count
 
-    warning = _worker["converter"].convert(number, on_progress)
+    warning = _worker["converter"].convert(datasets, number, on_progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return warning, peak if sys.platform == "darwin" else peak << 10

@@ -131,7 +131,7 @@ def without_a_pool(monkeypatch) -> None:
 
     def convert(conversion, numbers, num_workers, on_progress):
         converter = workers.UnitConverter(conversion)
-        yield from filter(None, (converter.convert(number, on_progress) for number in numbers))
+        yield from filter(None, (converter.convert(conversion.datasets, number, on_progress) for number in numbers))
 
     monkeypatch.setattr(workers, "_convert_on_pool", convert)
 

@@ -122,6 +122,34 @@ def check_finished(folder: Path, name: str) -> None:
         assert totals.tokens_in == totals.tokens_out + totals.dropped
 
 
+def test_what_a_worker_is_sent_does_not_grow_with_the_number_of_units(folder):
+    """It did, with a new worker every 64 units: 20,000 small files as units of their own took minutes."""
+
+    def sent(datasets: list[DatasetWriter]) -> tuple[int, int]:
+        whole = conversion(folder, datasets)
+        return len(pickle.dumps(whole.settings())), len(pickle.dumps((whole.unit(3), 3)))
+
+    datasets = writers(folder, "sent")
+    plan = datasets[0].plan
+    many = dataclasses.replace(plan, units=tuple(plan.units) * 1000)
+    assert sent([DatasetWriter(datasets[0].out, many)]) == sent(datasets[:1])
+
+
+def test_a_worker_is_replaced_by_what_it_has_read_not_by_the_number_of_units(folder, monkeypatch):
+    lane = workers._Lane(conversion(folder, writers(folder, "lane")))
+    closed: list[int] = []
+    monkeypatch.setattr(lane, "close", lambda: closed.append(1))
+    lane.num_bytes = workers.MAX_INPUT - 1
+    lane.renew(memory=workers.MAX_MEMORY)
+    assert not closed
+    lane.num_bytes += 1
+    lane.renew(memory=workers.MAX_MEMORY)
+    assert len(closed) == 1
+    lane.num_bytes = 0
+    lane.renew(memory=workers.MAX_MEMORY + 1)
+    assert len(closed) == 2
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeypatch):
     if num_workers == 3:
@@ -168,10 +196,11 @@ def test_a_conversion_imports_none_of_what_takes_seconds(folder):
     worker = (
         "import importlib, pickle, sys\nfrom flame_composer import workers\n"
         "for name in workers.PRELOADED: importlib.import_module(name)\n"
-        "workers._worker.update(conversion=pickle.load(sys.stdin.buffer), counts=[0, 0, 0])\n"
-        f"assert workers._convert(1)[0] is None\n{tell}"
+        "settings, unit = pickle.load(sys.stdin.buffer)\n"
+        "workers._worker.update(conversion=settings, counts=[0, 0, 0])\n"
+        f"assert workers._convert(unit, 1)[0] is None\n{tell}"
     )
-    process = subprocess.run([sys.executable, "-c", worker], capture_output=True, input=pickle.dumps(sent))
+    process = subprocess.run([sys.executable, "-c", worker], capture_output=True, input=pickle.dumps((sent.settings(), sent.unit(1))))
     assert (process.returncode, process.stderr) == (0, b"[]")
     assert all(dataset.is_committed(1) for dataset in datasets)
 
