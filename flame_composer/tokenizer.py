@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flame_composer import long_texts
 from flame_composer.config import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
 
     A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text, add_special_tokens=False).input_ids`,
     then `[eos]` if `add_eos`. So these two flags alone say which special tokens are added, whatever the tokenizer's own
-    template; with the flags that mirror the template it equals `tokenizer(text)`. Truncation never applies.
+    template; with the flags that mirror the template it equals `tokenizer(text)`. Truncation never applies. A long text is
+    encoded in pieces where that is exact (`long_texts`), so that memory does not go by its length.
 
     Raises ConfigError if a token that is to be added does not exist.
     """
@@ -177,9 +179,26 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
     before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
     backend = plain_copy(tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
+    may_cut = long_texts.can_be_cut(tokenizer.serialized)
+
+    def ids_of(texts: Sequence[str]) -> list[Sequence[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    (line_break,) = ids_of(["\n"])
+
+    def ids_in_pieces(text: str) -> Sequence[int]:
+        first, *others = long_texts.cut(text)
+        ids = [np.array(ids_of([first])[0], dtype)]
+        for piece in others:
+            (of_piece,) = ids_of([f"\n{piece}"])  # after what stands before it: no space is put there
+            assert of_piece[: len(line_break)] == line_break, piece[:40]
+            ids.append(np.array(of_piece[len(line_break) :], dtype))
+        return np.concatenate(ids)  # type: ignore[return-value]
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        is_long = [may_cut and len(text) > 2 * long_texts.PIECE for text in texts]
+        short = iter(ids_of([text for text, long in zip(texts, is_long, strict=True) if not long]))
+        ids = [ids_in_pieces(text) if long else next(short) for text, long in zip(texts, is_long, strict=True)]
         parts = ids if not (before or after) else itertools.chain.from_iterable((before, each, after) for each in ids)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(before) + len(after)
         return np.fromiter(itertools.chain.from_iterable(parts), dtype, int(lengths.sum())), lengths

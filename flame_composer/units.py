@@ -113,10 +113,15 @@ def convert_unit(
             if "train" in writers:
                 writers["train"].counts["documents_skipped"] = skipped
             return [writer.commit(encoder) for writer in writers.values()]
-    except BaseException:
+    except BaseException as error:
         report(*(-count for count in done))
         for writer in writers.values():
             writer.discard()
+        if isinstance(error, MemoryError):
+            raise DataError(
+                f"{plan.units[number][0].path}, unit {unit_name(number)}: there is not enough memory to encode it; give fewer "
+                "num_workers or a smaller unit_size, and run the same command again"
+            ) from None
         raise
 
 

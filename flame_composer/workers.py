@@ -30,6 +30,7 @@ OnProgress = Callable[[int, int, int], None]
 PRELOADED = ["flame_composer.cli", "flame_composer.convert_config", "flame_composer.workers", "gigatoken", "tokenizers", "tqdm"]
 MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
 MAX_INPUT = 4 << 30  # input bytes a worker converts before it does the same
+SMALL_INPUT = 4 << 20  # bytes of a unit that is not worth the start of a process
 POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
@@ -93,16 +94,17 @@ def convert_units(
 ) -> Iterator[str]:
     """Convert and commit the units `numbers`, in any order, on `num_workers` processes; yields warnings.
 
-    With `cluster`, the address of a Dask scheduler, its workers do it instead. A single unit is converted in this process
-    where there is no cluster. `on_progress` is called in this process with the documents, tokens and input bytes done with
-    since the last call. The first error stops all of them, and units that were not committed are left for the next time.
+    With `cluster`, the address of a Dask scheduler, its workers do it instead. A single small unit is converted in this
+    process where there is no cluster; a large one may ask for more memory than there is, which ends a process. `on_progress`
+    is called in this process with the documents, tokens and input bytes done with since the last call. The first error
+    stops all of them, and units that were not committed are left for the next time.
 
     Raises DataError if a process dies, ConfigError if there is no such cluster.
     """
     if cluster is not None:
         yield from _convert_on_cluster(conversion, numbers, cluster, on_progress)
         return
-    if len(numbers) > 1:
+    if len(numbers) > 1 or any(conversion.num_bytes(number) > SMALL_INPUT for number in numbers):
         yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
         return
     for number in numbers:

@@ -621,3 +621,18 @@ def test_ledgers_add_and_balance():
     assert tail.balances
     assert (unit + tail).tokens_in == (unit + tail).tokens_out + (unit + tail).dropped
     assert not Ledger(tokens_in=1).balances
+
+
+def test_too_little_memory_is_one_line_and_leaves_nothing_behind(tmp_path, source):
+    (plan,) = plans(source)
+    dataset = DatasetWriter(str(tmp_path / "out"), plan)
+    dataset.begin()
+
+    def encode_more_than_there_is(texts: Sequence[str]) -> Any:
+        return np.zeros(1 << 60, np.uint8)
+
+    with pytest.raises(DataError, match=r"a\S+, unit 000001: there is not enough memory to encode it; give fewer"):
+        convert_unit([dataset], 1, encode_more_than_there_is)
+    assert list((tmp_path / "out" / "tmp").iterdir()) == []
+    convert([dataset])
+    check_shards(str(tmp_path / "out"))

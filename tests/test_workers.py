@@ -200,7 +200,8 @@ def test_a_conversion_imports_none_of_what_takes_seconds(folder):
         "workers._worker.update(conversion=settings, counts=[0, 0, 0])\n"
         f"assert workers._convert(unit, 1)[0] is None\n{tell}"
     )
-    process = subprocess.run([sys.executable, "-c", worker], capture_output=True, input=pickle.dumps((sent.settings(), sent.unit(1))))
+    given = pickle.dumps((sent.settings(), sent.unit(1)))
+    process = subprocess.run([sys.executable, "-c", worker], capture_output=True, input=given)
     assert (process.returncode, process.stderr) == (0, b"[]")
     assert all(dataset.is_committed(1) for dataset in datasets)
 
