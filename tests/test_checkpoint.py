@@ -17,18 +17,14 @@ import pytest
 import torch
 
 from flame_composer.checkpoint import (
-    Checkpoint,
     SaveCheckpoints,
-    find_checkpoint,
-    find_newest,
-    find_start,
-    list_checkpoints,
     load_from_checkpoint,
     load_model,
     model_in,
-    read_checkpoint,
     save_hf_folder,
 )
+from flame_composer.checkpoint_find import find_checkpoint, find_newest, find_start, list_checkpoints
+from flame_composer.checkpoint_read import Checkpoint, read_checkpoint
 from flame_composer.config import ConfigError, DataError
 from flame_composer.tokenizer import fingerprint
 from tests.data_fixtures import byte_tokenizer
@@ -125,7 +121,7 @@ DAMAGE: list[Callable[[Path], None]] = [
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damage):
     damage(folder / "ba3.pt")
-    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint"):
+    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint_find"):
         assert newest(folder) == folder / "ba2.pt"
     (message,) = caplog.messages
     assert message.startswith(f"warning: {folder / 'ba3.pt'}: ")

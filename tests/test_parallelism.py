@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
 
-from flame_composer import checkpoint, parallelism, pieces
+from flame_composer import checkpoint, checkpoint_find, checkpoint_read, parallelism, pieces
 from flame_composer.config import DataError, InvalidField
 from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.parallelism import check_devices
@@ -81,7 +81,7 @@ def norms(run: Path) -> list[float]:
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
-    found = checkpoint.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
+    found = checkpoint_find.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
     return checkpoint.load_from_checkpoint(found)[0].state_dict()
 
 
@@ -261,4 +261,4 @@ def test_a_head_that_is_none_is_damage(tmp_path: Path, content: Any) -> None:
     head.parent.mkdir()
     torch.save(content, head)
     with pytest.raises(DataError, match=str(head.parent)):
-        checkpoint.read_checkpoint(checkpoint.Checkpoint(str(head.parent), head))
+        checkpoint_read.read_checkpoint(checkpoint_read.Checkpoint(str(head.parent), head))
