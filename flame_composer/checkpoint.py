@@ -192,8 +192,10 @@ class SaveCheckpoints(Callback):
     def _make_way(self, place: str) -> None:
         """Set aside what has a new checkpoint's name: a damaged one, or one of another run, which may be all there is of it."""
         is_file = storage.stat(place) is not None
-        if not _is_taken(place) or (is_file and self._is_whole.get(place) == (_stat(place), True)):
-            return  # the way is free, or this run saved the same before
+        if is_file and self._is_whole.get(place) == (_stat(place), True):
+            return  # this run saved the same before
+        if not (is_file or has_head(place) if storage.is_url(place) else os.path.lexists(place)):
+            return
         number = 0
         while _is_taken(aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")):
             number += 1
