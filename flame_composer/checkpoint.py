@@ -18,6 +18,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from composer.models.huggingface import get_hf_config_from_composer_state_dict
+from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -33,7 +34,7 @@ from flame_composer.checkpoint_find import (
     look_at,
     remove_copy,
 )
-from flame_composer.checkpoint_read import Checkpoint, read_checkpoint, read_content
+from flame_composer.checkpoint_read import Checkpoint, read_checkpoint, read_content, read_for_composer
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.folders import flush, new_folder
 from flame_composer.model import build_model, check_runs_here, load_pretrained
@@ -265,6 +266,7 @@ def find_start_of(
 
     Every rank must call it, once all have met. `hf_config` is as from `model.new_hf_config`.
     """
+    composer_checkpoint._torch_load_with_validation = read_for_composer  # type: ignore[assignment]
     needed = functools.cache(functools.partial(needed_by, config, hf_config))
     if config.save_folder is None:
         return None, needed

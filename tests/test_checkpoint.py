@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from composer.utils import checkpoint as composer_checkpoint
 
 from flame_composer import checkpoint
 from flame_composer.checkpoint import (
@@ -296,6 +297,21 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog,
     assert not marker.exists()
     pickle.loads(pickle.dumps(Malicious(marker)))  # noqa: S301
     assert marker.exists(), "the trap works"
+
+
+def test_a_file_that_is_replaced_after_it_was_checked_runs_no_code(trained, folder, tmp_path, monkeypatch):
+    """A run's Composer reads as its check did; its own reader is the one that would run it."""
+    marker, file = tmp_path / "marker", folder / "ba3.pt"
+    content = torch.load(file, weights_only=False)
+    content["state"]["extra"] = Malicious(marker)
+    torch.save(content, file)
+    monkeypatch.setattr(composer_checkpoint, "_torch_load_with_validation", composer_checkpoint._torch_load_with_validation)
+    start, _ = checkpoint.find_start_of(TrainConfig(save_folder=None), tmp_path, None)
+    assert start is None
+    state = trained.trainer.state
+    with pytest.raises(DataError, match=r"ba3\.pt: refused, it holds something other than tensors and plain values"):
+        composer_checkpoint.load_checkpoint(str(file), state, trained.trainer.logger)
+    assert not marker.exists()
 
 
 # What a run needs to find in it

@@ -166,7 +166,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         if asked.get("delimiter"):
             folders = sorted({prefix + name[len(prefix):].split("/")[0] + "/" for name in listed if "/" in name[len(prefix):]})
             listed = [name for name in listed if "/" not in name[len(prefix):]]
-            listed += [name for name in names if ".." in name and name.startswith(prefix)]
+            listed += [name for name in names if ".." in name and name.startswith(prefix) and prefix + "ba3/" not in name]
         else:
             folders = []
         body = "".join(f"<Contents><Key>{name}</Key><Size>9</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
