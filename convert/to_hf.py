@@ -17,7 +17,9 @@ def main(config: ToHfConfig) -> None:
     require_new(out)
 
     from flame_composer import publish
-    from flame_composer.checkpoint import find_checkpoint, model_in, read_checkpoint, save_hf_folder
+    from flame_composer.checkpoint import model_in, save_hf_folder
+    from flame_composer.checkpoint_find import find_checkpoint
+    from flame_composer.checkpoint_read import read_checkpoint
 
     if config.push_to_hub is not None:
         publish.check_hub(config.push_to_hub)

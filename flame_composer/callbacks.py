@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.util
+import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -21,8 +23,13 @@ from composer.utils import dist, reproducibility
 
 from flame_composer import storage
 from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.folders import flush
 from flame_composer.sections import WandbConfig
 from flame_composer.train_config import RunPlan, TrainConfig
+
+TRAIN_LOG = "train_log.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class JsonlLog(Callback):
@@ -45,7 +52,7 @@ class JsonlLog(Callback):
 
         `eval_due`: when an evaluation belongs to a step's row, if ever. One that a signal prevented is done on the restart.
         """
-        self.path = log_folder / "train_log.jsonl"
+        self.path = log_folder / TRAIN_LOG
         self.eval_due = eval_due
         self.eval_missing = False
         self.plan = plan
@@ -73,7 +80,11 @@ class JsonlLog(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            keep_rows(self.path, last_step=state.timestamp.batch.value)
+            last_step = state.timestamp.batch.value
+            missing = keep_rows(self.path, last_step=last_step)
+            if missing:
+                log.warning("warning: %s: has no row of %s, which the checkpoint of step %d has behind it; what was lost "
+                            "stays missing, and the run goes on", self.path, _ranges(missing), last_step)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         # The scheduler has moved on by the time the step is logged.
@@ -132,8 +143,8 @@ class JsonlLog(Callback):
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
         if self.streams is not None:
             row["streams"] = self.streams
-        with self.path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         if self.print_every and (row["current_steps"] % self.print_every == 0 or {"eval_loss", "tasks"} & set(row)):
             print(describe(row), flush=True)
 
@@ -295,27 +306,52 @@ def hash_row(input_ids: torch.Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None = None) -> None:
-    """Drop the rows after `last_step`, and a row that a kill cut short; replaces the file in one step.
+def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None = None) -> list[range]:
+    """Drop the rows after `last_step`, and what is no row, such as one that a kill cut short.
 
-    `evaluation` goes into the row of `last_step`, where it would have been.
+    Replaces the file in one step. `evaluation` goes into the row of `last_step`, where it would have been. What is dropped
+    from the middle is named in a warning. Returns which of the steps up to `last_step` have no row.
     """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+    kept, steps = [], set()
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is None:
+            if number < len(lines):  # the last one has no end: it is empty, or was cut short
+                log.warning("warning: %s: line %d is no row of the log and is left out", path, number)
+            continue
+        if row["current_steps"] > last_step:
+            continue
         if evaluation is not None and row["current_steps"] == last_step:
             after = {key: row.pop(key) for key in ("batch_hash", "streams") if key in row}
-            line = json.dumps(row | evaluation | after)
-        if row["current_steps"] <= last_step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+            line = json.dumps(row | evaluation | after).encode()
+        steps.add(row["current_steps"])
+        kept.append(line + b"\n")
+    if path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        flush(temporary)
+        os.replace(temporary, path)
+    borders = [0, *sorted(steps), last_step + 1]
+    return [range(before + 1, after) for before, after in itertools.pairwise(borders) if after > before + 1]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of the log; None if it is something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # of damaged UTF-8, too
+        return None
+    step = row.get("current_steps") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and step > 0 else None
+
+
+def _ranges(missing: list[range]) -> str:
+    """For people: `step 3`, `steps 3, 7-9`; of very many gaps the first ten."""
+    parts = [str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in missing]
+    more = f" and more: {sum(map(len, missing)):,} in all" if len(parts) > 10 else ""
+    word = "step" if len(missing) == 1 and len(missing[0]) == 1 else "steps"
+    return f"{word} {', '.join(parts[:10])}{more}"
 
 
 class RandomState(Callback):

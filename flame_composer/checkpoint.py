@@ -1,61 +1,52 @@
-"""Checkpoints: saving them whole, finding the newest one that is, and turning them into Hugging Face models."""
+"""Checkpoints: saving them whole, keeping the newest that are, and turning them into Hugging Face models."""
 
 from __future__ import annotations
 
-import datetime
-import hashlib
+import functools
 import logging
 import os
-import pickle
-import re
 import shutil
 import tempfile
 import time
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from composer.models.huggingface import get_hf_config_from_composer_state_dict
+from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
-from filelock import FileLock
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer import cpu, pieces, storage
+from flame_composer.callbacks import TRAIN_LOG
+from flame_composer.checkpoint_content import Needed, needed_by
+from flame_composer.checkpoint_find import (
+    find_checkpoint,
+    find_start,
+    has_head,
+    list_checkpoints,
+    look_at,
+    remove_copy,
+)
+from flame_composer.checkpoint_read import Checkpoint, read_checkpoint, read_content, read_for_composer
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.folders import flush, new_folder
 from flame_composer.model import build_model, check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer, vocab_size_of
 from flame_composer.train_config import RunPlan, TrainConfig
 
-_NAME = re.compile(r"ba(\d+)(\.pt)?")  # a file, or a folder of pieces
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates; none of them is made so.
 NEVER_EVALUATED = algorithms.__all__
 UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
+VERIFY_SECONDS = 60  # after so long, looking at what lies in the folder goes on when the next checkpoint is saved
 
 log = logging.getLogger(__name__)
-
-# What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random state, times, versions.
-_SAFE_GLOBALS: list[Any] = [
-    np.ndarray, np.dtype, np.dtypes.UInt32DType, datetime.timedelta, torch.torch_version.TorchVersion,
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
-]
-
-
-class Checkpoint(NamedTuple):
-    """Where a checkpoint is, and the local file it can be read from: the same, or a copy out of an object store.
-
-    Of one in pieces, `place` is a folder and `file` its head, beside which the pieces lie.
-    """
-
-    place: str
-    file: Path
 
 
 class SaveCheckpoints(Callback):
@@ -69,16 +60,21 @@ class SaveCheckpoints(Callback):
 
     A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all are there, or in an
     object store with its head (`pieces.HEAD`) put last.
+
+    Old checkpoints are deleted once there are enough newer ones that are whole. One that this run saved, or goes on from,
+    is known to be; any other is read once, and a damaged one counts for nothing.
     """
 
     def __init__(
         self, folder: str, staging: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int,
-        in_pieces: bool = False, start: Checkpoint | None = None,
+        in_pieces: bool = False, start: Checkpoint | None = None, needed: Callable[[], Needed] | None = None,
+        train_log: Path | None = None,
     ):
         """Keeps the newest `num_to_keep` in `folder`, a path or URL; all if -1. One of `batches` and `seconds` says how often.
 
         `staging` is a local folder for copies of what is in an object store. `start` is what Composer loads (`load_path`):
-        if that is the head of one in pieces, they are loaded after it.
+        if that is the head of one in pieces, they are loaded after it. `needed` is what a checkpoint must hold to be one of
+        this run. `train_log` is a file that has to be on disk before a checkpoint gets its name.
         """
         self.folder = folder
         self.staging = staging if storage.is_url(folder) else Path(folder)
@@ -87,12 +83,16 @@ class SaveCheckpoints(Callback):
         self.num_to_keep = num_to_keep
         self.in_pieces = in_pieces
         self.start = start
+        self.needed = needed
+        self.train_log = train_log
         self.saved: str | None = None  # the newest
         self._last_time = time.monotonic()
+        self._is_whole: dict[str, tuple[storage.Stat | None, bool]] = {}  # as it was when that was found out
+        self._stays: set[str] = set()  # what could not be deleted
 
     def after_load(self, state: State, logger: Logger) -> None:
         if self.start is not None and self.start.file.name == pieces.HEAD:
-            content = _read(self.start, verify=False)  # that was done when it was chosen
+            content = read_content(self.start, verify=False)  # that was done when it was chosen
             pieces.load(state, content["pieces"])
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -102,8 +102,12 @@ class SaveCheckpoints(Callback):
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
             for left in self.staging.glob("*ba*" if storage.is_url(self.folder) else "unfinished-*"):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+                remove_copy(left)
         if dist.get_global_rank() == 0:
+            if self.start is not None:
+                self._know(self.start.place, True)
+                for place in self.start.passed_over:
+                    self._know(place, False)
             storage.abort_uploads(self.folder)
         dist.barrier()
 
@@ -128,17 +132,29 @@ class SaveCheckpoints(Callback):
         place = storage.join(self.folder, name)
         if place == self.saved:
             return
+        if dist.get_global_rank() == 0:
+            self._flush_log()
         temporary = self.staging / f"unfinished-{name}"
         (self._save_pieces if in_pieces else self._save_file)(state, temporary, place)
         if dist.get_global_rank() == 0:
+            if not storage.is_url(place):
+                flush(Path(self.folder))
+            self._know(place, True)
             self._rotate()
         dist.barrier()
         self.saved = place
         self._last_time = time.monotonic()
 
+    def _flush_log(self) -> None:
+        """A restart must find the row of every step that its checkpoint has behind it, after a power loss too."""
+        if self.train_log is not None and self.train_log.exists():
+            flush(self.train_log)
+            flush(self.train_log.parent)
+
     def _save_file(self, state: State, temporary: Path, place: str) -> None:
         save_checkpoint(state, str(temporary))
         if dist.get_global_rank() == 0:
+            self._make_way(place)
             if storage.is_url(place):
                 _upload(temporary, place)
                 temporary.unlink()
@@ -152,7 +168,8 @@ class SaveCheckpoints(Callback):
         files = pieces.save(state, temporary)
         if storage.is_url(place):
             if is_first:
-                storage.delete(storage.join(place, pieces.HEAD))  # of one that was found to be damaged
+                self._make_way(place)
+                storage.delete(storage.join(place, pieces.HEAD))  # of one that could not be moved
             dist.barrier()
             for file in files:
                 if file.name == pieces.HEAD:
@@ -170,37 +187,124 @@ class SaveCheckpoints(Callback):
             dist.barrier()
             if is_first:
                 flush(temporary)
-                storage.delete_folder(place)
+                self._make_way(place)
                 os.rename(temporary, place)
 
+    def _make_way(self, place: str) -> None:
+        """Set aside what has a new checkpoint's name: a damaged one, or one of another run, which may be all there is of it."""
+        is_file = storage.stat(place) is not None
+        if is_file and self._is_whole.get(place) == (_stat(place), True):
+            return  # this run saved the same before
+        if not (is_file or has_head(place) if storage.is_url(place) else os.path.lexists(place)):
+            return
+        number = 0
+        while _is_taken(aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")):
+            number += 1
+        try:
+            storage.move(place, aside)
+        except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
+            log.warning("warning: %s: cannot be set aside and is replaced: %s", place, error)
+        except OSError as error:
+            raise DataError(f"{place}: is in the way of a new checkpoint and cannot be renamed: {error.strerror}; move it "
+                            "away, and the same command goes on") from None
+        else:
+            log.warning("warning: %s: was not a checkpoint of this run that can be read; it is set aside as %s", place, aside)
+
     def _rotate(self) -> None:
-        """Counts what lies in the folder, so that it holds across restarts."""
-        if self.num_to_keep > 0:
-            for old in list_checkpoints(self.folder)[self.num_to_keep :]:
-                try:
-                    _delete(old)
-                except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
-                    log.warning("warning: %s: an old checkpoint stays: %s", old, error)
+        """Delete what is older than the newest `num_to_keep` that are whole, of all that lies in the folder."""
+        if self.num_to_keep <= 0:
+            return
+        until = time.monotonic() + VERIFY_SECONDS
+        num_whole = 0
+        try:
+            for place in list_checkpoints(self.folder):
+                if num_whole >= self.num_to_keep:
+                    self._delete(place)
+                elif place not in self._is_whole and time.monotonic() > until:
+                    return
+                else:
+                    num_whole += self._counts(place)
+        except (ConfigError, DataError) as error:
+            log.warning("warning: %s: no old checkpoint is deleted this time: %s", self.folder, error)
+
+    def _know(self, place: str, is_whole: bool) -> None:
+        self._is_whole[place] = _stat(place), is_whole
+
+    def _counts(self, place: str) -> bool:
+        """Whether it is whole; looked at if it has changed since that was known."""
+        now = _stat(place)
+        if place in self._is_whole and self._is_whole[place][0] == now:
+            return self._is_whole[place][1]
+        copies = self.staging / "looked-at-ba"
+        try:
+            is_whole = look_at(place, copies, self.needed) is not None
+        except StoreError:
+            raise
+        except DataError as error:
+            log.warning("warning: %s; it stays, and does not count as one of the %d that are kept", error, self.num_to_keep)
+            is_whole = False
+        finally:
+            remove_copy(copies)
+        self._is_whole[place] = now, is_whole
+        return is_whole
+
+    def _delete(self, place: str) -> None:
+        if place in self._stays:
+            return
+        try:
+            _delete(place)
+            self._is_whole.pop(place, None)
+        except (ConfigError, StoreError, OSError) as error:
+            self._stays.add(place)
+            log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
 
 
-def build_saver(config: TrainConfig, staging: Path, plan: RunPlan, start: Checkpoint | None) -> SaveCheckpoints | None:
-    """None for a run that saves nothing."""
+def find_start_of(
+    config: TrainConfig, staging: Path, hf_config: PretrainedConfig | None
+) -> tuple[Checkpoint | None, Callable[[], Needed]]:
+    """Return what a run goes on from, see `find_start`, and what its checkpoints have to hold.
+
+    Every rank must call it, once all have met. `hf_config` is as from `model.new_hf_config`.
+    """
+    composer_checkpoint._torch_load_with_validation = read_for_composer  # type: ignore[assignment]
+    needed = functools.cache(functools.partial(needed_by, config, hf_config))
+    if config.save_folder is None:
+        return None, needed
+    return find_start(config.save_folder, staging, needed, autoresume=config.autoresume), needed
+
+
+def build_saver(
+    config: TrainConfig, staging: Path, plan: RunPlan, start: Checkpoint | None, needed: Callable[[], Needed]
+) -> SaveCheckpoints | None:
+    """Return None for a run that saves nothing."""
     if config.save_folder is None:
         return None
     fsdp = config.parallelism.fsdp
     return SaveCheckpoints(
         config.save_folder, staging, batches=plan.save_batches, seconds=plan.save_seconds,
         num_to_keep=config.save_num_checkpoints_to_keep, in_pieces=fsdp is not None and fsdp.state_dict_type == "sharded",
-        start=start,
+        start=start, needed=needed, train_log=Path(config.log_folder, TRAIN_LOG),
     )
 
 
-def _delete(checkpoint: str) -> None:
-    if not checkpoint.endswith(".pt"):
-        storage.delete(storage.join(checkpoint, pieces.HEAD))  # first, so that what is left is none
-        storage.delete_folder(checkpoint)
+def _stat(place: str) -> storage.Stat | None:
+    return storage.stat(place if place.endswith(".pt") else storage.join(place, pieces.HEAD))
+
+
+def _is_taken(place: str) -> bool:
+    if storage.is_url(place):
+        return bool(storage.stat(place) or storage.ls(place))
+    return os.path.lexists(place)
+
+
+def _delete(place: str) -> None:
+    if not storage.is_url(place) and os.path.islink(place):
+        os.unlink(place)  # and not what it leads to, which may be another run's
+    elif has_head(place):
+        storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
+        storage.delete_folder(place)
     else:
-        storage.delete(checkpoint)
+        storage.delete(place)
 
 
 def _upload(file: Path, place: str) -> None:
@@ -214,132 +318,6 @@ def _upload(file: Path, place: str) -> None:
                 raise
             log.warning("warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds)
             time.sleep(seconds)
-
-
-def list_checkpoints(folder: str) -> list[str]:
-    """The checkpoints in a folder, newest first, damaged ones included; not what was never finished."""
-    found = [(int(match[1]), storage.join(folder, name)) for name in storage.ls(folder) if (match := _NAME.fullmatch(name))]
-    places = [place for _, place in sorted(found, reverse=True)]
-    return [place for place in places if place.endswith(".pt") or storage.stat(storage.join(place, pieces.HEAD))]
-
-
-def find_newest(folder: str, staging: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is named in a warning and the one before it tried.
-
-    What is in an object store is copied to the local folder `staging`, once for all ranks of a machine; a copy that is not
-    of the very object there is now is never used. Raises DataError if there are checkpoints but none of them is whole
-    (starting over would be a surprise), and StoreError or ConfigError if the store does not answer.
-    """
-    checkpoints = list_checkpoints(folder)
-    for place in checkpoints:
-        checkpoint = _fetched(place, staging)
-        try:
-            read_checkpoint(checkpoint)
-            return checkpoint
-        except DataError as error:
-            log.warning("warning: %s; trying the one before it", error)
-    if checkpoints:
-        raise DataError(f"{folder}: none of its {len(checkpoints)} checkpoints can be read; "
-                        "move them away (or set another run_name) to start over")
-    return None
-
-
-def _fetched(place: str, staging: Path) -> Checkpoint:
-    head = storage.stat(storage.join(place, pieces.HEAD))
-    in_pieces = head is not None
-    if not storage.is_url(place):
-        return Checkpoint(place, Path(place, pieces.HEAD) if in_pieces else Path(place))
-    there = head or storage.stat(place)
-    if there is None:
-        raise StoreError(f"{place}: was deleted a moment ago; start again")
-    key = hashlib.sha256(f"{place} {there}".encode()).hexdigest()[:16]
-    staging.mkdir(parents=True, exist_ok=True)
-    copy = staging / f"{key}-{place.rpartition('/')[2]}"
-    with FileLock(staging / ".lock"):
-        if in_pieces:
-            copy.mkdir(exist_ok=True)
-            # The head last: with it, the copy is whole.
-            for name in sorted(storage.ls(place), key=lambda name: name == pieces.HEAD):
-                if not (copy / name).exists():
-                    storage.download(storage.join(place, name), copy / name)
-        elif not copy.exists():
-            storage.download(place, copy)
-    return Checkpoint(place, copy / pieces.HEAD if in_pieces else copy)
-
-
-def find_start(folder: str, staging: Path, *, autoresume: bool) -> Checkpoint | None:
-    """The checkpoint a run that saves in `folder` goes on from; None for a fresh start.
-
-    Raises ConfigError without `autoresume` if there are checkpoints, which the run would overwrite; see `find_newest`.
-    """
-    if autoresume:
-        return find_newest(folder, staging)
-    if existing := list_checkpoints(folder):
-        name = existing[0].rpartition("/")[2]
-        raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({name}); set autoresume=true to go on from them, or "
-                          "another run_name or save_folder")
-    return None
-
-
-def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint's content, its tensors mapped from the file; no code in it is run. `pieces` has those it is in, if it is.
-
-    Raises DataError if it is missing, truncated, altered (every part's CRC-32 is checked) or holds anything but tensors
-    and plain values.
-    """
-    return _read(checkpoint, verify=True)
-
-
-def _read(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
-    content = _read_file(checkpoint, verify=verify)
-    if checkpoint.file.name == pieces.HEAD:
-        number = content.get("pieces") if isinstance(content, dict) else None
-        if not isinstance(number, int) or number < 1:
-            raise DataError(f"{checkpoint.place}: not the head of a checkpoint in pieces")
-        names = map(pieces.name_of, range(number))
-        content["pieces"] = [
-            _read_file(Checkpoint(storage.join(checkpoint.place, name), checkpoint.file.with_name(name)), verify=verify)
-            for name in names
-        ]
-    return content
-
-
-def _read_file(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
-    place, file = checkpoint
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip() if verify else None
-        if damaged is not None:
-            raise DataError(f"{place}: damaged checkpoint: {damaged} does not match its checksum")
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{place}: refused, it holds something other than tensors and plain values: "
-                        f"{one_line(error)}") from None
-
-
-def find_checkpoint(place: str, staging: Path) -> Checkpoint:
-    """`place` itself, or the newest whole checkpoint in it if it is a run's folder. Raises ConfigError if there is none."""
-    if storage.stat(place) is not None or storage.stat(storage.join(place, pieces.HEAD)) is not None:
-        return _fetched(place, staging)
-    newest = find_newest(place, staging)
-    if newest is None:
-        _refuse_sharded(place)
-        is_folder = bool(storage.ls(place)) or Path(place).is_dir()
-        below = storage.join(place, "checkpoints")
-        meant = f"did you mean {below}?" if list_checkpoints(below) else "name a checkpoint or the folder a run saved them in"
-        raise ConfigError(f"{place}: {'a folder without checkpoints (ba*.pt)' if is_folder else 'no such file or folder'}; "
-                          f"{meant}")
-    return newest
-
-
-def _refuse_sharded(place: str) -> None:
-    """Raises ConfigError for torch's distributed checkpoints: a folder each, of files for each rank and one `.metadata`."""
-    for folder in (place, *(storage.join(place, name) for name in storage.ls(place))):
-        if ".metadata" in storage.ls(folder):
-            raise ConfigError(f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file can (ba*.pt)")
 
 
 def load_model(place_or_id: str, tokenizer: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -17,6 +17,9 @@ from flame_composer.extensions_config import spelled_alike
 from flame_composer.sections import OptimizerConfig, SchedulerConfig
 from flame_composer.train_config import RunPlan, TrainConfig
 
+CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "Lamb"}
+"""An optimizer's name in a checkpoint, by that of the configuration."""
+
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """An optimizer that decays matrices and embeddings but no vector, so no norm and no bias.

@@ -70,6 +70,25 @@ def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: _whole([piece["model"][name] for piece in pieces]) for name in names}
 
 
+def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
+    """Return the shape of the tensor that `parts` are all pieces of, or that the one of them is.
+
+    None if they are something else: pieces of several tensors, or with rows missing or twice.
+    """
+    if isinstance(parts[0], torch.Tensor):
+        return tuple(parts[0].shape)
+    if not all(map(_is_piece, parts)) or not all(isinstance(part["part"], torch.Tensor) for part in parts):
+        return None
+    whole, rows = parts[0]["shape"], 0
+    if not isinstance(whole, list) or not whole or any(type(size) is not int for size in whole):
+        return None
+    for part in sorted((part for part in parts if len(part["part"])), key=lambda part: part["start"]):
+        if part["shape"] != whole or part["start"] != rows or list(part["part"].shape[1:]) != whole[1:]:
+            return None
+        rows += len(part["part"])
+    return tuple(whole) if rows == whole[0] else None
+
+
 @contextlib.contextmanager
 def _sharded(state: State) -> Iterator[None]:
     """While Composer hands out, of each tensor, what this rank holds."""

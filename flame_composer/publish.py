@@ -14,7 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from flame_composer import storage
-from flame_composer.checkpoint import Checkpoint, average_of
+from flame_composer.checkpoint import average_of
+from flame_composer.checkpoint_read import Checkpoint
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.manifest import read_manifest
 

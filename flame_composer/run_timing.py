@@ -28,7 +28,7 @@ def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[s
     """Seconds to save a training state as a run does against torch.save of the same, forced to disk; and to read them."""
     from composer import Trainer
 
-    from flame_composer import checkpoint
+    from flame_composer import checkpoint, checkpoint_read
     from flame_composer.optim import build_optimizer
     from flame_composer.sections import OptimizerConfig
 
@@ -55,7 +55,7 @@ def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[s
             os.fsync(file.fileno())
 
     def read() -> None:
-        checkpoint.read_checkpoint(checkpoint.Checkpoint("", place / "ba0.pt"))
+        checkpoint_read.read_checkpoint(checkpoint_read.Checkpoint("", place / "ba0.pt"))
 
     timed: dict[str, Callable[[], Any]] = {
         "save": save, "torch_save": save_plainly, "read": read, "torch_load": lambda: torch.load(plain, weights_only=True),

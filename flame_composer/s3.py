@@ -116,6 +116,12 @@ class S3FileSystem(AbstractFileSystem):
         with _explained(path) as client:
             client.download_file(bucket, key, str(lpath))
 
+    def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
+        source, path = self._strip_protocol(path1), self._strip_protocol(path2)
+        bucket, key = _split(path)
+        with _explained(path) as client:
+            client.copy(dict(zip(("Bucket", "Key"), _split(source), strict=True)), bucket, key)
+
     def rm_file(self, path: str) -> None:
         path = self._strip_protocol(path)
         bucket, key = _split(path)

@@ -83,14 +83,22 @@ def find(place: str) -> dict[str, Stat]:
 
 
 def ls(place: str) -> list[str]:
-    """The names of the files and folders right in a folder, sorted. None where there is no folder."""
+    """The names of the files and folders right in a folder, sorted. None where there is no folder.
+
+    Raise DataError for a store that lists a name which is none: whoever joined it to a path would be led elsewhere.
+    """
     if not is_url(place):
         return sorted(os.listdir(place)) if os.path.isdir(place) else []
     with _at(place) as (fs, path):
         try:
-            return sorted(_below(path, name.rstrip("/")) for name in fs.ls(path, detail=False) if name != path)
+            listed = fs.ls(path, detail=False)
         except FileNotFoundError:
             return []
+        names = [_below(path, name.rstrip("/")) for name in listed if name != path]
+        for name in names:
+            if not is_plain_name(name):
+                raise _strange_name(path, name)
+        return sorted(names)
 
 
 def glob(pattern: str) -> list[str]:
@@ -202,6 +210,19 @@ def delete_folder(place: str) -> None:
     abort_uploads(place)
 
 
+def move(place: str, other: str) -> None:
+    """Give a file or a folder another name; in an object store it is copied there, then deleted."""
+    if not is_url(place):
+        os.rename(place, other)
+        return
+    names = [""] if stat(place) is not None else list(find(place))
+    for name in names:
+        with _at(join(place, name) if name else place) as (fs, path), _at(join(other, name) if name else other) as (_, to):
+            fs.cp_file(path, to)
+    for name in names:
+        delete(join(place, name) if name else place)
+
+
 def abort_uploads(place: str) -> None:
     """Free what is stored below a folder of uploads that were killed. Must not be called while others upload."""
     if is_url(place):
@@ -267,4 +288,14 @@ def _stat(info: dict[str, Any]) -> Stat:
 
 
 def _below(folder: str, path: str) -> str:
-    return path[len(folder.rstrip("/")) + 1 :]
+    """Return the path within `folder` of what a store lists there; raise DataError if it is elsewhere."""
+    prefix = folder.rstrip("/") + "/"
+    name = path.removeprefix(prefix)
+    if not path.startswith(prefix) or ".." in name.split("/"):
+        raise _strange_name(folder, path)
+    return name
+
+
+def _strange_name(folder: str, name: str) -> DataError:
+    return DataError(f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete that, or use "
+                     "another folder")

@@ -31,9 +31,9 @@ def main(config: TrainConfig) -> None:
     named = build_extensions(config)
     log_folder, save_folder, staging = Path(config.log_folder), config.save_folder, Path(config.log_folder, "staging")
     lock = lock_run(log_folder)
-    start = checkpoint.find_start(save_folder, staging, autoresume=config.autoresume) if save_folder else None
 
     dist.initialize_dist(device := get_device(), timeout=(config.stall_timeout or 86400) + 60)  # the watchdog says more
+    start, needed = checkpoint.find_start_of(config, staging, hf_config)  # the same on every rank
     reproducibility.seed_all(config.seed)
 
     made_for = {"tokenizer": tokenizer, "context_length": config.context_length}
@@ -42,7 +42,7 @@ def main(config: TrainConfig) -> None:
     train_loader = data.build_train_loader(train_sets, config.train_data, **order)
     plan = config.plan(epoch_batches=train_loader.dataloader.dataset.batches_per_epoch)
 
-    saver = checkpoint.build_saver(config, staging, plan, start)
+    saver = checkpoint.build_saver(config, staging, plan, start, needed)
     stop = Preemption(saver)
     evaluators, eval_due = [], callbacks.every(plan.eval_interval, plan.total)
     if config.eval_data:

@@ -132,6 +132,56 @@ def test_keep_rows_of_no_log(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def row(step: int) -> bytes:
+    return json.dumps(ROW | {"current_steps": step}).encode() + b"\n"
+
+
+NO_ROWS = {
+    "cut and gone on": row(4)[:30], "zeros": bytes(300), "not UTF-8": row(4).replace(b"loss", b"lo\xff\xfes"),
+    "a list": b"[1, 2]",
+    "no step": b'{"loss": 1}', "a step of text": b'{"current_steps": "4"}', "a number": b"4", "null": b"null",
+    "a step that is none": b'{"current_steps": -4}', "deep": b"[" * 100_000, "a truth": b'{"current_steps": true}',
+    "digits without end": b'{"current_steps": ' + b"9" * 6000 + b"}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_ROWS)
+def test_a_damaged_line_in_the_middle_drops_nothing_else_and_is_named(tmp_path, caplog, case):
+    path = tmp_path / "train_log.jsonl"
+    rows = [row(step) for step in range(1, 8)]
+    path.write_bytes(b"".join([*rows[:3], NO_ROWS[case].rstrip(b"\n") + b"\n", *rows[4:]]))
+    assert keep_rows(path, last_step=6) == [range(4, 5)]
+    assert path.read_bytes() == b"".join([*rows[:3], *rows[4:6]])
+    assert caplog.messages == [f"warning: {path}: line 4 is no row of the log and is left out"]
+
+
+def test_steps_that_the_log_has_lost_are_named_on_resume(tmp_path, caplog):
+    path = tmp_path / "train_log.jsonl"
+    log = JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=False)
+
+    def resume(batch: int) -> list[str]:
+        caplog.clear()
+        state: Any = SimpleNamespace(timestamp=Timestamp(batch=batch))
+        log.fit_start(state, None)  # pyright: ignore[reportArgumentType]
+        return caplog.messages
+
+    def line(steps: str, batch: int) -> str:
+        return (f"warning: {path}: has no row of {steps}, which the checkpoint of step {batch} has behind it; what was lost "
+                "stays missing, and the run goes on")
+
+    path.write_bytes(b"".join(row(step) for step in (1, 2, 4, 5, 9)))
+    assert resume(5) == [line("step 3", 5)]
+    path.write_bytes(b"".join(row(step) for step in (1, 2, 4, 5, 9)))
+    assert resume(12) == [line("steps 3, 6-8, 10-12", 12)]
+    path.write_bytes(b"".join(row(step) for step in range(1, 60, 2)))
+    assert resume(60) == [line("steps 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and more: 30 in all", 60)]
+    path.unlink()
+    assert resume(3) == [line("steps 1-3", 3)]
+    assert resume(0) == []
+    path.write_bytes(b"".join(row(step) for step in range(1, 6)))
+    assert resume(4) == []
+
+
 def test_a_fresh_run_starts_its_log_anew(tmp_path):
     path = tmp_path / "train_log.jsonl"
     path.write_text(json.dumps(ROW) + "\n")

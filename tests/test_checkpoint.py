@@ -8,29 +8,32 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from composer.utils import checkpoint as composer_checkpoint
 
+from flame_composer import checkpoint
 from flame_composer.checkpoint import (
-    Checkpoint,
     SaveCheckpoints,
-    find_checkpoint,
-    find_newest,
-    find_start,
-    list_checkpoints,
     load_from_checkpoint,
     load_model,
     model_in,
-    read_checkpoint,
     save_hf_folder,
 )
+from flame_composer.checkpoint_content import Needed, needed_by
+from flame_composer.checkpoint_find import find_checkpoint, find_newest, find_start, list_checkpoints
+from flame_composer.checkpoint_read import Checkpoint, read_checkpoint
 from flame_composer.config import ConfigError, DataError
+from flame_composer.model import build_hf_config
+from flame_composer.sections import ModelConfig
 from flame_composer.tokenizer import fingerprint
+from flame_composer.train_config import TrainConfig
+from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 
 
@@ -70,7 +73,10 @@ def test_the_run_saved_what_it_should(trained):
 
 
 def test_newest_first_by_number_and_nothing_else_counts(tmp_path):
-    others = ("unfinished-ba200.pt", "ba300.pt.tmp", "ba.pt", "ba-1.pt", "xba7.pt", "ba7.txt")
+    others = (
+        "unfinished-ba200.pt", "ba300.pt.tmp", "ba.pt", "ba-1.pt", "xba7.pt", "ba7.txt", "ba010.pt", "BA11.pt", "ba12.PT",
+        "ba1\u0663.pt", "ba13.pt\n", "ba" + "9" * 200 + ".pt", "ba14", "aside-ba15.pt", "ba1e9.pt", "ba+16.pt", " ba17.pt",
+    )  # fmt: skip
     for name in ("ba9.pt", "ba10.pt", "ba100.pt", *others):
         (tmp_path / name).touch()
     assert list_checkpoints(str(tmp_path)) == [str(tmp_path / f"ba{step}.pt") for step in (100, 10, 9)]
@@ -117,15 +123,43 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def a_pipe(path: Path) -> None:
+    """Whoever opens it waits for a writer."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def endless_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def bomb(path: Path) -> None:
+    """Many zeros in a few bytes."""
+    with zipfile.ZipFile(path) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+        with archive.open("archive/data/999", "w") as part:
+            part.write(bytes(16 << 20))
+
+
 DAMAGE: list[Callable[[Path], None]] = [
-    truncate, lose_the_last_byte, flip_a_bit, empty, text, other_zip, dangling_link, a_folder,
+    truncate, lose_the_last_byte, flip_a_bit, empty, text, other_zip, dangling_link, a_folder, a_pipe, endless_device,
+    link_to_itself, bomb,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damage):
     damage(folder / "ba3.pt")
-    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint"):
+    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint_find"):
         assert newest(folder) == folder / "ba2.pt"
     (message,) = caplog.messages
     assert message.startswith(f"warning: {folder / 'ba3.pt'}: ")
@@ -134,6 +168,63 @@ def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damag
     with pytest.raises(DataError, match=f"^{re.escape(str(folder / 'ba3.pt'))}: ") as caught:
         read(folder / "ba3.pt")
     assert "\n" not in str(caught.value)
+
+
+def small_checkpoint(path: Path) -> None:
+    torch.save({"state": {"model": {f"w{n}": torch.arange(n + 1.0) for n in range(4)}}, "rng": [b"x" * 40]}, path)
+
+
+def places_of_flips(path: Path) -> list[int]:
+    """Every byte of the zip directory and of the headers in front of the parts, and one of each part."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts, start = archive.infolist(), archive.start_dir
+    headers = [range(part.header_offset, content.index(part.filename.encode(), part.header_offset) + len(part.filename) + 1)
+               for part in parts]
+    return [*range(start, len(content)), *(place for header in headers for place in header)]
+
+
+def outcome(path: Path, whole: Any) -> str:
+    """`whole` if it is read as it was, else `damage`; anything but a line that names it fails."""
+    try:
+        content = read(path)
+    except DataError as error:
+        message = str(error)
+        content = None
+    if content is None:
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        assert len(message) < 600
+        return "damage"
+    assert content["rng"] == whole["rng"]
+    assert content["state"]["model"].keys() == whole["state"]["model"].keys()
+    assert all(torch.equal(tensor, whole["state"]["model"][name]) for name, tensor in content["state"]["model"].items())
+    return "whole"
+
+
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=[pytest.mark.faults, pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")])])
+def test_whatever_bit_is_flipped_it_is_named_or_does_no_harm(tmp_path, stride):
+    path = tmp_path / "ba1.pt"
+    small_checkpoint(path)
+    content, whole = path.read_bytes(), read(path)
+    seen = set()
+    for place in places_of_flips(path)[::stride]:
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            seen.add(outcome(path, whole))
+    assert seen == {"whole", "damage"}
+
+
+def test_whatever_length_it_was_cut_to_it_is_damage(tmp_path):
+    path = tmp_path / "ba1.pt"
+    small_checkpoint(path)
+    content = path.read_bytes()
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        assert outcome(path, {}) == "damage"
 
 
 def test_falls_back_more_than_once(folder, caplog):
@@ -208,6 +299,160 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog,
     assert marker.exists(), "the trap works"
 
 
+def test_a_file_that_is_replaced_after_it_was_checked_runs_no_code(trained, folder, tmp_path, monkeypatch):
+    """A run's Composer reads as its check did; its own reader is the one that would run it."""
+    marker, file = tmp_path / "marker", folder / "ba3.pt"
+    content = torch.load(file, weights_only=False)
+    content["state"]["extra"] = Malicious(marker)
+    torch.save(content, file)
+    monkeypatch.setattr(composer_checkpoint, "_torch_load_with_validation", composer_checkpoint._torch_load_with_validation)
+    start, _ = checkpoint.find_start_of(TrainConfig(save_folder=None), tmp_path, None)
+    assert start is None
+    state = trained.trainer.state
+    with pytest.raises(DataError, match=r"ba3\.pt: refused, it holds something other than tensors and plain values"):
+        composer_checkpoint.load_checkpoint(str(file), state, trained.trainer.logger)
+    assert not marker.exists()
+
+
+# What a run needs to find in it
+
+
+@pytest.fixture(scope="session")
+def needed(trained) -> Callable[[], Needed]:
+    config = TrainConfig(model=ModelConfig(config=GLA))
+    hf_config = build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH)
+    return lambda: needed_by(config, hf_config)
+
+
+def drop(*path: str) -> Callable[[dict[str, Any]], Any]:
+    def change(content: dict[str, Any]) -> None:
+        *above, last = path
+        for name in above:
+            content = content[name]
+        del content[last]
+
+    return change
+
+
+def put(value: Any, *path: str) -> Callable[[dict[str, Any]], Any]:
+    def change(content: dict[str, Any]) -> None:
+        *above, last = path
+        for name in above:
+            content = content[name]
+        content[last] = value
+
+    return change
+
+
+WEIGHT = "model.model.norm.weight"
+MOMENTS = ("state", "optimizers", "AdamW", "state", WEIGHT)
+CLOCK = ("state", "timestamp", "Timestamp")
+CALLBACKS = ("state", "callbacks")
+CONTENTS: dict[str, tuple[Any, str]] = {
+    "nothing": ({}, "it has no state"),
+    "a list": ([1, 2], "it holds a list"),
+    "a number": (3, "it holds a int"),
+    "state is text": ({"state": "x"}, "its state is a str"),
+    "no model": (drop("state", "model"), "it has no model"),
+    "an empty model": (put({}, "state", "model"), "it holds no weights"),
+    "a model that is a list": (put([1], "state", "model"), "its model is a list"),
+    "a weight that is text": (put("x", "state", "model", WEIGHT), f"its model.{WEIGHT} is no whole tensor"),
+    "no optimizers": (drop("state", "optimizers"), "it has no optimizers"),
+    "empty optimizers": (put({}, "state", "optimizers"), "it holds no optimizer's state"),
+    "no moments": (put({}, "state", "optimizers", "AdamW", "state"), "it has no optimizers.AdamW.state.model.model.embed"),
+    "moments of one missing": (drop(*MOMENTS), f"it has no optimizers.AdamW.state.{WEIGHT}"),
+    "one moment missing": (drop(*MOMENTS, "exp_avg_sq"), f"its optimizers.AdamW.state.{WEIGHT}.exp_avg_sq is not of"),
+    "a moment's shape": (put(torch.zeros(3), *MOMENTS, "exp_avg"), f"its optimizers.AdamW.state.{WEIGHT}.exp_avg is not of"),
+    "no step": (drop(*MOMENTS, "step"), f"it has no optimizers.AdamW.state.{WEIGHT}.step"),
+    "no parameter groups": (drop("state", "optimizers", "AdamW", "param_groups"), "it has no AdamW.param_groups"),
+    "no clock": (drop("state", "timestamp"), "it has no state.timestamp"),
+    "a clock that is text": (put("noon", *CLOCK), "its state.timestamp.Timestamp is a str"),
+    "a step that is text": (put("3", *CLOCK, "batch"), "its batch is a str"),
+    "a step below zero": (put(-3, *CLOCK, "batch"), "its clock's batch is -3"),
+    "a step beyond all": (put(10**30, *CLOCK, "token"), "its clock's token is 1000000000"),
+    "a time that is text": (put("1 s", *CLOCK, "batch_wct"), "its clock's batch_wct is a str"),
+    "another step": (put(7, *CLOCK, "batch"), "it is of step 7, and not of the 3 in its name"),
+    "no callbacks": (drop(*CALLBACKS), "it has no state.callbacks"),
+    "no order of data": (drop(*CALLBACKS, "SameData"), "it has no state.callbacks.SameData"),
+    "no random state": (drop(*CALLBACKS, "RandomState"), "it has no state.callbacks.RandomState"),
+    "random state that is none": (put([1], *CALLBACKS, "RandomState", "rng"), "its state.callbacks.RandomState.rng is no "),
+    "no schedule": (drop(*CALLBACKS, "Schedule", "num_used"), "it has no state.callbacks.Schedule.num_used"),
+    "a schedule of text": (put("x", *CALLBACKS, "Schedule", "made_from", "max_duration"), "its max_duration is a str"),
+    "no log": (put(None, *CALLBACKS, "JsonlLog"), "it has no state.callbacks.JsonlLog.initial_evaluation"),
+    "a callback's state that is none": (put(3, *CALLBACKS, "Gradients"), "its state.callbacks.Gradients is a int"),
+    "no place in the data": (drop("state", "dataset_state"), "it has no state.dataset_state"),
+    "a place that is text": (put("x", "state", "dataset_state", "train", "epoch"), "its state.dataset_state.train.epoch is"),
+    "no rng": (drop("rng"), "it has no rng"),
+    "algorithms of another kind": (put({"a": 1}, "state", "algorithms"), "its state.algorithms is a dict"),
+    "an average of something else": (
+        lambda content: content["state"]["algorithms"].append(("EMA", {"average": {WEIGHT: torch.zeros(2)}})),
+        "its average of EMA has not the names and shapes"),
+    "no tokenizer or config": (drop("state", "integrations"), "it has no state.integrations"),
+}  # fmt: skip
+OTHERS: dict[str, tuple[Any, str]] = {
+    "a weight missing": (drop("state", "model", WEIGHT), f"it has no weights {WEIGHT}, which this run's model has"),
+    "a weight too many": (
+        put(torch.zeros(2), "state", "model", "more"), "it has weights 'more', which this run's model has not"),
+    "another shape": (put(torch.zeros(3), "state", "model", WEIGHT), rf"its weights {WEIGHT} have the shape [3], and [32]"),
+    "another optimizer": (
+        lambda content: content["state"]["optimizers"].update(Lamb=content["state"]["optimizers"].pop("AdamW")),
+        "its optimizer is Lamb, and this run's AdamW"),
+}  # fmt: skip
+
+
+def rewrite(file: Path, change: Any) -> None:
+    content = torch.load(file, weights_only=False)
+    if callable(change):
+        change(content)
+    else:
+        content = change
+    torch.save(content, file)
+
+
+@pytest.mark.parametrize("case", [*CONTENTS, *OTHERS])
+def test_a_checkpoint_that_lacks_something_is_named_and_the_one_before_used(folder, needed, caplog, case):
+    change, message = {**CONTENTS, **OTHERS}[case]
+    rewrite(folder / "ba3.pt", change)
+    found = find_newest(str(folder), folder / "staging", needed)
+    assert found == Checkpoint(str(folder / "ba2.pt"), folder / "ba2.pt", (str(folder / "ba3.pt"),))
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: {folder / 'ba3.pt'}: ")
+    assert message in line
+    assert "\n" not in line
+    assert len(line) < 500
+
+
+def test_a_genuine_checkpoint_holds_all_that_is_needed(folder, needed, caplog):
+    found = find_newest(str(folder), folder / "staging", needed)
+    assert found == Checkpoint(str(folder / "ba3.pt"), folder / "ba3.pt")
+    assert caplog.messages == []
+    assert set(needed().weights) == set(read(folder / "ba3.pt")["state"]["model"])
+
+
+def test_checkpoints_of_another_model_only_are_a_mistake_in_the_configuration(folder, needed):
+    for step in (1, 2, 3):
+        rewrite(folder / f"ba{step}.pt", OTHERS["another shape"][0])
+    message = f"{folder}: none of its 3 checkpoints is of this run: {folder / 'ba3.pt'}: its weights {WEIGHT} have the shape"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}.*; set back what changed, or give another run_name"):
+        find_newest(str(folder), folder / "staging", needed)
+
+
+def test_names_and_content_must_agree(folder, needed, caplog):
+    shutil.copy(folder / "ba2.pt", folder / "ba999.pt")
+    assert newest(folder) == folder / "ba3.pt"
+    assert "ba999.pt: not a checkpoint that can be used: it is of step 2, and not of the 999 in its name" in caplog.text
+    assert meant(folder / "ba999.pt") == folder / "ba999.pt", "one that is named by itself may have any name"
+
+
+def test_a_folder_is_exported_from_the_newest_that_holds_a_model(folder, caplog):
+    torch.save({}, folder / "ba4.pt")
+    assert meant(folder) == folder / "ba3.pt"
+    assert "ba4.pt: not a checkpoint that can be used: it has no state" in caplog.text
+
+
+# Old ones
+
+
 def rotate(folder: Path, num_to_keep: int) -> list[str]:
     SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=num_to_keep)._rotate()
     return sorted(path.name for path in folder.iterdir())
@@ -219,6 +464,147 @@ def test_rotation_counts_what_lies_in_the_folder(folder):
     assert rotate(folder, 3) == ["ba1.pt", "ba2.pt", "ba3.pt", "notes.txt"]
     assert rotate(folder, 2) == ["ba2.pt", "ba3.pt", "notes.txt"]
     assert rotate(folder, 1) == ["ba3.pt", "notes.txt"]
+
+
+@pytest.fixture
+def state_at(trained) -> Iterator[Callable[[int], Any]]:
+    """The state of a real run, with its clock set to a step."""
+    state, before = trained.trainer.state, trained.trainer.state.timestamp
+
+    def at(step: int) -> Any:
+        state.timestamp = before.copy(batch=step)
+        return state
+
+    yield at
+    state.timestamp = before
+
+
+def saver_of(folder: Path, needed: Any, num_to_keep: int = 3) -> SaveCheckpoints:
+    start = find_newest(str(folder), folder / "staging", needed)
+    saver = SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=num_to_keep, start=start, needed=needed)
+    saver.fit_start(SimpleNamespace(), SimpleNamespace())  # pyright: ignore
+    return saver
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, lambda path: torch.save({}, path)])
+def test_damaged_checkpoints_that_are_newer_delete_no_good_one(folder, needed, state_at, damage):
+    damaged = {"ba8.pt", "ba9.pt", "ba10.pt"}
+    for name in damaged:
+        shutil.copy(folder / "ba3.pt", folder / name)
+        damage(folder / name)
+    saver = saver_of(folder, needed)
+    assert saver.start.place == str(folder / "ba3.pt")
+    for step, kept in ((4, {2, 3, 4}), (5, {3, 4, 5}), (6, {4, 5, 6})):
+        saver.save(state_at(step))
+        assert names(folder) == damaged | {f"ba{number}.pt" for number in kept}
+        assert start(folder) == folder / f"ba{step}.pt"
+
+
+def test_a_damaged_one_in_the_way_is_set_aside_and_named(folder, needed, state_at, caplog):
+    (folder / "ba4.pt").mkdir()
+    (folder / "ba4.pt" / "thesis.tex").write_text("mine")
+    (folder / "aside-ba4.pt").write_text("from before")
+    shutil.copy(folder / "ba3.pt", folder / "ba5.pt")
+    rewrite(folder / "ba5.pt", OTHERS["another shape"][0])
+    other = (folder / "ba5.pt").read_bytes()
+    (folder / "ba6.pt").symlink_to("nowhere")
+    saver = saver_of(folder, needed)
+    for step in (4, 5, 6):
+        saver.save(state_at(step))
+        assert start(folder) == folder / f"ba{step}.pt"
+    aside = {"aside-ba4.pt", "aside1-ba4.pt", "aside-ba5.pt", "aside-ba6.pt"}
+    assert names(folder) == {"ba4.pt", "ba5.pt", "ba6.pt", *aside}
+    assert (folder / "aside1-ba4.pt/thesis.tex").read_text() == "mine"
+    assert (folder / "aside-ba5.pt").read_bytes() == other, "it may be all there is of another run"
+    assert f"warning: {folder / 'ba5.pt'}: was not a checkpoint of this run that can be read; it is set aside as" in caplog.text
+
+
+def test_old_ones_count_only_if_they_are_whole(folder, needed, state_at, caplog):
+    """And are read once for it, when they have to be."""
+    truncate(folder / "ba2.pt")
+    saver = saver_of(folder, needed, num_to_keep=3)
+    saver.save(state_at(4))
+    assert names(folder) == {"ba1.pt", "ba2.pt", "ba3.pt", "ba4.pt"}
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: {folder / 'ba2.pt'}: not a whole checkpoint")
+    assert line.endswith("; it stays, and does not count as one of the 3 that are kept")
+    saver.save(state_at(5))
+    assert names(folder) == {"ba3.pt", "ba4.pt", "ba5.pt"}
+    assert len(caplog.messages) == 1
+
+
+def test_what_is_known_is_not_read_again_unless_it_changes(folder, needed, state_at, monkeypatch, caplog):
+    looked: list[str] = []
+    look_at = checkpoint.look_at
+    monkeypatch.setattr(checkpoint, "look_at", lambda place, *rest: looked.append(Path(place).name) or look_at(place, *rest))
+    saver = saver_of(folder, needed, num_to_keep=2)
+    for step in (4, 5, 6):
+        saver.save(state_at(step))
+    assert looked == []
+    assert names(folder) == {"ba5.pt", "ba6.pt"}
+    saver = saver_of(folder, needed, num_to_keep=4)
+    for step in (7, 8, 9, 10):
+        saver.save(state_at(step))
+    assert looked == ["ba5.pt"]
+    truncate(folder / "ba9.pt")
+    saver.save(state_at(11))
+    saver.save(state_at(12))
+    assert looked == ["ba5.pt", "ba9.pt"]
+    assert names(folder) == {"ba8.pt", "ba9.pt", "ba10.pt", "ba11.pt", "ba12.pt"}
+
+
+def test_a_look_that_takes_long_is_spread_over_several_saves(folder, needed, state_at, monkeypatch):
+    monkeypatch.setattr(checkpoint, "VERIFY_SECONDS", -1)
+    saver = saver_of(folder, needed, num_to_keep=3)
+    saver.save(state_at(4))
+    assert names(folder) == {"ba1.pt", "ba2.pt", "ba3.pt", "ba4.pt"}, "nothing was looked at, so nothing is deleted"
+    saver.save(state_at(5))
+    assert names(folder) == {"ba3.pt", "ba4.pt", "ba5.pt"}
+
+
+def test_an_old_one_that_cannot_be_deleted_is_named_once(folder, needed, state_at, caplog):
+    (folder / "ba1.pt").unlink()
+    (folder / "ba1.pt").mkdir()  # which no one may unlink, not even root
+    (folder / "ba1.pt/file").touch()
+    saver = saver_of(folder, needed, num_to_keep=2)
+    for step in (4, 5):
+        saver.save(state_at(step))
+    assert names(folder) == {"ba1.pt", "ba4.pt", "ba5.pt"}
+    (line,) = caplog.messages
+    assert re.fullmatch(rf"warning: {re.escape(str(folder / 'ba1.pt'))}: an old checkpoint stays: .*directory.*", line)
+
+
+def test_a_link_is_deleted_and_not_what_it_leads_to(folder, needed, state_at, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("ba1.pt", "ba2.pt"):
+        shutil.move(folder / name, other / name)
+        (folder / name).symlink_to(other / name)
+    saver_of(folder, needed, num_to_keep=1).save(state_at(4))
+    assert names(folder) == {"ba4.pt"}
+    assert names(other) == {"ba1.pt", "ba2.pt"}
+
+
+def test_the_log_is_on_disk_before_a_checkpoint_has_its_name(folder, state_at, tmp_path, monkeypatch):
+    """What is not on disk by then may be lost with the power, and the checkpoint not."""
+    train_log = tmp_path / "log" / "train_log.jsonl"
+    train_log.parent.mkdir()
+    train_log.write_text("{}\n")
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def named(number: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", named)
+    monkeypatch.setattr(os, "replace", lambda source, to: done.append(f"= {Path(to).name}") or replace(source, to))
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=-1, train_log=train_log).save(state_at(4))
+    assert done == ["train_log.jsonl", "log", "unfinished-ba4.pt", "= ba4.pt", folder.name]
 
 
 def test_saving_by_the_clock(folder):

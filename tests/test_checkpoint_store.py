@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import http.server
+import shutil
 import threading
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
-from flame_composer import checkpoint
-from flame_composer.config import ConfigError
+from flame_composer import checkpoint, storage
+from flame_composer.checkpoint_find import find_newest
+from flame_composer.checkpoint_read import read_checkpoint
+from flame_composer.config import ConfigError, DataError
+from tests.conftest import Run
 from tests.runs import Corpus, Script, check, read_log, run_script
 from tests.s3 import S3
+from tests.test_parallelism import as_pieces
 from tests.test_resume import assert_same_run
 
 
@@ -73,9 +82,10 @@ def test_an_upload_is_tried_again_until_the_store_takes_it(s3: S3, tmp_path: Pat
         checkpoint._upload(tmp_path / "file", "s3://never-made/ba1.pt")
 
 
-def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(s3: S3, tmp_path: Path, monkeypatch, caplog) -> None:
-    for name in ("ba1.pt", "ba2.pt", "ba3.pt"):
-        s3.client.put_object(Bucket="data", Key=f"kept/{name}", Body=b"x")
+def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(
+    s3: S3, trained: Run, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    s3.upload(trained.checkpoints, "kept")
 
     def deny(place: str) -> None:
         raise ConfigError(f"{place}: access denied")
@@ -88,8 +98,130 @@ def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(s3: S3, tmp_
         ["warning", "s3://data/kept/ba2.pt"], ["warning", "s3://data/kept/ba1.pt"],
     ]  # fmt: skip
     assert set(s3.keys("kept")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
+    saver = checkpoint.SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
     saver._rotate()
     assert set(s3.keys("kept")) == {"ba3.pt"}
+
+
+def test_damaged_checkpoints_in_a_store_delete_no_good_one(s3: S3, trained: Run, tmp_path: Path, caplog) -> None:
+    """Those that are newer stay where they are, and one that is in the way is set aside."""
+    s3.upload(trained.checkpoints, "damaged")
+    whole = s3.read("damaged/ba3.pt")
+    for name in ("ba4.pt", "ba9.pt", "ba10.pt"):
+        s3.client.put_object(Bucket="data", Key=f"damaged/{name}", Body=whole[:-700])
+    s3.client.put_object(Bucket="data", Key="damaged/ba2.pt", Body=b"")
+    s3.client.put_object(Bucket="data", Key="damaged/ba8/state.pt", Body=b"no head")
+    place, staging = "s3://data/damaged", tmp_path / "staging"
+    start = find_newest(place, staging)
+    assert start is not None
+    assert start.place == f"{place}/ba3.pt"
+    assert start.file.read_bytes() == whole
+    assert [Path(each).name for each in start.passed_over] == ["ba10.pt", "ba9.pt", "ba8", "ba4.pt"]
+    saver = checkpoint.SaveCheckpoints(place, staging, batches=1, num_to_keep=2, start=start)
+    saver.fit_start(None, None)  # pyright: ignore
+    state, before = trained.trainer.state, trained.trainer.state.timestamp
+    try:
+        for step in (4, 5, 6):
+            state.timestamp = before.copy(batch=step)
+            saver.save(state)
+            newest = find_newest(place, tmp_path / "other")
+            assert newest is not None
+            assert newest.place == f"{place}/ba{step}.pt"
+    finally:
+        state.timestamp = before
+    damaged = {"ba9.pt", "ba10.pt", "ba8/state.pt", "aside-ba4.pt"}
+    assert set(s3.keys("damaged")) == {"ba5.pt", "ba6.pt", *damaged}
+    assert list(staging.iterdir()) == []
+    assert f"warning: {place}/ba4.pt: was not a checkpoint of this run" in caplog.text
+
+
+def test_old_checkpoints_in_a_store_count_only_if_they_are_whole(s3: S3, trained: Run, tmp_path: Path) -> None:
+    s3.upload(trained.checkpoints, "counted")
+    s3.client.put_object(Bucket="data", Key="counted/ba2.pt", Body=s3.read("counted/ba2.pt")[:-700])
+    checkpoint.SaveCheckpoints("s3://data/counted", tmp_path / "staging", batches=1, num_to_keep=2)._rotate()
+    assert set(s3.keys("counted")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+class Hostile(http.server.BaseHTTPRequestHandler):
+    """An S3 server that lists, beside the pieces of a checkpoint, names that lead out of its folder."""
+
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def log_message(self, *message: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(self.objects.get(self.path.split("?")[0]))
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        asked = urllib.parse.parse_qs(query)
+        if "list-type" not in asked:
+            self.answer(self.objects.get(urllib.parse.unquote(path)))
+            return
+        bucket, prefix = path.strip("/"), asked.get("prefix", [""])[0]
+        names = [key.removeprefix(f"/{bucket}/") for key in self.objects]
+        listed = [name for name in names if name.startswith(prefix)]
+        if asked.get("delimiter"):
+            folders = sorted({prefix + name[len(prefix):].split("/")[0] + "/" for name in listed if "/" in name[len(prefix):]})
+            listed = [name for name in listed if "/" not in name[len(prefix):]]
+            listed += [name for name in names if ".." in name and name.startswith(prefix) and prefix + "ba3/" not in name]
+        else:
+            folders = []
+        body = "".join(f"<Contents><Key>{name}</Key><Size>9</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+                       for name in listed)
+        body += "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders)
+        self.answer(f"<ListBucketResult><KeyCount>{len(listed)}</KeyCount>{body}</ListBucketResult>".encode())
+
+    def answer(self, body: bytes | None) -> None:
+        self.send_response(200 if body is not None else 404)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+
+@pytest.fixture
+def hostile(s3: S3, monkeypatch) -> Iterator[dict[str, bytes]]:
+    """What such a server holds, by its path; this process's environment points to it."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(Hostile, "objects", {})
+        yield Hostile.objects
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["../../../evil.pt", "../ba2.pt", "..", "more/../../../../evil.pt"])
+def test_a_store_that_lists_other_names_writes_nowhere_else(
+    hostile: dict[str, bytes], trained: Run, tmp_path: Path, name: str
+) -> None:
+    """The names of pieces are those that pieces have; nothing that is listed becomes a path."""
+    pieces = as_pieces(Path(shutil.copy(trained.checkpoints / "ba3.pt", tmp_path)))
+    staging = tmp_path / "log/staging"
+    for file in pieces.iterdir():
+        hostile[f"/data/run/ba3/{file.name}"] = file.read_bytes()
+    hostile[f"/data/run/ba3/{name}"] = b"evil"
+    before = set(tmp_path.rglob("*"))
+    found = find_newest("s3://data/run", staging)
+    assert found is not None
+    assert found.file == staging / "ba3/state.pt"
+    written = {str(path.relative_to(staging)) for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    assert written == {"ba3/state.pt", "ba3/piece0.pt", "ba3/piece1.pt"}
+    assert read_checkpoint(found)["state"]["run_name"] == "tiny"
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../../x", "a\\b"])
+def test_a_listing_with_names_that_are_none_is_refused(hostile: dict[str, bytes], name: str) -> None:
+    hostile[f"/data/run/{name}"] = b"evil"
+    hostile["/data/run/good"] = b"good"
+    with pytest.raises(DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"):
+        storage.ls("s3://data/run")
+    if ".." in name:
+        with pytest.raises(DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"):
+            storage.find("s3://data/run")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger, LoggerDestination
 
 from flame_composer.algorithms import EMA, SWA, Instant, LayerFreezing, SeqLengthWarmup
-from flame_composer.checkpoint import Checkpoint, find_newest, load_from_checkpoint
+from flame_composer.checkpoint import load_from_checkpoint
+from flame_composer.checkpoint_find import find_newest
+from flame_composer.checkpoint_read import Checkpoint
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.extensions import arguments_of, build, build_extensions, find_class
 from flame_composer.extensions_config import NEEDS_WHOLE_PARAMETERS, OFFERED, REFUSED, spelled_alike

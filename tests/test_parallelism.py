@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
 
-from flame_composer import checkpoint, parallelism, pieces
+from flame_composer import checkpoint, checkpoint_content, checkpoint_find, checkpoint_read, parallelism, pieces
 from flame_composer.config import DataError, InvalidField
 from flame_composer.model import CausalLM, build_hf_config, build_model
 from flame_composer.parallelism import check_devices
-from flame_composer.sections import FsdpConfig, ParallelismConfig
+from flame_composer.sections import FsdpConfig, ModelConfig, ParallelismConfig
+from flame_composer.train_config import TrainConfig
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
-from tests.runs import Corpus, Ranks, Script, check, last_json, read_log
+from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, two_ranks
 from tests.s3 import S3
 
 SHARDED = (
@@ -81,7 +83,7 @@ def norms(run: Path) -> list[float]:
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
-    found = checkpoint.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
+    found = checkpoint_find.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
     return checkpoint.load_from_checkpoint(found)[0].state_dict()
 
 
@@ -255,10 +257,121 @@ def test_pieces_of_another_model_are_refused(trained: Any) -> None:
         pieces.load(state, [{"model": {}, "optimizers": {}}])
 
 
-@pytest.mark.parametrize("content", [[1], {"state": {}}, {"pieces": "two"}, {"pieces": 0}, {"pieces": 2}])
+LOOK = """
+import sys
+from pathlib import Path
+from composer.utils import dist, get_device
+from flame_composer.checkpoint_find import find_newest
+from flame_composer.config import ConfigError, DataError
+
+dist.initialize_dist(get_device())
+place = sys.argv[1 + dist.get_global_rank()]
+try:
+    found = find_newest(place, Path(place, "staging"))
+    print(found and found.file.name)
+except (ConfigError, DataError) as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_every_rank_takes_the_same_checkpoint(trained: Any, copy_of: Any, tmp_path: Path) -> None:
+    """What one of them cannot read, none takes: here each sees another disk."""
+    (tmp_path / "look.py").write_text(LOOK)
+    folders = [copy_of(trained.checkpoints) for _ in range(2)]
+
+    def found() -> list[str]:
+        return [process.stdout.splitlines()[-1] for process in two_ranks(tmp_path / "look.py", *folders)]
+
+    (folders[1] / "ba3.pt").write_bytes(b"damaged")
+    assert found() == ["ba2.pt", "ba2.pt"]
+    (folders[0] / "ba2.pt").unlink()
+    (folders[1] / "ba1.pt").unlink()
+    assert found() == [f"DataError: {folders[0]}: none of its 2 checkpoints can be read; move them away (or set another "
+                       "run_name) to start over"] * 2
+
+
+def as_pieces(file: Path) -> Path:
+    """The checkpoint cut in two, as two ranks would have saved it."""
+    content = torch.load(file, weights_only=False)
+    folder = file.with_suffix("")
+    folder.mkdir()
+
+    def cut(tree: Any, number: int) -> Any:
+        if isinstance(tree, torch.Tensor) and tree.ndim:
+            half = -(-len(tree) // 2)
+            part = tree[:half] if number == 0 else tree[half:]
+            return {"shape": list(tree.shape), "start": half * number, "part": part.clone()}
+        if isinstance(tree, dict):
+            return {key: cut(value, number) for key, value in tree.items()}
+        return tree
+
+    whole = {kind: content["state"].pop(kind) for kind in ("model", "optimizers")}
+    for number in range(2):
+        torch.save(cut(whole, number), folder / pieces.name_of(number))
+    torch.save({**content, "pieces": 2}, folder / pieces.HEAD)
+    file.unlink()
+    return folder
+
+
+NORM = "model.model.norm.weight"
+PIECES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no model": lambda piece: piece.pop("model"),
+    "an empty model": lambda piece: piece["model"].clear(),
+    "no optimizers": lambda piece: piece.pop("optimizers"),
+    "a weight missing": lambda piece: piece["model"].pop(NORM),
+    "rows twice": lambda piece: piece["model"][NORM].update(start=0),
+    "rows missing": lambda piece: piece["model"][NORM].update(part=torch.zeros(3)),
+    "another shape": lambda piece: piece["model"][NORM].update(shape=[99]),
+    "a start of text": lambda piece: piece["model"][NORM].update(start="16"),
+    "another width": lambda piece: piece["model"]["model.lm_head.weight"].update(part=torch.zeros(200, 5)),
+    "moments missing": lambda piece: piece["optimizers"]["AdamW"]["state"].clear(),
+    "moments of another shape": lambda piece: piece["optimizers"]["AdamW"]["state"][NORM]["exp_avg"].update(shape=[99]),
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_pieces_that_hold_too_little_are_named_and_the_one_before_used(
+    trained: Any, copy_of: Any, caplog: Any, case: str
+) -> None:
+    folder = copy_of(trained.checkpoints)
+    newest = as_pieces(folder / "ba3.pt")
+    needed = checkpoint_content.needed_by(
+        TrainConfig(model=ModelConfig(config=GLA)), build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH)
+    )
+    found = checkpoint_find.find_newest(str(folder), folder / "staging", lambda: needed)
+    assert found == (str(newest), newest / pieces.HEAD, ())
+    piece = torch.load(newest / "piece1.pt", weights_only=False)
+    PIECES[case](piece)
+    torch.save(piece, newest / "piece1.pt")
+    found = checkpoint_find.find_newest(str(folder), folder / "staging", lambda: needed)
+    assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", (str(newest),))
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: {newest}: not a checkpoint that can be used: ")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "piece0.pt", "piece1.pt"])
+@pytest.mark.parametrize("damage", ["pipe", "device", "folder", "empty", "dangling", "gone"])
+def test_pieces_that_are_no_files_are_damage(trained: Any, copy_of: Any, name: str, damage: str) -> None:
+    folder = copy_of(trained.checkpoints)
+    file = as_pieces(folder / "ba3.pt") / name
+    file.unlink()
+    make = {
+        "pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir,
+        "empty": file.touch, "dangling": lambda: file.symlink_to("nowhere"), "gone": lambda: None,
+    }[damage]  # fmt: skip
+    make()
+    found = checkpoint_find.find_newest(str(folder), folder / "staging")
+    # Without its head a folder was never finished.
+    passed_over = () if (name, damage) == ("state.pt", "gone") else (str(folder / "ba3"),)
+    assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", passed_over)
+
+
+@pytest.mark.parametrize("content", [
+    [1], {"state": {}}, {"pieces": "two"}, {"pieces": 0}, {"pieces": 2}, {"pieces": True}, {"pieces": 10**12},
+])  # fmt: skip
 def test_a_head_that_is_none_is_damage(tmp_path: Path, content: Any) -> None:
     head = tmp_path / "ba1" / pieces.HEAD
     head.parent.mkdir()
     torch.save(content, head)
     with pytest.raises(DataError, match=str(head.parent)):
-        checkpoint.read_checkpoint(checkpoint.Checkpoint(str(head.parent), head))
+        checkpoint_read.read_checkpoint(checkpoint_read.Checkpoint(str(head.parent), head))

@@ -24,7 +24,9 @@ from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from flame_composer.checkpoint import Checkpoint, find_checkpoint, model_in, read_checkpoint
+from flame_composer.checkpoint import model_in
+from flame_composer.checkpoint_find import find_checkpoint
+from flame_composer.checkpoint_read import Checkpoint, read_checkpoint
 from flame_composer.config import ConfigError, StoreError
 from flame_composer.convert_config import ToHfConfig
 from flame_composer.loading import load

@@ -95,6 +95,43 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
     assert_same_run(run, undisturbed)
 
 
+def test_checkpoints_that_are_damaged_or_empty_delete_no_good_one(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The two newest cannot be used; what the run then saves stays, and it ends as the undisturbed one."""
+    run = Path(shutil.copytree(undisturbed, tmp_path / "undisturbed"))
+    folder = run / "checkpoints"
+    (folder / "ba40.pt").write_bytes((folder / "ba40.pt").read_bytes()[:5000])
+    torch.save({}, folder / "ba35.pt")
+    for name in ("ba41.pt", "ba42.pt", "ba43.pt"):
+        shutil.copy(folder / "ba40.pt", folder / name)
+    log = (run / "train_log.jsonl").read_text().splitlines(keepends=True)
+    log[19] = "\0" * 50 + "\n"
+    (run / "train_log.jsonl").write_text("".join(log))
+    process = check(run_script("recipes/train.py", *corpus.keys(run, "save_num_checkpoints_to_keep=2")))
+    assert f"resuming from {folder}/ba30.pt: step 30" in process.stdout
+    assert f"warning: {folder}/ba35.pt: not a checkpoint that can be used: it has no state; trying" in process.stderr
+    assert f"warning: {run}/train_log.jsonl: has no row of step 20, which the checkpoint of step 30 has" in process.stderr
+    damaged = {"ba41.pt", "ba42.pt", "ba43.pt", "aside-ba35.pt", "aside-ba40.pt"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "ba35.pt", "ba40.pt", *damaged}
+    assert read_log(run) == [row for row in read_log(undisturbed) if row["current_steps"] != 20]
+    for name, tensor in final_weights(undisturbed).items():
+        assert torch.equal(final_weights(run)[name], tensor), name
+
+
+def test_another_model_or_optimizer_is_refused_by_name(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    for key, message in (
+        ("model.config.hidden_size=64", "have the shape [300, 32], and [300, 64] in this run's model"),
+        ("optimizer.name=lamb", "its optimizer is AdamW, and this run's Lamb"),
+    ):
+        process = run_script("recipes/train.py", *corpus.keys(undisturbed, key))
+        assert process.returncode == 2, process.stderr
+        last = process.stderr.splitlines()[-1]
+        assert last.startswith(f"error: {undisturbed}/checkpoints: none of its ")
+        assert message in last
+    assert len(read_log(undisturbed)) == 40
+
+
 def test_another_data_order_is_refused(corpus: Corpus, undisturbed: Path) -> None:
     process = run_script("recipes/train.py", *corpus.keys(undisturbed, "global_batch_size=6"))
     assert process.returncode == 2

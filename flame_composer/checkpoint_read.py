@@ -1,0 +1,130 @@
+"""Reading a checkpoint: no code in it is run, and whatever is wrong with its files is one line that names it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flame_composer import pieces, storage
+from flame_composer.config import DataError, one_line
+
+# What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random
+# state, times, versions.
+_SAFE_GLOBALS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    datetime.timedelta,
+    torch.torch_version.TorchVersion,
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+]
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class Checkpoint(NamedTuple):
+    """Where a checkpoint is, and the local file to read it from: the same, or a copy out of a store.
+
+    Of one in pieces, `place` is a folder and `file` its head, beside which the pieces lie.
+    `passed_over` are newer checkpoints in the same folder, which could not be used.
+    """
+
+    place: str
+    file: Path
+    passed_over: tuple[str, ...] = ()
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a checkpoint's content, its tensors mapped from the file; no code in it is run.
+
+    One in pieces has a list of what they hold under `pieces`. Raise DataError if a file is missing,
+    truncated, altered (every part's CRC-32 is checked) or no plain file, or if it holds anything but
+    tensors and plain values.
+    """
+    return read_content(checkpoint, verify=True)
+
+
+def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
+    """As `read_checkpoint`; without `verify`, checksums that were checked before are not again."""
+    place, file, _ = checkpoint
+    content = _read_file(place, file, verify=verify)
+    if file.name == pieces.HEAD:
+        content["pieces"] = [
+            _read_file(storage.join(place, name), file.with_name(name), verify=verify)
+            for name in map(pieces.name_of, range(num_pieces(content, place)))
+        ]
+    return content
+
+
+def read_head(place: str, file: Path) -> int:
+    """Return how many pieces the checkpoint `place` has, by its head, which was copied to `file`."""
+    return num_pieces(_read_file(place, file, verify=True), place)
+
+
+def num_pieces(head: Any, place: str) -> int:
+    number = head.get("pieces") if isinstance(head, dict) else None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise DataError(f"{place}: not the head of a checkpoint in pieces")
+    return number
+
+
+def read_for_composer(file: str | Path, map_location: str) -> Any:
+    """Return the content of a file that was checked, in memory.
+
+    In place of Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a file
+    that was replaced after it was checked would run its code.
+    """
+    assert map_location == "cpu"
+    return _read_file(str(file), Path(file), verify=False, mapped=False)
+
+
+def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> Any:
+    try:
+        _require_plain_file(place, file)
+        if verify:
+            _verify(place, file)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except DataError:
+        raise
+    except pickle.UnpicklingError as error:
+        what = f"it holds something other than tensors and plain values: {one_line(error)}"
+        raise DataError(f"{place}: refused, {what}") from None
+    except Exception as error:  # whatever a damaged file makes zipfile, pickle or torch raise
+        raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
+
+
+def _require_plain_file(place: str, file: Path) -> None:
+    """Raise DataError for what would hang a reader, or never end, and for an empty file."""
+    found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something")
+        raise DataError(f"{place}: not a whole checkpoint: {kind}, where a file must be")
+    if found.st_size == 0:
+        raise DataError(f"{place}: not a whole checkpoint: an empty file")
+
+
+def _verify(place: str, file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        # torch compresses nothing: what is read can be no larger than the file.
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise DataError(f"{place}: not a whole checkpoint: parts of it are compressed")
+        if sum(part.file_size for part in parts) > file.stat().st_size:
+            raise DataError(f"{place}: not a whole checkpoint: its parts are larger than the file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise DataError(f"{place}: damaged checkpoint: {damaged!a} does not match its checksum")
