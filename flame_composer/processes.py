@@ -33,7 +33,7 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    _ask_to_be_killed(signal.SIGKILL)
+    when_parent_ends(signal.SIGKILL)
     if not parent.is_alive():  # before the kernel was asked
         os._exit(1)
 
@@ -45,7 +45,7 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 
 def end_with_fork_server_owner() -> None:
     """In a fork server: end it when the process that started it ends."""
-    _ask_to_be_killed(signal.SIGKILL)  # if that has ended already, the server finds its pipe closed
+    when_parent_ends(signal.SIGKILL)  # if that has ended already, the server finds its pipe closed
 
 
 def end_with_launcher() -> None:
@@ -55,18 +55,18 @@ def end_with_launcher() -> None:
     """
     parent = os.getppid()
     if "LOCAL_RANK" in os.environ and _is_launcher(parent):
-        _ask_to_be_killed(signal.SIGKILL)
+        when_parent_ends(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
 
 def outlive_launcher() -> None:
     """In a rank that has been told to end: save in peace even if the launcher does not wait for it. Main thread only."""
-    _ask_to_be_killed(0)
+    when_parent_ends(0)
 
 
-def _ask_to_be_killed(number: int) -> None:
-    """Choose the signal that this process gets when its parent ends, 0 for none. Each thread has a choice of its own."""
+def when_parent_ends(number: int) -> None:
+    """Choose the signal that this process gets when its parent ends, 0 for none. For each thread apart."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
