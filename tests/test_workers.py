@@ -255,13 +255,14 @@ def test_workers_that_are_stopped_end_with_the_process_in_charge(folder):
     wait_until(lambda: units.exists() and any(units.iterdir()) and workers_of(process.pid))
     os.killpg(process.pid, signal.SIGSTOP)
     process.kill()
-    process.communicate(timeout=30)
+    process.wait(timeout=30)
     try:
         # Python's own resource tracker is nobody's to end; continued, it clears up and ends.
         wait_until(lambda: all("resource_tracker" in command_of(pid) for pid, _ in processes(process.pid)), 10)
     finally:
         for pid, _ in processes(process.pid):
             os.kill(pid, signal.SIGCONT)
+    process.communicate(timeout=30)
     wait_until(lambda: not list(processes(process.pid)))
     finish(folder, "stopped")
 
