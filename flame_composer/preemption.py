@@ -102,6 +102,7 @@ class Preemption(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self.agree(state)  # an evaluation may have been cut short
         if self.status:
+            processes.outlive_launcher()  # it may be another rank that heard the signal
             if self.saver is not None:
                 self.saver.save(state)
             self._stop(state)

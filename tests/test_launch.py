@@ -151,6 +151,11 @@ def sixty_steps(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tup
     return run, seconds
 
 
+def num_rows(run: Path) -> int:
+    log = run / "train_log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
 def sixty(corpus: Corpus, run: Path) -> list[str]:
     return corpus.keys(run, "max_duration=60ba", "save_interval=2ba", "train_data.num_workers=2")
 
@@ -162,13 +167,15 @@ def test_30_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tm
     whole, seconds = sixty_steps
     run, choose = tmp_path / "killed", random.Random(30)
     for number in range(30):
-        steps = (run / "train_log.jsonl").read_text().count("\n") if (run / "train_log.jsonl").exists() else 0
+        steps = num_rows(run)
         launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
         while not (ranks := launched.ranks()):
             time.sleep(0.01)
         victim = ("launcher", "rank 0", "rank 1", "loader process")[number % 4]
         if choose.random() < 0.4 and victim != "loader process":
-            time.sleep(choose.random() * seconds)
+            end = time.monotonic() + choose.random() * seconds
+            while time.monotonic() < end and num_rows(run) <= steps:
+                time.sleep(0.01)
         else:
             wait_for_step(run, steps + 1, lambda: launched.launcher.poll() is None)  # noqa: B023
             time.sleep(choose.random() * 0.1)
@@ -176,8 +183,10 @@ def test_30_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tm
             choose.choice(launched.loaders()).kill()
         else:
             {"launcher": launched.launcher, "rank 0": ranks[0], "rank 1": ranks[1]}[victim].kill()
+        since = time.monotonic()
         status = launched.wait()
-        launched.errors()
+        print(f"{number}: {victim} at step {num_rows(run)}: status {status}, {time.monotonic() - since:.1f} s",
+              *launched.errors(), sep="\n    ", flush=True)  # fmt: skip
         assert status != 0, launched.output.read_text()
     launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
     assert launched.launcher.wait(timeout=300) == 0, launched.output.read_text()
@@ -191,7 +200,7 @@ def test_a_launcher_that_is_killed_a_peer_and_a_loader_process(corpus: Corpus, t
     goes_on = "; the same command goes on from what was saved last"
 
     def started() -> Launched:
-        steps = (run / "train_log.jsonl").read_text().count("\n") if (run / "train_log.jsonl").exists() else 0
+        steps = num_rows(run)
         launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
         wait_for_step(run, steps + 1, lambda: launched.launcher.poll() is None)
         return launched
