@@ -99,11 +99,23 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
 
 
 def _from_outside(error: Exception) -> str | None:
-    """One line for what comes of the machine and not of the program: a disk that is full, a process that was killed."""
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        file = f"{error.filename}: " if error.filename else ""
-        return f"{file}a disk cannot be written: {error.strerror}"
-    return processes.loss_of(error)
+    """One line for what comes of the machine and not of the program: a disk that is full, a process that was killed.
+
+    The error that says so may have made another one while it was on its way, as one within `torch.save` does.
+    """
+    if isinstance(error, ConfigError | DataError | TrainingError):
+        return None
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in DISK_ERRORS:
+            file = f"{found.filename}: " if found.filename else ""
+            return f"{file}a disk cannot be written: {found.strerror}"
+        if "PytorchStreamWriter failed writing file" in str(found):
+            return "a checkpoint cannot be written; is the disk full?"
+        if (loss := processes.loss_of(found)) is not None:
+            return loss
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return None
 
 
 def listen_to_signals() -> None:

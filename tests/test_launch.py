@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -103,9 +104,14 @@ class Launched:
 
     def ranks(self) -> list[psutil.Process]:
         """In their order; empty until both are there."""
-        children = psutil.Process(self.pid).children() if self.launcher.poll() is None else []
-        found = sorted((int(child.environ()["RANK"]), child) for child in children if "RANK" in child.environ())
-        return [child for _, child in found] if len(found) == 2 else []
+        if self.launcher.poll() is not None:
+            return []
+        found = []
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just begun, or ended
+                if "RANK" in child.environ():
+                    found.append((int(child.environ()["RANK"]), child))
+        return [child for _, child in sorted(found)] if len(found) == 2 else []
 
     def loaders(self) -> list[psutil.Process]:
         return [child for rank in self.ranks() for child in rank.children() if "pt_data_worker" in child.name()]

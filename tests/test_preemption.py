@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,16 +243,24 @@ def test_more_sigterms_than_anybody_needs(corpus: Corpus, tmp_path: Path) -> Non
     ], err
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes root to mount")
-def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
-    """Under the log folder, while a row is written: one line, and when there is room, the same command goes on."""
-    run = tmp_path / "full"
-    keys = corpus.keys(run, f"save_folder={tmp_path / 'checkpoints'}")
-    run.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", run], capture_output=True, text=True)
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode != 0:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes root to mount")
+def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    """Under the log folder, while a row is written, or under the checkpoints: one line, and with room the command goes on."""
+    run, saved = tmp_path / "full", tmp_path / "checkpoints"
+    keys = corpus.keys(run, f"save_folder={saved}")
+    with small_disk(run, "64k"):
         filler = run / "filler"
         filler.write_bytes(bytes(48 << 10))  # the configuration, two small files and some rows have room beside it
         ended = Script("recipes/train.py", *keys).wait()
@@ -262,7 +272,15 @@ def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) 
         )
         assert 5 < (run / "train_log.jsonl").read_text().count("\n") < 40
         filler.unlink()
+        shutil.move(saved, tmp_path / "elsewhere")
+        with small_disk(saved, "1m"):
+            ended = Script("recipes/train.py", *keys).wait()
+            assert ended.returncode == 1
+            (line,) = error_lines(ended)
+            said = r"error: .*(No space left on device|is the disk full\?); the same command goes on from what was saved last"
+            assert re.fullmatch(said, line), line
+            assert not list(saved.glob("ba*"))
+        saved.rmdir()
+        shutil.move(tmp_path / "elsewhere", saved)
         check(Script("recipes/train.py", *keys).wait())
         assert read_log(run) == read_log(undisturbed)
-    finally:
-        subprocess.run(["umount", "-l", run], check=True)
