@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from composer.loggers import Logger, LoggerDestination, ProgressBarLogger, Tenso
 from composer.utils import dist, reproducibility
 
 from flame_composer import storage
-from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.config import GOES_ON, ConfigError, InvalidField, TrainingError, one_line
 from flame_composer.folders import flush
 from flame_composer.sections import WandbConfig
 from flame_composer.train_config import RunPlan, TrainConfig
@@ -81,7 +82,8 @@ class JsonlLog(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
             last_step = state.timestamp.batch.value
-            missing = keep_rows(self.path, last_step=last_step)
+            with _writing(self.path):
+                missing = keep_rows(self.path, last_step=last_step)
             if missing:
                 log.warning("warning: %s: has no row of %s, which the checkpoint of step %d has behind it; what was lost "
                             "stays missing, and the run goes on", self.path, _ranges(missing), last_step)
@@ -103,7 +105,8 @@ class JsonlLog(Callback):
         if self.eval_missing:
             self.eval_missing = False
             if dist.get_global_rank() == 0:
-                keep_rows(self.path, last_step=state.timestamp.batch.value, evaluation=self.last_evaluation)
+                with _writing(self.path):
+                    keep_rows(self.path, last_step=state.timestamp.batch.value, evaluation=self.last_evaluation)
         elif state.timestamp.batch.value > 0:
             self._evaluation = self.last_evaluation
         else:
@@ -143,7 +146,7 @@ class JsonlLog(Callback):
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
         if self.streams is not None:
             row["streams"] = self.streams
-        with self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.print_every and (row["current_steps"] % self.print_every == 0 or {"eval_loss", "tasks"} & set(row)):
             print(describe(row), flush=True)
@@ -158,6 +161,15 @@ class JsonlLog(Callback):
             **{f"{name}_initial": value for name, value in self.initial_evaluation.items()},
             **self.last_evaluation,
         }
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise TrainingError, with the file's name, if it cannot be written. The next start drops a row that was cut short."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror}; when that is mended, {GOES_ON}") from None
 
 
 def build_log(
@@ -289,7 +301,8 @@ def announce(
     if state.timestamp < state.max_duration:
         start = {"step": state.timestamp.batch.value, "resumed_from": resumed_from, "devices": dist.get_world_size(),
                  "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-        with (log_folder / "starts.jsonl").open("a", encoding="utf-8") as starts:
+        path = log_folder / "starts.jsonl"
+        with _writing(path), path.open("a", encoding="utf-8") as starts:
             starts.write(json.dumps(start) + "\n")
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {state.device.name}, "

@@ -197,6 +197,8 @@ class RayConfig:
 class CleanConfig(ScriptConfig):
     """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web; section=null leaves a step out."""
 
+    goes_on = True
+
     source: list[str] = MISSING
     """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet; with `split`, Hugging Face
     datasets by id or folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
@@ -14,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig, TrainingError
+from flame_composer import processes
+from flame_composer.config import GOES_ON, ConfigError, DataError, InvalidField, ScriptConfig, TrainingError
 from flame_composer.fields import fields_of, nearest
 from flame_composer.loading import C, explain, load
 
 PASSWORD = r"(://[^/@:\s]*:)[^/@\s]+@"  # in an address; it would end up in logs
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -56,14 +59,18 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         return 0
     config = None
     _told.clear()
-    signal.signal(signal.SIGTERM, _leave)
+    listen_to_signals()
+    processes.end_with_launcher()
     try:
         config = load(cls, argv)
         try:
             main(config)
-        except Exception:
+        except Exception as error:
             if _told:  # a library that was called from made another error of it: safetensors does
-                sys.exit(_told[0])
+                raise SystemExit(_told[0]) from None
+            if (outside := _from_outside(error)) is not None:
+                again = GOES_ON if cls.goes_on else "run the same command again"
+                raise TrainingError(f"{outside}; {again}") from None
             raise
     except (ConfigError, DataError, TrainingError) as error:
         message = explain(config, error) if config is not None and isinstance(error, InvalidField) else str(error)
@@ -82,25 +89,57 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
             time.sleep(SECONDS_BEHIND)
         return EXIT_CONFIG
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+        kept = "; what was finished is kept, and the same command goes on from there" if cls.goes_on else ""
+        print(f"interrupted{kept}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    finally:
+        # The status is settled. By default, SIGTERM would end the process with another one while Python clears up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
+
+
+def _from_outside(error: Exception) -> str | None:
+    """One line for what comes of the machine and not of the program: a disk that is full, a process that was killed.
+
+    The error that says so may have made another one while it was on its way, as one within `torch.save` does.
+    """
+    if isinstance(error, ConfigError | DataError | TrainingError):
+        return None
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in DISK_ERRORS:
+            file = f"{found.filename}: " if found.filename else ""
+            return f"{file}a disk cannot be written: {found.strerror}"
+        if "PytorchStreamWriter failed writing file" in str(found):
+            return "a checkpoint cannot be written; is the disk full?"
+        if (loss := processes.loss_of(found)) is not None:
+            return loss
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return None
 
 
 def listen_to_signals() -> None:
     """Take SIGTERM and Ctrl-C back from Composer, which sets handlers of its own when it is imported: theirs end a process in
     which ours would go on, or know why an error came."""
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
 
 
-_told: list[int] = []  # the status to leave with, once a signal came
+_told: list[int] = []  # the signals that came; the first decides the status to leave with
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    """Ends the process as an exception does, with whatever it has open closed; status 143 for SIGTERM."""
+    """Ends the process as an exception does, with whatever it has open closed; status 143 for SIGTERM, 130 for Ctrl-C.
+
+    More signals do not disturb it in that, as a launcher and a cluster each send some; but a second Ctrl-C ends it at once.
+    """
     _told.append(128 + number)
-    sys.exit(_told[0])
+    if _told.count(EXIT_INTERRUPTED) > 1:
+        os._exit(_told[0])
+    if len(_told) == 1:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(_told[0])
 
 
 def help_text(cls: type[ScriptConfig], script: str) -> str:

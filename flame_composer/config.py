@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+GOES_ON = "the same command goes on from what was saved last"
+
 
 class ConfigError(ValueError):
     """A mistake in what the user asked for: one line with the place, the rule and the remedy. Exit status 2."""
@@ -93,6 +95,8 @@ class ScriptConfig:
 
     # The list that leading arguments without a key fill, in place of a YAML file.
     positional = ""
+    # Whether a script that was stopped goes on where it was when the same command is given again.
+    goes_on = False
     # By the names that others give its keys, what is said to those who use them (other_names.py).
     elsewhere: Mapping[str, str] = MappingProxyType({})
     # As YAML, with interpolations resolved but those of the environment: safe to log and save.

@@ -62,6 +62,7 @@ class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
 
     elsewhere = other_names.CONVERSION
+    goes_on = True
 
     source: list[str] = MISSING
     """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet, also as URLs

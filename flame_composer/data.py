@@ -27,6 +27,7 @@ from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture
 from flame_composer.model import IGNORE
+from flame_composer.processes import end_with_parent
 from flame_composer.rows import Rows
 from flame_composer.sections import DataConfig, EvalDataConfig
 from flame_composer.tokenizer import fingerprint
@@ -212,16 +213,17 @@ def follow_parent(_worker_id: int) -> None:
     # When it has been told to end, upstream's threads would have it wait until the training process loses patience: 5 s.
     multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        threading.Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        heard = signal.sigtimedwait({signal.SIGTERM}, 1)
-        if heard is not None and heard.si_pid == parent:
-            break
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
     os._exit(0)
 
 

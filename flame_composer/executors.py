@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +27,7 @@ from flame_composer.clean_config import CleanConfig
 from flame_composer.cleaning import EXACT_HASHES, FINDINGS, MAX_TASKS, Stage, build_stages, counts_path
 from flame_composer.config import ConfigError, DataError
 from flame_composer.parts import PartsFolder, publish_file, read_json
+from flame_composer.processes import end_with_parent
 from flame_composer.shards import explained
 
 JOBS = "slurm_jobs.json"
@@ -141,7 +141,7 @@ def run_local(
             yield rank
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flame_composer.cleaning"])
+    context.set_forkserver_preload(["flame_composer.fork_server", "flame_composer.cleaning"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(num_workers, context, start_process, (log,))
     try:
@@ -162,15 +162,8 @@ def run_local(
 
 def start_process(log: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent()
     sys.stderr = log.open("a", buffering=1)
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def run_task(executor: LocalPipelineExecutor, rank: int, out: str) -> None:

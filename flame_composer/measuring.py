@@ -25,8 +25,9 @@ from typing import Any
 from tqdm import tqdm
 
 from flame_composer.config import ConfigError, DataError
+from flame_composer.processes import when_parent_ends
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 # Figures
@@ -122,10 +123,9 @@ def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({}
 
 def run_and_count() -> None:
     """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage` holds of it."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever is left behind becomes a child of this process
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever is left behind becomes a child of this process
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # nobody waits for what is measured if the benchmark was killed
+    when_parent_ends(signal.SIGTERM)  # nobody waits for what is measured if the benchmark was killed
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])
     _, code, usage = os.wait4(process.pid, 0)

@@ -7,19 +7,23 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from composer import Trainer
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 from filelock import FileLock, Timeout
 
+from flame_composer import processes
 from flame_composer.checkpoint import SaveCheckpoints
 from flame_composer.config import ConfigError
 
+WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # what a rank may be asked, by what counts for more
 LOCK_SECONDS = 60  # how long a run waits for its predecessor, which may still be saving
 
 
@@ -30,8 +34,9 @@ class Preempted(SystemExit):
 class Preemption(Callback):
     """At SIGTERM or Ctrl-C: the batch in hand finishes, a checkpoint of it is saved, evaluation is left for the restart.
 
-    The signal may come to one rank only, and to each several times. A second Ctrl-C ends the process at once. Composer's
-    own handler exits where it stands, with all that was computed since the last checkpoint.
+    The signal may come to one rank only, and to each several times; what comes first decides the status. A second Ctrl-C
+    ends the process at once. Composer's own handler exits where it stands, with all that was computed since the last
+    checkpoint.
     """
 
     def __init__(self, saver: SaveCheckpoints | None):
@@ -40,6 +45,7 @@ class Preemption(Callback):
         self.asked = 0  # by a signal to this process: the exit status to end with
         self.status = 0  # the same, agreed on by all ranks
         self._interrupts = 0
+        self._over = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._hear)
 
@@ -47,23 +53,42 @@ class Preemption(Callback):
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             os._exit(128 + signal.SIGINT)
-        if not self.asked and dist.get_global_rank() == 0:
+        if self.asked or self._over:
+            return
+        if dist.get_global_rank() == 0:
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"{signal.Signals(number).name}: finishing the batch in hand and saving it{again}\n".encode())
         # Of an evaluation that ends before its first batch.
         warnings.filterwarnings("ignore", "No batches were evaluated", UserWarning)
         warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
-        self.asked = max(self.asked, 128 + number)
+        self.asked = 128 + number
+        processes.outlive_launcher()
+
+    @contextmanager
+    def running(self, trainer: Trainer) -> Iterator[None]:
+        """In the body of this context a signal is an order to stop; after it the process is ending anyway. Closes `trainer`.
+
+        After an error, which the other ranks may not share, the trainer does not wait for them, as it would otherwise.
+        """
+        close = trainer.close
+        try:
+            yield
+        except Exception:
+            close = trainer.engine.close
+            raise
+        finally:
+            self._over = True
+            close()
 
     def agree(self, state: State) -> None:
-        """Every rank comes to know what any of them was asked."""
+        """Every rank comes to know what any of them was asked. Ctrl-C counts for more: the launcher sends SIGTERM after it."""
         if dist.get_world_size() == 1:
             self.status = self.asked
             return
-        status = state.device.tensor_to_device(torch.tensor([self.asked]))
-        dist.all_reduce(status, reduce_operation="MAX")
-        self.status = int(status.item())
+        weight = state.device.tensor_to_device(torch.tensor([WEIGHTS.index(self.asked)]))
+        dist.all_reduce(weight, reduce_operation="MAX")
+        self.status = WEIGHTS[int(weight.item())]
 
     def until_asked(self, batches: Any) -> UntilAsked:
         return UntilAsked(self, batches)
@@ -77,6 +102,7 @@ class Preemption(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self.agree(state)  # an evaluation may have been cut short
         if self.status:
+            processes.outlive_launcher()  # it may be another rank that heard the signal
             if self.saver is not None:
                 self.saver.save(state)
             self._stop(state)

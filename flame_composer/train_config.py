@@ -55,6 +55,7 @@ class TrainConfig(ScriptConfig):
     """Train a causal language model on a streamed dataset."""
 
     elsewhere = other_names.TRAINING
+    goes_on = True
     run_name: str = MISSING
     """Name of the run: its folder under runs/, its W&B id, and what autoresume looks for."""
     seed: int = 42

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from flame_composer.config import ConfigError, DataError
 from flame_composer.encoder import build_fast_encoder, require_installed
 from flame_composer.manifest import HF
+from flame_composer.processes import end_with_parent
 from flame_composer.shards import DatasetWriter, unit_name
 from flame_composer.tokenizer import BareTokenizer, Encoder, build_encoder
 from flame_composer.units import EncoderMismatch, convert_unit
@@ -27,7 +28,10 @@ from flame_composer.units import EncoderMismatch, convert_unit
 OnProgress = Callable[[int, int, int], None]
 
 # Imported once, in the process that workers come from: nothing of the seconds that transformers, streaming or torch take.
-PRELOADED = ["flame_composer.cli", "flame_composer.convert_config", "flame_composer.workers", "gigatoken", "tokenizers", "tqdm"]
+PRELOADED = [
+    "flame_composer.fork_server", "flame_composer.cli", "flame_composer.convert_config", "flame_composer.workers",
+    "gigatoken", "tokenizers", "tqdm",
+]  # fmt: skip
 MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
 MAX_INPUT = 4 << 30  # input bytes a worker converts before it does the same
 SMALL_INPUT = 4 << 20  # bytes of a unit that is not worth the start of a process
@@ -261,18 +265,10 @@ _worker: dict[str, Any] = {}
 
 def _start(conversion: Conversion, counts: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent()
     # One core each; read when the encoder starts its first thread.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     _worker.update(conversion=conversion, counts=counts)
-
-
-def _follow_parent() -> None:
-    """A worker whose parent was killed would wait for its next unit for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _convert(datasets: Sequence[DatasetWriter], number: int) -> tuple[str | None, int]:

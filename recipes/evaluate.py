@@ -7,7 +7,7 @@
 import json
 import sys
 
-from flame_composer.cli import run
+from flame_composer.cli import listen_to_signals, run
 from flame_composer.recipe_config import EvaluateConfig
 from flame_composer.sections import ParallelismConfig
 
@@ -23,6 +23,7 @@ def main(config: EvaluateConfig) -> None:
     from flame_composer.parallelism import check_devices
     from flame_composer.tokenizer import token_bytes
 
+    listen_to_signals()  # which Composer has taken
     check_devices(ParallelismConfig(), precision=config.precision)
     if config.plot:
         require_plot(config.plot)

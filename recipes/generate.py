@@ -42,6 +42,7 @@ def main(config: GenerateConfig) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if config.prompt is None and not prompts:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may come as often as an answer is too long
         for prompt in asked():
             try:
                 show(prompt)

@@ -6,10 +6,14 @@ Runs the commands a user would type, each shown before it runs. Started again, i
 """
 
 import json
+import signal
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
+
+from flame_composer.processes import when_parent_ends
 
 DATA, RUN = Path("data/quickstart"), Path("runs/gla_tiny")
 
@@ -55,14 +59,21 @@ def write_corpus(path: Path) -> None:
 
 
 def step(*command: str) -> dict:
-    """Run a script of this package, and return what its last line says where that is JSON."""
+    """Run a script of this package, and return what its last line says where that is JSON.
+
+    It is told to end when this process ends, and ends as it does at Ctrl-C.
+    """
     print("\n$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
     last = ""
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+    told = partial(when_parent_ends, signal.SIGTERM)
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=told) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                last = line
+        except KeyboardInterrupt:  # which the script has heard, too
+            sys.exit(128 + signal.SIGINT)
     if process.returncode:
         sys.exit(process.returncode)
     return json.loads(last) if last.startswith("{") else {}

@@ -6,10 +6,9 @@
 
 import json
 import sys
-from contextlib import closing
 from pathlib import Path
 
-from flame_composer.cli import run
+from flame_composer.cli import listen_to_signals, run
 from flame_composer.train_config import TrainConfig
 
 
@@ -23,6 +22,7 @@ def main(config: TrainConfig) -> None:
     from flame_composer.preemption import Preemption, lock_run
     from flame_composer.tokenizer import load_tokenizer
 
+    listen_to_signals()  # which Composer has taken
     # What can be wrong is found out first: before processes meet, data is read or a model takes memory.
     parallelism.check_devices(config.parallelism, precision=config.precision)
     model.check_microbatch_size(config.microbatch_size)
@@ -84,7 +84,7 @@ def main(config: TrainConfig) -> None:
         load_exclude_algorithms=checkpoint.NEVER_EVALUATED,
         progress_bar=show_bar,
     )
-    with closing(trainer), watch.explained_memory(config):
+    with stop.running(trainer), watch.explained_memory(config):
         callbacks.announce(trainer, config.resolved_yaml, log_folder, save_folder, resumed_from=start and start.place)
         lock = lock or lock_run(log_folder, seconds=0)
         step = trainer.state.timestamp.batch.value

@@ -91,6 +91,9 @@ DEFINITIONS = (
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_nothing_runs_at_import_time(path):
+    """Except in a fork server, which runs no other code of ours than the modules it preloads."""
+    if path.stem == "fork_server":
+        return
     for node in TREES[path].body:
         assert isinstance(node, DEFINITIONS) or is_docstring(node) or is_type_checking(node), f"line {node.lineno}"
 

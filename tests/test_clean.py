@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupSignature
@@ -380,6 +382,24 @@ def test_killed_and_started_again(corpus: Corpus, tmp_path: Path) -> None:
     assert again.stdout.startswith(f"{out}: already finished, nothing to do\n")
     assert json.loads(again.stdout.splitlines()[-1]) == corpus.result
     assert files_under(out) == before
+
+
+def test_workers_that_are_stopped_end_with_the_process_in_charge(corpus: Corpus, tmp_path: Path) -> None:
+    script = Script("convert/clean.py", f"source={corpus.source}", f"out={tmp_path / 'out'}", *KEYS, "num_workers=2")
+    pid, started = script.process.pid, []
+    assert pid is not None
+    while len(started) < 3:  # a fork server and two workers
+        assert script.process.is_alive(), script.read("err")
+        children = psutil.Process(pid).children(recursive=True)
+        started = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
+    os.killpg(pid, signal.SIGSTOP)
+    script.process.kill()
+    script.process.join(timeout=30)
+    try:
+        assert psutil.wait_procs(started, timeout=10)[1] == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGCONT)  # Python's own resource tracker, unless it has ended already
 
 
 def test_a_source_that_was_mended_is_read_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -672,3 +673,29 @@ def test_damage_met_by_a_loader_process_is_one_line(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
     assert run(main, GenerateConfig) == 1
     assert capfd.readouterr() == ("", f"error: {os.getpid()}: damaged shard; restore it\n")
+
+
+def test_what_the_machine_did_is_found_under_what_came_of_it(monkeypatch):
+    """As within `torch.save`, which makes an error of its own when it is left by another; but not under an answer of ours."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def chained(first: Exception, second: Exception, *, hide: bool = False) -> Exception:
+        try:
+            try:
+                raise first
+            except Exception:
+                if hide:
+                    raise second from None
+                raise second  # noqa: B904
+        except Exception as error:
+            return error
+
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    torso = RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 768 vs 662")
+    loss = "a loader process was killed by signal: Killed (short of memory? give fewer num_workers)"
+    assert cli._from_outside(chained(killed, torso)) == loss
+    assert cli._from_outside(chained(full, torso)) == "/data/x: a disk cannot be written: No space left on device"
+    assert cli._from_outside(chained(full, torso, hide=True)) is None
+    assert cli._from_outside(chained(full, ConfigError("out: cannot be written to"))) is None
+    assert cli._from_outside(torso) is None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +82,176 @@ def test_sigterm_to_the_launcher_stops_both_processes_after_a_checkpoint(
     corpus.train_run(run)
     assert [row["current_steps"] for row in read_log(run)] == list(range(1, 41))
     assert [row["batch_hash"] for row in read_log(run)] == [row["batch_hash"] for row in read_log(undisturbed)]
+
+
+# Whoever is killed
+
+
+class Launched:
+    """`composer -n 2` with a loader process or two for each rank, in a session of its own: none of it must be left."""
+
+    def __init__(self, keys: list[str], output: Path):
+        self.output = output
+        with output.open("w") as out:
+            self.launcher = subprocess.Popen(
+                [COMPOSER, "-n", "2", "recipes/train.py", *keys], cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self.launcher.pid
+
+    def ranks(self) -> list[psutil.Process]:
+        """In their order; empty until both are there."""
+        if self.launcher.poll() is not None:
+            return []
+        found = []
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just begun, or ended
+                if "RANK" in child.environ():
+                    found.append((int(child.environ()["RANK"]), child))
+        return [child for _, child in sorted(found)] if len(found) == 2 else []
+
+    def loaders(self) -> list[psutil.Process]:
+        return [child for rank in self.ranks() for child in rank.children() if "pt_data_worker" in child.name()]
+
+    def left(self) -> list[psutil.Process]:
+        """What lives of its session."""
+        found = []
+        for process in psutil.process_iter(["status"]):
+            try:
+                if os.getsid(process.pid) == self.pid and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except ProcessLookupError:
+                continue
+        return found
+
+    def wait(self) -> int:
+        """The launcher's status, when nothing is left of it all: within a minute."""
+        end = time.monotonic() + 60
+        status = self.launcher.wait(timeout=60)
+        while left := self.left():
+            assert time.monotonic() < end, [process.cmdline()[:4] for process in left] + [self.output.read_text()]
+            time.sleep(0.05)
+        return status
+
+    def errors(self) -> list[str]:
+        """The error lines of both ranks: one from each, at most."""
+        text = self.output.read_text()
+        assert "Traceback" not in text, text
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(errors) <= 2, text
+        return errors
+
+
+@pytest.fixture(scope="module")
+def sixty_steps(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of a run that nothing disturbed, and the seconds to its first step."""
+    run = tmp_path_factory.mktemp("runs") / "sixty_steps"
+    since = time.monotonic()
+    launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
+    wait_for_step(run, 1, lambda: launched.launcher.poll() is None)
+    seconds = time.monotonic() - since
+    assert launched.launcher.wait() == 0, launched.output.read_text()
+    return run, seconds
+
+
+def num_rows(run: Path) -> int:
+    log = run / "train_log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def sixty(corpus: Corpus, run: Path) -> list[str]:
+    return corpus.keys(run, "max_duration=60ba", "save_interval=2ba", "train_data.num_workers=2")
+
+
+@faults
+@pytest.mark.timeout(3600)
+def test_30_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tmp_path: Path) -> None:
+    """The launcher, either rank or a loader process, at any instant from the start on; nothing is left, and it goes on."""
+    whole, seconds = sixty_steps
+    run, choose = tmp_path / "killed", random.Random(30)
+    for number in range(30):
+        steps = num_rows(run)
+        launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
+        while not (ranks := launched.ranks()):
+            time.sleep(0.01)
+        victim = ("launcher", "rank 0", "rank 1", "loader process")[number % 4]
+        if choose.random() < 0.4 and victim != "loader process":
+            end = time.monotonic() + choose.random() * seconds
+            while time.monotonic() < end and num_rows(run) <= steps:
+                time.sleep(0.01)
+        else:
+            wait_for_step(run, steps + 1, lambda: launched.launcher.poll() is None)  # noqa: B023
+            time.sleep(choose.random() * 0.1)
+        if victim == "loader process":
+            choose.choice(launched.loaders()).kill()
+        else:
+            {"launcher": launched.launcher, "rank 0": ranks[0], "rank 1": ranks[1]}[victim].kill()
+        since = time.monotonic()
+        status = launched.wait()
+        print(f"{number}: {victim} at step {num_rows(run)}: status {status}, {time.monotonic() - since:.1f} s",
+              *launched.errors(), sep="\n    ", flush=True)  # fmt: skip
+        assert status != 0, launched.output.read_text()
+    launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
+    assert launched.launcher.wait(timeout=300) == 0, launched.output.read_text()
+    assert_same_run(run, whole)
+
+
+@faults
+def test_a_launcher_that_is_killed_a_peer_and_a_loader_process(corpus: Corpus, tmp_path: Path) -> None:
+    """What is said, and the status, in the middle of a run."""
+    run = tmp_path / "run"
+    goes_on = "; the same command goes on from what was saved last"
+
+    def started() -> Launched:
+        steps = num_rows(run)
+        launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
+        wait_for_step(run, steps + 1, lambda: launched.launcher.poll() is None)
+        return launched
+
+    launched = started()
+    launched.launcher.kill()
+    assert launched.wait() == -signal.SIGKILL
+    assert launched.errors() == []
+
+    launched = started()
+    os.killpg(launched.pid, signal.SIGSTOP)
+    time.sleep(0.5)
+    launched.launcher.kill()
+    launched.launcher.wait()
+    end = time.monotonic() + 20
+    while any("resource_tracker" not in " ".join(process.cmdline()) for process in launched.left()):
+        assert time.monotonic() < end, "who was stopped lives on"
+        time.sleep(0.05)
+    os.killpg(launched.pid, signal.SIGCONT)  # Python's own resource trackers, which then clear up and end
+    assert launched.wait() == -signal.SIGKILL
+
+    launched = started()
+    launched.ranks()[1].kill()
+    assert launched.wait() == 1
+    (line,) = launched.errors()
+    assert line.startswith("error: rank 0: another rank has ended, or cannot be reached (")
+    assert line.endswith(goes_on)
+
+    launched = started()
+    launched.loaders()[0].kill()  # of the first rank
+    assert launched.wait() == 1
+    loss = "a loader process was killed by signal: Killed (short of memory? give fewer num_workers)"
+    assert launched.errors()[0] == f"error: rank 0: {loss}{goes_on}"
+
+
+@faults
+def test_ctrl_c_at_the_launcher(corpus: Corpus, tmp_path: Path) -> None:
+    """A terminal sends it to launcher, ranks and loader processes; the launcher sends SIGTERM to its ranks then."""
+    run = tmp_path / "interrupted"
+    launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
+    wait_for_step(run, 12, lambda: launched.launcher.poll() is None)
+    os.killpg(launched.pid, signal.SIGINT)
+    assert launched.wait() == 130, launched.output.read_text()
+    assert "\nerror: " not in launched.output.read_text()
+    assert (run / f"checkpoints/ba{len(read_log(run))}.pt").is_file()
 
 
 # Slurm

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -17,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flame_composer.config import ConfigError
 from flame_composer.preemption import Preempted, lock_run
 from tests.conftest import make_run
-from tests.runs import Corpus, Script, check, read_log
+from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log
 from tests.test_resume import assert_same_run
 
 
@@ -153,3 +161,126 @@ def test_a_run_that_another_process_keeps(tmp_path: Path) -> None:
     assert lock is not None
     assert lock.is_locked
     lock.release()
+
+
+def error_lines(process: Any) -> list[str]:
+    """All that a process has to say; a traceback would be more than one line."""
+    assert "Traceback" not in process.stderr, process.stderr
+    return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+
+
+def loader_processes(script: Script) -> list[psutil.Process]:
+    return [each for each in psutil.Process(script.process.pid).children() if "pt_data_worker" in each.name()]
+
+
+def test_ranks_and_loader_processes_that_are_killed(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    """Each is one line of each rank that is left, at once, and the same command goes on."""
+    run = tmp_path / "lost"
+    keys = corpus.keys(run, "train_data.num_workers=1")
+    for step, victim in ((3, "a rank"), (9, "a loader process")):
+        ranks = Ranks(2, *keys)
+        corpus.wait_for_step(ranks.scripts[0], run, step)
+        first, second = ranks.scripts
+        (loader,) = loader_processes(first)
+        loaders = [loader, *loader_processes(second)]
+        (second.process if victim == "a rank" else loader).kill()
+        since = time.monotonic()
+        ended = [script.wait() for script in ranks.scripts]
+        assert time.monotonic() - since < 30, "it waits for somebody who is gone"
+        assert psutil.wait_procs(loaders, timeout=10)[1] == []
+        goes_on = "; the same command goes on from what was saved last"
+        lost = r"error: rank \d: another rank has ended, or cannot be reached \(.*Connection .*\)" + goes_on
+        if victim == "a rank":
+            assert [process.returncode for process in ended] == [1, -signal.SIGKILL]
+        else:
+            assert [process.returncode for process in ended] == [1, 1]
+            loss = "a loader process was killed by signal: Killed (short of memory? give fewer num_workers)"
+            assert error_lines(ended[0]) == [f"error: rank 0: {loss}{goes_on}"]
+        (line,) = error_lines(ended[0 if victim == "a rank" else 1])
+        assert re.fullmatch(lost, line), line
+    corpus.train_run(run)
+    assert [row["current_steps"] for row in read_log(run)] == list(range(1, 41))
+    assert [row["batch_hash"] for row in read_log(run)] == [row["batch_hash"] for row in read_log(undisturbed)]
+
+
+def test_ctrl_c_counts_for_more_than_the_sigterm_after_it(corpus: Corpus, tmp_path: Path) -> None:
+    """A terminal sends the one to the whole group, and the launcher, which has it, too, the other to its ranks."""
+    run = tmp_path / "interrupted"
+    ranks = Ranks(2, *corpus.keys(run))
+    corpus.wait_for_step(ranks.scripts[0], run, 3)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for script in ranks.scripts:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(script.process.pid, number)
+        time.sleep(0.05)
+    ended = [script.wait() for script in ranks.scripts]
+    assert [process.returncode for process in ended] == [130, 130]
+    assert ended[0].stderr.count("\n") == 2, ended[0].stderr
+    assert (run / f"checkpoints/ba{len(read_log(run))}.pt").is_file()
+
+
+@pytest.mark.faults
+@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes half a minute: make test-faults")
+def test_more_sigterms_than_anybody_needs(corpus: Corpus, tmp_path: Path) -> None:
+    """Also while Python clears up, when its own handlers are gone: a real process, not a forked one."""
+    run = tmp_path / "stopped"
+    command = [sys.executable, "recipes/train.py", *corpus.keys(run, "train_data.num_workers=2")]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while not (run / "train_log.jsonl").exists() or not (run / "train_log.jsonl").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.005)
+        _, err = process.communicate()
+    assert process.returncode == 143, err
+    step = len(read_log(run))
+    newest = run / f"checkpoints/ba{step}.pt"
+    assert newest.is_file()
+    assert err.splitlines()[-2:] == [
+        "SIGTERM: finishing the batch in hand and saving it",
+        f"stopped after step {step}; saved {newest}; the same command goes on from there",
+    ], err
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes root to mount")
+def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    """Under the log folder, while a row is written, or under the checkpoints: one line, and with room the command goes on."""
+    run, saved = tmp_path / "full", tmp_path / "checkpoints"
+    keys = corpus.keys(run, f"save_folder={saved}")
+    with small_disk(run, "64k"):
+        filler = run / "filler"
+        filler.write_bytes(bytes(48 << 10))  # the configuration, two small files and some rows have room beside it
+        ended = Script("recipes/train.py", *keys).wait()
+        assert ended.returncode == 1
+        (line,) = error_lines(ended)
+        assert line == (
+            f"error: {run}/train_log.jsonl: cannot be written: No space left on device; when that is mended, "
+            "the same command goes on from what was saved last"
+        )
+        assert 5 < (run / "train_log.jsonl").read_text().count("\n") < 40
+        filler.unlink()
+        shutil.move(saved, tmp_path / "elsewhere")
+        with small_disk(saved, "1m"):
+            ended = Script("recipes/train.py", *keys).wait()
+            assert ended.returncode == 1
+            (line,) = error_lines(ended)
+            said = r"error: .*(No space left on device|is the disk full\?); the same command goes on from what was saved last"
+            assert re.fullmatch(said, line), line
+            assert not list(saved.glob("ba*"))
+        saved.rmdir()
+        shutil.move(tmp_path / "elsewhere", saved)
+        check(Script("recipes/train.py", *keys).wait())
+        assert read_log(run) == read_log(undisturbed)

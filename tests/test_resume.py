@@ -22,7 +22,7 @@ LLAMA = {
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "ba40.pt", weights_only=False)["state"]["model"]
+    return torch.load(run / "checkpoints" / f"ba{len(read_log(run))}.pt", weights_only=False)["state"]["model"]
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -264,6 +264,44 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(folder):
     finish(folder, "interrupted")
 
 
+def test_sigterm_again_and_again_is_one_status(folder):
+    """Until the process has ended, while Python clears up, too."""
+    process = start(folder, "terminated", 2)
+    units = folder / "terminated" / "train" / "units"
+    wait_until(lambda: units.exists() and any(units.iterdir()))
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (143, "", "")
+    wait_until(lambda: not list(processes(process.pid)))
+    finish(folder, "terminated")
+
+
+def test_workers_that_are_stopped_end_with_the_process_in_charge(folder):
+    """SIGSTOP to all, then SIGKILL to one: who is stopped cannot look after itself."""
+    process = start(folder, "stopped", 2)
+    units = folder / "stopped" / "train" / "units"
+    wait_until(lambda: units.exists() and any(units.iterdir()) and workers_of(process.pid))
+    os.killpg(process.pid, signal.SIGSTOP)
+    process.kill()
+    process.wait(timeout=30)
+    try:
+        # Python's own resource tracker is nobody's to end; continued, it clears up and ends.
+        wait_until(lambda: all("resource_tracker" in command_of(pid) for pid, _ in processes(process.pid)), 10)
+    finally:
+        for pid, _ in processes(process.pid):
+            os.kill(pid, signal.SIGCONT)
+    process.communicate(timeout=30)
+    wait_until(lambda: not list(processes(process.pid)))
+    finish(folder, "stopped")
+
+
+def command_of(pid: int) -> str:
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_text() if path.exists() else "resource_tracker, which has just ended"
+
+
 def finish(folder: Path, name: str) -> None:
     process = start(folder, name, 2)
     _, err = process.communicate(timeout=60)
