@@ -222,8 +222,8 @@ def nothing(folder: Path) -> None:
 BAD_INPUT = {
     "missing source": (nothing, ["source=nowhere"], 2, "source: nowhere: no such file or folder"),
     "empty source": (lambda f: (f / "none").mkdir(), ["source=none"], 2, "source: none: this folder holds no file ending in "
-                     ".jsonl, .json-lines, .ndjson, .parquet, .txt (or compressed, .gz, .zst, .bz2, .xz); name "
-                     "the endings to take with suffixes=[...]"),
+                     ".jsonl, .json-lines, .ndjson, .parquet, .txt (or compressed, .gz, .gzip, .zst, .zstd, .bz2, "
+                     ".xz); name the endings to take with suffixes=[...]"),
     "no match": (nothing, ["source=source/*.csv"], 2, "source: source/*.csv: no file matches this pattern"),
     "malformed line": (bad_json, [], 1, "source/a.jsonl:2: not valid JSON: Expecting value at column 10; mend or remove "
                        "the line"),

@@ -13,7 +13,8 @@ import pytest
 from flame_composer import s3 as s3_module
 from flame_composer import storage, workers
 from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files, read_documents, slice_files
+from flame_composer.corpus import find_files, slice_files
+from flame_composer.documents import read_documents
 from flame_composer.manifest import read_manifest
 from flame_composer.shards import DatasetWriter
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
