@@ -38,7 +38,8 @@ class TokenizerTrainConfig(ScriptConfig):
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt, and those compressed. Other endings are plain text, one document a file."""
+    .ndjson, .parquet and .txt, and those compressed. Of other endings, .json is JSON lines, Parquet and compressed files are
+    told by their first bytes, and the rest is plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     max_line_bytes: int = 268435456
@@ -84,7 +85,8 @@ class ConvertConfig(ScriptConfig):
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt, and those compressed. Other endings are plain text, one document a file."""
+    .ndjson, .parquet and .txt, and those compressed. Of other endings, .json is JSON lines, Parquet and compressed files are
+    told by their first bytes, and the rest is plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     max_line_bytes: int = 268435456

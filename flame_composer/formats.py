@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from flame_composer import storage
@@ -65,10 +65,14 @@ class Name(NamedTuple):
     compression: Compression | None
 
 
+def _endings(path: str) -> tuple[str, str]:
+    stem, suffix = os.path.splitext(path.lower())
+    return suffix, os.path.splitext(stem)[1]
+
+
 def by_name(path: str) -> Name:
     """Return what the name says. Raise ConfigError for archives and packed Parquet files, which cannot be read."""
-    name = Path(path)
-    suffix, inner = name.suffix.lower(), Path(name.stem).suffix.lower()
+    suffix, inner = _endings(path)
     if suffix in ARCHIVES or (suffix in COMPRESSIONS and inner in (".tar", ".parquet")):
         raise _unreadable_archive(path)
     compression = COMPRESSIONS.get(suffix)
@@ -82,8 +86,7 @@ def by_name(path: str) -> Name:
 
 def format_by_suffix(path: str) -> Format:
     """Return the format that a file's suffix alone names, with which earlier versions were content."""
-    name = Path(path)
-    suffix, inner = name.suffix.lower(), Path(name.stem).suffix.lower()
+    suffix, inner = _endings(path)
     if suffix not in (".gz", ".zst", ".bz2", ".xz"):
         return FORMATS.get(suffix, "text")
     return "jsonl" if inner == ".json" else FORMATS.get(inner, "text")

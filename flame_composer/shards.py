@@ -76,7 +76,7 @@ class Plan:
 def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
     """The files in order, grouped into work units of about `unit_size` bytes; large files are split.
 
-    Depends on the files' names and sizes alone, never on the number of workers.
+    Depends on the files alone (names, sizes, first bytes), never on the number of workers.
     """
     units: list[Unit] = []
     unit: list[Slice] = []
