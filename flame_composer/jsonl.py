@@ -43,21 +43,22 @@ def parse(line: bytes | bytearray) -> Any:
     try:
         return _parse_json(decoded)
     except json.JSONDecodeError as error:
+        if error.doc != decoded:
+            raise InvalidRecord(f"not valid JSON: {error.msg}, nested deep; mend or remove the line") from None
         raise InvalidRecord(f"not valid JSON: {error.msg} at column {error.colno}; mend or remove the line") from None
 
 
 def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except RecursionError:
-        try:
-            return _parse_nested(text)
-        except json.JSONDecodeError as error:
-            raise InvalidRecord(f"not valid JSON: {error.msg}, nested deep; mend or remove the line") from None
     except json.JSONDecodeError:
         raise
-    except ValueError:  # a whole number of too many digits for `int`
+    except (ValueError, RecursionError):  # a number of too many digits for `int`, or nested too deep
+        pass
+    try:
         return json.loads(text, parse_int=float)
+    except RecursionError:
+        return _parse_nested(text)
 
 
 def _parse_nested(text: str) -> Any:
@@ -76,7 +77,7 @@ def _parse_nested(text: str) -> Any:
             json.loads("".join(levels.pop()), parse_int=float)
             levels[-1].append("[]" if token == "]" else "{}")
     if len(levels) > 2:
-        raise json.JSONDecodeError("brackets are not closed", text, len(text))
+        raise json.JSONDecodeError("brackets are not closed", "", 0)
     return json.loads("".join(token for level in levels for token in level), parse_int=float)
 
 

@@ -38,9 +38,9 @@ def streams(suffix: str) -> tuple[bytes, dict[int, int]]:
 
 
 def number_of_texts(path: Path) -> int | str:
-    """The number, or what the error says of the file."""
+    """The number, or what the error says of the file; lines that are no JSON are left out."""
     try:
-        return len(texts_of(path))
+        return len(texts_of(path, on_damage=lambda _: None))
     except DataError as error:
         return re.sub(r"^\S+: damaged: .*; fetch the file again$", "damaged", str(error))
 
@@ -150,8 +150,7 @@ print(len(texts), *map(str, skipped), sep="\\n")
 """
 
 
-@pytest.mark.parametrize("suffix", ["", *COMPRESS])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize(("name", "suffix"), [*(("a.jsonl", end) for end in ("", *COMPRESS)), ("a.txt", ""), ("a.txt", ".gz")])
 def test_a_bomb_takes_little_memory(tmp_path, name, suffix):
     """A line of 300 MB, in a process that may have 1 GiB: with the libraries it has loaded, some 0.3 GiB for documents."""
     path = tmp_path / f"{name}{suffix}"
