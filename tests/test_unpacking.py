@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from flame_composer.config import DataError
+from flame_composer import hub
+from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import slice_file
 from flame_composer.documents import read_documents
 from tests.data_fixtures import words
@@ -99,6 +100,22 @@ def test_an_old_lzma_file_is_read_and_one_that_asks_for_too_much_memory_is_named
     for name in ("long.jsonl.zst", "asks.jsonl.xz"):
         with pytest.raises(DataError, match=rf"{name}: needs too much memory to be unpacked .*; pack it again with a smaller"):
             texts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_damage_to_a_later_stream_of_a_dataset(tmp_path, suffix, monkeypatch):
+    """The files of a Hugging Face dataset, which `datasets` reads."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data, _ = streams(suffix)
+    place = hub.address(str(tmp_path), None, "train")
+    path = tmp_path / f"train.jsonl{suffix}"
+    path.write_bytes(data)
+    assert [row["text"] for row in hub.read_shard(place, 0)] == ["a line"] * 7
+    second = data.rindex(data[:6])
+    for damaged in (data[:second] + b"x" + data[second + 1 :], b""):
+        path.write_bytes(damaged)
+        with pytest.raises((DataError, ConfigError), match=r"cannot be (read|opened)"):
+            list(hub.read_shard(place, 0))
 
 
 # Lines and files that are too long
