@@ -134,7 +134,7 @@ def _read_jsonl(
                 continue
             if start == 0:
                 line = line.removeprefix(UTF8_BOM)
-            if not line.isspace():
+            if line and not line.isspace():
                 try:
                     text = text_of(line, text_column)
                 except InvalidRecord as error:

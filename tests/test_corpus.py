@@ -152,6 +152,8 @@ def test_byte_order_marks_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
     assert texts_of(tmp_path / "a.jsonl") == ["first", "second"]
     assert texts_of(tmp_path / "a.txt") == ["first"]
+    (tmp_path / "empty.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert texts_of(tmp_path / "empty.jsonl") == []
 
 
 def test_plain_text_is_one_document_with_its_line_ends(tmp_path):
