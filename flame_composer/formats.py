@@ -157,7 +157,7 @@ def _shape(start: bytes) -> Literal["lines", "array", "object"] | None:
         return "array"
     first, newline, rest = text.partition(b"\n")
     if not text.startswith(b"{"):
-        return None
+        return "lines" if _is_certain(rest) else None  # of which the first is damaged
     if _is_object(first):
         return "lines"
     second = rest.lstrip().partition(b"\n")[0]
