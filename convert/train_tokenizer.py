@@ -15,7 +15,8 @@ from flame_composer import storage
 from flame_composer.cli import run
 from flame_composer.config import ConfigError, DataError
 from flame_composer.convert_config import TokenizerTrainConfig
-from flame_composer.corpus import find_files, sample_texts
+from flame_composer.corpus import find_files
+from flame_composer.documents import sample_texts
 
 SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", "max_bytes", "eos_token")
 
@@ -42,7 +43,7 @@ def main(config: TokenizerTrainConfig) -> None:
 
     def texts() -> Iterator[str]:
         nonlocal num_documents
-        sample = sample_texts(files, config.text_column, config.max_bytes, on_damage)
+        sample = sample_texts(files, config.text_column, config.max_bytes, on_damage, config.max_line_bytes)
         for text in tqdm(sample, unit=" documents", unit_scale=True, disable=None):
             num_documents += 1
             yield text

@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files, sample_texts
+from flame_composer.corpus import find_files
+from flame_composer.documents import sample_texts
 from flame_composer.manifest import read_manifest
 from flame_composer.measuring import Figure, Usage, interleaved, measure, median, ratio
 from flame_composer.recipe_config import (

@@ -45,7 +45,7 @@ from flame_composer.clean_config import (
     LanguageConfig,
 )
 from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import read_documents
+from flame_composer.documents import read_documents
 from flame_composer.fields import nearest
 from flame_composer.parts import DOCUMENTS, Counts, PartsFolder, PartWriter, publish_file, read_json, read_part
 
@@ -243,7 +243,8 @@ class Filter:
 
         for part in self.folder.units[rank]:
             shard = f"{part.start}:" if part.format == "dataset" else ""
-            for text, path, position in read_documents(part, self.config.text_column, skip):
+            documents = read_documents(part, self.config.text_column, skip, self.config.max_line_bytes)
+            for text, path, position in documents:
                 counts.documents += 1
                 counts.characters += len(text)
                 if text.strip():

@@ -38,9 +38,13 @@ class TokenizerTrainConfig(ScriptConfig):
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt, and those compressed. Other endings are plain text, one document a file."""
+    .ndjson, .parquet and .txt, and those compressed. Of other endings, .json is JSON lines, Parquet and compressed files are
+    told by their first bytes, and the rest is plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
+    max_line_bytes: int = 268435456
+    """Longest line of JSON, and longest plain-text file, that is read, bytes; a longer one counts as a document that cannot
+    be read."""
     min_frequency: int = 2
     """A pair must occur this often to be merged."""
     max_bytes: int | None = None
@@ -55,6 +59,7 @@ class TokenizerTrainConfig(ScriptConfig):
         require(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token")
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
+        require(self.max_line_bytes > 0, "max_line_bytes", "must be more than 0 bytes")
 
 
 @dataclass
@@ -81,9 +86,13 @@ class ConvertConfig(ScriptConfig):
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt, and those compressed. Other endings are plain text, one document a file."""
+    .ndjson, .parquet and .txt, and those compressed. Of other endings, .json is JSON lines, Parquet and compressed files are
+    told by their first bytes, and the rest is plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
+    max_line_bytes: int = 268435456
+    """Longest line of JSON, and longest plain-text file, that is read, bytes; a longer one counts as a document that cannot
+    be read."""
     add_bos: bool = False
     """Put the tokenizer's bos token before every document."""
     add_eos: bool = True
@@ -126,6 +135,7 @@ class ConvertConfig(ScriptConfig):
         require(smallest <= self.shard_size < 2**32, "shard_size",
                 f"must be at least {smallest} (one row) and less than {2**32} bytes")
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
+        require(self.max_line_bytes > 0, "max_line_bytes", "must be more than 0 bytes")
         for name in ("max_doc_length", "min_doc_length"):
             length = getattr(self, name)
             require(length is None or length > 0, name, "must be a positive number of tokens, or null")

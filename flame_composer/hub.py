@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from urllib.parse import parse_qs, urlencode
 
 from flame_composer.config import ConfigError, DataError, one_line
+from flame_composer.unpacking import BLOCK, Streams
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -36,10 +38,22 @@ def open_dataset(path: str) -> IterableDataset:
     if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ConfigError(f"source: {source}: no such folder; with split=... it must be one, or a Hugging Face dataset id")
     disable_progress_bars()
+    _check_every_stream()
     try:
         return load_dataset(source, settings.get("name"), split=settings["split"], streaming=True)
     except Exception as error:  # whatever a dataset, the hub or the network makes of it
         raise ConfigError(f"source: {source}: cannot be opened as a dataset: {one_line(error)}") from None
+
+
+def _check_every_stream() -> None:
+    """Have fsspec, through which `datasets` reads, unpack bz2 and xz with the reader that passes over no damage."""
+    from fsspec.compression import register_compression
+
+    def opener(compression: Literal["bz2", "xz"]) -> Callable[..., BinaryIO]:
+        return lambda file, **_: cast(BinaryIO, io.BufferedReader(Streams(file, compression), BLOCK))
+
+    register_compression("bz2", opener("bz2"), "bz2", force=True)
+    register_compression("xz", opener("xz"), "xz", force=True)
 
 
 def read_shard(path: str, shard: int) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from flame_composer.config import ConfigError, DataError
+from flame_composer.documents import MAX_LINE_BYTES
+from flame_composer.formats import format_by_suffix
 from flame_composer.manifest import Unit, dump_json
 
 FORMAT = "flame_composer cleaned documents"
@@ -212,7 +214,8 @@ class PartsFolder:
         return content
 
     def _refuse_difference(self, there: dict[str, Any], here: dict[str, Any]) -> None:
-        shown = [f"{key} ({_short(before)} there, {_short(now)} now)" for key, before, now in _differences(there, here)]
+        differences = _differences(_whole(there), _whole(here))
+        shown = [f"{key} ({_short(before)} there, {_short(now)} now)" for key, before, now in differences]
         if shown:
             raise ConfigError(f"{self.key}: {self.out}: holds a cleaning with other settings: {', '.join(shown)}; name another "
                               f"{self.key}, or remove this folder")
@@ -233,12 +236,20 @@ def read_json(path: Path) -> Any:
 
 
 def inputs_of(units: Sequence[Unit]) -> str:
-    """The source in a few words that differ when its files or their sizes do."""
+    """The source in a few words that differ when its files, their sizes or what they are read as do."""
     sizes: dict[str, int] = {}
+    formats: dict[str, str] = {}  # of files whose name alone did not tell earlier versions, which left this out
     for part in (part for unit in units for part in unit):
         sizes[part.path] = sizes.get(part.path, 0) + part.num_bytes
-    digest = hashlib.sha256(dump_json(list(sizes.items()))).hexdigest()
+        if part.format not in ("dataset", format_by_suffix(part.path)):
+            formats[part.path] = part.format
+    digest = hashlib.sha256(dump_json([*sizes.items(), *formats.items()])).hexdigest()
     return f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}"
+
+
+def _whole(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those that there were not when they were written down."""
+    return {"max_line_bytes": MAX_LINE_BYTES, **settings}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

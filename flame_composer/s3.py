@@ -91,9 +91,9 @@ class S3FileSystem(AbstractFileSystem):
         return file if block_size == 0 else io.BufferedReader(file, block_size or 8 << 20)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        assert start is None
-        assert end is None
-        return _fetch(self._strip_protocol(path))
+        assert not start
+        options = {} if end is None else {"Range": f"bytes=0-{end - 1}"}
+        return _fetch(self._strip_protocol(path), **options)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
         path = self._strip_protocol(path)

@@ -22,6 +22,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, StoreError
 from flame_composer.corpus import Slice, slice_files
+from flame_composer.documents import MAX_LINE_BYTES
 from flame_composer.manifest import (
     HF,
     VERSION,
@@ -75,7 +77,7 @@ class Plan:
 def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
     """The files in order, grouped into work units of about `unit_size` bytes; large files are split.
 
-    Depends on the files' names and sizes alone, never on the number of workers.
+    Depends on the files alone (names, sizes, first bytes), never on the number of workers.
     """
     units: list[Unit] = []
     unit: list[Slice] = []
@@ -268,8 +270,9 @@ class DatasetWriter:
             raise damaged(self.out, "it holds no plan this version can read")
         flat = []
         for plan in (there, here):
-            config, units = plan.pop("config"), plan.pop("units")
-            flat.append({**plan, **config, **({"inputs": _inputs(units)} if inputs_too else {})})
+            # Plans made before there was a limit to lines do not say.
+            config, units = {"max_line_bytes": MAX_LINE_BYTES, **plan.pop("config")}, plan.pop("units")
+            flat.append({**plan, **config, **(_inputs(units) if inputs_too else {})})
         differing = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
         if differing:
             shown = [f"{key} ({_short(flat[0].get(key))} there, {_short(flat[1].get(key))} now)" for key in differing]
@@ -386,16 +389,24 @@ def _plan_of(manifest: Manifest) -> dict[str, Any]:
     return _plan_json(Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units))
 
 
-def _inputs(units: Any) -> str:
-    """The input files of a plan in a few words that differ when the files, their sizes or versions do."""
+def _inputs(units: Any) -> dict[str, str]:
+    """The input files of a plan in a few words that differ when the files, their sizes or versions do, and what each is
+    read as."""
     sizes: dict[str, int] = {}
     versions: dict[str, str] = {}
+    formats: dict[str, str] = {}
     for part in (part for unit in units for part in unit):
         sizes[part["path"]] = sizes.get(part["path"], 0) + part["num_bytes"]
         if "version" in part and part["version"] is not None:
             versions[part["path"]] = part["version"]
+        formats[part["path"]] = part["format"]
     digest = hashlib.sha256(dump_json([list(sizes.items()), versions])).hexdigest()
-    return f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}"
+    digest_of_formats = hashlib.sha256(dump_json(formats)).hexdigest()
+    counts = ", ".join(f"{number} {name}" for name, number in sorted(Counter(formats.values()).items()))
+    return {
+        "inputs": f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}",
+        "formats": f"{counts}, hash {digest_of_formats[:8]}",
+    }
 
 
 def _is_newer(unit: Unit, committed: float) -> bool:

@@ -115,6 +115,15 @@ def read(place: str) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+def read_start(place: str, num_bytes: int) -> bytes:
+    """Return the first bytes of a file that is not empty, with one request; all of them if it is shorter."""
+    if not is_url(place):
+        with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - of many files, and a Path takes its time
+            return file.read(num_bytes)
+    with _at(place) as (fs, path):
+        return bytes(fs.cat_file(path, start=0, end=num_bytes))
+
+
 def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
     """A file for reading in any order, of which about `block_size` bytes are fetched at a time (0: just what is asked for).
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from flame_composer.config import DataError
-from flame_composer.corpus import read_documents
+from flame_composer.documents import read_documents
 from flame_composer.manifest import HF, Split, UnitRecord
 from flame_composer.shards import DatasetWriter, UnitWriter, explained, unit_name
 from flame_composer.tokenizer import Encoder
@@ -93,7 +93,7 @@ def convert_unit(
             characters = 0
             is_first = True
             for part in plan.units[number]:
-                for document in read_documents(part, plan.config["text_column"], skip):
+                for document in read_documents(part, plan.config["text_column"], skip, plan.config["max_line_bytes"]):
                     digest = document_hash(document.text)
                     # Before the split is looked at: what is checked must not depend on what is committed already.
                     if reference is not None and (is_first or digest[-1] % SAMPLE == 0):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
+import hashlib
 import inspect
 import json
 import os
@@ -39,7 +41,8 @@ from flame_composer.clean_config import (
     SlurmConfig,
 )
 from flame_composer.corpus import find_files
-from flame_composer.parts import PartsFolder
+from flame_composer.manifest import dump_json
+from flame_composer.parts import PartsFolder, inputs_of
 from flame_composer.shards import plan_units
 from tests.data_fixtures import byte_tokenizer, files_under, write_configurations
 from tests.runs import ROOT, Script, check, last_json, run_script
@@ -449,6 +452,40 @@ def test_parquet_compressed_and_hugging_face_sources(tmp_path: Path) -> None:
             assert part[3:8] == bytes(5), "neither a name nor a time, which would differ"
     ids = [place for place, _ in read_documents(tmp_path / "dataset")]
     assert ids == [f"dataset:{tmp_path / 'named'}?name=one&split=train:0:{row}" for row in range(1, 7)]
+
+
+def test_what_is_read_and_counted_is_what_to_mds_reads(tmp_path: Path) -> None:
+    """JSON lines in .json, and in parts without an ending; a line that is too long is unreadable, like one that is damaged."""
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in (prose(1), "x" * 9000, prose(2)))
+    (tmp_path / "a.json").write_bytes(lines)
+    (tmp_path / "part-0.gz").write_bytes(gzip.compress(b"oops\n" + lines))
+    files = [str(tmp_path / name) for name in ("a.json", "part-0.gz")]
+    folder = PartsFolder("out", str(tmp_path / "out"), {"compression": "zst"}, {}, plan_units(files, 1 << 20))
+    config = config_with(max_line_bytes=9000, on_error="skip")
+    kept = list(cleaning.Filter(config, folder, None, {})(None, 0, 1))
+    assert [document.text for document in kept] == [prose(1), prose(2)] * 2
+    counts = json.loads(cleaning.counts_path(folder, "filter", 0).read_bytes())["counts"]
+    assert (counts["documents"], counts["unreadable"]) == (7, 3)
+    assert [document.id for document in kept] == [
+        f"{files[0]}:0", f"{files[0]}:{lines.rindex(b'{')}", f"{files[1]}:5", f"{files[1]}:{lines.rindex(b'{') + 5}",
+    ]  # fmt: skip
+
+
+def test_a_cleaning_that_an_earlier_version_finished_is_known(corpus: Corpus, tmp_path: Path) -> None:
+    """Its manifest says nothing of the length of lines. One that read a file as something else is another cleaning."""
+    out = Path(shutil.copytree(corpus.out, tmp_path / "out"))
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    assert manifest["settings"].pop("max_line_bytes") == 268435456
+    (out / "manifest.json").write_bytes(dump_json(manifest))
+    process = run_script("convert/clean.py", f"source={corpus.source}", f"out={out}", f"removed_out={corpus.removed}", *KEYS)
+    assert process.stdout.startswith(f"{out}: already finished, nothing to do\n"), process.stderr
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    lines, json_lines = (plan_units([str(tmp_path / name)], 1000) for name in ("a.jsonl", "a.json"))
+    as_text = [tuple(dataclasses.replace(part, format="text") for part in unit) for unit in json_lines]
+    assert inputs_of(json_lines) != inputs_of(as_text)
+    sizes = [[part.path, part.num_bytes] for part in lines[0]]
+    assert inputs_of(lines).endswith(hashlib.sha256(dump_json(sizes)).hexdigest()[:8]), "as it always was"
 
 
 @pytest.mark.parametrize(("keys", "message"), [

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from flame_composer import workers
 from flame_composer.cli import run
 from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
-from flame_composer.manifest import check_shards, read_manifest
+from flame_composer.manifest import check_shards, dump_json, read_manifest
+from flame_composer.shards import DatasetWriter
 from flame_composer.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_configurations, write_jsonl
 
@@ -184,6 +189,121 @@ def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):
     assert capsys.readouterr().out == "tok: 300 tokens learnt from 30 documents (1 skipped)\n"
 
 
+def test_a_line_that_is_too_long(corpus, monkeypatch, capsys):
+    long = json.dumps({"text": "x" * 5000}) + "\n"
+    (corpus / "source" / "a.jsonl").write_text(json.dumps({"text": words(50, 1)}) + "\n" + long)
+    arguments = ["source=source/a.jsonl", "tokenizer=tokenizer", "context_length=64", "out=out"]
+    assert run_here(monkeypatch, "to_mds", *arguments, "max_line_bytes=5000") == 1
+    assert capsys.readouterr().err == (
+        "error: source/a.jsonl:2: longer than max_line_bytes=5000; mend or remove the line, or raise max_line_bytes\n"
+    )
+    assert run_here(monkeypatch, "to_mds", *arguments, "max_line_bytes=5000", "on_error=skip") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["train", "1", "1"]
+    assert run_here(monkeypatch, "to_mds", *arguments) == 2
+    assert "other settings: max_line_bytes (5000 there, 268435456 now); name another out" in capsys.readouterr().err
+    assert run_here(monkeypatch, "to_mds", *arguments[:3], "out=all") == 0
+    assert read_manifest("all").totals.documents == 2
+    keys = ("source=source/a.jsonl", "out=tok", "vocab_size=257", "max_line_bytes=5000", "on_error=skip")
+    assert run_here(monkeypatch, "train_tokenizer", *keys) == 0
+    assert "tok: 257 tokens learnt from 1 documents (1 skipped)\n" in capsys.readouterr().out
+
+
+MIXED = ("tokenizer=tokenizer", "context_length=64", "unit_size=1500", "encoder=hf", "num_workers=1")
+
+
+@pytest.fixture
+def mixed(corpus) -> Path:
+    """Besides the corpus, a folder of four work units, one a file, and the dataset `whole` made of them."""
+    folder = corpus / "mixed"
+    folder.mkdir()
+    lines = [write_jsonl(folder / "a.jsonl", [words(50, seed * 10 + i) for i in range(8)]).read_bytes() for seed in range(4)]
+    (folder / "a.jsonl").write_bytes(lines[0][:1500])
+    (folder / "b.json").write_bytes(b"\n".join(lines[1].splitlines()[:4]))
+    (folder / "c.jsonl.bz2").write_bytes(bz2.compress(lines[2] * 2))
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines[3] * 2, mtime=0))
+    return folder
+
+
+def as_an_earlier_version_left_it(out: Path, units: dict[str, dict[str, Any]]) -> None:
+    """Its manifest does not say what the compressed files were unpacked as, nor how long lines may be."""
+    for path in (out / "manifest.json", out / "plan.json"):
+        content = json.loads(path.read_bytes())
+        del content["config"]["max_line_bytes"]
+        for part in [part for unit in content["units"] for part in (unit["inputs"] if isinstance(unit, dict) else unit)]:
+            del part["compression"]
+            part |= units.get(Path(part["path"]).name, {})
+        path.write_bytes(dump_json(content))
+    for path in out.glob("units/*/unit.json"):
+        content = json.loads(path.read_bytes())
+        for part in content["record"]["inputs"]:
+            del part["compression"]
+            part |= units.get(Path(part["path"]).name, {})
+        path.write_bytes(dump_json(content))
+
+
+def test_a_conversion_that_an_earlier_version_began_or_finished(corpus, mixed, monkeypatch, capsys):
+    files = ",".join(str(path) for path in sorted(mixed.iterdir()))
+    arguments = (*MIXED, f"source={files}")
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=whole") == 0
+    names = [[Path(part.path).name for part in unit.inputs] for unit in read_manifest("whole").units]
+    assert names == [["a.jsonl"], ["b.json"], ["c.jsonl.bz2"], ["d.jsonl.gz"], []], "each is a unit"
+    began: list[bytes] = []
+    begin = DatasetWriter.begin
+    monkeypatch.setattr(DatasetWriter, "begin", lambda self: (begin(self), began.append(Path("out/plan.json").read_bytes())))
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=out") == 0
+    whole = files_under(corpus / "whole")
+    (corpus / "out/plan.json").write_bytes(began[0])
+    as_an_earlier_version_left_it(corpus / "out", {"b.json": {"format": "text"}})
+    capsys.readouterr()
+
+    # Finished: what was read as something else is no longer this conversion, and is named; the rest is as good as new.
+    (corpus / "out/plan.json").rename(corpus / "plan.json")
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=out") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"other settings: formats \(\"3 jsonl, 1 text, hash .*\" there, \"4 jsonl, hash .*\" now\); name", error)
+    without = (*MIXED, f"source={files.replace(str(mixed / 'b.json') + ',', '')}")
+    assert run_here(monkeypatch, "to_mds", *without, "out=three") == 0
+    (corpus / "three/plan.json").write_bytes(began[0])
+    as_an_earlier_version_left_it(corpus / "three", {})
+    (corpus / "three/plan.json").unlink()
+    capsys.readouterr()
+    assert run_here(monkeypatch, "to_mds", *without, "out=three") == 0
+    assert capsys.readouterr().out.startswith("three: already finished, nothing to do\n")
+
+    # Begun: units of bz2 and xz, of which some may have been passed over, and of what was another format, are made again.
+    (corpus / "plan.json").rename(corpus / "out/plan.json")
+    for name in ("index.json", "manifest.json"):
+        (corpus / "out" / name).unlink()
+    before = {unit: (corpus / "out/units" / unit / "unit.json").stat().st_mtime_ns for unit in os.listdir(corpus / "out/units")}
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=out") == 0
+    after = {unit: (corpus / "out/units" / unit / "unit.json").stat().st_mtime_ns for unit in before}
+    assert [unit for unit in sorted(before) if before[unit] == after[unit]] == ["000000", "000003"]
+    shards = {name for name in whole if name.endswith(".mds")} | {"index.json", "manifest.json"}
+    assert {name: files_under(corpus / "out")[name] for name in shards} == {name: whole[name] for name in shards}
+
+
+def test_a_folder_with_files_that_are_empty_or_damaged(corpus, mixed, monkeypatch, capsys):
+    """No unit of it is converted where that shows at once, and nothing is published where it shows later."""
+    arguments = (*MIXED, "source=mixed", "out=out", "on_error=skip")
+    (mixed / "e.jsonl.xz").write_bytes(b"")
+    assert run_here(monkeypatch, "to_mds", *arguments) == 1
+    assert capsys.readouterr().err == (
+        "error: mixed/e.jsonl.xz: damaged: it is empty, which no compressed file is; fetch the file again\n"
+    )
+    assert not (corpus / "out").exists()
+    (mixed / "e.jsonl.xz").unlink()
+    (mixed / "f.jsonl").write_bytes(b"")
+    whole = (mixed / "c.jsonl.bz2").read_bytes()
+    (mixed / "c.jsonl.bz2").write_bytes(whole + b"x" + whole[1:])
+    assert run_here(monkeypatch, "to_mds", *arguments) == 1
+    error = capsys.readouterr().err
+    assert error == "error: mixed/c.jsonl.bz2: damaged: Invalid data stream; fetch the file again\n"
+    assert not (corpus / "out" / "index.json").exists()
+    (mixed / "c.jsonl.bz2").write_bytes(whole + whole)
+    assert run_here(monkeypatch, "to_mds", *arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1:3] == [str(32 + 16 + 5), "1"], "a line of a.jsonl is cut"
+
+
 def bad_json(folder: Path) -> None:
     (folder / "source" / "a.jsonl").write_text('{"text": "fine"}\n{"text": oops}\n')
 
@@ -222,8 +342,8 @@ def nothing(folder: Path) -> None:
 BAD_INPUT = {
     "missing source": (nothing, ["source=nowhere"], 2, "source: nowhere: no such file or folder"),
     "empty source": (lambda f: (f / "none").mkdir(), ["source=none"], 2, "source: none: this folder holds no file ending in "
-                     ".jsonl, .json-lines, .ndjson, .parquet, .txt (or compressed, .gz, .zst, .bz2, .xz); name "
-                     "the endings to take with suffixes=[...]"),
+                     ".jsonl, .json-lines, .ndjson, .parquet, .txt (or compressed, .gz, .gzip, .zst, .zstd, .bz2, "
+                     ".xz); name the endings to take with suffixes=[...]"),
     "no match": (nothing, ["source=source/*.csv"], 2, "source: source/*.csv: no file matches this pattern"),
     "malformed line": (bad_json, [], 1, "source/a.jsonl:2: not valid JSON: Expecting value at column 10; mend or remove "
                        "the line"),

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from flame_composer import hub
 from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import Slice, find_files, line_at, read_documents, sample_texts, slice_file
+from flame_composer.corpus import Slice, find_files, slice_file
+from flame_composer.documents import read_documents, sample_texts
+from flame_composer.unpacking import line_at
 from tests.data_fixtures import words, write_jsonl
 
 
@@ -54,8 +56,7 @@ def test_suffixes_globs_and_files_take_what_they_name_and_each_file_once(tmp_pat
         ("nothing", [], "source: nothing: no such file or folder"),
         ("*.rst", [], "source: *.rst: no file matches this pattern"),
         ("empty", [], "source: empty: this folder holds no file ending in .jsonl, .json-lines, .ndjson, .parquet, .txt (or "
-         "compressed, .gz, .zst, .bz2, .xz); "
-         "name the endings to take with suffixes=[...]"),
+         "compressed, .gz, .gzip, .zst, .zstd, .bz2, .xz); name the endings to take with suffixes=[...]"),
         (".", [".rst"], "source: .: this folder holds no file ending in .rst; name the endings to take with suffixes=[...]"),
     ],
 )  # fmt: skip
@@ -73,6 +74,10 @@ COMPRESS = {
 }  # fmt: skip
 
 
+LINES = b'{"text": "one"}\n{"text": "two"}\n'
+COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_compressed_files_are_read_whole(tmp_path, suffix):
     texts = [words(1 + i % 50, i) for i in range(3000)] + ["", "ä 🔥"]
@@ -82,7 +87,9 @@ def test_compressed_files_are_read_whole(tmp_path, suffix):
     for name in ("a.jsonl", "b.JSON"):
         path = tmp_path / f"{name}{suffix}"
         path.write_bytes(packed)
-        assert slice_file(str(path), 1000) == [Slice(str(path), "jsonl", 0, len(packed), len(packed))]
+        assert slice_file(str(path), 1000) == [
+            Slice(str(path), "jsonl", 0, len(packed), len(packed), compression=COMPRESSION[suffix])
+        ]
         assert texts_of(path) == texts
     text = tmp_path / f"c.py{suffix}"
     text.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbfx = 1\r\n"))
@@ -145,6 +152,8 @@ def test_byte_order_marks_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
     assert texts_of(tmp_path / "a.jsonl") == ["first", "second"]
     assert texts_of(tmp_path / "a.txt") == ["first"]
+    (tmp_path / "empty.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert texts_of(tmp_path / "empty.jsonl") == []
 
 
 def test_plain_text_is_one_document_with_its_line_ends(tmp_path):
@@ -178,7 +187,9 @@ JSONL_DAMAGE = {
     b'{"text": null}': "column 'text' must be a string, not null; mend or remove the line",
     b'{"text": true}': "column 'text' must be a string, not a boolean; mend or remove the line",
     b'{"text": "\\ud83d"}': "column 'text' holds half of a surrogate pair; mend or remove the line",
-    b'{"text": ' + b"1" * 5000 + b"}": "not valid JSON: Exceeds the limit (4300 digits) for integer string conversion",
+    b'{"text": ' + b"1" * 5000 + b"}": "column 'text' must be a string, not a number; mend or remove the line",
+    b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}": "column 'text' must be a string, not a list; mend or remove the line",
+    b'{"text": "x", "n": ' + b"[" * 5000 + b"]" * 4999 + b"}": "not valid JSON: Expecting ',' delimiter, nested deep; mend",
 }
 
 
@@ -300,3 +311,80 @@ def test_a_dataset_that_is_not_there(tmp_path, monkeypatch, source, name, split,
 def test_a_dataset_id_without_a_split_gets_a_hint():
     with pytest.raises(ConfigError, match=r"^source: some/set: no such file or folder; for a Hugging Face dataset give split="):
         find_files(["some/set"])
+
+
+# Values that nobody reads, and Parquet
+
+
+@pytest.mark.parametrize(
+    "other",
+    [b"1" * 5000, b"-" + b"9" * 5000, b"[" * 5000 + b"]" * 5000, b'{"a": ' * 5000 + b'"]}\\""' + b"}" * 5000,
+     b'[{"n": [' + b"7" * 5000 + b"]}" + b"," + b"[" * 3000 + b"]" * 3000 + b"]"],
+    ids=["digits", "negative", "lists", "objects", "both"],
+)  # fmt: skip
+def test_values_that_nobody_reads_may_be_anything(tmp_path, other):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": ' + other + b', "text": "\\u00e4 [{", "n": 1}\n{"text": "after"}\n')
+    assert texts_of(path) == ["ä [{", "after"]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_page_of_parquet_with_a_wrong_checksum_is_damage(tmp_path, rows):
+    path = tmp_path / "a.parquet"
+    column = pa.array([f"text number {i:05}" for i in range(40)])
+    pq.write_table(
+        pa.table({"text": column}), path, row_group_size=rows, compression="none", use_dictionary=False,
+        write_page_checksum=True, write_statistics=False, column_encoding={"text": "PLAIN"},
+    )  # fmt: skip
+    assert len(texts_of(path)) == 40
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"number 00017", b"number 00018", 1))
+    skipped: list[DataError] = []
+    with pytest.raises(DataError, match=rf"a\.parquet: damaged after row {17 // rows * rows}: .*CRC checksum"):
+        texts_of(path, on_damage=skipped.append)
+    assert skipped == []
+
+
+def test_an_empty_part_of_parquet_has_no_documents_whatever_its_types(tmp_path):
+    for number, column in enumerate((pa.nulls(0), pa.array([], pa.int64()), pa.array([], pa.string()))):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+        assert pq.ParquetFile(tmp_path / f"{number}.parquet").num_row_groups == 1, "the reader must be asked"
+        assert texts_of(tmp_path / f"{number}.parquet") == []
+    pq.write_table(pa.table({"other": pa.nulls(0)}), tmp_path / "none.parquet")
+    assert texts_of(tmp_path / "none.parquet") == []
+
+
+def test_nulls_without_a_type_are_damaged_rows(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.nulls(2)}), path)
+    skipped: list[DataError] = []
+    assert texts_of(path, on_damage=skipped.append) == []
+    place = f"{path}: row {{}}: column 'text' must be a string, not null; mend or remove the row"
+    assert [str(error) for error in skipped] == [place.format(1), place.format(2)]
+
+
+def test_a_column_name_twice_is_named_unless_it_is_another(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([["x"], ["y"], ["z"]], names=["text", "id", "text"]), path)
+    with pytest.raises(ConfigError, match=rf"^source: {path}: has 2 columns named 'text'; write it again with a name for each"):
+        texts_of(path)
+    pq.write_table(pa.table([["x"], ["y"], ["z"]], names=["id", "text", "id"]), path)
+    assert texts_of(path) == ["y"]
+    pq.write_table(pa.table([["x"], ["y"]], names=["text.a", "text"]), path)
+    assert texts_of(path) == ["y"]
+
+
+def test_long_rows_of_parquet_are_unpacked_a_few_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    texts = [letter * (9 << 20) for letter in "abcdefg"]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, compression="zstd")
+    sizes: list[int] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def note(self, batch_size, **kwargs):
+        sizes.append(batch_size)
+        return iter_batches(self, batch_size, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", note)
+    assert texts_of(path) == texts
+    assert sizes == [3]

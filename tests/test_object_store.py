@@ -13,12 +13,14 @@ import pytest
 from flame_composer import s3 as s3_module
 from flame_composer import storage, workers
 from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files, read_documents, slice_files
+from flame_composer.corpus import find_files, slice_files
+from flame_composer.documents import read_documents
 from flame_composer.manifest import read_manifest
 from flame_composer.shards import DatasetWriter
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 from tests.s3 import BUCKET, Relay
 from tests.test_convert import run_here
+from tests.test_formats import DOUBTFUL, RECOGNISED
 
 ONE_UNIT = ("tokenizer=tokenizer", "context_length=64", "shard_size=20000", "encoder=hf")  # converted in this process
 COMMON = (*ONE_UNIT, "unit_size=9000")
@@ -193,6 +195,42 @@ def test_a_damaged_line_is_named_and_one_left_out_costs_no_reading(bucket, monke
     assert [str(error) for error in errors] == [
         f"{bucket}/source/bad.jsonl:31: not valid JSON: Expecting value at column 1; mend or remove the line"
     ]
+
+
+@pytest.mark.parametrize("name", [*RECOGNISED, *DOUBTFUL])
+def test_a_file_is_told_by_its_bytes_as_it_is_locally(bucket, folder, name):
+    data = (RECOGNISED | DOUBTFUL)[name][0]
+    (folder / name).write_bytes(data)
+    storage.write(f"{bucket}/{name}", data)
+    local, remote = slice_files([name], 1 << 20), slice_files([f"{bucket}/{name}"], 1 << 20)
+    assert [(part.format, part.compression) for part in remote] == [(part.format, part.compression) for part in local]
+    assert texts([f"{bucket}/{name}"], 1 << 20) == texts([name], 1 << 20)
+
+
+def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
+    pack = bz2.compress(b'{"text": "a line"}\n' * 9)
+    storage.write(f"{bucket}/a.jsonl.bz2", pack + b"x" + pack[1:])
+    storage.write(f"{bucket}/b.jsonl.gz", b"")
+    for name in ("a.jsonl.bz2", "b.jsonl.gz"):
+        with pytest.raises(DataError, match=rf"{name}: damaged: .*; fetch the file again$"):
+            texts([f"{bucket}/{name}"], 1 << 20)
+    long = b'{"text": "' + b"w" * (3 << 20) + b'"}\n'
+    (folder / "c.jsonl").write_bytes(b'{"text": "a"}\n' + long + b'{"text": "b"}\n' + long + b'{"text": "c"}')
+    s3_place = f"{bucket}/c.jsonl"
+    storage.put(folder / "c.jsonl", s3_place)
+    for max_bytes in (1 << 30, 1 << 20):
+        found = []
+        for place in (s3_place, "c.jsonl"):
+            skipped: list[DataError] = []
+            documents = [
+                (document.text, document.position) for part in slice_files([place], max_bytes)
+                for document in read_documents(part, "text", skipped.append, 1 << 20)
+            ]  # fmt: skip
+            found.append((documents, [str(error).removeprefix(place) for error in skipped]))
+        rule = "longer than max_line_bytes=1048576; mend or remove the line, or raise max_line_bytes"
+        assert found[0] == found[1]
+        assert found[0][1] == [f":2: {rule}", f":4: {rule}"]
+        assert [text for text, _ in found[0][0]] == ["a", "b", "c"]
 
 
 def test_a_tokenizer_learns_from_a_store(bucket, folder, monkeypatch, capsys):
