@@ -27,7 +27,9 @@ def main(config: ToHfConfig) -> None:
         content = read_checkpoint(checkpoint)
         model, tokenizer = model_in(content, checkpoint, config.weights)
         otherwise = "the tokenizer goes out as it is"
-        tokenizer = begin_as_in_training(tokenizer, checkpoint.place, add_bos=config.add_bos, otherwise=otherwise)
+        tokenizer = begin_as_in_training(
+            tokenizer, checkpoint.place, add_bos=config.add_bos, otherwise=otherwise
+        )
         run_config = publish.read_run_config(checkpoint)
         card = publish.model_card(
             model, content, run_config, dtype=config.dtype, name=out.name, which=config.weights,

@@ -371,4 +371,5 @@ class SameData(Callback):
             raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "
                               "changed, start a new run_name, or set allow_data_change=true to go on all the same")
         if ends is not None and self.ends not in (None, ends):
-            warn(f"the checkpoint was trained on documents that {describe_ends(ends)}; now they {describe_ends(self.ends)}")
+            warn(f"the checkpoint was trained on documents that {describe_ends(ends)}; "
+                 f"now they {describe_ends(self.ends)}")

@@ -69,8 +69,9 @@ def open_dataset(
                           "set tokenizer to the one it was converted with, or convert the text again")
     known = ends_of(tokenizer)
     if known is not None and manifest.ends not in (None, known):
-        warn(f"{place}: its documents {describe(manifest.ends)}; those that {tokenizer.name_or_path or 'the model'} was "
-             f"trained on {describe(known)}")
+        model = tokenizer.name_or_path or "the model"
+        warn(f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
+             f"{describe(known)}")
     return Dataset(folder, remote, manifest, files)
 
 
@@ -92,15 +93,21 @@ def open_train_data(
 
 
 def begin_as_documents(
-    tokenizer: PreTrainedTokenizerFast, datasets: Mapping[str, Dataset], *, pretrained: str | None = None
+    tokenizer: PreTrainedTokenizerFast, datasets: Mapping[str, Dataset], *,
+    pretrained: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer such that texts begin as the documents of `datasets` do, which are trained on.
+    """Return the tokenizer such that texts begin as the documents of `datasets` do.
 
-    It goes into checkpoints, exports and tasks. Where their manifests do not say, it is as it was. Warns where the streams of
-    a mixture differ, or where `pretrained`, the weights that training begins from, was trained on something else.
+    It goes into checkpoints, exports and tasks. Where their manifests do not say, it is as it was.
+    Warns where the streams of a mixture differ, or where `pretrained`, the weights that training
+    begins from, was trained on something else.
     """
-    ends = {f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends for name, dataset in datasets.items()}
-    chosen = choose_ends(ends, {} if pretrained is None else {f"model.pretrained={pretrained}": ends_in(pretrained)})
+    ends = {
+        f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends
+        for name, dataset in datasets.items()
+    }
+    before = {f"model.pretrained={pretrained}": ends_in(pretrained)} if pretrained else {}
+    chosen = choose_ends(ends, before)
     return tokenizer if chosen is None else with_ends(tokenizer, chosen)
 
 

@@ -74,11 +74,14 @@ def continue_prompts(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask [B, T], filled up on the left. Each prompt begins as documents did in training; special tokens that
-    are written in it are those. An empty one is the token that a document starts after."""
+    """Return token ids and mask [B, T], filled up on the left.
+
+    Each prompt begins as documents did in training; special tokens that are written in it are
+    those. An empty one is the token that a document starts after.
+    """
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     length = max(map(len, rows))
-    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # which is masked: any will do where there is none
+    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # masked: any will do if there is none
     ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask

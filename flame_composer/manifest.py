@@ -87,7 +87,7 @@ class Manifest:
 
     @property
     def ends(self) -> Ends | None:
-        """What its documents begin and end with; None if the settings it was converted with do not say."""
+        """What its documents begin and end with; None if its conversion's settings do not say."""
         return parse_ends(self.config, bos="add_bos", eos="add_eos")
 
 

@@ -50,8 +50,8 @@ def model_card(
     parts = [
         f"---\n{header.to_yaml()}\n---", f"# {name}",
         f"A {model.config.model_type} language model of {parameters:,} parameters, stored as {dtype}, pretrained with "
-        "flame_composer.", _how_to_load(is_fla, tokenization), "## Training", _training(content, recipe, which),
-        "## Evaluation", _evaluation(content), "## Recipe",
+        "flame_composer.", _how_to_load(is_fla, tokenization),
+        "## Training", _training(content, recipe, which), "## Evaluation", _evaluation(content), "## Recipe",
         f"```yaml\n{run_config.strip()}\n```" if run_config else f"No {CONFIG} lay beside the checkpoint.",
     ]
     return "\n\n".join(parts) + "\n"

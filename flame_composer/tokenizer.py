@@ -111,15 +111,16 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
 
 
 def _make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
-    """Switch off what makes the tokens of a text depend on chance, or on more than the text, and say so.
+    """Switch off what makes the tokens of a text depend on chance or on other texts, and say so.
 
-    Of the settings that tokenizers knows, only BPE's dropout draws random numbers; at 1 it always leaves out all merges.
+    Of the settings that tokenizers knows, only BPE's dropout draws random numbers, unless it is 1:
+    then all merges are left out, always.
     """
     backend = tokenizer.backend_tokenizer
     found = []
     dropout = getattr(backend.model, "dropout", None)
     if dropout is not None and 0 < dropout < 1:
-        found.append("dropout of merges (BPE), with which a text has other tokens each time,")
+        found.append("dropout of merges (BPE: other tokens for the same text each time)")
         keep_original(tokenizer, "dropout", json.loads(backend.to_str())["model"]["dropout"])
         backend.model.dropout = None
     if backend.truncation is not None:
@@ -130,20 +131,28 @@ def _make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
         backend.no_padding()
     if found and os.environ.get("RANK", "0") == "0":
         verb = "are" if len(found) > 1 else "is"
-        log.warning("warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off here", place,
-                    " and ".join(found).replace(", and", " and"), verb)  # fmt: skip
+        log.warning(
+            "warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off here",
+            place, " and ".join(found), verb,
+        )  # fmt: skip
 
 
 def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return what this package has kept in the tokenizer's configuration; it may come from elsewhere and is not trusted."""
+    """Return what this package has kept in the tokenizer's configuration.
+
+    It may come from elsewhere and is not to be trusted.
+    """
     mark = tokenizer.init_kwargs.get(MARK)
     return mark if isinstance(mark, dict) else {}
 
 
-def keep_original(tokenizer: PreTrainedTokenizerFast, name: Literal["post_processor", "dropout"], value: Any) -> None:
-    """Keep what tokenizer.json has under `name`, which is about to be changed; if that was done before, the first one stays.
+def keep_original(
+    tokenizer: PreTrainedTokenizerFast, name: Literal["post_processor", "dropout"], value: Any
+) -> None:
+    """Keep what tokenizer.json has under `name`, which is about to be changed.
 
-    With it, the fingerprint stays what it was, so that datasets know the tokenizer they were made with.
+    If that was done before, the first one stays. With it the fingerprint stays what it was, so that
+    datasets know the tokenizer they were made with.
     """
     mark = mark_of(tokenizer)
     tokenizer.init_kwargs[MARK] = {**mark, _ORIGINALS: {name: value, **_originals(mark)}}
@@ -165,9 +174,10 @@ def may_be_hub_id(path_or_id: str) -> bool:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
-    """The same for every copy of a tokenizer, re-saved ones included; truncation and padding play no part.
+    """Return what is the same for every copy of a tokenizer, re-saved ones included.
 
-    Nor do the template and the dropout that we have set (`keep_original`): those it came with count.
+    Truncation and padding play no part. Nor do a template and a dropout that were changed here: the
+    ones that the tokenizer came with count (see `keep_original`).
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None

@@ -38,7 +38,9 @@ def main(config: EvaluateConfig) -> None:
     model, tokenizer = load_model(config.model, config.tokenizer)
     if config.tasks:
         otherwise = "texts of tasks begin as its tokenizer's template has it"
-        reader = begin_as_in_training(tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise)
+        reader = begin_as_in_training(
+            tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
+        )
         adapter = harness.HarnessModel(
             get_device().module_to_device(model).eval(), reader, batch_size=config.batch_size, precision=config.precision,
             max_length=config.max_length,

@@ -26,7 +26,9 @@ def main(config: GenerateConfig) -> None:
     prompts = read_prompts(config.prompts) if config.prompts else []
     model, tokenizer = load_model(config.model)
     otherwise = "nothing is put before a prompt"
-    tokenizer = begin_as_in_training(tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise)
+    tokenizer = begin_as_in_training(
+        tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
+    )
     if ends_of(tokenizer) is not None:
         print(describe_start(tokenizer, config.add_bos), file=sys.stderr)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -1,4 +1,7 @@
-"""Scores, exports and prompts of a run whose tokenizer's own template puts a bos before every text: begun as in training."""
+"""Scores, exports and prompts of a run whose tokenizer's own template puts a bos before every text.
+
+They begin as documents did in training.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def tasks(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [{"text": text, "choices": [" kat", " loman", " xq"], "answer": i % 3} for i, text in enumerate(texts)]
+    rows = [
+        {"text": text, "choices": [" kat", " loman", " xq"], "answer": i % 3}
+        for i, text in enumerate(texts)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
               "test_split": "test", "metadata": {"version": 1}}  # fmt: skip
@@ -91,32 +97,78 @@ def tasks(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TASKS = ("rolling", "after")
+WITHOUT = pytest.mark.parametrize("begun", [False], indirect=True, ids=["without bos"])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["without bos", "with bos"])
-def begun(request: Any, corpus: Corpus, tokenizer: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Begun:
+def begun(
+    request: Any,
+    corpus: Corpus,
+    tokenizer: Path,
+    tasks: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Begun:
     folder = tmp_path_factory.mktemp("begun")
     data, run = folder / "train", folder / "run"
-    check(run_script("convert/to_mds.py", f"source={corpus.text}", f"tokenizer={tokenizer}", f"context_length={LENGTH}",
-                     f"out={data}", f"add_bos={str(request.param).lower()}"))
-    trained = check(run_script(
-        "recipes/train.py", *corpus.keys(run, *STEPS, f"tokenizer={tokenizer}", f"train_data.local={data}",
-        f"eval_tasks.tasks=[{','.join(TASKS)}]", f"eval_tasks.task_path={tasks}", "eval_tasks.interval=8ba",
-        "eval_tasks.batch_size=1"),
-    ))
+    check(
+        run_script(
+            "convert/to_mds.py",
+            f"source={corpus.text}",
+            f"tokenizer={tokenizer}",
+            f"context_length={LENGTH}",
+            f"out={data}",
+            f"add_bos={str(request.param).lower()}",
+        )
+    )
+    trained = check(
+        run_script(
+            "recipes/train.py",
+            *corpus.keys(
+                run,
+                *STEPS,
+                f"tokenizer={tokenizer}",
+                f"train_data.local={data}",
+                f"eval_tasks.tasks=[{','.join(TASKS)}]",
+                f"eval_tasks.task_path={tasks}",
+                "eval_tasks.interval=8ba",
+                "eval_tasks.batch_size=1",
+            ),
+        )
+    )
     check(run_script("convert/to_hf.py", f"checkpoint={run / 'checkpoints'}", f"out={run / 'hf'}"))
     return Begun(request.param, tokenizer, data, run, trained.stderr)
 
 
 def evaluated(model: Path, tasks: Path, *keys: str) -> tuple[dict[str, Any], str, str]:
-    process = run_script("recipes/evaluate.py", f"model={model}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}",
-                         "batch_size=1", *keys)
-    warnings = [line for line in process.stderr.splitlines() if line.startswith("warning: ")]  # and the harness's own bars
+    """The last line, what is shown and the warnings."""
+    process = run_script(
+        "recipes/evaluate.py",
+        f"model={model}",
+        f"tasks=[{','.join(TASKS)}]",
+        f"task_path={tasks}",
+        "batch_size=1",
+        *keys,
+    )
+    warnings = [
+        line for line in process.stderr.splitlines() if line.startswith("warning: ")
+    ]  # and the harness's own bars
     return last_json(process), process.stdout, "".join(f"{line}\n" for line in warnings)
 
 
+Evaluated = tuple[dict[str, Any], str, str]
+
+
+@pytest.fixture(scope="module")
+def right(begun: Begun, tasks: Path) -> Evaluated:
+    """What the export scores."""
+    return evaluated(begun.exported, tasks)
+
+
 def bits(model: Any, ids: list[int], start: int) -> float:
-    """Of the tokens, LENGTH at a time, each predicted from up to LENGTH before it; the first one from `start`."""
+    """Of the tokens, LENGTH at a time, each predicted from up to LENGTH before it.
+
+    The first one is predicted from `start`.
+    """
     before, total = [start, *ids], 0.0
     for first in range(0, len(ids), LENGTH):
         end = min(first + LENGTH, len(ids))
@@ -127,8 +179,10 @@ def bits(model: Any, ids: list[int], start: int) -> float:
     return total / math.log(2)
 
 
-def test_scores_are_of_texts_that_begin_as_documents_did(begun: Begun, tasks: Path, texts: list[str]) -> None:
-    """Of the checkpoint, the export, and while training: the bits per byte that were computed here, and those alone."""
+def test_scores_are_of_texts_that_begin_as_documents_did(
+    begun: Begun, tasks: Path, texts: list[str], right: Evaluated
+) -> None:
+    """Those of the checkpoint, of the export and in training are what is computed here."""
     plain = AutoTokenizer.from_pretrained(begun.tokenizer)
     model = load_pretrained(str(begun.exported)).eval()
     ids = [plain(text, add_special_tokens=False).input_ids for text in texts]
@@ -137,44 +191,61 @@ def test_scores_are_of_texts_that_begin_as_documents_did(begun: Begun, tasks: Pa
     num_bytes = sum(len(text.encode()) for text in texts)
     expected = sum(bits(model, each, bos if begun.add_bos else eos) for each in ids) / num_bytes
 
-    found, shown, errors = evaluated(begun.exported, tasks, f"max_length={LENGTH}")
+    found, shown, errors = right
     assert found["tasks"]["rolling"]["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
     assert found["texts_begin_with"] == ([BOS] if begun.add_bos else [])
-    assert f"texts begin with {BOS if begun.add_bos else 'nothing'}, as documents in training did\n" in shown
+    assert (
+        f"texts begin with {BOS if begun.add_bos else 'nothing'}, as documents in training did\n"
+        in shown
+    )
     assert errors == ""
-    of_checkpoint, _, errors = evaluated(begun.checkpoints, tasks, f"max_length={LENGTH}")
+    of_checkpoint, _, errors = evaluated(begun.checkpoints, tasks)
     assert of_checkpoint["tasks"] == found["tasks"]
     assert errors == ""
     in_training = read_log(begun.run)[-1]["tasks"]
     for task in TASKS:
-        assert in_training[task] == {key: value for key, value in found["tasks"][task].items() if "stderr" not in key}
+        assert in_training[task] == {
+            key: value for key, value in found["tasks"][task].items() if "stderr" not in key
+        }
     assert "does not say" not in begun.errors
 
 
-def test_the_tokenizer_that_training_did_not_show_scores_otherwise(begun: Begun, tasks: Path) -> None:
-    """Told to do otherwise it does, and says that it contradicts; another tokenizer's template does not count."""
-    right, _, _ = evaluated(begun.exported, tasks)
+def test_the_tokenizer_that_training_did_not_show_scores_otherwise(
+    begun: Begun, tasks: Path, right: Evaluated
+) -> None:
+    """What the user sets is done, and said to contradict; another tokenizer's template is not."""
     other = str(not begun.add_bos).lower()
     wrong, _, errors = evaluated(begun.exported, tasks, f"add_bos={other}")
     ends = "with bos" if begun.add_bos else "without bos"
-    assert errors == f"warning: add_bos={other}: {begun.exported} was trained on documents that begin {ends} and end with eos\n"
+    assert errors == (
+        f"warning: add_bos={other}: {begun.exported} was trained on documents that begin {ends} "
+        "and end with eos\n"
+    )
     for task, metric in (("rolling", "bits_per_byte"), ("after", "perplexity")):
-        assert wrong["tasks"][task][metric] != pytest.approx(right["tasks"][task][metric], rel=1e-4)
+        assert wrong["tasks"][task][metric] != pytest.approx(
+            right[0]["tasks"][task][metric], rel=1e-4
+        )
     for model in (begun.exported, begun.checkpoints):
         own, _, errors = evaluated(model, tasks, f"tokenizer={begun.tokenizer}")
-        assert own["tasks"] == right["tasks"]
-        contradicts = (f"warning: {model}: the tokenizer's template puts {BOS} before a text and nothing after it, but "
-                       f"documents in training begin {ends} and end with eos: texts begin as they did\n")
+        assert own["tasks"] == right[0]["tasks"]
+        contradicts = (
+            f"warning: {model}: the tokenizer's template puts {BOS} before a text and nothing after it, but "
+            f"documents in training begin {ends} and end with eos: texts begin as they did\n"
+        )
         assert errors == ("" if begun.add_bos else contradicts)
 
 
-def test_the_export_is_what_any_reader_takes_it_for(begun: Begun, tasks: Path) -> None:
-    """transformers, and the harness with its own loading: `tokenizer(text)` is how a document began in training."""
+def test_the_export_is_what_any_reader_takes_it_for(
+    begun: Begun, tasks: Path, right: Evaluated
+) -> None:
+    """For transformers, and the harness with its own loading, texts begin as in training."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    plain, exported = (AutoTokenizer.from_pretrained(folder) for folder in (begun.tokenizer, begun.exported))
+    plain, exported = (
+        AutoTokenizer.from_pretrained(folder) for folder in (begun.tokenizer, begun.exported)
+    )
     ids = plain("kat loman", add_special_tokens=False).input_ids
     assert plain("kat loman").input_ids == [plain.bos_token_id, *ids], "its own template"
     assert exported("kat loman").input_ids == ([plain.bos_token_id, *ids] if begun.add_bos else ids)
@@ -183,37 +254,68 @@ def test_the_export_is_what_any_reader_takes_it_for(begun: Begun, tasks: Path) -
     begin = f"texts begin with {BOS if begun.add_bos else 'nothing'}, as documents in training did."
     assert f"With `tokenizer(text)`, {begin}\n" in (begun.exported / "README.md").read_text()
     harness = HFLM(str(begun.exported), device="cpu", dtype="float32", batch_size=1)
-    theirs = evaluator.evaluate(harness, TaskManager(include_path=str(tasks), include_defaults=False).load(["after"]))
+    theirs = evaluator.evaluate(
+        harness, TaskManager(include_path=str(tasks), include_defaults=False).load(["after"])
+    )
     assert theirs is not None
-    right, _, _ = evaluated(begun.exported, tasks)
     value = theirs["results"]["after"]["perplexity,none"]
-    assert right["tasks"]["after"]["perplexity"] == pytest.approx(value, rel=1e-9)
+    assert right[0]["tasks"]["after"]["perplexity"] == pytest.approx(value, rel=1e-9)
 
 
 def test_what_is_written_after_a_prompt_follows_a_document_begun(begun: Begun) -> None:
-    model, tokenizer = load_pretrained(str(begun.exported)).eval(), AutoTokenizer.from_pretrained(begun.exported)
+    model, tokenizer = (
+        load_pretrained(str(begun.exported)).eval(),
+        AutoTokenizer.from_pretrained(begun.exported),
+    )
     ids = tokenizer("kat loman").input_ids
     start = len(ids)
     with torch.no_grad():
         for _ in range(6):
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    command = ("recipes/generate.py", f"model={begun.exported}", "prompt=kat loman", "max_new_tokens=6", "temperature=0")
+    command = (
+        "recipes/generate.py",
+        f"model={begun.exported}",
+        "prompt=kat loman",
+        "max_new_tokens=6",
+        "temperature=0",
+    )
     process = check(run_script(*command))
     assert process.stdout == f"kat loman{tokenizer.decode(ids[start:], skip_special_tokens=True)}\n"
-    assert process.stderr == f"texts begin with {BOS if begun.add_bos else 'nothing'}, as documents in training did\n"
+    assert (
+        process.stderr
+        == f"texts begin with {BOS if begun.add_bos else 'nothing'}, as documents in training did\n"
+    )
 
 
-def test_datasets_are_compared_with_training(begun: Begun, corpus: Corpus, tokenizer: Path, tmp_path: Path) -> None:
-    """On what it was trained on there is nothing to say; on documents that begin otherwise there is."""
+@WITHOUT
+def test_datasets_are_compared_with_training(
+    begun: Begun, corpus: Corpus, tokenizer: Path, tmp_path: Path
+) -> None:
+    """On what it was trained on there is nothing to say; on other documents there is."""
     keys = ("recipes/evaluate.py", f"model={begun.exported}")
-    assert check(run_script(*keys, f"data.local={begun.data}", "data.max_rows=2")).stderr.count("warning") == 0
+    process = check(run_script(*keys, f"data.local={begun.data}", "data.max_rows=2"))
+    assert "warning" not in process.stderr
     out = tmp_path / "other"
-    check(run_script("convert/to_mds.py", f"source={corpus.text}", f"tokenizer={tokenizer}", f"context_length={LENGTH}",
-                     f"out={out}", f"add_bos={str(not begun.add_bos).lower()}", "add_eos=false"))
+    check(
+        run_script(
+            "convert/to_mds.py",
+            f"source={corpus.text}",
+            f"tokenizer={tokenizer}",
+            f"context_length={LENGTH}",
+            f"out={out}",
+            f"add_bos={str(not begun.add_bos).lower()}",
+            "add_eos=false",
+        )
+    )
     process = check(run_script(*keys, f"data.local={out}", "data.max_rows=2"))
-    theirs, ours = ("with" if not begun.add_bos else "without"), ("with" if begun.add_bos else "without")
-    assert (f"warning: {out}: its documents begin {theirs} bos and end without eos; those that {begun.exported} was trained on "
-            f"begin {ours} bos and end with eos\n") in process.stderr
+    theirs, ours = (
+        ("with" if not begun.add_bos else "without"),
+        ("with" if begun.add_bos else "without"),
+    )
+    assert (
+        f"warning: {out}: its documents begin {theirs} bos and end without eos; those that "
+        f"{begun.exported} was trained on begin {ours} bos and end with eos\n"
+    ) in process.stderr
 
 
 # What was made before this was kept
@@ -225,34 +327,50 @@ def forget(folder: Path, tokenizer: Path) -> None:
         shutil.copy(tokenizer / name, folder / name)
 
 
-def test_an_old_export_is_read_as_before_and_says_so(begun: Begun, tasks: Path, tmp_path: Path) -> None:
+@WITHOUT
+def test_an_old_export_is_read_as_before_and_says_so(
+    begun: Begun, tasks: Path, right: Evaluated, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(begun.exported, tmp_path / "old"))
     forget(folder, begun.tokenizer)
     assert ends_in(str(folder)) is None
-    said = (f"warning: {folder}: does not say what documents began with in training; {{}}; its tokenizer's template puts "
-            f"{BOS} before a text; set add_bos=true or add_bos=false to say it\n")
+    said = (
+        f"warning: {folder}: does not say what documents began with in training; {{}}; its "
+        f"tokenizer's template puts {BOS} before a text; set add_bos=true or add_bos=false to say "
+        "it\n"
+    )
     old, shown, errors = evaluated(folder, tasks)
     assert errors == said.format("texts of tasks begin as its tokenizer's template has it")
     assert f"texts begin with {BOS}, as the tokenizer's template has it\n" in shown
-    right, _, _ = evaluated(begun.exported, tasks)
     same, _, errors = evaluated(folder, tasks, f"add_bos={str(begun.add_bos).lower()}")
-    assert same["tasks"] == right["tasks"]
+    assert same["tasks"] == right[0]["tasks"]
     assert errors == ""
-    assert (old["tasks"]["after"] == right["tasks"]["after"]) == begun.add_bos
-    command = ("recipes/generate.py", f"model={folder}", "prompt=kat", "max_new_tokens=6", "temperature=0")
+    assert (old["tasks"]["after"] == right[0]["tasks"]["after"]) == begun.add_bos
+    command = (
+        "recipes/generate.py",
+        f"model={folder}",
+        "prompt=kat",
+        "max_new_tokens=6",
+        "temperature=0",
+    )
     process = check(run_script(*command))
     assert process.stderr == said.format("nothing is put before a prompt")
-    assert check(run_script(*command, f"add_bos={str(begun.add_bos).lower()}")).stdout == check(run_script(
-        *command[:1], f"model={begun.exported}", *command[2:])).stdout
+    told = check(run_script(*command, "add_bos=true"))
+    assert told.stderr == f"texts begin with {BOS}, as add_bos=true says\n"
+    assert told.stdout != process.stdout
 
 
+@WITHOUT
 def test_an_old_checkpoint_is_exported_as_before_and_says_so(begun: Begun, tmp_path: Path) -> None:
-    """And goes on: the run's next checkpoint says what its documents began with."""
+    """Told what its documents began with, it is exported as a new one."""
     run = Path(shutil.copytree(begun.run, tmp_path / "run"))
     file = run / "checkpoints/ba8.pt"
     content = torch.load(file, weights_only=False)
     saved = content["state"]["integrations"]["huggingface"]["tokenizer"]
-    assert saved["tokenizer_config.json"]["content"][MARK]["documents"] == {"bos": begun.add_bos, "eos": True}
+    assert saved["tokenizer_config.json"]["content"][MARK]["documents"] == {
+        "bos": begun.add_bos,
+        "eos": True,
+    }
     for name in ("tokenizer.json", "tokenizer_config.json"):
         saved[name]["content"] = json.loads((begun.tokenizer / name).read_bytes())
     del content["state"]["callbacks"]["SameData"]["ends"]
@@ -271,20 +389,42 @@ def test_an_old_checkpoint_is_exported_as_before_and_says_so(begun: Begun, tmp_p
         assert (out / name).read_bytes() == (begun.exported / name).read_bytes()
 
 
+@WITHOUT
 def test_a_run_that_goes_on_with_other_documents_says_so(
     begun: Begun, corpus: Corpus, tokenizer: Path, tmp_path: Path
 ) -> None:
     """Where that is allowed at all. Its next checkpoint says what they begin with now."""
     out, run = tmp_path / "other", Path(shutil.copytree(begun.run, tmp_path / "run"))
-    check(run_script("convert/to_mds.py", f"source={corpus.text}", f"tokenizer={tokenizer}", f"context_length={LENGTH}",
-                     f"out={out}", f"add_bos={str(not begun.add_bos).lower()}"))
-    process = check(run_script("recipes/train.py", *corpus.keys(
-        run, *STEPS, f"tokenizer={tokenizer}", f"train_data.local={out}", "max_duration=10ba", "allow_data_change=true",
-        "scheduler.name=constant", "allow_schedule_change=true",
-    )))
+    check(
+        run_script(
+            "convert/to_mds.py",
+            f"source={corpus.text}",
+            f"tokenizer={tokenizer}",
+            f"context_length={LENGTH}",
+            f"out={out}",
+            f"add_bos={str(not begun.add_bos).lower()}",
+        )
+    )
+    process = check(
+        run_script(
+            "recipes/train.py",
+            *corpus.keys(
+                run,
+                *STEPS,
+                f"tokenizer={tokenizer}",
+                f"train_data.local={out}",
+                "max_duration=10ba",
+                "allow_data_change=true",
+                "scheduler.name=constant",
+                "allow_schedule_change=true",
+            ),
+        )
+    )
     now, before = ("without", "with") if begun.add_bos else ("with", "without")
-    assert (f"warning: the checkpoint was trained on documents that begin {before} bos and end with eos; now they begin "
-            f"{now} bos and end with eos\n") in process.stderr
+    assert (
+        f"warning: the checkpoint was trained on documents that begin {before} bos and end with eos; now they begin "
+        f"{now} bos and end with eos\n"
+    ) in process.stderr
     newest = find_newest(str(run / "checkpoints"), tmp_path / "staging")
     assert newest is not None
     assert ends_of(load_from_checkpoint(newest)[1]) == Ends(not begun.add_bos, True)

@@ -143,7 +143,10 @@ def test_trained_tokenizer_is_deterministic_lossless_and_loads_anywhere(tmp_path
 
 
 def write_settings(folder: Path, **settings) -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer with these in its tokenizer.json, those of `model` in its model; as transformers loads it."""
+    """The byte-level tokenizer with these in its tokenizer.json, as transformers loads it.
+
+    Those of `model` are in its model.
+    """
     byte_tokenizer().save_pretrained(folder)
     content = json.loads((folder / "tokenizer.json").read_bytes())
     model = content["model"] | settings.pop("model", {})
@@ -168,8 +171,8 @@ def test_what_draws_lots_is_switched_off_and_said(tmp_path, caplog, dropout):
     assert len({tuple(kept(text).input_ids) for _ in range(20)}) > 1, "a draw every time"
     loaded = load_tokenizer(str(tmp_path / "a"))
     assert caplog.messages == [
-        f"warning: tokenizer: {tmp_path / 'a'}: its tokenizer.json has dropout of merges (BPE), with which a text has other "
-        "tokens each time, switched on, which is switched off here"
+        f"warning: tokenizer: {tmp_path / 'a'}: its tokenizer.json has dropout of merges (BPE: other "
+        "tokens for the same text each time) switched on, which is switched off here"
     ]
     for tokens in (loaded(text).input_ids, loaded.encode(text), build_encoder(loaded, add_bos=False, add_eos=False)([text])[0]):
         assert list(tokens) == byte_tokenizer()(text).input_ids
@@ -186,8 +189,9 @@ def test_truncation_and_padding_that_were_left_on_are_switched_off_and_said(tmp_
     kept = write_settings(tmp_path / "a", **LEFT_ON, model={"dropout": 0.5})
     loaded = load_tokenizer(str(tmp_path / "a"))
     assert caplog.messages == [
-        f"warning: tokenizer: {tmp_path / 'a'}: its tokenizer.json has dropout of merges (BPE), with which a text has other "
-        "tokens each time, and truncation to 4 tokens and padding switched on, which are switched off here"
+        f"warning: tokenizer: {tmp_path / 'a'}: its tokenizer.json has dropout of merges (BPE: other "
+        "tokens for the same text each time) and truncation to 4 tokens and padding switched on, "
+        "which are switched off here"
     ]
     assert fingerprint(loaded) == fingerprint(kept)
     loaded.save_pretrained(tmp_path / "b")
@@ -215,8 +219,9 @@ def test_no_other_setting_of_tokenizers_draws_lots():
     from tokenizers import models
 
     settings = {name: set(json.loads(Tokenizer(model).to_str())["model"]) for name, model in (
-        ("BPE", models.BPE()), ("Unigram", models.Unigram()), ("WordLevel", models.WordLevel({}, "")),
-        ("WordPiece", models.WordPiece({}, "")),
+        ("BPE", models.BPE()), ("Unigram", models.Unigram()),
+        ("WordLevel", models.WordLevel(vocab={}, unk_token="")),
+        ("WordPiece", models.WordPiece(vocab={}, unk_token="")),
     )}  # fmt: skip
     assert settings == {
         "BPE": {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
