@@ -358,11 +358,11 @@ class SameData(Callback):
         self.ends = ends_of(cast(Any, state.model).tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"order": self.order, "ends": None if self.ends is None else self.ends._asdict()}
+        return {"order": self.order} | ({} if self.ends is None else {"ends": self.ends._asdict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = state["order"]
-        ends = parse_ends(state.get("ends"))  # not in checkpoints of 2026-11-28 and before
+        ends = parse_ends(state.get("ends"))  # not in those of 2026-11-28 and before
         changed = [
             f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
             for key in {**self.order, **before} if before.get(key) != self.order.get(key)

@@ -33,8 +33,10 @@ class Ends(NamedTuple):
 
 def parse_ends(content: Any, *, bos: str = "bos", eos: str = "eos") -> Ends | None:
     """Return the ends under these keys of JSON that is not trusted, None if one is missing."""
-    said = [content.get(key) for key in (bos, eos)] if isinstance(content, dict) else []
-    return Ends(*said) if said and all(isinstance(value, bool) for value in said) else None
+    if not isinstance(content, dict):
+        return None
+    before, after = content.get(bos), content.get(eos)
+    return Ends(before, after) if isinstance(before, bool) and isinstance(after, bool) else None
 
 
 def ends_of(tokenizer: PreTrainedTokenizerFast) -> Ends | None:
@@ -132,7 +134,7 @@ def _processor(content: dict[str, Any]) -> Any:
 
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder"))
     model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
-    whole = {
+    whole: dict[str, Any] = {
         "version": "1.0",
         **nothing,
         "added_tokens": [],
