@@ -132,6 +132,9 @@ def begun(
                 f"eval_tasks.task_path={tasks}",
                 "eval_tasks.interval=8ba",
                 "eval_tasks.batch_size=1",
+                "callbacks.generate={prompts: [kat loman], interval: 8ba, max_new_tokens: 9, "
+                "temperature: 0.0}",
+                "model.config.initializer_range=0.3",  # so that it does not say one thing only
             ),
         )
     )
@@ -263,29 +266,32 @@ def test_the_export_is_what_any_reader_takes_it_for(
     assert right[0]["tasks"]["after"]["perplexity"] == pytest.approx(value, rel=1e-9)
 
 
-def test_what_is_written_after_a_prompt_follows_a_document_begun(begun: Begun) -> None:
-    model, tokenizer = (
-        load_pretrained(str(begun.exported)).eval(),
-        AutoTokenizer.from_pretrained(begun.exported),
-    )
-    ids = tokenizer("kat loman").input_ids
+def continued(model: Any, ids: list[int]) -> list[int]:
+    """The nine likeliest tokens after these."""
     start = len(ids)
     with torch.no_grad():
-        for _ in range(6):
-            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    command = (
-        "recipes/generate.py",
-        f"model={begun.exported}",
-        "prompt=kat loman",
-        "max_new_tokens=6",
-        "temperature=0",
-    )
-    process = check(run_script(*command))
-    assert process.stdout == f"kat loman{tokenizer.decode(ids[start:], skip_special_tokens=True)}\n"
-    assert (
-        process.stderr
-        == f"texts begin with {BOS if begun.add_bos else 'nothing'}, as documents in training did\n"
-    )
+        for _ in range(9):
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids = [*ids, int(logits.argmax())]
+    return ids[start:]
+
+
+def test_what_is_written_after_a_prompt_follows_a_document_begun(begun: Begun) -> None:
+    """By the script, and by the callback in training."""
+    model = load_pretrained(str(begun.exported)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(begun.exported)
+    without = tokenizer("kat loman", add_special_tokens=False).input_ids
+    bos = [tokenizer.bos_token_id]
+    found = [continued(model, before + without) for before in ([], bos)]
+    assert found[0] != found[1]
+    text = tokenizer.decode(found[begun.add_bos], skip_special_tokens=True)
+    model_keys = (f"model={begun.exported}", "max_new_tokens=9", "temperature=0")
+    process = check(run_script("recipes/generate.py", *model_keys, "prompt=kat loman"))
+    assert process.stdout == f"kat loman{text}\n"
+    start = BOS if begun.add_bos else "nothing"
+    assert process.stderr == f"texts begin with {start}, as documents in training did\n"
+    (sample,) = map(json.loads, (begun.run / "samples.jsonl").read_text().splitlines())
+    assert sample["text"] == text
 
 
 @WITHOUT
