@@ -20,6 +20,7 @@ def main(config: ToHfConfig) -> None:
     from flame_composer.checkpoint import model_in, save_hf_folder
     from flame_composer.checkpoint_find import find_checkpoint
     from flame_composer.checkpoint_read import read_checkpoint
+    from flame_composer.ends import begin_as_in_training, describe_start
 
     if config.push_to_hub is not None:
         publish.check_hub(config.push_to_hub)
@@ -27,8 +28,15 @@ def main(config: ToHfConfig) -> None:
         checkpoint = find_checkpoint(config.checkpoint, Path(staging))
         content = read_checkpoint(checkpoint)
         model, tokenizer = model_in(content, checkpoint, config.weights)
+        otherwise = "the tokenizer goes out as it is"
+        tokenizer = begin_as_in_training(
+            tokenizer, checkpoint.place, add_bos=config.add_bos, otherwise=otherwise
+        )
         run_config = publish.read_run_config(checkpoint)
-        card = publish.model_card(model, content, run_config, dtype=config.dtype, name=out.name, which=config.weights)
+        card = publish.model_card(
+            model, content, run_config, dtype=config.dtype, name=out.name, which=config.weights,
+            tokenization=describe_start(tokenizer, config.add_bos),
+        )
     save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card)
     print(f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
     print("load it with: from flame_composer import cpu; cpu.enable()")

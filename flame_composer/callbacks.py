@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -24,6 +24,8 @@ from composer.utils import dist, reproducibility
 
 from flame_composer import storage
 from flame_composer.config import GOES_ON, ConfigError, InvalidField, TrainingError, one_line
+from flame_composer.ends import Ends, ends_of, parse_ends, warn
+from flame_composer.ends import describe as describe_ends
 from flame_composer.folders import flush
 from flame_composer.sections import WandbConfig
 from flame_composer.train_config import RunPlan, TrainConfig
@@ -399,12 +401,17 @@ class SameData(Callback):
     def __init__(self, order: dict[str, Any], *, allow_change: bool):
         self.order = order
         self.allow_change = allow_change
+        self.ends: Ends | None = None  # of the documents
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.ends = ends_of(cast(Any, state.model).tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"order": self.order}
+        return {"order": self.order} | ({} if self.ends is None else {"ends": self.ends._asdict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = state["order"]
+        ends = parse_ends(state.get("ends"))  # not in those of 2026-11-28 and before
         changed = [
             f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
             for key in {**self.order, **before} if before.get(key) != self.order.get(key)
@@ -412,3 +419,6 @@ class SameData(Callback):
         if changed and not self.allow_change:
             raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "
                               "changed, start a new run_name, or set allow_data_change=true to go on all the same")
+        if ends is not None and self.ends not in (None, ends):
+            warn(f"the checkpoint was trained on documents that {describe_ends(ends)}; "
+                 f"now they {describe_ends(self.ends)}")

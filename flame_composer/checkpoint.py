@@ -36,6 +36,7 @@ from flame_composer.checkpoint_find import (
 )
 from flame_composer.checkpoint_read import Checkpoint, read_checkpoint, read_content, read_for_composer
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
+from flame_composer.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.folders import flush, new_folder
 from flame_composer.model import build_model, check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer, vocab_size_of
@@ -331,8 +332,12 @@ def load_model(place_or_id: str, tokenizer: str | None = None) -> tuple[PreTrain
             model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
             check_runs_here(model.config, place_or_id)
             found = its_own if tokenizer is None else load_tokenizer(tokenizer)
+            known = ends_of(its_own)
     else:
         model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
+        known = ends_in(place_or_id)
+    if tokenizer is not None and known is not None:
+        note_ends(found, known)  # documents began as they did, whatever tokenizer is taken
     if vocab_size_of(found) > model.config.vocab_size:
         raise ConfigError(f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the model only "
                           f"{model.config.vocab_size}; give the one it was trained with")
@@ -390,6 +395,9 @@ def save_hf_folder(
         for name, token in special_tokens(tokenizer).items():
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, token)
+        if ends_of(tokenizer) is not None:
+            # What transformers begins a text with that is given nothing to go on from.
+            model.generation_config.bos_token_id = start_of(tokenizer)
         model.generation_config._from_model_config = False  # transformers would make it anew, without them
     with new_folder(out) as folder:
         if card is not None:

@@ -197,6 +197,9 @@ class ToHfConfig(ScriptConfig):
     """Largest size of a weights file, bytes; a larger model is stored in several."""
     push_to_hub: str | None = None
     """Upload the folder to this Hugging Face repository (USER/NAME), too, with the token of `hf auth login` or HF_TOKEN."""
+    add_bos: bool | None = None
+    """Have the exported tokenizer begin a text with its bos token, or not; if not set, as documents
+    began in training."""
     hub_private: bool = True
     """Make the repository one that only you can see; with true, one that is there and public is refused."""
 

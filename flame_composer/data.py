@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer.callbacks import JsonlLog
 from flame_composer.config import ConfigError, InvalidField
+from flame_composer.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture
@@ -67,6 +68,11 @@ def open_dataset(
                     if getattr(ours, name) != getattr(theirs, name))
         raise ConfigError(f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
                           "set tokenizer to the one it was converted with, or convert the text again")
+    known = ends_of(tokenizer)
+    if known is not None and manifest.ends not in (None, known):
+        model = tokenizer.name_or_path or "the model"
+        warn(f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
+             f"{describe(known)}")
     return Dataset(folder, remote, manifest, files)
 
 
@@ -85,6 +91,25 @@ def open_train_data(
                                    "give one of them a larger proportion, repeat or choose instead")
         datasets[name] = dataset
     return datasets
+
+
+def begin_as_documents(
+    tokenizer: PreTrainedTokenizerFast, datasets: Mapping[str, Dataset], *,
+    pretrained: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer such that texts begin as the documents of `datasets` do.
+
+    It goes into checkpoints, exports and tasks. Where their manifests do not say, it is as it was.
+    Warns where the streams of a mixture differ, or where `pretrained`, the weights that training
+    begins from, was trained on something else.
+    """
+    ends = {
+        f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends
+        for name, dataset in datasets.items()
+    }
+    before = {f"model.pretrained={pretrained}": ends_in(pretrained)} if pretrained else {}
+    chosen = choose_ends(ends, before)
+    return tokenizer if chosen is None else with_ends(tokenizer, chosen)
 
 
 class EvalBatches(IterableDataset):

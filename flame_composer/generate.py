@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from flame_composer.checkpoint import special_tokens
 from flame_composer.config import ConfigError, is_text
+from flame_composer.ends import encode_prompt
 from flame_composer.model import quiet
 from flame_composer.recipe_config import GenerateConfig
 
@@ -73,13 +74,15 @@ def continue_prompts(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask [B, T], filled up on the left. As in training, no token is put before a text, and special tokens
-    that are written in it are those. An empty prompt is the token that a document starts after."""
-    special = special_tokens(tokenizer)
-    start = special["eos_token_id"] if special["bos_token_id"] is None else special["bos_token_id"]
-    rows = [tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids or [start] for prompt in prompts]
+    """Return token ids and mask [B, T], filled up on the left.
+
+    Each prompt begins as documents did in training; special tokens that are written in it are
+    those. An empty one is the token that a document starts after.
+    """
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     length = max(map(len, rows))
-    ids = torch.tensor([[special["pad_token_id"]] * (length - len(row)) + row for row in rows])
+    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # masked: any will do if there is none
+    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config import ConfigError, DataError, one_line
+from flame_composer.ends import ends_of, start_of
 from flame_composer.fields import nearest
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
@@ -48,12 +49,19 @@ class HarnessModel(HFLM):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, precision: str = "fp32",
         max_length: int | None = None,
     ):
-        """`max_length` tokens are the most a request may have; the config's max_position_embeddings if not set."""
+        """`max_length` tokens are the most a request may have; the config's max_position_embeddings if not set.
+
+        Texts begin as the tokenizer's template has it: as documents did in training, if that is known.
+        """
         tokenizer = copy.deepcopy(tokenizer)  # it gets a padding token
+        known = ends_of(tokenizer)
+        self.has_bos = known is not None and known.bos
+        self.puts_start = False  # whether the harness itself puts a token before each text
         with _only_errors():  # the harness warns of every option that has no meaning for a model in memory
             super().__init__(
                 model, "causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
                 mixed_precision_dtype=_DTYPES[precision],
+                prefix_token_id=None if known is None else start_of(tokenizer),
             )
         self._rank, self._world_size = dist.get_global_rank(), dist.get_world_size()
         self.before_batch: Callable[[], None] = lambda: None
@@ -71,6 +79,24 @@ class HarnessModel(HFLM):
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        if self.puts_start and add_special_tokens is None:
+            add_special_tokens = False
+        return super().tok_encode(string, add_special_tokens, **options)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As the harness's, but where documents began with bos a text has it once.
+
+        The harness would have it predicted, from another one before it.
+        """
+        self.puts_start = self.has_bos
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.puts_start = False
 
     def _model_call(self, *args: Any, **options: Any) -> torch.Tensor:
         self.before_batch()

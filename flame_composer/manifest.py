@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import Slice
+from flame_composer.ends import Ends, parse_ends
 from flame_composer.tokenizer import TokenizerFingerprint
 
 VERSION = 1
@@ -82,6 +83,11 @@ class Manifest:
     units: tuple[UnitRecord, ...]
     totals: Ledger
     index_sha256: str
+
+    @property
+    def ends(self) -> Ends | None:
+        """What its documents begin and end with; None if its conversion's settings do not say."""
+        return parse_ends(self.config, bos="add_bos", eos="add_eos")
 
 
 @dataclass(frozen=True)

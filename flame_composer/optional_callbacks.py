@@ -25,6 +25,7 @@ from flame_composer.algorithms import as_evaluated
 from flame_composer.callbacks import keep_rows
 from flame_composer.checkpoint import save_hf_folder
 from flame_composer.config import ConfigError, one_line
+from flame_composer.ends import encode_prompt
 from flame_composer.extensions_config import whole_batches
 from flame_composer.model import CausalLM
 
@@ -116,7 +117,7 @@ class Generate(Callback):
         logger.log_table(["prompt", "text"], [list(pair) for pair in zip(self.prompts, texts, strict=True)], name="samples")
 
     def _continued(self, prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
+        ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         generation = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos if pad is None else pad, **self.options

@@ -33,11 +33,12 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
 
 def model_card(
     model: PreTrainedModel, content: dict[str, Any], run_config: str | None, *, dtype: str, name: str, which: str = "auto",
+    tokenization: str | None = None,
 ) -> str:
     """README.md of a model in `content`, a checkpoint's: what it is, how to load it, what it was trained on and how.
 
     `run_config` is what `read_run_config` found; `name` stands for the run's where that found nothing; `which` are the
-    weights, as in `model_in`.
+    weights, as in `model_in`; `tokenization` says what texts begin with.
     """
     recipe = yaml.safe_load(run_config) if run_config else {}
     name = recipe.get("run_name", name)
@@ -50,14 +51,14 @@ def model_card(
     parts = [
         f"---\n{header.to_yaml()}\n---", f"# {name}",
         f"A {model.config.model_type} language model of {parameters:,} parameters, stored as {dtype}, pretrained with "
-        "flame_composer.", _how_to_load(is_fla), "## Training", _training(content, recipe, which), "## Evaluation",
-        _evaluation(content), "## Recipe",
+        "flame_composer.", _how_to_load(is_fla, tokenization),
+        "## Training", _training(content, recipe, which), "## Evaluation", _evaluation(content), "## Recipe",
         f"```yaml\n{run_config.strip()}\n```" if run_config else f"No {CONFIG} lay beside the checkpoint.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _how_to_load(is_fla: bool) -> str:
+def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
     first = "from flame_composer import cpu; cpu.enable()  # makes fla's models known to transformers, on any machine\n"
     return (
         "```python\n" + (first if is_fla else "")
@@ -65,6 +66,7 @@ def _how_to_load(is_fla: bool) -> str:
         'model = AutoModelForCausalLM.from_pretrained("FOLDER or id")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER or id")\n```'
         + ("\n\nOn a GPU `import fla` does as the first line." if is_fla else "")
+        + (f"\n\nWith `tokenizer(text)`, {tokenization}." if tokenization else "")
     )
 
 

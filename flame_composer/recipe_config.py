@@ -48,6 +48,9 @@ class EvaluateConfig(ScriptConfig):
     """Take the first so many documents of each task; all if not set."""
     max_length: int | None = None
     """Most tokens of a task's question and answer; the model's max_position_embeddings if not set."""
+    add_bos: bool | None = None
+    """Begin the texts of tasks with the tokenizer's bos token, or not; if not set, as documents
+    began in training."""
 
     def validate(self) -> None:
         require_text(self, "model", "tokenizer", "plot")
@@ -62,6 +65,7 @@ class EvaluateConfig(ScriptConfig):
         require(self.plot is None or self.block_size is not None, "block_size", "must be set together with plot")
         require_tasks(self)
         require(self.task_path is None or bool(self.tasks), "tasks", "must be set together with task_path")
+        require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
         require(self.task_limit is None or self.task_limit > 0, "task_limit", "must be a positive number, or null")
         require(self.max_length is None or self.max_length > 1, "max_length", "must be 2 tokens or more, or null")
 
@@ -92,6 +96,9 @@ class GenerateConfig(ScriptConfig):
     """Stop after the token that completes one of these texts."""
     seed: int = 42
     """Seed of the sampling."""
+    add_bos: bool | None = None
+    """Begin each prompt with the tokenizer's bos token, or not; if not set, as documents began in
+    training."""
 
     def validate(self) -> None:
         require_text(self, "model", "prompts")

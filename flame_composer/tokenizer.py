@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,12 @@ from flame_composer.config import ConfigError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MARK = "flame_composer"  # what we keep in tokenizer_config.json
+_ORIGINALS = "tokenizer_json"  # of the mark: what was changed in tokenizer.json, as it was
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,61 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
             f"tokenizer: {path_or_id}: {type(tokenizer).__name__} has no fast form; "
             "convert it to one that has a tokenizer.json"
         )
+    _make_steady(tokenizer, path_or_id)
     return tokenizer
+
+
+def _make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
+    """Switch off what makes the tokens of a text depend on chance or on other texts, and say so.
+
+    Of the settings that tokenizers knows, only BPE's dropout draws random numbers, unless it is 1:
+    then all merges are left out, always.
+    """
+    backend = tokenizer.backend_tokenizer
+    found = []
+    dropout = getattr(backend.model, "dropout", None)
+    if dropout is not None and 0 < dropout < 1:
+        found.append("dropout of merges (BPE: other tokens for the same text each time)")
+        keep_original(tokenizer, "dropout", json.loads(backend.to_str())["model"]["dropout"])
+        backend.model.dropout = None
+    if backend.truncation is not None:
+        found.append(f"truncation to {backend.truncation['max_length']} tokens")
+        backend.no_truncation()
+    if backend.padding is not None:
+        found.append("padding")
+        backend.no_padding()
+    if found and os.environ.get("RANK", "0") == "0":
+        verb = "are" if len(found) > 1 else "is"
+        log.warning(
+            "warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off here",
+            place, " and ".join(found), verb,
+        )  # fmt: skip
+
+
+def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what this package has kept in the tokenizer's configuration.
+
+    It may come from elsewhere and is not to be trusted.
+    """
+    mark = tokenizer.init_kwargs.get(MARK)
+    return mark if isinstance(mark, dict) else {}
+
+
+def keep_original(
+    tokenizer: PreTrainedTokenizerFast, name: Literal["post_processor", "dropout"], value: Any
+) -> None:
+    """Keep what tokenizer.json has under `name`, which is about to be changed.
+
+    If that was done before, the first one stays. With it the fingerprint stays what it was, so that
+    datasets know the tokenizer they were made with.
+    """
+    mark = mark_of(tokenizer)
+    tokenizer.init_kwargs[MARK] = {**mark, _ORIGINALS: {name: value, **_originals(mark)}}
+
+
+def _originals(mark: dict[str, Any]) -> dict[str, Any]:
+    originals = mark.get(_ORIGINALS)
+    return originals if isinstance(originals, dict) else {}
 
 
 def may_be_hub_id(path_or_id: str) -> bool:
@@ -116,9 +175,17 @@ def may_be_hub_id(path_or_id: str) -> bool:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
-    """The same for every copy of a tokenizer, re-saved ones included; truncation and padding play no part."""
+    """Return what is the same for every copy of a tokenizer, re-saved ones included.
+
+    Truncation and padding play no part. Nor do a template and a dropout that were changed here: the
+    ones that the tokenizer came with count (see `keep_original`).
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
+    originals = _originals(mark_of(tokenizer))
+    for name, part in (("post_processor", state), ("dropout", state["model"])):
+        if name in originals:
+            part[name] = originals[name]
     # Older releases of tokenizers write a merge as "a b", newer ones as ["a", "b"].
     merges = state["model"].get("merges")
     if merges:

@@ -18,6 +18,7 @@ def main(config: EvaluateConfig) -> None:
     from flame_composer.charts import require_plot
     from flame_composer.checkpoint import load_model
     from flame_composer.data import build_evaluator, open_dataset
+    from flame_composer.ends import begin_as_in_training, describe_start, template_of
     from flame_composer.evaluate import evaluate, plot_by_context
     from flame_composer.model import CausalLM
     from flame_composer.parallelism import check_devices
@@ -37,8 +38,12 @@ def main(config: EvaluateConfig) -> None:
         )
     model, tokenizer = load_model(config.model, config.tokenizer)
     if config.tasks:
+        otherwise = "texts of tasks begin as its tokenizer's template has it"
+        reader = begin_as_in_training(
+            tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
+        )
         adapter = harness.HarnessModel(
-            get_device().module_to_device(model).eval(), tokenizer, batch_size=config.batch_size, precision=config.precision,
+            get_device().module_to_device(model).eval(), reader, batch_size=config.batch_size, precision=config.precision,
             max_length=config.max_length,
         )
         harness.check_fits(adapter, tasks)
@@ -63,8 +68,9 @@ def main(config: EvaluateConfig) -> None:
     if config.tasks:
         found = harness.score(adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty())
         if found is not None:
-            print(harness.table(found))
+            print(f"{harness.table(found)}\n{describe_start(reader, config.add_bos)}")
             summary["tasks"] = harness.scores(found)
+            summary["texts_begin_with"] = reader.convert_ids_to_tokens(template_of(reader)[0])
     if dist.get_global_rank() == 0:
         print(json.dumps(summary))
         if config.plot:

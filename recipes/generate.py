@@ -18,12 +18,19 @@ def main(config: GenerateConfig) -> None:
     import torch
 
     from flame_composer.checkpoint import load_model
+    from flame_composer.ends import begin_as_in_training, describe_start, ends_of
     from flame_composer.generate import asked, build_sampling, continue_prompts, in_batches, read_prompts
 
     listen_to_signals()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
     prompts = read_prompts(config.prompts) if config.prompts else []
     model, tokenizer = load_model(config.model)
+    otherwise = "nothing is put before a prompt"
+    tokenizer = begin_as_in_training(
+        tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
+    )
+    if ends_of(tokenizer) is not None:
+        print(describe_start(tokenizer, config.add_bos), file=sys.stderr)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(config.seed)
     proceed = partial(

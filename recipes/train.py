@@ -39,6 +39,7 @@ def main(config: TrainConfig) -> None:
     made_for = {"tokenizer": tokenizer, "context_length": config.context_length}
     order = {"global_batch_size": config.global_batch_size, "seed": config.seed}
     train_sets = data.open_train_data(config.train_data, **made_for)
+    tokenizer = made_for["tokenizer"] = data.begin_as_documents(tokenizer, train_sets, pretrained=config.model.pretrained)
     train_loader = data.build_train_loader(train_sets, config.train_data, **order)
     plan = config.plan(epoch_batches=train_loader.dataloader.dataset.batches_per_epoch)
 
@@ -55,7 +56,6 @@ def main(config: TrainConfig) -> None:
 
     hf_model = model.build_or_load(config.model, hf_config, empty=parallelism.gets_weights(config.parallelism))
     order = data.describe_order(train_sets, config.train_data, **order)
-
     trainer = Trainer(
         run_name=config.run_name,
         seed=config.seed,

@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from flame_composer import workers
 from flame_composer.cli import run
 from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
+from flame_composer.data import open_dataset
 from flame_composer.manifest import check_shards, dump_json, read_manifest
 from flame_composer.shards import DatasetWriter
 from flame_composer.tokenizer import fingerprint, load_tokenizer
@@ -173,6 +175,26 @@ def test_a_tokenizer_of_ones_own_making(corpus, monkeypatch):
     assert (tokenizer.eos_token, tokenizer.bos_token) == ("<end>", "<end>")
     assert tokenizer.tokenize("zqx") == ["zqx"]
     assert tokenizer.tokenize("wvw") == ["w", "v", "w"], "which is not in there often enough"
+
+
+def test_two_conversions_with_a_tokenizer_that_draws_lots_are_the_same(corpus, monkeypatch, caplog):
+    """And are those without its dropout; a dataset that was made with it before is still one of this tokenizer."""
+    path = corpus / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    arguments = ("source=source/a.jsonl", "tokenizer=tokenizer", "context_length=64", "num_workers=1")
+    assert run_here(monkeypatch, "to_mds", *arguments, "out=without") == 0
+    content["model"]["dropout"] = 0.3
+    path.write_text(json.dumps(content))
+    for out in ("one", "two"):
+        assert run_here(monkeypatch, "to_mds", *arguments, f"out={out}") == 0
+    assert [message.count("dropout") for message in caplog.messages] == [1, 1]
+    rows = [[row["input_ids"].tolist() for row in streaming_dataset(out)] for out in ("without", "one", "two")]
+    assert rows[0] == rows[1] == rows[2]
+    assert files_under(corpus / "one") == files_under(corpus / "two")
+    as_it_was = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    assert as_it_was.backend_tokenizer.model.dropout == pytest.approx(0.3)
+    assert read_manifest("one").tokenizer == fingerprint(as_it_was)
+    open_dataset("one", None, tokenizer=load_tokenizer("tokenizer"), context_length=64)
 
 
 def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):

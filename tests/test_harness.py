@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flame_composer.checkpoint import save_hf_folder
 from flame_composer.config import ConfigError
+from flame_composer.ends import Ends, with_ends
 from flame_composer.loading import load
 from flame_composer.model import build_hf_config, build_model
 from flame_composer.recipe_config import EvaluateConfig
@@ -61,7 +62,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "hf"
     torch.manual_seed(0)
-    save_hf_folder(build_model(build_hf_config(GLA, byte_tokenizer(), 64)), byte_tokenizer(), folder, dtype="float32")
+    tokenizer = with_ends(byte_tokenizer(), Ends(bos=False, eos=True))
+    save_hf_folder(build_model(build_hf_config(GLA, tokenizer, 64)), tokenizer, folder, dtype="float32")
     return folder
 
 

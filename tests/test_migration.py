@@ -16,6 +16,8 @@ from flame_composer.convert_config import ConvertConfig, FromLlamaConfig
 from flame_composer.fields import fields_of
 from flame_composer.loading import load
 from flame_composer.train_config import TrainConfig
+from tests.data_fixtures import llama_tokenizer, streaming_dataset, words, write_jsonl
+from tests.runs import check, run_script
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/migrating-from-flame.md").read_text()
@@ -119,6 +121,23 @@ def test_commands_are_taken(command: list[str], monkeypatch: pytest.MonkeyPatch)
     else:
         assert (program, flags) == ("python", [])
     load(SCRIPTS[name], arguments)
+
+
+def test_documents_are_as_flame_makes_them(tmp_path: Path) -> None:
+    """The command's own, on other text: end to end what `tokenizer(text)` gives, whose template puts a bos before."""
+    texts = [words(5 + 13 * i % 40, i) for i in range(30)]
+    tokenizer = llama_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = next(command for command in commands() if "convert/to_mds.py" in command)
+    other = {"source": write_jsonl(tmp_path / "text.jsonl", texts), "tokenizer": tmp_path / "tokenizer", "context_length": 64,
+             "out": tmp_path / "out", "val_out": tmp_path / "val", "num_workers": 1}  # fmt: skip
+    given = [word for word in command[2:] if word.partition("=")[0] not in {"name", "split", *other}]
+    check(run_script("convert/to_mds.py", *given, *(f"{key}={value}" for key, value in other.items()), "val_fraction=0.0",
+                     "val_out=null"))
+    theirs = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    rows = [row["input_ids"].tolist() for row in streaming_dataset(tmp_path / "out")]
+    assert [token for row in rows for token in row] == theirs[: len(theirs) // 64 * 64]
+    assert theirs.count(tokenizer.bos_token_id) == len(texts)
 
 
 def test_the_recipes_that_stand_for_flames_commands() -> None:

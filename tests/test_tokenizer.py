@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flame_composer.config import ConfigError
@@ -139,6 +140,98 @@ def test_trained_tokenizer_is_deterministic_lossless_and_loads_anywhere(tmp_path
     unseen = "never seen: ∮ ŷ 👩‍🚀 \x00"
     assert loaded.decode(loaded(unseen).input_ids) == unseen
     assert loaded.decode(loaded(TEXTS[0]).input_ids) == TEXTS[0]
+
+
+def write_settings(folder: Path, **settings) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with these in its tokenizer.json, as transformers loads it.
+
+    Those of `model` are in its model.
+    """
+    byte_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    model = content["model"] | settings.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **settings, "model": model}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+LEFT_ON = {
+    "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 3000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.9])
+def test_what_draws_lots_is_switched_off_and_said(tmp_path, caplog, dropout):
+    """The tokens are those of the same tokenizer without it; it stays the one that datasets were made with."""
+    kept = write_settings(tmp_path / "a", model={"dropout": dropout})
+    text = TEXTS[-1]
+    assert len({tuple(kept(text).input_ids) for _ in range(20)}) > 1, "a draw every time"
+    loaded = load_tokenizer(str(tmp_path / "a"))
+    assert caplog.messages == [
+        f"warning: tokenizer: {tmp_path / 'a'}: its tokenizer.json has dropout of merges (BPE: other "
+        "tokens for the same text each time) switched on, which is switched off here"
+    ]
+    for tokens in (loaded(text).input_ids, loaded.encode(text), build_encoder(loaded, add_bos=False, add_eos=False)([text])[0]):
+        assert list(tokens) == byte_tokenizer()(text).input_ids
+    assert fingerprint(loaded) == fingerprint(kept) != fingerprint(byte_tokenizer())
+    caplog.clear()
+    loaded.save_pretrained(tmp_path / "b")
+    again = load_tokenizer(str(tmp_path / "b"))
+    assert caplog.messages == []
+    assert json.loads((tmp_path / "b/tokenizer.json").read_bytes())["model"]["dropout"] is None
+    assert fingerprint(again) == fingerprint(kept)
+
+
+def test_truncation_and_padding_that_were_left_on_are_switched_off_and_said(tmp_path, caplog):
+    kept = write_settings(tmp_path / "a", **LEFT_ON, model={"dropout": 0.5})
+    loaded = load_tokenizer(str(tmp_path / "a"))
+    assert caplog.messages == [
+        f"warning: tokenizer: {tmp_path / 'a'}: its tokenizer.json has dropout of merges (BPE: other "
+        "tokens for the same text each time) and truncation to 4 tokens and padding switched on, "
+        "which are switched off here"
+    ]
+    assert fingerprint(loaded) == fingerprint(kept)
+    loaded.save_pretrained(tmp_path / "b")
+    for backend in (loaded.backend_tokenizer, Tokenizer.from_file(str(tmp_path / "b/tokenizer.json"))):
+        assert backend.encode(TEXTS[-1]).ids == byte_tokenizer()(TEXTS[-1]).input_ids
+    caplog.clear()
+    write_settings(tmp_path / "c", truncation=LEFT_ON["truncation"])
+    load_tokenizer(str(tmp_path / "c"))
+    assert caplog.messages == [f"warning: tokenizer: {tmp_path / 'c'}: its tokenizer.json has truncation to 4 tokens switched "
+                               "on, which is switched off here"]
+
+
+@pytest.mark.parametrize("model", [{"dropout": 0.0}, {"dropout": 1.0}, {}])
+def test_what_leaves_nothing_to_chance_stays(tmp_path, caplog, model):
+    """At 1 all merges are left out, always."""
+    kept = write_settings(tmp_path, model=model)
+    loaded = load_tokenizer(str(tmp_path))
+    assert caplog.messages == []
+    assert loaded.backend_tokenizer.to_str() == kept.backend_tokenizer.to_str()
+    assert len({tuple(loaded(TEXTS[-1]).input_ids) for _ in range(20)}) == 1
+
+
+def test_no_other_setting_of_tokenizers_draws_lots():
+    """Of the models that tokenizers has, one can: what a new release adds has to be looked at."""
+    from tokenizers import models
+
+    settings = {name: set(json.loads(Tokenizer(model).to_str())["model"]) for name, model in (
+        ("BPE", models.BPE()), ("Unigram", models.Unigram()),
+        ("WordLevel", models.WordLevel(vocab={}, unk_token="")),
+        ("WordPiece", models.WordPiece(vocab={}, unk_token="")),
+    )}  # fmt: skip
+    assert settings == {
+        "BPE": {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+                "byte_fallback", "ignore_merges", "vocab", "merges"},
+        "Unigram": {"type", "unk_id", "vocab", "byte_fallback"},
+        "WordLevel": {"type", "vocab", "unk_token"},
+        "WordPiece": {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"},
+    }
+    known = {"BPE", "Unigram", "WordLevel", "WordPiece", "Model"}
+    assert {name for name in vars(models) if name[0].isupper()} == known
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (65536, np.uint16), (65537, np.uint32)])
