@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from composer.loggers import Logger, LoggerDestination, ProgressBarLogger, Tenso
 from composer.utils import dist, reproducibility
 
 from flame_composer import storage
-from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.config import ConfigError, InvalidField, masked, one_line, without_secrets
+from flame_composer.lines import Lines
 from flame_composer.sections import WandbConfig
 from flame_composer.train_config import RunPlan, TrainConfig
 
@@ -179,17 +181,33 @@ def every(interval: int, total: int) -> Callable[[State, Event], bool]:
     return due
 
 
-class WandB(WandBLogger):
-    """Composer's, which answers in one line where W&B cannot be logged to."""
+class Discreet(LoggerDestination):
+    """Logs no password, token or value of the environment that the settings hold, nor those that Composer logs by itself."""
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        super().log_hyperparameters(without_secrets(hyperparameters))
+
+
+class WandB(Discreet, WandBLogger):
+    """Composer's, which answers in one line where W&B cannot be logged to, and sends no secrets there.
+
+    W&B 0.18 keeps the command line, and all that is written to stdout and stderr as it was before it was cleaned.
+    """
 
     def init(self, state: State, logger: Logger) -> None:
         from wandb.errors import Error
 
+        arguments, sys.argv[1:] = sys.argv[1:], without_secrets(sys.argv[1:])
         try:
             super().init(state, logger)
         except Error as error:
             raise ConfigError(f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, set WANDB_MODE=offline, or "
                               "wandb=null") from None
+        finally:
+            sys.argv[1:] = arguments
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Lines):
+                stream.clean_first()
 
 
 def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> WandBLogger:
@@ -201,7 +219,7 @@ def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> Wand
     )
 
 
-class TensorBoard(TensorboardLogger):
+class TensorBoard(Discreet, TensorboardLogger):
     """Composer's, with every step shown once however often the run is restarted.
 
     What the run before a restart logged after its checkpoint is logged again, so it is marked as void. The evaluation of
@@ -276,7 +294,8 @@ def announce(
     state = trainer.state
     assert state.max_duration is not None
     if state.timestamp < state.max_duration:
-        start = {"step": state.timestamp.batch.value, "resumed_from": resumed_from, "devices": dist.get_world_size(),
+        start = {"step": state.timestamp.batch.value, "resumed_from": resumed_from and masked(resumed_from),
+                 "devices": dist.get_world_size(),
                  "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         with (log_folder / "starts.jsonl").open("a", encoding="utf-8") as starts:
             starts.write(json.dumps(start) + "\n")

@@ -38,6 +38,7 @@ _NAME = re.compile(r"ba(\d+)(\.pt)?")  # a file, or a folder of pieces
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates; none of them is made so.
 NEVER_EVALUATED = algorithms.__all__
 UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
+UPLOAD_SECONDS = 260  # no attempt begins later after the first; one at a store that hangs takes three minutes
 
 log = logging.getLogger(__name__)
 
@@ -205,12 +206,13 @@ def _delete(checkpoint: str) -> None:
 
 def _upload(file: Path, place: str) -> None:
     """An outage of some minutes, or credentials that are being renewed, need not end a run."""
+    begun = time.monotonic()
     for seconds in (*UPLOAD_WAITS, None):
         try:
             storage.put(file, place)
             return
         except (StoreError, ConfigError) as error:
-            if seconds is None:
+            if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:
                 raise
             log.warning("warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds)
             time.sleep(seconds)
