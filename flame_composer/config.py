@@ -113,10 +113,10 @@ _SECRETS = tuple(
         # In the query of one: what signs it, or stands for a user.
         (r"((?:[?&;#]|\\u0026)[\w.~-]*?(?:signature|credential|token|secret|passwo?r?d|pwd|auth"
          r"|(?<![a-z])sig|(?:api|access|secret|account|private)[_-]?key)[\w.~-]{0,40}=)"
-         r"[^\s&\"'<>\\;]+", r"\1***"),
+         r"[^\s&\"'<>\\;]+?(?=:?(?:[\s&\"'<>\\;]|$))", r"\1***"),
         # Where it has a name.
         (r"((?:secret|passwo?r?d|api_?key|access_?key|(?:auth|session|access)_?token)\w{0,40}(?:=|[\"']:\s?)[\"']?)"
-         r"[^\s\"',;&}]+", r"\1***"),
+         r"[^\s\"',;&}]+?(?=:?(?:[\s\"',;&}]|$))", r"\1***"),
         (r"(\bbearer\s+|\bauthorization[\"']?\s?[:=]\s?[\"']?(?:\w+\s+)?)[\w.~+/=-]{8,}", r"\1***"),
         # By its looks: keys of AWS, tokens of Hugging Face, GitHub, OpenAI, Slack and Google, and JSON web tokens.
         (r"\b(?:hf_[a-z0-9]{30,}|(?-i:AKIA|ASIA)[A-Z0-9]{16}\b|gh[oprsu]_[a-z0-9]{30,}|github_pat_\w{30,}|sk-[\w-]{32,}"
@@ -132,7 +132,7 @@ def hide(value: str, name: str) -> None:
     What has less than four letters, or is a short number, is no secret, and would be found in other words.
     """
     lines = [value, " ".join(value.split()), *(line for line in value.splitlines() if len(line) >= _SURE)]
-    for each in (line for line in lines if len(line) > (_SURE if _is_number(line) else 3)):
+    for each in (line for line in lines if len(line) >= (_SURE if _is_number(line) else 4)):
         for form in (each, json.dumps(each)[1:-1], repr(each)[1:-1], quote(each), quote(each, safe=""), quote_plus(each)):
             _hidden.setdefault(form, f"${{{name}}}")
 
