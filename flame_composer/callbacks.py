@@ -182,16 +182,17 @@ def every(interval: int, total: int) -> Callable[[State, Event], bool]:
 
 
 class Discreet(LoggerDestination):
-    """Logs no password, token or value of the environment that the settings hold, nor those that Composer logs by itself."""
+    """Logs settings, those that Composer logs by itself included, without secrets."""
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         super().log_hyperparameters(without_secrets(hyperparameters))
 
 
 class WandB(Discreet, WandBLogger):
-    """Composer's, which answers in one line where W&B cannot be logged to, and sends no secrets there.
+    """Composer's, which answers in one line where W&B cannot be logged to, and sends it no secrets.
 
-    W&B 0.18 keeps the command line, and all that is written to stdout and stderr as it was before it was cleaned.
+    W&B 0.18 keeps the command line as it is, and all that is written to stdout and stderr as it was
+    before it was cleaned.
     """
 
     def init(self, state: State, logger: Logger) -> None:
@@ -294,8 +295,8 @@ def announce(
     state = trainer.state
     assert state.max_duration is not None
     if state.timestamp < state.max_duration:
-        start = {"step": state.timestamp.batch.value, "resumed_from": resumed_from and masked(resumed_from),
-                 "devices": dist.get_world_size(),
+        shown = resumed_from and masked(resumed_from)
+        start = {"step": state.timestamp.batch.value, "resumed_from": shown, "devices": dist.get_world_size(),
                  "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         with (log_folder / "starts.jsonl").open("a", encoding="utf-8") as starts:
             starts.write(json.dumps(start) + "\n")

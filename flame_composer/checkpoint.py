@@ -38,7 +38,8 @@ _NAME = re.compile(r"ba(\d+)(\.pt)?")  # a file, or a folder of pieces
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates; none of them is made so.
 NEVER_EVALUATED = algorithms.__all__
 UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
-UPLOAD_SECONDS = 260  # no attempt begins later after the first; one at a store that hangs takes three minutes
+# No attempt begins later than so long after the first. At a store that hangs each takes three minutes.
+UPLOAD_SECONDS = 260
 
 log = logging.getLogger(__name__)
 

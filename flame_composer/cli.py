@@ -13,12 +13,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig, TrainingError, masked
+from flame_composer.config import (
+    ConfigError,
+    DataError,
+    InvalidField,
+    ScriptConfig,
+    TrainingError,
+    masked,
+)
 from flame_composer.fields import fields_of, nearest
 from flame_composer.lines import clean_streams, flush_streams
 from flame_composer.loading import C, explain, load
 
-LONGEST = 1500  # characters of an error: what is longer is cut in the middle, for its end says what to do
+LONGEST = 1500  # characters of an error; a longer one is cut in the middle: its end says what to do
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -43,7 +50,8 @@ def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfi
         return 0
     if first and "=" not in first and not first.startswith("-") and not first.endswith((".yaml", ".yml")):
         names = list(mains)
-        _say(f"command line: {first}: must be one of {', '.join(names)}, or a YAML file{nearest(first, names)}")
+        known = f"{', '.join(names)}, or a YAML file{nearest(first, names)}"
+        _say(f"command line: {first}: must be one of {known}")
         return EXIT_CONFIG
     name = next(iter(mains))
     return _run(*mains[name], f"{script} {name}", argv)
@@ -54,7 +62,8 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
     status = _answer(main, cls, script, argv)
     if (lost := flush_streams()) is None or status:
         return status
-    _say(f"stdout: cannot be written to: {lost.strerror}; the work is done, but not all of its lines were shown")
+    _say(f"stdout: cannot be written to: {lost.strerror}; the work is done, but not all of its lines "
+         "were shown")
     return EXIT_DATA
 
 

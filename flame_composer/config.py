@@ -69,8 +69,8 @@ def require_duration(value: str, name: str, *, fraction: bool = False, time: boo
 
 
 def require_text(config: object, *names: str) -> None:
-    """Of paths and names, or lists of them: an empty one is a variable of the shell that was not set, and what may be left
-    out is null; nor can there be a file of the name if it is too long, or has a NUL in it."""
+    """Require paths and names, or lists of them, to be such as a file can have: neither empty (a variable of the shell
+    that was not set; what may be left out is null), nor too long, nor with a NUL in them."""
     for name in names:
         value = getattr(config, name)
         for text in value if isinstance(value, list) else [value] if value is not None else []:
@@ -78,7 +78,8 @@ def require_text(config: object, *names: str) -> None:
             require("\0" not in text, name, "must not hold a NUL character; write it without")
             longest = max(len(part.encode()) for part in text.split("/"))
             fits = "://" in text or (longest <= MAX_NAME_BYTES and len(text.encode()) <= MAX_PATH_BYTES)
-            require(fits, name, f"must be shorter: {MAX_NAME_BYTES} bytes between slashes, and {MAX_PATH_BYTES:,} in all")
+            require(fits, name, f"must be shorter: {MAX_NAME_BYTES} bytes between slashes, and "
+                    f"{MAX_PATH_BYTES:,} in all")
 
 
 def require_seed(value: int | None, name: str) -> None:
@@ -105,7 +106,7 @@ def one_line(error: Exception) -> str:
 _SECRETS = tuple(
     (re.compile(pattern, re.IGNORECASE), shown)
     for pattern, shown in (
-        # In an address: user:password before a host or a bucket. A key of S3 may hold slashes, and so may a password; what
+        # In an address: user:password before a host or a bucket. A secret key of AWS may hold slashes. What
         # looks like a port is one, but for stores whose addresses have none.
         (r"(\b(?:s3|gs|gcs|az|abfss?|oci)://[^/\s:@]*):(?:(?!://)\S)*@", r"\1:***@"),
         (r"(://(?![^/\s:@]*:\d+(?:[/\s?#]|$))[^/\s:@]*):(?:(?!://)\S)*@", r"\1:***@"),
@@ -115,12 +116,13 @@ _SECRETS = tuple(
          r"|(?<![a-z])sig|(?:api|access|secret|account|private)[_-]?key)[\w.~-]{0,40}=)"
          r"[^\s&\"'<>\\;]+?(?=:?(?:[\s&\"'<>\\;]|$))", r"\1***"),
         # Where it has a name.
-        (r"((?:secret|passwo?r?d|api_?key|access_?key|(?:auth|session|access)_?token)\w{0,40}(?:=|[\"']:\s?)[\"']?)"
+        (r"((?:secret|passwo?r?d|api_?key|access_?key|(?:auth|session|access)_?token)\w{0,40}"
+         r"(?:=|[\"']:\s?)[\"']?)"
          r"[^\s\"',;&}]+?(?=:?(?:[\s\"',;&}]|$))", r"\1***"),
         (r"(\bbearer\s+|\bauthorization[\"']?\s?[:=]\s?[\"']?(?:\w+\s+)?)[\w.~+/=-]{8,}", r"\1***"),
-        # By its looks: keys of AWS, tokens of Hugging Face, GitHub, OpenAI, Slack and Google, and JSON web tokens.
-        (r"\b(?:hf_[a-z0-9]{30,}|(?-i:AKIA|ASIA)[A-Z0-9]{16}\b|gh[oprsu]_[a-z0-9]{30,}|github_pat_\w{30,}|sk-[\w-]{32,}"
-         r"|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)", "***"),
+        # By its looks: of Hugging Face, AWS, GitHub, OpenAI, Slack and Google, and JSON web tokens.
+        (r"\b(?:hf_[a-z0-9]{30,}|(?-i:AKIA|ASIA)[A-Z0-9]{16}\b|gh[oprsu]_[a-z0-9]{30,}"
+         r"|github_pat_\w{30,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)", "***"),
     )
 )
 _hidden: dict[str, str] = {}  # values, and what is shown in their place
@@ -129,11 +131,12 @@ _hidden: dict[str, str] = {}  # values, and what is shown in their place
 def hide(value: str, name: str) -> None:
     """Have `masked` show `${name}` in place of a value out of the environment, however it is quoted.
 
-    What has less than four letters, or is a short number, is no secret, and would be found in other words.
+    What has fewer than four letters, or is a short number, is no secret, and would be found in other words.
     """
     lines = [value, " ".join(value.split()), *(line for line in value.splitlines() if len(line) >= _SURE)]
     for each in (line for line in lines if len(line) >= (_SURE if _is_number(line) else 4)):
-        for form in (each, json.dumps(each)[1:-1], repr(each)[1:-1], quote(each), quote(each, safe=""), quote_plus(each)):
+        quoted = json.dumps(each)[1:-1], repr(each)[1:-1], quote(each), quote(each, ""), quote_plus(each)
+        for form in (each, *quoted):
             _hidden.setdefault(form, f"${{{name}}}")
 
 
@@ -154,7 +157,7 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def masked(text: str) -> str:
-    """`text` without what signs a person in: what was hidden, passwords in addresses, tokens known by their form."""
+    """Return `text` without what signs a person in: what was hidden, passwords in addresses, and tokens."""
     if _hidden:
         text = _pattern(tuple(_hidden)).sub(lambda found: _hidden[found[0]], text)
     for pattern, shown in _SECRETS:
@@ -163,7 +166,7 @@ def masked(text: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """A value out of a configuration with every text in it `masked`."""
+    """Return a value out of a configuration with every text in it `masked`."""
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, Mapping):

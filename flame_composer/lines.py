@@ -17,7 +17,8 @@ from flame_composer.config import DataError, hide, masked
 
 # Variables that hold what signs a person in, by their names.
 _SECRET_NAME = re.compile(
-    r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)", re.IGNORECASE
+    r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)",
+    re.IGNORECASE,
 )
 _SHORTEST_SECRET = 8  # letters; what is shorter would be found in other words
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -26,10 +27,10 @@ _KEPT = "\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}"
 
 
 class Lines:
-    """A stream to write lines to, cleaned; in all else it is the stream it was made of.
+    """A stream whose lines are cleaned as they are written; in all else it is the stream it was made of.
 
-    What cannot be written is lost, for a terminal that was closed or a full disk behind a redirection must not end hours of
-    work: `lost` says why.
+    A terminal that was closed, or a full disk behind a redirection, does not end hours of work: from then on
+    lines go nowhere, and `lost` says why.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -69,7 +70,7 @@ class Lines:
             self._lose(error)
 
     def _clean(self, text: str) -> str:
-        """A progress bar may go back to the beginning of its line, and up to that of another, but no other text may."""
+        """Return `text` as it may be shown. Only a progress bar may go back in its line, or up to another's."""
         if self._after_bar and _CURSOR_UP.fullmatch(text):
             return text
         is_bar = text.startswith("\r") and not self._in_line
@@ -90,7 +91,8 @@ class Lines:
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
         if not isinstance(error, BrokenPipeError) and self.name == "stdout":  # whoever has left wants no more
-            print(f"warning: stdout: cannot be written to: {error.strerror}; the work goes on without", file=sys.stderr)
+            print(f"warning: stdout: cannot be written to: {error.strerror}; the work goes on without",
+                  file=sys.stderr)
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -102,9 +104,9 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def clean_streams() -> None:
-    """Have all that this process writes to stdout and stderr from now on cleaned. A stream that is closed leads nowhere.
+    """Clean all that this process writes to stdout and stderr from now on. What is closed leads nowhere.
 
-    What variables with names like AWS_SECRET_ACCESS_KEY or HF_TOKEN hold is shown by their names from now on.
+    The values of variables such as AWS_SECRET_ACCESS_KEY or HF_TOKEN are shown by their names from now on.
     """
     for name, value in os.environ.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
@@ -129,7 +131,7 @@ def clean_streams() -> None:
 
 
 def flush_streams() -> OSError | None:
-    """Write what is still in buffers. Returns why not all that was meant for stdout got there, unless its reader left."""
+    """Write what is still in buffers. Return what kept lines from stdout, if anything but a reader that left."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     lost = sys.stdout.lost if isinstance(sys.stdout, Lines) else None
@@ -137,9 +139,9 @@ def flush_streams() -> OSError | None:
 
 
 def write_content(text: str) -> None:
-    """Write to stdout what a script was asked for, at once and as it is; on a terminal, what would steer it is made visible.
+    """Write to stdout, at once and as it is, what a script was asked for. A terminal is not steered by it.
 
-    Raises DataError if it cannot be written.
+    Raise DataError if it cannot be written.
     """
     stream: TextIO = sys.stdout.stream if isinstance(sys.stdout, Lines) else sys.stdout
     try:
@@ -152,9 +154,8 @@ def write_content(text: str) -> None:
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Control characters as pictures of them, and as <U+200B> all else that would not be seen or would move the cursor.
-
-    Characters in `kept` stay as they are.
+    """Return `text` with pictures of its control characters, and with <U+200B> for all else that would not be
+    seen, or would move the cursor. Characters in `kept` stay as they are.
     """
     if text.isprintable():
         return text

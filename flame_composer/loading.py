@@ -263,8 +263,8 @@ def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any
 
 
 def _without_environment(merged: DictConfig) -> str:
-    """The configuration as YAML with every interpolation resolved but those of the environment, which may be secret, and
-    without passwords in addresses and the like."""
+    """Return the configuration as YAML, with every interpolation resolved but those of the environment, which may be
+    secret, and without passwords in addresses and the like."""
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
 

@@ -206,7 +206,7 @@ _warned_of: set[str] = set()  # servers
 
 
 def warn_if_readable(server: str) -> None:
-    """Say once that what goes to a plain http address, but for this machine's own, can be read and changed on the way."""
+    """Say once that what goes to a plain http address, unless it is this machine's own, can be read on the way."""
     address = urlsplit(server)
     host = (address.hostname or "").rstrip(".")
     try:
@@ -216,8 +216,8 @@ def warn_if_readable(server: str) -> None:
     is_first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
     if address.scheme == "http" and not is_here and is_first and address.netloc not in _warned_of:
         _warned_of.add(address.netloc)
-        log.warning("warning: http://%s: is not encrypted: what is sent and fetched can be read and changed on the way; use "
-                    "an https:// address", address.netloc)
+        log.warning("warning: http://%s: is not encrypted: what is sent and fetched can be read and changed "
+                    "on the way; use an https:// address", address.netloc)
 
 _lock = threading.Lock()
 
@@ -265,8 +265,8 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
 def _stay(params: dict[str, Any], **_: Any) -> None:
     """Have one HeadBucket request not be redirected.
 
-    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected as well, and names no
-    region, it asks again, until Python's stack is full.
+    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected as well,
+    and names no region, it asks again, until Python's stack is full.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
@@ -300,10 +300,13 @@ def _why(error: Exception, path: str, client: Any, failed: type[Exception] = Sto
     if code == "NoSuchBucket":
         return ConfigError(f"{place}: there is no bucket '{bucket}' at {server}; check its name, or create it")
     if code in REDIRECTED and isinstance(error, ClientError):
-        target = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("location", "")
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        target = headers.get("location", "")
         where = f" to {masked(target)[:200]}" if target else ""
-        return ConfigError(f"{place}: {server} redirects{where}, and is not followed there with credentials; set "
-                           "S3_ENDPOINT_URL to the address that answers, or AWS_DEFAULT_REGION to the bucket's region")
+        return ConfigError(
+            f"{place}: {server} redirects{where}, and is not followed there with credentials; set "
+            "S3_ENDPOINT_URL to the address that answers, or AWS_DEFAULT_REGION to the bucket's region"
+        )
     if code in MISSING:
         return _missing(path)
     if code in DENIED:

@@ -233,8 +233,10 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
             if not bucket:
                 raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
             if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
-                raise ConfigError("s3://***: must be s3://bucket/path, without credentials or a server; set AWS_ACCESS_KEY_ID "
-                                  "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL")
+                raise ConfigError(
+                    "s3://***: must be s3://bucket/path, without credentials or a server; set AWS_ACCESS_KEY_ID "
+                    "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL"
+                )
             fs: Any = S3FileSystem()
         elif scheme in ("file", "local"):
             raise ConfigError(f"{place}: must be given as a path, without {scheme}://")

@@ -558,7 +558,8 @@ NUL = "must not hold a NUL character; write it without"
 PATHS = [
     (TrainConfig, ["save_folder", "log_folder", "tokenizer", "train_data.local", "train_data.remote", "model.pretrained"]),
     (ConvertConfig, ["source", "out", "val_out", "tokenizer"]), (TokenizerTrainConfig, ["source", "out"]),
-    (GenerateConfig, ["model", "prompts"]), (EvaluateConfig, ["model", "plot", "data.local"]), (InspectConfig, ["data", "plot"]),
+    (GenerateConfig, ["model", "prompts"]), (EvaluateConfig, ["model", "plot", "data.local"]),
+    (InspectConfig, ["data", "plot"]),
     (ToHfConfig, ["checkpoint", "out"]), (FromLlamaConfig, ["model", "config", "out", "tokenizer"]),
     (CleanConfig, ["source", "out", "removed_out", "language.model"]), (ReportConfig, ["runs", "out"]),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from flame_composer import cli, config, lines
+from flame_composer import cli, lines
 from flame_composer.config import DataError, hide, masked, one_line, without_secrets
 from flame_composer.lines import Lines, clean_streams, visible
 from flame_composer.recipe_config import GenerateConfig
@@ -24,11 +24,6 @@ from tests.runs import ROOT, Corpus, Script, check
 PASSWORD = "pa55/w+rd=with@all:of?it"
 TOKEN = "hf_" + "aB3" * 12
 AWS_KEY = "AKIAIOSFODNN7EXAMPLE"
-
-
-@pytest.fixture(autouse=True)
-def nothing_hidden(monkeypatch) -> None:
-    monkeypatch.setattr(config, "_hidden", {})
 
 
 @pytest.mark.parametrize(
