@@ -332,7 +332,7 @@ def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
     for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
         value = os.environ.get(name, "")
         # What is shorter is no secret, and would be found in words.
-        text = text.replace(value, name) if len(value) > 3 else text
+        text = text.replace(value, f"${{{name}}}") if len(value) > 3 else text
     return text
 
 

@@ -33,7 +33,7 @@ def point_to(server: Hostile, monkeypatch: Any) -> None:
 # Redirects
 
 
-@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 Other", "307 Temporary", "308 Gone"])
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Gone"])
 @pytest.mark.parametrize("target", ["itself", f"{ELSEWHERE}abc", None])
 def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, target):
     """Nor are the credentials taken there."""
@@ -47,10 +47,6 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
         for use in (storage.stat, lambda place: storage.put(tmp_path / "file", place)):
             with pytest.raises(ConfigError) as caught:
                 use("s3://data/file")
-            if status.startswith("303") and target == f"{ELSEWHERE}abc":
-                # urllib3 stumbles over it, before anybody sees an answer.
-                assert str(caught.value).startswith(f"s3://data: {server.endpoint} cannot be reached: ")
-                continue
             where = {"itself": f" to {server.endpoint}/x", None: ""}.get(target, f" to {ELSEWHERE}***")
             assert str(caught.value) == (
                 f"s3://data: {server.endpoint} redirects{where}, and is not followed there with "
