@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,19 @@ from composer.loggers import Logger, LoggerDestination, ProgressBarLogger, Tenso
 from composer.utils import dist, reproducibility
 
 from flame_composer import storage
-from flame_composer.config import GOES_ON, ConfigError, InvalidField, TrainingError, one_line
+from flame_composer.config import (
+    GOES_ON,
+    ConfigError,
+    InvalidField,
+    TrainingError,
+    masked,
+    one_line,
+    without_secrets,
+)
 from flame_composer.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.ends import describe as describe_ends
 from flame_composer.folders import flush
+from flame_composer.lines import Lines
 from flame_composer.sections import WandbConfig
 from flame_composer.train_config import RunPlan, TrainConfig
 
@@ -204,17 +214,34 @@ def every(interval: int, total: int) -> Callable[[State, Event], bool]:
     return due
 
 
-class WandB(WandBLogger):
-    """Composer's, which answers in one line where W&B cannot be logged to."""
+class Discreet(LoggerDestination):
+    """Logs settings, those that Composer logs by itself included, without secrets."""
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        super().log_hyperparameters(without_secrets(hyperparameters))
+
+
+class WandB(Discreet, WandBLogger):
+    """Composer's, which answers in one line where W&B cannot be logged to, and sends it no secrets.
+
+    W&B 0.18 keeps the command line as it is, and all that is written to stdout and stderr as it was
+    before it was cleaned.
+    """
 
     def init(self, state: State, logger: Logger) -> None:
         from wandb.errors import Error
 
+        arguments, sys.argv[1:] = sys.argv[1:], without_secrets(sys.argv[1:])
         try:
             super().init(state, logger)
         except Error as error:
             raise ConfigError(f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, set WANDB_MODE=offline, or "
                               "wandb=null") from None
+        finally:
+            sys.argv[1:] = arguments
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Lines):
+                stream.clean_first()
 
 
 def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> WandBLogger:
@@ -226,7 +253,7 @@ def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> Wand
     )
 
 
-class TensorBoard(TensorboardLogger):
+class TensorBoard(Discreet, TensorboardLogger):
     """Composer's, with every step shown once however often the run is restarted.
 
     What the run before a restart logged after its checkpoint is logged again, so it is marked as void. The evaluation of
@@ -301,7 +328,8 @@ def announce(
     state = trainer.state
     assert state.max_duration is not None
     if state.timestamp < state.max_duration:
-        start = {"step": state.timestamp.batch.value, "resumed_from": resumed_from, "devices": dist.get_world_size(),
+        shown = resumed_from and masked(resumed_from)
+        start = {"step": state.timestamp.batch.value, "resumed_from": shown, "devices": dist.get_world_size(),
                  "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         path = log_folder / "starts.jsonl"
         with _writing(path), path.open("a", encoding="utf-8") as starts:

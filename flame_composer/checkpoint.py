@@ -46,6 +46,8 @@ from flame_composer.train_config import RunPlan, TrainConfig
 NEVER_EVALUATED = algorithms.__all__
 UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
 VERIFY_SECONDS = 60  # after so long, looking at what lies in the folder goes on when the next checkpoint is saved
+# No attempt begins later than so long after the first. At a store that hangs each takes three minutes.
+UPLOAD_SECONDS = 260
 
 log = logging.getLogger(__name__)
 
@@ -310,12 +312,13 @@ def _delete(place: str) -> None:
 
 def _upload(file: Path, place: str) -> None:
     """An outage of some minutes, or credentials that are being renewed, need not end a run."""
+    begun = time.monotonic()
     for seconds in (*UPLOAD_WAITS, None):
         try:
             storage.put(file, place)
             return
         except (StoreError, ConfigError) as error:
-            if seconds is None:
+            if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:
                 raise
             log.warning("warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds)
             time.sleep(seconds)

@@ -249,7 +249,7 @@ class CleanConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "out", "removed_out", "text_column", "split", "name")
+        require_text(self, "source", "out", "removed_out", "text_column", "split", "name")
         require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
         require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
         if self.removed_out is not None:

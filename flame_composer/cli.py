@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -16,12 +15,21 @@ from types import FrameType
 from typing import Any
 
 from flame_composer import processes
-from flame_composer.config import GOES_ON, ConfigError, DataError, InvalidField, ScriptConfig, TrainingError
+from flame_composer.config import (
+    GOES_ON,
+    ConfigError,
+    DataError,
+    InvalidField,
+    ScriptConfig,
+    TrainingError,
+    masked,
+)
 from flame_composer.fields import fields_of, nearest
+from flame_composer.lines import clean_streams, flush_streams
 from flame_composer.loading import C, explain, load
 
-PASSWORD = r"(://[^/@:\s]*:)[^/@\s]+@"  # in an address; it would end up in logs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+LONGEST = 1500  # characters of an error; a longer one is cut in the middle: its end says what to do
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -36,6 +44,7 @@ def run(main: Callable[[C], None], cls: type[C]) -> int:
 def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfig]]]) -> int:
     """As `run`, for a script that does several things: `script.py [name] [file.yaml] [key=value ...]`, the first by default."""
     script, argv = Path(sys.argv[0]).name, sys.argv[1:]
+    clean_streams()
     first = argv[0] if argv else ""
     if first in mains:
         return _run(*mains[first], f"{script} {first}", argv[1:])
@@ -45,14 +54,32 @@ def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfi
         return 0
     if first and "=" not in first and not first.startswith("-") and not first.endswith((".yaml", ".yml")):
         names = list(mains)
-        message = f"command line: {first}: must be one of {', '.join(names)}, or a YAML file{nearest(first, names)}"
-        print(f"error: {message}", file=sys.stderr)
+        known = f"{', '.join(names)}, or a YAML file{nearest(first, names)}"
+        _say(f"command line: {first}: must be one of {known}")
         return EXIT_CONFIG
     name = next(iter(mains))
     return _run(*mains[name], f"{script} {name}", argv)
 
 
 def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) -> int:
+    clean_streams()
+    status = _answer(main, cls, script, argv)
+    if (lost := flush_streams()) is None or status:
+        return status
+    _say(f"stdout: cannot be written to: {lost.strerror}; the work is done, but not all of its lines "
+         "were shown")
+    return EXIT_DATA
+
+
+def _say(message: str) -> None:
+    """An error, on one line that a person reads."""
+    message = masked(" ".join(message.splitlines()))
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends quietly
         print(help_text(cls, script))
@@ -77,10 +104,9 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         # An error in a loader process arrives with that process's traceback before it.
         if message.startswith("Caught "):
             message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        message = re.sub(PASSWORD, r"\1***@", " ".join(message.splitlines()))
         # Every rank meets the same mistake in the configuration, and one of them says it.
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            _say(message)
         if isinstance(error, DataError | TrainingError):
             return EXIT_DATA
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -54,7 +54,7 @@ class TokenizerTrainConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "out", "text_column", "eos_token")
+        require_text(self, "source", "out", "text_column", "eos_token")
         require(not is_url(self.out), "out", "must be a local folder")
         require(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token")
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
@@ -122,7 +122,7 @@ class ConvertConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "out", "val_out", "tokenizer", "text_column", "split", "name", "cluster")
+        require_text(self, "source", "out", "val_out", "tokenizer", "text_column", "split", "name", "cluster")
         require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
         require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")

@@ -26,6 +26,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from flame_composer.clean_config import CleanConfig
 from flame_composer.cleaning import EXACT_HASHES, FINDINGS, MAX_TASKS, Stage, build_stages, counts_path
 from flame_composer.config import ConfigError, DataError
+from flame_composer.lines import Lines, clean_streams
 from flame_composer.parts import PartsFolder, publish_file, read_json
 from flame_composer.processes import end_with_parent
 from flame_composer.shards import explained
@@ -116,7 +117,7 @@ def clean(
             for _ in run_local(executor, to_do, num_workers, logs / "log.txt", folder.out):
                 on_progress(stage.name, 1, total)
             continue
-        with Path(logs, "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+        with Path(logs, "log.txt").open("a") as log, contextlib.redirect_stderr(Lines(log, "log")):
             executor.run()
         missing = executor.get_incomplete_ranks()
         if missing:
@@ -135,7 +136,7 @@ def run_local(
     """
     if num_workers <= 1:
         for rank in ranks:
-            with log.open("a") as file, contextlib.redirect_stderr(file):
+            with log.open("a") as file, contextlib.redirect_stderr(Lines(file, "log")):
                 run_task(copy.deepcopy(executor), rank, out)
             loguru.logger.remove()  # which is that of the file now closed
             yield rank
@@ -164,6 +165,7 @@ def start_process(log: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
     end_with_parent()
     sys.stderr = log.open("a", buffering=1)
+    clean_streams()
 
 
 def run_task(executor: LocalPipelineExecutor, rank: int, out: str) -> None:

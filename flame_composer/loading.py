@@ -8,7 +8,8 @@ import itertools
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from flame_composer.config import ConfigError, InvalidField, ScriptConfig, is_text
+from flame_composer.config import ConfigError, InvalidField, ScriptConfig, hide, is_text, without_secrets
 from flame_composer.fields import (
     ANY_NAME,
     SECTIONS,
@@ -71,8 +72,9 @@ def load(cls: type[C], argv: list[str]) -> C:
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{place}: {key}: must be set ({doc_of(cls, key)}); add it to the file or give {key}=...")
-        config: Any = OmegaConf.to_object(merged)
         resolved_yaml = _without_environment(merged)
+        with _resolvers(_from_environment, _decoded):
+            config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_unresolved(cls, merged, origins) or f"{place}: {_first_line(error)}") from None
     assert isinstance(config, cls)
@@ -261,21 +263,55 @@ def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any
 
 
 def _without_environment(merged: DictConfig) -> str:
-    """The configuration as YAML with every interpolation resolved but those of the environment, which may be secret."""
+    """Return the configuration as YAML, with every interpolation resolved but those of the environment, which may be
+    secret, and without passwords in addresses and the like."""
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
 
     def decode(text: str | None, _parent_: Any, _node_: Any) -> Any:
         return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_, _node_)
 
-    OmegaConf.register_resolver("oc.env", lambda *names: f"<environment variable {names[0]}>", replace=True)
+    with _resolvers(lambda *names: f"<environment variable {names[0]}>", decode):
+        OmegaConf.resolve(untyped)
+    content = OmegaConf.to_container(untyped)
+    shown = without_secrets(content)
+    return OmegaConf.to_yaml(untyped if shown == content else OmegaConf.create(shown))
+
+
+@contextmanager
+def _resolvers(env: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
+    """Others in place of OmegaConf's for a while."""
+    OmegaConf.register_resolver("oc.env", env, replace=True)
     OmegaConf.register_resolver("oc.decode", decode, replace=True)
     try:
-        OmegaConf.resolve(untyped)
-        return OmegaConf.to_yaml(untyped)
+        yield
     finally:
         OmegaConf.register_resolver("oc.env", oc.env, replace=True)
         OmegaConf.register_resolver("oc.decode", oc.decode, replace=True)
+
+
+def _from_environment(name: str, *default: Any) -> Any:
+    """What a variable is set to, which no line that leaves this process shows from now on."""
+    if name in os.environ:
+        hide(os.environ[name], name)
+    return oc.env(name, *default)
+
+
+def _decoded(text: str | None, _parent_: Any, _node_: Any) -> Any:
+    """What is made of a variable is hidden part by part."""
+    value = oc.decode(text, _parent_, _node_)
+    for name in (name for name in os.environ if os.environ[name] == text):
+        for part in _texts(value):
+            hide(part, name)
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 def explain(config: ScriptConfig, problem: InvalidField) -> str:
@@ -296,7 +332,7 @@ def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
     for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
         value = os.environ.get(name, "")
         # What is shorter is no secret, and would be found in words.
-        text = text.replace(value, name) if len(value) > 3 else text
+        text = text.replace(value, f"${{{name}}}") if len(value) > 3 else text
     return text
 
 

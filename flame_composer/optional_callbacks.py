@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.algorithms import as_evaluated
-from flame_composer.callbacks import keep_rows
+from flame_composer.callbacks import Discreet, keep_rows
 from flame_composer.checkpoint import save_hf_folder
 from flame_composer.config import ConfigError, one_line
 from flame_composer.ends import encode_prompt
 from flame_composer.extensions_config import whole_batches
 from flame_composer.model import CausalLM
+from flame_composer.s3 import warn_if_readable
 
 
 def _causal_lm(state: State) -> CausalLM:
@@ -181,7 +182,7 @@ class ScheduledGC(Callback):
         gc.enable()
 
 
-class FileLogger(ComposerFileLogger):
+class FileLogger(Discreet, ComposerFileLogger):
     """Composer's, but a run that is started again goes on in the same file instead of emptying it."""
 
     def __init__(self, log_folder: Path, filename: str = "logs-rank{rank}.txt", flush_interval: int = 100):
@@ -206,7 +207,7 @@ class FileLogger(ComposerFileLogger):
         self._flush_queue()
 
 
-class MLFlowLogger(ComposerMLFlowLogger):
+class MLFlowLogger(Discreet, ComposerMLFlowLogger):
     """Composer's, in which a run that is started again goes on as the same run of MLflow."""
 
     def __init__(
@@ -216,10 +217,11 @@ class MLFlowLogger(ComposerMLFlowLogger):
         """`tracking_uri` as for MLflow, whose environment variables hold; user and password are in no configuration."""
         if importlib.util.find_spec("mlflow") is None:
             raise ValueError("mlflow is not installed; pip install 'flame-composer[mlflow]'")
-        if tracking_uri is not None and urllib.parse.urlsplit(tracking_uri).password is not None:
+        if tracking_uri is not None and "@" in urllib.parse.urlsplit(tracking_uri).netloc:
             raise ValueError("tracking_uri: must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         from mlflow import MlflowException
 
+        warn_if_readable(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
         # MLflow's own seven tries are minutes, for which a checkpoint would wait while the server is away.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,7 +58,8 @@ class Preemption(Callback):
         if dist.get_global_rank() == 0:
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"{signal.Signals(number).name}: finishing the batch in hand and saving it{again}\n".encode())
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, f"{signal.Signals(number).name}: finishing the batch in hand and saving it{again}\n".encode())
         # Of an evaluation that ends before its first batch.
         warnings.filterwarnings("ignore", "No batches were evaluated", UserWarning)
         warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)

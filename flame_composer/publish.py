@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from flame_composer import storage
 from flame_composer.checkpoint import average_of
 from flame_composer.checkpoint_read import Checkpoint
-from flame_composer.config import ConfigError, DataError, StoreError, one_line
+from flame_composer.config import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.manifest import read_manifest
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
@@ -55,7 +55,7 @@ def model_card(
         "## Training", _training(content, recipe, which), "## Evaluation", _evaluation(content), "## Recipe",
         f"```yaml\n{run_config.strip()}\n```" if run_config else f"No {CONFIG} lay beside the checkpoint.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return masked("\n\n".join(parts)) + "\n"
 
 
 def _how_to_load(is_fla: bool, tokenization: str | None) -> str:

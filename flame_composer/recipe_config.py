@@ -336,5 +336,5 @@ class ReportConfig(ScriptConfig):
 
     def validate(self) -> None:
         require(bool(self.runs), "runs", "must name at least one run's folder, e.g. runs/gla_tiny")
-        require_text(self, "out")
+        require_text(self, "runs", "out")
         require(self.smooth > 0, "smooth", "must be 1 step or more")

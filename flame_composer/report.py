@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.inspection import Dataset, Lengths, Row, Survey
+from flame_composer.lines import visible
 from flame_composer.manifest import Ledger
 
 WIDTH = 100
@@ -189,15 +190,6 @@ def _fold(line: str, width: int) -> Iterator[str]:
         part += character
         used += columns
     yield part
-
-
-def visible(text: str) -> str:
-    """Control characters as pictures of them, and as <U+200B> all else that would not be seen or would move the cursor."""
-    return "".join(character if character.isprintable() else _picture(ord(character)) for character in text)
-
-
-def _picture(code: int) -> str:
-    return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"<U+{code:04X}>"
 
 
 def size(num_bytes: int) -> str:

@@ -9,21 +9,26 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import ipaddress
+import logging
+import multiprocessing
 import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 
-from flame_composer.config import ConfigError, StoreError
+from flame_composer.config import ConfigError, StoreError, masked
 
 Info = dict[str, Any]
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 5  # for each request; botocore waits longer after each
-CONNECT_SECONDS, READ_SECONDS = 5, 60  # READ_SECONDS without a byte fail an attempt
+CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an attempt
 FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5  # a bucket's first request: who named a wrong endpoint is told within 15 seconds
 SINGLE_PUT = 256 << 20  # bytes; what is larger is sent in parts, several at a time
 PART = 64 << 20
@@ -32,6 +37,7 @@ DENIED = {
     "403", "AccessDenied", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken", "Forbidden",
     "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired",
 }  # fmt: skip
+REDIRECTED = {"301", "302", "303", "307", "308", "PermanentRedirect", "Redirect", "TemporaryRedirect"}
 MISSING = {"404", "NoSuchKey", "NotFound"}
 CHANGED = {"412", "PreconditionFailed"}
 
@@ -111,10 +117,22 @@ class S3FileSystem(AbstractFileSystem):
             client.upload_file(str(lpath), bucket, key, Config=config)
 
     def get_file(self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any) -> None:
+        from boto3.exceptions import RetriesExceededError
+        from boto3.s3.transfer import TransferConfig
+
         path = self._strip_protocol(rpath)
         bucket, key = _split(path)
+        config = TransferConfig(num_download_attempts=1)
         with _explained(path) as client:
-            client.download_file(bucket, key, str(lpath))
+            for attempt in range(ATTEMPTS):
+                moved: list[int] = []
+                try:
+                    client.download_file(bucket, key, str(lpath), Config=config, Callback=moved.append)
+                    return
+                except RetriesExceededError as error:
+                    # An answer that broke off is asked for again. One that never began was, by botocore.
+                    if attempt + 1 == ATTEMPTS or not moved:
+                        raise error.last_exception from None
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
         source, path = self._strip_protocol(path1), self._strip_protocol(path2)
@@ -178,8 +196,9 @@ def _fetch(path: str, **options: str) -> bytes:
     bucket, key = _split(path)
     with _explained(path) as client:
         for attempt in range(ATTEMPTS):
+            body = client.get_object(Bucket=bucket, Key=key, **options)["Body"]
             try:  # botocore itself tries again only until an answer begins
-                return client.get_object(Bucket=bucket, Key=key, **options)["Body"].read()
+                return body.read()
             except (HTTPClientError, IncompleteReadError, ResponseStreamingError):
                 if attempt + 1 == ATTEMPTS:
                     raise
@@ -188,6 +207,23 @@ def _fetch(path: str, **options: str) -> bytes:
 
 # Clients
 
+
+_warned_of: set[str] = set()  # servers
+
+
+def warn_if_readable(server: str) -> None:
+    """Say once that what goes to a plain http address, unless it is this machine's own, can be read on the way."""
+    address = urlsplit(server)
+    host = (address.hostname or "").rstrip(".")
+    try:
+        is_here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = host == "localhost" or host.endswith(".localhost")
+    is_first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
+    if address.scheme == "http" and not is_here and is_first and address.netloc not in _warned_of:
+        _warned_of.add(address.netloc)
+        log.warning("warning: http://%s: is not encrypted: what is sent and fetched can be read and changed "
+                    "on the way; use an https:// address", address.netloc)
 
 _lock = threading.Lock()
 
@@ -210,11 +246,14 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
     def make(attempts: int, connect: float, read: float) -> Any:
         retries: Any = {"mode": "standard", "total_max_attempts": attempts}
         config = Config(retries=retries, connect_timeout=connect, read_timeout=read, max_pool_connections=32)
-        return session.client("s3", endpoint_url=endpoint, config=config)
+        client = session.client("s3", endpoint_url=endpoint, config=config)
+        client.meta.events.register("before-call.s3.HeadBucket", _stay)
+        return client
 
     try:
         session = Session()
         first = make(FIRST_ATTEMPTS, FIRST_SECONDS, FIRST_SECONDS)
+        warn_if_readable(first.meta.endpoint_url)
         try:
             first.list_objects_v2(Bucket=bucket, MaxKeys=1)
         except ClientError as error:
@@ -227,6 +266,15 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         if isinstance(error, (ConfigError, StoreError)):
             raise
         raise ConfigError(f"s3://{bucket}: {_line(error)}") from None
+
+
+def _stay(params: dict[str, Any], **_: Any) -> None:
+    """Have one HeadBucket request not be redirected.
+
+    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected as well,
+    and names no region, it asks again, until Python's stack is full.
+    """
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 @contextmanager
@@ -257,6 +305,14 @@ def _why(error: Exception, path: str, client: Any, failed: type[Exception] = Sto
     code = _code(error) if isinstance(error, ClientError) else ""
     if code == "NoSuchBucket":
         return ConfigError(f"{place}: there is no bucket '{bucket}' at {server}; check its name, or create it")
+    if code in REDIRECTED and isinstance(error, ClientError):
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        target = headers.get("location", "")
+        where = f" to {masked(target)[:200]}" if target else ""
+        return ConfigError(
+            f"{place}: {server} redirects{where}, and is not followed there with credentials; set "
+            "S3_ENDPOINT_URL to the address that answers, or AWS_DEFAULT_REGION to the bucket's region"
+        )
     if code in MISSING:
         return _missing(path)
     if code in DENIED:
@@ -282,7 +338,7 @@ def _code(error: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    line = re.sub(r'( on| to the)? endpoint URL: "[^"]*"', "", " ".join(str(error).split()))
+    line = masked(re.sub(r'( on| to the)? endpoint URL: "[^"]*"', "", " ".join(str(error).split())))
     return line.rstrip(".")[:200] or type(error).__name__
 
 

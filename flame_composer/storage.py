@@ -21,9 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from flame_composer.config import ConfigError, DataError, StoreError, one_line
+from flame_composer.config import MAX_NAME_BYTES, ConfigError, DataError, StoreError, one_line
 
-MAX_NAME_BYTES = 255  # of a file, on Linux
 THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
 T = TypeVar("T")
 R = TypeVar("R")
@@ -260,12 +259,22 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
         if scheme == "s3":
             from flame_composer.s3 import S3FileSystem
 
-            if not path.partition("/")[0]:
+            bucket = path.partition("/")[0]
+            if not bucket:
                 raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
+            if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+                raise ConfigError(
+                    "s3://***: must be s3://bucket/path, without credentials or a server; set AWS_ACCESS_KEY_ID "
+                    "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL"
+                )
             fs: Any = S3FileSystem()
         elif scheme in ("file", "local"):
             raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
         else:
+            if scheme == "http":
+                from flame_composer.s3 import warn_if_readable
+
+                warn_if_readable(place)
             fs = fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -14,6 +14,7 @@ from flame_composer import other_names
 from flame_composer.config import (
     DURATION,
     FRACTION,
+    MAX_NAME_BYTES,
     SECONDS,
     TIME,
     ConfigError,
@@ -36,6 +37,8 @@ from flame_composer.sections import (
     SpikeConfig,
     WandbConfig,
 )
+
+MAX_WANDB_ID_BYTES = 200  # W&B's own folders have longer names than their runs
 
 
 class RunPlan(NamedTuple):
@@ -133,6 +136,8 @@ class TrainConfig(ScriptConfig):
     def validate(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)), "run_name",
                 "must be letters, digits, '.', '_' and '-' (it names folders)")
+        most = MAX_NAME_BYTES if self.wandb is None else MAX_WANDB_ID_BYTES
+        require(len(self.run_name.encode()) <= most, "run_name", f"must be {most} bytes at most (it names folders)")
         require_seed(self.seed, "seed")
         require_text(self, "tokenizer", "save_folder", "log_folder")
         require_duration(self.max_duration, "max_duration")

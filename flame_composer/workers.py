@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from flame_composer.config import ConfigError, DataError
 from flame_composer.encoder import build_fast_encoder, require_installed
+from flame_composer.lines import clean_streams
 from flame_composer.manifest import HF
 from flame_composer.processes import end_with_parent
 from flame_composer.shards import DatasetWriter, unit_name
@@ -266,6 +267,7 @@ _worker: dict[str, Any] = {}
 def _start(conversion: Conversion, counts: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
     end_with_parent()
+    clean_streams()
     # One core each; read when the encoder starts its first thread.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     _worker.update(conversion=conversion, counts=counts)

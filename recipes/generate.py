@@ -11,6 +11,7 @@ import sys
 from functools import partial
 
 from flame_composer.cli import listen_to_signals, run
+from flame_composer.lines import write_content
 from flame_composer.recipe_config import GenerateConfig
 
 
@@ -37,26 +38,25 @@ def main(config: GenerateConfig) -> None:
         continue_prompts, model, tokenizer, sampling=build_sampling(config, tokenizer),
         repetition_penalty=config.repetition_penalty, stop=config.stop,
     )
-    show = partial(print, end="", flush=True)
     try:
         if config.prompt is not None:
-            show(config.prompt)
-            proceed([config.prompt], show=show)
-            print()
+            write_content(config.prompt)
+            proceed([config.prompt], show=write_content)
+            write_content("\n")
         for batch in in_batches(prompts, config.batch_size):
             for prompt, completion in zip(batch, proceed(batch), strict=True):
-                print(json.dumps({"prompt": prompt, "completion": completion}), flush=True)
+                write_content(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if config.prompt is None and not prompts:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it may come as often as an answer is too long
         for prompt in asked():
             try:
-                show(prompt)
-                proceed([prompt], show=show)
+                write_content(prompt)
+                proceed([prompt], show=write_content)
             except KeyboardInterrupt:  # ends this answer; at the prompt, the session
                 pass
-            print()
+            write_content("\n")
 
 
 if __name__ == "__main__":

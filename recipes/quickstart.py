@@ -13,12 +13,14 @@ import sysconfig
 from functools import partial
 from pathlib import Path
 
+from flame_composer.lines import clean_streams, flush_streams
 from flame_composer.processes import when_parent_ends
 
 DATA, RUN = Path("data/quickstart"), Path("runs/gla_tiny")
 
 
 def main() -> int:
+    clean_streams()
     corpus, tokenizer, hf_folder = DATA / "corpus.jsonl", DATA / "tokenizer", RUN / "hf"
     if not corpus.exists():
         write_corpus(corpus)
@@ -39,7 +41,7 @@ def main() -> int:
         "hf_folder": str(hf_folder),
         "checkpoint_folder": trained["checkpoint_folder"],
     }))
-    return 0
+    return 1 if flush_streams() else 0
 
 
 def write_corpus(path: Path) -> None:

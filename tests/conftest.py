@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
+from flame_composer import config
 from flame_composer.corpus import find_files
 from flame_composer.manifest import Manifest
 from flame_composer.shards import DatasetWriter, Plan, plan_units
@@ -66,6 +67,12 @@ def no_process_group() -> Iterator[None]:
     for name in names:
         if before[name] is None:
             os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what an earlier test had in its environment, which a process hides until it ends."""
+    monkeypatch.setattr(config, "_hidden", {})
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -527,6 +527,81 @@ def test_a_refused_environment_variable_is_not_shown(monkeypatch, argument):
     assert "hunter2" not in message
 
 
+def test_passwords_in_addresses_are_not_kept():
+    config = train("train_data.remote=s3://key:se/cret@bucket/x", "wandb.project=p", "wandb.tags=[https://token@host]")
+    assert config.train_data.remote == "s3://key:se/cret@bucket/x"
+    resolved = yaml.safe_load(config.resolved_yaml)
+    assert resolved["train_data"]["remote"] == "s3://key:***@bucket/x"
+    assert resolved["wandb"]["tags"] == ["https://***@host"]
+
+
+def test_what_came_from_the_environment_is_shown_by_its_name(monkeypatch, capsys):
+    """In errors of what goes on from there, too; not what has the same letters by chance."""
+    monkeypatch.setenv("FLAME_SECRET", SECRET)
+    monkeypatch.setenv("FLAME_LIST", "[first-part-of-it, second-part-of-it]")
+    monkeypatch.setenv("FLAME_NUMBER", "512")
+    argv = ["script.py", "model=/a/${oc.env:FLAME_SECRET}b", "prompt=p", "max_new_tokens=${oc.env:FLAME_NUMBER}",
+            "stop=${oc.decode:${oc.env:FLAME_LIST}}"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+
+    def main(config: Any) -> None:
+        print(f"{config.model} {config.stop[1]} {config.max_new_tokens}")
+        raise DataError(f"{config.model}: cannot be read")
+
+    assert run(main, GenerateConfig) == 1
+    assert capsys.readouterr() == (
+        "/a/${FLAME_SECRET}b ${FLAME_LIST} 512\n", "error: /a/${FLAME_SECRET}b: cannot be read\n"
+    )
+
+
+TOO_LONG = "must be shorter: 255 bytes between slashes, and 4,095 in all"
+NUL = "must not hold a NUL character; write it without"
+PATHS = [
+    (TrainConfig, ["save_folder", "log_folder", "tokenizer", "train_data.local", "train_data.remote", "model.pretrained"]),
+    (ConvertConfig, ["source", "out", "val_out", "tokenizer"]), (TokenizerTrainConfig, ["source", "out"]),
+    (GenerateConfig, ["model", "prompts"]), (EvaluateConfig, ["model", "plot", "data.local"]),
+    (InspectConfig, ["data", "plot"]),
+    (ToHfConfig, ["checkpoint", "out"]), (FromLlamaConfig, ["model", "config", "out", "tokenizer"]),
+    (CleanConfig, ["source", "out", "removed_out", "language.model"]), (ReportConfig, ["runs", "out"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "key"), [(cls, key) for cls, keys in PATHS for key in keys])
+@pytest.mark.parametrize(("value", "rule"), [("a\0b", NUL), ("x" * 256, TOO_LONG), ("é/" * 2000, TOO_LONG)])
+def test_no_file_can_have_such_a_name(cls, key, value, rule):
+    content: dict[str, Any] = yaml.safe_load(BASE) if cls is TrainConfig else {}
+    needed = {
+        ConvertConfig: {"source": ["s"], "out": "o", "tokenizer": "t", "context_length": 8},
+        TokenizerTrainConfig: {"source": ["s"], "out": "o"}, GenerateConfig: {"model": "m"}, EvaluateConfig: {"model": "m"},
+        InspectConfig: {"data": "d"}, ToHfConfig: {"checkpoint": "c", "out": "o"},
+        FromLlamaConfig: {"model": "m", "config": "c", "out": "o"}, CleanConfig: {"source": ["s"], "out": "o"},
+    }  # fmt: skip
+    content |= needed.get(cls, {})
+    section, _, leaf = key.rpartition(".")
+    place = content.setdefault(section, {}) if section else content
+    place[leaf] = [value] if leaf in ("source", "runs") else value
+    argv = ["long.yaml"]
+    if cls is ReportConfig:
+        argv = [] if "\0" in value else [value] if key == "runs" else ["run", f"out={value}"]
+    Path("long.yaml").write_text(yaml.dump(content, allow_unicode=True))
+    if argv:
+        message = message_of(lambda: load(cls, argv))
+        assert f": {key}=" in message
+        assert message.endswith(f": {rule}")
+
+
+def test_a_long_name_of_a_run(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "base.yaml", f"run_name={'x' * 5000}"])
+    assert run(do_nothing, TrainConfig) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("xxx: must be 255 bytes at most (it names folders)\n")
+    assert len(err) < 1600
+    assert train(f"run_name={'x' * 255}").run_name == "x" * 255
+    assert message_of(lambda: train("wandb.project=p", f"run_name={'x' * 201}")).endswith(
+        ": must be 200 bytes at most (it names folders)"
+    )
+
+
 def test_resolved_yaml_is_the_configuration():
     config = train("optimizer.lr=0.5", "eval_data.local=v")
     Path("again.yaml").write_text(config.resolved_yaml)

@@ -215,7 +215,7 @@ def test_what_the_environment_holds_is_not_told(capsys, monkeypatch, train):
     monkeypatch.setenv("SECRET", "hunter2")
     for argument in ("algorithms.ema.half_life=${oc.env:SECRET}", "algorithms={ema: {half_life: '${oc.env:SECRET}'}}"):
         line = line_of(capsys, monkeypatch, train, "base.yaml", argument)
-        assert line.endswith("EMA refuses it: half_life=SECRET: must be a whole number of batches, e.g. 100ba")
+        assert line.endswith("EMA refuses it: half_life=${SECRET}: must be a whole number of batches, e.g. 100ba")
         assert "hunter2" not in line
 
 

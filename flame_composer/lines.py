@@ -1,0 +1,166 @@
+"""The one place where lines leave a process: without secrets, and without what would steer a terminal.
+
+`clean_streams` puts it between everything that writes to stdout and stderr (prints, log lines, warnings, tracebacks,
+progress bars, libraries) and the terminal, pipe or file behind them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+from flame_composer.config import DataError, hide, masked
+
+# Variables that hold what signs a person in, by their names.
+_SECRET_NAME = re.compile(
+    r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)",
+    re.IGNORECASE,
+)
+_SHORTEST_SECRET = 8  # letters; what is shorter would be found in other words
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CURSOR_UP = re.compile(r"\n*(\x1b\[A)+")  # as tqdm writes it between bars
+_KEPT = "\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}"
+
+
+class Lines:
+    """A stream whose lines are cleaned as they are written; in all else it is the stream it was made of.
+
+    A terminal that was closed, or a full disk behind a redirection, does not end hours of work: from then on
+    lines go nowhere, and `lost` says why.
+    """
+
+    def __init__(self, stream: TextIO, name: str):
+        """`name` is what the stream is called in a message."""
+        self.stream = stream
+        self.name = name
+        self.lost: OSError | None = None
+        self._in_line = False  # in the middle of a line that is no progress bar
+        self._after_bar = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            _write(self.stream, self._clean(text))
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def clean_first(self) -> None:
+        """Clean what a library gets to see that has put a `write` of its own in place of this stream's."""
+        theirs = self.__dict__.pop("write", None)
+        if theirs is not None:
+            self.__dict__["write"] = lambda text: theirs(self._clean(text))
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _clean(self, text: str) -> str:
+        """Return `text` as it may be shown. Only a progress bar may go back in its line, or up to another's."""
+        if self._after_bar and _CURSOR_UP.fullmatch(text):
+            return text
+        is_bar = text.startswith("\r") and not self._in_line
+        body = text[1:] if is_bar else text
+        back = is_bar and body.endswith("\r")
+        body = _COLOUR.sub("", masked(body[:-1] if back else body).replace("\r\n", "\n"))
+        if text:
+            self._after_bar = is_bar
+            self._in_line = not is_bar and not text.endswith("\n")
+        return ("\r" if is_bar else "") + visible(body, _KEPT) + ("\r" if back else "")
+
+    def _lose(self, error: OSError) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        with suppress(OSError, ValueError):  # what is left in its buffer would fail again when the process ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+        if not isinstance(error, BrokenPipeError) and self.name == "stdout":  # whoever has left wants no more
+            print(f"warning: stdout: cannot be written to: {error.strerror}; the work goes on without",
+                  file=sys.stderr)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def clean_streams() -> None:
+    """Clean all that this process writes to stdout and stderr from now on. What is closed leads nowhere.
+
+    The values of variables such as AWS_SECRET_ACCESS_KEY or HF_TOKEN are shown by their names from now on.
+    """
+    for name, value in os.environ.items():
+        if _SECRET_NAME.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
+            hide(value, name)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would be taken for it, and written into
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if isinstance(stream, Lines):
+            continue
+        if stream is None:
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        cleaned: Any = Lines(stream, name)
+        setattr(sys, name, cleaned)
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+            for handler in getattr(logger, "handlers", ()):
+                if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                    handler.setStream(cleaned)
+
+
+def flush_streams() -> OSError | None:
+    """Write what is still in buffers. Return what kept lines from stdout, if anything but a reader that left."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    lost = sys.stdout.lost if isinstance(sys.stdout, Lines) else None
+    return None if isinstance(lost, BrokenPipeError) else lost
+
+
+def write_content(text: str) -> None:
+    """Write to stdout, at once and as it is, what a script was asked for. A terminal is not steered by it.
+
+    Raise DataError if it cannot be written.
+    """
+    stream: TextIO = sys.stdout.stream if isinstance(sys.stdout, Lines) else sys.stdout
+    try:
+        _write(stream, visible(text, _KEPT) if stream.isatty() else text)
+        stream.flush()
+    except OSError as error:
+        if isinstance(sys.stdout, Lines):
+            sys.stdout._lose(error)
+        raise DataError(f"stdout: cannot be written to: {error.strerror}; send it to where there is space") from None
+
+
+def visible(text: str, kept: str = "") -> str:
+    """Return `text` with pictures of its control characters, and with <U+200B> for all else that would not be
+    seen, or would move the cursor. Characters in `kept` stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in kept else _picture(ord(each)) for each in text)
+
+
+def _picture(code: int) -> str:
+    return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"<U+{code:04X}>"
