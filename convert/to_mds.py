@@ -22,7 +22,7 @@ from flame_composer.tokenizer import bare, fingerprint, import_transformers_with
 from flame_composer.workers import Conversion, convert_units
 
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and the inputs themselves.
-SETTINGS = ("source", "name", "split", "suffixes", "text_column", "add_bos", "add_eos", "max_line_bytes", "max_doc_length",
+SETTINGS = ("source", "name", "split", "suffixes", "text_column", "add_bos", "add_eos", "max_document_bytes", "max_doc_length",
             "min_doc_length", "seed", "val_fraction", "shard_size", "unit_size")  # fmt: skip
 COLUMNS = ("documents", "documents_skipped", "documents_short", "tokens_in", "tokens_out", "dropped", "rows", "shards", "bytes")
 

@@ -43,7 +43,7 @@ def main(config: TokenizerTrainConfig) -> None:
 
     def texts() -> Iterator[str]:
         nonlocal num_documents
-        sample = sample_texts(files, config.text_column, config.max_bytes, on_damage, config.max_line_bytes)
+        sample = sample_texts(files, config.text_column, config.max_bytes, on_damage, config.max_document_bytes)
         for text in tqdm(sample, unit=" documents", unit_scale=True, disable=None):
             num_documents += 1
             yield text

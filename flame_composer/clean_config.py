@@ -216,9 +216,8 @@ class CleanConfig(ScriptConfig):
     """Take only files with these endings when a folder is searched, as in convert/to_mds.py."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
-    max_line_bytes: int = 268435456
-    """Longest line of JSON, and longest plain-text file, that is read, bytes; a longer one counts as a document that cannot
-    be read."""
+    max_document_bytes: int = 67108864
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
     language: LanguageConfig | None = None
     """Keep some languages only; off unless a model file is given."""
     gopher_repetition: GopherRepetitionConfig | None = field(default_factory=GopherRepetitionConfig)
@@ -258,7 +257,7 @@ class CleanConfig(ScriptConfig):
         require(self.exact_dedup or any(step is not None for step in steps), "exact_dedup",
                 "must be true where every other step is null, or there is nothing to do")
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
-        require(self.max_line_bytes > 0, "max_line_bytes", "must be more than 0 bytes")
+        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
         require(self.num_workers is None or self.num_workers > 0, "num_workers", "must be 1 or more, or null")
         require((self.executor == "slurm") == (self.slurm is not None), "slurm",
                 "must be set with executor=slurm, and with no other: slurm.partition=... slurm.time=...")

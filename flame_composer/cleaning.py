@@ -243,7 +243,7 @@ class Filter:
 
         for part in self.folder.units[rank]:
             shard = f"{part.start}:" if part.format == "dataset" else ""
-            documents = read_documents(part, self.config.text_column, skip, self.config.max_line_bytes)
+            documents = read_documents(part, self.config.text_column, skip, self.config.max_document_bytes)
             for text, path, position in documents:
                 counts.documents += 1
                 counts.characters += len(text)

@@ -42,9 +42,8 @@ class TokenizerTrainConfig(ScriptConfig):
     told by their first bytes, and the rest is plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
-    max_line_bytes: int = 268435456
-    """Longest line of JSON, and longest plain-text file, that is read, bytes; a longer one counts as a document that cannot
-    be read."""
+    max_document_bytes: int = 67108864
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
     min_frequency: int = 2
     """A pair must occur this often to be merged."""
     max_bytes: int | None = None
@@ -59,7 +58,7 @@ class TokenizerTrainConfig(ScriptConfig):
         require(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token")
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
-        require(self.max_line_bytes > 0, "max_line_bytes", "must be more than 0 bytes")
+        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
 
 
 @dataclass
@@ -90,9 +89,8 @@ class ConvertConfig(ScriptConfig):
     told by their first bytes, and the rest is plain text, one document a file."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
-    max_line_bytes: int = 268435456
-    """Longest line of JSON, and longest plain-text file, that is read, bytes; a longer one counts as a document that cannot
-    be read."""
+    max_document_bytes: int = 67108864
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
     add_bos: bool = False
     """Put the tokenizer's bos token before every document."""
     add_eos: bool = True
@@ -135,7 +133,7 @@ class ConvertConfig(ScriptConfig):
         require(smallest <= self.shard_size < 2**32, "shard_size",
                 f"must be at least {smallest} (one row) and less than {2**32} bytes")
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
-        require(self.max_line_bytes > 0, "max_line_bytes", "must be more than 0 bytes")
+        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
         for name in ("max_doc_length", "min_doc_length"):
             length = getattr(self, name)
             require(length is None or length > 0, name, "must be a positive number of tokens, or null")

@@ -15,8 +15,8 @@ from flame_composer.formats import UTF8_BOM, other_kind
 from flame_composer.jsonl import InvalidRecord, columns, kind_of, text_of
 from flame_composer.unpacking import BLOCK, Compression, line_at, open_input, skip_line
 
-# Far more than any text that is met, little enough to be read and parsed in some GB of memory.
-MAX_LINE_BYTES = 256 << 20
+# More than any text that is met. Encoders take up to 180 bytes of memory for each byte of a text that cannot be cut.
+MAX_DOCUMENT_BYTES = 64 << 20
 
 
 class Document(NamedTuple):
@@ -48,20 +48,20 @@ def read_documents(
     part: Slice,
     text_column: str,
     on_damage: Callable[[DataError], None] = _raise,
-    max_line_bytes: int = MAX_LINE_BYTES,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[Document]:
     """The documents of `part` in order.
 
-    A document that cannot be read (a malformed line, text that is missing, not a string or not valid UTF-8, a line of
-    JSON or a plain-text file of more than `max_line_bytes`) is given to `on_damage` as a DataError that names its place,
-    and left out if that returns. Other damage is raised.
+    A document that cannot be read (a malformed line, text that is missing, not a string or not valid UTF-8, a text or a
+    line of JSON of more than `max_document_bytes`) is given to `on_damage` as a DataError that names its place, and left
+    out if that returns. Other damage is raised.
     """
     if part.format == "text":
-        return _read_text(part, on_damage, max_line_bytes)
+        return _read_text(part, on_damage, max_document_bytes)
     if part.format == "jsonl":
-        return _read_jsonl(part, text_column, on_damage, max_line_bytes)
+        return _read_jsonl(part, text_column, on_damage, max_document_bytes)
     read = {"parquet": _read_parquet, "dataset": _read_dataset}[part.format]
-    return read(part, text_column, on_damage)
+    return _short_enough(read(part, text_column, on_damage), on_damage, max_document_bytes)
 
 
 def sample_texts(
@@ -69,7 +69,7 @@ def sample_texts(
     text_column: str,
     max_bytes: int | None,
     on_damage: Callable[[DataError], None] = _raise,
-    max_line_bytes: int = MAX_LINE_BYTES,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[str]:
     """The texts of the files in order; with `max_bytes`, of parts drawn from all over them until they hold that much.
 
@@ -80,7 +80,7 @@ def sample_texts(
         parts = [parts[i] for i in np.random.default_rng(0).permutation(len(parts))]
     num_bytes = 0
     for part in parts:
-        for document in read_documents(part, text_column, on_damage, max_line_bytes):
+        for document in read_documents(part, text_column, on_damage, max_document_bytes):
             if max_bytes is not None and num_bytes >= max_bytes:
                 return
             num_bytes += len(document.text.encode())
@@ -162,8 +162,20 @@ def _read_line(file: BinaryIO, max_bytes: int) -> bytes | bytearray:
     return pieces
 
 
+def _short_enough(
+    documents: Iterator[Document], on_damage: Callable[[DataError], None], max_bytes: int
+) -> Iterator[Document]:
+    for document in documents:
+        # A character takes four bytes at most.
+        if len(document.text) * 4 > max_bytes and len(document.text.encode()) > max_bytes:
+            problem = _too_long(max_bytes, "remove the row")
+            on_damage(DataError(f"{document.path}: row {document.position}: {problem}"))
+        else:
+            yield document
+
+
 def _too_long(max_bytes: int, remedy: str) -> str:
-    return f"longer than max_line_bytes={max_bytes}; {remedy}, or raise max_line_bytes"
+    return f"longer than max_document_bytes={max_bytes}; {remedy}, or raise max_document_bytes"
 
 
 def _read_parquet(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:

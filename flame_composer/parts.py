@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from flame_composer.config import ConfigError, DataError
-from flame_composer.documents import MAX_LINE_BYTES
+from flame_composer.documents import MAX_DOCUMENT_BYTES
 from flame_composer.formats import format_by_suffix
 from flame_composer.manifest import Unit, dump_json
 
@@ -249,7 +249,7 @@ def inputs_of(units: Sequence[Unit]) -> str:
 
 def _whole(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with those that there were not when they were written down."""
-    return {"max_line_bytes": MAX_LINE_BYTES, **settings}
+    return {"max_document_bytes": MAX_DOCUMENT_BYTES, **settings}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

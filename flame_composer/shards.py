@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, StoreError
 from flame_composer.corpus import Slice, slice_files
-from flame_composer.documents import MAX_LINE_BYTES
+from flame_composer.documents import MAX_DOCUMENT_BYTES
 from flame_composer.manifest import (
     HF,
     VERSION,
@@ -271,7 +271,7 @@ class DatasetWriter:
         flat = []
         for plan in (there, here):
             # Plans made before there was a limit to lines do not say.
-            config, units = {"max_line_bytes": MAX_LINE_BYTES, **plan.pop("config")}, plan.pop("units")
+            config, units = {"max_document_bytes": MAX_DOCUMENT_BYTES, **plan.pop("config")}, plan.pop("units")
             flat.append({**plan, **config, **(_inputs(units) if inputs_too else {})})
         differing = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
         if differing:

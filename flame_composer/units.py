@@ -93,7 +93,7 @@ def convert_unit(
             characters = 0
             is_first = True
             for part in plan.units[number]:
-                for document in read_documents(part, plan.config["text_column"], skip, plan.config["max_line_bytes"]):
+                for document in read_documents(part, plan.config["text_column"], skip, plan.config["max_document_bytes"]):
                     digest = document_hash(document.text)
                     # Before the split is looked at: what is checked must not depend on what is committed already.
                     if reference is not None and (is_first or digest[-1] % SAMPLE == 0):

@@ -47,7 +47,7 @@ def make_dataset(
     units = plan_units(find_files([str(source)]), 1 << 20)
     config = {
         "text_column": "text", "val_fraction": 0.0, "shard_size": shard_size,
-        "max_doc_length": None, "min_doc_length": None, "seed": None, "max_line_bytes": 1 << 20,
+        "max_doc_length": None, "min_doc_length": None, "seed": None, "max_document_bytes": 1 << 20,
     }  # fmt: skip
     writer = DatasetWriter(str(folder / "out"), Plan("train", fingerprint(tokenizer), context_length, config, units))
     writer.begin()

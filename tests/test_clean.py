@@ -461,7 +461,7 @@ def test_what_is_read_and_counted_is_what_to_mds_reads(tmp_path: Path) -> None:
     (tmp_path / "part-0.gz").write_bytes(gzip.compress(b"oops\n" + lines))
     files = [str(tmp_path / name) for name in ("a.json", "part-0.gz")]
     folder = PartsFolder("out", str(tmp_path / "out"), {"compression": "zst"}, {}, plan_units(files, 1 << 20))
-    config = config_with(max_line_bytes=9000, on_error="skip")
+    config = config_with(max_document_bytes=9000, on_error="skip")
     kept = list(cleaning.Filter(config, folder, None, {})(None, 0, 1))
     assert [document.text for document in kept] == [prose(1), prose(2)] * 2
     counts = json.loads(cleaning.counts_path(folder, "filter", 0).read_bytes())["counts"]
@@ -475,7 +475,7 @@ def test_a_cleaning_that_an_earlier_version_finished_is_known(corpus: Corpus, tm
     """Its manifest says nothing of the length of lines. One that read a file as something else is another cleaning."""
     out = Path(shutil.copytree(corpus.out, tmp_path / "out"))
     manifest = json.loads((out / "manifest.json").read_bytes())
-    assert manifest["settings"].pop("max_line_bytes") == 268435456
+    assert manifest["settings"].pop("max_document_bytes") == 67108864
     (out / "manifest.json").write_bytes(dump_json(manifest))
     process = run_script("convert/clean.py", f"source={corpus.source}", f"out={out}", f"removed_out={corpus.removed}", *KEYS)
     assert process.stdout.startswith(f"{out}: already finished, nothing to do\n"), process.stderr

@@ -286,7 +286,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
        "must be a folder beside out=o, neither the same nor inside the other") for folder in ("o", "./o", "o/p", ".")),
     (CleanConfig, NO_STEP, "exact_dedup", "must be true where every other step is null, or there is nothing to do"),
     (CleanConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
-    *((cls, {"max_line_bytes": 0}, "max_line_bytes", "must be more than 0 bytes")
+    *((cls, {"max_document_bytes": 0}, "max_document_bytes", "must be more than 0 bytes")
       for cls in (CleanConfig, ConvertConfig, TokenizerTrainConfig)),
     (CleanConfig, {"num_workers": 0}, "num_workers", "must be 1 or more, or null"),
     *((CleanConfig, given, "slurm",

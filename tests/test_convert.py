@@ -215,17 +215,17 @@ def test_a_line_that_is_too_long(corpus, monkeypatch, capsys):
     long = json.dumps({"text": "x" * 5000}) + "\n"
     (corpus / "source" / "a.jsonl").write_text(json.dumps({"text": words(50, 1)}) + "\n" + long)
     arguments = ["source=source/a.jsonl", "tokenizer=tokenizer", "context_length=64", "out=out"]
-    assert run_here(monkeypatch, "to_mds", *arguments, "max_line_bytes=5000") == 1
+    assert run_here(monkeypatch, "to_mds", *arguments, "max_document_bytes=5000") == 1
     assert capsys.readouterr().err == (
-        "error: source/a.jsonl:2: longer than max_line_bytes=5000; mend or remove the line, or raise max_line_bytes\n"
+        "error: source/a.jsonl:2: longer than max_document_bytes=5000; mend or remove the line, or raise max_document_bytes\n"
     )
-    assert run_here(monkeypatch, "to_mds", *arguments, "max_line_bytes=5000", "on_error=skip") == 0
+    assert run_here(monkeypatch, "to_mds", *arguments, "max_document_bytes=5000", "on_error=skip") == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["train", "1", "1"]
     assert run_here(monkeypatch, "to_mds", *arguments) == 2
-    assert "other settings: max_line_bytes (5000 there, 268435456 now); name another out" in capsys.readouterr().err
+    assert "other settings: max_document_bytes (5000 there, 67108864 now); name another out" in capsys.readouterr().err
     assert run_here(monkeypatch, "to_mds", *arguments[:3], "out=all") == 0
     assert read_manifest("all").totals.documents == 2
-    keys = ("source=source/a.jsonl", "out=tok", "vocab_size=257", "max_line_bytes=5000", "on_error=skip")
+    keys = ("source=source/a.jsonl", "out=tok", "vocab_size=257", "max_document_bytes=5000", "on_error=skip")
     assert run_here(monkeypatch, "train_tokenizer", *keys) == 0
     assert "tok: 257 tokens learnt from 1 documents (1 skipped)\n" in capsys.readouterr().out
 
@@ -250,7 +250,7 @@ def as_an_earlier_version_left_it(out: Path, units: dict[str, dict[str, Any]]) -
     """Its manifest does not say what the compressed files were unpacked as, nor how long lines may be."""
     for path in (out / "manifest.json", out / "plan.json"):
         content = json.loads(path.read_bytes())
-        del content["config"]["max_line_bytes"]
+        del content["config"]["max_document_bytes"]
         for part in [part for unit in content["units"] for part in (unit["inputs"] if isinstance(unit, dict) else unit)]:
             del part["compression"]
             part |= units.get(Path(part["path"]).name, {})

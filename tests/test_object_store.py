@@ -227,7 +227,7 @@ def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
                 for document in read_documents(part, "text", skipped.append, 1 << 20)
             ]  # fmt: skip
             found.append((documents, [str(error).removeprefix(place) for error in skipped]))
-        rule = "longer than max_line_bytes=1048576; mend or remove the line, or raise max_line_bytes"
+        rule = "longer than max_document_bytes=1048576; mend or remove the line, or raise max_document_bytes"
         assert found[0] == found[1]
         assert found[0][1] == [f":2: {rule}", f":4: {rule}"]
         assert [text for text, _ in found[0][0]] == ["a", "b", "c"]

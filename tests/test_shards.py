@@ -19,7 +19,7 @@ import pytest
 
 from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files
-from flame_composer.documents import MAX_LINE_BYTES, read_documents
+from flame_composer.documents import MAX_DOCUMENT_BYTES, read_documents
 from flame_composer.manifest import HASH, Ledger, check_shards, parse_manifest, read_index, read_manifest
 from flame_composer.shards import DatasetWriter, Plan, plan_units
 from flame_composer.tokenizer import TokenizerFingerprint
@@ -53,7 +53,8 @@ def plans(
 ) -> list[Plan]:
     config = {
         "text_column": "text", "val_fraction": val_fraction, "shard_size": 1500, "unit_size": unit_size,
-        "max_doc_length": None, "min_doc_length": None, "seed": None, "max_line_bytes": MAX_LINE_BYTES, **(settings or {}),
+        "max_doc_length": None, "min_doc_length": None, "seed": None, "max_document_bytes": MAX_DOCUMENT_BYTES,
+        **(settings or {}),
     }  # fmt: skip
     units = plan_units(find_files([str(source)]), unit_size)
     train = Plan("train", FINGERPRINT, CONTEXT_LENGTH, config, units)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from flame_composer import hub
 from flame_composer.config import ConfigError, DataError
@@ -137,7 +138,7 @@ def test_a_line_that_is_too_long_is_counted_and_what_follows_read(tmp_path, suff
         assert [(len(d.text), d.position) for d in documents] == [
             (6, 0), (3 << 20, 19), (5, 19 + 2 * len(whole) + 3), (1, 19 + 2 * len(whole) + 22 + (9 << 20))
         ]  # fmt: skip
-        rule = f"longer than max_line_bytes={len(whole)}; mend or remove the line, or raise max_line_bytes"
+        rule = f"longer than max_document_bytes={len(whole)}; mend or remove the line, or raise max_document_bytes"
         assert [str(error) for error in skipped] == [f"{path}:3: {rule}", f"{path}:5: {rule}"]
         if suffix:
             break
@@ -147,12 +148,22 @@ def test_a_line_that_is_too_long_is_counted_and_what_follows_read(tmp_path, suff
 def test_a_plain_text_file_that_is_too_long_is_no_document(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(COMPRESS.get(suffix, bytes)(b"x" * 5000))
-    assert texts_of(path, max_line_bytes=5000) == ["x" * 5000]
+    assert texts_of(path, max_document_bytes=5000) == ["x" * 5000]
     skipped: list[DataError] = []
-    assert texts_of(path, max_line_bytes=4999, on_damage=skipped.append) == []
+    assert texts_of(path, max_document_bytes=4999, on_damage=skipped.append) == []
     assert [str(error) for error in skipped] == [
-        f"{path}: longer than max_line_bytes=4999; split the file, or raise max_line_bytes"
+        f"{path}: longer than max_document_bytes=4999; split the file, or raise max_document_bytes"
     ]
+
+
+def test_a_row_of_parquet_that_is_too_long_is_no_document(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["short", "é" * 2500, "é" * 2501, "x" * 5000, "x" * 5001, "last"]}), path)
+    skipped: list[DataError] = []
+    found = texts_of(path, max_document_bytes=5000, on_damage=skipped.append)
+    assert found == ["short", "é" * 2500, "x" * 5000, "last"]
+    rule = "longer than max_document_bytes=5000; remove the row, or raise max_document_bytes"
+    assert [str(error) for error in skipped] == [f"{path}: row {row}: {rule}" for row in (3, 5)]
 
 
 BOMB = """
@@ -183,7 +194,7 @@ def test_a_bomb_takes_little_memory(tmp_path, name, suffix):
                 file.write(b"x" * 1_000_000)
             file.write(b'\n{"text": "after"}\n')
     process = subprocess.run([sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, timeout=100)
-    rule = "longer than max_line_bytes=33554432"
+    rule = "longer than max_document_bytes=33554432"
     remedy = "split the file" if name == "a.txt" else "mend or remove the line"
     count, place = ("0", str(path)) if name == "a.txt" else ("1", f"{path}:1")
-    assert (process.stdout, process.stderr) == (f"{count}\n{place}: {rule}; {remedy}, or raise max_line_bytes\n", "")
+    assert (process.stdout, process.stderr) == (f"{count}\n{place}: {rule}; {remedy}, or raise max_document_bytes\n", "")

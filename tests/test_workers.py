@@ -54,7 +54,7 @@ def writers(folder: Path, name: str) -> list[DatasetWriter]:
         "source": [str(folder / "corpus")], "name": None, "split": None, "suffixes": [], "text_column": "text",
         "add_bos": False, "add_eos": True,
         "max_doc_length": 700, "min_doc_length": 5, "seed": 3, "val_fraction": 0.2, "shard_size": 20000,
-        "unit_size": 32000, "encoder": HF, "max_line_bytes": 268435456,
+        "unit_size": 32000, "encoder": HF, "max_document_bytes": 67108864,
     }  # fmt: skip
     units = plan_units(find_files(settings["source"]), settings["unit_size"])
     print_of = fingerprint(load_tokenizer(str(folder / "tokenizer")))
