@@ -21,7 +21,7 @@ from flame_composer.config import ConfigError, DataError, StoreError
 # A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two
 # names stand for the same step.
 _NAME = re.compile(r"ba(0|[1-9][0-9]{0,17})(\.pt)?")
-_GONE = "gone"  # a checkpoint that was deleted while it was looked for
+_WHOLE, _GONE = "whole", "gone"  # what a rank finds of a checkpoint, if it is not damage
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -74,20 +74,24 @@ def find_newest(
     checkpoints but none of them is whole (starting over would be a surprise), ConfigError if those that
     are belong to another model.
     """
-    checkpoints = _agreed(lambda: list_checkpoints(folder))[0]
+    checkpoints = _listed(folder)
     problems: dict[str, DataError] = {}
     for place in checkpoints:
         looks = dist.get_local_rank() == 0 or not shared
         found = _agreed(functools.partial(_look, place, staging, needed) if looks else lambda: None)
         problem = next((each for each in found if isinstance(each, DataError)), None)
+        if problem is None and _GONE in found and _WHOLE in found:
+            problem = DataError(f"{place}: is not there for every rank; save_folder must be one that all machines share")
         if problem is not None:
             problems[place] = problem
             if dist.get_global_rank() == 0:
                 log.warning("warning: %s; trying the one before it", problem)
-        elif all(each != _GONE for each in found):
+        elif _WHOLE in found:
             return Checkpoint(place, _local(place, staging), tuple(problems))
+    if not checkpoints:
+        return None
     if not problems:
-        return None  # there were none, or they were deleted while they were looked at
+        raise StoreError(f"{folder}: its {len(checkpoints)} checkpoints were deleted a moment ago; start again")
     other = next((problem for problem in problems.values() if isinstance(problem, OtherRun)), None)
     if other is not None:
         raise ConfigError(f"{folder}: none of its {len(checkpoints)} checkpoints is of this run: {other}; set back what "
@@ -96,10 +100,16 @@ def find_newest(
                     "move them away (or set another run_name) to start over")
 
 
-def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> DataError | str | None:
+def _listed(folder: str) -> list[str]:
+    """The checkpoints that any rank sees in a folder, newest first."""
+    places = {place for each in _agreed(lambda: list_checkpoints(folder)) for place in each}
+    return sorted(places, key=lambda place: (step_of(place), place), reverse=True)
+
+
+def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> DataError | str:
     """Return what is wrong with a checkpoint, as a value: other ranks have to be told."""
     try:
-        return None if look_at(place, staging, needed) is not None else _GONE
+        return _GONE if look_at(place, staging, needed) is None else _WHOLE
     except StoreError:
         raise
     except DataError as error:
@@ -195,7 +205,7 @@ def find_start(
     """
     if autoresume:
         return find_newest(folder, staging, needed, shared=True)
-    if existing := list_checkpoints(folder):
+    if existing := _listed(folder):
         name = existing[0].rpartition("/")[2]
         raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({name}); set autoresume=true to go on from them, or "
                           "another run_name or save_folder")

@@ -88,7 +88,8 @@ def read_for_composer(file: str | Path, map_location: str) -> Any:
     that was replaced after it was checked would run its code.
     """
     assert map_location == "cpu"
-    return _read_file(str(file), Path(file), verify=False, mapped=False)
+    file = Path(file).resolve()  # Composer hands a link of its own
+    return _read_file(str(file), file, verify=False, mapped=False)
 
 
 def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> Any:
