@@ -20,17 +20,16 @@ import torch
 from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.models import HuggingFaceModel
-from composer.models.huggingface import get_hf_config_from_composer_state_dict
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer import cpu, pieces, storage
+from flame_composer import pieces, storage
+from flame_composer.checkpoint_model import model_from, tokenizer_from
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.folders import flush, new_folder
-from flame_composer.model import build_model, check_runs_here, load_pretrained
+from flame_composer.model import check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer, vocab_size_of
 from flame_composer.train_config import RunPlan, TrainConfig
 
@@ -385,14 +384,7 @@ def model_in(
         ) from None
     if which == "ema" and not average:
         raise ConfigError(f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model")
-    cpu.enable()  # fla's configs have to be known to transformers
-    model = build_model(get_hf_config_from_composer_state_dict(content))
-    prefix = "model."
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-    with tempfile.TemporaryDirectory() as folder:
-        HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(hf_state, tokenizer_save_dir=folder)
-        tokenizer = load_tokenizer(folder)
-    return model, tokenizer
+    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(hf_state, checkpoint.place)
 
 
 def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:

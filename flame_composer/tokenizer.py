@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.config import ConfigError, one_line
+from flame_composer.tokenizer_files import FILES, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,6 +80,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
 
     Raises ConfigError if there is none, or only one without a fast (Rust) form.
     """
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -90,7 +92,12 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, local_files_only=is_folder, trust_remote_code=False)
+        folder = path_or_id if is_folder else snapshot_download(path_or_id, allow_patterns=[*FILES, "config.json"])
+        check_folder(folder, path_or_id)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.name_or_path = path_or_id
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a damaged folder makes transformers or tokenizers raise
         what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
         raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None

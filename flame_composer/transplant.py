@@ -21,9 +21,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.convert_config import PROJECTIONS
-from flame_composer.llama import Source, is_rotary_buffer, meta_model, read_json
+from flame_composer.foreign import read_json
+from flame_composer.llama import Source, is_rotary_buffer
 from flame_composer.loading import load
-from flame_composer.model import build_hf_config
+from flame_composer.model import build_hf_config, meta_model
 from flame_composer.tokenizer import vocab_size_of
 from flame_composer.train_config import TrainConfig
 
