@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config import ConfigError, DataError, one_line
-from flame_composer.foreign import require_counts, require_size
+from flame_composer.counts import require_counts
+from flame_composer.foreign import require_size
 from flame_composer.model import build_model, meta_model, read_back_hf_config
 from flame_composer.tokenizer import load_tokenizer
 from flame_composer.tokenizer_files import write_files

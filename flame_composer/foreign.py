@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, one_line
 
 INDEX = "model.safetensors.index.json"
-MOST_PARTS = 10_000  # layers, experts or heads, where there are no weights yet to compare with; no model has as many
-FEW_PARTS = 128  # that are quick to build, whatever the weights are
 SPARE_BYTES = 1 << 30  # that buffers may take beside small weights
 Shapes = Mapping[str, torch.Size]
 
@@ -39,62 +36,35 @@ DATA = frozenset({
     "attention_chunk_size", "layer_types", "num_kv_shared_layers", "alibi", "use_alibi", "swiglu_limit", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version",
 })  # fmt: skip
-# Left out without a word: they say where a config came from, or what steers its loading.
-_SILENT = STEERING | {"num_labels", "torch_dtype", "dtype", "model_type"}
+# Not taken as they are: what steers loading, the number of labels, which a language model has not, and the type.
+_APART = STEERING | {"num_labels", "torch_dtype", "dtype", "model_type"}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-# Keys that count what is built one by one, and those that divide a size.
-_PARTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers|depths?")
-_HEADS = re.compile(r"(num|n)_(\w+_)?heads?|n_head_kv")
 
 log = logging.getLogger(__name__)
 
 
-def plain_keys(content: Mapping[str, Any], known: Iterable[str], place: str) -> dict[str, Any]:
-    """Return those keys of a config that are plain data, of which `known` are its class's own.
-
-    The others are named in a warning, but for those that only say where a config came from.
-    """
+def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return those keys of a config that are plain data, of which `known` are its class's own."""
     base = PretrainedConfig.__init__.__kwdefaults__ or {}
-    allowed = {*known, *base, *DATA, *PretrainedConfig._get_global_generation_defaults()} - _SILENT
-    unknown = sorted(str(key) for key in content if key not in allowed and key not in _SILENT)
-    if unknown:
-        names = ", ".join(repr(name)[:40] for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
-        log.warning("warning: %s: its config has keys that its kind of model does not know, left out: %s", place, names)
+    allowed = {*known, *base, *DATA, *PretrainedConfig._get_global_generation_defaults()} - _APART
     keys = {key: _without_steering(value) for key, value in content.items() if key in allowed}
     dtype = content.get("dtype") or content.get("torch_dtype")
     return {**keys, "dtype": dtype} if dtype in _DTYPES else keys
+
+
+def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place: str) -> None:
+    """Name the keys of a config that the one made of it has not; those that steer its loading go without saying."""
+    left_out = [str(key) for key in content if key not in _APART and not hasattr(hf_config, str(key))]
+    if left_out:
+        names = ", ".join(repr(name)[:40] for name in left_out[:5]) + (" ..." if len(left_out) > 5 else "")
+        log.warning("warning: %s: its config has keys that a %s model does not know, left out: %s", place,
+                    hf_config.model_type, names)
 
 
 def _without_steering(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_steering(each) for key, each in value.items() if key not in STEERING}
     return [_without_steering(each) for each in value] if isinstance(value, list) else value
-
-
-def require_counts(content: Any, place: str, weights: Shapes | None = None) -> None:
-    """Raise ConfigError for a config with more layers, experts or heads than its weights, or any model, can have."""
-    most_parts = most_heads = MOST_PARTS
-    if weights is not None:
-        stacked = max((shape[0] for shape in weights.values() if len(shape) > 2), default=0)  # experts in one tensor
-        most_parts = max(FEW_PARTS, len(weights), stacked)
-        most_heads = max(FEW_PARTS, *(size for shape in weights.values() for size in shape))
-    for key, value in _numbers(content):
-        most = most_parts if _PARTS.fullmatch(key) else most_heads if _HEADS.fullmatch(key) else None
-        if most is not None and value > most:
-            why = "more than any model has" if weights is None else f"its weights are {len(weights):,} tensors, too few for it"
-            raise ConfigError(f"{place}: its config says {key}={value:.10g}, {why}; get the model again, or correct the config")
-
-
-def _numbers(content: Any) -> Iterable[tuple[str, float]]:
-    nested = [("", content)]
-    while nested:
-        key, each = nested.pop()
-        if isinstance(each, dict):
-            nested += [(str(name), value) for name, value in each.items()]
-        elif isinstance(each, list):
-            nested += [(key, value) for value in each]
-        elif isinstance(each, int | float) and not isinstance(each, bool):
-            yield key, each
 
 
 def require_size(model: PreTrainedModel, weights: Shapes, place: str) -> None:

@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
 from flame_composer.config import ConfigError, DataError, one_line
-from flame_composer.foreign import opened, read_json, require_counts, weight_files
+from flame_composer.counts import require_counts
+from flame_composer.foreign import opened, read_json, weight_files
 from flame_composer.model import meta_model, read_back_hf_config
 from flame_composer.tokenizer import may_be_hub_id
 

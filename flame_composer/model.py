@@ -23,8 +23,9 @@ from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
 from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.counts import require_counts
 from flame_composer.fields import nearest
-from flame_composer.foreign import INDEX, plain_keys, read_json, require_counts, require_size, stored_shapes
+from flame_composer.foreign import INDEX, plain_keys, read_json, require_size, stored_shapes, warn_left_out
 from flame_composer.linear import through_onednn
 from flame_composer.sections import ModelConfig
 from flame_composer.tokenizer import may_be_hub_id
@@ -70,7 +71,9 @@ def build_hf_config(
     parameters = inspect.signature(config_class.__init__).parameters
     known = known_keys(config_class)
     hints = typing.get_type_hints(config_class.__init__)
-    for key, value in () if read_back else keys.items():
+    for key, value in keys.items():
+        if read_back and (key not in hints or key.endswith("_token_id")):  # which may be lists, whatever the hint says
+            continue
         if key not in known:
             close = nearest(key, known).replace("mean ", "mean model.config.")
             raise InvalidField(f"model.config.{key}", f"unknown key of {config_class.__name__}{close}")
@@ -123,10 +126,12 @@ def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
     require_counts(content, place)
     try:
         known = [*known_keys(config_class), *config_class.attribute_map]
-        keys = plain_keys(content, known, place)
-        return build_hf_config({"model_type": model_type, **keys}, None, None, to_run=False, read_back=True)
+        keys = {"model_type": model_type, **plain_keys(content, known)}
+        hf_config = build_hf_config(keys, None, None, to_run=False, read_back=True)
     except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{place}: {one_line(error).removeprefix('model.config: ')}") from None
+    warn_left_out(content, hf_config, place)
+    return hf_config
 
 
 def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:

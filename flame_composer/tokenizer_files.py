@@ -14,6 +14,7 @@ from typing import Any
 
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, one_line
+from flame_composer.counts import require_counts
 
 # What transformers and tokenizers call the files of a tokenizer. No code is among them.
 FILES = frozenset({
@@ -31,10 +32,16 @@ log = logging.getLogger(__name__)
 
 def check_folder(folder: str | Path, place: str) -> None:
     """Raise ConfigError for a tokenizer's folder that names files elsewhere, or would make endless text of a short one."""
+    is_named = False
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = Path(folder, name)
         if path.is_file():
-            _check_config(_read(path), path, place)
+            content = _read(path)
+            _check_config(content, path, place)
+            is_named = is_named or content.get("tokenizer_class") is not None
+    path = Path(folder, "config.json")
+    if path.is_file() and not is_named:  # transformers looks there for the kind of tokenizer
+        require_counts(_read(path), f"tokenizer: {place}")
     path = Path(folder, "tokenizer.json")
     if path.is_file():
         check_content(_read(path), place)
