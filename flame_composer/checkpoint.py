@@ -29,6 +29,7 @@ from flame_composer import pieces, storage
 from flame_composer.checkpoint_model import model_from, tokenizer_from
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.folders import flush, new_folder
+from flame_composer.foreign import count_not_finite, warn_not_finite
 from flame_composer.model import check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer, vocab_size_of
 from flame_composer.train_config import RunPlan, TrainConfig
@@ -377,8 +378,8 @@ def model_in(
         hf_state = content["state"]["integrations"]["huggingface"]
         average = average_of(content["state"])
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
-        weights = weights | ({} if which == "model" else average)
-    except (KeyError, TypeError):
+        weights = dict(weights) | ({} if which == "model" else average)
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
         ) from None
@@ -398,7 +399,8 @@ def save_hf_folder(
 ) -> None:
     """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`.
 
-    The generation config has the tokenizer's special tokens where the model names none; `card` becomes README.md.
+    The generation config has the tokenizer's special tokens where the model names none; `card` becomes README.md. Weights
+    that are infinite or not a number, or become so in `dtype`, are named in a warning.
     """
     if model.generation_config is not None:
         for name, token in special_tokens(tokenizer).items():
@@ -408,7 +410,9 @@ def save_hf_folder(
     with new_folder(out) as folder:
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        model.to(getattr(torch, dtype))
+        warn_not_finite(f"{out} ({dtype})", {name: count_not_finite(each) for name, each in model.state_dict().items()})
+        model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
 

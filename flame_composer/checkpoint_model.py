@@ -28,6 +28,8 @@ def model_from(hf_state: Mapping[str, Any], weights: Mapping[str, torch.Tensor],
 
     Raise DataError if the config is of no model that is known, or of another one than the weights.
     """
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+        raise DataError(f"{place}: its weights are no tensors by name; take another checkpoint")
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     shapes = {name: tensor.shape for name, tensor in named.items()}
     try:

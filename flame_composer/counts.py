@@ -26,7 +26,7 @@ def require_counts(content: Any, place: str, weights: Mapping[str, Sequence[int]
     if weights is not None:
         stacked = max((shape[0] for shape in weights.values() if len(shape) > 2), default=0)  # experts in one tensor
         most_parts = max(FEW_PARTS, len(weights), stacked)
-        most_heads = max(FEW_PARTS, *(size for shape in weights.values() for size in shape))
+        most_heads = max([FEW_PARTS, *(size for shape in weights.values() for size in shape)])
     for key, value in _numbers(content):
         most = most_parts if _PARTS.fullmatch(key) else most_heads if _HEADS.fullmatch(key) else None
         if most is not None and value > most:

@@ -107,7 +107,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     files: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
         if not storage.is_plain_name(file) or not file.endswith(".safetensors"):
-            raise DataError(f"{index}: {name!r} is said to be in {file!r}, which is no file name")
+            raise DataError(f"{index}: {name} is said to be in {file!r}, which is no file name")
         names = files.setdefault(folder / file, [])
         assert names is not None
         names.append(name)

@@ -25,9 +25,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from flame_composer.checkpoint import special_tokens
-from flame_composer.config import ConfigError, is_text
+from flame_composer.config import ConfigError, DataError, is_text
 from flame_composer.model import quiet
 from flame_composer.recipe_config import GenerateConfig
+from flame_composer.tokenizer import explained_failure
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def continue_prompts(
     if limit is not None and ids.shape[1] > limit:
         log.warning("warning: a prompt of %s tokens, where the model was trained on rows of %s: what it writes may be worse",
                     f"{ids.shape[1]:,}", f"{limit:,}")
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([RequireNumbers()])
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
     read = [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
@@ -77,11 +78,22 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torc
     that are written in it are those. An empty prompt is the token that a document starts after."""
     special = special_tokens(tokenizer)
     start = special["eos_token_id"] if special["bos_token_id"] is None else special["bos_token_id"]
-    rows = [tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids or [start] for prompt in prompts]
+    with explained_failure():
+        rows = [tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids or [start] for prompt in prompts]
     length = max(map(len, rows))
     ids = torch.tensor([[special["pad_token_id"]] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+class RequireNumbers(LogitsProcessor):
+    """Ends generation when a model's scores are no numbers, of which neither sampling nor a maximum makes sense."""
+
+    def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if (torch.isnan(scores) | torch.isposinf(scores)).any():
+            raise DataError("the model's scores for the next token are not numbers: its weights are damaged, or of a training "
+                            "that diverged; take an earlier checkpoint")
+        return scores
 
 
 class RepetitionPenalty(LogitsProcessor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ class Source:
     files: dict[str, Path]
     shapes: dict[str, torch.Size]
     dtypes: dict[str, torch.dtype]
-    stored: dict[str, str]
-    """What each tensor is called in its file."""
+    stored: dict[str, str] = field(default_factory=dict)
+    """What a tensor is called in its file, where that is something else."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,7 +49,7 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         """A tensor, mapped from its file, which stays mapped no longer than the tensor lives."""
         with opened(self.files[name]) as content:
-            return content.get_tensor(self.stored[name])
+            return content.get_tensor(self.stored.get(name, name))
 
 
 def open_source(path_or_id: str) -> Source:
@@ -102,7 +102,8 @@ def _scan(folder: Path, config: PretrainedConfig) -> Source:
                 files[bare], shapes[bare], dtypes[bare] = file, torch.Size(view.get_shape()), DTYPES[view.get_dtype()]
     wrapped = next((name for bare, name in stored.items() if bare != name), None)
     if wrapped is not None:
-        log.info("%s: takes %s for %s, as after torch.compile or DDP", folder, wrapped, _WRAPPERS.sub("", wrapped))
+        log.warning("%s: its tensors have names like %s, of a model in a wrapper (DDP, torch.compile); they are taken as %s",
+                    folder, wrapped, _WRAPPERS.sub("", wrapped))
     return Source(folder, config, files, shapes, dtypes, stored)
 
 

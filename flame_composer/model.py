@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 import math
 import re
@@ -309,6 +311,22 @@ class CausalLM(HuggingFaceModel):
         self.varlen = varlen
         self.label_smoothing = 0.0  # of the loss that is trained on; see algorithms.LabelSmoothing
         self.work = count_work(model)
+
+    def get_metadata(self) -> dict[str, Any]:
+        """Return the config and the tokenizer's files, as a checkpoint holds them.
+
+        Of several chat templates transformers makes a folder, which Composer 0.32 refuses: they go into the tokenizer's
+        config instead, where both find them again.
+        """
+        tokenizer = self.tokenizer
+        if not isinstance(getattr(tokenizer, "chat_template", None), dict):
+            return super().get_metadata()
+        self.tokenizer = copy.copy(tokenizer)
+        self.tokenizer.save_pretrained = functools.partial(tokenizer.save_pretrained, save_jinja_files=False)
+        try:
+            return super().get_metadata()
+        finally:
+            self.tokenizer = tokenizer
 
     def flops_per_batch(self, batch: dict[str, torch.Tensor]) -> int:
         """Of a training step on this batch: what utilisation (MFU) goes by, as does recipes/plan.py."""

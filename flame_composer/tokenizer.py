@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config import ConfigError, one_line
+from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.tokenizer_files import FILES, check_folder
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
     dtype = token_dtype(tokenizer.vocab_size)
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with explained_failure():
+            ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         parts = ids if not (before or after) else itertools.chain.from_iterable((before, each, after) for each in ids)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(before) + len(after)
         return np.fromiter(itertools.chain.from_iterable(parts), dtype, int(lengths.sum())), lengths
@@ -204,6 +206,21 @@ def require_ends(
             raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
     before, after = ([] if end is None else [end] for end in ends)
     return before, after
+
+
+@contextlib.contextmanager
+def explained_failure() -> Iterator[None]:
+    """Raise DataError where tokenizers gives up on a text, as it does when a regular expression takes too many steps.
+
+    What it raises then is not an Exception, so it would pass by everything that catches one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer gives up on a text: {' '.join(str(error).split())[:200]}; take another tokenizer, or "
+                        "leave that text out") from None
 
 
 def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:

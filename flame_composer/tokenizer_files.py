@@ -36,24 +36,24 @@ def check_folder(folder: str | Path, place: str) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = Path(folder, name)
         if path.is_file():
-            content = _read(path)
+            content = _read(path, place)
             _check_config(content, path, place)
             is_named = is_named or content.get("tokenizer_class") is not None
     path = Path(folder, "config.json")
     if path.is_file() and not is_named:  # transformers looks there for the kind of tokenizer
-        require_counts(_read(path), f"tokenizer: {place}")
+        require_counts(_read(path, place), f"tokenizer: {place}")
     path = Path(folder, "tokenizer.json")
     if path.is_file():
-        check_content(_read(path), place)
+        check_content(_read(path, place), place)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, place: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"tokenizer: {path}: cannot be read as JSON: {one_line(error)}") from None
+        raise ConfigError(f"tokenizer: {place}: not a tokenizer folder: {path.name}: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"tokenizer: {path}: must hold keys and values (a JSON object)")
+        raise ConfigError(f"tokenizer: {place}: not a tokenizer folder: {path.name} must hold keys and values")
     return content
 
 

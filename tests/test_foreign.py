@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import json
 import os
 import re
@@ -27,6 +29,7 @@ from flame_composer.checkpoint import (
 )
 from flame_composer.checkpoint_model import tokenizer_from
 from flame_composer.config import ConfigError, DataError
+from flame_composer.generate import encode
 from flame_composer.model import (
     CausalLM,
     build_hf_config,
@@ -34,7 +37,7 @@ from flame_composer.model import (
     load_pretrained,
     read_back_hf_config,
 )
-from flame_composer.tokenizer import fingerprint, load_tokenizer
+from flame_composer.tokenizer import build_encoder, fingerprint, load_tokenizer
 from flame_composer.tokenizer_files import FILES
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, files_under, llama_tokenizer
@@ -217,16 +220,16 @@ def odd_tokenizers() -> dict[str, Any]:
     legacy = load_tokenizer_copy(byte_tokenizer())
     legacy.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     legacy.add_tokens(["plain", "ordinary"])
-    return {"bytes": byte_tokenizer(), "llama": llama_tokenizer(), "chat": chat, "added": legacy}
+    several = load_tokenizer_copy(byte_tokenizer())
+    several.chat_template = {"default": TEMPLATES, "tool_use": "x"}
+    return {"bytes": byte_tokenizer(), "llama": llama_tokenizer(), "chat": chat, "added": legacy, "several": several}
 
 
 def load_tokenizer_copy(tokenizer: Any) -> Any:
-    import copy
-
     return copy.deepcopy(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["bytes", "llama", "chat", "added"])
+@pytest.mark.parametrize("name", ["bytes", "llama", "chat", "added", "several"])
 def test_tokenizers_of_all_kinds_come_out_as_they_did(tmp_path, name):
     tokenizer = odd_tokenizers()[name]
     model = build_model(build_hf_config({**LLAMA, "vocab_size": 700}, tokenizer, CONTEXT_LENGTH))
@@ -320,7 +323,7 @@ def test_weights_that_are_quantized_are_refused_by_name(folder):
 def test_an_index_of_weights_that_leads_elsewhere_is_refused(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    message = f"'lm_head.weight' is said to be in {name!r}, which is no file name"
+    message = f"lm_head.weight is said to be in {name!r}, which is no file name"
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_pretrained(str(folder))
 
@@ -443,8 +446,6 @@ def test_a_normalizer_that_makes_endless_text_is_refused(tokenizer_folder, kind)
 
 
 def test_a_table_of_a_normalizer_that_makes_endless_text_is_refused(tokenizer_folder):
-    import base64
-
     table = (4).to_bytes(4, "little") + bytes(4) + b"x" * 5000 + b"\0"
     edit(tokenizer_folder / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap":
                                                           base64.b64encode(table).decode()})  # fmt: skip
@@ -474,7 +475,7 @@ def test_an_endless_token_is_refused(tokenizer_folder, place):
 def test_a_tokenizer_nested_without_end_is_refused(tokenizer_folder):
     path = tokenizer_folder / "tokenizer.json"
     path.write_text("[" * 200_000 + "]" * 200_000)
-    refused(tokenizer_folder, "cannot be read as JSON")
+    refused(tokenizer_folder, "not a tokenizer folder: tokenizer.json: ")
 
 
 def test_a_tokenizer_beside_a_config_of_a_boundless_model_is_answered_at_once(tokenizer_folder):
@@ -484,6 +485,22 @@ def test_a_tokenizer_beside_a_config_of_a_boundless_model_is_answered_at_once(to
     path.write_text(json.dumps(content))
     (tokenizer_folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**12}))
     refused(tokenizer_folder, "num_hidden_layers=1e.12, more than any model has")
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_an_expression_that_takes_endless_steps_ends_in_one_line(tokenizer_folder, part):
+    step = {"pattern": {"Regex": "(a+)+b"}, "content": "", "behavior": "Isolated", "invert": False}
+    kind = {"normalizer": "Replace", "pre_tokenizer": "Split"}[part]
+    edit(tokenizer_folder / "tokenizer.json", **{part: {"type": kind, **step}})
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    for encode_text in (
+        lambda text: encode(tokenizer, [text]), lambda text: build_encoder(tokenizer, add_bos=False, add_eos=True)([text])
+    ):
+        encode_text("xyz")
+        start = time.perf_counter()
+        with pytest.raises(DataError, match=r"^the tokenizer gives up on a text: .*retry-limit.*; take another tokenizer"):
+            encode_text("a" * 10_000)
+        assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama"])
