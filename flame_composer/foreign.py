@@ -1,7 +1,7 @@
-"""What somebody else wrote beside a model, looked at before anything is built of it: a config's keys, its counts, weights.
+"""What somebody else wrote beside a model, looked at before anything is built: config and weights.
 
-A config decides what is imported, downloaded and allocated. So only keys that are known to be plain data are taken from
-one, and what it makes is compared with the weights it came with.
+A config decides what is imported, downloaded and allocated. So only keys that are known to be plain
+data are taken from one, and what it makes is compared with the weights it came with.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ INDEX = "model.safetensors.index.json"
 SPARE_BYTES = 1 << 30  # that buffers may take beside small weights
 Shapes = Mapping[str, torch.Size]
 
-# Keys that decide where code, kernels or weights come from. They are left out of a config at any depth.
+# Keys that decide where code, kernels or weights come from: left out of a config at any depth.
 STEERING = frozenset({
-    "auto_map", "trust_remote_code", "custom_pipelines", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_internal", "_experts_implementation", "name_or_path", "_name_or_path", "_commit_hash",
-    "transformers_weights", "quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan",
-    "distributed_config", "gguf_file",
+    "auto_map", "trust_remote_code", "custom_pipelines", "name_or_path", "_name_or_path",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "_experts_implementation", "_commit_hash", "transformers_weights", "quantization_config",
+    "compression_config", "base_model_tp_plan", "base_model_pp_plan", "distributed_config", "gguf_file",
 })  # fmt: skip
 # Keys that models read though not every config class names them among its own.
 DATA = frozenset({
-    "head_dim", "partial_rotary_factor", "rope_theta", "rope_scaling", "original_max_position_embeddings", "sliding_window",
-    "attention_chunk_size", "layer_types", "num_kv_shared_layers", "alibi", "use_alibi", "swiglu_limit", "use_cache",
+    "head_dim", "partial_rotary_factor", "rope_theta", "rope_scaling", "sliding_window",
+    "original_max_position_embeddings", "attention_chunk_size", "layer_types", "use_cache",
+    "num_kv_shared_layers", "alibi", "use_alibi", "swiglu_limit",
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version",
 })  # fmt: skip
-# Not taken as they are: what steers loading, the number of labels, which a language model has not, and the type.
+# Not taken as they are: what steers loading, the type, and the number of labels (there are none).
 _APART = STEERING | {"num_labels", "torch_dtype", "dtype", "model_type"}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -53,12 +54,20 @@ def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, An
 
 
 def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place: str) -> None:
-    """Name the keys of a config that the one made of it has not; those that steer its loading go without saying."""
-    left_out = [str(key) for key in content if key not in _APART and not hasattr(hf_config, str(key))]
+    """Warn of keys of a config that were left out, but for those that steer its loading."""
+    left_out = [
+        str(key) for key in content if key not in _APART and not hasattr(hf_config, str(key))
+    ]
     if left_out:
-        names = ", ".join(repr(name)[:40] for name in left_out[:5]) + (" ..." if len(left_out) > 5 else "")
-        log.warning("warning: %s: its config has keys that a %s model does not know, left out: %s", place,
-                    hf_config.model_type, names)
+        names = ", ".join(repr(name)[:40] for name in left_out[:5]) + (
+            " ..." if len(left_out) > 5 else ""
+        )
+        log.warning(
+            "warning: %s: its config has keys that a %s model does not know, left out: %s",
+            place,
+            hf_config.model_type,
+            names,
+        )
 
 
 def _without_steering(value: Any) -> Any:
@@ -68,16 +77,20 @@ def _without_steering(value: Any) -> Any:
 
 
 def require_size(model: PreTrainedModel, weights: Shapes, place: str) -> None:
-    """Raise ConfigError for a model, without memory as yet, that would take far more of it than its weights do."""
+    """Raise ConfigError for an empty model that would take far more memory than its weights do."""
     held = sum(shape.numel() for shape in weights.values())
     made = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if made > 2 * held:
-        raise ConfigError(f"{place}: its config makes a model of {made:,} parameters, its weights "
-                          f"are {held:,} numbers; get the model again, or correct the config")
+        raise ConfigError(
+            f"{place}: its config makes a model of {made:,} parameters, its weights "
+            f"are {held:,} numbers; get the model again, or correct the config"
+        )
     if buffers > max(SPARE_BYTES, 4 * held):
-        raise ConfigError(f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB beside its weights; correct "
-                          "its max_position_embeddings and other sizes")
+        raise ConfigError(
+            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB beside its weights; correct "
+            "its max_position_embeddings and other sizes"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,15 +104,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Return the files of the weights, and which tensors the index says each holds (None for a file without one)."""
+    """Return the files of the weights, and the tensors that the index, if any, says each holds."""
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return {single: None}
     if not index.is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+        pickled = sorted(
+            path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern)
+        )
         if pickled:
-            raise ConfigError(f"{folder}: holds its weights as {pickled[0]}, which is refused: such a file can run code "
-                              "when it is read; give a copy in safetensors")
+            raise ConfigError(
+                f"{folder}: holds its weights as {pickled[0]}, which is refused: such a file can run code "
+                "when it is read; give a copy in safetensors"
+            )
         raise ConfigError(f"{folder}: has neither model.safetensors nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -113,7 +130,9 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
         names.append(name)
     for path in files:
         if not path.is_file():
-            raise DataError(f"{path}: is missing, though {index.name} names it; get the checkpoint again")
+            raise DataError(
+                f"{path}: is missing, though {index.name} names it; get the checkpoint again"
+            )
     return files
 
 
@@ -126,11 +145,12 @@ def opened(file: Path) -> Any:
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Return the shapes of the tensors in a Hugging Face folder; of its weights only the files' heads are read."""
+    """Return the shapes of the tensors in a Hugging Face folder, reading only the files' heads."""
     shapes = {}
     for file in weight_files(folder):
         with opened(file) as content:
-            shapes.update({name: torch.Size(content.get_slice(name).get_shape()) for name in content.keys()})  # noqa: SIM118
+            for name in list(content.keys()):
+                shapes[name] = torch.Size(content.get_slice(name).get_shape())
     return shapes
 
 
@@ -145,4 +165,6 @@ def warn_not_finite(place: str, counts: Mapping[str, int]) -> None:
     if named:
         first = ", ".join(f"{name} ({count:,})" for name, count in list(named.items())[:5])
         more = f" and {len(named) - 5:,} more tensors" if len(named) > 5 else ""
-        log.warning("warning: %s: values that are infinite or not a number in %s%s", place, first, more)
+        log.warning(
+            "warning: %s: values that are infinite or not a number in %s%s", place, first, more
+        )

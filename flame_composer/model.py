@@ -318,11 +318,12 @@ class CausalLM(HuggingFaceModel):
         Of several chat templates transformers makes a folder, which Composer 0.32 refuses: they go into the tokenizer's
         config instead, where both find them again.
         """
-        tokenizer = self.tokenizer
-        if not isinstance(getattr(tokenizer, "chat_template", None), dict):
+        tokenizer: Any = self.tokenizer
+        if not isinstance(tokenizer.chat_template, dict):
             return super().get_metadata()
-        self.tokenizer = copy.copy(tokenizer)
-        self.tokenizer.save_pretrained = functools.partial(tokenizer.save_pretrained, save_jinja_files=False)
+        saved: Any = copy.copy(tokenizer)
+        saved.save_pretrained = functools.partial(tokenizer.save_pretrained, save_jinja_files=False)
+        self.tokenizer = saved
         try:
             return super().get_metadata()
         finally:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import json
 import os
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import pytest
 import torch
 from composer.models import HuggingFaceModel
 from composer.models.huggingface import get_hf_config_from_composer_state_dict
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MistralConfig, Qwen2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,6 +29,7 @@ from flame_composer import cpu
 from flame_composer.checkpoint import (
     Checkpoint,
     load_from_checkpoint,
+    load_model,
     read_checkpoint,
     save_hf_folder,
 )
@@ -508,3 +514,74 @@ def test_tokenizers_that_are_meant_well_are_taken(tmp_path, kind):
     tokenizer = {"bytes": byte_tokenizer, "llama": llama_tokenizer}[kind]()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert fingerprint(load_tokenizer(str(tmp_path / "tokenizer"))) == fingerprint(tokenizer)
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose subfolders USER/NAME are a hub's repositories, as far as reading them goes."""
+    root = tmp_path / "hub"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            api = re.fullmatch(r"/api/models/(me/\w+)/revision/main", self.path)
+            file = re.fullmatch(r"/(me/\w+)/resolve/\w+/([\w./-]+)", self.path)
+            status, body = 404, b""
+            if api and (root / api[1]).is_dir():
+                files = [{"rfilename": name} for name in files_under(root / api[1])]
+                status, body = 200, json.dumps({"id": api[1], "sha": "a" * 40, "siblings": files}).encode()
+            elif file and (root / file[1] / file[2]).is_file():
+                status, body = 200, (root / file[1] / file[2]).read_bytes()
+            self.send_response(status)
+            for name, value in (("Content-Length", len(body)), ("ETag", hashlib.sha256(body).hexdigest()),
+                                ("X-Repo-Commit", "a" * 40)):  # fmt: skip
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        reset_sessions()  # one that was made without a network refuses to use it
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield root
+        server.shutdown()
+        thread.join()
+
+
+def test_of_a_repository_only_known_files_are_fetched(folder, tmp_path, hub, mark):
+    byte_tokenizer().save_pretrained(folder)
+    expected = load_pretrained(str(folder)).state_dict()
+    (folder / "custom_generate").mkdir()
+    for name in ("custom_generate/generate.py", "modeling.py"):
+        (folder / name).write_text(MARK.format(str(mark)))
+    (folder / "consolidated.safetensors").write_bytes(b"x")
+    (hub / "me").mkdir(parents=True)
+    os.rename(folder, hub / "me/model")
+    model, tokenizer = load_model("me/model")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+    assert tokenizer.name_or_path == "me/model"
+    fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert fetched == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json",
+    }  # fmt: skip
+    assert not mark.exists()
+    for load, what in ((load_pretrained, "cannot be loaded as a causal language model: "), (load_tokenizer, "")):
+        with pytest.raises(ConfigError, match=f"me/none: {what}.*no such folder, and not to be had from the Hugging Face hub"):
+            load("me/none")
