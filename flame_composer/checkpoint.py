@@ -16,14 +16,12 @@ import torch
 from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.models import HuggingFaceModel
-from composer.models.huggingface import get_hf_config_from_composer_state_dict
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer import cpu, pieces, storage
+from flame_composer import pieces, storage
 from flame_composer.callbacks import TRAIN_LOG
 from flame_composer.checkpoint_content import Needed, needed_by
 from flame_composer.checkpoint_find import (
@@ -34,11 +32,13 @@ from flame_composer.checkpoint_find import (
     look_at,
     remove_copy,
 )
+from flame_composer.checkpoint_model import model_from, tokenizer_from
 from flame_composer.checkpoint_read import Checkpoint, read_checkpoint, read_content, read_for_composer
 from flame_composer.config import ConfigError, DataError, StoreError, one_line
 from flame_composer.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.folders import flush, new_folder
-from flame_composer.model import build_model, check_runs_here, load_pretrained
+from flame_composer.foreign import count_not_finite, warn_not_finite
+from flame_composer.model import check_runs_here, load_pretrained
 from flame_composer.tokenizer import load_tokenizer, vocab_size_of
 from flame_composer.train_config import RunPlan, TrainConfig
 
@@ -364,21 +364,14 @@ def model_in(
         hf_state = content["state"]["integrations"]["huggingface"]
         average = average_of(content["state"])
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
-        weights = weights | ({} if which == "model" else average)
-    except (KeyError, TypeError):
+        weights = dict(weights) | ({} if which == "model" else average)
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
         ) from None
     if which == "ema" and not average:
         raise ConfigError(f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model")
-    cpu.enable()  # fla's configs have to be known to transformers
-    model = build_model(get_hf_config_from_composer_state_dict(content))
-    prefix = "model."
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-    with tempfile.TemporaryDirectory() as folder:
-        HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(hf_state, tokenizer_save_dir=folder)
-        tokenizer = load_tokenizer(folder)
-    return model, tokenizer
+    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(hf_state, checkpoint.place)
 
 
 def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -392,7 +385,8 @@ def save_hf_folder(
 ) -> None:
     """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`.
 
-    The generation config has the tokenizer's special tokens where the model names none; `card` becomes README.md.
+    The generation config has the tokenizer's special tokens where the model names none; `card` becomes README.md. Weights
+    that are infinite or not a number, or become so in `dtype`, are named in a warning.
     """
     if model.generation_config is not None:
         for name, token in special_tokens(tokenizer).items():
@@ -405,7 +399,9 @@ def save_hf_folder(
     with new_folder(out) as folder:
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        model.to(getattr(torch, dtype))
+        warn_not_finite(f"{out} ({dtype})", {name: count_not_finite(each) for name, each in model.state_dict().items()})
+        model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
 

@@ -25,10 +25,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from flame_composer.checkpoint import special_tokens
-from flame_composer.config import ConfigError, is_text
+from flame_composer.config import ConfigError, DataError, is_text
 from flame_composer.ends import encode_prompt
 from flame_composer.model import quiet
 from flame_composer.recipe_config import GenerateConfig
+from flame_composer.tokenizer import explained_failure
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def continue_prompts(
     if limit is not None and ids.shape[1] > limit:
         log.warning("warning: a prompt of %s tokens, where the model was trained on rows of %s: what it writes may be worse",
                     f"{ids.shape[1]:,}", f"{limit:,}")
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([RequireNumbers()])
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
     read = [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
@@ -79,12 +80,23 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torc
     Each prompt begins as documents did in training; special tokens that are written in it are
     those. An empty one is the token that a document starts after.
     """
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    with explained_failure():
+        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     length = max(map(len, rows))
     padding = special_tokens(tokenizer)["pad_token_id"] or 0  # masked: any will do if there is none
     ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+class RequireNumbers(LogitsProcessor):
+    """Ends generation when a model's scores are no numbers, of which neither sampling nor a maximum makes sense."""
+
+    def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if (torch.isnan(scores) | torch.isposinf(scores)).any():
+            raise DataError("the model's scores for the next token are not numbers: its weights are damaged, or of a training "
+                            "that diverged; take an earlier checkpoint")
+        return scores
 
 
 class RepetitionPenalty(LogitsProcessor):

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PretrainedConfig
 
-from flame_composer import cpu
 from flame_composer.config import ConfigError, DataError, one_line
-from flame_composer.model import build_model
+from flame_composer.counts import require_counts
+from flame_composer.foreign import opened, read_json, weight_files
+from flame_composer.model import meta_model, read_back_hf_config
 from flame_composer.tokenizer import may_be_hub_id
 
 MODEL_TYPES = ("llama", "mistral")
+# What DDP, FSDP, torch.compile and activation checkpointing put into the names of the tensors of a model they wrap.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Source:
     files: dict[str, Path]
     shapes: dict[str, torch.Size]
     dtypes: dict[str, torch.dtype]
+    stored: dict[str, str] = field(default_factory=dict)
+    """What a tensor is called in its file, where that is something else."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,8 +48,8 @@ class Source:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, mapped from its file, which stays mapped no longer than the tensor lives."""
-        with _opened(self.files[name]) as content:
-            return content.get_tensor(name)
+        with opened(self.files[name]) as content:
+            return content.get_tensor(self.stored.get(name, name))
 
 
 def open_source(path_or_id: str) -> Source:
@@ -69,24 +73,38 @@ def open_source(path_or_id: str) -> Source:
         raise ConfigError(f"model: {path_or_id}: its weights are quantized; give the model they were made from")
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"model: {path_or_id}: its MLPs have hidden_act={given['hidden_act']}, GLA's are silu ones")
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(given)
-    except Exception as error:  # whatever wrong values make transformers raise
-        raise ConfigError(f"{folder / 'config.json'}: {model_type} refuses it: {one_line(error)}") from None
+    source = _scan(folder, read_back_hf_config({"model_type": model_type, **given}, str(folder / "config.json")))
+    require_counts(given, str(folder), source.shapes)
+    _check_whole(source)
+    return source
 
-    files, shapes, dtypes = {}, {}, {}
-    for file, names in _weight_files(folder).items():
-        with _opened(file) as content:
-            for name in names or content.keys():
-                if name not in content.keys():  # noqa: SIM118
+
+def _scan(folder: Path, config: PretrainedConfig) -> Source:
+    files: dict[str, Path] = {}
+    shapes, dtypes, stored = dict[str, torch.Size](), dict[str, torch.dtype](), dict[str, str]()
+    try:
+        names_of = weight_files(folder)
+    except ConfigError as error:
+        raise ConfigError(f"model: {error}") from None
+    for file, names in names_of.items():
+        with opened(file) as content:
+            held = set(content.keys())
+            for name in names or sorted(held):
+                if name not in held:
                     raise DataError(f"{file}: lacks {name}, which the index says it holds; get the checkpoint again")
                 view = content.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise ConfigError(f"{file}: {name} is of type {view.get_dtype()}, must be one of {', '.join(DTYPES)}")
-                files[name], shapes[name], dtypes[name] = file, torch.Size(view.get_shape()), DTYPES[view.get_dtype()]
-    source = Source(folder, config, files, shapes, dtypes)
-    _check_whole(source)
-    return source
+                bare = _WRAPPERS.sub("", name)
+                if bare in stored:
+                    raise DataError(f"{file}: holds {name} as well as {stored[bare]}, which are one tensor; keep one of them")
+                stored[bare] = name
+                files[bare], shapes[bare], dtypes[bare] = file, torch.Size(view.get_shape()), DTYPES[view.get_dtype()]
+    wrapped = next((name for bare, name in stored.items() if bare != name), None)
+    if wrapped is not None:
+        log.warning("%s: its tensors have names like %s, of a model in a wrapper (DDP, torch.compile); they are taken as %s",
+                    folder, wrapped, _WRAPPERS.sub("", wrapped))
+    return Source(folder, config, files, shapes, dtypes, stored)
 
 
 def _download(model_id: str) -> Path:
@@ -96,33 +114,6 @@ def _download(model_id: str) -> Path:
     except Exception as error:  # whatever the hub or the network makes of it
         raise ConfigError(f"model: {model_id}: no such folder, and not to be had from the Hugging Face hub: "
                           f"{one_line(error)}") from None
-
-
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The files of the weights, and which tensors the index says each holds (None for a file without one)."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return {single: None}
-    if not index.is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-        if pickled:
-            raise ConfigError(f"model: {folder}: holds its weights as {pickled[0]}, which is refused: such a file can run code "
-                              "when it is read; give a copy in safetensors")
-        raise ConfigError(f"model: {folder}: has neither model.safetensors nor model.safetensors.index.json")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DataError(f"{index}: has no weight_map; get the checkpoint again")
-    files: dict[Path, list[str] | None] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise DataError(f"{index}: {name} is said to be in {file!r}, which is no file name")
-        names = files.setdefault(folder / file, [])
-        assert names is not None
-        names.append(name)
-    for path in files:
-        if not path.is_file():
-            raise DataError(f"{path}: is missing, though {index.name} names it; get the checkpoint again")
-    return files
 
 
 def _check_whole(source: Source) -> None:
@@ -155,27 +146,3 @@ def _check_whole(source: Source) -> None:
 def is_rotary_buffer(name: str) -> bool:
     """Saved by old releases of transformers."""
     return name.endswith(".rotary_emb.inv_freq")
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: damaged: {one_line(error)}; get the checkpoint again") from None
-
-
-def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: names, shapes and modules."""
-    cpu.enable()
-    with torch.device("meta"):
-        return build_model(hf_config)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold keys and values (a JSON object)")
-    return content

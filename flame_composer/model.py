@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 import math
 import re
@@ -16,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from composer.metrics.nlp import LanguageCrossEntropy, LanguagePerplexity
 from composer.models import HuggingFaceModel, huggingface
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
 from flame_composer.config import ConfigError, InvalidField, one_line
+from flame_composer.counts import require_counts
 from flame_composer.fields import nearest
+from flame_composer.foreign import INDEX, plain_keys, read_json, require_size, stored_shapes, warn_left_out
 from flame_composer.linear import through_onednn
 from flame_composer.sections import ModelConfig
 from flame_composer.tokenizer import may_be_hub_id
@@ -46,13 +51,17 @@ _WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
 
 
 def build_hf_config(
-    model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None, context_length: int, *, to_run: bool = True
+    model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None, context_length: int | None, *, to_run: bool = True,
+    read_back: bool = False,
 ) -> PretrainedConfig:
     """The Hugging Face config with these keys; vocabulary, special tokens and context length are filled in if not given.
 
     Unlike transformers, which takes any key, this raises InvalidField for one the model's config class does not have,
     for a value of another type, for a vocabulary smaller than the tokenizer's, and, unless the model is only to be looked
     at, for one that this machine cannot run. Without a tokenizer `vocab_size` must be given.
+
+    `read_back`: transformers wrote these keys, some of which hold null where the class has a number by default. Whether its
+    numbers are sensible is then seen by the weights.
     """
     cpu.enable()
     keys = dict(model_config)
@@ -62,9 +71,11 @@ def build_hf_config(
         raise InvalidField("model.config.model_type", f"neither fla nor transformers has such a model{close}")
     config_class = CONFIG_MAPPING[model_type]
     parameters = inspect.signature(config_class.__init__).parameters
-    known = sorted({*parameters, *_COMMON_KEYS} - {"self", "kwargs"})
+    known = known_keys(config_class)
     hints = typing.get_type_hints(config_class.__init__)
     for key, value in keys.items():
+        if read_back and (key not in hints or key.endswith("_token_id")):  # which may be lists, whatever the hint says
+            continue
         if key not in known:
             close = nearest(key, known).replace("mean ", "mean model.config.")
             raise InvalidField(f"model.config.{key}", f"unknown key of {config_class.__name__}{close}")
@@ -76,9 +87,9 @@ def build_hf_config(
         keys.setdefault("bos_token_id", tokenizer.bos_token_id)
         keys.setdefault("eos_token_id", tokenizer.eos_token_id)
     positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")  # GPT-2: n_positions
-    if positions in parameters:
+    if positions in parameters and context_length is not None:
         keys.setdefault(positions, context_length)
-    for key, value in keys.items():
+    for key, value in () if read_back else keys.items():
         for pattern, holds, message in _RULES:
             is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
             if is_number and not (abs(value) < math.inf and holds(value)):
@@ -91,6 +102,37 @@ def build_hf_config(
         raise ConfigError(f"model.config: {config_class.__name__} refuses it: {_in_one_line(error)}") from None
     if to_run and (missing := _missing_here(hf_config)):
         raise InvalidField(f"model.config.{missing[0]}", missing[1])
+    return hf_config
+
+
+def known_keys(config_class: type[PretrainedConfig]) -> list[str]:
+    """Return the keys that a model's config class and this package know of."""
+    return sorted({*inspect.signature(config_class.__init__).parameters, *_COMMON_KEYS} - {"self", "kwargs"})
+
+
+def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
+    """Return the config that transformers once wrote to `place`, a checkpoint or a config.json, of known plain keys only.
+
+    Nothing that it names is looked up or run: code, kernels, another repository, other files of weights. Raise ConfigError
+    if it is of no causal language model that fla or transformers has, or if its weights are quantized.
+    """
+    cpu.enable()
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    config_class: Any = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
+    if config_class not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"{place}: its model_type {str(model_type)[:60]!r} is that of no causal language model of fla or "
+                          "transformers, and no code that comes with a model is run; convert it to one that is")
+    assert isinstance(content, dict)
+    if content.get("quantization_config"):
+        raise ConfigError(f"{place}: its weights are quantized; give the model they were made from")
+    require_counts(content, place)
+    try:
+        known = [*known_keys(config_class), *config_class.attribute_map]
+        keys = {"model_type": model_type, **plain_keys(content, known)}
+        hf_config = build_hf_config(keys, None, None, to_run=False, read_back=True)
+    except (ConfigError, RecursionError) as error:
+        raise ConfigError(f"{place}: {one_line(error).removeprefix('model.config: ')}") from None
+    warn_left_out(content, hf_config, place)
     return hf_config
 
 
@@ -132,30 +174,41 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
         ) from None
 
 
+def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights: names, shapes and modules."""
+    cpu.enable()
+    with torch.device("meta"):
+        return build_model(hf_config)
+
+
+def read_pretrained_config(path_or_id: str) -> PretrainedConfig:
+    """Return the config in a Hugging Face folder or under a hub id, as `read_back_hf_config` takes it."""
+    folder = _folder_of(path_or_id, ["config.json"])
+    return read_back_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
 def load_pretrained(path_or_id: str) -> PreTrainedModel:
     """A causal language model with its weights, in fp32, from a Hugging Face folder or id; no code of its is run.
 
     Raises ConfigError if there is none, or if its weights do not fill the model exactly.
     """
-    cpu.enable()
-    is_folder = Path(path_or_id).is_dir()
-    if is_folder and not (Path(path_or_id) / "config.json").is_file():
-        raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
-    if not is_folder and not may_be_hub_id(path_or_id):
-        raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
     try:
-        with quiet():
-            hf_config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, local_files_only=is_folder)
-            check_runs_here(hf_config, path_or_id)
+        folder = _folder_of(path_or_id, ["config.json", "generation_config.json", "model*.safetensors", INDEX])
+        hf_config = read_pretrained_config(str(folder))
+    except ConfigError as error:
+        raise _not_loaded(path_or_id, error) from None
+    check_runs_here(hf_config, path_or_id)
+    try:
+        weights = stored_shapes(folder)
+        require_counts(hf_config.to_dict(), str(folder / "config.json"), weights)
+        with quiet(), _no_code_of_its_own():
+            require_size(meta_model(hf_config), weights, str(folder / "config.json"))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path_or_id, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, local_files_only=is_folder,
-                output_loading_info=True,
+                folder, config=hf_config, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+                local_files_only=True, output_loading_info=True,
             )
-    except ConfigError:
-        raise
     except Exception as error:  # whatever a damaged folder makes transformers or safetensors raise
-        raise ConfigError(f"{path_or_id}: cannot be loaded as a causal language model: "
-                          f"{' '.join(str(error).split())[:300]}") from None
+        raise _not_loaded(path_or_id, error) from None
     model, report = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
@@ -164,6 +217,49 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
         raise ConfigError(f"{path_or_id}: its weights are not those of a {model.config.model_type} model: {listed}")
     through_onednn(model)
     return model
+
+
+@contextlib.contextmanager
+def _no_code_of_its_own() -> typing.Iterator[None]:
+    """Keep transformers from running `custom_generate/generate.py` of a model's folder.
+
+    Up to 4.57 at least, it trusts what lies in a local folder, `trust_remote_code=False` or not.
+    """
+
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError("code that comes with a model is never run")
+
+    loads = GenerationMixin.load_custom_generate
+    GenerationMixin.load_custom_generate = none  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        GenerationMixin.load_custom_generate = loads  # type: ignore[method-assign]
+
+
+def _folder_of(path_or_id: str, files: list[str]) -> Path:
+    """Return a model's folder, or one with those `files` out of the hub's repository of that id."""
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        if not may_be_hub_id(path_or_id):
+            raise ConfigError(f"{path_or_id}: no such folder; give a Hugging Face model folder or id")
+        try:
+            folder = Path(snapshot_download(path_or_id, allow_patterns=files))
+        except Exception as error:  # whatever the hub or the network makes of it
+            raise ConfigError(f"no such folder, and not to be had from the Hugging Face hub: {one_line(error)}") from None
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{path_or_id}: holds an adapter (adapter_config.json), for which another "
+                          "model would be loaded; merge it into its model, or take that file away")
+    return folder
+
+
+def _not_loaded(path_or_id: str, error: Exception) -> ConfigError:
+    reason = one_line(error)
+    if reason.startswith((f"{path_or_id}: no such", f"{path_or_id}: not a", f"{path_or_id}: holds an adapter")):
+        return ConfigError(reason)
+    return ConfigError(f"{path_or_id}: cannot be loaded as a causal language model: {reason}")
 
 
 def build_or_load(config: ModelConfig, hf_config: PretrainedConfig | None, *, empty: bool = False) -> PreTrainedModel:
@@ -177,11 +273,7 @@ def build_or_load(config: ModelConfig, hf_config: PretrainedConfig | None, *, em
             model = load_pretrained(config.pretrained)
             check_agrees(model.config, config.config)
             return model
-        cpu.enable()
-        try:
-            hf_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
-        except Exception as error:  # whatever a damaged folder makes transformers raise
-            raise ConfigError(f"{config.pretrained}: its config cannot be read: {one_line(error)}") from None
+        hf_config = read_pretrained_config(config.pretrained)
     with torch.device("meta") if empty else contextlib.nullcontext():
         return build_model(hf_config)
 
@@ -219,6 +311,23 @@ class CausalLM(HuggingFaceModel):
         self.varlen = varlen
         self.label_smoothing = 0.0  # of the loss that is trained on; see algorithms.LabelSmoothing
         self.work = count_work(model)
+
+    def get_metadata(self) -> dict[str, Any]:
+        """Return the config and the tokenizer's files, as a checkpoint holds them.
+
+        Of several chat templates transformers makes a folder, which Composer 0.32 refuses: they go into the tokenizer's
+        config instead, where both find them again.
+        """
+        tokenizer: Any = self.tokenizer
+        if not isinstance(tokenizer.chat_template, dict):
+            return super().get_metadata()
+        saved: Any = copy.copy(tokenizer)
+        saved.save_pretrained = functools.partial(tokenizer.save_pretrained, save_jinja_files=False)
+        self.tokenizer = saved
+        try:
+            return super().get_metadata()
+        finally:
+            self.tokenizer = tokenizer
 
     def flops_per_batch(self, batch: dict[str, torch.Tensor]) -> int:
         """Of a training step on this batch: what utilisation (MFU) goes by, as does recipes/plan.py."""

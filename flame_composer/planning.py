@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from streaming.base.util import bytes_to_int
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flame_composer import cpu
 from flame_composer.config import ConfigError, InvalidField, one_line
-from flame_composer.model import Work, build_hf_config, build_model, count_work
+from flame_composer.model import Work, build_hf_config, build_model, count_work, read_pretrained_config
 from flame_composer.recipe_config import PlanConfig
 from flame_composer.supply import Supply
 from flame_composer.tokenizer import load_tokenizer
@@ -102,13 +101,11 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
     if "model_type" not in keys:
         source = config.model.pretrained
         assert source is not None
-        cpu.enable()  # makes fla's configs known
         try:
-            found: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # whatever a folder or the hub makes transformers raise
+            return read_pretrained_config(source)
+        except ConfigError as error:
             raise ConfigError(f"model.pretrained={source}: its config cannot be read: {one_line(error)}; give "
                               "model.config") from None
-        return found
     tokenizer = None
     if "vocab_size" not in keys and supply is not None and supply.vocab_size is not None:
         keys["vocab_size"] = supply.vocab_size

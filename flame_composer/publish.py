@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,51 @@ from flame_composer.config import ConfigError, DataError, StoreError, masked, on
 from flame_composer.manifest import read_manifest
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
+MOST_BYTES = 1 << 20  # of it that are read
+
+log = logging.getLogger(__name__)
 
 
 def read_run_config(checkpoint: Checkpoint) -> str | None:
-    """The resolved configuration that lies beside a checkpoint; None where it was moved away from there."""
-    folder = checkpoint.place.rpartition("/")[0] or "."
-    try:
-        return storage.read(storage.join(folder, CONFIG)).decode()
-    except FileNotFoundError:
+    """Return the resolved configuration that lies beside a checkpoint, or None if there is none.
+
+    A file of that name that is no run's configuration is named in a warning and counts as none.
+    """
+    path = storage.join(checkpoint.place.rpartition("/")[0] or ".", CONFIG)
+    there = storage.stat(path)
+    if there is None:
         return None
+    try:
+        if there.size > MOST_BYTES:
+            raise ValueError(f"has {there.size:,} bytes")
+        text = storage.read(path).decode()
+        _recipe(text)
+        return text
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        log.warning("warning: %s: is no configuration of a run, and left out of the model card: %s", path, one_line(error))
+        return None
+
+
+def _recipe(text: str | None) -> dict[str, Any]:
+    """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is none."""
+    recipe = yaml.safe_load(text) if text else {}
+    sections = [("the file", recipe)]
+    if isinstance(recipe, dict):
+        sections += [(name, recipe.get(name) or {}) for name in ("model", "train_data")]
+        data = recipe.get("train_data") or {}
+        streams = data.get("streams") or {} if isinstance(data, dict) else {}
+        sections.append(("train_data.streams", streams))
+        if isinstance(streams, dict):
+            sections += [(f"train_data.streams.{name}", stream or {}) for name, stream in streams.items()]
+    for name, section in sections:
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} must hold keys and values")
+    return dict(recipe)
+
+
+def _line(text: object) -> str:
+    """A text out of a checkpoint or a configuration as part of a line of the card, in which it can begin no other."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
 
 
 def model_card(
@@ -40,8 +77,8 @@ def model_card(
     `run_config` is what `read_run_config` found; `name` stands for the run's where that found nothing; `which` are the
     weights, as in `model_in`; `tokenization` says what texts begin with.
     """
-    recipe = yaml.safe_load(run_config) if run_config else {}
-    name = recipe.get("run_name", name)
+    recipe = _recipe(run_config)
+    name = _line(recipe.get("run_name") or name)
     is_fla = type(model).__module__.startswith("fla.")
     header = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["flame-composer", model.config.model_type],
@@ -53,9 +90,15 @@ def model_card(
         f"A {model.config.model_type} language model of {parameters:,} parameters, stored as {dtype}, pretrained with "
         "flame_composer.", _how_to_load(is_fla, tokenization),
         "## Training", _training(content, recipe, which), "## Evaluation", _evaluation(content), "## Recipe",
-        f"```yaml\n{run_config.strip()}\n```" if run_config else f"No {CONFIG} lay beside the checkpoint.",
+        _fenced(run_config.strip()) if run_config else f"No {CONFIG} lay beside the checkpoint.",
     ]
     return masked("\n\n".join(parts)) + "\n"
+
+
+def _fenced(text: str) -> str:
+    """A block of YAML that no line of it can end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}yaml\n{text}\n{fence}"
 
 
 def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
@@ -71,23 +114,26 @@ def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
 
 
 def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> str:
-    time = content["state"]["timestamp"]["Timestamp"]
-    lines = [f"- steps: {time['batch']:,}", f"- tokens: {time['token']:,} ({time['sample']:,} rows)"]
+    try:
+        time = content["state"]["timestamp"]["Timestamp"]
+        lines = [f"- steps: {time['batch']:,}", f"- tokens: {time['token']:,} ({time['sample']:,} rows)"]
+    except (KeyError, TypeError, ValueError):
+        raise DataError("the checkpoint holds no steps and tokens of a run (its timestamp); take another one") from None
     if average_of(content["state"]):
         lines.append("- weights: those that training went on with; what was evaluated is their exponential moving average"
                      if which == "model" else "- weights: their exponential moving average, which is what was evaluated")
     start = (recipe.get("model") or {}).get("pretrained")
     if start:
-        lines.append(f"- began from the weights of: {start}")
-    order = content["state"]["callbacks"].get("SameData", {}).get("order", {})
+        lines.append(f"- began from the weights of: {_line(start)}")
     data = recipe.get("train_data") or {}
-    for key, index_sha256 in order.items():
-        if not key.endswith("(index.json)"):
+    for key, index_sha256 in _kept(content, "SameData", "order").items():
+        if not str(key).endswith("(index.json)"):
             continue
         stream = key.partition(".streams.")[2].removesuffix(" (index.json)")
-        source = (data.get("streams") or {}).get(stream, {}) if stream else data
+        source = ((data.get("streams") or {}).get(stream) or {}) if stream else data
         place = source.get("remote") or source.get("local")
-        lines.append(f"- data{stream and f' {stream}'}: {place or 'see below'}, sha256 of its index {index_sha256}"
+        place = None if place is None else str(place)
+        lines.append(_line(f"- data{stream and f' {stream}'}: {place or 'see below'}, sha256 of its index {index_sha256}")
                      + _size_of(place, index_sha256))
     return "\n".join(lines)
 
@@ -108,13 +154,18 @@ def _size_of(place: str | None, index_sha256: str) -> str:
 
 def _evaluation(content: dict[str, Any]) -> str:
     """Of the run's last evaluation before the checkpoint, and the last scores in tasks."""
-    callbacks = content["state"]["callbacks"]
-    values = dict(callbacks.get("JsonlLog", {}).get("last_evaluation", {}))
-    for task, scores in callbacks.get("TaskScores", {}).get("last", {}).items():
-        values |= {f"{task} {metric}": value for metric, value in scores.items()}
-    if not values:
-        return "The run evaluated nothing before this checkpoint."
-    return "\n".join(["Last in training:\n", *(f"- {name}: {value:.4f}" for name, value in values.items())])
+    values = _kept(content, "JsonlLog", "last_evaluation")
+    for task, scores in _kept(content, "TaskScores", "last").items():
+        values |= {f"{task} {metric}": value for metric, value in (scores.items() if isinstance(scores, dict) else ())}
+    lines = [f"- {_line(name)}: {value:.4f}" for name, value in values.items() if isinstance(value, int | float)]
+    return "\n".join(["Last in training:\n", *lines]) if lines else "The run evaluated nothing before this checkpoint."
+
+
+def _kept(content: dict[str, Any], callback: str, name: str) -> dict[Any, Any]:
+    """Return what a callback kept in a checkpoint, or nothing."""
+    for key in ("state", "callbacks", callback, name):
+        content = content.get(key) or {} if isinstance(content, dict) else {}
+    return dict(content) if isinstance(content, dict) else {}
 
 
 def check_hub(repo: str) -> None:

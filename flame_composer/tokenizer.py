@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer import long_texts
-from flame_composer.config import ConfigError, one_line
+from flame_composer.config import ConfigError, DataError, one_line
+from flame_composer.tokenizer_files import FILES, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,6 +87,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
 
     Raises ConfigError if there is none, or only one without a fast (Rust) form.
     """
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -96,7 +99,12 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, local_files_only=is_folder, trust_remote_code=False)
+        folder = path_or_id if is_folder else snapshot_download(path_or_id, allow_patterns=[*FILES, "config.json"])
+        check_folder(folder, path_or_id)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.name_or_path = path_or_id
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a damaged folder makes transformers or tokenizers raise
         what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
         raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None
@@ -249,7 +257,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
     may_cut = long_texts.can_be_cut(tokenizer.serialized)
 
     def ids_of(texts: Sequence[str]) -> list[Sequence[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with explained_failure():
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     (line_break,) = ids_of(["\n"])
 
@@ -283,6 +292,21 @@ def require_ends(
             raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
     before, after = ([] if end is None else [end] for end in ends)
     return before, after
+
+
+@contextlib.contextmanager
+def explained_failure() -> Iterator[None]:
+    """Raise DataError where tokenizers gives up on a text, as it does when a regular expression takes too many steps.
+
+    What it raises then is not an Exception, so it would pass by everything that catches one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer gives up on a text: {' '.join(str(error).split())[:200]}; take another tokenizer, or "
+                        "leave that text out") from None
 
 
 def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:

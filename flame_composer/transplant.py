@@ -21,9 +21,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from flame_composer.config import ConfigError, InvalidField
 from flame_composer.convert_config import PROJECTIONS
-from flame_composer.llama import Source, is_rotary_buffer, meta_model, read_json
+from flame_composer.foreign import count_not_finite, read_json, warn_not_finite
+from flame_composer.llama import Source, is_rotary_buffer
 from flame_composer.loading import load
-from flame_composer.model import build_hf_config
+from flame_composer.model import build_hf_config, meta_model
 from flame_composer.tokenizer import vocab_size_of
 from flame_composer.train_config import TrainConfig
 
@@ -234,11 +235,14 @@ def write_weights(
     shards = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
+    not_finite = {}
     for file, names in shards.filename_to_tensors.items():
         tensors = {name: _tensor(entries[name], source, model, seed) for name in names}
+        not_finite.update({entries[name].source or name: count_not_finite(tensors[name]) for name in names})
         save_file(tensors, folder / file, metadata={"format": "pt"})
         on_progress(sum(tensor.nbytes for tensor in tensors.values()))
         del tensors  # before the next file's are made
+    warn_not_finite(str(source.folder), not_finite)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pickle
@@ -720,6 +721,23 @@ def test_an_export_in_another_type(trained, tmp_path, dtype):
     stored = load_file(tmp_path / "hf" / "model.safetensors")
     for name, tensor in stored.items():
         assert torch.equal(tensor, trained.weights[name].to(getattr(torch, dtype))), name
+
+
+def test_weights_that_are_no_numbers_are_named_when_they_are_exported(trained, tmp_path, caplog):
+    model, tokenizer = load(trained.checkpoints / "ba3.pt")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+        model.model.embeddings.weight[:2] = -torch.inf
+        model.lm_head.weight[0, 0] = 1e5  # more than float16 has
+    for dtype, names in (("float32", ()), ("float16", ("lm_head.weight (1)",))):
+        save_hf_folder(copy.deepcopy(model), tokenizer, tmp_path / dtype, dtype=dtype)
+        (message,) = caplog.messages
+        named = ", ".join(("model.embeddings.weight (64)", "model.norm.weight (1)", *names))
+        assert message == f"warning: {tmp_path / dtype} ({dtype}): values that are infinite or not a number in {named}"
+        caplog.clear()
+    fine, _ = load(trained.checkpoints / "ba3.pt")
+    save_hf_folder(fine, tokenizer, tmp_path / "fine", dtype="float16")
+    assert caplog.messages == []
 
 
 def test_checkpoints_are_written_under_another_name_first(folder):

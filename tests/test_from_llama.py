@@ -184,6 +184,65 @@ def test_config_tokenizer_and_generation_config_are_carried_over(tmp_path):
     assert fingerprint(load_tokenizer(str(tmp_path / "out"))) == fingerprint(byte_tokenizer())
 
 
+WRAPPERS = ("module.", "_orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.")
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    weights = {change(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", [*WRAPPERS, "inside"])
+def test_names_of_a_model_in_a_wrapper_are_taken_without_it(tmp_path, source, caplog, prefix):
+    convert(source, tmp_path / "plain")
+    inside = {".layers.0.": ".layers.0._checkpoint_wrapped_module.", ".layers.1.": "._orig_mod.layers.1."}
+
+    def change(name: str) -> str:
+        if prefix != "inside":
+            return prefix + name
+        return re.sub(r"\.layers\.[01]\.", lambda match: inside[match[0]], name)
+
+    rename(source, change)
+    convert(source, tmp_path / "wrapped")
+    assert files_under(tmp_path / "wrapped") == files_under(tmp_path / "plain")
+    (message,) = caplog.messages
+    first = "model.layers.1.input_layernorm.weight" if prefix == "inside" else "lm_head.weight"
+    assert message == (f"{source}: its tensors have names like {change(first)}, of a model in a wrapper (DDP, torch.compile); "
+                       f"they are taken as {first}")
+
+
+def test_a_tensor_with_and_without_a_wrapper_is_refused(tmp_path, source):
+    weights = load_file(source / "model.safetensors")
+    weights["module.model.norm.weight"] = torch.zeros(32)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    message = "holds module.model.norm.weight as well as model.norm.weight, which are one tensor; keep one of them"
+    with pytest.raises(DataError, match=re.escape(message)):
+        convert(source, tmp_path / "out")
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path, source, caplog):
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][:3] = torch.nan
+    weights["model.layers.1.self_attn.q_proj.weight"][0] = torch.inf
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "out")
+    (message,) = caplog.messages
+    start = f"warning: {source}: values that are infinite or not a number in "
+    assert message.startswith(start)
+    assert set(message.removeprefix(start).split(", ")) == {
+        "model.norm.weight (3)", "model.layers.1.self_attn.q_proj.weight (32)",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", [{"num_hidden_layers": 10**7}, {"num_hidden_layers": 5000}, {"num_attention_heads": 10**9}])
+def test_a_source_whose_config_makes_a_boundless_model_is_answered_at_once(tmp_path, source, bomb):
+    edit_config(**bomb)(source)
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=f"its config says {next(iter(bomb))}="):
+        convert(source, tmp_path / "out")
+    assert time.perf_counter() - start < 5
+
+
 def test_several_ends_of_text_are_kept_without_a_generation_config(tmp_path, source):
     edit_config(eos_token_id=[7, 9])(source)
     (source / "generation_config.json").unlink()

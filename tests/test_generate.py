@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flame_composer import generate
-from flame_composer.config import ConfigError
+from flame_composer.config import ConfigError, DataError
 from flame_composer.generate import Pieces, build_sampling, continue_prompts, encode, read_prompts
 from flame_composer.loading import load
 from flame_composer.model import build_hf_config, build_model
@@ -246,6 +246,17 @@ def test_ctrl_c_ends_it_quietly(undisturbed: Path) -> None:
     process = script.wait()
     assert process.returncode == 130
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_whose_scores_are_no_numbers_says_so(temperature: float, value: float) -> None:
+    model: Any = build_model(build_hf_config(LLAMA, byte_tokenizer(), 64)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(value)
+    sampling = build_sampling(load(GenerateConfig, ["model=x", f"temperature={temperature}"]), byte_tokenizer())
+    with pytest.raises(DataError, match=r"^the model's scores for the next token are not numbers: .*; take an earlier check"):
+        continue_prompts(model, byte_tokenizer(), ["a"], sampling)
 
 
 def test_nothing_is_left_of_the_prompt_in_a_streamed_piece() -> None:

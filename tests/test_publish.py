@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from transformers import GenerationConfig
 from flame_composer.checkpoint import model_in
 from flame_composer.checkpoint_find import find_checkpoint
 from flame_composer.checkpoint_read import Checkpoint, read_checkpoint
-from flame_composer.config import ConfigError, StoreError
+from flame_composer.config import ConfigError, DataError, StoreError
 from flame_composer.convert_config import ToHfConfig
 from flame_composer.loading import load
 from flame_composer.model import load_pretrained
@@ -111,6 +112,89 @@ def test_a_card_of_a_checkpoint_alone(trained: Any, monkeypatch: pytest.MonkeyPa
                         ("model", "those that training went on with; what was evaluated is their exponential moving average")):
         card = model_card(model, content, None, dtype="bfloat16", name="tiny", which=which)
         assert f"(4 rows)\n- weights: {line}\n- data" in card
+
+
+WRONG_CONFIGS = {
+    "a list": (b"- 1\n- 2\n", "the file must hold keys and values"),
+    "a number": (b"3", "the file must hold keys and values"),
+    "no YAML": (b"a: [1\nb: }", "while parsing"),
+    "two documents": (b"a: 1\n---\nb: 2\n", "expected a single document"),
+    "not UTF-8": (b"run_name: \xff\xfe", "'utf-8' codec can't decode"),
+    "a tag": (b"a: !!python/object/apply:os.mkdir [x]", "could not determine a constructor"),
+    "a number for a section": (b"model: 3\ntrain_data: 4\n", "model must hold keys and values"),
+    "numbers for streams": (b"train_data: {streams: 4}\n", "train_data.streams must hold keys and values"),
+    "a number for a stream": (b"train_data: {streams: {web: 4}}\n", "train_data.streams.web must hold keys and values"),
+    "deep": (b"[" * 20000, "depth"),
+    "large": (b"a: " + b"x" * 2_000_000, "has 2,000,003 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_a_file_beside_the_checkpoint_that_is_no_configuration_is_named(
+    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    text, reason = WRONG_CONFIGS[name]
+    (tmp_path / "config.yaml").write_bytes(text)
+    checkpoint = Checkpoint(str(tmp_path / "ba1.pt"), trained.checkpoints / "ba1.pt")
+    assert read_run_config(checkpoint) is None
+    (message,) = caplog.messages
+    start = f"warning: {tmp_path / 'config.yaml'}: is no configuration of a run, and left out of the model card: "
+    assert message.startswith(start)
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_a_folder_or_fifo_beside_the_checkpoint_is_no_configuration(trained: Any, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(tmp_path / "ba1.pt"), trained.checkpoints / "ba1.pt")
+    os.mkfifo(tmp_path / "config.yaml")
+    assert read_run_config(checkpoint) is None
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "config.yaml").mkdir()
+    assert read_run_config(checkpoint) is None
+
+
+def test_the_export_goes_on_beside_such_a_file(trained: Any, tmp_path: Path) -> None:
+    checkpoints = Path(shutil.copytree(trained.checkpoints, tmp_path / "checkpoints"))
+    (checkpoints / "config.yaml").write_bytes(b"\xff- 1")
+    process = check(run_script("convert/to_hf.py", f"checkpoint={checkpoints}", f"out={tmp_path / 'hf'}"))
+    assert "is no configuration of a run, and left out of the model card" in process.stderr
+    assert "No config.yaml lay beside the checkpoint." in (tmp_path / "hf/README.md").read_text()
+
+
+def test_no_name_becomes_a_line_of_the_card(trained: Any) -> None:
+    checkpoint = Checkpoint("ba1.pt", trained.checkpoints / "ba1.pt")
+    content = read_checkpoint(checkpoint)
+    model, _ = model_in(content, checkpoint)
+    bad = "x\nlicense: mit\n---\n# Other\u2028\x1b[31m"
+    content["state"]["callbacks"]["TaskScores"] = {"last": {bad: {bad: 1.0, "text": "no number"}, "x": 3}}
+    content["state"]["callbacks"]["SameData"] = {"order": {f"train_data.streams.{bad} (index.json)": bad, 3: 4}}
+    recipe = {
+        "run_name": bad, "model": {"pretrained": bad},
+        "train_data": {"streams": {bad: {"local": bad}}}, "note": "```\n# Other",
+    }  # fmt: skip
+    for run_config, name in ((yaml.dump(recipe), "tiny"), (None, bad)):
+        card = model_card(model, content, run_config, dtype="float32", name=name)
+        clean = "x license: mit --- # Other [31m"
+        header, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()  # type: ignore[union-attr]
+        assert yaml.safe_load(header)["model_name"] == clean
+        assert "license" not in yaml.safe_load(header)
+        prose = body.partition("## Recipe")[0]
+        assert [line for line in prose.splitlines() if line.startswith("# ")] == [f"# {clean}"]
+        assert not any(line.startswith(("license", "---")) for line in prose.splitlines())
+        assert "\x1b" not in card
+        assert f"- {clean} {clean}: 1.0000\n" in body
+    card = model_card(model, content, "note: |\n  ````\n  # Other", dtype="float32", name="tiny")
+    assert card.endswith("`````yaml\nnote: |\n  ````\n  # Other\n`````\n")
+
+
+def test_a_checkpoint_without_steps_makes_no_card(trained: Any) -> None:
+    checkpoint = Checkpoint("ba1.pt", trained.checkpoints / "ba1.pt")
+    content = read_checkpoint(checkpoint)
+    model, _ = model_in(content, checkpoint)
+    for wrong in ({}, {"Timestamp": {"batch": "x", "token": 1, "sample": 1}}, 3):
+        content["state"]["timestamp"] = wrong
+        with pytest.raises(DataError, match=r"^the checkpoint holds no steps and tokens of a run"):
+            model_card(model, content, None, dtype="float32", name="tiny")
 
 
 def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
