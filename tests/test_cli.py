@@ -181,7 +181,7 @@ def test_strings_are_taken_as_they_stand(text):
 def test_null_is_null_only_where_a_value_may_be_missing():
     assert train("save_folder=null").save_folder is None
     assert train("train_data.remote=null").train_data.remote is None
-    assert train("tokenizer=null").tokenizer == "null", "a name, as it stands"
+    assert message_of(lambda: train("tokenizer=null")) == "command line: tokenizer=null: must be str", "as in a file"
     assert load(GenerateConfig, ["model=m", "prompt=null"]).prompt is None
 
 
