@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from flame_composer.config import ConfigError, InvalidField, ScriptConfig, is_text
+from flame_composer.config import ConfigError, InvalidField, ScriptConfig, expand_path, is_text
 from flame_composer.fields import (
     ANY_NAME,
     SECTIONS,
@@ -33,6 +33,7 @@ from flame_composer.fields import (
 )
 from flame_composer.written import as_it_stands, as_meant, parse_yaml, plain, takes_text, to_yaml
 
+MOST_SHOWN = 200  # letters of a value in an error
 C = TypeVar("C", bound=ScriptConfig)
 # What PyYAML raises for `!!int` without a number, `!!bool maybe` and `!!timestamp soon`.
 BAD_TAGS = (IndexError, KeyError, AttributeError)
@@ -85,6 +86,7 @@ def load(cls: type[C], argv: list[str]) -> C:
     config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
     for prefix, section in sections_of(config):
         try:
+            _expand_paths(section)
             getattr(section, "validate", lambda: None)()
         except InvalidField as problem:
             raise ConfigError(explain(config, InvalidField(prefix + problem.name, problem.rule))) from None
@@ -378,6 +380,15 @@ def _without_environment(merged: DictConfig) -> str:
         OmegaConf.register_resolver("oc.decode", oc.decode, replace=True)
 
 
+def _expand_paths(section: Any) -> None:
+    for name in getattr(section, "paths", ()):
+        value = getattr(section, name)
+        if isinstance(value, list):
+            setattr(section, name, [expand_path(path, name) for path in value])
+        elif value is not None:
+            setattr(section, name, expand_path(value, name))
+
+
 def explain(config: ScriptConfig, problem: InvalidField) -> str:
     """One line that says where the field was set, to what, and the rule it breaks."""
     parts = problem.name.split(".")
@@ -388,7 +399,7 @@ def explain(config: ScriptConfig, problem: InvalidField) -> str:
         for part in problem.name.split("."):
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     value = None if dataclasses.is_dataclass(value) else value
-    return _masked(f"{origin}: {problem.name}{'' if value is None else f'={show(value)}'}: {problem.rule}", config.origins)
+    return _masked(f"{origin}: {problem.name}{'' if value is None else f'={_short(show(value))}'}: {problem.rule}", config.origins)
 
 
 def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
@@ -398,6 +409,10 @@ def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
         # What is shorter is no secret, and would be found in words.
         text = text.replace(value, name) if len(value) > 3 else text
     return text
+
+
+def _short(shown: str) -> str:
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from flame_composer.config import (
     ScriptConfig,
     require,
     require_duration,
+    require_no_braces,
     require_seed,
     require_text,
 )
@@ -36,6 +37,7 @@ from flame_composer.sections import (
     SpikeConfig,
     WandbConfig,
 )
+from flame_composer.storage import MAX_NAME_BYTES, is_plain_name
 
 
 class RunPlan(NamedTuple):
@@ -54,6 +56,7 @@ class RunPlan(NamedTuple):
 class TrainConfig(ScriptConfig):
     """Train a causal language model on a streamed dataset."""
 
+    paths = ("tokenizer", "save_folder", "log_folder")
     elsewhere = other_names.TRAINING
     run_name: str = MISSING
     """Name of the run: its folder under runs/, its W&B id, and what autoresume looks for."""
@@ -132,8 +135,10 @@ class TrainConfig(ScriptConfig):
     def validate(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)), "run_name",
                 "must be letters, digits, '.', '_' and '-' (it names folders)")
+        require(is_plain_name(self.run_name), "run_name", f"must be no longer than {MAX_NAME_BYTES} bytes (it names folders)")
         require_seed(self.seed, "seed")
         require_text(self, "tokenizer", "save_folder", "log_folder")
+        require_no_braces(self, "save_folder", "log_folder")
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
         require_duration(self.save_interval, "save_interval", fraction=True, time=True)

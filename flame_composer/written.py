@@ -41,7 +41,7 @@ def parse_yaml(stream: Any) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:none", re.compile(f"^{PYTHONS_NONE}$"), ["N"])
     for kind in _NOT_TEXT:
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _construct(base, kind))
-    return yaml.load(stream, Loader=Loader)  # noqa: S506 - OmegaConf's is a safe one
+    return yaml.load(stream, Loader=Loader)
 
 
 def to_yaml(content: Any) -> str:
@@ -125,6 +125,11 @@ def as_meant(hint: Any, value: Any, place: str, key: str = "") -> Any:
         inner_hint = get_args(hint)[0] if get_origin(hint) in (list, tuple) else Any
         return [as_meant(inner_hint, inner, place, key) for inner in value]
     return plain(value)
+
+
+def quote_it(value: Any, for_text: bool) -> str:
+    """Return the remedy where a third party's key takes a text and YAML made something else of it; '' for other mistakes."""
+    return "; quote what is text" if for_text and isinstance(value, bool | int | float) else ""
 
 
 def takes_text(hint: Any) -> bool:
