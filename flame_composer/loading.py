@@ -399,7 +399,8 @@ def explain(config: ScriptConfig, problem: InvalidField) -> str:
         for part in problem.name.split("."):
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     value = None if dataclasses.is_dataclass(value) else value
-    return _masked(f"{origin}: {problem.name}{'' if value is None else f'={_short(show(value))}'}: {problem.rule}", config.origins)
+    shown = "" if value is None else f"={_short(_masked(show(value), config.origins))}"
+    return _masked(f"{origin}: {problem.name}{shown}: {problem.rule}", config.origins)
 
 
 def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:

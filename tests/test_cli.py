@@ -465,8 +465,8 @@ def test_no_file_gives_a_traceback(content, key):
 
 # Texts as they are written
 
-LOOK_LIKE_NUMBERS = ["1.10", "0123", "1e5", "no", "true", "2024-01-01", "1:30", "0x1F", "1_000", ".5", "1.", "+1", "y", "off", "=",
-                     "0b11", ".inf", "12:30:45"]  # fmt: skip
+LOOK_LIKE_NUMBERS = ["1.10", "0123", "1e5", "no", "true", "2024-01-01", "1:30", "0x1F", "1_000", ".5", "1.", "+1", "y", "off",
+                     "=", "0b11", ".inf", "12:30:45"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", LOOK_LIKE_NUMBERS)
@@ -582,7 +582,8 @@ def test_what_stays_a_number_or_null():
     assert train("seed=${oc.env:FLAME_NOT_SET,1_000}").seed == 1000
 
 
-@given(text=st.text(st.sampled_from("\\${}a '\"\n:1.0e?N~-"), max_size=8) | st.sampled_from([*LOOK_LIKE_NUMBERS, "None", "~", "???"])
+@given(text=st.text(st.sampled_from("\\${}a '\"\n:1.0e?N~-"), max_size=8)
+       | st.sampled_from([*LOOK_LIKE_NUMBERS, "None", "~", "???"])
        | st.text(st.characters(exclude_categories=["Cs"]), max_size=6))  # fmt: skip
 @settings(deadline=None, max_examples=300)
 def test_what_is_saved_is_read_again_as_it_was(text):
@@ -592,8 +593,8 @@ def test_what_is_saved_is_read_again_as_it_was(text):
 
 
 def test_a_saved_configuration_with_escapes_is_read_again():
-    config = train_yaml("log_folder: 'a\\${HOME}'\nsave_folder: ${log_folder}/x\nwandb: {project: 'None', tags: ['None', a]}\n")
-    assert (config.log_folder, config.save_folder) == ("a${HOME}", "a${HOME}/x")
+    config = train_yaml("wandb: {project: 'None', entity: 'a\\${HOME}', group: '${wandb.entity}/x', tags: ['None', a]}\n")
+    assert config.wandb == WandbConfig("None", "a${HOME}", "a${HOME}/x", ["None", "a"])
     Path("again.yaml").write_text(config.resolved_yaml)
     assert load(TrainConfig, ["again.yaml"]) == config
 
@@ -610,12 +611,13 @@ def test_tags_that_do_not_fit_are_no_traceback():
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     streams = "train_data: {streams: {a: {local: ~/a}, b: {remote: ~/b}}}\n"
-    config = train_file(BASE.replace("train_data: {local: data}\n", streams) + "save_folder: ~/s/${run_name}\nlog_folder: ${save_folder}/l\n",
-                        "tokenizer=~/t", "eval_data.local=~", "model.pretrained=~/m")  # fmt: skip
+    folders = "save_folder: ~/s/${run_name}\nlog_folder: ${save_folder}/l\n"
+    config = train_file(BASE.replace("train_data: {local: data}\n", streams) + folders, "tokenizer=~/t", "eval_data.local=~",
+                        "model.pretrained=~/m")  # fmt: skip
     assert (config.save_folder, config.log_folder, config.tokenizer) == ("/home/me/s/base", "/home/me/s/base/l", "/home/me/t")
     assert config.eval_data is not None
     assert (config.eval_data.local, config.model.pretrained) == ("/home/me", "/home/me/m")
-    assert [config.train_data.streams[name] for name in "ab"] == [StreamConfig(local="/home/me/a"), StreamConfig(remote="/home/me/b")]
+    assert config.train_data.streams == {"a": StreamConfig(local="/home/me/a"), "b": StreamConfig(remote="/home/me/b")}
     convert = load(ConvertConfig, ["source=[~/x/*.jsonl,s3://b/~/y,a/~b]", "out=~/o", "tokenizer=org/name"])
     assert convert.source == ["/home/me/x/*.jsonl", "s3://b/~/y", "a/~b"]
     assert (convert.out, convert.tokenizer) == ("/home/me/o", "org/name")
@@ -644,7 +646,10 @@ def test_a_variable_of_the_shell_in_a_path_is_refused(monkeypatch, folder):
     assert load(GenerateConfig, ["model=m", "prompt=echo $HOME ~"]).prompt == "echo $HOME ~", "no path"
 
 
-@pytest.mark.parametrize("argument", ["save_folder=runs/{run_name}/c", "log_folder={x}", "save_folder=s3://b/{rank}", "log_folder=a}"])
+BRACES = ["save_folder=runs/{run_name}/c", "log_folder={x}", "save_folder=s3://b/{rank}", "log_folder=a}"]
+
+
+@pytest.mark.parametrize("argument", BRACES)
 def test_braces_that_composer_would_fill_in_are_refused(argument):
     rule = "must hold no braces, which Composer would fill in; write ${run_name} for the name of the run"
     assert message_of(lambda: train(argument)) == f"command line: {argument}: {rule}"
@@ -692,8 +697,9 @@ def test_of_two_mistakes_the_first_is_told():
 
 
 def test_later_arguments_go_over_earlier_ones_key_by_key():
-    config = train("model.config.a={b: 1, c: 2}", "model.config.a.b=3", "model.config.a={d: 4}", "wandb=null", "wandb.project=p",
-                   "wandb={group: g}", "model.config.e=1", "model.config.e={f: 1}", "wandb.tags=a", "wandb.tags=[b,c]")  # fmt: skip
+    config = train("model.config.a={b: 1, c: 2}", "model.config.a.b=3", "model.config.a={d: 4}", "model.config.e=1",
+                   "model.config.e={f: 1}", "wandb=null", "wandb.project=p", "wandb={group: g}", "wandb.tags=a",
+                   "wandb.tags=[b,c]")  # fmt: skip
     assert config.model.config == {"model_type": "gla", "hidden_size": 64, "a": {"b": 3, "c": 2, "d": 4}, "e": {"f": 1}}
     assert config.wandb == WandbConfig(project="p", group="g", tags=["b", "c"])
 
