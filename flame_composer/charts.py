@@ -8,7 +8,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +19,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.config import ConfigError, DataError
+from flame_composer.report import visible
 
 LOG, STARTS = "train_log.jsonl", "starts.jsonl"
 
 
+Column = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, and a value for each
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run's log: its rows in order, and the steps it was started after, 0 the first time; `notes` for what is odd."""
+    """A run's log: the values of each key with their steps, in order, and the steps it was started after, 0 the first time.
+
+    `last` has the NUMBERS of the last of `num_rows` rows; `notes` say what is odd.
+    """
 
     name: str
     place: str
-    rows: list[dict[str, Any]]
+    columns: dict[str, Column]
+    num_rows: int
+    last: dict[str, int]
     starts: list[dict[str, Any]]
     notes: list[str]
+
+    @classmethod
+    def of_rows(
+        cls, name: str, place: str, rows: Iterable[dict[str, Any]], starts: list[dict[str, Any]], notes: list[str]
+    ) -> Run:
+        """Return the run that has these rows, of which only numbers are kept: a long log has millions of them."""
+        found = {key: (array("d"), array("d")) for key in KEYS}
+        add = [(key, steps.append, values.append) for key, (steps, values) in found.items()]
+        num_rows, row = 0, dict[str, Any]()
+        for row in rows:
+            num_rows += 1
+            step = row["current_steps"]
+            for key, add_step, add_value in add:
+                if key in row:
+                    value = row[key]
+                    add_step(step)
+                    add_value(math.nan if value is None else value)
+        last = {key: row[key] for key in NUMBERS if row}
+        columns = {key: (np.array(steps), np.array(values)) for key, (steps, values) in found.items()}
+        steps, losses = columns["loss"]
+        columns["perplexity"] = steps, np.exp(losses, where=losses <= 700, out=np.full(len(losses), np.nan))
+        return cls(name, place, columns, num_rows, last, starts, notes)
 
     @property
     def resumed_after(self) -> list[int]:
@@ -55,6 +88,11 @@ CHARTS = (
 )
 SMOOTHED = ("loss", "perplexity", "grad_norm", "throughput")
 NUMBERS = ("current_steps", "total_steps", "num_tokens")
+KEYS = sorted({key for chart in CHARTS for key in (chart.key, chart.also) if key is not None and key != "perplexity"})
+MOST = 10**18  # steps or tokens of a log that is one
+LARGEST = 1e100  # value that is drawn, as far as matplotlib computes with room to spare
+SIZE, DPI = (9, 4.2), 120  # of a picture, inches, and pixels an inch
+PIXELS = SIZE[0] * DPI  # more than a line has from its first step to its last
 
 
 def read_run(path: str) -> Run:
@@ -67,63 +105,93 @@ def read_run(path: str) -> Run:
         what = f"has no {LOG}" if Path(path).is_dir() else "no such folder"
         raise ConfigError(f"runs: {path}: {what}; name the log_folder of a run, e.g. runs/gla_tiny")
     notes: list[str] = []
-    rows = _read_lines(log, notes)
-    for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(key), int) for key in NUMBERS) or not _are_numbers(row):
-            raise DataError(f"{log}:{number}: damaged: not a row of a training log; restore it from a copy, or delete the line")
-        loss = row.get("loss")
-        row["perplexity"] = None if loss is None or loss > 700 else math.exp(loss)
-    if not rows:
-        raise DataError(f"{log}: holds no whole row yet; wait for the run's first step")
     starts = log.with_name(STARTS)
-    started = _read_lines(starts, notes, forgiving=True) if starts.is_file() else []
+    started = [start for _, start in _read_lines(starts, notes, forgiving=True)] if starts.is_file() else []
     if not started:
         notes.append(f"there is no {STARTS} beside the log, so resumes are not marked")
-    last = rows[-1]["current_steps"]
-    started = [start for start in started if isinstance(start.get("step"), int) and start["step"] < last]
-    return Run(log.parent.name if log.name == LOG else log.stem, str(log.parent), rows, started, notes)
+    run = Run.of_rows(log.parent.name if log.name == LOG else log.stem, str(log.parent), _rows(log, notes), [], notes)
+    if not run.num_rows:
+        raise DataError(f"{log}: holds no whole row yet; wait for the run's first step")
+    known = (start for start in started if _is_count(start.get("step")) and start["step"] < run.last["current_steps"])
+    run.starts.extend(known)
+    return run
+
+
+def _rows(log: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    for number, row in _read_lines(log, notes):
+        if not all(_is_count(row.get(key)) for key in NUMBERS) or not _are_numbers(row):
+            raise DataError(f"{log}:{number}: damaged: not a row of a training log; restore it from a copy, or delete the line")
+        yield row
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST
 
 
 def _are_numbers(row: dict[str, Any]) -> bool:
-    keys = {chart.key for chart in CHARTS} | {chart.also for chart in CHARTS if chart.also}
-    values = [row[key] for key in keys if row.get(key) is not None]
-    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e300) for value in values)
+    for key in KEYS:
+        value = row.get(key)
+        if not (type(value) is float or value is None or (type(value) is int and abs(value) < 1e300)):
+            return False
+    return True
 
 
-def _read_lines(path: Path, notes: list[str], *, forgiving: bool = False) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines. Raises DataError for a line that is none, unless it is the last and not ended, or
-    such lines are forgiven."""
-    rows = []
+def _read_lines(path: Path, notes: list[str], *, forgiving: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects in a file of JSON lines, with the lines' numbers. Raises DataError for a line that is none, unless it is the
+    last and not ended, or such lines are forgiven."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line) if line != "\n" else None
+                except (ValueError, RecursionError):
+                    row = ()
+                if isinstance(row, dict):
+                    yield number, row
+                elif row is not None and not line.endswith("\n"):
+                    notes.append(f"the last row of {path.name} was cut short, and is left out")
+                elif row is not None and forgiving:
+                    notes.append(f"line {number} of {path.name} is damaged, and is left out")
+                elif row is not None:
+                    raise DataError(f"{path}:{number}: damaged: not a JSON object; restore it from a copy, or delete the line")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not text'}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line else None
-        except (ValueError, RecursionError):
-            row = ()
-        if isinstance(row, dict):
-            rows.append(row)
-        elif row is not None and number == len(lines):
-            notes.append(f"the last row of {path.name} was cut short, and is left out")
-        elif row is not None and forgiving:
-            notes.append(f"line {number} of {path.name} is damaged, and is left out")
-        elif row is not None:
-            raise DataError(f"{path}:{number}: damaged: not a JSON object; restore it from a copy, or delete the line")
-    return rows
 
 
-def series(run: Run, key: str, smooth: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def series(run: Run, key: str, smooth: int) -> Column:
     """Steps and the values of a key; a value that is null is not a number, and leaves a gap. Means over `smooth` values."""
-    found = [(row["current_steps"], row[key]) for row in run.rows if key in row]
-    steps = np.array([step for step, _ in found], np.float64)
-    values = np.array([math.nan if value is None else value for _, value in found], np.float64)
+    steps, values = run.columns[key]
     width = min(smooth, len(values)) if key in SMOOTHED else 1
-    if width > 1:
-        values = np.convolve(values, np.ones(width) / width, mode="valid")
-        steps = steps[width - 1 :]
-    return steps, values
+    return (steps[width - 1 :], _means(values, width)) if width > 1 else (steps, values)
+
+
+def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Means of `width` values in a row, from sums of 1, 2, 4, ... of them: in no time, and a huge value spoils no others."""
+    total, at = np.zeros(len(values) - width + 1), 0
+    sums, size = values, 1
+    while True:
+        if width & size:
+            total += sums[at : at + len(total)]
+            at += size
+        if 2 * size > width:
+            return total / width
+        sums, size = sums[:-size] + sums[size:], 2 * size
+
+
+def thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Column:
+    """What can be seen of a line: of the values that share a column of pixels, the first, the least, the largest and the last.
+
+    Values in a column that are none leave a gap only where they are all there is, or at its ends.
+    """
+    if len(values) <= 4 * PIXELS:
+        return steps, values
+    across = steps if (np.diff(steps) >= 0).all() and steps[-1] > steps[0] else np.arange(len(steps), dtype=np.float64)
+    column = np.floor((across - across[0]) / (across[-1] - across[0]) * PIXELS)
+    firsts = np.flatnonzero(np.diff(column, prepend=-1))
+    lasts = np.append(firsts[1:], len(values)) - 1
+    least, largest = np.fmin.reduceat(values, firsts), np.fmax.reduceat(values, firsts)
+    drawn = np.stack([values[firsts], least, largest, values[lasts]], axis=1).ravel()
+    return np.stack([steps[firsts], steps[firsts], steps[firsts], steps[lasts]], axis=1).ravel(), drawn
 
 
 def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
@@ -131,10 +199,10 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    drawn = {run.place: series(run, chart.key, smooth) for run in runs}
+    drawn = {run.place: thinned(*_drawable(series(run, chart.key, smooth))) for run in runs}
     if not any(len(values) and np.isfinite(values).any() for _, values in drawn.values()):
         return None
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
         color = f"C{number % 10}"
@@ -144,12 +212,11 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
         marker = "o" if len(values) == 1 else None
         axes.plot(steps, values, color=color, linewidth=1.2, label=label, marker=marker, markersize=4)
         if chart.also is not None:
-            points = series(run, chart.also, 1)
+            points = thinned(*_drawable(series(run, chart.also, 1)))
             if len(points[0]):
                 axes.plot(*points, color=color, linestyle="none", marker="D", markersize=4.5, markeredgecolor="white",
                           label=f"{label}, evaluation")
-        for step in run.resumed_after:
-            axes.axvline(step, color=color, linewidth=1, linestyle=":")
+        axes.vlines(run.resumed_after, 0, 1, color=color, linewidth=1, linestyle=":", transform=axes.get_xaxis_transform())
     if any(run.resumed_after for run in runs):
         axes.plot([], [], color="gray", linewidth=1, linestyle=":", label="resumed")
     if chart.log_scale and all((values[np.isfinite(values)] > 0).all() for _, values in drawn.values()):
@@ -161,14 +228,21 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
     for text in axes.legend(frameon=False, fontsize="small").get_texts():
         text.set_parse_math(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font does not have is seen in the page
+        figure.savefig(buffer, dpi=DPI, format="png")
     return buffer.getvalue()
 
 
+def _drawable(column: Column) -> Column:
+    steps, values = column
+    return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
+
+
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Their names, or where two have the same, their folders."""
+    """Their names, or where two have the same, their folders, as they can be shown."""
     names = [run.name for run in runs]
-    return [run.place if names.count(run.name) > 1 else run.name for run in runs]
+    return [visible(run.place if names.count(run.name) > 1 else run.name) for run in runs]
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -177,22 +251,21 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             "resumed after step"]
     lines = []
     for run, label in zip(runs, labels(runs), strict=True):
-        last = run.rows[-1]
-        losses = [row["loss"] for row in run.rows if row.get("loss") is not None]
-        evaluated: dict[str, Any] = next((row for row in reversed(run.rows) if row.get("eval_loss") is not None), {})
-        speeds = [row["throughput"] for row in run.rows if row.get("throughput") is not None]
+        ends = {key: values[-1] for key, (_, values) in run.columns.items() if len(values)}
+        known = {key: values[~np.isnan(values)] for key, (_, values) in run.columns.items()}
+        evaluated = {key: known[key][-1] if len(known[key]) else None for key in ("eval_loss", "eval_perplexity")}
         lines.append([
-            label, f"{last['current_steps']:,} of {last['total_steps']:,}", f"{last['num_tokens']:,}",
-            _number(last.get("loss"), ".4f"), _number(min(losses, default=None), ".4f"),
-            _number(evaluated.get("eval_loss"), ".4f"), _number(evaluated.get("eval_perplexity"), ".2f"),
-            _number(float(np.median(speeds)) if speeds else None, ",.0f"),
+            label, f"{run.last['current_steps']:,} of {run.last['total_steps']:,}", f"{run.last['num_tokens']:,}",
+            _number(ends.get("loss"), ".4f"), _number(known["loss"].min() if len(known["loss"]) else None, ".4f"),
+            _number(evaluated["eval_loss"], ".4f"), _number(evaluated["eval_perplexity"], ".2f"),
+            _number(float(np.median(known["throughput"])) if len(known["throughput"]) else None, ",.0f"),
             ", ".join(f"{step:,}" for step in run.resumed_after) or "never",
         ])  # fmt: skip
     return head, lines
 
 
 def _number(value: float | None, form: str) -> str:
-    return "none" if value is None else format(value, form)
+    return "none" if value is None or math.isnan(value) else format(value, form)
 
 
 def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
@@ -200,7 +273,7 @@ def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
     head, lines = table(runs)
     cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     notes = "\n".join(
-        f"<p>{html.escape(f'{label}: {note}.')}</p>"
+        f"<p>{html.escape(visible(f'{label}: {note}.'))}</p>"
         for run, label in zip(runs, labels(runs), strict=True) for note in run.notes
     )
     titles = {chart.name: chart.title for chart in CHARTS}

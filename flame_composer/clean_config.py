@@ -20,6 +20,8 @@ def require_fraction(value: float, name: str) -> None:
 class LanguageConfig:
     """Keep documents in certain languages, as a fastText model tells them."""
 
+    paths = ("model",)
+
     model: str = MISSING
     """File of a fastText language model, e.g. lid.176.bin; it is never downloaded."""
     languages: list[str] = field(default_factory=lambda: ["en"])
@@ -160,6 +162,8 @@ class PiiConfig:
 class SlurmConfig:
     """How jobs are submitted with executor=slurm."""
 
+    paths = ("activate",)
+
     partition: str = MISSING
     """Partition to submit to."""
     time: str = MISSING
@@ -198,6 +202,7 @@ class CleanConfig(ScriptConfig):
     """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web; section=null leaves a step out."""
 
     goes_on = True
+    paths = ("source", "out", "removed_out")
 
     source: list[str] = MISSING
     """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet; with `split`, Hugging Face

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -82,6 +83,28 @@ def require_text(config: object, *names: str) -> None:
             fits = "://" in text or (longest <= MAX_NAME_BYTES and len(text.encode()) <= MAX_PATH_BYTES)
             require(fits, name, f"must be shorter: {MAX_NAME_BYTES} bytes between slashes, and "
                     f"{MAX_PATH_BYTES:,} in all")
+
+
+def expand_path(path: str, name: str) -> str:
+    """Return a path with a `~` at its beginning replaced by the home folder it stands for.
+
+    Raises InvalidField for a home that is not known, and for a variable like $HOME, which only a shell would fill in; unless
+    something has that very name, so that it can be used.
+    """
+    expanded = path if "://" in path else os.path.expanduser(path)
+    require(not expanded.startswith("~"), name, f"nobody's home is known here as {path.partition('/')[0]}; write the folder "
+            "out, or ./~... for a name that begins so")
+    variable = re.search(r"\$([A-Za-z_]\w*)", expanded)
+    if variable is not None and not os.path.exists(expanded):
+        raise InvalidField(name, f"{variable[0]} is not filled in here; write ${{oc.env:{variable[1]}}} for what it is set to")
+    return expanded
+
+
+def require_no_braces(config: object, *names: str) -> None:
+    """Composer fills in what is in braces: {rank}, {run_name}; some of it when it saves, and not when it looks for it."""
+    for name in names:
+        require(not set(getattr(config, name) or "") & set("{}"), name,
+                "must hold no braces, which Composer would fill in; write ${run_name} for the name of the run")
 
 
 def require_seed(value: int | None, name: str) -> None:
@@ -183,6 +206,8 @@ class ScriptConfig:
     positional = ""
     # Whether a script that was stopped goes on where it was when the same command is given again.
     goes_on = False
+    # The keys that hold paths (or URLs, or ids), also of sections: `~` is expanded in these.
+    paths: tuple[str, ...] = ()
     # By the names that others give its keys, what is said to those who use them (other_names.py).
     elsewhere: Mapping[str, str] = MappingProxyType({})
     # As YAML, with interpolations resolved but those of the environment: safe to log and save.

@@ -28,6 +28,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # of an attention layer
 class TokenizerTrainConfig(ScriptConfig):
     """Train a byte-level BPE tokenizer on text and save it as a Hugging Face tokenizer folder."""
 
+    paths = ("source", "out")
+
     source: list[str] = MISSING
     """Files, folders or globs of JSONL, Parquet or plain text, also as URLs (s3://bucket/folder)."""
     out: str = MISSING
@@ -65,6 +67,7 @@ class TokenizerTrainConfig(ScriptConfig):
 class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
 
+    paths = ("source", "out", "val_out", "tokenizer")
     elsewhere = other_names.CONVERSION
     goes_on = True
 
@@ -153,6 +156,8 @@ class ConvertConfig(ScriptConfig):
 class InspectConfig(ScriptConfig):
     """Show what a dataset made by convert/to_mds.py holds, and check that it is whole."""
 
+    paths = ("data", "tokenizer", "plot")
+
     data: str = MISSING
     """Folder of the dataset, or where it lives in an object store (s3://bucket/path, gs://...)."""
     tokenizer: str | None = None
@@ -183,6 +188,8 @@ class InspectConfig(ScriptConfig):
 class ToHfConfig(ScriptConfig):
     """Turn a training checkpoint into a Hugging Face folder with safetensors and the tokenizer."""
 
+    paths = ("checkpoint", "out")
+
     checkpoint: str = MISSING
     """A checkpoint file, or a folder of checkpoints (its newest is taken), local or in an object store."""
     out: str = MISSING
@@ -210,6 +217,8 @@ class ToHfConfig(ScriptConfig):
 @dataclass
 class FromLlamaConfig(ScriptConfig):
     """Turn a Llama or Mistral checkpoint into a GLA model's Hugging Face folder, to go on training from."""
+
+    paths = ("model", "config", "out", "tokenizer")
 
     model: str = MISSING
     """Hugging Face folder or id of the checkpoint; its weights must be safetensors."""

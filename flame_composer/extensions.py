@@ -23,6 +23,7 @@ from flame_composer.config import InvalidField, one_line
 from flame_composer.extensions_config import in_use, spelled_alike
 from flame_composer.fields import nearest
 from flame_composer.train_config import TrainConfig
+from flame_composer.written import quote_it
 
 # Where a class of each kind is looked for, in this order.
 _MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType({
@@ -82,7 +83,8 @@ def build(section: str, name: str, arguments: Mapping[str, Any], run: Mapping[st
             listed = f"; its arguments are {', '.join(known)}" if known else "; it takes none"
             raise InvalidField(f"{key}.{argument}", f"unknown argument of {cls.__name__}{close or listed}")
         if not fits(value, known[argument].annotation):
-            raise InvalidField(f"{key}.{argument}", f"must be {in_words(known[argument].annotation)}")
+            raise InvalidField(f"{key}.{argument}", f"must be {in_words(known[argument].annotation)}"
+                               + quote_it(value, fits("text", known[argument].annotation)))
         if isinstance(value, (int, float)) and not (1 if argument in COUNTS else 0) <= value < math.inf:
             raise InvalidField(f"{key}.{argument}", f"must be {1 if argument in COUNTS else 0} or more, and finite")
     for argument, parameter in known.items():

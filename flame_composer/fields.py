@@ -19,9 +19,31 @@ ANY_NAME = "NAME"  # stands in help for the name of a section that the user name
 SECTIONS = "sections under names of your own"
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the type of every field of a dataclass by its name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def hint_of(cls: type, key: str) -> Any:
+    """Return the type of the field with this full key; None where there is no such field."""
+    hint: Any = None
+    names = iter(key.split("."))
+    for name in names:
+        hint = hints_of(cls).get(name)
+        below, each = dataclass_of(hint), named_sections(hint)
+        if each is not None and next(names, None) is not None:
+            below = hint = each
+        if below is None:
+            return hint if next(names, None) is None else None
+        cls = below
+    return hint
+
+
 def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
     """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
-    hints, docs = typing.get_type_hints(cls), docs_of(cls)
+    hints, docs = hints_of(cls), docs_of(cls)
     for f in dataclasses.fields(cls):
         section, each = dataclass_of(hints[f.name]), named_sections(hints[f.name])
         annotation = str(f.type).replace("Literal[", "one of [") if section is None else "section"

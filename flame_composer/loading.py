@@ -7,18 +7,25 @@ import difflib
 import itertools
 import os
 import re
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from flame_composer.config import ConfigError, InvalidField, ScriptConfig, hide, is_text, without_secrets
+from flame_composer.config import (
+    ConfigError,
+    InvalidField,
+    ScriptConfig,
+    expand_path,
+    hide,
+    is_text,
+    without_secrets,
+)
 from flame_composer.fields import (
     ANY_NAME,
     SECTIONS,
@@ -26,13 +33,19 @@ from flame_composer.fields import (
     dataclass_of,
     doc_of,
     fields_of,
+    hint_of,
+    hints_of,
     named_sections,
     nearest,
     sections_of,
     show,
 )
+from flame_composer.written import as_it_stands, as_meant, parse_yaml, plain, takes_text, to_yaml
 
+MOST_SHOWN = 200  # letters of a value in an error
 C = TypeVar("C", bound=ScriptConfig)
+# What PyYAML raises for `!!int` without a number, `!!bool maybe` and `!!timestamp soon`.
+BAD_TAGS = (IndexError, KeyError, AttributeError)
 
 
 def load(cls: type[C], argv: list[str]) -> C:
@@ -41,33 +54,35 @@ def load(cls: type[C], argv: list[str]) -> C:
     Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a key that must be
     set and is not, and whatever `validate()` of any section refuses.
     """
-    sources: list[tuple[str, DictConfig]] = []
+    sources: list[tuple[str, dict[Any, Any]]] = []
     if cls.positional:
         values = list(itertools.takewhile(lambda argument: "=" not in argument and not argument.startswith("-"), argv))
         file, overrides = None, _split(argv[len(values) :])[1]
-        sources += [("command line", OmegaConf.create({cls.positional: values}))] if values else []
+        sources += [("command line", {cls.positional: values})] if values else []
     else:
         file, overrides = _split(argv)
         if file is not None:
             sources.append((file, _read_yaml(file)))
     sources += [("command line", _read_override(cls, argument)) for argument in overrides]
 
-    merged = OmegaConf.structured(cls)
     known = [key for key, _, _, _ in fields_of(cls)]
+    given: list[Given] = []
+    try:
+        for origin, written in sources:
+            content = as_meant(cls, written, origin)
+            _check_keys(cls, content, origin, known, elsewhere=cls.elsewhere)
+            for key, value in _leaves(cls, content):
+                if type(value) in (int, float) and value not in (0, 1) and hint_of(cls, key) is bool:
+                    raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")  # OmegaConf takes any number for true
+                given.append(Given(origin, key, value))
+    except ConfigError:
+        _merge(cls, given)  # of two mistakes, the first is told
+        raise
+    merged = _merge(cls, given)
     origins: dict[str, tuple[str, Any]] = {}
-    for origin, node in sources:
-        content = OmegaConf.to_container(node, resolve=False)
-        assert isinstance(content, dict)
-        _check_keys(cls, content, origin, known, elsewhere=cls.elsewhere)
-        for key, value in _leaves(cls, content):
-            origins[key] = origin, value
-            origins.update({inner: (origin, each) for inner, each in _inner(key, value)})
-            if type(value) in (int, float) and value not in (0, 1) and annotation_of(cls, key) == "bool":
-                raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")  # OmegaConf takes any number for true
-            try:
-                merged = OmegaConf.merge(merged, _nested(key, value))
-            except (OmegaConfBaseException, TypeError) as error:
-                raise ConfigError(f"{origin}: {key}={show(value)}: {_reason(cls, key, error)}") from None
+    for origin, key, value in given:
+        origins[key] = origin, value
+        origins.update({inner: (origin, each) for inner, each in _inner(key, value)})
     place = file or "command line"
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
@@ -81,10 +96,88 @@ def load(cls: type[C], argv: list[str]) -> C:
     config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
     for prefix, section in sections_of(config):
         try:
+            _expand_paths(section)
             getattr(section, "validate", lambda: None)()
         except InvalidField as problem:
             raise ConfigError(explain(config, InvalidField(prefix + problem.name, problem.rule))) from None
     return config
+
+
+class Given(NamedTuple):
+    """A value that was given, its full key, and where."""
+
+    origin: str
+    key: str
+    value: Any
+
+
+def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
+    """Return the configuration with what was given, the later over the earlier.
+
+    Raises ConfigError for the first value that is of the wrong type. All are merged at once, and only where that fails is
+    the first at fault looked for: merging one by one takes time that grows with the square of their number.
+    """
+    merged, error = _merge_all(cls, given)
+    if error is None:
+        return merged
+    index = _first_wrong(cls, given, alone=True)
+    _, its_own = _merge_all(cls, given[index : index + 1])
+    if its_own is None:  # no value is wrong by itself, but one is after those before it
+        index = _first_wrong(cls, given, alone=False)
+        _, its_own = _merge_all(cls, given[: index + 1])
+    origin, key, value = given[index]
+    raise ConfigError(f"{origin}: {key}={show(value)}: {_reason(cls, key, its_own)}")
+
+
+def _first_wrong(cls: type, given: Sequence[Given], *, alone: bool) -> int:
+    """Return the number of the first value that cannot be merged, by itself or after those before it, found by halves."""
+    right, wrong = 0, len(given)
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        _, error = _merge_all(cls, given[right if alone else 0 : middle])
+        right, wrong = (middle, wrong) if error is None else (right, middle)
+    return right
+
+
+def _merge_all(cls: type, given: Sequence[Given]) -> tuple[DictConfig, Exception | None]:
+    """Return the configuration with all that was given, or an error of OmegaConf's."""
+    merged = OmegaConf.structured(cls)
+    try:
+        for layer in _layers(given):
+            merged.merge_with(layer)
+    except (OmegaConfBaseException, TypeError) as error:
+        return merged, error
+    assert isinstance(merged, DictConfig)
+    return merged, None
+
+
+def _layers(given: Sequence[Given]) -> list[dict[Any, Any]]:
+    """Return what was given as nested dicts, in each of which no value lies at or within another one's place."""
+    layers: list[dict[Any, Any]] = []
+    within: dict[tuple[Any, ...], int] = {}  # the last layer that has a value at or within a place
+    at: dict[tuple[Any, ...], int] = {}  # and the last that has one right there
+    for _, key, value in given:
+        for place, each in _places((*key.split("."),), value):
+            above = [place[:length] for length in range(1, len(place) + 1)]
+            number = max(within.get(place, -1), *(at.get(part, -1) for part in above)) + 1
+            if number == len(layers):
+                layers.append({})
+            section = layers[number]
+            for part in place[:-1]:
+                section = section.setdefault(part, {})
+            section[place[-1]] = each
+            at[place] = number
+            within.update({part: max(number, within.get(part, -1)) for part in above})
+    return layers
+
+
+def _places(place: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The values within a dict at `place`, with theirs; one that is none, or empty, is there itself."""
+    if not isinstance(value, dict) or not value:
+        yield place, value
+        return
+    for name, each in value.items():
+        yield from _places((*place, name), each)
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -102,7 +195,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
     return file, overrides
 
 
-def _read_yaml(file: str) -> DictConfig:
+def _read_yaml(file: str) -> dict[Any, Any]:
     if os.path.isdir(file):
         raise ConfigError(f"{file}: is a folder; name a YAML file")
     if not os.path.isfile(file):
@@ -110,47 +203,65 @@ def _read_yaml(file: str) -> DictConfig:
         beside = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
         close = difflib.get_close_matches(file, beside, n=1)
         raise ConfigError(f"{file}: no such file{f'; did you mean {close[0]}?' if close else ''}")
-    not_a_mapping = "must hold keys and values (a YAML mapping)"
     try:
-        node = OmegaConf.load(file)
-    except OSError as error:  # OmegaConf raises one of its own, without a number, for a file that holds a single value
-        raise ConfigError(f"{file}: {'cannot be read: ' + str(error.strerror) if error.errno else not_a_mapping}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split()).replace(f'in "{os.path.abspath(file)}", ', "at ")
+        with Path(os.path.abspath(file)).open(encoding="utf-8") as stream:
+            written = parse_yaml(stream)
+        content = {} if plain(written) is None else {written: None} if isinstance(written, str) else written
+        if isinstance(content, dict):
+            OmegaConf.create(plain(content))  # which knows what an interpolation is
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException, *BAD_TAGS) as error:
+        reason = _told(error).replace(f'in "{os.path.abspath(file)}", ', "at ")
         raise ConfigError(f"{file}: not valid YAML: {reason}") from None
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{file}: {not_a_mapping}")
-    return node
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must hold keys and values (a YAML mapping)")
+    return content
 
 
-def _read_override(cls: type, argument: str) -> DictConfig:
+def _read_override(cls: type, argument: str) -> dict[Any, Any]:
     key, _, text = argument.partition("=")
-    annotation = annotation_of(cls, key)
+    hint = hint_of(cls, key)
     quoted = text.startswith("[") and text.endswith("]") and bool(set(text) & set("\"'"))
-    plain_list = annotation == "list[str]" and text != "null" and not quoted
+    # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
+    stands = takes_text(hint) and (hint is str or str in get_args(hint)) and not (get_origin(hint) is list and quoted)
+    is_list = get_origin(hint) is list and text.startswith("[") and text.endswith("]")
     try:
-        # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
-        if plain_list and text.startswith("[") and text.endswith("]"):
-            return OmegaConf.create(_nested(key, _split_list(text[1:-1])))
-        if annotation == "str" or plain_list or (annotation == "str | None" and text != "null"):
-            return OmegaConf.create(_nested(key, text))
-        return OmegaConf.from_dotlist([argument])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, IndexError, RecursionError) as error:  # IndexError: '[=1'
-        reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else " ".join(str(error).split())
+        if stands:
+            parts = _split_list(text[1:-1]) if is_list else [text]
+            OmegaConf.create(_nested(key, parts))
+            return _nested(key, list(map(as_it_stands, parts)) if is_list else as_it_stands(text))
+        node = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+        assert isinstance(node, dict)
+        if "\\" in key:  # which has meanings of its own in OmegaConf; no key of ours has one
+            return node
+        place = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=0"]))
+        return _with_leaf(place, parse_yaml(text))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, *BAD_TAGS) as error:  # IndexError: '[=1'
+        reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else _told(error)
         raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
+
+
+def _told(error: Exception) -> str:
+    told = " ".join(str(error).split())
+    return f"a tag does not fit its value ({told})" if isinstance(error, KeyError | AttributeError) else told
+
+
+def _with_leaf(nested: Any, leaf: Any) -> Any:
+    """Return nested dicts of one key each with another innermost value."""
+    return {key: _with_leaf(inner, leaf) for key, inner in nested.items()} if isinstance(nested, dict) else leaf
 
 
 def _check_keys(
     cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "", *, elsewhere: Mapping[str, str]
 ) -> None:
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
+    hints = hints_of(cls)
     for key, value in content.items():
         full = f"{prefix}{key}"
-        if full in known and key not in names:
+        if full in known and key not in hints:
             above, _, leaf = full.rpartition(".")
             raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {above}")
-        if key not in names:
+        if key not in hints:
             shown, remedy = _unknown(full, value, known, elsewhere)
             shown = (shown if len(shown) < 80 else f"{shown[:77]}...") or repr(shown)
             raise ConfigError(f"{origin}: {shown}: unknown key{remedy}")
@@ -189,7 +300,7 @@ def _unknown(full: str, value: Any, known: list[str], elsewhere: Mapping[str, st
 
 def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of `content` by full key; a single value given for a list becomes a list of one."""
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     for key, value in content.items():
         section, each = dataclass_of(hints[key]), named_sections(hints[key])
         if section is not None and isinstance(value, dict) and value:
@@ -272,10 +383,8 @@ def _without_environment(merged: DictConfig) -> str:
         return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_, _node_)
 
     with _resolvers(lambda *names: f"<environment variable {names[0]}>", decode):
-        OmegaConf.resolve(untyped)
-    content = OmegaConf.to_container(untyped)
-    shown = without_secrets(content)
-    return OmegaConf.to_yaml(untyped if shown == content else OmegaConf.create(shown))
+        content = OmegaConf.to_container(untyped, resolve=True)
+    return to_yaml(without_secrets(content))
 
 
 @contextmanager
@@ -314,6 +423,15 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
+def _expand_paths(section: Any) -> None:
+    for name in getattr(section, "paths", ()):
+        value = getattr(section, name)
+        if isinstance(value, list):
+            setattr(section, name, [expand_path(path, name) for path in value])
+        elif value is not None:
+            setattr(section, name, expand_path(value, name))
+
+
 def explain(config: ScriptConfig, problem: InvalidField) -> str:
     """One line that says where the field was set, to what, and the rule it breaks."""
     parts = problem.name.split(".")
@@ -324,7 +442,8 @@ def explain(config: ScriptConfig, problem: InvalidField) -> str:
         for part in problem.name.split("."):
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     value = None if dataclasses.is_dataclass(value) else value
-    return _masked(f"{origin}: {problem.name}{'' if value is None else f'={show(value)}'}: {problem.rule}", config.origins)
+    shown = "" if value is None else f"={_short(_masked(show(value), config.origins))}"
+    return _masked(f"{origin}: {problem.name}{shown}: {problem.rule}", config.origins)
 
 
 def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
@@ -334,6 +453,10 @@ def _masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
         # What is shorter is no secret, and would be found in words.
         text = text.replace(value, f"${{{name}}}") if len(value) > 3 else text
     return text
+
+
+def _short(shown: str) -> str:
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
 
 
 def _first_line(error: Exception) -> str:

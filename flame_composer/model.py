@@ -31,6 +31,7 @@ from flame_composer.foreign import INDEX, plain_keys, read_json, require_size, s
 from flame_composer.linear import through_onednn
 from flame_composer.sections import ModelConfig
 from flame_composer.tokenizer import may_be_hub_id
+from flame_composer.written import quote_it
 
 IGNORE = -100  # the label that carries no loss
 
@@ -81,7 +82,7 @@ def build_hf_config(
             raise InvalidField(f"model.config.{key}", f"unknown key of {config_class.__name__}{close}")
         hint = hints.get(key) or _type_of_default(parameters.get(key))
         if not _is_a(value, hint):
-            raise InvalidField(f"model.config.{key}", f"must be {_type_name(hint)}")
+            raise InvalidField(f"model.config.{key}", f"must be {_type_name(hint)}{quote_it(value, _is_a('text', hint))}")
     if tokenizer is not None:
         keys.setdefault("vocab_size", len(tokenizer))
         keys.setdefault("bos_token_id", tokenizer.bos_token_id)

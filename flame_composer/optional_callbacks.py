@@ -17,14 +17,14 @@ from composer.core import Callback, State
 from composer.loggers import FileLogger as ComposerFileLogger
 from composer.loggers import Logger
 from composer.loggers import MLFlowLogger as ComposerMLFlowLogger
-from composer.utils import dist
+from composer.utils import dist, format_name_with_dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.algorithms import as_evaluated
 from flame_composer.callbacks import Discreet, keep_rows
 from flame_composer.checkpoint import save_hf_folder
-from flame_composer.config import ConfigError, one_line
+from flame_composer.config import ConfigError, expand_path, one_line
 from flame_composer.ends import encode_prompt
 from flame_composer.extensions_config import whole_batches
 from flame_composer.model import CausalLM
@@ -136,7 +136,7 @@ class HfExport(Callback):
     ):
         if folder is not None and (not folder or "://" in folder):
             raise ValueError(f"folder={folder}: must be a local folder")
-        self.folder = Path(folder) if folder else log_folder / "hf"
+        self.folder = Path(expand_path(folder, "folder")) if folder else log_folder / "hf"
         self.interval = whole_batches("interval", interval)
         self.dtype = dtype
 
@@ -189,8 +189,13 @@ class FileLogger(Discreet, ComposerFileLogger):
         """`filename` within `log_folder`, with a place for the rank."""
         if "{rank}" not in filename:
             raise ValueError(f"filename={filename}: must hold {{rank}}, or ranks would write over one another")
-        if Path(filename).is_absolute() or ".." in Path(filename).parts:
+        if Path(filename).is_absolute() or ".." in Path(filename).parts or filename.startswith("~"):
             raise ValueError(f"filename={filename}: must lie within log_folder")
+        try:
+            format_name_with_dist(filename, run_name="run_name")
+        except (ValueError, AttributeError):
+            raise ValueError(f"filename={filename}: must hold nothing in braces but names, as {{rank}}, "
+                             "{local_rank}, {node_rank}, {world_size} or {run_name}") from None
         if flush_interval < 1:
             raise ValueError(f"flush_interval={flush_interval}: must be 1 or more batches")
         super().__init__(str(log_folder / filename), capture_stdout=False, capture_stderr=False, log_traces=False,
@@ -219,6 +224,7 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
             raise ValueError("mlflow is not installed; pip install 'flame-composer[mlflow]'")
         if tracking_uri is not None and "@" in urllib.parse.urlsplit(tracking_uri).netloc:
             raise ValueError("tracking_uri: must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        tracking_uri = expand_path(tracking_uri, "tracking_uri") if tracking_uri else tracking_uri
         from mlflow import MlflowException
 
         warn_if_readable(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))

@@ -18,6 +18,8 @@ from flame_composer.train_config import TrainConfig
 class EvaluateConfig(ScriptConfig):
     """Loss and perplexity of a Hugging Face folder or a checkpoint on datasets, and its scores in tasks."""
 
+    paths = ("model", "tokenizer", "plot", "task_path")
+
     model: str = MISSING
     """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
     data: EvalDataConfig | None = None
@@ -73,6 +75,8 @@ class EvaluateConfig(ScriptConfig):
 @dataclass
 class GenerateConfig(ScriptConfig):
     """Continue a prompt, every prompt of a file, or what is typed."""
+
+    paths = ("model", "prompts")
 
     model: str = MISSING
     """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
@@ -140,6 +144,8 @@ class BenchmarkConfig(ScriptConfig):
 class ConversionBenchmarkConfig(ScriptConfig):
     """Time convert/to_mds.py against one process that calls encode_batch_fast and MDSWriter."""
 
+    paths = ("source", "tokenizer", "folder")
+
     source: list[str] = field(default_factory=list)
     """Files, folders or globs of text to draw the corpus from; if not set, the Python files of the installed packages."""
     suffixes: list[str] = field(default_factory=list)
@@ -197,6 +203,8 @@ class DecodeBenchmarkConfig(ScriptConfig):
 class CheckpointBenchmarkConfig(ScriptConfig):
     """Time saving and reading a checkpoint against torch.save and torch.load."""
 
+    paths = ("folder",)
+
     hidden_size: int = 512
     """Width of the model that is saved."""
     num_layers: int = 8
@@ -217,6 +225,8 @@ class CheckpointBenchmarkConfig(ScriptConfig):
 @dataclass
 class StartBenchmarkConfig(ScriptConfig):
     """Time a run's first step, from the command on, against importing the libraries."""
+
+    paths = ("folder",)
 
     megabytes: float = 8
     """Size of the corpus, drawn from the Python files of the installed packages."""
@@ -261,6 +271,8 @@ BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoi
 @dataclass
 class AllBenchmarksConfig(ScriptConfig):
     """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated of it by more than a tenth."""
+
+    paths = ("plot",)
 
     names: list[str] = field(default_factory=list)
     """Only these."""
@@ -326,6 +338,7 @@ class PlanConfig(TrainConfig):
 class ReportConfig(ScriptConfig):
     """Charts of one or more runs as an HTML page, self-contained, and as PNGs."""
 
+    paths = ("runs", "out")
     positional = "runs"
     runs: list[str] = field(default_factory=list)
     """Log folders, as in runs/NAME, or the logs in them."""

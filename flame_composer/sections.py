@@ -18,6 +18,8 @@ MAX_SECONDS = 1e8  # three years; torch's timeouts end at some hundreds of them
 
 @dataclass
 class ModelConfig:
+    paths = ("pretrained",)
+
     config: dict[str, Any] = field(default_factory=dict)
     """Hugging Face model config: model_type (gla, transformer, llama, ...) and that model's own keys."""
     pretrained: str | None = None
@@ -31,6 +33,8 @@ class ModelConfig:
 
 @dataclass
 class StreamConfig:
+    paths = ("local", "remote")
+
     local: str | None = None
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
@@ -59,6 +63,8 @@ class StreamConfig:
 
 @dataclass
 class DataConfig:
+    paths = ("local", "remote")
+
     local: str | None = None
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
@@ -119,6 +125,8 @@ class DataConfig:
 
 @dataclass
 class EvalDataConfig:
+    paths = ("local", "remote")
+
     local: str | None = None
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
@@ -150,6 +158,8 @@ def require_tasks(config: EvalTasksConfig | Any) -> None:
 
 @dataclass
 class EvalTasksConfig:
+    paths = ("task_path",)
+
     tasks: list[str] = MISSING
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None

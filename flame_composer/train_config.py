@@ -21,6 +21,7 @@ from flame_composer.config import (
     ScriptConfig,
     require,
     require_duration,
+    require_no_braces,
     require_seed,
     require_text,
 )
@@ -57,6 +58,7 @@ class RunPlan(NamedTuple):
 class TrainConfig(ScriptConfig):
     """Train a causal language model on a streamed dataset."""
 
+    paths = ("tokenizer", "save_folder", "log_folder")
     elsewhere = other_names.TRAINING
     goes_on = True
     run_name: str = MISSING
@@ -140,6 +142,7 @@ class TrainConfig(ScriptConfig):
         require(len(self.run_name.encode()) <= most, "run_name", f"must be {most} bytes at most (it names folders)")
         require_seed(self.seed, "seed")
         require_text(self, "tokenizer", "save_folder", "log_folder")
+        require_no_braces(self, "save_folder", "log_folder")
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
         require_duration(self.save_interval, "save_interval", fraction=True, time=True)

@@ -15,6 +15,7 @@ from flame_composer.recipe_config import ReportConfig
 
 def main(config: ReportConfig) -> None:
     from flame_composer import charts
+    from flame_composer.report import visible
 
     runs = [charts.read_run(path) for path in dict.fromkeys(config.runs)]
     out = Path(config.out or Path(runs[0].place, "report"))
@@ -23,8 +24,8 @@ def main(config: ReportConfig) -> None:
     for line in lines:
         print("\n".join(f"{name:20}{cell}" for name, cell in zip(head, line, strict=True)), end="\n\n")
     for each in runs:
-        print(*(f"{each.place}: {note}" for note in each.notes), sep="\n", end="\n" if each.notes else "")
-    print(f"open {files['html']} in a browser")
+        print(*(visible(f"{each.place}: {note}") for note in each.notes), sep="\n", end="\n" if each.notes else "")
+    print(visible(f"open {files['html']} in a browser"))
     print(json.dumps({"runs": [each.place for each in runs], "files": {name: str(path) for name, path in files.items()}}))
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import base64
 import html.parser
+import itertools
 import json
 import math
 import re
 import runpy
+import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flame_composer import charts
 from flame_composer.charts import CHARTS, draw, read_run, series, table, write
@@ -105,10 +111,10 @@ def test_a_row_cut_in_half_at_the_end_is_left_out_and_noted(tmp_path: Path) -> N
     for cut in range(len(json.dumps(row(1))) + 3, len(whole) - 1):
         log.write_text(whole[:cut])
         run = read_run(folder)
-        assert len(run.rows) == 1
+        assert run.num_rows == 1
         assert run.notes == ["the last row of train_log.jsonl was cut short, and is left out"]
     log.write_text(whole[:-1])
-    assert len(read_run(folder).rows) == 2, "only its newline is missing"
+    assert read_run(folder).num_rows == 2, "only its newline is missing"
 
 
 WRONG = [
@@ -121,6 +127,10 @@ WRONG = [
      "or delete the line"),
     (json.dumps(row(1, loss="low")) + "\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, "
      "or delete the line"),
+    *((json.dumps(row(1, **wrong)) + "\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, or "
+       "delete the line") for wrong in (
+        {"current_steps": 10**400}, {"current_steps": True}, {"current_steps": -1}, {"current_steps": 1.0},
+        {"num_tokens": 10**400}, {"total_steps": None}, {"loss": True}, {"loss": [1]}, {"eval_loss": {}}, {"throughput": "x"}, {"grad_norm": False})),
     ("\udcff", DataError, "LOG: cannot be read: not text"),
 ]  # fmt: skip
 
@@ -148,7 +158,7 @@ def test_runs_that_are_not_there(tmp_path: Path) -> None:
 def test_page_needs_nothing_from_elsewhere_and_shows_every_run(tmp_path: Path) -> None:
     evil = '<script src="http://evil">&"$x^2$'
     one = read_run(make_log(tmp_path / "one", [row(step, eval_loss=1.0, eval_perplexity=2.7) for step in (1, 2, 3)], (0, 2)))
-    other = charts.Run(evil, f"{tmp_path}/{evil}", [{**row(1), "perplexity": 2.0, "grad_norm": 0.5}], [], ["it is <b>odd</b>"])
+    other = charts.Run.of_rows(evil, f"{tmp_path}/{evil}", [row(1, grad_norm=0.5)], [], ["it is <b>odd</b>"])
     files = write([one, other], tmp_path / "out", 1)
     assert set(files) == {chart.name for chart in CHARTS} | {"html"}
     text = files["html"].read_text()
@@ -214,6 +224,104 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     run = read_run(make_log(tmp_path / "a", [row(1)]))
     with pytest.raises(DataError, match=r"train_log\.jsonl: cannot be written to: .*; give another folder with out="):
         write([run], tmp_path / "a/train_log.jsonl", 1)
+
+
+def test_a_log_of_any_numbers_makes_a_page(tmp_path: Path) -> None:
+    values = [0, -1, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, 10**299, None]
+    rows = [row(10**11 * step, loss=a, grad_norm=b, throughput=b, eval_loss=a) for step, (a, b) in
+            enumerate(itertools.product(values, values))]  # fmt: skip
+    run = read_run(make_log(tmp_path / "a", rows, (0, 10**11, 10**400)))
+    assert run.resumed_after == [10**11]
+    assert set(write([run], tmp_path / "out", 1)) >= {"loss", "grad_norm", "html"}
+    assert set(write([run], tmp_path / "out", 7)) >= {"loss", "html"}
+    assert "resumed after step" in table([run])[0]
+
+
+@given(st.lists(st.dictionaries(
+    st.sampled_from([*charts.NUMBERS, *charts.KEYS]),
+    st.integers(-5, 10**20) | st.floats() | st.none() | st.text(max_size=2) | st.booleans() | st.lists(st.none(), max_size=1),
+), min_size=1, max_size=3))  # fmt: skip
+@settings(deadline=None, max_examples=100)
+def test_no_log_gives_a_traceback(lines: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = make_log(Path(folder, "run"), [{**row(1), **line} for line in lines])
+        try:
+            run = read_run(place)
+        except DataError as error:
+            assert "damaged: not a row" in str(error)  # noqa: PT017 - either is right
+        else:
+            assert run.num_rows == len(lines)
+            table([run])
+            assert all(len(series(run, key, 3)[1]) <= len(lines) for key in run.columns)
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = make_log(tmp_path / "r\udcff\x1b[31m", [row(1), row(2)], starts=None)
+    main = runpy.run_path(str(ROOT / "recipes/report.py"))["main"]
+    main(ReportConfig(runs=[place]))
+    out = capsys.readouterr().out
+    assert "r<U+DCFF>␛[31m" in out
+    assert "\x1b" not in out
+    assert "r<U+DCFF>␛[31m" in Path(place, "report/report.html").read_text(encoding="utf-8")
+
+
+def test_a_long_log_is_thinned_and_its_spikes_are_seen(tmp_path: Path) -> None:
+    steps = np.arange(1, 200_001, dtype=np.float64)
+    values = np.sin(steps / 9000)
+    values[[777, 150_001]] = 50, -50
+    values[60_000:70_000] = np.nan
+    drawn_at, drawn = charts.thinned(steps, values)
+    assert len(drawn) < 5 * charts.PIXELS
+    assert np.nanmax(drawn) == 50
+    assert np.nanmin(drawn) == -50
+    assert abs(drawn_at[np.nanargmax(drawn)] - 778) <= 200_000 / charts.PIXELS
+    assert (drawn_at[0], drawn_at[-1], drawn[0], drawn[-1]) == (1, 200_000, values[0], values[-1])
+    assert (np.diff(drawn_at) >= 0).all()
+    gap = drawn_at[np.isnan(drawn)]
+    assert gap.min() == pytest.approx(60_001, abs=300)
+    assert gap.max() == pytest.approx(70_000, abs=300)
+    few = charts.thinned(steps[:1000], values[:1000])
+    assert (few[0] == steps[:1000]).all()
+    assert (few[1] == values[:1000]).all()
+    for odd in (np.zeros(9999), np.arange(9999.0)[::-1]):  # one step again and again, and backwards
+        assert np.nanmax(charts.thinned(odd, np.arange(9999.0))[1]) == 9998
+
+
+def test_the_picture_of_a_thinned_log_is_that_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(step, loss=math.sin(step / 900) + (step == 777) * 9, total_steps=20_000) for step in range(1, 20_001)]
+    run = read_run(make_log(tmp_path / "a", rows))
+    thin = picture([run], CHARTS[0], 1)
+    monkeypatch.setattr(charts, "thinned", lambda steps, values: (steps, values))
+    whole = picture([run], CHARTS[0], 1)
+    assert thin.shape == whole.shape
+    assert (np.abs(thin - whole).max(axis=-1) > 0.5).mean() < 0.001, "but for a pixel here and there"
+
+
+def test_means_of_many_values_are_exact_and_take_no_time() -> None:
+    values = np.arange(200_000, dtype=np.float64)
+    values[5] = 1e300
+    for width in (2, 3, 7, 1000, 99_999, 200_000):
+        means = charts._means(values, width)
+        assert len(means) == len(values) - width + 1
+        after = means[6:]  # of windows that the huge value is not in
+        assert after == pytest.approx(np.arange(6, 6 + len(after)) + (width - 1) / 2, rel=1e-12)
+
+
+def test_a_long_log_takes_little_memory_and_time(tmp_path: Path) -> None:
+    line = json.dumps(row(1, grad_norm=1.5))
+    folder = tmp_path / "a"
+    folder.mkdir()
+    with (folder / "train_log.jsonl").open("w") as log:
+        log.writelines(line.replace('"current_steps": 1,', f'"current_steps": {step},') + "\n" for step in range(1, 200_001))
+    tracemalloc.start()
+    run = read_run(str(folder))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert run.num_rows == 200_000
+    assert peak < 40e6, "some 16 bytes a value"
+    begin = time.process_time()
+    write([run], tmp_path / "out", 1)
+    assert time.process_time() - begin < 10
 
 
 # The script

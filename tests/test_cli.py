@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from flame_composer import cli
 from flame_composer.clean_config import CleanConfig
 from flame_composer.cli import help_text, run
 from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.fields import fields_of, nearest
+from flame_composer.fields import ANY_NAME, fields_of, nearest
 from flame_composer.loading import load
 from flame_composer.recipe_config import (
     AllBenchmarksConfig,
@@ -36,7 +38,9 @@ from flame_composer.recipe_config import (
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
+from flame_composer.sections import StreamConfig, WandbConfig
 from flame_composer.train_config import TrainConfig
+from flame_composer.written import as_meant, parse_yaml, to_yaml
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
@@ -182,7 +186,7 @@ def test_strings_are_taken_as_they_stand(text):
 def test_null_is_null_only_where_a_value_may_be_missing():
     assert train("save_folder=null").save_folder is None
     assert train("train_data.remote=null").train_data.remote is None
-    assert train("tokenizer=null").tokenizer == "null", "a name, as it stands"
+    assert message_of(lambda: train("tokenizer=null")) == "command line: tokenizer=null: must be str", "as in a file"
     assert load(GenerateConfig, ["model=m", "prompt=null"]).prompt is None
 
 
@@ -458,6 +462,247 @@ def test_no_file_gives_a_traceback(content, key):
     Path("any.yaml").write_text(yaml.safe_dump(yaml.safe_load(BASE) | {key: content}, allow_unicode=True), encoding="utf-8")
     result = loaded_or_refused(["any.yaml"])
     assert isinstance(result, TrainConfig) or result.startswith("any.yaml: ")
+
+
+# Texts as they are written
+
+LOOK_LIKE_NUMBERS = ["1.10", "0123", "1e5", "no", "true", "2024-01-01", "1:30", "0x1F", "1_000", ".5", "1.", "+1", "y", "off",
+                     "=", "0b11", ".inf", "12:30:45"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LOOK_LIKE_NUMBERS)
+def test_a_text_is_what_was_written(text, monkeypatch):
+    """In a file and on the command line, alone, in lists, in sections, under names of the user's own, and saved."""
+    for config in (
+        train_yaml(f"log_folder: {text}\nwandb: {{project: {text}, tags: [{text}, b], group: &g {text}}}\neval_data:\n"
+                   f"  local: {text}\nsave_folder: {text}\n", f"tokenizer={text}"),
+        train(f"log_folder={text}", f"wandb={{project: {text}, tags: [{text}, b], group: {text}}}", f"eval_data.local={text}",
+              f"save_folder={text}", f"tokenizer={text}"),
+    ):
+        assert config.wandb is not None
+        assert config.eval_data is not None
+        found = (config.log_folder, config.wandb.project, config.wandb.group, config.eval_data.local, config.save_folder)
+        assert (*found, config.tokenizer) == (text,) * 6
+        assert config.wandb.tags == [text, "b"]
+        assert config.origins["wandb.group"][1] == text
+        Path("again.yaml").write_text(config.resolved_yaml, encoding="utf-8")
+        assert load(TrainConfig, ["again.yaml"]) == config
+        assert yaml.safe_load(config.resolved_yaml)["wandb"]["tags"] == [text, "b"], "for those who read it with PyYAML"
+
+
+@pytest.mark.parametrize("name", ["1.10", "0123", "1e5", "no", "0x1F", "1_000", "true", "2024-01-01"])
+def test_a_run_is_named_as_it_is_written(name):
+    for config in (train_yaml("", f"run_name={name}"), train_file(BASE.replace("run_name: base", f"run_name: {name}"))):
+        assert config.run_name == name
+        assert config.save_folder == f"runs/{name}/checkpoints"
+        assert yaml.safe_load(config.resolved_yaml)["run_name"] == name
+
+
+def train_file(text: str, *arguments: str) -> TrainConfig:
+    return train_yaml(text.encode(), *arguments)
+
+
+def test_every_text_key_of_every_script_is_what_was_written():
+    for cls in SCRIPTS:
+        for key, annotation, _, _ in fields_of(cls):
+            if annotation not in ("str", "str | None", "list[str]") or ANY_NAME in key:
+                continue
+            *above, leaf = key.split(".")
+            nested: Any = leaf + (": [0123, 1e5]" if annotation == "list[str]" else ": 0123")
+            for name in reversed(above):
+                nested = f"{name}: {{{nested}}}"
+            content = as_meant(cls, parse_yaml(nested), "place")
+            for name in key.split("."):
+                content = content[name]
+            assert content == (["0123", "1e5"] if annotation == "list[str]" else "0123"), key
+
+
+def test_streams_are_named_as_they_are_written():
+    streams = "train_data:\n  streams: {no: {local: 1.10}, 0123: {local: 1e5}, 1_0: {local: a}}\n"
+    config = train_file(BASE.replace("train_data: {local: data}\n", streams), "train_data.streams.1e5.local=0x1")
+    assert {name: stream.local for name, stream in config.train_data.streams.items()} == {
+        "no": "1.10", "0123": "1e5", "1_0": "a", "1e5": "0x1",
+    }  # fmt: skip
+    Path("again.yaml").write_text(config.resolved_yaml)
+    assert load(TrainConfig, ["again.yaml"]) == config
+
+
+def test_dicts_of_texts_and_anchors():
+    content = parse_yaml("{a: &x 1.10, b: [*x, no], c: {d: *x}}")
+    assert as_meant(dict[str, Any], content, "place") == {"a": 1.1, "b": [1.1, False], "c": {"d": 1.1}}
+    assert as_meant(dict[str, str], parse_yaml("{a: 1.10, b: null, c: 'x'}"), "p") == {"a": "1.10", "b": None, "c": "x"}
+    config = train_yaml("eval_data: {local: &n 010}\nwandb: {project: *n}\n")
+    assert (config.eval_data and config.eval_data.local, config.wandb and config.wandb.project) == ("010", "010")
+
+
+MEANT_OTHERWISE = {
+    # None is Python's word for null.
+    "save_folder=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
+    "eval_data.local=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
+    "stall_timeout=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
+    "wandb=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
+    "model.config.hidden_act=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
+    "tokenizer=None": "must be set; where that word is meant, quote it in a file: 'None'",
+    "run_name=None": "must be set; where that word is meant, quote it in a file: 'None'",
+    "seed=None": "must be int",
+    "tokenizer=null": "must be str",
+    # Numbers that are others in YAML 1.1.
+    "seed=0123": "YAML takes this for 83; write the number in plain digits, or quote what is text: '0123'",
+    "seed=1:30": "YAML takes this for 90; write the number in plain digits, or quote what is text: '1:30'",
+    "microbatch_size=010": "YAML takes this for 8; write the number in plain digits, or quote what is text: '010'",
+    "optimizer.lr=1:30.5": "YAML takes this for 90.5; write the number in plain digits, or quote what is text: '1:30.5'",
+    "model.config.name=0123": "YAML takes this for 83; write the number in plain digits, or quote what is text: '0123'",
+    # The default of a variable that is not set.
+    "log_folder=${oc.env:FLAME_NOT_SET,1.10}": "the default 1.10 would become 1.1; quote it: '1.10'",
+    "log_folder=a/${oc.env:FLAME_NOT_SET, true}": "the default true would become True; quote it: 'true'",
+}
+
+
+@pytest.mark.parametrize("argument", MEANT_OTHERWISE)
+def test_what_was_not_meant_is_refused(argument):
+    line = f"{argument}: {MEANT_OTHERWISE[argument]}"
+    assert message_of(lambda: train(argument)) == f"command line: {line}"
+    key, _, text = argument.partition("=")
+    content = yaml.safe_load(BASE)
+    *above, leaf = key.split(".")
+    section = content
+    for name in above:
+        section = section.setdefault(name, {})
+    section[leaf] = "TEXT"
+    quoted = f'"{text}"' if "$" in text else text
+    assert message_of(lambda: train_file(yaml.safe_dump(content).replace("TEXT", quoted))) == f"x.yaml: {line}"
+
+
+def test_what_stays_a_number_or_null():
+    config = train_yaml("seed: 0x1F\nsave_folder: ~\nloss_spike: null\nstall_timeout: 1_000\ncontext_length: 08\n",
+                        "model.config.a=[1.50,no,'0123',null]", "eval_batch_size=7")
+    assert (config.seed, config.save_folder, config.loss_spike, config.stall_timeout) == (31, None, None, 1000.0)
+    assert (config.context_length, config.model.config["a"]) == (8, [1.5, False, "0123", None])
+    assert train_file(BASE.replace("run_name: base", "run_name: 'None'")).run_name == "None"
+    assert train("log_folder=${oc.env:FLAME_NOT_SET,'1.10'}").log_folder == "1.10"
+    assert train("seed=${oc.env:FLAME_NOT_SET,1_000}").seed == 1000
+
+
+@given(text=st.text(st.sampled_from("\\${}a '\"\n:1.0e?N~-"), max_size=8)
+       | st.sampled_from([*LOOK_LIKE_NUMBERS, "None", "~", "???"])
+       | st.text(st.characters(exclude_categories=["Cs"]), max_size=6))  # fmt: skip
+@settings(deadline=None, max_examples=300)
+def test_what_is_saved_is_read_again_as_it_was(text):
+    saved = to_yaml({"key": text, "list": [text]})
+    assert OmegaConf.create(as_meant(dict[str, str], parse_yaml(saved.partition("list:")[0]), "place")).key == text
+    assert OmegaConf.create(saved).list[0] == text
+
+
+def test_a_saved_configuration_with_escapes_is_read_again():
+    config = train_yaml("wandb: {project: 'None', entity: 'a\\${HOME}', group: '${wandb.entity}/x', tags: ['None', a]}\n")
+    assert config.wandb == WandbConfig("None", "a${HOME}", "a${HOME}/x", ["None", "a"])
+    Path("again.yaml").write_text(config.resolved_yaml)
+    assert load(TrainConfig, ["again.yaml"]) == config
+
+
+def test_tags_that_do_not_fit_are_no_traceback():
+    for value in ("!!int", "!!bool perhaps", "!!timestamp soon", "!!float"):
+        assert message_of(lambda value=value: train_yaml(f"seed: {value}\n")).startswith("x.yaml: not valid YAML: ")
+        assert message_of(lambda value=value: train(f"seed={value}")).startswith("command line: seed=")
+
+
+# Paths
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    streams = "train_data: {streams: {a: {local: ~/a}, b: {remote: ~/b}}}\n"
+    folders = "save_folder: ~/s/${run_name}\nlog_folder: ${save_folder}/l\n"
+    config = train_file(BASE.replace("train_data: {local: data}\n", streams) + folders, "tokenizer=~/t", "eval_data.local=~",
+                        "model.pretrained=~/m")  # fmt: skip
+    assert (config.save_folder, config.log_folder, config.tokenizer) == ("/home/me/s/base", "/home/me/s/base/l", "/home/me/t")
+    assert config.eval_data is not None
+    assert (config.eval_data.local, config.model.pretrained) == ("/home/me", "/home/me/m")
+    assert config.train_data.streams == {"a": StreamConfig(local="/home/me/a"), "b": StreamConfig(remote="/home/me/b")}
+    convert = load(ConvertConfig, ["source=[~/x/*.jsonl,s3://b/~/y,a/~b]", "out=~/o", "tokenizer=org/name"])
+    assert convert.source == ["/home/me/x/*.jsonl", "s3://b/~/y", "a/~b"]
+    assert (convert.out, convert.tokenizer) == ("/home/me/o", "org/name")
+    assert load(ReportConfig, ["~/runs/a"]).runs == ["/home/me/runs/a"]
+    assert train("log_folder=./~x").log_folder == "./~x"
+    assert message_of(lambda: train("log_folder=~nobody_here/x")) == (
+        "command line: log_folder=~nobody_here/x: nobody's home is known here as ~nobody_here; write the folder out, or ./~... "
+        "for a name that begins so"
+    )
+
+
+def test_a_variable_of_the_shell_in_a_path_is_refused(monkeypatch, folder):
+    monkeypatch.setenv("HOME", "/home/me")
+    for argument, name in {
+        "save_folder=$HOME/ckpt": "HOME", "log_folder=runs/a_$USER": "USER", "train_data.local=$SCRATCH/d": "SCRATCH",
+        "save_folder=s3://$BUCKET/x": "BUCKET", "tokenizer=$TOK": "TOK", "eval_data.remote=/x/$A/$B": "A",
+    }.items():  # fmt: skip
+        line = f"command line: {argument}: ${name} is not filled in here; write ${{oc.env:{name}}} for what it is set to"
+        assert message_of(lambda argument=argument: train(argument)) == line
+    assert message_of(lambda: load(ConvertConfig, ["source=[a,$HOME/*.txt]", "out=o", "tokenizer=t"])).startswith(
+        "command line: source=['a', '$HOME/*.txt']: $HOME is not filled in here; "
+    )
+    assert train("save_folder=${oc.env:HOME}/ckpt").save_folder == "/home/me/ckpt"
+    (folder / "price$list").mkdir()
+    assert train("train_data.local=price$list").train_data.local == "price$list", "it is there"
+    assert load(GenerateConfig, ["model=m", "prompt=echo $HOME ~"]).prompt == "echo $HOME ~", "no path"
+
+
+BRACES = ["save_folder=runs/{run_name}/c", "log_folder={x}", "save_folder=s3://b/{rank}", "log_folder=a}"]
+
+
+@pytest.mark.parametrize("argument", BRACES)
+def test_braces_that_composer_would_fill_in_are_refused(argument):
+    rule = "must hold no braces, which Composer would fill in; write ${run_name} for the name of the run"
+    assert message_of(lambda: train(argument)) == f"command line: {argument}: {rule}"
+
+
+def test_names_of_runs_that_no_folder_can_have():
+    for name in ("{x}", "a{rank}", "a\0b"):
+        with pytest.raises(ConfigError, match=re.escape("(it names folders)")):
+            train(f"run_name={name}")
+    assert train(f"run_name={'a' * 255}").run_name == "a" * 255
+    for name in ("a" * 256, "a" * 5000, "\u0416" * 128):
+        message = message_of(lambda name=name: train(f"run_name={name}"))
+        assert message.endswith(": must be no longer than 255 bytes (it names folders)")
+        assert len(message) < 300
+
+
+# Many keys
+
+
+def test_a_thousand_streams_and_a_thousand_arguments_take_seconds():
+    streams = {f"s{i}": {"local": f"/d/{i}", "remote": f"s3://b/{i}", "proportion": 1.0} for i in range(1000)}
+    content = yaml.safe_load(BASE) | {"train_data": {"streams": streams}}
+    Path("many.yaml").write_text(yaml.safe_dump(content))
+    begin = time.process_time()
+    config = load(TrainConfig, ["many.yaml"])
+    assert time.process_time() - begin < 10
+    assert list(config.train_data.streams) == sorted(streams)
+    begin = time.process_time()
+    arguments = [f"model.config.k{i}={i}" for i in range(1000)]
+    assert list(train(*arguments).model.config.items())[2:] == [(f"k{i}", i) for i in range(1000)]
+    assert train(*(f"seed={i}" for i in range(1000))).seed == 999
+    assert time.process_time() - begin < 15
+    begin = time.process_time()
+    many = [f"train_data.streams.s{i}.choose={i or 'x'}" for i in reversed(range(500))]
+    assert message_of(lambda: load(TrainConfig, ["many.yaml", *many])) == (
+        "command line: train_data.streams.s0.choose=x: must be int | None"
+    )
+    assert time.process_time() - begin < 20
+
+
+def test_of_two_mistakes_the_first_is_told():
+    assert message_of(lambda: train("seed=x", "sed=1")) == "command line: seed=x: must be int"
+    assert message_of(lambda: train("seed=1", "seed=x", "seed=2")) == "command line: seed=x: must be int"
+    assert message_of(lambda: train("optimizer=${scheduler}", "optimizer.lr=x")).startswith("command line: optimizer.lr=x: ")
+
+
+def test_later_arguments_go_over_earlier_ones_key_by_key():
+    config = train("model.config.a={b: 1, c: 2}", "model.config.a.b=3", "model.config.a={d: 4}", "model.config.e=1",
+                   "model.config.e={f: 1}", "wandb=null", "wandb.project=p", "wandb={group: g}", "wandb.tags=a",
+                   "wandb.tags=[b,c]")  # fmt: skip
+    assert config.model.config == {"model_type": "gla", "hidden_size": 64, "a": {"b": 3, "c": 2, "d": 4}, "e": {"f": 1}}
+    assert config.wandb == WandbConfig(project="p", group="g", tags=["b", "c"])
 
 
 # Interpolation and the environment

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,7 @@ from flame_composer.clean_config import (
 )
 from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
 from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.fields import docs_of
+from flame_composer.fields import docs_of, hints_of
 from flame_composer.recipe_config import (
     AllBenchmarksConfig,
     BenchmarkConfig,
@@ -60,6 +60,7 @@ from flame_composer.sections import (
     WandbConfig,
 )
 from flame_composer.train_config import TrainConfig
+from flame_composer.written import takes_text
 
 CLASSES = [
     value for module in (sections, train_config, convert_config, clean_config, recipe_config) for value in vars(module).values()
@@ -608,3 +609,21 @@ def test_reading_a_configuration_imports_nothing_heavy():
     imported = set(json.loads(result.stdout))
     assert "omegaconf" in imported
     assert imported & {"torch", "composer", "transformers", "streaming", "numpy", "fla", "triton", "datasets", "wandb"} == set()
+
+
+# Text keys that hold no path; any other one is in its section's `paths`.
+NO_PATHS = {
+    "run_name", "max_duration", "eval_interval", "save_interval", "interval", "warmup", "decay", "cache_limit",
+    "save_bandwidth", "project", "entity", "group", "tags", "tasks", "prompt", "stop", "text_column", "suffixes", "eos_token",
+    "split", "name", "cluster", "languages", "stop_words", "emails", "ips", "partition", "time", "qos", "address", "fresh",
+    "push_to_hub", "names",
+}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_text_key_is_a_path_or_is_known_to_be_none(cls):
+    paths, texts = set(getattr(cls, "paths", ())), {name for name, hint in hints_of(cls).items() if takes_text(hint)}
+    texts -= {name for name, hint in hints_of(cls).items() if get_origin(hint) is Literal}
+    assert paths <= texts
+    assert texts - paths <= NO_PATHS, "add it to `paths`, where it is one"
+    assert not paths & NO_PATHS

@@ -115,7 +115,11 @@ WRONG: dict[str, str] = {
         "needs an account of its service, and is not tested here; set wandb.project, or loggers.file_logger={}",
     # Arguments of other packages' classes.
     "algorithms.ema.half_lif=9ba": "unknown argument of EMA; did you mean algorithms.ema.half_life?",
-    "algorithms.ema.half_life=9": "must be str",
+    "algorithms.ema.half_life=9": "must be str; quote what is text",
+    "algorithms.ema.half_life=no": "algorithms.ema.half_life=false: must be str; quote what is text",
+    "algorithms.ema.half_life=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
+    "algorithms.ema.half_life=0123":
+        "YAML takes this for 83; write the number in plain digits, or quote what is text: '0123'",
     "algorithms.swa.update_interval=1ep":
         "algorithms.swa={'update_interval': '1ep'}: SWA refuses it: update_interval=1ep: must be a whole "
         "number of batches, e.g. 100ba",
@@ -131,10 +135,19 @@ WRONG: dict[str, str] = {
     "callbacks.early_stopper={} eval_data.local=v": "command line: callbacks.early_stopper.patience: must be set: str",
     "callbacks.generate.prompts=hello": "must be list[str]",
     "callbacks.hf_export.dtype=fp8": "must be one of float32, bfloat16, float16",
+    "loggers.file_logger.filename=a{rank:q}":
+        "loggers.file_logger={'filename': 'a{rank:q}'}: FileLogger refuses it: filename=a{rank:q}: must hold ",
+    "loggers.file_logger.filename=~/a{rank}":
+        "loggers.file_logger={'filename': '~/a{rank}'}: FileLogger refuses it: filename=~/a{rank}: must lie within log_folder",
+    "callbacks.hf_export.folder=$HOME/x":
+        "callbacks.hf_export={'folder': '$HOME/x'}: HfExport refuses it: folder: $HOME is not filled in here; write "
+        "${oc.env:HOME}",
     "loggers.file_logger.filname=x": "unknown argument of FileLogger; did you mean loggers.file_logger.filename?",
     # Keys of the model's class.
     "model.config.num_hidden_layer=3": "unknown key of GLAConfig; did you mean model.config.num_hidden_layers?",
     "model.config.hidden_size=big": "must be int",
+    "model.config.hidden_act=1.10": "model.config.hidden_act=1.1: must be str; quote what is text",
+    "model.config.hidden_size=0123": "YAML takes this for 83; ",
     "model.config.model_type=glaa": "neither fla nor transformers has such a model; did you mean gla?",
     "model.config.vocab_size=10": "must be at least the tokenizer's 400 tokens",
     "model.config.num_hidden_layers=0": "must be 1 or more",
