@@ -239,7 +239,7 @@ def mixed(corpus) -> Path:
     folder = corpus / "mixed"
     folder.mkdir()
     lines = [write_jsonl(folder / "a.jsonl", [words(50, seed * 10 + i) for i in range(8)]).read_bytes() for seed in range(4)]
-    (folder / "a.jsonl").write_bytes(lines[0][:1500])
+    (folder / "a.jsonl").write_bytes(b"".join(lines[0].splitlines(keepends=True)[:5]))
     (folder / "b.json").write_bytes(b"\n".join(lines[1].splitlines()[:4]))
     (folder / "c.jsonl.bz2").write_bytes(bz2.compress(lines[2] * 2))
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines[3] * 2, mtime=0))
@@ -323,7 +323,7 @@ def test_a_folder_with_files_that_are_empty_or_damaged(corpus, mixed, monkeypatc
     assert not (corpus / "out" / "index.json").exists()
     (mixed / "c.jsonl.bz2").write_bytes(whole + whole)
     assert run_here(monkeypatch, "to_mds", *arguments) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[1:3] == [str(32 + 16 + 5), "1"], "a line of a.jsonl is cut"
+    assert capsys.readouterr().out.splitlines()[1].split()[1:3] == [str(5 + 32 + 16), "0"], "but for b.json"
 
 
 def bad_json(folder: Path) -> None:
