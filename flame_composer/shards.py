@@ -18,9 +18,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from numpy.typing import NDArray
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, StoreError
 from flame_composer.corpus import Slice, slice_files
+from flame_composer.folders import private_folder
 from flame_composer.manifest import (
     HF,
     VERSION,
@@ -105,7 +104,7 @@ class DatasetWriter:
         if not storage.is_url(self.out):
             return Path(self.out, "tmp")
         name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir(), f"flame_composer-{os.getuid()}", name)
+        return private_folder() / name
 
     def _place(self, *names: str) -> str:
         return storage.join(self.out, *names)
@@ -284,8 +283,6 @@ class UnitWriter:
         # A name of its own: whoever else is at work on this unit must not write into the same folder.
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
         self.final = storage.join(dataset.out, "units", self.name)
-        if storage.is_url(dataset.out):
-            dataset.staging.parent.mkdir(mode=0o700, exist_ok=True)  # TMPDIR may be everybody's
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
