@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import inspect
 import os
 import re
@@ -56,6 +57,7 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         return 0
     config = None
     _told.clear()
+    _name_user()
     signal.signal(signal.SIGTERM, _leave)
     try:
         config = load(cls, argv)
@@ -85,6 +87,14 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
         print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _name_user() -> None:
+    """Give a user id without a name one: Kubernetes and OpenShift run containers under such, and torch asks for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
 
 
 def listen_to_signals() -> None:

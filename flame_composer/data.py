@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.callbacks import JsonlLog
-from flame_composer.config import ConfigError, InvalidField
+from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.machine import can_have_processes
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
@@ -56,7 +56,7 @@ def open_dataset(
         files = check_shards(folder)
         check_totals(folder, manifest, files)
     else:
-        folder = fetch_index(remote, Path(local or CACHE).expanduser(), exclusive=exclusive)
+        folder = fetch_index(remote, _cache_folder(local), exclusive=exclusive)
         manifest = read_manifest(folder)
         files = read_index(folder, manifest)
     place = remote or local
@@ -71,6 +71,13 @@ def open_dataset(
         raise ConfigError(f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
                           "set tokenizer to the one it was converted with, or convert the text again")
     return Dataset(folder, remote, manifest, files)
+
+
+def _cache_folder(local: str | None) -> Path:
+    try:
+        return Path(local or CACHE).expanduser()
+    except RuntimeError as error:  # a user without a name, and no HOME
+        raise ConfigError(f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the cache") from None
 
 
 def open_train_data(

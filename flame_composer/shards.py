@@ -136,7 +136,7 @@ class DatasetWriter:
         for name in ("manifest.json", "plan.json"):
             if storage.stat(self._place(name)) is not None:
                 content = read_json(self._place(name))
-                settings = content["config"] if isinstance(content, dict) else None
+                settings = content.get("config") if isinstance(content, dict) else None
                 return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
         return None
 
@@ -165,7 +165,10 @@ class DatasetWriter:
         record = files.get("unit.json")
         if record is not None:
             content = read_json(storage.join(folder, "unit.json"))
-            sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+            try:
+                sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+            except (KeyError, TypeError):
+                raise damaged(storage.join(folder, "unit.json"), "it lists no shards") from None
             whole = all(name in files and files[name].size == size for name, size in sizes.items())
             same_inputs = parse_record(content["record"], folder).inputs == self.plan.units[number]
             if whole and same_inputs and not _is_newer(self.plan.units[number], record.modified):
