@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.callbacks import JsonlLog
 from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.fetch import Dataset, Shards, fetch_index
-from flame_composer.machine import can_have_processes
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.mixture import Mixture
 from flame_composer.model import IGNORE
 from flame_composer.rows import Rows
 from flame_composer.sections import DataConfig, EvalDataConfig
 from flame_composer.tokenizer import fingerprint
+from flame_composer.workers import can_have_processes
 
 CACHE = Path("~/.cache/flame_composer")
 

@@ -29,6 +29,7 @@ from flame_composer.cleaning import EXACT_HASHES, FINDINGS, MAX_TASKS, Stage, bu
 from flame_composer.config import ConfigError, DataError
 from flame_composer.parts import PartsFolder, publish_file, read_json
 from flame_composer.shards import explained
+from flame_composer.workers import can_have_processes
 
 JOBS = "slurm_jobs.json"
 
@@ -133,7 +134,7 @@ def run_local(
 
     datatrove's own pool waits for ever for a process that was killed, and shows all it logs.
     """
-    if num_workers <= 1:
+    if num_workers <= 1 or not can_have_processes():
         for rank in ranks:
             with log.open("a") as file, contextlib.redirect_stderr(file):
                 run_task(copy.deepcopy(executor), rank, out)

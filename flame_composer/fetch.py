@@ -89,7 +89,9 @@ def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
         for name in ("manifest.json", "index.json"):
             if (folder / name).read_bytes() != (index / name).read_bytes():
                 return False
-        return all((folder / file.basename).stat().st_size == file.bytes for file in files)
+        paths = [folder / file.basename for file in files]
+        sizes = [path.stat().st_size for path in paths]
+        return sizes == [file.bytes for file in files] and all(os.access(path, os.R_OK) for path in paths)
     except OSError:
         return False
 
@@ -296,6 +298,7 @@ class Shards(Stream):
                 if identify(after) != identify(before):
                     continue  # written to meanwhile
                 if moved_to is not None:
+                    path.chmod(0o644)  # what is downloaded is for this user alone, and a cache may be for several
                     path.replace(moved_to)
                     after = os.fstat(opened.fileno())  # a new name changes one of the times
                 self.whole[self.numbers[file.basename]] = identify(after)

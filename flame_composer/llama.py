@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flame_composer import cpu
+from flame_composer import cpu, storage
 from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.model import build_model
 from flame_composer.tokenizer import may_be_hub_id
@@ -114,7 +114,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
         raise DataError(f"{index}: has no weight_map; get the checkpoint again")
     files: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not storage.is_plain_name(file):
             raise DataError(f"{index}: {name} is said to be in {file!r}, which is no file name")
         names = files.setdefault(folder / file, [])
         assert names is not None

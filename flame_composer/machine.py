@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import itertools
 import mmap
-import multiprocessing
 import os
 import resource
 import shutil
@@ -200,12 +199,3 @@ def allow_files() -> int:
         raise ConfigError(f"ulimit -n: a process may have {limit} files open, and this takes {MIN_FILES} or more; raise the "
                           "limit")
     return limit
-
-
-def can_have_processes() -> bool:
-    """Whether processes can be started that wait for one another, which takes a /dev/shm that can be written to."""
-    try:
-        multiprocessing.Lock()
-    except OSError:
-        return False
-    return True

@@ -194,6 +194,9 @@ class Rows(StreamingDataset):
         for _ in range(1 + retry):
             try:
                 return super().get_item(sample_id, retry)
+            except OSError as error:
+                raise DataError(f"{error.filename or self.files[shard_id].basename}: cannot be read: {error.strerror}; the "
+                                "same command goes on when it can be") from None
             except Unchecked:
                 cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(self.files[shard_id])
         path = f"{self.shards[shard_id].dirname}/{self.files[shard_id].basename}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -672,3 +673,18 @@ def test_damage_met_by_a_loader_process_is_one_line(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["script.py", "model=m", "prompt=p"])
     assert run(main, GenerateConfig) == 1
     assert capfd.readouterr() == ("", f"error: {os.getpid()}: damaged shard; restore it\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user, which takes root")
+def test_a_user_id_without_a_name_gets_one():
+    """As containers have it in Kubernetes and OpenShift; torch asks getpass when it is imported."""
+    script = """
+import getpass, os
+from flame_composer.cli import _name_user
+os.setuid(54321)
+_name_user()
+print(getpass.getuser())
+"""
+    bare = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
+    done = subprocess.run([sys.executable, "-c", script], env=bare, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("uid-54321\n", "")

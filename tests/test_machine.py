@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from flame_composer import machine
+from flame_composer import machine, parallelism
 from flame_composer.config import ConfigError
 from flame_composer.folders import private_folder
+from flame_composer.sections import ParallelismConfig
 
 OTHER = 54321  # a user id without a name
 fork = multiprocessing.get_context("fork")
@@ -114,7 +116,8 @@ def test_one_user_does_not_keep_another_from_sharing_memory(temporary: Path) -> 
 def test_no_temporary_folder_can_be_had(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     (temporary / "file").write_text("")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "file"))
-    with pytest.raises(ConfigError, match="^TMPDIR: no folder can be made in it: .*; set it to a folder that can be written to$"):
+    message = r"^TMPDIR: no folder can be made in it: .*; set it to a folder that can be written to$"
+    with pytest.raises(ConfigError, match=message):
         private_folder()
 
 
@@ -219,3 +222,12 @@ def test_few_files(soft: int, hard: int, expected: int | str) -> None:
     process.start()
     assert ours.recv() == expected
     process.join()
+
+
+def test_what_torch_compiles_is_in_the_private_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs what it finds there. A folder that the user has chosen stays."""
+    given = default_cache_dir()
+    for before, expected in ((given, str(private_folder() / "torchinductor")), ("/chosen", "/chosen")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        parallelism.check_devices(ParallelismConfig(compile=True), precision="fp32")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
