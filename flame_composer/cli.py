@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import inspect
 import os
 import signal
@@ -86,6 +87,7 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
         return 0
     config = None
     _told.clear()
+    _name_user()
     listen_to_signals()
     processes.end_with_launcher()
     try:
@@ -142,6 +144,12 @@ def _from_outside(error: Exception) -> str | None:
             return loss
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return None
+def _name_user() -> None:
+    """Give a user id without a name one: Kubernetes and OpenShift run containers under such, and torch asks for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
 
 
 def listen_to_signals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import multiprocessing.util
 import os
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.callbacks import JsonlLog
-from flame_composer.config import ConfigError, InvalidField
+from flame_composer.config import ConfigError, InvalidField, one_line
 from flame_composer.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.fetch import Dataset, Shards, fetch_index
 from flame_composer.manifest import check_shards, check_totals, read_index, read_manifest
@@ -32,10 +33,13 @@ from flame_composer.processes import end_with_parent
 from flame_composer.rows import Rows
 from flame_composer.sections import DataConfig, EvalDataConfig
 from flame_composer.tokenizer import fingerprint
+from flame_composer.workers import can_have_processes
 
 CACHE = Path("~/.cache/flame_composer")
 
 Batch = dict[str, torch.Tensor]
+
+log = logging.getLogger(__name__)
 
 
 def open_dataset(
@@ -54,7 +58,7 @@ def open_dataset(
         files = check_shards(folder)
         check_totals(folder, manifest, files)
     else:
-        folder = fetch_index(remote, Path(local or CACHE).expanduser(), exclusive=exclusive)
+        folder = fetch_index(remote, _cache_folder(local), exclusive=exclusive)
         manifest = read_manifest(folder)
         files = read_index(folder, manifest)
     place = remote or local
@@ -74,6 +78,13 @@ def open_dataset(
         warn(f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
              f"{describe(known)}")
     return Dataset(folder, remote, manifest, files)
+
+
+def _cache_folder(local: str | None) -> Path:
+    try:
+        return Path(local or CACHE).expanduser()
+    except RuntimeError as error:  # a user without a name, and no HOME
+        raise ConfigError(f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the cache") from None
 
 
 def open_train_data(
@@ -130,7 +141,7 @@ class EvalBatches(IterableDataset):
         """Batches per rank."""
         return math.ceil(self.num_rows / (self.world_size * self.batch_size))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Sent]:
         worker = get_worker_info()
         id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in range(id, len(self), num_workers):
@@ -139,7 +150,7 @@ class EvalBatches(IterableDataset):
             batch = collate([self.rows[min(number, self.num_rows - 1)] for number in numbers],
                             loss_across_documents=self.loss_across_documents)
             batch["labels"][[number >= self.num_rows for number in numbers]] = IGNORE
-            yield batch
+            yield batch if worker is None else Sent(batch)
 
 
 def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
@@ -163,6 +174,39 @@ def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool 
     if "stream" in rows[0]:
         batch["stream"] = torch.tensor([int(row["stream"]) for row in rows])
     return batch
+
+
+class Sent:
+    """A batch on its way from a loader process, through its pipe; what arrives is the batch.
+
+    Left to itself torch puts every tensor into /dev/shm, of which there is little or none in a container, and keeps a file
+    open for each.
+    """
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, ({name: tensor.numpy() for name, tensor in self.batch.items()},)
+
+
+def _receive(arrays: dict[str, NDArray[Any]]) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def collate_for_sending(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool) -> Batch | Sent:
+    """As `collate`; in a loader process, ready to be sent."""
+    batch = collate(rows, loss_across_documents=loss_across_documents)
+    return batch if get_worker_info() is None else Sent(batch)
+
+
+def loader_processes(wanted: int) -> int:
+    """Return `wanted`, or 0 where none can be had: then this process loads the rows itself, the same ones."""
+    if wanted and not can_have_processes():
+        log.warning("warning: there can be no loader processes without a /dev/shm that can be written to; num_workers is 0, "
+                    "and loading is slower")
+        return 0
+    return wanted
 
 
 def describe_order(
@@ -218,10 +262,11 @@ def build_train_loader(
     if config.cache_limit is not None:
         rows.limit_cache(bytes_to_int(config.cache_limit), num_workers=config.num_workers,
                          prefetch_factor=config.prefetch_factor)
+    num_workers = loader_processes(config.num_workers)
     loader = DataLoader(
-        rows, batch_size=batch_size, drop_last=True, num_workers=config.num_workers,
-        collate_fn=functools.partial(collate, loss_across_documents=config.loss_across_documents),
-        prefetch_factor=config.prefetch_factor if config.num_workers else None, persistent_workers=config.num_workers > 0,
+        rows, batch_size=batch_size, drop_last=True, num_workers=num_workers,
+        collate_fn=functools.partial(collate_for_sending, loss_across_documents=config.loss_across_documents),
+        prefetch_factor=config.prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
         # Its own generator: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
@@ -273,7 +318,8 @@ def build_evaluator(
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows, loss_across_documents=config.loss_across_documents),
-        batch_size=None, num_workers=config.num_workers, generator=torch.Generator(), worker_init_fn=follow_parent,
+        batch_size=None, num_workers=loader_processes(config.num_workers), generator=torch.Generator(),
+        worker_init_fn=follow_parent,
     )
     batches = until(loader) if until else loader
     return Evaluator(

@@ -30,6 +30,7 @@ from flame_composer.lines import Lines, clean_streams
 from flame_composer.parts import PartsFolder, publish_file, read_json
 from flame_composer.processes import end_with_parent
 from flame_composer.shards import explained
+from flame_composer.workers import can_have_processes
 
 JOBS = "slurm_jobs.json"
 
@@ -134,7 +135,7 @@ def run_local(
 
     datatrove's own pool waits for ever for a process that was killed, and shows all it logs.
     """
-    if num_workers <= 1:
+    if num_workers <= 1 or not can_have_processes():
         for rank in ranks:
             with log.open("a") as file, contextlib.redirect_stderr(Lines(file, "log")):
                 run_task(copy.deepcopy(executor), rank, out)

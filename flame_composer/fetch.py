@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
 import functools
+import logging
+import os
+import re
 import tempfile
 import threading
 import time
@@ -13,22 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from composer.utils import dist
+from numpy.typing import NDArray
 from streaming import Stream
+from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage import CloudDownloader
 from streaming.base.world import World
 
 from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, one_line
-from flame_composer.inspection import BadShard, check_hash, check_size
-from flame_composer.machine import claim_folder
-from flame_composer.manifest import Manifest, ShardFile, check_totals, read_index, read_manifest
-from flame_composer.reader import ShardReader
+from flame_composer.inspection import BadShard, Shard, check_hash, check_size
+from flame_composer.machine import claim_folder, is_own_folder
+from flame_composer.manifest import HASH, Manifest, ShardFile, check_totals, column_form, read_index, read_manifest
+from flame_composer.reader import FIELDS, ShardReader, identify
 
 INCOMING = "incoming"  # the folder, within a dataset's cache folder, of what has not been checked yet
 MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
 INDEX_TRIES = 3
 STALE_SECONDS = 3600.0
+ARRIVING = re.compile("[0-9a-f]{32}")  # what is fetched has such a name in INCOMING
+CHECKS = 3  # of a shard that somebody writes to while it is read
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,8 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
 
     The folder is named after the index, so that another dataset put under the same address never meets the old one's
     shards. Jobs of one machine share it: a shard appears in it whole. With `exclusive`, for a job that deletes shards to
-    keep within a limit, it is a folder of the job's own, which a later job takes over.
+    keep within a limit, it is a folder of the job's own, which a later job takes over. One that holds the whole dataset
+    is read as it is: it may be read-only, or another user's.
     """
     with tempfile.TemporaryDirectory() as temporary:
         for tries_left in reversed(range(INDEX_TRIES)):
@@ -60,21 +73,36 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
             except DataError as problem:
                 if tries_left == 0:
                     raise type(problem)(str(problem).replace(temporary, remote.rstrip("/"))) from None
+        shared = cache / manifest.index_sha256[:16]
+        if not exclusive and _is_complete(shared, Path(temporary), read_index(temporary, manifest)):
+            return str(shared)
         try:
-            return _place_index(Path(temporary), cache / manifest.index_sha256[:16], exclusive=exclusive)
+            return _place_index(Path(temporary), shared, exclusive=exclusive)
         except OSError as error:
             raise ConfigError(f"{cache}: cannot be written to: {error.strerror}; set local to a folder that can, on a disk "
                               "with space") from None
 
 
+def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
+    """Whether a cache holds this very index, and all shards of the right size. Their content is checked when it is read."""
+    try:
+        for name in ("manifest.json", "index.json"):
+            if (folder / name).read_bytes() != (index / name).read_bytes():
+                return False
+        paths = [folder / file.basename for file in files]
+        sizes = [path.stat().st_size for path in paths]
+        return sizes == [file.bytes for file in files] and all(os.access(path, os.R_OK) for path in paths)
+    except OSError:
+        return False
+
+
 def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
-    folder = str(shared)
-    if exclusive:
-        # The node's first rank claims it for all.
-        claimed = claim_folder(shared) if dist.get_local_rank() == 0 else ""
-        folder = dist.all_gather_object(claimed)[dist.get_global_rank() - dist.get_local_rank()]
-    incoming = Path(folder, INCOMING)
-    incoming.mkdir(parents=True, exist_ok=True)
+    # The node's first rank chooses the folder for all.
+    chosen = ""
+    if dist.get_local_rank() == 0:
+        chosen = claim_folder(shared) if exclusive else _own_cache(shared)
+    folder = dist.all_gather_object(chosen)[dist.get_global_rank() - dist.get_local_rank()]
+    incoming = _incoming(folder)
     _sweep(incoming)
     for name in ("manifest.json", "index.json"):
         # Ranks and jobs do this side by side, with the same bytes.
@@ -82,6 +110,29 @@ def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
         whole.write_bytes((index / name).read_bytes())
         whole.replace(Path(folder, name))
     return folder
+
+
+def _own_cache(shared: Path) -> str:
+    """Return `shared`, made if need be, or a folder beside it for this user where it is somebody else's, or a link: whose it
+    is could have our files written elsewhere."""
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (shared, shared.with_name(f"{shared.name}-user-{os.geteuid()}")):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if is_own_folder(folder):
+            return str(folder)
+        log.warning("warning: %s belongs to another user, or is a link; what is fetched goes elsewhere", folder)
+    raise PermissionError(errno.EACCES, "the folders for this dataset in it belong to another user")
+
+
+def _incoming(folder: str) -> Path:
+    """Return the folder of what has not been checked yet, made if need be. Raises PermissionError if it is not ours."""
+    incoming = Path(folder, INCOMING)
+    incoming.mkdir(exist_ok=True)
+    for path in (incoming.parent, incoming):
+        if not is_own_folder(path):
+            raise PermissionError(errno.EACCES, f"{path} belongs to another user, or is a link")
+    return incoming
 
 
 def _download_index(remote: str, folder: str) -> Manifest:
@@ -119,6 +170,8 @@ def _download(source: str, path: Path, *, at_most: int) -> None:
 def _sweep(incoming: Path) -> None:
     """Delete what killed jobs left half fetched."""
     for path in incoming.iterdir():
+        if not ARRIVING.fullmatch(path.name):
+            continue
         try:
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
@@ -138,15 +191,23 @@ class Shards(Stream):
         super().__init__(local=dataset.folder, validate_hash=None, keep_zip=False, **weight)
         self.dataset = dataset
         self.files = {file.basename: file for file in dataset.files}
+        self.numbers = {file.basename: number for number, file in enumerate(dataset.files)}
+        # Which file was found whole under each shard's name, as `identify` has it; `Rows` shares it among processes.
+        self.whole: NDArray[np.uint64] = np.zeros((len(dataset.files), FIELDS), np.uint64)
         self.retries = retries
         self.timeout = timeout
         self.stop = threading.Event()
 
-    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
-        readers = super().get_shards(world, allow_unsafe_types)
-        for reader in readers:
-            reader.__class__ = ShardReader
-        return readers
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:  # noqa: ARG002
+        """Return the shards' readers. They are made of what `read_index` has checked, not of index.json read once more."""
+        form = column_form(self.dataset.manifest)
+        return [
+            ShardReader(
+                self.local, self.split, form["column_encodings"], form["column_names"], form["column_sizes"], None, [HASH],
+                FileInfo(file.basename, file.bytes, {HASH: file.hash}), file.rows, None, None,
+            )
+            for file in self.dataset.files
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stop": None}
@@ -169,20 +230,20 @@ class Shards(Stream):
         for attempt in range(self.retries + 1):
             if attempt and self.stop.wait(min(2 ** (attempt - 1), 30)):
                 break
-            arrived = Path(self.local, INCOMING, uuid.uuid4().hex)
+            arrived = None
             try:
+                arrived = _incoming(self.local) / uuid.uuid4().hex
                 self._wait_for(functools.partial(_download, source, arrived, at_most=file.bytes))
-                check_size(arrived, file)
-                check_hash(arrived, file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                arrived.replace(path)
+                self._note(file, arrived, moved_to=path)
                 return
             except BadShard as problem:
                 what, remedy = f"damaged shard: {problem}", "put a good copy there, or convert again"
             except Exception as error:  # every store's client has exceptions of its own
                 what, remedy = f"shard cannot be fetched: {one_line(error)}", "the same command goes on when it can be"
             finally:
-                arrived.unlink(missing_ok=True)
+                if arrived is not None:
+                    arrived.unlink(missing_ok=True)
         times = "once" if self.retries == 0 else f"{self.retries + 1} times"
         raise DataError(f"{source}: {what} (tried {times}); {remedy}")
 
@@ -209,10 +270,37 @@ class Shards(Stream):
         """Make sure that a shard in the folder is whole; a bad one is fetched again if it can be. Raises DataError."""
         path = Path(self.local, file.basename)
         try:
-            check_size(path, file)
-            check_hash(path, file)
+            self._note(file, path)
         except BadShard as problem:
             if self.dataset.remote is None:
                 raise DataError(f"{path}: damaged shard: {problem}; restore it from a copy, or convert again") from None
             if path.exists():  # else it has just made room for another, and is fetched when a row of it is read
                 self.fetch(file)
+
+    def _check_rows(self, path: Path, file: ShardFile) -> None:
+        """Raise BadShard for rows that are not of the form. The hash does not rule it out: the index may be anybody's."""
+        manifest = self.dataset.manifest
+        Shard(path, num_rows=file.rows, context_length=manifest.context_length, token_dtype=manifest.token_dtype).count()
+
+    def _note(self, file: ShardFile, path: Path, moved_to: Path | None = None) -> None:
+        """Check a file and remember which one it was, after moving it to its place if that is another. Raises BadShard."""
+        for _ in range(CHECKS):
+            check_size(path, file)
+            try:
+                opened = path.open("rb", buffering=0)
+            except OSError as error:
+                raise BadShard(f"cannot be read: {error.strerror}") from None
+            with opened:
+                before = os.fstat(opened.fileno())
+                check_hash(path, file)
+                self._check_rows(path, file)
+                after = os.fstat(opened.fileno())
+                if identify(after) != identify(before):
+                    continue  # written to meanwhile
+                if moved_to is not None:
+                    path.chmod(0o644)  # what is downloaded is for this user alone, and a cache may be for several
+                    path.replace(moved_to)
+                    after = os.fstat(opened.fileno())  # a new name changes one of the times
+                self.whole[self.numbers[file.basename]] = identify(after)
+                return
+        raise BadShard("is written to while it is read")

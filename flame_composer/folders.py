@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and one that nobody else can enter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,31 @@ def new_folder(out: Path) -> Iterator[Path]:
         if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
             raise DataError(f"{out}: cannot be written: {one_line(error)}") from None
         raise
+
+
+def private_folder() -> Path:
+    """Return this user's folder in the machine's temporary folder (TMPDIR), which nobody else can enter; made if need be.
+
+    TMPDIR may be everybody's, and whoever comes first can put a folder or a link under any name that can be guessed. So
+    it has a random name, and is found again by its owner and permissions. Raises ConfigError where none can be made.
+    """
+    prefix = f"flame_composer-{os.geteuid()}-"
+    try:
+        parent = Path(tempfile.gettempdir())
+        found = (path for path in sorted(parent.glob(f"{prefix}*")) if _is_private(path))
+        return next(found, None) or Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise ConfigError(f"TMPDIR: no folder can be made in it: {reason}; set it to a folder that can be written to") from None
+
+
+def _is_private(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    is_closed = stat.S_IMODE(found.st_mode) & 0o077 == 0
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and is_closed
 
 
 def flush(path: Path) -> None:

@@ -141,6 +141,8 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         totals=_ledger(_take(content, "totals", dict, place), place),
         index_sha256=_take(content, "index_sha256", str, place),
     )
+    if not 1 <= manifest.context_length < MAX_SHARD_BYTES:
+        raise damaged(place, f"'context_length' must be 1 or more, and {manifest.context_length} tokens fit into no shard")
     whole = sum((unit.ledger for unit in units), Ledger())
     if not (
         manifest.totals == whole
@@ -163,11 +165,10 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         raise DataError(f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset")
     data = storage.read(place)
     content = parse_json(data, place)
-    row_bytes = manifest.context_length * int(manifest.token_dtype.removeprefix("uint")) // 8
-    form = {
-        "format": "mds", "version": 2, "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, row_bytes],
-        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
-    }  # fmt: skip
+    form = column_form(manifest)
+    row_bytes = form["column_sizes"][1]
+    if _take(content, "version", int, place) != form["version"]:
+        raise damaged(place, f"'version' must be {form['version']}")
     files: list[ShardFile] = []
     for shard in _take(content, "shards", list, place):
         raw = _take(shard, "raw_data", dict, place)
@@ -178,6 +179,8 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
             raise damaged(place, f"{basename} is compressed, which this format never is")
         if any(shard.get(key) != value for key, value in form.items()):
             raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
+        if shard.get("size_limit") is not None:
+            _take(shard, "size_limit", int, place)  # StreamingDataset, which may read it as well, insists
         file = ShardFile(
             basename,
             _take(raw, "bytes", int, place),
@@ -185,6 +188,8 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
             _take(shard, "samples", int, place),
         )
         files.append(file)
+    if not files:
+        raise damaged(place, "it lists no shards")
     names = Counter(file.basename for file in files)
     if len(names) != len(files):
         raise damaged(place, f"it names {names.most_common(1)[0][0]} twice")
@@ -193,9 +198,20 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
     for file in files:
         if file.bytes > MAX_SHARD_BYTES:
             raise damaged(place, f"{file.basename}: {file.bytes} bytes are more than a shard can have")
+        if file.rows < 1:
+            raise damaged(place, f"{file.basename}: a shard of no rows")
         if file.rows * row_bytes > file.bytes:
             raise damaged(place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes")
     return files
+
+
+def column_form(manifest: Manifest) -> dict[str, Any]:
+    """Return what index.json says of the form of every shard of a dataset."""
+    row_bytes = manifest.context_length * int(manifest.token_dtype.removeprefix("uint")) // 8
+    return {
+        "format": "mds", "version": 2, "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, row_bytes],
+        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
+    }  # fmt: skip
 
 
 def check_totals(place: str, manifest: Manifest, files: list[ShardFile]) -> None:

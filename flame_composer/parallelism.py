@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -10,14 +11,18 @@ from composer.distributed.activation_checkpointing import apply_ac, generate_com
 from composer.models import ComposerModel
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
 from flame_composer.config import InvalidField
+from flame_composer.folders import private_folder
 from flame_composer.sections import ParallelismConfig
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
     """Raises InvalidField for what this machine cannot do."""
+    if config.compile:
+        _compile_in_private()
     if torch.cuda.is_available():
         return
     if precision != "fp32":
@@ -28,6 +33,16 @@ def check_devices(config: ParallelismConfig, *, precision: str) -> None:
     if config.activation_cpu_offload:
         raise InvalidField("parallelism.activation_cpu_offload", "there is no GPU here whose memory it could spare; set it to "
                            "false")
+
+
+def _compile_in_private() -> None:
+    """Have torch (2.7.0) keep what it compiles in this user's private folder, unless TORCHINDUCTOR_CACHE_DIR says where.
+
+    It runs what it finds there, and by default that is a folder in TMPDIR whose name can be guessed: another user could
+    have put it there.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder() / "torchinductor")
 
 
 def is_sharded(config: ParallelismConfig) -> bool:

@@ -150,6 +150,7 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
     """
     if not folder.is_dir() or dist.get_global_rank() != 0:
         return None
+    _require_own(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -161,4 +162,17 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
         except Timeout:
             raise ConfigError(f"{folder}: another process is training this run; wait until it has ended, or give this one "
                               "another run_name") from None
+    except OSError as error:
+        raise ConfigError(f"{folder / '.lock'}: cannot be locked: {error.strerror}; remove what lies there, or give this run "
+                          "another run_name") from None
     return lock
+
+
+def _require_own(folder: Path) -> None:
+    """Raises ConfigError for a run that another user began, whose files this one cannot write."""
+    names = ("", ".lock", "train_log.jsonl", "starts.jsonl", "config.yaml")
+    for path in (folder / name for name in names):
+        if path.exists() and not os.access(path, os.W_OK):
+            whose = "" if path.stat().st_uid == os.geteuid() else f": it is user {path.stat().st_uid}'s, this is {os.geteuid()}"
+            raise ConfigError(f"{path}: this run has files that cannot be written to{whose}; give this one another run_name, "
+                              "or set log_folder")

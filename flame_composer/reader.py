@@ -5,15 +5,33 @@ from __future__ import annotations
 import functools
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from streaming.base.format.mds.reader import MDSReader
 
-from flame_composer.config import DataError
-
 MAX_OPEN = 64  # more than shuffling reads from at once with its defaults, far fewer than a process may have
+
+
+FIELDS = 5  # of what `identify` returns
+
+
+class Unchecked(Exception):
+    """A shard's file is another than the one that was checked, or was written to since."""
+
+
+def identify(found: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file and its state from every other: device, number, size, and the times of its last changes,
+    each as an unsigned 64-bit integer."""
+    fields = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return tuple(field & 0xFFFF_FFFF_FFFF_FFFF for field in fields)
+
+
+def state_of(found: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes in an open file when it is written to: its size, and the times of its last changes."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class OpenShards:
@@ -21,31 +39,48 @@ class OpenShards:
 
     def __init__(self, limit: int = MAX_OPEN):
         self.limit = limit
-        self.files: OrderedDict[str, tuple[int, NDArray[np.uint32]]] = OrderedDict()  # descriptors, offsets
+        # The descriptor, where the rows begin, and the file's state
+        self.files: OrderedDict[str, tuple[int, NDArray[np.uint32], tuple[int, ...]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "files": OrderedDict()}
 
-    def read(self, path: str, num_rows: int, row: int) -> bytes:
-        """The bytes of a row. Raises DataError, or FileNotFoundError, by which StreamingDataset knows that it has to fetch."""
+    def read(self, path: str, num_rows: int, row: int, whole: NDArray[np.uint64]) -> bytes:
+        """Return the bytes of a row of the file that was found `whole`, whichever other may lie there by now.
+
+        Raises Unchecked, or FileNotFoundError, by which StreamingDataset knows that it has to fetch.
+        """
         if path in self.files:
             self.files.move_to_end(path)
         else:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.files[path] = descriptor, np.frombuffer(os.pread(descriptor, 4 * (num_rows + 1), 4), "<u4")
-        descriptor, offsets = self.files[path]
-        begin, end = (int(offset) for offset in offsets[row : row + 2])
+            self._open(path, num_rows, whole)
+        descriptor, offsets, state = self.files[path]
+        begin, end = offsets[row : row + 2].tolist()
         found = os.pread(descriptor, end - begin, begin)
+        # After the row was read: what is written to the file from now on is not in it.
+        if state_of(os.fstat(descriptor)) != state:
+            os.close(self.files.pop(path)[0])
+            raise Unchecked(path)
         self.close(self.limit)
-        if len(found) != end - begin:
-            raise DataError(f"{path}: was cut short while it was read; restore it from a copy, or convert again")
         return found
 
-    def close(self, keep: int = 0) -> None:
-        """All but the last `keep`."""
-        while len(self.files) > keep:
-            _, (descriptor, _) = self.files.popitem(last=False)
+    def _open(self, path: str, num_rows: int, whole: NDArray[np.uint64]) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo would be waited for
+        try:
+            found = os.fstat(descriptor)
+            if identify(found) != tuple(whole.tolist()):
+                raise Unchecked(path)
+            offsets = np.frombuffer(os.pread(descriptor, 4 * (num_rows + 1), 4), "<u4")
+        except BaseException:
             os.close(descriptor)
+            raise
+        self.files[path] = descriptor, offsets, state_of(found)
+
+    def close(self, keep: int = 0, *, close: Callable[[int], None] = os.close) -> None:
+        """All but the last `keep`."""  # `close` is at hand when the interpreter ends, and `os` is gone
+        while len(self.files) > keep:
+            _, (descriptor, _, _) = self.files.popitem(last=False)
+            close(descriptor)
 
     def __del__(self) -> None:
         self.close()
@@ -55,13 +90,14 @@ class ShardReader(MDSReader):
     """A shard laid out as `mds.ShardWriter` says, which `read_index` has made sure of."""
 
     opened: OpenShards
+    whole: NDArray[np.uint64]  # which file was checked, as `identify` has it
 
     @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.column_encodings[1].split(":")[1]).newbyteorder("<")
 
     def get_item(self, idx: int) -> dict[str, Any]:
-        row = self.opened.read(f"{self.dirname}/{self.raw_data.basename}", self.samples, idx)
+        row = self.opened.read(f"{self.dirname}/{self.raw_data.basename}", self.samples, idx, self.whole)
         # The size of doc_lengths; doc_lengths: a byte whose last bits say in how many their count is, it, them; the tokens.
         end = 4 + int.from_bytes(row[:4], "little")
         return {

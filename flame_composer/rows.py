@@ -7,10 +7,12 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import streaming.base.dataset
+import streaming.base.shared.array
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
@@ -21,8 +23,8 @@ from streaming.base.world import World
 
 from flame_composer.config import DataError, InvalidField, one_line
 from flame_composer.fetch import Shards
-from flame_composer.machine import claim_shared_memory
-from flame_composer.reader import OpenShards, ShardReader
+from flame_composer.machine import Memory, allow_files, claim_shared_memory, path_in
+from flame_composer.reader import FIELDS, MAX_OPEN, OpenShards, ShardReader, Unchecked
 
 
 class Rows(StreamingDataset):
@@ -35,15 +37,19 @@ class Rows(StreamingDataset):
 
     def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
         """`batch_size` is this rank's share of the global batch."""
+        most_open = min(MAX_OPEN, allow_files() // 4)
         with _own_shared_memory():
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
-        self.opened = OpenShards()  # of all streams together: a process may have so many files and no more
-        for reader in cast(list[ShardReader], self.shards):
-            reader.opened = self.opened
-        # What is fetched from now on is checked before it is put where it is looked for.
-        self._unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
+        self.opened = OpenShards(most_open)  # of all streams together: a process may have so many files and no more
+        # Which files were found whole, known to all processes of the machine, so that each is hashed once.
+        self._memory = Memory(path_in(str(self._locals_shm.path), "whole"), size=len(self.files) * FIELDS * 8)
+        self._whole = np.frombuffer(self._memory.buf, np.uint64, len(self.files) * FIELDS).reshape(-1, FIELDS)
+        for reader, whole in zip(cast(list[ShardReader], self.shards), self._whole, strict=True):
+            reader.opened, reader.whole = self.opened, whole
+        for dataset, first in zip(datasets, self.shard_offset_per_stream, strict=True):
+            dataset.whole = self._whole[first : first + len(dataset.dataset.files)]
         self._failures: dict[int, DataError] = {}
         self._set_shuffle_block_size(World(1, 1, 1, 0))
         self.batches_per_epoch = self.epoch_size // self.global_batch_size
@@ -119,24 +125,37 @@ class Rows(StreamingDataset):
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one.
 
-        As upstream, one process of a machine lays out the epoch for all of them, through shared memory.
+        As upstream, one process of a machine lays out the epoch for all of them, but through a file in the job's folder.
         """
         worker = self._unique_worker_world
+        shared = Path(self._locals_shm.path, "epoch")
         if worker.is_local_leader:
             batches_left = self.batches_per_epoch - math.ceil(sample_in_epoch / self.global_batch_size)
             order = self.lay_out(epoch, sample_in_epoch)[: max(0, batches_left)]
-            shared = [*self._share_work(order.reshape(1, 1, 1, -1, self.global_batch_size))]
+            try:
+                order.tofile(shared)
+            except OSError as error:
+                raise DataError(f"{shared}: cannot be written: {one_line(error)}; set TMPDIR to a folder on a disk with "
+                                "space, and the same command goes on") from None
             self._shared_barrier(worker.workers_per_node)
         else:
             self._shared_barrier(worker.workers_per_node)
-            shaped, *shared = self._attach_work()
-            order = shaped.reshape(-1, self.global_batch_size)
+            is_over = shared.stat().st_size == 0  # which cannot be mapped
+            order = np.empty(0, np.int64) if is_over else np.memmap(shared, np.int64, "r")
+            order = order.reshape(-1, self.global_batch_size)
         ids = order[worker.worker_of_rank :: worker.workers_per_rank, self._place(worker) :: worker.num_ranks].flatten()
         self._shared_barrier(worker.workers_per_node)
-        for memory in shared:
-            if memory is not None:
-                memory.cleanup()
+        if worker.is_local_leader:
+            shared.unlink()
         return ids
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        with _own_shared_memory():
+            return super()._resume(world, epoch)
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        with _own_shared_memory():
+            super().load_state_dict(obj)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch a shard if it is not there. Raises DataError if it cannot be had and `blocking`; else `get_item` will.
@@ -161,10 +180,7 @@ class Rows(StreamingDataset):
         """A row; with several streams, it says under `stream` which of them it is of. Raises DataError."""
         shard_id, _ = self.spanner[sample_id]
         try:
-            if shard_id in self._unchecked:
-                cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(self.files[shard_id])
-                self._unchecked.remove(shard_id)
-            row = super().get_item(sample_id, retry)
+            row = self._checked_item(sample_id, shard_id, retry)
         except (DataError, RuntimeError) as error:
             if hasattr(self, "_event"):
                 self._event.set()  # ends the background threads, which the process would wait for before it ends
@@ -172,6 +188,19 @@ class Rows(StreamingDataset):
         if self.num_streams > 1:
             row["stream"] = self.stream_per_shard[shard_id]
         return row
+
+    def _checked_item(self, sample_id: int, shard_id: int, retry: int) -> Any:
+        """A row of a file that was found whole and is the same still; its shard is checked if that is not known."""
+        for _ in range(1 + retry):
+            try:
+                return super().get_item(sample_id, retry)
+            except OSError as error:
+                raise DataError(f"{error.filename or self.files[shard_id].basename}: cannot be read: {error.strerror}; the "
+                                "same command goes on when it can be") from None
+            except Unchecked:
+                cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(self.files[shard_id])
+        path = f"{self.shards[shard_id].dirname}/{self.files[shard_id].basename}"
+        raise DataError(f"{path}: somebody writes to it while it is read; end that, and the same command goes on")
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         """The rows of `it` in order, each when its shard is there.
@@ -194,6 +223,7 @@ class Rows(StreamingDataset):
             self._event = threading.Event()
             for stream in self.streams:
                 cast(Shards, stream).stop = self._event
+        self.opened.close()  # so that every epoch looks again at which files are there
         yield from super().__iter__()
         if self._event.is_set():
             raise DataError("reading ahead failed, and the epoch would end early; the lines before this one say why")
@@ -201,9 +231,17 @@ class Rows(StreamingDataset):
 
 @contextlib.contextmanager
 def _own_shared_memory() -> Iterator[None]:
-    upstream = streaming.base.dataset.get_shm_prefix
-    streaming.base.dataset.get_shm_prefix = claim_shared_memory  # type: ignore[assignment]
+    """Have streaming (0.13.0) put its shared memory and its file locks in the job's own folder, see `machine.Memory`."""
+    dataset, array = streaming.base.dataset, streaming.base.shared.array
+    ours = [
+        (dataset, "get_shm_prefix", claim_shared_memory), (dataset, "_get_path", path_in),
+        (dataset, "SharedMemory", Memory), (array, "SharedMemory", Memory),
+    ]  # fmt: skip
+    upstream = [(module, name, getattr(module, name)) for module, name, _ in ours]
     try:
+        for module, name, value in ours:
+            setattr(module, name, value)
         yield
     finally:
-        streaming.base.dataset.get_shm_prefix = upstream
+        for module, name, value in upstream:
+            setattr(module, name, value)

@@ -18,9 +18,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shutil
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +34,7 @@ from flame_composer import storage
 from flame_composer.config import ConfigError, DataError, StoreError
 from flame_composer.corpus import Slice, slice_files
 from flame_composer.documents import MAX_DOCUMENT_BYTES
+from flame_composer.folders import private_folder
 from flame_composer.manifest import (
     HF,
     VERSION,
@@ -108,7 +107,7 @@ class DatasetWriter:
         if not storage.is_url(self.out):
             return Path(self.out, "tmp")
         name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir(), f"flame_composer-{os.getuid()}", name)
+        return private_folder() / name
 
     def only(self, number: int) -> DatasetWriter:
         """Return what the conversion of one unit needs of this: sending every unit's inputs with each would be quadratic."""
@@ -144,7 +143,7 @@ class DatasetWriter:
         for name in ("manifest.json", "plan.json"):
             if storage.stat(self._place(name)) is not None:
                 content = read_json(self._place(name))
-                settings = content["config"] if isinstance(content, dict) else None
+                settings = content.get("config") if isinstance(content, dict) else None
                 return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
         return None
 
@@ -173,7 +172,10 @@ class DatasetWriter:
         record = files.get("unit.json")
         if record is not None:
             content = read_json(storage.join(folder, "unit.json"))
-            sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+            try:
+                sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+            except (KeyError, TypeError):
+                raise damaged(storage.join(folder, "unit.json"), "it lists no shards") from None
             whole = all(name in files and files[name].size == size for name, size in sizes.items())
             same_inputs = parse_record(content["record"], folder).inputs == self.plan.units[number]
             if whole and same_inputs and not _is_newer(self.plan.units[number], record.modified):
@@ -292,8 +294,6 @@ class UnitWriter:
         # A name of its own: whoever else is at work on this unit must not write into the same folder.
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
         self.final = storage.join(dataset.out, "units", self.name)
-        if storage.is_url(dataset.out):
-            dataset.staging.parent.mkdir(mode=0o700, exist_ok=True)  # TMPDIR may be everybody's
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled

@@ -40,6 +40,15 @@ POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
+def can_have_processes() -> bool:
+    """Whether processes can be started that wait for one another, which takes a /dev/shm that can be written to."""
+    try:
+        multiprocessing.Lock()
+    except OSError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How text becomes datasets; `encoder` is what `encoder.choose_encoder` named."""
@@ -109,11 +118,16 @@ def convert_units(
     if cluster is not None:
         yield from _convert_on_cluster(conversion, numbers, cluster, on_progress)
         return
-    if len(numbers) > 1 or any(conversion.num_bytes(number) > SMALL_INPUT for number in numbers):
-        yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
+    if not numbers:
         return
+    if len(numbers) > 1 or any(conversion.num_bytes(number) > SMALL_INPUT for number in numbers):
+        if can_have_processes():
+            yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
+            return
+        yield "there can be no worker processes without a /dev/shm that can be written to; converting in this one"
+    converter = UnitConverter(conversion)
     for number in numbers:
-        warning = UnitConverter(conversion).convert(conversion.datasets, number, on_progress)
+        warning = converter.convert(conversion.datasets, number, on_progress)
         if warning is not None:
             yield warning
 

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -1019,3 +1020,16 @@ def test_what_the_machine_did_is_found_under_what_came_of_it(monkeypatch):
     assert cli._from_outside(chained(full, torso, hide=True)) is None
     assert cli._from_outside(chained(full, ConfigError("out: cannot be written to"))) is None
     assert cli._from_outside(torso) is None
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user, which takes root")
+def test_a_user_id_without_a_name_gets_one():
+    """As containers have it in Kubernetes and OpenShift; torch asks getpass when it is imported."""
+    script = """
+import getpass, os
+from flame_composer.cli import _name_user
+os.setuid(54321)
+_name_user()
+print(getpass.getuser())
+"""
+    bare = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
+    done = subprocess.run([sys.executable, "-c", script], env=bare, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("uid-54321\n", "")

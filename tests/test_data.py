@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from streaming.base.world import World
 
+from flame_composer import fetch
 from flame_composer.config import ConfigError, DataError
 from flame_composer.data import IGNORE, EvalBatches, build_evaluator, build_train_loader, collate, count_tokens, open_dataset
 from flame_composer.fetch import Shards
@@ -326,3 +332,230 @@ def test_a_shard_that_vanishes_while_running(dataset, copy_of):
     assert len(rows[0]["input_ids"]) == CONTEXT_LENGTH
     with pytest.raises(DataError, match=f"^{re.escape(str(shard))}: "):
         rows[rows.num_samples - 1]
+
+
+def overwrite(shard: Path) -> None:
+    """Another content of the same size in the very same file, as a program does that opens it for writing."""
+    with shard.open("r+b") as file:
+        file.seek(-40, 2)
+        file.write(bytes(40))
+
+
+def change(shard: Path, how: str) -> None:
+    if how == "overwritten":
+        overwrite(shard)
+    else:
+        shutil.copy(shard, copy := shard.with_name("copy"))
+        overwrite(copy)
+        copy.replace(shard)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("how", ["overwritten", "replaced"])
+def test_a_shard_that_changes_after_it_was_checked_is_never_trained_on(dataset, copy_of, all_rows, num_workers, how):
+    """In the middle of an epoch and between two: no row is served that the dataset does not hold."""
+    folder = copy_of(dataset)
+    loader = loader_of(folder, num_workers=num_workers, prefetch_factor=1) if num_workers else loader_of(folder)
+    served: list[Row] = []
+
+    def train() -> None:
+        for epoch in range(3):
+            for number, batch in enumerate(loader):
+                served.extend(rows_of(batch))
+                if epoch == 0 and number == len(loader) // 2:
+                    change(last_shard(folder), how)
+
+    with pytest.raises(DataError, match=damaged(last_shard(folder))):
+        train()
+    assert set(served) <= set(all_rows)
+    assert len(served) < 2 * len(all_rows), "found at the latest in the epoch after"
+
+
+def test_a_file_that_is_open_is_looked_at_for_every_row(dataset, copy_of):
+    folder = copy_of(dataset)
+    rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
+    last = rows.num_samples - 1
+    assert len(rows[last]["input_ids"]) == CONTEXT_LENGTH
+    overwrite(last_shard(folder))
+    with pytest.raises(DataError, match=damaged(last_shard(folder))):
+        rows[last]
+
+
+def test_a_shard_that_is_merely_touched_or_restored_goes_on(dataset, copy_of, all_rows):
+    folder = copy_of(dataset)
+    rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
+    last = rows.num_samples - 1
+    content = last_shard(folder).read_bytes()
+    for change in (lambda: last_shard(folder).touch(), lambda: last_shard(folder).chmod(0o600),
+                   lambda: last_shard(folder).write_bytes(content)):  # fmt: skip
+        rows[last]
+        change()
+        assert tuple(rows[last]["input_ids"].tolist()) == all_rows[last]
+
+
+def test_a_shard_that_cannot_be_opened(dataset, copy_of):
+    folder = copy_of(dataset)
+    rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
+    last_shard(folder).unlink()
+    last_shard(folder).symlink_to(last_shard(folder))
+    message = f"^{re.escape(str(last_shard(folder)))}: cannot be read: Too many levels of symbolic links; the same command"
+    with pytest.raises(DataError, match=message):
+        rows[rows.num_samples - 1]
+
+
+def test_each_shard_is_hashed_once_by_all_processes_of_a_machine(dataset, copy_of, monkeypatch, tmp_path):
+    log = tmp_path / "hashed"
+    log.touch()
+    check_hash = fetch.check_hash
+
+    def counted(path: Path, file: Any) -> None:
+        with log.open("a") as lines:
+            lines.write(f"{file.basename}\n")
+        check_hash(path, file)
+
+    monkeypatch.setattr(fetch, "check_hash", counted)
+    loader = loader_of(copy_of(dataset))
+    epoch_of(loader)
+    epoch_of(loader)
+    hashed = log.read_text().split()
+    assert sorted(hashed) == sorted({file.basename for file in loader.dataset.files})
+
+
+# What an index or a manifest may hold
+
+
+WRONG: list[Any] = [None, True, -1, 0, 3, 1.5, 10**30, "", "text", "64mb", [], [1], {}, {"a": 1}]
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value of JSON is; of a list, in its first item."""
+    inner = content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    return [*([path] if path else []), *(place for key, value in inner for place in places(value, (*path, key)))]
+
+
+def altered(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    content = json.loads(json.dumps(content))
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_whatever_an_index_or_manifest_holds_is_refused_in_one_line_or_makes_no_difference(dataset, copy_of, all_rows, name):
+    """Every key left out, and replaced by every kind of value, the hash of the index made to agree."""
+    folder = copy_of(dataset)
+    manifest, index = (json.loads((folder / each).read_bytes()) for each in ("manifest.json", "index.json"))
+    content = index if name == "index.json" else manifest
+    outcomes = {"refused": 0, "same": 0}
+    for path in places(content):
+        for value in (..., *WRONG):
+            changed = altered(content, path, value)
+            (folder / name).write_text(json.dumps(changed))
+            if name == "index.json":
+                digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                (folder / "manifest.json").write_text(json.dumps({**manifest, "index_sha256": digest}))
+            try:
+                rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
+                found: Any = [tuple(rows[i]["input_ids"].tolist()) for i in (0, rows.num_samples - 1)]
+            except (ConfigError, DataError) as error:
+                found = str(error)
+            if isinstance(found, str):
+                assert "\n" not in found, (path, value)
+            else:
+                assert found == [all_rows[0], all_rows[-1]], (path, value)
+            outcomes["refused" if isinstance(found, str) else "same"] += 1
+    assert outcomes["refused"] > 100
+    assert outcomes["same"] > 10
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"shards": []}, "it lists no shards"), ({"version": 3}, "'version' must be 2"),
+    ({"version": ...}, "'version' must be a whole number, 0 or more"),
+])  # fmt: skip
+def test_an_index_without_what_it_needs(dataset, copy_of, change, message):
+    folder = copy_of(dataset)
+    index = json.loads((folder / "index.json").read_bytes()) | change
+    (folder / "index.json").write_text(json.dumps({key: value for key, value in index.items() if value is not ...}))
+    refused(folder, DataError, f"{folder}/index.json: damaged: {message}; restore it from a copy, or delete its dataset and "
+            "convert again")  # fmt: skip
+
+
+def test_a_size_limit_that_is_text(dataset, copy_of):
+    folder = copy_of(dataset)
+    index = json.loads((folder / "index.json").read_bytes())
+    index["shards"][0]["size_limit"] = "much"
+    (folder / "index.json").write_text(json.dumps(index))
+    refused(folder, DataError, f"{folder}/index.json: damaged: 'size_limit' must be a whole number, 0 or more; restore it "
+            "from a copy, or delete its dataset and convert again")  # fmt: skip
+
+
+def test_rows_that_are_nonsense_under_a_hash_that_agrees(dataset, copy_of):
+    """Whoever made the index made the shard."""
+    folder = copy_of(dataset)
+    index = json.loads((folder / "index.json").read_bytes())
+    raw = index["shards"][-1]["raw_data"]
+    shard = folder / raw["basename"]
+    content = bytearray(shard.read_bytes())
+    content[4:12] = b"\xff" * 8
+    shard.write_bytes(content)
+    raw["hashes"]["xxh64"] = xxhash.xxh64(bytes(content)).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
+    with pytest.raises(DataError, match=f"^{re.escape(str(shard))}: damaged shard: its row offsets are damaged; restore it"):
+        rows[rows.num_samples - 1]
+
+
+# Little or no shared memory
+
+
+CLONE_NEWNS, MS_RDONLY, MS_REC, MS_PRIVATE = 0x20000, 1, 0x4000, 1 << 18
+
+
+def with_shared_memory(size: str, flags: int, do: Callable[[], Any]) -> Any:
+    """What `do` returns in a process whose /dev/shm is of that size."""
+
+    def work(connection: Any) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        assert libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+        assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", flags, f"size={size}".encode()) == 0
+        try:
+            connection.send(do())
+        except BaseException as error:
+            connection.send(error)
+
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=work, args=(theirs,))
+    process.start()
+    found = ours.recv()
+    process.join()
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts another /dev/shm, which takes root")
+@pytest.mark.parametrize(("size", "flags", "processes"), [("64k", 0, 2), ("4k", MS_RDONLY, 0)])
+def test_little_or_no_shared_memory(dataset, copy_of, all_rows, size, flags, processes):
+    """Batches of more than all of it arrive from loader processes; where there can be none, rows are loaded without."""
+    folder = copy_of(dataset)
+    size_of_batch = 96 * CONTEXT_LENGTH * 8 * 3
+    assert size_of_batch > 64 << 10
+
+    def epoch() -> tuple[int, list[Row]]:
+        loader = loader_of(folder, global_batch_size=96, num_workers=2)
+        return loader.num_workers, [row for batch in epoch_of(loader) for row in batch]
+
+    num_workers, rows = with_shared_memory(size, flags, epoch)
+    assert num_workers == processes
+    assert rows == [row for batch in epoch_of(loader_of(copy_of(dataset), global_batch_size=96)) for row in batch]
+    assert set(rows) <= set(all_rows)

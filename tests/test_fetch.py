@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -139,13 +140,126 @@ def test_a_cache_that_cannot_be_written_to(dataset, tmp_path):
 def test_what_a_killed_job_left_half_fetched_goes_in_time(dataset, copy_of, tmp_path):
     remote = copy_of(dataset)
     found = remote_of(remote, tmp_path / "cache")
-    old, new = (Path(found.folder, "incoming", name) for name in ("old", "new"))
-    for path in (old, new):
+    old, new, other = (Path(found.folder, "incoming", name) for name in ("0" * 32, "1" * 32, "not ours"))
+    for path in (old, new, other):
         path.write_bytes(b"half")
-    os.utime(old, (0, time.time() - 2 * fetch.STALE_SECONDS))
+    for path in (old, other):
+        os.utime(path, (0, time.time() - 2 * fetch.STALE_SECONDS))
     remote_of(remote, tmp_path / "cache")
     assert not old.exists()
     assert new.exists(), "another job may be at it"
+    assert other.exists(), "nothing else is deleted"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_in_the_cache_that_is_overwritten_after_its_check_is_fetched_again(
+    dataset, copy_of, tmp_path, expected, num_workers
+):
+    found = remote_of(copy_of(dataset), tmp_path / "cache")
+    loader = loader_of(found, num_workers=num_workers)
+    undisturbed = loader_of(open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer()))
+    assert rows_of(loader) == rows_of(undisturbed) == expected
+    for shard in shards_of(found.folder)[::2]:
+        with shard.open("r+b") as file:
+            file.seek(-40, 2)
+            file.write(bytes(40))
+    assert rows_of(loader) == rows_of(undisturbed), "the next epoch"
+    for ours, theirs in zip(shards_of(found.folder), shards_of(found.remote), strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def as_user(number: int, do: Any) -> Any:
+    """What `do` returns, or the error that it raises, in a process of another user."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def work() -> None:
+        os.setgroups([])
+        os.setgid(number)
+        os.setuid(number)
+        try:
+            theirs.send(do())
+        except BaseException as error:
+            theirs.send(error)
+
+    process = fork.Process(target=work)
+    process.start()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user, which takes root")
+
+
+@pytest.fixture
+def open_tmp(tmp_path: Path) -> Path:
+    """A folder that other users get into, and may write to."""
+    for folder in (*tmp_path.parents, tmp_path):
+        if folder.is_relative_to(Path(tempfile.gettempdir())) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(0o755)
+    tmp_path.chmod(0o1777)
+    return tmp_path
+
+
+@needs_root
+def test_a_complete_cache_that_cannot_be_written_to_is_read(dataset, copy_of, open_tmp, expected):
+    """By another user, with every folder closed for writing."""
+    found = remote_of(copy_of(dataset), open_tmp / "cache")
+    assert stream(found) == expected
+    shutil.rmtree(Path(found.folder, "incoming"))
+
+    def read() -> Any:
+        again = remote_of(found.remote, open_tmp / "cache")
+        return again.folder, stream(again)
+
+    assert as_user(54321, read) == (found.folder, expected)
+    assert not Path(found.folder, "incoming").exists()
+
+    shard = shards_of(found.folder)[1]
+    shard.chmod(0o600)
+    error = as_user(54321, lambda: remote_of(found.remote, open_tmp / "cache"))
+    assert re.match(rf"{open_tmp}/cache: cannot be written to: .*; set local to a folder that can", str(error)), error
+    shard.chmod(0o644)
+    flip_a_bit(shards_of(found.folder)[0])
+    error = as_user(54321, lambda: stream(remote_of(found.remote, open_tmp / "cache"), download_retries=0))
+    assert isinstance(error, DataError)
+    assert "\n" not in str(error)
+    assert re.search(r"shard cannot be fetched: .*(denied|another user)", str(error)), error
+
+    shards_of(found.folder)[0].unlink()
+    error = as_user(54321, lambda: remote_of(found.remote, open_tmp / "cache"))
+    assert isinstance(error, ConfigError)
+    assert re.match(rf"{open_tmp}/cache: cannot be written to: .*; set local to a folder that can", str(error)), error
+
+
+@needs_root
+def test_a_cache_that_another_user_planted_leads_nowhere(dataset, copy_of, open_tmp, expected):
+    """Neither a link in place of the cache, nor of what is in it, has our files written, or deleted, elsewhere."""
+    remote, cache, victim = copy_of(dataset), open_tmp / "cache", open_tmp / "victim"
+    cache.mkdir()
+    cache.chmod(0o1777)
+    name = read_manifest(str(remote)).index_sha256[:16]
+    victim.mkdir(mode=0o700)
+    (victim / ("0" * 32)).write_text("precious")
+    os.utime(victim / ("0" * 32), (0, 0))
+    for plant in (lambda: (cache / name).symlink_to(victim), lambda: (cache / name).mkdir(mode=0o777)):
+        as_user(54321, plant)
+        if not (cache / name).is_symlink():
+            as_user(54321, lambda: (cache / name / "incoming").symlink_to(victim))
+        found = remote_of(remote, cache)
+        assert found.folder == str(cache / f"{name}-user-0")
+        assert stream(found) == expected
+        assert [path.name for path in victim.iterdir()] == ["0" * 32]
+        (cache / name).unlink() if (cache / name).is_symlink() else shutil.rmtree(cache / name)
+
+    own = remote_of(remote, cache)
+    assert own.folder == str(cache / name)
+    shutil.rmtree(Path(own.folder, "incoming"))
+    Path(own.folder, "incoming").symlink_to(victim)
+    with pytest.raises(ConfigError, match=rf"^{cache}: cannot be written to: .*incoming belongs to another user, or is a link"):
+        remote_of(remote, cache)
+    assert (victim / ("0" * 32)).exists()
 
 
 # Damage and faults

@@ -465,6 +465,9 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (empty_index, DataError, "{}/model.safetensors.index.json: has no weight_map"),
     (change_index(lambda files: files.update({NORM: "../x.safetensors"})), DataError,
      "{}/model.safetensors.index.json: model.norm.weight is said to be in '../x.safetensors', which is no file name"),
+    *((change_index(lambda files, name=name: files.update({NORM: name})), DataError,
+       f"{{}}/model.safetensors.index.json: model.norm.weight is said to be in {name!r}, which is no file name")
+      for name in ("", ".", "..", "/etc/passwd", "a\\b", "a\0b", 7)),
     (change_index(lambda files: files.update({"stray": files[NORM]})), DataError,
      "{}/model-00001-of-00002.safetensors: lacks stray, which the index says it holds"),
     (change_index(lambda files: files.pop(NORM)), DataError, "{}: its weights lack model.norm.weight; get the checkpoint"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -284,3 +285,34 @@ def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) 
         shutil.move(tmp_path / "elsewhere", saved)
         check(Script("recipes/train.py", *keys).wait())
         assert read_log(run) == read_log(undisturbed)
+def test_what_lies_at_the_name_of_the_lock(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/\.lock: cannot be locked: .*; remove what lies there, or give"):
+        lock_run(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user, which takes root")
+@pytest.mark.parametrize("name", ["", ".lock", "train_log.jsonl"])
+def test_a_run_that_another_user_began(tmp_path: Path, name: str) -> None:
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    tmp_path.chmod(0o777 if name else 0o755)
+    (tmp_path / (name or "config.yaml")).touch(mode=0o644)
+
+    def begin() -> None:
+        os.setgid(54321)
+        os.setuid(54321)
+        try:
+            theirs.send(lock_run(tmp_path))
+        except BaseException as error:
+            theirs.send(error)
+
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=begin)
+    process.start()
+    error = ours.recv()
+    process.join()
+    assert isinstance(error, ConfigError)
+    assert str(error) == (f"{tmp_path / name}: this run has files that cannot be written to: it is user 0's, this is 54321; "
+                          "give this one another run_name, or set log_folder")

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flame_composer.config import DataError
 from flame_composer.data import build_train_loader, open_dataset
-from flame_composer.reader import OpenShards
+from flame_composer.reader import FIELDS, OpenShards
 from flame_composer.sections import DataConfig, StreamConfig
 from tests.data_fixtures import byte_tokenizer
 
@@ -68,11 +69,12 @@ def test_a_shard_cut_short_after_it_was_checked(dataset, copy_of):
     rows = loader.dataset
     rows.get_item(0)
     (shard,) = open_under(folder)
-    os.truncate(shard, os.path.getsize(shard) - 1)
-    with pytest.raises(DataError, match=f"^{shard}: was cut short while it was read; restore it from a copy, or convert"):
+    os.truncate(shard, size := os.path.getsize(shard) - 1)
+    message = f"^{shard}: damaged shard: {size:,} bytes long, must be {size + 1:,}; restore it from a copy, or convert again"
+    with pytest.raises(DataError, match=message):
         rows.get_item(rows.streams[0].dataset.files[0].rows - 1)
 
 
 def test_a_shard_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        OpenShards().read(str(tmp_path / "shard.00000.mds"), 3, 0)
+        OpenShards().read(str(tmp_path / "shard.00000.mds"), 3, 0, np.zeros(FIELDS, np.uint64))
