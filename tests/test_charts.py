@@ -130,7 +130,8 @@ WRONG = [
     *((json.dumps(row(1, **wrong)) + "\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, or "
        "delete the line") for wrong in (
         {"current_steps": 10**400}, {"current_steps": True}, {"current_steps": -1}, {"current_steps": 1.0},
-        {"num_tokens": 10**400}, {"total_steps": None}, {"loss": True}, {"loss": [1]}, {"eval_loss": {}}, {"throughput": "x"}, {"grad_norm": False})),
+        {"num_tokens": 10**400}, {"total_steps": None}, {"loss": True},
+        {"loss": [1]}, {"eval_loss": {}}, {"throughput": "x"}, {"grad_norm": False})),
     ("\udcff", DataError, "LOG: cannot be read: not text"),
 ]  # fmt: skip
 
