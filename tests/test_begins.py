@@ -17,7 +17,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
-from flame_composer.checkpoint import find_newest, load_from_checkpoint
+from flame_composer.checkpoint import load_from_checkpoint
+from flame_composer.checkpoint_find import find_newest
 from flame_composer.ends import Ends, ends_in, ends_of
 from flame_composer.generate import Pieces
 from flame_composer.model import load_pretrained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_text_of_many_lines_is_cut_and_the_same(name):
 
 
 def with_token(**options) -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
+    tokenizer = copy.deepcopy(byte_tokenizer())  # which other tests share
     tokenizer.add_tokens(AddedToken(**options))
     return tokenizer
 
