@@ -22,8 +22,10 @@ INTRODUCTION = """# Configuration
 
 Every script is run as `script.py [file.yaml] [key=value ...]`: defaults, then the file, then the arguments. A key that does
 not exist, a value of the wrong type or one that breaks a rule ends the script with status 2 and one line that names it.
-`${key}` stands for another key's value and `${oc.env:NAME}` for an environment variable. `script.py --help` shows the same
-as this page, which is made from the code by `make docs`.
+`${key}` stands for another key's value and `${oc.env:NAME}` for an environment variable. A text is what was written:
+`run_name: 1.10` and `no` need no quotes. `null` is no value; in a file, the word itself is given in quotes. `~` at the
+beginning of a path is the home folder, and `$NAME` is not filled in. `script.py --help` shows the same as this page, which is
+made from the code by `make docs`.
 """
 EXTENSIONS = """### algorithms, callbacks, loggers
 
