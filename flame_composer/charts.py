@@ -159,8 +159,9 @@ def _read_lines(path: Path, notes: list[str], *, forgiving: bool = False) -> Ite
 
 
 def series(run: Run, key: str, smooth: int) -> Column:
-    """Steps and the values of a key; a value that is null is not a number, and leaves a gap. Means over `smooth` values."""
+    """Steps and the values of a key, or means over `smooth` of them; one that is null, or too large to draw, leaves a gap."""
     steps, values = run.columns[key]
+    values = np.where(np.abs(values) <= LARGEST, values, np.nan)
     width = min(smooth, len(values)) if key in SMOOTHED else 1
     return (steps[width - 1 :], _means(values, width)) if width > 1 else (steps, values)
 
@@ -199,7 +200,7 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    drawn = {run.place: thinned(*_drawable(series(run, chart.key, smooth))) for run in runs}
+    drawn = {run.place: thinned(*series(run, chart.key, smooth)) for run in runs}
     if not any(len(values) and np.isfinite(values).any() for _, values in drawn.values()):
         return None
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -212,7 +213,7 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
         marker = "o" if len(values) == 1 else None
         axes.plot(steps, values, color=color, linewidth=1.2, label=label, marker=marker, markersize=4)
         if chart.also is not None:
-            points = thinned(*_drawable(series(run, chart.also, 1)))
+            points = thinned(*series(run, chart.also, 1))
             if len(points[0]):
                 axes.plot(*points, color=color, linestyle="none", marker="D", markersize=4.5, markeredgecolor="white",
                           label=f"{label}, evaluation")
@@ -232,11 +233,6 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font does not have is seen in the page
         figure.savefig(buffer, dpi=DPI, format="png")
     return buffer.getvalue()
-
-
-def _drawable(column: Column) -> Column:
-    steps, values = column
-    return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -101,9 +101,11 @@ def expand_path(path: str, name: str) -> str:
 
 
 def require_no_braces(config: object, *names: str) -> None:
-    """Composer fills in what is in braces: {rank}, {run_name}; some of it when it saves, and not when it looks for it."""
+    """Composer fills in what is in braces, {rank} and {run_name}: in some places of a run, and not in others."""
     for name in names:
-        require(not set(getattr(config, name) or "") & set("{}"), name,
+        value = getattr(config, name)
+        is_default = value == getattr(type(config), name)  # whose ${...} is filled in where a configuration is loaded
+        require(is_default or not set(value or "") & set("{}"), name,
                 "must hold no braces, which Composer would fill in; write ${run_name} for the name of the run")
 
 

@@ -231,12 +231,15 @@ def _read_override(cls: type, argument: str) -> dict[Any, Any]:
             parts = _split_list(text[1:-1]) if is_list else [text]
             OmegaConf.create(_nested(key, parts))
             return _nested(key, list(map(as_it_stands, parts)) if is_list else as_it_stands(text))
-        node = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
-        assert isinstance(node, dict)
-        if "\\" in key:  # which has meanings of its own in OmegaConf; no key of ours has one
-            return node
-        place = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=0"]))
-        return _with_leaf(place, parse_yaml(text))
+        if "\\" in key:  # which has a meaning of its own in OmegaConf; no key of ours has one
+            unknown = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+            assert isinstance(unknown, dict)
+            return unknown
+        value = parse_yaml(text)
+        nested = OmegaConf.from_dotlist([f"{key}=0"])  # which knows what '[0]' in a key is
+        content = _with_leaf(OmegaConf.to_container(nested), value)
+        OmegaConf.create(plain(content))
+        return content
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, *BAD_TAGS) as error:  # IndexError: '[=1'
         reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else _told(error)
         raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None

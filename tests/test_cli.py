@@ -662,7 +662,7 @@ def test_names_of_runs_that_no_folder_can_have():
         with pytest.raises(ConfigError, match=re.escape("(it names folders)")):
             train(f"run_name={name}")
     assert train(f"run_name={'a' * 255}").run_name == "a" * 255
-    for name in ("a" * 256, "a" * 5000, "\u0416" * 128):
+    for name in ("a" * 256, "a" * 5000, "a" + "\u0416" * 128):
         message = message_of(lambda name=name: train(f"run_name={name}"))
         assert message.endswith(": must be no longer than 255 bytes (it names folders)")
         assert len(message) < 300
@@ -685,11 +685,12 @@ def test_a_thousand_streams_and_a_thousand_arguments_take_seconds():
     assert train(*(f"seed={i}" for i in range(1000))).seed == 999
     assert time.process_time() - begin < 15
     begin = time.process_time()
-    many = [f"train_data.streams.s{i}.choose={i or 'x'}" for i in reversed(range(500))]
+    many = [f"train_data.streams.s{i}.choose={i or 'x'}" for i in reversed(range(200))]
+    Path("many.yaml").write_text(yaml.safe_dump(content | {"train_data": {"streams": dict(list(streams.items())[:200])}}))
     assert message_of(lambda: load(TrainConfig, ["many.yaml", *many])) == (
         "command line: train_data.streams.s0.choose=x: must be int | None"
     )
-    assert time.process_time() - begin < 20
+    assert time.process_time() - begin < 10
 
 
 def test_of_two_mistakes_the_first_is_told():
