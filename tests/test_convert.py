@@ -271,7 +271,12 @@ def test_a_conversion_that_an_earlier_version_began_or_finished(corpus, mixed, m
     assert names == [["a.jsonl"], ["b.json"], ["c.jsonl.bz2"], ["d.jsonl.gz"], []], "each is a unit"
     began: list[bytes] = []
     begin = DatasetWriter.begin
-    monkeypatch.setattr(DatasetWriter, "begin", lambda self: (begin(self), began.append(Path("out/plan.json").read_bytes())))
+
+    def begin_and_note(self):
+        begin(self)
+        began.append(Path(self.out, "plan.json").read_bytes())
+
+    monkeypatch.setattr(DatasetWriter, "begin", begin_and_note)
     assert run_here(monkeypatch, "to_mds", *arguments, "out=out") == 0
     whole = files_under(corpus / "whole")
     (corpus / "out/plan.json").write_bytes(began[0])
@@ -285,7 +290,7 @@ def test_a_conversion_that_an_earlier_version_began_or_finished(corpus, mixed, m
     assert re.search(r"other settings: formats \(\"3 jsonl, 1 text, hash .*\" there, \"4 jsonl, hash .*\" now\); name", error)
     without = (*MIXED, f"source={files.replace(str(mixed / 'b.json') + ',', '')}")
     assert run_here(monkeypatch, "to_mds", *without, "out=three") == 0
-    (corpus / "three/plan.json").write_bytes(began[0])
+    (corpus / "three/plan.json").write_bytes(began[-1])
     as_an_earlier_version_left_it(corpus / "three", {})
     (corpus / "three/plan.json").unlink()
     capsys.readouterr()
