@@ -397,7 +397,7 @@ def test_workers_that_are_stopped_end_with_the_process_in_charge(corpus: Corpus,
         started = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
     os.killpg(pid, signal.SIGSTOP)
     script.process.kill()
-    script.process.join(timeout=30)
+    script.wait()
     try:
         assert psutil.wait_procs(started, timeout=10)[1] == []
     finally:
