@@ -180,7 +180,7 @@ def claim_shared_memory(_streams_local: Any, _streams_remote: Any, world: World)
     open, and never removes what killed jobs left, so that after some hundred of them no file can be opened any more.
     """
     folder = JobFolder() if world.is_local_leader else None
-    path = dist.all_gather_object(folder and str(folder.path))[dist.get_global_rank() - dist.get_local_rank()]
+    path = dist.all_gather_object(str(folder.path) if folder else "")[dist.get_global_rank() - dist.get_local_rank()]
     return path, folder or JobFolder(path)
 
 

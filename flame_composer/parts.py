@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from flame_composer import storage
 from flame_composer.config import ConfigError, DataError
 from flame_composer.documents import MAX_DOCUMENT_BYTES
 from flame_composer.formats import format_by_suffix
@@ -211,6 +212,9 @@ class PartsFolder:
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise ConfigError(f"{self.key}: {self.out}: holds what convert/clean.py did not write; name another folder")
+        if not _is_whole(content, path.name):
+            raise DataError(f"{path}: damaged: a key is missing, or of another kind; remove its folder and run the command "
+                            "again")
         return content
 
     def _refuse_difference(self, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -219,6 +223,33 @@ class PartsFolder:
         if shown:
             raise ConfigError(f"{self.key}: {self.out}: holds a cleaning with other settings: {', '.join(shown)}; name another "
                               f"{self.key}, or remove this folder")
+
+
+def _is_whole(content: dict[str, Any], name: str) -> bool:
+    """Whether a manifest.json, or a plan.json, holds what is read from it."""
+    kinds: dict[str, type] = {"settings": dict, "versions": dict}
+    if name == "manifest.json":
+        kinds |= {"inputs": str, "counts": dict, "parts": list}
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        return False
+    for part in content.get("parts", ()):
+        names = part.get("name") if isinstance(part, dict) else None
+        if not isinstance(names, str) or not all(map(storage.is_plain_name, names.split("/"))):
+            return False
+        if not isinstance(part.get("bytes"), int):
+            return False
+    return name != "manifest.json" or _are_counts(content["counts"])
+
+
+def _are_counts(content: dict[str, Any]) -> bool:
+    try:
+        counts = Counts.from_json(content)
+        removed = [number for reasons in counts.removed.values() for number in reasons.values()]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    numbers = [value for value in vars(counts).values() if not isinstance(value, dict)]
+    are_numbers = all(type(number) is int and number >= 0 for number in (*numbers, *removed, *counts.changed.values()))
+    return are_numbers and set(counts.removed) <= set(STEPS) and counts.balances
 
 
 def publish_file(path: Path, content: dict[str, Any]) -> None:

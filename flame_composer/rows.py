@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +22,7 @@ from streaming.base.world import World
 
 from flame_composer.config import DataError, InvalidField, one_line
 from flame_composer.fetch import Shards
-from flame_composer.machine import Memory, allow_files, claim_shared_memory, path_in
+from flame_composer.machine import JobFolder, Memory, allow_files, claim_shared_memory, path_in
 from flame_composer.reader import FIELDS, MAX_OPEN, OpenShards, ShardReader, Unchecked
 
 
@@ -44,7 +43,8 @@ class Rows(StreamingDataset):
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
         self.opened = OpenShards(most_open)  # of all streams together: a process may have so many files and no more
         # Which files were found whole, known to all processes of the machine, so that each is hashed once.
-        self._memory = Memory(path_in(str(self._locals_shm.path), "whole"), size=len(self.files) * FIELDS * 8)
+        self._folder = cast(JobFolder, self._locals_shm).path
+        self._memory = Memory(path_in(str(self._folder), "whole"), size=len(self.files) * FIELDS * 8)
         self._whole = np.frombuffer(self._memory.buf, np.uint64, len(self.files) * FIELDS).reshape(-1, FIELDS)
         for reader, whole in zip(cast(list[ShardReader], self.shards), self._whole, strict=True):
             reader.opened, reader.whole = self.opened, whole
@@ -128,7 +128,7 @@ class Rows(StreamingDataset):
         As upstream, one process of a machine lays out the epoch for all of them, but through a file in the job's folder.
         """
         worker = self._unique_worker_world
-        shared = Path(self._locals_shm.path, "epoch")
+        shared = self._folder / "epoch"
         if worker.is_local_leader:
             batches_left = self.batches_per_epoch - math.ceil(sample_in_epoch / self.global_batch_size)
             order = self.lay_out(epoch, sample_in_epoch)[: max(0, batches_left)]

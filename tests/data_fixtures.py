@@ -79,3 +79,26 @@ def streaming_dataset(local: Path | str, **options: Any) -> StreamingDataset:
     the lock. (`rows.Rows` has numbers of its own.)"""
     with FileLock(Path(tempfile.gettempdir(), "flame_composer.lock")):
         return StreamingDataset(local=str(local), shuffle=False, batch_size=1, **options)
+
+
+# What a foreign file may hold in place of what belongs there
+WRONG: list[Any] = [None, True, -1, 0, 3, 1.5, 10**30, "", "text", "64mb", [], [1], {}, {"a": 1}]
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value of JSON is; of a list, in its first item."""
+    inner = content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    return [*([path] if path else []), *(place for key, value in inner for place in places(value, (*path, key)))]
+
+
+def altered(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of JSON `content` with another value at `path`, or without it for `...`."""
+    content = json.loads(json.dumps(content))
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content

@@ -40,11 +40,12 @@ from flame_composer.clean_config import (
     RayConfig,
     SlurmConfig,
 )
+from flame_composer.config import ConfigError, DataError
 from flame_composer.corpus import find_files
 from flame_composer.manifest import dump_json
-from flame_composer.parts import PartsFolder, inputs_of
+from flame_composer.parts import Counts, PartsFolder, inputs_of, report
 from flame_composer.shards import plan_units
-from tests.data_fixtures import byte_tokenizer, files_under, write_configurations
+from tests.data_fixtures import WRONG, altered, byte_tokenizer, files_under, places, write_configurations
 from tests.runs import ROOT, Script, check, last_json, run_script
 
 NOUNS = (  # noqa: SIM905
@@ -596,3 +597,29 @@ def test_near_duplicates_are_found_as_the_keys_say(tmp_path: Path) -> None:
     assert (signature.config.n_grams, signature.config.num_buckets, signature.config.hashes_per_bucket) == (3, 4, 2)
     assert signature.config.seed == 9
     assert stages["find similar"].tasks == 4
+
+
+def test_whatever_the_manifest_of_a_finished_folder_holds_is_answered_in_one_line(tmp_path: Path) -> None:
+    folder = PartsFolder("out", str(tmp_path / "out"), {"compression": "none", "step": {"a": 1}}, {"datatrove": "0"}, ())
+    folder.begin()
+    part = folder.part(0)
+    part.parent.mkdir()
+    part.write_text('{"id": "1", "text": "a"}\n')
+    folder.publish(Counts(documents=2, empty=1, out=1, characters=1, characters_out=1))
+    content = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert folder.finished() == content
+    refused = 0
+    for path in places(content):
+        for value in (..., *WRONG, "../manifest.json", "/etc/passwd"):
+            changed = altered(content, path, value)
+            (tmp_path / "out/manifest.json").write_text(json.dumps(changed))
+            try:
+                found = folder.finished()
+            except (ConfigError, DataError) as error:
+                found = None
+                refused += 1
+                shown = str(error)
+            assert found is not None or "\n" not in shown
+            if found is not None:
+                report(found)
+    assert refused > 100

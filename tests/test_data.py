@@ -30,7 +30,7 @@ from flame_composer.rows import Rows
 from flame_composer.sections import DataConfig, EvalDataConfig
 from flame_composer.tokenizer import load_tokenizer
 from tests.conftest import CONTEXT_LENGTH
-from tests.data_fixtures import byte_tokenizer
+from tests.data_fixtures import WRONG, altered, byte_tokenizer, places
 
 Row = tuple[int, ...]
 Copy = Callable[[Path], Path]
@@ -422,27 +422,6 @@ def test_each_shard_is_hashed_once_by_all_processes_of_a_machine(dataset, copy_o
 
 
 # What an index or a manifest may hold
-
-
-WRONG: list[Any] = [None, True, -1, 0, 3, 1.5, 10**30, "", "text", "64mb", [], [1], {}, {"a": 1}]
-
-
-def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a value of JSON is; of a list, in its first item."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
-    return [*([path] if path else []), *(place for key, value in inner for place in places(value, (*path, key)))]
-
-
-def altered(content: Any, path: tuple[Any, ...], value: Any) -> Any:
-    content = json.loads(json.dumps(content))
-    inner = content
-    for key in path[:-1]:
-        inner = inner[key]
-    if value is ...:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    return content
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
