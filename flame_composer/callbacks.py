@@ -50,8 +50,9 @@ class JsonlLog(Callback):
 
     Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), grad_norm (of the whole
     gradient, before it is clipped; null if not finite), learning_rate (of this step), epoch, percentage, num_tokens (seen so
-    far), throughput (tokens per second of this step over all devices), with eval_loss and eval_perplexity on the steps that
-    evaluate, tasks on those that take scores, batch_hash if asked for, and with several streams what has come of each.
+    far), throughput (tokens per second of this step over all devices; null if the clock was set back), with eval_loss and
+    eval_perplexity on the steps that evaluate, tasks on those that take scores, batch_hash if asked for, and with several
+    streams what has come of each.
 
     A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
     after it, which it computes again.
@@ -137,7 +138,7 @@ class JsonlLog(Callback):
         assert time.batch_wct is not None
         assert state.previous_timestamp is not None
         step_tokens = time.token.value - state.previous_timestamp.token.value
-        loss = state.total_loss_dict["loss/train/total"]
+        loss, seconds = state.total_loss_dict["loss/train/total"], time.batch_wct.total_seconds()
         row: dict[str, Any] = {
             "current_steps": time.batch.value,
             "total_steps": self.plan.total,
@@ -147,7 +148,7 @@ class JsonlLog(Callback):
             "epoch": round(time.batch.value / self.plan.per_epoch, 6),
             "percentage": round(100 * time.batch.value / self.plan.total, 4),
             "num_tokens": time.token.value,
-            "throughput": round(step_tokens / time.batch_wct.total_seconds(), 1),
+            "throughput": round(step_tokens / seconds, 1) if seconds > 0 else None,
         }
         if self._evaluation is not None:
             row |= self._evaluation
@@ -169,7 +170,7 @@ class JsonlLog(Callback):
         return {
             "steps": state.timestamp.batch.value,
             "train_tokens": state.timestamp.token.value,
-            "tokens_per_second": round(state.timestamp.token.value / seconds, 1) if seconds else None,
+            "tokens_per_second": round(state.timestamp.token.value / seconds, 1) if seconds > 0 else None,
             **{f"{name}_initial": value for name, value in self.initial_evaluation.items()},
             **self.last_evaluation,
         }
@@ -195,8 +196,9 @@ def build_log(
 def describe(row: dict[str, Any]) -> str:
     """A row of the log as a line for people."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    speed = "unknown" if row["throughput"] is None else f"{row['throughput']:,.0f}"
     line = (f"step {row['current_steps']}/{row['total_steps']}  loss {loss}  lr {row['learning_rate']:.2e}  "
-            f"{row['throughput']:,.0f} tokens/s  {row['num_tokens']:,} tokens")
+            f"{speed} tokens/s  {row['num_tokens']:,} tokens")
     if "eval_loss" in row:
         line += f"  eval loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.1f}"
     for task, scores in row.get("tasks", {}).items():
@@ -333,7 +335,7 @@ def announce(
                  "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         path = log_folder / "starts.jsonl"
         with _writing(path), path.open("a", encoding="utf-8") as starts:
-            starts.write(json.dumps(start) + "\n")
+            starts.write(("\n" if _is_cut_short(path) else "") + json.dumps(start) + "\n")
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {state.device.name}, "
           f"{state.max_duration.value:,} steps; logs in {log_folder}", flush=True)
@@ -341,6 +343,14 @@ def announce(
         time = state.timestamp
         print(f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value}, row "
               f"{time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen", flush=True)
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether the last line has no end, as a kill or a full disk leaves it: what is written next would be part of it."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() not in (b"", b"\n")
 
 
 def hash_row(input_ids: torch.Tensor) -> int:
@@ -353,9 +363,12 @@ def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None =
     """Drop the rows after `last_step`, and what is no row, such as one that a kill cut short.
 
     Replaces the file in one step. `evaluation` goes into the row of `last_step`, where it would have been. What is dropped
-    from the middle is named in a warning. Returns which of the steps up to `last_step` have no row.
+    from the middle is named in a warning. Of several rows of a step the last stays, and rows are put in order. Returns
+    which of the steps up to `last_step` have no row.
     """
-    kept, steps = [], set()
+    kept: dict[int, bytes] = {}
+    moved: set[int] = set()  # steps with several rows, or rows that come after one of a later step
+    max_step = 0
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         row = _row(line)
@@ -368,14 +381,19 @@ def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None =
         if evaluation is not None and row["current_steps"] == last_step:
             after = {key: row.pop(key) for key in ("batch_hash", "streams") if key in row}
             line = json.dumps(row | evaluation | after).encode()
-        steps.add(row["current_steps"])
-        kept.append(line + b"\n")
+        step = row["current_steps"]
+        if step <= max_step:
+            moved.add(step)
+        kept[step], max_step = line + b"\n", max(max_step, step)
+    if moved:
+        log.warning("warning: %s: several rows, or rows out of order, of %s: put in order, and the last of each step is kept",
+                    path, _ranges([range(step, step + 1) for step in sorted(moved)]))
     if path.exists():
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
+        temporary.write_bytes(b"".join(kept[step] for step in sorted(kept)))
         flush(temporary)
         os.replace(temporary, path)
-    borders = [0, *sorted(steps), last_step + 1]
+    borders = [0, *sorted(kept), last_step + 1]
     return [range(before + 1, after) for before, after in itertools.pairwise(borders) if after > before + 1]
 
 

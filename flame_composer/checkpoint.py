@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +31,14 @@ from flame_composer.checkpoint_find import (
     find_start,
     has_head,
     list_checkpoints,
+    list_torsos,
     look_at,
     remove_copy,
+    step_of,
 )
 from flame_composer.checkpoint_model import model_from, tokenizer_from
 from flame_composer.checkpoint_read import Checkpoint, read_checkpoint, read_content, read_for_composer
-from flame_composer.config import ConfigError, DataError, StoreError, one_line
+from flame_composer.config import GOES_ON, ConfigError, DataError, StoreError, TrainingError, one_line
 from flame_composer.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.folders import flush, new_folder
 from flame_composer.foreign import count_not_finite, warn_not_finite
@@ -48,6 +52,9 @@ UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint
 VERIFY_SECONDS = 60  # after so long, looking at what lies in the folder goes on when the next checkpoint is saved
 # No attempt begins later than so long after the first. At a store that hangs each takes three minutes.
 UPLOAD_SECONDS = 260
+
+# Of what torch says of a file that it cannot write (2.7).
+_CANNOT_WRITE = re.compile("PytorchStreamWriter|Parent directory .* does not exist|open file failed")
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +111,9 @@ class SaveCheckpoints(Callback):
         dist.barrier()  # every rank has read what it goes on from
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
-            for left in self.staging.glob("*ba*" if storage.is_url(self.folder) else "unfinished-*"):
-                remove_copy(left)
+            for left in self.staging.glob("*ba*" if storage.is_url(self.folder) else "unfinished-ba*"):
+                if storage.is_url(self.folder) or step_of(left.name.removeprefix("unfinished-")) is not None:
+                    remove_copy(left)
         if dist.get_global_rank() == 0:
             if self.start is not None:
                 self._know(self.start.place, True)
@@ -135,13 +143,14 @@ class SaveCheckpoints(Callback):
         place = storage.join(self.folder, name)
         if place == self.saved:
             return
-        if dist.get_global_rank() == 0:
-            self._flush_log()
-        temporary = self.staging / f"unfinished-{name}"
-        (self._save_pieces if in_pieces else self._save_file)(state, temporary, place)
-        if dist.get_global_rank() == 0:
-            if not storage.is_url(place):
+        with _saving(place):
+            if dist.get_global_rank() == 0:
+                self._flush_log()
+            temporary = self.staging / f"unfinished-{name}"
+            (self._save_pieces if in_pieces else self._save_file)(state, temporary, place)
+            if dist.get_global_rank() == 0 and not storage.is_url(place):
                 flush(Path(self.folder))
+        if dist.get_global_rank() == 0:
             self._know(place, True)
             self._rotate()
         dist.barrier()
@@ -218,7 +227,7 @@ class SaveCheckpoints(Callback):
         if self.num_to_keep <= 0:
             return
         until = time.monotonic() + VERIFY_SECONDS
-        num_whole = 0
+        num_whole, oldest = 0, None
         try:
             for place in list_checkpoints(self.folder):
                 if num_whole >= self.num_to_keep:
@@ -227,8 +236,13 @@ class SaveCheckpoints(Callback):
                     return
                 else:
                     num_whole += self._counts(place)
-        except (ConfigError, DataError) as error:
-            log.warning("warning: %s: no old checkpoint is deleted this time: %s", self.folder, error)
+                    oldest = step_of(place)
+            if num_whole >= self.num_to_keep:
+                assert oldest is not None
+                for place in list_torsos(self.folder, before=oldest):
+                    self._delete(place)
+        except (ConfigError, DataError, OSError) as error:
+            log.warning("warning: %s: no old checkpoint is deleted this time: %s", self.folder, one_line(error))
 
     def _know(self, place: str, is_whole: bool) -> None:
         self._is_whole[place] = _stat(place), is_whole
@@ -255,11 +269,37 @@ class SaveCheckpoints(Callback):
         if place in self._stays:
             return
         try:
-            _delete(place)
+            self._remove(place)
             self._is_whole.pop(place, None)
         except (ConfigError, StoreError, OSError) as error:
             self._stays.add(place)
             log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
+
+    def _remove(self, place: str) -> None:
+        if not storage.is_url(place) and os.path.islink(place):
+            os.unlink(place)  # and not what it leads to, which may be another run's
+        elif place.endswith(".pt"):
+            storage.delete(place)
+        elif storage.is_url(place):
+            storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
+            storage.delete_folder(place)
+        else:
+            left = self.staging / f"unfinished-{Path(place).name}"  # which the next start clears away after a kill
+            os.rename(place, left)
+            shutil.rmtree(left)
+
+
+@contextmanager
+def _saving(place: str) -> Iterator[None]:
+    """Raise TrainingError, with the checkpoint's name, if the disk does not take it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not _CANNOT_WRITE.search(str(error)):
+            raise
+        disk = next((each for each in (error, error.__context__) if isinstance(each, OSError)), error)
+        reason = disk.strerror if isinstance(disk, OSError) else "is the disk full?"
+        raise TrainingError(f"{place}: cannot be saved: {reason}; {GOES_ON}") from None
 
 
 def find_start_of(
@@ -298,16 +338,6 @@ def _is_taken(place: str) -> bool:
     if storage.is_url(place):
         return bool(storage.stat(place) or storage.ls(place))
     return os.path.lexists(place)
-
-
-def _delete(place: str) -> None:
-    if not storage.is_url(place) and os.path.islink(place):
-        os.unlink(place)  # and not what it leads to, which may be another run's
-    elif has_head(place):
-        storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
-        storage.delete_folder(place)
-    else:
-        storage.delete(place)
 
 
 def _upload(file: Path, place: str) -> None:

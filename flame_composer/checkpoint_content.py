@@ -7,6 +7,7 @@ weights. All is looked at here before a checkpoint is chosen.
 from __future__ import annotations
 
 import datetime
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from transformers import PretrainedConfig
 from flame_composer import pieces
 from flame_composer.config import DataError, one_line
 from flame_composer.model import build_or_load
-from flame_composer.optim import CLASS_NAMES
+from flame_composer.optim import CLASS_NAMES, decay_of
+from flame_composer.sections import OptimizerConfig
 from flame_composer.train_config import TrainConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,12 +49,14 @@ class OtherRun(DataError):
 class Needed(NamedTuple):
     """What a run's checkpoints hold: the shapes of its weights, and an optimizer's state of those it trains.
 
-    A weight with several names (a tied embedding) has its state under one of them.
+    A weight with several names (a tied embedding) has its state under one of them. `settings` are those of the
+    optimizer's groups, by whether it is of matrices: the ones in a checkpoint take the place of a run's own.
     """
 
     weights: Shapes
     trained: Sequence[tuple[str, ...]]
     optimizer: str
+    settings: Mapping[bool, Mapping[str, Any]]
 
 
 def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed:
@@ -64,7 +68,14 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(prefix + name)
     weights = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Needed(weights, [tuple(each) for each in names.values()], CLASS_NAMES[config.optimizer.name])
+    return Needed(
+        weights, [tuple(each) for each in names.values()], CLASS_NAMES[config.optimizer.name], _settings(config.optimizer)
+    )
+
+
+def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
+    common = {"betas": tuple(config.betas), "eps": config.eps, "amsgrad": False, "maximize": False}
+    return {is_matrix: {**common, "weight_decay": decay_of(config, is_matrix=is_matrix)} for is_matrix in (True, False)}
 
 
 def check_content(content: Any, place: str, *, step: int | None, needed: Needed | None) -> None:
@@ -85,6 +96,7 @@ def check_content(content: Any, place: str, *, step: int | None, needed: Needed 
             _check_optimizer(optimizers, shapes, needed)
             _check_rest(content)
             _check_callbacks(content)
+            _check_numbers(weights, optimizers, needed)
             _check_averages(content["state"], weights[0], shapes)
     except _Other as error:
         raise OtherRun(f"{place}: {error}") from None
@@ -143,8 +155,8 @@ def _check_clock(clock: dict[str, Any], step: int | None) -> None:
         if not 0 <= _part(clock, int, name) < 2**63:
             raise _Lack(f"its clock's {name} is {clock[name]}")
     for name in _WALL_CLOCK:
-        if not isinstance(clock.get(name), datetime.timedelta | None):
-            raise _Lack(f"its clock's {name} is a {type(clock[name]).__name__}")
+        if not isinstance(clock.get(name), datetime.timedelta | None) or (name == "total_wct" and clock.get(name) is None):
+            raise _Lack(f"its clock's {name} is a {type(clock.get(name)).__name__}")
     if step is not None and clock["batch"] != step:
         raise _Lack(f"it is of step {clock['batch']}, and not of the {step} in its name")
 
@@ -168,8 +180,10 @@ def _check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> N
         raise _Other(f"its optimizer is {', '.join(found)[:100]}, and this run's {needed.optimizer}")
     path = f"optimizers.{needed.optimizer}"
     states = [_part(each, dict, needed.optimizer, "state") for each in optimizers]
-    grouped = {name for group in _part(optimizers[0], list, needed.optimizer, "param_groups")
-               for name in _part(group, list, "params")}
+    grouped: dict[str, None] = {}
+    for group in _part(optimizers[0], list, needed.optimizer, "param_groups"):
+        _check_settings(group, shapes, needed)
+        grouped |= dict.fromkeys(_part(group, list, "params"))
     for names in needed.trained:
         name = next((name for name in names if name in states[0] and name in grouped), None)
         if name is None:
@@ -180,6 +194,47 @@ def _check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> N
                 raise _Lack(f"its {path}.state.{name}.{moment} is not of the shape of its weights")
         if "step" not in states[0][name]:
             raise _Lack(f"it has no {path}.state.{name}.step")
+        if not 0 <= float(states[0][name]["step"]) < 2**53:  # below, the next step divides by zero
+            raise _Lack(f"its {path}.state.{name}.step is {states[0][name]['step']}")
+
+
+def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
+    path = f"optimizers.{needed.optimizer}.param_groups"
+    for name in _part(group, list, "params"):
+        if name not in shapes:
+            raise _Lack(f"its {path} name {str(name)[:100]!a}, which it has no weights of")
+        for setting, value in needed.settings[len(shapes[name]) >= 2].items():
+            if setting not in group and value is not False:
+                raise _Lack(f"its {path} have no {setting}")
+            found = group.get(setting, False)
+            if (tuple(found) if isinstance(found, list) else found) != value:
+                raise _Other(f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's {setting}={value}")
+
+
+def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) -> None:
+    """No training goes on from weights or moments that are no real numbers: it would save what it makes of them first."""
+    states = [each[needed.optimizer]["state"] for each in optimizers]
+    for names in needed.trained:
+        for name in names:
+            _require_numbers(f"model.{name}", [each[name] for each in weights])
+        name = next(name for name in names if name in states[0])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            path = f"optimizers.{needed.optimizer}.state.{name}.{moment}"
+            _require_numbers(path, [each[name][moment] for each in states], squared=moment == "exp_avg_sq")
+
+
+def _require_numbers(path: str, parts: list[Any], *, squared: bool = False) -> None:
+    """A square may be infinite, as that of a finite gradient can be, but not below zero: its root is taken."""
+    for tensor in pieces.tensors(parts):
+        if not tensor.is_floating_point():
+            raise _Lack(f"its {path} is of type {str(tensor.dtype).removeprefix('torch.')}")
+        if not tensor.numel():
+            continue
+        least, most = (bound.item() for bound in tensor.aminmax())  # both NaN if there is one
+        if squared and least < 0:
+            raise _Lack(f"its {path} has values below zero")
+        if not (least >= 0 if squared else math.isfinite(least) and math.isfinite(most)):
+            raise _Lack(f"its {path} has values that are infinite or not a number")
 
 
 def _check_rest(content: dict[str, Any]) -> None:
@@ -187,6 +242,9 @@ def _check_rest(content: dict[str, Any]) -> None:
     for name in ("epoch", "sample_in_epoch"):
         if _part(content, int, "state", "dataset_state", "train", name) < 0:
             raise _Lack(f"its place in the data is {content['state']['dataset_state']['train']}")
+    for name, least in (("shuffle_seed", 0), ("num_canonical_nodes", 1)):  # which lay out the rows
+        if _part(content, int, "state", "dataset_state", "train", name) < least:
+            raise _Lack(f"its state.dataset_state.train.{name} is {content['state']['dataset_state']['train'][name]}")
     _check_random(_part(content, list, "rng"), "rng")
     for pair in _part(content, list, "state", "algorithms") if "algorithms" in content["state"] else ():
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], dict)):
@@ -215,6 +273,9 @@ def _check_callbacks(content: dict[str, Any]) -> None:
     callbacks = content["state"]["callbacks"]
     for name, kind in _MADE_FROM.items():
         _part(callbacks["Schedule"]["made_from"], kind, name)
+    step, num_used = content["state"]["timestamp"]["Timestamp"]["batch"], callbacks["Schedule"]["num_used"]
+    if num_used != step:
+        raise _Lack(f"its clock is at step {step}, and its schedule at {num_used}")
     _check_random(callbacks["RandomState"]["rng"], "state.callbacks.RandomState.rng")
     for callback, state in callbacks.items():
         if not isinstance(state, dict):
@@ -231,5 +292,5 @@ def _check_averages(state: dict[str, Any], weights: dict[str, Any], shapes: Shap
     tensors = {name: part["part"] if isinstance(part, dict) else part for name, part in weights.items()}
     averaged = {name: shapes[name] for name, tensor in tensors.items() if tensor.is_floating_point()}
     for algorithm, average in _averages(state):
-        if {name: tuple(tensor.shape) for name, tensor in average.items()} != averaged:
+        if {name: pieces.shape([tensor]) for name, tensor in average.items()} != averaged:
             raise _Lack(f"its average of {algorithm} has not the names and shapes of its weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -36,18 +37,48 @@ def step_of(place: str) -> int | None:
 def has_head(place: str) -> bool:
     """Whether `place` is a folder with the head of a checkpoint in pieces, whatever state that is in."""
     head = storage.join(place, pieces.HEAD)
-    return storage.stat(head) is not None if storage.is_url(place) else os.path.lexists(head)
+    return storage.stat(head) is not None if storage.is_url(place) else _is_there(head)
+
+
+def _is_there(path: str) -> bool:
+    """As `os.path.lexists`, but what this user may not see, or the disk does not answer for, is there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return True
 
 
 def list_checkpoints(folder: str) -> list[str]:
     """Return the checkpoints in a folder, newest first, damaged ones included; not what was never finished."""
+    return [place for place in _named(folder) if place.endswith(".pt") or has_head(place)]
+
+
+def list_torsos(folder: str, before: int) -> list[str]:
+    """Return the checkpoints in pieces of steps `before` one that have pieces and no head.
+
+    A kill leaves them while one is deleted, or uploaded. A folder that holds anything else is none.
+    """
+    torsos = []
+    for place in _named(folder):
+        step = step_of(place)
+        if step is not None and step < before and not place.endswith(".pt") and not has_head(place):
+            names = storage.ls(place)
+            if names and all(map(pieces.is_name, names)):
+                torsos.append(place)
+    return torsos
+
+
+def _named(folder: str) -> list[str]:
+    """Return what has a checkpoint's name in a folder, newest first."""
     try:
-        names = storage.ls(folder)
+        names = storage.ls(folder) if storage.is_url(folder) else os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be read: {error.strerror}; let this user read it") from None
     found = [(step, storage.join(folder, name)) for name in names if (step := step_of(name)) is not None]
-    places = [place for _, place in sorted(found, reverse=True)]
-    return [place for place in places if place.endswith(".pt") or has_head(place)]
+    return [place for _, place in sorted(found, reverse=True)]
 
 
 def look_at(place: str, staging: Path, needed: Callable[[], Needed] | None = None) -> Checkpoint | None:
@@ -113,6 +144,8 @@ def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> Dat
     except StoreError:
         raise
     except DataError as error:
+        if storage.is_url(place):
+            remove_copy(staging / place.rpartition("/")[2])  # the next one may need the room
         return error
 
 
@@ -145,12 +178,12 @@ class _Failed(NamedTuple):
 def _local(place: str, staging: Path) -> Path:
     """The file that a checkpoint is read from."""
     there = staging / place.rpartition("/")[2] if storage.is_url(place) else Path(place)
-    return there / pieces.HEAD if there.is_dir() and os.path.lexists(there / pieces.HEAD) else there
+    return there / pieces.HEAD if os.path.isdir(there) and _is_there(str(there / pieces.HEAD)) else there
 
 
 def _fetched(place: str, staging: Path) -> Checkpoint | None:
     if not storage.is_url(place):
-        return Checkpoint(place, _local(place, staging)) if os.path.lexists(place) else None
+        return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
     copy = staging / place.rpartition("/")[2]
     head = storage.stat(storage.join(place, pieces.HEAD))
     there = head or storage.stat(place)

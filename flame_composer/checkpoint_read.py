@@ -66,6 +66,9 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
             _read_file(storage.join(place, name), file.with_name(name), verify=verify)
             for name in map(pieces.name_of, range(num_pieces(content, place)))
         ]
+    elif isinstance(content, dict) and "pieces" in content:
+        # Who looked at its pieces would be content, and who loads it looks for no pieces.
+        raise DataError(f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file")
     return content
 
 

@@ -29,8 +29,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay_of(config, is_matrix=True)},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": decay_of(config, is_matrix=False)},
     ]
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -41,6 +41,10 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
         return Lamb(groups, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
+
+
+def decay_of(config: OptimizerConfig, *, is_matrix: bool) -> float:
+    return config.weight_decay if is_matrix else 0.0
 
 
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:

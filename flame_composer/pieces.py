@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ HEAD = "state.pt"
 
 def name_of(number: int) -> str:
     return f"piece{number}.pt"
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` is one that `name_of` gives."""
+    return re.fullmatch(r"piece(0|[1-9][0-9]{0,8})\.pt", name) is not None
 
 
 def save(state: State, folder: Path) -> list[Path]:
@@ -73,11 +79,11 @@ def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
     """Return the shape of the tensor that `parts` are all pieces of, or that the one of them is.
 
-    None if they are something else: pieces of several tensors, or with rows missing or twice.
+    None if they are something else: pieces of several tensors, with rows missing or twice, or tensors without values.
     """
     if isinstance(parts[0], torch.Tensor):
-        return tuple(parts[0].shape)
-    if not all(map(_is_piece, parts)) or not all(isinstance(part["part"], torch.Tensor) for part in parts):
+        return tuple(parts[0].shape) if _has_values(parts[0]) else None
+    if not all(map(_is_piece, parts)) or not all(_has_values(part["part"]) for part in parts):
         return None
     whole, rows = parts[0]["shape"], 0
     if not isinstance(whole, list) or not whole or any(type(size) is not int for size in whole):
@@ -121,6 +127,21 @@ def _piece_of(tensor: DTensor) -> dict[str, Any]:
 def _start(tensor: DTensor) -> int:
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return offsets[0]
+
+
+def _has_values(tensor: Any) -> bool:
+    """Whether it is a plain tensor. One of the meta device is copied from without a word, and nothing is copied."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+    )
+
+
+def tensors(parts: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the tensors that `parts` are, or that they hold as pieces of one."""
+    return [part["part"] if _is_piece(part) else part for part in parts]
 
 
 def _is_piece(value: Any) -> bool:

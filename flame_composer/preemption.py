@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from filelock import FileLock, Timeout
 
-from flame_composer import processes
+from flame_composer import processes, storage
 from flame_composer.checkpoint import SaveCheckpoints
 from flame_composer.config import ConfigError
 
@@ -141,6 +141,19 @@ class UntilAsked:
             yield batch
 
 
+def lock_folders(
+    log_folder: str, save_folder: str | None, held: Mapping[Path, FileLock | None] = MappingProxyType({}),
+    seconds: float = LOCK_SECONDS,
+) -> dict[Path, FileLock | None]:
+    """Keep both folders of a run for this process, as `lock_run` does: another run may save in the same one.
+
+    Those that are `held` already stay so. What is in an object store cannot be kept.
+    """
+    places = [log_folder, *([save_folder] if save_folder and not storage.is_url(save_folder) else [])]
+    folders = {os.path.realpath(place): Path(place) for place in places}.values()
+    return {folder: held.get(folder) or lock_run(folder, seconds) for folder in folders}
+
+
 def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
     """Keeps `folder`, which a run writes to, for this process until it ends.
 
@@ -153,15 +166,15 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
     _require_own(folder)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if seconds:
-            print(f"{folder}: waiting for another process that trains this run", file=sys.stderr, flush=True)
         try:
-            lock.acquire(timeout=seconds)
+            lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError(f"{folder}: another process is training this run; wait until it has ended, or give this one "
-                              "another run_name") from None
+            if seconds:
+                print(f"{folder}: waiting for another process that trains this run", file=sys.stderr, flush=True)
+            lock.acquire(timeout=seconds)
+    except Timeout:
+        raise ConfigError(f"{folder}: another process is training this run; wait until it has ended, or give this one "
+                          "another run_name (and other folders)") from None
     except OSError as error:
         raise ConfigError(f"{folder / '.lock'}: cannot be locked: {error.strerror}; remove what lies there, or give this run "
                           "another run_name") from None

@@ -19,7 +19,7 @@ def main(config: TrainConfig) -> None:
 
     from flame_composer import callbacks, checkpoint, data, evaluate, gradients, model, optim, parallelism, watch
     from flame_composer.extensions import build_extensions
-    from flame_composer.preemption import Preemption, lock_run
+    from flame_composer.preemption import Preemption, lock_folders
     from flame_composer.tokenizer import load_tokenizer
 
     listen_to_signals()  # which Composer has taken
@@ -30,7 +30,7 @@ def main(config: TrainConfig) -> None:
     hf_config = model.new_hf_config(config.model, tokenizer, config.context_length)
     named = build_extensions(config)
     log_folder, save_folder, staging = Path(config.log_folder), config.save_folder, Path(config.log_folder, "staging")
-    lock = lock_run(log_folder)
+    locks = lock_folders(config.log_folder, save_folder)
 
     dist.initialize_dist(device := get_device(), timeout=(config.stall_timeout or 86400) + 60)  # the watchdog says more
     start, needed = checkpoint.find_start_of(config, staging, hf_config)  # the same on every rank
@@ -86,7 +86,7 @@ def main(config: TrainConfig) -> None:
     )
     with stop.running(trainer), watch.explained_memory(config):
         callbacks.announce(trainer, config.resolved_yaml, log_folder, save_folder, resumed_from=start and start.place)
-        lock = lock or lock_run(log_folder, seconds=0)
+        locks = lock_folders(config.log_folder, save_folder, held=locks, seconds=0)
         step = trainer.state.timestamp.batch.value
         if evaluators and (step == 0 or log.eval_missing):
             trainer.eval()

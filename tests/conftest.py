@@ -222,3 +222,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_datase
     run.trainer.fit()
     run.trainer.close()
     return run
+
+
+@pytest.fixture
+def state_at(trained: Run) -> Iterator[Callable[[int], Any]]:
+    """The state of a real run, with its clock and its schedule set to a step."""
+    state, before = trained.trainer.state, trained.trainer.state.timestamp
+    (schedule,) = (callback for callback in state.callbacks if type(callback).__name__ == "Schedule")
+    num_used = schedule.num_used
+
+    def at(step: int) -> Any:
+        state.timestamp, schedule.num_used = before.copy(batch=step), step
+        return state
+
+    yield at
+    state.timestamp, schedule.num_used = before, num_used

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from flame_composer.callbacks import (
     JsonlLog,
     RandomState,
     SameData,
+    announce,
     build_wandb_logger,
     describe,
     every,
@@ -155,6 +157,37 @@ def test_a_damaged_line_in_the_middle_drops_nothing_else_and_is_named(tmp_path, 
     assert caplog.messages == [f"warning: {path}: line 4 is no row of the log and is left out"]
 
 
+def test_rows_that_are_there_twice_or_out_of_order_are_put_right_and_named(tmp_path, caplog):
+    """As a log that was put together by hand, or two runs at once, have them. Every step is once, and in order."""
+    path = tmp_path / "train_log.jsonl"
+    later = row(3).replace(b"5.25", b"5.50")
+    path.write_bytes(b"".join([row(1), row(2), row(3), row(5), row(2), later, row(4), row(9)]))
+    assert keep_rows(path, last_step=5) == []
+    assert path.read_bytes() == b"".join([row(1), row(2), later, row(4), row(5)])
+    assert caplog.messages == [f"warning: {path}: several rows, or rows out of order, of steps 2, 3, 4: put in order, and the "
+                               "last of each step is kept"]
+    assert keep_rows(path, last_step=5) == []
+    assert len(caplog.messages) == 1
+
+
+def test_a_start_that_was_cut_short_does_not_cost_the_next_one(trained, tmp_path):
+    path = tmp_path / "starts.jsonl"
+    state: Any = SimpleNamespace(trainer=trained.trainer)
+    for before, lines in ((None, 1), ("", 1), ('{"step": 0}\n', 2), ('{"step": 0}\n{"st', 3)):
+        if before is not None:
+            path.write_text(before)
+        step, max_duration = state.trainer.state.timestamp, state.trainer.state.max_duration
+        state.trainer.state.timestamp = Timestamp(batch=1)
+        try:
+            announce(state.trainer, "a: 1", tmp_path, None, resumed_from=None)
+        finally:
+            state.trainer.state.timestamp = step
+        assert max_duration is not None
+        written = path.read_text().splitlines()
+        assert len(written) == lines
+        assert json.loads(written[-1])["step"] == 1
+
+
 def test_steps_that_the_log_has_lost_are_named_on_resume(tmp_path, caplog):
     path = tmp_path / "train_log.jsonl"
     log = JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=False)
@@ -180,6 +213,23 @@ def test_steps_that_the_log_has_lost_are_named_on_resume(tmp_path, caplog):
     assert resume(0) == []
     path.write_bytes(b"".join(row(step) for step in range(1, 6)))
     assert resume(4) == []
+
+
+@pytest.mark.parametrize("seconds", [0, -3600])
+def test_a_clock_that_was_set_back_ends_no_run(trained, tmp_path, seconds):
+    """Composer measures a step by the clock on the wall."""
+    log, state = JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=True), trained.trainer.state
+    before, previous = state.timestamp, state.previous_timestamp
+    state.previous_timestamp = before.copy(batch=2, token=before.token.value - 128)
+    state.timestamp = before.copy(batch_wct=timedelta(seconds=seconds), total_wct=timedelta(seconds=seconds))
+    try:
+        log.batch_checkpoint(state, None)  # pyright: ignore[reportArgumentType]
+        assert log.summary(state)["tokens_per_second"] is None
+    finally:
+        state.timestamp, state.previous_timestamp = before, previous
+    (written,) = map(json.loads, (tmp_path / "train_log.jsonl").read_text().splitlines())
+    assert written["throughput"] is None
+    assert "unknown tokens/s" in describe(written)
 
 
 def test_a_fresh_run_starts_its_log_anew(tmp_path):

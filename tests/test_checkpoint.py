@@ -9,7 +9,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -325,7 +325,7 @@ def needed(trained) -> Callable[[], Needed]:
     return lambda: needed_by(config, hf_config)
 
 
-def drop(*path: str) -> Callable[[dict[str, Any]], Any]:
+def drop(*path: Any) -> Callable[[dict[str, Any]], Any]:
     def change(content: dict[str, Any]) -> None:
         *above, last = path
         for name in above:
@@ -335,7 +335,7 @@ def drop(*path: str) -> Callable[[dict[str, Any]], Any]:
     return change
 
 
-def put(value: Any, *path: str) -> Callable[[dict[str, Any]], Any]:
+def put(value: Any, *path: Any) -> Callable[[dict[str, Any]], Any]:
     def change(content: dict[str, Any]) -> None:
         *above, last = path
         for name in above:
@@ -347,6 +347,7 @@ def put(value: Any, *path: str) -> Callable[[dict[str, Any]], Any]:
 
 WEIGHT = "model.model.norm.weight"
 MOMENTS = ("state", "optimizers", "AdamW", "state", WEIGHT)
+GROUP: tuple[Any, ...] = ("state", "optimizers", "AdamW", "param_groups", 0)
 CLOCK = ("state", "timestamp", "Timestamp")
 CALLBACKS = ("state", "callbacks")
 CONTENTS: dict[str, tuple[Any, str]] = {
@@ -364,8 +365,37 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "moments of one missing": (drop(*MOMENTS), f"it has no optimizers.AdamW.state.{WEIGHT}"),
     "one moment missing": (drop(*MOMENTS, "exp_avg_sq"), f"its optimizers.AdamW.state.{WEIGHT}.exp_avg_sq is not of"),
     "a moment's shape": (put(torch.zeros(3), *MOMENTS, "exp_avg"), f"its optimizers.AdamW.state.{WEIGHT}.exp_avg is not of"),
+    "a weight without values": (
+        put(torch.zeros(32, device="meta"), "state", "model", WEIGHT), f"its model.{WEIGHT} is no whole tensor"),
+    "a moment without values": (put(torch.zeros(32, device="meta"), *MOMENTS, "exp_avg"), "exp_avg is not of the shape"),
+    "a weight of few values": (
+        put(torch.zeros(32).to_sparse(), "state", "model", WEIGHT), f"its model.{WEIGHT} is no whole tensor"),
+    "a weight of whole numbers": (
+        put(torch.ones(32, dtype=torch.int64), "state", "model", WEIGHT), f"its model.{WEIGHT} is of type int64"),
+    "a weight that is no number": (
+        put(torch.full((32,), torch.nan), "state", "model", WEIGHT),
+        f"its model.{WEIGHT} has values that are infinite or not a number"),
+    "an infinite weight": (
+        put(torch.full((32,), -torch.inf), "state", "model", WEIGHT),
+        f"its model.{WEIGHT} has values that are infinite or not a number"),
+    "a moment that is no number": (
+        put(torch.full((32,), torch.nan), *MOMENTS, "exp_avg"), "exp_avg has values that are infinite or not a number"),
+    "a square that is no number": (
+        put(torch.full((32,), torch.nan), *MOMENTS, "exp_avg_sq"), "exp_avg_sq has values that are infinite or not"),
+    "a square below zero": (
+        put(torch.full((32,), -1.0), *MOMENTS, "exp_avg_sq"), "exp_avg_sq has values below zero"),
+    "a step of the optimizer below zero": (put(torch.tensor(-1.0), *MOMENTS, "step"), "step is -1.0"),
+    "a step that is no number": (put(torch.tensor(torch.nan), *MOMENTS, "step"), "step is nan"),
+    "a schedule of another step": (put(2, *CALLBACKS, "Schedule", "num_used"), "its clock is at step 3, and its schedule at 2"),
+    "the head of one in pieces": (
+        lambda content: content.update(pieces=[{kind: content["state"].pop(kind) for kind in ("model", "optimizers")}]),
+        "not a whole checkpoint: the head of one in pieces"),
     "no step": (drop(*MOMENTS, "step"), f"it has no optimizers.AdamW.state.{WEIGHT}.step"),
     "no parameter groups": (drop("state", "optimizers", "AdamW", "param_groups"), "it has no AdamW.param_groups"),
+    "no betas": (drop(*GROUP, "betas"), "its optimizers.AdamW.param_groups have no betas"),
+    "moments of no weight": (put(["x"], *GROUP, "params"), "param_groups name 'x', which it has no weights of"),
+    "a seed that is text": (put("x", "state", "dataset_state", "train", "shuffle_seed"), "train.shuffle_seed is a str"),
+    "no nodes": (put(0, "state", "dataset_state", "train", "num_canonical_nodes"), "train.num_canonical_nodes is 0"),
     "no clock": (drop("state", "timestamp"), "it has no state.timestamp"),
     "a clock that is text": (put("noon", *CLOCK), "its state.timestamp.Timestamp is a str"),
     "a step that is text": (put("3", *CLOCK, "batch"), "its batch is a str"),
@@ -395,6 +425,11 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "a weight too many": (
         put(torch.zeros(2), "state", "model", "more"), "it has weights 'more', which this run's model has not"),
     "another shape": (put(torch.zeros(3), "state", "model", WEIGHT), rf"its weights {WEIGHT} have the shape [3], and [32]"),
+    "another decay": (
+        put(0.25, *GROUP, "weight_decay"), "its optimizer has weight_decay=0.25 for model.model.embeddings.weight, and this "
+        "run's weight_decay=0.01"),
+    "other betas": (put((0.5, 0.5), *GROUP, "betas"), "its optimizer has betas=(0.5, 0.5) for"),
+    "another direction": (put(True, *GROUP, "maximize"), "its optimizer has maximize=True for"),
     "another optimizer": (
         lambda content: content["state"]["optimizers"].update(Lamb=content["state"]["optimizers"].pop("AdamW")),
         "its optimizer is Lamb, and this run's AdamW"),
@@ -438,6 +473,13 @@ def test_checkpoints_of_another_model_only_are_a_mistake_in_the_configuration(fo
         find_newest(str(folder), folder / "staging", needed)
 
 
+def test_squares_of_gradients_may_be_infinite(folder, needed, caplog):
+    """Those of finite ones can be, and a run goes on with them."""
+    rewrite(folder / "ba3.pt", put(torch.full((32,), torch.inf), *MOMENTS, "exp_avg_sq"))
+    assert find_newest(str(folder), folder / "staging", needed) == Checkpoint(str(folder / "ba3.pt"), folder / "ba3.pt")
+    assert caplog.messages == []
+
+
 def test_names_and_content_must_agree(folder, needed, caplog):
     shutil.copy(folder / "ba2.pt", folder / "ba999.pt")
     assert newest(folder) == folder / "ba3.pt"
@@ -465,19 +507,6 @@ def test_rotation_counts_what_lies_in_the_folder(folder):
     assert rotate(folder, 3) == ["ba1.pt", "ba2.pt", "ba3.pt", "notes.txt"]
     assert rotate(folder, 2) == ["ba2.pt", "ba3.pt", "notes.txt"]
     assert rotate(folder, 1) == ["ba3.pt", "notes.txt"]
-
-
-@pytest.fixture
-def state_at(trained) -> Iterator[Callable[[int], Any]]:
-    """The state of a real run, with its clock set to a step."""
-    state, before = trained.trainer.state, trained.trainer.state.timestamp
-
-    def at(step: int) -> Any:
-        state.timestamp = before.copy(batch=step)
-        return state
-
-    yield at
-    state.timestamp = before
 
 
 def saver_of(folder: Path, needed: Any, num_to_keep: int = 3) -> SaveCheckpoints:
@@ -617,9 +646,14 @@ def test_saving_by_the_clock(folder):
 
 def test_torsos_of_a_killed_run_are_cleared_at_the_start(folder):
     (folder / "unfinished-ba4.pt").write_bytes(b"x")
+    (folder / "unfinished-ba5").mkdir()
+    (folder / "unfinished-ba6.pt").symlink_to("ba3.pt")
+    mine = {"unfinished-thesis.tex", "unfinished-bach.ly"}
+    for name in mine:
+        (folder / name).write_text("mine")
     state: Any = SimpleNamespace()
     SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=1).fit_start(state, state)
-    assert sorted(path.name for path in folder.iterdir()) == ["ba1.pt", "ba2.pt", "ba3.pt"]
+    assert names(folder) == {"ba1.pt", "ba2.pt", "ba3.pt", *mine}
 
 
 def test_weights_come_out_bit_for_bit(trained):

@@ -143,6 +143,26 @@ def test_old_checkpoints_in_a_store_count_only_if_they_are_whole(s3: S3, trained
     assert list((tmp_path / "staging").iterdir()) == []
 
 
+def test_copies_of_damaged_checkpoints_leave_room_for_the_next(s3: S3, trained: Run, tmp_path: Path) -> None:
+    s3.upload(trained.checkpoints, "room")
+    for name in ("room/ba3.pt", "room/ba7.pt"):
+        s3.client.put_object(Bucket="data", Key=name, Body=s3.read("room/ba2.pt")[:-700])
+    s3.client.put_object(Bucket="data", Key="room/ba8/state.pt", Body=b"no head")
+    start = find_newest("s3://data/room", tmp_path / "staging")
+    assert start is not None
+    assert start.place == "s3://data/room/ba2.pt"
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["ba2.pt"]
+
+
+def test_pieces_without_a_head_in_a_store_are_deleted(s3: S3, trained: Run, tmp_path: Path) -> None:
+    """As a kill in an upload leaves them, where the restart saved another step."""
+    s3.upload(trained.checkpoints, "torsos")
+    for name in ("ba1/piece0.pt", "ba1/piece1.pt", "ba4/piece0.pt", "ba0/thesis.tex"):
+        s3.client.put_object(Bucket="data", Key=f"torsos/{name}", Body=b"half")
+    checkpoint.SaveCheckpoints("s3://data/torsos", tmp_path / "staging", batches=1, num_to_keep=2)._rotate()
+    assert set(s3.keys("torsos")) == {"ba2.pt", "ba3.pt", "ba4/piece0.pt", "ba0/thesis.tex"}
+
+
 class Hostile(http.server.BaseHTTPRequestHandler):
     """An S3 server that lists, beside the pieces of a checkpoint, names that lead out of its folder."""
 

@@ -113,7 +113,7 @@ def test_checkpoints_that_are_damaged_or_empty_delete_no_good_one(
     assert f"warning: {folder}/ba35.pt: not a checkpoint that can be used: it has no state; trying" in process.stderr
     assert f"warning: {run}/train_log.jsonl: has no row of step 20, which the checkpoint of step 30 has" in process.stderr
     damaged = {"ba41.pt", "ba42.pt", "ba43.pt", "aside-ba35.pt", "aside-ba40.pt"}
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "ba35.pt", "ba40.pt", *damaged}
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "ba35.pt", "ba40.pt", *damaged}
     assert read_log(run) == [row for row in read_log(undisturbed) if row["current_steps"] != 20]
     for name, tensor in final_weights(undisturbed).items():
         assert torch.equal(final_weights(run)[name], tensor), name
