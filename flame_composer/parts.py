@@ -247,7 +247,7 @@ def _are_counts(content: dict[str, Any]) -> bool:
         removed = [number for reasons in counts.removed.values() for number in reasons.values()]
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
-    numbers = [value for value in vars(counts).values() if not isinstance(value, dict)]
+    numbers = [value for name, value in vars(counts).items() if name not in ("removed", "changed")]
     are_numbers = all(type(number) is int and number >= 0 for number in (*numbers, *removed, *counts.changed.values()))
     return are_numbers and set(counts.removed) <= set(STEPS) and counts.balances
 
