@@ -274,7 +274,7 @@ def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) 
         assert 5 < (run / "train_log.jsonl").read_text().count("\n") < 40
         filler.unlink()
         shutil.move(saved, tmp_path / "elsewhere")
-        with small_disk(saved, "256k"):
+        with small_disk(saved, "256k"):  # less than a checkpoint takes
             ended = Script("recipes/train.py", *keys).wait()
             assert ended.returncode == 1
             (line,) = error_lines(ended)
