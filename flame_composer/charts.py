@@ -93,6 +93,7 @@ MOST = 10**18  # steps or tokens of a log that is one
 LARGEST = 1e100  # value that is drawn, as far as matplotlib computes with room to spare
 SIZE, DPI = (9, 4.2), 120  # of a picture, inches, and pixels an inch
 PIXELS = SIZE[0] * DPI  # more than a line has from its first step to its last
+MOST_IN_LINE = 1 << 24  # characters of a log's line, of which a run writes some hundred
 
 
 def read_run(path: str) -> Run:
@@ -141,7 +142,10 @@ def _read_lines(path: Path, notes: list[str], *, forgiving: bool = False) -> Ite
     last and not ended, or such lines are forgiven."""
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MOST_IN_LINE), ""), 1):
+                if len(line) == MOST_IN_LINE:
+                    raise DataError(f"{path}:{number}: damaged: a line of more than {MOST_IN_LINE:,} characters; restore it "
+                                    "from a copy, or delete the line")
                 try:
                     row = json.loads(line) if line != "\n" else None
                 except (ValueError, RecursionError):

@@ -395,7 +395,7 @@ def model_in(
         average = average_of(content["state"])
         weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
         weights = dict(weights) | ({} if which == "model" else average)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except Exception:  # whatever a content of any kind makes of what looks at it
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
         ) from None

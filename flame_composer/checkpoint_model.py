@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.counts import require_counts
-from flame_composer.foreign import require_size
+from flame_composer.foreign import numbers_in, require_size
 from flame_composer.model import build_model, meta_model, read_back_hf_config
 from flame_composer.tokenizer import load_tokenizer
 from flame_composer.tokenizer_files import write_files
@@ -32,10 +32,10 @@ def model_from(
     Raise DataError if the config is of no model that is known, or of another one than the weights.
     """
     if not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        isinstance(name, str) and _is_plain(tensor)
         for name, tensor in weights.items()
     ):
-        raise DataError(f"{place}: its weights are no tensors by name; take another checkpoint")
+        raise DataError(f"{place}: its weights are no plain tensors by name; take another checkpoint")
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     shapes = {name: tensor.shape for name, tensor in named.items()}
     try:
@@ -46,9 +46,9 @@ def model_from(
         _require_same(
             {name: tensor.shape for name, tensor in empty.state_dict().items()}, shapes, place
         )
-        require_size(empty, shapes, place)
+        require_size(empty, numbers_in(named.values()), place)
         model = build_model(hf_config)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise DataError(
             f"{place}: not a training checkpoint of this package: it holds no config of a model"
         ) from None
@@ -58,6 +58,17 @@ def model_from(
         ) from None
     model.load_state_dict(named)
     return model
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether it is a tensor whose numbers are all there: not sparse, quantized, complex or without memory."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
 
 
 def _require_same(
@@ -76,7 +87,7 @@ def _require_same(
 
 def tokenizer_from(hf_state: Mapping[str, Any], place: str) -> PreTrainedTokenizerFast:
     """Return the tokenizer saved in `hf_state`. Raise DataError if none can be made of it."""
-    saved = hf_state.get("tokenizer")
+    saved = hf_state.get("tokenizer") if isinstance(hf_state, dict) else None
     if not isinstance(saved, dict) or not saved:
         raise DataError(f"{place}: holds no tokenizer; take another checkpoint")
     with tempfile.TemporaryDirectory() as folder:

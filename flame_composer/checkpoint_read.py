@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import pickle
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import _weights_only_unpickler
 
 from flame_composer import pieces, storage
 from flame_composer.config import DataError, one_line
@@ -33,6 +36,10 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+MOST_TEXT = 1 << 30  # bytes that all but the tensors would take if it were written out; a tokenizer takes some 50 MB
+MOST_IN_KEY = 10_000  # parts of a key in a checkpoint; text or a number has none
 
 
 class Checkpoint(NamedTuple):
@@ -100,8 +107,12 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
         _require_plain_file(place, file)
         if verify:
             _verify(place, file)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), _checked_keys():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if _size(content, {}) > MOST_TEXT:
+            raise DataError(f"{place}: refused: it holds the same parts over and over, which would take more than "
+                            f"{MOST_TEXT:,} bytes written out; take another checkpoint")
+        return content
     except DataError:
         raise
     except pickle.UnpicklingError as error:
@@ -109,6 +120,67 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
         raise DataError(f"{place}: refused, {what}") from None
     except Exception as error:  # whatever a damaged file makes zipfile, pickle or torch raise
         raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
+
+
+class _CheckedKeys(_weights_only_unpickler.Unpickler):
+    """torch's reader of pickles (2.7.0), but of no key that is a tuple of tuples of tuples without end.
+
+    Python looks at all of a key to put it in a dict: for ever where each tuple holds the one before it twice, and
+    until it has no stack left, which ends the process, where they lie in one another deep enough.
+    """
+
+    def __init__(self, file: Any, *args: Any, **options: Any):
+        super().__init__(file, *args, **options)
+        unchecked = self.read
+
+        def read(number: int) -> bytes:
+            data = unchecked(number)
+            if data == b"s":  # sets one item of a dict; or it is a piece of something else, which does no harm
+                self._require_light(self.stack[-2:-1])
+            elif data in (b"u", b"R"):  # several items; what is made by a function, a dict perhaps
+                self._require_light(self.stack[-1:] if data == b"R" else self.stack[::2])
+            return data
+
+        self.read = read
+
+    def _require_light(self, keys: list[Any]) -> None:
+        for key in keys:
+            nested, number = [key], 0
+            while nested:
+                each = nested.pop()
+                if isinstance(each, tuple | list):
+                    number += len(each)
+                    nested += each
+                if number > MOST_IN_KEY:
+                    raise ValueError("a key of a dict in it has no end")
+
+
+@contextlib.contextmanager
+def _checked_keys() -> Iterator[None]:
+    before = _weights_only_unpickler.Unpickler
+    _weights_only_unpickler.Unpickler = _CheckedKeys  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        _weights_only_unpickler.Unpickler = before  # type: ignore[misc]
+
+
+def _size(part: Any, known: dict[int, int]) -> int:
+    """Return about how many bytes `part` takes written out, where what is held several times counts as often.
+
+    Lists that hold one list twice, which holds another twice, and so on, are small in a pickle and in memory,
+    but whoever goes through them, or writes them as JSON, is busy for ever. RecursionError for one in itself.
+    """
+    if isinstance(part, str | bytes | bytearray):
+        return 8 + len(part)
+    if not isinstance(part, dict | list | tuple | set):
+        return 8
+    if id(part) not in known:
+        size = sum(_size(each, known) for each in part)
+        if isinstance(part, dict):
+            size += sum(_size(each, known) for each in part.values())
+        known[id(part)] = 8 + size
+    return known[id(part)]
 
 
 def _require_plain_file(place: str, file: Path) -> None:

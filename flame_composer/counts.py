@@ -17,7 +17,7 @@ FEW_PARTS = 128  # that are quick to build, whatever the weights are
 
 # Keys that count what is built one by one, and those that divide a size.
 _PARTS = re.compile(
-    r"(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers|depths?"
+    r"(\w+_)?(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers|(\w+_)?expert_num|depths?"
 )
 _HEADS = re.compile(r"(num|n)_(\w+_)?heads?|n_head_kv")
 

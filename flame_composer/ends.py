@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flame_composer import storage
 from flame_composer.config import ConfigError
 from flame_composer.tokenizer import MARK, keep_original, mark_of, require_ends
 
@@ -50,7 +51,7 @@ def ends_of(tokenizer: PreTrainedTokenizerFast) -> Ends | None:
 def ends_in(folder: str) -> Ends | None:
     """Return what the tokenizer in a local folder says, without loading it, None if nothing."""
     try:
-        content = json.loads(Path(folder, "tokenizer_config.json").read_bytes())
+        content = json.loads(storage.read_small(Path(folder, "tokenizer_config.json")))
     except (OSError, ValueError, RecursionError):
         return None
     mark = content.get(MARK) if isinstance(content, dict) else None

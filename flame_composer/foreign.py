@@ -76,9 +76,17 @@ def _without_steering(value: Any) -> Any:
     return [_without_steering(each) for each in value] if isinstance(value, list) else value
 
 
-def require_size(model: PreTrainedModel, weights: Shapes, place: str) -> None:
-    """Raise ConfigError for an empty model that would take far more memory than its weights do."""
-    held = sum(shape.numel() for shape in weights.values())
+def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
+    """Return how many numbers there really are of these: a small piece of memory can be seen as a tensor of any size."""
+    storages = {}
+    for tensor in tensors:
+        storage_of = tensor.untyped_storage()
+        storages[storage_of.data_ptr()] = storage_of.nbytes() // tensor.element_size()
+    return sum(storages.values())
+
+
+def require_size(model: PreTrainedModel, held: int, place: str) -> None:
+    """Raise ConfigError for an empty model that would take far more memory than the `held` numbers of its weights do."""
     made = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if made > 2 * held:
@@ -95,7 +103,7 @@ def require_size(model: PreTrainedModel, weights: Shapes, place: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(storage.read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(content, dict):

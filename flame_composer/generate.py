@@ -167,8 +167,10 @@ def read_prompts(path: str) -> list[str]:
     """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file. Raises ConfigError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        if isinstance(error, MemoryError):
+            reason = "does not fit into memory"
         raise ConfigError(f"prompts={path}: cannot be read: {reason}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
@@ -179,7 +181,7 @@ def read_prompts(path: str) -> list[str]:
             continue
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"prompts={path}: line {number} must be JSON like {{\"prompt\": \"text\"}}") from None
         if not isinstance(prompts[-1], str):
             raise ConfigError(f"prompts={path}: line {number}: prompt must be a string")

@@ -23,6 +23,7 @@ import lm_eval.models.huggingface
 import lm_eval.utils
 import torch
 from composer.utils import dist
+from datasets.packaged_modules.pandas import pandas as pickled_frames
 from jinja2 import BaseLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import evaluator
@@ -38,6 +39,12 @@ from flame_composer.ends import ends_of, start_of
 from flame_composer.fields import nearest
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
+# What a task may say of how text is written. transformers has more, of which some lead to code.
+WRITING = frozenset({
+    "until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length", "min_length",
+    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "num_beams", "early_stopping", "length_penalty",
+    "repetition_penalty", "no_repeat_ngram_size",
+})  # fmt: skip
 BOOTSTRAPS = 100000  # the same: samples for the standard error of a metric that has no formula for it
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
@@ -131,6 +138,10 @@ def load_tasks(
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise ConfigError(f"tasks: {name}: runs what the model writes as code, which is refused here")
+        for key in task.get_config("generation_kwargs") or {}:
+            if key not in WRITING:
+                raise ConfigError(f"tasks: {name}: its generation_kwargs have {str(key)[:60]!r}, which is not taken; only "
+                                  f"{', '.join(sorted(WRITING))} are")
         for metric, function in getattr(task, "_metric_fn_list", {}).items():
             if function is None:
                 raise ConfigError(f"tasks: {name}: the harness has no metric {metric}, and code for it is not fetched")
@@ -148,6 +159,8 @@ def _find(names: list[str], folder: str | None) -> TaskManager:
         if not Path(folder).is_dir():
             raise ConfigError(f"task_path={folder}: no such folder")
         for file in sorted(Path(folder).rglob("*.yaml")):
+            if not file.is_file():  # which opening might wait for
+                raise ConfigError(f"{file}: cannot be read as a task: is no file")
             try:
                 load_yaml(file, resolve_func=False)
             except Exception as error:  # the harness passes over such files without a word
@@ -216,7 +229,7 @@ def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
     """Nothing that a task's file or data says runs as code, but functions with `task_code`, and those of the harness itself.
 
     Templates see no more of Python than they need; metrics that are code, on the hub or beside a task, are not loaded. Of
-    datasets, this release of `datasets` runs none.
+    datasets, this release of `datasets` runs none but what is in pickles, which are not read.
     """
     templates = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     templates.filters.update(lm_eval.utils.env.filters)
@@ -231,12 +244,26 @@ def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
     def no_metric(name: str, *_: Any, **__: Any) -> Any:
         raise ValueError(f"{name}: is code")
 
+    load_dataset = datasets.load_dataset
+
+    def load_into_own_cache(*args: Any, **options: Any) -> Any:
+        if options.get("cache_dir") is not None:
+            raise ConfigError(f"task_path: a task's dataset_kwargs have cache_dir={options['cache_dir']}, and no task "
+                              "decides where files are written; take that key out, and set HF_DATASETS_CACHE")
+        return load_dataset(*args, **options)
+
+    def no_pickle(*_: Any) -> Any:
+        raise ConfigError("task_path: a task's dataset_path is pandas, which reads pickles, and those can run code; give "
+                          "its data as JSON lines or Parquet (dataset_path: json or parquet)")
+
     datasets.disable_progress_bars()
     try:
         with ExitStack() as stack:
             for owner, name, value in (
                 (_import_evaluate(), "load", no_metric), (lm_eval.utils, "env", templates),
                 (_yaml_loader, "_import_func_in_yml", own_function),
+                (datasets, "load_dataset", load_into_own_cache),
+                (pickled_frames.Pandas, "_info", no_pickle),
             ):
                 stack.enter_context(_replaced(owner, name, value))
             yield

@@ -42,6 +42,8 @@ from flame_composer.fields import (
 )
 from flame_composer.written import as_it_stands, as_meant, parse_yaml, plain, takes_text, to_yaml
 
+MOST_FILLED_IN = 1 << 24  # characters of all values together, when each ${key} stands for what it leads to
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([A-Za-z_][\w.-]*)[^:{}]*\}")
 MOST_SHOWN = 200  # letters of a value in an error
 C = TypeVar("C", bound=ScriptConfig)
 # What PyYAML raises for `!!int` without a number, `!!bool maybe` and `!!timestamp soon`.
@@ -79,6 +81,7 @@ def load(cls: type[C], argv: list[str]) -> C:
         _merge(cls, given)  # of two mistakes, the first is told
         raise
     merged = _merge(cls, given)
+    _require_ends(merged, file or "command line")
     origins: dict[str, tuple[str, Any]] = {}
     for origin, key, value in given:
         origins[key] = origin, value
@@ -101,6 +104,36 @@ def load(cls: type[C], argv: list[str]) -> C:
         except InvalidField as problem:
             raise ConfigError(explain(config, InvalidField(prefix + problem.name, problem.rule))) from None
     return config
+
+
+def _require_ends(merged: DictConfig, place: str) -> None:
+    """Raise ConfigError for texts that name one another over and over: ten, each of which has the next one in it ten times,
+    take longer than anybody waits. One that leads back to itself is told of when it is filled in."""
+    content = OmegaConf.to_container(merged, resolve=False)
+    known: dict[tuple[str, ...], int] = {}
+
+    def size(value: Any, path: tuple[str, ...]) -> int:
+        if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            return 1 + sum(size(each, (*path, str(name))) for name, each in pairs)
+        if not isinstance(value, str) or "${" not in value:
+            return len(value) if isinstance(value, str) else 1
+        if path not in known:
+            known[path] = 0
+            known[path] = len(value) + sum(
+                named((path[: -len(dots)] if dots else ()) + tuple(name.split("."))) for dots, name in _REFERENCE.findall(value)
+            )
+        return known[path]
+
+    def named(path: tuple[str, ...]) -> int:
+        value: Any = content
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return size(value, path)
+
+    if size(content, ()) > MOST_FILLED_IN:
+        raise ConfigError(f"{place}: its values name one another (${{...}}) so often that together they have more than "
+                          f"{MOST_FILLED_IN:,} characters; write them out")
 
 
 class Given(NamedTuple):

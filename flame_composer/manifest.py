@@ -290,7 +290,7 @@ def _take_compression(content: dict[str, Any], place: str) -> Any:
 
 def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
     if value not in allowed:
-        raise damaged(place, f"{value!r} must be one of {', '.join(allowed)}")
+        raise damaged(place, f"{value!r} must be one of {', '.join(map(str, allowed))}")
     return value
 
 

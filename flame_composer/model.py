@@ -203,7 +203,8 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
         weights = stored_shapes(folder)
         require_counts(hf_config.to_dict(), str(folder / "config.json"), weights)
         with quiet(), _no_code_of_its_own():
-            require_size(meta_model(hf_config), weights, str(folder / "config.json"))
+            held = sum(shape.numel() for shape in weights.values())
+            require_size(meta_model(hf_config), held, str(folder / "config.json"))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=hf_config, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
                 local_files_only=True, output_loading_info=True,

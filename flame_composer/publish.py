@@ -12,6 +12,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from omegaconf._yaml import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
 from flame_composer import storage
@@ -19,6 +21,7 @@ from flame_composer.checkpoint import average_of
 from flame_composer.checkpoint_read import Checkpoint
 from flame_composer.config import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.manifest import read_manifest
+from flame_composer.written import MAX_YAML_NODES
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
 MOST_BYTES = 1 << 20  # of it that are read
@@ -41,14 +44,15 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
         text = storage.read(path).decode()
         _recipe(text)
         return text
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:
         log.warning("warning: %s: is no configuration of a run, and left out of the model card: %s", path, one_line(error))
         return None
 
 
 def _recipe(text: str | None) -> dict[str, Any]:
     """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is none."""
-    recipe = yaml.safe_load(text) if text else {}
+    # Aliases that multiply are refused: they are small until somebody writes them out.
+    recipe = yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)) if text else {}
     sections = [("the file", recipe)]
     if isinstance(recipe, dict):
         sections += [(name, recipe.get(name) or {}) for name in ("model", "train_data")]

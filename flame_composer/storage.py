@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from flame_composer.config import MAX_NAME_BYTES, ConfigError, DataError, StoreError, one_line
 
 THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
+MOST_JSON = 1 << 27  # bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as many
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -74,7 +75,7 @@ def stat(place: str) -> Stat | None:
 def find(place: str) -> dict[str, Stat]:
     """All files below a folder, at any depth, by their path within it, sorted. None where there is no folder."""
     if not is_url(place):
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names]
+        paths = [os.path.join(folder, name) for folder, names in _walk(place) for name in names]
         return {os.path.relpath(path, place): _local_stat(path) for path in sorted(paths) if os.path.exists(path)}
     with _at(place) as (fs, path):
         infos = fs.find(path, detail=True)
@@ -112,6 +113,20 @@ def read(place: str) -> bytes:
         return Path(place).read_bytes()
     with _at(place) as (fs, path):
         return bytes(fs.cat_file(path))
+
+
+def read_small(path: str | Path) -> bytes:
+    """Return the content of a local JSON or text file by somebody else.
+
+    Raise ValueError for one of more than `MOST_JSON` bytes (of holes, it takes no room on a disk), or what is no file.
+    """
+    if not os.path.isfile(path):  # which opening might wait for
+        raise ValueError("is no file")
+    with Path(path).open("rb") as file:
+        content = file.read(MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"has more than {MOST_JSON:,} bytes")
+    return content
 
 
 def read_start(place: str, num_bytes: int) -> bytes:
@@ -290,6 +305,21 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
         raise ConfigError(f"{place}: access denied: {one_line(error)}; check the credentials") from None
     except Exception as error:  # the same
         raise StoreError(f"{place}: {one_line(error)}") from None
+
+
+def _walk(place: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders below a local one with their files. A link to a folder is followed, but only the first to each, and none
+    back up: links in a circle, or several to folders with several more, would lead on for ever."""
+    followed = {os.path.realpath(place)}
+    for folder, folders, names in os.walk(place, followlinks=True):
+        yield folder, names
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if target in followed or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
+                    folders.remove(name)
+                followed.add(target)
 
 
 def _local_stat(path: str) -> Stat:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MARK = "flame_composer"  # what we keep in tokenizer_config.json
 _ORIGINALS = "tokenizer_json"  # of the mark: what was changed in tokenizer.json, as it was
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
+_PANIC = "PanicException"  # of tokenizers, where it gives up; not an Exception
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,9 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
         tokenizer.name_or_path = path_or_id
     except ConfigError:
         raise
-    except Exception as error:  # whatever a damaged folder makes transformers or tokenizers raise
+    except BaseException as error:  # whatever a damaged folder makes transformers or tokenizers raise
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
         raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None
     finally:
@@ -303,7 +306,7 @@ def explained_failure() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error).__name__ != _PANIC:
             raise
         raise DataError(f"the tokenizer gives up on a text: {' '.join(str(error).split())[:200]}; take another tokenizer, or "
                         "leave that text out") from None
@@ -314,7 +317,10 @@ def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = bare(tokenizer)
-    backend = Tokenizer.from_str(tokenizer.serialized)
+    try:
+        backend = Tokenizer.from_str(tokenizer.serialized)
+    except Exception as error:  # tokenizers cannot read all that it writes: of ids with gaps it leaves some out
+        raise ConfigError(f"tokenizer: cannot be copied: {one_line(error)}; give one whose ids are without gaps") from None
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens

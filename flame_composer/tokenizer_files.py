@@ -27,6 +27,8 @@ LONGEST_TOKEN = (
     10_000  # characters; the longest of known tokenizers, runs of spaces, have some hundred
 )
 MOST_GROWTH = 1000  # characters that a normalizer or decoder may make of one; Unicode's forms: 18
+MOST_STEPS = 1000  # of a normalizer, a pre-tokenizer or a decoder; the most that is known: some 20
+MOST_ADDED = 10_000  # tokens that a template puts around a text; those that are known put one or two
 # Older releases wrote this one down; nothing reads it.
 _UNREAD = "special_tokens_map_file"
 
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 def check_folder(folder: str | Path, place: str) -> None:
     """Raise ConfigError for a tokenizer that names files elsewhere or makes endless text of a short one."""
+    for name in sorted(FILES):
+        _check_file(Path(folder, name), place)
     is_named = False
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = Path(folder, name)
@@ -50,9 +54,16 @@ def check_folder(folder: str | Path, place: str) -> None:
         check_content(_read(path, place), place)
 
 
+def _check_file(path: Path, place: str) -> None:
+    """transformers reads some of the files that are not looked into here."""
+    if path.is_file() and path.stat().st_size > storage.MOST_JSON:
+        raise ConfigError(f"tokenizer: {place}: {path.name} has more than {storage.MOST_JSON:,} bytes; get the "
+                          "tokenizer again")
+
+
 def _read(path: Path, place: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(storage.read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"tokenizer: {place}: not a tokenizer folder: {path.name}: {one_line(error)}"
@@ -73,6 +84,10 @@ def _check_config(content: dict[str, Any], path: Path, place: str) -> None:
             raise ConfigError(
                 f"tokenizer: {place}: {path.name} names a file elsewhere, {key}={value}; take that key out"
             )
+    length = content.get("model_max_length")
+    if not isinstance(length, int | float | None):
+        raise ConfigError(f"tokenizer: {place}: {path.name} has model_max_length={str(length)[:40]!r}, must be a number; "
+                          "correct it, or take that key out")
     if content.get("init_inputs"):
         raise ConfigError(
             f"tokenizer: {place}: {path.name} has init_inputs, which may name files elsewhere; take that key out"
@@ -121,7 +136,8 @@ def check_content(content: dict[str, Any], place: str) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: Iterable[Any] = vocabulary if isinstance(vocabulary, dict) else _firsts(vocabulary)
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
-    longest = max(longest, _longest(content.get("added_tokens")))
+    others = {key: value for key, value in model.items() if key not in ("vocab", "merges")} if isinstance(model, dict) else {}
+    longest = max(longest, _longest(content.get("added_tokens")), _longest(others))  # prefixes and suffixes are set to tokens
     if longest > LONGEST_TOKEN:
         raise ConfigError(
             f"tokenizer: {place}: has a token of {longest:,} characters, more than {LONGEST_TOKEN:,}; get the "
@@ -129,14 +145,50 @@ def check_content(content: dict[str, Any], place: str) -> None:
         )
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         try:
-            growth = _growth(content.get(part))
+            steps, growth = _count(content.get(part)), _growth(content.get(part))
         except RecursionError:
-            growth = math.inf
+            steps, growth = 0, math.inf
+        if steps > MOST_STEPS:
+            raise ConfigError(
+                f"tokenizer: {place}: its {part} has {steps:,} steps, more than {MOST_STEPS:,}; get the tokenizer "
+                "again, or take those steps out"
+            )
         if growth > MOST_GROWTH:
             raise ConfigError(
                 f"tokenizer: {place}: its {part} can make {growth:.3g} characters of one, more than "
                 f"{MOST_GROWTH:,}; get the tokenizer again, or take those steps out"
             )
+
+
+    added = _added(content.get("post_processor"))
+    if added > MOST_ADDED:
+        raise ConfigError(
+            f"tokenizer: {place}: its template puts up to {added:,} tokens around a text, more than {MOST_ADDED:,}; get "
+            "the tokenizer again, or correct its post_processor"
+        )
+
+
+def _count(step: Any) -> int:
+    """Return how many steps there are in one, itself included."""
+    if not isinstance(step, dict):
+        return 0
+    return 1 + sum(_count(each) for value in step.values() if isinstance(value, list) for each in value)
+
+
+def _added(step: Any) -> int:
+    """Return an upper bound of the tokens that a template, or the templates in a step, put around a text."""
+    steps, added = [step], 0
+    while steps:
+        each = steps.pop()
+        if not isinstance(each, dict):
+            continue
+        processors, special = each.get("processors"), each.get("special_tokens")
+        steps += processors if isinstance(processors, list) else []
+        pieces = [each[name] for name in ("single", "pair") if isinstance(each.get(name), list)]
+        ids = [token.get("ids") for token in special.values() if isinstance(token, dict)] if isinstance(special, dict) else []
+        longest = max((len(each) for each in ids if isinstance(each, list)), default=0)
+        added += max(map(len, pieces), default=0) * longest
+    return added
 
 
 def _firsts(pairs: object) -> Iterable[Any]:

@@ -132,6 +132,8 @@ WRONG = [
         {"current_steps": 10**400}, {"current_steps": True}, {"current_steps": -1}, {"current_steps": 1.0},
         {"num_tokens": 10**400}, {"total_steps": None}, {"loss": True},
         {"loss": [1]}, {"eval_loss": {}}, {"throughput": "x"}, {"grad_norm": False})),
+    ("x" * (1 << 24), DataError, "LOG:1: damaged: a line of more than 16,777,216 characters; restore it from a copy, or delete "
+     "the line"),
     ("\udcff", DataError, "LOG: cannot be read: not text"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import signal
@@ -710,6 +711,20 @@ def test_later_arguments_go_over_earlier_ones_key_by_key():
 # Interpolation and the environment
 
 SECRET = "hunter2-secret"
+
+
+def test_texts_that_name_one_another_without_end_are_refused(tmp_path):
+    """Five keys, each of which has the next one in it 60 times: 800 million texts."""
+    names = ("run_name", "tokenizer", "save_folder", "log_folder", "train_data.local", "eval_data.local")
+    keys = [f"{name}={f'${{{inner}}}' * 60}" for name, inner in itertools.pairwise(names)]
+    message = r"its values name one another \(\$\{\.\.\.\}\) so often"
+    with pytest.raises(ConfigError, match=f"^command line: {message}"):
+        load(TrainConfig, [*keys, "eval_data.local=xxx"])
+    file = tmp_path / "a.yaml"
+    twice = "".join(f"    a{n}: {{x: '${{..a{n + 1}}}', y: '${{model.config.a{n + 1}}}'}}\n" for n in range(60))
+    file.write_text(f"model:\n  config:\n{twice}    a60: 1\n")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}: {message}"):
+        load(TrainConfig, [str(file), "tokenizer=t", "train_data.local=x", "eval_data.local=x"])
 
 
 def test_interpolation_of_other_keys():

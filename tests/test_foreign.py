@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -193,6 +194,88 @@ def test_a_config_that_makes_a_boundless_model_is_answered_at_once(content, tmp_
     assert time.perf_counter() - start < 5
 
 
+def refused_checkpoint(checkpoint: Checkpoint, message: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=rf"^ba9\.pt: {message}") as caught:
+        load_from_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["of one number", "meta", "sparse", "complex"])
+def test_weights_that_are_not_there_are_refused(content, tmp_path, kind):
+    """A tensor in a pickle may have any shape, whatever memory is behind it."""
+    weights = content["state"]["model"]
+    if kind == "of one number":
+        hf_state(content)["model"]["config"]["content"]["vocab_size"] = 4 * 10**9
+        for name, tensor in weights.items():
+            if tensor.ndim == 2 and name.split(".")[-2] in ("embeddings", "lm_head"):
+                weights[name] = torch.zeros(1, 1).expand(4 * 10**9, tensor.shape[1])
+        refused_checkpoint(saved(content, tmp_path), "its config makes a model of [0-9,]+ parameters, its weights are .+")
+        return
+    change = {"meta": lambda x: x.to("meta"), "sparse": lambda x: x.to_sparse(), "complex": lambda x: x.to(torch.complex64)}
+    content["state"]["model"] = {name: change[kind](tensor) for name, tensor in weights.items()}
+    refused_checkpoint(saved(content, tmp_path), "its weights are no plain tensors by name")
+
+
+def test_what_is_no_training_checkpoint_is_one_line(content, tmp_path):
+    weights = content["state"]["model"].items()
+    endless = {"model": {name: {"shape": [10**14], "start": 0, "part": each} for name, each in weights}}
+    for pieces in ([], [endless], torch.ones(2)):
+        refused_checkpoint(saved({**content, "pieces": pieces}, tmp_path), "not a training checkpoint of this package")
+    refused_checkpoint(saved(torch.zeros(3), tmp_path), "not a training checkpoint of this package")
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in ((), ("model",), ("model", "config"), ("tokenizer",)):
+        changed = read_checkpoint(saved(content, tmp_path))
+        if path:
+            place = hf_state(changed)
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = torch.zeros(3)
+        else:
+            changed["state"]["integrations"]["huggingface"] = torch.zeros(3)
+        refused_checkpoint(saved(changed, other), "(not a training checkpoint of this package|holds no tokenizer)")
+
+
+@pytest.mark.parametrize("place", ["config", "tokenizer", "clock", "text"])
+def test_lists_that_hold_one_another_are_refused(content, tmp_path, place):
+    """Forty lists in a pickle, each twice in the next: 10**12 parts to whoever goes through them."""
+    nested: Any = ["x"]
+    for _ in range(40):
+        nested = [nested, nested]
+    if place == "config":
+        hf_state(content)["model"]["config"]["content"]["norm_eps"] = nested
+    elif place == "tokenizer":
+        hf_state(content)["tokenizer"]["tokenizer_config.json"]["content"]["more"] = nested
+    elif place == "clock":
+        content["state"]["dataset_state"] = {"train": {"epoch": -1, "more": nested}}
+    else:
+        hf_state(content)["tokenizer"]["tokenizer_config.json"]["content"]["more"] = ["x" * 1_000_000] * 100_000
+    refused_checkpoint(saved(content, tmp_path), "refused: it holds the same parts over and over")
+
+
+KEYS = {
+    "twice": b"X\x01\x00\x00\x00x\x85q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01s",
+    "deep": b"X\x01\x00\x00\x00x" + b"\x85" * 3_000_000 + b"K\x01s",
+    "several": b"(X\x01\x00\x00\x00x\x85q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01u",
+    "made": b"0ccollections\nOrderedDict\n((X\x01\x00\x00\x00x\x85q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01ttR",
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_key_without_end_is_refused(content, tmp_path, kind):
+    """Python would go through a tuple that holds the one before it twice, 60 times over, to find its place in a dict; one of
+    three million tuples ends the process."""
+    checkpoint = saved({"a": 1}, tmp_path)
+    with zipfile.ZipFile(checkpoint.file) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(checkpoint.file, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, b"\x80\x02}" + KEYS[kind] + b"." if name.endswith("data.pkl") else data)
+    refused_checkpoint(checkpoint, "not a whole checkpoint: a key of a dict in it has no end")
+
+
 # What earlier versions saved
 
 
@@ -271,6 +354,15 @@ def test_configs_come_out_as_they_went_in(name, caplog):
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(("model_type", "counts"), [
+    ("ernie4_5_moe", {"moe_num_experts": 10**7}), ("dbrx", {"ffn_config": {"moe_num_experts": 10**7}}),
+    ("longcat_flash", {"zero_expert_num": 10**7}), ("gla", {"num_hidden_layers": 10**7}),
+])  # fmt: skip
+def test_counts_of_layers_and_experts_have_a_limit_by_any_name(model_type, counts):
+    with pytest.raises(ConfigError, match=r"^here: its config says \w+=10000000, more than any model has"):
+        read_back_hf_config({"model_type": model_type, **counts}, "here")
+
+
 # A model's folder
 
 
@@ -322,6 +414,13 @@ def test_an_adapter_does_not_lead_to_another_model(folder):
 def test_weights_that_are_quantized_are_refused_by_name(folder):
     edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(ConfigError, match=r"its weights are quantized; give the model they were made from$"):
+        load_pretrained(str(folder))
+
+
+def test_a_config_of_endless_size_is_refused(folder):
+    with (folder / "config.json").open("ab") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(ConfigError, match=r"^[^\n]*config\.json: cannot be read as JSON: has more than 134,217,728 bytes"):
         load_pretrained(str(folder))
 
 
@@ -425,6 +524,53 @@ def test_templates_are_saved_in_no_other_folder(tokenizer_folder, tmp_path, as_l
     (tmp_path / "out/additional_chat_templates").mkdir(parents=True)
     unchecked.save_pretrained(tmp_path / "out")
     assert (tmp_path / "planted.jinja").exists(), "the trap works"
+
+
+@pytest.mark.parametrize("length", ["many", [1], {}])
+def test_a_length_that_is_no_number_is_refused(tokenizer_folder, length):
+    """transformers compares it with that of every text."""
+    edit(tokenizer_folder / "tokenizer_config.json", model_max_length=length)
+    refused(tokenizer_folder, "has model_max_length=.*, must be a number")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                  "chat_template.jinja", "config.json"])  # fmt: skip
+def test_a_file_of_endless_size_is_refused(tokenizer_folder, name):
+    """Made of holes, it takes no room on a disk, nor in an archive."""
+    if name == "config.json":
+        edit(tokenizer_folder / "tokenizer_config.json", tokenizer_class=None)
+        edit(tokenizer_folder / "special_tokens_map.json", tokenizer_class=None)
+    with (tokenizer_folder / name).open("ab") as file:
+        file.truncate(200 << 30)
+    refused(tokenizer_folder, f"{name}:? has more than 134,217,728 bytes")
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+def test_steps_without_end_are_refused(tokenizer_folder, part):
+    step = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Whitespace"}, "decoder": {"type": "Fuse"}}[part]
+    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[part]
+    edit(tokenizer_folder / "tokenizer.json", **{part: {"type": "Sequence", name: [step] * 100_000}})
+    refused(tokenizer_folder, f"its {part} has 100,001 steps, more than 1,000")
+
+
+def test_a_template_that_puts_endless_tokens_around_a_text_is_refused(tokenizer_folder):
+    text, token = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    special = {"<s>": {"id": "<s>", "ids": [0] * 200_000, "tokens": ["<s>"] * 200_000}}
+    template = {"type": "TemplateProcessing", "single": [token, token, text], "pair": [text], "special_tokens": special}
+    edit(tokenizer_folder / "tokenizer.json", post_processor={"type": "Sequence", "processors": [template]})
+    refused(tokenizer_folder, "its template puts up to 600,000 tokens around a text, more than 10,000")
+
+
+@pytest.mark.parametrize("prefix", ["a" * 20, "a" * 100_000])
+def test_a_tokenizer_that_makes_the_library_give_up_is_one_line(tokenizer_folder, prefix):
+    """tokenizers panics, which is no Exception, where a merge's part is shorter than the prefix of parts."""
+    path = tokenizer_folder / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    first, second = list(content["model"]["vocab"])[:2]
+    content["model"] |= {"continuing_subword_prefix": prefix, "merges": [[first, second]]}
+    content["model"]["vocab"][first + second] = 400
+    path.write_text(json.dumps(content))
+    refused(tokenizer_folder, "")
 
 
 def test_code_in_a_tokenizer_folder_is_never_run(tokenizer_folder, mark):

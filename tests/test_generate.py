@@ -152,6 +152,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         ("empty.txt", b"\n \n", "holds no prompt"), ("no.jsonl", b'{"prompt": "a"}\nb\n', 'line 2 must be JSON like {"prompt"'),
         ("key.jsonl", b'{"text": "a"}\n', 'line 1 must be JSON like {"prompt"'), ("list.jsonl", b"[]\n", "line 1 must be JSON"),
         ("number.jsonl", b'{"prompt": 1}\n', "line 1: prompt must be a string"),
+        ("deep.jsonl", b"[" * 200_000 + b"]" * 200_000 + b"\n", 'line 1 must be JSON like {"prompt"'),
         ("half.jsonl", b'{"prompt": "a\\ud83d"}\n', "line 1: prompt holds half a surrogate pair, which is no text"),
     ):  # fmt: skip
         file = tmp_path / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import runpy
 import shutil
 from pathlib import Path
@@ -124,10 +125,38 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"doc_to_text": "!function code.run"},
         "task_path: a task in {folder} runs Python code (!function code.run); set task_code=true if you trust it",
     ),
+    "pickle": (
+        {"dataset_path": "pandas", "dataset_kwargs": {"data_files": {"test": "{folder}/data.pkl"}}, "doc_to_text": "{{text}}"},
+        "task_path: a task's dataset_path is pandas, which reads pickles, and those can run code; give its data as JSON lines",
+    ),
+    "pickle_streamed": (
+        {"dataset_path": "pandas", "dataset_kwargs": {"data_files": {"test": "{folder}/data.pkl"}, "streaming": True},
+         "doc_to_text": "{{text}}"},
+        "task_path: a task's dataset_path is pandas, which reads pickles",
+    ),
+    "cache": (
+        {"dataset_kwargs": {"data_files": {"test": "{folder}/data.jsonl"}, "cache_dir": "{folder}/marker"},
+         "doc_to_text": "{{text}}"},
+        "task_path: a task's dataset_kwargs have cache_dir={folder}/marker, and no task decides where files are written",
+    ),
+    "generate": (
+        {"doc_to_text": "{{text}}", "generation_kwargs": {"custom_generate": "{folder}", "trust_remote_code": True}},
+        "tasks: generate: its generation_kwargs have 'custom_generate', which is not taken; only do_sample, ",
+    ),
     "of_python": (
         {"doc_to_text": "!function os.mkdir"}, "task_path: a task in {folder} runs Python code (!function os.mkdir); set",
     ),
 }  # fmt: skip
+
+
+class _Marker:
+    """Makes a folder when it comes out of a pickle."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -137,6 +166,7 @@ def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
     content, message = REFUSED[name]
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
     (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\nrun = str\n")
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(_Marker(tmp_path / "marker")))
     write_task(tmp_path, name, **{"output_type": "generate_until", "doc_to_target": "{{text}}", **content})
     file = tmp_path / f"{name}.yaml"
     text = file.read_text().replace("'!function", "!function").replace(".run'", ".run").replace(".mkdir'", ".mkdir")
@@ -165,6 +195,25 @@ def test_a_task_that_leaves_no_room_for_its_question(tasks: Path, model_folder: 
     )
 
 
+def test_code_that_writes_text_is_not_run_for_a_task(tasks: Path, model_folder: Path, tmp_path: Path) -> None:
+    """transformers' `generate` takes a folder with code to generate by, and the word that it is trusted, like any argument."""
+    from flame_composer.checkpoint import load_model
+    from flame_composer.harness import HarnessModel, load_tasks, score
+
+    code = tmp_path / "folder" / "custom_generate"
+    code.mkdir(parents=True)
+    (code.parent / "config.json").write_text("{}")
+    (code / "generate.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\ngenerate = print\n")
+    (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
+    writing = {"max_gen_toks": 3, "until": ["\n"], "custom_generate": str(code.parent), "trust_remote_code": True}
+    write_task(tmp_path, "code", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text}}",
+               generation_kwargs=writing, metric_list=[{"metric": "exact_match"}])
+    with pytest.raises(ConfigError, match="tasks: code: its generation_kwargs have 'custom_generate', which is not taken"):
+        score(HarnessModel(*load_model(str(model_folder)), batch_size=1), load_tasks(["code"], str(tmp_path), num_fewshot=0),
+              limit=1)
+    assert not (tmp_path / "marker").exists(), "no code of a task is run"
+
+
 @pytest.mark.faults
 @pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults")
 def test_a_task_that_is_not_there(tasks: Path) -> None:
@@ -184,9 +233,12 @@ def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
     from flame_composer.harness import load_tasks
 
     (tmp_path / "broken.yaml").write_text("task: [")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/task.yaml")
     for names, folder, message in (
         (["choice"], str(tmp_path / "none"), f"task_path={tmp_path / 'none'}: no such folder"),
         (["choice"], str(tmp_path), f"{tmp_path / 'broken.yaml'}: cannot be read as a task: while parsing a flow node"),
+        (["choice"], str(tmp_path / "pipe"), f"{tmp_path / 'pipe/task.yaml'}: cannot be read as a task: is no file"),
     ):
         with pytest.raises(ConfigError) as caught:
             load_tasks(names, folder, num_fewshot=None)

@@ -125,6 +125,8 @@ WRONG_CONFIGS = {
     "numbers for streams": (b"train_data: {streams: 4}\n", "train_data.streams must hold keys and values"),
     "a number for a stream": (b"train_data: {streams: {web: 4}}\n", "train_data.streams.web must hold keys and values"),
     "deep": (b"[" * 20000, "depth"),
+    "aliases": (("a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+                 + "run_name: *a39\n").encode(), "expan"),
     "large": (b"a: " + b"x" * 2_000_000, "has 2,000,003 bytes"),
 }
 

@@ -539,6 +539,7 @@ MANIFEST_DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
     "eos": (lambda m: m["tokenizer"].update(eos_token_id="0"), "damaged: 'eos_token_id' must be a whole number"),
     "no eos": (lambda m: m["tokenizer"].pop("eos_token_id"), "damaged: 'eos_token_id' must be a whole number"),
     "total": (lambda m: m["totals"].update(dropped=0), "damaged: its token ledger does not balance"),
+    "compression": (lambda m: m["units"][0]["inputs"][0].update(compression=0), "damaged: 0 must be one of None, gzip, zstd"),
     "context": (lambda m: m.update(context_length=8), "damaged: its token ledger does not balance"),
 }
 

@@ -53,6 +53,19 @@ def test_files_and_folders(place, tmp_path):
     storage.delete_folder(storage.join(place, "sub"))
 
 
+def test_links_in_a_circle_lead_nowhere(tmp_path):
+    """Each of two links to the folder itself would be followed in the other, forty deep; so would links to further links."""
+    for name in ("a/b", "c", "d", "e"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("folder/a/b/file", "folder/c/file", "other/file"):
+        (tmp_path / name).write_bytes(b"x")
+    for name, target in (("up", "."), ("again", "."), ("a/up", "../../folder"), ("a/c", "../c"), ("linked", "../other"),
+                         ("c/down", "../d"), ("c/same", "../d"), ("d/down", "../e"), ("d/same", "../e")):  # fmt: skip
+        (tmp_path / "folder" / name).symlink_to(target)
+    assert list(storage.find(str(tmp_path / "folder"))) == ["a/b/file", "a/c/file", "c/file", "linked/file"]
+
+
 def test_what_is_written_is_read(place, tmp_path):
     data = random.Random(0).randbytes(100_000)
     address = storage.join(place, "a file with spaces & ümlauts")
