@@ -1,13 +1,18 @@
-"""docs/configuration.md is what the code says."""
+"""docs/configuration.md is what the code says, and the tests that docs name are there."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import pytest
 
 from flame_composer.extensions_config import OFFERED
 from flame_composer.fields import fields_of
 from flame_composer.reference import PAGE, page, scripts
 from flame_composer.train_config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_is_current():
@@ -24,3 +29,14 @@ def test_every_key_and_every_name_is_on_it():
     for section, names in OFFERED.items():
         for name in names:
             assert text.count(f"| `{section}.{name}` |") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_every_test_that_the_docs_name_is_there(path):
+    """A name without a file is a test in the file that was named last."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    file = ""
+    for named, test in re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", path.read_text(encoding="utf-8")):
+        file = named or file
+        assert not named or named in sources, named
+        assert not test or re.search(rf"def {test}\b", sources[file]), f"{file}::{test}"
