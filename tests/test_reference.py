@@ -33,10 +33,8 @@ def test_every_key_and_every_name_is_on_it():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_every_test_that_the_docs_name_is_there(path):
-    """A name without a file is a test in the file that was named last."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
-    file = ""
-    for named, test in re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", path.read_text(encoding="utf-8")):
-        file = named or file
-        assert not named or named in sources, named
-        assert not test or re.search(rf"def {test}\b", sources[file]), f"{file}::{test}"
+    sources = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")}
+    for file, test in re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", path.read_text(encoding="utf-8")):
+        assert not file or file in sources, file
+        held = sources[file] if file else "\n".join(sources.values())
+        assert not test or re.search(rf"def {test}\b", held), f"{file}::{test}"
