@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -256,35 +255,45 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes root to mount")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes root to mount")
+
+
+@needs_root
 def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
-    """Under the log folder, while a row is written, or under the checkpoints: one line, and with room the command goes on."""
-    run, saved = tmp_path / "full", tmp_path / "checkpoints"
-    keys = corpus.keys(run, f"save_folder={saved}")
+    """Under the log folder, while a row is written: one line, and when there is room, the same command goes on."""
+    run = tmp_path / "full"
+    keys = corpus.keys(run, f"save_folder={tmp_path / 'checkpoints'}")
     with small_disk(run, "64k"):
         filler = run / "filler"
         filler.write_bytes(bytes(48 << 10))  # the configuration, two small files and some rows have room beside it
         ended = Script("recipes/train.py", *keys).wait()
         assert ended.returncode == 1
-        (line,) = error_lines(ended)
-        assert line == (
+        assert error_lines(ended) == [
             f"error: {run}/train_log.jsonl: cannot be written: No space left on device; when that is mended, "
             "the same command goes on from what was saved last"
-        )
+        ]
         assert 5 < (run / "train_log.jsonl").read_text().count("\n") < 40
         filler.unlink()
-        shutil.move(saved, tmp_path / "elsewhere")
-        with small_disk(saved, "256k"):  # less than a checkpoint takes
-            ended = Script("recipes/train.py", *keys).wait()
-            assert ended.returncode == 1
-            (line,) = error_lines(ended)
-            said = r"error: .*(No space left on device|is the disk full\?); the same command goes on from what was saved last"
-            assert re.fullmatch(said, line), line
-            assert not list(saved.glob("ba*"))
-        saved.rmdir()
-        shutil.move(tmp_path / "elsewhere", saved)
         check(Script("recipes/train.py", *keys).wait())
         assert read_log(run) == read_log(undisturbed)
+
+
+@needs_root
+def test_a_disk_that_is_full_of_checkpoints(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    """It has no room for the first, of which nothing is left that has its name."""
+    run, saved = tmp_path / "full", tmp_path / "checkpoints"
+    keys = corpus.keys(run, f"save_folder={saved}")
+    with small_disk(saved, "256k"):
+        ended = Script("recipes/train.py", *keys).wait()
+        assert ended.returncode == 1
+        (line,) = error_lines(ended)
+        said = r"error: .*(No space left on device|is the disk full\?); the same command goes on from what was saved last"
+        assert re.fullmatch(said, line), line
+        assert not list(saved.glob("ba*"))
+    check(Script("recipes/train.py", *keys).wait())
+    assert read_log(run) == read_log(undisturbed)
+
+
 def test_what_lies_at_the_name_of_the_lock(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/\.lock: cannot be locked: .*; remove what lies there, or give"):
