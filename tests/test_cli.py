@@ -665,7 +665,7 @@ def test_names_of_runs_that_no_folder_can_have():
     assert train(f"run_name={'a' * 255}").run_name == "a" * 255
     for name in ("a" * 256, "a" * 5000, "a" + "\u0416" * 128):
         message = message_of(lambda name=name: train(f"run_name={name}"))
-        assert message.endswith(": must be no longer than 255 bytes (it names folders)")
+        assert message.endswith(": must be 255 bytes at most (it names folders)")
         assert len(message) < 300
 
 
@@ -856,8 +856,8 @@ def test_a_long_name_of_a_run(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "base.yaml", f"run_name={'x' * 5000}"])
     assert run(do_nothing, TrainConfig) == 2
     err = capsys.readouterr().err
-    assert err.endswith("xxx: must be 255 bytes at most (it names folders)\n")
-    assert len(err) < 1600
+    assert err.endswith("xxx...: must be 255 bytes at most (it names folders)\n")
+    assert len(err) < 300
     assert train(f"run_name={'x' * 255}").run_name == "x" * 255
     assert message_of(lambda: train("wandb.project=p", f"run_name={'x' * 201}")).endswith(
         ": must be 200 bytes at most (it names folders)"

@@ -168,11 +168,11 @@ def sixty(corpus: Corpus, run: Path) -> list[str]:
 
 @faults
 @pytest.mark.timeout(3600)
-def test_30_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tmp_path: Path) -> None:
+def test_12_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tmp_path: Path) -> None:
     """The launcher, either rank or a loader process, at any instant from the start on; nothing is left, and it goes on."""
     whole, seconds = sixty_steps
     run, choose = tmp_path / "killed", random.Random(30)
-    for number in range(30):
+    for number in range(12):
         steps = num_rows(run)
         launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
         while not (ranks := launched.ranks()):

@@ -22,7 +22,8 @@ LLAMA = {
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / f"ba{len(read_log(run))}.pt", weights_only=False)["state"]["model"]
+    last_step = read_log(run)[-1]["current_steps"]
+    return torch.load(run / "checkpoints" / f"ba{last_step}.pt", weights_only=False)["state"]["model"]
 
 
 def assert_same_run(run: Path, other: Path) -> None:
