@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from flame_composer.config import ConfigError, DataError, one_line
 from flame_composer.ends import ends_of, start_of
 from flame_composer.fields import nearest
+from flame_composer.written import require_shallow
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
 # What a task may say of how text is written. transformers has more, of which some lead to code.
@@ -162,6 +163,7 @@ def _find(names: list[str], folder: str | None) -> TaskManager:
             if not file.is_file():  # which opening might wait for
                 raise ConfigError(f"{file}: cannot be read as a task: is no file")
             try:
+                require_shallow(file.read_text(encoding="utf-8"))
                 load_yaml(file, resolve_func=False)
             except Exception as error:  # the harness passes over such files without a word
                 raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None

@@ -40,7 +40,7 @@ from flame_composer.fields import (
     sections_of,
     show,
 )
-from flame_composer.written import as_it_stands, as_meant, parse_yaml, plain, takes_text, to_yaml
+from flame_composer.written import as_it_stands, as_meant, parse_yaml, plain, require_shallow, takes_text, to_yaml
 
 MOST_FILLED_IN = 1 << 24  # characters of all values together, when each ${key} stands for what it leads to
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([A-Za-z_][\w.-]*)[^:{}]*\}")
@@ -264,6 +264,7 @@ def _read_override(cls: type, argument: str) -> dict[Any, Any]:
             parts = _split_list(text[1:-1]) if is_list else [text]
             OmegaConf.create(_nested(key, parts))
             return _nested(key, list(map(as_it_stands, parts)) if is_list else as_it_stands(text))
+        require_shallow(text)
         if "\\" in key:  # which has a meaning of its own in OmegaConf; no key of ours has one
             unknown = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
             assert isinstance(unknown, dict)

@@ -21,7 +21,7 @@ from flame_composer.checkpoint import average_of
 from flame_composer.checkpoint_read import Checkpoint
 from flame_composer.config import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.manifest import read_manifest
-from flame_composer.written import MAX_YAML_NODES
+from flame_composer.written import MAX_YAML_NODES, require_shallow
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
 MOST_BYTES = 1 << 20  # of it that are read
@@ -52,6 +52,7 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
 def _recipe(text: str | None) -> dict[str, Any]:
     """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is none."""
     # Aliases that multiply are refused: they are small until somebody writes them out.
+    require_shallow(text or "")
     recipe = yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)) if text else {}
     sections = [("the file", recipe)]
     if isinstance(recipe, dict):

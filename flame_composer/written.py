@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import types
 import typing
@@ -19,6 +20,8 @@ from flame_composer.fields import dataclass_of, hints_of, named_sections
 
 # OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply are refused all the same.
 MAX_YAML_NODES = 1_000_000
+MOST_LEVELS = 100  # of a YAML document
+MOST_LETTERS = 1 << 26
 PYTHONS_NONE = "None"  # what people write who mean null
 _NOT_TEXT = ("int", "float", "bool", "null", "none", "value", "merge")
 
@@ -33,6 +36,7 @@ class Written:
 
 def parse_yaml(stream: Any) -> Any:
     """Return the content of a YAML document, with a `Written` for each scalar that YAML takes for something but text."""
+    require_shallow(stream)
     base = get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)
 
     class Loader(base):  # type: ignore[misc, valid-type]
@@ -42,6 +46,24 @@ def parse_yaml(stream: Any) -> Any:
     for kind in _NOT_TEXT:
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _construct(base, kind))
     return yaml.load(stream, Loader=Loader)
+
+
+def require_shallow(stream: Any) -> None:
+    """Raise ValueError for a YAML document of endless depth or size; of a file, as much as this reads is left to be read.
+
+    libyaml's loader builds nested lists and mappings one within the other: 100,000 of them end the process.
+    """
+    text = stream if isinstance(stream, str) else stream.read(MOST_LETTERS + 1)
+    if len(text) > MOST_LETTERS:
+        raise ValueError(f"has more than {MOST_LETTERS:,} characters")
+    depth = 0
+    with contextlib.suppress(yaml.YAMLError):  # which is told when it is loaded
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_LEVELS:
+                raise ValueError(f"lists and mappings in one another, more than {MOST_LEVELS} deep")
+    if not isinstance(stream, str):
+        stream.seek(0)
 
 
 def to_yaml(content: Any) -> str:

@@ -713,6 +713,18 @@ def test_later_arguments_go_over_earlier_ones_key_by_key():
 SECRET = "hunter2-secret"
 
 
+@pytest.mark.parametrize("text", ["[" * 300_000 + "]" * 300_000, "{a: " * 300_000, "a: " + "[" * 300_000])
+def test_a_configuration_of_endless_depth_is_refused(tmp_path, text):
+    """libyaml would end the process."""
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(TrainConfig, [str(file)])
+    assert str(caught.value) == f"{file}: not valid YAML: lists and mappings in one another, more than 100 deep"
+    with pytest.raises(ConfigError, match=r"cannot be read: lists and mappings in one another, more than 100 deep$"):
+        load(TrainConfig, [f"model.config={text}"])
+
+
 def test_texts_that_name_one_another_without_end_are_refused(tmp_path):
     """Five keys, each of which has the next one in it 60 times: 800 million texts."""
     names = ("run_name", "tokenizer", "save_folder", "log_folder", "train_data.local", "eval_data.local")

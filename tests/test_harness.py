@@ -233,12 +233,16 @@ def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
     from flame_composer.harness import load_tasks
 
     (tmp_path / "broken.yaml").write_text("task: [")
-    (tmp_path / "pipe").mkdir()
+    for name in ("pipe", "deep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "deep/task.yaml").write_text("[" * 300_000)
     os.mkfifo(tmp_path / "pipe/task.yaml")
     for names, folder, message in (
         (["choice"], str(tmp_path / "none"), f"task_path={tmp_path / 'none'}: no such folder"),
         (["choice"], str(tmp_path), f"{tmp_path / 'broken.yaml'}: cannot be read as a task: while parsing a flow node"),
         (["choice"], str(tmp_path / "pipe"), f"{tmp_path / 'pipe/task.yaml'}: cannot be read as a task: is no file"),
+        (["choice"], str(tmp_path / "deep"), f"{tmp_path / 'deep/task.yaml'}: cannot be read as a task: lists and mappings in "
+         "one another, more than 100 deep"),
     ):
         with pytest.raises(ConfigError) as caught:
             load_tasks(names, folder, num_fewshot=None)

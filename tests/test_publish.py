@@ -124,7 +124,8 @@ WRONG_CONFIGS = {
     "a number for a section": (b"model: 3\ntrain_data: 4\n", "model must hold keys and values"),
     "numbers for streams": (b"train_data: {streams: 4}\n", "train_data.streams must hold keys and values"),
     "a number for a stream": (b"train_data: {streams: {web: 4}}\n", "train_data.streams.web must hold keys and values"),
-    "deep": (b"[" * 20000, "depth"),
+    "deep": (b"[" * 20000, "lists and mappings in one another, more than 100 deep"),
+    "very deep": (b"[" * 400_000 + b"]" * 400_000, "lists and mappings in one another, more than 100 deep"),
     "aliases": (("a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
                  + "run_name: *a39\n").encode(), "expan"),
     "large": (b"a: " + b"x" * 2_000_000, "has 2,000,003 bytes"),
