@@ -326,7 +326,7 @@ IN_YAML = {
     "seed: *a": f"{NOT_YAML}found undefined alias at",
     "seed: &a [*a]": f"{NOT_YAML}YAML recursive aliases are not supported. at",
     "seed: [1": f"{NOT_YAML}while parsing a flow sequence at",
-    f"seed: {'[' * 3000}{']' * 3000}": f"{NOT_YAML}maximum recursion depth exceeded",
+    f"seed: {'[' * 3000}{']' * 3000}": f"{NOT_YAML}lists and mappings in one another, more than 100 deep",
     f"seed: {'9' * 5000}": f"{NOT_YAML}Exceeds the limit (4300 digits) for integer string conversion",
     "seed: 1\x00": f"{NOT_YAML}unacceptable character #x0000: control characters are not allowed",
     "? {a: 1}\n: 3": f"{NOT_YAML}while constructing a mapping at",
