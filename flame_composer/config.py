@@ -120,7 +120,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What others' exceptions say, as part of a line of ours."""
     # Masked before it is cut, for half a secret would not be known again.
     return masked(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
