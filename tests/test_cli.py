@@ -602,6 +602,11 @@ def test_a_saved_configuration_with_escapes_is_read_again():
     assert load(TrainConfig, ["again.yaml"]) == config
 
 
+def test_the_configuration_that_a_run_saved_is_read_again(undisturbed):
+    for saved in (undisturbed / "config.yaml", undisturbed / "checkpoints" / "config.yaml"):
+        assert load(TrainConfig, [str(saved)]).resolved_yaml == saved.read_text(encoding="utf-8")
+
+
 def test_tags_that_do_not_fit_are_no_traceback():
     for value in ("!!int", "!!bool perhaps", "!!timestamp soon", "!!float"):
         assert message_of(lambda value=value: train_yaml(f"seed: {value}\n")).startswith("x.yaml: not valid YAML: ")

@@ -387,7 +387,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
      "unknown argument of EMA; did you mean algorithms.ema.half_life?"),
     ("algorithms.ema", {"smoothing": 0.9}, "algorithms.ema.smoothing",
      "unknown argument of EMA; its arguments are half_life, ema_start, update_interval"),
-    ("algorithms.ema", {"half_life": 9}, "algorithms.ema.half_life", "must be str"),
+    ("algorithms.ema", {"half_life": 9}, "algorithms.ema.half_life", "must be str; quote what is text"),
     ("algorithms.ema", {"half_life": None}, "algorithms.ema.half_life", "must be str"),
     ("algorithms.ema", {"half_life": "1ep"}, "algorithms.ema",
      "EMA refuses it: half_life=1ep: must be a whole number of batches, e.g. 100ba"),
