@@ -359,12 +359,14 @@ def hash_row(input_ids: torch.Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None = None) -> list[range]:
+def keep_rows(
+    path: Path, *, last_step: int, evaluation: dict[str, Any] | None = None, several: bool = False
+) -> list[range]:
     """Drop the rows after `last_step`, and what is no row, such as one that a kill cut short.
 
     Replaces the file in one step. `evaluation` goes into the row of `last_step`, where it would have been. What is dropped
-    from the middle is named in a warning. Of several rows of a step the last stays, and rows are put in order. Returns
-    which of the steps up to `last_step` have no row.
+    from the middle is named in a warning. Of several rows of a step the last stays, and rows are put in order; a file that
+    has `several` rows a step keeps them all. Returns which of the steps up to `last_step` have no row.
     """
     kept: dict[int, bytes] = {}
     moved: set[int] = set()  # steps with several rows, or rows that come after one of a later step
@@ -382,9 +384,10 @@ def keep_rows(path: Path, *, last_step: int, evaluation: dict[str, Any] | None =
             after = {key: row.pop(key) for key in ("batch_hash", "streams") if key in row}
             line = json.dumps(row | evaluation | after).encode()
         step = row["current_steps"]
-        if step <= max_step:
+        if step < max_step or (step == max_step and not several):
             moved.add(step)
-        kept[step], max_step = line + b"\n", max(max_step, step)
+        kept[step] = (kept.get(step, b"") if several else b"") + line + b"\n"
+        max_step = max(max_step, step)
     if moved:
         log.warning("warning: %s: several rows, or rows out of order, of %s: put in order, and the last of each step is kept",
                     path, _ranges([range(step, step + 1) for step in sorted(moved)]))

@@ -105,12 +105,13 @@ class JobFolder:
         while True:
             path = path or tempfile.mkdtemp(prefix="job-", dir=private_folder())
             self.path = Path(path)
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.path.exists(path):
-                break
-            # Another job has just taken it for one that a dead job left.
-            os.close(lock)
+            # Another job may just take it for one that a dead job left: before it is opened, or locked.
+            with contextlib.suppress(FileNotFoundError):
+                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if os.path.exists(path):
+                    break
+                os.close(lock)
             path = None
         if is_new:
             _sweep(self.path.parent)

@@ -98,7 +98,7 @@ class Generate(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            keep_rows(self.path, last_step=state.timestamp.batch.value)
+            keep_rows(self.path, last_step=state.timestamp.batch.value, several=True)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value

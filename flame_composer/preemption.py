@@ -185,7 +185,7 @@ def _require_own(folder: Path) -> None:
     """Raises ConfigError for a run that another user began, whose files this one cannot write."""
     names = ("", ".lock", "train_log.jsonl", "starts.jsonl", "config.yaml")
     for path in (folder / name for name in names):
-        if path.exists() and not os.access(path, os.W_OK):
+        if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
             whose = "" if path.stat().st_uid == os.geteuid() else f": it is user {path.stat().st_uid}'s, this is {os.geteuid()}"
             raise ConfigError(f"{path}: this run has files that cannot be written to{whose}; give this one another run_name, "
                               "or set log_folder")

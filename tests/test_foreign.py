@@ -222,7 +222,7 @@ def test_what_is_no_training_checkpoint_is_one_line(content, tmp_path):
     weights = content["state"]["model"].items()
     endless = {"model": {name: {"shape": [10**14], "start": 0, "part": each} for name, each in weights}}
     for pieces in ([], [endless], torch.ones(2)):
-        refused_checkpoint(saved({**content, "pieces": pieces}, tmp_path), "not a training checkpoint of this package")
+        refused_checkpoint(saved({**content, "pieces": pieces}, tmp_path), "not a whole checkpoint: the head of one in pieces")
     refused_checkpoint(saved(torch.zeros(3), tmp_path), "not a training checkpoint of this package")
     other = tmp_path / "other"
     other.mkdir()

@@ -125,8 +125,9 @@ def test_what_people_write_stays():
 
 def test_progress_bars_are_drawn_as_before(monkeypatch):
     def draw(out: Any) -> None:
-        for outer in tqdm(range(2), file=out, desc="outer", mininterval=0, bar_format="{desc} {n}", ncols=40):
-            for _ in tqdm(range(2), file=out, desc="inner", mininterval=0, bar_format="{desc} {n}", position=1, leave=False):
+        always: dict[str, Any] = {"file": out, "mininterval": 0, "miniters": 1, "bar_format": "{desc} {n}"}
+        for outer in tqdm(range(2), desc="outer", ncols=40, **always):
+            for _ in tqdm(range(2), desc="inner", position=1, leave=False, **always):
                 tqdm.write(f"line {outer}", file=out)
 
     plain, out = io.StringIO(), io.StringIO()

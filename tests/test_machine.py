@@ -231,3 +231,20 @@ def test_what_torch_compiles_is_in_the_private_folder(monkeypatch: pytest.Monkey
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
         parallelism.check_devices(ParallelismConfig(compile=True), precision="fp32")
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
+
+
+def test_a_folder_that_another_job_sweeps_before_it_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, swept = tempfile.mkdtemp, []
+
+    def make_and_sweep(**options: Any) -> str:
+        path = make(**options)
+        if options.get("prefix") == "job-" and not swept:
+            swept.append(path)
+            Path(path).rmdir()
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
+    folder = machine.JobFolder()
+    assert folder.path.is_dir()
+    assert str(folder.path) not in swept
+    assert len(swept) == 1

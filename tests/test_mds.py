@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from streaming.base.format.mds.reader import MDSReader
 from flame_composer.manifest import HASH, dump_json
 from flame_composer.mds import ShardWriter
 from flame_composer.packing import no_pieces, pack
-from flame_composer.reader import OpenShards, ShardReader
+from flame_composer.reader import OpenShards, ShardReader, identify
 from tests.data_fixtures import files_under
 
 
@@ -42,6 +43,7 @@ def written_by_both(
     for shard in ours.shards:
         fast, plain = (reader.from_json(str(folder / "ours"), None, shard) for reader in (ShardReader, MDSReader))
         fast.opened = OpenShards()
+        fast.whole = np.array(identify(os.stat(folder / "ours" / shard["raw_data"]["basename"])), np.uint64)
         for row in range(len(plain)):
             for name, value in plain[row].items():
                 np.testing.assert_array_equal(fast[row][name], value, strict=True)
