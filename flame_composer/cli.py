@@ -50,8 +50,8 @@ def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfi
     if first in mains:
         return _run(*mains[first], f"{script} {first}", argv[1:])
     if first in ("-h", "--help"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print("\n\n".join(help_text(cls, f"{script} {name}") for name, (_, cls) in mains.items()))
+        flush_streams()
         return 0
     if first and "=" not in first and not first.startswith("-") and not first.endswith((".yaml", ".yml")):
         names = list(mains)
@@ -82,7 +82,6 @@ def _say(message: str) -> None:
 
 def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends quietly
         print(help_text(cls, script))
         return 0
     config = None
