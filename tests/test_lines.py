@@ -126,9 +126,12 @@ def test_what_people_write_stays():
 def test_progress_bars_are_drawn_as_before(monkeypatch):
     def draw(out: Any) -> None:
         always: dict[str, Any] = {"file": out, "mininterval": 0, "miniters": 1, "bar_format": "{desc} {n}"}
-        for outer in tqdm(range(2), desc="outer", ncols=40, **always):
+        for _ in tqdm(range(2), desc="outer", ncols=40, **always):
             for _ in tqdm(range(2), desc="inner", position=1, leave=False, **always):
-                tqdm.write(f"line {outer}", file=out)
+                pass
+        # With one bar only: tqdm clears several in any order.
+        for number in tqdm(range(2), desc="alone", ncols=40, **always):
+            tqdm.write(f"line {number}", file=out)
 
     plain, out = io.StringIO(), io.StringIO()
     draw(plain)
