@@ -44,8 +44,19 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def end_with_fork_server_owner() -> None:
-    """In a fork server: end it when the process that started it ends."""
+    """In a fork server: end it when the process that started it ends, and what it forks with it.
+
+    A new process of the server takes up to seconds until it runs code of ours; who stops it (SIGSTOP) before
+    that would keep it for good.
+    """
     when_parent_ends(signal.SIGKILL)  # if that has ended already, the server finds its pipe closed
+    server = os.getpid()
+
+    def follow_server() -> None:
+        if os.getppid() == server:  # not in what such a process forks itself
+            when_parent_ends(signal.SIGKILL)
+
+    os.register_at_fork(after_in_child=follow_server)
 
 
 def end_with_launcher() -> None:

@@ -171,6 +171,23 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path: Path, method: str, 
     wait_until(lambda: not any(map(runs, tracker)), 5)
 
 
+def test_a_child_that_has_not_begun_ends_with_its_fork_server(tmp_path: Path) -> None:
+    """It imports the script first, which takes a while: who was stopped there stayed."""
+    (tmp_path / "loaders.py").write_text(
+        LOADERS + "else:\n    Path(sys.argv[1], str(multiprocessing.current_process().pid)).touch()\n    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "loaders.py", tmp_path, "forkserver"], env=ENV, start_new_session=True
+    )
+    wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)
+    children = [psutil.Process(int(path.name)) for path in tmp_path.iterdir() if path.name.isdigit()]
+    for child in children:
+        child.suspend()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(map(runs, children)), 5)
+
+
 def test_what_is_no_loss_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert processes.loss_of(RuntimeError("Connection reset by peer")) is None  # of what peer?
