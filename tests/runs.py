@@ -180,16 +180,24 @@ class Corpus:
     def stopped_run(
         self, run: Path, *more: str, after_step: int, group: bool = False, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Start a run and send it (or its whole group) SIGTERM, three times, some instant after it has logged `after_step`."""
+        """Start a run and send it (or its whole group) SIGTERM, three times, some instant after it has logged `after_step`.
+
+        `args` of what is returned is the number of steps that were logged at the first.
+        """
         script = Script("recipes/train.py", *self.keys(run, *more), env=env)
         self.wait_for_step(script, run, after_step)
         pid = script.process.pid
         assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # it trains on while a busy machine runs others than this process
+        logged = (run / "train_log.jsonl").read_text().count("\n")
         with contextlib.suppress(ProcessLookupError):  # the second or third may come too late
             for _ in range(3):
                 (os.killpg if group else os.kill)(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)
                 time.sleep(0.05)
-        return script.wait()
+        result = script.wait()
+        result.args = logged
+        return result
 
     def wait_for_step(self, script: Script, run: Path, step: int) -> None:
         """Until some instant after the run has logged `step`."""

@@ -129,6 +129,7 @@ def test_a_store_that_hangs_is_asked_as_often_as_is_said(impatient, monkeypatch,
 
 @pytest.mark.parametrize("name", ["read", "download"])
 def test_a_store_that_hangs_in_its_answer(impatient, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(s3_module, "READ_SECONDS", 1)  # in 0.2 s not even the head of it comes on a busy machine
     with hostile(lists_only(stuck_in_its_answer)) as server:
         point_to(server, monkeypatch)
         began = time.monotonic()
