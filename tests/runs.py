@@ -26,11 +26,21 @@ ROOT = Path(__file__).parent.parent
 
 # yamls/gla_tiny.yaml made smaller still; an epoch is 15 steps, so 40 steps are two epochs and two thirds.
 TINY = (
-    "max_duration=40ba", "global_batch_size=4", "microbatch_size=2", "context_length=64", "scheduler.warmup=4ba",
-    "save_interval=5ba", "eval_interval=10ba", "eval_data.max_rows=7", "log_batch_hash=true", "train_data.num_workers=0",
+    "max_duration=40ba",
+    "global_batch_size=4",
+    "microbatch_size=2",
+    "context_length=64",
+    "scheduler.warmup=4ba",
+    "save_interval=5ba",
+    "eval_interval=10ba",
+    "eval_data.max_rows=7",
+    "log_batch_hash=true",
+    "train_data.num_workers=0",
 )
 TINY_GLA = (
-    "model.config.vocab_size=300", "model.config.hidden_size=32", "model.config.num_hidden_layers=2",
+    "model.config.vocab_size=300",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=2",
     "model.config.num_heads=2",
 )
 WANDB = ("wandb.project=tests", "wandb.entity=testers", "wandb.group=ours", "wandb.tags=[still,whole]")
@@ -83,14 +93,15 @@ class Script:
 class Ranks:
     """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that have imported everything."""
 
-    def __init__(self, number: int, *keys: str, env: dict[str, str] | None = None):
+    def __init__(self, number: int, *keys: str, env: dict[str, str] | None = None, folder: Path = ROOT):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         env = {**(env or {}), "WORLD_SIZE": f"{number}", "LOCAL_WORLD_SIZE": f"{number}", "NODE_RANK": "0",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}  # fmt: skip
         self.scripts = [
-            Script("recipes/train.py", *keys, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}) for rank in range(number)
+            Script(ROOT / "recipes/train.py", *keys, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, folder=folder)
+            for rank in range(number)
         ]
 
     def kill_after(self, log: Path, step: int) -> None:
@@ -107,9 +118,7 @@ class Ranks:
             check(script.wait())
 
 
-def run_script(
-    *command: object, folder: Path = ROOT, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_script(*command: object, folder: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return Script(*command, folder=folder, env=env).wait()
 
 
@@ -152,19 +161,32 @@ class Corpus:
     def convert(self) -> None:
         source, tokenizer = f"source={self.text}", self.tokenizer
         check(run_script("convert/train_tokenizer.py", source, f"out={tokenizer}", "vocab_size=300"))
-        check(run_script(
-            "convert/to_mds.py", source, f"tokenizer={tokenizer}", "context_length=64", f"out={self.train}",
-            "val_fraction=0.15", f"val_out={self.val}",
-        ))
+        check(
+            run_script(
+                "convert/to_mds.py",
+                source,
+                f"tokenizer={tokenizer}",
+                "context_length=64",
+                f"out={self.train}",
+                "val_fraction=0.15",
+                f"val_out={self.val}",
+            )
+        )
 
     def keys(self, run: Path, *more: str) -> list[str]:
         """The arguments of recipes/train.py for a run in folder `run`; `more` may begin with a YAML file."""
         file = (more[0],) if more and more[0].endswith(".yaml") else ("yamls/gla_tiny.yaml", *TINY_GLA)
         more = more if len(file) > 1 else more[1:]
         return [
-            *file, *TINY, f"tokenizer={self.tokenizer}", f"train_data.local={self.train}",
-            f"eval_data.local={self.val}", f"run_name={run.name}", f"log_folder={run}",
-            f"save_folder={run / 'checkpoints'}", *more,
+            *file,
+            *TINY,
+            f"tokenizer={self.tokenizer}",
+            f"train_data.local={self.train}",
+            f"eval_data.local={self.val}",
+            f"run_name={run.name}",
+            f"log_folder={run}",
+            f"save_folder={run / 'checkpoints'}",
+            *more,
         ]
 
     def yaml_with(self, model: dict[str, Any]) -> str:

@@ -1,0 +1,69 @@
+"""What earlier versions made is read, gone on from and made again as it was, bit for bit (tests/fixtures/earlier)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import earlier
+from tests.data_fixtures import files_under
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(earlier.MADE, tmp_path / "earlier"))
+
+
+@pytest.fixture(scope="module")
+def read() -> dict[str, Any]:
+    return json.loads((earlier.MADE / "read.json").read_text())
+
+
+def assert_as_then(found: Any, then: Any, read: dict[str, Any]) -> None:
+    """Bit for bit on the processor that it was made on; another one adds up in another order, and has other vectors."""
+    if isinstance(found, dict):
+        assert list(found) == list(then)
+        for key in found:
+            assert_as_then(found[key], then[key], read)
+    elif isinstance(found, list):
+        assert len(found) == len(then)
+        for ours, theirs in zip(found, then, strict=True):
+            assert_as_then(ours, theirs, read)
+    elif isinstance(found, float) and earlier.processor() != read["processor"]:
+        assert found == pytest.approx(then, rel=1e-3)
+    else:
+        assert found == then
+
+
+def test_the_same_text_makes_the_same_dataset(folder: Path) -> None:
+    for name in ("train", "val"):
+        shutil.rmtree(folder / name)
+    earlier.convert(folder)
+    for name in ("train", "val"):
+        assert files_under(folder / name) == files_under(earlier.MADE / name)
+
+
+@pytest.mark.parametrize(("name", "train"), [("averaged", earlier.train), ("sharded", earlier.train_sharded)])
+def test_a_run_goes_on_in_mid_epoch(folder: Path, read: dict[str, Any], name: str, train: Callable[[Path], None]) -> None:
+    """With dropout and an average of the weights; and from a sharded checkpoint, on two ranks."""
+    assert len(earlier.logs(folder)[name]) == earlier.STEP
+    train(folder)
+    assert_as_then(earlier.logs(folder)[name], read["logs"][name], read)
+
+
+def test_a_checkpoint_is_exported_as_then(folder: Path) -> None:
+    shutil.rmtree(folder / "export")
+    earlier.export(folder)
+    assert files_under(folder / "export") == files_under(earlier.MADE / "export")
+
+
+@pytest.mark.parametrize(
+    ("key", "use"), [("plan", earlier.plan), ("generated", earlier.generate), ("evaluation", earlier.evaluate)]
+)
+def test_what_is_read_from_it(folder: Path, read: dict[str, Any], key: str, use: Callable[[Path], Any]) -> None:
+    assert_as_then(use(folder), read[key], read)
