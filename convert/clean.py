@@ -13,13 +13,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from flame_composer.clean_config import CleanConfig
-from flame_composer.cli import run
-from flame_composer.config import ConfigError
-from flame_composer.corpus import find_files
-from flame_composer.hub import address
-from flame_composer.parts import LOCK, PartsFolder, report
-from flame_composer.shards import plan_units
+from flame_composer.cleaning.parts import LOCK, PartsFolder, report
+from flame_composer.config.clean import CleanConfig
+from flame_composer.config.cli import run
+from flame_composer.config.rules import ConfigError
+from flame_composer.dataset.writer import plan_units
+from flame_composer.text.hub import address
+from flame_composer.text.sources import find_files
 
 # What the files written do not depend on.
 MEANS = ("on_error", "num_workers", "executor", "slurm", "ray", "out")
@@ -27,7 +27,8 @@ MEANS = ("on_error", "num_workers", "executor", "slurm", "ray", "out")
 
 def main(config: CleanConfig) -> None:
     try:
-        from flame_composer import cleaning, executors
+        from flame_composer.cleaning import executors
+        from flame_composer.cleaning import stages as cleaning
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
         raise ConfigError(f"{package} is not installed; pip install 'flame-composer[clean]'") from None

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flame_composer.cli import listen_to_signals, run
-from flame_composer.convert_config import FromLlamaConfig
-from flame_composer.folders import new_folder, require_new
+from flame_composer.config.cli import listen_to_signals, run
+from flame_composer.config.convert import FromLlamaConfig
+from flame_composer.storage.folders import new_folder, require_new
 
 
 def main(config: FromLlamaConfig) -> None:
     out = Path(config.out)
     require_new(out)
 
-    from flame_composer import transplant
-    from flame_composer.llama import open_source
-    from flame_composer.tokenizer import load_tokenizer
+    from flame_composer.model import transplant
+    from flame_composer.model.llama import open_source
+    from flame_composer.text.tokenizer import load_tokenizer
 
     listen_to_signals()
     target = transplant.read_target(config.config)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flame_composer import report
-from flame_composer.cli import run
-from flame_composer.config import ConfigError, DataError
-from flame_composer.convert_config import InspectConfig
-from flame_composer.inspection import check_tokenizer, choose_shards, open_dataset, spread, survey
-from flame_composer.tokenizer import fingerprint, load_tokenizer
+from flame_composer.config.cli import run
+from flame_composer.config.convert import InspectConfig
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.dataset import report
+from flame_composer.dataset.survey import check_tokenizer, choose_shards, open_dataset, spread, survey
+from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 
 
 def main(config: InspectConfig) -> None:

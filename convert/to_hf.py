@@ -7,20 +7,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flame_composer.cli import run
-from flame_composer.convert_config import ToHfConfig
-from flame_composer.folders import require_new
+from flame_composer.config.cli import run
+from flame_composer.config.convert import ToHfConfig
+from flame_composer.storage.folders import require_new
 
 
 def main(config: ToHfConfig) -> None:
     out = Path(config.out)
     require_new(out)
 
-    from flame_composer import publish
-    from flame_composer.checkpoint import model_in, save_hf_folder
-    from flame_composer.checkpoint_find import find_checkpoint
-    from flame_composer.checkpoint_read import read_checkpoint
-    from flame_composer.ends import begin_as_in_training, describe_start
+    from flame_composer.checkpoint.find import find_checkpoint
+    from flame_composer.checkpoint.read import read_checkpoint
+    from flame_composer.checkpoint.save import model_in, save_hf_folder
+    from flame_composer.export import card as publish
+    from flame_composer.text.ends import begin_as_in_training, describe_start
 
     if config.push_to_hub is not None:
         publish.check_hub(config.push_to_hub)

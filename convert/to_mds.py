@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from flame_composer.cli import run
-from flame_composer.convert_config import ConvertConfig
-from flame_composer.corpus import find_files
-from flame_composer.encoder import choose_encoder, require_installed
-from flame_composer.hub import address
-from flame_composer.shards import DatasetWriter, Manifest, Plan, Split, plan_units
-from flame_composer.tokenizer import bare, fingerprint, import_transformers_without_torch, load_tokenizer, require_ends
-from flame_composer.workers import Conversion, convert_units
+from flame_composer.config.cli import run
+from flame_composer.config.convert import ConvertConfig
+from flame_composer.dataset.workers import Conversion, convert_units
+from flame_composer.dataset.writer import DatasetWriter, Manifest, Plan, Split, plan_units
+from flame_composer.text.encoder import choose_encoder, require_installed
+from flame_composer.text.hub import address
+from flame_composer.text.sources import find_files
+from flame_composer.text.tokenizer import bare, fingerprint, import_transformers_without_torch, load_tokenizer, require_ends
 
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and the inputs themselves.
 SETTINGS = ("source", "name", "split", "suffixes", "text_column", "add_bos", "add_eos", "max_document_bytes", "max_doc_length",

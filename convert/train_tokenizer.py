@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flame_composer import storage
-from flame_composer.cli import run
-from flame_composer.config import ConfigError, DataError
-from flame_composer.convert_config import TokenizerTrainConfig
-from flame_composer.corpus import find_files
-from flame_composer.documents import sample_texts
+from flame_composer.config.cli import run
+from flame_composer.config.convert import TokenizerTrainConfig
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.storage import files as storage
+from flame_composer.text.documents import sample_texts
+from flame_composer.text.sources import find_files
 
 SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", "max_bytes", "eos_token")
 
@@ -31,7 +31,7 @@ def main(config: TokenizerTrainConfig) -> None:
         print(f"{config.out}: already trained, nothing to do")
         return
 
-    from flame_composer.tokenizer import train_bpe
+    from flame_composer.text.tokenizer import train_bpe
 
     num_documents = num_skipped = 0
 

@@ -9,11 +9,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flame_composer.config import ScriptConfig
-from flame_composer.extensions import arguments_of, find_class, in_words
-from flame_composer.extensions_config import OFFERED, REFUSED
-from flame_composer.fields import fields_of, show
-from flame_composer.train_config import TrainConfig
+from flame_composer.config.extensions import OFFERED, REFUSED
+from flame_composer.config.fields import fields_of, show
+from flame_composer.config.rules import ScriptConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.train.extensions import arguments_of, find_class, in_words
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -56,24 +56,25 @@ def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
     for path in sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        modules = {alias.name: node.module for node in imports for alias in node.names}
+        names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
         name = str(path.relative_to(ROOT))
         for call in ast.walk(tree.body[-1]):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
                 continue
             if call.func.id == "run":
-                yield name, _class(call.args[1], modules)
+                yield name, _class(call.args[1], names)
             if call.func.id == "run_one_of":
                 given = typing.cast(ast.Dict, call.args[0])
                 for key, value in zip(given.keys, given.values, strict=True):
                     yield f"{name} {ast.literal_eval(typing.cast(ast.Constant, key))}", _class(
-                        typing.cast(ast.Tuple, value).elts[1], modules)
+                        typing.cast(ast.Tuple, value).elts[1], names)
 
 
-def _class(node: ast.expr, modules: dict[str, str | None]) -> type[ScriptConfig]:
+def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
     module, _, name = ast.unparse(node).rpartition(".")  # a class that is imported, or one in a module that is
-    place = f"{modules[module]}.{module}" if module else str(modules[name])
-    return vars(importlib.import_module(place))[name]
+    place = f"{names[module]}.{name}" if module else names[name]
+    module, _, name = place.rpartition(".")
+    return vars(importlib.import_module(module))[name]
 
 
 def page() -> str:

@@ -17,9 +17,13 @@ import json
 import sys
 from pathlib import Path
 
-from flame_composer import benchmark, benchmark_charts, charts, measuring, recipe_config
-from flame_composer.cli import run_one_of
-from flame_composer.measuring import Figure
+from flame_composer.bench import charts as benchmark_charts
+from flame_composer.bench import commands as benchmark
+from flame_composer.bench import measure as measuring
+from flame_composer.bench.measure import Figure
+from flame_composer.config import use as recipe_config
+from flame_composer.config.cli import run_one_of
+from flame_composer.train import charts
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,25 +35,25 @@ def report(name: str, result: dict, figures: list[Figure]) -> None:
 
 
 def train(config: recipe_config.BenchmarkConfig) -> None:
-    from flame_composer import timing
+    from flame_composer.bench import models as timing
 
     report("train", *timing.training(config))
 
 
 def growth(config: recipe_config.BenchmarkConfig) -> None:
-    from flame_composer import timing
+    from flame_composer.bench import models as timing
 
     report("growth", *timing.growth(config))
 
 
 def decode(config: recipe_config.DecodeBenchmarkConfig) -> None:
-    from flame_composer import timing
+    from flame_composer.bench import models as timing
 
     report("decode", *timing.decoding(config))
 
 
 def checkpoint(config: recipe_config.CheckpointBenchmarkConfig) -> None:
-    from flame_composer import run_timing
+    from flame_composer.bench import runs as run_timing
 
     with measuring.workplace(config.folder) as folder:
         report("checkpoint", *run_timing.checkpoints(config, folder))

@@ -7,22 +7,22 @@
 import json
 import sys
 
-from flame_composer.cli import listen_to_signals, run
-from flame_composer.recipe_config import EvaluateConfig
-from flame_composer.sections import ParallelismConfig
+from flame_composer.config.cli import listen_to_signals, run
+from flame_composer.config.sections import ParallelismConfig
+from flame_composer.config.use import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
     from composer.utils import dist, get_device
 
-    from flame_composer.charts import require_plot
-    from flame_composer.checkpoint import load_model
-    from flame_composer.data import build_evaluator, open_dataset
-    from flame_composer.ends import begin_as_in_training, describe_start, template_of
-    from flame_composer.evaluate import evaluate, plot_by_context
-    from flame_composer.model import CausalLM
-    from flame_composer.parallelism import check_devices
-    from flame_composer.tokenizer import token_bytes
+    from flame_composer.checkpoint.save import load_model
+    from flame_composer.loader.batches import build_evaluator, open_dataset
+    from flame_composer.model.causal_lm import CausalLM
+    from flame_composer.text.ends import begin_as_in_training, describe_start, template_of
+    from flame_composer.text.tokenizer import token_bytes
+    from flame_composer.train.charts import require_plot
+    from flame_composer.train.parallelism import check_devices
+    from flame_composer.use.perplexity import evaluate, plot_by_context
 
     listen_to_signals()  # which Composer has taken
     check_devices(ParallelismConfig(), precision=config.precision)
@@ -30,7 +30,8 @@ def main(config: EvaluateConfig) -> None:
         require_plot(config.plot)
     dist.initialize_dist(get_device())
     if config.tasks:
-        from flame_composer import cpu, harness
+        from flame_composer import cpu
+        from flame_composer.use import harness
 
         cpu.enable()
         tasks = harness.load_tasks(

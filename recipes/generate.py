@@ -10,17 +10,17 @@ import signal
 import sys
 from functools import partial
 
-from flame_composer.cli import listen_to_signals, run
+from flame_composer.config.cli import listen_to_signals, run
+from flame_composer.config.use import GenerateConfig
 from flame_composer.lines import write_content
-from flame_composer.recipe_config import GenerateConfig
 
 
 def main(config: GenerateConfig) -> None:
     import torch
 
-    from flame_composer.checkpoint import load_model
-    from flame_composer.ends import begin_as_in_training, describe_start, ends_of
-    from flame_composer.generate import asked, build_sampling, continue_prompts, in_batches, read_prompts
+    from flame_composer.checkpoint.save import load_model
+    from flame_composer.text.ends import begin_as_in_training, describe_start, ends_of
+    from flame_composer.use.generate import asked, build_sampling, continue_prompts, in_batches, read_prompts
 
     listen_to_signals()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly

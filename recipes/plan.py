@@ -9,13 +9,13 @@ import json
 import sys
 from typing import Any
 
-from flame_composer.cli import run
-from flame_composer.recipe_config import PlanConfig
+from flame_composer.config.cli import run
+from flame_composer.config.use import PlanConfig
 
 
 def main(config: PlanConfig) -> None:
-    from flame_composer import planning
-    from flame_composer.supply import find_supply
+    from flame_composer.plan import planning
+    from flame_composer.plan.supply import find_supply
 
     found = find_supply(config)
     supply = None if isinstance(found, str) else found
@@ -29,7 +29,7 @@ def main(config: PlanConfig) -> None:
 
 def describe(plan: dict[str, Any]) -> list[str]:
     """The plan as tables 100 columns wide, warnings last."""
-    from flame_composer.planning import gigabytes
+    from flame_composer.plan.planning import gigabytes
 
     nodes, devices = plan["nodes"], plan["devices"]
     accumulation = plan["accumulation_steps"]

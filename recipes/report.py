@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-from flame_composer.cli import run
-from flame_composer.recipe_config import ReportConfig
+from flame_composer.config.cli import run
+from flame_composer.config.use import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    from flame_composer import charts
-    from flame_composer.report import visible
+    from flame_composer.dataset.report import visible
+    from flame_composer.train import charts
 
     runs = [charts.read_run(path) for path in dict.fromkeys(config.runs)]
     out = Path(config.out or Path(runs[0].place, "report"))

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from flame_composer.cli import listen_to_signals, run
-from flame_composer.train_config import TrainConfig
+from flame_composer.config.cli import listen_to_signals, run
+from flame_composer.config.train import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
@@ -17,10 +17,16 @@ def main(config: TrainConfig) -> None:
     from composer import Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, evaluate, gradients, model, optim, parallelism, watch
-    from flame_composer.extensions import build_extensions
-    from flame_composer.preemption import Preemption, lock_folders
-    from flame_composer.tokenizer import load_tokenizer
+    from flame_composer.checkpoint import save as checkpoint
+    from flame_composer.loader import batches as data
+    from flame_composer.model import causal_lm as model
+    from flame_composer.text.tokenizer import load_tokenizer
+    from flame_composer.train import gradients, optim, parallelism
+    from flame_composer.train import guards as watch
+    from flame_composer.train import log as callbacks
+    from flame_composer.train.extensions import build_extensions
+    from flame_composer.train.preemption import Preemption, lock_folders
+    from flame_composer.use import perplexity as evaluate
 
     listen_to_signals()  # which Composer has taken
     # What can be wrong is found out first: before processes meet, data is read or a model takes memory.

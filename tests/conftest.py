@@ -17,12 +17,12 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer import config
-from flame_composer.corpus import find_files
-from flame_composer.manifest import Manifest
-from flame_composer.shards import DatasetWriter, Plan, plan_units
-from flame_composer.tokenizer import build_encoder, fingerprint
-from flame_composer.units import convert_unit
+from flame_composer.config import rules as config
+from flame_composer.dataset.convert import convert_unit
+from flame_composer.dataset.manifest import Manifest
+from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.text.sources import find_files
+from flame_composer.text.tokenizer import build_encoder, fingerprint
 from tests.data_fixtures import byte_tokenizer, words, write_jsonl
 
 pytest_plugins = ("tests.runs", "tests.s3", "tests.slurm", "tests.hosts")
@@ -164,9 +164,13 @@ def make_run(
     from composer import Trainer
     from composer.utils import reproducibility
 
-    from flame_composer import callbacks, checkpoint, data, gradients, model, optim, preemption
-    from flame_composer.sections import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
-    from flame_composer.train_config import RunPlan
+    from flame_composer.checkpoint import save as checkpoint
+    from flame_composer.config.sections import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
+    from flame_composer.config.train import RunPlan
+    from flame_composer.loader import batches as data
+    from flame_composer.model import causal_lm as model
+    from flame_composer.train import gradients, optim, preemption
+    from flame_composer.train import log as callbacks
 
     tokenizer = byte_tokenizer()
     reproducibility.seed_all(7)

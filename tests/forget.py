@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flame_composer import cli, fields, loading
-from flame_composer.extensions_config import OFFERED
+from flame_composer.config import cli, fields
+from flame_composer.config import load as loading
+from flame_composer.config.extensions import OFFERED
 
 ROOT = Path(__file__).parent.parent
 VARIABLE, PLACE = "FORGET", "FORGET_PLACE"
@@ -85,8 +86,8 @@ class Key(NamedTuple):
 @functools.cache
 def config_keys() -> dict[str, Key]:
     """`script.py key` of all scripts; of those with the same configuration, the first. Without what extensions take."""
+    from flame_composer.config.train import TrainConfig
     from flame_composer.reference import scripts
-    from flame_composer.train_config import TrainConfig
 
     by_class = {cls: script for script, cls in reversed([*scripts()])}
     return {
@@ -106,7 +107,7 @@ def _fields(cls: type, path: str) -> Iterator[tuple[str, type, str]]:
 
 
 def extension_keys() -> list[str]:
-    from flame_composer.extensions import arguments_of, find_class
+    from flame_composer.train.extensions import arguments_of, find_class
 
     return [
         f"recipes/train.py {section}.{name}{argument}" for section, names in OFFERED.items() for name in names
@@ -174,7 +175,7 @@ def _load(real: Callable[..., Any], cls: type, argv: list[str]) -> Any:
 
 
 def _forget_extension(patch: pytest.MonkeyPatch, section: str, name: str, argument: str = "") -> None:
-    from flame_composer import extensions
+    from flame_composer.train import extensions
 
     cls, in_use = extensions.find_class(section, name), extensions.in_use
     init = cls.__init__  # type: ignore[misc]

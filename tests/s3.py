@@ -141,5 +141,5 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, to which this process's environment points too. A `Script` needs it said: env=s3.env."""
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("flame_composer.s3.FIRST_SECONDS", 60)  # on a machine that is busy with other things
+    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 60)  # on a machine that is busy with other things
     return s3_server

@@ -12,19 +12,20 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "flame_composer").glob("**/*.py"))
 SCRIPTS = sorted([*(ROOT / "recipes").glob("**/*.py"), *(ROOT / "convert").glob("**/*.py")])
 TREES = {path: ast.parse(path.read_text()) for path in LIBRARY + SCRIPTS}
-SIBLINGS = {path.stem for path in LIBRARY}
-WITHOUT_SIBLINGS = ("config", "packing", "gla")
+GROUND = {"flame_composer.fork_server", "flame_composer.lines", "flame_composer.processes", "flame_composer.reference"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "builders", "helpers", "misc", "registry"}
-MAX_SCRIPT_LINES = 100
+MAX_SCRIPT_LINES = 110
 # These look fields up by the names that dataclasses.fields gives or that are written out there.
-FIELDS_BY_NAME = (
-    "fields", "loading", "config", "sections", "train_config", "convert_config", "clean_config", "recipe_config", "to_mds",
-    "train_tokenizer",
-)
+FIELDS_BY_NAME = ("flame_composer/config/", "convert/to_mds.py", "convert/train_tokenizer.py")
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -42,7 +43,7 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 
 def test_there_is_something_to_read():
-    assert {"config", "cli", "data", "model", "gla"} <= SIBLINGS
+    assert {"flame_composer.config.cli", "flame_composer.lines", "flame_composer.cpu"} <= {module_of(path) for path in LIBRARY}
     assert {"train", "evaluate", "generate", "to_mds", "to_hf", "train_tokenizer"} <= {path.stem for path in SCRIPTS}
 
 
@@ -51,18 +52,22 @@ def test_imports_point_one_way(path):
     tops = {name.partition(".")[0] for name in imports(path)}
     assert not tops & {"recipes", "convert", "tests"}, "scripts are leaves, and nothing needs the tests"
     assert not tops & {script.stem for script in SCRIPTS}, "no script imports another"
-    if path in LIBRARY and path.stem in WITHOUT_SIBLINGS:
-        assert "flame_composer" not in tops
 
 
 def test_the_library_has_no_import_cycles():
-    graph = {
-        path.stem: {name.split(".")[1] for name in imports(path) if name.startswith("flame_composer.")} for path in LIBRARY
-    }
+    modules = {module_of(path) for path in LIBRARY}
+    graph = {module_of(path): {found for name in imports(path) if (found := imported(name, modules))} for path in LIBRARY}
     done: set[str] = set()
     while ready := {module for module, needed in graph.items() if module not in done and needed <= done}:
         done |= ready
     assert done == set(graph)
+
+
+def imported(name: str, modules: set[str]) -> str | None:
+    """Return the module of the library that an import of `name` runs, but for packages' doors; None if there is none."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name if name.count(".") > 1 or name in GROUND else None
 
 
 def test_no_module_without_an_owner():
@@ -71,8 +76,9 @@ def test_no_module_without_an_owner():
 
 
 def test_init_files_export_nothing():
+    """But the door of `cpu`, which published model cards name."""
     for path in LIBRARY:
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and path.parent.name != "cpu":
             assert all(is_docstring(node) for node in TREES[path].body), name_of(path)
 
 
@@ -150,7 +156,7 @@ def test_configurations_are_read_by_attribute(path):
         function = ast.unparse(call.func)
         assert not (function.endswith(".get") and function.split(".")[-2] in ("cfg", "config", "conf")), f"line {call.lineno}"
         if function == "getattr" and ast.unparse(call.args[0]) in ("cfg", "config"):
-            assert path.stem in FIELDS_BY_NAME, f"line {call.lineno}"
+            assert name_of(path).startswith(FIELDS_BY_NAME), f"line {call.lineno}"
             assert len(call.args) == 2, f"line {call.lineno}: no default"
 
 

@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 from streaming import StreamingDataset
 
-from flame_composer import benchmark, benchmark_charts, measuring, run_timing, timing
-from flame_composer.benchmark import Run, convert_plainly, summary, write_corpus
-from flame_composer.benchmark_charts import panels
-from flame_composer.config import ConfigError, DataError
-from flame_composer.measuring import Figure, Usage, measure
-from flame_composer.recipe_config import (
+from flame_composer.bench import charts as benchmark_charts
+from flame_composer.bench import commands as benchmark
+from flame_composer.bench import measure as measuring
+from flame_composer.bench import models as timing
+from flame_composer.bench import runs as run_timing
+from flame_composer.bench.charts import panels
+from flame_composer.bench.commands import Run, convert_plainly, summary, write_corpus
+from flame_composer.bench.measure import Figure, Usage, measure
+from flame_composer.bench.models import mfu, peak_of
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.use import (
     AllBenchmarksConfig,
     BenchmarkConfig,
     CheckpointBenchmarkConfig,
@@ -31,8 +36,7 @@ from flame_composer.recipe_config import (
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
-from flame_composer.timing import mfu, peak_of
-from flame_composer.tokenizer import build_encoder
+from flame_composer.text.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
 from tests.runs import ROOT, check, last_json, run_script
 

@@ -16,7 +16,11 @@ from composer.core import Event, Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer.callbacks import (
+from flame_composer.config.rules import ConfigError
+from flame_composer.config.sections import DataConfig, WandbConfig
+from flame_composer.config.train import RunPlan
+from flame_composer.loader.batches import describe_order, open_dataset
+from flame_composer.train.log import (
     JsonlLog,
     RandomState,
     SameData,
@@ -27,10 +31,6 @@ from flame_composer.callbacks import (
     hash_row,
     keep_rows,
 )
-from flame_composer.config import ConfigError
-from flame_composer.data import describe_order, open_dataset
-from flame_composer.sections import DataConfig, WandbConfig
-from flame_composer.train_config import RunPlan
 from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 
@@ -272,7 +272,7 @@ def test_hash_of_a_row():
 
 def test_the_hashes_logged_are_those_of_the_rows(trained, dataset, copy_of):
     """Recomputed from the batches of a loader of its own."""
-    from flame_composer.data import build_train_loader
+    from flame_composer.loader.batches import build_train_loader
 
     opened = open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH)
     loader = build_train_loader({"": opened}, DataConfig(num_workers=0), global_batch_size=4, seed=7).dataloader

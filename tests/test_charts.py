@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer import charts
-from flame_composer.charts import CHARTS, draw, read_run, series, table, write
-from flame_composer.cli import help_text
-from flame_composer.config import ConfigError, DataError
-from flame_composer.loading import load
-from flame_composer.recipe_config import ReportConfig
+from flame_composer.config.cli import help_text
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.use import ReportConfig
+from flame_composer.train import charts
+from flame_composer.train.charts import CHARTS, draw, read_run, series, table, write
 from tests.runs import ROOT, check, last_json, run_script
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -18,22 +18,22 @@ import pytest
 import torch
 from composer.utils import checkpoint as composer_checkpoint
 
-from flame_composer import checkpoint
-from flame_composer.checkpoint import (
+from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint.content import Needed, needed_by
+from flame_composer.checkpoint.find import find_checkpoint, find_newest, find_start, list_checkpoints
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
+from flame_composer.checkpoint.save import (
     SaveCheckpoints,
     load_from_checkpoint,
     load_model,
     model_in,
     save_hf_folder,
 )
-from flame_composer.checkpoint_content import Needed, needed_by
-from flame_composer.checkpoint_find import find_checkpoint, find_newest, find_start, list_checkpoints
-from flame_composer.checkpoint_read import Checkpoint, read_checkpoint
-from flame_composer.config import ConfigError, DataError
-from flame_composer.model import build_hf_config
-from flame_composer.sections import ModelConfig
-from flame_composer.tokenizer import fingerprint
-from flame_composer.train_config import TrainConfig
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.sections import ModelConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.model.causal_lm import build_hf_config
+from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 
@@ -160,7 +160,7 @@ DAMAGE: list[Callable[[Path], None]] = [
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damage):
     damage(folder / "ba3.pt")
-    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint_find"):
+    with caplog.at_level(logging.WARNING, "flame_composer.checkpoint.find"):
         assert newest(folder) == folder / "ba2.pt"
     (message,) = caplog.messages
     assert message.startswith(f"warning: {folder / 'ba3.pt'}: ")

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from flame_composer import checkpoint
-from flame_composer.checkpoint import SaveCheckpoints
-from flame_composer.checkpoint_find import find_newest, list_checkpoints
-from flame_composer.config import ConfigError, DataError, TrainingError
-from flame_composer.preemption import lock_folders
+from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint.find import find_newest, list_checkpoints
+from flame_composer.checkpoint.save import SaveCheckpoints
+from flame_composer.config.rules import ConfigError, DataError, TrainingError
+from flame_composer.train.preemption import lock_folders
 from tests.conftest import Run
 from tests.test_parallelism import as_pieces
 from tests.test_preemption import small_disk

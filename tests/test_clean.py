@@ -28,8 +28,10 @@ from datatrove.pipeline.filters.c4_filters import C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
 
-from flame_composer import cleaning, executors
-from flame_composer.clean_config import (
+from flame_composer.cleaning import executors
+from flame_composer.cleaning import stages as cleaning
+from flame_composer.cleaning.parts import Counts, PartsFolder, inputs_of, report
+from flame_composer.config.clean import (
     C4Config,
     CleanConfig,
     GopherQualityConfig,
@@ -40,11 +42,10 @@ from flame_composer.clean_config import (
     RayConfig,
     SlurmConfig,
 )
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files
-from flame_composer.manifest import dump_json
-from flame_composer.parts import Counts, PartsFolder, inputs_of, report
-from flame_composer.shards import plan_units
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.dataset.manifest import dump_json
+from flame_composer.dataset.writer import plan_units
+from flame_composer.text.sources import find_files
 from tests.data_fixtures import WRONG, altered, byte_tokenizer, files_under, places, write_configurations
 from tests.runs import ROOT, Script, check, last_json, run_script
 

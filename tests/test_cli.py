@@ -19,14 +19,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from flame_composer import cli
-from flame_composer.clean_config import CleanConfig
-from flame_composer.cli import help_text, run
-from flame_composer.config import ConfigError, DataError, InvalidField, ScriptConfig
-from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.fields import ANY_NAME, fields_of, nearest
-from flame_composer.loading import load
-from flame_composer.recipe_config import (
+from flame_composer.config import cli
+from flame_composer.config.clean import CleanConfig
+from flame_composer.config.cli import help_text, run
+from flame_composer.config.convert import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.config.fields import ANY_NAME, fields_of, nearest
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, DataError, InvalidField, ScriptConfig
+from flame_composer.config.sections import StreamConfig, WandbConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.config.use import (
     AllBenchmarksConfig,
     BenchmarkConfig,
     CheckpointBenchmarkConfig,
@@ -40,9 +42,7 @@ from flame_composer.recipe_config import (
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
-from flame_composer.sections import StreamConfig, WandbConfig
-from flame_composer.train_config import TrainConfig
-from flame_composer.written import as_meant, parse_yaml, to_yaml
+from flame_composer.config.written import as_meant, parse_yaml, to_yaml
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig, TokenizerTrainConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ToHfConfig, FromLlamaConfig,
@@ -1058,7 +1058,7 @@ def test_a_user_id_without_a_name_gets_one():
     """As containers have it in Kubernetes and OpenShift; torch asks getpass when it is imported."""
     script = """
 import getpass, os
-from flame_composer.cli import _name_user
+from flame_composer.config.cli import _name_user
 os.setuid(54321)
 _name_user()
 print(getpass.getuser())

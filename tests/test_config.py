@@ -17,8 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer import clean_config, convert_config, recipe_config, sections, train_config
-from flame_composer.clean_config import (
+from flame_composer.config import clean as clean_config
+from flame_composer.config import convert as convert_config
+from flame_composer.config import sections
+from flame_composer.config import train as train_config
+from flame_composer.config import use as recipe_config
+from flame_composer.config.clean import (
     C4Config,
     CleanConfig,
     GopherQualityConfig,
@@ -29,10 +33,24 @@ from flame_composer.clean_config import (
     RayConfig,
     SlurmConfig,
 )
-from flame_composer.config import ConfigError, InvalidField, ScriptConfig, require_duration
-from flame_composer.convert_config import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
-from flame_composer.fields import docs_of, hints_of
-from flame_composer.recipe_config import (
+from flame_composer.config.convert import ConvertConfig, FromLlamaConfig, InspectConfig, ToHfConfig, TokenizerTrainConfig
+from flame_composer.config.fields import docs_of, hints_of
+from flame_composer.config.rules import ConfigError, InvalidField, ScriptConfig, require_duration
+from flame_composer.config.sections import (
+    DataConfig,
+    EvalDataConfig,
+    EvalTasksConfig,
+    FsdpConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    SchedulerConfig,
+    SpikeConfig,
+    StreamConfig,
+    WandbConfig,
+)
+from flame_composer.config.train import TrainConfig
+from flame_composer.config.use import (
     AllBenchmarksConfig,
     BenchmarkConfig,
     CheckpointBenchmarkConfig,
@@ -46,21 +64,7 @@ from flame_composer.recipe_config import (
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
-from flame_composer.sections import (
-    DataConfig,
-    EvalDataConfig,
-    EvalTasksConfig,
-    FsdpConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelismConfig,
-    SchedulerConfig,
-    SpikeConfig,
-    StreamConfig,
-    WandbConfig,
-)
-from flame_composer.train_config import TrainConfig
-from flame_composer.written import takes_text
+from flame_composer.config.written import takes_text
 
 CLASSES = [
     value for module in (sections, train_config, convert_config, clean_config, recipe_config) for value in vars(module).values()
@@ -600,8 +604,8 @@ def test_every_field_has_a_type_and_a_line_of_doc(cls):
 
 def test_reading_a_configuration_imports_nothing_heavy():
     code = (
-        "import json, sys, flame_composer.recipe_config, flame_composer.cli\n"
-        "flame_composer.loading.load(flame_composer.recipe_config.GenerateConfig, ['model=m', 'prompt=p'])\n"
+        "import json, sys, flame_composer.config.use, flame_composer.config.cli\n"
+        "flame_composer.config.load.load(flame_composer.config.use.GenerateConfig, ['model=m', 'prompt=p'])\n"
         "print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from flame_composer import workers
-from flame_composer.cli import run
-from flame_composer.convert_config import ConvertConfig, TokenizerTrainConfig
-from flame_composer.data import open_dataset
-from flame_composer.manifest import check_shards, dump_json, read_manifest
-from flame_composer.shards import DatasetWriter
-from flame_composer.tokenizer import fingerprint, load_tokenizer
+from flame_composer.config.cli import run
+from flame_composer.config.convert import ConvertConfig, TokenizerTrainConfig
+from flame_composer.dataset import workers
+from flame_composer.dataset.manifest import check_shards, dump_json, read_manifest
+from flame_composer.dataset.writer import DatasetWriter
+from flame_composer.loader.batches import open_dataset
+from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_configurations, write_jsonl
 
 ROOT = Path(__file__).parent.parent

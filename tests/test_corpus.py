@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer import hub
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import Slice, find_files, slice_file
-from flame_composer.documents import read_documents, sample_texts
-from flame_composer.unpacking import line_at
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.text import hub
+from flame_composer.text.documents import read_documents, sample_texts
+from flame_composer.text.sources import Slice, find_files, slice_file
+from flame_composer.text.unpacking import line_at
 from tests.data_fixtures import words, write_jsonl
 
 

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame_composer import cpu, cpu_ops
+from flame_composer import cpu
+from flame_composer.cpu import operations as cpu_ops
+from flame_composer.cpu.enable import _by_device
 
 cpu.enable()
 
@@ -361,6 +363,7 @@ def test_a_fresh_process_needs_the_one_line_only(tmp_path):
     script = """
 import sys
 from flame_composer import cpu
+from flame_composer.cpu.enable import _by_device
 assert "fla" not in sys.modules and "triton" not in sys.modules
 cpu.enable()
 import torch
@@ -398,7 +401,7 @@ def test_other_devices_take_flas_own_path():
         x = torch.empty(2, device=device)
         assert backend.verify("swish_fwd", x)[0] is ours
         assert backend.verify("layer_norm_gated_fwd", x=x, g=x)[0] is ours
-        assert cpu._by_device(lambda x: "fla", lambda x: "ours")(x) == ("ours" if ours else "fla")
+        assert _by_device(lambda x: "fla", lambda x: "ours")(x) == ("ours" if ours else "fla")
 
 
 def test_the_operations_have_flas_signatures():

@@ -21,14 +21,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming.base.world import World
 
-from flame_composer import fetch
-from flame_composer.config import ConfigError, DataError
-from flame_composer.data import IGNORE, EvalBatches, build_evaluator, build_train_loader, collate, count_tokens, open_dataset
-from flame_composer.fetch import Shards
-from flame_composer.manifest import read_manifest
-from flame_composer.rows import Rows
-from flame_composer.sections import DataConfig, EvalDataConfig
-from flame_composer.tokenizer import load_tokenizer
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.sections import DataConfig, EvalDataConfig
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.loader import fetch
+from flame_composer.loader.batches import (
+    IGNORE,
+    EvalBatches,
+    build_evaluator,
+    build_train_loader,
+    collate,
+    count_tokens,
+    open_dataset,
+)
+from flame_composer.loader.fetch import Shards
+from flame_composer.loader.rows import Rows
+from flame_composer.text.tokenizer import load_tokenizer
 from tests.conftest import CONTEXT_LENGTH
 from tests.data_fixtures import WRONG, altered, byte_tokenizer, places
 

@@ -15,11 +15,11 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 
-from flame_composer.callbacks import build_loggers
-from flame_composer.loading import load
-from flame_composer.sections import SpikeConfig, WandbConfig
-from flame_composer.train_config import TrainConfig
-from flame_composer.watch import SpikeGuard, build_watchers
+from flame_composer.config.load import load
+from flame_composer.config.sections import SpikeConfig, WandbConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.train.guards import SpikeGuard, build_watchers
+from flame_composer.train.log import build_loggers
 from tests.runs import ROOT, Corpus, read_log
 
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer import benchmark, encoder, units
-from flame_composer.config import ConfigError
-from flame_composer.encoder import build_fast_encoder, choose_encoder, require_installed
-from flame_composer.manifest import HF, read_manifest
-from flame_composer.tokenizer import build_encoder, load_tokenizer
+from flame_composer.bench import commands as benchmark
+from flame_composer.config.rules import ConfigError
+from flame_composer.dataset import convert as units
+from flame_composer.dataset.manifest import HF, read_manifest
+from flame_composer.text import encoder
+from flame_composer.text.encoder import build_fast_encoder, choose_encoder, require_installed
+from flame_composer.text.tokenizer import build_encoder, load_tokenizer
 from tests.data_fixtures import TEXTS, byte_tokenizer, files_under, llama_tokenizer, words, write_jsonl
 from tests.test_convert import run_here
 

@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flame_composer import ends as ends_module
-from flame_composer.config import ConfigError
-from flame_composer.data import begin_as_documents, open_train_data
-from flame_composer.ends import (
+from flame_composer.config.rules import ConfigError
+from flame_composer.config.sections import DataConfig, StreamConfig
+from flame_composer.loader.batches import begin_as_documents, open_train_data
+from flame_composer.text import ends as ends_module
+from flame_composer.text.ends import (
     Ends,
     begin_as_in_training,
     choose_ends,
@@ -35,9 +36,8 @@ from flame_composer.ends import (
     template_of,
     with_ends,
 )
-from flame_composer.generate import encode
-from flame_composer.sections import DataConfig, StreamConfig
-from flame_composer.tokenizer import MARK, fingerprint, load_tokenizer
+from flame_composer.text.tokenizer import MARK, fingerprint, load_tokenizer
+from flame_composer.use.generate import encode
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 
 EOS = "<|endoftext|>"

@@ -13,13 +13,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.charts import require_plot
-from flame_composer.config import ConfigError, DataError
-from flame_composer.data import build_evaluator, open_dataset
-from flame_composer.evaluate import evaluate, plot_by_context
-from flame_composer.model import CausalLM, build_hf_config, build_model
-from flame_composer.sections import EvalDataConfig
-from flame_composer.tokenizer import token_bytes
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.sections import EvalDataConfig
+from flame_composer.loader.batches import build_evaluator, open_dataset
+from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
+from flame_composer.text.tokenizer import token_bytes
+from flame_composer.train.charts import require_plot
+from flame_composer.use.perplexity import evaluate, plot_by_context
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
 from tests.runs import Corpus, check, last_json, run_script

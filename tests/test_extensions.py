@@ -19,16 +19,16 @@ import torch
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger, LoggerDestination
 
-from flame_composer.algorithms import EMA, SWA, Instant, LayerFreezing, SeqLengthWarmup
-from flame_composer.checkpoint import load_from_checkpoint
-from flame_composer.checkpoint_find import find_newest
-from flame_composer.checkpoint_read import Checkpoint
-from flame_composer.config import ConfigError, InvalidField
-from flame_composer.extensions import arguments_of, build, build_extensions, find_class
-from flame_composer.extensions_config import NEEDS_WHOLE_PARAMETERS, OFFERED, REFUSED, spelled_alike
-from flame_composer.model import load_pretrained
-from flame_composer.optional_callbacks import EarlyStopper, FileLogger, Generate, ScheduledGC
-from flame_composer.train_config import TrainConfig
+from flame_composer.checkpoint.find import find_newest
+from flame_composer.checkpoint.read import Checkpoint
+from flame_composer.checkpoint.save import load_from_checkpoint
+from flame_composer.config.extensions import NEEDS_WHOLE_PARAMETERS, OFFERED, REFUSED, spelled_alike
+from flame_composer.config.rules import ConfigError, InvalidField
+from flame_composer.config.train import TrainConfig
+from flame_composer.model.causal_lm import load_pretrained
+from flame_composer.train.algorithms import EMA, SWA, Instant, LayerFreezing, SeqLengthWarmup
+from flame_composer.train.callbacks import EarlyStopper, FileLogger, Generate, ScheduledGC
+from flame_composer.train.extensions import arguments_of, build, build_extensions, find_class
 from tests.conftest import make_run
 from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, run_script
 

@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 from streaming.base.world import World
 
-from flame_composer import fetch, machine
-from flame_composer.config import ConfigError, DataError, InvalidField
-from flame_composer.data import build_train_loader, open_dataset
-from flame_composer.fetch import Dataset
-from flame_composer.manifest import read_manifest
-from flame_composer.sections import DataConfig
+from flame_composer.config.rules import ConfigError, DataError, InvalidField
+from flame_composer.config.sections import DataConfig
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.loader import fetch
+from flame_composer.loader.batches import build_train_loader, open_dataset
+from flame_composer.loader.fetch import Dataset
+from flame_composer.storage import locks as machine
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.proxy import FAULTS, proxy
@@ -82,7 +83,7 @@ def flip_a_bit(shard: Path) -> None:
 
 def message_of(caught: pytest.ExceptionInfo[DataError]) -> str:
     """The last line: before it there may be the traceback of a loader process."""
-    return str(caught.value).strip().splitlines()[-1].removeprefix("flame_composer.config.DataError: ")
+    return str(caught.value).strip().splitlines()[-1].removeprefix("flame_composer.config.rules.DataError: ")
 
 
 # The cache
@@ -504,7 +505,7 @@ def silent_port() -> Iterator[int]:
 def test_a_store_that_is_not_reached_says_why_in_seconds(s3, tmp_path, monkeypatch, silent_port, env, message):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("flame_composer.s3.FIRST_SECONDS", 1)  # of 5, as test_storage asserts
+    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 1)  # of 5, as test_storage asserts
     for name, value in env.items():
         monkeypatch.delenv(name)
         if value is not None:

@@ -27,25 +27,25 @@ from transformers import AutoTokenizer, MistralConfig, Qwen2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame_composer import cpu
-from flame_composer.checkpoint import (
+from flame_composer.checkpoint.save import (
     Checkpoint,
     load_from_checkpoint,
     load_model,
     read_checkpoint,
     save_hf_folder,
 )
-from flame_composer.checkpoint_model import tokenizer_from
-from flame_composer.config import ConfigError, DataError
-from flame_composer.generate import encode
-from flame_composer.model import (
+from flame_composer.checkpoint.to_model import tokenizer_from
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.model.causal_lm import (
     CausalLM,
     build_hf_config,
     build_model,
     load_pretrained,
     read_back_hf_config,
 )
-from flame_composer.tokenizer import build_encoder, fingerprint, load_tokenizer
-from flame_composer.tokenizer_files import FILES
+from flame_composer.text.tokenizer import build_encoder, fingerprint, load_tokenizer
+from flame_composer.text.tokenizer_files import FILES
+from flame_composer.use.generate import encode
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, files_under, llama_tokenizer
 

@@ -24,17 +24,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from flame_composer.config import ConfigError, DataError
-from flame_composer.convert_config import FromLlamaConfig
-from flame_composer.data import build_train_loader, open_dataset
-from flame_composer.folders import new_folder, require_new
-from flame_composer.llama import Source, meta_model, open_source
-from flame_composer.loading import load
-from flame_composer.model import CausalLM, build_model, load_pretrained
-from flame_composer.sections import DataConfig
-from flame_composer.tokenizer import fingerprint, load_tokenizer
-from flame_composer.train_config import TrainConfig
-from flame_composer.transplant import describe, make_fresh, plan_conversion, read_target
+from flame_composer.config.convert import FromLlamaConfig
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.sections import DataConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.loader.batches import build_train_loader, open_dataset
+from flame_composer.model.causal_lm import CausalLM, build_model, load_pretrained
+from flame_composer.model.llama import Source, meta_model, open_source
+from flame_composer.model.transplant import describe, make_fresh, plan_conversion, read_target
+from flame_composer.storage.folders import new_folder, require_new
+from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under
 from tests.runs import ROOT, Corpus, Script, check, read_log, run_script
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from flame_composer import generate
-from flame_composer.config import ConfigError, DataError
-from flame_composer.generate import Pieces, build_sampling, continue_prompts, encode, read_prompts
-from flame_composer.loading import load
-from flame_composer.model import build_hf_config, build_model
-from flame_composer.recipe_config import GenerateConfig
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.config.use import GenerateConfig
+from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.use import generate
+from flame_composer.use.generate import Pieces, build_sampling, continue_prompts, encode, read_prompts
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words
 from tests.runs import ROOT, Script, check, run_script

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flame_composer import gla
-from flame_composer.gla import chunk_gla, recurrent_gla
+from flame_composer.cpu import gla
+from flame_composer.cpu.gla import chunk_gla, recurrent_gla
 
 FIXTURES = Path(__file__).parent / "fixtures" / "gla"
 

@@ -16,13 +16,13 @@ import torch
 import yaml
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from flame_composer.checkpoint import save_hf_folder
-from flame_composer.config import ConfigError
-from flame_composer.ends import Ends, with_ends
-from flame_composer.loading import load
-from flame_composer.model import build_hf_config, build_model
-from flame_composer.recipe_config import EvaluateConfig
-from flame_composer.train_config import TrainConfig
+from flame_composer.checkpoint.save import save_hf_folder
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError
+from flame_composer.config.train import TrainConfig
+from flame_composer.config.use import EvaluateConfig
+from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.text.ends import Ends, with_ends
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, words
 from tests.runs import ROOT, Corpus, Script, last_json, read_log, run_script, two_ranks
@@ -161,7 +161,7 @@ class _Marker:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
-    from flame_composer.harness import load_tasks
+    from flame_composer.use.harness import load_tasks
 
     content, message = REFUSED[name]
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
@@ -197,8 +197,8 @@ def test_a_task_that_leaves_no_room_for_its_question(tasks: Path, model_folder: 
 
 def test_code_that_writes_text_is_not_run_for_a_task(tasks: Path, model_folder: Path, tmp_path: Path) -> None:
     """transformers' `generate` takes a folder with code to generate by, and the word that it is trusted, like any argument."""
-    from flame_composer.checkpoint import load_model
-    from flame_composer.harness import HarnessModel, load_tasks, score
+    from flame_composer.checkpoint.save import load_model
+    from flame_composer.use.harness import HarnessModel, load_tasks, score
 
     code = tmp_path / "folder" / "custom_generate"
     code.mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_code_that_writes_text_is_not_run_for_a_task(tasks: Path, model_folder: 
 @pytest.mark.faults
 @pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults")
 def test_a_task_that_is_not_there(tasks: Path) -> None:
-    from flame_composer.harness import load_tasks
+    from flame_composer.use.harness import load_tasks
 
     for name, folder, message in (
         ("choise", str(tasks), f"tasks: choise: no such task in {tasks} and the harness; did you mean choice?"),
@@ -230,7 +230,7 @@ def test_a_task_that_is_not_there(tasks: Path) -> None:
 
 
 def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
-    from flame_composer.harness import load_tasks
+    from flame_composer.use.harness import load_tasks
 
     (tmp_path / "broken.yaml").write_text("task: [")
     for name in ("pipe", "deep"):
@@ -310,7 +310,7 @@ def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
     corpus: Corpus, tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which the scores do not depend on; nor do they have to on the number of examples."""
-    from flame_composer import harness
+    from flame_composer.use import harness
 
     sizes: list[int] = []
     asked: list[Any] = []

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flame_composer import checkpoint, storage
-from flame_composer import s3 as s3_module
-from flame_composer.config import ConfigError, StoreError
+from flame_composer.checkpoint import save as checkpoint
+from flame_composer.config.rules import ConfigError, StoreError
+from flame_composer.storage import files as storage
+from flame_composer.storage import s3 as s3_module
 from tests.hostile import Hostile, hostile, lists_only, respond, silence
 
 ELSEWHERE = "http://169.254.169.254/\x1b[2J?X-Amz-Signature="

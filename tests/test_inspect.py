@@ -19,11 +19,12 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter
 
-from flame_composer import cli, report
-from flame_composer.convert_config import InspectConfig
-from flame_composer.inspection import ROWS_AT_ONCE, Shard, add, choose_shards, open_dataset, spread
-from flame_composer.manifest import read_manifest
-from flame_composer.tokenizer import fingerprint
+from flame_composer.config import cli
+from flame_composer.config.convert import InspectConfig
+from flame_composer.dataset import report
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.survey import ROWS_AT_ONCE, Shard, add, choose_shards, open_dataset, spread
+from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
 from tests.test_convert import ROOT, load_script

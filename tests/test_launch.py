@@ -19,8 +19,8 @@ import pytest
 import yaml
 from composer.cli import launcher
 
-from flame_composer.loading import load
-from flame_composer.train_config import TrainConfig
+from flame_composer.config.load import load
+from flame_composer.config.train import TrainConfig
 from tests.hosts import Hosts
 from tests.runs import ROOT, Corpus, check, read_log
 from tests.slurm import Slurm, missing

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from flame_composer import cli, lines
-from flame_composer.config import DataError, hide, masked, one_line, without_secrets
+from flame_composer import lines
+from flame_composer.config import cli
+from flame_composer.config.rules import DataError, hide, masked, one_line, without_secrets
+from flame_composer.config.use import GenerateConfig
 from flame_composer.lines import Lines, clean_streams, visible
-from flame_composer.recipe_config import GenerateConfig
 from tests.runs import ROOT, Corpus, Script, check
 
 PASSWORD = "pa55/w+rd=with@all:of?it"
@@ -169,9 +170,9 @@ def test_every_way_out_is_cleaned(monkeypatch, capsys):
 
 SCRIPT = """
 import sys
-from flame_composer.cli import run
-from flame_composer.config import DataError
-from flame_composer.recipe_config import GenerateConfig
+from flame_composer.config.cli import run
+from flame_composer.config.rules import DataError
+from flame_composer.config.use import GenerateConfig
 
 def main(config):
     for number in range(config.max_new_tokens):
@@ -278,9 +279,9 @@ def test_a_long_error_keeps_its_ends(monkeypatch, capsys):
 UPLOAD = """
 import sys
 from pathlib import Path
-from flame_composer import checkpoint
-from flame_composer.cli import run
-from flame_composer.recipe_config import GenerateConfig
+from flame_composer.checkpoint import save as checkpoint
+from flame_composer.config.cli import run
+from flame_composer.config.use import GenerateConfig
 
 def main(config):
     checkpoint.UPLOAD_WAITS = (0.1,)
@@ -325,7 +326,7 @@ def test_a_run_keeps_and_logs_no_secret(corpus: Corpus, tmp_path):
 
 
 def test_a_hostile_manifest_does_not_reach_the_terminal(dataset, copy_of, monkeypatch, capsys):
-    from flame_composer.convert_config import InspectConfig
+    from flame_composer.config.convert import InspectConfig
     from tests.test_convert import load_script
 
     folder = copy_of(dataset)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer import long_texts
-from flame_composer.tokenizer import bare, build_encoder
+from flame_composer.text import long_texts
+from flame_composer.text.tokenizer import bare, build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 from tests.test_encoder import mistral_tokenizer
 

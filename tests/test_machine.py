@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from flame_composer import machine, parallelism
-from flame_composer.config import ConfigError
-from flame_composer.folders import private_folder
-from flame_composer.sections import ParallelismConfig
+from flame_composer.config.rules import ConfigError
+from flame_composer.config.sections import ParallelismConfig
+from flame_composer.storage import locks as machine
+from flame_composer.storage.folders import private_folder
+from flame_composer.train import parallelism
 
 OTHER = 54321  # a user id without a name
 fork = multiprocessing.get_context("fork")

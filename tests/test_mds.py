@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 from streaming.base.format.mds.reader import MDSReader
 
-from flame_composer.manifest import HASH, dump_json
-from flame_composer.mds import ShardWriter
-from flame_composer.packing import no_pieces, pack
-from flame_composer.reader import OpenShards, ShardReader, identify
+from flame_composer.dataset.manifest import HASH, dump_json
+from flame_composer.dataset.mds import ShardWriter
+from flame_composer.dataset.packing import no_pieces, pack
+from flame_composer.loader.reader import OpenShards, ShardReader, identify
 from tests.data_fixtures import files_under
 
 

@@ -11,11 +11,11 @@ import pytest
 from composer.cli import launcher
 from torch.distributed.run import get_args_parser
 
-from flame_composer.config import ConfigError, ScriptConfig
-from flame_composer.convert_config import ConvertConfig, FromLlamaConfig
-from flame_composer.fields import fields_of
-from flame_composer.loading import load
-from flame_composer.train_config import TrainConfig
+from flame_composer.config.convert import ConvertConfig, FromLlamaConfig
+from flame_composer.config.fields import fields_of
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, ScriptConfig
+from flame_composer.config.train import TrainConfig
 from tests.data_fixtures import llama_tokenizer, streaming_dataset, words, write_jsonl
 from tests.runs import check, run_script
 

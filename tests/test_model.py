@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flame_composer import cpu
-from flame_composer.checkpoint import save_hf_folder
-from flame_composer.config import ConfigError, InvalidField
-from flame_composer.data import collate
-from flame_composer.loading import load
-from flame_composer.model import (
+from flame_composer.checkpoint.save import save_hf_folder
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, InvalidField
+from flame_composer.config.train import TrainConfig
+from flame_composer.loader.batches import collate
+from flame_composer.model.causal_lm import (
     CausalLM,
     build_hf_config,
     build_model,
@@ -31,7 +32,6 @@ from flame_composer.model import (
     load_pretrained,
     positions,
 )
-from flame_composer.train_config import TrainConfig
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

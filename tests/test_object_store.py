@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from flame_composer import s3 as s3_module
-from flame_composer import storage, workers
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files, slice_files
-from flame_composer.documents import read_documents
-from flame_composer.manifest import read_manifest
-from flame_composer.shards import DatasetWriter
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.dataset import workers
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.writer import DatasetWriter
+from flame_composer.storage import files as storage
+from flame_composer.storage import s3 as s3_module
+from flame_composer.text.documents import read_documents
+from flame_composer.text.sources import find_files, slice_files
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 from tests.s3 import BUCKET, Relay
 from tests.test_convert import run_here

@@ -13,12 +13,12 @@ from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import get_device
 
-from flame_composer.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
-from flame_composer.config import ConfigError
-from flame_composer.model import build_hf_config, build_model
-from flame_composer.optim import Schedule, build_optimizer, rate_factor
-from flame_composer.sections import OptimizerConfig, SchedulerConfig
-from flame_composer.train_config import RunPlan
+from flame_composer.config.rules import ConfigError
+from flame_composer.config.sections import OptimizerConfig, SchedulerConfig
+from flame_composer.config.train import RunPlan
+from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.train.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
+from flame_composer.train.optim import Schedule, build_optimizer, rate_factor
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flame_composer.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
 
 CONTEXT_LENGTHS = st.integers(1, 9)
 DOC_LENGTHS = st.lists(st.integers(0, 30), max_size=25)

@@ -14,12 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
 
-from flame_composer import checkpoint, checkpoint_content, checkpoint_find, checkpoint_read, parallelism, pieces
-from flame_composer.config import DataError, InvalidField
-from flame_composer.model import CausalLM, build_hf_config, build_model
-from flame_composer.parallelism import check_devices
-from flame_composer.sections import FsdpConfig, ModelConfig, ParallelismConfig
-from flame_composer.train_config import TrainConfig
+from flame_composer.checkpoint import content as checkpoint_content
+from flame_composer.checkpoint import find as checkpoint_find
+from flame_composer.checkpoint import read as checkpoint_read
+from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint import sharded as pieces
+from flame_composer.config.rules import DataError, InvalidField
+from flame_composer.config.sections import FsdpConfig, ModelConfig, ParallelismConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
+from flame_composer.train import parallelism
+from flame_composer.train.parallelism import check_devices
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, two_ranks
@@ -262,8 +267,8 @@ import os
 import sys
 from pathlib import Path
 from composer.utils import dist, get_device
-from flame_composer.checkpoint_find import find_newest
-from flame_composer.config import ConfigError, DataError
+from flame_composer.checkpoint.find import find_newest
+from flame_composer.config.rules import ConfigError, DataError
 
 dist.initialize_dist(get_device())
 os.chdir(sys.argv[1 + dist.get_global_rank()])  # the same place on another disk

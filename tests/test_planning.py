@@ -15,15 +15,23 @@ from typing import Any
 import pytest
 import torch
 
-from flame_composer import planning
-from flame_composer.config import ConfigError, InvalidField
-from flame_composer.data import build_train_loader, open_dataset
-from flame_composer.loading import load
-from flame_composer.model import CausalLM, build_hf_config, build_model
-from flame_composer.planning import DEVICES, best_interval, goodput, goodput_with_notice, largest_microbatch, memory, read_size
-from flame_composer.recipe_config import PlanConfig
-from flame_composer.sections import StreamConfig
-from flame_composer.supply import Supply, find_supply
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, InvalidField
+from flame_composer.config.sections import StreamConfig
+from flame_composer.config.use import PlanConfig
+from flame_composer.loader.batches import build_train_loader, open_dataset
+from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
+from flame_composer.plan import planning
+from flame_composer.plan.planning import (
+    DEVICES,
+    best_interval,
+    goodput,
+    goodput_with_notice,
+    largest_microbatch,
+    memory,
+    read_size,
+)
+from flame_composer.plan.supply import Supply, find_supply
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, Script, check, last_json, run_script
@@ -318,7 +326,7 @@ def test_a_dataset_that_is_only_known_by_its_size(monkeypatch: pytest.MonkeyPatc
     assert whole["bytes"] == pytest.approx(2 * 3e9, rel=0.01)
     assert whole["downloaded_by_a_node"] == pytest.approx(whole["bytes"], rel=0.02)
     assert 100_000 * 4096 / 2 < whole["smallest_cache"] < 3 * 100_000 * 4096
-    monkeypatch.setattr("flame_composer.supply.MAX_ROWS", 700_000)
+    monkeypatch.setattr("flame_composer.plan.supply.MAX_ROWS", 700_000)
     part = drawn_up("gla_340m", *keys)["data"]
     assert part["tokens"] == whole["tokens"]
     for name in ("steps_per_epoch", "downloaded_by_a_node", "smallest_cache"):

@@ -22,8 +22,8 @@ from composer.loggers import Logger
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flame_composer.config import ConfigError
-from flame_composer.preemption import Preempted, lock_run
+from flame_composer.config.rules import ConfigError
+from flame_composer.train.preemption import Preempted, lock_run
 from tests.conftest import make_run
 from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log
 from tests.test_resume import assert_same_run

@@ -25,14 +25,14 @@ from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from flame_composer.checkpoint import model_in
-from flame_composer.checkpoint_find import find_checkpoint
-from flame_composer.checkpoint_read import Checkpoint, read_checkpoint
-from flame_composer.config import ConfigError, DataError, StoreError
-from flame_composer.convert_config import ToHfConfig
-from flame_composer.loading import load
-from flame_composer.model import load_pretrained
-from flame_composer.publish import check_hub, model_card, push_folder, read_run_config
+from flame_composer.checkpoint.find import find_checkpoint
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
+from flame_composer.checkpoint.save import model_in
+from flame_composer.config.convert import ToHfConfig
+from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, DataError, StoreError
+from flame_composer.export.card import check_hub, model_card, push_folder, read_run_config
+from flame_composer.model.causal_lm import load_pretrained
 from tests.runs import ROOT, Corpus, check, run_script, two_ranks
 
 
@@ -65,7 +65,7 @@ def test_the_card_says_what_the_run_was(corpus: Corpus, undisturbed: Path, expor
 PLAIN = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-from flame_composer.cpu import install_stub_driver; install_stub_driver()  # in place of a GPU's
+from flame_composer.cpu.enable import install_stub_driver; install_stub_driver()  # in place of a GPU's
 import fla, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
@@ -73,7 +73,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer("kat loman: ra miro puvel " * 20, return_tensors="pt").input_ids
 with torch.no_grad():
     torch.save((ids, model(ids).logits), sys.argv[2])
-assert fla.layers.gla.chunk_gla.__module__.startswith("fla.") and "flame_composer.model" not in sys.modules
+assert fla.layers.gla.chunk_gla.__module__.startswith("fla.") and "flame_composer.model.causal_lm" not in sys.modules
 """
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flame_composer.extensions_config import OFFERED
-from flame_composer.fields import fields_of
+from flame_composer.config.extensions import OFFERED
+from flame_composer.config.fields import fields_of
+from flame_composer.config.train import TrainConfig
 from flame_composer.reference import PAGE, page, scripts
-from flame_composer.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 

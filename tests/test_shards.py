@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files
-from flame_composer.documents import MAX_DOCUMENT_BYTES, read_documents
-from flame_composer.manifest import HASH, Ledger, check_shards, parse_manifest, read_index, read_manifest
-from flame_composer.shards import DatasetWriter, Plan, plan_units
-from flame_composer.tokenizer import TokenizerFingerprint
-from flame_composer.units import convert_unit, document_hash, split_of
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.dataset.convert import convert_unit, document_hash, split_of
+from flame_composer.dataset.manifest import HASH, Ledger, check_shards, parse_manifest, read_index, read_manifest
+from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.text.documents import MAX_DOCUMENT_BYTES, read_documents
+from flame_composer.text.sources import find_files
+from flame_composer.text.tokenizer import TokenizerFingerprint
 from tests.data_fixtures import files_under, streaming_dataset, words, write_jsonl
 
 CONTEXT_LENGTH = 16
@@ -172,7 +172,7 @@ def test_no_file_in_a_dataset_depends_on_time_order_or_batches(tmp_path, source,
     for name in ("first", "second", "batched"):
         datasets = [DatasetWriter(str(tmp_path / name / plan.split), plan) for plan in plans(source, val_fraction=0.3)]
         if name == "batched":
-            monkeypatch.setattr("flame_composer.units.BATCH_CHARACTERS", 1)
+            monkeypatch.setattr("flame_composer.dataset.convert.BATCH_CHARACTERS", 1)
         num_units = len(datasets[0].plan.units)
         convert(datasets, order=range(num_units) if name == "first" else reversed(range(num_units)))
     assert files_under(tmp_path / "first") == files_under(tmp_path / "second") == files_under(tmp_path / "batched")
@@ -215,7 +215,7 @@ def test_a_seed_shuffles_documents_and_units_the_same_way_every_time(tmp_path, s
     made = {}
     for name, seed in (("plain", None), ("first", 5), ("again", 5), ("other", 6)):
         if name == "again":
-            monkeypatch.setattr("flame_composer.units.BATCH_CHARACTERS", 1)
+            monkeypatch.setattr("flame_composer.dataset.convert.BATCH_CHARACTERS", 1)
         (plan,) = plans(source, settings={"seed": seed})
         num_units = len(plan.units)
         convert([DatasetWriter(str(tmp_path / name), plan)], order=reversed(range(num_units)) if name == "again" else None)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flame_composer import s3 as s3_module
-from flame_composer import storage
-from flame_composer.config import ConfigError, StoreError
+from flame_composer.config.rules import ConfigError, StoreError
+from flame_composer.storage import files as storage
+from flame_composer.storage import s3 as s3_module
 from tests.s3 import BUCKET, Relay
 
 FIRST_SECONDS = s3_module.FIRST_SECONDS

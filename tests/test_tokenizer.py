@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flame_composer.config import ConfigError
-from flame_composer.tokenizer import build_encoder, fingerprint, load_tokenizer, token_dtype, train_bpe
+from flame_composer.config.rules import ConfigError
+from flame_composer.text.tokenizer import build_encoder, fingerprint, load_tokenizer, token_dtype, train_bpe
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 
 TOKENIZERS = {"byte-level": byte_tokenizer, "llama": llama_tokenizer}

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from flame_composer import hub
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import slice_file
-from flame_composer.documents import read_documents
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.text import hub
+from flame_composer.text.documents import read_documents
+from flame_composer.text.sources import slice_file
 from tests.data_fixtures import words
 from tests.test_corpus import COMPRESS, LINES, texts_of
 
@@ -168,8 +168,8 @@ def test_a_row_of_parquet_that_is_too_long_is_no_document(tmp_path):
 
 BOMB = """
 import resource, sys
-from flame_composer.corpus import slice_file
-from flame_composer.documents import read_documents
+from flame_composer.text.sources import slice_file
+from flame_composer.text.documents import read_documents
 
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 skipped = []

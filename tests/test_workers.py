@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flame_composer import encoder, storage, workers
-from flame_composer.config import ConfigError, DataError
-from flame_composer.corpus import find_files
-from flame_composer.manifest import HF, read_manifest
-from flame_composer.shards import DatasetWriter, Plan, plan_units
-from flame_composer.tokenizer import bare, fingerprint, load_tokenizer
-from flame_composer.workers import Conversion, convert_units
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.dataset import workers
+from flame_composer.dataset.manifest import HF, read_manifest
+from flame_composer.dataset.workers import Conversion, convert_units
+from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.storage import files as storage
+from flame_composer.text import encoder
+from flame_composer.text.sources import find_files
+from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 from tests.s3 import BUCKET
 
@@ -194,7 +196,7 @@ def test_a_conversion_imports_none_of_what_takes_seconds(folder):
         dataset.begin()
     sent = dataclasses.replace(conversion(folder, datasets), encoder=encoder._installed() or HF)
     worker = (
-        "import importlib, pickle, sys\nfrom flame_composer import workers\n"
+        "import importlib, pickle, sys\nfrom flame_composer.dataset import workers\n"
         "for name in workers.PRELOADED: importlib.import_module(name)\n"
         "settings, unit = pickle.load(sys.stdin.buffer)\n"
         "workers._worker.update(conversion=settings, counts=[0, 0, 0])\n"

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from flame_composer.cli import run
-from flame_composer.train_config import TrainConfig
+from flame_composer.config.cli import run
+from flame_composer.config.train import TrainConfig
 from tests.data_fixtures import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -2,23 +2,25 @@
 
 from composer.utils.collect_env import get_composer_env_dict
 
-from flame_composer import (
-    callbacks,  # noqa: F401
-    checkpoint,  # noqa: F401
-    cpu,
-    data,  # noqa: F401
-    evaluate,  # noqa: F401
-    executors,  # noqa: F401
-    generate,  # noqa: F401
-    harness,  # noqa: F401
-    model,  # noqa: F401
+from flame_composer import cpu
+from flame_composer.checkpoint import save as checkpoint  # noqa: F401
+from flame_composer.cleaning import executors  # noqa: F401
+from flame_composer.dataset import writer as shards  # noqa: F401
+from flame_composer.export import card as publish  # noqa: F401
+from flame_composer.loader import batches as data  # noqa: F401
+from flame_composer.model import causal_lm as model  # noqa: F401
+from flame_composer.train import guards as watch  # noqa: F401
+from flame_composer.train import log as callbacks  # noqa: F401
+from flame_composer.train import (
     optim,  # noqa: F401
     parallelism,  # noqa: F401
     preemption,  # noqa: F401
-    publish,  # noqa: F401
-    shards,  # noqa: F401
-    watch,  # noqa: F401
 )
+from flame_composer.use import (
+    generate,  # noqa: F401
+    harness,  # noqa: F401
+)
+from flame_composer.use import perplexity as evaluate  # noqa: F401
 
 cpu.enable()  # imports fla
 get_composer_env_dict()  # what every checkpoint says of the machine

@@ -1,0 +1,259 @@
+"""Models that recipes/benchmark.py times, a GLA against a Llama of its size, taking turns: training steps and decoding."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from flame_composer import cpu
+from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
+from flame_composer.config.use import BenchmarkConfig, DecodeBenchmarkConfig
+from flame_composer.model.causal_lm import build_model, count_work
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# Models of one size
+
+
+def build_pair(hidden_size: int, num_layers: int, vocab_size: int, *, device: str = "cpu") -> dict[str, PreTrainedModel]:
+    """A GLA model and a Hugging Face Llama of the same size: Llama's MLP is as wide as it takes."""
+    cpu.enable()
+    from fla.models import GLAConfig
+
+    shape: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_layers}
+    heads = max(1, hidden_size // 128)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    gla = build_model(GLAConfig(**shape, num_heads=heads))
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    with torch.device("meta"):
+        one, two = (count(build_model(LlamaConfig(**shape, intermediate_size=width))) for width in (32, 64))
+    width = 32 * max(1, 1 + round((count(gla) - one) / (two - one)))  # parameters grow linearly with it
+    llama = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=width))  # as transformers has it, and nothing of ours
+    return {"gla": gla.to(device, dtype), "llama": llama.to(device, dtype)}  # type: ignore[arg-type]
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def step(model: Any, context_length: int, batch_tokens: int, vocab_size: int) -> Callable[[], float]:
+    """A forward and backward pass of so many tokens, which returns tokens per second."""
+    rows = max(1, batch_tokens // context_length)
+    tokens = torch.randint(0, vocab_size, (rows, context_length), device=model.device)
+
+    def go() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+    def run() -> float:
+        model.zero_grad(set_to_none=True)
+        return tokens.numel() / seconds(go)
+
+    return run
+
+
+def gemm(device: str) -> Callable[[], float]:
+    """The product of two matrices, fp32 on a CPU and bfloat16 on a GPU, which returns FLOP/s."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return lambda: 8 * 2 * size**3 / seconds(lambda: [a @ b for _ in range(8)])
+
+
+def one_step(name: str, context_length: int, hidden_size: int, num_layers: int, vocab_size: int) -> None:
+    """For a process whose peak memory is measured."""
+    model = build_pair(hidden_size, num_layers, vocab_size)[name]
+    for _ in range(2):
+        step(model, context_length, context_length, vocab_size)()
+
+
+def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+    """Forward and backward of a GLA model and a Llama (SDPA) of its size, at each context length."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = build_pair(config.hidden_size, config.num_layers, config.vocab_size, device=device)
+    rows: list[dict[str, Any]] = []
+    roofs: list[float] = []
+    for context_length in config.context_lengths:
+        what: dict[str, Callable[[], float]] = {
+            name: step(model, context_length, config.batch_tokens, config.vocab_size) for name, model in models.items()
+        }
+        found = interleaved({**what, "gemm": gemm(device)}, config.repeats, f"context {context_length}")
+        flops = count_work(models["gla"]).flops_per_token(context_length)
+        of_gemm = [value * flops for value in found["gla"]]
+        roofs += found["gemm"]
+        rows.append({
+            "context_length": context_length, "gla_over_llama": ratio(found["gla"], found["llama"]),
+            **{f"{name}_tokens_per_second": round(median(found[name])) for name in models},
+            "gla_model_flops_per_second": round(median(of_gemm)), "gla_model_flops_over_gemm": ratio(of_gemm, found["gemm"]),
+        })  # fmt: skip
+        print(f"context {context_length:6,}: GLA {rows[-1]['gla_tokens_per_second']:8,} tokens/s, Llama (SDPA) "
+              f"{rows[-1]['llama_tokens_per_second']:8,} tokens/s, ratio {rows[-1]['gla_over_llama']:.2f}", flush=True)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads(),
+        "parameters": count(models["gla"]), "llama_parameters": count(models["llama"]), "repeats": config.repeats,
+        "gemm_flops_per_second": round(median(roofs)), "results": rows,
+    }  # fmt: skip
+    by_context: dict[int, dict[str, Any]] = {row["context_length"]: row for row in rows}
+    if 2048 in by_context and device == "cpu":
+        result["bytes_per_token_and_layer"] = {name: _memory(name, config) for name in models}
+    return result, [*training_figures(result, by_context), *mfu(result)]
+
+
+def training_figures(result: dict[str, Any], by_context: dict[int, dict[str, Any]]) -> Iterator[Figure]:
+    """What is stated holds on a CPU."""
+    on_cpu = result["device"] == "cpu"
+    stated = {512: 1.2, 2048: 1.8, 8192: 4.0} if on_cpu else {}
+    for context_length, row in by_context.items():
+        yield Figure(f"training step: GLA over Llama, tokens/s at context {context_length}", row["gla_over_llama"],
+                     at_least=stated.get(context_length))
+    if {512, 8192} <= by_context.keys():
+        slower = by_context[512]["gla_tokens_per_second"] / by_context[8192]["gla_tokens_per_second"]
+        yield Figure("training step: GLA's time per token at 8192 over at 512", round(slower, 3),
+                     at_most=1.15 if on_cpu else None)
+    if 512 in by_context and on_cpu:
+        yield Figure("training step: GLA's model FLOP/s over the rate of an fp32 GEMM, at 512",
+                     by_context[512]["gla_model_flops_over_gemm"], at_least=0.85)
+    if memory := result.get("bytes_per_token_and_layer"):
+        yield Figure("training step: GLA's memory per token and layer over Llama's, at 2048",
+                     round(memory["gla"] / memory["llama"], 3), at_most=1.0)
+
+
+def mfu(result: dict[str, Any]) -> Iterator[Figure]:
+    """Model FLOP/s on a GPU over its data sheet's peak and over a product of large matrices, in bfloat16."""
+    best = None if result["device"] == "cpu" else max(row["gla_model_flops_per_second"] for row in result["results"])
+    peak = None if best is None else peak_of(result["device"])
+    if best is not None:
+        sheet = f"its data sheet {peak / 1e12:,.0f}" if peak else "no data sheet's peak is known for it"
+        print(f"roofline of {result['device']}, bf16 TFLOP/s: a GEMM {result['gemm_flops_per_second'] / 1e12:,.0f}, {sheet}")
+    share = round(best / peak, 3) if best and peak else None
+    yield Figure("training step on a GPU: MFU, bf16, of the data sheet's peak", share)
+    over = None if best is None else round(best / result["gemm_flops_per_second"], 3)
+    yield Figure("training step on a GPU: model FLOP/s over a bf16 GEMM's", over)
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s in bfloat16, by the data sheet of the GPU that CUDA calls so."""
+    from flame_composer.plan.planning import DEVICES
+
+    words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    found = [kind for kind in DEVICES if kind.split("_")[0] in words]
+    if "pcie" in words and f"{found[0] if found else ''}_pcie" in DEVICES:
+        return DEVICES[f"{found[0]}_pcie"].peak
+    return DEVICES[found[0]].peak if found else None
+
+
+def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+    """The same step at the first context length: with more rows, up to `batch_tokens`, and with fewer and more layers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    context_length = config.context_lengths[0]
+    most = max(1, config.batch_tokens // context_length)
+    by_rows = [1 << power for power in range(most.bit_length())]
+    by_layers = sorted({max(1, round(config.num_layers * part)) for part in (0.25, 0.5, 1, 2)})
+
+    def timed(num_rows: int, num_layers: int) -> dict[str, Any]:
+        models = build_pair(config.hidden_size, num_layers, config.vocab_size, device=device)
+        batch_tokens = num_rows * context_length
+        what = {name: step(model, context_length, batch_tokens, config.vocab_size) for name, model in models.items()}
+        found = interleaved(what, config.repeats, f"{num_rows} rows, {num_layers} layers")
+        speeds = {f"{name}_tokens_per_second": round(median(values)) for name, values in found.items()}
+        return {"rows": num_rows, "layers": num_layers, **speeds}
+
+    rows = [timed(number, config.num_layers) for number in by_rows]
+    layers = [timed(max(1, most // 2), number) for number in by_layers]
+    less, more = rows[0]["gla_tokens_per_second"], rows[-1]["gla_tokens_per_second"]
+    shallow, deep = layers[0], layers[-1]
+    a_layer = deep["layers"] / shallow["layers"] * deep["gla_tokens_per_second"] / shallow["gla_tokens_per_second"]
+    return {"device": device, "context_length": context_length, "by_rows": rows, "by_layers": layers}, [
+        Figure(f"growth: GLA's time per token with {by_rows[-1]} rows of {context_length} over with 1", round(less / more, 3)),
+        Figure(f"growth: GLA's time per layer and token with {deep['layers']} layers over with {shallow['layers']}",
+               round(1 / a_layer, 3)),
+    ]  # fmt: skip
+
+
+def _memory(name: str, config: BenchmarkConfig) -> int:
+    """Bytes that a token takes in a layer: what the peak of a step of 2048 tokens is above that of 256."""
+    code = "import sys; from flame_composer.bench.models import one_step; one_step(sys.argv[1], *map(int, sys.argv[2:]))"
+    shape = [str(value) for value in (config.hidden_size, config.num_layers, config.vocab_size)]
+    short, long = (measure([sys.executable, "-c", code, name, str(tokens), *shape]).peak_bytes for tokens in (256, 2048))
+    return round((long - short) / (2048 - 256) / config.num_layers)
+
+
+def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+    """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by sequences and context."""
+    models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
+    for model in models.values():
+        model.eval()
+    rows, figures = [], []
+    for context_length in config.context_lengths:
+        caches = {name: read_prompt(model, context_length) for name, model in models.items()}
+        kept = {name: sum(tensor.nbytes for tensor in tensors_in(cache.layers)) for name, cache in caches.items()}
+        for batch_size in config.batch_sizes:
+            what = {name: decode(model, caches[name], batch_size, config.new_tokens) for name, model in models.items()}
+            found = interleaved(what, config.repeats, f"decoding {batch_size} x {context_length}")
+            rows.append({
+                "batch_size": batch_size, "context_length": context_length,
+                "gla_over_llama": ratio(found["gla"], found["llama"]),
+                **{f"{name}_tokens_per_second": round(median(values), 1) for name, values in found.items()},
+                **{f"{name}_milliseconds": round(1000 * batch_size / median(values), 2) for name, values in found.items()},
+                **{f"{name}_bytes_kept_per_sequence": number for name, number in kept.items()},
+            })  # fmt: skip
+            figures.append(Figure(f"decoding: GLA over Llama, tokens/s, {batch_size} sequences after {context_length}",
+                                  rows[-1]["gla_over_llama"]))
+    if len(config.context_lengths) > 1:
+        first, last = config.context_lengths[0], config.context_lengths[-1]
+        for batch_size in config.batch_sizes:
+            mine = [row["gla_tokens_per_second"] for row in rows if row["batch_size"] == batch_size]
+            figures.append(Figure(f"decoding: GLA's time per token after {last} over after {first}, {batch_size} sequences",
+                                  round(mine[0] / mine[-1], 3), at_most=1.1))
+    return {"parameters": count(models["gla"]), "results": rows}, figures
+
+
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, context_length: int) -> Any:
+    """What a model keeps of one sequence."""
+    prompt = torch.randint(0, model.config.vocab_size, (1, context_length), device=model.device)
+    return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(model: PreTrainedModel, prompt: Any, batch_size: int, new_tokens: int) -> Callable[[], float]:
+    """Tokens per second of decoding so many sequences, each after the same prompt, whose reading is not counted."""
+    cache = copy.deepcopy(prompt)
+    for tensor in tensors_in(cache.layers):
+        tensor.set_(tensor.repeat(batch_size, *[1] * (tensor.ndim - 1)))  # type: ignore[call-overload]
+    first = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
+
+    @torch.no_grad()
+    def run() -> float:
+        def go() -> None:
+            nonlocal cache
+            token = first
+            for _ in range(new_tokens):
+                outputs = model(input_ids=token, past_key_values=cache, use_cache=True)
+                cache, token = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
+
+        return batch_size * new_tokens / seconds(go)
+
+    return run
+
+
+def tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """All tensors in lists, dictionaries and the objects of a cache."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (list, tuple, dict)):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(each)
+    elif hasattr(content, "__dict__") and not isinstance(content, type):
+        yield from tensors_in(vars(content))

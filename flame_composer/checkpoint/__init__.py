@@ -1,0 +1,1 @@
+"""Checkpoints: saved whole, found, read, and turned into models."""

@@ -1,0 +1,273 @@
+"""Finding the checkpoint that is meant: the newest one that is whole, the same on every rank."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from composer.utils import dist
+
+from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint.content import Needed, OtherRun, check_content
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head
+from flame_composer.config.rules import ConfigError, DataError, StoreError
+from flame_composer.storage import files as storage
+
+# A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two
+# names stand for the same step.
+_NAME = re.compile(r"ba(0|[1-9][0-9]{0,17})(\.pt)?")
+_WHOLE, _GONE = "whole", "gone"  # what a rank finds of a checkpoint, if it is not damage
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+def step_of(place: str) -> int | None:
+    """Return the step that a checkpoint's name tells, or None for another name."""
+    match = _NAME.fullmatch(re.split(r"[/\\]", place)[-1])
+    return int(match[1]) if match else None
+
+
+def has_head(place: str) -> bool:
+    """Whether `place` is a folder with the head of a checkpoint in pieces, whatever state that is in."""
+    head = storage.join(place, pieces.HEAD)
+    return storage.stat(head) is not None if storage.is_url(place) else _is_there(head)
+
+
+def _is_there(path: str) -> bool:
+    """As `os.path.lexists`, but what this user may not see, or the disk does not answer for, is there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return True
+
+
+def list_checkpoints(folder: str) -> list[str]:
+    """Return the checkpoints in a folder, newest first, damaged ones included; not what was never finished."""
+    return [place for place in _named(folder) if place.endswith(".pt") or has_head(place)]
+
+
+def list_torsos(folder: str, before: int) -> list[str]:
+    """Return the checkpoints in pieces of steps `before` one that have pieces and no head.
+
+    A kill leaves them while one is deleted, or uploaded. A folder that holds anything else is none.
+    """
+    torsos = []
+    for place in _named(folder):
+        step = step_of(place)
+        if step is not None and step < before and not place.endswith(".pt") and not has_head(place):
+            names = storage.ls(place)
+            if names and all(map(pieces.is_name, names)):
+                torsos.append(place)
+    return torsos
+
+
+def _named(folder: str) -> list[str]:
+    """Return what has a checkpoint's name in a folder, newest first."""
+    try:
+        names = storage.ls(folder) if storage.is_url(folder) else os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read: {error.strerror}; let this user read it") from None
+    found = [(step, storage.join(folder, name)) for name in names if (step := step_of(name)) is not None]
+    return [place for _, place in sorted(found, reverse=True)]
+
+
+def look_at(place: str, staging: Path, needed: Callable[[], Needed] | None = None) -> Checkpoint | None:
+    """Return the checkpoint at `place`, read and checked; None if it is no longer there.
+
+    What is in an object store is copied to the local folder `staging`, anew. `needed` is what a run has
+    to find in it to go on from there. Raise DataError if it is damaged, or its content is not what its
+    name says; StoreError or ConfigError if the store does not answer.
+    """
+    checkpoint = _fetched(place, staging)
+    if checkpoint is not None:
+        content = read_checkpoint(checkpoint)
+        check_content(content, place, step=step_of(place), needed=needed and needed())
+    return checkpoint
+
+
+def find_newest(
+    folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, shared: bool = False
+) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole; a damaged one is named in a warning and passed over.
+
+    Every rank returns the same one: what one of them cannot read, none takes. `shared`: the ranks of
+    a machine have the same `staging`, and the first of them looks for all. Raise DataError if there are
+    checkpoints but none of them is whole (starting over would be a surprise), ConfigError if those that
+    are belong to another model.
+    """
+    checkpoints = _listed(folder)
+    problems: dict[str, DataError] = {}
+    for place in checkpoints:
+        looks = dist.get_local_rank() == 0 or not shared
+        found = _agreed(functools.partial(_look, place, staging, needed) if looks else lambda: None)
+        problem = next((each for each in found if isinstance(each, DataError)), None)
+        if problem is None and _GONE in found and _WHOLE in found:
+            problem = DataError(f"{place}: is not there for every rank; save_folder must be one that all machines share")
+        if problem is not None:
+            problems[place] = problem
+            if dist.get_global_rank() == 0:
+                log.warning("warning: %s; trying the one before it", problem)
+        elif _WHOLE in found:
+            return Checkpoint(place, _local(place, staging), tuple(problems))
+    if not checkpoints:
+        return None
+    if not problems:
+        raise StoreError(f"{folder}: its {len(checkpoints)} checkpoints were deleted a moment ago; start again")
+    other = next((problem for problem in problems.values() if isinstance(problem, OtherRun)), None)
+    if other is not None:
+        raise ConfigError(f"{folder}: none of its {len(checkpoints)} checkpoints is of this run: {other}; set back what "
+                          "changed, or give another run_name or save_folder")
+    raise DataError(f"{folder}: none of its {len(checkpoints)} checkpoints can be read; "
+                    "move them away (or set another run_name) to start over")
+
+
+def _listed(folder: str) -> list[str]:
+    """The checkpoints that any rank sees in a folder, newest first."""
+    places = {place for each in _agreed(lambda: list_checkpoints(folder)) for place in each}
+    return sorted(places, key=lambda place: (step_of(place), place), reverse=True)
+
+
+def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> DataError | str:
+    """Return what is wrong with a checkpoint, as a value: other ranks have to be told."""
+    try:
+        return _GONE if look_at(place, staging, needed) is None else _WHOLE
+    except StoreError:
+        raise
+    except DataError as error:
+        if storage.is_url(place):
+            remove_copy(staging / place.rpartition("/")[2])  # the next one may need the room
+        return error
+
+
+def _agreed(answer: Callable[[], T]) -> list[T]:
+    """Return every rank's answer, first rank first; where one of them raises, all do."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [answer()]
+    mine: Any
+    failed = None
+    try:
+        mine = answer()
+    except (ConfigError, DataError) as error:
+        mine, failed = _Failed(isinstance(error, ConfigError), str(error)), error
+    answers = dist.all_gather_object(mine)
+    if failed is not None:
+        raise failed
+    for each in answers:
+        if isinstance(each, _Failed):
+            raise (ConfigError if each.is_config else DataError)(each.message)
+    return answers
+
+
+class _Failed(NamedTuple):
+    """What another rank raised, in a form that can be sent."""
+
+    is_config: bool
+    message: str
+
+
+def _local(place: str, staging: Path) -> Path:
+    """The file that a checkpoint is read from."""
+    there = staging / place.rpartition("/")[2] if storage.is_url(place) else Path(place)
+    return there / pieces.HEAD if os.path.isdir(there) and _is_there(str(there / pieces.HEAD)) else there
+
+
+def _fetched(place: str, staging: Path) -> Checkpoint | None:
+    if not storage.is_url(place):
+        return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
+    copy = staging / place.rpartition("/")[2]
+    head = storage.stat(storage.join(place, pieces.HEAD))
+    there = head or storage.stat(place)
+    if there is None:
+        return None
+    staging.mkdir(parents=True, exist_ok=True)
+    if (copy.is_dir() and not copy.is_symlink()) != (head is not None):  # of a checkpoint of the other kind
+        remove_copy(copy)
+    try:
+        if head is None:
+            _download(place, there, copy)
+            return Checkpoint(place, copy)
+        copy.mkdir(exist_ok=True)
+        _download(storage.join(place, pieces.HEAD), there, copy / pieces.HEAD)
+        # By the names that pieces have, and not by those that the store lists.
+        for name in map(pieces.name_of, range(read_head(place, copy / pieces.HEAD))):
+            piece = storage.stat(storage.join(place, name))
+            if piece is None:
+                raise DataError(f"{storage.join(place, name)}: not a whole checkpoint: this piece is missing")
+            _download(storage.join(place, name), piece, copy / name)
+        return Checkpoint(place, copy / pieces.HEAD)
+    except FileNotFoundError:  # deleted while it was copied
+        return None
+
+
+def _download(place: str, there: storage.Stat, copy: Path) -> None:
+    free = shutil.disk_usage(copy.parent).free
+    if there.size > free:
+        raise StoreError(f"{place}: its {there.size:,} bytes do not fit into {copy.parent}, where {free:,} are free; make "
+                         "room there, or move the checkpoint away")
+    storage.download(place, copy)
+
+
+def remove_copy(copy: Path) -> None:
+    """Remove a local copy or what a killed run left, a file or a folder; what cannot be removed is named."""
+    try:
+        if copy.is_dir() and not copy.is_symlink():
+            shutil.rmtree(copy)
+        else:
+            copy.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("warning: %s: cannot be removed: %s", copy, error.strerror)
+
+
+def find_start(
+    folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, autoresume: bool
+) -> Checkpoint | None:
+    """Return the checkpoint that a run which saves in `folder` goes on from; None for a fresh start.
+
+    Every rank must call it. Raise ConfigError without `autoresume` if there are checkpoints, which the
+    run would overwrite; see `find_newest`.
+    """
+    if autoresume:
+        return find_newest(folder, staging, needed, shared=True)
+    if existing := _listed(folder):
+        name = existing[0].rpartition("/")[2]
+        raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({name}); set autoresume=true to go on from them, or "
+                          "another run_name or save_folder")
+    return None
+
+
+def find_checkpoint(place: str, staging: Path) -> Checkpoint:
+    """Return `place` itself, or the newest whole checkpoint in it if it is a run's folder.
+
+    Raise ConfigError if there is none.
+    """
+    if storage.stat(place) is not None or has_head(place):
+        found = _fetched(place, staging)
+        if found is not None:
+            return found
+    newest = find_newest(place, staging)
+    if newest is None:
+        _refuse_sharded(place)
+        is_folder = bool(storage.ls(place)) or Path(place).is_dir()
+        below = storage.join(place, "checkpoints")
+        meant = f"did you mean {below}?" if list_checkpoints(below) else "name a checkpoint or the folder a run saved them in"
+        raise ConfigError(f"{place}: {'a folder without checkpoints (ba*.pt)' if is_folder else 'no such file or folder'}; "
+                          f"{meant}")
+    return newest
+
+
+def _refuse_sharded(place: str) -> None:
+    """Raise ConfigError for torch's distributed checkpoints: a folder each, of files for each rank and one `.metadata`."""
+    for folder in (place, *(storage.join(place, name) for name in storage.ls(place))):
+        if ".metadata" in storage.ls(folder):
+            raise ConfigError(f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file can (ba*.pt)")

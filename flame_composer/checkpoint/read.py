@@ -1,0 +1,207 @@
+"""Reading a checkpoint: no code in it is run, and whatever is wrong with its files is one line that names it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import _weights_only_unpickler
+
+from flame_composer.checkpoint import sharded as pieces
+from flame_composer.config.rules import DataError, one_line
+from flame_composer.storage import files as storage
+
+# What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random
+# state, times, versions.
+_SAFE_GLOBALS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    datetime.timedelta,
+    torch.torch_version.TorchVersion,
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+]
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+MOST_TEXT = 1 << 30  # bytes that all but the tensors would take if it were written out; a tokenizer takes some 50 MB
+MOST_IN_KEY = 10_000  # parts of a key in a checkpoint; text or a number has none
+
+
+class Checkpoint(NamedTuple):
+    """Where a checkpoint is, and the local file to read it from: the same, or a copy out of a store.
+
+    Of one in pieces, `place` is a folder and `file` its head, beside which the pieces lie.
+    `passed_over` are newer checkpoints in the same folder, which could not be used.
+    """
+
+    place: str
+    file: Path
+    passed_over: tuple[str, ...] = ()
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a checkpoint's content, its tensors mapped from the file; no code in it is run.
+
+    One in pieces has a list of what they hold under `pieces`. Raise DataError if a file is missing,
+    truncated, altered (every part's CRC-32 is checked) or no plain file, or if it holds anything but
+    tensors and plain values.
+    """
+    return read_content(checkpoint, verify=True)
+
+
+def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
+    """As `read_checkpoint`; without `verify`, checksums that were checked before are not again."""
+    place, file, _ = checkpoint
+    content = _read_file(place, file, verify=verify)
+    if file.name == pieces.HEAD:
+        content["pieces"] = [
+            _read_file(storage.join(place, name), file.with_name(name), verify=verify)
+            for name in map(pieces.name_of, range(num_pieces(content, place)))
+        ]
+    elif isinstance(content, dict) and "pieces" in content:
+        # Who looked at its pieces would be content, and who loads it looks for no pieces.
+        raise DataError(f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file")
+    return content
+
+
+def read_head(place: str, file: Path) -> int:
+    """Return how many pieces the checkpoint `place` has, by its head, which was copied to `file`."""
+    return num_pieces(_read_file(place, file, verify=True), place)
+
+
+def num_pieces(head: Any, place: str) -> int:
+    number = head.get("pieces") if isinstance(head, dict) else None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise DataError(f"{place}: not the head of a checkpoint in pieces")
+    return number
+
+
+def read_for_composer(file: str | Path, map_location: str) -> Any:
+    """Return the content of a file that was checked, in memory.
+
+    In place of Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a file
+    that was replaced after it was checked would run its code.
+    """
+    assert map_location == "cpu"
+    file = Path(file).resolve()  # Composer hands a link of its own
+    return _read_file(str(file), file, verify=False, mapped=False)
+
+
+def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> Any:
+    try:
+        _require_plain_file(place, file)
+        if verify:
+            _verify(place, file)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), _checked_keys():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if _size(content, {}) > MOST_TEXT:
+            raise DataError(f"{place}: refused: it holds the same parts over and over, which would take more than "
+                            f"{MOST_TEXT:,} bytes written out; take another checkpoint")
+        return content
+    except DataError:
+        raise
+    except pickle.UnpicklingError as error:
+        what = f"it holds something other than tensors and plain values: {one_line(error)}"
+        raise DataError(f"{place}: refused, {what}") from None
+    except Exception as error:  # whatever a damaged file makes zipfile, pickle or torch raise
+        raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
+
+
+class _CheckedKeys(_weights_only_unpickler.Unpickler):
+    """torch's reader of pickles (2.7.0), but of no key that is a tuple of tuples of tuples without end.
+
+    Python looks at all of a key to put it in a dict: for ever where each tuple holds the one before it twice, and
+    until it has no stack left, which ends the process, where they lie in one another deep enough.
+    """
+
+    def __init__(self, file: Any, *args: Any, **options: Any):
+        super().__init__(file, *args, **options)
+        unchecked = self.read
+
+        def read(number: int) -> bytes:
+            data = unchecked(number)
+            if data == b"s":  # sets one item of a dict; or it is a piece of something else, which does no harm
+                self._require_light(self.stack[-2:-1])
+            elif data in (b"u", b"R"):  # several items; what is made by a function, a dict perhaps
+                self._require_light(self.stack[-1:] if data == b"R" else self.stack[::2])
+            return data
+
+        self.read = read
+
+    def _require_light(self, keys: list[Any]) -> None:
+        for key in keys:
+            nested, number = [key], 0
+            while nested:
+                each = nested.pop()
+                if isinstance(each, tuple | list):
+                    number += len(each)
+                    nested += each
+                if number > MOST_IN_KEY:
+                    raise ValueError("a key of a dict in it has no end")
+
+
+@contextlib.contextmanager
+def _checked_keys() -> Iterator[None]:
+    before = _weights_only_unpickler.Unpickler
+    _weights_only_unpickler.Unpickler = _CheckedKeys  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        _weights_only_unpickler.Unpickler = before  # type: ignore[misc]
+
+
+def _size(part: Any, known: dict[int, int]) -> int:
+    """Return about how many bytes `part` takes written out, where what is held several times counts as often.
+
+    Lists that hold one list twice, which holds another twice, and so on, are small in a pickle and in memory,
+    but whoever goes through them, or writes them as JSON, is busy for ever. RecursionError for one in itself.
+    """
+    if isinstance(part, str | bytes | bytearray):
+        return 8 + len(part)
+    if not isinstance(part, dict | list | tuple | set):
+        return 8
+    if id(part) not in known:
+        size = sum(_size(each, known) for each in part)
+        if isinstance(part, dict):
+            size += sum(_size(each, known) for each in part.values())
+        known[id(part)] = 8 + size
+    return known[id(part)]
+
+
+def _require_plain_file(place: str, file: Path) -> None:
+    """Raise DataError for what would hang a reader, or never end, and for an empty file."""
+    found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something")
+        raise DataError(f"{place}: not a whole checkpoint: {kind}, where a file must be")
+    if found.st_size == 0:
+        raise DataError(f"{place}: not a whole checkpoint: an empty file")
+
+
+def _verify(place: str, file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        # torch compresses nothing: what is read can be no larger than the file.
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise DataError(f"{place}: not a whole checkpoint: parts of it are compressed")
+        if sum(part.file_size for part in parts) > file.stat().st_size:
+            raise DataError(f"{place}: not a whole checkpoint: its parts are larger than the file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise DataError(f"{place}: damaged checkpoint: {damaged!a} does not match its checksum")

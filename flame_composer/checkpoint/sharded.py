@@ -1,0 +1,184 @@
+"""A checkpoint in pieces: each rank saves its own share of a sharded model, and any number of ranks reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist, reproducibility
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from flame_composer.config.rules import DataError
+
+HEAD = "state.pt"
+"""The file with all but weights and optimizer state; with it, a checkpoint is whole."""
+
+
+def name_of(number: int) -> str:
+    return f"piece{number}.pt"
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` is one that `name_of` gives."""
+    return re.fullmatch(r"piece(0|[1-9][0-9]{0,8})\.pt", name) is not None
+
+
+def save(state: State, folder: Path) -> list[Path]:
+    """Write this rank's piece, if it has one (of several replicas the first saves), and on the first rank the head.
+
+    Every rank must call it. Returns the files that were written, the head last.
+    """
+    with _sharded(state):
+        content = state.state_dict()
+    tensors = {kind: _map(_piece_of, content.pop(kind)) for kind in ("model", "optimizers")}
+    random_state = reproducibility.get_rng_state()  # of all ranks
+    assert state.fsdp_config is not None
+    mesh = state.fsdp_config.device_mesh
+    assert mesh is not None
+    *replica, number = mesh.get_coordinate() or [0]
+    files = []
+    if not any(replica):
+        files.append(folder / name_of(number))
+        torch.save(tensors, files[-1])
+    if dist.get_global_rank() == 0:
+        files.append(folder / HEAD)
+        torch.save({"state": content, "rng": random_state, "pieces": mesh.shape[-1]}, files[-1])
+    return files
+
+
+def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
+    """Weights and optimizer state of `state`, sharded or not, from all pieces of a checkpoint, of which it reads its share.
+
+    Raises DataError if they are of another model.
+    """
+    with _sharded(state):
+        # What is there now, with its places and shapes: tensors are filled, all else is replaced.
+        there = {"model": state.get_model_state_dict(), "optimizers": state.get_optim_state_dict()}
+    try:
+        there = _filled(there, pieces)
+        (optimizer_state,) = there["optimizers"].values()
+        set_model_state_dict(state.model, there["model"], options=StateDictOptions(strict=True))
+        set_optimizer_state_dict(state.model, state.optimizers[0], optimizer_state, options=StateDictOptions(strict=True))
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise DataError(f"the checkpoint's pieces are not those of this model: {error}") from None
+
+
+def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The model's whole tensors by name."""
+    names = pieces[0]["model"]
+    return {name: _whole([piece["model"][name] for piece in pieces]) for name in names}
+
+
+def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
+    """Return the shape of the tensor that `parts` are all pieces of, or that the one of them is.
+
+    None if they are something else: pieces of several tensors, with rows missing or twice, or tensors without values.
+    """
+    if isinstance(parts[0], torch.Tensor):
+        return tuple(parts[0].shape) if _has_values(parts[0]) else None
+    if not all(map(_is_piece, parts)) or not all(_has_values(part["part"]) for part in parts):
+        return None
+    whole, rows = parts[0]["shape"], 0
+    if not isinstance(whole, list) or not whole or any(type(size) is not int for size in whole):
+        return None
+    for part in sorted((part for part in parts if len(part["part"])), key=lambda part: part["start"]):
+        if part["shape"] != whole or part["start"] != rows or list(part["part"].shape[1:]) != whole[1:]:
+            return None
+        rows += len(part["part"])
+    return tuple(whole) if rows == whole[0] else None
+
+
+@contextlib.contextmanager
+def _sharded(state: State) -> Iterator[None]:
+    """While Composer hands out, of each tensor, what this rank holds."""
+    if state.fsdp_config is None:
+        yield
+        return
+    state.fsdp_config.state_dict_type = "sharded"
+    try:
+        yield
+    finally:
+        state.fsdp_config.state_dict_type = "full"
+
+
+def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
+    if isinstance(tree, DTensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _map(change, value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map(change, value) for value in tree]
+    return tree
+
+
+def _piece_of(tensor: DTensor) -> dict[str, Any]:
+    """FSDP2 cuts along the first dimension."""
+    part = tensor.to_local().detach()
+    return {"shape": list(tensor.shape), "start": _start(tensor), "part": part.cpu().clone()}  # not all of a buffer it is in
+
+
+def _start(tensor: DTensor) -> int:
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offsets[0]
+
+
+def _has_values(tensor: Any) -> bool:
+    """Whether it is a plain tensor. One of the meta device is copied from without a word, and nothing is copied."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+    )
+
+
+def tensors(parts: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the tensors that `parts` are, or that they hold as pieces of one."""
+    return [part["part"] if _is_piece(part) else part for part in parts]
+
+
+def _is_piece(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"shape", "start", "part"}
+
+
+def _filled(there: Any, pieces: Sequence[Any]) -> Any:
+    if isinstance(there, torch.Tensor) and _is_piece(pieces[0]):
+        mine = there.to_local() if isinstance(there, DTensor) else there
+        if list(there.shape) != pieces[0]["shape"]:
+            raise TypeError(f"a tensor of shape {pieces[0]['shape']} where {list(there.shape)} is needed")
+        _copy(pieces, mine, _start(there) if isinstance(there, DTensor) else 0)
+        return there
+    if isinstance(there, dict):
+        return {key: _filled(value, [piece[key] for piece in pieces]) for key, value in there.items()}
+    if isinstance(there, list):
+        return [_filled(value, [piece[number] for piece in pieces]) for number, value in enumerate(there)]
+    return pieces[0]
+
+
+@torch.no_grad()
+def _copy(pieces: Sequence[dict[str, Any]], out: torch.Tensor, start: int) -> None:
+    """Fill `out`, the rows from `start` of a tensor, with what the pieces hold of them."""
+    filled = 0
+    for piece in pieces:
+        part, offset = piece["part"], piece["start"]
+        first, last = max(start, offset), min(start + len(out), offset + len(part))
+        if first < last:
+            out[first - start : last - start].copy_(part[first - offset : last - offset])
+            filled += last - first
+    if filled != len(out):
+        raise TypeError(f"{filled} of {len(out)} rows of a tensor of shape {pieces[0]['shape']}")
+
+
+def _whole(pieces: Sequence[Any]) -> torch.Tensor:
+    if not _is_piece(pieces[0]):
+        return pieces[0]
+    out = torch.empty(pieces[0]["shape"], dtype=pieces[0]["part"].dtype)
+    _copy(pieces, out, 0)
+    return out

@@ -1,0 +1,328 @@
+"""Cleaned documents on disk: a folder of JSONL parts, one a task, published whole and accounted for.
+
+    out/manifest.json           what was done, where every document went, and the parts; published last
+    out/documents/00000.jsonl.zst ...
+    out/.work/                  only while a cleaning is unfinished: its plan, its parts so far, its logs
+
+Every file depends on the settings and the source alone: not on when, how often interrupted, or by how many it was made.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.dataset.manifest import Unit, dump_json
+from flame_composer.storage import files as storage
+from flame_composer.text.documents import MAX_DOCUMENT_BYTES
+from flame_composer.text.formats import format_by_suffix
+
+FORMAT = "flame_composer cleaned documents"
+VERSION = 1
+WORK = ".work"  # begins with a dot, so that whoever reads the folder passes it by
+LOCK = ".lock"  # whoever is at work holds it
+DOCUMENTS = "documents"
+STEPS = ("language", "gopher_repetition", "gopher_quality", "c4", "exact_dedup", "minhash")  # in this order
+
+
+@dataclass
+class Counts:
+    """Where documents went: documents == unreadable + empty + removed by each step + out, always exactly.
+
+    `removed` is by step and reason ("" if there is one only), `changed` by step.
+    """
+
+    documents: int = 0
+    unreadable: int = 0
+    empty: int = 0
+    removed: dict[str, Counter[str]] = field(default_factory=dict)
+    changed: Counter[str] = field(default_factory=Counter)
+    out: int = 0
+    characters: int = 0
+    characters_out: int = 0
+
+    def add(self, other: Counts) -> None:
+        for name in ("documents", "unreadable", "empty", "out", "characters", "characters_out"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for step, reasons in other.removed.items():
+            self.removed.setdefault(step, Counter()).update(reasons)
+        self.changed.update(other.changed)
+
+    @property
+    def balances(self) -> bool:
+        removed = sum(sum(reasons.values()) for reasons in self.removed.values())
+        return self.documents == self.unreadable + self.empty + removed + self.out
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "removed": {step: dict(reasons) for step, reasons in self.removed.items()},
+                "changed": dict(self.changed)}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Counts:
+        removed = {step: Counter(reasons) for step, reasons in content["removed"].items()}
+        return cls(**{**content, "removed": removed, "changed": Counter(content["changed"])})
+
+
+class PartWriter:
+    """Writes one part of documents; it is there, whole, once `commit` was called, and not if it would hold nothing."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.temporary = path, path.with_name(f"{path.name}.tmp")
+        self.documents = 0
+        self.file = _create(self.temporary)
+        path.unlink(missing_ok=True)
+
+    def write(self, document_id: str, text: str, reason: str | None = None) -> None:
+        record = {"id": document_id, "text": text, **({} if reason is None else {"reason": reason})}
+        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.documents += 1
+
+    def commit(self) -> None:
+        self.file.close()
+        if self.documents:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink()
+
+
+def _create(path: Path) -> BinaryIO:
+    """A file to write to, compressed as the suffix before .tmp says; equal content gives equal bytes."""
+    inner = path.with_suffix("").suffix
+    if inner == ".zst":
+        from pyarrow import output_stream
+
+        return cast(BinaryIO, io.BufferedWriter(output_stream(str(path), compression="zstd"), 1 << 20))
+    file = path.open("wb")
+    if inner == ".gz":
+        return cast(BinaryIO, _Gzip(file))
+    return file
+
+
+class _Gzip(gzip.GzipFile):
+    """Without the name and the time that gzip puts in a file's head."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__("", "wb", 6, file, mtime=0)
+        self.below = file
+
+    def close(self) -> None:
+        super().close()
+        self.below.close()
+
+
+def read_part(path: Path) -> Iterator[tuple[str, str]]:
+    """The ids and texts in a .zst part, none if it is not there."""
+    if not path.exists():
+        return
+    from pyarrow import input_stream
+
+    with io.BufferedReader(input_stream(str(path), compression="zstd"), 1 << 20) as lines:
+        for line in lines:
+            record = json.loads(line)
+            yield record["id"], record["text"]
+
+
+@dataclass(frozen=True)
+class PartsFolder:
+    """A folder of parts in the making, or finished. `settings` is all that its bytes depend on but the source, JSON values
+    only; `versions` are those of the packages that do the work; `key` is what a user calls the folder."""
+
+    key: str
+    out: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    units: tuple[Unit, ...]
+
+    @property
+    def work(self) -> Path:
+        return Path(self.out, WORK)
+
+    def part(self, number: int, folder: str = DOCUMENTS) -> Path:
+        """Where a task writes its part while the cleaning is unfinished."""
+        compression = self.settings["compression"]
+        return self.work / folder / f"{number:05}.jsonl{'' if compression == 'none' else f'.{compression}'}"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest if this very cleaning is already finished in the folder, None if there is work to do.
+
+        Raises ConfigError if the folder holds something else, and DataError if what is finished is damaged.
+        """
+        out = Path(self.out)
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{self.key}: {out}: is a file; name a folder")
+        if (out / "manifest.json").exists():
+            manifest = self._read(out / "manifest.json")
+            there = {**manifest["settings"], "inputs": manifest["inputs"]}
+            self._refuse_difference(there, {**self.settings, "inputs": inputs_of(self.units)})
+            for part in manifest["parts"]:
+                path = out / DOCUMENTS / part["name"]
+                size = path.stat().st_size if path.is_file() else None
+                if size != part["bytes"]:
+                    what = "missing" if size is None else f"{size} bytes long, must be {part['bytes']}"
+                    raise DataError(f"{path}: is {what}; restore it from a copy, or delete {out} and run the command again")
+            shutil.rmtree(self.work, ignore_errors=True)
+            Path(self.out, LOCK).unlink(missing_ok=True)
+            return manifest
+        if (self.work / "plan.json").exists():
+            plan = self._read(self.work / "plan.json")
+            self._refuse_difference({**plan["settings"], **plan["versions"]}, {**self.settings, **self.versions})
+        elif out.exists() and any(path.name not in (WORK, LOCK) for path in out.iterdir()):
+            raise ConfigError(f"{self.key}: {out}: this folder is not empty and holds no cleaning; name a new one or empty it")
+        return None
+
+    def begin(self) -> None:
+        """Take possession of the folder, or go on with the cleaning that was interrupted in it."""
+        plan = {"format": FORMAT, "version": VERSION, "settings": self.settings, "versions": self.versions,
+                "num_units": len(self.units)}  # fmt: skip
+        if (self.work / "plan.json").exists() and self._read(self.work / "plan.json") != plan:
+            shutil.rmtree(self.work)  # the source has other units now, and what is there is numbered by the old ones
+        self.work.mkdir(parents=True, exist_ok=True)
+        if Path(self.out, DOCUMENTS).exists():  # interrupted while it was published
+            os.rename(Path(self.out, DOCUMENTS), self.work / DOCUMENTS)
+        publish_file(self.work / "plan.json", plan)
+
+    def publish(self, counts: Counts) -> None:
+        """Put the parts in their place with one rename, then the manifest."""
+        assert counts.balances, counts
+        here, there = self.work / DOCUMENTS, Path(self.out, DOCUMENTS)
+        here.mkdir(exist_ok=True)
+        for folder in (path for path in here.iterdir() if path.is_dir() and not any(path.iterdir())):
+            folder.rmdir()  # of a step that removed nothing
+        os.rename(here, there)
+        paths = sorted(path for path in there.rglob("*") if path.is_file())
+        manifest = {
+            "format": FORMAT, "version": VERSION, "settings": self.settings, "versions": self.versions,
+            "inputs": inputs_of(self.units), "counts": counts.to_json(),
+            "parts": [{"name": str(path.relative_to(there)), "bytes": path.stat().st_size} for path in paths],
+        }  # fmt: skip
+        publish_file(Path(self.out, "manifest.json"), manifest)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+            raise ConfigError(f"{self.key}: {self.out}: holds what convert/clean.py did not write; name another folder")
+        if not _is_whole(content, path.name):
+            raise DataError(f"{path}: damaged: a key is missing, or of another kind; remove its folder and run the command "
+                            "again")
+        return content
+
+    def _refuse_difference(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        differences = _differences(_whole(there), _whole(here))
+        shown = [f"{key} ({_short(before)} there, {_short(now)} now)" for key, before, now in differences]
+        if shown:
+            raise ConfigError(f"{self.key}: {self.out}: holds a cleaning with other settings: {', '.join(shown)}; name another "
+                              f"{self.key}, or remove this folder")
+
+
+def _is_whole(content: dict[str, Any], name: str) -> bool:
+    """Whether a manifest.json, or a plan.json, holds what is read from it."""
+    kinds: dict[str, type] = {"settings": dict, "versions": dict}
+    if name == "manifest.json":
+        kinds |= {"inputs": str, "counts": dict, "parts": list}
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        return False
+    for part in content.get("parts", ()):
+        names = part.get("name") if isinstance(part, dict) else None
+        if not isinstance(names, str) or not all(map(storage.is_plain_name, names.split("/"))):
+            return False
+        if not isinstance(part.get("bytes"), int):
+            return False
+    return name != "manifest.json" or _are_counts(content["counts"])
+
+
+def _are_counts(content: dict[str, Any]) -> bool:
+    try:
+        counts = Counts.from_json(content)
+        removed = [number for reasons in counts.removed.values() for number in reasons.values()]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    numbers = [value for name, value in vars(counts).items() if name not in ("removed", "changed")]
+    are_numbers = all(type(number) is int and number >= 0 for number in (*numbers, *removed, *counts.changed.values()))
+    return are_numbers and set(counts.removed) <= set(STEPS) and counts.balances
+
+
+def publish_file(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(dump_json(content))
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged: {str(error).splitlines()[0]}; remove its folder and run the command again") from None
+
+
+def inputs_of(units: Sequence[Unit]) -> str:
+    """The source in a few words that differ when its files, their sizes or what they are read as do."""
+    sizes: dict[str, int] = {}
+    formats: dict[str, str] = {}  # of files whose name alone did not tell earlier versions, which left this out
+    for part in (part for unit in units for part in unit):
+        sizes[part.path] = sizes.get(part.path, 0) + part.num_bytes
+        if part.format not in ("dataset", format_by_suffix(part.path)):
+            formats[part.path] = part.format
+    digest = hashlib.sha256(dump_json([*sizes.items(), *formats.items()])).hexdigest()
+    return f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}"
+
+
+def _whole(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those that there were not when they were written down."""
+    return {"max_document_bytes": MAX_DOCUMENT_BYTES, **settings}
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in there | here:
+        before, now = there.get(key), here.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}", before, now
+
+
+def _short(value: Any) -> str:
+    shown = "set" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+
+
+def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
+    """One row a step and reason: documents in = documents removed + documents out; the last line is JSON."""
+    counts = Counts.from_json(manifest["counts"])
+    rows = [("step", "in", "removed", "changed", "out")]
+    left = counts.documents
+    steps = [("unreadable", counts.unreadable, Counter[str]()), ("empty", counts.empty, Counter[str]())]
+    steps += [(step, sum(counts.removed[step].values()), counts.removed[step]) for step in STEPS if step in counts.removed]
+    if "pii" in counts.changed:
+        steps.append(("pii", 0, Counter()))
+    for step, removed, reasons in steps:
+        changed = counts.changed[step]
+        rows.append((step, f"{left:,}", f"{removed:,}", f"{changed:,}" if changed else "", f"{left - removed:,}"))
+        rows += [(f"  {reason}", "", f"{number:,}", "", "") for reason, number in sorted(reasons.items()) if reason]
+        left -= removed
+    assert left == counts.out, counts
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+             for row in rows]  # fmt: skip
+    kept = (f"{counts.out:,} of {counts.documents:,} documents are left, "
+            f"{counts.characters_out:,} of {counts.characters:,} characters")  # fmt: skip
+    if seconds is not None:
+        kept += f", in {seconds:.1f} s: {counts.characters / seconds:,.0f} characters/s"
+    summary = {
+        "documents": counts.documents, "unreadable": counts.unreadable, "empty": counts.empty,
+        "removed": {step: sum(counts.removed[step].values()) for step in STEPS if step in counts.removed},
+        "changed": dict(counts.changed), "documents_out": counts.out, "characters": counts.characters,
+        "characters_out": counts.characters_out,
+    }  # fmt: skip
+    return [*lines, kept, json.dumps(summary)]

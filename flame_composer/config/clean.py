@@ -1,0 +1,274 @@
+"""What convert/clean.py is run with: every step, its defaults and its rules."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from flame_composer.config.convert import require_apart
+from flame_composer.config.rules import ScriptConfig, require, require_seed, require_text
+
+
+def require_fraction(value: float, name: str) -> None:
+    require(0 <= value <= 1, name, "must be in [0, 1]")
+
+
+@dataclass
+class LanguageConfig:
+    """Keep documents in certain languages, as a fastText model tells them."""
+
+    paths = ("model",)
+
+    model: str = MISSING
+    """File of a fastText language model, e.g. lid.176.bin; it is never downloaded."""
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    """Languages to keep, as the model names them."""
+    threshold: float = 0.65
+    """Remove a document unless the model is surer than this that it is in one of them."""
+
+    def validate(self) -> None:
+        require_text(self, "model")
+        require(len(self.languages) > 0, "languages", "must name at least one language, e.g. [en]")
+        require_fraction(self.threshold, "threshold")
+
+
+@dataclass
+class GopherRepetitionConfig:
+    """Remove documents that repeat themselves, by the rules of Gopher (arXiv 2112.11446, table A1); a limit of 0 is none."""
+
+    dup_line_frac: float = 0.3
+    """Largest share of a document's lines that have come before."""
+    dup_para_frac: float = 0.3
+    """The same of paragraphs."""
+    dup_line_char_frac: float = 0.2
+    """Largest share of its characters in lines that have come before."""
+    dup_para_char_frac: float = 0.2
+    """The same in paragraphs."""
+    top_n_grams: list[float] = field(default_factory=lambda: [0.2, 0.18, 0.16])
+    """Largest share of its characters in its most frequent sequence of 2, 3 and 4 words."""
+    dup_n_grams: list[float] = field(default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.1])
+    """Largest share of its characters in sequences of 5, 6, 7, 8, 9 and 10 words that have come before."""
+
+    def validate(self) -> None:
+        for name in ("dup_line_frac", "dup_para_frac", "dup_line_char_frac", "dup_para_char_frac"):
+            require_fraction(getattr(self, name), name)
+        for name, count in (("top_n_grams", 3), ("dup_n_grams", 6)):
+            values = getattr(self, name)
+            require(len(values) == count and all(0 <= value <= 1 for value in values), name,
+                    f"must be {count} numbers from 0 to 1")
+
+
+@dataclass
+class GopherQualityConfig:
+    """Remove what is hardly prose, by the rules of Gopher (arXiv 2112.11446, appendix A); a limit of 0 is none."""
+
+    min_doc_words: int = 50
+    """Fewest words, punctuation not counted."""
+    max_doc_words: int = 100000
+    """Most words, punctuation not counted."""
+    min_avg_word_length: int = 3
+    """Smallest mean length of the words, characters."""
+    max_avg_word_length: int = 10
+    """Largest mean length of the words, characters."""
+    max_symbol_word_ratio: float = 0.1
+    """Most hash signs per word, and most ellipses."""
+    max_bullet_lines_ratio: float = 0.9
+    """Largest share of lines that begin with a bullet or a dash."""
+    max_ellipsis_lines_ratio: float = 0.3
+    """Largest share of lines that end in an ellipsis."""
+    min_alpha_words_ratio: float = 0.8
+    """Smallest share of words (punctuation counted) that hold a letter."""
+    min_stop_words: int = 2
+    """Fewest different words of `stop_words`."""
+    stop_words: list[str] = field(default_factory=lambda: ["the", "be", "to", "of", "and", "that", "have", "with"])
+    """Words that prose is not without; give those of the language if it is not English."""
+
+    def validate(self) -> None:
+        for name in ("min_doc_words", "max_doc_words", "min_avg_word_length", "max_avg_word_length", "min_stop_words"):
+            require(getattr(self, name) >= 0, name, "must be 0 or more")
+        for name in ("max_symbol_word_ratio", "max_bullet_lines_ratio", "max_ellipsis_lines_ratio", "min_alpha_words_ratio"):
+            require_fraction(getattr(self, name), name)
+        require(self.min_stop_words <= len(set(self.stop_words)), "stop_words", "must be at least min_stop_words words")
+
+
+@dataclass
+class C4Config:
+    """Remove lines and documents by the rules of C4 (arXiv 1910.10683, section 2.2); what is left of a text is kept."""
+
+    remove_citations: bool = True
+    """Take marks like [12], [edit] and [citation needed] out of lines."""
+    filter_no_terminal_punct: bool = False
+    """Remove lines that do not end in . ? ! or a quotation mark, as C4 did; FineWeb found it better not to."""
+    min_num_sentences: int = 5
+    """Remove documents of fewer sentences; 0 is no such limit."""
+    min_words_per_line: int = 3
+    """Remove lines of fewer words; 0 is no such limit."""
+    max_word_length: int = 1000
+    """Remove lines with a word of more characters; 0 is no such limit."""
+    filter_lorem_ipsum: bool = True
+    """Remove documents with "lorem ipsum"."""
+    filter_javascript: bool = True
+    """Remove lines that mention JavaScript."""
+    filter_curly_bracket: bool = True
+    """Remove documents with a curly bracket, which is most code."""
+    filter_policy: bool = True
+    """Remove lines on cookies, terms of use and privacy policies."""
+
+    def validate(self) -> None:
+        for name in ("min_num_sentences", "min_words_per_line", "max_word_length"):
+            require(getattr(self, name) >= 0, name, "must be 0 or more")
+
+
+@dataclass
+class MinhashConfig:
+    """Remove near-duplicates: two documents that share the part s of their word sequences are found with probability
+    1 - (1 - s^hashes_per_bucket)^num_buckets, which is 92 % for s = 0.8 and 5 % for s = 0.5 with the defaults."""
+
+    n_grams: int = 5
+    """Words per sequence that is compared; documents of fewer words have no near-duplicates."""
+    num_buckets: int = 14
+    """Chances that two documents have to be found equal."""
+    hashes_per_bucket: int = 8
+    """Hashes that must agree in one of them."""
+    seed: int = 1
+    """Chooses the hash functions."""
+
+    def validate(self) -> None:
+        for name in ("n_grams", "num_buckets", "hashes_per_bucket"):
+            require(getattr(self, name) >= 1, name, "must be 1 or more")
+        require_seed(self.seed, "seed")
+
+
+@dataclass
+class PiiConfig:
+    """Mask what tells of persons."""
+
+    emails: str | None = "email@example.com"
+    """Put in the place of every e-mail address; null leaves them."""
+    ips: str | None = "22.214.171.124"
+    """Put in the place of every IPv4 address; null leaves them. The default answers nobody, as far as is known."""
+    public_ips_only: bool = True
+    """Leave addresses that are private, reserved or local, like 192.168.0.1."""
+
+    def validate(self) -> None:
+        require(self.emails is not None or self.ips is not None, "emails",
+                "must be set if ips is not; pii=null masks nothing")
+
+
+@dataclass
+class SlurmConfig:
+    """How jobs are submitted with executor=slurm."""
+
+    paths = ("activate",)
+
+    partition: str = MISSING
+    """Partition to submit to."""
+    time: str = MISSING
+    """Time limit of a task, e.g. 10:00:00."""
+    mem_per_cpu_gb: int = 4
+    """Memory of a task, GB."""
+    qos: str = "normal"
+    """Quality of service."""
+    activate: str | None = None
+    """Script that a job sources first to have this environment; that of the environment this runs in, if not set."""
+    max_array_size: int = 1001
+    """Most tasks that the cluster takes in one array job."""
+
+    def validate(self) -> None:
+        require_text(self, "partition", "time", "qos", "activate")
+        for name in ("mem_per_cpu_gb", "max_array_size"):
+            require(getattr(self, name) >= 1, name, "must be 1 or more")
+
+
+@dataclass
+class RayConfig:
+    """How tasks are run with executor=ray."""
+
+    address: str = "auto"
+    """Address of the Ray cluster; auto is the one that this machine belongs to."""
+    mem_per_cpu_gb: float = 4.0
+    """Memory to reserve for a task, GB."""
+
+    def validate(self) -> None:
+        require_text(self, "address")
+        require(self.mem_per_cpu_gb > 0, "mem_per_cpu_gb", "must be more than 0")
+
+
+@dataclass
+class CleanConfig(ScriptConfig):
+    """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web; section=null leaves a step out."""
+
+    goes_on = True
+    paths = ("source", "out", "removed_out")
+
+    source: list[str] = MISSING
+    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet; with `split`, Hugging Face
+    datasets by id or folder."""
+    split: str | None = None
+    """Split of the Hugging Face dataset to read, e.g. train."""
+    name: str | None = None
+    """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
+    out: str = MISSING
+    """Folder the documents that stay are written to, as JSONL for convert/to_mds.py."""
+    removed_out: str | None = None
+    """Folder the documents that are removed are written to, a folder a step."""
+    text_column: str = "text"
+    """Field of JSONL and Parquet records that holds the text."""
+    suffixes: list[str] = field(default_factory=list)
+    """Take only files with these endings when a folder is searched, as in convert/to_mds.py."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do with a document that cannot be read: stop, or leave it out and count it."""
+    max_document_bytes: int = 67108864
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
+    language: LanguageConfig | None = None
+    """Keep some languages only; off unless a model file is given."""
+    gopher_repetition: GopherRepetitionConfig | None = field(default_factory=GopherRepetitionConfig)
+    """Remove documents that repeat themselves."""
+    gopher_quality: GopherQualityConfig | None = field(default_factory=GopherQualityConfig)
+    """Remove what is hardly prose."""
+    c4: C4Config | None = field(default_factory=C4Config)
+    """Remove boilerplate lines, code and very short documents."""
+    exact_dedup: bool = True
+    """Of documents with equal texts, keep the first."""
+    minhash: MinhashConfig | None = field(default_factory=MinhashConfig)
+    """Of documents that are nearly equal, keep the first."""
+    pii: PiiConfig | None = field(default_factory=PiiConfig)
+    """Mask e-mail and IP addresses."""
+    compression: Literal["zst", "gz", "none"] = "zst"
+    """How the output files are compressed."""
+    unit_size: int = 67108864
+    """Input bytes per task; each writes one output file, and is the step in which a cleaning is resumed."""
+    num_workers: int | None = None
+    """Tasks at a time; one per core if not set, and with a cluster as many as it has room for. The output does not depend
+    on it."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """What runs the tasks: processes of this machine, or a cluster whose machines see the same files under the same paths."""
+    slurm: SlurmConfig | None = None
+    """Needed with executor=slurm."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """Used with executor=ray."""
+
+    def validate(self) -> None:
+        require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
+        require_text(self, "source", "out", "removed_out", "text_column", "split", "name")
+        require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
+        require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
+        if self.removed_out is not None:
+            require_apart(self.out, self.removed_out, "removed_out")
+        steps = (self.language, self.gopher_repetition, self.gopher_quality, self.c4, self.minhash, self.pii)
+        require(self.exact_dedup or any(step is not None for step in steps), "exact_dedup",
+                "must be true where every other step is null, or there is nothing to do")
+        require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
+        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
+        require(self.num_workers is None or self.num_workers > 0, "num_workers", "must be 1 or more, or null")
+        require((self.executor == "slurm") == (self.slurm is not None), "slurm",
+                "must be set with executor=slurm, and with no other: slurm.partition=... slurm.time=...")
+        if self.executor != "local":
+            for name in ("source", "out", "removed_out") if self.split is None else ("out", "removed_out"):
+                value = getattr(self, name) or []
+                paths = [value] if isinstance(value, str) else value
+                require(all(os.path.isabs(path) for path in paths), name,
+                        "must be absolute where there is a cluster, whose workers have working folders of their own")

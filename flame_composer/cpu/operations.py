@@ -1,0 +1,357 @@
+"""fla's operations in plain PyTorch, for tensors on a CPU.
+
+The functions without an underscore are operations of fla 0.5.2: the name, arguments and results of each are those of
+the function it stands in for, which fla calls by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flame_composer.cpu import gla
+from flame_composer.cpu.linear import product, weight_gradient
+
+_aten: Any = torch.ops.aten
+
+
+def _plain_rms_norm(is_rms_norm: bool, bias: Tensor | None, num_groups: int = 1) -> None:
+    if not is_rms_norm or bias is not None or num_groups != 1:
+        raise NotImplementedError("on a CPU only RMSNorm without bias and groups is available")
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """With xhat = x * rstd and wdy = weight * dy: dx = (wdy - xhat * mean(xhat * wdy)) * rstd."""
+    xhat = x * rstd.unsqueeze(-1)
+    product = dy * xhat
+    dw = None if weight is None else product.sum(0).to(weight.dtype)
+    mean = (product.sum(-1) if weight is None else product @ weight.to(product.dtype)).div_(x.shape[-1])
+    dx = dy.clone() if weight is None else torch.mul(dy, weight, out=product)
+    return dx.addcmul_(xhat, mean.unsqueeze(-1), value=-1).mul_(rstd.unsqueeze(-1)), dw
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, residual_dtype: torch.dtype | None = None,
+    is_rms_norm: bool = False, num_groups: int = 1,
+) -> tuple[Tensor, None, Tensor, Tensor]:  # fmt: skip
+    _plain_rms_norm(is_rms_norm, bias, num_groups)
+    total = x.float() if residual is None else x.float() + residual.float()
+    rstd = _rstd(total, eps)
+    y = total * rstd.unsqueeze(-1)
+    if weight is not None:
+        y *= weight
+    residual_dtype = residual.dtype if residual is not None else residual_dtype or x.dtype
+    return y.to(out_dtype or x.dtype), None, rstd, total.to(residual_dtype)
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: None, rstd: Tensor,
+    dres: Tensor | None = None, has_residual: bool = False, is_rms_norm: bool = False,
+    x_dtype: torch.dtype | None = None, recompute_output: bool = False, num_groups: int = 1,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    _plain_rms_norm(is_rms_norm, bias, num_groups)
+    dx, dw = _rms_norm_backward(dy.float(), x.float(), weight, rstd)
+    if dres is not None:
+        dx += dres
+    result = dx.to(x_dtype or x.dtype), dw, None, dx.to(x.dtype) if has_residual else None
+    if not recompute_output:
+        return result
+    y = x * rstd.unsqueeze(-1) * (1 if weight is None else weight)
+    return *result, y.to(dy.dtype)
+
+
+def _gate(g: Tensor, activation: str) -> Tensor:
+    return g.sigmoid() if activation == "sigmoid" else F.silu(g)
+
+
+def layer_norm_gated_fwd(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish",
+    eps: float = 1e-5, residual: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None, is_rms_norm: bool = False,
+) -> tuple[Tensor, None, Tensor, Tensor]:  # fmt: skip
+    y, _, rstd, total = layer_norm_fwd(
+        x, weight, bias, eps, residual, torch.float32, residual_dtype, is_rms_norm
+    )
+    y *= _gate(g.float(), activation)
+    return y.to(out_dtype or x.dtype), None, rstd, total
+
+
+def layer_norm_gated_bwd(
+    dy: Tensor, x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish",
+    eps: float = 1e-5, mean: None = None, rstd: Tensor | None = None, dresidual: Tensor | None = None,
+    has_residual: bool = False, is_rms_norm: bool = False, x_dtype: torch.dtype | None = None,
+    recompute_output: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    _plain_rms_norm(is_rms_norm, bias)
+    assert rstd is not None
+    dy_f, x_f, g_f = dy.float(), x.float(), g.float()
+    y = x_f * rstd.unsqueeze(-1)
+    if weight is not None:
+        y *= weight
+    dgate = y * dy_f
+    is_sigmoid = activation == "sigmoid"
+    dg = _aten.sigmoid_backward(dgate, g_f.sigmoid()) if is_sigmoid else _aten.silu_backward(dgate, g_f)
+    dx, dw = _rms_norm_backward(_gate(g_f, activation).mul_(dy_f), x_f, weight, rstd)
+    if dresidual is not None:
+        dx += dresidual
+    dx_dtype, dg_dtype = x_dtype or x.dtype, x_dtype or g.dtype
+    result = dx.to(dx_dtype), dg.to(dg_dtype), dw, None, dx.to(x.dtype) if has_residual else None
+    return (*result, y.to(dy.dtype)) if recompute_output else result
+
+
+def sigmoid_fwd(x: Tensor, output_contiguous: bool = False) -> Tensor:
+    return x.sigmoid()
+
+
+def sigmoid_bwd(x: Tensor, dy: Tensor, output_contiguous: bool = False) -> Tensor:
+    return _aten.sigmoid_backward(dy, x.sigmoid())
+
+
+def logsigmoid_fwd(x: Tensor, temperature: float = 1.0, output_contiguous: bool = False) -> Tensor:
+    return F.logsigmoid(x) / temperature
+
+
+def logsigmoid_bwd(
+    x: Tensor, dy: Tensor, temperature: float = 1.0, output_contiguous: bool = False
+) -> Tensor:
+    return dy * (-x).sigmoid() / temperature
+
+
+def swish_fwd(x: Tensor, output_contiguous: bool = False) -> Tensor:
+    return F.silu(x)
+
+
+def swish_bwd(x: Tensor, dy: Tensor, output_contiguous: bool = False) -> Tensor:
+    return _aten.silu_backward(dy, x)
+
+
+def swiglu_fwd(x: Tensor, y: Tensor, output_contiguous: bool = False) -> Tensor:
+    return F.silu(x).mul_(y)
+
+
+def swiglu_fwdbwd(
+    x: Tensor, y: Tensor, g: Tensor, use_weight: bool = False, output_contiguous: bool = False
+) -> tuple[Tensor, ...]:
+    """dx, dy of silu(x) * y for the output's gradient g, and the output itself with `use_weight`."""
+    silu = F.silu(x)
+    output = silu * y if use_weight else None
+    dx, dy = _aten.silu_backward(g * y, x), silu.mul_(g)
+    return (dx, dy) if output is None else (dx, dy, output)
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    """linear(silu(x) * y), which keeps x and y only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, y, weight)
+        return product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight = ctx.saved_tensors
+        (dout,) = gradients
+        dout = dout.reshape(-1, dout.shape[-1])
+        dx, dy, z = swiglu_fwdbwd(x, y, product(dout, weight.t()).view_as(x), use_weight=True)
+        dweight = weight_gradient(dout, z.reshape(-1, z.shape[-1]))
+        return dx, dy, dweight, dout.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = _SwiGLULinear.apply(x, y, weight, bias)
+    return result
+
+
+def cross_entropy_loss(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0, logit_softcapping: float | None = None, ignore_index: int = -100,
+    inplace_backward: bool = False, process_group: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Losses and z-losses per token, `[N]` each. Unlike fla's, it never overwrites the logits."""
+    if process_group is not None:
+        raise NotImplementedError("cross-entropy over a sharded vocabulary needs a GPU")
+    logits = logits.float() * logit_scale if logit_scale != 1 else logits.float()
+    if logit_softcapping:
+        logits = logit_softcapping * torch.tanh(logits / logit_softcapping)
+    losses = F.cross_entropy(
+        logits, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    if not lse_square_scale:
+        return losses, torch.zeros_like(losses)
+    z_losses = (lse_square_scale * logits.logsumexp(-1) ** 2).masked_fill(target == ignore_index, 0)
+    return losses + z_losses, z_losses.detach()
+
+
+def _cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
+    """`FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
+    losses, z_losses = cross_entropy_loss(
+        input, target, self.label_smoothing, self.logit_scale, self.lse_square_scale, self.logit_softcapping,
+        self.ignore_index,
+    )  # fmt: skip
+    if self.reduction != "none":
+        losses, z_losses = losses.sum(), z_losses.sum()
+    if self.reduction == "mean":
+        count = (target != self.ignore_index).sum()
+        losses, z_losses = losses / count, z_losses / count
+    return (losses, z_losses) if self.return_z_loss else losses
+
+
+def fused_linear_cross_entropy_forward(
+    x: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
+    label_smoothing: float = 0.0, logit_scale: float = 1.0, logit_softcapping: float | None = None,
+    num_chunks: int = 8, reduction: str = "mean", use_l2warp: bool = False, l2_penalty_factor: float = 1e-4,
+    accumulate_grad_in_fp32: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The summed or mean loss and its gradients, `num_chunks` groups of tokens at a time: x `[N, D]`."""
+    dx = torch.empty_like(x)
+    grad_dtype = torch.float32 if accumulate_grad_in_fp32 else weight.dtype
+    dw = torch.zeros_like(weight, dtype=grad_dtype)
+    db = None if bias is None else torch.zeros_like(bias, dtype=grad_dtype)
+    total = target.ne(ignore_index).sum() if reduction == "mean" else 1
+    loss = x.new_zeros((), dtype=torch.float32)
+    size = -(-len(x) // num_chunks)
+    for x_c, target_c, dx_c in zip(x.split(size), target.split(size), dx.split(size), strict=True):
+        logits = product(x_c, weight, bias).detach().requires_grad_()
+        with torch.enable_grad():
+            losses, _ = cross_entropy_loss(
+                logits, target_c, label_smoothing, logit_scale, 0.0, logit_softcapping, ignore_index
+            )
+            loss_c = losses.sum() / total
+        (dlogits,) = torch.autograd.grad(loss_c, logits)
+        loss += loss_c.detach()
+        if use_l2warp:
+            largest, index = logits.detach().max(-1, keepdim=True)
+            dlogits.scatter_add_(-1, index, largest * (l2_penalty_factor / len(x)))
+        dx_c.copy_(product(dlogits, weight.t()))
+        dw += weight_gradient(dlogits.to(grad_dtype), x_c.to(grad_dtype))
+        if db is not None:
+            db += dlogits.sum(0, dtype=grad_dtype)
+    return loss, dx, dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
+
+
+def fused_linear_cross_entropy_backward(
+    do: Tensor, dx: Tensor, dw: Tensor, db: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return dx * do, dw * do, None if db is None else db * do
+
+
+def _short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Depthwise causal convolution of x `[B, T, D]` with weight `[D, W]`; the last W inputs `[N, D, W]`."""
+    D, W = weight.shape
+    lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    pieces = x.float().split(lengths, 1)
+    bias = None if bias is None else bias.float()
+    state = x.new_zeros(x.shape[0] * len(lengths), D, W) if initial_state is None else initial_state
+    outputs, finals = [], []
+    for piece, before in zip(pieces, state.float().split(x.shape[0]), strict=True):
+        inputs = torch.cat([before, piece.mT], -1)
+        outputs.append(F.conv1d(inputs[..., 1:], weight.float().unsqueeze(1), bias, groups=D).mT)
+        finals.append(inputs[..., -W:])
+    y = torch.cat(outputs, 1)
+    return (y if activation is None else F.silu(y)), torch.cat(finals).to(x.dtype)
+
+
+def causal_conv1d_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, activation: str | None = None,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None, BT: int = 64, layout_fallback: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
+    if residual is not None:
+        y = y + residual
+    return y.to(x.dtype), final_state.contiguous() if output_final_state else None
+
+
+def causal_conv1d_bwd(
+    x: Tensor, dy: Tensor, dht: Tensor | None, weight: Tensor, bias: Tensor | None = None,
+    residual: Tensor | None = None, initial_state: Tensor | None = None, activation: str | None = None,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None, BT: int = 64, layout_fallback: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Recomputes the output and lets autograd differentiate it: a small part of a model's work."""
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
+    bias, initial_state = (None if t is None else t.detach().requires_grad_() for t in (bias, initial_state))
+    with torch.enable_grad():
+        y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
+    inputs = [x, weight, bias, initial_state]
+    outputs = [(y, dy.float())] if dht is None else [(y, dy.float()), (final_state, dht)]
+    present = [t for t in inputs if t is not None]
+    gradients = iter(torch.autograd.grad([o for o, _ in outputs], present, [d for _, d in outputs]))
+    dx, dw, db, dh0 = (None if t is None else next(gradients) for t in inputs)
+    return dx, dw, db, dy if residual is not None else None, dh0
+
+
+def causal_conv1d_update(
+    x: Tensor, cache: Tensor, residual: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, activation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token per sequence; the cache `[N, D, W]` of the last W inputs is updated in place."""
+    assert weight is not None
+    cache.copy_(torch.cat([cache[..., 1:], x.reshape(len(cache), -1, 1).to(cache.dtype)], -1))
+    y = (cache.float() * weight.float()).sum(-1)
+    if bias is not None:
+        y = y + bias
+    y = (y if activation is None else F.silu(y)).view(x.shape)
+    return (y if residual is None else y + residual).to(x.dtype), cache
+
+
+def _fused_recurrent_gla(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`fused_recurrent_gla`, fla's choice for T <= 64: the recurrence for decoding, chunks for the rest."""
+    if gk is None or gv is not None or reverse:
+        raise NotImplementedError("on a CPU GLA runs forwards, with gates on the keys only")
+    num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    one_token_each = q.shape[0] * q.shape[1] == num_sequences
+    run = gla.recurrent_gla if one_token_each else gla.chunk_gla
+    return run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+
+
+# Reached through fla's own dispatch (`fla.modules.backends`).
+OPERATIONS: tuple[Callable[..., Any], ...] = (
+    layer_norm_fwd,
+    layer_norm_bwd,
+    layer_norm_gated_fwd,
+    layer_norm_gated_bwd,
+    sigmoid_fwd,
+    sigmoid_bwd,
+    logsigmoid_fwd,
+    logsigmoid_bwd,
+    swish_fwd,
+    swish_bwd,
+    swiglu_fwd,
+    swiglu_fwdbwd,
+    swiglu_linear,
+    cross_entropy_loss,
+    fused_linear_cross_entropy_forward,
+    fused_linear_cross_entropy_backward,
+    causal_conv1d_fwd,
+    causal_conv1d_bwd,
+    causal_conv1d_update,
+)
+
+# Not dispatched by fla 0.5.2, so replaced by name: (module, attribute, CPU version).
+REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("fla.layers.gla", "chunk_gla", gla.chunk_gla),
+    ("fla.layers.gla", "fused_recurrent_gla", _fused_recurrent_gla),
+    ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", _cross_entropy_forward),
+)

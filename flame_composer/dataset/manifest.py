@@ -1,0 +1,321 @@
+"""What a finished dataset says of itself, manifest.json and index.json: reading them without trusting them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.storage import files as storage
+from flame_composer.text.ends import Ends, parse_ends
+from flame_composer.text.sources import Slice
+from flame_composer.text.tokenizer import TokenizerFingerprint
+
+VERSION = 1
+HF = "hf"  # the encoder of tokenizers, which every other must agree with
+SHARD_NAME = re.compile(r"units/[A-Za-z0-9_-]+/shard\.[0-9]+\.mds")
+MAX_SHARD_BYTES = 2**32  # offsets within a shard are uint32
+HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
+
+Split = Literal["train", "val"]
+Unit = tuple[Slice, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
+
+    `carried_out` tokens fill no row of their unit; the tail unit carries them in. `documents_skipped` could not be
+    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them.
+    `documents_short` of the `documents` are under `min_doc_length`: their tokens are `dropped`, as are the last ones of
+    the dataset, too few for a row. `bytes` are those of the shards.
+    """
+
+    documents: int = 0
+    documents_skipped: int = 0
+    documents_short: int = 0
+    tokens_in: int = 0
+    carried_in: int = 0
+    tokens_out: int = 0
+    carried_out: int = 0
+    dropped: int = 0
+    rows: int = 0
+    shards: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(**{name: count + getattr(other, name) for name, count in vars(self).items()})
+
+    @property
+    def balances(self) -> bool:
+        return self.tokens_in + self.carried_in == self.tokens_out + self.carried_out + self.dropped
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """One work unit: the inputs it read, the encoder that made its tokens (none for the tail), a hash of its documents'
+    hashes in order, and its ledger."""
+
+    name: str
+    inputs: Unit
+    encoder: str | None
+    documents_hash: str
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json: what the dataset was made of, by what, and where every token went."""
+
+    version: int
+    split: Split
+    tokenizer: TokenizerFingerprint
+    context_length: int
+    token_dtype: str
+    config: dict[str, Any]
+    units: tuple[UnitRecord, ...]
+    totals: Ledger
+    index_sha256: str
+
+    @property
+    def ends(self) -> Ends | None:
+        """What its documents begin and end with; None if its conversion's settings do not say."""
+        return parse_ends(self.config, bos="add_bos", eos="add_eos")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard that index.json lists: its path within the dataset, its size in bytes, its hash (`HASH`) and rows."""
+
+    basename: str
+    bytes: int
+    hash: str
+    rows: int
+
+
+def read_manifest(folder: str) -> Manifest:
+    """The manifest of the dataset in a folder, local or in an object store; see `parse_manifest`."""
+    path = storage.join(folder, "manifest.json")
+    if storage.stat(path) is None:
+        what = "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
+        is_folder = os.path.isdir(folder) or storage.ls(folder)
+        other = "no dataset made by convert/to_mds.py (manifest.json is missing)" if is_folder else "no such folder"
+        raise ConfigError(f"{folder}: {what if storage.stat(storage.join(folder, 'plan.json')) else other}")
+    return parse_manifest(storage.read(path), path)
+
+
+def parse_manifest(data: bytes, place: str) -> Manifest:
+    """The manifest in `data`, which is not trusted: every type is checked, and that the ledger balances.
+
+    Raises DataError, naming `place`, for a manifest that is damaged or of another format version.
+    """
+    content = parse_json(data, place)
+    version = _take(content, "version", int, place)
+    if version != VERSION:
+        raise DataError(
+            f"{place}: dataset format version {version}, this flame_composer reads version {VERSION}; "
+            "convert the text again or install the matching version"
+        )
+    units = tuple(parse_record(unit, place) for unit in _take(content, "units", list, place))
+    tokenizer = _take(content, "tokenizer", dict, place)
+    manifest = Manifest(
+        version=version,
+        split=_one_of(_take(content, "split", str, place), ("train", "val"), place),
+        tokenizer=TokenizerFingerprint(
+            sha256=_take(tokenizer, "sha256", str, place),
+            vocab_size=_take(tokenizer, "vocab_size", int, place),
+            bos_token_id=_take_id(tokenizer, "bos_token_id", place),
+            eos_token_id=_take_id(tokenizer, "eos_token_id", place),
+        ),
+        context_length=_take(content, "context_length", int, place),
+        token_dtype=_one_of(_take(content, "token_dtype", str, place), ("uint16", "uint32"), place),
+        config=_take(content, "config", dict, place),
+        units=units,
+        totals=_ledger(_take(content, "totals", dict, place), place),
+        index_sha256=_take(content, "index_sha256", str, place),
+    )
+    if not 1 <= manifest.context_length < MAX_SHARD_BYTES:
+        raise damaged(place, f"'context_length' must be 1 or more, and {manifest.context_length} tokens fit into no shard")
+    whole = sum((unit.ledger for unit in units), Ledger())
+    if not (
+        manifest.totals == whole
+        and whole.balances
+        and whole.carried_in == whole.carried_out
+        and whole.tokens_out == whole.rows * manifest.context_length
+    ):
+        raise damaged(place, "its token ledger does not balance")
+    return manifest
+
+
+def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
+    """The shards that index.json of a folder lists, in order, without looking at them.
+
+    The index is not trusted: it must be the one `manifest` was written with, and name files within the folder only.
+    Raises DataError otherwise.
+    """
+    place = storage.join(folder, "index.json")
+    if storage.stat(place) is None:
+        raise DataError(f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset")
+    data = storage.read(place)
+    content = parse_json(data, place)
+    form = column_form(manifest)
+    row_bytes = form["column_sizes"][1]
+    if _take(content, "version", int, place) != form["version"]:
+        raise damaged(place, f"'version' must be {form['version']}")
+    files: list[ShardFile] = []
+    for shard in _take(content, "shards", list, place):
+        raw = _take(shard, "raw_data", dict, place)
+        basename = _take(raw, "basename", str, place)
+        if not SHARD_NAME.fullmatch(basename):
+            raise damaged(place, f"it names a file outside the dataset: {basename!r}")
+        if shard.get("zip_data") is not None or shard.get("compression") is not None:
+            raise damaged(place, f"{basename} is compressed, which this format never is")
+        if any(shard.get(key) != value for key, value in form.items()):
+            raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
+        if shard.get("size_limit") is not None:
+            _take(shard, "size_limit", int, place)  # StreamingDataset, which may read it as well, insists
+        file = ShardFile(
+            basename,
+            _take(raw, "bytes", int, place),
+            _take(_take(raw, "hashes", dict, place), HASH, str, place),
+            _take(shard, "samples", int, place),
+        )
+        files.append(file)
+    if not files:
+        raise damaged(place, "it lists no shards")
+    names = Counter(file.basename for file in files)
+    if len(names) != len(files):
+        raise damaged(place, f"it names {names.most_common(1)[0][0]} twice")
+    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        raise damaged(place, "it is not the index that manifest.json was written with")
+    for file in files:
+        if file.bytes > MAX_SHARD_BYTES:
+            raise damaged(place, f"{file.basename}: {file.bytes} bytes are more than a shard can have")
+        if file.rows < 1:
+            raise damaged(place, f"{file.basename}: a shard of no rows")
+        if file.rows * row_bytes > file.bytes:
+            raise damaged(place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes")
+    return files
+
+
+def column_form(manifest: Manifest) -> dict[str, Any]:
+    """Return what index.json says of the form of every shard of a dataset."""
+    row_bytes = manifest.context_length * int(manifest.token_dtype.removeprefix("uint")) // 8
+    return {
+        "format": "mds", "version": 2, "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, row_bytes],
+        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
+    }  # fmt: skip
+
+
+def check_totals(place: str, manifest: Manifest, files: list[ShardFile]) -> None:
+    """Raises DataError if the index lists other shards than the manifest of the dataset at `place` counts."""
+    listed = (sum(file.rows for file in files), len(files), sum(file.bytes for file in files))
+    totals = (manifest.totals.rows, manifest.totals.shards, manifest.totals.bytes)
+    if listed != totals:
+        raise damaged(f"{place.rstrip('/')}/manifest.json", "its totals (rows, shards, bytes) are {}, {}, {}, those of "
+                      "index.json {}, {}, {}".format(*totals, *listed))
+
+
+def check_shards(folder: str) -> list[ShardFile]:
+    """Check that the dataset in a folder is whole: manifest, index, and every shard there with its right size.
+
+    Looks at sizes only; hashes are StreamingDataset's to check. Raises DataError that names the first bad file.
+    """
+    files = read_index(folder, read_manifest(folder))
+    there = storage.find(folder)
+    for file in files:
+        found = there.get(file.basename)
+        if found is None or found.size != file.bytes:
+            what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
+            raise DataError(
+                f"{storage.join(folder, file.basename)}: shard is {what}; restore it from a copy, or delete {folder} "
+                "and run convert/to_mds.py again"
+            )
+    return files
+
+
+def read_json(path: str) -> Any:
+    try:
+        return parse_json(storage.read(path), path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert again") from None
+
+
+def dump_json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True) + "\n").encode("ascii")
+
+
+def parse_json(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise damaged(place, f"not valid JSON: {error}") from None
+
+
+def damaged(place: str, reason: str) -> DataError:
+    return DataError(f"{place}: damaged: {reason}; restore it from a copy, or delete its dataset and convert again")
+
+
+def _take(content: Any, key: str, kind: type[T], place: str) -> T:
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        wanted = {int: "a whole number, 0 or more", str: "a string", list: "a list", dict: "an object"}[kind]
+        raise damaged(place, f"'{key}' must be {wanted}")
+    return value
+
+
+def _take_id(content: dict[str, Any], key: str, place: str) -> int | None:
+    return None if key in content and content[key] is None else _take(content, key, int, place)
+
+
+def _take_encoder(content: dict[str, Any], place: str) -> str | None:
+    content = {"encoder": HF, **content}  # datasets made before there was a choice do not say
+    return None if content["encoder"] is None else _take(content, "encoder", str, place)
+
+
+def _take_compression(content: dict[str, Any], place: str) -> Any:
+    """Datasets made before it was recorded went by the name, and passed over damage in bz2 and xz: no input equals those."""
+    earlier = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2, unchecked", ".xz": "xz, unchecked"}
+    if "compression" not in content:
+        return earlier.get(os.path.splitext(_take(content, "path", str, place))[1].lower())
+    return _one_of(content["compression"], (None, "gzip", "zstd", "bz2", "xz", *earlier.values()), place)
+
+
+def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
+    if value not in allowed:
+        raise damaged(place, f"{value!r} must be one of {', '.join(map(str, allowed))}")
+    return value
+
+
+def _ledger(content: Any, place: str) -> Ledger:
+    counts = {"documents_short": 0, **content}  # not in datasets made before there was min_doc_length
+    return Ledger(**{field.name: _take(counts, field.name, int, place) for field in dataclasses.fields(Ledger)})
+
+
+def parse_record(content: Any, place: str) -> UnitRecord:
+    inputs = tuple(
+        Slice(
+            path=_take(part, "path", str, place),
+            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text", "dataset"), place),
+            start=_take(part, "start", int, place),
+            end=_take(part, "end", int, place),
+            num_bytes=_take(part, "num_bytes", int, place),
+            version=None if part.get("version") is None else _take(part, "version", str, place),
+            compression=_take_compression(part, place),
+        )
+        for part in _take(content, "inputs", list, place)
+    )
+    return UnitRecord(
+        _take(content, "name", str, place),
+        inputs,
+        _take_encoder(content, place),
+        _take(content, "documents_hash", str, place),
+        _ledger(_take(content, "ledger", dict, place), place),
+    )

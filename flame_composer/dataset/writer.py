@@ -1,0 +1,424 @@
+"""The dataset on disk: work units and their atomic commit, the manifest and its token ledger, index.json last.
+
+    out/index.json          what StreamingDataset reads; published last, so a folder that has it is complete
+    out/manifest.json       `Manifest`
+    out/units/000000/       one work unit: shard.00000.mds ..., unit.json, and tail.npy, the tokens that fill no row
+    out/units/tail/         the rows made of the units' tails, in unit order
+    out/plan.json, out/tmp/ only while a conversion is unfinished
+
+In an object store the same, but for tmp/: a unit is made in a temporary local folder (`staging`) and uploaded; unit.json
+goes last, and there is no unit without it.
+
+Every file depends on the plan alone: not on when, how often interrupted, or in what order its units were converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame_composer.config.rules import ConfigError, DataError, StoreError
+from flame_composer.dataset.manifest import (
+    HF,
+    VERSION,
+    Ledger,
+    Manifest,
+    Split,
+    Unit,
+    UnitRecord,
+    check_shards,
+    damaged,
+    dump_json,
+    parse_record,
+    read_json,
+    read_manifest,
+)
+from flame_composer.dataset.mds import ShardWriter
+from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.storage import files as storage
+from flame_composer.storage.folders import private_folder
+from flame_composer.text.documents import MAX_DOCUMENT_BYTES
+from flame_composer.text.sources import Slice, slice_files
+from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
+
+TAIL = "tail"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a dataset's bytes depend on. `config` holds the conversion settings, JSON values only, and says
+    whatever the other fields do not. `units` holds the inputs of every unit by its number; of one unit alone in a worker
+    (`DatasetWriter.only`)."""
+
+    split: Split
+    tokenizer: TokenizerFingerprint
+    context_length: int
+    config: dict[str, Any]
+    units: Sequence[Unit] | Mapping[int, Unit]
+
+
+# What is to be converted
+
+
+def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
+    """The files in order, grouped into work units of about `unit_size` bytes; large files are split.
+
+    Depends on the files alone (names, sizes, first bytes), never on the number of workers.
+    """
+    units: list[Unit] = []
+    unit: list[Slice] = []
+    num_bytes = 0
+    for part in slice_files(files, unit_size):
+        if unit and num_bytes + part.num_bytes > unit_size:
+            units.append(tuple(unit))
+            unit, num_bytes = [], 0
+        unit.append(part)
+        num_bytes += part.num_bytes
+    return (*units, tuple(unit)) if unit else tuple(units)
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class DatasetWriter:
+    """A dataset in the making: `out` is its folder, or the URL of one. Holds nothing that is not there, so any process can
+    have one."""
+
+    out: str
+    plan: Plan
+
+    @property
+    def staging(self) -> Path:
+        """The local folder that units are made in: on the same disk, or in TMPDIR for those that are then uploaded."""
+        if not storage.is_url(self.out):
+            return Path(self.out, "tmp")
+        name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
+        return private_folder() / name
+
+    def only(self, number: int) -> DatasetWriter:
+        """Return what the conversion of one unit needs of this: sending every unit's inputs with each would be quadratic."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, units={number: self.plan.units[number]}))
+
+    def _place(self, *names: str) -> str:
+        return storage.join(self.out, *names)
+
+    def finished(self) -> Manifest | None:
+        """The manifest if this very plan is already finished in the folder, None if there is work to do.
+
+        Raises ConfigError if the folder holds something else, and DataError if a finished dataset is damaged.
+        """
+        out = self.out
+        if storage.stat(out) is not None:
+            raise ConfigError(f"out: {out}: is a file; name a folder")
+        names = storage.ls(out)
+        if "index.json" in names:
+            manifest = read_manifest(self.out)
+            self._refuse_difference(_plan_of(manifest), inputs_too=True)
+            check_shards(self.out)
+            self._clean()
+            return manifest
+        if "plan.json" in names:
+            # Inputs may have been mended since the conversion stopped; `is_committed` sees to the units they are in.
+            self._refuse_difference(read_json(self._place("plan.json")), inputs_too=False)
+        elif any(name != "plan.json.tmp" for name in names):
+            raise ConfigError(f"out: {out}: this folder is not empty and holds no conversion; name a new one or empty it")
+        return None
+
+    def begun_encoder(self) -> str | None:
+        """The encoder of the conversion that the folder holds, finished or not; None if it holds none."""
+        for name in ("manifest.json", "plan.json"):
+            if storage.stat(self._place(name)) is not None:
+                content = read_json(self._place(name))
+                settings = content.get("config") if isinstance(content, dict) else None
+                return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
+        return None
+
+    def begin(self) -> None:
+        """Take possession of the folder, or go on with the conversion that was interrupted in it."""
+        with explained(self.out):
+            if not storage.is_url(self.out):
+                Path(self.out).mkdir(parents=True, exist_ok=True)
+            storage.write(self._place("plan.json"), dump_json(_plan_json(self.plan)))
+            if not storage.is_url(self.out):
+                Path(self.out, "tmp").mkdir(exist_ok=True)
+                Path(self.out, "units").mkdir(exist_ok=True)
+
+    def uncommitted(self) -> set[int]:
+        """The numbers of the units that are still to be converted."""
+        with explained(self.out):
+            there = set(storage.ls(self._place("units")))
+            begun = [number for number in range(len(self.plan.units)) if unit_name(number) in there]
+            committed = [number for number, done in zip(begun, storage.each(self.is_committed, begun), strict=True) if done]
+            return set(range(len(self.plan.units))) - set(committed)
+
+    def is_committed(self, number: int) -> bool:
+        """Whether the unit is there, whole, and made from the inputs as they are now; if there but not so, it goes."""
+        folder = self._place("units", unit_name(number))
+        files = storage.find(folder)
+        record = files.get("unit.json")
+        if record is not None:
+            content = read_json(storage.join(folder, "unit.json"))
+            try:
+                sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+            except (KeyError, TypeError):
+                raise damaged(storage.join(folder, "unit.json"), "it lists no shards") from None
+            whole = all(name in files and files[name].size == size for name, size in sizes.items())
+            same_inputs = parse_record(content["record"], folder).inputs == self.plan.units[number]
+            if whole and same_inputs and not _is_newer(self.plan.units[number], record.modified):
+                return True
+        storage.retract_folder(folder, "unit.json")
+        return False
+
+    def publish(self) -> Manifest:
+        """Pack the units' tails, then publish manifest.json and, last, index.json. Every unit must be committed.
+
+        Raises DataError if the documents do not fill a single row.
+        """
+        with explained(self.out):
+            return self._publish()
+
+    def _publish(self) -> Manifest:
+        names = [unit_name(number) for number in range(len(self.plan.units))]
+        units = dict(zip(names, storage.each(self._read_unit, names), strict=True))
+        order = [names[number] for number in self._unit_order()]
+        tails = storage.each(lambda name: storage.read(self._place("units", name, "tail.npy")), order)
+        storage.retract_folder(self._place("units", TAIL), "unit.json")
+        writer = UnitWriter(self, None)
+        try:
+            for name, tail in zip(order, tails, strict=True):
+                writer.carry(Pieces(np.load(io.BytesIO(tail)), np.array(units[name]["tail_doc_lengths"], np.int64)))
+            writer.commit(None)
+        except BaseException:
+            writer.discard()
+            raise
+        units[TAIL] = self._read_unit(TAIL)
+
+        shards = [_moved(shard, f"units/{name}/") for name in (*order, TAIL) for shard in units[name]["shards"]]
+        self._delete_others({f"units/{name}/unit.json" for name in units} | {f"units/{name}/tail.npy" for name in names}
+                            | {shard["raw_data"]["basename"] for shard in shards})  # fmt: skip
+        records = tuple(parse_record(unit["record"], self._place("units", name)) for name, unit in units.items())
+        totals = sum((record.ledger for record in records), Ledger())
+        assert totals.balances, totals
+        assert totals.carried_in == totals.carried_out, totals
+        assert totals.tokens_out == totals.rows * self.plan.context_length, totals
+        if totals.documents == 0:
+            raise DataError(
+                f"{self.out}: no documents for the {self.plan.split} split "
+                f"({totals.documents_skipped} skipped); check source, or raise val_fraction"
+            )
+        if totals.rows == 0:
+            raise DataError(
+                f"{self.out}: the {self.plan.split} split's {totals.tokens_in} tokens do not fill one row of "
+                f"context_length={self.plan.context_length}; remove this folder and give more text or shorter rows"
+            )
+        index = dump_json({"version": 2, "shards": shards})
+        manifest = Manifest(
+            version=VERSION,
+            split=self.plan.split,
+            tokenizer=self.plan.tokenizer,
+            context_length=self.plan.context_length,
+            token_dtype=np.dtype(token_dtype(self.plan.tokenizer.vocab_size)).name,
+            config=self.plan.config,
+            units=records,
+            totals=totals,
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        storage.write(self._place("manifest.json"), dump_json(dataclasses.asdict(manifest)))
+        storage.write(self._place("index.json"), index)
+        self._clean()
+        return manifest
+
+    def _unit_order(self) -> list[int]:
+        """The order of the units in the dataset, which is not that of their names if there is a seed."""
+        seed, number = self.plan.config["seed"], len(self.plan.units)
+        return list(range(number)) if seed is None else np.random.default_rng(seed).permutation(number).tolist()
+
+    def _read_unit(self, name: str) -> Any:
+        return read_json(self._place("units", name, "unit.json"))
+
+    def _delete_others(self, wanted: set[str]) -> None:
+        """Delete what killed processes and earlier plans have left among the units."""
+        folders = {name.split("/")[1] for name in wanted}
+        for name in storage.ls(self._place("units")):
+            if name not in folders:
+                storage.delete_folder(self._place("units", name))
+        for name in storage.find(self._place("units")):
+            if f"units/{name}" not in wanted:
+                storage.delete(self._place("units", name))
+        storage.abort_uploads(self.out)
+
+    def _clean(self) -> None:
+        storage.delete(self._place("plan.json"))
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _refuse_difference(self, there: Any, *, inputs_too: bool) -> None:
+        """Raise ConfigError naming every key in which the plan `there`, read from the folder, is not this one."""
+        here = _plan_json(self.plan)
+        if not isinstance(there, dict) or there.keys() != here.keys() or not isinstance(there["config"], dict):
+            raise damaged(self.out, "it holds no plan this version can read")
+        flat = []
+        for plan in (there, here):
+            # Plans made before there was a limit to lines do not say.
+            config, units = {"max_document_bytes": MAX_DOCUMENT_BYTES, **plan.pop("config")}, plan.pop("units")
+            flat.append({**plan, **config, **(_inputs(units) if inputs_too else {})})
+        differing = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
+        if differing:
+            shown = [f"{key} ({_short(flat[0].get(key))} there, {_short(flat[1].get(key))} now)" for key in differing]
+            raise ConfigError(
+                f"out: {self.out}: holds a conversion with other settings: {', '.join(shown)}; name another out, "
+                "or remove this folder"
+            )
+
+
+class UnitWriter:
+    """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit` puts it in its place with
+    one rename, or uploads it."""
+
+    def __init__(self, dataset: DatasetWriter, number: int | None):
+        self.plan, self.number = dataset.plan, number
+        self.name = TAIL if number is None else unit_name(number)
+        # A name of its own: whoever else is at work on this unit must not write into the same folder.
+        self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
+        self.final = storage.join(dataset.out, "units", self.name)
+        dtype = token_dtype(self.plan.tokenizer.vocab_size)
+        self.tail = no_pieces(dtype)
+        self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
+        self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
+        self.hash = hashlib.blake2b(digest_size=16)
+        self.mds = ShardWriter(self.temporary, dtype, self.plan.context_length, self.plan.config["shard_size"])
+
+    def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
+        """Append documents: their tokens, end to end, and the number of tokens of each."""
+        self.counts["documents"] += len(doc_lengths)
+        self.counts["tokens_in"] += len(tokens)
+        minimum = self.plan.config["min_doc_length"]
+        if minimum is not None:
+            is_kept = doc_lengths >= minimum
+            self.counts["documents_short"] += int((~is_kept).sum())
+            self.counts["dropped"] += int(doc_lengths[~is_kept].sum())
+            tokens, doc_lengths = tokens[np.repeat(is_kept, doc_lengths)], doc_lengths[is_kept]
+        if self.plan.config["seed"] is None:
+            self._pack(tokens, doc_lengths)
+        else:
+            self.waiting.append(Pieces(tokens, doc_lengths))
+
+    def carry(self, tail: Pieces) -> None:
+        """Append what filled no row of another unit, which has counted it."""
+        self.counts["carried_in"] += len(tail.tokens)
+        self._pack(tail.tokens, tail.doc_lengths)
+
+    def _pack(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
+        longest = self.plan.config["max_doc_length"]
+        pieces = doc_lengths if longest is None else cut(doc_lengths, longest)
+        rows, self.tail = pack(tokens, pieces, self.plan.context_length, self.tail)
+        self.mds.write(rows)
+        self.counts["rows"] += len(rows)
+
+    def commit(self, encoder: str | None) -> UnitRecord:
+        """Put the unit in its place; `encoder` is what made its tokens, None for the tail unit."""
+        if self.number is not None and self.plan.config["seed"] is not None:
+            documents = shuffled(self.waiting, [self.plan.config["seed"], self.number])
+            self._pack(documents.tokens, documents.doc_lengths)
+        self.mds.flush()
+        shards = self.mds.shards
+        self.counts["dropped" if self.number is None else "carried_out"] += len(self.tail.tokens)
+        self.counts["tokens_out"] = self.counts["rows"] * self.plan.context_length
+        self.counts["shards"] = len(shards)
+        self.counts["bytes"] = sum(shard["raw_data"]["bytes"] for shard in shards)
+        inputs = () if self.number is None else self.plan.units[self.number]
+        record = UnitRecord(self.name, inputs, encoder, self.hash.hexdigest(), Ledger(**self.counts))
+        assert record.ledger.balances, record
+        if self.number is not None:
+            np.save(self.temporary / "tail.npy", self.tail.tokens)
+        (self.temporary / "unit.json").write_bytes(
+            dump_json(
+                {
+                    "record": dataclasses.asdict(record),
+                    "shards": shards,
+                    "tail_doc_lengths": [] if self.number is None else self.tail.doc_lengths.tolist(),
+                }
+            )
+        )
+        try:
+            storage.put_folder(self.temporary, self.final, "unit.json")
+        except FileExistsError:
+            self.discard()  # another process has committed this unit, and the same plan gives the same bytes
+        return record
+
+    def discard(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@contextmanager
+def explained(folder: str) -> Iterator[None]:
+    remedy = "when that is mended, run the same command again: it goes on from the last finished unit"
+    try:
+        yield
+    except StoreError as error:
+        raise DataError(f"{error}; {remedy}") from None
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise DataError(f"{folder}: {error.strerror or error}{where}; {remedy}") from None
+
+
+def unit_name(number: int) -> str:
+    return f"{number:06}"
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON holds it, lists for tuples."""
+    return json.loads(dump_json({"version": VERSION, **dataclasses.asdict(plan)}))
+
+
+def _plan_of(manifest: Manifest) -> dict[str, Any]:
+    units = tuple(record.inputs for record in manifest.units if record.name != TAIL)
+    return _plan_json(Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units))
+
+
+def _inputs(units: Any) -> dict[str, str]:
+    """The input files of a plan in a few words that differ when the files, their sizes or versions do, and what each is
+    read as."""
+    sizes: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    formats: dict[str, str] = {}
+    for part in (part for unit in units for part in unit):
+        sizes[part["path"]] = sizes.get(part["path"], 0) + part["num_bytes"]
+        if "version" in part and part["version"] is not None:
+            versions[part["path"]] = part["version"]
+        formats[part["path"]] = part["format"]
+    digest = hashlib.sha256(dump_json([list(sizes.items()), versions])).hexdigest()
+    digest_of_formats = hashlib.sha256(dump_json(formats)).hexdigest()
+    counts = ", ".join(f"{number} {name}" for name, number in sorted(Counter(formats.values()).items()))
+    return {
+        "inputs": f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}",
+        "formats": f"{counts}, hash {digest_of_formats[:8]}",
+    }
+
+
+def _is_newer(unit: Unit, committed: float) -> bool:
+    """Whether a file was written since; in an object store, versions tell."""
+    files = (part.path for part in unit if part.format != "dataset" and part.version is None)
+    return any(stat is None or stat.modified > committed for stat in map(storage.stat, files))
+
+
+def _moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {**shard, "raw_data": {**shard["raw_data"], "basename": prefix + shard["raw_data"]["basename"]}}
+
+
+def _short(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -1,0 +1,1 @@
+"""A trained model as a Hugging Face folder with a model card."""

@@ -1,0 +1,210 @@
+"""A model that leaves the run it was trained in: the card that says what it is, and its upload to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from omegaconf._yaml import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedModel
+
+from flame_composer.checkpoint.read import Checkpoint
+from flame_composer.checkpoint.save import average_of
+from flame_composer.config.rules import ConfigError, DataError, StoreError, masked, one_line
+from flame_composer.config.written import MAX_YAML_NODES, require_shallow
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.storage import files as storage
+
+CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
+MOST_BYTES = 1 << 20  # of it that are read
+
+log = logging.getLogger(__name__)
+
+
+def read_run_config(checkpoint: Checkpoint) -> str | None:
+    """Return the resolved configuration that lies beside a checkpoint, or None if there is none.
+
+    A file of that name that is no run's configuration is named in a warning and counts as none.
+    """
+    path = storage.join(checkpoint.place.rpartition("/")[0] or ".", CONFIG)
+    there = storage.stat(path)
+    if there is None:
+        return None
+    try:
+        if there.size > MOST_BYTES:
+            raise ValueError(f"has {there.size:,} bytes")
+        text = storage.read(path).decode()
+        _recipe(text)
+        return text
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:
+        log.warning("warning: %s: is no configuration of a run, and left out of the model card: %s", path, one_line(error))
+        return None
+
+
+def _recipe(text: str | None) -> dict[str, Any]:
+    """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is none."""
+    # Aliases that multiply are refused: they are small until somebody writes them out.
+    require_shallow(text or "")
+    recipe = yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)) if text else {}
+    sections = [("the file", recipe)]
+    if isinstance(recipe, dict):
+        sections += [(name, recipe.get(name) or {}) for name in ("model", "train_data")]
+        data = recipe.get("train_data") or {}
+        streams = data.get("streams") or {} if isinstance(data, dict) else {}
+        sections.append(("train_data.streams", streams))
+        if isinstance(streams, dict):
+            sections += [(f"train_data.streams.{name}", stream or {}) for name, stream in streams.items()]
+    for name, section in sections:
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} must hold keys and values")
+    return dict(recipe)
+
+
+def _line(text: object) -> str:
+    """A text out of a checkpoint or a configuration as part of a line of the card, in which it can begin no other."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
+def model_card(
+    model: PreTrainedModel, content: dict[str, Any], run_config: str | None, *, dtype: str, name: str, which: str = "auto",
+    tokenization: str | None = None,
+) -> str:
+    """README.md of a model in `content`, a checkpoint's: what it is, how to load it, what it was trained on and how.
+
+    `run_config` is what `read_run_config` found; `name` stands for the run's where that found nothing; `which` are the
+    weights, as in `model_in`; `tokenization` says what texts begin with.
+    """
+    recipe = _recipe(run_config)
+    name = _line(recipe.get("run_name") or name)
+    is_fla = type(model).__module__.startswith("fla.")
+    header = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["flame-composer", model.config.model_type],
+        model_name=name,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parts = [
+        f"---\n{header.to_yaml()}\n---", f"# {name}",
+        f"A {model.config.model_type} language model of {parameters:,} parameters, stored as {dtype}, pretrained with "
+        "flame_composer.", _how_to_load(is_fla, tokenization),
+        "## Training", _training(content, recipe, which), "## Evaluation", _evaluation(content), "## Recipe",
+        _fenced(run_config.strip()) if run_config else f"No {CONFIG} lay beside the checkpoint.",
+    ]
+    return masked("\n\n".join(parts)) + "\n"
+
+
+def _fenced(text: str) -> str:
+    """A block of YAML that no line of it can end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}yaml\n{text}\n{fence}"
+
+
+def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
+    first = "from flame_composer import cpu; cpu.enable()  # makes fla's models known to transformers, on any machine\n"
+    return (
+        "```python\n" + (first if is_fla else "")
+        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER or id")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER or id")\n```'
+        + ("\n\nOn a GPU `import fla` does as the first line." if is_fla else "")
+        + (f"\n\nWith `tokenizer(text)`, {tokenization}." if tokenization else "")
+    )
+
+
+def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> str:
+    try:
+        time = content["state"]["timestamp"]["Timestamp"]
+        lines = [f"- steps: {time['batch']:,}", f"- tokens: {time['token']:,} ({time['sample']:,} rows)"]
+    except (KeyError, TypeError, ValueError):
+        raise DataError("the checkpoint holds no steps and tokens of a run (its timestamp); take another one") from None
+    if average_of(content["state"]):
+        lines.append("- weights: those that training went on with; what was evaluated is their exponential moving average"
+                     if which == "model" else "- weights: their exponential moving average, which is what was evaluated")
+    start = (recipe.get("model") or {}).get("pretrained")
+    if start:
+        lines.append(f"- began from the weights of: {_line(start)}")
+    data = recipe.get("train_data") or {}
+    for key, index_sha256 in _kept(content, "SameData", "order").items():
+        if not str(key).endswith("(index.json)"):
+            continue
+        stream = key.partition(".streams.")[2].removesuffix(" (index.json)")
+        source = ((data.get("streams") or {}).get(stream) or {}) if stream else data
+        place = source.get("remote") or source.get("local")
+        place = None if place is None else str(place)
+        lines.append(_line(f"- data{stream and f' {stream}'}: {place or 'see below'}, sha256 of its index {index_sha256}")
+                     + _size_of(place, index_sha256))
+    return "\n".join(lines)
+
+
+def _size_of(place: str | None, index_sha256: str) -> str:
+    """What the dataset's manifest says, if it is still there and of this dataset."""
+    if place is None or storage.is_url(place):
+        return ""
+    try:
+        manifest = read_manifest(place)
+    except (ConfigError, DataError):
+        return ""
+    if manifest.index_sha256 != index_sha256:
+        return ""
+    totals = manifest.totals
+    return f" ({totals.documents:,} documents, {totals.tokens_out:,} tokens in rows of {manifest.context_length})"
+
+
+def _evaluation(content: dict[str, Any]) -> str:
+    """Of the run's last evaluation before the checkpoint, and the last scores in tasks."""
+    values = _kept(content, "JsonlLog", "last_evaluation")
+    for task, scores in _kept(content, "TaskScores", "last").items():
+        values |= {f"{task} {metric}": value for metric, value in (scores.items() if isinstance(scores, dict) else ())}
+    lines = [f"- {_line(name)}: {value:.4f}" for name, value in values.items() if isinstance(value, int | float)]
+    return "\n".join(["Last in training:\n", *lines]) if lines else "The run evaluated nothing before this checkpoint."
+
+
+def _kept(content: dict[str, Any], callback: str, name: str) -> dict[Any, Any]:
+    """Return what a callback kept in a checkpoint, or nothing."""
+    for key in ("state", "callbacks", callback, name):
+        content = content.get(key) or {} if isinstance(content, dict) else {}
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def check_hub(repo: str) -> None:
+    """Raises ConfigError if nothing could be uploaded to `repo`, before any work is done for it."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"push_to_hub={repo}: {one_line(error)}") from None
+    if not re.fullmatch(r"[^/]+/[^/]+", repo):
+        raise ConfigError(f"push_to_hub={repo}: must be USER/NAME or ORGANIZATION/NAME")
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"push_to_hub={repo}: HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise ConfigError(f"push_to_hub={repo}: there is no token; run `hf auth login`, or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # whatever the hub or the network makes of it
+        raise ConfigError(f"push_to_hub={repo}: {constants.ENDPOINT} does not take the token: {one_line(error)}") from None
+
+
+def push_folder(folder: Path, repo: str, *, private: bool) -> str:
+    """Uploads a folder as one commit, and returns its address. The repository is made if it is not there.
+
+    Raises ConfigError for one that everybody can read if it is to be `private`, StoreError if the upload fails; the folder
+    stays as it is.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise ConfigError(f"push_to_hub={repo}: is there and public; set hub_private=false, or name another")
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model")
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the hub or the network makes of it
+        raise StoreError(f"push_to_hub={repo}: {one_line(error)}; {folder} is whole: hf upload {repo} {folder}") from None
+    return str(commit.commit_url)

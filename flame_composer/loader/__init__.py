@@ -1,0 +1,1 @@
+"""Rows of datasets in an order that can be resumed anywhere, fetched, shuffled and collated."""

@@ -1,0 +1,328 @@
+"""Datasets to batches: checking a dataset before use, loading its rows, collating them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import multiprocessing.util
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from composer.core import Callback, DataSpec, Evaluator, Event, State
+from composer.utils import dist
+from numpy.typing import NDArray
+from streaming.base.util import bytes_to_int
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
+
+from flame_composer.config.rules import ConfigError, InvalidField, one_line
+from flame_composer.config.sections import DataConfig, EvalDataConfig
+from flame_composer.dataset.manifest import check_shards, check_totals, read_index, read_manifest
+from flame_composer.dataset.workers import can_have_processes
+from flame_composer.loader.fetch import Dataset, Shards, fetch_index
+from flame_composer.loader.rows import Rows
+from flame_composer.model.causal_lm import IGNORE
+from flame_composer.processes import end_with_parent
+from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
+from flame_composer.text.tokenizer import fingerprint
+from flame_composer.train.log import JsonlLog
+from flame_composer.train.mixture import Mixture
+
+CACHE = Path("~/.cache/flame_composer")
+
+Batch = dict[str, torch.Tensor]
+
+log = logging.getLogger(__name__)
+
+
+def open_dataset(
+    local: str | None, remote: str | None, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None,
+    exclusive: bool = False,
+) -> Dataset:
+    """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or `context_length`.
+
+    A remote dataset is cached under `local` (or ~/.cache/flame_composer), see `fetch_index`.
+
+    Raises ConfigError or DataError.
+    """
+    if remote is None:
+        assert local is not None
+        folder, manifest = local, read_manifest(local)
+        files = check_shards(folder)
+        check_totals(folder, manifest, files)
+    else:
+        folder = fetch_index(remote, _cache_folder(local), exclusive=exclusive)
+        manifest = read_manifest(folder)
+        files = read_index(folder, manifest)
+    place = remote or local
+    if context_length is not None and manifest.context_length != context_length:
+        raise ConfigError(f"{place}: its rows are {manifest.context_length} tokens long, context_length is {context_length}; "
+                          f"set context_length={manifest.context_length} or convert the text again")
+    ours, theirs = fingerprint(tokenizer), manifest.tokenizer
+    if ours != theirs:
+        what = next(f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
+                    for name in ("vocab_size", "bos_token_id", "eos_token_id", "sha256")
+                    if getattr(ours, name) != getattr(theirs, name))
+        raise ConfigError(f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
+                          "set tokenizer to the one it was converted with, or convert the text again")
+    known = ends_of(tokenizer)
+    if known is not None and manifest.ends not in (None, known):
+        model = tokenizer.name_or_path or "the model"
+        warn(f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
+             f"{describe(known)}")
+    return Dataset(folder, remote, manifest, files)
+
+
+def _cache_folder(local: str | None) -> Path:
+    try:
+        return Path(local or CACHE).expanduser()
+    except RuntimeError as error:  # a user without a name, and no HOME
+        raise ConfigError(f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the cache") from None
+
+
+def open_train_data(
+    config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
+) -> dict[str, Dataset]:
+    """The datasets of every stream by name, or the only one under "", each checked as by `open_dataset`."""
+    sources = {name: (stream.local, stream.remote) for name, stream in config.streams.items()}
+    datasets: dict[str, Dataset] = {}
+    for name, (local, remote) in (sources or {"": (config.local, config.remote)}).items():
+        dataset = open_dataset(local, remote, tokenizer=tokenizer, context_length=context_length,
+                               exclusive=config.cache_limit is not None)
+        for other, before in datasets.items():
+            if before.manifest.index_sha256 == dataset.manifest.index_sha256:
+                raise InvalidField(f"train_data.streams.{name}", f"must be another dataset than train_data.streams.{other}; "
+                                   "give one of them a larger proportion, repeat or choose instead")
+        datasets[name] = dataset
+    return datasets
+
+
+def begin_as_documents(
+    tokenizer: PreTrainedTokenizerFast, datasets: Mapping[str, Dataset], *,
+    pretrained: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer such that texts begin as the documents of `datasets` do.
+
+    It goes into checkpoints, exports and tasks. Where their manifests do not say, it is as it was.
+    Warns where the streams of a mixture differ, or where `pretrained`, the weights that training
+    begins from, was trained on something else.
+    """
+    ends = {
+        f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends
+        for name, dataset in datasets.items()
+    }
+    before = {f"model.pretrained={pretrained}": ends_in(pretrained)} if pretrained else {}
+    chosen = choose_ends(ends, before)
+    return tokenizer if chosen is None else with_ends(tokenizer, chosen)
+
+
+class EvalBatches(IterableDataset):
+    """Every row of a dataset exactly once, in batches, over any number of ranks and workers.
+
+    Rank r reads rows r, r + world size, ...; where the rows do not divide, rows without labels fill up, so that every
+    rank has as many batches and a token-weighted mean is exact.
+    """
+
+    def __init__(self, rows: Rows, *, batch_size: int, max_rows: int | None, loss_across_documents: bool = True):
+        self.rows = rows
+        self.loss_across_documents = loss_across_documents
+        self.batch_size = batch_size
+        self.num_rows = min(rows.num_samples, max_rows or rows.num_samples)
+        self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
+
+    def __len__(self) -> int:
+        """Batches per rank."""
+        return math.ceil(self.num_rows / (self.world_size * self.batch_size))
+
+    def __iter__(self) -> Iterator[Batch | Sent]:
+        worker = get_worker_info()
+        id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for index in range(id, len(self), num_workers):
+            first = index * self.batch_size
+            numbers = [self.rank + self.world_size * (first + i) for i in range(self.batch_size)]
+            batch = collate([self.rows[min(number, self.num_rows - 1)] for number in numbers],
+                            loss_across_documents=self.loss_across_documents)
+            batch["labels"][[number >= self.num_rows for number in numbers]] = IGNORE
+            yield batch if worker is None else Sent(batch)
+
+
+def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
+    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row), all int64 [B, T];
+    `stream` (the number of the row's stream, int64 [B]) where the rows say so.
+
+    Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing comes before, is never a
+    label; without `loss_across_documents` the first one of a document is none, either.
+    """
+    shape = len(rows), len(rows[0]["input_ids"])
+    tokens, sequence_id = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    for number, row in enumerate(rows):
+        tokens[number] = row["input_ids"]
+        sequence_id[number] = np.repeat(np.arange(len(row["doc_lengths"])), row["doc_lengths"])
+    input_ids = torch.from_numpy(tokens)
+    labels = input_ids.clone()
+    labels[:, 0] = IGNORE
+    if not loss_across_documents:
+        labels[:, 1:][torch.from_numpy(np.diff(sequence_id) != 0)] = IGNORE
+    batch = {"input_ids": input_ids, "labels": labels, "sequence_id": torch.from_numpy(sequence_id)}
+    if "stream" in rows[0]:
+        batch["stream"] = torch.tensor([int(row["stream"]) for row in rows])
+    return batch
+
+
+class Sent:
+    """A batch on its way from a loader process, through its pipe; what arrives is the batch.
+
+    Left to itself torch puts every tensor into /dev/shm, of which there is little or none in a container, and keeps a file
+    open for each.
+    """
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, ({name: tensor.numpy() for name, tensor in self.batch.items()},)
+
+
+def _receive(arrays: dict[str, NDArray[Any]]) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def collate_for_sending(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool) -> Batch | Sent:
+    """As `collate`; in a loader process, ready to be sent."""
+    batch = collate(rows, loss_across_documents=loss_across_documents)
+    return batch if get_worker_info() is None else Sent(batch)
+
+
+def loader_processes(wanted: int) -> int:
+    """Return `wanted`, or 0 where none can be had: then this process loads the rows itself, the same ones."""
+    if wanted and not can_have_processes():
+        log.warning("warning: there can be no loader processes without a /dev/shm that can be written to; num_workers is 0, "
+                    "and loading is slower")
+        return 0
+    return wanted
+
+
+def describe_order(
+    datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
+) -> dict[str, Any]:
+    """All that decides which rows are in which global batch: a run must not go on with another."""
+    order: dict[str, Any] = {
+        f"train_data{name and f'.streams.{name}'} (index.json)": dataset.manifest.index_sha256
+        for name, dataset in datasets.items()
+    }
+    for name, stream in config.streams.items():
+        weight = stream.weight()
+        order |= {f"train_data.streams.{name}.{kind}": value for kind, value in weight.items()}
+    return order | {
+        "train_data.streams": ", ".join(config.streams) or None,  # they are numbered in this order
+        "train_data.batching_method": config.batching_method if config.streams else "random",
+        "global_batch_size": global_batch_size,
+        "train_data.shuffle": config.shuffle, "train_data.shuffle_algo": config.shuffle_algo,
+        "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
+        "train_data.shuffle_block_size": config.shuffle_block_size,
+        "train_data.num_canonical_nodes": config.num_canonical_nodes,
+    }
+
+
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """All tokens of a batch, and those that carry loss."""
+    return {"total": batch["input_ids"].numel(), "loss_generating": int((batch["labels"] != IGNORE).sum())}
+
+
+def build_train_loader(
+    datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
+) -> DataSpec:
+    """This rank's share of every global batch, shuffled with `seed` unless the config has one of its own.
+
+    Raises ConfigError if the datasets do not hold one global batch, or need a larger cache than they may have.
+    """
+    batch_size = global_batch_size // dist.get_world_size()
+    weights = {name: stream.weight() for name, stream in config.streams.items()}
+    shards = [
+        Shards(dataset, retries=config.download_retries, timeout=config.download_timeout, **weights.get(name, {}))
+        for name, dataset in datasets.items()
+    ]
+    rows = Rows(
+        shards, batch_size=batch_size, shuffle=config.shuffle, shuffle_algo=config.shuffle_algo,
+        shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
+        shuffle_block_size=config.shuffle_block_size, num_canonical_nodes=config.num_canonical_nodes,
+        predownload=config.predownload, batching_method=config.batching_method,
+    )
+    if rows.batches_per_epoch == 0:
+        what = "; ".join(dataset.place for dataset in datasets.values())
+        raise ConfigError(f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
+                          f"(global_batch_size={global_batch_size})")
+    if config.cache_limit is not None:
+        rows.limit_cache(bytes_to_int(config.cache_limit), num_workers=config.num_workers,
+                         prefetch_factor=config.prefetch_factor)
+    num_workers = loader_processes(config.num_workers)
+    loader = DataLoader(
+        rows, batch_size=batch_size, drop_last=True, num_workers=num_workers,
+        collate_fn=functools.partial(collate_for_sending, loss_across_documents=config.loss_across_documents),
+        prefetch_factor=config.prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
+        # Its own generator: with the global one, every new epoch would draw from the model's random state.
+        generator=torch.Generator(),
+    )
+    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+
+
+def follow_parent(_worker_id: int) -> None:
+    """In a loader process: the training process, which still needs the batch in hand, ends it, and nobody else.
+
+    SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was killed, upstream's threads
+    would keep this one alive for ever, with its memory and its share of the shared memory.
+    """
+    # When it has been told to end, upstream's threads would have it wait until the training process loses patience: 5 s.
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        threading.Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
+    end_with_parent()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog) -> list[Callback]:
+    """What counts the rows of every stream; nothing where there is one dataset."""
+    if len(datasets) == 1:
+        return []
+    streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
+    rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
+    on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
+    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length, log)]
+
+
+def build_evaluator(
+    dataset: Dataset, config: EvalDataConfig, *, batch_size: int,
+    eval_interval: Callable[[State, Event], bool] | None = None, until: Callable[[DataLoader], Any] | None = None,
+) -> Evaluator:
+    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each rank.
+
+    `until` wraps the loader in what can end it early.
+    """
+    rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
+    loader = DataLoader(
+        EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows, loss_across_documents=config.loss_across_documents),
+        batch_size=None, num_workers=loader_processes(config.num_workers), generator=torch.Generator(),
+        worker_init_fn=follow_parent,
+    )
+    batches = until(loader) if until else loader
+    return Evaluator(
+        label="eval", dataloader=DataSpec(batches, get_num_tokens_in_batch=count_tokens), eval_interval=eval_interval,
+        device_eval_microbatch_size=batch_size,
+    )

@@ -1,0 +1,178 @@
+"""What somebody else wrote beside a model, looked at before anything is built: config and weights.
+
+A config decides what is imported, downloaded and allocated. So only keys that are known to be plain
+data are taken from one, and what it makes is compared with the weights it came with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.storage import files as storage
+
+INDEX = "model.safetensors.index.json"
+SPARE_BYTES = 1 << 30  # that buffers may take beside small weights
+Shapes = Mapping[str, torch.Size]
+
+# Keys that decide where code, kernels or weights come from: left out of a config at any depth.
+STEERING = frozenset({
+    "auto_map", "trust_remote_code", "custom_pipelines", "name_or_path", "_name_or_path",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "_experts_implementation", "_commit_hash", "transformers_weights", "quantization_config",
+    "compression_config", "base_model_tp_plan", "base_model_pp_plan", "distributed_config", "gguf_file",
+})  # fmt: skip
+# Keys that models read though not every config class names them among its own.
+DATA = frozenset({
+    "head_dim", "partial_rotary_factor", "rope_theta", "rope_scaling", "sliding_window",
+    "original_max_position_embeddings", "attention_chunk_size", "layer_types", "use_cache",
+    "num_kv_shared_layers", "alibi", "use_alibi", "swiglu_limit",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version",
+})  # fmt: skip
+# Not taken as they are: what steers loading, the type, and the number of labels (there are none).
+_APART = STEERING | {"num_labels", "torch_dtype", "dtype", "model_type"}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+log = logging.getLogger(__name__)
+
+
+def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return those keys of a config that are plain data, of which `known` are its class's own."""
+    base = PretrainedConfig.__init__.__kwdefaults__ or {}
+    allowed = {*known, *base, *DATA, *PretrainedConfig._get_global_generation_defaults()} - _APART
+    keys = {key: _without_steering(value) for key, value in content.items() if key in allowed}
+    dtype = content.get("dtype") or content.get("torch_dtype")
+    return {**keys, "dtype": dtype} if dtype in _DTYPES else keys
+
+
+def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place: str) -> None:
+    """Warn of keys of a config that were left out, but for those that steer its loading."""
+    left_out = [
+        str(key) for key in content if key not in _APART and not hasattr(hf_config, str(key))
+    ]
+    if left_out:
+        names = ", ".join(repr(name)[:40] for name in left_out[:5]) + (
+            " ..." if len(left_out) > 5 else ""
+        )
+        log.warning(
+            "warning: %s: its config has keys that a %s model does not know, left out: %s",
+            place,
+            hf_config.model_type,
+            names,
+        )
+
+
+def _without_steering(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_steering(each) for key, each in value.items() if key not in STEERING}
+    return [_without_steering(each) for each in value] if isinstance(value, list) else value
+
+
+def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
+    """Return how many numbers there really are of these: a small piece of memory can be seen as a tensor of any size."""
+    storages = {}
+    for tensor in tensors:
+        storage_of = tensor.untyped_storage()
+        storages[storage_of.data_ptr()] = storage_of.nbytes() // tensor.element_size()
+    return sum(storages.values())
+
+
+def require_size(model: PreTrainedModel, held: int, place: str) -> None:
+    """Raise ConfigError for an empty model that would take far more memory than the `held` numbers of its weights do."""
+    made = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if made > 2 * held:
+        raise ConfigError(
+            f"{place}: its config makes a model of {made:,} parameters, its weights "
+            f"are {held:,} numbers; get the model again, or correct the config"
+        )
+    if buffers > max(SPARE_BYTES, 4 * held):
+        raise ConfigError(
+            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB beside its weights; correct "
+            "its max_position_embeddings and other sizes"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(storage.read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold keys and values (a JSON object)")
+    return content
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Return the files of the weights, and the tensors that the index, if any, says each holds."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        pickled = sorted(
+            path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern)
+        )
+        if pickled:
+            raise ConfigError(
+                f"{folder}: holds its weights as {pickled[0]}, which is refused: such a file can run code "
+                "when it is read; give a copy in safetensors"
+            )
+        raise ConfigError(f"{folder}: has neither model.safetensors nor {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{index}: has no weight_map; get the checkpoint again")
+    files: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if not storage.is_plain_name(file) or not file.endswith(".safetensors"):
+            raise DataError(f"{index}: {name} is said to be in {file!r}, which is no file name")
+        names = files.setdefault(folder / file, [])
+        assert names is not None
+        names.append(name)
+    for path in files:
+        if not path.is_file():
+            raise DataError(
+                f"{path}: is missing, though {index.name} names it; get the checkpoint again"
+            )
+    return files
+
+
+def opened(file: Path) -> Any:
+    """Return a safetensors file as `safe_open` does. Raise DataError for one that is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: damaged: {one_line(error)}; get the checkpoint again") from None
+
+
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors in a Hugging Face folder, reading only the files' heads."""
+    shapes = {}
+    for file in weight_files(folder):
+        with opened(file) as content:
+            for name in list(content.keys()):
+                shapes[name] = torch.Size(content.get_slice(name).get_shape())
+    return shapes
+
+
+def count_not_finite(tensor: torch.Tensor) -> int:
+    """Return how many of a tensor's values are infinite or not a number."""
+    return int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+
+
+def warn_not_finite(place: str, counts: Mapping[str, int]) -> None:
+    """Name the tensors that hold values which are infinite or not a number."""
+    named = {name: count for name, count in counts.items() if count}
+    if named:
+        first = ", ".join(f"{name} ({count:,})" for name, count in list(named.items())[:5])
+        more = f" and {len(named) - 5:,} more tensors" if len(named) > 5 else ""
+        log.warning(
+            "warning: %s: values that are infinite or not a number in %s%s", place, first, more
+        )

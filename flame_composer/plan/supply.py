@@ -1,0 +1,163 @@
+"""What datasets give a run, found out without their shards: rows, what each machine reads of them, the cache it needs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streaming.base.world import World
+
+from flame_composer.config.rules import ConfigError, DataError, InvalidField
+from flame_composer.config.use import PlanConfig
+from flame_composer.dataset.manifest import HASH, VERSION, Ledger, Manifest, ShardFile, read_index, read_manifest
+from flame_composer.loader.fetch import Dataset, Shards, fetch_index
+from flame_composer.loader.rows import Rows
+from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
+
+MAX_ROWS = 16_000_000  # that are laid out as training would; of more, as many, and the rest in proportion
+SHARD_BYTES = 64 << 20  # of a dataset that is not there: what convert/to_mds.py makes
+ROW_OVERHEAD = 24  # bytes of a row beside its tokens: its place in the shard and the lengths of a few documents
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What all datasets of a run hold together, and an epoch of them; bytes are those of shards."""
+
+    tokens: int
+    bytes: int
+    batches_per_epoch: int
+    is_remote: bool
+    context_length: int
+    vocab_size: int | None  # of the tokenizer they were made with
+    read_by_a_node: int  # bytes, in an epoch
+    smallest_cache: int  # bytes with which no shard is deleted while it is in use
+
+
+def find_supply(config: PlanConfig) -> Supply | str:
+    """From the datasets' manifests and indexes, which are read, or from `dataset_tokens`, without any data; why they cannot be
+    read, if they cannot.
+
+    Raises ConfigError for less than a global batch.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if config.dataset_tokens is not None:
+            datasets = {"": _imagine(config, Path(folder))}
+        else:
+            try:
+                datasets = _read(config, Path(folder))
+            except (ConfigError, DataError) as error:
+                return str(error)
+        num_rows = sum(dataset.manifest.totals.rows for dataset in datasets.values())
+        share = min(1.0, _most_rows(config) / num_rows) if num_rows else 1.0
+        if share < 1 and config.dataset_tokens is None:
+            datasets = {name: _begin(dataset, share, Path(folder, f"part-{name}")) for name, dataset in datasets.items()}
+        return _lay_out(config, datasets, share)
+
+
+def _most_rows(config: PlanConfig) -> int:
+    return max(MAX_ROWS, 2 * config.global_batch_size)
+
+
+def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> Supply:
+    weights: dict[str, dict[str, Any]] = {
+        name: config.train_data.streams[name].weight() if name else {} for name in datasets
+    }  # fmt: skip
+    for weight in weights.values():
+        if "choose" in weight:
+            weight["choose"] = max(1, round(share * weight["choose"]))
+    data = config.train_data
+    rows = Rows(
+        [Shards(dataset, **weights[name]) for name, dataset in datasets.items()], batch_size=config.global_batch_size,
+        shuffle=data.shuffle, shuffle_algo=data.shuffle_algo,
+        shuffle_seed=config.seed if data.shuffle_seed is None else data.shuffle_seed,
+        shuffle_block_size=data.shuffle_block_size, num_canonical_nodes=data.num_canonical_nodes,
+        batching_method=data.batching_method,
+    )  # fmt: skip
+    if rows.batches_per_epoch == 0:
+        raise ConfigError(f"{', '.join(dataset.place for dataset in datasets.values())}: holds {rows.epoch_size} rows, fewer "
+                          f"than one global batch (global_batch_size={config.global_batch_size})")
+    rank_batch = max(1, config.global_batch_size // (config.devices * config.nodes))
+    rows.predownload = data.predownload or 8 * rank_batch  # as StreamingDataset has it
+    world = World(config.nodes, config.devices, 1, 0)
+    loading = {"num_workers": data.num_workers, "prefetch_factor": data.prefetch_factor}
+    manifests = [dataset.manifest for dataset in datasets.values()]
+    return Supply(
+        tokens=sum(manifest.totals.tokens_out for manifest in manifests),
+        bytes=sum(manifest.totals.bytes for manifest in manifests),
+        batches_per_epoch=rows.batches_per_epoch if share == 1 else round(rows.batches_per_epoch / share),
+        is_remote=any(dataset.remote is not None for dataset in datasets.values()),
+        context_length=manifests[0].context_length,
+        vocab_size=None if config.dataset_tokens is not None else manifests[0].tokenizer.vocab_size,
+        read_by_a_node=round(rows.bytes_in_use(world, **loading)[1] / share),
+        smallest_cache=rows.smallest_cache(world, **loading),
+    )
+
+
+def _read(config: PlanConfig, folder: Path) -> dict[str, Dataset]:
+    data = config.train_data
+    sources = {name: (stream.local, stream.remote) for name, stream in data.streams.items()}
+    datasets = {}
+    for name, (local, remote) in (sources or {"": (data.local, data.remote)}).items():
+        if remote is not None:
+            place = fetch_index(remote, folder / name, exclusive=False)
+        else:
+            assert local is not None
+            place = local
+        manifest = read_manifest(place)
+        datasets[name] = Dataset(place, remote, manifest, read_index(place, manifest))
+    return datasets
+
+
+def _imagine(config: PlanConfig, folder: Path) -> Dataset:
+    """A dataset of `dataset_tokens` tokens in shards as convert/to_mds.py writes them: its index, and no shards.
+
+    Of one with more than MAX_ROWS rows, the first shards that hold so many.
+    """
+    assert config.dataset_tokens is not None
+    if config.dataset_tokens < config.global_batch_size * config.context_length:
+        raise InvalidField("dataset_tokens", f"must be a global batch of {config.global_batch_size} x {config.context_length} "
+                           "tokens or more")
+    model = config.model.config
+    vocab_size = model.get("vocab_size", 1 << 15)
+    dtype = token_dtype(vocab_size)
+    num_rows = config.dataset_tokens // config.context_length
+    row_bytes = config.context_length * dtype().itemsize + ROW_OVERHEAD
+    rows_each = max(1, SHARD_BYTES // row_bytes)
+    num_shards = -(-num_rows // rows_each)
+    laid_out = max(1, round(min(1.0, _most_rows(config) / num_rows) * num_shards))
+    counts = [min(rows_each, num_rows - number * rows_each) for number in range(laid_out)]
+    files = [ShardFile(f"units/0/shard.{i:05}.mds", count * row_bytes, "", count) for i, count in enumerate(counts)]
+    totals = Ledger(
+        tokens_in=config.dataset_tokens, tokens_out=num_rows * config.context_length, rows=num_rows,
+        shards=num_shards, bytes=num_rows * row_bytes,
+    )
+    manifest = Manifest(
+        VERSION, "train", TokenizerFingerprint("", vocab_size, None, None), config.context_length, dtype.__name__, {}, (),
+        totals, "",
+    )  # fmt: skip
+    shards = [_index_entry(file, manifest) for file in files]
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    has_remote = config.train_data.remote or any(stream.remote for stream in config.train_data.streams.values())
+    return Dataset(str(folder), "dataset_tokens" if has_remote else None, manifest, files)
+
+
+def _index_entry(file: ShardFile, manifest: Manifest) -> dict[str, Any]:
+    itemsize = int(manifest.token_dtype.removeprefix("uint")) // 8
+    return {
+        "format": "mds", "version": 2, "compression": None, "zip_data": None, "hashes": [], "size_limit": SHARD_BYTES,
+        "samples": file.rows, "raw_data": {"basename": file.basename, "bytes": file.bytes, "hashes": {HASH: file.hash}},
+        "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, manifest.context_length * itemsize],
+        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
+    }  # fmt: skip
+
+
+def _begin(dataset: Dataset, share: float, folder: Path) -> Dataset:
+    """The dataset as if it had only so large a part of its shards."""
+    files = dataset.files[: max(1, round(share * len(dataset.files)))]
+    folder.mkdir()
+    shards = [_index_entry(file, dataset.manifest) for file in files]
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    return Dataset(str(folder), dataset.remote, dataset.manifest, files)

@@ -1,0 +1,1 @@
+"""Files and object stores by the same functions, folders that appear whole or not at all, locks."""

@@ -1,0 +1,349 @@
+"""Files in folders and object stores by the same few functions: a place is a path, or a URL such as s3://bucket/folder/file.
+
+`put`, `write` and `download` show a file whole or not at all. Of an object store, what the user has to put right
+(credentials, a bucket, an endpoint) is a ConfigError and what failed again and again a StoreError, both one line; what is
+not there is a FileNotFoundError, and any other failure of a local disk an OSError, as everywhere in Python.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from flame_composer.config.rules import MAX_NAME_BYTES, ConfigError, DataError, StoreError, one_line
+
+THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
+MOST_JSON = 1 << 27  # bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as many
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A file's size in bytes, when it was last written (seconds since 1970), and in an object store what changes with its
+    content: the ETag, or the nearest thing the store has."""
+
+    size: int
+    modified: float
+    version: str | None
+
+
+def is_url(place: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def join(place: str, *names: str) -> str:
+    return "/".join((place.rstrip("/"), *names)) if is_url(place) else os.path.join(place, *names)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name`, which comes from a checkpoint, an index, a listing or the like, is that of a file right in a folder.
+
+    Only such a name may be joined to a path: a separator or `..` would lead out of the folder.
+    """
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(letter in "/\\" or not letter.isprintable() for letter in name)
+        and len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+    )
+
+
+def stat(place: str) -> Stat | None:
+    """None where there is no such file; a folder is none."""
+    if not is_url(place):
+        return _local_stat(place) if os.path.isfile(place) else None
+    with _at(place) as (fs, path):
+        try:
+            info = fs.info(path)
+        except FileNotFoundError:
+            return None
+        return _stat(info) if info["type"] == "file" else None
+
+
+def find(place: str) -> dict[str, Stat]:
+    """All files below a folder, at any depth, by their path within it, sorted. None where there is no folder."""
+    if not is_url(place):
+        paths = [os.path.join(folder, name) for folder, names in _walk(place) for name in names]
+        return {os.path.relpath(path, place): _local_stat(path) for path in sorted(paths) if os.path.exists(path)}
+    with _at(place) as (fs, path):
+        infos = fs.find(path, detail=True)
+        return {_below(path, name): _stat(info) for name, info in sorted(infos.items()) if name != path}
+
+
+def ls(place: str) -> list[str]:
+    """The names of the files and folders right in a folder, sorted. None where there is no folder.
+
+    Raise DataError for a store that lists a name which is none: whoever joined it to a path would be led elsewhere.
+    """
+    if not is_url(place):
+        return sorted(os.listdir(place)) if os.path.isdir(place) else []
+    with _at(place) as (fs, path):
+        try:
+            listed = fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+        names = [_below(path, name.rstrip("/")) for name in listed if name != path]
+        for name in names:
+            if not is_plain_name(name):
+                raise _strange_name(path, name)
+        return sorted(names)
+
+
+def glob(pattern: str) -> list[str]:
+    """The files whose URL matches; `*` matches within a folder, `**` any number of folders."""
+    with _at(pattern) as (fs, path):
+        found = fs.glob(path, detail=True)
+        return sorted(str(fs.unstrip_protocol(name)) for name, info in found.items() if info["type"] == "file")
+
+
+def read(place: str) -> bytes:
+    if not is_url(place):
+        return Path(place).read_bytes()
+    with _at(place) as (fs, path):
+        return bytes(fs.cat_file(path))
+
+
+def read_small(path: str | Path) -> bytes:
+    """Return the content of a local JSON or text file by somebody else.
+
+    Raise ValueError for one of more than `MOST_JSON` bytes (of holes, it takes no room on a disk), or what is no file.
+    """
+    if not os.path.isfile(path):  # which opening might wait for
+        raise ValueError("is no file")
+    with Path(path).open("rb") as file:
+        content = file.read(MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"has more than {MOST_JSON:,} bytes")
+    return content
+
+
+def read_start(place: str, num_bytes: int) -> bytes:
+    """Return the first bytes of a file that is not empty, with one request; all of them if it is shorter."""
+    if not is_url(place):
+        with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - of many files, and a Path takes its time
+            return file.read(num_bytes)
+    with _at(place) as (fs, path):
+        return bytes(fs.cat_file(path, start=0, end=num_bytes))
+
+
+def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
+    """A file for reading in any order, of which about `block_size` bytes are fetched at a time (0: just what is asked for).
+
+    A StoreError if it is not of this `version`, or is replaced while it is read (in S3).
+    """
+    if not is_url(place):
+        return Path(place).open("rb")
+    with _at(place) as (fs, path):
+        if fs.protocol == "s3":
+            return cast(BinaryIO, fs.open(path, "rb", block_size=block_size, version=version))
+        return cast(BinaryIO, io.BufferedReader(fs.open(path, "rb"), 1 << 20))  # whose readline is a slow one
+
+
+def write(place: str, data: bytes) -> None:
+    """Put `data` in a file, whose folder there must be, whole or not at all."""
+    if is_url(place):
+        with _at(place) as (fs, path):
+            fs.pipe_file(path, data)
+        return
+    temporary = f"{place}.tmp"
+    Path(temporary).write_bytes(data)
+    os.replace(temporary, place)
+
+
+def put(local: str | Path, place: str) -> None:
+    """Copy a local file, whole or not at all; the folder is made if it is not there."""
+    if is_url(place):
+        with _at(place) as (fs, path):
+            fs.put_file(str(local), path)
+        return
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(local, f"{place}.tmp")
+    os.replace(f"{place}.tmp", place)
+
+
+def put_folder(local: str | Path, place: str, last: str) -> None:
+    """Move a local folder of files, whose `last` one appears last: who sees that sees them all.
+
+    To a local place, which must be on the same disk, by one rename; FileExistsError if it is there and not empty. In an
+    object store, files that are there are replaced, and others left as they are.
+    """
+    if not is_url(place):
+        try:
+            os.rename(local, place)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place) from None
+        return
+    for path in sorted(Path(local).iterdir(), key=lambda path: (path.name == last, path.name)):
+        put(path, join(place, path.name))
+    shutil.rmtree(local)
+
+
+def retract_folder(place: str, last: str) -> None:
+    """Undo `put_folder`, if it was done. In an object store only `last` is deleted: others may be putting the same files."""
+    if is_url(place):
+        delete(join(place, last))
+    else:
+        delete_folder(place)
+
+
+def download(place: str, local: str | Path) -> None:
+    """Copy a file to a local one, whole or not at all."""
+    temporary = Path(tempfile.mkstemp(dir=Path(local).parent, prefix=f".{Path(local).name}.")[1])
+    try:
+        if is_url(place):
+            with _at(place) as (fs, path):
+                fs.get_file(path, str(temporary))
+        else:
+            shutil.copyfile(place, temporary)
+        os.replace(temporary, local)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def delete(place: str) -> None:
+    """Delete a file, if it is there."""
+    if not is_url(place):
+        Path(place).unlink(missing_ok=True)
+        return
+    with _at(place) as (fs, path), suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def delete_folder(place: str) -> None:
+    """Delete all files below a folder, and what killed uploads have left there."""
+    if not is_url(place):
+        if os.path.isdir(place):
+            shutil.rmtree(place)
+        return
+    list(each(lambda name: delete(join(place, name)), find(place)))
+    abort_uploads(place)
+
+
+def move(place: str, other: str) -> None:
+    """Give a file or a folder another name; in an object store it is copied there, then deleted."""
+    if not is_url(place):
+        os.rename(place, other)
+        return
+    names = [""] if stat(place) is not None else list(find(place))
+    for name in names:
+        with _at(join(place, name) if name else place) as (fs, path), _at(join(other, name) if name else other) as (_, to):
+            fs.cp_file(path, to)
+    for name in names:
+        delete(join(place, name) if name else place)
+
+
+def abort_uploads(place: str) -> None:
+    """Free what is stored below a folder of uploads that were killed. Must not be called while others upload."""
+    if is_url(place):
+        with _at(place) as (fs, path):
+            if fs.protocol == "s3":
+                fs.abort_uploads(path)
+
+
+def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map`, with many requests at a time; an error stops it."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            yield from pool.map(do, items)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _at(place: str) -> Iterator[tuple[Any, str]]:
+    """The filesystem of a URL and the path within it; its failures in our terms."""
+    import fsspec
+
+    scheme, _, path = place.partition("://")
+    try:
+        if scheme == "s3":
+            from flame_composer.storage.s3 import S3FileSystem
+
+            bucket = path.partition("/")[0]
+            if not bucket:
+                raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
+            if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+                raise ConfigError(
+                    "s3://***: must be s3://bucket/path, without credentials or a server; set AWS_ACCESS_KEY_ID "
+                    "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL"
+                )
+            fs: Any = S3FileSystem()
+        elif scheme in ("file", "local"):
+            raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
+        else:
+            if scheme == "http":
+                from flame_composer.storage.s3 import warn_if_readable
+
+                warn_if_readable(place)
+            fs = fsspec.filesystem(scheme)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{place}: {one_line(error)}") from None
+    except Exception as error:  # every store's client has exceptions of its own
+        raise ConfigError(f"{place}: {one_line(error)}") from None
+    try:
+        yield fs, fs._strip_protocol(place)
+    except (ConfigError, DataError, FileNotFoundError):
+        raise
+    except PermissionError as error:
+        raise ConfigError(f"{place}: access denied: {one_line(error)}; check the credentials") from None
+    except Exception as error:  # the same
+        raise StoreError(f"{place}: {one_line(error)}") from None
+
+
+def _walk(place: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders below a local one with their files. A link to a folder is followed, but only the first to each, and none
+    back up: links in a circle, or several to folders with several more, would lead on for ever."""
+    followed = {os.path.realpath(place)}
+    for folder, folders, names in os.walk(place, followlinks=True):
+        yield folder, names
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if target in followed or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
+                    folders.remove(name)
+                followed.add(target)
+
+
+def _local_stat(path: str) -> Stat:
+    found = os.stat(path)
+    return Stat(found.st_size, found.st_mtime, None)
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+    names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
+    version = next((str(info[name]) for name in names if info.get(name)), None)
+    times = [info[name] for name in ("modified", "mtime", "last_modified", "LastModified") if info.get(name)]
+    known = (t.timestamp() if isinstance(t, datetime) else t for t in times if isinstance(t, (datetime, float, int)))
+    return Stat(info["size"] or 0, next(known, 0.0), version)
+
+
+def _below(folder: str, path: str) -> str:
+    """Return the path within `folder` of what a store lists there; raise DataError if it is elsewhere."""
+    prefix = folder.rstrip("/") + "/"
+    name = path.removeprefix(prefix)
+    if not path.startswith(prefix) or ".." in name.split("/"):
+        raise _strange_name(folder, path)
+    return name
+
+
+def _strange_name(folder: str, name: str) -> DataError:
+    return DataError(f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete that, or use "
+                     "another folder")

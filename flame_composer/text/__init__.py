@@ -1,0 +1,1 @@
+"""From text in any form to documents and tokens: sources, formats, tokenizers."""

@@ -1,0 +1,60 @@
+"""How many layers, experts and heads a config asks for, compared with what there can be.
+
+Layers are built one by one, and some configs list them all: ten million keep a process busy for an
+hour. This needs no torch: tokenizers are loaded without it, and may lie beside such a config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flame_composer.config.rules import ConfigError
+
+MOST_PARTS = 10_000  # where there are no weights yet to compare with; no model has as many
+FEW_PARTS = 128  # that are quick to build, whatever the weights are
+
+# Keys that count what is built one by one, and those that divide a size.
+_PARTS = re.compile(
+    r"(\w+_)?(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers|(\w+_)?expert_num|depths?"
+)
+_HEADS = re.compile(r"(num|n)_(\w+_)?heads?|n_head_kv")
+
+
+def require_counts(
+    content: Any, place: str, weights: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    """Raise ConfigError for more layers, experts or heads than its weights, or any model, can have."""
+    most_parts = most_heads = MOST_PARTS
+    if weights is not None:
+        stacked = max(
+            (shape[0] for shape in weights.values() if len(shape) > 2), default=0
+        )  # experts in one tensor
+        most_parts = max(FEW_PARTS, len(weights), stacked)
+        most_heads = max([FEW_PARTS, *(size for shape in weights.values() for size in shape)])
+    for key, value in _numbers(content):
+        most = (
+            most_parts if _PARTS.fullmatch(key) else most_heads if _HEADS.fullmatch(key) else None
+        )
+        if most is not None and value > most:
+            why = (
+                "more than any model has"
+                if weights is None
+                else f"its weights are {len(weights):,} tensors, too few for it"
+            )
+            raise ConfigError(
+                f"{place}: its config says {key}={value:.10g}, {why}; get the model again, or correct the config"
+            )
+
+
+def _numbers(content: Any) -> Iterable[tuple[str, float]]:
+    nested = [("", content)]
+    while nested:
+        key, each = nested.pop()
+        if isinstance(each, dict):
+            nested += [(str(name), value) for name, value in each.items()]
+        elif isinstance(each, list):
+            nested += [(key, value) for value in each]
+        elif isinstance(each, int | float) and not isinstance(each, bool):
+            yield key, each

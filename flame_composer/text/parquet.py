@@ -1,0 +1,97 @@
+"""Parquet files: opened so that what is damaged shows, and the texts of their row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.storage import files as storage
+from flame_composer.text.jsonl import columns
+from flame_composer.text.unpacking import reading, reason
+
+BATCH_ROWS, BATCH_BYTES = 256, 32 << 20  # that are unpacked at a time, fewer rows where they are long
+
+
+def open_parquet(path: str, version: str | None = None) -> Any:
+    """Return a pyarrow ParquetFile, local or in an object store, whose pages' checksums are checked where it has any."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file: Any = path
+        if storage.is_url(path):
+            file = reading(path, lambda path: storage.open_file(path, version, block_size=0))
+        return reading(path, lambda _: parquet.ParquetFile(file, page_checksum_verification=True))
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file: {reason(error)}; fetch the file again") from None
+
+
+def read_texts(
+    path: str,
+    version: str | None,
+    groups: range,
+    text_column: str,
+    on_damage: Callable[[DataError], None],
+) -> Iterator[tuple[int, str]]:
+    """Yield the texts in these row groups, and their rows, counted from 1 in the whole file.
+
+    A row without text goes to `on_damage`. Raise DataError for a file that is damaged or has no such column of strings.
+    """
+    file = open_parquet(path, version)
+    num_rows = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
+    if not any(num_rows[groups.start :]):
+        return  # an empty part has whatever types its writer took for nothing
+    _check_column(path, file.schema_arrow, text_column)
+    row = sum(num_rows[: groups.start])
+    for value in _values(path, file, groups, text_column, row):
+        row += 1
+        place = f"{path}: row {row}: column '{text_column}'"
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError as error:
+            on_damage(DataError(f"{place} is not valid UTF-8 at byte {error.start}; mend or remove the row"))
+            continue
+        if text is None:
+            on_damage(DataError(f"{place} must be a string, not null; mend or remove the row"))
+            continue
+        yield row, text
+
+
+def _check_column(path: str, schema: Any, text_column: str) -> None:
+    import pyarrow as pa
+
+    found = schema.get_all_field_indices(text_column)
+    if not found:
+        raise DataError(f"{path}: no column '{text_column}'; {columns(schema.names)}")
+    if len(found) > 1:
+        raise ConfigError(
+            f"source: {path}: has {len(found)} columns named '{text_column}'; write it again with a name for each, or "
+            "name another column with text_column=..."
+        )
+    kind = schema.field(found[0]).type
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    if not any(check(value_kind) for check in is_text):
+        raise DataError(
+            f"{path}: column '{text_column}' must hold strings, not {kind}; name another column with text_column=..."
+        )
+
+
+def _values(path: str, file: Any, groups: range, text_column: str, row: int) -> Iterator[Any]:
+    import pyarrow as pa
+
+    for group in groups:
+        about = file.metadata.row_group(group)
+        long = about.total_byte_size // max(about.num_rows, 1)
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(long, 1)))
+        batches = file.iter_batches(batch_size=size, row_groups=[group], columns=[text_column])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError, MemoryError) as error:
+                raise DataError(f"{path}: damaged after row {row}: {reason(error)}; fetch the file again") from None
+            if batch is None:
+                break
+            row += len(batch)
+            yield from batch.column(text_column)

@@ -1,0 +1,177 @@
+"""The files of a corpus: which ones a source names, in what order, and the slices they are read in."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import glob
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.storage import files as storage
+from flame_composer.text import hub
+from flame_composer.text.formats import COMPRESSIONS, FORMATS, FOUND, Format, detect
+from flame_composer.text.parquet import open_parquet
+from flame_composer.text.unpacking import Compression, reading
+
+log = logging.getLogger(__name__)
+
+# What Hadoop and Spark leave beside the parts of a table, and folders of parts that were never committed.
+MARKS = re.compile(r"_SUCCESS|_(committed|started)_\d+|_(common_)?metadata|.*\.crc")
+UNCOMMITTED = "_temporary"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of one input file.
+
+    `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row groups in Parquet
+    shards in a dataset, and the whole file, 0 and its size, in plain text and where it is compressed. `num_bytes` is its
+    share of the file's size. `version` is that of a file in an object store, such as its ETag.
+    """
+
+    path: str
+    format: Format
+    start: int
+    end: int
+    num_bytes: int
+    version: str | None = None
+    compression: Compression | None = None
+
+
+def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
+    """The files that `sources` (files, folders, globs, also as URLs) name, each once: in the order of the sources, sorted
+    by path within each.
+
+    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix (`FOUND`) if there
+    are none; names that begin with a dot are left out. A glob takes what it matches, whatever its suffix, but for the
+    marks of Hadoop and Spark (`_SUCCESS`, `.crc`), which folders are searched without as well. A file is taken as it is.
+
+    Raises ConfigError for a source that is missing or in which there is nothing to read.
+    """
+    wanted = tuple(suffixes) or FOUND
+    named = ", ".join(suffixes or FORMATS) + ("" if suffixes else f" (or compressed, {', '.join(COMPRESSIONS)})")
+    files: dict[str, None] = {}
+    for source in sources:
+        is_folder = os.path.isdir(source)
+        if storage.is_url(source):
+            found, is_folder = _find_remote(source, wanted)
+        elif is_folder:
+            found = _walk(source, wanted)
+        elif os.path.exists(source):
+            found = [source]
+        elif glob.has_magic(source):
+            found = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
+            found = [path for path in found if _is_input(path, source)]
+        else:
+            found = []
+        if not found and is_folder:
+            raise ConfigError(
+                f"source: {source}: this folder holds no file ending in {named}; name the endings to take with "
+                f"suffixes=[{'...' if suffixes else _endings(source)}]"
+            )
+        if not found and glob.has_magic(source):
+            raise ConfigError(f"source: {source}: no file matches this pattern")
+        if not found:
+            may_be_id = re.fullmatch(r"[\w-]+/[\w.-]+", source)
+            hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
+            raise ConfigError(f"source: {source}: no such file or folder{hint}")
+        files.update(dict.fromkeys(sorted(found if storage.is_url(source) else map(os.path.normpath, found))))
+    return list(files)
+
+
+def _find_remote(source: str, suffixes: tuple[str, ...]) -> tuple[list[str], bool]:
+    """The files, and whether `source` is a folder."""
+    if storage.stat(source) is not None:
+        return [source], False
+    if glob.has_magic(source):
+        found = storage.glob(source)  # in which `*` stands for a leading dot too
+        return [path for path in found if ("/." in source or "/." not in path) and _is_input(path, source)], False
+    names = list(storage.find(source))
+    taken = [name for name in names if name.endswith(suffixes) and _is_visible(name) and _is_input(name)]
+    return [storage.join(source, name) for name in taken], bool(names)
+
+
+def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    paths: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != UNCOMMITTED]
+        taken = (name for name in names if name.endswith(suffixes) and _is_visible(name) and _is_input(name))
+        paths += [os.path.join(parent, name) for name in taken]
+    return paths
+
+
+def _is_visible(path: str) -> bool:
+    return not any(part.startswith(".") for part in path.split("/"))
+
+
+def _is_input(path: str, pattern: str = "") -> bool:
+    *folders, name = path.split("/")
+    return (UNCOMMITTED not in folders or UNCOMMITTED in pattern) and not MARKS.fullmatch(name)
+
+
+def _endings(source: str) -> str:
+    """Return an example of suffixes for a folder in which nothing was found: those that its files have most."""
+    names = filter(_is_visible, storage.find(source)) if storage.is_url(source) else _walk(source, ("",))
+    endings = Counter(suffix for name in names if (suffix := Path(name).suffix))
+    return ",".join(ending for ending, _ in endings.most_common(3)) or "..."
+
+
+def slice_file(path: str, max_bytes: int) -> list[Slice]:
+    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet; any other file whole.
+
+    Of a dataset (`hub.address`), each shard; their sizes are not known, and taken for `max_bytes`.
+    """
+    return _slices(path, max_bytes)[0]
+
+
+def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
+    """Return as well what there is to doubt in what the file is read as."""
+    if hub.is_dataset(path):
+        num_shards = hub.open_dataset(path).num_shards
+        return [Slice(path, "dataset", shard, shard + 1, max_bytes) for shard in range(num_shards)], ""
+    stat = reading(path, storage.stat)
+    if stat is None:
+        raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+    size, version = stat.size, stat.version
+    kind, compression, doubt = detect(path, size)
+    if kind == "jsonl" and compression is None:
+        starts = range(0, size, max_bytes)
+        sizes = [min(max_bytes, size - start) for start in starts]
+        return [Slice(path, kind, start, start + n, n, version) for start, n in zip(starts, sizes, strict=True)], doubt
+    if kind == "parquet":
+        metadata = open_parquet(path, version).metadata
+        parts: list[Slice] = []
+        start = num_bytes = 0
+        for group in range(metadata.num_row_groups):
+            num_bytes += metadata.row_group(group).total_byte_size
+            if num_bytes >= max_bytes or group + 1 == metadata.num_row_groups:
+                parts.append(Slice(path, kind, start, group + 1, num_bytes, version))
+                start, num_bytes = group + 1, 0
+        return parts, doubt
+    return [Slice(path, kind, 0, size, size, version, compression)], doubt
+
+
+def slice_files(files: Sequence[str], max_bytes: int) -> list[Slice]:
+    """The slices of each file in order; many files at a time are looked at if they are in an object store.
+
+    Where the names and the bytes of files disagree, a line of the log says so.
+    """
+    slices = functools.partial(_slices, max_bytes=max_bytes)
+    each = storage.each(slices, files) if any(map(storage.is_url, files)) else map(slices, files)
+    found: list[Slice] = []
+    doubts: dict[str, list[str]] = {}
+    for path, (parts, doubt) in zip(files, each, strict=True):
+        found += parts
+        if doubt:
+            doubts.setdefault(doubt, []).append(path)
+    for doubt, (first, *others) in doubts.items():
+        more = f" (and {len(others)} more like it)" if others else ""
+        log.warning("warning: %s%s: %s", first, more, doubt)
+    return found

@@ -1,0 +1,355 @@
+"""Tokenizers: loading, identity and the fast encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.text import long_texts
+from flame_composer.text.tokenizer_files import FILES, check_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MARK = "flame_composer"  # what we keep in tokenizer_config.json
+_ORIGINALS = "tokenizer_json"  # of the mark: what was changed in tokenizer.json, as it was
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
+_PANIC = "PanicException"  # of tokenizers, where it gives up; not an Exception
+Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizerFingerprint:
+    """What makes two tokenizers the same: `sha256` of the serialised form, and what depends on the settings around it.
+
+    `vocab_size` counts the ids from 0 to the largest one, so it is the smallest embedding that holds every token.
+    """
+
+    sha256: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class BareTokenizer:
+    """All that an encoder needs of a tokenizer: fit to be sent to a process, which then need not import transformers."""
+
+    serialized: str
+    split_special_tokens: bool
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+def bare(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> BareTokenizer:
+    if isinstance(tokenizer, BareTokenizer):
+        return tokenizer
+    return BareTokenizer(
+        serialized=tokenizer.backend_tokenizer.to_str(),
+        split_special_tokens=tokenizer.split_special_tokens,
+        vocab_size=vocab_size_of(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def import_transformers_without_torch() -> None:
+    """For a process that runs no model: torch would take seconds and hundreds of MB. Too late if transformers is there."""
+    settings = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # transformers reads them when it is imported
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        import transformers  # noqa: F401
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer in a Hugging Face folder or under a hub id; code that comes with it is never run.
+
+    Raises ConfigError if there is none, or only one without a fast (Rust) form.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    is_folder = os.path.isdir(path_or_id)
+    if not is_folder and not may_be_hub_id(path_or_id):
+        raise ConfigError(f"tokenizer: {path_or_id}: no such folder; give a Hugging Face tokenizer folder or hub id")
+    if is_folder and not any(name.startswith(("token", "vocab")) for name in os.listdir(path_or_id)):
+        raise ConfigError(f"tokenizer: {path_or_id}: holds no tokenizer (tokenizer.json); give the folder or id of one")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        folder = path_or_id if is_folder else snapshot_download(path_or_id, allow_patterns=[*FILES, "config.json"])
+        check_folder(folder, path_or_id)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.name_or_path = path_or_id
+    except ConfigError:
+        raise
+    except BaseException as error:  # whatever a damaged folder makes transformers or tokenizers raise
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
+        raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"tokenizer: {path_or_id}: {type(tokenizer).__name__} has no fast form; "
+            "convert it to one that has a tokenizer.json"
+        )
+    _make_steady(tokenizer, path_or_id)
+    return tokenizer
+
+
+def _make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
+    """Switch off what makes the tokens of a text depend on chance or on other texts, and say so.
+
+    Of the settings that tokenizers knows, only BPE's dropout draws random numbers, unless it is 1:
+    then all merges are left out, always.
+    """
+    backend = tokenizer.backend_tokenizer
+    found = []
+    dropout = getattr(backend.model, "dropout", None)
+    if dropout is not None and 0 < dropout < 1:
+        found.append("dropout of merges (BPE: other tokens for the same text each time)")
+        keep_original(tokenizer, "dropout", json.loads(backend.to_str())["model"]["dropout"])
+        backend.model.dropout = None
+    if backend.truncation is not None:
+        found.append(f"truncation to {backend.truncation['max_length']} tokens")
+        backend.no_truncation()
+    if backend.padding is not None:
+        found.append("padding")
+        backend.no_padding()
+    if found and os.environ.get("RANK", "0") == "0":
+        verb = "are" if len(found) > 1 else "is"
+        log.warning(
+            "warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off here",
+            place, " and ".join(found), verb,
+        )  # fmt: skip
+
+
+def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what this package has kept in the tokenizer's configuration.
+
+    It may come from elsewhere and is not to be trusted.
+    """
+    mark = tokenizer.init_kwargs.get(MARK)
+    return mark if isinstance(mark, dict) else {}
+
+
+def keep_original(
+    tokenizer: PreTrainedTokenizerFast, name: Literal["post_processor", "dropout"], value: Any
+) -> None:
+    """Keep what tokenizer.json has under `name`, which is about to be changed.
+
+    If that was done before, the first one stays. With it the fingerprint stays what it was, so that
+    datasets know the tokenizer they were made with.
+    """
+    mark = mark_of(tokenizer)
+    tokenizer.init_kwargs[MARK] = {**mark, _ORIGINALS: {name: value, **_originals(mark)}}
+
+
+def _originals(mark: dict[str, Any]) -> dict[str, Any]:
+    originals = mark.get(_ORIGINALS)
+    return originals if isinstance(originals, dict) else {}
+
+
+def may_be_hub_id(path_or_id: str) -> bool:
+    """Whether a name that is no folder can be meant for the Hugging Face hub, rather than a mistyped path.
+
+    A path is not looked up there: with no network that takes a minute of retries before it says what was clear at once.
+    """
+    first, *rest = path_or_id.split("/")
+    is_path = first in ("", ".", "..", "~") or (rest and os.path.isdir(first)) or os.path.exists(path_or_id)
+    return len(rest) <= 1 and not is_path
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
+    """Return what is the same for every copy of a tokenizer, re-saved ones included.
+
+    Truncation and padding play no part. Nor do a template and a dropout that were changed here: the
+    ones that the tokenizer came with count (see `keep_original`).
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    originals = _originals(mark_of(tokenizer))
+    for name, part in (("post_processor", state), ("dropout", state["model"])):
+        if name in originals:
+            part[name] = originals[name]
+    # Older releases of tokenizers write a merge as "a b", newer ones as ["a", "b"].
+    merges = state["model"].get("merges")
+    if merges:
+        state["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    canonical = json.dumps(state, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return TokenizerFingerprint(
+        sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        vocab_size=vocab_size_of(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64] | None:
+    """How many bytes of UTF-8 each token id stands for; none for special tokens, which are no text.
+
+    Of a byte-level tokenizer, and of SentencePiece's kind (which may have put a space before each document, a byte here).
+    None for one whose tokens do not add up to the text, such as WordPiece's.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoder = state["decoder"] or {"type": None}
+    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
+    sizes = np.zeros(vocab_size_of(tokenizer), np.int64)
+    for token, id in tokenizer.get_vocab().items():
+        if "ByteLevel" in kinds:
+            sizes[id] = len(token)  # a character for every byte
+        elif kinds & {"ByteFallback", "Metaspace"}:
+            sizes[id] = 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+        else:
+            return None
+    for token in state["added_tokens"]:
+        if not _BYTE.fullmatch(token["content"]):  # which some have as special tokens
+            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+    sizes[tokenizer.all_special_ids] = 0
+    return sizes
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds every token id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool) -> Encoder:
+    """A function from texts to their tokens, end to end, and the number of tokens of each text.
+
+    A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text, add_special_tokens=False).input_ids`,
+    then `[eos]` if `add_eos`. So these two flags alone say which special tokens are added, whatever the tokenizer's own
+    template; with the flags that mirror the template it equals `tokenizer(text)`. Truncation never applies. A long text is
+    encoded in pieces where that is exact (`long_texts`), so that memory does not go by its length.
+
+    Raises ConfigError if a token that is to be added does not exist.
+    """
+    tokenizer = bare(tokenizer)
+    before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
+    backend = plain_copy(tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    may_cut = long_texts.can_be_cut(tokenizer.serialized)
+
+    def ids_of(texts: Sequence[str]) -> list[Sequence[int]]:
+        with explained_failure():
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    (line_break,) = ids_of(["\n"])
+
+    def ids_in_pieces(text: str) -> Sequence[int]:
+        first, *others = long_texts.cut(text)
+        ids = [np.array(ids_of([first])[0], dtype)]
+        for piece in others:
+            (of_piece,) = ids_of([f"\n{piece}"])  # after what stands before it: no space is put there
+            assert of_piece[: len(line_break)] == line_break, piece[:40]
+            ids.append(np.array(of_piece[len(line_break) :], dtype))
+        return np.concatenate(ids)  # type: ignore[return-value]
+
+    def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        is_long = [may_cut and len(text) > 2 * long_texts.PIECE for text in texts]
+        short = iter(ids_of([text for text, long in zip(texts, is_long, strict=True) if not long]))
+        ids = [ids_in_pieces(text) if long else next(short) for text, long in zip(texts, is_long, strict=True)]
+        parts = ids if not (before or after) else itertools.chain.from_iterable((before, each, after) for each in ids)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(before) + len(after)
+        return np.fromiter(itertools.chain.from_iterable(parts), dtype, int(lengths.sum())), lengths
+
+    return encode
+
+
+def require_ends(
+    tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
+) -> tuple[list[int], list[int]]:
+    """What is to be put before and after every document. Raises ConfigError if such a token does not exist."""
+    ends: list[int | None] = [tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id if add_eos else None]
+    for wanted, end, name in zip((add_bos, add_eos), ends, ("bos", "eos"), strict=True):
+        if wanted and end is None:
+            raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
+    before, after = ([] if end is None else [end] for end in ends)
+    return before, after
+
+
+@contextlib.contextmanager
+def explained_failure() -> Iterator[None]:
+    """Raise DataError where tokenizers gives up on a text, as it does when a regular expression takes too many steps.
+
+    What it raises then is not an Exception, so it would pass by everything that catches one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != _PANIC:
+            raise
+        raise DataError(f"the tokenizer gives up on a text: {' '.join(str(error).split())[:200]}; take another tokenizer, or "
+                        "leave that text out") from None
+
+
+def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
+    """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the text recognised."""
+    from tokenizers import Tokenizer
+
+    tokenizer = bare(tokenizer)
+    try:
+        backend = Tokenizer.from_str(tokenizer.serialized)
+    except Exception as error:  # tokenizers cannot read all that it writes: of ids with gaps it leaves some out
+        raise ConfigError(f"tokenizer: cannot be copied: {one_line(error)}; give one whose ids are without gaps") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int, eos_token: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (every byte is a token, so no text is unknown to it) learnt from an iterable of texts.
+
+    The same texts in the same order give the same tokenizer. `eos_token` is id 0, and bos and pad as well.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[eos_token],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos_token,
+        bos_token=eos_token,
+        pad_token=eos_token,
+        clean_up_tokenization_spaces=False,
+    )

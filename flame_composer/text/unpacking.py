@@ -1,0 +1,168 @@
+"""Input files opened for reading, unpacked where they are compressed: every stream of them whole, or an error."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal, TypeVar, cast
+
+from flame_composer.config.rules import DataError
+from flame_composer.storage import files as storage
+
+Compression = Literal["gzip", "zstd", "bz2", "xz"]
+T = TypeVar("T")
+
+BLOCK = 1 << 20  # bytes read or unpacked at a time
+XZ_MEMORY = 1 << 30  # bytes; `xz -9` needs 64 MiB, and a header can ask for 4 GiB
+
+
+class Streams(io.RawIOBase):
+    """The content of a file of one or several compressed streams, one behind the other.
+
+    Python's own readers of bz2 and xz take a stream that does not begin as it should for the end of the file. Here it
+    is an error (OSError, LZMAError), and so is a file that ends within a stream or has none (EOFError). `xz` files may
+    have zero bytes behind a stream, a multiple of four.
+    """
+
+    def __init__(self, file: BinaryIO, compression: Literal["bz2", "xz"]):
+        super().__init__()
+        self.file, self.is_xz = file, compression == "xz"
+        self.input = b""
+        self.num_streams = 0
+        self.stream: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self.stream is not None or self._begin_stream():
+            data = self.stream.decompress(self._input_for_stream(), len(buffer))
+            if self.stream.eof:
+                self.input, self.stream = self.stream.unused_data, None
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+        return 0
+
+    def _input_for_stream(self) -> bytes:
+        if not self.stream.needs_input:
+            return b""
+        block, self.input = self.input or self.file.read(BLOCK), b""
+        if not block:
+            raise EOFError("it ends in the middle of a stream")
+        return block
+
+    def _begin_stream(self) -> bool:
+        """Return False at the end of the file."""
+        padding = 0
+        self.input = self.input or self.file.read(BLOCK)
+        while self.is_xz and self.num_streams and self.input.startswith(b"\0"):
+            rest = self.input.lstrip(b"\0")
+            padding += len(self.input) - len(rest)
+            self.input = rest or self.file.read(BLOCK)
+        if padding % 4:
+            raise lzma.LZMAError(f"{padding} zero bytes behind a stream, which must be a multiple of four")
+        if not self.input:
+            if not self.num_streams:
+                raise EOFError("it is empty")
+            return False
+        if self.is_xz:
+            # Old .lzma files are taken too, but nothing can follow in them.
+            kind = lzma.FORMAT_XZ if self.num_streams else lzma.FORMAT_AUTO
+            self.stream = lzma.LZMADecompressor(kind, memlimit=XZ_MEMORY)
+        else:
+            self.stream = bz2.BZ2Decompressor()
+        self.num_streams += 1
+        return True
+
+
+@contextmanager
+def open_input(
+    path: str, compression: Compression | None, version: str | None = None, block_size: int = 8 << 20
+) -> Iterator[BinaryIO]:
+    """Open the content of a file, local or in an object store, unpacked; see `storage.open_file`.
+
+    Raise DataError that names `path` where the file cannot be opened, or turns out damaged while the body reads it.
+    """
+    with _explained(path, compression), storage.open_file(path, version, block_size) as file:
+        if compression is None:
+            yield file
+            return
+        with _unpacked(file, compression) as unpacked:
+            yield unpacked
+
+
+def _unpacked(file: Any, compression: Compression) -> BinaryIO:
+    if not file.peek(1):
+        raise EOFError("it is empty")
+    if compression == "gzip":
+        return cast(BinaryIO, gzip.open(file))
+    if compression == "zstd":
+        from pyarrow import input_stream
+
+        return cast(BinaryIO, io.BufferedReader(input_stream(file, compression="zstd"), BLOCK))
+    return cast(BinaryIO, io.BufferedReader(Streams(file, compression), BLOCK))
+
+
+@contextmanager
+def _explained(path: str, compression: Compression | None) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if compression is None or getattr(error, "errno", None) is not None:
+            raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+        if "Memory usage limit" in str(error) or "too much memory" in str(error):
+            raise DataError(
+                f"{path}: needs too much memory to be unpacked (a dictionary of more than 1 GiB in xz, a window of more "
+                "than 128 MiB in zstd, as --long makes it); pack it again with a smaller one"
+            ) from None
+        raise DataError(f"{path}: damaged: {reason(error)}; fetch the file again") from None
+
+
+def reading(path: str, read: Callable[[str], T]) -> T:
+    """Return what `read` makes of `path`. Raise DataError that names it where that raises OSError."""
+    try:
+        return read(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what others' exceptions say."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def skip_line(file: BinaryIO, most: int | None = None) -> int:
+    """Read on to the end of a line, in pieces. Return the number of bytes read.
+
+    With `most`, stop when so many bytes, or some more, were read and the line still goes on.
+    """
+    length = 0
+    while most is None or length < most:
+        piece = file.readline(BLOCK)
+        length += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            break
+    return length
+
+
+def line_at(path: str, position: int, compression: Compression | None = None) -> int:
+    """Return the number, from 1, of the line that starts at byte `position` of the unpacked file."""
+    line = 1
+    with open_input(path, compression) as file:
+        while position > 0:
+            block = file.read(min(position, BLOCK))
+            line += block.count(b"\n")
+            position -= len(block)
+    return line

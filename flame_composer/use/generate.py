@@ -1,0 +1,214 @@
+"""Text that a model writes: prompts to batches, the sampling, and tokens back to text as they come."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from flame_composer.checkpoint.save import special_tokens
+from flame_composer.config.rules import ConfigError, DataError, is_text
+from flame_composer.config.use import GenerateConfig
+from flame_composer.model.causal_lm import quiet
+from flame_composer.text.ends import encode_prompt
+from flame_composer.text.tokenizer import explained_failure
+
+log = logging.getLogger(__name__)
+
+
+def build_sampling(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Repetition penalty and stop strings are left to `continue_prompts`."""
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    return GenerationConfig(max_new_tokens=config.max_new_tokens, **special_tokens(tokenizer), **sampling)
+
+
+def continue_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: GenerationConfig, *,
+    repetition_penalty: float = 1.0, stop: Sequence[str] = (), show: Callable[[str], Any] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, up to the token that completes a text of `stop`; `show`, for a single one,
+    is called with each piece of it as it comes.
+
+    The prompts of a batch do not see one another: what is written greedily does not depend on the others, nor on how far
+    theirs are longer. A model of linear attention carries a state of fixed size from token to token.
+    """
+    ids, mask = encode(tokenizer, prompts)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] > limit:
+        log.warning("warning: a prompt of %s tokens, where the model was trained on rows of %s: what it writes may be worse",
+                    f"{ids.shape[1]:,}", f"{limit:,}")
+    processors = LogitsProcessorList([RequireNumbers()])
+    if repetition_penalty != 1.0:
+        processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
+    read = [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
+    pieces = [Pieces(tokenizer, row) for row in read]
+    criteria = StoppingCriteriaList([StopTexts(tokenizer, read, stop)] if stop else [])
+    streamer = None if show is None else Streamer(pieces[0], show)
+    with torch.inference_mode(), quiet():
+        written = cast(Any, model).generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling,
+            logits_processor=processors, stopping_criteria=criteria, streamer=streamer, use_model_defaults=False,
+        )
+    if streamer is not None:
+        return ["".join(streamer.shown)]
+    return ["".join(map(piece.add, row[ids.shape[1] :].tolist())) for piece, row in zip(pieces, written, strict=True)]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask [B, T], filled up on the left.
+
+    Each prompt begins as documents did in training; special tokens that are written in it are
+    those. An empty one is the token that a document starts after.
+    """
+    with explained_failure():
+        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    length = max(map(len, rows))
+    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # masked: any will do if there is none
+    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+class RequireNumbers(LogitsProcessor):
+    """Ends generation when a model's scores are no numbers, of which neither sampling nor a maximum makes sense."""
+
+    def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if (torch.isnan(scores) | torch.isposinf(scores)).any():
+            raise DataError("the model's scores for the next token are not numbers: its weights are damaged, or of a training "
+                            "that diverged; take an earlier checkpoint")
+        return scores
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """transformers', which takes what a shorter prompt is filled up with for text: often the token that ends it."""
+
+    def __init__(self, penalty: float, padding: torch.Tensor):
+        """`padding` tokens [B] stand before each prompt."""
+        self.plain = RepetitionPenaltyLogitsProcessor(penalty)
+        self.padding = padding
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        is_padding = torch.arange(input_ids.shape[1]) < self.padding[:, None]
+        text = torch.where(is_padding.to(input_ids.device), input_ids[:, -1:], input_ids)
+        return self.plain(text, scores)  # type: ignore[arg-type]
+
+
+class Pieces:
+    """Text of tokens as they come, each character when it is whole, spaces as they are after what came before."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: list[int], *, skip_special_tokens: bool = True):
+        self.backend = tokenizer.backend_tokenizer
+        self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.prompt = "".join(map(self.add, prompt))
+
+    def add(self, token: int) -> str:
+        return self.stream.step(self.backend, token) or ""
+
+
+class StopTexts(StoppingCriteria):
+    """Ends each row when one of `texts` is complete in it. transformers' own cannot find what single tokens are not whole
+    parts of: characters of several tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], texts: Sequence[str]):
+        self.pieces = [Pieces(tokenizer, prompt, skip_special_tokens=False) for prompt in prompts]
+        self.rows = [piece.prompt for piece in self.pieces]
+        self.texts = texts
+
+    def __call__(self, input_ids: torch.LongTensor, *_: Any, **__: Any) -> torch.BoolTensor:
+        done = []
+        for row, (piece, token) in enumerate(zip(self.pieces, input_ids[:, -1].tolist(), strict=True)):
+            self.rows[row] += piece.add(token)
+            # One that begins in the prompt counts, but not one that is all in it.
+            starts = [max(0, len(piece.prompt) - len(text) + 1) for text in self.texts]
+            done.append(any(text in self.rows[row][start:] for text, start in zip(self.texts, starts, strict=True)))
+        return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
+
+
+class Streamer(BaseStreamer):
+    """Shows what `generate` writes, without the prompt, which it is given first."""
+
+    def __init__(self, pieces: Pieces, show: Callable[[str], Any]):
+        self.pieces, self.show = pieces, show
+        self.shown: list[str] = []
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            for token in value.flatten().tolist():
+                self.shown.append(self.pieces.add(token))
+                self.show(self.shown[-1])
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.is_prompt = True
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file. Raises ConfigError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError, MemoryError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        if isinstance(error, MemoryError):
+            reason = "does not fit into memory"
+        raise ConfigError(f"prompts={path}: cannot be read: {reason}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not path.endswith(".jsonl"):
+            prompts.append(line.removesuffix("\r"))
+            continue
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ConfigError(f"prompts={path}: line {number} must be JSON like {{\"prompt\": \"text\"}}") from None
+        if not isinstance(prompts[-1], str):
+            raise ConfigError(f"prompts={path}: line {number}: prompt must be a string")
+        if not is_text(prompts[-1]):
+            raise ConfigError(f"prompts={path}: line {number}: prompt holds half a surrogate pair, which is no text")
+    if not prompts:
+        raise ConfigError(f"prompts={path}: holds no prompt")
+    return prompts
+
+
+def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(prompts)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def asked() -> Iterator[str]:
+    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D). Raises ConfigError."""
+    if sys.stdin is None:  # closed
+        raise ConfigError("there is no standard input to read prompts from; set prompt=... or prompts=FILE")
+    for number in itertools.count(1):
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            line = "\udcff"
+        if not is_text(line):
+            raise ConfigError(f"standard input: line {number} or one soon after it is not UTF-8")
+        yield line.removeprefix("\ufeff") if number == 1 else line
