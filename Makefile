@@ -12,7 +12,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make test-keys   see every key's test fail while the key is forgotten (tests/keys.json)"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff (rules and format) and mypy"
 	@echo "make bench       time training, data, start-up, checkpoints, decoding and conversion, each against another"
 	@echo "make docs        write docs/configuration.md from the code"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
@@ -41,6 +41,7 @@ test-keys: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 docs: setup

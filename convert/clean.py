@@ -1,4 +1,5 @@
-"""Remove duplicates and documents that are no use to train on: python convert/clean.py source=DIR out=DIR [key=value ...]
+"""Remove duplicates and documents that are no use to train on: python convert/clean.py source=DIR
+out=DIR [key=value ...]
 
 A cleaning that was interrupted goes on where it stopped when the same command is given again.
 """
@@ -31,8 +32,12 @@ def main(config: CleanConfig) -> None:
         from flame_composer.cleaning import stages as cleaning
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
-        raise ConfigError(f"{package} is not installed; pip install 'flame-composer[clean]'") from None
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MEANS}
+        raise ConfigError(
+            f"{package} is not installed; pip install 'flame-composer[clean]'"
+        ) from None
+    settings = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in MEANS
+    }
     if config.language is not None:
         settings["language"]["model_hash"] = cleaning.check_model(config.language)
     if config.split is None:
@@ -42,7 +47,9 @@ def main(config: CleanConfig) -> None:
     units = plan_units(files, config.unit_size)
     executors.check_number(len(units))
     versions = cleaning.versions()
-    names = {"out": config.out} | ({} if config.removed_out is None else {"removed_out": config.removed_out})
+    names = {"out": config.out} | (
+        {} if config.removed_out is None else {"removed_out": config.removed_out}
+    )
     folders = {key: PartsFolder(key, out, settings, versions, units) for key, out in names.items()}
     folder, removed = folders["out"], folders.get("removed_out")
 
@@ -59,7 +66,9 @@ def main(config: CleanConfig) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(f"out: {config.out}: another process is at work in this folder; wait for it to end") from None
+        raise ConfigError(
+            f"out: {config.out}: another process is at work in this folder; wait for it to end"
+        ) from None
     with lock, tqdm(unit=" tasks", disable=None) as bar:
 
         def on_progress(stage: str, done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """Turn a Llama or Mistral checkpoint into a GLA model to go on training from.
 
-python convert/from_llama.py model=mistralai/Mistral-7B-v0.1 config=yamls/gla_7b_continual.yaml out=runs/gla_7b_continual/start
+python convert/from_llama.py model=mistralai/Mistral-7B-v0.1 config=yamls/gla_7b_continual.yaml
+out=runs/gla_7b_continual/start
 """
 
 import json
@@ -33,15 +34,34 @@ def main(config: FromLlamaConfig) -> None:
     print(*transplant.describe(plan), sep="\n", flush=True)
 
     num_bytes = sum(entry.shape.numel() * entry.dtype.itemsize for entry in plan if entry.target)
-    with new_folder(out) as folder, tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    with (
+        new_folder(out) as folder,
+        tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None) as bar,
+    ):
         limit = config.max_shard_size
-        transplant.write_weights(plan, source, model, folder, seed=config.seed, max_shard_size=limit, on_progress=bar.update)
+        transplant.write_weights(
+            plan,
+            source,
+            model,
+            folder,
+            seed=config.seed,
+            max_shard_size=limit,
+            on_progress=bar.update,
+        )
         for part in (model.config, generation, tokenizer):
             part.save_pretrained(folder)
     tensors = Counter(entry.fate for entry in plan)
     parameters = sum(entry.shape.numel() for entry in plan if entry.target)
     print(f"{config.model} -> {out}: {parameters:,} parameters; train with model.pretrained={out}")
-    print(json.dumps({"out": str(out), "parameters": parameters, **{fate: tensors[fate] for fate in transplant.FATES}}))
+    print(
+        json.dumps(
+            {
+                "out": str(out),
+                "parameters": parameters,
+                **{fate: tensors[fate] for fate in transplant.FATES},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

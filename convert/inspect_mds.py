@@ -1,4 +1,6 @@
-"""See what a dataset holds, and whether it is whole: python convert/inspect_mds.py data=DIR [tokenizer=DIR] [verify=true]"""
+"""See what a dataset holds, and whether it is whole: python convert/inspect_mds.py data=DIR
+[tokenizer=DIR] [verify=true]
+"""
 
 from __future__ import annotations
 
@@ -14,28 +16,41 @@ from flame_composer.config.cli import run
 from flame_composer.config.convert import InspectConfig
 from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset import report
-from flame_composer.dataset.survey import check_tokenizer, choose_shards, open_dataset, spread, survey
+from flame_composer.dataset.survey import (
+    check_tokenizer,
+    choose_shards,
+    open_dataset,
+    spread,
+    survey,
+)
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 
 
 def main(config: InspectConfig) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends quietly
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show every character shows the others
+    # A terminal that cannot show every character shows the others
+    sys.stdout.reconfigure(errors="replace")
     if config.plot is not None and not Path(config.plot).parent.is_dir():
-        raise ConfigError(f"plot: {config.plot}: its folder does not exist; make it or name another")
+        raise ConfigError(
+            f"plot: {config.plot}: its folder does not exist; make it or name another"
+        )
 
     dataset = open_dataset(config.data)
     totals = dataset.manifest.totals
     for number in config.row_numbers:
         if number >= totals.rows:
-            raise ConfigError(f"row_numbers: {number}: {config.data} has rows 0 to {totals.rows - 1}")
+            raise ConfigError(
+                f"row_numbers: {number}: {config.data} has rows 0 to {totals.rows - 1}"
+            )
     rows = config.row_numbers or spread(config.rows, totals.rows)
 
     decode = None
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         check_tokenizer(dataset, fingerprint(tokenizer), config.tokenizer)
-        decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decode = partial(
+            tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     show(report.describe(dataset, config.tokenizer))
     show(report.ledger_table(dataset))
@@ -48,7 +63,9 @@ def main(config: InspectConfig) -> None:
         def on_bad(name: str, problem: str) -> None:
             tqdm.write(f"bad shard: {report.visible(name)}: {problem}", file=sys.stderr)
 
-        found = survey(dataset, shards, rows=rows, hash=config.verify, on_progress=bar.update, on_bad=on_bad)
+        found = survey(
+            dataset, shards, rows=rows, hash=config.verify, on_progress=bar.update, on_bad=on_bad
+        )
 
     if found.num_read:
         show(report.histograms(dataset, found))
@@ -60,8 +77,10 @@ def main(config: InspectConfig) -> None:
     show([report.verdict(dataset, found)])
     print(json.dumps(report.summary(dataset, found)), flush=True)
     if found.bad:
-        raise DataError(f"{config.data}: {report.verdict(dataset, found)}; restore what is bad from a copy, or delete the "
-                        "dataset and convert again")
+        raise DataError(
+            f"{config.data}: {report.verdict(dataset, found)}; restore what is bad from a copy, or"
+            " delete the dataset and convert again"
+        )
 
 
 def show(lines: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""Turn a training checkpoint into a Hugging Face folder: config, safetensors, tokenizer, generation config, model card.
+"""Turn a training checkpoint into a Hugging Face folder: config, safetensors, tokenizer, generation
+config, model card.
 
 python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/hf
 """
@@ -34,15 +35,27 @@ def main(config: ToHfConfig) -> None:
         )
         run_config = publish.read_run_config(checkpoint)
         card = publish.model_card(
-            model, content, run_config, dtype=config.dtype, name=out.name, which=config.weights,
+            model,
+            content,
+            run_config,
+            dtype=config.dtype,
+            name=out.name,
+            which=config.weights,
             tokenization=describe_start(tokenizer, config.add_bos),
         )
-    save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card)
-    print(f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as {config.dtype}")
+    save_hf_folder(
+        model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card
+    )
+    print(
+        f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as"
+        f" {config.dtype}"
+    )
     print("load it with: from flame_composer import cpu; cpu.enable()")
     print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")
     if config.push_to_hub is not None:
-        print(f"uploaded: {publish.push_folder(out, config.push_to_hub, private=config.hub_private)}")
+        print(
+            f"uploaded: {publish.push_folder(out, config.push_to_hub, private=config.hub_private)}"
+        )
 
 
 if __name__ == "__main__":

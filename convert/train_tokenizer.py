@@ -1,4 +1,6 @@
-"""Learn a byte-level BPE tokenizer: python convert/train_tokenizer.py source=DIR out=DIR vocab_size=4096 [key=value ...]"""
+"""Learn a byte-level BPE tokenizer: python convert/train_tokenizer.py source=DIR out=DIR
+vocab_size=4096 [key=value ...]
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,25 @@ from flame_composer.storage import files as storage
 from flame_composer.text.documents import sample_texts
 from flame_composer.text.sources import find_files
 
-SETTINGS = ("source", "suffixes", "text_column", "vocab_size", "min_frequency", "max_bytes", "eos_token")
+SETTINGS = (
+    "source",
+    "suffixes",
+    "text_column",
+    "vocab_size",
+    "min_frequency",
+    "max_bytes",
+    "eos_token",
+)
 
 
 def main(config: TokenizerTrainConfig) -> None:
     files = find_files(config.source, config.suffixes)
     settings = {name: getattr(config, name) for name in SETTINGS}
     stats = dict(zip(files, storage.each(storage.stat, files), strict=True))
-    sizes = {path: stat and ([stat.size, stat.version] if stat.version else stat.size) for path, stat in stats.items()}
+    sizes = {
+        path: stat and ([stat.size, stat.version] if stat.version else stat.size)
+        for path, stat in stats.items()
+    }
     plan = json.dumps({"settings": settings, "files": sizes}, indent=1).encode() + b"\n"
     if is_finished(Path(config.out), plan):
         print(f"{config.out}: already trained, nothing to do")
@@ -43,29 +56,42 @@ def main(config: TokenizerTrainConfig) -> None:
 
     def texts() -> Iterator[str]:
         nonlocal num_documents
-        sample = sample_texts(files, config.text_column, config.max_bytes, on_damage, config.max_document_bytes)
+        sample = sample_texts(
+            files, config.text_column, config.max_bytes, on_damage, config.max_document_bytes
+        )
         for text in tqdm(sample, unit=" documents", unit_scale=True, disable=None):
             num_documents += 1
             yield text
 
     tokenizer = train_bpe(
-        texts(), vocab_size=config.vocab_size, min_frequency=config.min_frequency, eos_token=config.eos_token
+        texts(),
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        eos_token=config.eos_token,
     )
     if num_documents == 0:
-        raise DataError(f"{', '.join(config.source)}: no documents ({num_skipped} skipped); check source and text_column")
+        raise DataError(
+            f"{', '.join(config.source)}: no documents ({num_skipped} skipped); check source and"
+            " text_column"
+        )
     save(tokenizer, Path(config.out), plan)
 
-    print(f"{config.out}: {len(tokenizer):,} tokens learnt from {num_documents:,} documents ({num_skipped:,} skipped)")
+    print(
+        f"{config.out}: {len(tokenizer):,} tokens learnt from {num_documents:,} documents"
+        f" ({num_skipped:,} skipped)"
+    )
     if len(tokenizer) < config.vocab_size:
         print(
-            f"warning: fewer than vocab_size={config.vocab_size}: no more pairs occur {config.min_frequency} times; "
-            "give more text",
+            f"warning: fewer than vocab_size={config.vocab_size}: no more pairs occur"
+            f" {config.min_frequency} times; give more text",
             file=sys.stderr,
         )
 
 
 def is_finished(out: Path, plan: bytes) -> bool:
-    """Whether `out` holds the tokenizer of this very plan. Raises ConfigError if it holds anything else."""
+    """Whether `out` holds the tokenizer of this very plan. Raises ConfigError if it holds
+    anything else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     record = out / "training.json"

@@ -1,7 +1,8 @@
-"""The one place where lines leave a process: without secrets, and without what would steer a terminal.
+"""The one place where lines leave a process: without secrets, and without what would steer a
+terminal.
 
-`clean_streams` puts it between everything that writes to stdout and stderr (prints, log lines, warnings, tracebacks,
-progress bars, libraries) and the terminal, pipe or file behind them.
+`clean_streams` puts it between everything that writes to stdout and stderr (prints, log lines,
+warnings, tracebacks, progress bars, libraries) and the terminal, pipe or file behind them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ _KEPT = "\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}"
 
 
 class Lines:
-    """A stream whose lines are cleaned as they are written; in all else it is the stream it was made of.
+    """A stream whose lines are cleaned as they are written; in all else it is the stream it was
+    made of.
 
-    A terminal that was closed, or a full disk behind a redirection, does not end hours of work: from then on
-    lines go nowhere, and `lost` says why.
+    A terminal that was closed, or a full disk behind a redirection, does not end hours of work:
+    from then on lines go nowhere, and `lost` says why.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -54,7 +56,9 @@ class Lines:
         return len(text)
 
     def clean_first(self) -> None:
-        """Clean what a library gets to see that has put a `write` of its own in place of this stream's."""
+        """Clean what a library gets to see that has put a `write` of its own in place of this
+        stream's.
+        """
         theirs = self.__dict__.pop("write", None)
         if theirs is not None:
             self.__dict__["write"] = lambda text: theirs(self._clean(text))
@@ -70,7 +74,9 @@ class Lines:
             self._lose(error)
 
     def _clean(self, text: str) -> str:
-        """Return `text` as it may be shown. Only a progress bar may go back in its line, or up to another's."""
+        """Return `text` as it may be shown. Only a progress bar may go back in its line, or up
+        to another's.
+        """
         if self._after_bar and _CURSOR_UP.fullmatch(text):
             return text
         is_bar = text.startswith("\r") and not self._in_line
@@ -86,13 +92,18 @@ class Lines:
         if self.lost is not None:
             return
         self.lost = error
-        with suppress(OSError, ValueError):  # what is left in its buffer would fail again when the process ends
+        # What is left in its buffer would fail again when the process ends
+        with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
-        if not isinstance(error, BrokenPipeError) and self.name == "stdout":  # whoever has left wants no more
-            print(f"warning: stdout: cannot be written to: {error.strerror}; the work goes on without",
-                  file=sys.stderr)
+        # Whoever has left wants no more
+        if not isinstance(error, BrokenPipeError) and self.name == "stdout":
+            print(
+                f"warning: stdout: cannot be written to: {error.strerror}; the work goes on"
+                " without",
+                file=sys.stderr,
+            )
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -104,9 +115,11 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def clean_streams() -> None:
-    """Clean all that this process writes to stdout and stderr from now on. What is closed leads nowhere.
+    """Clean all that this process writes to stdout and stderr from now on. What is closed leads
+    nowhere.
 
-    The values of variables such as AWS_SECRET_ACCESS_KEY or HF_TOKEN are shown by their names from now on.
+    The values of variables such as AWS_SECRET_ACCESS_KEY or HF_TOKEN are shown by their names from
+    now on.
     """
     for name, value in os.environ.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
@@ -131,7 +144,9 @@ def clean_streams() -> None:
 
 
 def flush_streams() -> OSError | None:
-    """Write what is still in buffers. Return what kept lines from stdout, if anything but a reader that left."""
+    """Write what is still in buffers. Return what kept lines from stdout, if anything but a
+    reader that left.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     lost = sys.stdout.lost if isinstance(sys.stdout, Lines) else None
@@ -139,7 +154,8 @@ def flush_streams() -> OSError | None:
 
 
 def write_content(text: str) -> None:
-    """Write to stdout, at once and as it is, what a script was asked for. A terminal is not steered by it.
+    """Write to stdout, at once and as it is, what a script was asked for. A terminal is not steered
+    by it.
 
     Raise DataError if it cannot be written.
     """
@@ -150,16 +166,20 @@ def write_content(text: str) -> None:
     except OSError as error:
         if isinstance(sys.stdout, Lines):
             sys.stdout._lose(error)
-        raise DataError(f"stdout: cannot be written to: {error.strerror}; send it to where there is space") from None
+        raise DataError(
+            f"stdout: cannot be written to: {error.strerror}; send it to where there is space"
+        ) from None
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Return `text` with pictures of its control characters, and with <U+200B> for all else that would not be
-    seen, or would move the cursor. Characters in `kept` stay as they are.
+    """Return `text` with pictures of its control characters, and with <U+200B> for all else that
+    would not be seen, or would move the cursor. Characters in `kept` stay as they are.
     """
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() or each in kept else _picture(ord(each)) for each in text)
+    return "".join(
+        each if each.isprintable() or each in kept else _picture(ord(each)) for each in text
+    )
 
 
 def _picture(code: int) -> str:

@@ -1,8 +1,10 @@
-"""Processes that end together: a child with its parent, a rank with its launcher; what the loss of one is called.
+"""Processes that end together: a child with its parent, a rank with its launcher; what the loss of
+one is called.
 
-Who is killed with SIGKILL can tell nobody. So it is the kernel that ends what they leave behind: Linux
-sends a process a signal of its choice when the thread that started it ends (PR_SET_PDEATHSIG). As
-that signal is SIGKILL here, it reaches processes that are stopped (SIGSTOP), too.
+Who is killed with SIGKILL can tell nobody. So it is the kernel that ends what they leave behind:
+Linux sends a process a signal of its choice when the thread that started it ends
+(PR_SET_PDEATHSIG). As that signal is SIGKILL here, it reaches processes that are stopped (SIGSTOP),
+too.
 """
 
 from __future__ import annotations
@@ -18,17 +20,25 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHERS = ("composer", "torchrun")
-LAUNCHER_MODULES = ("composer.cli", "composer.cli.launcher", "torch.distributed.run",
-                    "torch.distributed.launch")  # fmt: skip
-LOADER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [^.]*|exited unexpectedly)")
+LAUNCHER_MODULES = (
+    "composer.cli",
+    "composer.cli.launcher",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+)
+LOADER = re.compile(
+    r"DataLoader worker \(pid.*?\) (is killed by signal: [^.]*|exited unexpectedly)"
+)
 PEER = re.compile(r"gloo/|TCPStore|NCCL|Connection (closed|reset) by peer")
 PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 def end_with_parent() -> None:
-    """In a process that multiprocessing has started: end it when the process that asked for it ends.
+    """In a process that multiprocessing has started: end it when the process that asked for it
+    ends.
 
-    The kernel sees to it at once; for a process of a fork server, whose parent that is, a thread does.
+    The kernel sees to it at once; for a process of a fork server, whose parent that is, a thread
+    does.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -46,8 +56,8 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 def end_with_fork_server_owner() -> None:
     """In a fork server: end it when the process that started it ends, and what it forks with it.
 
-    A new process of the server takes up to seconds until it runs code of ours; who stops it (SIGSTOP) before
-    that would keep it for good.
+    A new process of the server takes up to seconds until it runs code of ours; who stops it
+    (SIGSTOP) before that would keep it for good.
     """
     when_parent_ends(signal.SIGKILL)  # if that has ended already, the server finds its pipe closed
     server = os.getpid()
@@ -60,7 +70,8 @@ def end_with_fork_server_owner() -> None:
 
 
 def end_with_launcher() -> None:
-    """In a rank: end it when the launcher that started it ends, `composer` or torchrun, whatever ended that.
+    """In a rank: end it when the launcher that started it ends, `composer` or torchrun, whatever
+    ended that.
 
     Nobody else is followed: a shell, ssh or srun may end before what it has started.
     """
@@ -72,12 +83,16 @@ def end_with_launcher() -> None:
 
 
 def outlive_launcher() -> None:
-    """In a rank that has been told to end: save in peace even if the launcher does not wait for it. Main thread only."""
+    """In a rank that has been told to end: save in peace even if the launcher does not wait for
+    it. Main thread only.
+    """
     when_parent_ends(0)
 
 
 def when_parent_ends(number: int) -> None:
-    """Choose the signal that this process gets when its parent ends, 0 for none. For each thread apart."""
+    """Choose the signal that this process gets when its parent ends, 0 for none. For each thread
+    apart.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
@@ -91,24 +106,36 @@ def _is_launcher(process: int) -> bool:
 
 
 def starts_ranks(command: list[str]) -> bool:
-    """Whether a command line is that of a launcher: itself, or Python's with its script or module."""
+    """Whether a command line is that of a launcher: itself, or Python's with its script or
+    module.
+    """
     # What follows the first word that is no option belongs to the script.
-    script = next((i for i, word in enumerate(command[1:], 1) if word == "-m" or word[:1] != "-"), 0)
+    script = next(
+        (i for i, word in enumerate(command[1:], 1) if word == "-m" or word[:1] != "-"), 0
+    )
     if command[script] == "-m":
         return command[script + 1] in LAUNCHER_MODULES
     return any(Path(command[i]).name in LAUNCHERS for i in (0, script))
 
 
 def loss_of(error: BaseException) -> str | None:
-    """Return one line for an error that came of another process's end: a loader process, or another rank. None for others."""
+    """Return one line for an error that came of another process's end: a loader process, or
+    another rank. None for others.
+    """
     text = " ".join(str(error).split())
     rank = os.environ.get("RANK")
     where = "" if rank is None else f"rank {rank}: "
     loader = LOADER.search(text)
     if isinstance(error, RuntimeError) and loader is not None:
-        how = loader[1].replace("is killed", "was killed").replace("exited unexpectedly", "ended unexpectedly")
+        how = (
+            loader[1]
+            .replace("is killed", "was killed")
+            .replace("exited unexpectedly", "ended unexpectedly")
+        )
         return f"{where}a loader process {how.strip()} (short of memory? give fewer num_workers)"
-    is_peer = type(error).__name__ in PEER_ERRORS or (isinstance(error, RuntimeError) and PEER.search(text))
+    is_peer = type(error).__name__ in PEER_ERRORS or (
+        isinstance(error, RuntimeError) and PEER.search(text)
+    )
     if is_peer and os.environ.get("WORLD_SIZE", "1") != "1":
         return f"{where}another rank has ended, or cannot be reached ({text[:200].rstrip('.')})"
     return None

@@ -1,4 +1,6 @@
-"""docs/configuration.md: every key of every script, and all that can be named, out of the code itself."""
+"""docs/configuration.md: every key of every script, and all that can be named, out of the code
+itself.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,19 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-Every script is run as `script.py [file.yaml] [key=value ...]`: defaults, then the file, then the arguments. A key that does
-not exist, a value of the wrong type or one that breaks a rule ends the script with status 2 and one line that names it.
-`${key}` stands for another key's value and `${oc.env:NAME}` for an environment variable. A text is what was written:
-`run_name: 1.10` and `no` need no quotes. `null` is no value; in a file, the word itself is given in quotes. `~` at the
-beginning of a path is the home folder, and `$NAME` is not filled in. `script.py --help` shows the same as this page, which is
-made from the code by `make docs`.
+Every script is run as `script.py [file.yaml] [key=value ...]`: defaults, then the file, then the
+arguments. A key that does not exist, a value of the wrong type or one that breaks a rule ends the
+script with status 2 and one line that names it. `${key}` stands for another key's value and
+`${oc.env:NAME}` for an environment variable. A text is what was written: `run_name: 1.10` and `no`
+need no quotes. `null` is no value; in a file, the word itself is given in quotes. `~` at the
+beginning of a path is the home folder, and `$NAME` is not filled in. `script.py --help` shows the
+same as this page, which is made from the code by `make docs`.
 """
+
 EXTENSIONS = """### algorithms, callbacks, loggers
 
-Each is a section of names with their arguments: `callbacks.speed_monitor.window_size=20`, or in a file
+Each is a section of names with their arguments: `callbacks.speed_monitor.window_size=20`, or in a
+file
 
 ```yaml
 algorithms:
@@ -41,22 +46,30 @@ loggers:
   file_logger: {}
 ```
 
-Arguments are compared with the class's signature before anything starts. A run with any of these goes on bit for bit when
-it is killed and started again. What is given as a fraction of the run (`0.5dur`, `freeze_start`, a warmup's `duration`) follows
-`max_duration`: where that is changed in between so that a step already taken would have been another one, the run is refused
-(`allow_schedule_change`). They go together with one another, with `activation_checkpointing`, `compile`, `varlen` and any
-number of devices and microbatches. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export` are refused with
-`parallelism.fsdp`. `memory_monitor`, and what `system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on
-one yet; nor has `microbatch_size: auto`.
+Arguments are compared with the class's signature before anything starts. A run with any of these
+goes on bit for bit when it is killed and started again. What is given as a fraction of the run
+(`0.5dur`, `freeze_start`, a warmup's `duration`) follows `max_duration`: where that is changed in
+between so that a step already taken would have been another one, the run is refused
+(`allow_schedule_change`). They go together with one another, with `activation_checkpointing`,
+`compile`, `varlen` and any number of devices and microbatches. `ema`, `swa`, `layer_freezing`,
+`generate` and `hf_export` are refused with `parallelism.fsdp`. `memory_monitor`, and what
+`system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on one yet; nor has
+`microbatch_size: auto`.
 """
 
 
 def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
-    """What is typed to run each script, and its configuration, from the line that ends the script."""
+    """What is typed to run each script, and its configuration, from the line that ends the
+    script.
+    """
     for path in sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+        names = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in imports
+            for alias in node.names
+        }
         name = str(path.relative_to(ROOT))
         for call in ast.walk(tree.body[-1]):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
@@ -66,12 +79,15 @@ def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
             if call.func.id == "run_one_of":
                 given = typing.cast(ast.Dict, call.args[0])
                 for key, value in zip(given.keys, given.values, strict=True):
-                    yield f"{name} {ast.literal_eval(typing.cast(ast.Constant, key))}", _class(
-                        typing.cast(ast.Tuple, value).elts[1], names)
+                    yield (
+                        f"{name} {ast.literal_eval(typing.cast(ast.Constant, key))}",
+                        _class(typing.cast(ast.Tuple, value).elts[1], names),
+                    )
 
 
 def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
-    module, _, name = ast.unparse(node).rpartition(".")  # a class that is imported, or one in a module that is
+    # A class that is imported, or one in a module that is
+    module, _, name = ast.unparse(node).rpartition(".")
     place = f"{names[module]}.{name}" if module else names[name]
     module, _, name = place.rpartition(".")
     return vars(importlib.import_module(module))[name]
@@ -80,10 +96,16 @@ def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
 def page() -> str:
     """The whole of docs/configuration.md."""
     parts = [INTRODUCTION]
-    for name, cls in sorted(scripts(), key=lambda item: item[1] is not TrainConfig):  # the longest, and most asked for, first
-        rows = [(f"`{key}`", _code(kind), "" if default is None else _code(default), doc)
-                for key, kind, default, doc in fields_of(cls)]
-        parts += [f"## {name}\n\n{inspect.cleandoc(cls.__doc__ or '')}\n", _table(("key", "type", "default", "meaning"), rows)]
+    # The longest, and most asked for, first
+    for name, cls in sorted(scripts(), key=lambda item: item[1] is not TrainConfig):
+        rows = [
+            (f"`{key}`", _code(kind), "" if default is None else _code(default), doc)
+            for key, kind, default, doc in fields_of(cls)
+        ]
+        parts += [
+            f"## {name}\n\n{inspect.cleandoc(cls.__doc__ or '')}\n",
+            _table(("key", "type", "default", "meaning"), rows),
+        ]
         if cls is TrainConfig:
             parts += [EXTENSIONS, *_extensions()]
     return "\n".join(parts)
@@ -94,20 +116,38 @@ def _extensions() -> Iterator[str]:
         rows = []
         for name, doc in names.items():
             arguments = arguments_of(find_class(section, name))
-            rows.append((f"`{section}.{name}`", doc, "<br>".join(_argument(*each) for each in arguments.items())))
+            rows.append(
+                (
+                    f"`{section}.{name}`",
+                    doc,
+                    "<br>".join(_argument(*each) for each in arguments.items()),
+                )
+            )
         yield _table(("name", "what it does", "arguments"), rows)
     yield "What else Composer has is refused, with the reason:\n"
-    refused = [(f"`{section}.{name}`", reason) for section, names in REFUSED.items() for name, reason in names.items()]
+    refused = [
+        (f"`{section}.{name}`", reason)
+        for section, names in REFUSED.items()
+        for name, reason in names.items()
+    ]
     yield _table(("name", "reason"), refused)
 
 
 def _argument(name: str, parameter: inspect.Parameter) -> str:
-    default = "(must be set)" if parameter.default is inspect.Parameter.empty else f"= {show(parameter.default)}"
+    default = (
+        "(must be set)"
+        if parameter.default is inspect.Parameter.empty
+        else f"= {show(parameter.default)}"
+    )
     return _code(f"{name}: {in_words(parameter.annotation)} {default}")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *(tuple(" ".join(cell.split()) for cell in row) for row in rows)]
+    lines = [
+        head,
+        ("---",) * len(head),
+        *(tuple(" ".join(cell.split()) for cell in row) for row in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

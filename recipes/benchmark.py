@@ -1,16 +1,19 @@
 """How fast things are here, each against another in one run.
 
-    python recipes/benchmark.py train        # GLA against a Llama of the same size, forward and backward
-    python recipes/benchmark.py growth       # the same with more rows, and with fewer and more layers
-    python recipes/benchmark.py decode       # the same two, token by token
-    python recipes/benchmark.py trainer      # recipes/train.py against a bare loop over the same batches
-    python recipes/benchmark.py data         # shards to batches against StreamingDataset; the first batch of a resumed epoch
-    python recipes/benchmark.py start        # the first training step against importing the libraries
-    python recipes/benchmark.py checkpoint   # saving and reading against torch.save and torch.load
-    python recipes/benchmark.py convert      # convert/to_mds.py against encode_batch_fast and MDSWriter
-    python recipes/benchmark.py all          # all of them, as `make bench`
+    python recipes/benchmark.py NAME [key=value ...]    # where NAME is one of
 
-One JSON line last: medians, the medians of the ratios of each turn, and `figures`, what is stated of them.
+    train       GLA against a Llama of the same size, forward and backward
+    growth      the same with more rows, and with fewer and more layers
+    decode      the same two, token by token
+    trainer     recipes/train.py against a bare loop over the same batches
+    data        shards to batches against StreamingDataset; the first batch of a resumed epoch
+    start       the first training step against importing the libraries
+    checkpoint  saving and reading against torch.save and torch.load
+    convert     convert/to_mds.py against encode_batch_fast and MDSWriter
+    all         all of them, as `make bench`
+
+One JSON line last: medians, the medians of the ratios of each turn, and `figures`, what is stated
+of them.
 """
 
 import json
@@ -31,7 +34,16 @@ ROOT = Path(__file__).parent.parent
 def report(name: str, result: dict, figures: list[Figure]) -> None:
     for figure in figures:
         print(figure.line(), flush=True)
-    print(json.dumps({"benchmark": name, **measuring.machine(), **result, "figures": [vars(figure) for figure in figures]}))
+    print(
+        json.dumps(
+            {
+                "benchmark": name,
+                **measuring.machine(),
+                **result,
+                "figures": [vars(figure) for figure in figures],
+            }
+        )
+    )
 
 
 def train(config: recipe_config.BenchmarkConfig) -> None:
@@ -84,7 +96,12 @@ def run_all(config: recipe_config.AllBenchmarksConfig) -> None:
         charts.require_plot(config.plot)
     results = benchmark.run_each(Path(__file__), config.names or recipe_config.BENCHMARKS)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
-    print("", *(figure.line() for figure in figures), json.dumps({"benchmark": "all", "results": results}), sep="\n")
+    print(
+        "",
+        *(figure.line() for figure in figures),
+        json.dumps({"benchmark": "all", "results": results}),
+        sep="\n",
+    )
     if config.plot:
         benchmark_charts.write(results, config.plot)
     if missed := [figure.name for figure in figures if figure.is_missed()]:
@@ -92,10 +109,18 @@ def run_all(config: recipe_config.AllBenchmarksConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_one_of({
-        "train": (train, recipe_config.BenchmarkConfig), "growth": (growth, recipe_config.BenchmarkConfig),
-        "decode": (decode, recipe_config.DecodeBenchmarkConfig), "trainer": (trainer, recipe_config.TrainerBenchmarkConfig),
-        "data": (data, recipe_config.DataBenchmarkConfig), "start": (start, recipe_config.StartBenchmarkConfig),
-        "checkpoint": (checkpoint, recipe_config.CheckpointBenchmarkConfig),
-        "convert": (convert, recipe_config.ConversionBenchmarkConfig), "all": (run_all, recipe_config.AllBenchmarksConfig),
-    }))
+    sys.exit(
+        run_one_of(
+            {
+                "train": (train, recipe_config.BenchmarkConfig),
+                "growth": (growth, recipe_config.BenchmarkConfig),
+                "decode": (decode, recipe_config.DecodeBenchmarkConfig),
+                "trainer": (trainer, recipe_config.TrainerBenchmarkConfig),
+                "data": (data, recipe_config.DataBenchmarkConfig),
+                "start": (start, recipe_config.StartBenchmarkConfig),
+                "checkpoint": (checkpoint, recipe_config.CheckpointBenchmarkConfig),
+                "convert": (convert, recipe_config.ConversionBenchmarkConfig),
+                "all": (run_all, recipe_config.AllBenchmarksConfig),
+            }
+        )
+    )

@@ -1,4 +1,5 @@
-"""Loss and perplexity of a Hugging Face folder or a training checkpoint on datasets, and its scores in tasks.
+"""Loss and perplexity of a Hugging Face folder or a training checkpoint on datasets, and its scores
+in tasks.
 
     python recipes/evaluate.py model=runs/gla_tiny/hf data.local=data/quickstart/val block_size=128
     python recipes/evaluate.py model=runs/gla_tiny/hf tasks=piqa,lambada_openai
@@ -35,7 +36,10 @@ def main(config: EvaluateConfig) -> None:
 
         cpu.enable()
         tasks = harness.load_tasks(
-            config.tasks, config.task_path, num_fewshot=config.num_fewshot, task_code=config.task_code
+            config.tasks,
+            config.task_path,
+            num_fewshot=config.num_fewshot,
+            task_code=config.task_code,
         )
     model, tokenizer = load_model(config.model, config.tokenizer)
     if config.tasks:
@@ -44,20 +48,29 @@ def main(config: EvaluateConfig) -> None:
             tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
         )
         adapter = harness.HarnessModel(
-            get_device().module_to_device(model).eval(), reader, batch_size=config.batch_size, precision=config.precision,
+            get_device().module_to_device(model).eval(),
+            reader,
+            batch_size=config.batch_size,
+            precision=config.precision,
             max_length=config.max_length,
         )
         harness.check_fits(adapter, tasks)
     sources = config.datasets or ({"": config.data} if config.data else {})
-    datasets = {name: open_dataset(data.local, data.remote, tokenizer=tokenizer) for name, data in sources.items()}
+    datasets = {
+        name: open_dataset(data.local, data.remote, tokenizer=tokenizer)
+        for name, data in sources.items()
+    }
 
     summary = {"model": config.model}
     results = {}
     for name, data in sources.items():
         evaluator = build_evaluator(datasets[name], data, batch_size=config.batch_size)
         result = results[name] = evaluate(
-            CausalLM(model, tokenizer, varlen=config.varlen), evaluator, precision=config.precision,
-            token_bytes=token_bytes(tokenizer), block_size=config.block_size,
+            CausalLM(model, tokenizer, varlen=config.varlen),
+            evaluator,
+            precision=config.precision,
+            token_bytes=token_bytes(tokenizer),
+            block_size=config.block_size,
         )
         if dist.get_global_rank() == 0:
             show(name, result)
@@ -67,7 +80,9 @@ def main(config: EvaluateConfig) -> None:
         summary["datasets"] = results
 
     if config.tasks:
-        found = harness.score(adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty())
+        found = harness.score(
+            adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty()
+        )
         if found is not None:
             print(f"{harness.table(found)}\n{describe_start(reader, config.add_bos)}")
             summary["tasks"] = harness.scores(found)
@@ -79,12 +94,19 @@ def main(config: EvaluateConfig) -> None:
 
 
 def show(name: str, result: dict) -> None:
-    bits = "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
-    print(f"{name}{': ' if name else ''}loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}{bits} over "
-          f"{result['tokens']:,} tokens", flush=True)
+    bits = (
+        "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
+    )
+    print(
+        f"{name}{': ' if name else ''}loss {result['loss']:.4f}, perplexity"
+        f" {result['perplexity']:.2f}{bits} over {result['tokens']:,} tokens",
+        flush=True,
+    )
     for block in result.get("by_context", []):
-        print(f"  {block['from']:>7,} to {block['to']:>7,} tokens of context: perplexity {block['perplexity']:10.2f} over "
-              f"{block['tokens']:,} tokens")
+        print(
+            f"  {block['from']:>7,} to {block['to']:>7,} tokens of context: perplexity"
+            f" {block['perplexity']:10.2f} over {block['tokens']:,} tokens"
+        )
 
 
 if __name__ == "__main__":

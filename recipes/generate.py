@@ -1,8 +1,8 @@
 """Continue a prompt with a trained model, or every prompt of a file, or what is typed.
 
-    python recipes/generate.py model=runs/gla_tiny/hf prompt="def read_lines(path):"
-    python recipes/generate.py model=runs/gla_tiny/hf prompts=prompts.txt batch_size=16 > written.jsonl
-    python recipes/generate.py model=runs/gla_tiny/hf
+python recipes/generate.py model=runs/gla_tiny/hf prompt="def read_lines(path):"
+python recipes/generate.py model=runs/gla_tiny/hf prompts=prompts.txt batch_size=16 > written.jsonl
+python recipes/generate.py model=runs/gla_tiny/hf
 """
 
 import json
@@ -20,7 +20,13 @@ def main(config: GenerateConfig) -> None:
 
     from flame_composer.checkpoint.save import load_model
     from flame_composer.text.ends import begin_as_in_training, describe_start, ends_of
-    from flame_composer.use.generate import asked, build_sampling, continue_prompts, in_batches, read_prompts
+    from flame_composer.use.generate import (
+        asked,
+        build_sampling,
+        continue_prompts,
+        in_batches,
+        read_prompts,
+    )
 
     listen_to_signals()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
@@ -35,8 +41,12 @@ def main(config: GenerateConfig) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(config.seed)
     proceed = partial(
-        continue_prompts, model, tokenizer, sampling=build_sampling(config, tokenizer),
-        repetition_penalty=config.repetition_penalty, stop=config.stop,
+        continue_prompts,
+        model,
+        tokenizer,
+        sampling=build_sampling(config, tokenizer),
+        repetition_penalty=config.repetition_penalty,
+        stop=config.stop,
     )
     try:
         if config.prompt is not None:
@@ -49,7 +59,8 @@ def main(config: GenerateConfig) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if config.prompt is None and not prompts:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may come as often as an answer is too long
+        # It may come as often as an answer is too long
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for prompt in asked():
             try:
                 write_content(prompt)

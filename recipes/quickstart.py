@@ -1,8 +1,10 @@
-"""The whole way on this machine in minutes: text, tokenizer, shards, training, evaluation, export, a sample.
+"""The whole way on this machine in minutes: text, tokenizer, shards, training, evaluation, export,
+a sample.
 
     python recipes/quickstart.py
 
-Runs the commands a user would type, each shown before it runs. Started again, it goes on where it was.
+Runs the commands a user would type, each shown before it runs. Started again, it goes on where it
+was.
 """
 
 import json
@@ -25,27 +27,47 @@ def main() -> int:
     if not corpus.exists():
         write_corpus(corpus)
     if not tokenizer.exists():
-        step("convert/train_tokenizer.py", f"source={corpus}", f"out={tokenizer}", "vocab_size=4096")
-    step("convert/to_mds.py", f"source={corpus}", f"tokenizer={tokenizer}", "context_length=512", f"out={DATA / 'train'}",
-         "val_fraction=0.05", f"val_out={DATA / 'val'}")
+        step(
+            "convert/train_tokenizer.py", f"source={corpus}", f"out={tokenizer}", "vocab_size=4096"
+        )
+    step(
+        "convert/to_mds.py",
+        f"source={corpus}",
+        f"tokenizer={tokenizer}",
+        "context_length=512",
+        f"out={DATA / 'train'}",
+        "val_fraction=0.05",
+        f"val_out={DATA / 'val'}",
+    )
     trained = step("recipes/train.py", "yamls/gla_tiny.yaml")
     if not hf_folder.exists():
         step("convert/to_hf.py", f"checkpoint={trained['checkpoint_folder']}", f"out={hf_folder}")
     evaluated = step("recipes/evaluate.py", f"model={hf_folder}", f"data.local={DATA / 'val'}")
-    step("recipes/generate.py", f"model={hf_folder}", "prompt=def read_lines(path):\n", "max_new_tokens=100")
-    print(json.dumps({
-        "train_tokens": trained["train_tokens"],
-        "eval_perplexity_initial": trained["eval_perplexity_initial"],
-        "eval_perplexity": evaluated["perplexity"],
-        "tokens_per_second": trained["tokens_per_second"],
-        "hf_folder": str(hf_folder),
-        "checkpoint_folder": trained["checkpoint_folder"],
-    }))
+    step(
+        "recipes/generate.py",
+        f"model={hf_folder}",
+        "prompt=def read_lines(path):\n",
+        "max_new_tokens=100",
+    )
+    print(
+        json.dumps(
+            {
+                "train_tokens": trained["train_tokens"],
+                "eval_perplexity_initial": trained["eval_perplexity_initial"],
+                "eval_perplexity": evaluated["perplexity"],
+                "tokens_per_second": trained["tokens_per_second"],
+                "hf_folder": str(hf_folder),
+                "checkpoint_folder": trained["checkpoint_folder"],
+            }
+        )
+    )
     return 1 if flush_streams() else 0
 
 
 def write_corpus(path: Path) -> None:
-    """The source of Python's standard library as JSONL, a document a file; its own tests are left out."""
+    """The source of Python's standard library as JSONL, a document a file; its own tests are
+    left out.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".tmp").open("w", encoding="utf-8") as corpus:
@@ -54,7 +76,9 @@ def write_corpus(path: Path) -> None:
             if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(name.parts):
                 continue
             try:
-                corpus.write(json.dumps({"path": str(name), "text": file.read_text(encoding="utf-8")}) + "\n")
+                corpus.write(
+                    json.dumps({"path": str(name), "text": file.read_text(encoding="utf-8")}) + "\n"
+                )
             except UnicodeDecodeError:
                 continue  # a few files are in older encodings
     path.with_suffix(".tmp").replace(path)
@@ -68,7 +92,9 @@ def step(*command: str) -> dict:
     print("\n$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
     last = ""
     told = partial(when_parent_ends, signal.SIGTERM)
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=told) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=told
+    ) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:

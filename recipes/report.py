@@ -1,4 +1,5 @@
-"""Look at runs: loss, perplexity, learning rate, gradient norm and throughput over the steps, resumes marked.
+"""Look at runs: loss, perplexity, learning rate, gradient norm and throughput over the steps,
+resumes marked.
 
     python recipes/report.py runs/gla_tiny [runs/other ...] [smooth=10] [out=DIR]
 
@@ -22,11 +23,24 @@ def main(config: ReportConfig) -> None:
     files = charts.write(runs, out, config.smooth)
     head, lines = charts.table(runs)
     for line in lines:
-        print("\n".join(f"{name:20}{cell}" for name, cell in zip(head, line, strict=True)), end="\n\n")
+        print(
+            "\n".join(f"{name:20}{cell}" for name, cell in zip(head, line, strict=True)), end="\n\n"
+        )
     for each in runs:
-        print(*(visible(f"{each.place}: {note}") for note in each.notes), sep="\n", end="\n" if each.notes else "")
+        print(
+            *(visible(f"{each.place}: {note}") for note in each.notes),
+            sep="\n",
+            end="\n" if each.notes else "",
+        )
     print(visible(f"open {files['html']} in a browser"))
-    print(json.dumps({"runs": [each.place for each in runs], "files": {name: str(path) for name, path in files.items()}}))
+    print(
+        json.dumps(
+            {
+                "runs": [each.place for each in runs],
+                "files": {name: str(path) for name, path in files.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Fixtures of several test modules: a tokenizer, small datasets made by the package itself, and one real training run."""
+"""Fixtures of several test modules: a tokenizer, small datasets made by the package itself, and
+one real training run.
+"""
 
 from __future__ import annotations
 
@@ -33,23 +35,46 @@ settings.load_profile("same")
 
 CONTEXT_LENGTH = 32
 GLA = {"model_type": "gla", "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
-LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def make_dataset(
-    folder: Path, *, num_documents: int, seed: int = 0, context_length: int = CONTEXT_LENGTH,
-    tokenizer: PreTrainedTokenizerFast | None = None, shard_size: int = 1500,
+    folder: Path,
+    *,
+    num_documents: int,
+    seed: int = 0,
+    context_length: int = CONTEXT_LENGTH,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    shard_size: int = 1500,
 ) -> Manifest:
-    """A dataset in `folder`/out of documents from one word to several rows long, in shards of about eight rows."""
+    """A dataset in `folder`/out of documents from one word to several rows long, in shards of
+    about eight rows.
+    """
     folder.mkdir(parents=True)
     tokenizer = tokenizer or byte_tokenizer()
-    source = write_jsonl(folder / "text.jsonl", [words(1 + i * 7 % 23, seed * 1000 + i) for i in range(num_documents)])
+    source = write_jsonl(
+        folder / "text.jsonl",
+        [words(1 + i * 7 % 23, seed * 1000 + i) for i in range(num_documents)],
+    )
     units = plan_units(find_files([str(source)]), 1 << 20)
     config = {
-        "text_column": "text", "val_fraction": 0.0, "shard_size": shard_size,
-        "max_doc_length": None, "min_doc_length": None, "seed": None, "max_document_bytes": 1 << 20,
-    }  # fmt: skip
-    writer = DatasetWriter(str(folder / "out"), Plan("train", fingerprint(tokenizer), context_length, config, units))
+        "text_column": "text",
+        "val_fraction": 0.0,
+        "shard_size": shard_size,
+        "max_doc_length": None,
+        "min_doc_length": None,
+        "seed": None,
+        "max_document_bytes": 1 << 20,
+    }
+    writer = DatasetWriter(
+        str(folder / "out"), Plan("train", fingerprint(tokenizer), context_length, config, units)
+    )
     writer.begin()
     for number in range(len(units)):
         convert_unit([writer], number, build_encoder(tokenizer, add_bos=False, add_eos=True))
@@ -58,8 +83,18 @@ def make_dataset(
 
 @pytest.fixture(autouse=True)
 def no_process_group() -> Iterator[None]:
-    """Is left of a recipe that ran in this process: those forked later would wait for a group that they are not in."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    """Is left of a recipe that ran in this process: those forked later would wait for a group
+    that they are not in.
+    """
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     before = {name: os.environ.get(name) for name in names}
     yield
     if torch.distributed.is_initialized():
@@ -77,7 +112,9 @@ def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_wait_for_loader_processes() -> None:
-    """A loader that is collected waits for each of its processes: 5 s by default, which some of them use up."""
+    """A loader that is collected waits for each of its processes: 5 s by default, which some of
+    them use up.
+    """
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -103,7 +140,9 @@ def own_signal_handlers(signal_handlers: dict[int, Any]) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset to read, not to change: StreamingDataset refuses two readers of one folder, so copy it (`copy_of`)."""
+    """A dataset to read, not to change: StreamingDataset refuses two readers of one folder, so
+    copy it (`copy_of`).
+    """
     folder = tmp_path_factory.mktemp("data") / "train"
     make_dataset(folder, num_documents=60)
     return folder / "out"
@@ -118,7 +157,9 @@ def eval_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    """Copies a folder to a new place, so that the copy can be read by a dataset of its own, or damaged."""
+    """Copies a folder to a new place, so that the copy can be read by a dataset of its own, or
+    damaged.
+    """
     count = 0
 
     def copy(folder: Path) -> Path:
@@ -152,20 +193,42 @@ class Run:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.trainer.state.model.model.state_dict().items()}
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self.trainer.state.model.model.state_dict().items()
+        }
 
 
 def make_run(
-    folder: Path, dataset: Path, eval_dataset: Path, *, total: int = 3, eval_interval: int = 2, load_path: Path | None = None,
-    watchers: tuple[Any, ...] = (), lr: float = 1e-2, microbatch_size: int = 2, algorithms: tuple[Any, ...] = (),
-    schedule: str = "cosine", loss_across_documents: bool = True, on_nan: str = "stop", max_norm: float | None = None,
+    folder: Path,
+    dataset: Path,
+    eval_dataset: Path,
+    *,
+    total: int = 3,
+    eval_interval: int = 2,
+    load_path: Path | None = None,
+    watchers: tuple[Any, ...] = (),
+    lr: float = 1e-2,
+    microbatch_size: int = 2,
+    algorithms: tuple[Any, ...] = (),
+    schedule: str = "cosine",
+    loss_across_documents: bool = True,
+    on_nan: str = "stop",
+    max_norm: float | None = None,
 ) -> Run:
-    """A real Trainer put together as recipes/train.py does; saves a checkpoint after each batch. Not started."""
+    """A real Trainer put together as recipes/train.py does; saves a checkpoint after each batch.
+    Not started.
+    """
     from composer import Trainer
     from composer.utils import reproducibility
 
     from flame_composer.checkpoint import save as checkpoint
-    from flame_composer.config.sections import DataConfig, EvalDataConfig, OptimizerConfig, SchedulerConfig
+    from flame_composer.config.sections import (
+        DataConfig,
+        EvalDataConfig,
+        OptimizerConfig,
+        SchedulerConfig,
+    )
     from flame_composer.config.train import RunPlan
     from flame_composer.loader import batches as data
     from flame_composer.model import causal_lm as model
@@ -181,18 +244,31 @@ def make_run(
     train_data = DataConfig(num_workers=0, loss_across_documents=loss_across_documents)
     loader: Any = data.build_train_loader({"": train_set}, train_data, global_batch_size=4, seed=7)
     plan = RunPlan(
-        total, loader.dataloader.dataset.batches_per_epoch, warmup=1, decay=0, eval_interval=eval_interval, save_batches=1,
+        total,
+        loader.dataloader.dataset.batches_per_epoch,
+        warmup=1,
+        decay=0,
+        eval_interval=eval_interval,
+        save_batches=1,
         save_seconds=None,
     )
-    saver = checkpoint.SaveCheckpoints(str(folder / "checkpoints"), folder / "staging", batches=1, num_to_keep=-1)
+    saver = checkpoint.SaveCheckpoints(
+        str(folder / "checkpoints"), folder / "staging", batches=1, num_to_keep=-1
+    )
     stop = preemption.Preemption(saver)
     due = callbacks.every(plan.eval_interval, plan.total)
     evaluator = data.build_evaluator(
-        eval_set, EvalDataConfig(), batch_size=4, eval_interval=stop.unless_stopping(due), until=stop.until_asked
+        eval_set,
+        EvalDataConfig(),
+        batch_size=4,
+        eval_interval=stop.unless_stopping(due),
+        until=stop.until_asked,
     )
     hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
     (folder / "log").mkdir(exist_ok=True)
-    log = callbacks.JsonlLog(folder / "log", plan, log_batch_hash=True, print_lines=False, eval_due=due)
+    log = callbacks.JsonlLog(
+        folder / "log", plan, log_batch_hash=True, print_lines=False, eval_due=due
+    )
     order = data.describe_order({"": train_set}, DataConfig(), global_batch_size=4, seed=7)
     trainer = Trainer(
         run_name="tiny",
@@ -203,9 +279,14 @@ def make_run(
         max_duration=f"{total}ba",
         optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=lr)),
         callbacks=[
-            callbacks.SameData(order, allow_change=False), callbacks.RandomState(),
-            optim.Schedule(SchedulerConfig(name=schedule), lr, plan), *watchers,  # pyright: ignore
-            gradients.Gradients(max_norm, on_nan, log), log, saver, stop,  # pyright: ignore
+            callbacks.SameData(order, allow_change=False),
+            callbacks.RandomState(),
+            optim.Schedule(SchedulerConfig(name=schedule), lr, plan),
+            *watchers,  # pyright: ignore
+            gradients.Gradients(max_norm, on_nan, log),
+            log,
+            saver,
+            stop,  # pyright: ignore
         ],
         algorithms=list(algorithms),
         device="cpu",
@@ -232,7 +313,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path, eval_datase
 def state_at(trained: Run) -> Iterator[Callable[[int], Any]]:
     """The state of a real run, with its clock and its schedule set to a step."""
     state, before = trained.trainer.state, trained.trainer.state.timestamp
-    (schedule,) = (callback for callback in state.callbacks if type(callback).__name__ == "Schedule")
+    (schedule,) = (
+        callback for callback in state.callbacks if type(callback).__name__ == "Schedule"
+    )
     num_used = schedule.num_used
 
     def at(step: int) -> Any:

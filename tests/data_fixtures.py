@@ -37,16 +37,26 @@ def byte_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def llama_tokenizer() -> LlamaTokenizerFast:
-    """A SentencePiece-style BPE tokenizer with byte fallback, whose own template puts <s> before a text."""
+    """A SentencePiece-style BPE tokenizer with byte fallback, whose own template puts <s> before
+    a text.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     texts = [word for text in TEXTS for word in text.split()]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False))
-    return LlamaTokenizerFast(tokenizer_object=tokenizer, add_bos_token=True, add_eos_token=False, legacy=False)
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    )
+    return LlamaTokenizerFast(
+        tokenizer_object=tokenizer, add_bos_token=True, add_eos_token=False, legacy=False
+    )
 
 
 def words(count: int, seed: int) -> str:
@@ -56,12 +66,16 @@ def words(count: int, seed: int) -> str:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    )
     return path
 
 
 def write_configurations(folder: Path, **texts: list[str]) -> None:
-    """A Hugging Face dataset with a configuration for each of `texts`; none of them is the default."""
+    """A Hugging Face dataset with a configuration for each of `texts`; none of them is the
+    default.
+    """
     folder.mkdir()
     for name, each in texts.items():
         write_jsonl(folder / f"{name}.jsonl", each)
@@ -71,12 +85,17 @@ def write_configurations(folder: Path, **texts: list[str]) -> None:
 
 def files_under(folder: Path) -> dict[str, bytes]:
     """Every file in a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def streaming_dataset(local: Path | str, **options: Any) -> StreamingDataset:
-    """Streaming's own view of a dataset, in order. Two made at once can take the same name for their shared memory: hence
-    the lock. (`rows.Rows` has numbers of its own.)"""
+    """Streaming's own view of a dataset, in order. Two made at once can take the same name for
+    their shared memory: hence the lock. (`rows.Rows` has numbers of its own.)
+    """
     with FileLock(Path(tempfile.gettempdir(), "flame_composer.lock")):
         return StreamingDataset(local=str(local), shuffle=False, batch_size=1, **options)
 
@@ -87,8 +106,17 @@ WRONG: list[Any] = [None, True, -1, 0, 3, 1.5, 10**30, "", "text", "64mb", [], [
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where a value of JSON is; of a list, in its first item."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
-    return [*([path] if path else []), *(place for key, value in inner for place in places(value, (*path, key)))]
+    inner = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content[:1])
+        if isinstance(content, list)
+        else ()
+    )
+    return [
+        *([path] if path else []),
+        *(place for key, value in inner for place in places(value, (*path, key))),
+    ]
 
 
 def altered(content: Any, path: tuple[Any, ...], value: Any) -> Any:

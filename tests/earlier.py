@@ -1,7 +1,8 @@
-"""What earlier versions made: a dataset, runs, an export and what was read from them, and the commands that made it.
+"""What earlier versions made: a dataset, runs, an export and what was read from them, and the
+commands that made it.
 
-`python -m tests.earlier` makes the folder anew, with the code as it is then: only where a change of its bytes is
-meant and CHANGELOG.md says so.
+`python -m tests.earlier` makes the folder anew, with the code as it is then: only where a change of
+its bytes is meant and CHANGELOG.md says so.
 """
 
 from __future__ import annotations
@@ -23,24 +24,47 @@ MADE = Path(__file__).parent / "fixtures" / "earlier"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # sums are split among threads
 # With dropout, which draws random numbers at every step, and weights that are averaged.
 LLAMA = {
-    "model_type": "llama", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 32, "attention_dropout": 0.2, "tie_word_embeddings": True,
-}  # fmt: skip
-GLA = {
-    "model_type": "gla", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "expand_k": 0.5,
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "attention_dropout": 0.2,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
+GLA = {
+    "model_type": "gla",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_heads": 2,
+    "expand_k": 0.5,
+    "tie_word_embeddings": True,
+}
 SHARED_KEYS = (
-    "max_duration=20ba", "global_batch_size=4", "microbatch_size=2", "context_length=64", "scheduler.warmup=4ba",
-    "eval_interval=10ba", "eval_data.max_rows=7", "log_batch_hash=true", "train_data.num_workers=0", "tokenizer=tokenizer",
-    "train_data.local=train", "eval_data.local=val", "save_interval=7ba",
-)  # fmt: skip
+    "max_duration=20ba",
+    "global_batch_size=4",
+    "microbatch_size=2",
+    "context_length=64",
+    "scheduler.warmup=4ba",
+    "eval_interval=10ba",
+    "eval_data.max_rows=7",
+    "log_batch_hash=true",
+    "train_data.num_workers=0",
+    "tokenizer=tokenizer",
+    "train_data.local=train",
+    "eval_data.local=val",
+    "save_interval=7ba",
+)
 SHARDED = ("parallelism.fsdp.state_dict_type=sharded", "parallelism.cpu_fsdp=true")
 STEP = 7  # of 15 that an epoch has
 
 
 def run_keys(name: str, *more: str) -> list[str]:
-    """Return the arguments of recipes/train.py, for its working folder, of the run `name` that is described there."""
+    """Return the arguments of recipes/train.py, for its working folder, of the run `name` that
+    is described there.
+    """
     folders = (f"run_name={name}", f"log_folder={name}", f"save_folder={name}/checkpoints")
     return [f"{name}.yaml", *SHARED_KEYS, *folders, *more]
 
@@ -69,7 +93,11 @@ def train_sharded(folder: Path) -> None:
 
 def export(folder: Path) -> None:
     checkpoint = f"checkpoint=averaged/checkpoints/ba{STEP}.pt"
-    check(run_script(ROOT / "convert/to_hf.py", checkpoint, "out=export", folder=folder, env=ONE_THREAD))
+    check(
+        run_script(
+            ROOT / "convert/to_hf.py", checkpoint, "out=export", folder=folder, env=ONE_THREAD
+        )
+    )
 
 
 def plan(folder: Path) -> dict[str, Any]:
@@ -79,7 +107,9 @@ def plan(folder: Path) -> dict[str, Any]:
 
 def generate(folder: Path) -> str:
     keys = ("model=export", "prompt=ka lo", "max_new_tokens=40", "seed=3")
-    return check(run_script(ROOT / "recipes/generate.py", *keys, folder=folder, env=ONE_THREAD)).stdout
+    return check(
+        run_script(ROOT / "recipes/generate.py", *keys, folder=folder, env=ONE_THREAD)
+    ).stdout
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
@@ -92,9 +122,18 @@ def logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def processor() -> str:
-    """Return what the bits of a sum depend on: torch's version, its kernels for this processor, and the processor."""
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {model.partition(': ')[2]}"
+    """Return what the bits of a sum depend on: torch's version, its kernels for this processor,
+    and the processor.
+    """
+    model = next(
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    return (
+        f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+        f" {model.partition(': ')[2]}"
+    )
 
 
 def forget_the_end(folder: Path, name: str) -> None:
@@ -111,7 +150,8 @@ def forget_the_end(folder: Path, name: str) -> None:
 
 def make(folder: Path) -> None:
     Corpus(folder)
-    keys = ("source=corpus.jsonl", "out=tokenizer", "vocab_size=300")  # what is written holds no folder's name
+    # What is written holds no folder's name
+    keys = ("source=corpus.jsonl", "out=tokenizer", "vocab_size=300")
     check(run_script(ROOT / "convert/train_tokenizer.py", *keys, folder=folder))
     for name, model in (("averaged", LLAMA), ("sharded", GLA)):
         content = yaml.safe_load((ROOT / "yamls/gla_tiny.yaml").read_text())

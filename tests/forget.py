@@ -1,8 +1,8 @@
 """Makes the product forget a key, so that a test can be seen to fail (tests/prove_keys.py).
 
-A key, like `recipes/train.py optimizer.lr`, is forgotten once it was read and checked: what asks for it then gets its default
-(or, where there is none, something else that is allowed), in the tests' own process and in all that they start. Tests
-themselves still see the value.
+A key, like `recipes/train.py optimizer.lr`, is forgotten once it was read and checked: what asks
+for it then gets its default (or, where there is none, something else that is allowed), in the
+tests' own process and in all that they start. Tests themselves still see the value.
 """
 
 from __future__ import annotations
@@ -28,25 +28,38 @@ from flame_composer.config.extensions import OFFERED
 
 ROOT = Path(__file__).parent.parent
 VARIABLE, PLACE = "FORGET", "FORGET_PLACE"
-# What stands in for a key that must be set, or whose default cannot be told from not being read; and for arguments.
+# What stands in for a key that must be set, or whose default cannot be told from not being read;
+# and for arguments.
 STAND_INS: dict[str, Any] = {
-    "max_duration": "1ba", "global_batch_size": 24, "microbatch_size": 1, "devices": 3, "device": "l4",
+    "max_duration": "1ba",
+    "global_batch_size": 24,
+    "microbatch_size": 1,
+    "devices": 3,
+    "device": "l4",
     "stall_timeout": 1.5,  # not half an hour
-}  # fmt: skip
+}
 FOLDERS = ("save_folder", "log_folder")
 ARGUMENTS: dict[str, Any] = {
-    "patience": "1ba", "prompts": ["forgotten"],
-    "tracking_uri": "file://{folder}",  # without one, MLflow goes on with the last that it was given
-}  # fmt: skip
-ONLY_COMPARED = ("describe_order",)  # what these read is compared with that of the run before, and is no effect
+    "patience": "1ba",
+    "prompts": ["forgotten"],
+    # Without one, MLflow goes on with the last that it was given
+    "tracking_uri": "file://{folder}",
+}
+# What these read is compared with that of the run before, and is no effect
+ONLY_COMPARED = ("describe_order",)
 _loading = 0
 
 
 class Forgotten:
-    """In the place of a dataclass's field: the product reads its stand-in where the key is, and the value anywhere else."""
+    """In the place of a dataclass's field: the product reads its stand-in where the key is, and
+    the value anywhere else.
+    """
 
     def __init__(self, key: Key):
-        self.key, self.field = key, next(field for field in dataclasses.fields(key.of) if field.name == key.name)
+        self.key, self.field = (
+            key,
+            next(field for field in dataclasses.fields(key.of) if field.name == key.name),
+        )
 
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
@@ -55,8 +68,14 @@ class Forgotten:
             return self.field.default
         value, place = vars(instance)[self.field.name], vars(instance).get("place")
         reader = sys._getframe(1).f_code
-        no_effect = reader.co_filename.startswith(str(ROOT / "tests")) or reader.co_name in ONLY_COMPARED
-        here = place == self.key[:2] if place else self.key.anywhere and isinstance(instance, self.key.of)
+        no_effect = (
+            reader.co_filename.startswith(str(ROOT / "tests")) or reader.co_name in ONLY_COMPARED
+        )
+        here = (
+            place == self.key[:2]
+            if place
+            else self.key.anywhere and isinstance(instance, self.key.of)
+        )
         return self.stand_in(value) if here and not _loading and not no_effect else value
 
     def __set__(self, instance: Any, value: Any) -> None:
@@ -69,12 +88,15 @@ class Forgotten:
             return self.field.default_factory()
         if self.field.default != "???" and self.field.name not in FOLDERS:
             return self.field.default
-        nowhere = f"{os.environ[PLACE]}/{self.field.name}"  # a folder that is removed after the attempt
+        # A folder that is removed after the attempt
+        nowhere = f"{os.environ[PLACE]}/{self.field.name}"
         return [nowhere] if isinstance(value, list) else nowhere
 
 
 class Key(NamedTuple):
-    """The field `name` of `of`, which is at `path` in the configuration `script`; if `anywhere`, also where tests made it."""
+    """The field `name` of `of`, which is at `path` in the configuration `script`; if `anywhere`,
+    also where tests made it.
+    """
 
     script: type
     path: str
@@ -85,15 +107,20 @@ class Key(NamedTuple):
 
 @functools.cache
 def config_keys() -> dict[str, Key]:
-    """`script.py key` of all scripts; of those with the same configuration, the first. Without what extensions take."""
+    """`script.py key` of all scripts; of those with the same configuration, the first. Without
+    what extensions take.
+    """
     from flame_composer.config.train import TrainConfig
     from flame_composer.reference import scripts
 
     by_class = {cls: script for script, cls in reversed([*scripts()])}
     return {
         # A section of a plan is one of the run's.
-        f"{by_class[cls]} {path}{name}": Key(cls, path, of, name, of is cls or TrainConfig not in cls.__mro__[1:])
-        for cls in sorted(by_class, key=lambda cls: cls is not TrainConfig) for path, of, name in _fields(cls, "")
+        f"{by_class[cls]} {path}{name}": Key(
+            cls, path, of, name, of is cls or TrainConfig not in cls.__mro__[1:]
+        )
+        for cls in sorted(by_class, key=lambda cls: cls is not TrainConfig)
+        for path, of, name in _fields(cls, "")
     }
 
 
@@ -101,7 +128,10 @@ def _fields(cls: type, path: str) -> Iterator[tuple[str, type, str]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield path, cls, field.name
-        section, each = fields.dataclass_of(hints[field.name]), fields.named_sections(hints[field.name])
+        section, each = (
+            fields.dataclass_of(hints[field.name]),
+            fields.named_sections(hints[field.name]),
+        )
         yield from _fields(section, f"{path}{field.name}.") if section else ()
         yield from _fields(each, f"{path}{field.name}.{fields.ANY_NAME}.") if each else ()
 
@@ -110,14 +140,21 @@ def extension_keys() -> list[str]:
     from flame_composer.train.extensions import arguments_of, find_class
 
     return [
-        f"recipes/train.py {section}.{name}{argument}" for section, names in OFFERED.items() for name in names
-        for argument in ("", *(f".{argument}" for argument in arguments_of(find_class(section, name))))
+        f"recipes/train.py {section}.{name}{argument}"
+        for section, names in OFFERED.items()
+        for name in names
+        for argument in (
+            "",
+            *(f".{argument}" for argument in arguments_of(find_class(section, name))),
+        )
     ]
 
 
 @contextmanager
 def forgotten(key: str, folder: Path) -> Iterator[None]:
-    """`key` is forgotten in this process and in those that it starts; `folder` is a temporary one."""
+    """`key` is forgotten in this process and in those that it starts; `folder` is a temporary
+    one.
+    """
     from tests import runs
 
     (folder / "sitecustomize.py").write_text("from tests import forget\n\nforget.begin()\n")
@@ -147,7 +184,9 @@ def begin() -> None:
 
 
 def note_places() -> None:
-    """Have all that is loaded from now on, by whoever imports loading.load from now on, know where it is."""
+    """Have all that is loaded from now on, by whoever imports loading.load from now on, know
+    where it is.
+    """
     cli.load = loading.load = functools.partial(_load, loading.load)  # type: ignore[assignment]
 
 
@@ -155,7 +194,9 @@ def install(patch: pytest.MonkeyPatch) -> None:
     """Forget the key, or the argument of an extension, that the environment names."""
     key: Key | str = pickle.loads(bytes.fromhex(os.environ[VARIABLE]))  # noqa: S301
     if isinstance(key, Key):
-        owner = next(base for base in key.of.__mro__ if key.name in vars(base).get("__annotations__", {}))
+        owner = next(
+            base for base in key.of.__mro__ if key.name in vars(base).get("__annotations__", {})
+        )
         patch.setattr(owner, key.name, Forgotten(key), raising=False)
     else:
         _forget_extension(patch, *key.partition(" ")[2].split("."))
@@ -168,13 +209,18 @@ def _load(real: Callable[..., Any], cls: type, argv: list[str]) -> Any:
     try:
         config = real(cls, argv)
         for path, section in fields.sections_of(config):
-            vars(section)["place"] = cls, re.sub(r"\b(streams|datasets)\.[^.]+\.", rf"\1.{fields.ANY_NAME}.", path)
+            vars(section)["place"] = (
+                cls,
+                re.sub(r"\b(streams|datasets)\.[^.]+\.", rf"\1.{fields.ANY_NAME}.", path),
+            )
     finally:
         _loading -= 1
     return config
 
 
-def _forget_extension(patch: pytest.MonkeyPatch, section: str, name: str, argument: str = "") -> None:
+def _forget_extension(
+    patch: pytest.MonkeyPatch, section: str, name: str, argument: str = ""
+) -> None:
     from flame_composer.train import extensions
 
     cls, in_use = extensions.find_class(section, name), extensions.in_use
@@ -189,7 +235,9 @@ def _forget_extension(patch: pytest.MonkeyPatch, section: str, name: str, argume
         bound = inspect.signature(init).bind(*args, **kwargs)
         if bound.arguments.pop(argument, None) is not None and argument in ARGUMENTS:
             value = ARGUMENTS[argument]
-            bound.arguments[argument] = value.format(folder=os.environ[PLACE]) if isinstance(value, str) else value
+            bound.arguments[argument] = (
+                value.format(folder=os.environ[PLACE]) if isinstance(value, str) else value
+            )
         init(*bound.args, **bound.kwargs)
 
     if argument:

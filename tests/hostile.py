@@ -1,4 +1,6 @@
-"""HTTP servers that do not do what an S3 server does: they redirect, never answer, or take their time."""
+"""HTTP servers that do not do what an S3 server does: they redirect, never answer, or take their
+time.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from typing import Any
 
 
 class Hostile(socketserver.ThreadingTCPServer):
-    """Answers every request by `answer`, which is given the connection and the request's first bytes; counts them."""
+    """Answers every request by `answer`, which is given the connection and the request's first
+    bytes; counts them.
+    """
 
     daemon_threads = True
     allow_reuse_address = True
@@ -42,7 +46,9 @@ class _Connection(socketserver.BaseRequestHandler):
 @contextlib.contextmanager
 def hostile(answer: Callable[[Any, str], None]) -> Iterator[Hostile]:
     with Hostile(answer) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
         thread.start()
         yield server
         server.shutdown()
@@ -55,7 +61,9 @@ def silence(connection: Any, request: str) -> None:
 
 
 def lists_only(then: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
-    """An answer for the bucket's listing, so that it is taken for a server that works; `then` for all else."""
+    """An answer for the bucket's listing, so that it is taken for a server that works; `then`
+    for all else.
+    """
     body = b'<?xml version="1.0"?><ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>'
 
     def answer(connection: Any, request: str) -> None:
@@ -68,4 +76,9 @@ def lists_only(then: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
 
 
 def respond(status: str, *headers: str, body: bytes = b"") -> bytes:
-    return "\r\n".join([f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]).encode() + body
+    return (
+        "\r\n".join(
+            [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
+        ).encode()
+        + body
+    )

@@ -1,4 +1,6 @@
-"""Two machines imitated on one: a network namespace each, joined by a cable, with a name, memory and processes of its own."""
+"""Two machines imitated on one: a network namespace each, joined by a cable, with a name, memory
+and processes of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,31 @@ import pytest
 
 from tests.runs import ROOT
 
-# A machine's processes end with its first one, as when its plug is pulled. Streaming's find one another in /dev/shm.
-BOOT = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c",
-        'mount -t tmpfs tmpfs /dev/shm && mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"', "boot")
+# A machine's processes end with its first one, as when its plug is pulled. Streaming's find one
+# another in /dev/shm.
+BOOT = (
+    "unshare",
+    "--mount",
+    "--uts",
+    "--ipc",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "sh",
+    "-c",
+    (
+        'mount -t tmpfs tmpfs /dev/shm && mount --bind "$1" /etc/hosts && hostname "$2" && shift 2'
+        ' && exec "$@"'
+    ),
+    "boot",
+)
 
 
 class Hosts:
-    """Machines node0 and node1, whose names lead to their addresses; `folder` is a disk that both see."""
+    """Machines node0 and node1, whose names lead to their addresses; `folder` is a disk that
+    both see.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -30,7 +50,20 @@ class Hosts:
         for name in self.names:
             _ip("netns", "add", name)
         first, second = self.names
-        _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+        _ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            first,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            second,
+        )
         for node, name in enumerate(self.names):
             _ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
@@ -48,11 +81,25 @@ class Hosts:
         temporary = self.folder / f"tmp{node}"
         temporary.mkdir(exist_ok=True)
         with (self.folder / f"node{node}.log").open("a") as log:
-            self.started.append(subprocess.Popen(
-                ["ip", "netns", "exec", self.names[node], *BOOT, str(self.folder / "hosts"), f"node{node}", *map(str, command)],
-                cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), **env},
-                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            ))  # fmt: skip
+            self.started.append(
+                subprocess.Popen(
+                    [
+                        "ip",
+                        "netns",
+                        "exec",
+                        self.names[node],
+                        *BOOT,
+                        str(self.folder / "hosts"),
+                        f"node{node}",
+                        *map(str, command),
+                    ],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), **env},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                )
+            )
         return self.started[-1]
 
     def log(self, node: int) -> str:

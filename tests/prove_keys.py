@@ -1,9 +1,10 @@
 """Sees every key's test of tests/keys.json fail while the key is forgotten: `make test-keys`.
 
-    python -m tests.prove_keys [KEY]       # all keys that begin as the pattern says, e.g. 'recipes/train.py optimizer'
-    python -m tests.prove_keys KEY TEST    # a key with another test than the table's, to find one for a new key
+    python -m tests.prove_keys [KEY]       # all keys that begin as the pattern says
+    python -m tests.prove_keys KEY TEST    # a key with another test than the table's
 
-Each test is run as it is, then once for each of its keys, and as it is again: it has to pass, fail every time, and pass.
+Each test is run as it is, then once for each of its keys, and as it is again: it has to pass, fail
+every time, and pass.
 """
 
 from __future__ import annotations
@@ -26,8 +27,17 @@ from tests.forget import forgotten, note_places
 TABLE = Path(__file__).with_name("keys.json")
 NOT_HERE = ("GPU: ", "the run's")  # entries of the table that name no test
 # What a test that was made to fail leaves open is closed in the middle of another.
-QUIET = ("ignore::pytest.PytestAssertRewriteWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-OPTIONS = ("-q", "-p", "no:cacheprovider", "--timeout=1800", *(option for quiet in QUIET for option in ("-W", quiet)))
+QUIET = (
+    "ignore::pytest.PytestAssertRewriteWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
+OPTIONS = (
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "--timeout=1800",
+    *(option for quiet in QUIET for option in ("-W", quiet)),
+)
 
 
 class Prover:
@@ -45,9 +55,12 @@ class Prover:
             for key in sorted(set(keys) - self.caught):
                 with tempfile.TemporaryDirectory() as folder, forgotten(key, Path(folder)):
                     failed |= set() if self.passes(item) else {key}
-            if failed and self.passes(item, log=True):  # what failed left nothing behind that makes others fail
+            # What failed left nothing behind that makes others fail
+            if failed and self.passes(item, log=True):
                 self.caught |= failed
-                item.config.get_terminal_writer().line(f" {item.nodeid} catches {', '.join(sorted(failed))}")
+                item.config.get_terminal_writer().line(
+                    f" {item.nodeid} catches {', '.join(sorted(failed))}"
+                )
         item.session._setupstate.teardown_exact(nextitem)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
@@ -60,7 +73,11 @@ class Prover:
 
 def main(key: str = "", *tests: str) -> None:
     table: dict[str, str] = json.loads(TABLE.read_text(encoding="utf-8"))
-    named = {each: test for each, test in table.items() if re.match(key, each) and not test.startswith(NOT_HERE)}
+    named = {
+        each: test
+        for each, test in table.items()
+        if re.match(key, each) and not test.startswith(NOT_HERE)
+    }
     to_try = dict.fromkeys([key], tests[0]) if tests else named
     by_test: dict[str, list[str]] = defaultdict(list)
     for each, test in to_try.items():
@@ -71,7 +88,10 @@ def main(key: str = "", *tests: str) -> None:
     status: Any = pytest.main([*OPTIONS, *by_test], plugins=[prover])
     missed = sorted(set(to_try) - prover.caught)
     print(*(f"NOT CAUGHT: {each}: {to_try[each]}" for each in missed), sep="\n")
-    print(f"{len(prover.caught)} of {len(to_try)} keys are caught, in {(time.monotonic() - started) / 60:.1f} minutes")
+    print(
+        f"{len(prover.caught)} of {len(to_try)} keys are caught, in"
+        f" {(time.monotonic() - started) / 60:.1f} minutes"
+    )
     sys.exit(bool(missed or status))
 
 

@@ -18,9 +18,11 @@ FAULTS = ("503", "reset", "truncated", "flipped")
 
 
 class Proxy(ThreadingHTTPServer):
-    """Spoils a `rate` of the answers, chosen by `seed`: an error 503, a reset connection, half a body, a changed byte.
+    """Spoils a `rate` of the answers, chosen by `seed`: an error 503, a reset connection, half a
+    body, a changed byte.
 
-    Requests are passed on with the Host they were signed for. `requests` counts them by method and path, `faults` by kind.
+    Requests are passed on with the Host they were signed for. `requests` counts them by method and
+    path, `faults` by kind.
     """
 
     daemon_threads = True
@@ -66,8 +68,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "503":
             self.close_connection = True
-            content = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-            self.answer(503, {"Content-Type": "application/xml", "Content-Length": str(len(content))}, content)
+            content = (
+                b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+            )
+            self.answer(
+                503,
+                {"Content-Type": "application/xml", "Content-Length": str(len(content))},
+                content,
+            )
             return
         upstream = http.client.HTTPConnection(self.server.address, timeout=60)
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -77,7 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
         response = upstream.getresponse()
         content = response.read()
         upstream.close()
-        headers = {name: value for name, value in response.getheaders() if name.lower() != "transfer-encoding"}
+        headers = {
+            name: value
+            for name, value in response.getheaders()
+            if name.lower() != "transfer-encoding"
+        }
         if self.command != "HEAD":
             headers["Content-Length"] = str(len(content))
         if fault == "truncated":
@@ -102,9 +114,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def proxy(endpoint: str, *, rate: float, seed: int = 0, faults: tuple[str, ...] = FAULTS) -> Iterator[Proxy]:
+def proxy(
+    endpoint: str, *, rate: float, seed: int = 0, faults: tuple[str, ...] = FAULTS
+) -> Iterator[Proxy]:
     server = Proxy(endpoint, rate=rate, seed=seed, faults=faults)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield server

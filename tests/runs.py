@@ -1,4 +1,6 @@
-"""Real runs of the scripts in processes of their own, on a model and a corpus that take seconds. A pytest plugin."""
+"""Real runs of the scripts in processes of their own, on a model and a corpus that take seconds.
+A pytest plugin.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 
-# yamls/gla_tiny.yaml made smaller still; an epoch is 15 steps, so 40 steps are two epochs and two thirds.
+# yamls/gla_tiny.yaml made smaller still; an epoch is 15 steps, so 40 steps are two epochs and two
+# thirds.
 TINY = (
     "max_duration=40ba",
     "global_batch_size=4",
@@ -43,12 +46,18 @@ TINY_GLA = (
     "model.config.num_hidden_layers=2",
     "model.config.num_heads=2",
 )
-WANDB = ("wandb.project=tests", "wandb.entity=testers", "wandb.group=ours", "wandb.tags=[still,whole]")
+WANDB = (
+    "wandb.project=tests",
+    "wandb.entity=testers",
+    "wandb.group=ours",
+    "wandb.tags=[still,whole]",
+)
 # Rows and tokens per second depend on the machine, all else must not.
 TIMINGS = ("throughput",)
 
 
-# A process that has imported what the scripts import, and forks for each of them: the import takes longer than a run.
+# A process that has imported what the scripts import, and forks for each of them: the import takes
+# longer than a run.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.warm"])
 
@@ -56,7 +65,8 @@ _FORKS.set_forkserver_preload(["tests.warm"])
 def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> None:
     """In the forked process: what `python command...` does."""
     os.setpgid(0, 0)  # so that a signal to the whole group spares the tests
-    multiprocessing.set_start_method("fork", force=True)  # as for `python`; a process of a fork server has another default
+    # As for `python`; a process of a fork server has another default
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(env)
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -76,14 +86,18 @@ class Script:
     def __init__(self, *command: object, env: dict[str, str] | None = None, folder: Path = ROOT):
         self.folder = tempfile.TemporaryDirectory()
         self.output = str(Path(self.folder.name, "std"))
-        self.process = _FORKS.Process(target=_run, args=(list(map(str, command)), self.output, env or {}, folder))
+        self.process = _FORKS.Process(
+            target=_run, args=(list(map(str, command)), self.output, env or {}, folder)
+        )
         self.process.start()
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         self.process.join(timeout=500)
         assert self.process.exitcode is not None, self.read("err")
         with self.folder:
-            return subprocess.CompletedProcess([], self.process.exitcode, self.read("out"), self.read("err"))
+            return subprocess.CompletedProcess(
+                [], self.process.exitcode, self.read("out"), self.read("err")
+            )
 
     def read(self, name: str) -> str:
         path = Path(f"{self.output}.{name}")
@@ -91,22 +105,39 @@ class Script:
 
 
 class Ranks:
-    """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that have imported everything."""
+    """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that
+    have imported everything.
+    """
 
-    def __init__(self, number: int, *keys: str, env: dict[str, str] | None = None, folder: Path = ROOT):
+    def __init__(
+        self, number: int, *keys: str, env: dict[str, str] | None = None, folder: Path = ROOT
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        env = {**(env or {}), "WORLD_SIZE": f"{number}", "LOCAL_WORLD_SIZE": f"{number}", "NODE_RANK": "0",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}  # fmt: skip
+        env = {
+            **(env or {}),
+            "WORLD_SIZE": f"{number}",
+            "LOCAL_WORLD_SIZE": f"{number}",
+            "NODE_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": f"{port}",
+        }
         self.scripts = [
-            Script(ROOT / "recipes/train.py", *keys, env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, folder=folder)
+            Script(
+                ROOT / "recipes/train.py",
+                *keys,
+                env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+                folder=folder,
+            )
             for rank in range(number)
         ]
 
     def kill_after(self, log: Path, step: int) -> None:
         while not log.exists() or log.read_text().count("\n") < step:
-            assert all(script.process.is_alive() for script in self.scripts), self.scripts[0].read("err")
+            assert all(script.process.is_alive() for script in self.scripts), self.scripts[0].read(
+                "err"
+            )
             time.sleep(0.002)
         for script in self.scripts:
             script.process.kill()
@@ -118,7 +149,9 @@ class Ranks:
             check(script.wait())
 
 
-def run_script(*command: object, folder: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *command: object, folder: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return Script(*command, folder=folder, env=env).wait()
 
 
@@ -127,7 +160,13 @@ def two_ranks(*command: object) -> list[subprocess.CompletedProcess[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    env = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{port}",
+    }
     ranks = [Script(*command, env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     return [check(rank.wait()) for rank in ranks]
 
@@ -151,16 +190,29 @@ class Corpus:
 
     def __init__(self, folder: Path):
         self.text = folder / "corpus.jsonl"
-        self.tokenizer, self.train, self.val = folder / "tokenizer", folder / "train", folder / "val"
-        words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "si") for b in ("t", "man", "ro", "vel", "sh")]
+        self.tokenizer, self.train, self.val = (
+            folder / "tokenizer",
+            folder / "train",
+            folder / "val",
+        )
+        words = [
+            f"{a}{b}"
+            for a in ("ka", "lo", "mi", "ne", "pu", "ra", "si")
+            for b in ("t", "man", "ro", "vel", "sh")
+        ]
         choose = random.Random(0)
         with self.text.open("w") as corpus:
             for _ in range(116):
-                corpus.write(json.dumps({"text": " ".join(choose.choices(words, k=choose.randint(1, 60)))}) + "\n")
+                corpus.write(
+                    json.dumps({"text": " ".join(choose.choices(words, k=choose.randint(1, 60)))})
+                    + "\n"
+                )
 
     def convert(self) -> None:
         source, tokenizer = f"source={self.text}", self.tokenizer
-        check(run_script("convert/train_tokenizer.py", source, f"out={tokenizer}", "vocab_size=300"))
+        check(
+            run_script("convert/train_tokenizer.py", source, f"out={tokenizer}", "vocab_size=300")
+        )
         check(
             run_script(
                 "convert/to_mds.py",
@@ -174,8 +226,12 @@ class Corpus:
         )
 
     def keys(self, run: Path, *more: str) -> list[str]:
-        """The arguments of recipes/train.py for a run in folder `run`; `more` may begin with a YAML file."""
-        file = (more[0],) if more and more[0].endswith(".yaml") else ("yamls/gla_tiny.yaml", *TINY_GLA)
+        """The arguments of recipes/train.py for a run in folder `run`; `more` may begin with a
+        YAML file.
+        """
+        file = (
+            (more[0],) if more and more[0].endswith(".yaml") else ("yamls/gla_tiny.yaml", *TINY_GLA)
+        )
         more = more if len(file) > 1 else more[1:]
         return [
             *file,
@@ -200,9 +256,15 @@ class Corpus:
         return last_json(Script("recipes/train.py", *self.keys(run, *more), env=env).wait())
 
     def stopped_run(
-        self, run: Path, *more: str, after_step: int, group: bool = False, env: dict[str, str] | None = None
+        self,
+        run: Path,
+        *more: str,
+        after_step: int,
+        group: bool = False,
+        env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Start a run and send it (or its whole group) SIGTERM, three times, some instant after it has logged `after_step`.
+        """Start a run and send it (or its whole group) SIGTERM, three times, some instant after it
+        has logged `after_step`.
 
         `args` of what is returned is the number of steps that were logged at the first.
         """
@@ -210,7 +272,8 @@ class Corpus:
         self.wait_for_step(script, run, after_step)
         pid = script.process.pid
         assert pid is not None
-        os.kill(pid, signal.SIGSTOP)  # it trains on while a busy machine runs others than this process
+        # It trains on while a busy machine runs others than this process
+        os.kill(pid, signal.SIGSTOP)
         logged = (run / "train_log.jsonl").read_text().count("\n")
         with contextlib.suppress(ProcessLookupError):  # the second or third may come too late
             for _ in range(3):
@@ -229,7 +292,9 @@ class Corpus:
             time.sleep(0.002)
         time.sleep(random.Random(step).random() * 0.05)
 
-    def killed_run(self, run: Path, *more: str, after_step: int, env: dict[str, str] | None = None) -> None:
+    def killed_run(
+        self, run: Path, *more: str, after_step: int, env: dict[str, str] | None = None
+    ) -> None:
         """Start a run and kill it with SIGKILL some instant after it has logged `after_step`."""
         script = Script("recipes/train.py", *self.keys(run, *more), env=env)
         self.wait_for_step(script, run, after_step)

@@ -22,7 +22,9 @@ BUCKET = "data"
 
 @dataclass(frozen=True)
 class S3:
-    """The server, with bucket `data`: its endpoint, a boto3 client, and the environment that leads a process to it."""
+    """The server, with bucket `data`: its endpoint, a boto3 client, and the environment that
+    leads a process to it.
+    """
 
     endpoint: str
     client: Any
@@ -32,20 +34,32 @@ class S3:
         """Puts all files of a folder under s3://data/prefix, which it returns."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                self.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+                self.client.put_object(
+                    Bucket=BUCKET,
+                    Key=f"{prefix}/{path.relative_to(folder)}",
+                    Body=path.read_bytes(),
+                )
         return f"s3://{BUCKET}/{prefix}"
 
     def keys(self, prefix: str) -> dict[str, int]:
         """Size of every object under s3://data/prefix, in bytes, by its name below it."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
-        return {item["Key"][len(prefix) + 1 :]: item["Size"] for page in pages for item in page.get("Contents", [])}
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=BUCKET, Prefix=f"{prefix}/"
+        )
+        return {
+            item["Key"][len(prefix) + 1 :]: item["Size"]
+            for page in pages
+            for item in page.get("Contents", [])
+        }
 
     def read(self, key: str) -> bytes:
         return self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
 
 class Relay(socketserver.ThreadingTCPServer):
-    """A line to the server that breaks: it cuts the next `num_cuts` answers after a megabyte, and is gone after `cut`."""
+    """A line to the server that breaks: it cuts the next `num_cuts` answers after a megabyte,
+    and is gone after `cut`.
+    """
 
     def __init__(self, endpoint: str):
         super().__init__(("127.0.0.1", 0), _Connection)
@@ -74,7 +88,10 @@ class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         num_bytes = 0
         # Not select.select: the numbers of the files may be too large for it.
-        with socket.create_connection(self.server.target) as server, selectors.DefaultSelector() as selector:
+        with (
+            socket.create_connection(self.server.target) as server,
+            selectors.DefaultSelector() as selector,
+        ):
             for end in (self.request, server):
                 selector.register(end, selectors.EVENT_READ)
             while not self.server.is_cut:
@@ -102,15 +119,32 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     endpoint = f"http://{address[0]}:{address[1]}"
     juicefs = Path(sys.executable).with_name("juicefs")
     meta = f"sqlite3://{folder}/meta.db"
-    env = {"MINIO_ROOT_USER": "tester", "MINIO_ROOT_PASSWORD": "testtest", "HOME": str(folder), "PATH": os.environ["PATH"]}
+    env = {
+        "MINIO_ROOT_USER": "tester",
+        "MINIO_ROOT_PASSWORD": "testtest",
+        "HOME": str(folder),
+        "PATH": os.environ["PATH"],
+    }
     subprocess.run(
-        [juicefs, "format", meta, "test", "--storage", "file", "--bucket", f"{folder}/bucket/"], check=True, env=env,
+        [juicefs, "format", meta, "test", "--storage", "file", "--bucket", f"{folder}/bucket/"],
+        check=True,
+        env=env,
         capture_output=True,
-    )  # fmt: skip
+    )
     server = subprocess.Popen(
-        [juicefs, "gateway", "--no-banner", "--multi-buckets", "--keep-etag", meta, f"{address[0]}:{address[1]}"], env=env,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            juicefs,
+            "gateway",
+            "--no-banner",
+            "--multi-buckets",
+            "--keep-etag",
+            meta,
+            f"{address[0]}:{address[1]}",
+        ],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until = time.monotonic() + 30
         while True:
@@ -122,11 +156,17 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
                 assert time.monotonic() < until
                 time.sleep(0.05)
         variables = {
-            "S3_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "testtest",
+            "S3_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "tester",
+            "AWS_SECRET_ACCESS_KEY": "testtest",
             "AWS_DEFAULT_REGION": "us-east-1",
-        }  # fmt: skip
+        }
         client = boto3.client(
-            "s3", endpoint_url=endpoint, aws_access_key_id="tester", aws_secret_access_key="testtest", region_name="us-east-1"
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id="tester",
+            aws_secret_access_key="testtest",
+            region_name="us-east-1",
         )
         client.create_bucket(Bucket=BUCKET)
         yield S3(endpoint, client, variables)
@@ -138,8 +178,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture
 def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    """The server, to which this process's environment points too. A `Script` needs it said: env=s3.env."""
+    """The server, to which this process's environment points too. A `Script` needs it said:
+    env=s3.env.
+    """
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 60)  # on a machine that is busy with other things
+    # On a machine that is busy with other things
+    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 60)
     return s3_server

@@ -1,4 +1,6 @@
-"""A real Slurm on this machine: its daemons with files of their own, two nodes of two processors each. A pytest plugin."""
+"""A real Slurm on this machine: its daemons with files of their own, two nodes of two processors
+each. A pytest plugin.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,14 @@ class Slurm:
     env: dict[str, str]
 
     def command(self, *command: object) -> str:
-        process = subprocess.run(list(map(str, command)), env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(
+            list(map(str, command)),
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert process.returncode == 0, (command, process.stdout, process.stderr)
         return process.stdout.strip()
 
@@ -80,7 +89,11 @@ class Slurm:
 def missing() -> str | None:
     """Why there can be no Slurm here."""
     programs = ("munged", "slurmctld", "slurmd", "sbatch")
-    absent = [name for name in programs if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    absent = [
+        name
+        for name in programs
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: slurm-wlm munge)"
     return None if os.geteuid() == 0 else "slurmd needs root"
@@ -98,7 +111,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
     conf = CONF.format(
-        folder=folder, host=socket.gethostname(), controller_port=_free_port(), port0=_free_port(), port1=_free_port()
+        folder=folder,
+        host=socket.gethostname(),
+        controller_port=_free_port(),
+        port0=_free_port(),
+        port1=_free_port(),
     )
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(GRES)
@@ -109,14 +126,27 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     key.chmod(0o600)
     for parent in (folder, *folder.parents[:-2]):
         parent.chmod(0o755)  # munged insists on it
-    env = {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf",
-           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
+    env = {
+        **os.environ,
+        "SLURM_CONF": f"{folder}/slurm.conf",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
+    }
     daemons = [
-        ["munged", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.sock", f"--pid-file={folder}/munge.pid",
-         f"--seed-file={folder}/munge.seed", f"--log-file={folder}/munge.log"],
+        [
+            "munged",
+            "--foreground",
+            f"--key-file={key}",
+            f"--socket={folder}/munge.sock",
+            f"--pid-file={folder}/munge.pid",
+            f"--seed-file={folder}/munge.seed",
+            f"--log-file={folder}/munge.log",
+        ],
         ["slurmctld", "-D", "-i", "-f", f"{folder}/slurm.conf"],
-        *([*OWN_SHM, "slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf"] for node in ("node0", "node1")),
-    ]  # fmt: skip
+        *(
+            [*OWN_SHM, "slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf"]
+            for node in ("node0", "node1")
+        ),
+    ]
     started = []
     try:
         for number, daemon in enumerate(daemons):
@@ -126,7 +156,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         cluster = Slurm(folder, env)
         end = time.monotonic() + 60
         while cluster.command("sinfo", "--noheader", "--format=%T") != "idle":
-            assert time.monotonic() < end, [path.read_text()[-2000:] for path in sorted(folder.glob("*.log"))]
+            assert time.monotonic() < end, [
+                path.read_text()[-2000:] for path in sorted(folder.glob("*.log"))
+            ]
             time.sleep(0.3)
         yield cluster
     finally:

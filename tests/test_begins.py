@@ -55,15 +55,22 @@ class Begun:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus's, with another bos than eos and a template that puts it before every text, as Llama's does."""
+    """The corpus's, with another bos than eos and a template that puts it before every text, as
+    Llama's does.
+    """
     folder = Path(shutil.copytree(corpus.tokenizer, tmp_path_factory.mktemp("bos") / "tokenizer"))
     content = json.loads((folder / "tokenizer.json").read_bytes())
     content["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": BOS, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {BOS: {"id": BOS, "ids": [content["model"]["vocab"][BOS]], "tokens": [BOS]}},
-    }  # fmt: skip
+        "special_tokens": {
+            BOS: {"id": BOS, "ids": [content["model"]["vocab"][BOS]], "tokens": [BOS]}
+        },
+    }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = json.loads((folder / name).read_bytes())
@@ -73,7 +80,9 @@ def tokenizer(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """One that fills more than a window, one of the words that were trained on, one of a single token."""
+    """One that fills more than a window, one of the words that were trained on, one of a single
+    token.
+    """
     return [words(40, 5), "kat loman miro nevel push", "x"]
 
 
@@ -85,14 +94,28 @@ def tasks(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, text in enumerate(texts)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
-              "test_split": "test", "metadata": {"version": 1}}  # fmt: skip
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
+        "test_split": "test",
+        "metadata": {"version": 1},
+    }
     written: dict[str, dict[str, Any]] = {
-        "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                    "metric_list": [{"metric": "bits_per_byte"}]},
-        "after": {"output_type": "loglikelihood", "doc_to_text": "{{text}}", "doc_to_target": "{{choices[0]}}",
-                  "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]},
-    }  # fmt: skip
+        "rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        "after": {
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{text}}",
+            "doc_to_target": "{{choices[0]}}",
+            "metric_list": [
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+            ],
+        },
+    }
     for name, content in written.items():
         (folder / f"{name}.yaml").write_text(yaml.dump({"task": name, **common, **content}))
     return folder
@@ -223,8 +246,9 @@ def test_the_tokenizer_that_training_did_not_show_scores_otherwise(
     other = str(not begun.add_bos).lower()
     wrong, _, errors = evaluated(begun.exported, tasks, f"add_bos={other}")
     ends = "with bos" if begun.add_bos else "without bos"
-    assert errors == (
-        f"warning: add_bos={other}: {begun.exported} was trained on documents that begin {ends} "
+    assert (
+        errors
+        == f"warning: add_bos={other}: {begun.exported} was trained on documents that begin {ends} "
         "and end with eos\n"
     )
     for task, metric in (("rolling", "bits_per_byte"), ("after", "perplexity")):
@@ -235,8 +259,9 @@ def test_the_tokenizer_that_training_did_not_show_scores_otherwise(
         own, _, errors = evaluated(model, tasks, f"tokenizer={begun.tokenizer}")
         assert own["tasks"] == right[0]["tasks"]
         contradicts = (
-            f"warning: {model}: the tokenizer's template puts {BOS} before a text and nothing after it, but "
-            f"documents in training begin {ends} and end with eos: texts begin as they did\n"
+            f"warning: {model}: the tokenizer's template puts {BOS} before a text and nothing after"
+            f" it, but documents in training begin {ends} and end with eos: texts begin as they"
+            " did\n"
         )
         assert errors == ("" if begun.add_bos else contradicts)
 
@@ -325,8 +350,8 @@ def test_datasets_are_compared_with_training(
     )
     assert (
         f"warning: {out}: its documents begin {theirs} bos and end without eos; those that "
-        f"{begun.exported} was trained on begin {ours} bos and end with eos\n"
-    ) in process.stderr
+        f"{begun.exported} was trained on begin {ours} bos and end with eos\n" in process.stderr
+    )
 
 
 # What was made before this was kept
@@ -386,9 +411,11 @@ def test_an_old_checkpoint_is_exported_as_before_and_says_so(begun: Begun, tmp_p
     del content["state"]["callbacks"]["SameData"]["ends"]
     torch.save(content, file)
     process = check(run_script("convert/to_hf.py", f"checkpoint={file}", f"out={tmp_path / 'hf'}"))
-    assert process.stderr == (
-        f"warning: {file}: does not say what documents began with in training; the tokenizer goes out as it is; its "
-        f"tokenizer's template puts {BOS} before a text; set add_bos=true or add_bos=false to say it\n"
+    assert (
+        process.stderr
+        == f"warning: {file}: does not say what documents began with in training; the tokenizer"
+        f" goes out as it is; its tokenizer's template puts {BOS} before a text; set"
+        " add_bos=true or add_bos=false to say it\n"
     )
     out = tmp_path / "told"
     keys = (f"checkpoint={file}", f"out={out}", f"add_bos={str(begun.add_bos).lower()}")
@@ -432,9 +459,9 @@ def test_a_run_that_goes_on_with_other_documents_says_so(
     )
     now, before = ("without", "with") if begun.add_bos else ("with", "without")
     assert (
-        f"warning: the checkpoint was trained on documents that begin {before} bos and end with eos; now they begin "
-        f"{now} bos and end with eos\n"
-    ) in process.stderr
+        f"warning: the checkpoint was trained on documents that begin {before} bos and end with"
+        f" eos; now they begin {now} bos and end with eos\n" in process.stderr
+    )
     newest = find_newest(str(run / "checkpoints"), tmp_path / "staging")
     assert newest is not None
     assert ends_of(load_from_checkpoint(newest)[1]) == Ends(not begun.add_bos, True)

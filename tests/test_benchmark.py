@@ -1,4 +1,6 @@
-"""The benchmark of conversions: the same tokens by all, every process counted, errors in one line."""
+"""The benchmark of conversions: the same tokens by all, every process counted, errors in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,14 @@ from flame_composer.text.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
 from tests.runs import ROOT, check, last_json, run_script
 
-# A process that leaves one behind that lives longer; the numbers are megabytes and seconds on a processor.
+# A process that leaves one behind that lives longer; the numbers are megabytes and seconds on a
+# processor.
 LEAVE_BEHIND = """
 import subprocess, sys
-work = "import sys, time\\nx = b'x' * (int(sys.argv[1]) << 20)\\nwhile time.process_time() < float(sys.argv[2]): pass"
+work = (
+    "import sys, time\\nx = b'x' * (int(sys.argv[1]) << 20)\\n"
+    "while time.process_time() < float(sys.argv[2]): pass"
+)
 subprocess.run([sys.executable, "-c", work, "150", "0.3"])
 subprocess.Popen([sys.executable, "-c", work, "250", "0.4"])
 print("done")
@@ -60,7 +66,11 @@ def test_every_process_counts():
 
 
 def test_a_failure_is_that_of_the_command():
-    command = [sys.executable, "-c", "import sys; print('first', file=sys.stderr); sys.exit('error: no room')"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; print('first', file=sys.stderr); sys.exit('error: no room')",
+    ]
     with pytest.raises(DataError, match=r"^\S+ -c: failed: no room$"):
         measure(command)
     with pytest.raises(DataError, match=r"failed: exit status 3$"):
@@ -99,23 +109,34 @@ def test_the_corpus_is_distinct_documents_and_its_tenth_begins_it(tmp_path):
 def test_figures_are_medians_and_ratios_those_of_a_turn():
     def runs(start: float, seconds: float, cpu_seconds: float, megabytes: int) -> tuple[Run, Run]:
         tenth = Usage(start + seconds / 10, start + cpu_seconds / 10, megabytes << 20, "")
-        return Run(100, tenth), Run(1000, Usage(start + seconds, start + cpu_seconds, (megabytes + 10) << 20, ""))
+        return Run(100, tenth), Run(
+            1000, Usage(start + seconds, start + cpu_seconds, (megabytes + 10) << 20, "")
+        )
 
     turns = [
-        {"baseline": runs(10, 90, 100 * slow, 500), "one_worker": runs(5, 20, 10 * slow, 50), "workers": runs(5, 10, 11, 40)}
+        {
+            "baseline": runs(10, 90, 100 * slow, 500),
+            "one_worker": runs(5, 20, 10 * slow, 50),
+            "workers": runs(5, 10, 11, 40),
+        }
         for slow in (1, 3, 2)
     ]
     result = summary(turns)
     assert result["baseline"] == {
-        "tokens_per_cpu_second": round(1000 / 210), "tokens_per_cpu_second_after_start": 5,
-        "tokens_per_second": 10, "tokens_per_second_after_start": round(1000 / 90),
-        "peak_mb_of_a_tenth": 500, "peak_mb": 510,
-    }  # fmt: skip
+        "tokens_per_cpu_second": round(1000 / 210),
+        "tokens_per_cpu_second_after_start": 5,
+        "tokens_per_second": 10,
+        "tokens_per_second_after_start": round(1000 / 90),
+        "peak_mb_of_a_tenth": 500,
+        "peak_mb": 510,
+    }
     ratios = {key: value for key, value in result.items() if "_over_" in key}
     assert ratios == {
-        "one_worker_over_baseline": 8.4, "one_worker_over_baseline_after_start": 10.0,
-        "workers_over_one": round(25 / 15, 2), "workers_over_one_after_start": 2.0,
-    }  # fmt: skip
+        "one_worker_over_baseline": 8.4,
+        "one_worker_over_baseline_after_start": 10.0,
+        "workers_over_one": round(25 / 15, 2),
+        "workers_over_one_after_start": 2.0,
+    }
     no_time = Run(1000, turns[0]["workers"][0].usage)
     timeless = summary([{**turns[0], "workers": (turns[0]["workers"][0], no_time)}])
     assert timeless["workers"]["tokens_per_second_after_start"] is None
@@ -129,10 +150,18 @@ def test_all_conversions_agree(tmp_path):
     texts = [words(1 + i % 700, i) for i in range(200)]
     source = write_jsonl(tmp_path / "source.jsonl", texts)
     (tmp_path / "work").mkdir()
-    result = last_json(run_script(
-        "recipes/benchmark.py", "convert", f"source={source}", f"tokenizer={tmp_path / 'tokenizer'}", "repeats=1",
-        f"folder={tmp_path / 'work'}", "context_length=64", "unit_size=20000",
-    ))  # fmt: skip
+    result = last_json(
+        run_script(
+            "recipes/benchmark.py",
+            "convert",
+            f"source={source}",
+            f"tokenizer={tmp_path / 'tokenizer'}",
+            "repeats=1",
+            f"folder={tmp_path / 'work'}",
+            "context_length=64",
+            "unit_size=20000",
+        )
+    )
     expected, _ = build_encoder(tokenizer, add_bos=False, add_eos=True)(texts)
     assert result["tokens"] == len(expected)
     for name in ("baseline", "one_worker", "workers"):
@@ -141,28 +170,51 @@ def test_all_conversions_agree(tmp_path):
     nowhere = run_script("recipes/benchmark.py", "convert", f"folder={tmp_path}/no")
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)
     assert nowhere.stderr.startswith(f"error: folder: {tmp_path}/no/")
-    assert nowhere.stderr.endswith(": No such file or directory; give another one with folder=...\n")
+    assert nowhere.stderr.endswith(
+        ": No such file or directory; give another one with folder=...\n"
+    )
 
 
 SMALL = ("repeats=1", "hidden_size=64", "num_layers=1", "vocab_size=256")
 
 
 def test_decoding_and_checkpoints_are_timed(tmp_path):
-    decoded = last_json(run_script(
-        "recipes/benchmark.py", "decode", *SMALL, "context_lengths=[8,16]", "batch_sizes=[1,2]", "new_tokens=2",
-    ))  # fmt: skip
-    assert [(row["batch_size"], row["context_length"]) for row in decoded["results"]] == [(1, 8), (2, 8), (1, 16), (2, 16)]
+    decoded = last_json(
+        run_script(
+            "recipes/benchmark.py",
+            "decode",
+            *SMALL,
+            "context_lengths=[8,16]",
+            "batch_sizes=[1,2]",
+            "new_tokens=2",
+        )
+    )
+    assert [(row["batch_size"], row["context_length"]) for row in decoded["results"]] == [
+        (1, 8),
+        (2, 8),
+        (1, 16),
+        (2, 16),
+    ]
     assert len(decoded["figures"]) == 6
-    kept = [tuple(row[f"{name}_bytes_kept_per_sequence"] for name in ("gla", "llama")) for row in decoded["results"]]
+    kept = [
+        tuple(row[f"{name}_bytes_kept_per_sequence"] for name in ("gla", "llama"))
+        for row in decoded["results"]
+    ]
     assert kept[0][0] == kept[2][0] > 0
     assert kept[2][1] == 2 * kept[0][1] > 0
-    saved = last_json(run_script("recipes/benchmark.py", "checkpoint", *SMALL, f"folder={tmp_path}"))
-    assert all(saved[f"{name}_seconds"] > 0 for name in ("save", "torch_save", "read", "torch_load"))
+    saved = last_json(
+        run_script("recipes/benchmark.py", "checkpoint", *SMALL, f"folder={tmp_path}")
+    )
+    assert all(
+        saved[f"{name}_seconds"] > 0 for name in ("save", "torch_save", "read", "torch_load")
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults"
+)
 def test_the_data_path_is_timed(tmp_path):
     keys = ("repeats=1", "megabytes=0.2", "epoch_rows=2000", f"folder={tmp_path}")
     read = last_json(run_script("recipes/benchmark.py", "data", *keys))
@@ -181,19 +233,35 @@ def test_a_figure_that_misses_what_is_stated():
 
 
 def test_growth_is_timed_and_drawn(tmp_path):
-    grown = last_json(run_script("recipes/benchmark.py", "growth", *SMALL, "batch_tokens=128", "context_lengths=[32,64]"))
+    grown = last_json(
+        run_script(
+            "recipes/benchmark.py", "growth", *SMALL, "batch_tokens=128", "context_lengths=[32,64]"
+        )
+    )
     assert [row["rows"] for row in grown["by_rows"]] == [1, 2, 4]
     assert [row["layers"] for row in grown["by_layers"]] == [1, 2]
-    speeds = [row[f"{name}_tokens_per_second"] for row in grown["by_rows"] + grown["by_layers"] for name in ("gla", "llama")]
+    speeds = [
+        row[f"{name}_tokens_per_second"]
+        for row in grown["by_rows"] + grown["by_layers"]
+        for name in ("gla", "llama")
+    ]
     assert min(speeds) > 0
-    drawn = {"growth": grown, "data": {"one_worker_rows_per_second": 5, "two_workers_rows_per_second": 9}}
-    assert [(panel.x_name, panel.xs) for panel in panels(drawn)] == [("rows of 32", [1, 2, 4]), ("layers", [1, 2])]
+    drawn = {
+        "growth": grown,
+        "data": {"one_worker_rows_per_second": 5, "two_workers_rows_per_second": 9},
+    }
+    assert [(panel.x_name, panel.xs) for panel in panels(drawn)] == [
+        ("rows of 32", [1, 2, 4]),
+        ("layers", [1, 2]),
+    ]
     convert = {"num_workers": 2, "workers_over_one_after_start": 1.9}
     workers = list(panels({**drawn, "convert": convert}))[-1]
     assert workers.lines == {"conversion": [1, 1.9], "loading": [1, 1.8]}
     benchmark_charts.write(drawn, str(tmp_path / "growth.png"))
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(DataError, match=r"^plot: \S+/no/growth\.png: No such file or directory; give another"):
+    with pytest.raises(
+        DataError, match=r"^plot: \S+/no/growth\.png: No such file or directory; give another"
+    ):
         benchmark_charts.write(drawn, str(tmp_path / "no/growth.png"))
     with pytest.raises(DataError, match=r"^plot: nothing that is drawn was measured: start$"):
         benchmark_charts.write({"start": {}}, str(tmp_path / "growth.png"))
@@ -203,7 +271,8 @@ SAYS = """
 import json, sys
 if sys.argv[1] == "convert":
     sys.exit(1)
-figure = {"name": sys.argv[1], "value": {"start": 1.05, "data": 2.0}[sys.argv[1]], "at_least": None, "at_most": 1.0}
+value = {"start": 1.05, "data": 2.0}[sys.argv[1]]
+figure = {"name": sys.argv[1], "value": value, "at_least": None, "at_most": 1.0}
 print(json.dumps({"figures": [figure]}))
 """
 
@@ -224,7 +293,13 @@ def test_all_ends_with_what_is_missed(tmp_path, monkeypatch, capsys):
 
 
 def test_the_peak_of_a_gpu():
-    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA L4"]
+    names = [
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA GeForce RTX 4090",
+        "NVIDIA L4",
+    ]
     assert [peak_of(name) for name in names] == [989e12, 756e12, 312e12, 165e12, 121e12]
     assert peak_of("Some Other GPU") is None
     rows = [{"gla_model_flops_per_second": 3e14}, {"gla_model_flops_per_second": 4e14}]
@@ -238,29 +313,46 @@ def test_which_benchmark():
     helped = check(run_script("recipes/benchmark.py", "--help")).stdout
     assert "usage: benchmark.py train [file.yaml]" in helped
     assert "usage: benchmark.py convert [file.yaml]" in helped
-    assert "context_lengths" not in check(run_script("recipes/benchmark.py", "convert", "-h")).stdout
+    assert (
+        "context_lengths" not in check(run_script("recipes/benchmark.py", "convert", "-h")).stdout
+    )
     wrong = run_script("recipes/benchmark.py", "convrt", "repeats=1")
     assert wrong.returncode == 2
-    assert wrong.stderr == (
-        "error: command line: convrt: must be one of train, growth, decode, trainer, data, start, checkpoint, convert, all, "
-        "or a YAML file; did you mean convert?\n"
+    assert (
+        wrong.stderr
+        == "error: command line: convrt: must be one of train, growth, decode, trainer, data,"
+        " start, checkpoint, convert, all, or a YAML file; did you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
-    assert unknown.stderr.startswith("error: command line: names=['train', 'strat']: must be among train, growth, decode, ")
+    assert unknown.stderr.startswith(
+        "error: command line: names=['train', 'strat']: must be among train, growth, decode, "
+    )
     nowhere = run_script("recipes/benchmark.py", "all", "plot=/proc/no/growth.png")
     assert (nowhere.returncode, nowhere.stdout) == (2, ""), "before anything is measured"
     assert nowhere.stderr.startswith("error: plot=/proc/no/growth.png: /proc/no cannot be made: ")
-    for arguments in (["repeats=0"], ["train", "repeats=0"], ["convert", "repeats=0"], ["start", "repeats=0"]):
+    for arguments in (
+        ["repeats=0"],
+        ["train", "repeats=0"],
+        ["convert", "repeats=0"],
+        ["start", "repeats=0"],
+    ):
         failed = run_script("recipes/benchmark.py", *arguments)
-        assert (failed.returncode, failed.stderr) == (2, "error: command line: repeats=0: must be more than 0\n")
+        assert (failed.returncode, failed.stderr) == (
+            2,
+            "error: command line: repeats=0: must be more than 0\n",
+        )
 
 
 # What the keys say. What is run, and that it can be, is tested above: here it is only noted.
 
 
-def noted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stand_in: Callable[..., Any]) -> list[tuple[Any, ...]]:
-    """The positional arguments of every call of a function from now on, in whose place `stand_in` is called."""
+def noted(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stand_in: Callable[..., Any]
+) -> list[tuple[Any, ...]]:
+    """The positional arguments of every call of a function from now on, in whose place
+    `stand_in` is called.
+    """
     calls: list[tuple[Any, ...]] = []
 
     def note(*arguments: Any, **options: Any) -> Any:
@@ -274,18 +366,35 @@ def noted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, stand_in: Cal
 def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
     shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 256, "repeats": 4}
     build_pair = timing.build_pair
-    built = [noted(monkeypatch, module, "build_pair", build_pair) for module in (timing, run_timing)]
-    turns = [noted(monkeypatch, module, "interleaved", measuring.interleaved) for module in (timing, run_timing)]
-    steps, decoded = (noted(monkeypatch, timing, name, lambda *_: lambda: 1.0) for name in ("step", "decode"))
+    built = [
+        noted(monkeypatch, module, "build_pair", build_pair) for module in (timing, run_timing)
+    ]
+    turns = [
+        noted(monkeypatch, module, "interleaved", measuring.interleaved)
+        for module in (timing, run_timing)
+    ]
+    steps, decoded = (
+        noted(monkeypatch, timing, name, lambda *_: lambda: 1.0) for name in ("step", "decode")
+    )
     read = noted(monkeypatch, timing, "read_prompt", timing.read_prompt)
     timing.training(BenchmarkConfig(context_lengths=[64, 128], batch_tokens=512, **shape))
-    timing.decoding(DecodeBenchmarkConfig(context_lengths=[8], batch_sizes=[3], new_tokens=5, **shape))
+    timing.decoding(
+        DecodeBenchmarkConfig(context_lengths=[8], batch_sizes=[3], new_tokens=5, **shape)
+    )
     timing.growth(BenchmarkConfig(context_lengths=[32], batch_tokens=64, **shape))
     run_timing.checkpoints(CheckpointBenchmarkConfig(**shape), tmp_path)
     assert built == [[(64, 1, 256)] * 5 + [(64, 2, 256)], [(64, 1, 256)]]
     assert [{repeats for _, repeats, _ in found} for found in turns] == [{4}, {4}]
-    lengths = [(64, 512), (64, 512), (128, 512), (128, 512), *[(32, number * 32) for number in (1, 1, 2, 2, 1, 1, 1, 1)]]
-    assert [arguments for _, *arguments in steps] == [[length, tokens, 256] for length, tokens in lengths]
+    lengths = [
+        (64, 512),
+        (64, 512),
+        (128, 512),
+        (128, 512),
+        *[(32, number * 32) for number in (1, 1, 2, 2, 1, 1, 1, 1)],
+    ]
+    assert [arguments for _, *arguments in steps] == [
+        [length, tokens, 256] for length, tokens in lengths
+    ]
     assert [arguments for _, *arguments in read] == [[8]] * 2
     assert [arguments for _, _, *arguments in decoded] == [[3, 5]] * 2
 
@@ -293,15 +402,20 @@ def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
 @pytest.fixture
 def commands(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     """The commands that are measured, none of which is run."""
+
     def measure(command: list[str], *_: Any) -> Usage:
         if "recipes/train.py" in str(command):
             (tmp_path / "run").mkdir(exist_ok=True)
-            (tmp_path / "run/train_log.jsonl").write_text(json.dumps({"throughput": 1.0}) + "\n" + '{"throughput": 1.0}\n' * 3)
+            (tmp_path / "run/train_log.jsonl").write_text(
+                json.dumps({"throughput": 1.0}) + "\n" + '{"throughput": 1.0}\n' * 3
+            )
         return Usage(1.0, 1.0, 1, "7\n")
 
-    monkeypatch.setattr(benchmark, "read_manifest", lambda _: SimpleNamespace(
-        totals=SimpleNamespace(tokens_in=7), config={"encoder": "hf"}
-    ))
+    monkeypatch.setattr(
+        benchmark,
+        "read_manifest",
+        lambda _: SimpleNamespace(totals=SimpleNamespace(tokens_in=7), config={"encoder": "hf"}),
+    )
     return noted(monkeypatch, benchmark, "measure", measure)
 
 
@@ -309,43 +423,68 @@ def commands(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
 def corpora(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     source = write_jsonl(tmp_path / "source.jsonl", TEXTS)
     write = benchmark.write_corpus
-    return noted(monkeypatch, benchmark, "write_corpus", lambda *_: write([str(source)], (), 1000, tmp_path))
+    return noted(
+        monkeypatch, benchmark, "write_corpus", lambda *_: write([str(source)], (), 1000, tmp_path)
+    )
 
 
 def test_runs_are_timed_as_the_keys_say(monkeypatch, commands, corpora, tmp_path):
     def ran(script: str) -> list[str]:
         return [str(command) for command, *_ in commands if script in str(command)]
 
-    benchmark.compare_trainers(ROOT, TrainerBenchmarkConfig(megabytes=0.2, repeats=3, steps=5), tmp_path)
+    benchmark.compare_trainers(
+        ROOT, TrainerBenchmarkConfig(megabytes=0.2, repeats=3, steps=5), tmp_path
+    )
     assert len(ran("recipes/train.py")) == 3
     assert all("max_duration=5ba" in command for command in ran("recipes/train.py"))
-    benchmark.compare_readers(ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=3, epoch_rows=77), tmp_path)
+    benchmark.compare_readers(
+        ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=3, epoch_rows=77), tmp_path
+    )
     assert [len(ran(name)) for name in ("import read_all;", "import first_batch")] == [9, 6]
     assert all("'77'" in command for command in ran("import first_batch"))
     commands.clear()
-    noted(monkeypatch, subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0 if "--help" in command else 2))
+    noted(
+        monkeypatch,
+        subprocess,
+        "run",
+        lambda command, **_: SimpleNamespace(returncode=0 if "--help" in command else 2),
+    )
     benchmark.compare_starts(ROOT, StartBenchmarkConfig(megabytes=0.4, repeats=3), tmp_path)
     assert len(ran("recipes/train.py")) == 3
     assert [max_bytes for _, _, max_bytes, _ in corpora] == [200_000, 300_000, 400_000]
 
 
 def test_conversions_are_timed_as_the_keys_say(commands, corpora, tmp_path):
-    config = ConversionBenchmarkConfig(["s"], [".md"], 0.5, "tok", context_length=64, unit_size=999, num_workers=3, repeats=1)
+    config = ConversionBenchmarkConfig(
+        ["s"], [".md"], 0.5, "tok", context_length=64, unit_size=999, num_workers=3, repeats=1
+    )
     benchmark.compare_conversions(ROOT, config, tmp_path)
     assert corpora == [(["s"], [".md"], 500_000, tmp_path)]
     ours = [command for command, *_ in commands if "to_mds.py" in str(command)]
-    assert all({"tokenizer=tok", "context_length=64", "unit_size=999"} <= set(command) for command in ours)
-    assert sorted(command[-1] for command in ours) == ["num_workers=1", "num_workers=1", "num_workers=3", "num_workers=3"]
-    assert [command[-3:][::2] for command, *_ in commands if "to_mds.py" not in str(command)] == [["tok", "64"]] * 2
+    assert all(
+        {"tokenizer=tok", "context_length=64", "unit_size=999"} <= set(command) for command in ours
+    )
+    assert sorted(command[-1] for command in ours) == [
+        "num_workers=1",
+        "num_workers=1",
+        "num_workers=3",
+        "num_workers=3",
+    ]
+    assert [command[-3:][::2] for command, *_ in commands if "to_mds.py" not in str(command)] == [
+        ["tok", "64"]
+    ] * 2
 
 
-@pytest.mark.parametrize(("name", "config", "module", "function"), [
-    ("trainer", TrainerBenchmarkConfig, benchmark, "compare_trainers"),
-    ("data", DataBenchmarkConfig, benchmark, "compare_readers"),
-    ("start", StartBenchmarkConfig, benchmark, "compare_starts"),
-    ("checkpoint", CheckpointBenchmarkConfig, run_timing, "checkpoints"),
-    ("convert", ConversionBenchmarkConfig, benchmark, "compare_conversions"),
-])
+@pytest.mark.parametrize(
+    ("name", "config", "module", "function"),
+    [
+        ("trainer", TrainerBenchmarkConfig, benchmark, "compare_trainers"),
+        ("data", DataBenchmarkConfig, benchmark, "compare_readers"),
+        ("start", StartBenchmarkConfig, benchmark, "compare_starts"),
+        ("checkpoint", CheckpointBenchmarkConfig, run_timing, "checkpoints"),
+        ("convert", ConversionBenchmarkConfig, benchmark, "compare_conversions"),
+    ],
+)
 def test_where_files_are_put(monkeypatch, tmp_path, name, config, module, function):
     given = noted(monkeypatch, module, function, lambda *_: ({}, []))
     runpy.run_path("recipes/benchmark.py")[name](config(folder=str(tmp_path)))
@@ -356,6 +495,8 @@ def test_only_what_is_named_is_run_and_drawn(monkeypatch, capsys):
     answer = subprocess.CompletedProcess([], 0, json.dumps({"figures": []}))
     given = noted(monkeypatch, subprocess, "run", lambda *_, **__: answer)
     drawn = noted(monkeypatch, benchmark_charts, "write", lambda *_: None)
-    runpy.run_path("recipes/benchmark.py")["run_all"](AllBenchmarksConfig(["start", "data"], "growth.png"))
+    runpy.run_path("recipes/benchmark.py")["run_all"](
+        AllBenchmarksConfig(["start", "data"], "growth.png")
+    )
     assert drawn == [({"start": {"figures": []}, "data": {"figures": []}}, "growth.png")]
-    assert [command[-1] for command, in given] == ["start", "data"]
+    assert [command[-1] for (command,) in given] == ["start", "data"]

@@ -1,4 +1,6 @@
-"""Charts of runs: what is read of a log, what is drawn, and a page that needs nothing from elsewhere."""
+"""Charts of runs: what is read of a log, what is drawn, and a page that needs nothing from
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,27 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def row(step: int, **more: Any) -> dict[str, Any]:
     return {
-        "current_steps": step, "total_steps": 20, "loss": 5.0 / step, "learning_rate": 1e-3, "epoch": 0.1, "percentage": 5.0,
-        "num_tokens": 100 * step, "throughput": 1000.0 + step, **more,
-    }  # fmt: skip
+        "current_steps": step,
+        "total_steps": 20,
+        "loss": 5.0 / step,
+        "learning_rate": 1e-3,
+        "epoch": 0.1,
+        "percentage": 5.0,
+        "num_tokens": 100 * step,
+        "throughput": 1000.0 + step,
+        **more,
+    }
 
 
-def make_log(folder: Path, rows: list[dict[str, Any]], starts: tuple[int, ...] | None = (0,)) -> str:
+def make_log(
+    folder: Path, rows: list[dict[str, Any]], starts: tuple[int, ...] | None = (0,)
+) -> str:
     folder.mkdir(parents=True)
     (folder / "train_log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     if starts is not None:
-        (folder / "starts.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in starts))
+        (folder / "starts.jsonl").write_text(
+            "".join(json.dumps({"step": step}) + "\n" for step in starts)
+        )
     return str(folder)
 
 
@@ -58,7 +71,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.refers_to += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.refers_to += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "data", "action")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -68,7 +85,11 @@ class Page(html.parser.HTMLParser):
 
 
 def test_rows_of_a_run(tmp_path: Path) -> None:
-    run = read_run(make_log(tmp_path / "a", [row(1), row(2, loss=None), row(3, eval_loss=1.5)], starts=(0, 2, 2, 3)))
+    run = read_run(
+        make_log(
+            tmp_path / "a", [row(1), row(2, loss=None), row(3, eval_loss=1.5)], starts=(0, 2, 2, 3)
+        )
+    )
     assert (run.name, run.place, run.notes) == ("a", str(tmp_path / "a"), [])
     assert run.resumed_after == [2], "a start after the last step has come to nothing yet"
     steps, values = series(run, "loss", 1)
@@ -120,28 +141,74 @@ def test_a_row_cut_in_half_at_the_end_is_left_out_and_noted(tmp_path: Path) -> N
 WRONG = [
     ("", DataError, "LOG: holds no whole row yet; wait for the run's first step"),
     ('{"current', DataError, "LOG: holds no whole row yet; wait for the run's first step"),
-    ("{}\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, or delete the line"),
-    ("GOOD[1]\n", DataError, "LOG:2: damaged: not a JSON object; restore it from a copy, or delete the line"),
-    ("GOOD{\nGOOD", DataError, "LOG:2: damaged: not a JSON object; restore it from a copy, or delete the line"),
-    (json.dumps(row(1, loss=10**400)) + "\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, "
-     "or delete the line"),
-    (json.dumps(row(1, loss="low")) + "\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, "
-     "or delete the line"),
-    *((json.dumps(row(1, **wrong)) + "\n", DataError, "LOG:1: damaged: not a row of a training log; restore it from a copy, or "
-       "delete the line") for wrong in (
-        {"current_steps": 10**400}, {"current_steps": True}, {"current_steps": -1}, {"current_steps": 1.0},
-        {"num_tokens": 10**400}, {"total_steps": None}, {"loss": True},
-        {"loss": [1]}, {"eval_loss": {}}, {"throughput": "x"}, {"grad_norm": False})),
-    ("x" * (1 << 24), DataError, "LOG:1: damaged: a line of more than 16,777,216 characters; restore it from a copy, or delete "
-     "the line"),
+    (
+        "{}\n",
+        DataError,
+        "LOG:1: damaged: not a row of a training log; restore it from a copy, or delete the line",
+    ),
+    (
+        "GOOD[1]\n",
+        DataError,
+        "LOG:2: damaged: not a JSON object; restore it from a copy, or delete the line",
+    ),
+    (
+        "GOOD{\nGOOD",
+        DataError,
+        "LOG:2: damaged: not a JSON object; restore it from a copy, or delete the line",
+    ),
+    (
+        json.dumps(row(1, loss=10**400)) + "\n",
+        DataError,
+        "LOG:1: damaged: not a row of a training log; restore it from a copy, or delete the line",
+    ),
+    (
+        json.dumps(row(1, loss="low")) + "\n",
+        DataError,
+        "LOG:1: damaged: not a row of a training log; restore it from a copy, or delete the line",
+    ),
+    *(
+        (
+            json.dumps(row(1, **wrong)) + "\n",
+            DataError,
+            (
+                "LOG:1: damaged: not a row of a training log; restore it from a copy, or "
+                "delete the line"
+            ),
+        )
+        for wrong in (
+            {"current_steps": 10**400},
+            {"current_steps": True},
+            {"current_steps": -1},
+            {"current_steps": 1.0},
+            {"num_tokens": 10**400},
+            {"total_steps": None},
+            {"loss": True},
+            {"loss": [1]},
+            {"eval_loss": {}},
+            {"throughput": "x"},
+            {"grad_norm": False},
+        )
+    ),
+    (
+        "x" * (1 << 24),
+        DataError,
+        (
+            "LOG:1: damaged: a line of more than 16,777,216 characters; restore it from a copy, or"
+            " delete the line"
+        ),
+    ),
     ("\udcff", DataError, "LOG: cannot be read: not text"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("content", "error", "message"), WRONG, ids=lambda value: str(value)[:20])
-def test_logs_that_are_none(tmp_path: Path, content: str, error: type[Exception], message: str) -> None:
+def test_logs_that_are_none(
+    tmp_path: Path, content: str, error: type[Exception], message: str
+) -> None:
     log = tmp_path / "train_log.jsonl"
-    log.write_bytes(content.replace("GOOD", json.dumps(row(1)) + "\n").encode("utf-8", "surrogateescape"))
+    log.write_bytes(
+        content.replace("GOOD", json.dumps(row(1)) + "\n").encode("utf-8", "surrogateescape")
+    )
     with pytest.raises(error) as caught:
         read_run(str(tmp_path))
     assert str(caught.value) == message.replace("LOG", str(log))
@@ -150,7 +217,11 @@ def test_logs_that_are_none(tmp_path: Path, content: str, error: type[Exception]
 def test_runs_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_run(str(tmp_path))
-    assert str(caught.value) == f"runs: {tmp_path}: has no train_log.jsonl; name the log_folder of a run, e.g. runs/gla_tiny"
+    assert (
+        str(caught.value)
+        == f"runs: {tmp_path}: has no train_log.jsonl; name the log_folder of a run, e.g."
+        " runs/gla_tiny"
+    )
     with pytest.raises(ConfigError, match="no such folder"):
         read_run(str(tmp_path / "none"))
 
@@ -160,8 +231,16 @@ def test_runs_that_are_not_there(tmp_path: Path) -> None:
 
 def test_page_needs_nothing_from_elsewhere_and_shows_every_run(tmp_path: Path) -> None:
     evil = '<script src="http://evil">&"$x^2$'
-    one = read_run(make_log(tmp_path / "one", [row(step, eval_loss=1.0, eval_perplexity=2.7) for step in (1, 2, 3)], (0, 2)))
-    other = charts.Run.of_rows(evil, f"{tmp_path}/{evil}", [row(1, grad_norm=0.5)], [], ["it is <b>odd</b>"])
+    one = read_run(
+        make_log(
+            tmp_path / "one",
+            [row(step, eval_loss=1.0, eval_perplexity=2.7) for step in (1, 2, 3)],
+            (0, 2),
+        )
+    )
+    other = charts.Run.of_rows(
+        evil, f"{tmp_path}/{evil}", [row(1, grad_norm=0.5)], [], ["it is <b>odd</b>"]
+    )
     files = write([one, other], tmp_path / "out", 1)
     assert set(files) == {chart.name for chart in CHARTS} | {"html"}
     text = files["html"].read_text()
@@ -179,7 +258,10 @@ def test_page_needs_nothing_from_elsewhere_and_shows_every_run(tmp_path: Path) -
         assert png.startswith(PNG)
         assert png == files[chart.name].read_bytes()
     without_pictures = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
-    assert re.findall(r"(?:https?:|//|@import|url\()", without_pictures.replace("http://evil", "")) == []
+    assert (
+        re.findall(r"(?:https?:|//|@import|url\()", without_pictures.replace("http://evil", ""))
+        == []
+    )
 
 
 def picture(*arguments: Any) -> np.ndarray:
@@ -198,8 +280,12 @@ def test_resumes_and_further_runs_are_seen_in_the_picture(tmp_path: Path) -> Non
     plain = read_run(make_log(tmp_path / "a" / "x", rows))
     resumed = read_run(make_log(tmp_path / "b" / "x", rows, (0, 5)))
     other = read_run(make_log(tmp_path / "c", [row(step, loss=1.0) for step in range(1, 11)]))
-    pictures = [picture([plain], chart, 1), picture([resumed], chart, 1), picture([plain, other], chart, 1),
-                picture([plain], chart, 5)]  # fmt: skip
+    pictures = [
+        picture([plain], chart, 1),
+        picture([resumed], chart, 1),
+        picture([plain, other], chart, 1),
+        picture([plain], chart, 5),
+    ]
     for i, one in enumerate(pictures):
         for two in pictures[:i]:
             assert not np.array_equal(one, two)
@@ -219,20 +305,29 @@ def test_what_no_run_has_is_not_drawn(tmp_path: Path) -> None:
 
 
 def test_a_log_without_number_still_makes_a_page(tmp_path: Path) -> None:
-    run = read_run(make_log(tmp_path / "a", [{"current_steps": 1, "total_steps": 1, "num_tokens": 4, "loss": 1e6}]))
+    run = read_run(
+        make_log(
+            tmp_path / "a", [{"current_steps": 1, "total_steps": 1, "num_tokens": 4, "loss": 1e6}]
+        )
+    )
     assert set(write([run], tmp_path / "out", 1)) == {"loss", "html"}, "exp(1e6) is no number"
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     run = read_run(make_log(tmp_path / "a", [row(1)]))
-    with pytest.raises(DataError, match=r"train_log\.jsonl: cannot be written to: .*; give another folder with out="):
+    with pytest.raises(
+        DataError,
+        match=r"train_log\.jsonl: cannot be written to: .*; give another folder with out=",
+    ):
         write([run], tmp_path / "a/train_log.jsonl", 1)
 
 
 def test_a_log_of_any_numbers_makes_a_page(tmp_path: Path) -> None:
     values = [0, -1, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, 10**299, None]
-    rows = [row(10**11 * step, loss=a, grad_norm=b, throughput=b, eval_loss=a) for step, (a, b) in
-            enumerate(itertools.product(values, values), 1)]  # fmt: skip
+    rows = [
+        row(10**11 * step, loss=a, grad_norm=b, throughput=b, eval_loss=a)
+        for step, (a, b) in enumerate(itertools.product(values, values), 1)
+    ]
     run = read_run(make_log(tmp_path / "a", rows, (0, 10**11, 10**400)))
     assert run.resumed_after == [10**11]
     assert set(write([run], tmp_path / "out", 1)) >= {"loss", "grad_norm", "html"}
@@ -240,10 +335,21 @@ def test_a_log_of_any_numbers_makes_a_page(tmp_path: Path) -> None:
     assert "resumed after step" in table([run])[0]
 
 
-@given(st.lists(st.dictionaries(
-    st.sampled_from([*charts.NUMBERS, *charts.KEYS]),
-    st.integers(-5, 10**20) | st.floats() | st.none() | st.text(max_size=2) | st.booleans() | st.lists(st.none(), max_size=1),
-), min_size=1, max_size=3))  # fmt: skip
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from([*charts.NUMBERS, *charts.KEYS]),
+            st.integers(-5, 10**20)
+            | st.floats()
+            | st.none()
+            | st.text(max_size=2)
+            | st.booleans()
+            | st.lists(st.none(), max_size=1),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
 @settings(deadline=None, max_examples=100)
 def test_no_log_gives_a_traceback(lines: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -258,14 +364,18 @@ def test_no_log_gives_a_traceback(lines: list[dict[str, Any]]) -> None:
             assert all(len(series(run, key, 3)[1]) <= len(lines) for key in run.columns)
 
 
-def test_a_name_that_is_no_text_is_shown_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_no_text_is_shown_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = make_log(tmp_path / "r\udcff\x1b[31m", [row(1), row(2)], starts=None)
     main = runpy.run_path(str(ROOT / "recipes/report.py"))["main"]
     main(ReportConfig(runs=[place]))
     out = capsys.readouterr().out
     assert "r<U+DCFF>␛[31m" in out
     assert "\x1b" not in out
-    assert "r<U+DCFF>␛[31m" in Page(Path(place, "report/report.html").read_text(encoding="utf-8")).text
+    assert (
+        "r<U+DCFF>␛[31m" in Page(Path(place, "report/report.html").read_text(encoding="utf-8")).text
+    )
 
 
 def test_a_long_log_is_thinned_and_its_spikes_are_seen(tmp_path: Path) -> None:
@@ -290,14 +400,21 @@ def test_a_long_log_is_thinned_and_its_spikes_are_seen(tmp_path: Path) -> None:
         assert np.nanmax(charts.thinned(odd, np.arange(9999.0))[1]) == 9998
 
 
-def test_the_picture_of_a_thinned_log_is_that_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [row(step, loss=math.sin(step / 900) + (step == 777) * 9, total_steps=20_000) for step in range(1, 20_001)]
+def test_the_picture_of_a_thinned_log_is_that_of_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        row(step, loss=math.sin(step / 900) + (step == 777) * 9, total_steps=20_000)
+        for step in range(1, 20_001)
+    ]
     run = read_run(make_log(tmp_path / "a", rows))
     thin = picture([run], CHARTS[0], 1)
     monkeypatch.setattr(charts, "thinned", lambda steps, values: (steps, values))
     whole = picture([run], CHARTS[0], 1)
     assert thin.shape == whole.shape
-    assert (np.abs(thin - whole).max(axis=-1) > 0.5).mean() < 0.003, "but for a pixel here and there"
+    assert (np.abs(thin - whole).max(axis=-1) > 0.5).mean() < 0.003, (
+        "but for a pixel here and there"
+    )
 
 
 def test_means_of_many_values_are_exact_and_take_no_time() -> None:
@@ -307,7 +424,9 @@ def test_means_of_many_values_are_exact_and_take_no_time() -> None:
         means = charts._means(values, width)
         assert len(means) == len(values) - width + 1
         after = means[6:]  # of windows that the huge value is not in
-        np.testing.assert_allclose(after, np.arange(6, 6 + len(after)) + (width - 1) / 2, rtol=1e-12)
+        np.testing.assert_allclose(
+            after, np.arange(6, 6 + len(after)) + (width - 1) / 2, rtol=1e-12
+        )
 
 
 def test_a_long_log_takes_little_memory_and_time(tmp_path: Path) -> None:
@@ -315,7 +434,10 @@ def test_a_long_log_takes_little_memory_and_time(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     with (folder / "train_log.jsonl").open("w") as log:
-        log.writelines(line.replace('"current_steps": 1,', f'"current_steps": {step},') + "\n" for step in range(1, 50_001))
+        log.writelines(
+            line.replace('"current_steps": 1,', f'"current_steps": {step},') + "\n"
+            for step in range(1, 50_001)
+        )
     tracemalloc.start()
     run = read_run(str(folder))
     _, peak = tracemalloc.get_traced_memory()
@@ -331,23 +453,43 @@ def test_a_long_log_takes_little_memory_and_time(tmp_path: Path) -> None:
 
 
 def test_a_report_is_as_smooth_as_it_is_asked_to_be(tmp_path: Path) -> None:
-    rows = [{"current_steps": step, "total_steps": 9, "num_tokens": 4, "loss": 1e6 * step % 7} for step in range(1, 10)]
+    rows = [
+        {"current_steps": step, "total_steps": 9, "num_tokens": 4, "loss": 1e6 * step % 7}
+        for step in range(1, 10)
+    ]
     place = make_log(tmp_path / "a", rows)
     main = runpy.run_path(str(ROOT / "recipes/report.py"))["main"]
     main(load(ReportConfig, [str(place), f"out={tmp_path / 'out'}", "smooth=3"]))
-    drawn = [write([read_run(place)], tmp_path / f"{smooth}", smooth)["loss"].read_bytes() for smooth in (1, 3)]
-    assert [(tmp_path / "out/loss.png").read_bytes() == picture for picture in drawn] == [False, True]
+    drawn = [
+        write([read_run(place)], tmp_path / f"{smooth}", smooth)["loss"].read_bytes()
+        for smooth in (1, 3)
+    ]
+    assert [(tmp_path / "out/loss.png").read_bytes() == picture for picture in drawn] == [
+        False,
+        True,
+    ]
 
 
 def test_runs_come_first_on_the_command_line() -> None:
     config = load(ReportConfig, ["runs/a", "runs/b,c", "smooth=3"])
     assert (config.runs, config.smooth) == (["runs/a", "runs/b,c"], 3)
     assert load(ReportConfig, ["runs=[a,b]"]).runs == ["a", "b"]
-    assert help_text(ReportConfig, "report.py").startswith("usage: report.py RUNS ... [key=value ...]")
+    assert help_text(ReportConfig, "report.py").startswith(
+        "usage: report.py RUNS ... [key=value ...]"
+    )
     for arguments, message in (
         ([], "command line: runs=[]: must name at least one run's folder, e.g. runs/gla_tiny"),
-        (["runs/a", "smooth=3", "runs/b"], "command line: runs/b: must be key=value (only the first argument can be a file)"),
-        (["a", "--smooth"], "command line: --smooth: unknown option; arguments are [file.yaml] [key=value ...], see --help"),
+        (
+            ["runs/a", "smooth=3", "runs/b"],
+            "command line: runs/b: must be key=value (only the first argument can be a file)",
+        ),
+        (
+            ["a", "--smooth"],
+            (
+                "command line: --smooth: unknown option; arguments are [file.yaml] [key=value ...],"
+                " see --help"
+            ),
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             load(ReportConfig, arguments)
@@ -362,7 +504,14 @@ def test_report_of_real_runs(undisturbed: Path, tmp_path: Path) -> None:
     process = run_script("recipes/report.py", undisturbed, killed, f"out={tmp_path / 'out'}")
     result = last_json(process)
     assert result["runs"] == [str(undisturbed), killed]
-    assert set(result["files"]) == {"loss", "perplexity", "learning_rate", "grad_norm", "throughput", "html"}
+    assert set(result["files"]) == {
+        "loss",
+        "perplexity",
+        "learning_rate",
+        "grad_norm",
+        "throughput",
+        "html",
+    }
     assert all(Path(path).stat().st_size > 0 for path in result["files"].values())
     assert "resumed after step  7" in process.stdout
     text = (tmp_path / "out/report.html").read_text()
@@ -371,5 +520,11 @@ def test_report_of_real_runs(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "killed/train_log.jsonl").write_text("")
     process = run_script("recipes/report.py", killed)
     assert process.returncode == 1
-    assert process.stderr == f"error: {killed}/train_log.jsonl: holds no whole row yet; wait for the run's first step\n"
-    assert check(run_script("recipes/report.py", "--help")).stdout.startswith("usage: report.py RUNS ...")
+    assert (
+        process.stderr
+        == f"error: {killed}/train_log.jsonl: holds no whole row yet; wait for the run's first"
+        " step\n"
+    )
+    assert check(run_script("recipes/report.py", "--help")).stdout.startswith(
+        "usage: report.py RUNS ..."
+    )

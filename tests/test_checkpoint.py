@@ -1,4 +1,6 @@
-"""Checkpoints of a real run: which one is taken, what is refused, and that the weights come out as they went in."""
+"""Checkpoints of a real run: which one is taken, what is refused, and that the weights come out
+as they went in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from composer.utils import checkpoint as composer_checkpoint
 
 from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint.content import Needed, needed_by
-from flame_composer.checkpoint.find import find_checkpoint, find_newest, find_start, list_checkpoints
+from flame_composer.checkpoint.find import (
+    find_checkpoint,
+    find_newest,
+    find_start,
+    list_checkpoints,
+)
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.checkpoint.save import (
     SaveCheckpoints,
@@ -70,17 +77,38 @@ def folder(trained, copy_of) -> Path:
 
 
 def test_the_run_saved_what_it_should(trained):
-    assert sorted(path.name for path in trained.checkpoints.iterdir()) == ["ba1.pt", "ba2.pt", "ba3.pt"]
+    assert sorted(path.name for path in trained.checkpoints.iterdir()) == [
+        "ba1.pt",
+        "ba2.pt",
+        "ba3.pt",
+    ]
 
 
 def test_newest_first_by_number_and_nothing_else_counts(tmp_path):
     others = (
-        "unfinished-ba200.pt", "ba300.pt.tmp", "ba.pt", "ba-1.pt", "xba7.pt", "ba7.txt", "ba010.pt", "BA11.pt", "ba12.PT",
-        "ba1\u0663.pt", "ba13.pt\n", "ba" + "9" * 200 + ".pt", "ba14", "aside-ba15.pt", "ba1e9.pt", "ba+16.pt", " ba17.pt",
-    )  # fmt: skip
+        "unfinished-ba200.pt",
+        "ba300.pt.tmp",
+        "ba.pt",
+        "ba-1.pt",
+        "xba7.pt",
+        "ba7.txt",
+        "ba010.pt",
+        "BA11.pt",
+        "ba12.PT",
+        "ba1\u0663.pt",
+        "ba13.pt\n",
+        "ba" + "9" * 200 + ".pt",
+        "ba14",
+        "aside-ba15.pt",
+        "ba1e9.pt",
+        "ba+16.pt",
+        " ba17.pt",
+    )
     for name in ("ba9.pt", "ba10.pt", "ba100.pt", *others):
         (tmp_path / name).touch()
-    assert list_checkpoints(str(tmp_path)) == [str(tmp_path / f"ba{step}.pt") for step in (100, 10, 9)]
+    assert list_checkpoints(str(tmp_path)) == [
+        str(tmp_path / f"ba{step}.pt") for step in (100, 10, 9)
+    ]
     assert list_checkpoints(str(tmp_path / "nowhere")) == []
 
 
@@ -152,9 +180,19 @@ def bomb(path: Path) -> None:
 
 
 DAMAGE: list[Callable[[Path], None]] = [
-    truncate, lose_the_last_byte, flip_a_bit, empty, text, other_zip, dangling_link, a_folder, a_pipe, endless_device,
-    link_to_itself, bomb,
-]  # fmt: skip
+    truncate,
+    lose_the_last_byte,
+    flip_a_bit,
+    empty,
+    text,
+    other_zip,
+    dangling_link,
+    a_folder,
+    a_pipe,
+    endless_device,
+    link_to_itself,
+    bomb,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -172,16 +210,29 @@ def test_falls_back_over_a_damaged_checkpoint_and_names_it(folder, caplog, damag
 
 
 def small_checkpoint(path: Path) -> None:
-    torch.save({"state": {"model": {f"w{n}": torch.arange(n + 1.0) for n in range(4)}}, "rng": [b"x" * 40]}, path)
+    torch.save(
+        {
+            "state": {"model": {f"w{n}": torch.arange(n + 1.0) for n in range(4)}},
+            "rng": [b"x" * 40],
+        },
+        path,
+    )
 
 
 def places_of_flips(path: Path) -> list[int]:
-    """Every byte of the zip directory and of the headers in front of the parts, and one of each part."""
+    """Every byte of the zip directory and of the headers in front of the parts, and one of each
+    part.
+    """
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         parts, start = archive.infolist(), archive.start_dir
-    headers = [range(part.header_offset, content.index(part.filename.encode(), part.header_offset) + len(part.filename) + 1)
-               for part in parts]
+    headers = [
+        range(
+            part.header_offset,
+            content.index(part.filename.encode(), part.header_offset) + len(part.filename) + 1,
+        )
+        for part in parts
+    ]
     return [*range(start, len(content)), *(place for header in headers for place in header)]
 
 
@@ -199,12 +250,29 @@ def outcome(path: Path, whole: Any) -> str:
         return "damage"
     assert content["rng"] == whole["rng"]
     assert content["state"]["model"].keys() == whole["state"]["model"].keys()
-    assert all(torch.equal(tensor, whole["state"]["model"][name]) for name, tensor in content["state"]["model"].items())
+    assert all(
+        torch.equal(tensor, whole["state"]["model"][name])
+        for name, tensor in content["state"]["model"].items()
+    )
     return "whole"
 
 
-@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=[pytest.mark.faults, pytest.mark.skipif(
-    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")])])
+@pytest.mark.parametrize(
+    "stride",
+    [
+        13,
+        pytest.param(
+            1,
+            marks=[
+                pytest.mark.faults,
+                pytest.mark.skipif(
+                    "FLAME_COMPOSER_FAULTS" not in os.environ,
+                    reason="takes a minute: make test-faults",
+                ),
+            ],
+        ),
+    ],
+)
 def test_whatever_bit_is_flipped_it_is_named_or_does_no_harm(tmp_path, stride):
     path = tmp_path / "ba1.pt"
     small_checkpoint(path)
@@ -232,7 +300,10 @@ def test_falls_back_more_than_once(folder, caplog):
     flip_a_bit(folder / "ba3.pt")
     truncate(folder / "ba2.pt")
     assert newest(folder) == folder / "ba1.pt"
-    assert [re.findall(r"ba\d\.pt", message)[0] for message in caplog.messages] == ["ba3.pt", "ba2.pt"]
+    assert [re.findall(r"ba\d\.pt", message)[0] for message in caplog.messages] == [
+        "ba3.pt",
+        "ba2.pt",
+    ]
 
 
 def test_a_whole_checkpoint_gives_no_warning(folder, caplog):
@@ -243,7 +314,10 @@ def test_a_whole_checkpoint_gives_no_warning(folder, caplog):
 def test_all_damaged_is_an_error_not_a_fresh_start(folder):
     for path in folder.iterdir():
         truncate(path)
-    message = f"{folder}: none of its 3 checkpoints can be read; move them away (or set another run_name) to start over"
+    message = (
+        f"{folder}: none of its 3 checkpoints can be read; move them away (or set another run_name)"
+        " to start over"
+    )
     for find in (newest, meant, start):
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             find(folder)
@@ -254,8 +328,8 @@ def test_where_a_run_starts(folder, tmp_path):
     assert start(tmp_path / "nowhere", autoresume=True) is None
     assert start(tmp_path / "nowhere", autoresume=False) is None
     message = (
-        f"{folder}: holds checkpoints of an earlier run (ba3.pt); set autoresume=true to go on from them, or another "
-        "run_name or save_folder"
+        f"{folder}: holds checkpoints of an earlier run (ba3.pt); set autoresume=true to go on from"
+        " them, or another run_name or save_folder"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         start(folder, autoresume=False)
@@ -265,11 +339,17 @@ def test_finding_the_checkpoint_that_is_meant(folder, tmp_path):
     assert meant(folder) == folder / "ba3.pt"
     assert meant(folder / "ba1.pt") == folder / "ba1.pt"
     shutil.copytree(folder, tmp_path / "run/checkpoints")
-    message = f"{tmp_path}/run: a folder without checkpoints (ba*.pt); did you mean {tmp_path}/run/checkpoints?"
+    message = (
+        f"{tmp_path}/run: a folder without checkpoints (ba*.pt); did you mean"
+        f" {tmp_path}/run/checkpoints?"
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         meant(tmp_path / "run")
     (tmp_path / "none").mkdir()
-    for name, what in (("none", "a folder without checkpoints (ba*.pt)"), ("no", "no such file or folder")):
+    for name, what in (
+        ("none", "a folder without checkpoints (ba*.pt)"),
+        ("no", "no such file or folder"),
+    ):
         path = tmp_path / name
         message = f"{path}: {what}; name a checkpoint or the folder a run saved them in"
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -291,7 +371,10 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog,
     content = {"state": {**content["state"], "extra": Malicious(marker)}, "rng": content["rng"]}
     torch.save(content, folder / "ba4.pt", _use_new_zipfile_serialization=not legacy)
     for attempt in (read, load, lambda path: load_model(str(path))):
-        with pytest.raises(DataError, match=r"ba4\.pt: (refused, it holds something other than|not a whole checkpoint)"):
+        with pytest.raises(
+            DataError,
+            match=r"ba4\.pt: (refused, it holds something other than|not a whole checkpoint)",
+        ):
             attempt(folder / "ba4.pt")
     assert newest(folder) == folder / "ba3.pt"
     assert "ba4.pt" in caplog.text
@@ -300,17 +383,25 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(folder, tmp_path, caplog,
     assert marker.exists(), "the trap works"
 
 
-def test_a_file_that_is_replaced_after_it_was_checked_runs_no_code(trained, folder, tmp_path, monkeypatch):
+def test_a_file_that_is_replaced_after_it_was_checked_runs_no_code(
+    trained, folder, tmp_path, monkeypatch
+):
     """A run's Composer reads as its check did; its own reader is the one that would run it."""
     marker, file = tmp_path / "marker", folder / "ba3.pt"
     content = torch.load(file, weights_only=False)
     content["state"]["extra"] = Malicious(marker)
     torch.save(content, file)
-    monkeypatch.setattr(composer_checkpoint, "_torch_load_with_validation", composer_checkpoint._torch_load_with_validation)
+    monkeypatch.setattr(
+        composer_checkpoint,
+        "_torch_load_with_validation",
+        composer_checkpoint._torch_load_with_validation,
+    )
     start, _ = checkpoint.find_start_of(TrainConfig(save_folder=None), tmp_path, None)
     assert start is None
     state = trained.trainer.state
-    with pytest.raises(DataError, match=r"ba3\.pt: refused, it holds something other than tensors and plain values"):
+    with pytest.raises(
+        DataError, match=r"ba3\.pt: refused, it holds something other than tensors and plain values"
+    ):
         composer_checkpoint.load_checkpoint(str(file), state, trained.trainer.logger)
     assert not marker.exists()
 
@@ -358,44 +449,94 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "no model": (drop("state", "model"), "it has no model"),
     "an empty model": (put({}, "state", "model"), "it holds no weights"),
     "a model that is a list": (put([1], "state", "model"), "its model is a list"),
-    "a weight that is text": (put("x", "state", "model", WEIGHT), f"its model.{WEIGHT} is no whole tensor"),
+    "a weight that is text": (
+        put("x", "state", "model", WEIGHT),
+        f"its model.{WEIGHT} is no whole tensor",
+    ),
     "no optimizers": (drop("state", "optimizers"), "it has no optimizers"),
     "empty optimizers": (put({}, "state", "optimizers"), "it holds no optimizer's state"),
-    "no moments": (put({}, "state", "optimizers", "AdamW", "state"), "it has no optimizers.AdamW.state.model.model.embed"),
+    "no moments": (
+        put({}, "state", "optimizers", "AdamW", "state"),
+        "it has no optimizers.AdamW.state.model.model.embed",
+    ),
     "moments of one missing": (drop(*MOMENTS), f"it has no optimizers.AdamW.state.{WEIGHT}"),
-    "one moment missing": (drop(*MOMENTS, "exp_avg_sq"), f"its optimizers.AdamW.state.{WEIGHT}.exp_avg_sq is not of"),
-    "a moment's shape": (put(torch.zeros(3), *MOMENTS, "exp_avg"), f"its optimizers.AdamW.state.{WEIGHT}.exp_avg is not of"),
+    "one moment missing": (
+        drop(*MOMENTS, "exp_avg_sq"),
+        f"its optimizers.AdamW.state.{WEIGHT}.exp_avg_sq is not of",
+    ),
+    "a moment's shape": (
+        put(torch.zeros(3), *MOMENTS, "exp_avg"),
+        f"its optimizers.AdamW.state.{WEIGHT}.exp_avg is not of",
+    ),
     "a weight without values": (
-        put(torch.zeros(32, device="meta"), "state", "model", WEIGHT), f"its model.{WEIGHT} is no whole tensor"),
-    "a moment without values": (put(torch.zeros(32, device="meta"), *MOMENTS, "exp_avg"), "exp_avg is not of the shape"),
+        put(torch.zeros(32, device="meta"), "state", "model", WEIGHT),
+        f"its model.{WEIGHT} is no whole tensor",
+    ),
+    "a moment without values": (
+        put(torch.zeros(32, device="meta"), *MOMENTS, "exp_avg"),
+        "exp_avg is not of the shape",
+    ),
     "a weight of few values": (
-        put(torch.zeros(32).to_sparse(), "state", "model", WEIGHT), f"its model.{WEIGHT} is no whole tensor"),
+        put(torch.zeros(32).to_sparse(), "state", "model", WEIGHT),
+        f"its model.{WEIGHT} is no whole tensor",
+    ),
     "a weight of whole numbers": (
-        put(torch.ones(32, dtype=torch.int64), "state", "model", WEIGHT), f"its model.{WEIGHT} is of type int64"),
+        put(torch.ones(32, dtype=torch.int64), "state", "model", WEIGHT),
+        f"its model.{WEIGHT} is of type int64",
+    ),
     "a weight that is no number": (
         put(torch.full((32,), torch.nan), "state", "model", WEIGHT),
-        f"its model.{WEIGHT} has values that are infinite or not a number"),
+        f"its model.{WEIGHT} has values that are infinite or not a number",
+    ),
     "an infinite weight": (
         put(torch.full((32,), -torch.inf), "state", "model", WEIGHT),
-        f"its model.{WEIGHT} has values that are infinite or not a number"),
+        f"its model.{WEIGHT} has values that are infinite or not a number",
+    ),
     "a moment that is no number": (
-        put(torch.full((32,), torch.nan), *MOMENTS, "exp_avg"), "exp_avg has values that are infinite or not a number"),
+        put(torch.full((32,), torch.nan), *MOMENTS, "exp_avg"),
+        "exp_avg has values that are infinite or not a number",
+    ),
     "a square that is no number": (
-        put(torch.full((32,), torch.nan), *MOMENTS, "exp_avg_sq"), "exp_avg_sq has values that are infinite or not"),
+        put(torch.full((32,), torch.nan), *MOMENTS, "exp_avg_sq"),
+        "exp_avg_sq has values that are infinite or not",
+    ),
     "a square below zero": (
-        put(torch.full((32,), -1.0), *MOMENTS, "exp_avg_sq"), "exp_avg_sq has values below zero"),
-    "a step of the optimizer below zero": (put(torch.tensor(-1.0), *MOMENTS, "step"), "step is -1.0"),
+        put(torch.full((32,), -1.0), *MOMENTS, "exp_avg_sq"),
+        "exp_avg_sq has values below zero",
+    ),
+    "a step of the optimizer below zero": (
+        put(torch.tensor(-1.0), *MOMENTS, "step"),
+        "step is -1.0",
+    ),
     "a step that is no number": (put(torch.tensor(torch.nan), *MOMENTS, "step"), "step is nan"),
-    "a schedule of another step": (put(2, *CALLBACKS, "Schedule", "num_used"), "its clock is at step 3, and its schedule at 2"),
+    "a schedule of another step": (
+        put(2, *CALLBACKS, "Schedule", "num_used"),
+        "its clock is at step 3, and its schedule at 2",
+    ),
     "the head of one in pieces": (
-        lambda content: content.update(pieces=[{kind: content["state"].pop(kind) for kind in ("model", "optimizers")}]),
-        "not a whole checkpoint: the head of one in pieces"),
+        lambda content: content.update(
+            pieces=[{kind: content["state"].pop(kind) for kind in ("model", "optimizers")}]
+        ),
+        "not a whole checkpoint: the head of one in pieces",
+    ),
     "no step": (drop(*MOMENTS, "step"), f"it has no optimizers.AdamW.state.{WEIGHT}.step"),
-    "no parameter groups": (drop("state", "optimizers", "AdamW", "param_groups"), "it has no AdamW.param_groups"),
+    "no parameter groups": (
+        drop("state", "optimizers", "AdamW", "param_groups"),
+        "it has no AdamW.param_groups",
+    ),
     "no betas": (drop(*GROUP, "betas"), "its optimizers.AdamW.param_groups have no betas"),
-    "moments of no weight": (put(["x"], *GROUP, "params"), "param_groups name 'x', which it has no weights of"),
-    "a seed that is text": (put("x", "state", "dataset_state", "train", "shuffle_seed"), "train.shuffle_seed is a str"),
-    "no nodes": (put(0, "state", "dataset_state", "train", "num_canonical_nodes"), "train.num_canonical_nodes is 0"),
+    "moments of no weight": (
+        put(["x"], *GROUP, "params"),
+        "param_groups name 'x', which it has no weights of",
+    ),
+    "a seed that is text": (
+        put("x", "state", "dataset_state", "train", "shuffle_seed"),
+        "train.shuffle_seed is a str",
+    ),
+    "no nodes": (
+        put(0, "state", "dataset_state", "train", "num_canonical_nodes"),
+        "train.num_canonical_nodes is 0",
+    ),
     "no clock": (drop("state", "timestamp"), "it has no state.timestamp"),
     "a clock that is text": (put("noon", *CLOCK), "its state.timestamp.Timestamp is a str"),
     "a step that is text": (put("3", *CLOCK, "batch"), "its batch is a str"),
@@ -406,34 +547,73 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "no callbacks": (drop(*CALLBACKS), "it has no state.callbacks"),
     "no order of data": (drop(*CALLBACKS, "SameData"), "it has no state.callbacks.SameData"),
     "no random state": (drop(*CALLBACKS, "RandomState"), "it has no state.callbacks.RandomState"),
-    "random state that is none": (put([1], *CALLBACKS, "RandomState", "rng"), "its state.callbacks.RandomState.rng is no "),
-    "no schedule": (drop(*CALLBACKS, "Schedule", "num_used"), "it has no state.callbacks.Schedule.num_used"),
-    "a schedule of text": (put("x", *CALLBACKS, "Schedule", "made_from", "max_duration"), "its max_duration is a str"),
-    "no log": (put(None, *CALLBACKS, "JsonlLog"), "it has no state.callbacks.JsonlLog.initial_evaluation"),
-    "a callback's state that is none": (put(3, *CALLBACKS, "Gradients"), "its state.callbacks.Gradients is a int"),
+    "random state that is none": (
+        put([1], *CALLBACKS, "RandomState", "rng"),
+        "its state.callbacks.RandomState.rng is no ",
+    ),
+    "no schedule": (
+        drop(*CALLBACKS, "Schedule", "num_used"),
+        "it has no state.callbacks.Schedule.num_used",
+    ),
+    "a schedule of text": (
+        put("x", *CALLBACKS, "Schedule", "made_from", "max_duration"),
+        "its max_duration is a str",
+    ),
+    "no log": (
+        put(None, *CALLBACKS, "JsonlLog"),
+        "it has no state.callbacks.JsonlLog.initial_evaluation",
+    ),
+    "a callback's state that is none": (
+        put(3, *CALLBACKS, "Gradients"),
+        "its state.callbacks.Gradients is a int",
+    ),
     "no place in the data": (drop("state", "dataset_state"), "it has no state.dataset_state"),
-    "a place that is text": (put("x", "state", "dataset_state", "train", "epoch"), "its state.dataset_state.train.epoch is"),
+    "a place that is text": (
+        put("x", "state", "dataset_state", "train", "epoch"),
+        "its state.dataset_state.train.epoch is",
+    ),
     "no rng": (drop("rng"), "it has no rng"),
-    "algorithms of another kind": (put({"a": 1}, "state", "algorithms"), "its state.algorithms is a dict"),
+    "algorithms of another kind": (
+        put({"a": 1}, "state", "algorithms"),
+        "its state.algorithms is a dict",
+    ),
     "an average of something else": (
-        lambda content: content["state"]["algorithms"].append(("EMA", {"average": {WEIGHT: torch.zeros(2)}})),
-        "its average of EMA has not the names and shapes"),
+        lambda content: content["state"]["algorithms"].append(
+            ("EMA", {"average": {WEIGHT: torch.zeros(2)}})
+        ),
+        "its average of EMA has not the names and shapes",
+    ),
     "no tokenizer or config": (drop("state", "integrations"), "it has no state.integrations"),
-}  # fmt: skip
+}
 OTHERS: dict[str, tuple[Any, str]] = {
-    "a weight missing": (drop("state", "model", WEIGHT), f"it has no weights {WEIGHT}, which this run's model has"),
+    "a weight missing": (
+        drop("state", "model", WEIGHT),
+        f"it has no weights {WEIGHT}, which this run's model has",
+    ),
     "a weight too many": (
-        put(torch.zeros(2), "state", "model", "more"), "it has weights 'more', which this run's model has not"),
-    "another shape": (put(torch.zeros(3), "state", "model", WEIGHT), rf"its weights {WEIGHT} have the shape [3], and [32]"),
+        put(torch.zeros(2), "state", "model", "more"),
+        "it has weights 'more', which this run's model has not",
+    ),
+    "another shape": (
+        put(torch.zeros(3), "state", "model", WEIGHT),
+        rf"its weights {WEIGHT} have the shape [3], and [32]",
+    ),
     "another decay": (
-        put(0.25, *GROUP, "weight_decay"), "its optimizer has weight_decay=0.25 for model.model.embeddings.weight, and this "
-        "run's weight_decay=0.01"),
+        put(0.25, *GROUP, "weight_decay"),
+        (
+            "its optimizer has weight_decay=0.25 for model.model.embeddings.weight, and this "
+            "run's weight_decay=0.01"
+        ),
+    ),
     "other betas": (put((0.5, 0.5), *GROUP, "betas"), "its optimizer has betas=(0.5, 0.5) for"),
     "another direction": (put(True, *GROUP, "maximize"), "its optimizer has maximize=True for"),
     "another optimizer": (
-        lambda content: content["state"]["optimizers"].update(Lamb=content["state"]["optimizers"].pop("AdamW")),
-        "its optimizer is Lamb, and this run's AdamW"),
-}  # fmt: skip
+        lambda content: content["state"]["optimizers"].update(
+            Lamb=content["state"]["optimizers"].pop("AdamW")
+        ),
+        "its optimizer is Lamb, and this run's AdamW",
+    ),
+}
 
 
 def rewrite(file: Path, change: Any) -> None:
@@ -446,7 +626,9 @@ def rewrite(file: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize("case", [*CONTENTS, *OTHERS])
-def test_a_checkpoint_that_lacks_something_is_named_and_the_one_before_used(folder, needed, caplog, case):
+def test_a_checkpoint_that_lacks_something_is_named_and_the_one_before_used(
+    folder, needed, caplog, case
+):
     change, message = {**CONTENTS, **OTHERS}[case]
     rewrite(folder / "ba3.pt", change)
     found = find_newest(str(folder), folder / "staging", needed)
@@ -468,23 +650,36 @@ def test_a_genuine_checkpoint_holds_all_that_is_needed(folder, needed, caplog):
 def test_checkpoints_of_another_model_only_are_a_mistake_in_the_configuration(folder, needed):
     for step in (1, 2, 3):
         rewrite(folder / f"ba{step}.pt", OTHERS["another shape"][0])
-    message = f"{folder}: none of its 3 checkpoints is of this run: {folder / 'ba3.pt'}: its weights {WEIGHT} have the shape"
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}.*; set back what changed, or give another run_name"):
+    message = (
+        f"{folder}: none of its 3 checkpoints is of this run: {folder / 'ba3.pt'}: its weights"
+        f" {WEIGHT} have the shape"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=f"^{re.escape(message)}.*; set back what changed, or give another run_name",
+    ):
         find_newest(str(folder), folder / "staging", needed)
 
 
 def test_squares_of_gradients_may_be_infinite(folder, needed, caplog):
     """Those of finite ones can be, and a run goes on with them."""
     rewrite(folder / "ba3.pt", put(torch.full((32,), torch.inf), *MOMENTS, "exp_avg_sq"))
-    assert find_newest(str(folder), folder / "staging", needed) == Checkpoint(str(folder / "ba3.pt"), folder / "ba3.pt")
+    assert find_newest(str(folder), folder / "staging", needed) == Checkpoint(
+        str(folder / "ba3.pt"), folder / "ba3.pt"
+    )
     assert caplog.messages == []
 
 
 def test_names_and_content_must_agree(folder, needed, caplog):
     shutil.copy(folder / "ba2.pt", folder / "ba999.pt")
     assert newest(folder) == folder / "ba3.pt"
-    assert "ba999.pt: not a checkpoint that can be used: it is of step 2, and not of the 999 in its name" in caplog.text
-    assert meant(folder / "ba999.pt") == folder / "ba999.pt", "one that is named by itself may have any name"
+    assert (
+        "ba999.pt: not a checkpoint that can be used: it is of step 2, and not of the 999 in its"
+        " name" in caplog.text
+    )
+    assert meant(folder / "ba999.pt") == folder / "ba999.pt", (
+        "one that is named by itself may have any name"
+    )
 
 
 def test_a_folder_is_exported_from_the_newest_that_holds_a_model(folder, caplog):
@@ -511,7 +706,9 @@ def test_rotation_counts_what_lies_in_the_folder(folder):
 
 def saver_of(folder: Path, needed: Any, num_to_keep: int = 3) -> SaveCheckpoints:
     start = find_newest(str(folder), folder / "staging", needed)
-    saver = SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=num_to_keep, start=start, needed=needed)
+    saver = SaveCheckpoints(
+        str(folder), folder, batches=1, num_to_keep=num_to_keep, start=start, needed=needed
+    )
     saver.fit_start(SimpleNamespace(), SimpleNamespace())  # pyright: ignore
     return saver
 
@@ -550,7 +747,10 @@ def test_a_damaged_one_in_the_way_is_set_aside_and_named(folder, needed, state_a
     assert names(folder) == {"ba4.pt", "ba5.pt", "ba6.pt", *aside}
     assert (folder / "aside1-ba4.pt/thesis.tex").read_text() == "mine"
     assert (folder / "aside-ba5.pt").read_bytes() == other, "it may be all there is of another run"
-    assert f"warning: {folder / 'ba5.pt'}: was not a checkpoint of this run that can be read; it is set aside as" in caplog.text
+    assert (
+        f"warning: {folder / 'ba5.pt'}: was not a checkpoint of this run that can be read; it is"
+        " set aside as" in caplog.text
+    )
 
 
 def test_old_ones_count_only_if_they_are_whole(folder, needed, state_at, caplog):
@@ -567,10 +767,16 @@ def test_old_ones_count_only_if_they_are_whole(folder, needed, state_at, caplog)
     assert len(caplog.messages) == 1
 
 
-def test_what_is_known_is_not_read_again_unless_it_changes(folder, needed, state_at, monkeypatch, caplog):
+def test_what_is_known_is_not_read_again_unless_it_changes(
+    folder, needed, state_at, monkeypatch, caplog
+):
     looked: list[str] = []
     look_at = checkpoint.look_at
-    monkeypatch.setattr(checkpoint, "look_at", lambda place, *rest: looked.append(Path(place).name) or look_at(place, *rest))
+    monkeypatch.setattr(
+        checkpoint,
+        "look_at",
+        lambda place, *rest: looked.append(Path(place).name) or look_at(place, *rest),
+    )
     saver = saver_of(folder, needed, num_to_keep=2)
     for step in (4, 5, 6):
         saver.save(state_at(step))
@@ -591,7 +797,12 @@ def test_a_look_that_takes_long_is_spread_over_several_saves(folder, needed, sta
     monkeypatch.setattr(checkpoint, "VERIFY_SECONDS", -1)
     saver = saver_of(folder, needed, num_to_keep=3)
     saver.save(state_at(4))
-    assert names(folder) == {"ba1.pt", "ba2.pt", "ba3.pt", "ba4.pt"}, "nothing was looked at, so nothing is deleted"
+    assert names(folder) == {
+        "ba1.pt",
+        "ba2.pt",
+        "ba3.pt",
+        "ba4.pt",
+    }, "nothing was looked at, so nothing is deleted"
     saver.save(state_at(5))
     assert names(folder) == {"ba3.pt", "ba4.pt", "ba5.pt"}
 
@@ -605,7 +816,10 @@ def test_an_old_one_that_cannot_be_deleted_is_named_once(folder, needed, state_a
         saver.save(state_at(step))
     assert names(folder) == {"ba1.pt", "ba4.pt", "ba5.pt"}
     (line,) = caplog.messages
-    assert re.fullmatch(rf"warning: {re.escape(str(folder / 'ba1.pt'))}: an old checkpoint stays: .*directory.*", line)
+    assert re.fullmatch(
+        rf"warning: {re.escape(str(folder / 'ba1.pt'))}: an old checkpoint stays: .*directory.*",
+        line,
+    )
 
 
 def test_a_link_is_deleted_and_not_what_it_leads_to(folder, needed, state_at, tmp_path):
@@ -619,7 +833,9 @@ def test_a_link_is_deleted_and_not_what_it_leads_to(folder, needed, state_at, tm
     assert names(other) == {"ba1.pt", "ba2.pt"}
 
 
-def test_the_log_is_on_disk_before_a_checkpoint_has_its_name(folder, state_at, tmp_path, monkeypatch):
+def test_the_log_is_on_disk_before_a_checkpoint_has_its_name(
+    folder, state_at, tmp_path, monkeypatch
+):
     """What is not on disk by then may be lost with the power, and the checkpoint not."""
     train_log = tmp_path / "log" / "train_log.jsonl"
     train_log.parent.mkdir()
@@ -632,8 +848,12 @@ def test_the_log_is_on_disk_before_a_checkpoint_has_its_name(folder, state_at, t
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", named)
-    monkeypatch.setattr(os, "replace", lambda source, to: done.append(f"= {Path(to).name}") or replace(source, to))
-    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=-1, train_log=train_log).save(state_at(4))
+    monkeypatch.setattr(
+        os, "replace", lambda source, to: done.append(f"= {Path(to).name}") or replace(source, to)
+    )
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=-1, train_log=train_log).save(
+        state_at(4)
+    )
     assert done == ["train_log.jsonl", "log", "unfinished-ba4.pt", "= ba4.pt", folder.name]
 
 
@@ -666,29 +886,46 @@ def test_weights_come_out_bit_for_bit(trained):
     assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
     assert model.config.model_type == "gla"
     before = load(trained.checkpoints / "ba1.pt")[0].state_dict()
-    assert not all(torch.equal(before[name], tensor) for name, tensor in trained.weights.items()), "training moved them"
+    assert not all(torch.equal(before[name], tensor) for name, tensor in trained.weights.items()), (
+        "training moved them"
+    )
 
 
 def test_an_average_of_the_weights_is_taken_where_there_is_one(trained):
     checkpoint = Checkpoint("ba3.pt", trained.checkpoints / "ba3.pt")
     content = read_checkpoint(checkpoint)
-    with pytest.raises(ConfigError, match=r"^weights=ema: ba3.pt: holds no average of the weights; set weights=model$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^weights=ema: ba3.pt: holds no average of the weights; set weights=model$",
+    ):
         model_in(content, checkpoint, "ema")
     name = "model.model.norm.weight"
     average = torch.full_like(content["state"]["model"][name], 0.5)
-    content["state"]["algorithms"] = [*content["state"]["algorithms"], ("EMA", {"average": {name: average}})]
-    for which, expected in (("auto", average), ("ema", average), ("model", content["state"]["model"][name])):
+    content["state"]["algorithms"] = [
+        *content["state"]["algorithms"],
+        ("EMA", {"average": {name: average}}),
+    ]
+    for which, expected in (
+        ("auto", average),
+        ("ema", average),
+        ("model", content["state"]["model"][name]),
+    ):
         model, _ = model_in(content, checkpoint, which)
         assert torch.equal(model.state_dict()["model.norm.weight"], expected)
     content["state"]["algorithms"] = [("EMA", {"average": None})]  # not begun yet
     model, _ = model_in(content, checkpoint)
-    assert torch.equal(model.state_dict()["model.norm.weight"], trained.weights["model.norm.weight"])
+    assert torch.equal(
+        model.state_dict()["model.norm.weight"], trained.weights["model.norm.weight"]
+    )
 
 
 def test_a_checkpoint_of_something_else(tmp_path):
     for content in ({"state": {"model": {}}}, {}, [1, 2], {"state": 3}):
         torch.save(content, tmp_path / "ba1.pt")
-        message = f"{tmp_path / 'ba1.pt'}: not a training checkpoint of this package: it holds no Hugging Face model"
+        message = (
+            f"{tmp_path / 'ba1.pt'}: not a training checkpoint of this package: it holds no Hugging"
+            " Face model"
+        )
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             load(tmp_path / "ba1.pt")
 
@@ -708,8 +945,14 @@ def test_a_tokenizer_with_tokens_that_the_model_has_not(trained, tmp_path):
     model, _ = load(trained.checkpoints / "ba3.pt")
     save_hf_folder(model, larger, tmp_path / "hf", dtype="float32")
     larger.save_pretrained(tmp_path / "tokenizer")
-    for place, tokenizer in ((tmp_path / "hf", None), (trained.checkpoints, str(tmp_path / "tokenizer"))):
-        message = f"{tokenizer or place}: its tokenizer has 420 tokens, the model only 400; give the one it was trained with"
+    for place, tokenizer in (
+        (tmp_path / "hf", None),
+        (trained.checkpoints, str(tmp_path / "tokenizer")),
+    ):
+        message = (
+            f"{tokenizer or place}: its tokenizer has 420 tokens, the model only 400; give the one"
+            " it was trained with"
+        )
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
             load_model(str(place), tokenizer)
 
@@ -720,11 +963,16 @@ def test_an_export_is_whole_or_not_there_and_overwrites_nothing(trained, tmp_pat
     (tmp_path / "used" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for out in ("used", "file"):
-        with pytest.raises(ConfigError, match=f"^out={re.escape(str(tmp_path / out))}: already exists and is not empty"):
+        with pytest.raises(
+            ConfigError,
+            match=f"^out={re.escape(str(tmp_path / out))}: already exists and is not empty",
+        ):
             save_hf_folder(model, tokenizer, tmp_path / out, dtype="float32")
     (tmp_path / "empty").mkdir()
     save_hf_folder(model, tokenizer, tmp_path / "empty", dtype="float32")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "empty").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "empty").iterdir()
+    }
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "empty").iterdir())
 
     def full_disk(*args: Any) -> None:
@@ -767,7 +1015,11 @@ def test_weights_that_are_no_numbers_are_named_when_they_are_exported(trained, t
         save_hf_folder(copy.deepcopy(model), tokenizer, tmp_path / dtype, dtype=dtype)
         (message,) = caplog.messages
         named = ", ".join(("model.embeddings.weight (64)", "model.norm.weight (1)", *names))
-        assert message == f"warning: {tmp_path / dtype} ({dtype}): values that are infinite or not a number in {named}"
+        assert (
+            message
+            == f"warning: {tmp_path / dtype} ({dtype}): values that are infinite or not a number in"
+            f" {named}"
+        )
         caplog.clear()
     fine, _ = load(trained.checkpoints / "ba3.pt")
     save_hf_folder(fine, tokenizer, tmp_path / "fine", dtype="float16")

@@ -1,4 +1,6 @@
-"""Checkpoints in folders that cannot be read or written, that others use, or that a kill left in between."""
+"""Checkpoints in folders that cannot be read or written, that others use, or that a kill left in
+between.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +67,16 @@ def test_a_folder_that_may_not_be_read_is_no_fresh_start(folder: Path, mode: int
             shut.chmod(0o755)
         assert str(caught.value) in (
             f"{place}: cannot be read: Permission denied; let this user read it",
-            f"{place}: none of its 3 checkpoints can be read; move them away (or set another run_name) to start over",
+            (
+                f"{place}: none of its 3 checkpoints can be read; move them away (or set another"
+                " run_name) to start over"
+            ),
         )
 
 
-def test_pieces_that_may_not_be_read_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pieces_that_may_not_be_read_are_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     opened_up(folder)
     as_pieces(folder / "ba3.pt").chmod(0o444)
     try:
@@ -80,7 +87,10 @@ def test_pieces_that_may_not_be_read_are_named(folder: Path, caplog: pytest.LogC
     assert start is not None
     assert start.place == str(folder / "ba2.pt")
     (line,) = caplog.messages
-    said = rf"warning: {folder / 'ba3'}: not a whole checkpoint: .*Permission denied.*; trying the one before it"
+    said = (
+        rf"warning: {folder / 'ba3'}: not a whole checkpoint: .*Permission denied.*; trying the one"
+        r" before it"
+    )
     assert re.fullmatch(said, line)
 
 
@@ -91,30 +101,42 @@ def test_a_disk_that_cannot_be_written_is_named_with_the_checkpoint(
     opened_up(folder)
     with another_user(), pytest.raises(TrainingError) as caught:
         saver.save(state_at(4))
-    assert str(caught.value) == f"{folder / 'ba4.pt'}: cannot be saved: Permission denied; {GOES_ON}"
+    assert (
+        str(caught.value) == f"{folder / 'ba4.pt'}: cannot be saved: Permission denied; {GOES_ON}"
+    )
     assert {path.name for path in folder.iterdir()} == {"ba1.pt", "ba2.pt", "ba3.pt"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes root to mount")
-def test_a_full_disk_leaves_what_was_saved(folder: Path, state_at: Callable[[int], Any], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_what_was_saved(
+    folder: Path, state_at: Callable[[int], Any], tmp_path: Path
+) -> None:
     place, size = tmp_path / "small", (folder / "ba3.pt").stat().st_size
     with small_disk(place, f"{3 * size // 2 // 1024}k"):
         shutil.copy(folder / "ba3.pt", place)
         saver = SaveCheckpoints(str(place), place, batches=1, num_to_keep=1)
         with pytest.raises(TrainingError) as caught:
             saver.save(state_at(4))
-        said = rf"{place / 'ba4.pt'}: cannot be saved: (is the disk full\?|No space left on device); {GOES_ON}"
+        said = (
+            rf"{place / 'ba4.pt'}: cannot be saved: (is the disk full\?|No space left on device);"
+            rf" {GOES_ON}"
+        )
         assert re.fullmatch(said, str(caught.value))
         assert list_checkpoints(str(place)) == [str(place / "ba3.pt")]
         saver.fit_start(None, None)  # pyright: ignore
         assert [path.name for path in place.iterdir()] == ["ba3.pt"]
 
 
-def test_a_kill_while_pieces_are_deleted_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever instant it is: what is left is cleared away by the next start, and is a checkpoint until then or none."""
+def test_a_kill_while_pieces_are_deleted_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever instant it is: what is left is cleared away by the next start, and is a
+    checkpoint until then or none.
+    """
     as_pieces(folder / "ba1.pt")
     saver = SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=2)
     with monkeypatch.context() as patch:
+
         def killed(place: Any, *_: Any, **__: Any) -> None:
             (Path(place) / "state.pt").unlink()
             raise KeyboardInterrupt
@@ -128,9 +150,14 @@ def test_a_kill_while_pieces_are_deleted_leaves_nothing(folder: Path, monkeypatc
 
 
 def test_pieces_without_a_head_are_deleted_when_enough_newer_ones_are_whole(folder: Path) -> None:
-    """As a kill of an earlier version while it deleted has left them; a folder of something else stays."""
+    """As a kill of an earlier version while it deleted has left them; a folder of something else
+    stays.
+    """
     for name in ("ba0", "ba10"):
-        shutil.copytree(as_pieces(Path(shutil.copy(folder / "ba1.pt", folder / f"copy-{name}.pt"))), folder / name)
+        shutil.copytree(
+            as_pieces(Path(shutil.copy(folder / "ba1.pt", folder / f"copy-{name}.pt"))),
+            folder / name,
+        )
         shutil.rmtree(folder / f"copy-{name}")
         (folder / name / "state.pt").unlink()
     (folder / "ba1").mkdir()
@@ -139,7 +166,15 @@ def test_pieces_without_a_head_are_deleted_when_enough_newer_ones_are_whole(fold
     (folder / "ba2").mkdir()
     saver = SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=4)
     saver._rotate()
-    assert {path.name for path in folder.iterdir()} == {"ba0", "ba10", "ba1", "ba2", "ba1.pt", "ba2.pt", "ba3.pt"}
+    assert {path.name for path in folder.iterdir()} == {
+        "ba0",
+        "ba10",
+        "ba1",
+        "ba2",
+        "ba1.pt",
+        "ba2.pt",
+        "ba3.pt",
+    }
     saver.num_to_keep = 2
     saver._rotate()
     assert {path.name for path in folder.iterdir()} == {"ba10", "ba1", "ba2", "ba2.pt", "ba3.pt"}
@@ -174,9 +209,14 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
     locks = lock_folders(str(logs[0]), str(shared))
     assert set(locks) == {logs[0], shared}
     for place in (shared, link):
-        with pytest.raises(ConfigError, match=f"^{place}: another process is training this run; wait until it has ended, or"):
+        with pytest.raises(
+            ConfigError,
+            match=f"^{place}: another process is training this run; wait until it has ended, or",
+        ):
             lock_folders(str(logs[1]), str(place), seconds=0)
-    assert lock_folders(str(logs[0]), str(link), held={logs[0]: locks[logs[0]], link: locks[shared]}, seconds=0)
+    assert lock_folders(
+        str(logs[0]), str(link), held={logs[0]: locks[logs[0]], link: locks[shared]}, seconds=0
+    )
     for lock in locks.values():
         assert lock is not None
         lock.release()
@@ -188,7 +228,10 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     opened_up(tmp_path)
-    message = f"^{tmp_path}/?: this run has files that cannot be written to: it is user 0's, this is 65534; give this one "
+    message = (
+        f"^{tmp_path}/?: this run has files that cannot be written to: it is user 0's, this is"
+        " 65534; give this one "
+    )
     tmp_path.chmod(0o555)
     try:
         with another_user(), pytest.raises(ConfigError, match=message):

@@ -1,4 +1,6 @@
-"""Checkpoints in a real S3 server: whole, found by looking, rotated there, and never mistaken for a local copy."""
+"""Checkpoints in a real S3 server: whole, found by looking, rotated there, and never mistaken
+for a local copy.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def final_run(s3: S3, run: Path) -> Path:
 def test_a_run_that_saves_in_s3_survives_all_there_is(
     corpus: Corpus, undisturbed: Path, s3_server: S3, tmp_path: Path
 ) -> None:
-    """Killed, stopped, its newest checkpoint cut short there, and a newer one of somebody else's in its local folder."""
+    """Killed, stopped, its newest checkpoint cut short there, and a newer one of somebody else's
+    in its local folder.
+    """
     s3, run = s3_server, tmp_path / "in_s3"
     keys = (f"save_folder=s3://data/{run.name}", "save_num_checkpoints_to_keep=2")
     corpus.killed_run(run, *keys, after_step=13, env=s3.env)
@@ -46,7 +50,8 @@ def test_a_run_that_saves_in_s3_survives_all_there_is(
     assert f"resuming from s3://data/{run.name}/ba10.pt: step 10" in process.stdout
     step = len(read_log(run))
     assert f"stopped after step {step}; saved s3://data/{run.name}/ba{step}.pt" in process.stderr
-    kept = {f"ba{step}.pt", f"ba{(step - 1) // 5 * 5}.pt"}  # rotation goes on where the killed run left off
+    # Rotation goes on where the killed run left off
+    kept = {f"ba{step}.pt", f"ba{(step - 1) // 5 * 5}.pt"}
     assert set(s3.keys(run.name)) == {"config.yaml", *kept}
     assert list((run / "staging").glob("*.pt")) == [], "what was copied is cleared away"
 
@@ -61,14 +66,18 @@ def test_a_run_that_saves_in_s3_survives_all_there_is(
     assert not list(Path.cwd().glob("s3:*"))
 
     out = tmp_path / "hf"
-    exported = check(run_script("convert/to_hf.py", f"checkpoint=s3://data/{run.name}", f"out={out}", env=s3.env))
+    exported = check(
+        run_script("convert/to_hf.py", f"checkpoint=s3://data/{run.name}", f"out={out}", env=s3.env)
+    )
     assert exported.stdout.startswith(f"s3://data/{run.name}/ba40.pt -> {out}: ")
     local = tmp_path / "local"
     check(run_script("convert/to_hf.py", f"checkpoint={undisturbed}/checkpoints", f"out={local}"))
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 
-def test_an_upload_is_tried_again_until_the_store_takes_it(s3: S3, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_an_upload_is_tried_again_until_the_store_takes_it(
+    s3: S3, tmp_path: Path, monkeypatch, caplog
+) -> None:
     """The bucket is made while the upload waits; one that never comes is an error in the end."""
     (tmp_path / "file").write_bytes(b"weights")
     monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.5,) * 60)
@@ -77,7 +86,9 @@ def test_an_upload_is_tried_again_until_the_store_takes_it(s3: S3, tmp_path: Pat
     checkpoint._upload(tmp_path / "file", "s3://made-later/ba1.pt")
     timer.join()
     assert s3.client.get_object(Bucket="made-later", Key="ba1.pt")["Body"].read() == b"weights"
-    assert caplog.messages[0].startswith("warning: s3://made-later/ba1.pt: not saved yet: s3://made-later: there is no bucket")
+    assert caplog.messages[0].startswith(
+        "warning: s3://made-later/ba1.pt: not saved yet: s3://made-later: there is no bucket"
+    )
     monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.1,))
     with pytest.raises(ConfigError, match=r"^s3://never-made: there is no bucket"):
         checkpoint._upload(tmp_path / "file", "s3://never-made/ba1.pt")
@@ -96,15 +107,18 @@ def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(
         patch.setattr(checkpoint.storage, "delete", deny)
         saver._rotate()
     assert [message.split(": ", 2)[:2] for message in caplog.messages] == [
-        ["warning", "s3://data/kept/ba2.pt"], ["warning", "s3://data/kept/ba1.pt"],
-    ]  # fmt: skip
+        ["warning", "s3://data/kept/ba2.pt"],
+        ["warning", "s3://data/kept/ba1.pt"],
+    ]
     assert set(s3.keys("kept")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
     saver = checkpoint.SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
     saver._rotate()
     assert set(s3.keys("kept")) == {"ba3.pt"}
 
 
-def test_damaged_checkpoints_in_a_store_delete_no_good_one(s3: S3, trained: Run, tmp_path: Path, caplog) -> None:
+def test_damaged_checkpoints_in_a_store_delete_no_good_one(
+    s3: S3, trained: Run, tmp_path: Path, caplog
+) -> None:
     """Those that are newer stay where they are, and one that is in the way is set aside."""
     s3.upload(trained.checkpoints, "damaged")
     whole = s3.read("damaged/ba3.pt")
@@ -136,15 +150,21 @@ def test_damaged_checkpoints_in_a_store_delete_no_good_one(s3: S3, trained: Run,
     assert f"warning: {place}/ba4.pt: was not a checkpoint of this run" in caplog.text
 
 
-def test_old_checkpoints_in_a_store_count_only_if_they_are_whole(s3: S3, trained: Run, tmp_path: Path) -> None:
+def test_old_checkpoints_in_a_store_count_only_if_they_are_whole(
+    s3: S3, trained: Run, tmp_path: Path
+) -> None:
     s3.upload(trained.checkpoints, "counted")
     s3.client.put_object(Bucket="data", Key="counted/ba2.pt", Body=s3.read("counted/ba2.pt")[:-700])
-    checkpoint.SaveCheckpoints("s3://data/counted", tmp_path / "staging", batches=1, num_to_keep=2)._rotate()
+    checkpoint.SaveCheckpoints(
+        "s3://data/counted", tmp_path / "staging", batches=1, num_to_keep=2
+    )._rotate()
     assert set(s3.keys("counted")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
     assert list((tmp_path / "staging").iterdir()) == []
 
 
-def test_copies_of_damaged_checkpoints_leave_room_for_the_next(s3: S3, trained: Run, tmp_path: Path) -> None:
+def test_copies_of_damaged_checkpoints_leave_room_for_the_next(
+    s3: S3, trained: Run, tmp_path: Path
+) -> None:
     s3.upload(trained.checkpoints, "room")
     for name in ("room/ba3.pt", "room/ba7.pt"):
         s3.client.put_object(Bucket="data", Key=name, Body=s3.read("room/ba2.pt")[:-700])
@@ -160,12 +180,16 @@ def test_pieces_without_a_head_in_a_store_are_deleted(s3: S3, trained: Run, tmp_
     s3.upload(trained.checkpoints, "torsos")
     for name in ("ba1/piece0.pt", "ba1/piece1.pt", "ba4/piece0.pt", "ba0/thesis.tex"):
         s3.client.put_object(Bucket="data", Key=f"torsos/{name}", Body=b"half")
-    checkpoint.SaveCheckpoints("s3://data/torsos", tmp_path / "staging", batches=1, num_to_keep=2)._rotate()
+    checkpoint.SaveCheckpoints(
+        "s3://data/torsos", tmp_path / "staging", batches=1, num_to_keep=2
+    )._rotate()
     assert set(s3.keys("torsos")) == {"ba2.pt", "ba3.pt", "ba4/piece0.pt", "ba0/thesis.tex"}
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
-    """An S3 server that lists, beside the pieces of a checkpoint, names that lead out of its folder."""
+    """An S3 server that lists, beside the pieces of a checkpoint, names that lead out of its
+    folder.
+    """
 
     objects: ClassVar[dict[str, bytes]] = {}
 
@@ -185,15 +209,31 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         names = [key.removeprefix(f"/{bucket}/") for key in self.objects]
         listed = [name for name in names if name.startswith(prefix)]
         if asked.get("delimiter"):
-            folders = sorted({prefix + name[len(prefix):].split("/")[0] + "/" for name in listed if "/" in name[len(prefix):]})
-            listed = [name for name in listed if "/" not in name[len(prefix):]]
-            listed += [name for name in names if ".." in name and name.startswith(prefix) and prefix + "ba3/" not in name]
+            folders = sorted(
+                {
+                    prefix + name[len(prefix) :].split("/")[0] + "/"
+                    for name in listed
+                    if "/" in name[len(prefix) :]
+                }
+            )
+            listed = [name for name in listed if "/" not in name[len(prefix) :]]
+            listed += [
+                name
+                for name in names
+                if ".." in name and name.startswith(prefix) and prefix + "ba3/" not in name
+            ]
         else:
             folders = []
-        body = "".join(f"<Contents><Key>{name}</Key><Size>9</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
-                       for name in listed)
-        body += "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders)
-        self.answer(f"<ListBucketResult><KeyCount>{len(listed)}</KeyCount>{body}</ListBucketResult>".encode())
+        body = "".join(
+            f"<Contents><Key>{name}</Key><Size>9</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+            for name in listed
+        )
+        body += "".join(
+            f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders
+        )
+        self.answer(
+            f"<ListBucketResult><KeyCount>{len(listed)}</KeyCount>{body}</ListBucketResult>".encode()
+        )
 
     def answer(self, body: bytes | None) -> None:
         self.send_response(200 if body is not None else 404)
@@ -215,7 +255,9 @@ def hostile(s3: S3, monkeypatch) -> Iterator[dict[str, bytes]]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("name", ["../../../evil.pt", "../ba2.pt", "..", "more/../../../../evil.pt"])
+@pytest.mark.parametrize(
+    "name", ["../../../evil.pt", "../ba2.pt", "..", "more/../../../../evil.pt"]
+)
 def test_a_store_that_lists_other_names_writes_nowhere_else(
     hostile: dict[str, bytes], trained: Run, tmp_path: Path, name: str
 ) -> None:
@@ -229,19 +271,30 @@ def test_a_store_that_lists_other_names_writes_nowhere_else(
     found = find_newest("s3://data/run", staging)
     assert found is not None
     assert found.file == staging / "ba3/state.pt"
-    written = {str(path.relative_to(staging)) for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    written = {
+        str(path.relative_to(staging))
+        for path in set(tmp_path.rglob("*")) - before
+        if path.is_file()
+    }
     assert written == {"ba3/state.pt", "ba3/piece0.pt", "ba3/piece1.pt"}
     assert read_checkpoint(found)["state"]["run_name"] == "tiny"
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "a/../../x", "a\\b"])
-def test_a_listing_with_names_that_are_none_is_refused(hostile: dict[str, bytes], name: str) -> None:
+def test_a_listing_with_names_that_are_none_is_refused(
+    hostile: dict[str, bytes], name: str
+) -> None:
     hostile[f"/data/run/{name}"] = b"evil"
     hostile["/data/run/good"] = b"good"
-    with pytest.raises(DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"):
+    with pytest.raises(
+        DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"
+    ):
         storage.ls("s3://data/run")
     if ".." in name:
-        with pytest.raises(DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"):
+        with pytest.raises(
+            DataError,
+            match=r"^data/run: the store lists '.*' there, which is no name of a file in it",
+        ):
             storage.find("s3://data/run")
 
 
@@ -257,7 +310,9 @@ def test_a_store_that_cannot_be_used_is_named_before_anything_starts(
     corpus: Corpus, s3_server: S3, tmp_path: Path, folder: str, env: dict[str, str], message: str
 ) -> None:
     run = tmp_path / "run"
-    process = run_script("recipes/train.py", *corpus.keys(run, f"save_folder={folder}"), env=s3_server.env | env)
+    process = run_script(
+        "recipes/train.py", *corpus.keys(run, f"save_folder={folder}"), env=s3_server.env | env
+    )
     assert process.returncode == 2, process.stderr
     (line,) = process.stderr.splitlines()
     assert line.startswith(f"error: {folder.removesuffix('/run')}")

@@ -25,12 +25,23 @@ from tests.data_fixtures import words, write_jsonl
 
 def texts_of(path: Path, max_bytes: int = 1 << 30, **kwargs) -> list[str]:
     return [
-        document.text for part in slice_file(str(path), max_bytes) for document in read_documents(part, "text", **kwargs)
+        document.text
+        for part in slice_file(str(path), max_bytes)
+        for document in read_documents(part, "text", **kwargs)
     ]
 
 
 def make_tree(root: Path) -> None:
-    for name in ("b.txt", "a/z.jsonl", "a/y.parquet", "a/deep/er/x.txt", "c.py", ".hidden.txt", ".git/d.txt", "e.ndjson"):
+    for name in (
+        "b.txt",
+        "a/z.jsonl",
+        "a/y.parquet",
+        "a/deep/er/x.txt",
+        "c.py",
+        ".hidden.txt",
+        ".git/d.txt",
+        "e.ndjson",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
 
@@ -47,7 +58,13 @@ def test_suffixes_globs_and_files_take_what_they_name_and_each_file_once(tmp_pat
     assert find_files(["."], [".py"]) == ["c.py"]
     assert find_files(["c.py", "./b.txt", "*.py"]) == ["c.py", "b.txt"]
     assert find_files(["**/*.txt"]) == ["a/deep/er/x.txt", "b.txt"]
-    assert find_files(["e.ndjson", "."]) == ["e.ndjson", "a/deep/er/x.txt", "a/y.parquet", "a/z.jsonl", "b.txt"]
+    assert find_files(["e.ndjson", "."]) == [
+        "e.ndjson",
+        "a/deep/er/x.txt",
+        "a/y.parquet",
+        "a/z.jsonl",
+        "b.txt",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -55,11 +72,25 @@ def test_suffixes_globs_and_files_take_what_they_name_and_each_file_once(tmp_pat
     [
         ("nothing", [], "source: nothing: no such file or folder"),
         ("*.rst", [], "source: *.rst: no file matches this pattern"),
-        ("empty", [], "source: empty: this folder holds no file ending in .jsonl, .json-lines, .ndjson, .parquet, .txt (or "
-         "compressed, .gz, .gzip, .zst, .zstd, .bz2, .xz); name the endings to take with suffixes=[...]"),
-        (".", [".rst"], "source: .: this folder holds no file ending in .rst; name the endings to take with suffixes=[...]"),
+        (
+            "empty",
+            [],
+            (
+                "source: empty: this folder holds no file ending in .jsonl, .json-lines, .ndjson,"
+                " .parquet, .txt (or compressed, .gz, .gzip, .zst, .zstd, .bz2, .xz); name the"
+                " endings to take with suffixes=[...]"
+            ),
+        ),
+        (
+            ".",
+            [".rst"],
+            (
+                "source: .: this folder holds no file ending in .rst; name the endings to take with"
+                " suffixes=[...]"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_source_with_nothing_to_read(tmp_path, monkeypatch, source, suffixes, message):
     make_tree(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -69,9 +100,11 @@ def test_a_source_with_nothing_to_read(tmp_path, monkeypatch, source, suffixes, 
 
 
 COMPRESS = {
-    ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
     ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
-}  # fmt: skip
+}
 
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -94,19 +127,26 @@ def test_compressed_files_are_read_whole(tmp_path, suffix):
     text = tmp_path / f"c.py{suffix}"
     text.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbfx = 1\r\n"))
     assert texts_of(text) == ["x = 1\r\n"]
-    assert find_files([str(tmp_path)]) == [str(tmp_path / f"a.jsonl{suffix}")], "case and unknown endings are to be named"
+    assert find_files([str(tmp_path)]) == [str(tmp_path / f"a.jsonl{suffix}")], (
+        "case and unknown endings are to be named"
+    )
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_damaged_compressed_files_lose_nothing_in_silence(tmp_path, suffix):
-    packed = COMPRESS[suffix](b"".join(json.dumps({"text": words(50, i)}).encode() + b"\n" for i in range(1000)))
+    packed = COMPRESS[suffix](
+        b"".join(json.dumps({"text": words(50, i)}).encode() + b"\n" for i in range(1000))
+    )
     path = tmp_path / f"a.jsonl{suffix}"
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
-    spoilt = [] if suffix == ".zst" else [packed[:2000] + bytes(200) + packed[2200:]]  # pyarrow writes no checksum
+    # Pyarrow writes no checksum
+    spoilt = [] if suffix == ".zst" else [packed[:2000] + bytes(200) + packed[2200:]]
     for data in (packed[:-20], packed[: len(packed) // 2], *spoilt, pointer):
         path.write_bytes(data)
         skipped: list[DataError] = []
-        with pytest.raises(DataError, match=rf"a\.jsonl{re.escape(suffix)}: damaged: .*; fetch the file again$") as caught:
+        with pytest.raises(
+            DataError, match=rf"a\.jsonl{re.escape(suffix)}: damaged: .*; fetch the file again$"
+        ) as caught:
             texts_of(path, on_damage=skipped.append)
         assert "\n" not in str(caught.value)
         # Bytes that still unpack to something may be found out as text before the checksum comes.
@@ -123,7 +163,10 @@ def test_a_damaged_line_in_a_compressed_file_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.parquet.zst"])
 def test_archives_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: archives and packed Parquet files cannot be read; unpack"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{re.escape(name)}: archives and packed Parquet files cannot be read; unpack",
+    ):
         slice_file(str(tmp_path / name), 1 << 20)
 
 
@@ -134,7 +177,9 @@ def test_archives_are_refused(tmp_path, name):
     last_newline=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_jsonl_slices_hold_every_record_once_in_order(tmp_path_factory, texts, max_bytes, blank_line, last_newline):
+def test_jsonl_slices_hold_every_record_once_in_order(
+    tmp_path_factory, texts, max_bytes, blank_line, last_newline
+):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     content = ("\n\n" if blank_line else "\n").join(lines) + ("\r\n" if last_newline else "")
@@ -144,7 +189,9 @@ def test_jsonl_slices_hold_every_record_once_in_order(tmp_path_factory, texts, m
     documents = [document for part in parts for document in read_documents(part, "text")]
     assert [document.text for document in documents] == texts
     step = 2 if blank_line else 1
-    assert [line_at(str(path), document.position) for document in documents] == list(range(1, step * len(texts) + 1, step))
+    assert [line_at(str(path), document.position) for document in documents] == list(
+        range(1, step * len(texts) + 1, step)
+    )
 
 
 def test_byte_order_marks_are_not_text(tmp_path):
@@ -163,11 +210,20 @@ def test_plain_text_is_one_document_with_its_line_ends(tmp_path):
     assert texts_of(tmp_path / "empty.md") == [""]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+)
 def test_parquet_row_groups(tmp_path, kind):
     texts = [words(5, i) for i in range(50)]
-    column = pa.array(texts).cast(kind) if kind != pa.string_view() else pa.array(texts, pa.string_view())
-    pq.write_table(pa.table({"id": list(range(50)), "text": column}), tmp_path / "a.parquet", row_group_size=7)
+    column = (
+        pa.array(texts).cast(kind)
+        if kind != pa.string_view()
+        else pa.array(texts, pa.string_view())
+    )
+    pq.write_table(
+        pa.table({"id": list(range(50)), "text": column}), tmp_path / "a.parquet", row_group_size=7
+    )
     parts = slice_file(str(tmp_path / "a.parquet"), 400)
     assert len(parts) > 2
     assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
@@ -177,19 +233,29 @@ def test_parquet_row_groups(tmp_path, kind):
 
 
 JSONL_DAMAGE = {
-    b'{"text": "x"': "not valid JSON: Expecting ',' delimiter at column 13; mend or remove the line",
+    b'{"text": "x"': (
+        "not valid JSON: Expecting ',' delimiter at column 13; mend or remove the line"
+    ),
     b'{"text": "\xff"}': "not valid UTF-8 at byte 10 of the line; mend or remove the line",
     b'["x"]': "must be a JSON object, not a list; mend or remove the line",
     b"3": "must be a JSON object, not a number; mend or remove the line",
-    b'{"body": "x", "id": 3}': "no column 'text'; its columns are: body, id (name one with text_column=...)",
+    b'{"body": "x", "id": 3}': (
+        "no column 'text'; its columns are: body, id (name one with text_column=...)"
+    ),
     b"{}": "no column 'text'; it has no columns",
     b'{"text": 3.5}': "column 'text' must be a string, not a number; mend or remove the line",
     b'{"text": null}': "column 'text' must be a string, not null; mend or remove the line",
     b'{"text": true}': "column 'text' must be a string, not a boolean; mend or remove the line",
     b'{"text": "\\ud83d"}': "column 'text' holds half of a surrogate pair; mend or remove the line",
-    b'{"text": ' + b"1" * 5000 + b"}": "column 'text' must be a string, not a number; mend or remove the line",
-    b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}": "column 'text' must be a string, not a list; mend or remove the line",
-    b'{"text": "x", "n": ' + b"[" * 5000 + b"]" * 4999 + b"}": "not valid JSON: Expecting ',' delimiter, nested deep; mend",
+    b'{"text": ' + b"1" * 5000 + b"}": (
+        "column 'text' must be a string, not a number; mend or remove the line"
+    ),
+    b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}": (
+        "column 'text' must be a string, not a list; mend or remove the line"
+    ),
+    b'{"text": "x", "n": ' + b"[" * 5000 + b"]" * 4999 + b"}": (
+        "not valid JSON: Expecting ',' delimiter, nested deep; mend"
+    ),
 }
 
 
@@ -221,16 +287,31 @@ def test_surrogate_pairs_in_escapes_are_text(tmp_path):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc\xe9t\xe9")
-    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.txt: not valid UTF-8 at byte 6; convert the file to UTF-8"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{tmp_path}/a\.txt: not valid UTF-8 at byte 6; convert the file to UTF-8",
+    ):
         texts_of(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"body": ["x"], "id": [1]}, ": no column 'text'; its columns are: body, id (name one with text_column=...)"),
-        ({"text": [1, 2]}, ": column 'text' must hold strings, not int64; name another column with text_column=..."),
-        ({"text": ["x", None]}, ": row 2: column 'text' must be a string, not null; mend or remove the row"),
+        (
+            {"body": ["x"], "id": [1]},
+            ": no column 'text'; its columns are: body, id (name one with text_column=...)",
+        ),
+        (
+            {"text": [1, 2]},
+            (
+                ": column 'text' must hold strings, not int64; name another column with"
+                " text_column=..."
+            ),
+        ),
+        (
+            {"text": ["x", None]},
+            ": row 2: column 'text' must be a string, not null; mend or remove the row",
+        ),
     ],
 )
 def test_parquet_without_text(tmp_path, table, message):
@@ -242,13 +323,22 @@ def test_parquet_without_text(tmp_path, table, message):
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 no parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file: .*; fetch the file again$"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: not a Parquet file: .*; fetch the file again$"
+    ):
         texts_of(path)
-    pq.write_table(pa.table({"text": [words(50, i) for i in range(500)]}), path, compression="zstd", row_group_size=100)
+    pq.write_table(
+        pa.table({"text": [words(50, i) for i in range(500)]}),
+        path,
+        compression="zstd",
+        row_group_size=100,
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"a\.parquet: damaged after row \d+: .*; fetch the file again$"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: damaged after row \d+: .*; fetch the file again$"
+    ):
         texts_of(path)
 
 
@@ -260,7 +350,9 @@ def test_a_file_that_vanishes(tmp_path):
 
 def test_samples_come_from_all_over_and_are_always_the_same(tmp_path):
     for i in range(40):
-        write_jsonl(tmp_path / f"{i:02}.jsonl", [f"{i} " + words(40, i * 10 + j) for j in range(10)])
+        write_jsonl(
+            tmp_path / f"{i:02}.jsonl", [f"{i} " + words(40, i * 10 + j) for j in range(10)]
+        )
     files = find_files([str(tmp_path)])
     everything = list(sample_texts(files, "text", None))
     assert len(everything) == 400
@@ -268,13 +360,18 @@ def test_samples_come_from_all_over_and_are_always_the_same(tmp_path):
     sample = list(sample_texts(files, "text", size // 4))
     assert sample == list(sample_texts(files, "text", size // 4))
     assert size // 4 <= sum(map(len, sample)) < size // 4 + 1000
-    assert {int(text.split()[0]) // 20 for text in sample} == {0, 1}, "both halves of the files must be drawn from"
+    assert {int(text.split()[0]) // 20 for text in sample} == {
+        0,
+        1,
+    }, "both halves of the files must be drawn from"
 
 
 def make_dataset_folder(folder: Path) -> Path:
     (folder / "data").mkdir(parents=True)
     for i in range(3):
-        write_jsonl(folder / "data" / f"train-0000{i}.jsonl", [words(5, i * 10 + j) for j in range(4)])
+        write_jsonl(
+            folder / "data" / f"train-0000{i}.jsonl", [words(5, i * 10 + j) for j in range(4)]
+        )
     write_jsonl(folder / "data" / "test-00000.jsonl", ["held out"])
     return folder
 
@@ -287,18 +384,45 @@ def test_a_hugging_face_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
     texts = [words(5, i * 10 + j) for i in range(3) for j in range(4)]
     assert [doc.text for part in parts for doc in read_documents(part, "text")] == texts
     assert [doc.position for doc in read_documents(parts[1], "text")] == [1, 2, 3, 4]
-    with pytest.raises(DataError, match=r"\?split=train: no column 'body'; its columns are: text, id \(name one with"):
+    with pytest.raises(
+        DataError,
+        match=r"\?split=train: no column 'body'; its columns are: text, id \(name one with",
+    ):
         list(read_documents(parts[0], "body"))
-    with pytest.raises(DataError, match=r"split=train: shard 0, row 1: column 'id' must be a string, not a number; name"):
+    with pytest.raises(
+        DataError,
+        match=r"split=train: shard 0, row 1: column 'id' must be a string, not a number; name",
+    ):
         list(read_documents(parts[0], "id"))
 
 
 @pytest.mark.parametrize(
     ("source", "name", "split", "message"),
     [
-        ("set", "xx", "train", "set: cannot be opened as a dataset: BuilderConfig 'xx' not found. Available: ['default']"),
-        ("set", None, "tst", "set: cannot be opened as a dataset: Bad split: tst. Available splits: ['train', 'test']"),
-        ("./none", None, "train", "./none: no such folder; with split=... it must be one, or a Hugging Face dataset id"),
+        (
+            "set",
+            "xx",
+            "train",
+            (
+                "set: cannot be opened as a dataset: BuilderConfig 'xx' not found. Available:"
+                " ['default']"
+            ),
+        ),
+        (
+            "set",
+            None,
+            "tst",
+            (
+                "set: cannot be opened as a dataset: Bad split: tst. Available splits: ['train',"
+                " 'test']"
+            ),
+        ),
+        (
+            "./none",
+            None,
+            "train",
+            "./none: no such folder; with split=... it must be one, or a Hugging Face dataset id",
+        ),
     ],
 )
 def test_a_dataset_that_is_not_there(tmp_path, monkeypatch, source, name, split, message):
@@ -309,7 +433,10 @@ def test_a_dataset_that_is_not_there(tmp_path, monkeypatch, source, name, split,
 
 
 def test_a_dataset_id_without_a_split_gets_a_hint():
-    with pytest.raises(ConfigError, match=r"^source: some/set: no such file or folder; for a Hugging Face dataset give split="):
+    with pytest.raises(
+        ConfigError,
+        match=r"^source: some/set: no such file or folder; for a Hugging Face dataset give split=",
+    ):
         find_files(["some/set"])
 
 
@@ -318,10 +445,15 @@ def test_a_dataset_id_without_a_split_gets_a_hint():
 
 @pytest.mark.parametrize(
     "other",
-    [b"1" * 5000, b"-" + b"9" * 5000, b"[" * 5000 + b"]" * 5000, b'{"a": ' * 5000 + b'"]}\\""' + b"}" * 5000,
-     b'[{"n": [' + b"7" * 5000 + b"]}" + b"," + b"[" * 3000 + b"]" * 3000 + b"]"],
+    [
+        b"1" * 5000,
+        b"-" + b"9" * 5000,
+        b"[" * 5000 + b"]" * 5000,
+        b'{"a": ' * 5000 + b'"]}\\""' + b"}" * 5000,
+        b'[{"n": [' + b"7" * 5000 + b"]}" + b"," + b"[" * 3000 + b"]" * 3000 + b"]",
+    ],
     ids=["digits", "negative", "lists", "objects", "both"],
-)  # fmt: skip
+)
 def test_values_that_nobody_reads_may_be_anything(tmp_path, other):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": ' + other + b', "text": "\\u00e4 [{", "n": 1}\n{"text": "after"}\n')
@@ -333,22 +465,34 @@ def test_a_page_of_parquet_with_a_wrong_checksum_is_damage(tmp_path, rows):
     path = tmp_path / "a.parquet"
     column = pa.array([f"text number {i:05}" for i in range(40)])
     pq.write_table(
-        pa.table({"text": column}), path, row_group_size=rows, compression="none", use_dictionary=False,
-        write_page_checksum=True, write_statistics=False, column_encoding={"text": "PLAIN"},
-    )  # fmt: skip
+        pa.table({"text": column}),
+        path,
+        row_group_size=rows,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=False,
+        column_encoding={"text": "PLAIN"},
+    )
     assert len(texts_of(path)) == 40
     data = path.read_bytes()
     path.write_bytes(data.replace(b"number 00017", b"number 00018", 1))
     skipped: list[DataError] = []
-    with pytest.raises(DataError, match=rf"a\.parquet: damaged after row {17 // rows * rows}: .*CRC checksum"):
+    with pytest.raises(
+        DataError, match=rf"a\.parquet: damaged after row {17 // rows * rows}: .*CRC checksum"
+    ):
         texts_of(path, on_damage=skipped.append)
     assert skipped == []
 
 
 def test_an_empty_part_of_parquet_has_no_documents_whatever_its_types(tmp_path):
-    for number, column in enumerate((pa.nulls(0), pa.array([], pa.int64()), pa.array([], pa.string()))):
+    for number, column in enumerate(
+        (pa.nulls(0), pa.array([], pa.int64()), pa.array([], pa.string()))
+    ):
         pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
-        assert pq.ParquetFile(tmp_path / f"{number}.parquet").num_row_groups == 1, "the reader must be asked"
+        assert pq.ParquetFile(tmp_path / f"{number}.parquet").num_row_groups == 1, (
+            "the reader must be asked"
+        )
         assert texts_of(tmp_path / f"{number}.parquet") == []
     pq.write_table(pa.table({"other": pa.nulls(0)}), tmp_path / "none.parquet")
     assert texts_of(tmp_path / "none.parquet") == []
@@ -366,7 +510,10 @@ def test_nulls_without_a_type_are_damaged_rows(tmp_path):
 def test_a_column_name_twice_is_named_unless_it_is_another(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table([["x"], ["y"], ["z"]], names=["text", "id", "text"]), path)
-    with pytest.raises(ConfigError, match=rf"^source: {path}: has 2 columns named 'text'; write it again with a name for each"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^source: {path}: has 2 columns named 'text'; write it again with a name for each",
+    ):
         texts_of(path)
     pq.write_table(pa.table([["x"], ["y"], ["z"]], names=["id", "text", "id"]), path)
     assert texts_of(path) == ["y"]

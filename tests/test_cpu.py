@@ -57,7 +57,9 @@ MAKE_FIXTURES = load_make_fixtures()
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it does."""
+    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it
+    does.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,7 +95,9 @@ def test_model_agrees_with_the_triton_kernels(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to compare with")
-@pytest.mark.parametrize("name", ["like_340m", "like_7b", "packed", "extreme_gates", "short_sequence"])
+@pytest.mark.parametrize(
+    "name", ["like_340m", "like_7b", "packed", "extreme_gates", "short_sequence"]
+)
 def test_cpu_and_cuda_agree(name):
     case = MAKE_FIXTURES.MODELS[name]
     model = make_model(case["config"], case.get("gates"))
@@ -118,7 +122,9 @@ def test_packed_documents_equal_the_documents_alone():
     model = make_model(case["config"]).eval()
     input_ids, offsets = MAKE_FIXTURES.tokens(case["shape"]), case["cu_seqlens"]
     with torch.no_grad():
-        logits = model(input_ids=input_ids, cu_seqlens=torch.tensor(offsets), use_cache=False).logits
+        logits = model(
+            input_ids=input_ids, cu_seqlens=torch.tensor(offsets), use_cache=False
+        ).logits
         for start, end in pairwise(offsets):
             alone = model(input_ids=input_ids[:, start:end], use_cache=False).logits
             assert relative_error(logits[:, start:end], alone) < 2e-6
@@ -136,9 +142,16 @@ def greedy_without_cache(model: GLAForCausalLM, input_ids: Tensor, num_tokens: i
     return input_ids
 
 
-def generate(model: GLAForCausalLM, input_ids: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
+def generate(
+    model: GLAForCausalLM, input_ids: Tensor, num_tokens: int, mask: Tensor | None = None
+) -> Tensor:
     mask = torch.ones_like(input_ids) if mask is None else mask
-    options = {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": None, "pad_token_id": 0}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": num_tokens,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     return model.generate(input_ids, attention_mask=mask, **options)
 
 
@@ -175,7 +188,9 @@ def test_left_padded_prompts_generate_what_they_would_alone(name, prompt_length)
         mask[row, :padding] = 0
     together = generate(model, prompts * mask, 6, mask)
     for row, padding in enumerate(paddings):
-        assert torch.equal(together[row, padding:], generate(model, prompts[row : row + 1, padding:], 6)[0])
+        assert torch.equal(
+            together[row, padding:], generate(model, prompts[row : row + 1, padding:], 6)[0]
+        )
 
 
 def test_the_cache_holds_what_the_prefill_left():
@@ -196,7 +211,9 @@ def test_the_cache_holds_what_the_prefill_left():
 @pytest.mark.parametrize("expand_k", [0.5, 1])
 @pytest.mark.parametrize("expand_v", [0.5, 1, 2])
 def test_every_expand_ratio_and_gate_form_trains(expand_k, expand_v):
-    """The fused norm and gate equals the separate one on the same weights, in loss and gradients."""
+    """The fused norm and gate equals the separate one on the same weights, in loss and
+    gradients.
+    """
     config = MAKE_FIXTURES.LIKE_340M | {"expand_k": expand_k, "expand_v": expand_v}
     fused, separate = make_model(config), make_model(config | {"fuse_norm": False})
     renamed = {k.replace("g_norm_swish_gate", "g_norm"): v for k, v in fused.state_dict().items()}
@@ -206,7 +223,9 @@ def test_every_expand_ratio_and_gate_form_trains(expand_k, expand_v):
     assert relative_error(losses[0], losses[1]) < 1e-6
     for loss in losses:
         loss.backward()
-    gradients = {k.replace("g_norm_swish_gate", "g_norm"): p.grad for k, p in fused.named_parameters()}
+    gradients = {
+        k.replace("g_norm_swish_gate", "g_norm"): p.grad for k, p in fused.named_parameters()
+    }
     for key, parameter in separate.named_parameters():
         assert relative_error(gradients[key], parameter.grad) < 1e-4, key
 
@@ -258,7 +277,9 @@ def test_rms_norm(affine, dtype):
     if affine:
         torch.nn.init.normal_(norm.weight)
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2
-    assert_same(norm(x), plain_rms_norm(x, norm.weight, 1e-3).to(dtype), [x, *parameters], tolerance)
+    assert_same(
+        norm(x), plain_rms_norm(x, norm.weight, 1e-3).to(dtype), [x, *parameters], tolerance
+    )
     # The block's second norm: it adds the residual, and returns the sum for the next one.
     total = (x.float() + residual.float()).to(dtype)
     want = plain_rms_norm(x.float() + residual.float(), norm.weight, 1e-3).to(dtype), total
@@ -328,7 +349,9 @@ def test_fused_linear_cross_entropy(with_bias, reduction):
     x, weight, bias = leaves((7, 5), (8, 5), (8,))
     criterion = FusedLinearCrossEntropyLoss(reduction=reduction, num_chunks=3)
     got = criterion(x.unsqueeze(0), TARGET.unsqueeze(0), weight, bias if with_bias else None)
-    want = F.cross_entropy(F.linear(x, weight, bias if with_bias else None), TARGET, reduction=reduction)
+    want = F.cross_entropy(
+        F.linear(x, weight, bias if with_bias else None), TARGET, reduction=reduction
+    )
     assert_same(3 * got, 3 * want, [x, weight, bias] if with_bias else [x, weight])
 
 
@@ -359,7 +382,9 @@ def test_short_convolution(bias, offsets):
 
 
 def test_a_fresh_process_needs_the_one_line_only(tmp_path):
-    """Nothing happens at import; then fla imports, its models are registered, and a batch trains."""
+    """Nothing happens at import; then fla imports, its models are registered, and a batch
+    trains.
+    """
     script = """
 import sys
 from flame_composer import cpu
@@ -380,7 +405,9 @@ print(type(model).__module__, BitNetConfig in MODEL_FOR_CAUSAL_LM_MAPPING)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error::ImportWarning", "-c", script]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["fla.models.gla.modeling_gla", "True"]
 
@@ -388,7 +415,11 @@ print(type(model).__module__, BitNetConfig in MODEL_FOR_CAUSAL_LM_MAPPING)
 def test_enabling_twice_changes_nothing():
     before = fla_layer.chunk_gla, fla_layer.fused_recurrent_gla, FusedCrossEntropyLoss.forward
     cpu.enable()
-    assert before == (fla_layer.chunk_gla, fla_layer.fused_recurrent_gla, FusedCrossEntropyLoss.forward)
+    assert before == (
+        fla_layer.chunk_gla,
+        fla_layer.fused_recurrent_gla,
+        FusedCrossEntropyLoss.forward,
+    )
     assert sum(type(b).__name__ == "TorchCPU" for b in modules_registry._get_sorted_backends()) == 1
 
 
@@ -413,10 +444,16 @@ def test_the_operations_have_flas_signatures():
         "fused_norm_gate",
         "layernorm",
     ]
-    modules = [importlib.import_module(f"fla.modules.{name}") for name in (*names, "conv.triton.ops")]
+    modules = [
+        importlib.import_module(f"fla.modules.{name}") for name in (*names, "conv.triton.ops")
+    ]
     for operation in cpu_ops.OPERATIONS:
-        theirs = next(getattr(m, operation.__name__) for m in modules if hasattr(m, operation.__name__))
-        assert list(inspect.signature(operation).parameters) == list(inspect.signature(theirs).parameters)
+        theirs = next(
+            getattr(m, operation.__name__) for m in modules if hasattr(m, operation.__name__)
+        )
+        assert list(inspect.signature(operation).parameters) == list(
+            inspect.signature(theirs).parameters
+        )
     for module, name, version in cpu_ops.REPLACEMENTS:
         if not name.endswith("forward"):
             theirs = getattr(importlib.import_module(module), name).__wrapped__
@@ -439,13 +476,17 @@ def test_an_operation_without_a_cpu_form_says_so():
 
 def test_switched_off_dispatch_is_an_error(monkeypatch):
     monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1")
-    with pytest.raises(ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1 keeps fla from running on a CPU"):
+    with pytest.raises(
+        ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1 keeps fla from running on a CPU"
+    ):
         cpu.enable()
 
 
 def test_fla_imported_with_dispatch_off_is_an_error(monkeypatch):
     monkeypatch.setattr("fla.ops.backends._DISPATCH_DISABLED", True)
-    with pytest.raises(ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1: unset it and start again"):
+    with pytest.raises(
+        ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1: unset it and start again"
+    ):
         cpu.enable()
 
 

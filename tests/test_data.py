@@ -1,4 +1,6 @@
-"""Datasets to batches: every row once, in an order that a restart goes on with, and nothing damaged ever served."""
+"""Datasets to batches: every row once, in an order that a restart goes on with, and nothing
+damaged ever served.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,16 @@ Copy = Callable[[Path], Path]
 
 
 def opened(folder: Path, **options: Any) -> Any:
-    return open_dataset(str(folder), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH, **options)
+    return open_dataset(
+        str(folder), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH, **options
+    )
 
 
 def loader_of(folder: Path, *, global_batch_size: int = 4, seed: int = 7, **options: Any) -> Any:
     config = DataConfig(**{"num_workers": 0, **options})
-    return build_train_loader({"": opened(folder)}, config, global_batch_size=global_batch_size, seed=seed).dataloader
+    return build_train_loader(
+        {"": opened(folder)}, config, global_batch_size=global_batch_size, seed=seed
+    ).dataloader
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[Row]:
@@ -67,7 +73,9 @@ def all_rows(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ro
     folder = shutil.copytree(dataset, tmp_path_factory.mktemp("all") / "copy")
     rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
     found = [tuple(rows[i]["input_ids"].tolist()) for i in range(rows.num_samples)]
-    assert len(found) == len(set(found)) == read_manifest(str(dataset)).totals.rows > 100, "rows can be told apart"
+    assert len(found) == len(set(found)) == read_manifest(str(dataset)).totals.rows > 100, (
+        "rows can be told apart"
+    )
     assert len(rows.files) > 5, "several shards"
     return found
 
@@ -82,7 +90,13 @@ def test_collate(data, context_length, num_rows, dtype):
     for _ in range(num_rows):
         borders = data.draw(st.sets(st.integers(1, context_length - 1)))
         doc_lengths = np.diff([0, *sorted(borders), context_length]).astype(np.uint32)
-        ids = data.draw(st.lists(st.integers(0, np.iinfo(dtype).max), min_size=context_length, max_size=context_length))
+        ids = data.draw(
+            st.lists(
+                st.integers(0, np.iinfo(dtype).max),
+                min_size=context_length,
+                max_size=context_length,
+            )
+        )
         rows.append({"input_ids": np.array(ids, dtype), "doc_lengths": doc_lengths})
     batch = collate(rows)
     assert batch.keys() == {"input_ids", "labels", "sequence_id"}
@@ -91,9 +105,16 @@ def test_collate(data, context_length, num_rows, dtype):
     for r, row in enumerate(rows):
         assert batch["input_ids"][r].tolist() == row["input_ids"].tolist()
         assert batch["labels"][r].tolist() == [IGNORE, *row["input_ids"].tolist()[1:]]
-        expected = [number for number, length in enumerate(row["doc_lengths"].tolist()) for _ in range(length)]
+        expected = [
+            number
+            for number, length in enumerate(row["doc_lengths"].tolist())
+            for _ in range(length)
+        ]
         assert batch["sequence_id"][r].tolist() == expected
-    assert count_tokens(batch) == {"total": num_rows * context_length, "loss_generating": num_rows * (context_length - 1)}
+    assert count_tokens(batch) == {
+        "total": num_rows * context_length,
+        "loss_generating": num_rows * (context_length - 1),
+    }
     within = collate(rows, loss_across_documents=False)
     for r, row in enumerate(rows):
         starts = np.cumsum([0, *row["doc_lengths"]])[:-1].tolist()
@@ -101,7 +122,9 @@ def test_collate(data, context_length, num_rows, dtype):
         assert within["labels"][r].tolist() == expected, "no document's first token is a label"
     assert torch.equal(within["input_ids"], batch["input_ids"])
     batch["labels"].fill_(0)
-    assert batch["input_ids"][0].tolist() == rows[0]["input_ids"].tolist(), "labels are a copy: evaluation shifts them in place"
+    assert batch["input_ids"][0].tolist() == rows[0]["input_ids"].tolist(), (
+        "labels are a copy: evaluation shifts them in place"
+    )
 
 
 # Training rows
@@ -162,13 +185,21 @@ def test_loading_leaves_the_global_random_state_alone(dataset, copy_of):
 
 
 def test_without_shuffling_rows_come_as_they_lie(dataset, copy_of, all_rows):
-    served = [row for batch in epoch_of(loader_of(copy_of(dataset), shuffle=False, num_canonical_nodes=1)) for row in batch]
+    served = [
+        row
+        for batch in epoch_of(loader_of(copy_of(dataset), shuffle=False, num_canonical_nodes=1))
+        for row in batch
+    ]
     assert served == all_rows[: len(served)]
 
 
 @pytest.mark.parametrize(("num_workers", "global_batch_size"), [(0, 4), (2, 20)])
-def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(dataset, copy_of, num_workers, global_batch_size):
-    """At every batch of the first epoch and at the middle and the end of the second, the very last ones included."""
+def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(
+    dataset, copy_of, num_workers, global_batch_size
+):
+    """At every batch of the first epoch and at the middle and the end of the second, the very
+    last ones included.
+    """
     options: Any = {"num_workers": num_workers, "global_batch_size": global_batch_size}
     loader = loader_of(copy_of(dataset), **options)
     epochs: list[list[list[Row]]] = []
@@ -179,22 +210,32 @@ def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(dataset
             epochs[-1].append(rows_of(batch))
             served = len(epochs[-1])
             # As Composer does: rows over all ranks since the beginning of the epoch.
-            states.append((epoch, served, loader.dataset.state_dict(served * global_batch_size, True)))
+            states.append(
+                (epoch, served, loader.dataset.state_dict(served * global_batch_size, True))
+            )
     per_epoch = len(epochs[0])
     assert per_epoch >= 5
-    chosen = [state for state in states if state[0] == 0 or (state[0] == 1 and state[1] in (1, per_epoch // 2, per_epoch))]
+    chosen = [
+        state
+        for state in states
+        if state[0] == 0 or (state[0] == 1 and state[1] in (1, per_epoch // 2, per_epoch))
+    ]
     assert len(chosen) == per_epoch + 3
     assert epochs[0] != epochs[1] != epochs[2]
     for epoch, served, state in chosen:
         resumed = loader_of(copy_of(dataset), **options)
         resumed.dataset.load_state_dict(json.loads(json.dumps(state)))
         assert epoch_of(resumed) == epochs[epoch][served:], f"after batch {served} of epoch {epoch}"
-        assert epoch_of(resumed) == epochs[epoch + 1], f"the epoch after batch {served} of epoch {epoch}"
+        assert epoch_of(resumed) == epochs[epoch + 1], (
+            f"the epoch after batch {served} of epoch {epoch}"
+        )
 
 
 @pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_ranks_share_out_a_global_batch(dataset, copy_of, nodes, ranks_per_node):
-    """Each row is one rank's; with as many canonical nodes as machines, each machine reads a part of the shards only."""
+    """Each row is one rank's; with as many canonical nodes as machines, each machine reads a
+    part of the shards only.
+    """
     folder = copy_of(dataset)
     rows = loader_of(folder, global_batch_size=8, shuffle=False, num_canonical_nodes=nodes).dataset
     order = rows.lay_out(0)
@@ -203,16 +244,26 @@ def test_ranks_share_out_a_global_batch(dataset, copy_of, nodes, ranks_per_node)
     assert np.array_equal(np.sort(np.concatenate(parts, axis=1)), np.sort(order))
     assert len({part.shape for part in parts}) == 1
     for node in range(nodes):
-        own = {row for rank, part in zip(ranks, parts, strict=True) if rank.node == node for row in part.ravel()}
+        own = {
+            row
+            for rank, part in zip(ranks, parts, strict=True)
+            if rank.node == node
+            for row in part.ravel()
+        }
         assert max(own) - min(own) <= rows.num_samples / nodes
 
 
 def test_too_few_rows_for_a_batch(dataset, copy_of, all_rows):
     folder = copy_of(dataset)
-    message = f"{folder}: holds {len(all_rows)} rows, fewer than one global batch (global_batch_size={len(all_rows) + 1})"
+    message = (
+        f"{folder}: holds {len(all_rows)} rows, fewer than one global batch"
+        f" (global_batch_size={len(all_rows) + 1})"
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         loader_of(folder, global_batch_size=len(all_rows) + 1)
-    assert len(epoch_of(loader_of(copy_of(dataset), global_batch_size=len(all_rows)))) == 1, "exactly one fits"
+    assert len(epoch_of(loader_of(copy_of(dataset), global_batch_size=len(all_rows)))) == 1, (
+        "exactly one fits"
+    )
 
 
 # Evaluation rows
@@ -243,10 +294,14 @@ def test_evaluation_covers_every_row_once(dataset, copy_of, all_rows, world_size
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluator_reads_every_row(dataset, copy_of, all_rows, num_workers):
-    evaluator = build_evaluator(opened(copy_of(dataset)), EvalDataConfig(num_workers=num_workers), batch_size=7)
+    evaluator = build_evaluator(
+        opened(copy_of(dataset)), EvalDataConfig(num_workers=num_workers), batch_size=7
+    )
     assert evaluator.dataloader.dataloader.num_workers == num_workers  # pyright: ignore
     for _ in range(2):
-        counts = [count_tokens(batch)["loss_generating"] for batch in evaluator.dataloader.dataloader]  # pyright: ignore
+        counts = [
+            count_tokens(batch)["loss_generating"] for batch in evaluator.dataloader.dataloader
+        ]  # pyright: ignore
         assert sum(counts) == len(all_rows) * (CONTEXT_LENGTH - 1)
 
 
@@ -269,17 +324,29 @@ def refused(folder: Path, error: type[Exception], message: str, **options: Any) 
 
 
 def test_another_context_length(dataset):
-    refused(dataset, ConfigError, f"{dataset}: its rows are 32 tokens long, context_length is 64; set context_length=32 or "
-            "convert the text again", context_length=64)  # fmt: skip
-    assert open_dataset(str(dataset), None, tokenizer=byte_tokenizer()).manifest.context_length == 32
+    refused(
+        dataset,
+        ConfigError,
+        f"{dataset}: its rows are 32 tokens long, context_length is 64; set context_length=32 or "
+        "convert the text again",
+        context_length=64,
+    )
+    assert (
+        open_dataset(str(dataset), None, tokenizer=byte_tokenizer()).manifest.context_length == 32
+    )
 
 
 def test_another_tokenizer(dataset, tmp_path):
     byte_tokenizer(401).save_pretrained(tmp_path / "larger")
     larger = load_tokenizer(str(tmp_path / "larger"))
     remedy = "set tokenizer to the one it was converted with, or convert the text again"
-    refused(dataset, ConfigError, f"{dataset}: was made with another tokenizer than {tmp_path / 'larger'} (vocab_size: 400 "
-            f"there, 401 here); {remedy}", tokenizer=larger)  # fmt: skip
+    refused(
+        dataset,
+        ConfigError,
+        f"{dataset}: was made with another tokenizer than {tmp_path / 'larger'} (vocab_size: 400 "
+        f"there, 401 here); {remedy}",
+        tokenizer=larger,
+    )
 
     byte_tokenizer().save_pretrained(tmp_path / "swapped")
     path = tmp_path / "swapped" / "tokenizer.json"
@@ -294,7 +361,10 @@ def test_another_tokenizer(dataset, tmp_path):
 
 
 def last_shard(folder: Path) -> Path:
-    return folder / json.loads((folder / "index.json").read_bytes())["shards"][-1]["raw_data"]["basename"]
+    return (
+        folder
+        / json.loads((folder / "index.json").read_bytes())["shards"][-1]["raw_data"]["basename"]
+    )
 
 
 def test_a_truncated_shard_is_found_at_once(dataset, copy_of):
@@ -302,8 +372,12 @@ def test_a_truncated_shard_is_found_at_once(dataset, copy_of):
     shard = last_shard(folder)
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused(folder, DataError, f"{shard}: shard is {size - 1} bytes long, must be {size}; restore it from a copy, or delete "
-            f"{folder} and run convert/to_mds.py again")  # fmt: skip
+    refused(
+        folder,
+        DataError,
+        f"{shard}: shard is {size - 1} bytes long, must be {size}; restore it from a copy, or"
+        f" delete {folder} and run convert/to_mds.py again",
+    )
 
 
 def flip_a_bit(shard: Path) -> None:
@@ -314,7 +388,8 @@ def flip_a_bit(shard: Path) -> None:
 
 def damaged(shard: Path) -> str:
     return (
-        rf"{re.escape(str(shard))}: damaged shard: its xxh64 hash is [0-9a-f]{{16}}, must be [0-9a-f]{{16}}: the content has "
+        rf"{re.escape(str(shard))}: damaged shard: its xxh64 hash is [0-9a-f]{{16}}, must be"
+        r" [0-9a-f]{16}: the content has "
         "changed; restore it from a copy, or convert again"
     )
 
@@ -328,7 +403,9 @@ def test_a_flipped_bit_is_found_before_a_row_is_used(dataset, copy_of, num_worke
     with pytest.raises(DataError) as caught:
         epoch_of(loader)
     lines = str(caught.value).strip().splitlines()
-    assert re.fullmatch((r"flame_composer\.config\.DataError: " if num_workers else "") + damaged(shard), lines[-1])
+    assert re.fullmatch(
+        (r"flame_composer\.config\.DataError: " if num_workers else "") + damaged(shard), lines[-1]
+    )
     assert num_workers or len(lines) == 1
 
 
@@ -343,7 +420,9 @@ def test_a_shard_that_vanishes_while_running(dataset, copy_of):
 
 
 def overwrite(shard: Path) -> None:
-    """Another content of the same size in the very same file, as a program does that opens it for writing."""
+    """Another content of the same size in the very same file, as a program does that opens it
+    for writing.
+    """
     with shard.open("r+b") as file:
         file.seek(-40, 2)
         file.write(bytes(40))
@@ -360,10 +439,18 @@ def change(shard: Path, how: str) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("how", ["overwritten", "replaced"])
-def test_a_shard_that_changes_after_it_was_checked_is_never_trained_on(dataset, copy_of, all_rows, num_workers, how):
-    """In the middle of an epoch and between two: no row is served that the dataset does not hold."""
+def test_a_shard_that_changes_after_it_was_checked_is_never_trained_on(
+    dataset, copy_of, all_rows, num_workers, how
+):
+    """In the middle of an epoch and between two: no row is served that the dataset does not
+    hold.
+    """
     folder = copy_of(dataset)
-    loader = loader_of(folder, num_workers=num_workers, prefetch_factor=1) if num_workers else loader_of(folder)
+    loader = (
+        loader_of(folder, num_workers=num_workers, prefetch_factor=1)
+        if num_workers
+        else loader_of(folder)
+    )
     served: list[Row] = []
 
     def train() -> None:
@@ -394,8 +481,11 @@ def test_a_shard_that_is_merely_touched_or_restored_goes_on(dataset, copy_of, al
     rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
     last = rows.num_samples - 1
     content = last_shard(folder).read_bytes()
-    for change in (lambda: last_shard(folder).touch(), lambda: last_shard(folder).chmod(0o600),
-                   lambda: last_shard(folder).write_bytes(content)):  # fmt: skip
+    for change in (
+        lambda: last_shard(folder).touch(),
+        lambda: last_shard(folder).chmod(0o600),
+        lambda: last_shard(folder).write_bytes(content),
+    ):
         rows[last]
         change()
         assert tuple(rows[last]["input_ids"].tolist()) == all_rows[last]
@@ -406,12 +496,17 @@ def test_a_shard_that_cannot_be_opened(dataset, copy_of):
     rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
     last_shard(folder).unlink()
     last_shard(folder).symlink_to(last_shard(folder))
-    message = f"^{re.escape(str(last_shard(folder)))}: cannot be read: Too many levels of symbolic links; the same command"
+    message = (
+        f"^{re.escape(str(last_shard(folder)))}: cannot be read: Too many levels of symbolic links;"
+        " the same command"
+    )
     with pytest.raises(DataError, match=message):
         rows[rows.num_samples - 1]
 
 
-def test_each_shard_is_hashed_once_by_all_processes_of_a_machine(dataset, copy_of, monkeypatch, tmp_path):
+def test_each_shard_is_hashed_once_by_all_processes_of_a_machine(
+    dataset, copy_of, monkeypatch, tmp_path
+):
     log = tmp_path / "hashed"
     log.touch()
     check_hash = fetch.check_hash
@@ -433,10 +528,16 @@ def test_each_shard_is_hashed_once_by_all_processes_of_a_machine(dataset, copy_o
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
-def test_whatever_an_index_or_manifest_holds_is_refused_in_one_line_or_makes_no_difference(dataset, copy_of, all_rows, name):
-    """Every key left out, and replaced by every kind of value, the hash of the index made to agree."""
+def test_whatever_an_index_or_manifest_holds_is_refused_in_one_line_or_makes_no_difference(
+    dataset, copy_of, all_rows, name
+):
+    """Every key left out, and replaced by every kind of value, the hash of the index made to
+    agree.
+    """
     folder = copy_of(dataset)
-    manifest, index = (json.loads((folder / each).read_bytes()) for each in ("manifest.json", "index.json"))
+    manifest, index = (
+        json.loads((folder / each).read_bytes()) for each in ("manifest.json", "index.json")
+    )
     content = index if name == "index.json" else manifest
     outcomes = {"refused": 0, "same": 0}
     for path in places(content):
@@ -445,10 +546,14 @@ def test_whatever_an_index_or_manifest_holds_is_refused_in_one_line_or_makes_no_
             (folder / name).write_text(json.dumps(changed))
             if name == "index.json":
                 digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                (folder / "manifest.json").write_text(json.dumps({**manifest, "index_sha256": digest}))
+                (folder / "manifest.json").write_text(
+                    json.dumps({**manifest, "index_sha256": digest})
+                )
             try:
                 rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
-                found: Any = [tuple(rows[i]["input_ids"].tolist()) for i in (0, rows.num_samples - 1)]
+                found: Any = [
+                    tuple(rows[i]["input_ids"].tolist()) for i in (0, rows.num_samples - 1)
+                ]
             except (ConfigError, DataError) as error:
                 found = str(error)
             if isinstance(found, str):
@@ -460,16 +565,26 @@ def test_whatever_an_index_or_manifest_holds_is_refused_in_one_line_or_makes_no_
     assert outcomes["same"] > 10
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"shards": []}, "it lists no shards"), ({"version": 3}, "'version' must be 2"),
-    ({"version": ...}, "'version' must be a whole number, 0 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": []}, "it lists no shards"),
+        ({"version": 3}, "'version' must be 2"),
+        ({"version": ...}, "'version' must be a whole number, 0 or more"),
+    ],
+)
 def test_an_index_without_what_it_needs(dataset, copy_of, change, message):
     folder = copy_of(dataset)
     index = json.loads((folder / "index.json").read_bytes()) | change
-    (folder / "index.json").write_text(json.dumps({key: value for key, value in index.items() if value is not ...}))
-    refused(folder, DataError, f"{folder}/index.json: damaged: {message}; restore it from a copy, or delete its dataset and "
-            "convert again")  # fmt: skip
+    (folder / "index.json").write_text(
+        json.dumps({key: value for key, value in index.items() if value is not ...})
+    )
+    refused(
+        folder,
+        DataError,
+        f"{folder}/index.json: damaged: {message}; restore it from a copy, or delete its dataset"
+        " and convert again",
+    )
 
 
 def test_a_size_limit_that_is_text(dataset, copy_of):
@@ -477,8 +592,12 @@ def test_a_size_limit_that_is_text(dataset, copy_of):
     index = json.loads((folder / "index.json").read_bytes())
     index["shards"][0]["size_limit"] = "much"
     (folder / "index.json").write_text(json.dumps(index))
-    refused(folder, DataError, f"{folder}/index.json: damaged: 'size_limit' must be a whole number, 0 or more; restore it "
-            "from a copy, or delete its dataset and convert again")  # fmt: skip
+    refused(
+        folder,
+        DataError,
+        f"{folder}/index.json: damaged: 'size_limit' must be a whole number, 0 or more; restore it "
+        "from a copy, or delete its dataset and convert again",
+    )
 
 
 def test_rows_that_are_nonsense_under_a_hash_that_agrees(dataset, copy_of):
@@ -496,7 +615,10 @@ def test_rows_that_are_nonsense_under_a_hash_that_agrees(dataset, copy_of):
     manifest["index_sha256"] = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     rows = Rows([Shards(opened(folder))], batch_size=1, shuffle=False)
-    with pytest.raises(DataError, match=f"^{re.escape(str(shard))}: damaged shard: its row offsets are damaged; restore it"):
+    with pytest.raises(
+        DataError,
+        match=f"^{re.escape(str(shard))}: damaged shard: its row offsets are damaged; restore it",
+    ):
         rows[rows.num_samples - 1]
 
 
@@ -533,7 +655,9 @@ def with_shared_memory(size: str, flags: int, do: Callable[[], Any]) -> Any:
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts another /dev/shm, which takes root")
 @pytest.mark.parametrize(("size", "flags", "processes"), [("64k", 0, 2), ("4k", MS_RDONLY, 0)])
 def test_little_or_no_shared_memory(dataset, copy_of, all_rows, size, flags, processes):
-    """Batches of more than all of it arrive from loader processes; where there can be none, rows are loaded without."""
+    """Batches of more than all of it arrive from loader processes; where there can be none, rows
+    are loaded without.
+    """
     folder = copy_of(dataset)
     size_of_batch = 96 * CONTEXT_LENGTH * 8 * 3
     assert size_of_batch > 64 << 10
@@ -544,5 +668,9 @@ def test_little_or_no_shared_memory(dataset, copy_of, all_rows, size, flags, pro
 
     num_workers, rows = with_shared_memory(size, flags, epoch)
     assert num_workers == processes
-    assert rows == [row for batch in epoch_of(loader_of(copy_of(dataset), global_batch_size=96)) for row in batch]
+    assert rows == [
+        row
+        for batch in epoch_of(loader_of(copy_of(dataset), global_batch_size=96))
+        for row in batch
+    ]
     assert set(rows) <= set(all_rows)

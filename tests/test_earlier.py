@@ -1,4 +1,6 @@
-"""What earlier versions made is read, gone on from and made again as it was, bit for bit (tests/fixtures/earlier)."""
+"""What earlier versions made is read, gone on from and made again as it was, bit for bit
+(tests/fixtures/earlier).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def read() -> dict[str, Any]:
 
 
 def assert_as_then(found: Any, then: Any, read: dict[str, Any]) -> None:
-    """Bit for bit on the processor that it was made on; another one adds up in another order, and has other vectors."""
+    """Bit for bit on the processor that it was made on; another one adds up in another order,
+    and has other vectors.
+    """
     if isinstance(found, dict):
         assert list(found) == list(then)
         for key in found:
@@ -48,8 +52,12 @@ def test_the_same_text_makes_the_same_dataset(folder: Path) -> None:
         assert files_under(folder / name) == files_under(earlier.MADE / name)
 
 
-@pytest.mark.parametrize(("name", "train"), [("averaged", earlier.train), ("sharded", earlier.train_sharded)])
-def test_a_run_goes_on_in_mid_epoch(folder: Path, read: dict[str, Any], name: str, train: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    ("name", "train"), [("averaged", earlier.train), ("sharded", earlier.train_sharded)]
+)
+def test_a_run_goes_on_in_mid_epoch(
+    folder: Path, read: dict[str, Any], name: str, train: Callable[[Path], None]
+) -> None:
     """With dropout and an average of the weights; and from a sharded checkpoint, on two ranks."""
     assert len(earlier.logs(folder)[name]) == earlier.STEP
     train(folder)
@@ -63,7 +71,10 @@ def test_a_checkpoint_is_exported_as_then(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "use"), [("plan", earlier.plan), ("generated", earlier.generate), ("evaluation", earlier.evaluate)]
+    ("key", "use"),
+    [("plan", earlier.plan), ("generated", earlier.generate), ("evaluation", earlier.evaluate)],
 )
-def test_what_is_read_from_it(folder: Path, read: dict[str, Any], key: str, use: Callable[[Path], Any]) -> None:
+def test_what_is_read_from_it(
+    folder: Path, read: dict[str, Any], key: str, use: Callable[[Path], Any]
+) -> None:
     assert_as_then(use(folder), read[key], read)

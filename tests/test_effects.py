@@ -1,4 +1,6 @@
-"""What keys of recipes/train.py do to a run, where no other test sees it: on real runs of a few steps."""
+"""What keys of recipes/train.py do to a run, where no other test sees it: on real runs of a few
+steps.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests.runs import ROOT, Corpus, read_log
 
 
 class Seen(Callback):
-    """The sizes of the batches that go through the model, the norms of the steps' gradients, and the trainer of it all."""
+    """The sizes of the batches that go through the model, the norms of the steps' gradients, and
+    the trainer of it all.
+    """
 
     trainer: composer.Trainer
 
@@ -37,7 +41,9 @@ class Seen(Callback):
         self.forward.append(len(state.batch["input_ids"]))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in state.model.parameters() if parameter.grad is not None
+        ]
         self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:
@@ -75,19 +81,37 @@ def terminal() -> Iterator[None]:
     os.close(master)
 
 
-def test_a_run_is_what_its_keys_say(train, corpus: Corpus, undisturbed: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_is_what_its_keys_say(
+    train, corpus: Corpus, undisturbed: Path, tmp_path: Path, capsys
+) -> None:
     run = tmp_path / "run"
     with terminal():
         seen = train(
-            run, "seed=43", "train_data.shuffle_seed=42", "max_duration=6ba", "microbatch_size=4", "scheduler.name=wsd",
-            "scheduler.warmup=2ba", "scheduler.decay=2ba", "scheduler.min_lr_ratio=0.5", "optimizer.lr=0.001",
-            "save_interval=2ba", "save_num_checkpoints_to_keep=2", "eval_interval=3ba", "eval_batch_size=3",
-            "optimizer.grad_clip_norm=0.01", "progress_bar=false",
-        )  # fmt: skip
+            run,
+            "seed=43",
+            "train_data.shuffle_seed=42",
+            "max_duration=6ba",
+            "microbatch_size=4",
+            "scheduler.name=wsd",
+            "scheduler.warmup=2ba",
+            "scheduler.decay=2ba",
+            "scheduler.min_lr_ratio=0.5",
+            "optimizer.lr=0.001",
+            "save_interval=2ba",
+            "save_num_checkpoints_to_keep=2",
+            "eval_interval=3ba",
+            "eval_batch_size=3",
+            "optimizer.grad_clip_norm=0.01",
+            "progress_bar=false",
+        )
     rows, others = read_log(run), read_log(undisturbed)[:6]
-    assert [row["batch_hash"] for row in rows] == [row["batch_hash"] for row in others], "the rows have a seed of their own"
+    assert [row["batch_hash"] for row in rows] == [row["batch_hash"] for row in others], (
+        "the rows have a seed of their own"
+    )
     assert rows[0]["loss"] != others[0]["loss"], "other weights"
-    assert [row["learning_rate"] for row in rows] == pytest.approx([0, 0.0005, 0.001, 0.001, 0.001, 0.00075])
+    assert [row["learning_rate"] for row in rows] == pytest.approx(
+        [0, 0.0005, 0.001, 0.001, 0.001, 0.00075]
+    )
     assert [row["current_steps"] for row in rows if "eval_loss" in row] == [3, 6]
     assert seen.norms == pytest.approx([0.01] * 6, rel=1e-3)
     assert seen.forward == [4] * 6
@@ -99,22 +123,38 @@ def test_a_run_is_what_its_keys_say(train, corpus: Corpus, undisturbed: Path, tm
 
     # The same run goes on with other data and another schedule, which it is told to.
     seen = train(
-        run, "max_duration=7ba", "train_data.shuffle_algo=naive", "allow_data_change=true", "allow_schedule_change=true",
-        "varlen=false", "eval_data=null",
-    )  # fmt: skip
+        run,
+        "max_duration=7ba",
+        "train_data.shuffle_algo=naive",
+        "allow_data_change=true",
+        "allow_schedule_change=true",
+        "varlen=false",
+        "eval_data=null",
+    )
     assert [row["current_steps"] for row in read_log(run)] == [*range(1, 8)]
     assert not seen.trainer.state.model.varlen
 
 
 def config_with(**given: Any) -> TrainConfig:
-    return TrainConfig("run", max_duration="1ba", global_batch_size=1, microbatch_size=1, tokenizer="t", **given)
+    return TrainConfig(
+        "run", max_duration="1ba", global_batch_size=1, microbatch_size=1, tokenizer="t", **given
+    )
 
 
 def test_w_and_b_is_told_whose_a_run_is(tmp_path: Path) -> None:
     """What arrives there: test_recipes.py."""
-    (logger,) = build_loggers(config_with(log_folder=str(tmp_path), wandb=WandbConfig("ours", "team", "group", ["still"])))
+    (logger,) = build_loggers(
+        config_with(log_folder=str(tmp_path), wandb=WandbConfig("ours", "team", "group", ["still"]))
+    )
     assert isinstance(logger, WandBLogger)
-    expected = {"project": "ours", "entity": "team", "group": "group", "tags": ["still"], "id": "run", "name": "run"}
+    expected = {
+        "project": "ours",
+        "entity": "team",
+        "group": "group",
+        "tags": ["still"],
+        "id": "run",
+        "name": "run",
+    }
     assert {name: logger._init_kwargs[name] for name in expected} == expected
 
 

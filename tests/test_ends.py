@@ -136,9 +136,21 @@ def test_a_chat_template_comes_along() -> None:
     ) == tokenizer.apply_chat_template(chat)
 
 
-@pytest.mark.parametrize("content", [
-    None, 1, "yes", [], {}, {"bos": True}, {"bos": 1, "eos": True}, {"bos": None, "eos": None}, {"bos": [], "eos": {}},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        1,
+        "yes",
+        [],
+        {},
+        {"bos": True},
+        {"bos": 1, "eos": True},
+        {"bos": None, "eos": None},
+        {"bos": [], "eos": {}},
+    ],
+    ids=str,
+)
 def test_what_says_something_else_says_nothing(content: Any, tmp_path: Path) -> None:
     assert parse_ends(content) is None
     for mark in (content, {"documents": content}, {"tokenizer_json": content}):
@@ -161,22 +173,28 @@ def test_where_there_is_no_tokenizer_nothing_is_said(tmp_path: Path) -> None:
 
 
 def test_prompts_begin_as_documents_did() -> None:
-    """The first token of a document is predicted from bos, or from the eos of the document before it."""
+    """The first token of a document is predicted from bos, or from the eos of the document
+    before it.
+    """
     plain = byte_level(template(f"{BOS} $A {EOS}"))
     bos, eos = plain.bos_token_id, plain.eos_token_id
     ids = plain("fox", add_special_tokens=False).input_ids
     assert bos != eos
     for ends, text, empty in (
-        (None, ids, [bos]), (Ends(False, True), ids, [eos]), (Ends(True, True), [bos, *ids], [bos]),
-        (Ends(True, False), [bos, *ids], [bos]), (Ends(False, False), ids, [bos]),
-    ):  # fmt: skip
+        (None, ids, [bos]),
+        (Ends(False, True), ids, [eos]),
+        (Ends(True, True), [bos, *ids], [bos]),
+        (Ends(True, False), [bos, *ids], [bos]),
+        (Ends(False, False), ids, [bos]),
+    ):
         tokenizer = plain if ends is None else with_ends(plain, ends)
         assert encode_prompt(tokenizer, "fox") == text
         assert encode_prompt(tokenizer, "") == empty
         assert start_of(tokenizer) == (empty[0])
-    assert encode_prompt(with_ends(plain, Ends(True, True)), f"{BOS}fox")[:2] != [bos, bos], (
-        "it has one already"
-    )
+    assert encode_prompt(with_ends(plain, Ends(True, True)), f"{BOS}fox")[:2] != [
+        bos,
+        bos,
+    ], "it has one already"
 
 
 def test_a_tokenizer_that_has_no_special_tokens() -> None:
@@ -221,8 +239,9 @@ def test_what_is_not_known_or_contradicts_is_said_in_a_line(said: Callable[[], l
 
     assert begun(plain, None) == [bos]
     assert said() == [
-        "warning: runs/x: does not say what documents began with in training; so it goes; its tokenizer's "
-        f"template puts {BOS} before a text; set add_bos=true or add_bos=false to say it"
+        "warning: runs/x: does not say what documents began with in training; so it goes; its"
+        f" tokenizer's template puts {BOS} before a text; set add_bos=true or add_bos=false to"
+        " say it"
     ]
     assert begun(plain, False) == []
     assert begun(plain, True) == [bos]
@@ -233,17 +252,19 @@ def test_what_is_not_known_or_contradicts_is_said_in_a_line(said: Callable[[], l
     assert said() == []
     assert begun(without, True) == [bos]
     assert said() == [
-        "warning: add_bos=true: runs/x was trained on documents that begin without bos and end with eos"
+        "warning: add_bos=true: runs/x was trained on documents that begin without bos and end"
+        " with eos"
     ]
     assert begun(after, False) == []
     assert said() == [
-        "warning: add_bos=false: runs/x was trained on documents that begin with bos and end without eos"
+        "warning: add_bos=false: runs/x was trained on documents that begin with bos and end"
+        " without eos"
     ]
     note_ends(plain, Ends(False, True))  # as in a folder that somebody has edited
     assert begun(plain, None) == []
     assert said() == [
-        f"warning: runs/x: the tokenizer's template puts {BOS} before a text and nothing after it, but documents "
-        "in training begin without bos and end with eos: texts begin as they did"
+        f"warning: runs/x: the tokenizer's template puts {BOS} before a text and nothing after it,"
+        " but documents in training begin without bos and end with eos: texts begin as they did"
     ]
 
 
@@ -259,18 +280,19 @@ def test_datasets_that_differ(said: Callable[[], list[str]]) -> None:
     assert said() == []
     assert choose_ends({"a": without, "b": after}, {}) == without
     assert said() == [
-        "warning: b: its documents begin with bos and end with eos, those of a begin without bos and end with "
-        "eos; texts of tasks and prompts will begin as in a"
+        "warning: b: its documents begin with bos and end with eos, those of a begin without bos"
+        " and end with eos; texts of tasks and prompts will begin as in a"
     ]
     assert choose_ends({"a": none}, {"m": after}) is None
     (message,) = said()
     assert message.startswith(
-        "warning: a: its manifest does not say what documents begin and end with; the tokenizer goes out"
+        "warning: a: its manifest does not say what documents begin and end with; the tokenizer"
+        " goes out"
     )
     assert choose_ends({"a": without}, {"model.pretrained=m": after}) == without
     assert said() == [
-        "warning: model.pretrained=m: was trained on documents that begin with bos and end with eos; those of a "
-        "begin without bos and end with eos"
+        "warning: model.pretrained=m: was trained on documents that begin with bos and end with"
+        " eos; those of a begin without bos and end with eos"
     ]
 
 
@@ -348,8 +370,8 @@ def test_weights_that_were_trained_on_something_else(
     made = begin_as_documents(byte_tokenizer(), datasets, pretrained=str(tmp_path / "hf"))
     assert ends_of(made) == Ends(False, True)
     expected = (
-        f"warning: model.pretrained={tmp_path / 'hf'}: was trained on documents that begin with bos "
-        "and end with eos; those of train_data begin without bos and end with eos"
+        f"warning: model.pretrained={tmp_path / 'hf'}: was trained on documents that begin with bos"
+        " and end with eos; those of train_data begin without bos and end with eos"
     )
     assert said() == [expected]
     tokenizer = load_tokenizer(str(tmp_path / "hf"))  # and so it is where it comes as `tokenizer`

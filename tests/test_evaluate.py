@@ -1,4 +1,6 @@
-"""Loss by the length of the context and bits per byte, each against the plain model, document by document."""
+"""Loss by the length of the context and bits per byte, each against the plain model, document by
+document.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,14 @@ def test_bytes_of_tokens_add_up_to_those_of_the_text() -> None:
             spaces = before * (1 + len(special))  # the tokenizer's own, before each stretch of text
             assert sizes[ids].sum() == len(text.encode()) - sum(map(len, special)) + spaces, text
         assert not sizes[tokenizer.all_special_ids].any()
-    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"a": 0}, unk_token="a")))) is None
+    assert (
+        token_bytes(
+            PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer(models.WordPiece({"a": 0}, unk_token="a"))
+            )
+        )
+        is None
+    )
 
 
 def test_an_added_token_counts_as_it_is_written() -> None:
@@ -47,14 +56,26 @@ def test_an_added_token_counts_as_it_is_written() -> None:
     tokenizer.add_tokens(["né"])
     sizes = token_bytes(tokenizer)
     assert sizes is not None
-    assert sizes[tokenizer.convert_tokens_to_ids(["a", "Ġ", "né", "<end>"])].tolist() == [1, 1, 3, 0]
+    assert sizes[tokenizer.convert_tokens_to_ids(["a", "Ġ", "né", "<end>"])].tolist() == [
+        1,
+        1,
+        3,
+        0,
+    ]
 
 
 @pytest.fixture(scope="module")
-def reference(eval_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+def reference(
+    eval_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[list[list[int]]]:
     """The documents of each row."""
-    rows = streaming_dataset(shutil.copytree(eval_dataset, tmp_path_factory.mktemp("copy") / "rows"))
-    split = [torch.tensor(row["input_ids"].astype(int)).split(row["doc_lengths"].tolist()) for row in rows]
+    rows = streaming_dataset(
+        shutil.copytree(eval_dataset, tmp_path_factory.mktemp("copy") / "rows")
+    )
+    split = [
+        torch.tensor(row["input_ids"].astype(int)).split(row["doc_lengths"].tolist())
+        for row in rows
+    ]
     return [[piece.tolist() for piece in row] for row in split]
 
 
@@ -62,7 +83,11 @@ def reference(eval_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 @pytest.mark.parametrize("architecture", [GLA, LLAMA])
 @pytest.mark.parametrize("block_size", [1, 7, CONTEXT_LENGTH - 1, 1000])
 def test_loss_by_context_is_that_of_the_plain_model(
-    eval_dataset: Path, copy_of: Any, reference: list[list[list[int]]], architecture: dict[str, Any], varlen: bool,
+    eval_dataset: Path,
+    copy_of: Any,
+    reference: list[list[list[int]]],
+    architecture: dict[str, Any],
+    varlen: bool,
     block_size: int,
 ) -> None:
     torch.manual_seed(0)
@@ -72,8 +97,11 @@ def test_loss_by_context_is_that_of_the_plain_model(
     assert sizes is not None
     dataset = open_dataset(str(copy_of(eval_dataset)), None, tokenizer=tokenizer)
     found = evaluate(
-        CausalLM(model, tokenizer, varlen=varlen), build_evaluator(dataset, EvalDataConfig(), batch_size=3), precision="fp32",
-        token_bytes=sizes, block_size=block_size,
+        CausalLM(model, tokenizer, varlen=varlen),
+        build_evaluator(dataset, EvalDataConfig(), batch_size=3),
+        precision="fp32",
+        token_bytes=sizes,
+        block_size=block_size,
     )
     blocks: dict[int, list[tuple[float, int]]] = {}
     for row in reference:
@@ -86,26 +114,41 @@ def test_loss_by_context_is_that_of_the_plain_model(
                 target = next(text, None)
                 if target is not None:
                     loss = -values.log_softmax(0)[target].item()
-                    blocks.setdefault((context - 1) // block_size, []).append((loss, int(sizes[target])))
+                    blocks.setdefault((context - 1) // block_size, []).append(
+                        (loss, int(sizes[target]))
+                    )
     every = list(chain(*blocks.values()))
     assert found["tokens"] == len(every) == len(reference) * (CONTEXT_LENGTH - 1)
     assert found["loss"] == pytest.approx(sum(loss for loss, _ in every) / len(every), abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bytes"] == sum(size for _, size in every)
-    assert found["bits_per_byte"] == pytest.approx(found["loss"] * len(every) / math.log(2) / found["bytes"])
-    assert [block["from"] for block in found["by_context"]] == [1 + number * block_size for number in sorted(blocks)]
+    assert found["bits_per_byte"] == pytest.approx(
+        found["loss"] * len(every) / math.log(2) / found["bytes"]
+    )
+    assert [block["from"] for block in found["by_context"]] == [
+        1 + number * block_size for number in sorted(blocks)
+    ]
     for block, number in zip(found["by_context"], sorted(blocks), strict=True):
         assert block["to"] == min((number + 1) * block_size, CONTEXT_LENGTH - 1)
         assert block["tokens"] == len(blocks[number])
         assert block["bytes"] == sum(size for _, size in blocks[number])
-        assert block["loss"] == pytest.approx(sum(loss for loss, _ in blocks[number]) / len(blocks[number]), abs=2e-5)
+        assert block["loss"] == pytest.approx(
+            sum(loss for loss, _ in blocks[number]) / len(blocks[number]), abs=2e-5
+        )
 
 
 def test_a_tokenizer_without_bytes_has_no_bits_per_byte(eval_dataset: Path, copy_of: Any) -> None:
     tokenizer = byte_tokenizer()
-    model = CausalLM(build_model(build_hf_config(GLA, tokenizer, CONTEXT_LENGTH)), tokenizer, varlen=True)
+    model = CausalLM(
+        build_model(build_hf_config(GLA, tokenizer, CONTEXT_LENGTH)), tokenizer, varlen=True
+    )
     dataset = open_dataset(str(copy_of(eval_dataset)), None, tokenizer=tokenizer)
-    found = evaluate(model, build_evaluator(dataset, EvalDataConfig(), batch_size=3), precision="fp32", token_bytes=None)
+    found = evaluate(
+        model,
+        build_evaluator(dataset, EvalDataConfig(), batch_size=3),
+        precision="fp32",
+        token_bytes=None,
+    )
     assert found["bits_per_byte"] is None
     assert found["bytes"] is None
     assert "by_context" not in found
@@ -113,26 +156,57 @@ def test_a_tokenizer_without_bytes_has_no_bits_per_byte(eval_dataset: Path, copy
 
 def test_several_datasets_at_once(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
     model, plot = f"model={undisturbed / 'checkpoints'}", tmp_path / "plots/context.png"
-    process = check(run_script(
-        "recipes/evaluate.py", model, f"datasets.held_out.local={corpus.val}", f"datasets.seen.remote={corpus.train}",
-        f"datasets.seen.local={tmp_path / 'cache'}", "datasets.seen.max_rows=5", "datasets.seen.loss_across_documents=false",
-        "block_size=32", f"plot={plot}",
-    ))
+    process = check(
+        run_script(
+            "recipes/evaluate.py",
+            model,
+            f"datasets.held_out.local={corpus.val}",
+            f"datasets.seen.remote={corpus.train}",
+            f"datasets.seen.local={tmp_path / 'cache'}",
+            "datasets.seen.max_rows=5",
+            "datasets.seen.loss_across_documents=false",
+            "block_size=32",
+            f"plot={plot}",
+        )
+    )
     result = last_json(process)
     assert list(result["datasets"]) == ["held_out", "seen"]
-    alone = last_json(run_script(
-        "recipes/evaluate.py", model, f"data.remote={corpus.train}", f"data.local={tmp_path / 'other'}", "data.max_rows=5",
-        "data.loss_across_documents=false",
-    ))
+    alone = last_json(
+        run_script(
+            "recipes/evaluate.py",
+            model,
+            f"data.remote={corpus.train}",
+            f"data.local={tmp_path / 'other'}",
+            "data.max_rows=5",
+            "data.loss_across_documents=false",
+        )
+    )
     seen = result["datasets"]["seen"]
-    assert {key: seen[key] for key in alone if key in seen} == {key: alone[key] for key in alone if key in seen}
+    assert {key: seen[key] for key in alone if key in seen} == {
+        key: alone[key] for key in alone if key in seen
+    }
     assert 0 < alone["tokens"] < 5 * 63, "without the first tokens of documents"
-    plain = last_json(run_script("recipes/evaluate.py", model, f"data.local={corpus.train}", "data.max_rows=5", "varlen=false"))
+    plain = last_json(
+        run_script(
+            "recipes/evaluate.py",
+            model,
+            f"data.local={corpus.train}",
+            "data.max_rows=5",
+            "varlen=false",
+        )
+    )
     assert plain["tokens"] == 5 * 63
-    across = last_json(run_script("recipes/evaluate.py", model, f"data.local={corpus.train}", "data.max_rows=5"))
-    assert plain["loss"] != pytest.approx(across["loss"], rel=1e-6), "attention state runs across documents"
+    across = last_json(
+        run_script("recipes/evaluate.py", model, f"data.local={corpus.train}", "data.max_rows=5")
+    )
+    assert plain["loss"] != pytest.approx(across["loss"], rel=1e-6), (
+        "attention state runs across documents"
+    )
     for name, shown in result["datasets"].items():
-        assert f"{name}: loss {shown['loss']:.4f}, perplexity {shown['perplexity']:.2f}, " in process.stdout
+        assert (
+            f"{name}: loss {shown['loss']:.4f}, perplexity {shown['perplexity']:.2f}, "
+            in process.stdout
+        )
     assert "\n        1 to      32 tokens of context: perplexity " in process.stdout
     assert plot.read_bytes().startswith(PNG)
 
@@ -140,20 +214,29 @@ def test_several_datasets_at_once(corpus: Corpus, undisturbed: Path, tmp_path: P
 def test_a_plot_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    for path, message in ((tmp_path / "file/a.png", f"{tmp_path}/file cannot be made: File exists"),
-                          (tmp_path / "folder.png", "is a folder"), (Path("/proc/a/b.png"), "/proc/a cannot be made: ")):
+    for path, message in (
+        (tmp_path / "file/a.png", f"{tmp_path}/file cannot be made: File exists"),
+        (tmp_path / "folder.png", "is a folder"),
+        (Path("/proc/a/b.png"), "/proc/a cannot be made: "),
+    ):
         with pytest.raises(ConfigError) as caught:
             require_plot(str(path))
         assert str(caught.value).startswith(f"plot={path}: {message}")
     require_plot(str(tmp_path / "new/a.png"))
     with pytest.raises(DataError, match=r"/folder\.png: cannot be written: Is a directory$"):
-        plot_by_context({"": {"by_context": [{"to": 1, "perplexity": 2.0}]}}, str(tmp_path / "folder.png"))
+        plot_by_context(
+            {"": {"by_context": [{"to": 1, "perplexity": 2.0}]}}, str(tmp_path / "folder.png")
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_half_precision_needs_a_gpu(undisturbed: Path) -> None:
-    process = run_script("recipes/evaluate.py", f"model={undisturbed}", "data.local=d", "precision=amp_bf16")
-    message = "precision=amp_bf16: there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+    process = run_script(
+        "recipes/evaluate.py", f"model={undisturbed}", "data.local=d", "precision=amp_bf16"
+    )
+    message = (
+        "precision=amp_bf16: there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+    )
     assert (process.returncode, process.stderr) == (2, f"error: command line: {message}\n")
 
 
@@ -162,8 +245,13 @@ def test_nothing_to_evaluate_on_and_no_such_data(undisturbed: Path, tmp_path: Pa
         ((), "error: command line: data: must be set (data.local=...), or tasks\n"),
         (("datasets.a.local=./nowhere",), "error: ./nowhere: no such folder\n"),
         (("data.local=./nowhere",), "error: ./nowhere: no such folder\n"),
-        ((f"data.local={undisturbed}", "tokenizer=./nowhere"),
-         "error: tokenizer: ./nowhere: no such folder; give a Hugging Face tokenizer folder or hub id\n"),
+        (
+            (f"data.local={undisturbed}", "tokenizer=./nowhere"),
+            (
+                "error: tokenizer: ./nowhere: no such folder; give a Hugging Face tokenizer folder"
+                " or hub id\n"
+            ),
+        ),
     ):
         process = run_script("recipes/evaluate.py", f"model={undisturbed / 'checkpoints'}", *keys)
         assert (process.returncode, process.stderr) == (2, message)

@@ -1,4 +1,6 @@
-"""A run that is killed or stopped again and again, wherever it is, ends bit for bit as one that nothing disturbed."""
+"""A run that is killed or stopped again and again, wherever it is, ends bit for bit as one that
+nothing disturbed.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ from tests.test_resume import LLAMA
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
+    pytest.mark.skipif(
+        "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"
+    ),
 ]
 STEPS = 60  # four epochs
 
 
 class LongRun:
-    """A run with dropout and two loader processes that saves after every second step, in a folder or in S3."""
+    """A run with dropout and two loader processes that saves after every second step, in a
+    folder or in S3.
+    """
 
     def __init__(self, corpus: Corpus, folder: Path, s3: S3, *, in_s3: bool):
         self.folder = folder
@@ -32,8 +38,13 @@ class LongRun:
         self.save_folder = f"s3://data/{folder.name}" if in_s3 else f"{folder}/checkpoints"
         self.unfinished = folder / ("staging" if in_s3 else "checkpoints")
         self.keys = corpus.keys(
-            folder, corpus.yaml_with({**LLAMA, "attention_dropout": 0.1}), f"max_duration={STEPS}ba", "save_interval=2ba",
-            "train_data.num_workers=2", "save_num_checkpoints_to_keep=2", f"save_folder={self.save_folder}",
+            folder,
+            corpus.yaml_with({**LLAMA, "attention_dropout": 0.1}),
+            f"max_duration={STEPS}ba",
+            "save_interval=2ba",
+            "train_data.num_workers=2",
+            "save_num_checkpoints_to_keep=2",
+            f"save_folder={self.save_folder}",
         )
 
     def start(self) -> Script:
@@ -47,7 +58,11 @@ class LongRun:
         return any(self.unfinished.glob("unfinished-*.pt"))
 
     def checkpoints(self) -> list[int]:
-        names = self.s3.keys(self.folder.name) if self.in_s3 else [path.name for path in self.unfinished.glob("ba*.pt")]
+        names = (
+            self.s3.keys(self.folder.name)
+            if self.in_s3
+            else [path.name for path in self.unfinished.glob("ba*.pt")]
+        )
         return sorted(int(name[2:-3]) for name in names if name.startswith("ba"))
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -73,13 +88,19 @@ def assert_same(run: LongRun, whole: LongRun) -> None:
 
 
 @pytest.mark.parametrize("in_s3", [False, True], ids=["folder", "s3"])
-def test_25_kills(corpus: Corpus, s3_server: S3, whole: LongRun, tmp_path: Path, in_s3: bool) -> None:
+def test_25_kills(
+    corpus: Corpus, s3_server: S3, whole: LongRun, tmp_path: Path, in_s3: bool
+) -> None:
     """At random instants, every third of them while a checkpoint is being written or uploaded."""
     run = LongRun(corpus, tmp_path / "killed", s3_server, in_s3=in_s3)
     choose = random.Random(25)
     kills_in_saves = 0
     for number in range(25):
-        script, target, wait_for_save = run.start(), run.steps() + choose.randint(1, 2), number % 3 == 0
+        script, target, wait_for_save = (
+            run.start(),
+            run.steps() + choose.randint(1, 2),
+            number % 3 == 0,
+        )
         while run.steps() < target or (wait_for_save and not run.is_saving()):
             assert script.process.is_alive(), script.read("err")
             time.sleep(0.0005)
@@ -93,7 +114,9 @@ def test_25_kills(corpus: Corpus, s3_server: S3, whole: LongRun, tmp_path: Path,
 
 
 @pytest.mark.parametrize("in_s3", [False, True], ids=["folder", "s3"])
-def test_10_terms(corpus: Corpus, s3_server: S3, whole: LongRun, tmp_path: Path, in_s3: bool) -> None:
+def test_10_terms(
+    corpus: Corpus, s3_server: S3, whole: LongRun, tmp_path: Path, in_s3: bool
+) -> None:
     """To the process or to its whole group, three times each; no batch is computed twice."""
     run = LongRun(corpus, tmp_path / "stopped", s3_server, in_s3=in_s3)
     choose = random.Random(10)

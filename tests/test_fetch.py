@@ -1,4 +1,6 @@
-"""Remote datasets: what is fetched is whole or fetched again, bounded, and nothing of it is trusted."""
+"""Remote datasets: what is fetched is whole or fetched again, bounded, and nothing of it is
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -83,19 +85,30 @@ def flip_a_bit(shard: Path) -> None:
 
 def message_of(caught: pytest.ExceptionInfo[DataError]) -> str:
     """The last line: before it there may be the traceback of a loader process."""
-    return str(caught.value).strip().splitlines()[-1].removeprefix("flame_composer.config.rules.DataError: ")
+    return (
+        str(caught.value)
+        .strip()
+        .splitlines()[-1]
+        .removeprefix("flame_composer.config.rules.DataError: ")
+    )
 
 
 # The cache
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_remote_dataset_is_cached_under_its_index(dataset, copy_of, tmp_path, expected, num_workers):
+def test_a_remote_dataset_is_cached_under_its_index(
+    dataset, copy_of, tmp_path, expected, num_workers
+):
     remote = copy_of(dataset)
     found = remote_of(remote, tmp_path / "cache", context_length=CONTEXT_LENGTH)
     name = read_manifest(str(remote)).index_sha256[:16]
     assert found.folder == str(tmp_path / "cache" / name)
-    assert sorted(path.name for path in (tmp_path / "cache" / name).iterdir()) == ["incoming", "index.json", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "cache" / name).iterdir()) == [
+        "incoming",
+        "index.json",
+        "manifest.json",
+    ]
     assert stream(found, num_workers) == expected
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [name]
     for ours, theirs in zip(shards_of(found.folder), shards_of(remote), strict=True):
@@ -103,7 +116,9 @@ def test_a_remote_dataset_is_cached_under_its_index(dataset, copy_of, tmp_path, 
     assert list((tmp_path / "cache" / name / "incoming").iterdir()) == []
 
 
-def test_another_dataset_at_the_same_address_never_meets_the_old_shards(dataset, copy_of, tmp_path, expected):
+def test_another_dataset_at_the_same_address_never_meets_the_old_shards(
+    dataset, copy_of, tmp_path, expected
+):
     remote = copy_of(dataset)
     first = remote_of(remote, tmp_path / "cache")
     assert stream(first) == expected
@@ -118,7 +133,9 @@ def test_another_dataset_at_the_same_address_never_meets_the_old_shards(dataset,
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_shard_in_the_cache_is_fetched_again(dataset, copy_of, tmp_path, expected, num_workers):
+def test_a_damaged_shard_in_the_cache_is_fetched_again(
+    dataset, copy_of, tmp_path, expected, num_workers
+):
     found = remote_of(copy_of(dataset), tmp_path / "cache")
     assert stream(found) == expected
     first, second, third, *_ = shards_of(found.folder)
@@ -132,7 +149,10 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(dataset, copy_of, tmp_pat
 
 def test_a_cache_that_cannot_be_written_to(dataset, tmp_path):
     (tmp_path / "file").write_text("")
-    message = rf"{tmp_path}/file: cannot be written to: (Not a directory|File exists); set local to a folder that can"
+    message = (
+        rf"{tmp_path}/file: cannot be written to: (Not a directory|File exists); set local to a"
+        r" folder that can"
+    )
     for exclusive in (False, True):
         with pytest.raises(ConfigError, match=f"^{message}"):
             remote_of(dataset, tmp_path / "file", exclusive=exclusive)
@@ -141,7 +161,9 @@ def test_a_cache_that_cannot_be_written_to(dataset, tmp_path):
 def test_what_a_killed_job_left_half_fetched_goes_in_time(dataset, copy_of, tmp_path):
     remote = copy_of(dataset)
     found = remote_of(remote, tmp_path / "cache")
-    old, new, other = (Path(found.folder, "incoming", name) for name in ("0" * 32, "1" * 32, "not ours"))
+    old, new, other = (
+        Path(found.folder, "incoming", name) for name in ("0" * 32, "1" * 32, "not ours")
+    )
     for path in (old, new, other):
         path.write_bytes(b"half")
     for path in (old, other):
@@ -197,7 +219,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user,
 def open_tmp(tmp_path: Path) -> Path:
     """A folder that other users get into, and may write to."""
     for folder in (*tmp_path.parents, tmp_path):
-        if folder.is_relative_to(Path(tempfile.gettempdir())) and folder != Path(tempfile.gettempdir()):
+        if folder.is_relative_to(Path(tempfile.gettempdir())) and folder != Path(
+            tempfile.gettempdir()
+        ):
             folder.chmod(0o755)
     tmp_path.chmod(0o1777)
     return tmp_path
@@ -220,10 +244,14 @@ def test_a_complete_cache_that_cannot_be_written_to_is_read(dataset, copy_of, op
     shard = shards_of(found.folder)[1]
     shard.chmod(0o600)
     error = as_user(54321, lambda: remote_of(found.remote, open_tmp / "cache"))
-    assert re.match(rf"{open_tmp}/cache: cannot be written to: .*; set local to a folder that can", str(error)), error
+    assert re.match(
+        rf"{open_tmp}/cache: cannot be written to: .*; set local to a folder that can", str(error)
+    ), error
     shard.chmod(0o644)
     flip_a_bit(shards_of(found.folder)[0])
-    error = as_user(54321, lambda: stream(remote_of(found.remote, open_tmp / "cache"), download_retries=0))
+    error = as_user(
+        54321, lambda: stream(remote_of(found.remote, open_tmp / "cache"), download_retries=0)
+    )
     assert isinstance(error, DataError)
     assert "\n" not in str(error)
     assert re.search(r"shard cannot be fetched: .*(denied|another user)", str(error)), error
@@ -231,12 +259,16 @@ def test_a_complete_cache_that_cannot_be_written_to_is_read(dataset, copy_of, op
     shards_of(found.folder)[0].unlink()
     error = as_user(54321, lambda: remote_of(found.remote, open_tmp / "cache"))
     assert isinstance(error, ConfigError)
-    assert re.match(rf"{open_tmp}/cache: cannot be written to: .*; set local to a folder that can", str(error)), error
+    assert re.match(
+        rf"{open_tmp}/cache: cannot be written to: .*; set local to a folder that can", str(error)
+    ), error
 
 
 @needs_root
 def test_a_cache_that_another_user_planted_leads_nowhere(dataset, copy_of, open_tmp, expected):
-    """Neither a link in place of the cache, nor of what is in it, has our files written, or deleted, elsewhere."""
+    """Neither a link in place of the cache, nor of what is in it, has our files written, or
+    deleted, elsewhere.
+    """
     remote, cache, victim = copy_of(dataset), open_tmp / "cache", open_tmp / "victim"
     cache.mkdir()
     cache.chmod(0o1777)
@@ -244,7 +276,10 @@ def test_a_cache_that_another_user_planted_leads_nowhere(dataset, copy_of, open_
     victim.mkdir(mode=0o700)
     (victim / ("0" * 32)).write_text("precious")
     os.utime(victim / ("0" * 32), (0, 0))
-    for plant in (lambda: (cache / name).symlink_to(victim), lambda: (cache / name).mkdir(mode=0o777)):
+    for plant in (
+        lambda: (cache / name).symlink_to(victim),
+        lambda: (cache / name).mkdir(mode=0o777),
+    ):
         as_user(54321, plant)
         if not (cache / name).is_symlink():
             as_user(54321, lambda: (cache / name / "incoming").symlink_to(victim))
@@ -258,7 +293,10 @@ def test_a_cache_that_another_user_planted_leads_nowhere(dataset, copy_of, open_
     assert own.folder == str(cache / name)
     shutil.rmtree(Path(own.folder, "incoming"))
     Path(own.folder, "incoming").symlink_to(victim)
-    with pytest.raises(ConfigError, match=rf"^{cache}: cannot be written to: .*incoming belongs to another user, or is a link"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^{cache}: cannot be written to: .*incoming belongs to another user, or is a link",
+    ):
         remote_of(remote, cache)
     assert (victim / ("0" * 32)).exists()
 
@@ -268,7 +306,9 @@ def test_a_cache_that_another_user_planted_leads_nowhere(dataset, copy_of, open_
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
-def test_a_shard_that_is_bad_at_the_source_is_named(dataset, copy_of, tmp_path, num_workers, damage):
+def test_a_shard_that_is_bad_at_the_source_is_named(
+    dataset, copy_of, tmp_path, num_workers, damage
+):
     remote = copy_of(dataset)
     shard = shards_of(remote)[-1]
     flip_a_bit(shard) if damage == "flipped" else shard.unlink()
@@ -277,14 +317,18 @@ def test_a_shard_that_is_bad_at_the_source_is_named(dataset, copy_of, tmp_path, 
     with pytest.raises(DataError) as caught:
         stream(found, num_workers, download_retries=1)
     assert time.monotonic() - began < 60
-    what = "damaged shard: its xxh64 hash is " if damage == "flipped" else "shard cannot be fetched: "
+    what = (
+        "damaged shard: its xxh64 hash is " if damage == "flipped" else "shard cannot be fetched: "
+    )
     assert message_of(caught).startswith(f"{shard}: {what}")
     assert "(tried 2 times); " in message_of(caught)
     assert not shards_of(found.folder)[-1].exists(), "what is in the cache is whole"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_rows_from_s3_are_the_same_whatever_happens_on_the_way(s3, dataset, tmp_path, monkeypatch, expected, num_workers):
+def test_rows_from_s3_are_the_same_whatever_happens_on_the_way(
+    s3, dataset, tmp_path, monkeypatch, expected, num_workers
+):
     """Nearly half of all answers are spoiled, in each way there is."""
     remote = s3.upload(dataset, f"faults{num_workers}")
     with proxy(s3.endpoint, rate=0.45, seed=num_workers + 1) as between:
@@ -301,7 +345,10 @@ def test_a_store_that_stays_broken_is_given_up(s3, dataset, tmp_path, monkeypatc
         monkeypatch.setenv("S3_ENDPOINT_URL", between.endpoint)
         with pytest.raises(DataError) as caught:
             stream(found, download_retries=2)
-    assert re.match(rf"{remote}/units/000000/shard\.\d{{5}}\.mds: damaged shard: .* \(tried 3 times\); ", message_of(caught))
+    assert re.match(
+        rf"{remote}/units/000000/shard\.\d{{5}}\.mds: damaged shard: .* \(tried 3 times\); ",
+        message_of(caught),
+    )
 
 
 # A limited cache
@@ -315,15 +362,23 @@ def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_wi
     remote = copy_of(dataset)
     total = sum(file.bytes for file in remote_of(remote, tmp_path / "cache").files)
     options: Any = {"predownload": 4, "shuffle_block_size": 20}
-    with pytest.raises(InvalidField, match=r"must be at least \d+ bytes: so much is in use at once") as caught:
-        loader_of(remote_of(remote, tmp_path / "cache", exclusive=True), cache_limit="1kb", **options)
+    with pytest.raises(
+        InvalidField, match=r"must be at least \d+ bytes: so much is in use at once"
+    ) as caught:
+        loader_of(
+            remote_of(remote, tmp_path / "cache", exclusive=True), cache_limit="1kb", **options
+        )
     assert caught.value.name == "train_data.cache_limit"
     least = int(re.findall("least ([0-9]+)", caught.value.rule)[0])
     index = Path(remote, "index.json").stat().st_size
     assert least - index < total, "the limit is felt"
 
     with pytest.raises(InvalidField):
-        loader_of(remote_of(remote, tmp_path / "cache", exclusive=True), cache_limit=str(least - 1), **options)
+        loader_of(
+            remote_of(remote, tmp_path / "cache", exclusive=True),
+            cache_limit=str(least - 1),
+            **options,
+        )
     found = remote_of(remote, tmp_path / "cache", exclusive=True)
     loader = loader_of(found, cache_limit=str(least), **options)
     fetched: list[str] = []
@@ -339,10 +394,17 @@ def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_wi
     assert any(not path.exists() for path in shards_of(found.folder))
 
 
-@pytest.mark.parametrize("options", [
-    {"shuffle_block_size": 1000}, {"shuffle": False}, {"shuffle_algo": "naive"}, {"shuffle_algo": "py1s"},
-    {"shuffle_algo": "py1br", "num_canonical_nodes": 2}, {"num_workers": 2, "prefetch_factor": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle_block_size": 1000},
+        {"shuffle": False},
+        {"shuffle_algo": "naive"},
+        {"shuffle_algo": "py1s"},
+        {"shuffle_algo": "py1br", "num_canonical_nodes": 2},
+        {"num_workers": 2, "prefetch_factor": 1},
+    ],
+)
 def test_bytes_in_use(dataset, copy_of, options):
     """As counted by hand, shard by shard and batch by batch."""
     folder = copy_of(dataset)
@@ -351,12 +413,17 @@ def test_bytes_in_use(dataset, copy_of, options):
     num_workers, prefetch = options.get("num_workers", 0), options.get("prefetch_factor", 2)
     apart = max(1, num_workers) * (2 + prefetch + 1)
     ends = [sum(file.rows for file in found.files[: i + 1]) for i in range(len(found.files))]
-    order = [[next(i for i, end in enumerate(ends) if row < end) for row in batch] for batch in rows.lay_out(0).tolist()]
+    order = [
+        [next(i for i, end in enumerate(ends) if row < end) for row in batch]
+        for batch in rows.lay_out(0).tolist()
+    ]
     most = 0
     for now in range(len(order)):
         in_use = {
-            shard for shard in range(len(ends))
-            if any(shard in batch for batch in order[: now + apart + 1]) and any(shard in batch for batch in order[now:])
+            shard
+            for shard in range(len(ends))
+            if any(shard in batch for batch in order[: now + apart + 1])
+            and any(shard in batch for batch in order[now:])
         }
         most = max(most, sum(found.files[shard].bytes for shard in in_use))
     everything = sum(file.bytes for file in found.files)
@@ -365,11 +432,18 @@ def test_bytes_in_use(dataset, copy_of, options):
     assert most > 0
 
     # A machine of two reads its half of every batch: with two canonical nodes, that is one of them.
-    halves = [rows.bytes_in_use(World(2, 2, 1, 2 * node), num_workers=0, prefetch_factor=2) for node in range(2)]
+    halves = [
+        rows.bytes_in_use(World(2, 2, 1, 2 * node), num_workers=0, prefetch_factor=2)
+        for node in range(2)
+    ]
     mine = [{shard for batch in order for shard in batch[node::2]} for node in range(2)]
-    assert [read for _, read in halves] == [sum(found.files[shard].bytes for shard in shards) for shards in mine]
+    assert [read for _, read in halves] == [
+        sum(found.files[shard].bytes for shard in shards) for shards in mine
+    ]
     if "num_canonical_nodes" in options:
-        assert sum(read for _, read in halves) <= everything + max(file.bytes for file in found.files)
+        assert sum(read for _, read in halves) <= everything + max(
+            file.bytes for file in found.files
+        )
 
 
 # Several jobs on one machine
@@ -387,14 +461,18 @@ def _job(remote: str, cache: Path, options: dict[str, Any], connection: Any) -> 
 
 @pytest.fixture
 def jobs(dataset, copy_of, tmp_path) -> Iterator[Any]:
-    """Starts jobs that read three batches, say where they are, wait to be told, and read the rest."""
+    """Starts jobs that read three batches, say where they are, wait to be told, and read the
+    rest.
+    """
     remote = str(copy_of(dataset))
     fork = multiprocessing.get_context("fork")
     started: list[Any] = []
 
     def start(**options: Any) -> Any:
         ours, theirs = fork.Pipe()
-        process = fork.Process(target=_job, args=(remote, tmp_path / "cache", {"predownload": 4, **options}, theirs))
+        process = fork.Process(
+            target=_job, args=(remote, tmp_path / "cache", {"predownload": 4, **options}, theirs)
+        )
         process.start()
         started.append(process)
         return process, ours
@@ -407,7 +485,9 @@ def jobs(dataset, copy_of, tmp_path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("limit", [None, "60kb"])
 def test_two_jobs_at_once_with_the_same_cache(jobs, expected, limit, monkeypatch):
-    """Without a limit they share what is fetched; with one, neither deletes what the other needs."""
+    """Without a limit they share what is fetched; with one, neither deletes what the other
+    needs.
+    """
     monkeypatch.setattr(machine, "CLAIM_SECONDS", 1.0)
     both = [jobs(cache_limit=limit), jobs(cache_limit=limit)]
     folders = [connection.recv()[0] for _, connection in both]
@@ -433,7 +513,10 @@ def test_the_job_after_a_killed_one_takes_over_its_cache(jobs, expected, limit):
 
 
 def test_a_remote_that_is_not_there(tmp_path):
-    message = f"{tmp_path}/nothing/manifest.json: there is none; check the address, and that the conversion has finished"
+    message = (
+        f"{tmp_path}/nothing/manifest.json: there is none; check the address, and that the"
+        " conversion has finished"
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         remote_of(tmp_path / "nothing", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -451,13 +534,28 @@ def alter_index(folder: Path, change: Any) -> None:
 
 OUTSIDE = "it names a file outside the dataset: "
 UNTRUSTED: list[tuple[str, Any, str]] = [
-    *((key, name, f"{OUTSIDE}{name!r}") for key, name in (
-        ("basename", "../outside.mds"), ("basename", "/etc/passwd.mds"), ("basename", "units/../../outside.mds"),
-        ("basename", "..\\outside.mds"), ("basename", "C:outside.mds"), ("basename", "./../x.mds"), ("basename", ""),
-        ("basename", "incoming/x.mds"), ("basename", "a\0b.mds"), ("basename", "index.json"), ("basename", "a//b.mds"),
-    )),
+    *(
+        (key, name, f"{OUTSIDE}{name!r}")
+        for key, name in (
+            ("basename", "../outside.mds"),
+            ("basename", "/etc/passwd.mds"),
+            ("basename", "units/../../outside.mds"),
+            ("basename", "..\\outside.mds"),
+            ("basename", "C:outside.mds"),
+            ("basename", "./../x.mds"),
+            ("basename", ""),
+            ("basename", "incoming/x.mds"),
+            ("basename", "a\0b.mds"),
+            ("basename", "index.json"),
+            ("basename", "a//b.mds"),
+        )
+    ),
     ("basename", "units/000000/shard.00001.mds", "it names units/000000/shard.00001.mds twice"),
-    ("bytes", 2**33, "units/000000/shard.00000.mds: 8589934592 bytes are more than a shard can have"),
+    (
+        "bytes",
+        2**33,
+        "units/000000/shard.00000.mds: 8589934592 bytes are more than a shard can have",
+    ),
     ("samples", 10**9, "units/000000/shard.00000.mds: 1000000000 rows do not go into"),
     ("format", "json", "units/000000/shard.00000.mds is not of this format"),
     ("column_encodings", ["pkl", "pkl"], "units/000000/shard.00000.mds is not of this format"),
@@ -466,16 +564,27 @@ UNTRUSTED: list[tuple[str, Any, str]] = [
     ("version", 3, "units/000000/shard.00000.mds is not of this format"),
     ("samples", 1, "its totals (rows, shards, bytes) are "),
     ("compression", "zstd", "units/000000/shard.00000.mds is compressed"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "value", "message"), UNTRUSTED)
 @pytest.mark.parametrize("remote", [False, True])
-def test_an_index_that_is_not_to_be_trusted_is_refused(dataset, copy_of, tmp_path, key, value, message, remote):
+def test_an_index_that_is_not_to_be_trusted_is_refused(
+    dataset, copy_of, tmp_path, key, value, message, remote
+):
     folder = copy_of(dataset)
-    alter_index(folder, lambda shard: (shard["raw_data"] if key in shard["raw_data"] else shard).update({key: value}))
+    alter_index(
+        folder,
+        lambda shard: (shard["raw_data"] if key in shard["raw_data"] else shard).update(
+            {key: value}
+        ),
+    )
     with pytest.raises(DataError, match=rf"^{folder}/\w+\.json: damaged: {re.escape(message)}"):
-        remote_of(folder, tmp_path / "cache") if remote else open_dataset(str(folder), None, tokenizer=byte_tokenizer())
+        (
+            remote_of(folder, tmp_path / "cache")
+            if remote
+            else open_dataset(str(folder), None, tokenizer=byte_tokenizer())
+        )
     assert not (tmp_path / "cache").exists()
 
 
@@ -494,18 +603,39 @@ def silent_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize(("env", "message"), [
-    ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"access denied by http://.* \(SignatureDoesNotMatch\); check the credentials"),
-    ({"AWS_ACCESS_KEY_ID": "nobody"}, r"access denied by http://.* \(InvalidAccessKeyId\); check the credentials"),
-    ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, r"no credentials; set AWS_ACCESS_KEY_ID and"),
-    ({"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, r"http://127\.0\.0\.1:9 cannot be reached: .*; check the network and S3"),
-    ({"S3_ENDPOINT_URL": "http://127.0.0.1:SILENT"}, r"http://127\.0\.0\.1:\d+ cannot be reached: .*; check the network"),
-    ({"S3_ENDPOINT_URL": "nonsense"}, r".*nonsense"),
-])  # fmt: skip
-def test_a_store_that_is_not_reached_says_why_in_seconds(s3, tmp_path, monkeypatch, silent_port, env, message):
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            r"access denied by http://.* \(SignatureDoesNotMatch\); check the credentials",
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": "nobody"},
+            r"access denied by http://.* \(InvalidAccessKeyId\); check the credentials",
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
+            r"no credentials; set AWS_ACCESS_KEY_ID and",
+        ),
+        (
+            {"S3_ENDPOINT_URL": "http://127.0.0.1:9"},
+            r"http://127\.0\.0\.1:9 cannot be reached: .*; check the network and S3",
+        ),
+        (
+            {"S3_ENDPOINT_URL": "http://127.0.0.1:SILENT"},
+            r"http://127\.0\.0\.1:\d+ cannot be reached: .*; check the network",
+        ),
+        ({"S3_ENDPOINT_URL": "nonsense"}, r".*nonsense"),
+    ],
+)
+def test_a_store_that_is_not_reached_says_why_in_seconds(
+    s3, tmp_path, monkeypatch, silent_port, env, message
+):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 1)  # of 5, as test_storage asserts
+    # Of 5, as test_storage asserts
+    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 1)
     for name, value in env.items():
         monkeypatch.delenv(name)
         if value is not None:
@@ -518,7 +648,10 @@ def test_a_store_that_is_not_reached_says_why_in_seconds(s3, tmp_path, monkeypat
 
 
 def test_what_is_missing_in_a_store_is_named(s3, dataset, tmp_path):
-    with pytest.raises(ConfigError, match=r"^s3://nobucket[^ ]*: there is no bucket 'nobucket' at http://.*; check its name"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^s3://nobucket[^ ]*: there is no bucket 'nobucket' at http://.*; check its name",
+    ):
         remote_of("s3://nobucket/any", tmp_path / "cache")
     nothing = "there is none; check the address, and that the conversion has finished"
     with pytest.raises(ConfigError, match=f"^s3://data/nothing/manifest.json: {nothing}$"):
@@ -532,7 +665,9 @@ def test_what_is_missing_in_a_store_is_named(s3, dataset, tmp_path):
 
 def test_another_tokenizer_or_context_length_in_a_store(s3, dataset, tmp_path):
     remote = s3.upload(dataset, "other")
-    with pytest.raises(ConfigError, match=f"^{remote}: its rows are 32 tokens long, context_length is 64; "):
+    with pytest.raises(
+        ConfigError, match=f"^{remote}: its rows are 32 tokens long, context_length is 64; "
+    ):
         remote_of(remote, tmp_path / "cache", context_length=64)
     with pytest.raises(ConfigError, match=f"^{remote}: was made with another tokenizer than "):
         open_dataset(str(tmp_path / "cache"), remote, tokenizer=byte_tokenizer(300))
@@ -541,7 +676,9 @@ def test_another_tokenizer_or_context_length_in_a_store(s3, dataset, tmp_path):
 def test_an_index_of_endless_size_is_not_downloaded(s3, dataset, tmp_path, monkeypatch):
     remote = s3.upload(dataset, "endless")
     monkeypatch.setattr(fetch, "MAX_INDEX_BYTES", 1000)
-    with pytest.raises(ConfigError, match=rf"^{remote}/manifest.json: [\d,]+ bytes long, must be 1,000 at most$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{remote}/manifest.json: [\d,]+ bytes long, must be 1,000 at most$"
+    ):
         remote_of(remote, tmp_path / "cache")
 
 
@@ -560,7 +697,9 @@ def test_a_shard_of_another_size_is_not_downloaded(s3, dataset, tmp_path, monkey
         assert not between.requests[f"GET /data/larger/{name}"]
 
 
-def test_a_download_that_does_not_end_is_given_up(dataset, copy_of, tmp_path, expected, monkeypatch):
+def test_a_download_that_does_not_end_is_given_up(
+    dataset, copy_of, tmp_path, expected, monkeypatch
+):
     """The second try finds a store that answers."""
     found = remote_of(copy_of(dataset), tmp_path / "cache")
     download, tries = fetch._download, []
@@ -580,23 +719,44 @@ def test_a_download_that_does_not_end_is_given_up(dataset, copy_of, tmp_path, ex
 
 
 def s3_keys(corpus: Corpus, run: Path, remote: str, cache: Path, *more: str) -> list[str]:
-    return corpus.keys(run, f"train_data.remote={remote}", f"train_data.local={cache}", "train_data.num_workers=2", *more)
+    return corpus.keys(
+        run,
+        f"train_data.remote={remote}",
+        f"train_data.local={cache}",
+        "train_data.num_workers=2",
+        *more,
+    )
 
 
 def test_a_shard_damaged_at_the_source_stops_a_run_with_one_line(s3, corpus, tmp_path):
     remote = s3.upload(corpus.train, "damaged")
     name = min(key for key in s3.keys("damaged") if key.endswith(".mds"))
     content = s3.read(f"damaged/{name}")
-    s3.client.put_object(Bucket="data", Key=f"damaged/{name}", Body=content[:-1] + bytes([content[-1] ^ 1]))
-    keys = s3_keys(corpus, tmp_path / "run", remote, tmp_path / "cache", "train_data.download_retries=1", "eval_data=null")
+    s3.client.put_object(
+        Bucket="data", Key=f"damaged/{name}", Body=content[:-1] + bytes([content[-1] ^ 1])
+    )
+    keys = s3_keys(
+        corpus,
+        tmp_path / "run",
+        remote,
+        tmp_path / "cache",
+        "train_data.download_retries=1",
+        "eval_data=null",
+    )
     process = Script("recipes/train.py", *keys, env=s3.env).wait()
     assert process.returncode == 1
-    assert re.fullmatch(rf"error: {remote}/{name}: damaged shard: .*", process.stderr.splitlines()[-1])
+    assert re.fullmatch(
+        rf"error: {remote}/{name}: damaged shard: .*", process.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults")
-def test_a_killed_run_behind_a_faulty_network_ends_as_the_undisturbed_one(s3, corpus, undisturbed, tmp_path):
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"
+)
+def test_a_killed_run_behind_a_faulty_network_ends_as_the_undisturbed_one(
+    s3, corpus, undisturbed, tmp_path
+):
     remote = s3.upload(corpus.train, "network")
     run, cache = tmp_path / "run", tmp_path / "cache"
     with proxy(s3.endpoint, rate=0.1, seed=3) as between:
@@ -607,7 +767,10 @@ def test_a_killed_run_behind_a_faulty_network_ends_as_the_undisturbed_one(s3, co
             if step is None:
                 check(script.wait())
                 break
-            while not (run / "train_log.jsonl").exists() or (run / "train_log.jsonl").read_text().count("\n") < step:
+            while (
+                not (run / "train_log.jsonl").exists()
+                or (run / "train_log.jsonl").read_text().count("\n") < step
+            ):
                 assert script.process.is_alive(), script.read("err")
             script.process.kill()
             script.wait()
@@ -616,8 +779,12 @@ def test_a_killed_run_behind_a_faulty_network_ends_as_the_undisturbed_one(s3, co
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults")
-@pytest.mark.parametrize("limit", [(), ("train_data.cache_limit=300kb", "train_data.shuffle_block_size=8")])
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"
+)
+@pytest.mark.parametrize(
+    "limit", [(), ("train_data.cache_limit=300kb", "train_data.shuffle_block_size=8")]
+)
 def test_two_runs_at_once_with_the_same_cache(s3, corpus, tmp_path, limit):
     remote = s3.upload(corpus.train, "together")
     runs = [tmp_path / name for name in ("one", "other", "alone")]

@@ -1,4 +1,6 @@
-"""Models, checkpoints and tokenizers by somebody who means harm: nothing of theirs is run, written or endless."""
+"""Models, checkpoints and tokenizers by somebody who means harm: nothing of theirs is run,
+written or endless.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def hf_state(content: Any) -> Any:
 def evil_folder(folder: Path, mark: Path) -> Path:
     folder.mkdir()
     (folder / "evil.py").write_text(
-        MARK.format(str(mark)) + "from transformers import LlamaConfig\nclass EvilConfig(LlamaConfig): model_type = 'evil'\n"
+        MARK.format(str(mark)) + "from transformers import LlamaConfig\n"
+        "class EvilConfig(LlamaConfig): model_type = 'evil'\n"
     )
     auto_map = {"AutoConfig": "evil.EvilConfig"}
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
@@ -91,9 +94,10 @@ def test_a_checkpoint_that_names_a_folder_with_code_runs_none(content, tmp_path,
     config.update(model_type="evil", _name_or_path=str(folder), trust_remote_code=True)
     with pytest.raises(DataError) as caught:
         load_from_checkpoint(saved(content, tmp_path))
-    assert str(caught.value) == (
-        "ba9.pt: its model_type 'evil' is that of no causal language model of fla or transformers, and no code that comes with "
-        "a model is run; convert it to one that is"
+    assert (
+        str(caught.value)
+        == "ba9.pt: its model_type 'evil' is that of no causal language model of fla or"
+        " transformers, and no code that comes with a model is run; convert it to one that is"
     )
     assert not mark.exists()
 
@@ -101,10 +105,18 @@ def test_a_checkpoint_that_names_a_folder_with_code_runs_none(content, tmp_path,
 def test_a_checkpoint_of_a_known_model_that_names_code_is_that_model(content, tmp_path, mark):
     folder = evil_folder(tmp_path / "evil", mark)
     config = hf_state(content)["model"]["config"]["content"]
-    names = {"AutoConfig": f"{folder}--evil.EvilConfig", "AutoModelForCausalLM": f"{folder}--evil.EvilConfig"}
+    names = {
+        "AutoConfig": f"{folder}--evil.EvilConfig",
+        "AutoModelForCausalLM": f"{folder}--evil.EvilConfig",
+    }
     config.update(
-        auto_map=names, _name_or_path=str(folder), trust_remote_code=True, attn_implementation="kernels-community/evil",
-        _attn_implementation="kernels-community/evil", transformers_weights="../evil.safetensors", to_dict=5,
+        auto_map=names,
+        _name_or_path=str(folder),
+        trust_remote_code=True,
+        attn_implementation="kernels-community/evil",
+        _attn_implementation="kernels-community/evil",
+        transformers_weights="../evil.safetensors",
+        to_dict=5,
     )
     model, _ = load_from_checkpoint(saved(content, tmp_path))
     assert type(model).__name__ == "GLAForCausalLM"
@@ -122,12 +134,17 @@ def test_a_checkpoint_writes_no_file_elsewhere(content, tmp_path, monkeypatch, n
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     out = tmp_path / "elsewhere"
     out.mkdir()
-    name = name.format(f"{out}/planted") if name.startswith("/") else name.format("elsewhere/planted")
+    name = (
+        name.format(f"{out}/planted") if name.startswith("/") else name.format("elsewhere/planted")
+    )
     text: Any = {".json": {"a": 1}, ".txt": ["a"]}.get(ending, "import os")
     hf_state(content)["tokenizer"][name + ending] = {"file_extension": ending, "content": text}
     checkpoint = saved(content, tmp_path)
     before = files_under(tmp_path)
-    with pytest.raises(DataError, match=r"^ba9\.pt: refused: its tokenizer has a file '[^\n]+', which is not the name of one"):
+    with pytest.raises(
+        DataError,
+        match=r"^ba9\.pt: refused: its tokenizer has a file '[^\n]+', which is not the name of one",
+    ):
         load_from_checkpoint(checkpoint)
     assert files_under(tmp_path) == before
 
@@ -135,15 +152,25 @@ def test_a_checkpoint_writes_no_file_elsewhere(content, tmp_path, monkeypatch, n
 @pytest.mark.parametrize("name", ["tokenizer.py", "custom"])
 def test_code_in_a_tokenizer_of_a_checkpoint_is_refused(content, tmp_path, name):
     hf_state(content)["tokenizer"][name] = {"file_extension": ".py", "content": "import os"}
-    with pytest.raises(DataError, match=r"^ba9\.pt: refused: its tokenizer has a file '\w+\.py', which is not the name of one"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"^ba9\.pt: refused: its tokenizer has a file '\w+\.py', which is not the name of one"
+        ),
+    ):
         load_from_checkpoint(saved(content, tmp_path))
 
 
 def test_a_file_of_a_tokenizer_that_is_not_known_is_left_out_and_named(content, tmp_path, caplog):
-    hf_state(content)["tokenizer"]["config.json"] = {"file_extension": ".json", "content": {"model_type": "evil"}}
+    hf_state(content)["tokenizer"]["config.json"] = {
+        "file_extension": ".json",
+        "content": {"model_type": "evil"},
+    }
     _, tokenizer = load_from_checkpoint(saved(content, tmp_path))
     assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
-    assert caplog.messages == ["warning: ba9.pt: its tokenizer has a file 'config.json', which is not known and left out"]
+    assert caplog.messages == [
+        "warning: ba9.pt: its tokenizer has a file 'config.json', which is not known and left out"
+    ]
 
 
 def test_a_checkpoint_without_config_or_tokenizer_or_with_others_is_refused(content, tmp_path):
@@ -158,26 +185,64 @@ def test_a_checkpoint_without_config_or_tokenizer_or_with_others_is_refused(cont
     (tmp_path / "other").mkdir()
     config = "its weights are not those of its config: "
     name = "model.norm.weight"
-    check(lambda state: hf_state({"state": state}).update(tokenizer={}), "holds no tokenizer; take another checkpoint")
-    check(lambda state: hf_state({"state": state}).update(tokenizer=[1]), "holds no tokenizer; take another checkpoint")
-    check(lambda state: hf_state({"state": state}).update(model=[1]), "not a training checkpoint of this package: it.*")
-    check(lambda state: state["model"].pop(f"model.{name}"),
-          re.escape(f"{config}{name} is none, the config makes it [32]; take another checkpoint"))
-    check(lambda state: state["model"].update({f"model.{name}": torch.ones(3)}),
-          re.escape(f"{config}{name} is [3], the config makes it [32]; take another checkpoint"))
-    check(lambda state: state["model"].update({"model.stray": torch.ones(3)}),
-          re.escape(f"{config}stray is [3], the config makes it none; take another checkpoint"))
-    for key, value in (("hidden_act", "nonsense"), ("num_heads", 0), ("num_heads", 3), ("expand_k", "x"), ("norm_eps", [1])):
-        check(lambda state: hf_state({"state": state})["model"]["config"]["content"].update({key: value}), ".+")  # noqa: B023
-    for file, text in (("tokenizer.json", [1]), ("tokenizer_config.json", 3), ("tokenizer.json", {"model": {}})):
-        check(lambda state: hf_state({"state": state})["tokenizer"][file].update(content=text), "its tokenizer: .+")  # noqa: B023
+    check(
+        lambda state: hf_state({"state": state}).update(tokenizer={}),
+        "holds no tokenizer; take another checkpoint",
+    )
+    check(
+        lambda state: hf_state({"state": state}).update(tokenizer=[1]),
+        "holds no tokenizer; take another checkpoint",
+    )
+    check(
+        lambda state: hf_state({"state": state}).update(model=[1]),
+        "not a training checkpoint of this package: it.*",
+    )
+    check(
+        lambda state: state["model"].pop(f"model.{name}"),
+        re.escape(f"{config}{name} is none, the config makes it [32]; take another checkpoint"),
+    )
+    check(
+        lambda state: state["model"].update({f"model.{name}": torch.ones(3)}),
+        re.escape(f"{config}{name} is [3], the config makes it [32]; take another checkpoint"),
+    )
+    check(
+        lambda state: state["model"].update({"model.stray": torch.ones(3)}),
+        re.escape(f"{config}stray is [3], the config makes it none; take another checkpoint"),
+    )
+    for key, value in (
+        ("hidden_act", "nonsense"),
+        ("num_heads", 0),
+        ("num_heads", 3),
+        ("expand_k", "x"),
+        ("norm_eps", [1]),
+    ):
+        check(
+            lambda state: hf_state({"state": state})["model"]["config"]["content"].update(
+                {key: value}  # noqa: B023
+            ),
+            ".+",
+        )
+    for file, text in (
+        ("tokenizer.json", [1]),
+        ("tokenizer_config.json", 3),
+        ("tokenizer.json", {"model": {}}),
+    ):
+        check(
+            lambda state: hf_state({"state": state})["tokenizer"][file].update(content=text),  # noqa: B023
+            "its tokenizer: .+",
+        )
 
 
 BOMBS = (
-    {"num_hidden_layers": 10**7}, {"num_hidden_layers": 10**12}, {"hidden_size": 10**7, "num_heads": 2},
+    {"num_hidden_layers": 10**7},
+    {"num_hidden_layers": 10**12},
+    {"hidden_size": 10**7, "num_heads": 2},
     {"hidden_size": 10**30},
-    {"vocab_size": 10**12}, {"intermediate_size": 10**12}, {"num_heads": 10**9}, {"num_labels": 10**12},
-)  # fmt: skip
+    {"vocab_size": 10**12},
+    {"intermediate_size": 10**12},
+    {"num_heads": 10**9},
+    {"num_labels": 10**12},
+)
 
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=str)
@@ -211,18 +276,30 @@ def test_weights_that_are_not_there_are_refused(content, tmp_path, kind):
         for name, tensor in weights.items():
             if tensor.ndim == 2 and name.split(".")[-2] in ("embeddings", "lm_head"):
                 weights[name] = torch.zeros(1, 1).expand(4 * 10**9, tensor.shape[1])
-        refused_checkpoint(saved(content, tmp_path), "its config makes a model of [0-9,]+ parameters, its weights are .+")
+        refused_checkpoint(
+            saved(content, tmp_path),
+            "its config makes a model of [0-9,]+ parameters, its weights are .+",
+        )
         return
-    change = {"meta": lambda x: x.to("meta"), "sparse": lambda x: x.to_sparse(), "complex": lambda x: x.to(torch.complex64)}
+    change = {
+        "meta": lambda x: x.to("meta"),
+        "sparse": lambda x: x.to_sparse(),
+        "complex": lambda x: x.to(torch.complex64),
+    }
     content["state"]["model"] = {name: change[kind](tensor) for name, tensor in weights.items()}
     refused_checkpoint(saved(content, tmp_path), "its weights are no plain tensors by name")
 
 
 def test_what_is_no_training_checkpoint_is_one_line(content, tmp_path):
     weights = content["state"]["model"].items()
-    endless = {"model": {name: {"shape": [10**14], "start": 0, "part": each} for name, each in weights}}
+    endless = {
+        "model": {name: {"shape": [10**14], "start": 0, "part": each} for name, each in weights}
+    }
     for pieces in ([], [endless], torch.ones(2)):
-        refused_checkpoint(saved({**content, "pieces": pieces}, tmp_path), "not a whole checkpoint: the head of one in pieces")
+        refused_checkpoint(
+            saved({**content, "pieces": pieces}, tmp_path),
+            "not a whole checkpoint: the head of one in pieces",
+        )
     refused_checkpoint(saved(torch.zeros(3), tmp_path), "not a training checkpoint of this package")
     other = tmp_path / "other"
     other.mkdir()
@@ -235,12 +312,16 @@ def test_what_is_no_training_checkpoint_is_one_line(content, tmp_path):
             place[path[-1]] = torch.zeros(3)
         else:
             changed["state"]["integrations"]["huggingface"] = torch.zeros(3)
-        refused_checkpoint(saved(changed, other), "(not a training checkpoint of this package|holds no tokenizer)")
+        refused_checkpoint(
+            saved(changed, other), "(not a training checkpoint of this package|holds no tokenizer)"
+        )
 
 
 @pytest.mark.parametrize("place", ["config", "tokenizer", "clock", "text"])
 def test_lists_that_hold_one_another_are_refused(content, tmp_path, place):
-    """Forty lists in a pickle, each twice in the next: 10**12 parts to whoever goes through them."""
+    """Forty lists in a pickle, each twice in the next: 10**12 parts to whoever goes through
+    them.
+    """
     nested: Any = ["x"]
     for _ in range(40):
         nested = [nested, nested]
@@ -251,7 +332,9 @@ def test_lists_that_hold_one_another_are_refused(content, tmp_path, place):
     elif place == "clock":
         content["state"]["dataset_state"] = {"train": {"epoch": -1, "more": nested}}
     else:
-        hf_state(content)["tokenizer"]["tokenizer_config.json"]["content"]["more"] = ["x" * 1_000_000] * 100_000
+        hf_state(content)["tokenizer"]["tokenizer_config.json"]["content"]["more"] = [
+            "x" * 1_000_000
+        ] * 100_000
     refused_checkpoint(saved(content, tmp_path), "refused: it holds the same parts over and over")
 
 
@@ -259,20 +342,27 @@ KEYS = {
     "twice": b"X\x01\x00\x00\x00x\x85q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01s",
     "deep": b"X\x01\x00\x00\x00x" + b"\x85" * 300_000 + b"K\x01s",
     "several": b"(X\x01\x00\x00\x00x\x85q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01u",
-    "made": b"ccollections\nOrderedDict\n((X\x01\x00\x00\x00x\x85q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01ttR",
+    "made": (
+        b"ccollections\nOrderedDict\n((X\x01\x00\x00\x00x\x85q\x01"
+        + b"h\x01\x86q\x01" * 60
+        + b"K\x01ttR"
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_a_key_without_end_is_refused(content, tmp_path, kind):
-    """Python would go through a tuple that holds the one before it twice, 60 times over, to find its place in a dict; one of
-    300,000 tuples in one another ends the process."""
+    """Python would go through a tuple that holds the one before it twice, 60 times over, to find
+    its place in a dict; one of 300,000 tuples in one another ends the process.
+    """
     checkpoint = saved({"a": 1}, tmp_path)
     with zipfile.ZipFile(checkpoint.file) as archive:
         parts = {part.filename: archive.read(part) for part in archive.infolist()}
     with zipfile.ZipFile(checkpoint.file, "w") as archive:
         for name, data in parts.items():
-            archive.writestr(name, b"\x80\x02}" + KEYS[kind] + b"." if name.endswith("data.pkl") else data)
+            archive.writestr(
+                name, b"\x80\x02}" + KEYS[kind] + b"." if name.endswith("data.pkl") else data
+            )
     refused_checkpoint(checkpoint, "not a whole checkpoint: a key of a dict in it has no end")
 
 
@@ -281,7 +371,9 @@ def test_a_key_without_end_is_refused(content, tmp_path, kind):
 
 def old_tokenizer(content: Any, folder: Path) -> Any:
     folder.mkdir()
-    return HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(hf_state(content), tokenizer_save_dir=str(folder))
+    return HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
+        hf_state(content), tokenizer_save_dir=str(folder)
+    )
 
 
 def same_folder(tokenizer: Any, other: Any, tmp_path: Path) -> None:
@@ -295,7 +387,9 @@ def same_folder(tokenizer: Any, other: Any, tmp_path: Path) -> None:
 def test_a_genuine_checkpoint_has_the_same_config_and_tokenizer_as_ever(content, tmp_path):
     model, tokenizer = load_from_checkpoint(saved(content, tmp_path))
     old = get_hf_config_from_composer_state_dict(content)
-    assert model.config.to_dict() == {**old.to_dict(), "_name_or_path": ""} | {"architectures": model.config.architectures}
+    assert model.config.to_dict() == {**old.to_dict(), "_name_or_path": ""} | {
+        "architectures": model.config.architectures
+    }
     assert json.loads(model.config.to_json_string()) == json.loads(old.to_json_string())
     same_folder(tokenizer, old_tokenizer(content, tmp_path / "old"), tmp_path)
 
@@ -311,7 +405,13 @@ def odd_tokenizers() -> dict[str, Any]:
     legacy.add_tokens(["plain", "ordinary"])
     several = load_tokenizer_copy(byte_tokenizer())
     several.chat_template = {"default": TEMPLATES, "tool_use": "x"}
-    return {"bytes": byte_tokenizer(), "llama": llama_tokenizer(), "chat": chat, "added": legacy, "several": several}
+    return {
+        "bytes": byte_tokenizer(),
+        "llama": llama_tokenizer(),
+        "chat": chat,
+        "added": legacy,
+        "several": several,
+    }
 
 
 def load_tokenizer_copy(tokenizer: Any) -> Any:
@@ -325,41 +425,67 @@ def test_tokenizers_of_all_kinds_come_out_as_they_did(tmp_path, name):
     metadata = CausalLM(model, tokenizer, varlen=False).get_metadata()
     content = {"state": {"integrations": {"huggingface": metadata}}}
     assert {*metadata["tokenizer"]} <= FILES
-    same_folder(tokenizer_from(metadata, "ba1.pt"), old_tokenizer(content, tmp_path / "old"), tmp_path)
+    same_folder(
+        tokenizer_from(metadata, "ba1.pt"), old_tokenizer(content, tmp_path / "old"), tmp_path
+    )
 
 
 CONFIGS = {
-    "llama": LLAMA, "gla": GLA, "transformer": {"model_type": "transformer"}, "mamba": {"model_type": "mamba"},
-    "gpt2": {"model_type": "gpt2"}, "gpt_neox": {"model_type": "gpt_neox"}, "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3"}, "gemma2": {"model_type": "gemma2"}, "mixtral": {"model_type": "mixtral"},
-    "phi3": {"model_type": "phi3"}, "falcon": {"model_type": "falcon"}, "gated_deltanet": {"model_type": "gated_deltanet"},
-    "deltanet": {"model_type": "delta_net"}, "hgrn2": {"model_type": "hgrn2"}, "rwkv7": {"model_type": "rwkv7"},
+    "llama": LLAMA,
+    "gla": GLA,
+    "transformer": {"model_type": "transformer"},
+    "mamba": {"model_type": "mamba"},
+    "gpt2": {"model_type": "gpt2"},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma2": {"model_type": "gemma2"},
+    "mixtral": {"model_type": "mixtral"},
+    "phi3": {"model_type": "phi3"},
+    "falcon": {"model_type": "falcon"},
+    "gated_deltanet": {"model_type": "gated_deltanet"},
+    "deltanet": {"model_type": "delta_net"},
+    "hgrn2": {"model_type": "hgrn2"},
+    "rwkv7": {"model_type": "rwkv7"},
     "mistral": {"model_type": "mistral", "sliding_window": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_come_out_as_they_went_in(name, caplog):
     cpu.enable()
     keys = dict(CONFIGS[name])
-    config: Any = CONFIG_MAPPING[keys.pop("model_type")](**keys, rope_scaling=None, dtype="bfloat16")
+    config: Any = CONFIG_MAPPING[keys.pop("model_type")](
+        **keys, rope_scaling=None, dtype="bfloat16"
+    )
     config.architectures = ["X"]
     content = json.loads(config.to_json_string())
     again = read_back_hf_config(content, "here")
     assert json.loads(again.to_json_string()) == content
     old = get_hf_config_from_composer_state_dict(
-        {"state": {"integrations": {"huggingface": {"model": {"config": {"content": dict(content)}}}}}}
+        {
+            "state": {
+                "integrations": {"huggingface": {"model": {"config": {"content": dict(content)}}}}
+            }
+        }
     )
     assert again.to_dict() == old.to_dict()
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("model_type", "counts"), [
-    ("ernie4_5_moe", {"moe_num_experts": 10**7}), ("dbrx", {"ffn_config": {"moe_num_experts": 10**7}}),
-    ("longcat_flash", {"zero_expert_num": 10**7}), ("gla", {"num_hidden_layers": 10**7}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "counts"),
+    [
+        ("ernie4_5_moe", {"moe_num_experts": 10**7}),
+        ("dbrx", {"ffn_config": {"moe_num_experts": 10**7}}),
+        ("longcat_flash", {"zero_expert_num": 10**7}),
+        ("gla", {"num_hidden_layers": 10**7}),
+    ],
+)
 def test_counts_of_layers_and_experts_have_a_limit_by_any_name(model_type, counts):
-    with pytest.raises(ConfigError, match=r"^here: its config says \w+=10000000, more than any model has"):
+    with pytest.raises(
+        ConfigError, match=r"^here: its config says \w+=10000000, more than any model has"
+    ):
         read_back_hf_config({"model_type": model_type, **counts}, "here")
 
 
@@ -381,7 +507,9 @@ def edit(path: Path, **changes: Any) -> None:
 def test_code_for_generation_in_a_folder_is_never_run(folder, mark):
     """transformers 4.57 runs it, without being told to trust it."""
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate/generate.py").write_text(MARK.format(str(mark)) + "def generate(model, **kwargs): pass\n")
+    (folder / "custom_generate/generate.py").write_text(
+        MARK.format(str(mark)) + "def generate(model, **kwargs): pass\n"
+    )
     model = load_pretrained(str(folder))
     assert not mark.exists()
     assert getattr(model.generate, "__self__", None) is model
@@ -389,7 +517,12 @@ def test_code_for_generation_in_a_folder_is_never_run(folder, mark):
 
 def test_kernels_that_a_config_names_are_not_asked_for(folder):
     weights = load_pretrained(str(folder)).state_dict()
-    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_experts_implementation"):
+    for key in (
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+    ):
         edit(folder / "config.json", **{key: "kernels-community/flash-attn"})
     model = load_pretrained(str(folder))
     assert model.config._attn_implementation == "sdpa"
@@ -406,39 +539,71 @@ def test_weights_in_another_file_that_a_config_names_are_not_read(folder, tmp_pa
 
 
 def test_an_adapter_does_not_lead_to_another_model(folder):
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
-    with pytest.raises(ConfigError, match=r"holds an adapter .adapter_config.json., for which another model would be loaded; "):
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/elsewhere"})
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"holds an adapter .adapter_config.json., for which another model would be loaded; ",
+    ):
         load_pretrained(str(folder))
 
 
 def test_weights_that_are_quantized_are_refused_by_name(folder):
-    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(ConfigError, match=r"its weights are quantized; give the model they were made from$"):
+    edit(
+        folder / "config.json",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+    )
+    with pytest.raises(
+        ConfigError, match=r"its weights are quantized; give the model they were made from$"
+    ):
         load_pretrained(str(folder))
 
 
 def test_a_config_of_endless_size_is_refused(folder):
     with (folder / "config.json").open("ab") as file:
         file.truncate(200 << 30)
-    with pytest.raises(ConfigError, match=r"^[^\n]*config\.json: cannot be read as JSON: has more than 134,217,728 bytes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^[^\n]*config\.json: cannot be read as JSON: has more than 134,217,728 bytes",
+    ):
         load_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "..", 3, None, "model.bin"])
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "..", 3, None, "model.bin"]
+)
 def test_an_index_of_weights_that_leads_elsewhere_is_refused(folder, name):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": name}})
+    )
     message = f"lm_head.weight is said to be in {name!r}, which is no file name"
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_pretrained(str(folder))
 
 
 LLAMA_BOMBS = (
-    *({key: value} for key in ("num_hidden_layers", "hidden_size", "vocab_size") for value in (10**7, 10**12)),
-    {"intermediate_size": 10**9}, {"num_attention_heads": 10**9}, {"num_key_value_heads": 10**9}, {"head_dim": 10**9},
-    {"model_type": "qwen2", "num_hidden_layers": 10**12}, {"model_type": "mixtral", "num_local_experts": 10**9},
-    {"model_type": "gptj", "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 10**7},
-)  # fmt: skip
+    *(
+        {key: value}
+        for key in ("num_hidden_layers", "hidden_size", "vocab_size")
+        for value in (10**7, 10**12)
+    ),
+    {"intermediate_size": 10**9},
+    {"num_attention_heads": 10**9},
+    {"num_key_value_heads": 10**9},
+    {"head_dim": 10**9},
+    {"model_type": "qwen2", "num_hidden_layers": 10**12},
+    {"model_type": "mixtral", "num_local_experts": 10**9},
+    {
+        "model_type": "gptj",
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "rotary_dim": 4,
+        "n_positions": 10**7,
+    },
+)
 
 
 @pytest.mark.parametrize("bomb", LLAMA_BOMBS, ids=str)
@@ -452,7 +617,10 @@ def test_a_folder_whose_config_makes_a_boundless_model_is_answered_at_once(folde
     assert str(caught.value).startswith(str(folder))
     if "num_hidden_layers" in bomb and "model_type" not in bomb:
         value = f"{bomb['num_hidden_layers']:.10g}"
-        assert f"its config says num_hidden_layers={value}, more than any model has; get the model again" in str(caught.value)
+        assert (
+            f"its config says num_hidden_layers={value}, more than any model has; get the model"
+            " again" in str(caught.value)
+        )
 
 
 def test_a_key_that_a_model_does_not_know_is_named(folder, caplog):
@@ -469,7 +637,9 @@ def test_a_folder_of_another_model_of_few_layers_is_loaded(tmp_path, config):
     model = build_model(config(**sizes, num_key_value_heads=1, vocab_size=400))
     save_hf_folder(model, byte_tokenizer(), tmp_path / "hf", dtype="float32")
     again = load_pretrained(str(tmp_path / "hf"))
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items()
+    )
 
 
 # A tokenizer's folder
@@ -483,7 +653,9 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 
 def refused(folder: Path, message: str) -> None:
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match=f"^tokenizer: {re.escape(str(folder))}[:/].*{message}") as caught:
+    with pytest.raises(
+        ConfigError, match=f"^tokenizer: {re.escape(str(folder))}[:/].*{message}"
+    ) as caught:
         load_tokenizer(str(folder))
     assert "\n" not in str(caught.value)
     assert time.perf_counter() - start < 5
@@ -492,13 +664,20 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "merges_file"])
 def test_a_tokenizer_reads_no_file_elsewhere(tokenizer_folder, tmp_path, key):
     byte_tokenizer(300).save_pretrained(tmp_path / "other")
-    edit(tokenizer_folder / "tokenizer_config.json", **{key: str(tmp_path / "other/tokenizer.json")})
+    edit(
+        tokenizer_folder / "tokenizer_config.json", **{key: str(tmp_path / "other/tokenizer.json")}
+    )
     refused(tokenizer_folder, f"names a file elsewhere, {key}=")
 
 
 def test_names_of_files_of_earlier_machines_are_no_matter(tokenizer_folder):
     """Many tokenizers on the hub have them."""
-    edit(tokenizer_folder / "tokenizer_config.json", special_tokens_map_file="/etc/passwd", vocab_file=None, name_or_path="x/y")
+    edit(
+        tokenizer_folder / "tokenizer_config.json",
+        special_tokens_map_file="/etc/passwd",
+        vocab_file=None,
+        name_or_path="x/y",
+    )
     assert fingerprint(load_tokenizer(str(tokenizer_folder))) == fingerprint(byte_tokenizer())
 
 
@@ -510,8 +689,13 @@ def test_arguments_that_a_tokenizer_names_are_not_passed(tokenizer_folder):
 def test_a_tokenizer_of_a_version_leads_to_no_other_folder(tokenizer_folder, tmp_path):
     byte_tokenizer(300).save_pretrained(tmp_path / "other")
     os.rename(tmp_path / "other/tokenizer.json", tmp_path / "other/tokenizer.4.0.0.json")
-    edit(tokenizer_folder / "tokenizer_config.json", fast_tokenizer_files=["../other/tokenizer.4.0.0.json"])
-    refused(tokenizer_folder, "its fast_tokenizer_files has '../other/tokenizer.4.0.0.json' for a name")
+    edit(
+        tokenizer_folder / "tokenizer_config.json",
+        fast_tokenizer_files=["../other/tokenizer.4.0.0.json"],
+    )
+    refused(
+        tokenizer_folder, "its fast_tokenizer_files has '../other/tokenizer.4.0.0.json' for a name"
+    )
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -519,7 +703,10 @@ def test_templates_are_saved_in_no_other_folder(tokenizer_folder, tmp_path, as_l
     name = "../../planted"
     templates: Any = [{"name": name, "template": "x"}] if as_list else {name: "x"}
     edit(tokenizer_folder / "tokenizer_config.json", chat_template=templates)
-    refused(tokenizer_folder, "its chat_template has '../../planted' for a name, which would lead to another folder")
+    refused(
+        tokenizer_folder,
+        "its chat_template has '../../planted' for a name, which would lead to another folder",
+    )
     unchecked = AutoTokenizer.from_pretrained(tokenizer_folder)
     (tmp_path / "out/additional_chat_templates").mkdir(parents=True)
     unchecked.save_pretrained(tmp_path / "out")
@@ -533,8 +720,17 @@ def test_a_length_that_is_no_number_is_refused(tokenizer_folder, length):
     refused(tokenizer_folder, "has model_max_length=.*, must be a number")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                                  "chat_template.jinja", "config.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+    ],
+)
 def test_a_file_of_endless_size_is_refused(tokenizer_folder, name):
     """Made of holes, it takes no room on a disk, nor in an archive."""
     if name == "config.json":
@@ -547,23 +743,46 @@ def test_a_file_of_endless_size_is_refused(tokenizer_folder, name):
 
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
 def test_steps_without_end_are_refused(tokenizer_folder, part):
-    step = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Whitespace"}, "decoder": {"type": "Fuse"}}[part]
-    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[part]
-    edit(tokenizer_folder / "tokenizer.json", **{part: {"type": "Sequence", name: [step] * 100_000}})
+    step = {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "decoder": {"type": "Fuse"},
+    }[part]
+    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[
+        part
+    ]
+    edit(
+        tokenizer_folder / "tokenizer.json", **{part: {"type": "Sequence", name: [step] * 100_000}}
+    )
     refused(tokenizer_folder, f"its {part} has 100,001 steps, more than 1,000")
 
 
 def test_a_template_that_puts_endless_tokens_around_a_text_is_refused(tokenizer_folder):
-    text, token = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text, token = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+    )
     special = {"<s>": {"id": "<s>", "ids": [0] * 200_000, "tokens": ["<s>"] * 200_000}}
-    template = {"type": "TemplateProcessing", "single": [token, token, text], "pair": [text], "special_tokens": special}
-    edit(tokenizer_folder / "tokenizer.json", post_processor={"type": "Sequence", "processors": [template]})
-    refused(tokenizer_folder, "its template puts up to 600,000 tokens around a text, more than 10,000")
+    template = {
+        "type": "TemplateProcessing",
+        "single": [token, token, text],
+        "pair": [text],
+        "special_tokens": special,
+    }
+    edit(
+        tokenizer_folder / "tokenizer.json",
+        post_processor={"type": "Sequence", "processors": [template]},
+    )
+    refused(
+        tokenizer_folder, "its template puts up to 600,000 tokens around a text, more than 10,000"
+    )
 
 
 @pytest.mark.parametrize("prefix", ["a" * 20, "a" * 100_000])
 def test_a_tokenizer_that_makes_the_library_give_up_is_one_line(tokenizer_folder, prefix):
-    """tokenizers panics, which is no Exception, where a merge's part is shorter than the prefix of parts."""
+    """tokenizers panics, which is no Exception, where a merge's part is shorter than the prefix
+    of parts.
+    """
     path = tokenizer_folder / "tokenizer.json"
     content = json.loads(path.read_bytes())
     first, second = list(content["model"]["vocab"])[:2]
@@ -575,7 +794,10 @@ def test_a_tokenizer_that_makes_the_library_give_up_is_one_line(tokenizer_folder
 
 def test_code_in_a_tokenizer_folder_is_never_run(tokenizer_folder, mark):
     (tokenizer_folder / "evil.py").write_text(MARK.format(str(mark)) + "class Evil: pass\n")
-    edit(tokenizer_folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    edit(
+        tokenizer_folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    )
     assert fingerprint(load_tokenizer(str(tokenizer_folder))) == fingerprint(byte_tokenizer())
     edit(tokenizer_folder / "tokenizer_config.json", tokenizer_class="Evil")
     refused(tokenizer_folder, "not a tokenizer folder")
@@ -585,8 +807,14 @@ def test_code_in_a_tokenizer_folder_is_never_run(tokenizer_folder, mark):
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
 GROWING: dict[str, Any] = {
     "replace": {"type": "Sequence", "normalizers": [REPLACE] * 5},
-    "nested": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [REPLACE] * 2}] * 3},
-    "expression": {"type": "Sequence", "normalizers": [{**REPLACE, "pattern": {"Regex": ""}, "content": "x"}] * 40},
+    "nested": {
+        "type": "Sequence",
+        "normalizers": [{"type": "Sequence", "normalizers": [REPLACE] * 2}] * 3,
+    },
+    "expression": {
+        "type": "Sequence",
+        "normalizers": [{**REPLACE, "pattern": {"Regex": ""}, "content": "x"}] * 40,
+    },
     "prepend": {"type": "Prepend", "prepend": "x" * 9_000_000},
 }
 
@@ -594,18 +822,28 @@ GROWING: dict[str, Any] = {
 @pytest.mark.parametrize("kind", GROWING)
 def test_a_normalizer_that_makes_endless_text_is_refused(tokenizer_folder, kind):
     edit(tokenizer_folder / "tokenizer.json", normalizer=GROWING[kind])
-    refused(tokenizer_folder, r"its normalizer can make \S+ characters of one, more than 1,000; get the tokenizer again")
+    refused(
+        tokenizer_folder,
+        r"its normalizer can make \S+ characters of one, more than 1,000; get the tokenizer again",
+    )
 
 
 def test_a_table_of_a_normalizer_that_makes_endless_text_is_refused(tokenizer_folder):
     table = (4).to_bytes(4, "little") + bytes(4) + b"x" * 5000 + b"\0"
-    edit(tokenizer_folder / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap":
-                                                          base64.b64encode(table).decode()})  # fmt: skip
+    edit(
+        tokenizer_folder / "tokenizer.json",
+        normalizer={
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(table).decode(),
+        },
+    )
     refused(tokenizer_folder, r"its normalizer can make 5e\+03 characters of one")
 
 
 def test_a_decoder_that_makes_endless_text_is_refused(tokenizer_folder):
-    edit(tokenizer_folder / "tokenizer.json", decoder={"type": "Sequence", "decoders": [REPLACE] * 5})
+    edit(
+        tokenizer_folder / "tokenizer.json", decoder={"type": "Sequence", "decoders": [REPLACE] * 5}
+    )
     refused(tokenizer_folder, "its decoder can make 1e.10 characters of one")
 
 
@@ -617,7 +855,9 @@ def test_an_endless_token_is_refused(tokenizer_folder, place):
         content["model"]["vocab"][endless] = 400
         path.write_text(json.dumps(content))
     elif place == "added":
-        content["added_tokens"].append({**content["added_tokens"][0], "id": 400, "content": endless})
+        content["added_tokens"].append(
+            {**content["added_tokens"][0], "id": 400, "content": endless}
+        )
         path.write_text(json.dumps(content))
     else:
         edit(tokenizer_folder / "tokenizer_config.json", eos_token=endless)
@@ -635,7 +875,9 @@ def test_a_tokenizer_beside_a_config_of_a_boundless_model_is_answered_at_once(to
     content = json.loads(path.read_bytes())
     del content["tokenizer_class"]
     path.write_text(json.dumps(content))
-    (tokenizer_folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**12}))
+    (tokenizer_folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**12})
+    )
     refused(tokenizer_folder, "num_hidden_layers=1e.12, more than any model has")
 
 
@@ -646,11 +888,15 @@ def test_an_expression_that_takes_endless_steps_ends_in_one_line(tokenizer_folde
     edit(tokenizer_folder / "tokenizer.json", **{part: {"type": kind, **step}})
     tokenizer = load_tokenizer(str(tokenizer_folder))
     for encode_text in (
-        lambda text: encode(tokenizer, [text]), lambda text: build_encoder(tokenizer, add_bos=False, add_eos=True)([text])
+        lambda text: encode(tokenizer, [text]),
+        lambda text: build_encoder(tokenizer, add_bos=False, add_eos=True)([text]),
     ):
         encode_text("xyz")
         start = time.perf_counter()
-        with pytest.raises(DataError, match=r"^the tokenizer gives up on a text: .*retry-limit.*; take another tokenizer"):
+        with pytest.raises(
+            DataError,
+            match=r"^the tokenizer gives up on a text: .*retry-limit.*; take another tokenizer",
+        ):
             encode_text("a" * 10_000)
         assert time.perf_counter() - start < 5
 
@@ -677,12 +923,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             status, body = 404, b""
             if api and (root / api[1]).is_dir():
                 files = [{"rfilename": name} for name in files_under(root / api[1])]
-                status, body = 200, json.dumps({"id": api[1], "sha": "a" * 40, "siblings": files}).encode()
+                status, body = (
+                    200,
+                    json.dumps({"id": api[1], "sha": "a" * 40, "siblings": files}).encode(),
+                )
             elif file and (root / file[1] / file[2]).is_file():
                 status, body = 200, (root / file[1] / file[2]).read_bytes()
             self.send_response(status)
-            for name, value in (("Content-Length", len(body)), ("ETag", hashlib.sha256(body).hexdigest()),
-                                ("X-Repo-Commit", "a" * 40)):  # fmt: skip
+            for name, value in (
+                ("Content-Length", len(body)),
+                ("ETag", hashlib.sha256(body).hexdigest()),
+                ("X-Repo-Commit", "a" * 40),
+            ):
                 self.send_header(name, str(value))
             self.end_headers()
             if self.command == "GET":
@@ -724,10 +976,20 @@ def test_of_a_repository_only_known_files_are_fetched(folder, tmp_path, hub, mar
     assert tokenizer.name_or_path == "me/model"
     fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert fetched == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "special_tokens_map.json",
-    }  # fmt: skip
+    }
     assert not mark.exists()
-    for load, what in ((load_pretrained, "cannot be loaded as a causal language model: "), (load_tokenizer, "")):
-        with pytest.raises(ConfigError, match=f"me/none: {what}.*no such folder, and not to be had from the Hugging Face hub"):
+    for load, what in (
+        (load_pretrained, "cannot be loaded as a causal language model: "),
+        (load_tokenizer, ""),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match=f"me/none: {what}.*no such folder, and not to be had from the Hugging Face hub",
+        ):
             load("me/none")

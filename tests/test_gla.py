@@ -1,4 +1,5 @@
-"""The chunkwise kernel and the recurrence against the definition, and against what fla's Triton kernels gave.
+"""The chunkwise kernel and the recurrence against the definition, and against what fla's Triton
+kernels gave.
 
 "Relative error" is norm-wise throughout: ||a - b|| / ||b||.
 """
@@ -43,7 +44,9 @@ def load_make_fixtures() -> ModuleType:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it does."""
+    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it
+    does.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,27 +62,39 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def naive_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor, offsets: list[int] | None):
     """The definition, one sequence and one token after the other; states [N, H, K, V]."""
     B, T = q.shape[:2]
-    spans = [(b, 0, T) for b in range(B)] if offsets is None else [(0, *span) for span in pairwise(offsets)]
+    spans = (
+        [(b, 0, T) for b in range(B)]
+        if offsets is None
+        else [(0, *span) for span in pairwise(offsets)]
+    )
     outputs, states = [], []
     for (row, start, end), state in zip(spans, h0, strict=True):
         for t in range(start, end):
-            state = state * g[row, t].exp()[..., None] + torch.einsum("hk,hv->hkv", k[row, t], v[row, t])
+            state = state * g[row, t].exp()[..., None] + torch.einsum(
+                "hk,hv->hkv", k[row, t], v[row, t]
+            )
             outputs.append(torch.einsum("hk,hkv->hv", q[row, t], state) * q.shape[-1] ** -0.5)
         states.append(state)
     return torch.stack(outputs).view(B, T, *v.shape[2:]), torch.stack(states)
 
 
-def draw(T: int, gates: str, offsets: list[int] | None, B: int = 2, H: int = 2, K: int = 5, V: int = 7):
+def draw(
+    T: int, gates: str, offsets: list[int] | None, B: int = 2, H: int = 2, K: int = 5, V: int = 7
+):
     """q, k, v, g, h0 and the gradients do, dht, in float64."""
     B, N = (B, B) if offsets is None else (1, len(offsets) - 1)
     keys, values, states = (B, T, H, K), (B, T, H, V), (N, H, K, V)
     shapes = [keys, keys, values, keys, states, values, states]
     random = torch.Generator().manual_seed(T)
-    q, k, v, g, h0, do, dht = (torch.randn(s, generator=random, dtype=torch.float64) for s in shapes)
+    q, k, v, g, h0, do, dht = (
+        torch.randn(s, generator=random, dtype=torch.float64) for s in shapes
+    )
     return q, k, v, GATES[gates](g), h0, do, dht
 
 
-def check_against_definition(T: int, gates: str, offsets: list[int] | None, with_states: bool) -> None:
+def check_against_definition(
+    T: int, gates: str, offsets: list[int] | None, with_states: bool
+) -> None:
     *inputs, do, dht = draw(T, gates, offsets)
     if not with_states:
         inputs[4] = torch.zeros_like(inputs[4])
@@ -105,7 +120,8 @@ def check(operation, inputs, do, dht, o, ht, expected, offsets, with_states) -> 
     assert relative_error(got, o) < 2e-6
     gradients = torch.autograd.grad(loss, single if with_states else single[:4])
     for gradient, want in zip(gradients, expected, strict=False):
-        # A vanishing gradient (all gates at -80) is compared with the size of the numbers it comes from.
+        # A vanishing gradient (all gates at -80) is compared with the size of the numbers it comes
+        # from.
         assert (gradient - want).norm() < 5e-6 * max(float(want.norm()), 1e-6)
 
 
@@ -127,7 +143,12 @@ def test_any_shape_agrees_with_the_definition(data, gates, with_states):
 
 @pytest.mark.parametrize(
     ("gates", "plan"),
-    [("usual", (64, False)), ("strong", (16, False)), ("mixed", (16, True)), ("very_negative", (16, True))],
+    [
+        ("usual", (64, False)),
+        ("strong", (16, False)),
+        ("mixed", (16, True)),
+        ("very_negative", (16, True)),
+    ],
 )
 def test_the_gates_choose_the_form(gates, plan):
     assert gla._plan(draw(100, gates, None)[3].float()) == plan
@@ -157,10 +178,13 @@ def test_agrees_with_the_triton_kernels(operation, name):
         for key, want in stored.items():
             tolerance = 1e-5 if key in ("o", "ht") else 1e-4
             if name == "chunk_very_negative" and key == "grad:g":
-                # The gradient is nearly zero, and in the Triton kernel the difference of two large sums: off
-                # by 1e-3 from float64. test_agrees_with_the_definition holds ours to 5e-6.
+                # The gradient is nearly zero, and in the Triton kernel the difference of two large
+                # sums: off by 1e-3 from float64. test_agrees_with_the_definition holds ours to
+                # 5e-6.
                 tolerance = 1e-2
-            assert relative_error(torch.from_numpy(got[key]), torch.from_numpy(want)) < tolerance, key
+            assert relative_error(torch.from_numpy(got[key]), torch.from_numpy(want)) < tolerance, (
+                key
+            )
 
 
 @pytest.mark.parametrize("gates", ["usual", "strong", "mixed"])
@@ -171,7 +195,12 @@ def test_a_sequence_in_two_pieces_equals_the_whole(gates, cut):
     state, pieces = h0, []
     for part in (slice(0, cut), slice(cut, None)):
         o, state = chunk_gla(
-            q[:, part], k[:, part], v[:, part], g[:, part], initial_state=state, output_final_state=True
+            q[:, part],
+            k[:, part],
+            v[:, part],
+            g[:, part],
+            initial_state=state,
+            output_final_state=True,
         )
         pieces.append(o)
     assert relative_error(torch.cat(pieces, 1), whole) < 1e-6
@@ -194,7 +223,9 @@ def test_a_document_does_not_see_its_neighbours(operation, gates):
         return [x[:, 31:80] for x in (o, *gradients)], [x[:, others] for x in gradients]
 
     mine, theirs = outcome(q, k, v, g)
-    mine_again, _ = outcome(*(torch.where(others[:, None, None], x.roll(7, 1), x) for x in (q, k, v, g)))
+    mine_again, _ = outcome(
+        *(torch.where(others[:, None, None], x.roll(7, 1), x) for x in (q, k, v, g))
+    )
     assert all(torch.equal(a, b) for a, b in zip(mine, mine_again, strict=True))
     assert all(not x.any() for x in theirs)
 
@@ -203,7 +234,9 @@ def test_state_v_first_only_transposes_the_states():
     q, k, v, g, h0, _, _ = (x.float() for x in draw(70, "usual", None))
     for operation in (chunk_gla, recurrent_gla):
         o, state = operation(q, k, v, g, initial_state=h0, output_final_state=True)
-        o_v, state_v = operation(q, k, v, g, initial_state=h0.mT, output_final_state=True, state_v_first=True)
+        o_v, state_v = operation(
+            q, k, v, g, initial_state=h0.mT, output_final_state=True, state_v_first=True
+        )
         assert torch.equal(o, o_v)
         assert torch.equal(state, state_v.mT)
 
@@ -211,7 +244,10 @@ def test_state_v_first_only_transposes_the_states():
 def test_scale():
     q, k, v, g, _, _, _ = (x.float() for x in draw(20, "usual", None))
     for operation in (chunk_gla, recurrent_gla):
-        assert relative_error(operation(q, k, v, g, scale=1.0)[0], operation(q, k, v, g)[0] * 5**0.5) < 1e-6
+        assert (
+            relative_error(operation(q, k, v, g, scale=1.0)[0], operation(q, k, v, g)[0] * 5**0.5)
+            < 1e-6
+        )
 
 
 def test_an_empty_sequence_keeps_its_state():
@@ -219,7 +255,9 @@ def test_an_empty_sequence_keeps_its_state():
     q, k, v, g, h0, _, _ = (x.float() for x in draw(60, "usual", offsets))
     cu_seqlens = torch.tensor(offsets)
     for operation in (chunk_gla, recurrent_gla):
-        _, state = operation(q, k, v, g, initial_state=h0, output_final_state=True, cu_seqlens=cu_seqlens)
+        _, state = operation(
+            q, k, v, g, initial_state=h0, output_final_state=True, cu_seqlens=cu_seqlens
+        )
         assert torch.equal(state[1], h0[1])
     without = chunk_gla(q, k, v, g, cu_seqlens=torch.tensor([0, 30, 60]))[0]
     assert torch.equal(chunk_gla(q, k, v, g, cu_seqlens=cu_seqlens)[0], without)
@@ -230,7 +268,9 @@ def test_bfloat16_is_computed_in_float32(gates):
     q, k, v, g, h0, _, _ = (x.float() for x in draw(70, gates, None))
     low = [x.bfloat16() for x in (q, k, v)]
     o, state = chunk_gla(*low, g, initial_state=h0, output_final_state=True)
-    want, want_state = chunk_gla(*(x.float() for x in low), g, initial_state=h0, output_final_state=True)
+    want, want_state = chunk_gla(
+        *(x.float() for x in low), g, initial_state=h0, output_final_state=True
+    )
     assert o.dtype == torch.bfloat16
     assert torch.equal(o, want.bfloat16())
     assert state.dtype == torch.float32

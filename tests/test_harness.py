@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on our models: the harness's own scores, what is refused, and training that does not notice."""
+"""lm-evaluation-harness on our models: the harness's own scores, what is refused, and training
+that does not notice.
+"""
 
 from __future__ import annotations
 
@@ -35,27 +37,61 @@ TASKS = ["choice", "text", "written"]
 
 def write_task(folder: Path, name: str, **content: Any) -> None:
     task = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
-        "test_split": "test", "metadata": {"version": 1}, **content,
-    }  # fmt: skip
-    (folder / f"{name}.yaml").write_text(yaml.dump({key: value for key, value in task.items() if value is not None}))
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
+        "test_split": "test",
+        "metadata": {"version": 1},
+        **content,
+    }
+    (folder / f"{name}.yaml").write_text(
+        yaml.dump({key: value for key, value in task.items() if value is not None})
+    )
 
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task of each kind: multiple choice, with examples shown before it; perplexity; text that is written."""
+    """A task of each kind: multiple choice, with examples shown before it; perplexity; text that
+    is written.
+    """
     folder = tmp_path_factory.mktemp("tasks")
     with (folder / "data.jsonl").open("w") as data:
         for i in range(9):
             choices = [f" {words(1 + j * i % 4, 7 * i + j)}" for j in range(3)]
-            data.write(json.dumps({"text": words(2 + 9 * i % 50, i), "choices": choices, "answer": i % 3}) + "\n")
-    write_task(folder, "choice", output_type="multiple_choice", doc_to_text="{{text}}", doc_to_choice="choices",
-               doc_to_target="answer", fewshot_split="test", num_fewshot=2,
-               metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
-    write_task(folder, "text", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
-               metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")])
-    write_task(folder, "written", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text[:3]}}",
-               generation_kwargs={"max_gen_toks": 3, "until": ["\n"]}, metric_list=[{"metric": "exact_match"}])
+            data.write(
+                json.dumps({"text": words(2 + 9 * i % 50, i), "choices": choices, "answer": i % 3})
+                + "\n"
+            )
+    write_task(
+        folder,
+        "choice",
+        output_type="multiple_choice",
+        doc_to_text="{{text}}",
+        doc_to_choice="choices",
+        doc_to_target="answer",
+        fewshot_split="test",
+        num_fewshot=2,
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+    )
+    write_task(
+        folder,
+        "text",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[
+            {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        ],
+    )
+    write_task(
+        folder,
+        "written",
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{text[:3]}}",
+        generation_kwargs={"max_gen_toks": 3, "until": ["\n"]},
+        metric_list=[{"metric": "exact_match"}],
+    )
     return folder
 
 
@@ -64,20 +100,30 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "hf"
     torch.manual_seed(0)
     tokenizer = with_ends(byte_tokenizer(), Ends(bos=False, eos=True))
-    save_hf_folder(build_model(build_hf_config(GLA, tokenizer, 64)), tokenizer, folder, dtype="float32")
+    save_hf_folder(
+        build_model(build_hf_config(GLA, tokenizer, 64)), tokenizer, folder, dtype="float32"
+    )
     return folder
 
 
-def test_scores_are_those_of_the_harness_itself(tasks: Path, model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_are_those_of_the_harness_itself(
+    tasks: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     caplog.set_level(logging.ERROR)
-    ours = last_json(run_script(
-        "recipes/evaluate.py", f"model={model_folder}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}", "batch_size=4",
-        "max_length=40",
-    ))["tasks"]
+    ours = last_json(
+        run_script(
+            "recipes/evaluate.py",
+            f"model={model_folder}",
+            f"tasks=[{','.join(TASKS)}]",
+            f"task_path={tasks}",
+            "batch_size=4",
+            "max_length=40",
+        )
+    )["tasks"]
     theirs = evaluator.evaluate(
         HFLM(str(model_folder), device="cpu", dtype="float32", batch_size=4, max_length=40),
         TaskManager(include_path=str(tasks), include_defaults=False).load(TASKS),
@@ -86,12 +132,20 @@ def test_scores_are_those_of_the_harness_itself(tasks: Path, model_folder: Path,
     for task in TASKS:
         for key, value in theirs["results"][task].items():
             if "," in key and value != "N/A":
-                assert ours[task].pop(key.removesuffix(",none")) == pytest.approx(value, rel=1e-12), key
+                assert ours[task].pop(key.removesuffix(",none")) == pytest.approx(
+                    value, rel=1e-12
+                ), key
     assert ours == {task: {} for task in TASKS}
 
 
 def test_two_ranks_share_the_questions(tasks: Path, model_folder: Path) -> None:
-    keys = (f"model={model_folder}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}", "task_limit=5", "num_fewshot=1")
+    keys = (
+        f"model={model_folder}",
+        f"tasks=[{','.join(TASKS)}]",
+        f"task_path={tasks}",
+        "task_limit=5",
+        "num_fewshot=1",
+    )
     one = last_json(run_script("recipes/evaluate.py", *keys))["tasks"]
     first, second = two_ranks("recipes/evaluate.py", *keys)
     two = last_json(first)["tasks"]
@@ -102,20 +156,37 @@ def test_two_ranks_share_the_questions(tasks: Path, model_folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unsafe": ({"unsafe_code": True, "doc_to_text": "{{text}}"}, "tasks: unsafe: runs what the model writes as code, which is"),
+    "unsafe": (
+        {"unsafe_code": True, "doc_to_text": "{{text}}"},
+        "tasks: unsafe: runs what the model writes as code, which is",
+    ),
     "no_data": (
         {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}, "doc_to_text": "{{text}}"},
         "tasks: no_data: cannot be loaded: Unable to find",
     ),
     "remote_metric": (
-        {"doc_to_text": "{{text}}", "metric_list": [{"metric": "rouge_of_the_hub", "aggregation": "mean",
-                                                     "higher_is_better": True}]},
-        "tasks: remote_metric: the harness has no metric rouge_of_the_hub, and code for it is not fetched",
+        {
+            "doc_to_text": "{{text}}",
+            "metric_list": [
+                {"metric": "rouge_of_the_hub", "aggregation": "mean", "higher_is_better": True}
+            ],
+        },
+        (
+            "tasks: remote_metric: the harness has no metric rouge_of_the_hub, and code for it is"
+            " not fetched"
+        ),
     ),
     "local_metric": (
-        {"doc_to_text": "{{text}}", "metric_list": [{"metric": "{folder}/code.py", "aggregation": "mean",
-                                                     "higher_is_better": True}]},
-        "tasks: local_metric: the harness has no metric {folder}/code.py, and code for it is not fetched",
+        {
+            "doc_to_text": "{{text}}",
+            "metric_list": [
+                {"metric": "{folder}/code.py", "aggregation": "mean", "higher_is_better": True}
+            ],
+        },
+        (
+            "tasks: local_metric: the harness has no metric {folder}/code.py, and code for it is"
+            " not fetched"
+        ),
     ),
     "template": (
         {"doc_to_text": "{{{{ cycler.__init__.__globals__.os.mkdir('{folder}/marker') }}}}"},
@@ -123,30 +194,58 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "function": (
         {"doc_to_text": "!function code.run"},
-        "task_path: a task in {folder} runs Python code (!function code.run); set task_code=true if you trust it",
+        (
+            "task_path: a task in {folder} runs Python code (!function code.run); set"
+            " task_code=true if you trust it"
+        ),
     ),
     "pickle": (
-        {"dataset_path": "pandas", "dataset_kwargs": {"data_files": {"test": "{folder}/data.pkl"}}, "doc_to_text": "{{text}}"},
-        "task_path: a task's dataset_path is pandas, which reads pickles, and those can run code; give its data as JSON lines",
+        {
+            "dataset_path": "pandas",
+            "dataset_kwargs": {"data_files": {"test": "{folder}/data.pkl"}},
+            "doc_to_text": "{{text}}",
+        },
+        (
+            "task_path: a task's dataset_path is pandas, which reads pickles, and those can run"
+            " code; give its data as JSON lines"
+        ),
     ),
     "pickle_streamed": (
-        {"dataset_path": "pandas", "dataset_kwargs": {"data_files": {"test": "{folder}/data.pkl"}, "streaming": True},
-         "doc_to_text": "{{text}}"},
+        {
+            "dataset_path": "pandas",
+            "dataset_kwargs": {"data_files": {"test": "{folder}/data.pkl"}, "streaming": True},
+            "doc_to_text": "{{text}}",
+        },
         "task_path: a task's dataset_path is pandas, which reads pickles",
     ),
     "cache": (
-        {"dataset_kwargs": {"data_files": {"test": "{folder}/data.jsonl"}, "cache_dir": "{folder}/marker"},
-         "doc_to_text": "{{text}}"},
-        "task_path: a task's dataset_kwargs have cache_dir={folder}/marker, and no task decides where files are written",
+        {
+            "dataset_kwargs": {
+                "data_files": {"test": "{folder}/data.jsonl"},
+                "cache_dir": "{folder}/marker",
+            },
+            "doc_to_text": "{{text}}",
+        },
+        (
+            "task_path: a task's dataset_kwargs have cache_dir={folder}/marker, and no task decides"
+            " where files are written"
+        ),
     ),
     "generate": (
-        {"doc_to_text": "{{text}}", "generation_kwargs": {"custom_generate": "{folder}", "trust_remote_code": True}},
-        "tasks: generate: its generation_kwargs have 'custom_generate', which is not taken; only do_sample, ",
+        {
+            "doc_to_text": "{{text}}",
+            "generation_kwargs": {"custom_generate": "{folder}", "trust_remote_code": True},
+        },
+        (
+            "tasks: generate: its generation_kwargs have 'custom_generate', which is not taken;"
+            " only do_sample, "
+        ),
     ),
     "of_python": (
-        {"doc_to_text": "!function os.mkdir"}, "task_path: a task in {folder} runs Python code (!function os.mkdir); set",
+        {"doc_to_text": "!function os.mkdir"},
+        "task_path: a task in {folder} runs Python code (!function os.mkdir); set",
     ),
-}  # fmt: skip
+}
 
 
 class _Marker:
@@ -165,12 +264,23 @@ def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
 
     content, message = REFUSED[name]
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
-    (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\nrun = str\n")
+    (tmp_path / "code.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\nrun = str\n"
+    )
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(_Marker(tmp_path / "marker")))
-    write_task(tmp_path, name, **{"output_type": "generate_until", "doc_to_target": "{{text}}", **content})
+    write_task(
+        tmp_path, name, **{"output_type": "generate_until", "doc_to_target": "{{text}}", **content}
+    )
     file = tmp_path / f"{name}.yaml"
-    text = file.read_text().replace("'!function", "!function").replace(".run'", ".run").replace(".mkdir'", ".mkdir")
-    file.write_text(text.replace("{folder}", str(tmp_path)).replace("{{{{", "{{").replace("}}}}", "}}"))
+    text = (
+        file.read_text()
+        .replace("'!function", "!function")
+        .replace(".run'", ".run")
+        .replace(".mkdir'", ".mkdir")
+    )
+    file.write_text(
+        text.replace("{folder}", str(tmp_path)).replace("{{{{", "{{").replace("}}}}", "}}")
+    )
     with pytest.raises(ConfigError) as caught:
         load_tasks([name], str(tmp_path), num_fewshot=None)
     assert str(caught.value).startswith(message.replace("{folder}", str(tmp_path)))
@@ -178,51 +288,104 @@ def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "marker").exists(), "no code of a task is run"
 
 
-def test_a_task_that_leaves_no_room_for_its_question(tasks: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_a_task_that_leaves_no_room_for_its_question(
+    tasks: Path, model_folder: Path, tmp_path: Path
+) -> None:
     """Found before any work; what is found late is one line."""
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
-    write_task(tmp_path, "long", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text}}",
-               metric_list=[{"metric": "exact_match"}])
+    write_task(
+        tmp_path,
+        "long",
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "exact_match"}],
+    )
     model = ("recipes/evaluate.py", f"model={model_folder}")
     process = run_script(*model, "tasks=long", f"task_path={tmp_path}")
     assert (process.returncode, process.stderr) == (
-        2, "error: tasks: long: has up to 256 tokens written, of 64 for question and answer; set max_gen_toks in its "
-           "generation_kwargs, or a larger max_length\n",
-    )  # fmt: skip
+        2,
+        (
+            "error: tasks: long: has up to 256 tokens written, of 64 for question and answer; set"
+            " max_gen_toks in its generation_kwargs, or a larger max_length\n"
+        ),
+    )
     process = run_script(*model, "tasks=choice", f"task_path={tasks}", "max_length=2")
     assert (process.returncode, process.stderr) == (
-        1, "error: tasks: choice: the harness gives up: an answer may be longer than the 2 tokens of max_length\n",
+        1,
+        (
+            "error: tasks: choice: the harness gives up: an answer may be longer than the 2 tokens"
+            " of max_length\n"
+        ),
     )
 
 
-def test_code_that_writes_text_is_not_run_for_a_task(tasks: Path, model_folder: Path, tmp_path: Path) -> None:
-    """transformers' `generate` takes a folder with code to generate by, and the word that it is trusted, like any argument."""
+def test_code_that_writes_text_is_not_run_for_a_task(
+    tasks: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """transformers' `generate` takes a folder with code to generate by, and the word that it is
+    trusted, like any argument.
+    """
     from flame_composer.checkpoint.save import load_model
     from flame_composer.use.harness import HarnessModel, load_tasks, score
 
     code = tmp_path / "folder" / "custom_generate"
     code.mkdir(parents=True)
     (code.parent / "config.json").write_text("{}")
-    (code / "generate.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\ngenerate = print\n")
+    (code / "generate.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'marker')!r})\ngenerate = print\n"
+    )
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
-    writing = {"max_gen_toks": 3, "until": ["\n"], "custom_generate": str(code.parent), "trust_remote_code": True}
-    write_task(tmp_path, "code", output_type="generate_until", doc_to_text="{{text}}", doc_to_target="{{text}}",
-               generation_kwargs=writing, metric_list=[{"metric": "exact_match"}])
-    with pytest.raises(ConfigError, match="tasks: code: its generation_kwargs have 'custom_generate', which is not taken"):
-        score(HarnessModel(*load_model(str(model_folder)), batch_size=1), load_tasks(["code"], str(tmp_path), num_fewshot=0),
-              limit=1)
+    writing = {
+        "max_gen_toks": 3,
+        "until": ["\n"],
+        "custom_generate": str(code.parent),
+        "trust_remote_code": True,
+    }
+    write_task(
+        tmp_path,
+        "code",
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{text}}",
+        generation_kwargs=writing,
+        metric_list=[{"metric": "exact_match"}],
+    )
+    with pytest.raises(
+        ConfigError,
+        match="tasks: code: its generation_kwargs have 'custom_generate', which is not taken",
+    ):
+        score(
+            HarnessModel(*load_model(str(model_folder)), batch_size=1),
+            load_tasks(["code"], str(tmp_path), num_fewshot=0),
+            limit=1,
+        )
     assert not (tmp_path / "marker").exists(), "no code of a task is run"
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults")
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults"
+)
 def test_a_task_that_is_not_there(tasks: Path) -> None:
     from flame_composer.use.harness import load_tasks
 
     for name, folder, message in (
-        ("choise", str(tasks), f"tasks: choise: no such task in {tasks} and the harness; did you mean choice?"),
-        ("hellaswagg", None, "tasks: hellaswagg: no such task in the harness; did you mean hellaswag?"),
-        ("humaneval", None, "tasks: humaneval: runs what the model writes as code, which is refused here"),
+        (
+            "choise",
+            str(tasks),
+            f"tasks: choise: no such task in {tasks} and the harness; did you mean choice?",
+        ),
+        (
+            "hellaswagg",
+            None,
+            "tasks: hellaswagg: no such task in the harness; did you mean hellaswag?",
+        ),
+        (
+            "humaneval",
+            None,
+            "tasks: humaneval: runs what the model writes as code, which is refused here",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             load_tasks([name], folder, num_fewshot=None)
@@ -239,10 +402,24 @@ def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe/task.yaml")
     for names, folder, message in (
         (["choice"], str(tmp_path / "none"), f"task_path={tmp_path / 'none'}: no such folder"),
-        (["choice"], str(tmp_path), f"{tmp_path / 'broken.yaml'}: cannot be read as a task: while parsing a flow node"),
-        (["choice"], str(tmp_path / "pipe"), f"{tmp_path / 'pipe/task.yaml'}: cannot be read as a task: is no file"),
-        (["choice"], str(tmp_path / "deep"), f"{tmp_path / 'deep/task.yaml'}: cannot be read as a task: lists and mappings in "
-         "one another, more than 100 deep"),
+        (
+            ["choice"],
+            str(tmp_path),
+            f"{tmp_path / 'broken.yaml'}: cannot be read as a task: while parsing a flow node",
+        ),
+        (
+            ["choice"],
+            str(tmp_path / "pipe"),
+            f"{tmp_path / 'pipe/task.yaml'}: cannot be read as a task: is no file",
+        ),
+        (
+            ["choice"],
+            str(tmp_path / "deep"),
+            (
+                f"{tmp_path / 'deep/task.yaml'}: cannot be read as a task: lists and mappings in "
+                "one another, more than 100 deep"
+            ),
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             load_tasks(names, folder, num_fewshot=None)
@@ -257,8 +434,14 @@ def without_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def keys_of(tasks: Path) -> tuple[str, ...]:
-    return (f"eval_tasks.tasks=[{','.join(TASKS)}]", f"eval_tasks.task_path={tasks}", "eval_tasks.interval=15ba",
-            "eval_tasks.batch_size=3", "eval_tasks.limit=4", "eval_tasks.num_fewshot=1")  # fmt: skip
+    return (
+        f"eval_tasks.tasks=[{','.join(TASKS)}]",
+        f"eval_tasks.task_path={tasks}",
+        "eval_tasks.interval=15ba",
+        "eval_tasks.batch_size=3",
+        "eval_tasks.limit=4",
+        "eval_tasks.num_fewshot=1",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -268,39 +451,72 @@ def scored(corpus: Corpus, tasks: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-def test_training_does_not_notice(tasks: Path, undisturbed: Path, scored: Path, tmp_path: Path) -> None:
+def test_training_does_not_notice(
+    tasks: Path, undisturbed: Path, scored: Path, tmp_path: Path
+) -> None:
     rows = read_log(scored)
     assert without_tasks(rows) == read_log(undisturbed)
     assert [row["current_steps"] for row in rows if "tasks" in row] == [15, 30, 40]
-    result = last_json(run_script(
-        "recipes/evaluate.py", f"model={scored / 'checkpoints'}", f"tasks=[{','.join(TASKS)}]", f"task_path={tasks}",
-        "batch_size=3", "task_limit=4", "num_fewshot=1",
-    ))["tasks"]
+    result = last_json(
+        run_script(
+            "recipes/evaluate.py",
+            f"model={scored / 'checkpoints'}",
+            f"tasks=[{','.join(TASKS)}]",
+            f"task_path={tasks}",
+            "batch_size=3",
+            "task_limit=4",
+            "num_fewshot=1",
+        )
+    )["tasks"]
     for task in TASKS:
         in_training = rows[-1]["tasks"][task]
-        assert in_training == {name: value for name, value in result[task].items() if "stderr" not in name}
+        assert in_training == {
+            name: value for name, value in result[task].items() if "stderr" not in name
+        }
     card = tmp_path / "hf/README.md"
-    last_line = run_script("convert/to_hf.py", f"checkpoint={scored / 'checkpoints'}", f"out={card.parent}")
+    last_line = run_script(
+        "convert/to_hf.py", f"checkpoint={scored / 'checkpoints'}", f"out={card.parent}"
+    )
     assert last_line.returncode == 0
-    assert f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n" in card.read_text()
+    assert (
+        f"- text bits_per_byte: {rows[-1]['tasks']['text']['bits_per_byte']:.4f}\n"
+        in card.read_text()
+    )
 
 
-def test_scores_are_of_the_average_where_there_is_one(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
+def test_scores_are_of_the_average_where_there_is_one(
+    corpus: Corpus, tasks: Path, tmp_path: Path
+) -> None:
     """And training goes on with the weights themselves."""
     keys = ("algorithms.ema.half_life=4ba", "max_duration=8ba", "eval_data=null")
     corpus.train_run(tmp_path / "plain", *keys)
-    corpus.train_run(tmp_path / "scored", *keys, f"eval_tasks.task_path={tasks}", "eval_tasks.tasks=[text]",
-                     "eval_tasks.interval=4ba", "eval_tasks.batch_size=3")  # fmt: skip
+    corpus.train_run(
+        tmp_path / "scored",
+        *keys,
+        f"eval_tasks.task_path={tasks}",
+        "eval_tasks.tasks=[text]",
+        "eval_tasks.interval=4ba",
+        "eval_tasks.batch_size=3",
+    )
     rows = read_log(tmp_path / "scored")
     assert without_tasks(rows) == read_log(tmp_path / "plain")
     found = {}
     for which in ("model", "ema"):
         out = tmp_path / which
         exported = run_script(
-            "convert/to_hf.py", f"checkpoint={tmp_path}/scored/checkpoints", f"out={out}", f"weights={which}"
+            "convert/to_hf.py",
+            f"checkpoint={tmp_path}/scored/checkpoints",
+            f"out={out}",
+            f"weights={which}",
         )
         assert exported.returncode == 0, exported.stderr
-        scored = run_script("recipes/evaluate.py", f"model={out}", "tasks=text", f"task_path={tasks}", "batch_size=3")
+        scored = run_script(
+            "recipes/evaluate.py",
+            f"model={out}",
+            "tasks=text",
+            f"task_path={tasks}",
+            "batch_size=3",
+        )
         found[which] = last_json(scored)["tasks"]["text"]
     assert rows[-1]["tasks"]["text"] == found["ema"] != found["model"]
     assert [row["current_steps"] for row in rows if "tasks" in row] == [4, 8]
@@ -315,7 +531,11 @@ def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
     sizes: list[int] = []
     asked: list[Any] = []
     load_tasks = harness.load_tasks
-    monkeypatch.setattr(harness, "load_tasks", lambda *names, **more: asked.append(more) or load_tasks(*names, **more))
+    monkeypatch.setattr(
+        harness,
+        "load_tasks",
+        lambda *names, **more: asked.append(more) or load_tasks(*names, **more),
+    )
     monkeypatch.chdir(ROOT)
 
     def note(module: torch.nn.Module, arguments: Any) -> None:
@@ -325,21 +545,49 @@ def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
     hook = register_module_forward_pre_hook(note)
     try:
         main = runpy.run_path("recipes/evaluate.py")["main"]
-        main(load(EvaluateConfig, [f"model={model_folder}", "tasks=choice", f"task_path={tasks}", "batch_size=5",
-                              "num_fewshot=3"]))  # fmt: skip
+        main(
+            load(
+                EvaluateConfig,
+                [
+                    f"model={model_folder}",
+                    "tasks=choice",
+                    f"task_path={tasks}",
+                    "batch_size=5",
+                    "num_fewshot=3",
+                ],
+            )
+        )
         assert max(sizes) == 5
         sizes.clear()
         main = runpy.run_path("recipes/train.py")["main"]
-        main(load(TrainConfig, corpus.keys(tmp_path / "run", *keys_of(tasks), "max_duration=1ba", "eval_data=null",
-                                           "eval_tasks.tasks=choice", "scheduler.warmup=0ba")))  # fmt: skip
+        main(
+            load(
+                TrainConfig,
+                corpus.keys(
+                    tmp_path / "run",
+                    *keys_of(tasks),
+                    "max_duration=1ba",
+                    "eval_data=null",
+                    "eval_tasks.tasks=choice",
+                    "scheduler.warmup=0ba",
+                ),
+            )
+        )
         assert max(sizes) == 3
-        assert asked == [{"num_fewshot": 3, "task_code": False}, {"num_fewshot": 1, "task_code": False}]
+        assert asked == [
+            {"num_fewshot": 3, "task_code": False},
+            {"num_fewshot": 1, "task_code": False},
+        ]
     finally:
         hook.remove()
 
 
 def test_functions_of_a_task_that_is_trusted_run(
-    tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tasks: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
     folder = Path(shutil.copytree(tasks, tmp_path / "tasks"))
@@ -347,7 +595,17 @@ def test_functions_of_a_task_that_is_trusted_run(
     task = (folder / "choice.yaml").read_text().replace("task: choice", "task: own")
     (folder / "own.yaml").write_text(task.replace("'{{text}}'", "!function code.text"))
     main = runpy.run_path("recipes/evaluate.py")["main"]
-    main(load(EvaluateConfig, [f"model={model_folder}", "tasks=[own,choice]", f"task_path={folder}", "task_code=true"]))
+    main(
+        load(
+            EvaluateConfig,
+            [
+                f"model={model_folder}",
+                "tasks=[own,choice]",
+                f"task_path={folder}",
+                "task_code=true",
+            ],
+        )
+    )
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
     assert found["own"] == found["choice"]
 
@@ -367,13 +625,19 @@ def text(doc):
 def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
     corpus: Corpus, tasks: Path, scored: Path, tmp_path: Path
 ) -> None:
-    """Told to stop in the middle of the scores of step 30 by a task of them; the restart recomputes blocks besides."""
+    """Told to stop in the middle of the scores of step 30 by a task of them; the restart
+    recomputes blocks besides.
+    """
     folder, run = Path(shutil.copytree(tasks, tmp_path / "tasks")), tmp_path / "stopped"
     (folder / "stopping.py").write_text(STOPPING)
     task = (folder / "choice.yaml").read_text().replace("task: choice", "task: stopping")
     (folder / "stopping.yaml").write_text(task.replace("'{{text}}'", "!function stopping.text"))
-    keys = (*keys_of(folder), f"eval_tasks.tasks=[stopping,{','.join(TASKS)}]", "eval_tasks.interval=30ba",
-            "eval_tasks.task_code=true")  # fmt: skip
+    keys = (
+        *keys_of(folder),
+        f"eval_tasks.tasks=[stopping,{','.join(TASKS)}]",
+        "eval_tasks.interval=30ba",
+        "eval_tasks.task_code=true",
+    )
     script = Script("recipes/train.py", *corpus.keys(run, *keys))
     corpus.wait_for_step(script, run, 1)
     (folder / "now").touch()
@@ -393,7 +657,9 @@ def test_a_signal_does_not_wait_for_tasks_and_the_restart_takes_them(
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes half a minute: make test-faults")
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes half a minute: make test-faults"
+)
 def test_the_average_is_what_takes_the_tasks(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
     averaged, plain = tmp_path / "averaged", tmp_path / "plain"
     keys = (*keys_of(tasks), "max_duration=8ba", "parallelism.activation_checkpointing=true")
@@ -402,14 +668,22 @@ def test_the_average_is_what_takes_the_tasks(corpus: Corpus, tasks: Path, tmp_pa
     assert [row["loss"] for row in read_log(averaged)] == [row["loss"] for row in read_log(plain)]
     taken = read_log(averaged)[-1]["tasks"]["text"]
     assert taken != read_log(plain)[-1]["tasks"]["text"]
-    found = last_json(run_script(
-        "recipes/evaluate.py", f"model={averaged / 'checkpoints'}", "tasks=[text]", f"task_path={tasks}", "batch_size=3",
-        "task_limit=4",
-    ))["tasks"]["text"]
+    found = last_json(
+        run_script(
+            "recipes/evaluate.py",
+            f"model={averaged / 'checkpoints'}",
+            "tasks=[text]",
+            f"task_path={tasks}",
+            "batch_size=3",
+            "task_limit=4",
+        )
+    )["tasks"]["text"]
     assert taken == {name: value for name, value in found.items() if "stderr" not in name}
 
 
-def test_mistaken_tasks_are_found_before_training(corpus: Corpus, tasks: Path, tmp_path: Path) -> None:
+def test_mistaken_tasks_are_found_before_training(
+    corpus: Corpus, tasks: Path, tmp_path: Path
+) -> None:
     keys = corpus.keys(tmp_path / "run", *keys_of(tasks), "eval_tasks.task_path=./nowhere")
     process = run_script("recipes/train.py", *keys)
     assert process.returncode == 2

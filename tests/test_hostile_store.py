@@ -20,8 +20,13 @@ SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfi"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path) -> None:
-    variables = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1",
-                 "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}  # fmt: skip
+    variables = {
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "testtest",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": str(tmp_path),
+    }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "file").write_bytes(b"weights")
@@ -40,7 +45,11 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
     """Nor are the credentials taken there."""
 
     def redirect(connection: Any, request: str) -> None:
-        location = [] if target is None else [f"Location: {server.endpoint + '/x' if target == 'itself' else target}"]
+        location = (
+            []
+            if target is None
+            else [f"Location: {server.endpoint + '/x' if target == 'itself' else target}"]
+        )
         connection.sendall(respond(status, *location))
 
     with hostile(redirect) as server:
@@ -48,9 +57,12 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
         for use in (storage.stat, lambda place: storage.put(tmp_path / "file", place)):
             with pytest.raises(ConfigError) as caught:
                 use("s3://data/file")
-            where = {"itself": f" to {server.endpoint}/x", None: ""}.get(target, f" to {ELSEWHERE}***")
-            assert str(caught.value) == (
-                f"s3://data: {server.endpoint} redirects{where}, and is not followed there with "
+            where = {"itself": f" to {server.endpoint}/x", None: ""}.get(
+                target, f" to {ELSEWHERE}***"
+            )
+            assert (
+                str(caught.value)
+                == f"s3://data: {server.endpoint} redirects{where}, and is not followed there with "
                 "credentials; set S3_ENDPOINT_URL to the address that answers, or "
                 "AWS_DEFAULT_REGION to the bucket's region"
             )
@@ -64,17 +76,24 @@ def test_a_store_that_begins_to_redirect(monkeypatch, use):
         s3_module._connect("data")
         redirect = respond("307 Elsewhere", "Location: http://there/")
         server.answer = lambda connection, request: connection.sendall(redirect)
-        with pytest.raises(ConfigError, match=r"^s3://data/file: http://127.* redirects to http://there/, and is not followed"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^s3://data/file: http://127.* redirects to http://there/, and is not followed",
+        ):
             use("s3://data/file")
         assert len(server.requests) < 6
 
 
 def test_a_bucket_of_another_region_is_found_as_before(monkeypatch):
-    """What S3 itself redirects for: it names the region, and the request is signed anew for that."""
+    """What S3 itself redirects for: it names the region, and the request is signed anew for
+    that.
+    """
 
     def answer(connection: Any, request: str) -> None:
         if "/eu-west-1/s3/" in request:
-            lists_only(lambda connection, request: connection.sendall(respond("404 Not Found")))(connection, request)
+            lists_only(lambda connection, request: connection.sendall(respond("404 Not Found")))(
+                connection, request
+            )
         else:
             connection.sendall(respond("301 Moved Permanently", "x-amz-bucket-region: eu-west-1"))
 
@@ -91,8 +110,12 @@ def test_a_bucket_of_another_region_is_found_as_before(monkeypatch):
 def impatient(monkeypatch) -> None:
     monkeypatch.setattr(s3_module, "READ_SECONDS", 0.2)
     monkeypatch.setattr(s3_module, "ATTEMPTS", 3)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.01, raising=False)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+    monkeypatch.setattr(
+        "botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.01, raising=False
+    )
+    monkeypatch.setattr(
+        "botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01
+    )
 
 
 def trickle(connection: Any, request: str) -> None:
@@ -113,16 +136,21 @@ def stuck_in_its_answer(connection: Any, request: str) -> None:
 
 @pytest.mark.parametrize("answer", [silence, trickle])
 @pytest.mark.parametrize("name", ["stat", "read", "write", "put", "download", "delete"])
-def test_a_store_that_hangs_is_asked_as_often_as_is_said(impatient, monkeypatch, tmp_path, name, answer):
+def test_a_store_that_hangs_is_asked_as_often_as_is_said(
+    impatient, monkeypatch, tmp_path, name, answer
+):
     uses = {
-        "write": lambda place: storage.write(place, b"x"), "put": lambda place: storage.put(tmp_path / "file", place),
+        "write": lambda place: storage.write(place, b"x"),
+        "put": lambda place: storage.put(tmp_path / "file", place),
         "download": lambda place: storage.download(place, tmp_path / "copy"),
-    }  # fmt: skip
+    }
     with hostile(lists_only(lambda connection, request: None)) as server:
         point_to(server, monkeypatch)
         s3_module._connect("data")
         server.answer, server.requests = answer, []
-        with pytest.raises(StoreError, match=r"^s3://data/file: http://127.* cannot be reached: Read timeout"):
+        with pytest.raises(
+            StoreError, match=r"^s3://data/file: http://127.* cannot be reached: Read timeout"
+        ):
             uses.get(name, getattr(storage, name))("s3://data/file")
         assert len(server.requests) == s3_module.ATTEMPTS
     assert not (tmp_path / "copy").exists()
@@ -130,18 +158,28 @@ def test_a_store_that_hangs_is_asked_as_often_as_is_said(impatient, monkeypatch,
 
 @pytest.mark.parametrize("name", ["read", "download"])
 def test_a_store_that_hangs_in_its_answer(impatient, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(s3_module, "READ_SECONDS", 1)  # in 0.2 s not even the head of it comes on a busy machine
+    # In 0.2 s not even the head of it comes on a busy machine
+    monkeypatch.setattr(s3_module, "READ_SECONDS", 1)
     with hostile(lists_only(stuck_in_its_answer)) as server:
         point_to(server, monkeypatch)
         began = time.monotonic()
         with pytest.raises(StoreError, match=r"^s3://data/file: "):
-            storage.read("s3://data/file") if name == "read" else storage.download("s3://data/file", tmp_path / "copy")
-        assert len([request for request in server.requests if request.startswith("GET /data/file")]) <= s3_module.ATTEMPTS
+            (
+                storage.read("s3://data/file")
+                if name == "read"
+                else storage.download("s3://data/file", tmp_path / "copy")
+            )
+        assert (
+            len([request for request in server.requests if request.startswith("GET /data/file")])
+            <= s3_module.ATTEMPTS
+        )
         assert time.monotonic() - began < 10
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(impatient, monkeypatch, tmp_path, caplog):
+def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(
+    impatient, monkeypatch, tmp_path, caplog
+):
     """docs/reliability.md: about four minutes, and up to seven where the store hangs."""
     attempt = 5 * 30 + 15  # seconds: what botocore waits between its attempts is 15 at most
     assert (s3_module.CONNECT_SECONDS, sum(checkpoint.UPLOAD_WAITS)) == (5, 252)
@@ -155,7 +193,9 @@ def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(impatient, monkeyp
         monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.1, 0.2, 0.4, 9))
         monkeypatch.setattr(checkpoint, "UPLOAD_SECONDS", 3)
         began = time.monotonic()
-        with pytest.raises(StoreError, match=r"^s3://data/ba1.pt: http://127.* cannot be reached: Read timeout"):
+        with pytest.raises(
+            StoreError, match=r"^s3://data/ba1.pt: http://127.* cannot be reached: Read timeout"
+        ):
             checkpoint._upload(tmp_path / "file", "s3://data/ba1.pt")
         assert time.monotonic() - began < 8
         assert len(server.requests) <= 4 * s3_module.ATTEMPTS
@@ -170,26 +210,44 @@ def test_the_waits_are_those_of_the_docs():
 
 
 @pytest.mark.parametrize(
-    "place", [f"s3://AKIAIOSFODNN7EXAMPLE:{SECRET}@data/x", f"s3://key:{SECRET}", "s3://user@data/x"]
+    "place",
+    [f"s3://AKIAIOSFODNN7EXAMPLE:{SECRET}@data/x", f"s3://key:{SECRET}", "s3://user@data/x"],
 )
 def test_credentials_in_a_buckets_place_are_not_told(place):
     with pytest.raises(ConfigError) as caught:
         storage.stat(place)
-    assert str(caught.value) == (
-        "s3://***: must be s3://bucket/path, without credentials or a server; set AWS_ACCESS_KEY_ID "
-        "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL"
+    assert (
+        str(caught.value)
+        == "s3://***: must be s3://bucket/path, without credentials or a server; set"
+        " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL"
     )
 
 
 def test_colons_and_ats_in_a_key_are_part_of_it(monkeypatch):
-    with hostile(lists_only(lambda connection, request: connection.sendall(respond("404 Not Found")))) as server:
+    with hostile(
+        lists_only(lambda connection, request: connection.sendall(respond("404 Not Found")))
+    ) as server:
         point_to(server, monkeypatch)
         assert storage.stat("s3://data/a:b@c") is None
-        assert any("GET /data" in request or "HEAD /data/a" in request for request in server.requests)
+        assert any(
+            "GET /data" in request or "HEAD /data/a" in request for request in server.requests
+        )
 
 
-OPEN = ["http://store.example:9000", "http://127.0.0.1.example", "http://10.0.0.7", "http://u:pa55@10.0.0.8"]
-CLOSED = ["http://127.0.0.1:9000", "http://localhost:1", "http://[::1]:9", "http://127.9.9.9", "https://x.example", ""]
+OPEN = [
+    "http://store.example:9000",
+    "http://127.0.0.1.example",
+    "http://10.0.0.7",
+    "http://u:pa55@10.0.0.8",
+]
+CLOSED = [
+    "http://127.0.0.1:9000",
+    "http://localhost:1",
+    "http://[::1]:9",
+    "http://127.9.9.9",
+    "https://x.example",
+    "",
+]
 
 
 def test_a_server_without_encryption_is_warned_of_once(monkeypatch, caplog):
@@ -198,9 +256,10 @@ def test_a_server_without_encryption_is_warned_of_once(monkeypatch, caplog):
         for server in OPEN + CLOSED:
             s3_module.warn_if_readable(server)
     assert len(caplog.messages) == 4
-    assert caplog.messages[0] == (
-        "warning: http://store.example:9000: is not encrypted: what is sent and fetched can be read "
-        "and changed on the way; use an https:// address"
+    assert (
+        caplog.messages[0]
+        == "warning: http://store.example:9000: is not encrypted: what is sent and fetched can be"
+        " read and changed on the way; use an https:// address"
     )
 
 
@@ -210,7 +269,11 @@ def test_the_warning_comes_from_the_first_request(monkeypatch, caplog):
     for _ in range(2):
         with pytest.raises(ConfigError, match="cannot be reached"):
             storage.stat("s3://data/x")
-    assert [message for message in caplog.messages if re.match("warning: http://no.such.host.invalid: is not enc", message)]
+    assert [
+        message
+        for message in caplog.messages
+        if re.match("warning: http://no.such.host.invalid: is not enc", message)
+    ]
     assert len(caplog.messages) == 1
 
 

@@ -1,4 +1,6 @@
-"""convert/inspect_mds.py on real datasets, whole and broken, in a folder and in a real S3 server."""
+"""convert/inspect_mds.py on real datasets, whole and broken, in a folder and in a real S3
+server.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from flame_composer.config import cli
 from flame_composer.config.convert import InspectConfig
 from flame_composer.dataset import report
 from flame_composer.dataset.manifest import read_manifest
-from flame_composer.dataset.survey import ROWS_AT_ONCE, Shard, add, choose_shards, open_dataset, spread
+from flame_composer.dataset.survey import (
+    ROWS_AT_ONCE,
+    Shard,
+    add,
+    choose_shards,
+    open_dataset,
+    spread,
+)
 from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
@@ -34,7 +43,9 @@ Result = tuple[int, str, str]
 
 @pytest.fixture
 def inspect(monkeypatch, capsys) -> Iterator[Callable[..., Result]]:
-    """Runs the script in this process, which has paid for the imports: exit status, stdout, stderr."""
+    """Runs the script in this process, which has paid for the imports: exit status, stdout,
+    stderr.
+    """
     main = load_script("inspect_mds").main
     handler = signal.getsignal(signal.SIGPIPE)
 
@@ -63,7 +74,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    return [folder / shard["raw_data"]["basename"] for shard in json.loads((folder / "index.json").read_bytes())["shards"]]
+    return [
+        folder / shard["raw_data"]["basename"]
+        for shard in json.loads((folder / "index.json").read_bytes())["shards"]
+    ]
 
 
 def flip(path: Path, at: int) -> None:
@@ -88,10 +102,21 @@ def test_numbers_are_those_that_streaming_reads(dataset, copy_of, inspect):
     def count(low: int, high: int) -> str:
         return f"{np.sum((lengths >= low) & (lengths <= high)):,}"
 
-    table = dict(re.findall(r"^ *([\d,-]+) +([\d,]+) +[\d.]+% +[\d.]+%", out.split("Rows:")[0], re.MULTILINE))
-    assert table == {"1": count(1, 1), "2-3": count(2, 3), "4-7": count(4, 7), "8-15": count(8, 15), "16-31": count(16, 31),
-                     "32": count(32, 32)}  # fmt: skip
-    assert f"{totals.tokens_in:,} tokens in = {totals.tokens_out:,} out + {totals.dropped:,} dropped" in out
+    table = dict(
+        re.findall(r"^ *([\d,-]+) +([\d,]+) +[\d.]+% +[\d.]+%", out.split("Rows:")[0], re.MULTILINE)
+    )
+    assert table == {
+        "1": count(1, 1),
+        "2-3": count(2, 3),
+        "4-7": count(4, 7),
+        "8-15": count(8, 15),
+        "16-31": count(16, 31),
+        "32": count(32, 32),
+    }
+    assert (
+        f"{totals.tokens_in:,} tokens in = {totals.tokens_out:,} out + {totals.dropped:,} dropped"
+        in out
+    )
     assert "Every shard has the size and the hash it was written with." in out
 
 
@@ -99,22 +124,39 @@ def test_numbers_are_those_that_streaming_reads(dataset, copy_of, inspect):
     ("context_length", "num_rows", "most_pieces", "dtype"),
     [(4, ROWS_AT_ONCE + 5, 4, "uint16"), (300, 50, 300, "uint32"), (70000, 3, 70000, "uint16")],
 )
-def test_every_row_is_read_as_streaming_reads_it(tmp_path, context_length, num_rows, most_pieces, dtype):
-    """More rows than are looked at in one go; numbers of pieces that take one, two and four bytes."""
+def test_every_row_is_read_as_streaming_reads_it(
+    tmp_path, context_length, num_rows, most_pieces, dtype
+):
+    """More rows than are looked at in one go; numbers of pieces that take one, two and four
+    bytes.
+    """
     choose = np.random.default_rng(context_length)
     columns = {"input_ids": f"ndarray:{dtype}:{context_length}", "doc_lengths": "ndarray:uint32"}
     with MDSWriter(columns=columns, out=str(tmp_path), size_limit=1 << 27) as writer:
         for row in range(num_rows):
             num_pieces = most_pieces if row == 0 else choose.integers(1, most_pieces + 1)
-            borders = np.sort(choose.choice(np.arange(1, context_length), num_pieces - 1, replace=False))
-            writer.write({
-                "doc_lengths": np.diff(borders, prepend=0, append=context_length).astype(np.uint32),
-                "input_ids": choose.integers(0, 60000, context_length, dtype=dtype),
-            })  # fmt: skip
+            borders = np.sort(
+                choose.choice(np.arange(1, context_length), num_pieces - 1, replace=False)
+            )
+            writer.write(
+                {
+                    "doc_lengths": (
+                        np.diff(borders, prepend=0, append=context_length).astype(np.uint32)
+                    ),
+                    "input_ids": choose.integers(0, 60000, context_length, dtype=dtype),
+                }
+            )
     rows = rows_of(tmp_path)
-    shard = Shard(tmp_path / "shard.00000.mds", num_rows=num_rows, context_length=context_length, token_dtype=dtype)
+    shard = Shard(
+        tmp_path / "shard.00000.mds",
+        num_rows=num_rows,
+        context_length=context_length,
+        token_dtype=dtype,
+    )
     lengths, pieces = shard.count()
-    np.testing.assert_array_equal(lengths, np.bincount(np.concatenate([row["doc_lengths"] for row in rows])))
+    np.testing.assert_array_equal(
+        lengths, np.bincount(np.concatenate([row["doc_lengths"] for row in rows]))
+    )
     np.testing.assert_array_equal(pieces, np.bincount([len(row["doc_lengths"]) for row in rows]))
     for number in (0, num_rows // 2, num_rows - 1):
         input_ids, doc_lengths = shard.row(number)
@@ -128,7 +170,10 @@ def test_sample_rows_show_the_text_and_every_border(dataset, copy_of, inspect, t
     rows = rows_of(folder)
     wanted = [next(i for i, row in enumerate(rows) if len(row["doc_lengths"]) == 3), 0]
     status, out, err = inspect(
-        f"data={folder}", f"tokenizer={tokenizer}", f"row_numbers={wanted[0]},{wanted[1]}", "whole_rows=true"
+        f"data={folder}",
+        f"tokenizer={tokenizer}",
+        f"row_numbers={wanted[0]},{wanted[1]}",
+        "whole_rows=true",
     )
     assert (status, err) == (0, "")
     shown = re.findall(r"^Row ([\d,]+):.*\n((?:[┌├│].*\n)+)└", out, re.MULTILINE)
@@ -141,8 +186,12 @@ def test_sample_rows_show_the_text_and_every_border(dataset, copy_of, inspect, t
                 texts[-1] += line[2:]
             else:
                 length = int(row["doc_lengths"][len(texts)])
-                span = f"tokens {start + 1}-{start + length}" if length > 1 else f"token {start + 1}"
-                assert line == f"{'├' if texts else '┌'}─ piece {len(texts) + 1}: {span} ".ljust(100, "─")
+                span = (
+                    f"tokens {start + 1}-{start + length}" if length > 1 else f"token {start + 1}"
+                )
+                assert line == f"{'├' if texts else '┌'}─ piece {len(texts) + 1}: {span} ".ljust(
+                    100, "─"
+                )
                 texts.append("")
                 start += length
         assert start == CONTEXT_LENGTH
@@ -155,21 +204,34 @@ def test_without_a_tokenizer_rows_are_ids(dataset, inspect):
     status, out, _ = inspect(f"data={dataset}", "row_numbers=1")
     assert status == 0
     block = out[out.index("Row 1:") :]
-    ids = [int(number) for line in block.splitlines() if line[0:1] == "│" for number in line[2:].split()]
+    ids = [
+        int(number)
+        for line in block.splitlines()
+        if line[0:1] == "│"
+        for number in line[2:].split()
+    ]
     assert "(token ids; tokenizer=... shows text)" in block
     assert ids == rows_of(dataset)[1]["input_ids"].tolist()
 
 
 def test_text_that_would_not_be_seen_is_made_visible():
     text = "a\tb\r\n\x1b[31m\x7f zero\u200bwidth \u202e\u2028 数据 e\u0301\n"
-    lines = report.show_row(report.Row(0, "s", np.zeros(1, np.uint16), np.array([1])), lambda _: text, whole=True)
-    assert lines[2:-1] == ["│ a␉b␍␊", "│ ␛[31m␡ zero<U+200B>width <U+202E><U+2028>", "│  数据 e\u0301␊"]
+    lines = report.show_row(
+        report.Row(0, "s", np.zeros(1, np.uint16), np.array([1])), lambda _: text, whole=True
+    )
+    assert lines[2:-1] == [
+        "│ a␉b␍␊",
+        "│ ␛[31m␡ zero<U+200B>width <U+202E><U+2028>",
+        "│  数据 e\u0301␊",
+    ]
     assert all(report.visible(text).isprintable() for text in TEXTS)
 
 
 def test_long_rows_are_shortened_and_fit_the_width():
     ids, lengths = np.arange(2000, dtype=np.uint16), np.array([100] * 20)
-    lines = report.show_row(report.Row(7, "s", ids, lengths), lambda ids: "数据 word\n" * len(ids), whole=False)
+    lines = report.show_row(
+        report.Row(7, "s", ids, lengths), lambda ids: "数据 word\n" * len(ids), whole=False
+    )
     assert len(lines) < 70
     assert lines[1].startswith("┌─ piece 1: tokens 1-100 ─")
     assert "├─ 14 pieces of 1,400 tokens left out ".ljust(100, "─") in lines
@@ -182,7 +244,10 @@ def test_long_rows_are_shortened_and_fit_the_width():
 
 def test_long_rows_are_shown_whole_if_asked_for(inspect, tmp_path):
     make_dataset(tmp_path / "long", num_documents=60, context_length=512, shard_size=9000)
-    shown = [inspect(f"data={tmp_path / 'long/out'}", f"whole_rows={whole}")[1] for whole in ("false", "true")]
+    shown = [
+        inspect(f"data={tmp_path / 'long/out'}", f"whole_rows={whole}")[1]
+        for whole in ("false", "true")
+    ]
     assert ["left out" in out for out in shown] == [True, False]
 
 
@@ -190,9 +255,14 @@ def test_a_ledger_of_many_large_units_fits_the_width(dataset):
     opened = open_dataset(str(dataset))
     unit = opened.manifest.units[0]
     ledger = dataclasses.replace(
-        unit.ledger, documents=9_672_101, tokens_in=10_123_456_789, tokens_out=10_123_456_000, carried_out=789, rows=4_943_093,
+        unit.ledger,
+        documents=9_672_101,
+        tokens_in=10_123_456_789,
+        tokens_out=10_123_456_000,
+        carried_out=789,
+        rows=4_943_093,
         shards=312,
-    )  # fmt: skip
+    )
     units = tuple(dataclasses.replace(unit, name=f"{i:06}", ledger=ledger) for i in range(500))
     manifest = dataclasses.replace(opened.manifest, units=units, totals=ledger)
     lines = report.ledger_table(dataclasses.replace(opened, manifest=manifest))
@@ -205,9 +275,17 @@ def test_a_ledger_of_many_large_units_fits_the_width(dataset):
 def test_what_the_dataset_is_takes_a_few_lines(dataset):
     opened = open_dataset(str(dataset))
     totals = dataclasses.replace(
-        opened.manifest.totals, documents=1000, tokens_in=123_456, documents_short=3, documents_skipped=2
+        opened.manifest.totals,
+        documents=1000,
+        tokens_in=123_456,
+        documents_short=3,
+        documents_skipped=2,
     )
-    config = {"source": ["corpus/\x1b[2J.jsonl"], "add_eos": True, "suffixes": [f".{i}" for i in range(40)]}
+    config = {
+        "source": ["corpus/\x1b[2J.jsonl"],
+        "add_eos": True,
+        "suffixes": [f".{i}" for i in range(40)],
+    }
     manifest = dataclasses.replace(opened.manifest, totals=totals, config=config)
     lines = report.describe(dataclasses.replace(opened, manifest=manifest), "my_tokenizer")
     assert max(map(len, lines)) <= 100
@@ -215,11 +293,12 @@ def test_what_the_dataset_is_takes_a_few_lines(dataset):
     assert lines[0] == str(dataset)
     theirs = fingerprint(byte_tokenizer())
     assert " ".join("\n".join(lines[1:]).split()).startswith(
-        f"split train rows {totals.rows} of 32 tokens (uint16), {totals.bytes / 1000:.1f} kB in {totals.shards} shards "
-        "documents 1,000, 123 tokens each on average; 3 of them were too short and were dropped; 2 more could not be read "
-        f"inputs 1 file, {report.size(sum(part.num_bytes for part in manifest.units[0].inputs))} "
-        f"tokenizer {theirs.sha256[:12]}: {theirs.vocab_size} tokens, bos 0, eos 0; matches my_tokenizer "
-        f"encoder {manifest.units[0].encoder} settings add_eos=true "
+        f"split train rows {totals.rows} of 32 tokens (uint16), {totals.bytes / 1000:.1f} kB in"
+        f" {totals.shards} shards documents 1,000, 123 tokens each on average; 3 of them were too"
+        " short and were dropped; 2 more could not be read inputs 1 file,"
+        f" {report.size(sum(part.num_bytes for part in manifest.units[0].inputs))} tokenizer"
+        f" {theirs.sha256[:12]}: {theirs.vocab_size} tokens, bos 0, eos 0; matches my_tokenizer"
+        f" encoder {manifest.units[0].encoder} settings add_eos=true "
     )
 
 
@@ -247,10 +326,15 @@ def remove(folder: Path) -> None:
     shards_of(folder)[1].unlink()
 
 
-# What is done to a dataset, and what is said of its second shard without verify (None: nothing is found) and with it.
+# What is done to a dataset, and what is said of its second shard without verify (None: nothing is
+# found) and with it.
 HASHED = r"its xxh64 hash is [0-9a-f]{16}, must be [0-9a-f]{16}: the content has changed"
 DAMAGE = {
-    "truncated": (truncate, r"[\d,]+ bytes long, must be [\d,]+", r"[\d,]+ bytes long, must be [\d,]+"),
+    "truncated": (
+        truncate,
+        r"[\d,]+ bytes long, must be [\d,]+",
+        r"[\d,]+ bytes long, must be [\d,]+",
+    ),
     "missing": (remove, "missing", "missing"),
     "a token": (flip_token, None, HASHED),
     "a length": (flip_length, "the document lengths of its row 0 sum to 3[0-9], not 32", HASHED),
@@ -266,14 +350,20 @@ def test_every_bad_shard_is_named(dataset, copy_of, inspect, name):
     flip(shards_of(folder)[2], 200) if name == "a token" else None
     num_shards = len(shards_of(folder))
     for verify, expected in (("false", plain), ("true", verified)):
-        names = [str(path.relative_to(folder)) for path in shards_of(folder)[1 : 3 if name == "a token" else 2]]
+        names = [
+            str(path.relative_to(folder))
+            for path in shards_of(folder)[1 : 3 if name == "a token" else 2]
+        ]
         status, out, err = result = inspect(f"data={folder}", "rows=1", f"verify={verify}")
         if expected is None:
             assert (status, err) == (0, "")
             continue
         assert status == 1
         bad = "".join(f"bad shard: {re.escape(shard)}: {expected}\n" for shard in names)
-        error = f"error: {re.escape(str(folder))}: {len(names)} of {num_shards} shards bad: {', '.join(names)}; restore .*\n"
+        error = (
+            f"error: {re.escape(str(folder))}: {len(names)} of {num_shards} shards bad:"
+            f" {', '.join(names)}; restore .*\n"
+        )
         assert re.fullmatch(bad + error, err)
         summary = json_of(result)
         assert list(summary["bad_shards"]) == names
@@ -301,7 +391,10 @@ def tampered_index(folder: Path) -> None:
 
 
 def outside_index(folder: Path) -> None:
-    edit(folder / "index.json", lambda index: index["shards"][0]["raw_data"].update(basename="../../secret"))
+    edit(
+        folder / "index.json",
+        lambda index: index["shards"][0]["raw_data"].update(basename="../../secret"),
+    )
 
 
 def tampered_ledger(folder: Path) -> None:
@@ -323,16 +416,47 @@ def unfinished(folder: Path) -> None:
 
 NOT_A_DATASET = {
     "no folder": (shutil.rmtree, 2, "DATA: no such folder"),
-    "no dataset": (lambda f: (f / "manifest.json").unlink(), 2, "DATA: no dataset made by convert/to_mds.py (manifest.json is "
-                   "missing)"),
-    "unfinished": (unfinished, 2, "DATA: an unfinished conversion (run the same convert/to_mds.py command again"),
-    "no index": (lambda f: (f / "index.json").unlink(), 1, "DATA/index.json: missing; run the same convert/to_mds.py command"),
-    "index": (tampered_index, 1, "DATA/index.json: damaged: it is not the index that manifest.json was written with"),
-    "outside": (outside_index, 1, "DATA/index.json: damaged: it names a file outside the dataset: '../../secret'"),
-    "manifest": (lambda f: (f / "manifest.json").write_text("{"), 1, "DATA/manifest.json: damaged: not valid JSON"),
-    "ledger": (tampered_ledger, 1, "DATA/manifest.json: damaged: its token ledger does not balance"),
-    "totals": (tampered_totals, 1, "DATA/manifest.json: damaged: its totals (rows, shards, bytes) are "),
-}  # fmt: skip
+    "no dataset": (
+        lambda f: (f / "manifest.json").unlink(),
+        2,
+        "DATA: no dataset made by convert/to_mds.py (manifest.json is missing)",
+    ),
+    "unfinished": (
+        unfinished,
+        2,
+        "DATA: an unfinished conversion (run the same convert/to_mds.py command again",
+    ),
+    "no index": (
+        lambda f: (f / "index.json").unlink(),
+        1,
+        "DATA/index.json: missing; run the same convert/to_mds.py command",
+    ),
+    "index": (
+        tampered_index,
+        1,
+        "DATA/index.json: damaged: it is not the index that manifest.json was written with",
+    ),
+    "outside": (
+        outside_index,
+        1,
+        "DATA/index.json: damaged: it names a file outside the dataset: '../../secret'",
+    ),
+    "manifest": (
+        lambda f: (f / "manifest.json").write_text("{"),
+        1,
+        "DATA/manifest.json: damaged: not valid JSON",
+    ),
+    "ledger": (
+        tampered_ledger,
+        1,
+        "DATA/manifest.json: damaged: its token ledger does not balance",
+    ),
+    "totals": (
+        tampered_totals,
+        1,
+        "DATA/manifest.json: damaged: its totals (rows, shards, bytes) are ",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NOT_A_DATASET)
@@ -350,16 +474,28 @@ def test_mistakes_in_the_arguments(dataset, inspect, tmp_path):
     llama_tokenizer().save_pretrained(tmp_path / "llama")
     rows = read_manifest(str(dataset)).totals.rows
     for arguments, message in (
-        ([f"tokenizer={tmp_path / 'llama'}"], f"tokenizer: {dataset} was made with another one than {tmp_path / 'llama'} "
-         f"(vocab_size: {fingerprint(byte_tokenizer()).vocab_size} there, {fingerprint(llama_tokenizer()).vocab_size} here); "
-         "name the one it was converted with"),
+        (
+            [f"tokenizer={tmp_path / 'llama'}"],
+            (
+                f"tokenizer: {dataset} was made with another one than {tmp_path / 'llama'}"
+                f" (vocab_size: {fingerprint(byte_tokenizer()).vocab_size} there,"
+                f" {fingerprint(llama_tokenizer()).vocab_size} here); name the one it was converted"
+                " with"
+            ),
+        ),
         (["row_numbers=0,10000"], f"row_numbers: 10000: {dataset} has rows 0 to {rows - 1}"),
         (["row_numbers=-1"], "command line: row_numbers=[-1]: must all be 0 or more"),
         (["rows=-1"], "command line: rows=-1: must be 0 or more"),
         (["max_bytes=0"], "command line: max_bytes=0: must be more than 0 bytes, or null"),
-        (["plot=lengths.svg"], "command line: plot=lengths.svg: must be a file name ending in .png"),
-        (["plot=/nowhere/a.png"], "plot: /nowhere/a.png: its folder does not exist; make it or name another"),
-    ):  # fmt: skip
+        (
+            ["plot=lengths.svg"],
+            "command line: plot=lengths.svg: must be a file name ending in .png",
+        ),
+        (
+            ["plot=/nowhere/a.png"],
+            "plot: /nowhere/a.png: its folder does not exist; make it or name another",
+        ),
+    ):
         assert inspect(f"data={dataset}", *arguments) == (2, "", f"error: {message}\n")
 
 
@@ -370,7 +506,9 @@ def test_the_plot_is_a_png_with_something_on_it(dataset, inspect, tmp_path):
     with Image.open(tmp_path / "lengths.png") as image:
         assert image.format == "PNG"
         colors = image.convert("RGB").getcolors(1 << 20)
-    drawn = {color: count for count, color in colors if color in ((0x88, 0xAA, 0xCC), (0xAA, 0x44, 0x22))}
+    drawn = {
+        color: count for count, color in colors if color in ((0x88, 0xAA, 0xCC), (0xAA, 0x44, 0x22))
+    }
     assert len(drawn) == 2
     assert min(drawn.values()) > 500
 
@@ -380,25 +518,40 @@ def test_spread_and_choice_of_shards(dataset):
     assert spread(5, 3) == [0, 1, 2]
     assert spread(0, 3) == []
     files = open_dataset(str(dataset)).files
-    assert choose_shards(files, None) == choose_shards(files, sum(file.bytes for file in files)) == set(range(len(files)))
+    assert (
+        choose_shards(files, None)
+        == choose_shards(files, sum(file.bytes for file in files))
+        == set(range(len(files)))
+    )
     assert len(choose_shards(files, 1)) == 1
     assert len(choose_shards(files, sum(file.bytes for file in files) // 2)) == len(files) // 2
     assert add(np.array([1, 2]), np.array([3, 4, 5])).tolist() == [4, 6, 5]
 
 
 def test_in_a_process_of_its_own(dataset):
-    """It needs none of the slow imports, a pipe that closes does not matter, nor a terminal that knows no Unicode."""
-    code = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: " \
-        "sys.stderr.write(repr({'torch', 'streaming', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    """It needs none of the slow imports, a pipe that closes does not matter, nor a terminal that
+    knows no Unicode.
+    """
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0],"
+        " run_name='__main__')\nfinally: sys.stderr.write(repr({'torch', 'streaming',"
+        " 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
     script = ROOT / "convert" / "inspect_mds.py"
     command = [sys.executable, "-c", code, script, f"data={dataset}", "verify=true"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert (result.returncode, result.stderr) == (0, "set()")
     assert json.loads(result.stdout.splitlines()[-1])["bad_shards"] == {}
     pipe = '"$0" "$1" data="$2" rows=1000 whole_rows=true | head -1'
-    piped = subprocess.run(["bash", "-c", pipe, sys.executable, script, dataset], capture_output=True, text=True)
+    piped = subprocess.run(
+        ["bash", "-c", pipe, sys.executable, script, dataset], capture_output=True, text=True
+    )
     assert (piped.stdout, piped.stderr) == (f"{dataset}\n", "")
-    help_text = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
+    help_text = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True
+    ).stdout
     assert "  row_numbers: list[int] = []\n" in help_text
 
 
@@ -407,7 +560,10 @@ def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, 
     folder = copy_of(dataset)
     remote = s3.upload(folder, "inspect-whole")
     arguments = [f"tokenizer={tokenizer}", "rows=3"]
-    local, there = inspect(f"data={folder}", *arguments, "verify=true"), inspect(f"data={remote}/", *arguments, "verify=true")
+    local, there = (
+        inspect(f"data={folder}", *arguments, "verify=true"),
+        inspect(f"data={remote}/", *arguments, "verify=true"),
+    )
     assert (there[0], there[2]) == (0, "")
     assert there[1].replace(f"{remote}/", str(folder)) == local[1]
     status, out, err = result = inspect(f"data={remote}", "rows=0", "max_bytes=1")
@@ -423,7 +579,10 @@ def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, 
     assert status == 1
     bad, missing, error = err.splitlines()
     assert re.fullmatch(f"bad shard: units/000000/shard.00001.mds: {HASHED}", bad)
-    assert missing.startswith(f"bad shard: units/000000/shard.00002.mds: cannot be downloaded: Object {remote}/units/000000/")
+    assert missing.startswith(
+        "bad shard: units/000000/shard.00002.mds: cannot be downloaded: Object"
+        f" {remote}/units/000000/"
+    )
     assert error.startswith(f"error: {remote}: 2 of {len(shards_of(folder))} shards bad: ")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
 

@@ -1,4 +1,6 @@
-"""Every key of docs/configuration.md has a test that fails when the product forgets it: tests/keys.json, `make test-keys`."""
+"""Every key of docs/configuration.md has a test that fails when the product forgets it:
+tests/keys.json, `make test-keys`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from tests.prove_keys import NOT_HERE, TABLE
 
 def test_every_key_has_a_test_and_every_such_test_exists():
     table: dict[str, str] = json.loads(TABLE.read_text(encoding="utf-8"))
-    assert list(table) == sorted([*config_keys(), *extension_keys()]), "add a key with the test that fails without it"
+    assert list(table) == sorted([*config_keys(), *extension_keys()]), (
+        "add a key with the test that fails without it"
+    )
     tests = {entry for entry in table.values() if not entry.startswith(NOT_HERE)}
     defined: set[str] = set()
     for file in {test.partition("::")[0] for test in tests}:

@@ -1,4 +1,6 @@
-"""recipes/launch: Slurm and Kubernetes stop a run and start it again, and it is as if they had not."""
+"""recipes/launch: Slurm and Kubernetes stop a run and start it again, and it is as if they had
+not.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ CANONICAL = ("train_data.num_canonical_nodes=2",)  # the same order of rows on o
 
 
 def faults(test: Any) -> Any:
-    slow = pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults")
+    slow = pytest.mark.skipif(
+        "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"
+    )
     return pytest.mark.faults(slow(test))
 
 
@@ -50,7 +54,10 @@ def ranks_of(job: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "recipes/train.py" in process.cmdline()[1:2] and process.environ().get("SLURM_JOB_ID") == job:
+            if (
+                "recipes/train.py" in process.cmdline()[1:2]
+                and process.environ().get("SLURM_JOB_ID") == job
+            ):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
@@ -59,9 +66,13 @@ def ranks_of(job: str) -> list[psutil.Process]:
 
 def start(*command: object, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**os.environ, **env},
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    )
 
 
 def test_sigterm_to_the_launcher_stops_both_processes_after_a_checkpoint(
@@ -81,22 +92,30 @@ def test_sigterm_to_the_launcher_stops_both_processes_after_a_checkpoint(
     assert (run / f"checkpoints/ba{len(rows)}.pt").is_file()
     corpus.train_run(run)
     assert [row["current_steps"] for row in read_log(run)] == list(range(1, 41))
-    assert [row["batch_hash"] for row in read_log(run)] == [row["batch_hash"] for row in read_log(undisturbed)]
+    assert [row["batch_hash"] for row in read_log(run)] == [
+        row["batch_hash"] for row in read_log(undisturbed)
+    ]
 
 
 # Whoever is killed
 
 
 class Launched:
-    """`composer -n 2` with a loader process or two for each rank, in a session of its own: none of it must be left."""
+    """`composer -n 2` with a loader process or two for each rank, in a session of its own: none
+    of it must be left.
+    """
 
     def __init__(self, keys: list[str], output: Path):
         self.output = output
         with output.open("w") as out:
             self.launcher = subprocess.Popen(
-                [COMPOSER, "-n", "2", "recipes/train.py", *keys], cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
+                [COMPOSER, "-n", "2", "recipes/train.py", *keys],
+                cwd=ROOT,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
+            )
 
     @property
     def pid(self) -> int:
@@ -114,14 +133,22 @@ class Launched:
         return [child for _, child in sorted(found)] if len(found) == 2 else []
 
     def loaders(self) -> list[psutil.Process]:
-        return [child for rank in self.ranks() for child in rank.children() if "pt_data_worker" in child.name()]
+        return [
+            child
+            for rank in self.ranks()
+            for child in rank.children()
+            if "pt_data_worker" in child.name()
+        ]
 
     def left(self) -> list[psutil.Process]:
         """What lives of its session."""
         found = []
         for process in psutil.process_iter(["status"]):
             try:
-                if os.getsid(process.pid) == self.pid and process.info["status"] != psutil.STATUS_ZOMBIE:
+                if (
+                    os.getsid(process.pid) == self.pid
+                    and process.info["status"] != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except ProcessLookupError:
                 continue
@@ -132,7 +159,9 @@ class Launched:
         end = time.monotonic() + 60
         status = self.launcher.wait(timeout=60)
         while left := self.left():
-            assert time.monotonic() < end, [process.cmdline()[:4] for process in left] + [self.output.read_text()]
+            assert time.monotonic() < end, [process.cmdline()[:4] for process in left] + [
+                self.output.read_text()
+            ]
             time.sleep(0.05)
         return status
 
@@ -168,8 +197,12 @@ def sixty(corpus: Corpus, run: Path) -> list[str]:
 
 @faults
 @pytest.mark.timeout(3600)
-def test_12_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tmp_path: Path) -> None:
-    """The launcher, either rank or a loader process, at any instant from the start on; nothing is left, and it goes on."""
+def test_12_kills_of_whoever(
+    corpus: Corpus, sixty_steps: tuple[Path, float], tmp_path: Path
+) -> None:
+    """The launcher, either rank or a loader process, at any instant from the start on; nothing
+    is left, and it goes on.
+    """
     whole, seconds = sixty_steps
     run, choose = tmp_path / "killed", random.Random(30)
     for number in range(12):
@@ -191,8 +224,13 @@ def test_12_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tm
             {"launcher": launched.launcher, "rank 0": ranks[0], "rank 1": ranks[1]}[victim].kill()
         since = time.monotonic()
         status = launched.wait()
-        print(f"{number}: {victim} at step {num_rows(run)}: status {status}, {time.monotonic() - since:.1f} s",
-              *launched.errors(), sep="\n    ", flush=True)  # fmt: skip
+        print(
+            f"{number}: {victim} at step {num_rows(run)}: status {status},"
+            f" {time.monotonic() - since:.1f} s",
+            *launched.errors(),
+            sep="\n    ",
+            flush=True,
+        )
         assert status != 0, launched.output.read_text()
     launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
     assert launched.launcher.wait(timeout=300) == 0, launched.output.read_text()
@@ -200,7 +238,9 @@ def test_12_kills_of_whoever(corpus: Corpus, sixty_steps: tuple[Path, float], tm
 
 
 @faults
-def test_a_launcher_that_is_killed_a_peer_and_a_loader_process(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_launcher_that_is_killed_a_peer_and_a_loader_process(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     """What is said, and the status, in the middle of a run."""
     run = tmp_path / "run"
     goes_on = "; the same command goes on from what was saved last"
@@ -225,7 +265,8 @@ def test_a_launcher_that_is_killed_a_peer_and_a_loader_process(corpus: Corpus, t
     while any("resource_tracker" not in " ".join(process.cmdline()) for process in launched.left()):
         assert time.monotonic() < end, "who was stopped lives on"
         time.sleep(0.05)
-    os.killpg(launched.pid, signal.SIGCONT)  # Python's own resource trackers, which then clear up and end
+    # Python's own resource trackers, which then clear up and end
+    os.killpg(launched.pid, signal.SIGCONT)
     assert launched.wait() == -signal.SIGKILL
 
     launched = started()
@@ -244,7 +285,9 @@ def test_a_launcher_that_is_killed_a_peer_and_a_loader_process(corpus: Corpus, t
 
 @faults
 def test_ctrl_c_at_the_launcher(corpus: Corpus, tmp_path: Path) -> None:
-    """A terminal sends it to launcher, ranks and loader processes; the launcher sends SIGTERM to its ranks then."""
+    """A terminal sends it to launcher, ranks and loader processes; the launcher sends SIGTERM to
+    its ranks then.
+    """
     run = tmp_path / "interrupted"
     launched = Launched(sixty(corpus, run), run.with_suffix(".out"))
     wait_for_step(run, 12, lambda: launched.launcher.poll() is None)
@@ -268,9 +311,13 @@ def test_the_slurm_script_is_sound() -> None:
 
 def test_the_slurm_script_says_where_to_submit_it(tmp_path: Path) -> None:
     env = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
-    process = subprocess.run(["bash", SCRIPT, "a.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    process = subprocess.run(
+        ["bash", SCRIPT, "a.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert process.returncode == 2
-    assert process.stderr.endswith(f"{tmp_path} has no recipes/train.py; submit from the root of the repository\n")
+    assert process.stderr.endswith(
+        f"{tmp_path} has no recipes/train.py; submit from the root of the repository\n"
+    )
 
 
 class Job:
@@ -284,29 +331,49 @@ class Job:
             shutil.copytree(corpus.train, f"{run}-train{node}")
             shutil.copytree(corpus.val, f"{run}-val{node}")
         self.keys = corpus.keys(
-            run, f"train_data.local={run}-train${{oc.env:SLURM_NODEID}}", f"eval_data.local={run}-val${{oc.env:SLURM_NODEID}}",
+            run,
+            f"train_data.local={run}-train${{oc.env:SLURM_NODEID}}",
+            f"eval_data.local={run}-val${{oc.env:SLURM_NODEID}}",
             *CANONICAL,
-        )  # fmt: skip
+        )
 
     def submit(self, *more: str, export: str = "ALL") -> None:
         self.id = self.slurm.command(
-            "sbatch", "--parsable", f"--nodes={self.nodes}", f"--ntasks-per-node={2 // self.nodes}", "--cpus-per-task=1",
-            f"--output={self.log}", f"--export={export}", SCRIPT, *self.keys, *more,
+            "sbatch",
+            "--parsable",
+            f"--nodes={self.nodes}",
+            f"--ntasks-per-node={2 // self.nodes}",
+            "--cpus-per-task=1",
+            f"--output={self.log}",
+            f"--export={export}",
+            SCRIPT,
+            *self.keys,
+            *more,
         )
 
     def reach(self, step: int) -> None:
-        wait_for_step(self.run, step, lambda: self.slurm.state(self.id)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"))
+        wait_for_step(
+            self.run,
+            step,
+            lambda: self.slurm.state(self.id)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"),
+        )
 
     def begin_again(self, restarts: int) -> None:
-        """Wait until it has ended and is pending, and let it start now and not in some seconds, with the usual time."""
+        """Wait until it has ended and is pending, and let it start now and not in some seconds,
+        with the usual time.
+        """
         assert self.slurm.wait_for(self.id, "PENDING")["Restarts"] == str(restarts)
         self.check_saved()
-        self.slurm.command("scontrol", "update", f"jobid={self.id}", "StartTime=now", "TimeLimit=10")
+        self.slurm.command(
+            "scontrol", "update", f"jobid={self.id}", "StartTime=now", "TimeLimit=10"
+        )
 
     def check_saved(self) -> int:
         step = len(read_log(self.run))
         assert step < 40
-        assert (self.run / f"checkpoints/ba{step}.pt").is_file(), "steps that were computed are lost"
+        assert (self.run / f"checkpoints/ba{step}.pt").is_file(), (
+            "steps that were computed are lost"
+        )
         return step
 
 
@@ -333,12 +400,19 @@ def test_a_job_that_slurm_requeues_twice_ends_bit_identical(
     job.begin_again(1)
 
     job.reach(14)
-    # Slurm looks at time limits twice a minute, longer than these steps take: they have to wait for it.
+    # Slurm looks at time limits twice a minute, longer than these steps take: they have to wait for
+    # it.
     ranks = ranks_of(job.id)
     assert len(ranks) == 2
     for rank in ranks:
         rank.suspend()
-    minutes = int(time.time() - time.mktime(time.strptime(slurm.state(job.id)["StartTime"], "%Y-%m-%dT%H:%M:%S"))) // 60
+    minutes = (
+        int(
+            time.time()
+            - time.mktime(time.strptime(slurm.state(job.id)["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+        )
+        // 60
+    )
     slurm.command("scontrol", "update", f"jobid={job.id}", f"TimeLimit={minutes + 2}")
     end = time.monotonic() + 90
     while "close to the time limit" not in job.log.read_text():
@@ -350,7 +424,11 @@ def test_a_job_that_slurm_requeues_twice_ends_bit_identical(
 
     state = slurm.wait_for(job.id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
     log = job.log.read_text()
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "2"), log
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == (
+        "COMPLETED",
+        "0:0",
+        "2",
+    ), log
     assert_same_run(job.run, two_ranks)
     stops = [int(step) for step in re.findall(r"stopped after step (\d+); saved", log)]
     assert [f"step {step}," in log for step in stops] == [True, True]
@@ -359,8 +437,12 @@ def test_a_job_that_slurm_requeues_twice_ends_bit_identical(
 
 @faults
 @pytest.mark.skipif(missing() is not None, reason=f"no Slurm: {missing()}")
-def test_jobs_that_must_not_come_back(slurm: Slurm, corpus: Corpus, two_ranks: Path, tmp_path: Path) -> None:
-    """A failed one, one that was requeued too often, a cancelled one; the run they left is finished by another job."""
+def test_jobs_that_must_not_come_back(
+    slurm: Slurm, corpus: Corpus, two_ranks: Path, tmp_path: Path
+) -> None:
+    """A failed one, one that was requeued too often, a cancelled one; the run they left is
+    finished by another job.
+    """
     job = Job(slurm, corpus, tmp_path / "resubmitted", nodes=1)
     job.submit("optimizer.lr=-1")
     state = slurm.wait_for(job.id, "FAILED")
@@ -369,7 +451,8 @@ def test_jobs_that_must_not_come_back(slurm: Slurm, corpus: Corpus, two_ranks: P
 
     job.submit(export="ALL,MAX_RESTARTS=0")
     job.reach(7)
-    slurm.command("scancel", "--batch", "--signal=USR1", job.id)  # as Slurm does before the time limit
+    # As Slurm does before the time limit
+    slurm.command("scancel", "--batch", "--signal=USR1", job.id)
     state = slurm.wait_for(job.id, "FAILED")
     assert (state["ExitCode"], state["Restarts"]) == ("143:0", "0")
     step = job.check_saved()
@@ -396,12 +479,20 @@ def test_jobs_that_must_not_come_back(slurm: Slurm, corpus: Corpus, two_ranks: P
 
 
 LAUNCHERS = {
-    "composer": "composer --nproc 1 --world_size 2 --node_rank NODE --master_addr ADDRESS --master_port 29500",
-    "torchrun": "torchrun --nnodes 2 --nproc-per-node 1 --node-rank NODE --master-addr ADDRESS --master-port 29500",
+    "composer": (
+        "composer --nproc 1 --world_size 2 --node_rank NODE --master_addr ADDRESS --master_port"
+        " 29500"
+    ),
+    "torchrun": (
+        "torchrun --nnodes 2 --nproc-per-node 1 --node-rank NODE --master-addr ADDRESS"
+        " --master-port 29500"
+    ),
 }
 
 
-def on_two_machines(hosts: Hosts, corpus: Corpus, run: Path, command: str, *more: str) -> list[subprocess.Popen[bytes]]:
+def on_two_machines(
+    hosts: Hosts, corpus: Corpus, run: Path, command: str, *more: str
+) -> list[subprocess.Popen[bytes]]:
     """The launcher's command on each of them, which has the data on a disk of its own."""
     started = []
     for node in (0, 1):
@@ -410,7 +501,9 @@ def on_two_machines(hosts: Hosts, corpus: Corpus, run: Path, command: str, *more
             shutil.copytree(corpus.train, data / "train")
             shutil.copytree(corpus.val, data / "val")
         name, *arguments = command.replace("NODE", f"{node}").replace("ADDRESS", "node0").split()
-        keys = corpus.keys(run, *CANONICAL, f"train_data.local={data}/train", f"eval_data.local={data}/val", *more)
+        keys = corpus.keys(
+            run, *CANONICAL, f"train_data.local={data}/train", f"eval_data.local={data}/val", *more
+        )
         launched = (sys.executable, COMPOSER.with_name(name), *arguments, "recipes/train.py", *keys)
         started.append(hosts.start(node, *launched, NODE_RANK=f"{node}"))
     return started
@@ -418,8 +511,12 @@ def on_two_machines(hosts: Hosts, corpus: Corpus, run: Path, command: str, *more
 
 @faults
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_machine_that_is_lost(hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path, launcher: str) -> None:
-    """One of two goes down; the other ends by itself, and the same commands go on as if nothing had been."""
+def test_a_machine_that_is_lost(
+    hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path, launcher: str
+) -> None:
+    """One of two goes down; the other ends by itself, and the same commands go on as if nothing
+    had been.
+    """
     run = tmp_path / "machines"
     machines = on_two_machines(hosts, corpus, run, LAUNCHERS[launcher])
     wait_for_step(run, 12, lambda: all(machine.poll() is None for machine in machines))
@@ -433,14 +530,28 @@ def test_a_machine_that_is_lost(hosts: Hosts, corpus: Corpus, two_ranks: Path, t
 
 
 @faults
-def test_a_copy_of_the_model_on_each_machine(hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path) -> None:
-    """HYBRID_SHARD on two machines of two ranks: each machine holds a whole model, and one of them saves its."""
-    run, command = tmp_path / "hybrid", LAUNCHERS["composer"].replace("--nproc 1 --world_size 2", "--nproc 2 --world_size 4")
-    hybrid = ("parallelism.fsdp={sharding_strategy: HYBRID_SHARD, state_dict_type: sharded}", "parallelism.cpu_fsdp=true",
-              "max_duration=6ba", "microbatch_size=1")
+def test_a_copy_of_the_model_on_each_machine(
+    hosts: Hosts, corpus: Corpus, two_ranks: Path, tmp_path: Path
+) -> None:
+    """HYBRID_SHARD on two machines of two ranks: each machine holds a whole model, and one of
+    them saves its.
+    """
+    run, command = (
+        tmp_path / "hybrid",
+        LAUNCHERS["composer"].replace("--nproc 1 --world_size 2", "--nproc 2 --world_size 4"),
+    )
+    hybrid = (
+        "parallelism.fsdp={sharding_strategy: HYBRID_SHARD, state_dict_type: sharded}",
+        "parallelism.cpu_fsdp=true",
+        "max_duration=6ba",
+        "microbatch_size=1",
+    )
     for machine in on_two_machines(hosts, corpus, run, command, *hybrid):
         assert machine.wait(timeout=300) == 0, hosts.log(0) + hosts.log(1)
-    assert sorted(path.name for path in (run / "checkpoints/ba6").glob("piece*")) == ["piece0.pt", "piece1.pt"]
+    assert sorted(path.name for path in (run / "checkpoints/ba6").glob("piece*")) == [
+        "piece0.pt",
+        "piece1.pt",
+    ]
     losses = [[row["loss"] for row in read_log(each)[:3]] for each in (run, two_ranks)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -448,7 +559,9 @@ def test_a_copy_of_the_model_on_each_machine(hosts: Hosts, corpus: Corpus, two_r
 def test_the_commands_for_several_machines_are_those_in_the_documentation() -> None:
     documented = (ROOT / "docs/migrating-from-flame.md").read_text()
     for command in LAUNCHERS.values():
-        eight = re.sub(r"(--nproc(?:-per-node)?) 1\b", r"\1 8", command).replace("--world_size 2", "--world_size 16")
+        eight = re.sub(r"(--nproc(?:-per-node)?) 1\b", r"\1 8", command).replace(
+            "--world_size 2", "--world_size 16"
+        )
         assert f"{eight} recipes/train.py FILE.yaml" in documented
 
 
@@ -473,14 +586,26 @@ def plain_env(job: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize("node", [0, 1])
 def test_the_launcher_understands_a_pod(node: int, monkeypatch: pytest.MonkeyPatch) -> None:
     service, job = manifest()
-    spec, env, command = job["spec"], plain_env(job), container(job)["command"] + container(job)["args"]
+    spec, env, command = (
+        job["spec"],
+        plain_env(job),
+        container(job)["command"] + container(job)["args"],
+    )
     for name, value in {**env, "NODE_RANK": str(node)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", command)
     asked = launcher._parse_args()
-    assert (asked.nproc, asked.world_size, asked.node_rank, asked.base_rank) == (8, 16, node, node * 8)
+    assert (asked.nproc, asked.world_size, asked.node_rank, asked.base_rank) == (
+        8,
+        16,
+        node,
+        node * 8,
+    )
     assert asked.world_size == asked.nproc * spec["completions"]
-    assert (asked.master_addr, asked.master_port) == (f"{job['metadata']['name']}-0.{service['metadata']['name']}", 29500)
+    assert (asked.master_addr, asked.master_port) == (
+        f"{job['metadata']['name']}-0.{service['metadata']['name']}",
+        29500,
+    )
     assert asked.training_script == "recipes/train.py"
 
     config = load(TrainConfig, asked.training_script_args)
@@ -501,23 +626,43 @@ def test_a_preempted_pod_is_no_failure_and_no_secret_is_in_the_manifest() -> Non
     assert (job["spec"]["completionMode"], pod["restartPolicy"]) == ("Indexed", "Never")
     assert job["spec"]["completions"] == job["spec"]["parallelism"]
     assert pod["subdomain"] == service["metadata"]["name"]
-    assert service["spec"] | {"selector": {"job-name": job["metadata"]["name"]}, "clusterIP": "None"} == service["spec"]
+    assert (
+        service["spec"] | {"selector": {"job-name": job["metadata"]["name"]}, "clusterIP": "None"}
+        == service["spec"]
+    )
     rules = job["spec"]["podFailurePolicy"]["rules"]
-    exits = {tuple(rule["onExitCodes"]["values"]): rule["action"] for rule in rules if "onExitCodes" in rule}
+    exits = {
+        tuple(rule["onExitCodes"]["values"]): rule["action"]
+        for rule in rules
+        if "onExitCodes" in rule
+    }
     assert exits == {(143,): "Ignore", (2,): "FailJob"}
-    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {container(job)["name"]}
-    assert [each["type"] for rule in rules for each in rule.get("onPodConditions", [])] == ["DisruptionTarget"]
+    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {
+        container(job)["name"]
+    }
+    assert [each["type"] for rule in rules for each in rule.get("onPodConditions", [])] == [
+        "DisruptionTarget"
+    ]
     assert "AWS_SECRET_ACCESS_KEY" not in plain_env(job)
     assert container(job)["envFrom"] == [{"secretRef": {"name": "flame-composer"}}]
 
 
 @faults
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
-def test_a_pod_that_is_deleted_saves_before_its_launcher_hears_of_it(corpus: Corpus, two_ranks: Path, tmp_path: Path) -> None:
-    """Not a cluster: the manifest's command as process 1 of a namespace, stopped by the manifest's hook."""
+def test_a_pod_that_is_deleted_saves_before_its_launcher_hears_of_it(
+    corpus: Corpus, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Not a cluster: the manifest's command as process 1 of a namespace, stopped by the
+    manifest's hook.
+    """
     _, job = manifest()
     run = tmp_path / "pod"
-    env = plain_env(job) | {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env = plain_env(job) | {
+        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     command = (COMPOSER, *container(job)["command"][1:], *corpus.keys(run, *CANONICAL))
     with start("unshare", "--pid", "--fork", "--mount-proc", *command, **env) as pod:
         wait_for_step(run, 12, lambda: pod.poll() is None)
@@ -526,7 +671,14 @@ def test_a_pod_that_is_deleted_saves_before_its_launcher_hears_of_it(corpus: Cor
         assert len(ranks) == 2
         for rank in ranks:
             rank.suspend()  # as if they saved for longer than the launcher's 30 s
-        hook = start("nsenter", "-t", launching.pid, "-p", "-m", *container(job)["lifecycle"]["preStop"]["exec"]["command"])
+        hook = start(
+            "nsenter",
+            "-t",
+            launching.pid,
+            "-p",
+            "-m",
+            *container(job)["lifecycle"]["preStop"]["exec"]["command"],
+        )
         time.sleep(35)
         assert pod.poll() is None
         assert hook.poll() is None

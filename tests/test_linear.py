@@ -1,4 +1,6 @@
-"""Linear layers through oneDNN: PyTorch's results to fp32 rounding, at every size, and nothing else changed."""
+"""Linear layers through oneDNN: PyTorch's results to fp32 rounding, at every size, and nothing
+else changed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flame_composer import cpu
-from flame_composer.cpu.linear import MIN_PRODUCTS, Linear, linear, product, through_onednn, weight_gradient
+from flame_composer.cpu.linear import (
+    MIN_PRODUCTS,
+    Linear,
+    linear,
+    product,
+    through_onednn,
+    weight_gradient,
+)
 
 SIZES = st.integers(1, 130)
 
@@ -23,12 +32,20 @@ SIZES = st.integers(1, 130)
 @given(SIZES, SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
 @example(1024, 512, 96, True, 0)
 @example(2, 1024, 1024, False, 1)
-def test_results_and_gradients_are_pytorchs(n: int, inputs: int, outputs: int, bias: bool, seed: int) -> None:
+def test_results_and_gradients_are_pytorchs(
+    n: int, inputs: int, outputs: int, bias: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
-    given = [torch.randn(2, n, inputs), torch.randn(outputs, inputs), *([torch.randn(outputs)] if bias else [])]
+    given = [
+        torch.randn(2, n, inputs),
+        torch.randn(outputs, inputs),
+        *([torch.randn(outputs)] if bias else []),
+    ]
     results = []
     for compute in (linear, F.linear):
-        x, weight, *rest = (tensor.double() if compute is F.linear else tensor.clone() for tensor in given)
+        x, weight, *rest = (
+            tensor.double() if compute is F.linear else tensor.clone() for tensor in given
+        )
         leaves = [tensor.requires_grad_() for tensor in (x, weight, *rest)]
         y = compute(*leaves)
         y.square().sum().backward()
@@ -98,7 +115,9 @@ print(len(heard))
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_signal_in_the_middle_of_a_product_does_no_harm(threads: int) -> None:
-    """Without the guard this aborts with `corrupted size vs. prev_size` on CPUs with AVX2 or AVX-512."""
+    """Without the guard this aborts with `corrupted size vs. prev_size` on CPUs with AVX2 or
+    AVX-512.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": f"{threads}"}
     environment.pop("PYTHONFAULTHANDLER", None)
     command = [sys.executable, "-c", SIGNALS, "guarded"]
@@ -109,9 +128,13 @@ def test_a_signal_in_the_middle_of_a_product_does_no_harm(threads: int) -> None:
 
 def test_models_on_a_cpu_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr("flame_composer.cpu.linear.keep_signals_off_the_heap", lambda: calls.append(True))
+    monkeypatch.setattr(
+        "flame_composer.cpu.linear.keep_signals_off_the_heap", lambda: calls.append(True)
+    )
     through_onednn(nn.Linear(2, 2))
     assert calls == [True]
-    monkeypatch.setitem(cpu.enable.__globals__, "keep_signals_off_the_heap", lambda: calls.append(True))
+    monkeypatch.setitem(
+        cpu.enable.__globals__, "keep_signals_off_the_heap", lambda: calls.append(True)
+    )
     cpu.enable()
     assert calls == [True, True]

@@ -1,4 +1,6 @@
-"""What leaves a process by stdout and stderr: no secret, nothing that steers a terminal, and no work lost where it cannot."""
+"""What leaves a process by stdout and stderr: no secret, nothing that steers a terminal, and no
+work lost where it cannot.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,35 @@ AWS_KEY = "AKIAIOSFODNN7EXAMPLE"
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        (f"http://user:{PASSWORD}@host:9000 cannot be reached", "http://user:***@host:9000 cannot be reached"),
-        ("http://user:pass@host/a, ftp://me:word@there", "http://user:***@host/a, ftp://me:***@there"),
+        (
+            f"http://user:{PASSWORD}@host:9000 cannot be reached",
+            "http://user:***@host:9000 cannot be reached",
+        ),
+        (
+            "http://user:pass@host/a, ftp://me:word@there",
+            "http://user:***@host/a, ftp://me:***@there",
+        ),
         ("s3://key:se/cr/et@bucket/run", "s3://key:***@bucket/run"),
         ("s3://key:9/secret@bucket/run", "s3://key:***@bucket/run"),
         (f"s3://{AWS_KEY}:secret@bucket: denied", "s3://***:***@bucket: denied"),
         ("https://token@host/x", "https://***@host/x"),
-        ("https://h/o?X-Amz-Credential=a%2Fb&X-Amz-Signature=0a1b&x=1", "https://h/o?X-Amz-Credential=***&X-Amz-Signature=***&x=1"),
-        ("https://h/o?AWSAccessKeyId=ab&Signature=c%3D&Expires=12", "https://h/o?AWSAccessKeyId=***&Signature=***&Expires=12"),
+        (
+            "https://h/o?X-Amz-Credential=a%2Fb&X-Amz-Signature=0a1b&x=1",
+            "https://h/o?X-Amz-Credential=***&X-Amz-Signature=***&x=1",
+        ),
+        (
+            "https://h/o?AWSAccessKeyId=ab&Signature=c%3D&Expires=12",
+            "https://h/o?AWSAccessKeyId=***&Signature=***&Expires=12",
+        ),
         ("https://h/o?sig=abc&token=def&sv=1", "https://h/o?sig=***&token=***&sv=1"),
-        (r'{"url": "https://h/o?x=1\u0026token=def"}', r'{"url": "https://h/o?x=1\u0026token=***"}'),
-        ("command line: wandb.api_key=abc: unknown key", "command line: wandb.api_key=***: unknown key"),
+        (
+            r'{"url": "https://h/o?x=1\u0026token=def"}',
+            r'{"url": "https://h/o?x=1\u0026token=***"}',
+        ),
+        (
+            "command line: wandb.api_key=abc: unknown key",
+            "command line: wandb.api_key=***: unknown key",
+        ),
         ('{"password": "abc", "user": "me"}', '{"password": "***", "user": "me"}'),
         ("aws_secret_access_key=abc/d+e", "aws_secret_access_key=***"),
         ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
@@ -56,25 +76,44 @@ def test_what_signs_a_person_in_is_not_shown(text, shown):
 @pytest.mark.parametrize(
     "text",
     [
-        "s3://bucket/a@b/c", "http://127.0.0.1:9000/data cannot be reached", "http://host:80, me@there", "https://h/?max-keys=5",
-        "eos_token=<|endoftext|>: must not be empty", "tokenizer=mistral: no password; set MLFLOW_TRACKING_PASSWORD",
-        "authorization is needed", "optimizer.lr=0.1", "sk-learn", "hf_folder", "data/{a}.txt", "a://b", "user@host", "",
+        "s3://bucket/a@b/c",
+        "http://127.0.0.1:9000/data cannot be reached",
+        "http://host:80, me@there",
+        "https://h/?max-keys=5",
+        "eos_token=<|endoftext|>: must not be empty",
+        "tokenizer=mistral: no password; set MLFLOW_TRACKING_PASSWORD",
+        "authorization is needed",
+        "optimizer.lr=0.1",
+        "sk-learn",
+        "hf_folder",
+        "data/{a}.txt",
+        "a://b",
+        "user@host",
+        "",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_secret_stays(text):
     assert masked(text) == text
 
 
 def test_values_of_the_environment_are_shown_by_their_names(monkeypatch):
-    secret = "line one \"quoted\"\nand línea two, as long"
+    secret = 'line one "quoted"\nand línea two, as long'
     hide(secret, "KEY")
-    for form in (secret, json.dumps(secret), repr(secret), " ".join(secret.split()), "x" + secret.splitlines()[1] + "y"):
+    for form in (
+        secret,
+        json.dumps(secret),
+        repr(secret),
+        " ".join(secret.split()),
+        "x" + secret.splitlines()[1] + "y",
+    ):
         assert "línea" not in masked(form)
         assert "quoted" not in masked(form) or form.startswith("x")
         assert "${KEY}" in masked(form)
     for value in ("abc", "1234", "1e-05", "512"):
         hide(value, "SHORT")
-        assert masked(f"step {value}, 0.{value}4") == f"step {value}, 0.{value}4", "found in other words and numbers"
+        assert masked(f"step {value}, 0.{value}4") == f"step {value}, 0.{value}4", (
+            "found in other words and numbers"
+        )
     hide("data", "WORD")
     assert masked("data/x and metadata") == "${WORD}/x and metadata"
     hide("12345678", "PIN")
@@ -91,16 +130,38 @@ def test_what_is_cut_is_masked_first():
 
 def test_settings_keep_their_form():
     settings = {"a": [{"b": "https://u:p@h"}], "c": ("http://t@h", 3), "d": None, "e": 1.5}
-    assert without_secrets(settings) == {"a": [{"b": "https://u:***@h"}], "c": ("http://***@h", 3), "d": None, "e": 1.5}
+    assert without_secrets(settings) == {
+        "a": [{"b": "https://u:***@h"}],
+        "c": ("http://***@h", 3),
+        "d": None,
+        "e": 1.5,
+    }
 
 
 # Terminals
 
 STEERING = [
-    "\x1b[2J", "\x1b]0;owned\x07", "\x1b[A", "\x9b2J", "\x9d0;owned\x9c", "\x85", "\x08\x08", "a\rb", "\x00",
-    "\x7f", "\x0b", "\x0c", "\N{LINE SEPARATOR}", "\N{PARAGRAPH SEPARATOR}", "\N{RIGHT-TO-LEFT OVERRIDE}",
-    "\N{RIGHT-TO-LEFT ISOLATE}", "\N{ZERO WIDTH SPACE}", "\ufeff", "\udce4", "\U000e0041",
-]  # fmt: skip
+    "\x1b[2J",
+    "\x1b]0;owned\x07",
+    "\x1b[A",
+    "\x9b2J",
+    "\x9d0;owned\x9c",
+    "\x85",
+    "\x08\x08",
+    "a\rb",
+    "\x00",
+    "\x7f",
+    "\x0b",
+    "\x0c",
+    "\N{LINE SEPARATOR}",
+    "\N{PARAGRAPH SEPARATOR}",
+    "\N{RIGHT-TO-LEFT OVERRIDE}",
+    "\N{RIGHT-TO-LEFT ISOLATE}",
+    "\N{ZERO WIDTH SPACE}",
+    "\ufeff",
+    "\udce4",
+    "\U000e0041",
+]
 
 
 def cleaned(*texts: str) -> str:
@@ -113,20 +174,38 @@ def cleaned(*texts: str) -> str:
 
 @pytest.mark.parametrize("text", STEERING, ids=ascii)
 def test_nothing_steers_a_terminal(text):
-    for shown in (cleaned(f"error: {text}: bad\n"), cleaned("error: ", text, "\n"), cleaned("error: ", f"\r{text}", "\n")):
-        assert all(each == "\n" or unicodedata.category(each)[0] not in "CZ" or each == " " for each in shown), ascii(shown)
+    for shown in (
+        cleaned(f"error: {text}: bad\n"),
+        cleaned("error: ", text, "\n"),
+        cleaned("error: ", f"\r{text}", "\n"),
+    ):
+        assert all(
+            each == "\n" or unicodedata.category(each)[0] not in "CZ" or each == " "
+            for each in shown
+        ), ascii(shown)
     assert visible(text).isprintable()
 
 
 def test_what_people_write_stays():
-    for text in ("ünï \N{ZERO WIDTH JOINER}"[:3], "日本語\N{IDEOGRAPHIC SPACE}です", "a\tb\n\nc\n", "e\u0301", "🔥"):
+    for text in (
+        "ünï \N{ZERO WIDTH JOINER}"[:3],
+        "日本語\N{IDEOGRAPHIC SPACE}です",
+        "a\tb\n\nc\n",
+        "e\u0301",
+        "🔥",
+    ):
         assert cleaned(text) == text
     assert cleaned("\x1b[34m\x1b[1mwandb\x1b[0m: a\r\n") == "wandb: a\n", "colours go"
 
 
 def test_progress_bars_are_drawn_as_before(monkeypatch):
     def draw(out: Any) -> None:
-        always: dict[str, Any] = {"file": out, "mininterval": 0, "miniters": 1, "bar_format": "{desc} {n}"}
+        always: dict[str, Any] = {
+            "file": out,
+            "mininterval": 0,
+            "miniters": 1,
+            "bar_format": "{desc} {n}",
+        }
         for _ in tqdm(range(2), desc="outer", ncols=40, **always):
             for _ in tqdm(range(2), desc="inner", position=1, leave=False, **always):
                 pass
@@ -187,12 +266,18 @@ sys.exit(run(main, GenerateConfig))
 """
 
 
-def shell(command: str, folder: Path, more: str = "pass", **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python script.py model=done prompt=x ...` in a shell's line, where it stands for SCRIPT."""
+def shell(
+    command: str, folder: Path, more: str = "pass", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python script.py model=done prompt=x ...` in a shell's line, where it stands for
+    SCRIPT.
+    """
     (folder / "script.py").write_text(SCRIPT.replace("{more}", more))
     command = command.replace("SCRIPT", f"{sys.executable} script.py model=done prompt=x")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder, env=environment)
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=folder, env=environment
+    )
 
 
 def test_a_reader_that_leaves_does_not_end_the_work(tmp_path):
@@ -205,9 +290,11 @@ def test_a_reader_that_leaves_does_not_end_the_work(tmp_path):
 def test_a_full_disk_behind_stdout_is_said_and_does_not_end_the_work(tmp_path):
     process = shell("SCRIPT max_new_tokens=9999 > /dev/full", tmp_path)
     assert process.returncode == 1
-    assert process.stderr == (
-        "warning: stdout: cannot be written to: No space left on device; the work goes on without\n"
-        "error: stdout: cannot be written to: No space left on device; the work is done, but not all of its lines were shown\n"
+    assert (
+        process.stderr
+        == "warning: stdout: cannot be written to: No space left on device; the work goes on"
+        " without\nerror: stdout: cannot be written to: No space left on device; the work is"
+        " done, but not all of its lines were shown\n"
     )
     assert (tmp_path / "done").read_text() == "done\n"
     process = shell("SCRIPT max_new_tokens=1 > /dev/full", tmp_path)
@@ -218,7 +305,9 @@ def test_a_full_disk_behind_stdout_is_said_and_does_not_end_the_work(tmp_path):
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_not_end_the_work(tmp_path, closed):
     """Nor is what a child writes to its stdout found in a file that happened to be opened next."""
-    process = shell(f"SCRIPT max_new_tokens=9 {closed}", tmp_path, "import os; os.system('echo from a child')")
+    process = shell(
+        f"SCRIPT max_new_tokens=9 {closed}", tmp_path, "import os; os.system('echo from a child')"
+    )
     assert (process.returncode, process.stderr) == (0, "")
     assert (tmp_path / "done").read_text() == "done\n"
 
@@ -235,7 +324,9 @@ def test_what_a_script_was_asked_for_is_not_lost_without_a_word(monkeypatch, cap
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sys, "stdout", Full())
-    with pytest.raises(DataError, match=r"^stdout: cannot be written to: No space left on device; send it to"):
+    with pytest.raises(
+        DataError, match=r"^stdout: cannot be written to: No space left on device; send it to"
+    ):
         lines.write_content("text")
 
 
@@ -252,12 +343,21 @@ def test_content_is_as_it_is_but_for_a_terminal(monkeypatch):
 
 
 def test_an_ascii_terminal_takes_every_name(tmp_path):
-    process = shell("SCRIPT max_new_tokens=1 | tail -n 2", tmp_path, 'print("né\\udce4")', PYTHONIOENCODING="ascii:strict")
+    process = shell(
+        "SCRIPT max_new_tokens=1 | tail -n 2",
+        tmp_path,
+        'print("né\\udce4")',
+        PYTHONIOENCODING="ascii:strict",
+    )
     assert (process.returncode, process.stdout) == (0, "n\\xe9<U+DCE4>\nlast\n")
 
 
 def test_a_warning_of_a_library_is_cleaned(tmp_path):
-    process = shell("SCRIPT max_new_tokens=1", tmp_path, 'import warnings; warnings.warn("\\x1b[2J http://u:secret@h")')
+    process = shell(
+        "SCRIPT max_new_tokens=1",
+        tmp_path,
+        'import warnings; warnings.warn("\\x1b[2J http://u:secret@h")',
+    )
     assert "UserWarning: ␛[2J http://u:***@h\n" in process.stderr
 
 
@@ -293,10 +393,16 @@ sys.exit(run(main, GenerateConfig))
 
 def test_a_failed_upload_tells_no_password(tmp_path):
     (tmp_path / "upload.py").write_text(UPLOAD)
-    env = {"S3_ENDPOINT_URL": f"http://user:{PASSWORD}@127.0.0.1:9", "AWS_ACCESS_KEY_ID": AWS_KEY,
-           "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    env = {
+        "S3_ENDPOINT_URL": f"http://user:{PASSWORD}@127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": AWS_KEY,
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     for place in ("s3://data/ba1.pt", f"s3://{AWS_KEY}:wJalrXUtnFEMI/K7MDENG@data/ba1.pt"):
-        process = Script(tmp_path / "upload.py", f"model={tmp_path}/upload.py", f"prompt={place}", env=env).wait()
+        process = Script(
+            tmp_path / "upload.py", f"model={tmp_path}/upload.py", f"prompt={place}", env=env
+        ).wait()
         assert process.returncode == 2
         warning, error = process.stderr.splitlines()
         assert warning.startswith("warning: s3://")
@@ -306,21 +412,46 @@ def test_a_failed_upload_tells_no_password(tmp_path):
 
 
 def test_a_run_keeps_and_logs_no_secret(corpus: Corpus, tmp_path):
-    """With every logger, stopped and started again: neither what an environment variable holds, nor a password it was given."""
+    """With every logger, stopped and started again: neither what an environment variable holds,
+    nor a password it was given.
+    """
     secret = "hunter2-secret"
-    env = {"SAVE_IN": str(tmp_path / secret), "WANDB_MODE": "offline", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    env = {
+        "SAVE_IN": str(tmp_path / secret),
+        "WANDB_MODE": "offline",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
     run = tmp_path / "run"
     keys = [key for key in corpus.keys(run) if not key.startswith("save_folder")] + [
-        "save_folder=${oc.env:SAVE_IN}/checkpoints", "wandb.project=tests", "tensorboard=true", "loggers.file_logger={}",
-        f"loggers.mlflow_logger.tracking_uri=file:{tmp_path}/mlflow", "eval_data=null",
-    ]  # fmt: skip
+        "save_folder=${oc.env:SAVE_IN}/checkpoints",
+        "wandb.project=tests",
+        "tensorboard=true",
+        "loggers.file_logger={}",
+        f"loggers.mlflow_logger.tracking_uri=file:{tmp_path}/mlflow",
+        "eval_data=null",
+    ]
     for length in ("3ba", "6ba"):
-        process = check(Script("recipes/train.py", *keys, f"max_duration={length}", "scheduler.name=constant",
-                               "scheduler.warmup=0ba", env=env).wait())
+        process = check(
+            Script(
+                "recipes/train.py",
+                *keys,
+                f"max_duration={length}",
+                "scheduler.name=constant",
+                "scheduler.warmup=0ba",
+                env=env,
+            ).wait()
+        )
         assert secret not in process.stdout + process.stderr
     assert "resuming from ${SAVE_IN}/checkpoints/ba3.pt" in process.stdout
-    assert json.loads(process.stdout.splitlines()[-1])["checkpoint_folder"] == "${SAVE_IN}/checkpoints"
-    kept = [path for folder in (run, tmp_path / "mlflow", tmp_path / secret) for path in folder.rglob("*") if path.is_file()]
+    assert (
+        json.loads(process.stdout.splitlines()[-1])["checkpoint_folder"] == "${SAVE_IN}/checkpoints"
+    )
+    kept = [
+        path
+        for folder in (run, tmp_path / "mlflow", tmp_path / secret)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     assert {path.suffix for path in kept} >= {".yaml", ".jsonl", ".wandb", ".txt", ".pt"}
     assert [str(path) for path in kept if secret.encode() in path.read_bytes()] == []
 
@@ -331,8 +462,15 @@ def test_a_hostile_manifest_does_not_reach_the_terminal(dataset, copy_of, monkey
 
     folder = copy_of(dataset)
     manifest = json.loads((folder / "manifest.json").read_text())
-    for hostile in ("\x1b]0;owned\x07", "\x9b2J", "\N{RIGHT-TO-LEFT OVERRIDE}", "a\N{LINE SEPARATOR}error: b"):
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"split": hostile, "token_dtype": hostile}))
+    for hostile in (
+        "\x1b]0;owned\x07",
+        "\x9b2J",
+        "\N{RIGHT-TO-LEFT OVERRIDE}",
+        "a\N{LINE SEPARATOR}error: b",
+    ):
+        (folder / "manifest.json").write_text(
+            json.dumps(manifest | {"split": hostile, "token_dtype": hostile})
+        )
         monkeypatch.setattr(sys, "argv", ["inspect_mds.py", f"data={folder}"])
         assert cli.run(load_script("inspect_mds").main, InspectConfig) == 1
         err = capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Long texts in pieces: the tokens of the whole, for every kind of tokenizer that is cut, and the others left whole."""
+"""Long texts in pieces: the tokens of the whole, for every kind of tokenizer that is cut, and
+the others left whole.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +19,48 @@ from flame_composer.text.tokenizer import bare, build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 from tests.test_encoder import mistral_tokenizer
 
-LEARNT = [*TEXTS, "the end\nof the line\n\n  next\n\nThe  \n\n\n x 12345\n67 it's\n'tis .\nA ,\n\nB"] * 3
+LEARNT = [
+    *TEXTS,
+    "the end\nof the line\n\n  next\n\nThe  \n\n\n x 12345\n67 it's\n'tis .\nA ,\n\nB",
+] * 3
 GPT_2 = long_texts.PATTERNS[-1]
 
 
 def trained(model, *steps, normalizer=None, **settings) -> PreTrainedTokenizerFast:
-    """A tokenizer that merges as much as it can, line breaks with one another and with what is beside them, too."""
+    """A tokenizer that merges as much as it can, line breaks with one another and with what is
+    beside them, too.
+    """
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps)) if steps else None
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=alphabet, special_tokens=["<s>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, show_progress=False, initial_alphabet=alphabet, special_tokens=["<s>"]
+    )
     tokenizer.train_from_iterator(LEARNT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 def by_pattern(pattern: str, **more) -> PreTrainedTokenizerFast:
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-    return trained(models.BPE(), split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), **more)
+    return trained(
+        models.BPE(),
+        split,
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        **more,
+    )
 
 
 def with_metaspace(scheme: str, split: bool) -> PreTrainedTokenizerFast:
     tokenizer = llama_tokenizer()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["normalizer"] = None
-    state["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    state["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": scheme,
+        "split": split,
+    }
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
 
 
@@ -50,27 +69,64 @@ CUT = {
     "gpt2 by its pattern": lambda: by_pattern(GPT_2),
     "llama 3": lambda: by_pattern(long_texts.PATTERNS[0]),
     "qwen 2": lambda: by_pattern(long_texts.PATTERNS[1], normalizer=normalizers.NFC()),
-    "digits": lambda: trained(models.BPE(), pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "digits": lambda: trained(
+        models.BPE(), pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
     "llama": llama_tokenizer,
     "mistral": mistral_tokenizer,
     "metaspace first": lambda: with_metaspace("first", False),
     "metaspace always": lambda: with_metaspace("always", True),
 }
 MADE: dict[str, tuple] = {}
-PARTS = [*TEXTS, "\n", "\n\n", " ", "  \n", "\r\n", "'", "'s", ".", "é", "e\u0301", "\u0301", "数", "\u3000", "1", "_", "<s>",
-         "\n<s>", "a", "B", "\u1161", "\x1c", "\x85", "\u180e", "\u200b", "▁", "<0x0A>", "\U00032974"]  # fmt: skip
+PARTS = [
+    *TEXTS,
+    "\n",
+    "\n\n",
+    " ",
+    "  \n",
+    "\r\n",
+    "'",
+    "'s",
+    ".",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "数",
+    "\u3000",
+    "1",
+    "_",
+    "<s>",
+    "\n<s>",
+    "a",
+    "B",
+    "\u1161",
+    "\x1c",
+    "\x85",
+    "\u180e",
+    "\u200b",
+    "▁",
+    "<0x0A>",
+    "\U00032974",
+]
 
 
 def encoders(name: str):
     if name not in MADE:
         tokenizer = CUT[name]()
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        MADE[name] = bare(tokenizer), build_encoder(tokenizer, add_bos=False, add_eos=False), backend
+        MADE[name] = (
+            bare(tokenizer),
+            build_encoder(tokenizer, add_bos=False, add_eos=False),
+            backend,
+        )
     return MADE[name]
 
 
 @pytest.mark.parametrize("name", CUT)
-@given(parts=st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=8)), max_size=40), piece=st.integers(1, 30))
+@given(
+    parts=st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=8)), max_size=40),
+    piece=st.integers(1, 30),
+)
 @settings(max_examples=60, deadline=None)
 def test_pieces_have_the_tokens_of_the_whole(name, parts, piece):
     serialized, encode, backend = encoders(name)
@@ -106,7 +162,9 @@ def with_token(**options) -> PreTrainedTokenizerFast:
     "make",
     [
         lambda: by_pattern(r"[^\n]*\n\w*"),
-        lambda: by_pattern(long_texts.PATTERNS[0], normalizer=normalizers.Replace(Regex(r"\n\w"), " ")),
+        lambda: by_pattern(
+            long_texts.PATTERNS[0], normalizer=normalizers.Replace(Regex(r"\n\w"), " ")
+        ),
         lambda: trained(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True)),
         lambda: trained(models.BPE()),  # merges line breaks with letters
         lambda: with_token(content="<mask>", lstrip=True, normalized=False),

@@ -1,4 +1,6 @@
-"""What belongs to one job of a machine: taken by no other while it lives, and gone once it is dead."""
+"""What belongs to one job of a machine: taken by no other while it lives, and gone once it is
+dead.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def test_one_user_does_not_keep_another_from_sharing_memory(temporary: Path) -> 
 def test_no_temporary_folder_can_be_had(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     (temporary / "file").write_text("")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "file"))
-    message = r"^TMPDIR: no folder can be made in it: .*; set it to a folder that can be written to$"
+    message = (
+        r"^TMPDIR: no folder can be made in it: .*; set it to a folder that can be written to$"
+    )
     with pytest.raises(ConfigError, match=message):
         private_folder()
 
@@ -171,7 +175,9 @@ def test_a_lock_is_one_job_s(temporary: Path) -> None:
     assert machine.hold(temporary / "lock") is not None
 
 
-def test_what_is_planted_at_the_name_of_a_lock_is_passed_over(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_planted_at_the_name_of_a_lock_is_passed_over(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "CLAIM_SECONDS", 0.0)
     (temporary / "cache-1.lock").mkdir()
     (temporary / "cache-2.lock").symlink_to(temporary / "elsewhere")
@@ -183,7 +189,9 @@ def test_what_is_planted_at_the_name_of_a_lock_is_passed_over(temporary: Path, m
 
 
 @needs_root
-def test_another_user_s_lock_and_folder_are_passed_over(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_user_s_lock_and_folder_are_passed_over(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "CLAIM_SECONDS", 0.0)
 
     def plant() -> None:
@@ -193,11 +201,15 @@ def test_another_user_s_lock_and_folder_are_passed_over(temporary: Path, monkeyp
     as_other(plant)
     assert machine.claim_folder(temporary / "cache") == str(temporary / "cache-3")
     as_other(lambda: (temporary / "x-1.lock").mkdir())
-    assert as_other(lambda: machine.claim_folder(temporary / "cache")) == str(temporary / "cache-1"), "theirs is theirs to use"
+    assert as_other(lambda: machine.claim_folder(temporary / "cache")) == str(
+        temporary / "cache-1"
+    ), "theirs is theirs to use"
 
 
 @needs_root
-def test_a_place_that_cannot_be_written_to_is_an_error_and_no_endless_search(temporary: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_an_error_and_no_endless_search(
+    temporary: Path,
+) -> None:
     (temporary / "locked").mkdir(mode=0o755)
     began = time.monotonic()
     with pytest.raises(PermissionError):
@@ -213,10 +225,22 @@ def _with_limit(soft: int, hard: int) -> int | str:
         return str(error)
 
 
-@pytest.mark.parametrize(("soft", "hard", "expected"), [
-    (64, 4096, machine.WANTED_FILES), (64, 100, 100), (1024, 1024, 1024),
-    (24, 24, "ulimit -n: a process may have 24 files open, and this takes 64 or more; raise the limit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (64, 4096, machine.WANTED_FILES),
+        (64, 100, 100),
+        (1024, 1024, 1024),
+        (
+            24,
+            24,
+            (
+                "ulimit -n: a process may have 24 files open, and this takes 64 or more; raise the"
+                " limit"
+            ),
+        ),
+    ],
+)
 def test_few_files(soft: int, hard: int, expected: int | str) -> None:
     ours, theirs = fork.Pipe()
     process = fork.Process(target=lambda: theirs.send(_with_limit(soft, hard)))
@@ -228,13 +252,18 @@ def test_few_files(soft: int, hard: int, expected: int | str) -> None:
 def test_what_torch_compiles_is_in_the_private_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs what it finds there. A folder that the user has chosen stays."""
     given = default_cache_dir()
-    for before, expected in ((given, str(private_folder() / "torchinductor")), ("/chosen", "/chosen")):
+    for before, expected in (
+        (given, str(private_folder() / "torchinductor")),
+        ("/chosen", "/chosen"),
+    ):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
         parallelism.check_devices(ParallelismConfig(compile=True), precision="fp32")
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
 
 
-def test_a_folder_that_another_job_sweeps_before_it_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_job_sweeps_before_it_is_locked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make, swept = tempfile.mkdtemp, []
 
     def make_and_sweep(**options: Any) -> str:

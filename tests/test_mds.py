@@ -1,4 +1,6 @@
-"""Shard files are those that streaming's MDSWriter writes, byte for byte, and are read as its reader reads them."""
+"""Shard files are those that streaming's MDSWriter writes, byte for byte, and are read as its
+reader reads them.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,23 @@ from tests.data_fixtures import files_under
 
 
 def written_by_both(
-    folder: Path, lengths: list[list[int]], dtype: type[np.unsignedinteger], context_length: int, size_limit: int
+    folder: Path,
+    lengths: list[list[int]],
+    dtype: type[np.unsignedinteger],
+    context_length: int,
+    size_limit: int,
 ) -> int:
-    """The number of shards that documents of these `lengths`, a list for each call, make; asserts that both agree."""
+    """The number of shards that documents of these `lengths`, a list for each call, make;
+    asserts that both agree.
+    """
     ours = ShardWriter(folder / "ours", dtype, context_length, size_limit)
-    columns = {"input_ids": f"ndarray:{np.dtype(dtype).name}:{context_length}", "doc_lengths": "ndarray:uint32"}
-    theirs = MDSWriter(columns=columns, out=str(folder / "theirs"), hashes=[HASH], size_limit=size_limit)
+    columns = {
+        "input_ids": f"ndarray:{np.dtype(dtype).name}:{context_length}",
+        "doc_lengths": "ndarray:uint32",
+    }
+    theirs = MDSWriter(
+        columns=columns, out=str(folder / "theirs"), hashes=[HASH], size_limit=size_limit
+    )
     rng = np.random.default_rng(0)
     tail = no_pieces(dtype)
     for call in lengths:
@@ -41,9 +54,14 @@ def written_by_both(
     assert files_under(folder / "ours") == files_under(folder / "theirs")
     assert dump_json(ours.shards) == dump_json(theirs.shards)
     for shard in ours.shards:
-        fast, plain = (reader.from_json(str(folder / "ours"), None, shard) for reader in (ShardReader, MDSReader))
+        fast, plain = (
+            reader.from_json(str(folder / "ours"), None, shard)
+            for reader in (ShardReader, MDSReader)
+        )
         fast.opened = OpenShards()
-        fast.whole = np.array(identify(os.stat(folder / "ours" / shard["raw_data"]["basename"])), np.uint64)
+        fast.whole = np.array(
+            identify(os.stat(folder / "ours" / shard["raw_data"]["basename"])), np.uint64
+        )
         for row in range(len(plain)):
             for name, value in plain[row].items():
                 np.testing.assert_array_equal(fast[row][name], value, strict=True)
@@ -75,4 +93,7 @@ def test_a_shard_is_full_to_the_byte(tmp_path):
     whole = ShardWriter(tmp_path / "whole", np.uint16, 16, 1 << 20)
     size = 8 + len(whole.config_json) + 10 * (4 + 4 + 2 + 4 + 32)
     limit = size - len(str(1 << 20)) + len(str(size))  # which is itself in the shard
-    assert [written_by_both(tmp_path / f"{less}", lengths, np.uint16, 16, limit - less) for less in (0, 1)] == [1, 2]
+    assert [
+        written_by_both(tmp_path / f"{less}", lengths, np.uint16, 16, limit - less)
+        for less in (0, 1)
+    ] == [1, 2]

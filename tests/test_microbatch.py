@@ -1,4 +1,6 @@
-"""That what is learned does not depend on how a batch is divided, and that a GPU's share is found by trying."""
+"""That what is learned does not depend on how a batch is divided, and that a GPU's share is
+found by trying.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.conftest import make_dataset, make_run
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, Ranks, last_json, read_log, run_script
 
-slow = pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
+slow = pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults"
+)
 
 
 class Gradients(Callback):
@@ -26,19 +30,30 @@ class Gradients(Callback):
         self.labels: list[list[int]] = []
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        parameters = [
+            parameter for parameter in state.model.parameters() if parameter.grad is not None
+        ]
         self.seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))  # pyright: ignore
         self.labels.append((state.batch["labels"] != -100).sum(dim=1).tolist())
 
 
-def test_gradients_do_not_depend_on_microbatches(dataset: Path, eval_dataset: Path, tmp_path: Path) -> None:
+def test_gradients_do_not_depend_on_microbatches(
+    dataset: Path, eval_dataset: Path, tmp_path: Path
+) -> None:
     """Through the Trainer, on rows with unequal numbers of labels; norm-wise, below 1e-5."""
     runs: list[Gradients] = []
     for size in (1, 2, 4):
         (tmp_path / str(size)).mkdir()
         runs.append(gradients := Gradients())
-        run = make_run(tmp_path / str(size), dataset, eval_dataset, microbatch_size=size, watchers=(gradients,), lr=1e-3,
-                       loss_across_documents=False)
+        run = make_run(
+            tmp_path / str(size),
+            dataset,
+            eval_dataset,
+            microbatch_size=size,
+            watchers=(gradients,),
+            lr=1e-3,
+            loss_across_documents=False,
+        )
         run.trainer.fit()
         run.trainer.close()
     whole = runs[-1]
@@ -49,21 +64,36 @@ def test_gradients_do_not_depend_on_microbatches(dataset: Path, eval_dataset: Pa
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def recipe(folder: Path, ranks: int, rows: int, recompute: bool, steps: int) -> list[dict[str, Any]]:
-    """The log of yamls/gla_tiny.yaml but for its length and the data, whose rows have unequal numbers of labels."""
+def recipe(
+    folder: Path, ranks: int, rows: int, recompute: bool, steps: int
+) -> list[dict[str, Any]]:
+    """The log of yamls/gla_tiny.yaml but for its length and the data, whose rows have unequal
+    numbers of labels.
+    """
     run = folder / f"{ranks}-{rows}-{recompute}-{steps}"
     Ranks(
-        ranks, f"{ROOT}/yamls/gla_tiny.yaml", f"tokenizer={folder / 'tokenizer'}", f"train_data.local={folder / 'data/out'}",
-        "train_data.loss_across_documents=false", "eval_data=null", "save_folder=null", f"log_folder={run}",
-        f"max_duration={steps}ba", "scheduler.warmup=1ba", "log_batch_hash=true", f"microbatch_size={rows}",
+        ranks,
+        f"{ROOT}/yamls/gla_tiny.yaml",
+        f"tokenizer={folder / 'tokenizer'}",
+        f"train_data.local={folder / 'data/out'}",
+        "train_data.loss_across_documents=false",
+        "eval_data=null",
+        "save_folder=null",
+        f"log_folder={run}",
+        f"max_duration={steps}ba",
+        "scheduler.warmup=1ba",
+        "log_batch_hash=true",
+        f"microbatch_size={rows}",
         f"parallelism.activation_checkpointing={str(recompute).lower()}",
-    ).finish()  # fmt: skip
+    ).finish()
     return read_log(run)
 
 
 def assert_same_trajectory(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """To fp32 rounding, which is 6e-8: sums are added up in another order. AdamW makes a whole step of the sign of an entry
-    whose gradient is all rounding, so that after some steps losses were seen to differ by 3e-6 and norms by 5e-4."""
+    """To fp32 rounding, which is 6e-8: sums are added up in another order. AdamW makes a whole
+    step of the sign of an entry whose gradient is all rounding, so that after some steps losses
+    were seen to differ by 3e-6 and norms by 5e-4.
+    """
     for mine, row in zip(ours, theirs, strict=True):
         assert mine["batch_hash"] == row["batch_hash"]
         assert mine["loss"] == pytest.approx(row["loss"], rel=1e-5)
@@ -89,12 +119,20 @@ def test_the_tiny_recipe_divided_otherwise_learns_the_same(folder: Path) -> None
 @slow
 @pytest.mark.faults
 def test_the_tiny_recipe_divided_in_every_way_learns_the_same(folder: Path) -> None:
-    """A microbatch of 8 rows on one device is one of 4 on each of two: the recipe's global batch has 8."""
+    """A microbatch of 8 rows on one device is one of 4 on each of two: the recipe's global batch
+    has 8.
+    """
     whole = recipe(folder, ranks=1, rows=8, recompute=False, steps=8)
     for ranks, rows in ((1, 8), (1, 1), (2, 4), (2, 1)):
-        plain = whole if (ranks, rows) == (1, 8) else recipe(folder, ranks, rows, recompute=False, steps=8)
+        plain = (
+            whole
+            if (ranks, rows) == (1, 8)
+            else recipe(folder, ranks, rows, recompute=False, steps=8)
+        )
         assert_same_trajectory(plain, whole)
-        assert recipe(folder, ranks, rows, recompute=True, steps=8) == plain, "recomputing changes no bit"
+        assert recipe(folder, ranks, rows, recompute=True, steps=8) == plain, (
+            "recomputing changes no bit"
+        )
 
 
 @pytest.mark.gpu
@@ -104,6 +142,8 @@ def test_auto_finds_a_share_that_fits(corpus: Corpus, tmp_path: Path) -> None:
     keys = ("max_duration=4ba", "eval_data=null", "global_batch_size=8")
     runs: dict[str, Any] = {"auto": auto, "2": given}
     for size, run in runs.items():
-        last_json(run_script("recipes/train.py", *corpus.keys(run, *keys, f"microbatch_size={size}")))
+        last_json(
+            run_script("recipes/train.py", *corpus.keys(run, *keys, f"microbatch_size={size}"))
+        )
     for ours, theirs in zip(read_log(auto), read_log(given), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -1,4 +1,6 @@
-"""The model under Composer: what its config may say, that documents do not see each other, that weights keep their bits."""
+"""The model under Composer: what its config may say, that documents do not see each other, that
+weights keep their bits.
+"""
 
 from __future__ import annotations
 
@@ -51,20 +53,38 @@ def tiny(name: str, *, varlen: bool = True, **changes: Any) -> CausalLM:
 
 def batch_of(doc_lengths: list[list[int]], seed: int = 0) -> dict[str, torch.Tensor]:
     choose = np.random.default_rng(seed)
-    return collate([
-        {"input_ids": choose.integers(0, VOCABULARY, sum(row)).astype(np.uint16), "doc_lengths": np.array(row, np.uint32)}
-        for row in doc_lengths
-    ])  # fmt: skip
+    return collate(
+        [
+            {
+                "input_ids": choose.integers(0, VOCABULARY, sum(row)).astype(np.uint16),
+                "doc_lengths": np.array(row, np.uint32),
+            }
+            for row in doc_lengths
+        ]
+    )
 
 
 # The Hugging Face config
 
 REFUSED = [
-    ("gla", {"num_hidden_layer": 3}, "num_hidden_layer",
-     "unknown key of GLAConfig; did you mean model.config.num_hidden_layers?"),
-    ("llama", {"num_hidden_layer": 3}, "num_hidden_layer",
-     "unknown key of LlamaConfig; did you mean model.config.num_hidden_layers?"),
-    ("gla", {"num_head": 3}, "num_head", "unknown key of GLAConfig; did you mean model.config.num_heads?"),
+    (
+        "gla",
+        {"num_hidden_layer": 3},
+        "num_hidden_layer",
+        "unknown key of GLAConfig; did you mean model.config.num_hidden_layers?",
+    ),
+    (
+        "llama",
+        {"num_hidden_layer": 3},
+        "num_hidden_layer",
+        "unknown key of LlamaConfig; did you mean model.config.num_hidden_layers?",
+    ),
+    (
+        "gla",
+        {"num_head": 3},
+        "num_head",
+        "unknown key of GLAConfig; did you mean model.config.num_heads?",
+    ),
     ("gla", {"kwargs": 1}, "kwargs", "unknown key of GLAConfig"),
     ("llama", {"self": 1}, "self", "unknown key of LlamaConfig"),
     ("gla", {"": 1}, "", "unknown key of GLAConfig"),
@@ -80,23 +100,59 @@ REFUSED = [
     ("llama", {"vocab_size": None}, "vocab_size", "must be int"),
     ("llama", {"rms_norm_eps": "tiny"}, "rms_norm_eps", "must be float"),
     ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings", "must be bool"),
-    *((name, {"vocab_size": 399}, "vocab_size", "must be at least the tokenizer's 400 tokens") for name in TINY),
+    *(
+        (name, {"vocab_size": 399}, "vocab_size", "must be at least the tokenizer's 400 tokens")
+        for name in TINY
+    ),
     *((name, {"num_hidden_layers": 0}, "num_hidden_layers", "must be 1 or more") for name in TINY),
-    *(("gla", {"norm_eps": value}, "norm_eps", "must be more than 0") for value in (-1, 0, math.nan, math.inf)),
-    *(("gla", {key: 0}, key, "must be more than 0") for key in ("expand_k", "expand_v", "hidden_ratio")),
-    ("gla", {"clamp_min": 3.0}, "clamp_min", "must be 0 or less: it is the least logarithm of a gate"),
+    *(
+        ("gla", {"norm_eps": value}, "norm_eps", "must be more than 0")
+        for value in (-1, 0, math.nan, math.inf)
+    ),
+    *(
+        ("gla", {key: 0}, key, "must be more than 0")
+        for key in ("expand_k", "expand_v", "hidden_ratio")
+    ),
+    (
+        "gla",
+        {"clamp_min": 3.0},
+        "clamp_min",
+        "must be 0 or less: it is the least logarithm of a gate",
+    ),
     ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps", "must be more than 0"),
     ("llama", {"rope_theta": 0}, "rope_theta", "must be more than 0"),
-    *(("llama", {"attention_dropout": value}, "attention_dropout", "must be in [0, 1)") for value in (-0.1, 1)),
-    *((name, {"model_type": "glaa"}, "model_type", "neither fla nor transformers has such a model; did you mean gla?")
-      for name in TINY),
-    ("llama", {"model_type": "lama"}, "model_type", "neither fla nor transformers has such a model; did you mean llama?"),
-    ("gla", {"model_type": ["gla"]}, "model_type", "neither fla nor transformers has such a model; did you mean gla?"),
+    *(
+        ("llama", {"attention_dropout": value}, "attention_dropout", "must be in [0, 1)")
+        for value in (-0.1, 1)
+    ),
+    *(
+        (
+            name,
+            {"model_type": "glaa"},
+            "model_type",
+            "neither fla nor transformers has such a model; did you mean gla?",
+        )
+        for name in TINY
+    ),
+    (
+        "llama",
+        {"model_type": "lama"},
+        "model_type",
+        "neither fla nor transformers has such a model; did you mean llama?",
+    ),
+    (
+        "gla",
+        {"model_type": ["gla"]},
+        "model_type",
+        "neither fla nor transformers has such a model; did you mean gla?",
+    ),
     ("gla", {"model_type": 3}, "model_type", "neither fla nor transformers has such a model"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "changes", "key", "rule"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "changes", "key", "rule"), REFUSED, ids=lambda value: str(value)[:40]
+)
 def test_refused_config(name, changes, key, rule):
     with pytest.raises(InvalidField) as caught:
         hf_config(TINY[name], **changes)
@@ -118,26 +174,55 @@ def test_what_is_not_given_comes_from_the_tokenizer_and_the_data():
 
 
 NO_MODEL = [
-    ("gla", {"num_heads": 3}, "model.config: no gla model can be built from it: key dim must be divisible by num_heads of 3"),
+    (
+        "gla",
+        {"num_heads": 3},
+        (
+            "model.config: no gla model can be built from it: key dim must be divisible by"
+            " num_heads of 3"
+        ),
+    ),
     ("gla", {"hidden_size": 33}, "model.config: no gla model can be built from it: "),
     ("gla", {"num_heads": 0}, "model.config.num_heads: must be 1 or more"),
     ("gla", {"hidden_size": -4}, "model.config.hidden_size: must be 1 or more"),
-    ("gla", {"hidden_act": "swishh"}, "model.config: no gla model can be built from it: unknown value 'swishh'"),
-    ("gla", {"feature_map": "x"}, "model.config: no gla model can be built from it: unknown value 'x'"),
+    (
+        "gla",
+        {"hidden_act": "swishh"},
+        "model.config: no gla model can be built from it: unknown value 'swishh'",
+    ),
+    (
+        "gla",
+        {"feature_map": "x"},
+        "model.config: no gla model can be built from it: unknown value 'x'",
+    ),
     ("gla", {"attn_mode": "x"}, "model.config: no gla model can be built from it: "),
     ("gla", {"pad_token_id": 9999}, "model.config: no gla model can be built from it: "),
     ("gla", {"hidden_size": 10**400}, "model.config: no gla model can be built from it: "),
     ("gla", {"hidden_size": 10**30}, "model.config: no gla model can be built from it: "),
     ("gla", {"attn": 3}, "model.config: GLAConfig refuses it: "),
-    ("llama", {"num_key_value_heads": 3}, "model.config.num_key_value_heads: must divide num_attention_heads=2"),
+    (
+        "llama",
+        {"num_key_value_heads": 3},
+        "model.config.num_key_value_heads: must divide num_attention_heads=2",
+    ),
     ("llama", {"num_attention_heads": 0}, "model.config.num_attention_heads: must be 1 or more"),
-    ("llama", {"head_dim": 3}, "model.config.num_attention_heads: makes heads of 3, which is odd: RoPE turns pairs"),
-    ("llama", {"hidden_act": "swishh"}, "model.config: no llama model can be built from it: unknown value 'swishh'"),
+    (
+        "llama",
+        {"head_dim": 3},
+        "model.config.num_attention_heads: makes heads of 3, which is odd: RoPE turns pairs",
+    ),
+    (
+        "llama",
+        {"hidden_act": "swishh"},
+        "model.config: no llama model can be built from it: unknown value 'swishh'",
+    ),
     ("llama", {"rope_scaling": 3}, "model.config: LlamaConfig refuses it: "),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), NO_MODEL, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"), NO_MODEL, ids=lambda value: str(value)[:40]
+)
 def test_numbers_that_make_no_model(name, changes, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}") as caught:
         build_model(hf_config(TINY[name], **changes))
@@ -151,25 +236,47 @@ def test_the_340m_recipe_is_flas_own_model_of_341_7_m_parameters():
     recipe = load(TrainConfig, [str(ROOT / "yamls" / "gla_340m.yaml")])
     with torch.device("meta"):
         ours = build_model(hf_config(recipe.model.config))
-        theirs = GLAForCausalLM(GLAConfig(
-            hidden_size=1024, num_hidden_layers=24, num_heads=4, expand_k=0.5, expand_v=1.0, hidden_ratio=4,
-            hidden_act="swish", norm_eps=1e-6, initializer_range=0.02, tie_word_embeddings=True, vocab_size=32000,
-            clamp_min=None, attn_mode="chunk",
-        ))  # fmt: skip
-    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (ours, theirs)]
+        theirs = GLAForCausalLM(
+            GLAConfig(
+                hidden_size=1024,
+                num_hidden_layers=24,
+                num_heads=4,
+                expand_k=0.5,
+                expand_v=1.0,
+                hidden_ratio=4,
+                hidden_act="swish",
+                norm_eps=1e-6,
+                initializer_range=0.02,
+                tie_word_embeddings=True,
+                vocab_size=32000,
+                clamp_min=None,
+                attn_mode="chunk",
+            )
+        )
+    shapes = [
+        {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for model in (ours, theirs)
+    ]
     assert shapes[0] == shapes[1]
     assert type(ours) is GLAForCausalLM
-    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)]
+    counts = [
+        sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)
+    ]
     assert counts[0] == counts[1]
     assert round(counts[0] / 1e6, 1) == 341.7
 
 
 # Documents in rows
 
-document_rows = st.integers(2, 20).flatmap(lambda length: st.lists(
-    st.sets(st.integers(1, length - 1)).map(lambda borders: np.diff([0, *sorted(borders), length]).tolist()),
-    min_size=1, max_size=4,
-))  # fmt: skip
+document_rows = st.integers(2, 20).flatmap(
+    lambda length: st.lists(
+        st.sets(st.integers(1, length - 1)).map(
+            lambda borders: np.diff([0, *sorted(borders), length]).tolist()
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
 
 
 @given(rows=document_rows)
@@ -191,7 +298,9 @@ ROWS = [[5, 1, 20, 6], [32], [1, 31]]
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_document_sees_itself_only(name, batch_size):
-    """Whatever is written in one document, the logits of every other are the same, and its own are not."""
+    """Whatever is written in one document, the logits of every other are the same, and its own
+    are not.
+    """
     model = tiny(name).eval()
     rows = ROWS[:batch_size]
     batch = batch_of(rows)
@@ -207,7 +316,9 @@ def test_a_document_sees_itself_only(name, batch_size):
             changed["input_ids"][inside] = (changed["input_ids"][inside] + 1) % VOCABULARY
             with torch.no_grad():
                 after = model(changed).logits
-            torch.testing.assert_close(after[~inside], before[~inside], rtol=0, atol=0 if name == "gla" else 1e-6)
+            torch.testing.assert_close(
+                after[~inside], before[~inside], rtol=0, atol=0 if name == "gla" else 1e-6
+            )
             assert not torch.isclose(after[inside], before[inside], atol=1e-4).all(dim=-1).any()
 
 
@@ -218,7 +329,12 @@ def test_a_document_alone_has_the_same_logits(name):
     del batch["labels"]
     with torch.no_grad():
         packed = model(batch).logits[0, 6:26]
-        alone = model({key: value[:1, 6:26] - (2 if key == "sequence_id" else 0) for key, value in batch.items()}).logits[0]
+        alone = model(
+            {
+                key: value[:1, 6:26] - (2 if key == "sequence_id" else 0)
+                for key, value in batch.items()
+            }
+        ).logits[0]
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -232,7 +348,9 @@ def test_without_varlen_state_runs_across_documents_of_a_row_not_across_rows(nam
     with torch.no_grad():
         before, after = model(batch).logits, model(changed).logits
     torch.testing.assert_close(before[0, :2], after[0, :2], rtol=0, atol=1e-6)  # causal
-    assert not torch.isclose(before[0, 5:], after[0, 5:], rtol=0, atol=1e-7).all(), "the next document sees it"
+    assert not torch.isclose(before[0, 5:], after[0, 5:], rtol=0, atol=1e-7).all(), (
+        "the next document sees it"
+    )
     torch.testing.assert_close(before[1], after[1], rtol=0, atol=1e-6)
 
 
@@ -244,19 +362,27 @@ def test_loss_is_the_cross_entropy_of_the_logits(name, varlen):
     with torch.no_grad():
         outputs = model(batch)
         logits = model({key: value for key, value in batch.items() if key != "labels"}).logits
-    expected = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY).double(), batch["input_ids"][:, 1:].reshape(-1))
-    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6), "every token but each row's first is predicted"
+    expected = F.cross_entropy(
+        logits[:, :-1].reshape(-1, VOCABULARY).double(), batch["input_ids"][:, 1:].reshape(-1)
+    )
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6), (
+        "every token but each row's first is predicted"
+    )
     evaluated = model.eval_forward({key: value.clone() for key, value in batch.items()})
     assert evaluated.shape == (3, 32, VOCABULARY)
     batch["labels"][1:] = -100
     one_row = F.cross_entropy(logits[0, :-1].double(), batch["input_ids"][0, 1:])
     with torch.no_grad():
-        assert model(batch).loss.item() == pytest.approx(one_row.item(), rel=1e-6), "-100 carries no loss"
+        assert model(batch).loss.item() == pytest.approx(one_row.item(), rel=1e-6), (
+            "-100 carries no loss"
+        )
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_microbatches_give_one_loss_and_gradient(name):
-    """Weighted by their tokens, as Composer's Trainer weights them; norm-wise relative error below 1e-5."""
+    """Weighted by their tokens, as Composer's Trainer weights them; norm-wise relative error
+    below 1e-5.
+    """
     batch = batch_of([[5, 1, 20, 6], [32], [1, 31], [16, 16]])
     batch["labels"][1, 7:] = -100  # so that microbatches have unequal numbers of tokens
     total = int((batch["labels"] != -100).sum())
@@ -269,7 +395,13 @@ def test_microbatches_give_one_loss_and_gradient(name):
             weighted = model(part).loss * int((part["labels"] != -100).sum()) / total
             weighted.backward()
             loss += weighted.item()
-        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+        gradients = torch.cat(
+            [
+                parameter.grad.flatten()
+                for parameter in model.parameters()
+                if parameter.grad is not None
+            ]
+        )
         results.append((loss, gradients))
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
@@ -285,7 +417,9 @@ def test_a_microbatch_without_labels_is_no_loss_and_no_gradient(name):
     loss = model(batch).loss
     loss.backward()
     assert loss.item() == 0.0
-    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(
+        not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -294,7 +428,11 @@ def test_smoothed_labels_are_trained_on_and_not_evaluated(name):
     batch = batch_of(ROWS)
     plain = model(batch).loss
     model.label_smoothing = 0.2
-    logits = model({key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1].double()
+    logits = (
+        model({key: value for key, value in batch.items() if key != "labels"})
+        .logits[:, :-1]
+        .double()
+    )
     even = -logits.log_softmax(dim=-1).mean()
     assert model(batch).loss.item() == pytest.approx((0.8 * plain + 0.2 * even).item(), rel=1e-6)
     model.eval()
@@ -305,8 +443,13 @@ def test_flops_count_what_a_token_is_multiplied_with():
     model = tiny("llama")
     matrices = 4 * 32 * 32 + 3 * 32 * 64 + VOCABULARY * 32
     norms, scores = 3 * 32, 32  # of a token with each of the row's 32: hidden size 32
-    assert model.flops_per_batch(batch_of(ROWS)) == (6 * (matrices + norms) + 12 * scores * 32) * 3 * 32
-    assert tiny("llama", tie_word_embeddings=True).work.multiplied == matrices + norms, "the embedding is the output's matrix"
+    assert (
+        model.flops_per_batch(batch_of(ROWS))
+        == (6 * (matrices + norms) + 12 * scores * 32) * 3 * 32
+    )
+    assert tiny("llama", tie_word_embeddings=True).work.multiplied == matrices + norms, (
+        "the embedding is the output's matrix"
+    )
     assert tiny("gla").work.softmax_heads == 0
 
 
@@ -315,7 +458,10 @@ def test_microbatches_are_tried_out_on_gpus_only():
     if torch.cuda.is_available():
         check_microbatch_size("auto")
     else:
-        with pytest.raises(InvalidField, match=r"^microbatch_size: there is no GPU here, .*; give a number of rows$"):
+        with pytest.raises(
+            InvalidField,
+            match=r"^microbatch_size: there is no GPU here, .*; give a number of rows$",
+        ):
             check_microbatch_size("auto")
 
 
@@ -408,12 +554,17 @@ def test_weights_that_do_not_fill_the_model_are_refused(saved, damage, capfd):
 
 def test_a_folder_that_is_not_there(tmp_path):
     path = str(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=f"^{re.escape(path)}: no such folder; give a Hugging Face model folder or id$"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^{re.escape(path)}: no such folder; give a Hugging Face model folder or id$",
+    ):
         load_pretrained(path)
 
 
 def test_code_that_comes_with_a_model_is_never_run(saved, tmp_path):
-    """Neither with a model type of its own, which cannot be loaded then, nor with one that is known."""
+    """Neither with a model type of its own, which cannot be loaded then, nor with one that is
+    known.
+    """
     marker = tmp_path / "marker"
     (saved / "modeling_evil.py").write_text(
         f"import os\nos.mkdir({str(marker)!r})\n"
@@ -421,7 +572,10 @@ def test_code_that_comes_with_a_model_is_never_run(saved, tmp_path):
     )
     path = saved / "config.json"
     content = json.loads(path.read_bytes())
-    auto_map = {"AutoConfig": "modeling_evil.EvilConfig", "AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
+    auto_map = {
+        "AutoConfig": "modeling_evil.EvilConfig",
+        "AutoModelForCausalLM": "modeling_evil.EvilForCausalLM",
+    }
     path.write_text(json.dumps(content | {"auto_map": auto_map}))
     assert type(load_pretrained(str(saved))).__name__ == "GLAForCausalLM"
     path.write_text(json.dumps(content | {"auto_map": auto_map, "model_type": "evil"}))
@@ -437,7 +591,9 @@ def test_a_config_given_beside_weights_may_only_repeat_theirs():
     for change in ({"num_heads": 4}, {"hidden_size": 64}, {"nonsense": 1}, {"model_type": "llama"}):
         ((key, value),) = change.items()
         has = getattr(config, key, None)
-        message = f"model.config.{key}: model.pretrained has {has}; leave the key out, or give that value"
+        message = (
+            f"model.config.{key}: model.pretrained has {has}; leave the key out, or give that value"
+        )
         with pytest.raises(InvalidField, match=f"^{re.escape(message)}$"):
             check_agrees(config, {**GLA, key: value})
 

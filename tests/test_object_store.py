@@ -1,4 +1,6 @@
-"""Conversion from and to a real S3 server: what a user sees, and what is in the bucket afterwards."""
+"""Conversion from and to a real S3 server: what a user sees, and what is in the bucket
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +25,40 @@ from tests.s3 import BUCKET, Relay
 from tests.test_convert import run_here
 from tests.test_formats import DOUBTFUL, RECOGNISED
 
-ONE_UNIT = ("tokenizer=tokenizer", "context_length=64", "shard_size=20000", "encoder=hf")  # converted in this process
+# Converted in this process
+ONE_UNIT = ("tokenizer=tokenizer", "context_length=64", "shard_size=20000", "encoder=hf")
 COMMON = (*ONE_UNIT, "unit_size=9000")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, s3) -> Path:
-    """The current folder, with `source` (every format) and `tokenizer` in it; temporary files go to `staging`."""
+    """The current folder, with `source` (every format) and `tokenizer` in it; temporary files go
+    to `staging`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
-    plain = write_jsonl(source / "a.jsonl", [words(1 + i * 37 % 400, i) for i in range(60)]).read_bytes()
+    plain = write_jsonl(
+        source / "a.jsonl", [words(1 + i * 37 % 400, i) for i in range(60)]
+    ).read_bytes()
     packers = {
-        ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
         ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
-    }  # fmt: skip
+    }
     for number, (suffix, pack) in enumerate(packers.items()):
-        (source / "deep" / f"b.jsonl{suffix}").write_bytes(pack(plain[: plain.index(b"\n", number * 9000) + 1]))
-    pq.write_table(pa.table({"text": [words(50, 500 + i) for i in range(90)]}), source / "c.parquet", row_group_size=20)
+        (source / "deep" / f"b.jsonl{suffix}").write_bytes(
+            pack(plain[: plain.index(b"\n", number * 9000) + 1])
+        )
+    pq.write_table(
+        pa.table({"text": [words(50, 500 + i) for i in range(90)]}),
+        source / "c.parquet",
+        row_group_size=20,
+    )
     (source / "d.txt").write_text(words(700, 900))
     (source / ".hidden.txt").write_text("hidden")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
@@ -65,7 +80,11 @@ def objects(place: str) -> dict[str, bytes]:
 
 def texts(files: list[str], max_bytes: int) -> list[tuple[str, int, str]]:
     parts = slice_files(files, max_bytes)
-    return [(Path(d.path).name, d.position, d.text) for part in parts for d in read_documents(part, "text")]
+    return [
+        (Path(d.path).name, d.position, d.text)
+        for part in parts
+        for d in read_documents(part, "text")
+    ]
 
 
 @pytest.mark.parametrize("max_bytes", [1000, 1 << 20])
@@ -88,18 +107,33 @@ def test_what_is_read_is_what_is_read_locally(bucket, max_bytes):
     [
         ("source/none", "no such file or folder"),
         ("source/*.nothing", "no file matches this pattern"),
-        ("source/deep", r"this folder holds no file ending in \.x; name the endings to take with suffixes"),
+        (
+            "source/deep",
+            r"this folder holds no file ending in \.x; name the endings to take with suffixes",
+        ),
     ],
 )
 def test_sources_in_which_there_is_nothing(bucket, source, message):
-    with pytest.raises(ConfigError, match=rf"^source: {bucket}/{source.replace('*', '.')}: {message}".replace("/./", "/.")):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^source: {bucket}/{source.replace('*', '.')}: {message}".replace("/./", "/."),
+    ):
         find_files([f"{bucket}/{source}"], [".x"])
 
 
 def test_a_dataset_is_the_same_in_a_store_and_in_a_folder(bucket, folder, monkeypatch, capsys, s3):
     arguments = (*ONE_UNIT, f"source={bucket}/source", "val_fraction=0.2", "seed=1")
     assert run_here(monkeypatch, "to_mds", *arguments, "out=local/train", "val_out=local/val") == 0
-    assert run_here(monkeypatch, "to_mds", *arguments, f"out={bucket}/out/train", f"val_out={bucket}/out/val") == 0
+    assert (
+        run_here(
+            monkeypatch,
+            "to_mds",
+            *arguments,
+            f"out={bucket}/out/train",
+            f"val_out={bucket}/out/val",
+        )
+        == 0
+    )
     assert objects(f"{bucket}/out") == files_under(folder / "local")
     assert storage.ls(f"{bucket}/out/train") == ["index.json", "manifest.json", "units"]
     assert files_under(folder / "staging") == {}
@@ -107,43 +141,92 @@ def test_a_dataset_is_the_same_in_a_store_and_in_a_folder(bucket, folder, monkey
     assert manifest.totals.shards > 3
     stats = storage.find(f"{bucket}/source")
     assert {(part.path, part.version) for unit in manifest.units for part in unit.inputs} == {
-        (f"{bucket}/source/{name}", stat.version) for name, stat in stats.items() if not name.startswith(".")
-    }  # fmt: skip
+        (f"{bucket}/source/{name}", stat.version)
+        for name, stat in stats.items()
+        if not name.startswith(".")
+    }
     capsys.readouterr()
 
     # Again: nothing to do. Other settings, other inputs, another thing in that place: refused.
     before = storage.find(f"{bucket}/out")
-    assert run_here(monkeypatch, "to_mds", *arguments, f"out={bucket}/out/train", f"val_out={bucket}/out/val") == 0
+    assert (
+        run_here(
+            monkeypatch,
+            "to_mds",
+            *arguments,
+            f"out={bucket}/out/train",
+            f"val_out={bucket}/out/val",
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out.startswith(f"{bucket}/out/train: already finished, nothing to do\nsplit")
-    assert run_here(monkeypatch, "to_mds", *ONE_UNIT, f"source={bucket}/source", f"out={bucket}/out/train", "seed=2") == 2
+    assert (
+        run_here(
+            monkeypatch,
+            "to_mds",
+            *ONE_UNIT,
+            f"source={bucket}/source",
+            f"out={bucket}/out/train",
+            "seed=2",
+        )
+        == 2
+    )
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"error: out: {bucket}/out/train: holds a conversion with other settings: seed \(1 there, 2 now\), "
-                        r"val_fraction \(0.2 there, 0.0 now\); name another out, or remove this folder\n", err), err
+    assert re.fullmatch(
+        rf"error: out: {bucket}/out/train: holds a conversion with other settings: seed \(1 there,"
+        r" 2 now\), "
+        r"val_fraction \(0.2 there, 0.0 now\); name another out, or remove this folder\n",
+        err,
+    ), err
     storage.write(f"{bucket}/source/d.txt", storage.read(f"{bucket}/source/d.txt").upper())
-    assert run_here(monkeypatch, "to_mds", *arguments, f"out={bucket}/out/train", f"val_out={bucket}/out/val") == 2
+    assert (
+        run_here(
+            monkeypatch,
+            "to_mds",
+            *arguments,
+            f"out={bucket}/out/train",
+            f"val_out={bucket}/out/val",
+        )
+        == 2
+    )
     assert re.search(r"other settings: inputs \(\"7 files of .* now\);", capsys.readouterr().err)
-    assert run_here(monkeypatch, "to_mds", *ONE_UNIT, f"source={bucket}/source", f"out={bucket}") == 2
-    assert f"out: {bucket}: this folder is not empty and holds no conversion" in capsys.readouterr().err
+    assert (
+        run_here(monkeypatch, "to_mds", *ONE_UNIT, f"source={bucket}/source", f"out={bucket}") == 2
+    )
+    assert (
+        f"out: {bucket}: this folder is not empty and holds no conversion"
+        in capsys.readouterr().err
+    )
     assert storage.find(f"{bucket}/out") == before
 
 
 @pytest.fixture
 def without_a_pool(monkeypatch) -> None:
-    """Units are converted in this process, for those of a pool have the environment of an earlier test."""
+    """Units are converted in this process, for those of a pool have the environment of an
+    earlier test.
+    """
 
     def convert(conversion, numbers, num_workers, on_progress):
         converter = workers.UnitConverter(conversion)
-        yield from filter(None, (converter.convert(conversion.datasets, number, on_progress) for number in numbers))
+        yield from filter(
+            None,
+            (converter.convert(conversion.datasets, number, on_progress) for number in numbers),
+        )
 
     monkeypatch.setattr(workers, "_convert_on_pool", convert)
 
 
 def begin(folder: Path, bucket: str, monkeypatch) -> None:
-    """An interrupted conversion to `bucket`/out: its first units are committed, the source then breaks it off."""
+    """An interrupted conversion to `bucket`/out: its first units are committed, the source then
+    breaks it off.
+    """
     good = storage.read(f"{bucket}/source/d.txt")
     storage.write(f"{bucket}/source/d.txt", b"\xff" * len(good))
-    assert run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", f"out={bucket}/out") == 1
+    assert (
+        run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", f"out={bucket}/out")
+        == 1
+    )
     storage.write(f"{bucket}/source/d.txt", good)
 
 
@@ -164,15 +247,30 @@ def test_an_interrupted_conversion_goes_on(bucket, folder, without_a_pool, monke
     storage.write(f"{units}/000777/shard.00000.mds", b"left")
     first = storage.read(f"{bucket}/source/a.jsonl").replace(b"a", b"b", 1)
     storage.write(f"{bucket}/source/a.jsonl", first)
-    begun = s3.client.create_multipart_upload(Bucket=BUCKET, Key=f"{folder.name}/out/units/000003/shard.00000.mds")
-    s3.client.upload_part(Bucket=BUCKET, Key=begun["Key"], UploadId=begun["UploadId"], PartNumber=1, Body=b"x" * (5 << 20))
+    begun = s3.client.create_multipart_upload(
+        Bucket=BUCKET, Key=f"{folder.name}/out/units/000003/shard.00000.mds"
+    )
+    s3.client.upload_part(
+        Bucket=BUCKET,
+        Key=begun["Key"],
+        UploadId=begun["UploadId"],
+        PartNumber=1,
+        Body=b"x" * (5 << 20),
+    )
     untouched = storage.stat(f"{units}/{committed[-2]}/unit.json")
 
-    assert run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", f"out={bucket}/out") == 0
+    assert (
+        run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", f"out={bucket}/out")
+        == 0
+    )
     assert run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", "out=local") == 0
     assert objects(f"{bucket}/out") == files_under(folder / "local")
-    assert storage.stat(f"{units}/{committed[-2]}/unit.json") == untouched, "what was whole is not done again"
-    assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=BUCKET, Prefix=f"{folder.name}/")
+    assert storage.stat(f"{units}/{committed[-2]}/unit.json") == untouched, (
+        "what was whole is not done again"
+    )
+    assert "Uploads" not in s3.client.list_multipart_uploads(
+        Bucket=BUCKET, Prefix=f"{folder.name}/"
+    )
     assert files_under(folder / "staging") == {}
 
 
@@ -182,19 +280,22 @@ def test_a_source_that_changes_while_it_is_read(bucket):
     with pytest.raises(DataError, match=r"/d\.txt: has been replaced since it was looked at$"):
         list(read_documents(part, "text"))
     storage.delete(f"{bucket}/source/d.txt")
-    with pytest.raises(DataError, match=r"/source/d\.txt: cannot be read: No such file or directory$"):
+    with pytest.raises(
+        DataError, match=r"/source/d\.txt: cannot be read: No such file or directory$"
+    ):
         list(read_documents(part, "text"))
 
 
 def test_a_damaged_line_is_named_and_one_left_out_costs_no_reading(bucket, monkeypatch):
     lines = storage.read(f"{bucket}/source/a.jsonl").splitlines(keepends=True)
     storage.write(f"{bucket}/source/bad.jsonl", b"".join([*lines[:30], b"oops\n", *lines[30:]]))
-    (*_, last) = slice_files([f"{bucket}/source/bad.jsonl"], 12000)
+    *_, last = slice_files([f"{bucket}/source/bad.jsonl"], 12000)
     errors: list[DataError] = []
     for part in slice_files([f"{bucket}/source/bad.jsonl"], 12000):
         assert list(read_documents(part, "text", errors.append)) or part == last
     assert [str(error) for error in errors] == [
-        f"{bucket}/source/bad.jsonl:31: not valid JSON: Expecting value at column 1; mend or remove the line"
+        f"{bucket}/source/bad.jsonl:31: not valid JSON: Expecting value at column 1; mend or remove"
+        " the line"
     ]
 
 
@@ -204,8 +305,13 @@ def test_a_file_is_told_by_its_bytes_as_it_is_locally(bucket, folder, name):
     (folder / name).write_bytes(data)
     storage.write(f"{bucket}/{name}", data)
     local, remote = slice_files([name], 1 << 20), slice_files([f"{bucket}/{name}"], 1 << 20)
-    assert [(part.format, part.compression) for part in remote] == [(part.format, part.compression) for part in local]
-    texts = [[d.text for part in parts for d in read_documents(part, "text", lambda _: None)] for parts in (local, remote)]
+    assert [(part.format, part.compression) for part in remote] == [
+        (part.format, part.compression) for part in local
+    ]
+    texts = [
+        [d.text for part in parts for d in read_documents(part, "text", lambda _: None)]
+        for parts in (local, remote)
+    ]
     assert texts[0] == texts[1]
     assert (texts[0] == []) == (name == "nothing.json")
 
@@ -218,7 +324,9 @@ def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
         with pytest.raises(DataError, match=rf"{name}: damaged: .*; fetch the file again$"):
             texts([f"{bucket}/{name}"], 1 << 20)
     long = b'{"text": "' + b"w" * (3 << 20) + b'"}\n'
-    (folder / "c.jsonl").write_bytes(b'{"text": "a"}\n' + long + b'{"text": "b"}\n' + long + b'{"text": "c"}')
+    (folder / "c.jsonl").write_bytes(
+        b'{"text": "a"}\n' + long + b'{"text": "b"}\n' + long + b'{"text": "c"}'
+    )
     s3_place = f"{bucket}/c.jsonl"
     storage.put(folder / "c.jsonl", s3_place)
     for max_bytes in (1 << 30, 1 << 20):
@@ -226,11 +334,15 @@ def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
         for place in (s3_place, "c.jsonl"):
             skipped: list[DataError] = []
             documents = [
-                (document.text, document.position) for part in slice_files([place], max_bytes)
+                (document.text, document.position)
+                for part in slice_files([place], max_bytes)
                 for document in read_documents(part, "text", skipped.append, 1 << 20)
-            ]  # fmt: skip
+            ]
             found.append((documents, [str(error).removeprefix(place) for error in skipped]))
-        rule = "longer than max_document_bytes=1048576; mend or remove the line, or raise max_document_bytes"
+        rule = (
+            "longer than max_document_bytes=1048576; mend or remove the line, or raise"
+            " max_document_bytes"
+        )
         assert found[0] == found[1]
         assert found[0][1] == [f":2: {rule}", f":4: {rule}"]
         assert [text for text, _ in found[0][0]] == ["a", "b", "c"]
@@ -238,11 +350,23 @@ def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
 
 def test_a_tokenizer_learns_from_a_store(bucket, folder, monkeypatch, capsys):
     arguments = ("vocab_size=300", "max_bytes=20000")
-    assert run_here(monkeypatch, "train_tokenizer", f"source={bucket}/source", "out=remote", *arguments) == 0
+    assert (
+        run_here(
+            monkeypatch, "train_tokenizer", f"source={bucket}/source", "out=remote", *arguments
+        )
+        == 0
+    )
     assert run_here(monkeypatch, "train_tokenizer", "source=source", "out=local", *arguments) == 0
-    assert (folder / "remote/tokenizer.json").read_bytes() == (folder / "local/tokenizer.json").read_bytes()
+    assert (folder / "remote/tokenizer.json").read_bytes() == (
+        folder / "local/tokenizer.json"
+    ).read_bytes()
     capsys.readouterr()
-    assert run_here(monkeypatch, "train_tokenizer", f"source={bucket}/source", "out=remote", *arguments) == 0
+    assert (
+        run_here(
+            monkeypatch, "train_tokenizer", f"source={bucket}/source", "out=remote", *arguments
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "remote: already trained, nothing to do\n"
 
 
@@ -253,18 +377,35 @@ def test_a_tokenizer_learns_from_a_store(bucket, folder, monkeypatch, capsys):
     ("environment", "place", "message"),
     [
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, f"s3://{BUCKET}/x", "access denied by http://"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, f"s3://{BUCKET}/x", "no credentials; set AWS_ACCESS_KEY_ID"),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+            f"s3://{BUCKET}/x",
+            "no credentials; set AWS_ACCESS_KEY_ID",
+        ),
         ({}, "s3://nowhere/x", "there is no bucket 'nowhere' at http://"),
-        ({"S3_ENDPOINT_URL": "http://127.0.0.1:1"}, f"s3://{BUCKET}/x", "http://127.0.0.1:1 cannot be reached"),
+        (
+            {"S3_ENDPOINT_URL": "http://127.0.0.1:1"},
+            f"s3://{BUCKET}/x",
+            "http://127.0.0.1:1 cannot be reached",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("key", ["source", "out"])
 def test_a_store_that_cannot_be_used(folder, monkeypatch, capsys, key, environment, place, message):
-    for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(folder), **environment}.items():
+    for name, value in {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": str(folder),
+        **environment,
+    }.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     places = {"source": "source", "out": "out", key: place}
     before = files_under(folder)
-    assert run_here(monkeypatch, "to_mds", *COMMON, *(f"{name}={value}" for name, value in places.items())) == 2
+    assert (
+        run_here(
+            monkeypatch, "to_mds", *COMMON, *(f"{name}={value}" for name, value in places.items())
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith(f"error: s3://{place.split('/')[2]}: {message}")
     assert error.count("\n") == 1
@@ -277,11 +418,15 @@ def test_a_store_that_goes_away(folder, bucket, monkeypatch, capsys, s3):
     begin_unit = DatasetWriter.uncommitted
     with Relay(s3.endpoint) as line:
         monkeypatch.setenv("S3_ENDPOINT_URL", line.endpoint)
-        monkeypatch.setattr(DatasetWriter, "uncommitted", lambda self: (begin_unit(self), line.cut())[0])
+        monkeypatch.setattr(
+            DatasetWriter, "uncommitted", lambda self: (begin_unit(self), line.cut())[0]
+        )
         assert run_here(monkeypatch, "to_mds", *ONE_UNIT, "source=source", f"out={bucket}/out") == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: s3://{BUCKET}/{folder.name}/out/units/000000")
-    assert error.endswith("when that is mended, run the same command again: it goes on from the last finished unit\n")
+    assert error.endswith(
+        "when that is mended, run the same command again: it goes on from the last finished unit\n"
+    )
     assert error.count("\n") == 1
     monkeypatch.setenv("S3_ENDPOINT_URL", s3.endpoint)
     monkeypatch.setattr(DatasetWriter, "uncommitted", begin_unit)

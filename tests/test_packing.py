@@ -16,7 +16,9 @@ DOC_LENGTHS = st.lists(st.integers(0, 30), max_size=25)
 
 
 def pack_in_batches(doc_lengths: list[int], context_length: int, batch_sizes: list[int]):
-    """Pack documents whose tokens are 0, 1, 2, ... in calls of `batch_sizes` documents each (the last takes the rest)."""
+    """Pack documents whose tokens are 0, 1, 2, ... in calls of `batch_sizes` documents each (the
+    last takes the rest).
+    """
     tokens = np.arange(sum(doc_lengths), dtype=np.uint16)
     lengths = np.array(doc_lengths, np.int64)
     tail = no_pieces(np.uint16)
@@ -56,7 +58,9 @@ def pieces_by_hand(doc_lengths: list[int], context_length: int) -> list[list[int
 def test_rows_hold_the_stream_and_its_boundaries(doc_lengths, context_length, batch_sizes):
     rows, tail = pack_in_batches(doc_lengths, context_length, batch_sizes)
 
-    assert [token for row, _ in rows for token in row] + tail.tokens.tolist() == list(range(sum(doc_lengths)))
+    assert [token for row, _ in rows for token in row] + tail.tokens.tolist() == list(
+        range(sum(doc_lengths))
+    )
     assert all(len(row) == context_length for row, _ in rows)
     assert len(tail.tokens) < context_length
 
@@ -83,7 +87,9 @@ def test_lengths_that_do_not_cover_the_tokens_are_refused():
 @given(lengths=st.lists(st.integers(0, 40), max_size=20), longest=st.integers(1, 12))
 def test_cut_documents_are_whole_but_for_their_borders(lengths, longest):
     pieces = cut(np.array(lengths, np.int64), longest).tolist()
-    expected = [min(longest, length - start) for length in lengths for start in range(0, length, longest)]
+    expected = [
+        min(longest, length - start) for length in lengths for start in range(0, length, longest)
+    ]
     assert pieces == expected
 
 
@@ -100,8 +106,14 @@ def test_shuffled_documents_are_all_there_in_an_order_of_their_own(lengths, bord
         for a, b in itertools.pairwise(borders)
     ]
     result = shuffled(parts, [seed, 1])
-    found = [part.tolist() for part in np.split(result.tokens, np.cumsum(result.doc_lengths)[:-1])] if lengths else []
+    found = (
+        [part.tolist() for part in np.split(result.tokens, np.cumsum(result.doc_lengths)[:-1])]
+        if lengths
+        else []
+    )
     assert sorted(found) == sorted(documents)
     assert result.tokens.dtype == np.uint16
     order = np.random.default_rng([seed, 1]).permutation(len(lengths))
-    assert result.doc_lengths.tolist() == [lengths[i] for i in order], "by the seed and the number of documents alone"
+    assert result.doc_lengths.tolist() == [lengths[i] for i in order], (
+        "by the seed and the number of documents alone"
+    )

@@ -12,7 +12,10 @@ import torch
 from composer.utils import dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    OffloadWrapper,
+)
 
 from flame_composer.checkpoint import content as checkpoint_content
 from flame_composer.checkpoint import find as checkpoint_find
@@ -31,23 +34,42 @@ from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, two_ra
 from tests.s3 import S3
 
 SHARDED = (
-    "parallelism.fsdp.state_dict_type=sharded", "parallelism.cpu_fsdp=true", "microbatch_size=2", "max_duration=12ba",
-    "eval_interval=100ba", "save_interval=4ba", "eval_data.max_rows=4",
-    # With so large an eps a step is all but proportional to the gradient, as it is not with AdamW's usual one.
-    "optimizer.eps=0.01", "optimizer.grad_clip_norm=0.5", "optimizer.lr=0.02",
-)  # fmt: skip
-slow = pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
+    "parallelism.fsdp.state_dict_type=sharded",
+    "parallelism.cpu_fsdp=true",
+    "microbatch_size=2",
+    "max_duration=12ba",
+    "eval_interval=100ba",
+    "save_interval=4ba",
+    "eval_data.max_rows=4",
+    # With so large an eps a step is all but proportional to the gradient, as it is not with AdamW's
+    # usual one.
+    "optimizer.eps=0.01",
+    "optimizer.grad_clip_norm=0.5",
+    "optimizer.lr=0.02",
+)
+slow = pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults"
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_what_cannot_be_done_without_a_gpu():
     fsdp = FsdpConfig()
-    for allowed in (ParallelismConfig(), ParallelismConfig(fsdp, cpu_fallback=True), ParallelismConfig(fsdp, cpu_fsdp=True)):
+    for allowed in (
+        ParallelismConfig(),
+        ParallelismConfig(fsdp, cpu_fallback=True),
+        ParallelismConfig(fsdp, cpu_fsdp=True),
+    ):
         check_devices(allowed, precision="fp32")
     refused: list[tuple[ParallelismConfig, str, str]] = [
-        (ParallelismConfig(), "amp_bf16", "precision"), (ParallelismConfig(fsdp), "fp32", "parallelism.fsdp"),
-        (ParallelismConfig(activation_cpu_offload=True), "fp32", "parallelism.activation_cpu_offload"),
-    ]  # fmt: skip
+        (ParallelismConfig(), "amp_bf16", "precision"),
+        (ParallelismConfig(fsdp), "fp32", "parallelism.fsdp"),
+        (
+            ParallelismConfig(activation_cpu_offload=True),
+            "fp32",
+            "parallelism.activation_cpu_offload",
+        ),
+    ]
     for config, precision, key in refused:
         with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
             check_devices(config, precision=precision)
@@ -56,9 +78,14 @@ def test_what_cannot_be_done_without_a_gpu():
 def test_what_fsdp_is_asked_for(monkeypatch):
     dist.initialize_dist("cpu")
     factors = "_get_gradient_divide_factors"
-    for module, name in ((parallelism._fsdp_collectives, factors), (parallelism._fsdp_param_group, "foreach_reduce")):
+    for module, name in (
+        (parallelism._fsdp_collectives, factors),
+        (parallelism._fsdp_param_group, "foreach_reduce"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back
-    asked = parallelism.build(ParallelismConfig(FsdpConfig("SHARD_GRAD_OP", mixed_precision="FULL"), cpu_fsdp=True))
+    asked = parallelism.build(
+        ParallelismConfig(FsdpConfig("SHARD_GRAD_OP", mixed_precision="FULL"), cpu_fsdp=True)
+    )
     assert asked is not None
     assert (asked["fsdp"].reshard_after_forward, asked["fsdp"].mixed_precision) == (False, "FULL")
     assert asked["fsdp"].data_parallel_replicate_degree is None
@@ -67,9 +94,10 @@ def test_what_fsdp_is_asked_for(monkeypatch):
     assert asked["fsdp"].data_parallel_replicate_degree == 1, "one for each machine"
 
 
-@pytest.mark.parametrize(("key", "wrapper"), [
-    ("activation_checkpointing", CheckpointWrapper), ("activation_cpu_offload", OffloadWrapper),
-])
+@pytest.mark.parametrize(
+    ("key", "wrapper"),
+    [("activation_checkpointing", CheckpointWrapper), ("activation_cpu_offload", OffloadWrapper)],
+)
 def test_every_block_is_wrapped(key, wrapper):
     config = build_hf_config({**GLA, "num_hidden_layers": 3}, byte_tokenizer(), CONTEXT_LENGTH)
     model = CausalLM(build_model(config), byte_tokenizer(), varlen=True)
@@ -112,11 +140,15 @@ def sharded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_sharded_model_is_trained_as_a_whole_one(corpus: Corpus, sharded: Path, tmp_path: Path) -> None:
+def test_a_sharded_model_is_trained_as_a_whole_one(
+    corpus: Corpus, sharded: Path, tmp_path: Path
+) -> None:
     """Its gradients are means, though gloo gives FSDP2 their sums."""
     whole = tmp_path / "whole"
     check(Script("recipes/train.py", *corpus.keys(whole, *SHARDED, "parallelism.fsdp=null")).wait())
-    assert losses(sharded)[0] == pytest.approx(losses(whole)[0], rel=1e-6), "the same weights to begin with"
+    assert losses(sharded)[0] == pytest.approx(losses(whole)[0], rel=1e-6), (
+        "the same weights to begin with"
+    )
     assert losses(sharded) == pytest.approx(losses(whole), rel=1e-4)
     assert norms(sharded) == pytest.approx(norms(whole), rel=1e-3)
     assert min(norms(whole)) > 0.5, "clipped, every one"
@@ -139,7 +171,9 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit_and_on_other_ranks(
     torso = run / "checkpoints/ba5"
     torso.mkdir()
     for file in newest.iterdir():
-        (torso / file.name).write_bytes(file.read_bytes()[: -10 if file.name == "piece1.pt" else None])
+        (torso / file.name).write_bytes(
+            file.read_bytes()[: -10 if file.name == "piece1.pt" else None]
+        )
     (run / "checkpoints/unfinished-ba8").mkdir()
     ranks = Ranks(2, *keys)
     stderr = [check(script.wait()).stderr for script in ranks.scripts]
@@ -150,9 +184,17 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit_and_on_other_ranks(
 
     # On one rank that does not shard, from the pieces; its own checkpoint is a file.
     longer = ("allow_schedule_change=true",)
-    alone = last_json(Script("recipes/train.py", *keys, *longer, "parallelism.fsdp=null", "max_duration=14ba").wait())
+    alone = last_json(
+        Script(
+            "recipes/train.py", *keys, *longer, "parallelism.fsdp=null", "max_duration=14ba"
+        ).wait()
+    )
     assert alone["steps"] == 14
-    assert sorted(path.name for path in (run / "checkpoints").glob("ba*")) == ["ba12", "ba14.pt", "ba8"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("ba*")) == [
+        "ba12",
+        "ba14.pt",
+        "ba8",
+    ]
     # And the other way round, from the file.
     ranks = Ranks(2, *keys, *longer, "max_duration=16ba")
     ranks.finish()
@@ -160,7 +202,9 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit_and_on_other_ranks(
     assert len(losses(run)) == 16
 
 
-def test_blocks_that_are_recomputed_change_nothing(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_blocks_that_are_recomputed_change_nothing(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "recomputed"
     corpus.train_run(run, "parallelism.activation_checkpointing=true")
     assert read_log(run) == read_log(undisturbed)
@@ -168,39 +212,58 @@ def test_blocks_that_are_recomputed_change_nothing(corpus: Corpus, undisturbed: 
 
 @slow
 @pytest.mark.faults
-def test_full_and_sharded_checkpoints_export_the_same(corpus: Corpus, sharded: Path, tmp_path: Path) -> None:
+def test_full_and_sharded_checkpoints_export_the_same(
+    corpus: Corpus, sharded: Path, tmp_path: Path
+) -> None:
     full = tmp_path / "full"
     Ranks(2, *corpus.keys(full, *SHARDED, "parallelism.fsdp.state_dict_type=full")).finish()
     assert read_log(full) == read_log(sharded)
     for run, name in ((full, "ba12.pt"), (sharded, "ba12")):
         keys = (f"checkpoint={run}/checkpoints/{name}", f"out={tmp_path}/{run.name}_export")
         check(Script("convert/to_hf.py", *keys).wait())
-    exports = [(tmp_path / f"{name}_export/model.safetensors").read_bytes() for name in ("full", "sharded")]
+    exports = [
+        (tmp_path / f"{name}_export/model.safetensors").read_bytes() for name in ("full", "sharded")
+    ]
     assert exports[0] == exports[1]
 
 
 @slow
 @pytest.mark.faults
 def test_two_ranks_export_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
-    """Of two rows a step the sum of gradients does not depend on the order: what one rank computes, two do, bit for bit."""
+    """Of two rows a step the sum of gradients does not depend on the order: what one rank
+    computes, two do, bit for bit.
+    """
     exports = []
     for number in (1, 2):
         run = tmp_path / f"ranks{number}"
-        two_rows = ("global_batch_size=2", "microbatch_size=1", "optimizer.grad_clip_norm=null")  # a norm is added up by ranks
+        # A norm is added up by ranks
+        two_rows = ("global_batch_size=2", "microbatch_size=1", "optimizer.grad_clip_norm=null")
         Ranks(number, *corpus.keys(run, *SHARDED, *two_rows)).finish()
-        check(Script("convert/to_hf.py", f"checkpoint={run}/checkpoints", f"out={run}/export").wait())
+        check(
+            Script("convert/to_hf.py", f"checkpoint={run}/checkpoints", f"out={run}/export").wait()
+        )
         exports.append((run / "export/model.safetensors").read_bytes())
     assert exports[0] == exports[1]
 
 
 @slow
 @pytest.mark.faults
-@pytest.mark.parametrize("keys", [
-    ["parallelism.fsdp.sharding_strategy=SHARD_GRAD_OP"],
-    ["parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "parallelism.fsdp.replicas=2", "microbatch_size=1"],
-    ["parallelism.activation_checkpointing=true"],
-], ids=["grad-op", "hybrid", "recomputed"])  # fmt: skip
-def test_every_strategy_trains_the_same(corpus: Corpus, sharded: Path, tmp_path: Path, keys: list[str]) -> None:
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["parallelism.fsdp.sharding_strategy=SHARD_GRAD_OP"],
+        [
+            "parallelism.fsdp.sharding_strategy=HYBRID_SHARD",
+            "parallelism.fsdp.replicas=2",
+            "microbatch_size=1",
+        ],
+        ["parallelism.activation_checkpointing=true"],
+    ],
+    ids=["grad-op", "hybrid", "recomputed"],
+)
+def test_every_strategy_trains_the_same(
+    corpus: Corpus, sharded: Path, tmp_path: Path, keys: list[str]
+) -> None:
     run = tmp_path / "strategy"
     number = 4 if "parallelism.fsdp.replicas=2" in keys else 2
     Ranks(number, *corpus.keys(run, *SHARDED, *keys)).kill_after(run / "train_log.jsonl", 6)
@@ -208,33 +271,56 @@ def test_every_strategy_trains_the_same(corpus: Corpus, sharded: Path, tmp_path:
     assert losses(run) == pytest.approx(losses(sharded), rel=1e-4)
     ours, theirs = weights(run, "ba12"), weights(sharded, "ba12")
     assert_close(ours, theirs)
-    assert len(list((run / "checkpoints/ba12").glob("piece*.pt"))) == 2, "four ranks are two replicas of two shards"
+    assert len(list((run / "checkpoints/ba12").glob("piece*.pt"))) == 2, (
+        "four ranks are two replicas of two shards"
+    )
 
 
 @slow
 @pytest.mark.faults
-def test_pieces_in_an_object_store(corpus: Corpus, sharded: Path, s3_server: S3, tmp_path: Path) -> None:
+def test_pieces_in_an_object_store(
+    corpus: Corpus, sharded: Path, s3_server: S3, tmp_path: Path
+) -> None:
     s3, run = s3_server, tmp_path / "pieces_in_s3"
-    keys = corpus.keys(run, *SHARDED, f"save_folder=s3://data/{run.name}", "save_num_checkpoints_to_keep=2")
+    keys = corpus.keys(
+        run, *SHARDED, f"save_folder=s3://data/{run.name}", "save_num_checkpoints_to_keep=2"
+    )
     Ranks(2, *keys, env=s3.env).kill_after(run / "train_log.jsonl", 6)
     Ranks(2, *keys, env=s3.env).finish()
     assert read_log(run) == read_log(sharded)
-    names = {f"ba{step}/{file}" for step in (8, 12) for file in ("piece0.pt", "piece1.pt", "state.pt")}
+    names = {
+        f"ba{step}/{file}" for step in (8, 12) for file in ("piece0.pt", "piece1.pt", "state.pt")
+    }
     assert set(s3.keys(run.name)) == {"config.yaml", *names}
     assert not list((run / "staging").glob("unfinished-*")), "what was uploaded is not left behind"
-    check(Script("convert/to_hf.py", f"checkpoint=s3://data/{run.name}", f"out={tmp_path}/out", env=s3.env).wait())
+    check(
+        Script(
+            "convert/to_hf.py",
+            f"checkpoint=s3://data/{run.name}",
+            f"out={tmp_path}/out",
+            env=s3.env,
+        ).wait()
+    )
 
 
 @slow
 @pytest.mark.faults
 def test_a_compiled_model_trains_the_same(corpus: Corpus, tmp_path: Path) -> None:
-    file = corpus.yaml_with({
-        "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-    })  # fmt: skip
+    file = corpus.yaml_with(
+        {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
+    )
     for name, keys in (("plain", ()), ("compiled", ("parallelism.compile=true",))):
         env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{name}_code")}
         corpus.train_run(tmp_path / name, file, "max_duration=8ba", *keys, env=env)
-    assert [len(list(tmp_path.glob(f"{name}_code/**/*.py"))) > 0 for name in ("plain", "compiled")] == [False, True]
+    assert [
+        len(list(tmp_path.glob(f"{name}_code/**/*.py"))) > 0 for name in ("plain", "compiled")
+    ] == [False, True]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
@@ -242,8 +328,10 @@ def test_a_compiled_model_trains_the_same(corpus: Corpus, tmp_path: Path) -> Non
 def test_any_rows_out_of_any_pieces(lengths: list[int], data: st.DataObject) -> None:
     whole = torch.arange(sum(lengths) * 2).reshape(-1, 2)
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
-    cut = [{"shape": list(whole.shape), "start": start, "part": whole[start : start + length]}
-           for start, length in zip(starts, lengths, strict=True)]
+    cut = [
+        {"shape": list(whole.shape), "start": start, "part": whole[start : start + length]}
+        for start, length in zip(starts, lengths, strict=True)
+    ]
     first = data.draw(st.integers(0, len(whole)))
     last = data.draw(st.integers(first, len(whole)))
     out = torch.full((last - first, 2), -1)
@@ -286,14 +374,22 @@ def test_every_rank_takes_the_same_checkpoint(trained: Any, copy_of: Any, tmp_pa
     folders = [copy_of(trained.checkpoints) for _ in range(2)]
 
     def found() -> list[str]:
-        return [process.stdout.splitlines()[-1] for process in two_ranks(tmp_path / "look.py", *folders)]
+        return [
+            process.stdout.splitlines()[-1] for process in two_ranks(tmp_path / "look.py", *folders)
+        ]
 
     (folders[1] / "ba3.pt").write_bytes(b"damaged")
     assert found() == ["ba2.pt", "ba2.pt"]
     (folders[0] / "ba2.pt").unlink()
     (folders[1] / "ba1.pt").unlink()
-    assert found() == ["DataError: .: none of its 3 checkpoints can be read; move them away (or set another run_name) "
-                       "to start over"] * 2, "one that only some have is no reason to start over"
+    assert (
+        found()
+        == [
+            "DataError: .: none of its 3 checkpoints can be read; move them away (or set another"
+            " run_name) to start over"
+        ]
+        * 2
+    ), "one that only some have is no reason to start over"
 
 
 def as_pieces(file: Path) -> Path:
@@ -329,9 +425,13 @@ PIECES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "rows missing": lambda piece: piece["model"][NORM].update(part=torch.zeros(3)),
     "another shape": lambda piece: piece["model"][NORM].update(shape=[99]),
     "a start of text": lambda piece: piece["model"][NORM].update(start="16"),
-    "another width": lambda piece: piece["model"]["model.lm_head.weight"].update(part=torch.zeros(200, 5)),
+    "another width": (
+        lambda piece: piece["model"]["model.lm_head.weight"].update(part=torch.zeros(200, 5))
+    ),
     "moments missing": lambda piece: piece["optimizers"]["AdamW"]["state"].clear(),
-    "moments of another shape": lambda piece: piece["optimizers"]["AdamW"]["state"][NORM]["exp_avg"].update(shape=[99]),
+    "moments of another shape": (
+        lambda piece: piece["optimizers"]["AdamW"]["state"][NORM]["exp_avg"].update(shape=[99])
+    ),
 }
 
 
@@ -342,7 +442,8 @@ def test_pieces_that_hold_too_little_are_named_and_the_one_before_used(
     folder = copy_of(trained.checkpoints)
     newest = as_pieces(folder / "ba3.pt")
     needed = checkpoint_content.needed_by(
-        TrainConfig(model=ModelConfig(config=GLA)), build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH)
+        TrainConfig(model=ModelConfig(config=GLA)),
+        build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH),
     )
     found = checkpoint_find.find_newest(str(folder), folder / "staging", lambda: needed)
     assert found == (str(newest), newest / pieces.HEAD, ())
@@ -357,14 +458,20 @@ def test_pieces_that_hold_too_little_are_named_and_the_one_before_used(
 
 @pytest.mark.parametrize("name", ["state.pt", "piece0.pt", "piece1.pt"])
 @pytest.mark.parametrize("damage", ["pipe", "device", "folder", "empty", "dangling", "gone"])
-def test_pieces_that_are_no_files_are_damage(trained: Any, copy_of: Any, name: str, damage: str) -> None:
+def test_pieces_that_are_no_files_are_damage(
+    trained: Any, copy_of: Any, name: str, damage: str
+) -> None:
     folder = copy_of(trained.checkpoints)
     file = as_pieces(folder / "ba3.pt") / name
     file.unlink()
     make = {
-        "pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir,
-        "empty": file.touch, "dangling": lambda: file.symlink_to("nowhere"), "gone": lambda: None,
-    }[damage]  # fmt: skip
+        "pipe": lambda: os.mkfifo(file),
+        "device": lambda: file.symlink_to("/dev/zero"),
+        "folder": file.mkdir,
+        "empty": file.touch,
+        "dangling": lambda: file.symlink_to("nowhere"),
+        "gone": lambda: None,
+    }[damage]
     make()
     found = checkpoint_find.find_newest(str(folder), folder / "staging")
     # Without its head a folder was never finished.
@@ -372,9 +479,18 @@ def test_pieces_that_are_no_files_are_damage(trained: Any, copy_of: Any, name: s
     assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", passed_over)
 
 
-@pytest.mark.parametrize("content", [
-    [1], {"state": {}}, {"pieces": "two"}, {"pieces": 0}, {"pieces": 2}, {"pieces": True}, {"pieces": 10**12},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1],
+        {"state": {}},
+        {"pieces": "two"},
+        {"pieces": 0},
+        {"pieces": 2},
+        {"pieces": True},
+        {"pieces": 10**12},
+    ],
+)
 def test_a_head_that_is_none_is_damage(tmp_path: Path, content: Any) -> None:
     head = tmp_path / "ba1" / pieces.HEAD
     head.parent.mkdir()

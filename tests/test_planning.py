@@ -44,7 +44,9 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_config(name: str, *keys: str, device: str = "h100", devices: int = 8) -> PlanConfig:
-    return load(PlanConfig, [f"{ROOT}/yamls/{name}.yaml", f"devices={devices}", f"device={device}", *keys])
+    return load(
+        PlanConfig, [f"{ROOT}/yamls/{name}.yaml", f"devices={devices}", f"device={device}", *keys]
+    )
 
 
 def size_of(config: PlanConfig) -> planning.Size:
@@ -64,14 +66,25 @@ def drawn_up(name: str, *keys: str, **where: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("model", [GLA, LLAMA], ids=["gla", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_built_model(model: dict[str, Any], tied: bool) -> None:
-    hf_config = build_hf_config({**model, "tie_word_embeddings": tied}, byte_tokenizer(), CONTEXT_LENGTH)
+    hf_config = build_hf_config(
+        {**model, "tie_word_embeddings": tied}, byte_tokenizer(), CONTEXT_LENGTH
+    )
     built = build_model(hf_config)
     size = read_size(hf_config)
     embedding = built.get_input_embeddings().weight.numel()
     assert size.parameters == sum(parameter.numel() for parameter in built.parameters())
     assert size.work.multiplied == size.parameters - (0 if tied else embedding)
-    assert size.in_blocks == size.largest_block == size.parameters - embedding * (1 if tied else 2) - 32  # the last norm
-    assert (size.work.num_blocks, size.vocab_size, size.work.softmax_heads) == (1, 400, 0 if model is GLA else 2)
+    # The last norm
+    assert (
+        size.in_blocks
+        == size.largest_block
+        == size.parameters - embedding * (1 if tied else 2) - 32
+    )
+    assert (size.work.num_blocks, size.vocab_size, size.work.softmax_heads) == (
+        1,
+        400,
+        0 if model is GLA else 2,
+    )
 
 
 def test_what_a_token_leaves_is_what_projections_take_and_give_and_norms_give() -> None:
@@ -81,15 +94,27 @@ def test_what_a_token_leaves_is_what_projections_take_and_give_and_norms_give() 
     assert size_of(config).kept == 4 * (attention + mlp + 2 * 256)
 
 
-@pytest.mark.parametrize("model", [
-    {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1},
-    {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32},
-], ids=lambda model: model["model_type"])  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1},
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "head_dim": 32,
+        },
+    ],
+    ids=lambda model: model["model_type"],
+)
 def test_models_of_other_makers(model: dict[str, Any]) -> None:
     hf_config = build_hf_config(model, byte_tokenizer(), CONTEXT_LENGTH)
     size = read_size(hf_config)
-    assert size.parameters == sum(parameter.numel() for parameter in build_model(hf_config).parameters())
+    assert size.parameters == sum(
+        parameter.numel() for parameter in build_model(hf_config).parameters()
+    )
     assert size.kept > 3 * size.work.num_blocks * size.hidden_size > 0
 
 
@@ -104,16 +129,30 @@ def test_a_plan_counts_what_utilisation_goes_by(model: dict[str, Any]) -> None:
     hf_config = build_hf_config(model, byte_tokenizer(), CONTEXT_LENGTH)
     trained = CausalLM(build_model(hf_config), byte_tokenizer(), varlen=True)
     batch = {"input_ids": torch.zeros(3, CONTEXT_LENGTH, dtype=torch.int64)}
-    assert trained.flops_per_batch(batch) == 3 * CONTEXT_LENGTH * read_size(hf_config).work.flops_per_token(CONTEXT_LENGTH)
+    assert trained.flops_per_batch(batch) == 3 * CONTEXT_LENGTH * read_size(
+        hf_config
+    ).work.flops_per_token(CONTEXT_LENGTH)
 
 
 def test_vocabulary_from_the_datasets_tokenizer(dataset: Path) -> None:
-    config = load(PlanConfig, [
-        "run_name=r", "max_duration=1ep", "global_batch_size=4", "microbatch_size=1", f"context_length={CONTEXT_LENGTH}",
-        "tokenizer=/there/is/none", "model.config.model_type=gla", "model.config.hidden_size=32",
-        "model.config.num_hidden_layers=1", "model.config.num_heads=2", f"train_data.local={dataset}", "devices=1",
-        "device=cpu",
-    ])  # fmt: skip
+    config = load(
+        PlanConfig,
+        [
+            "run_name=r",
+            "max_duration=1ep",
+            "global_batch_size=4",
+            "microbatch_size=1",
+            f"context_length={CONTEXT_LENGTH}",
+            "tokenizer=/there/is/none",
+            "model.config.model_type=gla",
+            "model.config.hidden_size=32",
+            "model.config.num_hidden_layers=1",
+            "model.config.num_heads=2",
+            f"train_data.local={dataset}",
+            "devices=1",
+            "device=cpu",
+        ],
+    )
     found = find_supply(config)
     assert isinstance(found, Supply)
     assert planning.find_hf_config(config, found).vocab_size == 400
@@ -137,9 +176,14 @@ def test_the_340m_recipe_by_hand() -> None:
     assert plan["time"]["seconds"] == pytest.approx(20480 * 524_288 / speed)
     assert plan["time"]["cost"] == pytest.approx(plan["time"]["seconds"] / 3600 * 8 * 2)
     assert plan["checkpoints"]["bytes"] == 12 * 341_707_776
-    assert (plan["checkpoints"]["number"], plan["checkpoints"]["bytes_kept"]) == (41, 3 * 12 * 341_707_776)
+    assert (plan["checkpoints"]["number"], plan["checkpoints"]["bytes_kept"]) == (
+        41,
+        3 * 12 * 341_707_776,
+    )
     assert plan["preemption"] is None
-    measured = drawn_up("gla_340m", "dataset_tokens=2_000_000_000", "tokens_per_second=1000", "nodes=2")
+    measured = drawn_up(
+        "gla_340m", "dataset_tokens=2_000_000_000", "tokens_per_second=1000", "nodes=2"
+    )
     assert measured["time"]["seconds"] == pytest.approx(20480 * 524_288 / 1000)
     assert measured["accumulation_steps"] == 2
 
@@ -166,13 +210,21 @@ def test_sharding_spreads_what_it_says() -> None:
     assert grad_op["gradients"] == 4 * N // 8 + 2 * block
     assert grad_op["copies for computing"] == 2 * N
     full = parts_of("parallelism.fsdp.sharding_strategy=FULL_SHARD", "nodes=2")
-    assert (full["weights"], full["copies for computing"]) == (4 * N // 16, 2 * (outside + 2 * block))
+    assert (full["weights"], full["copies for computing"]) == (
+        4 * N // 16,
+        2 * (outside + 2 * block),
+    )
     hybrid = parts_of("parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "nodes=2")
     assert hybrid["weights"] == 4 * N // 8
-    halves = parts_of("parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "parallelism.fsdp.replicas=2")
+    halves = parts_of(
+        "parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "parallelism.fsdp.replicas=2"
+    )
     assert halves["weights"] == 4 * N // 4
     assert parts_of("precision=fp32", device="cpu")["weights"] == 4 * N
-    assert parts_of("precision=fp32", "parallelism.cpu_fsdp=true", device="cpu")["weights"] == 4 * N // 8
+    assert (
+        parts_of("precision=fp32", "parallelism.cpu_fsdp=true", device="cpu")["weights"]
+        == 4 * N // 8
+    )
     in_fp32 = parts_of("parallelism.fsdp.mixed_precision=FULL")
     assert in_fp32["copies for computing"] == 4 * N
     none = parts_of("parallelism.fsdp=null")
@@ -189,7 +241,10 @@ def test_activations_follow_tokens_and_what_is_kept_of_them() -> None:
     config = plan_config("gla_340m")
     size = size_of(config)
     assert again["activations"] == 2 * 8 * 2048 * (24 * 1024 + size.kept // 24)
-    assert parts_of("parallelism.activation_cpu_offload=true")["activations"] == plain["activations"] // 24
+    assert (
+        parts_of("parallelism.activation_cpu_offload=true")["activations"]
+        == plain["activations"] // 24
+    )
     assert parts_of("precision=fp32")["activations"] == 2 * plain["activations"]
     assert parts_of(name="transformer_340m")["logits and loss"] == 14 * 8 * 2048 * 32000
 
@@ -200,7 +255,11 @@ def test_largest_microbatch_is_the_largest_that_fits_and_divides() -> None:
     rows = largest_microbatch(config, size)
     assert rows is not None
     assert 256 // 8 % rows == 0
-    assert sum(memory(config, size, rows).values()) <= 0.9 * 80e9 < sum(memory(config, size, 2 * rows).values())
+    assert (
+        sum(memory(config, size, rows).values())
+        <= 0.9 * 80e9
+        < sum(memory(config, size, 2 * rows).values())
+    )
     seven = plan_config("gla_7b_continual", device="l4", devices=1)
     assert largest_microbatch(seven, size_of(seven)) is None
 
@@ -216,9 +275,13 @@ finally:
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults")
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults"
+)
 def test_memory_and_checkpoints_of_a_run_on_a_cpu(tmp_path: Path) -> None:
-    """The peak of a real run, less that of one that is next to nothing: what the process takes by itself."""
+    """The peak of a real run, less that of one that is next to nothing: what the process takes
+    by itself.
+    """
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
@@ -227,12 +290,23 @@ def test_memory_and_checkpoints_of_a_run_on_a_cpu(tmp_path: Path) -> None:
     def peak(name: str, *keys: str) -> tuple[int, PlanConfig, Path]:
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         keys = (
-            f"{ROOT}/yamls/{name}.yaml", f"tokenizer={tmp_path / 'tokenizer'}", f"train_data.local={tmp_path / 'data/out'}",
-            "train_data.num_workers=0", "eval_data=null", f"log_folder={run}", f"save_folder={run / 'checkpoints'}",
-            "max_duration=2ba", "scheduler.warmup=0ba", *keys,
-        )  # fmt: skip
+            f"{ROOT}/yamls/{name}.yaml",
+            f"tokenizer={tmp_path / 'tokenizer'}",
+            f"train_data.local={tmp_path / 'data/out'}",
+            "train_data.num_workers=0",
+            "eval_data=null",
+            f"log_folder={run}",
+            f"save_folder={run / 'checkpoints'}",
+            "max_duration=2ba",
+            "scheduler.warmup=0ba",
+            *keys,
+        )
         check(Script(script, tmp_path / "peak", "recipes/train.py", *keys).wait())
-        return int((tmp_path / "peak").read_text()), load(PlanConfig, [*keys, "devices=1", "device=cpu"]), run
+        return (
+            int((tmp_path / "peak").read_text()),
+            load(PlanConfig, [*keys, "devices=1", "device=cpu"]),
+            run,
+        )
 
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 1, "vocab_size": 512}
     nothing = [f"model.config.{key}={value}" for key, value in shape.items()]
@@ -244,10 +318,18 @@ def test_memory_and_checkpoints_of_a_run_on_a_cpu(tmp_path: Path) -> None:
         for keys in ((), ("model.config.num_hidden_layers=8",), ("model.config.vocab_size=16384",)):
             measured, config, run = peak(name, *keys)
             size = size_of(config)
-            estimate = sum(memory(config, size, config.microbatch_size).values()) - planning.CPU_PROCESS
-            seen[f"{name} {' '.join(keys)}"] = (estimate, measured - base, estimate / (measured - base))
+            estimate = (
+                sum(memory(config, size, config.microbatch_size).values()) - planning.CPU_PROCESS
+            )
+            seen[f"{name} {' '.join(keys)}"] = (
+                estimate,
+                measured - base,
+                estimate / (measured - base),
+            )
             checkpoint = (run / "checkpoints/ba2.pt").stat().st_size
-            assert planning.CHECKPOINT_BYTES * size.parameters == pytest.approx(checkpoint, rel=0.02)
+            assert planning.CHECKPOINT_BYTES * size.parameters == pytest.approx(
+                checkpoint, rel=0.02
+            )
     print(json.dumps(seen, indent=1))
     assert all(0.75 < ratio < 1.25 for _, _, ratio in seen.values()), seen
 
@@ -256,11 +338,21 @@ def test_memory_and_checkpoints_of_a_run_on_a_cpu(tmp_path: Path) -> None:
 
 
 def small(dataset: Path, *keys: str, devices: int = 1) -> PlanConfig:
-    return load(PlanConfig, [
-        f"{ROOT}/yamls/gla_tiny.yaml", f"context_length={CONTEXT_LENGTH}", "global_batch_size=4", "microbatch_size=1",
-        f"train_data.local={dataset}", "train_data.shuffle_block_size=20", "train_data.predownload=4", f"devices={devices}",
-        "device=cpu", *keys,
-    ])  # fmt: skip
+    return load(
+        PlanConfig,
+        [
+            f"{ROOT}/yamls/gla_tiny.yaml",
+            f"context_length={CONTEXT_LENGTH}",
+            "global_batch_size=4",
+            "microbatch_size=1",
+            f"train_data.local={dataset}",
+            "train_data.shuffle_block_size=20",
+            "train_data.predownload=4",
+            f"devices={devices}",
+            "device=cpu",
+            *keys,
+        ],
+    )
 
 
 def test_a_dataset_as_training_finds_it(dataset: Path, copy_of: Callable[[Path], Path]) -> None:
@@ -269,18 +361,29 @@ def test_a_dataset_as_training_finds_it(dataset: Path, copy_of: Callable[[Path],
     assert isinstance(found, Supply)
     opened = open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer())
     data = dataclasses.replace(config.train_data, num_workers=2)
-    rows = build_train_loader({"": opened}, data, global_batch_size=4, seed=config.seed).dataloader.dataset
+    rows = build_train_loader(
+        {"": opened}, data, global_batch_size=4, seed=config.seed
+    ).dataloader.dataset
     assert found.batches_per_epoch == rows.batches_per_epoch
-    assert (found.tokens, found.bytes) == (opened.manifest.totals.tokens_out, opened.manifest.totals.bytes)
+    assert (found.tokens, found.bytes) == (
+        opened.manifest.totals.tokens_out,
+        opened.manifest.totals.bytes,
+    )
     assert (found.context_length, found.vocab_size, found.is_remote) == (CONTEXT_LENGTH, 400, False)
-    rows.limit_cache(found.smallest_cache, num_workers=config.train_data.num_workers, prefetch_factor=2)
+    rows.limit_cache(
+        found.smallest_cache, num_workers=config.train_data.num_workers, prefetch_factor=2
+    )
     with pytest.raises(InvalidField, match=f"must be at least {found.smallest_cache} bytes"):
-        rows.limit_cache(found.smallest_cache - 1, num_workers=config.train_data.num_workers, prefetch_factor=2)
+        rows.limit_cache(
+            found.smallest_cache - 1, num_workers=config.train_data.num_workers, prefetch_factor=2
+        )
 
 
 def test_what_each_of_two_nodes_reads(dataset: Path) -> None:
     def read(canonical: int, nodes: int) -> Supply:
-        found = find_supply(small(dataset, f"train_data.num_canonical_nodes={canonical}", f"nodes={nodes}"))
+        found = find_supply(
+            small(dataset, f"train_data.num_canonical_nodes={canonical}", f"nodes={nodes}")
+        )
         assert isinstance(found, Supply)
         return found
 
@@ -291,24 +394,38 @@ def test_what_each_of_two_nodes_reads(dataset: Path) -> None:
 
 
 def test_a_remote_dataset_is_downloaded(dataset: Path, tmp_path: Path) -> None:
-    keys = (f"train_data.local={tmp_path}/cache", f"train_data.remote={dataset}", "max_duration=2ep", "scheduler.warmup=1ba")
+    keys = (
+        f"train_data.local={tmp_path}/cache",
+        f"train_data.remote={dataset}",
+        "max_duration=2ep",
+        "scheduler.warmup=1ba",
+    )
     config = small(dataset, *keys)
     found = find_supply(config)
     assert isinstance(found, Supply)
     plan = planning.draw_up(config, size_of(config), found)
     assert plan["data"]["downloaded_by_a_node"] == found.bytes
     assert not (tmp_path / "cache").exists(), "a plan leaves nothing behind"
-    plan = planning.draw_up(small(dataset, *keys, "train_data.cache_limit=10kb"), size_of(config), found)
-    assert plan["data"]["downloaded_by_a_node"] == 2 * found.bytes, "what was deleted is fetched again in the next epoch"
+    plan = planning.draw_up(
+        small(dataset, *keys, "train_data.cache_limit=10kb"), size_of(config), found
+    )
+    assert plan["data"]["downloaded_by_a_node"] == 2 * found.bytes, (
+        "what was deleted is fetched again in the next epoch"
+    )
     assert plan["data"]["epochs"] == 2
-    local = planning.draw_up(small(dataset), size_of(config), dataclasses.replace(found, is_remote=False))
+    local = planning.draw_up(
+        small(dataset), size_of(config), dataclasses.replace(found, is_remote=False)
+    )
     assert local["data"]["downloaded_by_a_node"] == 0
 
 
 def test_streams_are_weighed_as_in_training(dataset: Path, eval_dataset: Path) -> None:
     config = small(dataset)
     config.train_data.local = None
-    config.train_data.streams = {"a": StreamConfig(str(dataset), repeat=2.0), "b": StreamConfig(str(eval_dataset), repeat=1.0)}
+    config.train_data.streams = {
+        "a": StreamConfig(str(dataset), repeat=2.0),
+        "b": StreamConfig(str(eval_dataset), repeat=1.0),
+    }
     found = find_supply(config)
     assert isinstance(found, Supply)
     one, other = (find_supply(small(folder)) for folder in (dataset, eval_dataset))
@@ -320,7 +437,9 @@ def test_streams_are_weighed_as_in_training(dataset: Path, eval_dataset: Path) -
 
 
 def test_a_dataset_that_is_only_known_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a hundred shards; and what is laid out of a part of it, when that is all, comes to about the same."""
+    """Of a hundred shards; and what is laid out of a part of it, when that is all, comes to
+    about the same.
+    """
     keys = ("dataset_tokens=3_000_000_000", "train_data.shuffle_block_size=100_000")
     whole = drawn_up("gla_340m", *keys)["data"]
     assert whole["bytes"] == pytest.approx(2 * 3e9, rel=0.01)
@@ -336,7 +455,10 @@ def test_a_dataset_that_is_only_known_by_its_size(monkeypatch: pytest.MonkeyPatc
 def test_less_than_a_batch() -> None:
     with pytest.raises(InvalidField) as caught:
         find_supply(plan_config("gla_340m", "dataset_tokens=100"))
-    assert (caught.value.name, caught.value.rule) == ("dataset_tokens", "must be a global batch of 256 x 2048 tokens or more")
+    assert (caught.value.name, caught.value.rule) == (
+        "dataset_tokens",
+        "must be a global batch of 256 x 2048 tokens or more",
+    )
 
 
 # Preemption
@@ -353,7 +475,9 @@ def test_the_best_interval_is_the_best(save: float, between: float) -> None:
 
 
 def test_goodput_is_what_a_simulation_comes_to() -> None:
-    """An hour between kills, 2 minutes to save, 5 to come back; also kills while it is saving or coming back."""
+    """An hour between kills, 2 minutes to save, 5 to come back; also kills while it is saving or
+    coming back.
+    """
     interval, save, restart, between = 600.0, 120.0, 300.0, 3600.0
     chance = random.Random(0)
     clock = done = 0.0
@@ -380,7 +504,12 @@ def test_hopeless_preemption() -> None:
 
 
 def test_preemption_in_a_plan() -> None:
-    keys = ("dataset_tokens=2_000_000_000", "preemption_hours=2", "save_seconds=30", "tokens_per_second=524288")
+    keys = (
+        "dataset_tokens=2_000_000_000",
+        "preemption_hours=2",
+        "save_seconds=30",
+        "tokens_per_second=524288",
+    )
     plan = drawn_up("gla_340m", *keys, "save_interval=5000ba")
     preempted = plan["preemption"]
     assert plan["time"]["seconds_per_step"] == 1
@@ -391,7 +520,11 @@ def test_preemption_in_a_plan() -> None:
 
 
 def test_what_checkpoints_take() -> None:
-    keys = ("dataset_tokens=2_000_000_000", "save_bandwidth=512mb", "save_num_checkpoints_to_keep=2")
+    keys = (
+        "dataset_tokens=2_000_000_000",
+        "save_bandwidth=512mb",
+        "save_num_checkpoints_to_keep=2",
+    )
     saved = drawn_up("gla_340m", *keys)["checkpoints"]
     assert saved["save_seconds"] == saved["bytes"] / 2**29
     assert saved["bytes_kept"] == 2 * saved["bytes"]
@@ -401,21 +534,53 @@ def test_what_checkpoints_take() -> None:
 
 WARNINGS = [
     ((), []),
-    (("microbatch_size=32",), [r"[\d.]+ GB do not fit into 80 GB a device, of which a tenth should stay free: microbatch_size="
-                               "16 fits"]),
-    (("model.config.hidden_size=65536",),
-     [r".* TB do not fit into 80 GB a device, .*: not even one row does: set parallelism.activation_checkpointing=true, or "
-      "take more or larger devices$"]),
-    (("scheduler.warmup=0.2dur",), ["scheduler.warmup=0.2dur is 20% of the run; more than 10% is seldom meant"]),
+    (
+        ("microbatch_size=32",),
+        [
+            r"[\d.]+ GB do not fit into 80 GB a device, of which a tenth should stay free:"
+            r" microbatch_size="
+            "16 fits"
+        ],
+    ),
+    (
+        ("model.config.hidden_size=65536",),
+        [
+            r".* TB do not fit into 80 GB a device, .*: not even one row does: set"
+            r" parallelism.activation_checkpointing=true, or "
+            "take more or larger devices$"
+        ],
+    ),
+    (
+        ("scheduler.warmup=0.2dur",),
+        ["scheduler.warmup=0.2dur is 20% of the run; more than 10% is seldom meant"],
+    ),
     (("dataset_tokens=2_000_000_000",), [r"5.4 epochs: text that is repeated more than 4 times"]),
     (("precision=fp32",), ["precision=fp32: the peak"]),
-    (("train_data.cache_limit=1gb",), [r"train_data.cache_limit=1gb: 16.5 GB are in use at once; training refuses it"]),
-    (("nodes=2",), ["train_data.num_canonical_nodes=1: every node downloads nearly all of the data; with 2 each"]),
+    (
+        ("train_data.cache_limit=1gb",),
+        [r"train_data.cache_limit=1gb: 16.5 GB are in use at once; training refuses it"],
+    ),
+    (
+        ("nodes=2",),
+        [
+            "train_data.num_canonical_nodes=1: every node downloads nearly all of the data; with 2"
+            " each"
+        ],
+    ),
     (("nodes=2", "train_data.num_canonical_nodes=2"), []),
-    (("save_interval=1ba",), ["save_interval=1ba: saving takes 9[0-9]% of the time; save less often"]),
-    (("save_folder=null", "preemption_hours=1"), ["save_folder=null: a run that is interrupted starts from the beginning"]),
-    (("save_interval=20000ba", "preemption_hours=1"), [r"save_interval=20000ba: \d+.\d% of the time counts when killed every"]),
-]  # fmt: skip
+    (
+        ("save_interval=1ba",),
+        ["save_interval=1ba: saving takes 9[0-9]% of the time; save less often"],
+    ),
+    (
+        ("save_folder=null", "preemption_hours=1"),
+        ["save_folder=null: a run that is interrupted starts from the beginning"],
+    ),
+    (
+        ("save_interval=20000ba", "preemption_hours=1"),
+        [r"save_interval=20000ba: \d+.\d% of the time counts when killed every"],
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +588,9 @@ def supplies() -> dict[Any, Supply]:
     return {}
 
 
-@pytest.mark.parametrize(("keys", "expected"), WARNINGS, ids=lambda value: " ".join(value)[:40] or "nothing")
+@pytest.mark.parametrize(
+    ("keys", "expected"), WARNINGS, ids=lambda value: " ".join(value)[:40] or "nothing"
+)
 def test_warnings(keys: tuple[str, ...], expected: list[str], supplies: dict[Any, Supply]) -> None:
     config = plan_config("gla_340m", "dataset_tokens=10_000_000_000", *keys)
     what = config.dataset_tokens, config.nodes, config.train_data.num_canonical_nodes
@@ -436,7 +603,9 @@ def test_warnings(keys: tuple[str, ...], expected: list[str], supplies: dict[Any
 
 
 def test_half_precision_on_a_cpu() -> None:
-    plan = drawn_up("gla_tiny", "precision=amp_bf16", "dataset_tokens=1_000_000", device="cpu", devices=1)
+    plan = drawn_up(
+        "gla_tiny", "precision=amp_bf16", "dataset_tokens=1_000_000", device="cpu", devices=1
+    )
     assert plan["warnings"] == ["precision=amp_bf16: CPUs compute in fp32; training refuses it"]
 
 
@@ -451,7 +620,11 @@ def test_rows_of_another_length(dataset: Path) -> None:
     found = find_supply(config)
     assert isinstance(found, Supply)
     warnings = planning.draw_up(config, size_of(config), found)["warnings"]
-    assert warnings[0] == f"context_length=64: the dataset's rows are {CONTEXT_LENGTH} tokens long; training refuses it"
+    assert (
+        warnings[0]
+        == f"context_length=64: the dataset's rows are {CONTEXT_LENGTH} tokens long; training"
+        " refuses it"
+    )
 
 
 # The script
@@ -459,7 +632,13 @@ def test_rows_of_another_length(dataset: Path) -> None:
 
 def test_a_plan_comes_true(corpus: Corpus, undisturbed: Path) -> None:
     """The plan of the run that the other tests look at: its steps, its tokens."""
-    keys = ("devices=1", "device=cpu", "tokens_per_second=1000", "preemption_hours=1", "price_per_hour=1")
+    keys = (
+        "devices=1",
+        "device=cpu",
+        "tokens_per_second=1000",
+        "preemption_hours=1",
+        "price_per_hour=1",
+    )
     process = run_script("recipes/plan.py", *corpus.keys(undisturbed), *keys)
     plan = last_json(process)
     summary = json.loads((undisturbed / "summary.json").read_text())
@@ -469,24 +648,42 @@ def test_a_plan_comes_true(corpus: Corpus, undisturbed: Path) -> None:
     lines = process.stdout.splitlines()
     assert lines[0] == "undisturbed on 1 x 1 x cpu"
     assert all(len(line) <= 100 for line in lines[:-1])
-    told = dict(line.split(maxsplit=1) for line in lines if line.startswith(("parameters", "downloads", "dataset", "goodput")))
+    told = dict(
+        line.split(maxsplit=1)
+        for line in lines
+        if line.startswith(("parameters", "downloads", "dataset", "goodput"))
+    )
     assert told["parameters"] == f"{plan['parameters']:,}"
     assert told["dataset"].endswith("2.67 epochs of 15 steps")
     assert told["downloads"] == "0 to each node"
-    shares = [f"{plan['preemption'][name]:.1%}" for name in ("goodput", "goodput_as_configured", "goodput_with_notice")]
-    expected = "{} then, {} with save_interval as it is; {} with notice enough to save".format(*shares)
+    shares = [
+        f"{plan['preemption'][name]:.1%}"
+        for name in ("goodput", "goodput_as_configured", "goodput_with_notice")
+    ]
+    expected = "{} then, {} with save_interval as it is; {} with notice enough to save".format(
+        *shares
+    )
     assert told["goodput"] == expected
 
 
 def test_a_plan_without_its_data(corpus: Corpus, tmp_path: Path) -> None:
-    keys = [*corpus.keys(tmp_path / "run"), f"train_data.local={tmp_path / 'none'}", "devices=1", "device=cpu"]
+    keys = [
+        *corpus.keys(tmp_path / "run"),
+        f"train_data.local={tmp_path / 'none'}",
+        "devices=1",
+        "device=cpu",
+    ]
     plan = last_json(run_script("recipes/plan.py", *keys))
     assert plan["data"] is None
-    assert plan["warnings"] == ["the training data cannot be read, so nothing is said of it; give dataset_tokens "
-                                f"({tmp_path / 'none'}: no such folder)"]
+    assert plan["warnings"] == [
+        "the training data cannot be read, so nothing is said of it; give dataset_tokens "
+        f"({tmp_path / 'none'}: no such folder)"
+    ]
     process = run_script("recipes/plan.py", *keys, "max_duration=2ep")
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == (
-        "error: command line: max_duration=2ep: is in epochs, and the dataset cannot be read; give dataset_tokens"
+    assert (
+        process.stderr.splitlines()[-1]
+        == "error: command line: max_duration=2ep: is in epochs, and the dataset cannot be read;"
+        " give dataset_tokens"
     )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: nothing that was computed is lost, and the restarted run is the one that nothing disturbed."""
+"""SIGTERM and Ctrl-C: nothing that was computed is lost, and the restarted run is the one that
+nothing disturbed.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,20 @@ from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log
 from tests.test_resume import assert_same_run
 
 
-@pytest.mark.parametrize(("num_workers", "group", "steps"), [(0, False, (1, 9, 20)), (2, True, (13, 39))])
+@pytest.mark.parametrize(
+    ("num_workers", "group", "steps"), [(0, False, (1, 9, 20)), (2, True, (13, 39))]
+)
 def test_stopped_run_loses_no_batch_and_ends_bit_identical(
-    corpus: Corpus, undisturbed: Path, tmp_path: Path, num_workers: int, group: bool, steps: tuple[int, ...]
+    corpus: Corpus,
+    undisturbed: Path,
+    tmp_path: Path,
+    num_workers: int,
+    group: bool,
+    steps: tuple[int, ...],
 ) -> None:
-    """Steps 10, 20, 30 and 40 evaluate; what a signal made them leave out is done by the restart."""
+    """Steps 10, 20, 30 and 40 evaluate; what a signal made them leave out is done by the
+    restart.
+    """
     run = tmp_path / "stopped"
     workers = f"train_data.num_workers={num_workers}"
     for step in steps:
@@ -50,7 +61,9 @@ def test_stopped_run_loses_no_batch_and_ends_bit_identical(
     summary = corpus.train_run(run, workers)
     assert_same_run(run, undisturbed)
     expected = json.loads((undisturbed / "summary.json").read_text())
-    assert {key: summary[key] for key in ("steps", "eval_loss")} == {key: expected[key] for key in ("steps", "eval_loss")}
+    assert {key: summary[key] for key in ("steps", "eval_loss")} == {
+        key: expected[key] for key in ("steps", "eval_loss")
+    }
 
 
 class SendAt(Callback):
@@ -65,7 +78,9 @@ class SendAt(Callback):
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_an_evaluation_that_was_cut_short_is_done_by_the_restart(trained, dataset, eval_dataset, tmp_path, capfd, step):
+def test_an_evaluation_that_was_cut_short_is_done_by_the_restart(
+    trained, dataset, eval_dataset, tmp_path, capfd, step
+):
     """After the second of three steps, and after the last."""
     first = make_run(tmp_path, dataset, eval_dataset, watchers=(SendAt(step),))
     first.trainer.eval()
@@ -73,13 +88,24 @@ def test_an_evaluation_that_was_cut_short_is_done_by_the_restart(trained, datase
         first.trainer.fit()
     first.trainer.close()
     assert stopped.value.code == 143
-    assert first.trainer.state.eval_timestamp.batch == 2 < len(first.trainer.state.evaluators[0].dataloader.dataloader)
-    before = [json.loads(line) for line in (first.log_folder / "train_log.jsonl").read_text().splitlines()]
+    assert (
+        first.trainer.state.eval_timestamp.batch
+        == 2
+        < len(first.trainer.state.evaluators[0].dataloader.dataloader)
+    )
+    before = [
+        json.loads(line) for line in (first.log_folder / "train_log.jsonl").read_text().splitlines()
+    ]
     assert len(before) == step
     assert "eval_loss" not in before[-1]
-    assert f"stopped after step {step}; saved {tmp_path}/checkpoints/ba{step}.pt; the same" in capfd.readouterr().err
+    assert (
+        f"stopped after step {step}; saved {tmp_path}/checkpoints/ba{step}.pt; the same"
+        in capfd.readouterr().err
+    )
 
-    second = make_run(tmp_path, dataset, eval_dataset, load_path=tmp_path / f"checkpoints/ba{step}.pt")
+    second = make_run(
+        tmp_path, dataset, eval_dataset, load_path=tmp_path / f"checkpoints/ba{step}.pt"
+    )
     assert second.log.eval_missing
     second.trainer.eval()
     if step < 3:
@@ -88,12 +114,18 @@ def test_an_evaluation_that_was_cut_short_is_done_by_the_restart(trained, datase
     for run in (trained, second):
         assert not run.log.eval_missing
     whole, restarted = (
-        [{**json.loads(line), "throughput": 0} for line in (run.log_folder / "train_log.jsonl").read_text().splitlines()]
+        [
+            {**json.loads(line), "throughput": 0}
+            for line in (run.log_folder / "train_log.jsonl").read_text().splitlines()
+        ]
         for run in (trained, second)
     )
     assert restarted == whole
     assert [list(row) for row in restarted] == [list(row) for row in whole]
-    assert second.log.summary(second.trainer.state)["eval_loss"] == trained.log.summary(trained.trainer.state)["eval_loss"]
+    assert (
+        second.log.summary(second.trainer.state)["eval_loss"]
+        == trained.log.summary(trained.trainer.state)["eval_loss"]
+    )
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(dataset, eval_dataset, tmp_path, capfd):
@@ -101,15 +133,26 @@ def test_a_signal_before_the_first_step_leaves_nothing(dataset, eval_dataset, tm
     with pytest.raises(Preempted):
         run.trainer.eval()
     run.trainer.close()
-    assert capfd.readouterr().err.splitlines()[-1].startswith("stopped after step 0; nothing new to save; the same command")
+    assert (
+        capfd.readouterr()
+        .err.splitlines()[-1]
+        .startswith("stopped after step 0; nothing new to save; the same command")
+    )
     assert not run.checkpoints.exists()
     assert run.log.initial_evaluation == {}
 
 
-def test_w_and_b_and_tensorboard_go_on_with_the_same_run(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
-    """Killed past a checkpoint at an evaluation: TensorBoard shows every step and evaluation once, W&B has one run id."""
+def test_w_and_b_and_tensorboard_go_on_with_the_same_run(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed past a checkpoint at an evaluation: TensorBoard shows every step and evaluation
+    once, W&B has one run id.
+    """
     run = tmp_path / "logged"
-    keys, env = ("wandb.project=tests", "tensorboard=true", "save_interval=10ba"), {"WANDB_MODE": "offline"}
+    keys, env = (
+        ("wandb.project=tests", "tensorboard=true", "save_interval=10ba"),
+        {"WANDB_MODE": "offline"},
+    )
     corpus.killed_run(run, *keys, after_step=14, env=env)
     corpus.train_run(run, *keys, env=env)
 
@@ -120,8 +163,12 @@ def test_w_and_b_and_tensorboard_go_on_with_the_same_run(corpus: Corpus, undistu
     rows = read_log(run)
     losses = {event.step: event.value for event in events.Scalars("loss/train/total")}
     assert len(losses) == len(events.Scalars("loss/train/total"))
-    assert losses == {row["current_steps"] - 1: pytest.approx(row["loss"], rel=1e-6) for row in rows}
-    evaluations = [(event.step, event.value) for event in events.Scalars("metrics/eval/LanguageCrossEntropy")]
+    assert losses == {
+        row["current_steps"] - 1: pytest.approx(row["loss"], rel=1e-6) for row in rows
+    }
+    evaluations = [
+        (event.step, event.value) for event in events.Scalars("metrics/eval/LanguageCrossEntropy")
+    ]
     assert [step for step, _ in evaluations] == [0, 10, 20, 30, 40]
     expected = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert [value for _, value in evaluations[1:]] == pytest.approx(expected, rel=1e-6)
@@ -136,11 +183,16 @@ def test_ctrl_c_saves_and_the_second_ends_at_once(corpus: Corpus, tmp_path: Path
     os.kill(script.process.pid, signal.SIGINT)
     process = script.wait()
     assert process.returncode == 130
-    assert "SIGINT: finishing the batch in hand and saving it; Ctrl-C again ends it at once" in process.stderr
+    assert (
+        "SIGINT: finishing the batch in hand and saving it; Ctrl-C again ends it at once"
+        in process.stderr
+    )
     assert (run / f"checkpoints/ba{len(read_log(run))}.pt").is_file()
 
 
-def test_a_run_that_is_started_twice_waits_for_the_other(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_started_twice_waits_for_the_other(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "twice"
     run.mkdir()
     with FileLock(run / ".lock"):
@@ -155,7 +207,10 @@ def test_a_run_that_is_started_twice_waits_for_the_other(corpus: Corpus, undistu
 
 def test_a_run_that_another_process_keeps(tmp_path: Path) -> None:
     assert lock_run(tmp_path / "new") is None
-    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another process is training this run; wait until"):
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ConfigError, match="another process is training this run; wait until"),
+    ):
         lock_run(tmp_path, seconds=0.1)
     lock = lock_run(tmp_path)
     assert lock is not None
@@ -170,10 +225,16 @@ def error_lines(process: Any) -> list[str]:
 
 
 def loader_processes(script: Script) -> list[psutil.Process]:
-    return [each for each in psutil.Process(script.process.pid).children() if "pt_data_worker" in each.name()]
+    return [
+        each
+        for each in psutil.Process(script.process.pid).children()
+        if "pt_data_worker" in each.name()
+    ]
 
 
-def test_ranks_and_loader_processes_that_are_killed(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_ranks_and_loader_processes_that_are_killed(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     """Each is one line of each rank that is left, at once, and the same command goes on."""
     run = tmp_path / "lost"
     keys = corpus.keys(run, "train_data.num_workers=1")
@@ -189,22 +250,32 @@ def test_ranks_and_loader_processes_that_are_killed(corpus: Corpus, undisturbed:
         assert time.monotonic() - since < 30, "it waits for somebody who is gone"
         assert psutil.wait_procs(loaders, timeout=10)[1] == []
         goes_on = "; the same command goes on from what was saved last"
-        lost = r"error: rank \d: another rank has ended, or cannot be reached \(.*Connection .*\)" + goes_on
+        lost = (
+            r"error: rank \d: another rank has ended, or cannot be reached \(.*Connection .*\)"
+            + goes_on
+        )
         if victim == "a rank":
             assert [process.returncode for process in ended] == [1, -signal.SIGKILL]
         else:
             assert [process.returncode for process in ended] == [1, 1]
-            loss = "a loader process was killed by signal: Killed (short of memory? give fewer num_workers)"
+            loss = (
+                "a loader process was killed by signal: Killed (short of memory? give fewer"
+                " num_workers)"
+            )
             assert error_lines(ended[0]) == [f"error: rank 0: {loss}{goes_on}"]
         (line,) = error_lines(ended[0 if victim == "a rank" else 1])
         assert re.fullmatch(lost, line), line
     corpus.train_run(run)
     assert [row["current_steps"] for row in read_log(run)] == list(range(1, 41))
-    assert [row["batch_hash"] for row in read_log(run)] == [row["batch_hash"] for row in read_log(undisturbed)]
+    assert [row["batch_hash"] for row in read_log(run)] == [
+        row["batch_hash"] for row in read_log(undisturbed)
+    ]
 
 
 def test_ctrl_c_counts_for_more_than_the_sigterm_after_it(corpus: Corpus, tmp_path: Path) -> None:
-    """A terminal sends the one to the whole group, and the launcher, which has it, too, the other to its ranks."""
+    """A terminal sends the one to the whole group, and the launcher, which has it, too, the
+    other to its ranks.
+    """
     run = tmp_path / "interrupted"
     ranks = Ranks(2, *corpus.keys(run))
     corpus.wait_for_step(ranks.scripts[0], run, 3)
@@ -220,12 +291,18 @@ def test_ctrl_c_counts_for_more_than_the_sigterm_after_it(corpus: Corpus, tmp_pa
 
 
 @pytest.mark.faults
-@pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes half a minute: make test-faults")
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes half a minute: make test-faults"
+)
 def test_more_sigterms_than_anybody_needs(corpus: Corpus, tmp_path: Path) -> None:
-    """Also while Python clears up, when its own handlers are gone: a real process, not a forked one."""
+    """Also while Python clears up, when its own handlers are gone: a real process, not a forked
+    one.
+    """
     run = tmp_path / "stopped"
     command = [sys.executable, "recipes/train.py", *corpus.keys(run, "train_data.num_workers=2")]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
         while not (run / "train_log.jsonl").exists() or not (run / "train_log.jsonl").read_text():
             assert process.poll() is None
             time.sleep(0.01)
@@ -246,7 +323,11 @@ def test_more_sigterms_than_anybody_needs(corpus: Corpus, tmp_path: Path) -> Non
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
     try:
@@ -260,17 +341,20 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a small disk takes ro
 
 @needs_root
 def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
-    """Under the log folder, while a row is written: one line, and when there is room, the same command goes on."""
+    """Under the log folder, while a row is written: one line, and when there is room, the same
+    command goes on.
+    """
     run = tmp_path / "full"
     keys = corpus.keys(run, f"save_folder={tmp_path / 'checkpoints'}")
     with small_disk(run, "64k"):
         filler = run / "filler"
-        filler.write_bytes(bytes(48 << 10))  # the configuration, two small files and some rows have room beside it
+        # The configuration, two small files and some rows have room beside it
+        filler.write_bytes(bytes(48 << 10))
         ended = Script("recipes/train.py", *keys).wait()
         assert ended.returncode == 1
         assert error_lines(ended) == [
-            f"error: {run}/train_log.jsonl: cannot be written: No space left on device; when that is mended, "
-            "the same command goes on from what was saved last"
+            f"error: {run}/train_log.jsonl: cannot be written: No space left on device; when that"
+            " is mended, the same command goes on from what was saved last"
         ]
         assert 5 < (run / "train_log.jsonl").read_text().count("\n") < 40
         filler.unlink()
@@ -279,7 +363,9 @@ def test_a_disk_that_is_full(corpus: Corpus, undisturbed: Path, tmp_path: Path) 
 
 
 @needs_root
-def test_a_disk_that_is_full_of_checkpoints(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_of_checkpoints(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     """It has no room for the first, of which nothing is left that has its name."""
     run, saved = tmp_path / "full", tmp_path / "checkpoints"
     keys = corpus.keys(run, f"save_folder={saved}")
@@ -287,7 +373,10 @@ def test_a_disk_that_is_full_of_checkpoints(corpus: Corpus, undisturbed: Path, t
         ended = Script("recipes/train.py", *keys).wait()
         assert ended.returncode == 1
         (line,) = error_lines(ended)
-        said = r"error: .*(No space left on device|is the disk full\?); the same command goes on from what was saved last"
+        said = (
+            r"error: .*(No space left on device|is the disk full\?); the same command goes on from"
+            r" what was saved last"
+        )
         assert re.fullmatch(said, line), line
         assert not list(saved.glob("ba*"))
     check(Script("recipes/train.py", *keys).wait())
@@ -296,7 +385,10 @@ def test_a_disk_that_is_full_of_checkpoints(corpus: Corpus, undisturbed: Path, t
 
 def test_what_lies_at_the_name_of_the_lock(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(ConfigError, match=rf"^{tmp_path}/\.lock: cannot be locked: .*; remove what lies there, or give"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^{tmp_path}/\.lock: cannot be locked: .*; remove what lies there, or give",
+    ):
         lock_run(tmp_path)
 
 
@@ -324,5 +416,8 @@ def test_a_run_that_another_user_began(tmp_path: Path, name: str) -> None:
     error = ours.recv()
     process.join()
     assert isinstance(error, ConfigError)
-    assert str(error) == (f"{tmp_path / name}: this run has files that cannot be written to: it is user 0's, this is 54321; "
-                          "give this one another run_name, or set log_folder")
+    assert (
+        str(error)
+        == f"{tmp_path / name}: this run has files that cannot be written to: it is user 0's, this"
+        " is 54321; give this one another run_name, or set log_folder"
+    )

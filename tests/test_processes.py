@@ -15,7 +15,9 @@ import pytest
 from flame_composer import processes
 from tests.runs import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is the kernel of Linux that ends them")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="it is the kernel of Linux that ends them"
+)
 
 RANK = """
 import os, sys, time
@@ -67,7 +69,9 @@ def runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def launched(tmp_path: Path, name: str, *more: str) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+def launched(
+    tmp_path: Path, name: str, *more: str
+) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A launcher called `name`, or a shell, and what it has started, which is ready."""
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / name).write_text(LAUNCHER)
@@ -94,9 +98,13 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path, name: str, sto
     wait_until(lambda: not any(map(runs, ranks)), 5)
 
 
-@pytest.mark.parametrize(("name", "more"), [("sh", ()), ("my_script.py", ()), ("composer", ("0", "outlive"))])
+@pytest.mark.parametrize(
+    ("name", "more"), [("sh", ()), ("my_script.py", ()), ("composer", ("0", "outlive"))]
+)
 def test_who_outlives_its_parent(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
-    """What a shell or an unknown program has started, and ranks that a signal has told to save and end."""
+    """What a shell or an unknown program has started, and ranks that a signal has told to save
+    and end.
+    """
     launcher, children = launched(tmp_path, name, *more)
     try:
         launcher.kill()
@@ -148,14 +156,24 @@ def test_command_lines_of_launchers(command: list[str], is_launcher: bool) -> No
 
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_children_end_with_a_parent_that_is_killed(tmp_path: Path, method: str, stopped: bool) -> None:
+def test_children_end_with_a_parent_that_is_killed(
+    tmp_path: Path, method: str, stopped: bool
+) -> None:
     """However they were started, and with the fork server between them."""
     (tmp_path / "loaders.py").write_text(LOADERS)
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "loaders.py", tmp_path, method], env=ENV, start_new_session=True
     )
-    wait_until(lambda: all((tmp_path / f"{n}").exists() and (tmp_path / f"{n}").read_text() for n in range(2)))
-    tracker = [p for p in psutil.Process(parent.pid).children() if "resource_tracker" in " ".join(p.cmdline())]
+    wait_until(
+        lambda: all(
+            (tmp_path / f"{n}").exists() and (tmp_path / f"{n}").read_text() for n in range(2)
+        )
+    )
+    tracker = [
+        p
+        for p in psutil.Process(parent.pid).children()
+        if "resource_tracker" in " ".join(p.cmdline())
+    ]
     children = [p for p in psutil.Process(parent.pid).children(recursive=True) if p not in tracker]
     assert len(children) == (3 if method == "forkserver" else 2)
     if stopped:
@@ -174,13 +192,19 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path: Path, method: str, 
 def test_a_child_that_has_not_begun_ends_with_its_fork_server(tmp_path: Path) -> None:
     """It imports the script first, which takes a while: who was stopped there stayed."""
     (tmp_path / "loaders.py").write_text(
-        LOADERS + "else:\n    Path(sys.argv[1], str(multiprocessing.current_process().pid)).touch()\n    time.sleep(60)\n"
+        LOADERS + "else:\n"
+        "    Path(sys.argv[1], str(multiprocessing.current_process().pid)).touch()\n"
+        "    time.sleep(60)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, tmp_path / "loaders.py", tmp_path, "forkserver"], env=ENV, start_new_session=True
+        [sys.executable, tmp_path / "loaders.py", tmp_path, "forkserver"],
+        env=ENV,
+        start_new_session=True,
     )
     wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)
-    children = [psutil.Process(int(path.name)) for path in tmp_path.iterdir() if path.name.isdigit()]
+    children = [
+        psutil.Process(int(path.name)) for path in tmp_path.iterdir() if path.name.isdigit()
+    ]
     for child in children:
         child.suspend()
     parent.kill()
@@ -191,5 +215,8 @@ def test_a_child_that_has_not_begun_ends_with_its_fork_server(tmp_path: Path) ->
 def test_what_is_no_loss_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert processes.loss_of(RuntimeError("Connection reset by peer")) is None  # of what peer?
-    assert processes.loss_of(ValueError("DataLoader worker (pid 1) is killed by signal: Killed. ")) is None
+    assert (
+        processes.loss_of(ValueError("DataLoader worker (pid 1) is killed by signal: Killed. "))
+        is None
+    )
     assert processes.loss_of(RuntimeError("shape '[2]' is invalid for input of size 3")) is None

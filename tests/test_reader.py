@@ -29,10 +29,19 @@ def open_under(folder: Path) -> set[str]:
 
 
 def rows_of(*folders: Path, **options: Any) -> Any:
-    found = {f"s{number}": open_dataset(str(folder), None, tokenizer=byte_tokenizer()) for number, folder in enumerate(folders)}
-    streams = {name: StreamConfig(local=dataset.folder) for name, dataset in found.items()} if len(folders) > 1 else {}
+    found = {
+        f"s{number}": open_dataset(str(folder), None, tokenizer=byte_tokenizer())
+        for number, folder in enumerate(folders)
+    }
+    streams = (
+        {name: StreamConfig(local=dataset.folder) for name, dataset in found.items()}
+        if len(folders) > 1
+        else {}
+    )
     config = DataConfig(num_workers=0, shuffle_block_size=20, streams=streams, **options)
-    return build_train_loader(found if streams else {"": found["s0"]}, config, global_batch_size=4, seed=7).dataloader
+    return build_train_loader(
+        found if streams else {"": found["s0"]}, config, global_batch_size=4, seed=7
+    ).dataloader
 
 
 def test_shards_stay_open_and_no_more_than_may_be(dataset, eval_dataset, copy_of, tmp_path):
@@ -70,7 +79,10 @@ def test_a_shard_cut_short_after_it_was_checked(dataset, copy_of):
     rows.get_item(0)
     (shard,) = open_under(folder)
     os.truncate(shard, size := os.path.getsize(shard) - 1)
-    message = f"^{shard}: damaged shard: {size:,} bytes long, must be {size + 1:,}; restore it from a copy, or convert again"
+    message = (
+        f"^{shard}: damaged shard: {size:,} bytes long, must be {size + 1:,}; restore it from a"
+        " copy, or convert again"
+    )
     with pytest.raises(DataError, match=message):
         rows.get_item(rows.streams[0].dataset.files[0].rows - 1)
 

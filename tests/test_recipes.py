@@ -1,4 +1,6 @@
-"""The scripts as a user runs them: what they write, what they print, and what they say to a mistake."""
+"""The scripts as a user runs them: what they write, what they print, and what they say to a
+mistake.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,24 @@ def test_log_has_one_row_per_step(undisturbed: Path) -> None:
     assert [row["current_steps"] for row in rows] == steps
     assert [row["num_tokens"] for row in rows] == [step * 4 * 64 for step in steps]
     assert [row["percentage"] for row in rows] == [step * 2.5 for step in steps]
-    plain = ["current_steps", "total_steps", "loss", "grad_norm", "learning_rate", "epoch", "percentage", "num_tokens",
-             "batch_hash"]  # fmt: skip
+    plain = [
+        "current_steps",
+        "total_steps",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "percentage",
+        "num_tokens",
+        "batch_hash",
+    ]
     evaluated = {10, 20, 30, 40}
     for row in rows:
-        expected = {*plain, "eval_loss", "eval_perplexity"} if row["current_steps"] in evaluated else {*plain}
+        expected = (
+            {*plain, "eval_loss", "eval_perplexity"}
+            if row["current_steps"] in evaluated
+            else {*plain}
+        )
         assert set(row) == expected
         if row["current_steps"] in evaluated:
             assert math.isclose(row["eval_perplexity"], math.exp(row["eval_loss"]), rel_tol=1e-5)
@@ -56,7 +71,12 @@ def test_wandb_run_has_the_runs_name_as_its_id(undisturbed: Path) -> None:
         record.ParseFromString(records.scan_data())
     records.close()
     run = record.run
-    assert (run.project, run.entity, run.run_group, list(run.tags)) == ("tests", "testers", "ours", ["still", "whole"])
+    assert (run.project, run.entity, run.run_group, list(run.tags)) == (
+        "tests",
+        "testers",
+        "ours",
+        ["still", "whole"],
+    )
 
 
 def test_resolved_config_lies_beside_checkpoints_and_log(undisturbed: Path) -> None:
@@ -66,19 +86,31 @@ def test_resolved_config_lies_beside_checkpoints_and_log(undisturbed: Path) -> N
         assert config["model"]["config"]["hidden_size"] == 32
 
 
-def test_losses_do_not_depend_on_processes_nor_on_microbatches(corpus: Corpus, tmp_path: Path) -> None:
-    """One process, 8 rows at a time, and two with one row at a time: the same global batches, and losses that agree to fp32
-    rounding, for gradients are added up in another order. Rows have unequal numbers of labels.
+def test_losses_do_not_depend_on_processes_nor_on_microbatches(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    """One process, 8 rows at a time, and two with one row at a time: the same global batches, and
+    losses that agree to fp32 rounding, for gradients are added up in another order. Rows have
+    unequal numbers of labels.
 
-    With AdamW's usual eps of 1e-8 a gradient that is nothing but rounding is scaled up to a whole step, and from about
-    the 28th step on the losses drift apart (seen: 2e-5 at the 40th); with 1e-5 they stay within two units of the last place.
+    With AdamW's usual eps of 1e-8 a gradient that is nothing but rounding is scaled up to a whole
+    step, and from about the 28th step on the losses drift apart (seen: 2e-5 at the 40th); with 1e-5
+    they stay within two units of the last place.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    keys = ("optimizer.eps=1e-5", "global_batch_size=8", "max_duration=20ba", "train_data.loss_across_documents=false")
+    keys = (
+        "optimizer.eps=1e-5",
+        "global_batch_size=8",
+        "max_duration=20ba",
+        "train_data.loss_across_documents=false",
+    )
     corpus.train_run(one, *keys, "microbatch_size=8")
     process = subprocess.run(
-        [COMPOSER, "-n", "2", "recipes/train.py", *corpus.keys(two, *keys, "microbatch_size=1")], cwd=ROOT,
-        capture_output=True, text=True, timeout=500,
+        [COMPOSER, "-n", "2", "recipes/train.py", *corpus.keys(two, *keys, "microbatch_size=1")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     check(process)
     rows, expected = read_log(two), read_log(one)
@@ -89,23 +121,36 @@ def test_losses_do_not_depend_on_processes_nor_on_microbatches(corpus: Corpus, t
             assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-6)
 
 
-def test_export_and_checkpoint_evaluate_to_the_loss_seen_in_training(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_export_and_checkpoint_evaluate_to_the_loss_seen_in_training(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "hf"
     checkpoints = undisturbed / "checkpoints"
     check(run_script("convert/to_hf.py", f"checkpoint={checkpoints}", f"out={out}"))
     expected = json.loads((undisturbed / "summary.json").read_text())
     for model, batch_size in ((out, 2), (checkpoints, 7), (checkpoints / "ba40.pt", 3)):
-        result = last_json(run_script(
-            "recipes/evaluate.py", f"model={model}", f"data.local={corpus.val}", "data.max_rows=7", f"batch_size={batch_size}",
-        ))
+        result = last_json(
+            run_script(
+                "recipes/evaluate.py",
+                f"model={model}",
+                f"data.local={corpus.val}",
+                "data.max_rows=7",
+                f"batch_size={batch_size}",
+            )
+        )
         assert result["loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
         assert result["perplexity"] == pytest.approx(math.exp(result["loss"]), rel=1e-5)
         assert result["tokens"] == 7 * 63
 
-    # The documented line, in a process that knows nothing of this package's trainer; documents one by one.
+    # The documented line, in a process that knows nothing of this package's trainer; documents one
+    # by one.
     rows = streaming_dataset(shutil.copytree(corpus.val, tmp_path / "rows"))
-    pieces = [np.split(rows[i]["input_ids"], np.cumsum(rows[i]["doc_lengths"])[:-1]) for i in range(7)]
-    (tmp_path / "rows.json").write_text(json.dumps([[piece.tolist() for piece in row] for row in pieces]))
+    pieces = [
+        np.split(rows[i]["input_ids"], np.cumsum(rows[i]["doc_lengths"])[:-1]) for i in range(7)
+    ]
+    (tmp_path / "rows.json").write_text(
+        json.dumps([[piece.tolist() for piece in row] for row in pieces])
+    )
     program = f"""
 import json
 from flame_composer import cpu; cpu.enable()
@@ -117,20 +162,31 @@ total = count = 0
 for row in json.load(open({str(tmp_path / "rows.json")!r})):
     logits = torch.cat([model(torch.tensor([piece])).logits[0] for piece in row])
     ids = torch.tensor(sum(row, []))
-    total += torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum").item()
+    losses = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="none")
+    total += losses.sum().item()
     count += len(ids) - 1
 print(total / count)
 """
-    process = check(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300))
+    process = check(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    )
     assert float(process.stdout) == pytest.approx(expected["eval_loss"], abs=1e-5)
 
     again = run_script("convert/to_hf.py", f"checkpoint={checkpoints}", f"out={out}")
     assert again.returncode == 2
-    assert again.stderr == f"error: out={out}: already exists and is not empty; choose another folder\n"
+    assert (
+        again.stderr
+        == f"error: out={out}: already exists and is not empty; choose another folder\n"
+    )
 
 
 def test_generate_continues_the_prompt(undisturbed: Path) -> None:
-    arguments = ("recipes/generate.py", f"model={undisturbed / 'checkpoints'}", "prompt=kat loman: ra", "max_new_tokens=8")
+    arguments = (
+        "recipes/generate.py",
+        f"model={undisturbed / 'checkpoints'}",
+        "prompt=kat loman: ra",
+        "max_new_tokens=8",
+    )
     first, second = (check(run_script(*arguments)).stdout for _ in range(2))
     assert first == second
     assert first.startswith("kat loman: ra")
@@ -139,47 +195,100 @@ def test_generate_continues_the_prompt(undisturbed: Path) -> None:
     assert check(run_script(*arguments, "prompt=")).stdout.strip()
 
 
-def test_pretrained_weights_are_trained_on(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_pretrained_weights_are_trained_on(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "hf"
     check(run_script("convert/to_hf.py", f"checkpoint={undisturbed / 'checkpoints'}", f"out={out}"))
-    summary = corpus.train_run(tmp_path / "more", f"model.pretrained={out}", "max_duration=2ba", "scheduler.warmup=0ba")
-    assert summary["eval_loss_initial"] == json.loads((undisturbed / "summary.json").read_text())["eval_loss"]
+    summary = corpus.train_run(
+        tmp_path / "more", f"model.pretrained={out}", "max_duration=2ba", "scheduler.warmup=0ba"
+    )
+    assert (
+        summary["eval_loss_initial"]
+        == json.loads((undisturbed / "summary.json").read_text())["eval_loss"]
+    )
     keys = corpus.keys(tmp_path / "wrong", f"model.pretrained={out}", "model.config.num_heads=4")
     wrong = run_script("recipes/train.py", *keys)
     assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1] == (
-        "error: command line: model.config.num_heads=4: model.pretrained has 2; leave the key out, or give that value"
+    assert (
+        wrong.stderr.splitlines()[-1]
+        == "error: command line: model.config.num_heads=4: model.pretrained has 2; leave the key"
+        " out, or give that value"
     )
 
 
-def test_data_from_a_remote_is_cached_and_gives_the_same_run(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_data_from_a_remote_is_cached_and_gives_the_same_run(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     run, cache = tmp_path / "remote", tmp_path / "cache"
-    remote = (f"train_data.remote={corpus.train}", f"train_data.local={cache}", f"eval_data.remote={corpus.val}",
-              f"eval_data.local={cache}")  # fmt: skip
+    remote = (
+        f"train_data.remote={corpus.train}",
+        f"train_data.local={cache}",
+        f"eval_data.remote={corpus.val}",
+        f"eval_data.local={cache}",
+    )
     summary = corpus.train_run(run, *remote, "max_duration=20ba", "eval_interval=100ba")
     hashes = [row["batch_hash"] for row in read_log(run)]
     assert hashes == [row["batch_hash"] for row in read_log(undisturbed)[:20]]
-    assert summary["eval_loss_initial"] == json.loads((undisturbed / "summary.json").read_text())["eval_loss_initial"]
-    indexes = {json.loads((each / "manifest.json").read_text())["index_sha256"][:16] for each in (corpus.train, corpus.val)}
+    assert (
+        summary["eval_loss_initial"]
+        == json.loads((undisturbed / "summary.json").read_text())["eval_loss_initial"]
+    )
+    indexes = {
+        json.loads((each / "manifest.json").read_text())["index_sha256"][:16]
+        for each in (corpus.train, corpus.val)
+    }
     assert {path.name for path in cache.iterdir()} == indexes
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("optimizer.weight_dcay=0.1", "command line: optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?"),
-    ("lr=1", "command line: lr: unknown key; did you mean optimizer.lr?"),
-    ("global_batch_size=0", "command line: global_batch_size=0: must be a positive number of rows"),
-    (
-        "model.config.num_hidden_layer=3",
-        "command line: model.config.num_hidden_layer=3: unknown key of GLAConfig; did you mean model.config.num_hidden_layers?",
-    ),
-    ("precision=amp_bf16", "command line: precision=amp_bf16: there is no GPU here, and CPUs compute in fp32; set pre"),
-    ("tokenizer=./nowhere", "tokenizer: ./nowhere: no such folder; give a Hugging Face tokenizer folder or hub id"),
-    ("train_data.local=./nowhere", "./nowhere: no such folder"),
-    ("context_length=32", ": its rows are 64 tokens long, context_length is 32; set context_length=64 or convert"),
-    ("global_batch_size=256", ": holds 63 rows, fewer than one global batch (global_batch_size=256)"),
-    ("model.config.num_heads=5", ": no gla model can be built from it: "),
-])
-def test_mistake_is_one_line_and_touches_nothing(corpus: Corpus, tmp_path: Path, argument: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "optimizer.weight_dcay=0.1",
+            (
+                "command line: optimizer.weight_dcay: unknown key; did you mean"
+                " optimizer.weight_decay?"
+            ),
+        ),
+        ("lr=1", "command line: lr: unknown key; did you mean optimizer.lr?"),
+        (
+            "global_batch_size=0",
+            "command line: global_batch_size=0: must be a positive number of rows",
+        ),
+        (
+            "model.config.num_hidden_layer=3",
+            (
+                "command line: model.config.num_hidden_layer=3: unknown key of GLAConfig; did you"
+                " mean model.config.num_hidden_layers?"
+            ),
+        ),
+        (
+            "precision=amp_bf16",
+            (
+                "command line: precision=amp_bf16: there is no GPU here, and CPUs compute in fp32;"
+                " set pre"
+            ),
+        ),
+        (
+            "tokenizer=./nowhere",
+            "tokenizer: ./nowhere: no such folder; give a Hugging Face tokenizer folder or hub id",
+        ),
+        ("train_data.local=./nowhere", "./nowhere: no such folder"),
+        (
+            "context_length=32",
+            ": its rows are 64 tokens long, context_length is 32; set context_length=64 or convert",
+        ),
+        (
+            "global_batch_size=256",
+            ": holds 63 rows, fewer than one global batch (global_batch_size=256)",
+        ),
+        ("model.config.num_heads=5", ": no gla model can be built from it: "),
+    ],
+)
+def test_mistake_is_one_line_and_touches_nothing(
+    corpus: Corpus, tmp_path: Path, argument: str, message: str
+) -> None:
     run = tmp_path / "mistaken"
     process = run_script("recipes/train.py", *corpus.keys(run, argument))
     assert process.returncode == 2
@@ -192,7 +301,10 @@ def test_mistake_is_one_line_and_touches_nothing(corpus: Corpus, tmp_path: Path,
 def test_missing_yaml_and_help(tmp_path: Path) -> None:
     process = run_script("recipes/train.py", "yamls/gla_tiy.yaml")
     assert process.returncode == 2
-    assert process.stderr == "error: yamls/gla_tiy.yaml: no such file; did you mean yamls/gla_tiny.yaml?\n"
+    assert (
+        process.stderr
+        == "error: yamls/gla_tiy.yaml: no such file; did you mean yamls/gla_tiny.yaml?\n"
+    )
     for script in (*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")):
         if script.name != "quickstart.py":
             process = check(run_script(script.relative_to(ROOT), "--help"))
@@ -201,18 +313,33 @@ def test_missing_yaml_and_help(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["log_folder", "save_folder"])
-def test_a_folder_that_cannot_be_made_is_one_line(corpus: Corpus, tmp_path: Path, name: str) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(
+    corpus: Corpus, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "file").touch()
-    process = run_script("recipes/train.py", *corpus.keys(tmp_path / "run", f"{name}={tmp_path}/file/x"))
+    process = run_script(
+        "recipes/train.py", *corpus.keys(tmp_path / "run", f"{name}={tmp_path}/file/x")
+    )
     assert process.returncode == 2
-    assert process.stderr.startswith(f"error: {tmp_path}/file/x: cannot be written to: Not a directory; set log_folder and")
+    assert process.stderr.startswith(
+        f"error: {tmp_path}/file/x: cannot be written to: Not a directory; set log_folder and"
+    )
     assert process.stderr.count("\n") == 1
 
 
 def test_mistake_under_the_launcher_exits_with_its_status(corpus: Corpus, tmp_path: Path) -> None:
     process = subprocess.run(
-        [COMPOSER, "-n", "2", "recipes/train.py", *corpus.keys(tmp_path / "run", "optimizer.lr=-1")], cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
+        [
+            COMPOSER,
+            "-n",
+            "2",
+            "recipes/train.py",
+            *corpus.keys(tmp_path / "run", "optimizer.lr=-1"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 2
     assert process.stderr.count("error: command line: optimizer.lr=-1: must be more than 0") == 1
@@ -220,12 +347,18 @@ def test_mistake_under_the_launcher_exits_with_its_status(corpus: Corpus, tmp_pa
 
 def test_other_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    check(run_script("convert/train_tokenizer.py", f"source={corpus.text}", f"out={other}", "vocab_size=290"))
+    check(
+        run_script(
+            "convert/train_tokenizer.py", f"source={corpus.text}", f"out={other}", "vocab_size=290"
+        )
+    )
     process = run_script("recipes/train.py", *corpus.keys(tmp_path / "run", f"tokenizer={other}"))
     assert process.returncode == 2
-    assert process.stderr == (
-        f"error: {corpus.train}: was made with another tokenizer than {other} (vocab_size: 300 there, 290 here); set tokenizer "
-        "to the one it was converted with, or convert the text again\n"
+    assert (
+        process.stderr
+        == f"error: {corpus.train}: was made with another tokenizer than {other} (vocab_size: 300"
+        " there, 290 here); set tokenizer to the one it was converted with, or convert the text"
+        " again\n"
     )
 
 
@@ -235,13 +368,17 @@ def test_damaged_shard_is_named(corpus: Corpus, tmp_path: Path, num_workers: int
     shutil.copytree(corpus.train, train)
     shard = train / "units/000000/shard.00000.mds"
     whole = shard.read_bytes()
-    keys = corpus.keys(tmp_path / "run", f"train_data.local={train}", f"train_data.num_workers={num_workers}")
+    keys = corpus.keys(
+        tmp_path / "run", f"train_data.local={train}", f"train_data.num_workers={num_workers}"
+    )
 
     shard.write_bytes(whole[:-100])
     truncated = run_script("recipes/train.py", *keys)
     assert truncated.returncode == 1
     size = len(whole)
-    assert truncated.stderr.startswith(f"error: {shard}: shard is {size - 100} bytes long, must be {size}; restore it")
+    assert truncated.stderr.startswith(
+        f"error: {shard}: shard is {size - 100} bytes long, must be {size}; restore it"
+    )
 
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     flipped = run_script("recipes/train.py", *keys)
@@ -252,9 +389,16 @@ def test_damaged_shard_is_named(corpus: Corpus, tmp_path: Path, num_workers: int
 
 
 def test_benchmark_compares_models_of_one_size() -> None:
-    result = last_json(run_script(
-        "recipes/benchmark.py", "hidden_size=64", "num_layers=1", "batch_tokens=128", "repeats=1", "context_lengths=[32,64]",
-    ))
+    result = last_json(
+        run_script(
+            "recipes/benchmark.py",
+            "hidden_size=64",
+            "num_layers=1",
+            "batch_tokens=128",
+            "repeats=1",
+            "context_lengths=[32,64]",
+        )
+    )
     assert result["llama_parameters"] == pytest.approx(result["parameters"], rel=0.02)
     assert [row["context_length"] for row in result["results"]] == [32, 64]
     for row in result["results"]:
@@ -265,12 +409,16 @@ def test_benchmark_compares_models_of_one_size() -> None:
 def commands_in(document: str) -> list[list[str]]:
     """The lines of its bash blocks, as lists of words."""
     blocks = (ROOT / document).read_text().split("```bash\n")[1:]
-    lines = [line for block in blocks for line in block.split("```")[0].replace("\\\n", "").splitlines()]
+    lines = [
+        line for block in blocks for line in block.split("```")[0].replace("\\\n", "").splitlines()
+    ]
     return [shlex.split(line) for line in lines if line]
 
 
 def run_quickstart(folder: Path) -> dict[str, Any]:
-    """What recipes/quickstart.py ends with, each of its commands in a process forked from one that has the imports."""
+    """What recipes/quickstart.py ends with, each of its commands in a process forked from one
+    that has the imports.
+    """
     script = runpy.run_path(str(folder / "recipes/quickstart.py"))
     scope = script["main"].__globals__
     results: list[dict[str, Any]] = []
@@ -294,8 +442,9 @@ def run_quickstart(folder: Path) -> dict[str, Any]:
 
 
 def test_every_readme_command(tmp_path: Path) -> None:
-    """And of docs/evaluation.md, in a copy of the checkout with a shorter gla_tiny, in their order; `make` targets by what make
-    would run."""
+    """And of docs/evaluation.md, in a copy of the checkout with a shorter gla_tiny, in their
+    order; `make` targets by what make would run.
+    """
     for name in ("recipes", "convert", "yamls", "flame_composer", "docs/tasks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -312,18 +461,34 @@ def test_every_readme_command(tmp_path: Path) -> None:
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return subprocess.run(
-            command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=500,
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=500,
         )
 
     commands = [*commands_in("README.md"), *commands_in("docs/evaluation.md")]
-    commands = [[word.replace("max_duration=20ba", "max_duration=2ba") for word in command] for command in commands]
-    assert [command for command in commands if command[0] == "make"] == [["make", "quickstart"], ["make", "test"]]
+    commands = [
+        [word.replace("max_duration=20ba", "max_duration=2ba") for word in command]
+        for command in commands
+    ]
+    assert [command for command in commands if command[0] == "make"] == [
+        ["make", "quickstart"],
+        ["make", "test"],
+    ]
     assert "recipes/quickstart.py" in check(run(["make", "-n", "quickstart"])).stdout
     assert "-m pytest" in check(run(["make", "-n", "test"])).stdout
 
     quickstart = run_quickstart(tmp_path)
     assert set(quickstart) == {
-        "train_tokens", "eval_perplexity_initial", "eval_perplexity", "tokens_per_second", "hf_folder", "checkpoint_folder",
+        "train_tokens",
+        "eval_perplexity_initial",
+        "eval_perplexity",
+        "tokens_per_second",
+        "hf_folder",
+        "checkpoint_folder",
     }
     assert quickstart["train_tokens"] == 6 * 2 * 512
     assert quickstart["eval_perplexity"] < quickstart["eval_perplexity_initial"]
@@ -331,11 +496,17 @@ def test_every_readme_command(tmp_path: Path) -> None:
     done = 0
     for command in commands:
         if command[0].startswith("DATA_REMOTE="):
-            # Its data is in an object store and its devices are GPUs: the answer here is that there is no GPU.
+            # Its data is in an object store and its devices are GPUs: the answer here is that there
+            # is no GPU.
             assert command[1:] == ["composer", "recipes/train.py", "yamls/gla_340m.yaml"]
-            process = Script(*command[2:], env={"DATA_REMOTE": command[0].partition("=")[2]}, folder=tmp_path).wait()
+            process = Script(
+                *command[2:], env={"DATA_REMOTE": command[0].partition("=")[2]}, folder=tmp_path
+            ).wait()
             assert process.returncode == 2
-            assert "error: yamls/gla_340m.yaml: precision=amp_bf16: there is no GPU here" in process.stderr
+            assert (
+                "error: yamls/gla_340m.yaml: precision=amp_bf16: there is no GPU here"
+                in process.stderr
+            )
         elif command[0] == "python":
             check(run_script(*command[1:], folder=tmp_path))
         elif command[0] == "composer":

@@ -25,7 +25,9 @@ def test_every_key_and_every_name_is_on_it():
     assert len(list(scripts())) >= 11
     for name, cls in scripts():
         part = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
-        assert set(re.findall(r"^\| `([^`]+)` \| `", part, re.MULTILINE)) == {key for key, _, _, _ in fields_of(cls)}
+        assert set(re.findall(r"^\| `([^`]+)` \| `", part, re.MULTILINE)) == {
+            key for key, _, _, _ in fields_of(cls)
+        }
     for section, names in OFFERED.items():
         for name in names:
             assert text.count(f"| `{section}.{name}` |") == 1
@@ -33,8 +35,12 @@ def test_every_key_and_every_name_is_on_it():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_every_test_that_the_docs_name_is_there(path):
-    sources = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")}
-    for file, test in re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", path.read_text(encoding="utf-8")):
+    sources = {
+        file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")
+    }
+    for file, test in re.findall(
+        r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", path.read_text(encoding="utf-8")
+    ):
         assert not file or file in sources, file
         held = sources[file] if file else "\n".join(sources.values())
         assert not test or re.search(rf"def {test}\b", held), f"{file}::{test}"

@@ -1,4 +1,6 @@
-"""A killed run, started again by the same command, must end as the run that nothing disturbed: bit for bit."""
+"""A killed run, started again by the same command, must end as the run that nothing disturbed:
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,20 @@ from tests.runs import WANDB, Corpus, check, read_log, run_script
 
 # A model with dropout, which draws random numbers at every step.
 LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
     "attention_dropout": 0.2,
 }
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
     last_step = read_log(run)[-1]["current_steps"]
-    return torch.load(run / "checkpoints" / f"ba{last_step}.pt", weights_only=False)["state"]["model"]
+    return torch.load(run / "checkpoints" / f"ba{last_step}.pt", weights_only=False)["state"][
+        "model"
+    ]
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -38,7 +46,9 @@ def assert_same_run(run: Path, other: Path) -> None:
 def test_killed_run_ends_bit_identical(
     corpus: Corpus, undisturbed: Path, tmp_path: Path, num_workers: int, kills: tuple[int, ...]
 ) -> None:
-    """Kills at 17 and 33 go on from steps 15 and 30, the ends of epochs; 3 is before the first checkpoint."""
+    """Kills at 17 and 33 go on from steps 15 and 30, the ends of epochs; 3 is before the first
+    checkpoint.
+    """
     run = tmp_path / "killed"
     workers = f"train_data.num_workers={num_workers}"
     for step in kills:
@@ -48,7 +58,9 @@ def test_killed_run_ends_bit_identical(
     starts = read_run(str(run)).starts
     assert len(starts) == len(kills) + 1
     for start in starts:  # the one after a kill before the first checkpoint begins anew
-        assert start["resumed_from"] == (str(run / f"checkpoints/ba{start['step']}.pt") if start["step"] else None)
+        assert start["resumed_from"] == (
+            str(run / f"checkpoints/ba{start['step']}.pt") if start["step"] else None
+        )
     assert starts[0]["step"] == 0 < starts[-1]["step"]
     expected = json.loads((undisturbed / "summary.json").read_text())
     for key in ("steps", "train_tokens", "eval_loss", "eval_loss_initial"):
@@ -76,10 +88,16 @@ def test_epochs_have_orders_of_their_own(undisturbed: Path) -> None:
 
 def test_finished_run_started_again_changes_nothing(corpus: Corpus, undisturbed: Path) -> None:
     def content() -> dict[str, bytes]:
-        return {str(path): path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and "wandb" not in path.parts}
+        return {
+            str(path): path.read_bytes()
+            for path in undisturbed.rglob("*")
+            if path.is_file() and "wandb" not in path.parts
+        }
 
     before, summary = content(), str(undisturbed / "summary.json")
-    assert corpus.train_run(undisturbed, *WANDB, env={"WANDB_MODE": "offline"}) == json.loads(before[summary])
+    assert corpus.train_run(undisturbed, *WANDB, env={"WANDB_MODE": "offline"}) == json.loads(
+        before[summary]
+    )
     assert content() == before
 
 
@@ -99,7 +117,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
 def test_checkpoints_that_are_damaged_or_empty_delete_no_good_one(
     corpus: Corpus, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The two newest cannot be used; what the run then saves stays, and it ends as the undisturbed one."""
+    """The two newest cannot be used; what the run then saves stays, and it ends as the
+    undisturbed one.
+    """
     run = Path(shutil.copytree(undisturbed, tmp_path / "undisturbed"))
     folder = run / "checkpoints"
     (folder / "ba40.pt").write_bytes((folder / "ba40.pt").read_bytes()[:5000])
@@ -109,20 +129,39 @@ def test_checkpoints_that_are_damaged_or_empty_delete_no_good_one(
     log = (run / "train_log.jsonl").read_text().splitlines(keepends=True)
     log[19] = "\0" * 50 + "\n"
     (run / "train_log.jsonl").write_text("".join(log))
-    process = check(run_script("recipes/train.py", *corpus.keys(run, "save_num_checkpoints_to_keep=2")))
+    process = check(
+        run_script("recipes/train.py", *corpus.keys(run, "save_num_checkpoints_to_keep=2"))
+    )
     assert f"resuming from {folder}/ba30.pt: step 30" in process.stdout
-    assert f"warning: {folder}/ba35.pt: not a checkpoint that can be used: it has no state; trying" in process.stderr
-    assert f"warning: {run}/train_log.jsonl: has no row of step 20, which the checkpoint of step 30 has" in process.stderr
+    assert (
+        f"warning: {folder}/ba35.pt: not a checkpoint that can be used: it has no state; trying"
+        in process.stderr
+    )
+    assert (
+        f"warning: {run}/train_log.jsonl: has no row of step 20, which the checkpoint of step"
+        " 30 has" in process.stderr
+    )
     damaged = {"ba41.pt", "ba42.pt", "ba43.pt", "aside-ba35.pt", "aside-ba40.pt"}
-    assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "ba35.pt", "ba40.pt", *damaged}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "ba35.pt",
+        "ba40.pt",
+        *damaged,
+    }
     assert read_log(run) == [row for row in read_log(undisturbed) if row["current_steps"] != 20]
     for name, tensor in final_weights(undisturbed).items():
         assert torch.equal(final_weights(run)[name], tensor), name
 
 
-def test_another_model_or_optimizer_is_refused_by_name(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+def test_another_model_or_optimizer_is_refused_by_name(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
     for key, message in (
-        ("model.config.hidden_size=64", "have the shape [300, 32], and [300, 64] in this run's model"),
+        (
+            "model.config.hidden_size=64",
+            "have the shape [300, 32], and [300, 64] in this run's model",
+        ),
         ("optimizer.name=lamb", "its optimizer is AdamW, and this run's Lamb"),
     ):
         process = run_script("recipes/train.py", *corpus.keys(undisturbed, key))
@@ -137,7 +176,8 @@ def test_another_data_order_is_refused(corpus: Corpus, undisturbed: Path) -> Non
     process = run_script("recipes/train.py", *corpus.keys(undisturbed, "global_batch_size=6"))
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith(
-        "error: the checkpoint was trained on rows in another order: global_batch_size (4 before, 6 now); set back what changed"
+        "error: the checkpoint was trained on rows in another order: global_batch_size (4 before, 6"
+        " now); set back what changed"
     )
     assert len(read_log(undisturbed)) == 40
 
@@ -148,8 +188,11 @@ def test_a_longer_run_is_refused_where_it_would_have_had_other_rates(
     process = run_script("recipes/train.py", *corpus.keys(undisturbed, "max_duration=60ba"))
     assert process.returncode == 2
     assert re.fullmatch(
-        r"error: the checkpoint was trained at other learning rates: step 6 of the 40 taken had .*: max_duration \(40ba "
-        r"before, 60ba now\); set back what changed, .*allow_schedule_change=true.*", process.stderr.splitlines()[-1])
+        r"error: the checkpoint was trained at other learning rates: step 6 of the 40 taken had .*:"
+        r" max_duration \(40ba "
+        r"before, 60ba now\); set back what changed, .*allow_schedule_change=true.*",
+        process.stderr.splitlines()[-1],
+    )
     assert len(read_log(undisturbed)) == 40
     run = Path(shutil.copytree(undisturbed, tmp_path / "undisturbed"))
     corpus.train_run(run, "max_duration=42ba", "allow_schedule_change=true")
@@ -157,8 +200,12 @@ def test_a_longer_run_is_refused_where_it_would_have_had_other_rates(
     assert len(read_log(run)) == 42
 
 
-def test_a_finished_run_is_made_longer_by_any_unit_and_not_shorter(corpus: Corpus, tmp_path: Path) -> None:
-    """wsd without a decay is a constant rate after the warmup: what goes on is the run that was that long at once."""
+def test_a_finished_run_is_made_longer_by_any_unit_and_not_shorter(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    """wsd without a decay is a constant rate after the warmup: what goes on is the run that was
+    that long at once.
+    """
     run, whole = tmp_path / "longer", tmp_path / "whole"
     wsd = ("scheduler.name=wsd", "scheduler.decay=0ba", "eval_data=null", "save_interval=3ba")
     corpus.train_run(run, *wsd, "max_duration=2000tok")  # 7.8 steps of 4 x 64 tokens
@@ -168,23 +215,40 @@ def test_a_finished_run_is_made_longer_by_any_unit_and_not_shorter(corpus: Corpu
     process = run_script("recipes/train.py", *corpus.keys(run, *wsd, "max_duration=14ba"))
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith(
-        "error: max_duration: comes to 14ba, and the checkpoint has 15 steps behind it; set it to more")
+        "error: max_duration: comes to 14ba, and the checkpoint has 15 steps behind it; set it to"
+        " more"
+    )
     assert len(read_log(run)) == 15
     corpus.train_run(run, *wsd, "max_duration=2ep")
     corpus.train_run(whole, *wsd, "max_duration=30ba")
     keys = ("loss", "grad_norm", "learning_rate", "batch_hash")
-    at_once, in_parts = ([[row[key] for key in keys] for row in read_log(each)] for each in (whole, run))
+    at_once, in_parts = (
+        [[row[key] for key in keys] for row in read_log(each)] for each in (whole, run)
+    )
     assert in_parts == at_once
 
 
-def test_a_run_at_a_constant_rate_can_be_made_longer(dataset: Path, eval_dataset: Path, tmp_path: Path) -> None:
+def test_a_run_at_a_constant_rate_can_be_made_longer(
+    dataset: Path, eval_dataset: Path, tmp_path: Path
+) -> None:
     """And ends as the run that was that long from the beginning."""
     runs = []
-    for name, total, start in (("short", 3, None), ("long", 6, "short/checkpoints/ba3.pt"), ("whole", 6, None)):
+    for name, total, start in (
+        ("short", 3, None),
+        ("long", 6, "short/checkpoints/ba3.pt"),
+        ("whole", 6, None),
+    ):
         (tmp_path / name).mkdir()
         load_path = tmp_path / start if start else None
-        run = make_run(tmp_path / name, dataset, eval_dataset, total=total, eval_interval=9, schedule="constant",
-                       load_path=load_path)
+        run = make_run(
+            tmp_path / name,
+            dataset,
+            eval_dataset,
+            total=total,
+            eval_interval=9,
+            schedule="constant",
+            load_path=load_path,
+        )
         run.trainer.fit()
         run.trainer.close()
         runs.append(run)
@@ -196,5 +260,7 @@ def test_a_run_at_a_constant_rate_can_be_made_longer(dataset: Path, eval_dataset
 def test_without_autoresume_nothing_is_overwritten(corpus: Corpus, undisturbed: Path) -> None:
     process = run_script("recipes/train.py", *corpus.keys(undisturbed, "autoresume=false"))
     assert process.returncode == 2
-    assert process.stderr.startswith(f"error: {undisturbed / 'checkpoints'}: holds checkpoints of an earlier run (ba40.pt)")
+    assert process.stderr.startswith(
+        f"error: {undisturbed / 'checkpoints'}: holds checkpoints of an earlier run (ba40.pt)"
+    )
     assert len(read_log(undisturbed)) == 40

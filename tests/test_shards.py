@@ -1,4 +1,6 @@
-"""The dataset on disk: what is written is what StreamingDataset reads, token for token, whatever interrupts it."""
+"""The dataset on disk: what is written is what StreamingDataset reads, token for token, whatever
+interrupts it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ import pytest
 
 from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset.convert import convert_unit, document_hash, split_of
-from flame_composer.dataset.manifest import HASH, Ledger, check_shards, parse_manifest, read_index, read_manifest
+from flame_composer.dataset.manifest import (
+    HASH,
+    Ledger,
+    check_shards,
+    parse_manifest,
+    read_index,
+    read_manifest,
+)
 from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES, read_documents
 from flame_composer.text.sources import find_files
@@ -39,7 +48,9 @@ def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_corpus(folder: Path, num_documents: int = 60) -> None:
-    """JSONL that is split over units, small text files that share one, an empty document and two equal ones."""
+    """JSONL that is split over units, small text files that share one, an empty document and two
+    equal ones.
+    """
     folder.mkdir()
     texts = [words(1 + i % 7, i) for i in range(num_documents)]
     write_jsonl(folder / "a.jsonl", texts[: num_documents // 2])
@@ -49,20 +60,33 @@ def make_corpus(folder: Path, num_documents: int = 60) -> None:
 
 
 def plans(
-    source: Path, *, val_fraction: float = 0.0, unit_size: int = 700, settings: dict[str, Any] | None = None, **changes: Any
+    source: Path,
+    *,
+    val_fraction: float = 0.0,
+    unit_size: int = 700,
+    settings: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> list[Plan]:
     config = {
-        "text_column": "text", "val_fraction": val_fraction, "shard_size": 1500, "unit_size": unit_size,
-        "max_doc_length": None, "min_doc_length": None, "seed": None, "max_document_bytes": MAX_DOCUMENT_BYTES,
+        "text_column": "text",
+        "val_fraction": val_fraction,
+        "shard_size": 1500,
+        "unit_size": unit_size,
+        "max_doc_length": None,
+        "min_doc_length": None,
+        "seed": None,
+        "max_document_bytes": MAX_DOCUMENT_BYTES,
         **(settings or {}),
-    }  # fmt: skip
+    }
     units = plan_units(find_files([str(source)]), unit_size)
     train = Plan("train", FINGERPRINT, CONTEXT_LENGTH, config, units)
     split_plans = [train, dataclasses.replace(train, split="val")] if val_fraction else [train]
     return [dataclasses.replace(plan, **changes) for plan in split_plans]
 
 
-def convert(datasets: list[DatasetWriter], encoder: Callable = encode, order: Sequence[int] | None = None) -> None:
+def convert(
+    datasets: list[DatasetWriter], encoder: Callable = encode, order: Sequence[int] | None = None
+) -> None:
     unfinished = [dataset for dataset in datasets if dataset.finished() is None]
     for dataset in unfinished:
         dataset.begin()
@@ -80,15 +104,24 @@ def source(tmp_path: Path) -> Path:
 
 def rows_of(folder: Path) -> list[tuple[list[int], list[int]]]:
     dataset = streaming_dataset(folder, validate_hash=HASH)
-    return [(dataset[i]["input_ids"].tolist(), dataset[i]["doc_lengths"].tolist()) for i in range(len(dataset))]
+    return [
+        (dataset[i]["input_ids"].tolist(), dataset[i]["doc_lengths"].tolist())
+        for i in range(len(dataset))
+    ]
 
 
 def documents_of(source: Path, plan: Plan) -> list[str]:
-    return [doc.text for unit in plan.units for part in unit for doc in read_documents(part, "text")]
+    return [
+        doc.text for unit in plan.units for part in unit for doc in read_documents(part, "text")
+    ]
 
 
-def expected_rows(plan: Plan, texts_by_unit: list[list[str]]) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """By hand: each unit's full rows in order, then the rows of the units' leftovers; and how many tokens are dropped."""
+def expected_rows(
+    plan: Plan, texts_by_unit: list[list[str]]
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """By hand: each unit's full rows in order, then the rows of the units' leftovers; and how
+    many tokens are dropped.
+    """
     rows: list[tuple[list[int], list[int]]] = []
     leftover: list[list[int]] = []
 
@@ -100,7 +133,9 @@ def expected_rows(plan: Plan, texts_by_unit: list[list[str]]) -> tuple[list[tupl
                 row.append(piece[:free])
                 piece = piece[free:]
                 if sum(map(len, row)) == CONTEXT_LENGTH:
-                    rows.append(([token for part in row for token in part], [len(part) for part in row]))
+                    rows.append(
+                        ([token for part in row for token in part], [len(part) for part in row])
+                    )
                     row = []
         return row
 
@@ -127,12 +162,19 @@ def test_streaming_reads_back_exactly_the_documents(tmp_path, source):
     convert([DatasetWriter(str(tmp_path / "out"), plan)])
     rows, dropped = expected_rows(plan, texts_by_unit(plan))
     assert rows_of(tmp_path / "out") == rows
-    assert sum(len(texts) for texts in texts_by_unit(plan)) == 62, "every document is in exactly one unit"
+    assert sum(len(texts) for texts in texts_by_unit(plan)) == 62, (
+        "every document is in exactly one unit"
+    )
 
     manifest = read_manifest(str(tmp_path / "out"))
     num_tokens = sum(len(text.encode()) + 1 for texts in texts_by_unit(plan) for text in texts)
     totals = manifest.totals
-    assert (totals.documents, totals.tokens_in, totals.rows, totals.dropped) == (62, num_tokens, len(rows), dropped)
+    assert (totals.documents, totals.tokens_in, totals.rows, totals.dropped) == (
+        62,
+        num_tokens,
+        len(rows),
+        dropped,
+    )
     assert totals.tokens_in == totals.tokens_out + totals.dropped
     assert totals.tokens_out == CONTEXT_LENGTH * len(rows)
     assert manifest.tokenizer == FINGERPRINT
@@ -140,7 +182,10 @@ def test_streaming_reads_back_exactly_the_documents(tmp_path, source):
     assert [unit.inputs for unit in manifest.units] == [*plan.units, ()]
     files = check_shards(str(tmp_path / "out"))
     assert (len(files), sum(f.rows for f in files), sum(f.bytes for f in files)) == (
-        totals.shards, len(rows), totals.bytes)  # fmt: skip
+        totals.shards,
+        len(rows),
+        totals.bytes,
+    )
     assert max(f.bytes for f in files) <= 1500
     assert len(files) > len(plan.units), "some units have several shards"
 
@@ -150,8 +195,12 @@ def test_streaming_reads_back_exactly_the_documents(tmp_path, source):
 def test_a_copy_is_streamed_from_a_remote(tmp_path, source):
     (plan,) = plans(source)
     convert([DatasetWriter(str(tmp_path / "out"), plan)])
-    dataset = streaming_dataset(tmp_path / "cache", remote=str(tmp_path / "out"), validate_hash=HASH)
-    assert [row["input_ids"].tolist() for row in dataset] == [row for row, _ in rows_of(tmp_path / "out")]
+    dataset = streaming_dataset(
+        tmp_path / "cache", remote=str(tmp_path / "out"), validate_hash=HASH
+    )
+    assert [row["input_ids"].tolist() for row in dataset] == [
+        row for row, _ in rows_of(tmp_path / "out")
+    ]
 
 
 def test_large_vocabularies_are_stored_as_uint32(tmp_path, source):
@@ -170,18 +219,31 @@ def test_large_vocabularies_are_stored_as_uint32(tmp_path, source):
 
 def test_no_file_in_a_dataset_depends_on_time_order_or_batches(tmp_path, source, monkeypatch):
     for name in ("first", "second", "batched"):
-        datasets = [DatasetWriter(str(tmp_path / name / plan.split), plan) for plan in plans(source, val_fraction=0.3)]
+        datasets = [
+            DatasetWriter(str(tmp_path / name / plan.split), plan)
+            for plan in plans(source, val_fraction=0.3)
+        ]
         if name == "batched":
             monkeypatch.setattr("flame_composer.dataset.convert.BATCH_CHARACTERS", 1)
         num_units = len(datasets[0].plan.units)
         convert(datasets, order=range(num_units) if name == "first" else reversed(range(num_units)))
-    assert files_under(tmp_path / "first") == files_under(tmp_path / "second") == files_under(tmp_path / "batched")
+    assert (
+        files_under(tmp_path / "first")
+        == files_under(tmp_path / "second")
+        == files_under(tmp_path / "batched")
+    )
     assert not list((tmp_path / "first").rglob("*.tmp"))
-    assert {path.name for path in (tmp_path / "first" / "train").iterdir()} == {"index.json", "manifest.json", "units"}
+    assert {path.name for path in (tmp_path / "first" / "train").iterdir()} == {
+        "index.json",
+        "manifest.json",
+        "units",
+    }
 
 
 def pieces_of(folder: Path) -> list[list[int]]:
-    """The document pieces of a dataset's rows, those that a row's end divides put together again."""
+    """The document pieces of a dataset's rows, those that a row's end divides put together
+    again.
+    """
     pieces: list[list[int]] = []
     open_piece = False
     for row, lengths in rows_of(folder):
@@ -218,7 +280,10 @@ def test_a_seed_shuffles_documents_and_units_the_same_way_every_time(tmp_path, s
             monkeypatch.setattr("flame_composer.dataset.convert.BATCH_CHARACTERS", 1)
         (plan,) = plans(source, settings={"seed": seed})
         num_units = len(plan.units)
-        convert([DatasetWriter(str(tmp_path / name), plan)], order=reversed(range(num_units)) if name == "again" else None)
+        convert(
+            [DatasetWriter(str(tmp_path / name), plan)],
+            order=reversed(range(num_units)) if name == "again" else None,
+        )
         made[name] = pieces_of(tmp_path / name)
     assert files_under(tmp_path / "first") == files_under(tmp_path / "again")
     assert made["first"] != made["other"]
@@ -258,7 +323,9 @@ def test_validation_fraction_is_kept():
         share = sum(split_of(digest, fraction) == "val" for digest in digests) / len(digests)
         assert abs(share - fraction) < 0.01
     held_out = {digest for digest in digests if split_of(digest, 0.05) == "val"}
-    assert all(split_of(digest, 0.06) == "val" for digest in held_out), "a larger fraction keeps what was held out"
+    assert all(split_of(digest, 0.06) == "val" for digest in held_out), (
+        "a larger fraction keeps what was held out"
+    )
 
 
 def test_a_failure_publishes_nothing_and_the_next_run_goes_on_from_there(tmp_path, source):
@@ -277,7 +344,10 @@ def test_a_failure_publishes_nothing_and_the_next_run_goes_on_from_there(tmp_pat
         convert([dataset], fail_in_third)
     assert not (tmp_path / "out" / "index.json").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(ConfigError, match=r"out: an unfinished conversion \(run the same convert/to_mds.py command again"):
+    with pytest.raises(
+        ConfigError,
+        match=r"out: an unfinished conversion \(run the same convert/to_mds.py command again",
+    ):
         read_manifest(str(tmp_path / "out"))
 
     calls.clear()
@@ -287,14 +357,17 @@ def test_a_failure_publishes_nothing_and_the_next_run_goes_on_from_there(tmp_pat
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     convert([dataset], fail_in_third)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before, "finished: not touched"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before, (
+        "finished: not touched"
+    )
 
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 def convert_and_die(datasets: list[DatasetWriter], folder: str, die_at: int) -> bool:
-    """Convert in a child process that SIGKILLs itself just before its `die_at`th file operation in `folder`.
+    """Convert in a child process that SIGKILLs itself just before its `die_at`th file operation in
+    `folder`.
 
     Returns whether it died (and not that it finished before).
     """
@@ -338,7 +411,9 @@ def test_killed_before_any_file_operation_and_run_again_gives_the_same_bytes(tmp
         died += 1
         complete = [split for split in ("train", "val") if (out / split / "index.json").exists()]
         for split in complete:
-            assert files_under(whole / split).items() <= files_under(out / split).items(), f"published early at {died}"
+            assert files_under(whole / split).items() <= files_under(out / split).items(), (
+                f"published early at {died}"
+            )
         convert(datasets)
         assert files_under(out) == expected, f"killed before file operation {died}"
         shutil.rmtree(out)
@@ -348,7 +423,9 @@ def test_killed_before_any_file_operation_and_run_again_gives_the_same_bytes(tmp
 
 @pytest.mark.parametrize("how_far", ["one unit", "to the end"])
 def test_two_conversions_at_once_do_no_harm(tmp_path, source, how_far):
-    """The same command given twice: another conversion overtakes while this one is in the middle of its first unit."""
+    """The same command given twice: another conversion overtakes while this one is in the middle
+    of its first unit.
+    """
     (plan,) = plans(source)
     convert([DatasetWriter(str(tmp_path / "whole"), plan)])
     dataset = DatasetWriter(str(tmp_path / "out"), plan)
@@ -389,7 +466,9 @@ def test_a_committed_unit_that_lost_bytes_is_made_again(tmp_path, source):
 
 @pytest.mark.parametrize("change", ["same size", "another file before", "one file less"])
 def test_inputs_that_change_before_the_conversion_goes_on_are_read_again(tmp_path, source, change):
-    """A damaged line stops the conversion; units that were made before from text that is no longer so are made anew."""
+    """A damaged line stops the conversion; units that were made before from text that is no
+    longer so are made anew.
+    """
     good = (source / "b.jsonl").read_bytes()
     (source / "b.jsonl").write_bytes(b"oops\n" + good)
     out = tmp_path / "out"
@@ -417,7 +496,9 @@ def test_another_plan_for_the_same_folder_names_what_differs(tmp_path, source):
     out = str(tmp_path / "out")
     unfinished = DatasetWriter(out, plan)
     unfinished.begin()
-    other = dataclasses.replace(plan, context_length=8, config={**plan.config, "text_column": "body"})
+    other = dataclasses.replace(
+        plan, context_length=8, config={**plan.config, "text_column": "body"}
+    )
     message = (
         f"out: {out}: holds a conversion with other settings: context_length (16 there, 8 now), "
         'text_column ("text" there, "body" now); name another out, or remove this folder'
@@ -430,9 +511,15 @@ def test_another_plan_for_the_same_folder_names_what_differs(tmp_path, source):
         if state == "begun":
             convert([unfinished])
     with pytest.raises(ConfigError, match=r"other settings: tokenizer \(.* there, .* now\); name"):
-        DatasetWriter(out, dataclasses.replace(plan, tokenizer=dataclasses.replace(FINGERPRINT, sha256="1" * 64))).finished()
+        DatasetWriter(
+            out,
+            dataclasses.replace(plan, tokenizer=dataclasses.replace(FINGERPRINT, sha256="1" * 64)),
+        ).finished()
     (source / "d.txt").write_text("one more document")
-    with pytest.raises(ConfigError, match=r"other settings: inputs \(\"7 files of .* there, \"8 files of .* now\); name"):
+    with pytest.raises(
+        ConfigError,
+        match=r"other settings: inputs \(\"7 files of .* there, \"8 files of .* now\); name",
+    ):
         DatasetWriter(out, plans(source)[0]).finished()
 
 
@@ -444,7 +531,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, source):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"^out: .*/file: is a file; name a folder$"):
         DatasetWriter(str(tmp_path / "file"), plan).finished()
-    with pytest.raises(ConfigError, match=r"^out: .*/folder: this folder is not empty and holds no conversion; name a new"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^out: .*/folder: this folder is not empty and holds no conversion; name a new",
+    ):
         DatasetWriter(str(tmp_path / "folder"), plan).finished()
     convert([DatasetWriter(str(tmp_path / "empty"), plan)])
     assert (tmp_path / "empty" / "index.json").exists()
@@ -454,14 +544,21 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, source):
     ("texts", "message"),
     [
         ([], "no documents for the train split (0 skipped); check source, or raise val_fraction"),
-        (["few"], "the train split's 4 tokens do not fill one row of context_length=16; remove this folder and give more "
-         "text or shorter rows"),
+        (
+            ["few"],
+            (
+                "the train split's 4 tokens do not fill one row of context_length=16; remove this"
+                " folder and give more text or shorter rows"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_too_little_text_publishes_nothing(tmp_path, texts, message):
     (tmp_path / "source").mkdir()
     write_jsonl(tmp_path / "source" / "a.jsonl", texts)
-    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path / 'out'))}: {re.escape(message)}$"):
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(tmp_path / 'out'))}: {re.escape(message)}$"
+    ):
         convert([DatasetWriter(str(tmp_path / "out"), plans(tmp_path / "source")[0])])
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -503,7 +600,10 @@ def test_no_space_is_one_line_and_a_rerun_finishes(tmp_path, source):
     dataset.begin()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"out: File too large.*; when that is mended, run the same command again"):
+        with pytest.raises(
+            DataError,
+            match=r"out: File too large.*; when that is mended, run the same command again",
+        ):
             convert_unit([dataset], 0, encode)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -528,18 +628,42 @@ def dataset_copy(tmp_path, finished) -> Path:
 
 
 MANIFEST_DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
-    "version": (lambda m: m.update(version=2), "dataset format version 2, this flame_composer reads version 1; convert"),
-    "version type": (lambda m: m.update(version="1"), "damaged: 'version' must be a whole number, 0 or more; restore"),
-    "negative": (lambda m: m.update(context_length=-1), "damaged: 'context_length' must be a whole number, 0 or more"),
-    "boolean": (lambda m: m["totals"].update(rows=True), "damaged: 'rows' must be a whole number, 0 or more"),
+    "version": (
+        lambda m: m.update(version=2),
+        "dataset format version 2, this flame_composer reads version 1; convert",
+    ),
+    "version type": (
+        lambda m: m.update(version="1"),
+        "damaged: 'version' must be a whole number, 0 or more; restore",
+    ),
+    "negative": (
+        lambda m: m.update(context_length=-1),
+        "damaged: 'context_length' must be a whole number, 0 or more",
+    ),
+    "boolean": (
+        lambda m: m["totals"].update(rows=True),
+        "damaged: 'rows' must be a whole number, 0 or more",
+    ),
     "missing": (lambda m: m.pop("totals"), "damaged: 'totals' must be an object"),
     "split": (lambda m: m.update(split="test"), "damaged: 'test' must be one of train, val"),
     "units": (lambda m: m.update(units={}), "damaged: 'units' must be a list"),
     "unit": (lambda m: m["units"].append(3), "damaged: 'inputs' must be a list"),
-    "eos": (lambda m: m["tokenizer"].update(eos_token_id="0"), "damaged: 'eos_token_id' must be a whole number"),
-    "no eos": (lambda m: m["tokenizer"].pop("eos_token_id"), "damaged: 'eos_token_id' must be a whole number"),
-    "total": (lambda m: m["totals"].update(dropped=0), "damaged: its token ledger does not balance"),
-    "compression": (lambda m: m["units"][0]["inputs"][0].update(compression=0), "damaged: 0 must be one of None, gzip, zstd"),
+    "eos": (
+        lambda m: m["tokenizer"].update(eos_token_id="0"),
+        "damaged: 'eos_token_id' must be a whole number",
+    ),
+    "no eos": (
+        lambda m: m["tokenizer"].pop("eos_token_id"),
+        "damaged: 'eos_token_id' must be a whole number",
+    ),
+    "total": (
+        lambda m: m["totals"].update(dropped=0),
+        "damaged: its token ledger does not balance",
+    ),
+    "compression": (
+        lambda m: m["units"][0]["inputs"][0].update(compression=0),
+        "damaged: 0 must be one of None, gzip, zstd",
+    ),
     "context": (lambda m: m.update(context_length=8), "damaged: its token ledger does not balance"),
 }
 
@@ -555,7 +679,9 @@ def test_a_tampered_manifest_is_refused(dataset_copy, name):
         read_manifest(str(dataset_copy))
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000], ids=lambda data: repr(data[:5]))
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000], ids=lambda data: repr(data[:5])
+)
 def test_garbage_is_no_manifest(data):
     with pytest.raises(DataError, match=r"^s3://bucket/data/manifest.json: damaged: ") as caught:
         parse_manifest(data, "s3://bucket/data/manifest.json")
@@ -565,7 +691,9 @@ def test_garbage_is_no_manifest(data):
 def test_no_manifest(tmp_path):
     with pytest.raises(ConfigError, match=r"/nothing: no such folder$"):
         read_manifest(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match=r": no dataset made by convert/to_mds.py \(manifest.json is missing\)$"):
+    with pytest.raises(
+        ConfigError, match=r": no dataset made by convert/to_mds.py \(manifest.json is missing\)$"
+    ):
         read_manifest(str(tmp_path))
 
 
@@ -574,17 +702,32 @@ def set_basename(index: dict, basename: Any) -> None:
 
 
 INDEX_DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
-    "absolute": (lambda i: set_basename(i, "/etc/passwd"), "it names a file outside the dataset: '/etc/passwd'"),
-    "parent": (lambda i: set_basename(i, "units/../../x.mds"), "it names a file outside the dataset: 'units/../../x.mds'"),
+    "absolute": (
+        lambda i: set_basename(i, "/etc/passwd"),
+        "it names a file outside the dataset: '/etc/passwd'",
+    ),
+    "parent": (
+        lambda i: set_basename(i, "units/../../x.mds"),
+        "it names a file outside the dataset: 'units/../../x.mds'",
+    ),
     "empty": (lambda i: set_basename(i, ""), "it names a file outside the dataset: ''"),
     "number": (lambda i: set_basename(i, 3), "'basename' must be a string"),
     "windows": (lambda i: set_basename(i, "..\\x"), "it names a file outside the dataset"),
-    "size": (lambda i: i["shards"][0]["raw_data"].update(bytes="1"), "'bytes' must be a whole number, 0 or more"),
+    "size": (
+        lambda i: i["shards"][0]["raw_data"].update(bytes="1"),
+        "'bytes' must be a whole number, 0 or more",
+    ),
     "hash": (lambda i: i["shards"][0]["raw_data"].update(hashes={}), "'xxh64' must be a string"),
-    "compressed": (lambda i: i["shards"][0].update(zip_data={"basename": "../x"}), "units/000000/shard.00000.mds is comp"),
+    "compressed": (
+        lambda i: i["shards"][0].update(zip_data={"basename": "../x"}),
+        "units/000000/shard.00000.mds is comp",
+    ),
     "shards": (lambda i: i.pop("shards"), "'shards' must be a list"),
-    "a row more": (lambda i: i["shards"][0].update(samples=99), "it is not the index that manifest.json was written with"),
-}  # fmt: skip
+    "a row more": (
+        lambda i: i["shards"][0].update(samples=99),
+        "it is not the index that manifest.json was written with",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", INDEX_DAMAGE)
@@ -598,7 +741,10 @@ def test_a_tampered_index_is_refused(dataset_copy, name):
         lambda: check_shards(str(dataset_copy)),
         lambda: read_index(str(dataset_copy), read_manifest(str(dataset_copy))),
     ):
-        with pytest.raises(DataError, match=f"^{re.escape(f'{path}: damaged: {message}')}.*; restore it from a copy"):
+        with pytest.raises(
+            DataError,
+            match=f"^{re.escape(f'{path}: damaged: {message}')}.*; restore it from a copy",
+        ):
             check()
 
 
@@ -610,9 +756,16 @@ def test_a_damaged_shard_is_named(dataset_copy, damage):
     if damage == "missing":
         shard.unlink()
     else:
-        shard.write_bytes((shard.read_bytes() + b"x")[: size + 1 if damage == "longer" else size // 2])
-    found = "missing" if damage == "missing" else f"{shard.stat().st_size} bytes long, must be {size}"
-    message = f"{shard}: shard is {found}; restore it from a copy, or delete {dataset_copy} and run convert/to_mds.py again"
+        shard.write_bytes(
+            (shard.read_bytes() + b"x")[: size + 1 if damage == "longer" else size // 2]
+        )
+    found = (
+        "missing" if damage == "missing" else f"{shard.stat().st_size} bytes long, must be {size}"
+    )
+    message = (
+        f"{shard}: shard is {found}; restore it from a copy, or delete {dataset_copy} and run"
+        " convert/to_mds.py again"
+    )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         check_shards(str(dataset_copy))
 
@@ -634,7 +787,9 @@ def test_too_little_memory_is_one_line_and_leaves_nothing_behind(tmp_path, sourc
     def encode_more_than_there_is(texts: Sequence[str]) -> Any:
         return np.zeros(1 << 60, np.uint8)
 
-    with pytest.raises(DataError, match=r"a\S+, unit 000001: there is not enough memory to encode it; give fewer"):
+    with pytest.raises(
+        DataError, match=r"a\S+, unit 000001: there is not enough memory to encode it; give fewer"
+    ):
         convert_unit([dataset], 1, encode_more_than_there_is)
     assert list((tmp_path / "out" / "tmp").iterdir()) == []
     convert([dataset])

@@ -1,4 +1,6 @@
-"""The same functions on a folder and on a real S3 server, and what is said when a store cannot be used."""
+"""The same functions on a folder and on a real S3 server, and what is said when a store cannot
+be used.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,17 @@ def fill(place: str, tmp_path: Path, **files: bytes) -> None:
 
 
 def test_files_and_folders(place, tmp_path):
-    assert (storage.find(place), storage.ls(place), storage.stat(storage.join(place, "a"))) == ({}, [], None)
+    assert (storage.find(place), storage.ls(place), storage.stat(storage.join(place, "a"))) == (
+        {},
+        [],
+        None,
+    )
     fill(place, tmp_path, a=b"1", sub__b=b"22", sub__deep__c=b"333")
-    assert {name: stat.size for name, stat in storage.find(place).items()} == {"a": 1, "sub/b": 2, "sub/deep/c": 3}
+    assert {name: stat.size for name, stat in storage.find(place).items()} == {
+        "a": 1,
+        "sub/b": 2,
+        "sub/deep/c": 3,
+    }
     assert storage.ls(place) == ["a", "sub"]
     assert storage.ls(storage.join(place, "sub")) == ["b", "deep"]
     assert storage.find(storage.join(place, "su")) == {}, "a prefix of a name is no folder"
@@ -54,16 +64,32 @@ def test_files_and_folders(place, tmp_path):
 
 
 def test_links_in_a_circle_lead_nowhere(tmp_path):
-    """Each of two links to the folder itself would be followed in the other, forty deep; so would links to further links."""
+    """Each of two links to the folder itself would be followed in the other, forty deep; so
+    would links to further links.
+    """
     for name in ("a/b", "c", "d", "e"):
         (tmp_path / "folder" / name).mkdir(parents=True)
     (tmp_path / "other").mkdir()
     for name in ("folder/a/b/file", "folder/c/file", "other/file"):
         (tmp_path / name).write_bytes(b"x")
-    for name, target in (("up", "."), ("again", "."), ("a/up", "../../folder"), ("a/c", "../c"), ("linked", "../other"),
-                         ("c/down", "../d"), ("c/same", "../d"), ("d/down", "../e"), ("d/same", "../e")):  # fmt: skip
+    for name, target in (
+        ("up", "."),
+        ("again", "."),
+        ("a/up", "../../folder"),
+        ("a/c", "../c"),
+        ("linked", "../other"),
+        ("c/down", "../d"),
+        ("c/same", "../d"),
+        ("d/down", "../e"),
+        ("d/same", "../e"),
+    ):
         (tmp_path / "folder" / name).symlink_to(target)
-    assert list(storage.find(str(tmp_path / "folder"))) == ["a/b/file", "a/c/file", "c/file", "linked/file"]
+    assert list(storage.find(str(tmp_path / "folder"))) == [
+        "a/b/file",
+        "a/c/file",
+        "c/file",
+        "linked/file",
+    ]
 
 
 def test_what_is_written_is_read(place, tmp_path):
@@ -75,14 +101,22 @@ def test_what_is_written_is_read(place, tmp_path):
     storage.download(address, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
     with storage.open_file(address, block_size=4096) as file:
-        assert (file.seek(50_000), file.read(3), file.tell()) == (50_000, data[50_000:50_003], 50_003)
+        assert (file.seek(50_000), file.read(3), file.tell()) == (
+            50_000,
+            data[50_000:50_003],
+            50_003,
+        )
         assert file.seek(-10, io.SEEK_END) == len(data) - 10
         assert (file.read(), file.read()) == (data[-10:], b"")
         file.seek(0)
         assert b"".join(file) == data
     with storage.open_file(address, block_size=0) as file:
         assert (file.read(7), file.read(5)) == (data[:7], data[7:12])
-    for read in (storage.read, storage.open_file, lambda name: storage.download(name, tmp_path / "copy")):
+    for read in (
+        storage.read,
+        storage.open_file,
+        lambda name: storage.download(name, tmp_path / "copy"),
+    ):
         with pytest.raises(FileNotFoundError):
             read(storage.join(place, "missing"))
     assert (tmp_path / "copy").read_bytes() == data
@@ -104,7 +138,9 @@ def test_a_folder_appears_with_its_last_file(place, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "put", spy)
         storage.put_folder(tmp_path / "made", target, "last")
-    assert order == (["a", "z", "last"] if storage.is_url(place) else []), "a local folder is renamed"
+    assert order == (["a", "z", "last"] if storage.is_url(place) else []), (
+        "a local folder is renamed"
+    )
     assert sorted(storage.find(target)) == ["a", "last", "z"]
     assert not (tmp_path / "made").exists()
 
@@ -133,7 +169,9 @@ def test_globs(s3, tmp_path):
     assert storage.glob(f"{root}/none*") == []
 
 
-def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(s3, tmp_path, monkeypatch):
+def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(
+    s3, tmp_path, monkeypatch
+):
     monkeypatch.setattr(s3_module, "SINGLE_PUT", 6 << 20)
     monkeypatch.setattr(s3_module, "PART", 5 << 20)
     data = random.Random(1).randbytes(11 << 20)
@@ -143,10 +181,14 @@ def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(s3,
     assert storage.read(address) == data
     key = f"{tmp_path.name}/killed"
     begun = s3.client.create_multipart_upload(Bucket=BUCKET, Key=key)
-    s3.client.upload_part(Bucket=BUCKET, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"x" * (5 << 20))
+    s3.client.upload_part(
+        Bucket=BUCKET, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"x" * (5 << 20)
+    )
 
     def uploads():
-        return s3.client.list_multipart_uploads(Bucket=BUCKET, Prefix=tmp_path.name).get("Uploads", [])
+        return s3.client.list_multipart_uploads(Bucket=BUCKET, Prefix=tmp_path.name).get(
+            "Uploads", []
+        )
 
     assert [upload["Key"] for upload in uploads()] == [key]
     storage.abort_uploads(f"s3://{BUCKET}/{tmp_path.name}")
@@ -160,20 +202,56 @@ def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(s3,
 @pytest.mark.parametrize(
     ("environment", "bucket", "message"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, BUCKET, r"access denied by http://.* \(SignatureDoesNotMatch\); check the cred"),
-        ({"AWS_ACCESS_KEY_ID": "wrong"}, BUCKET, r"access denied by http://.* \(InvalidAccessKeyId\); check the credentials"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, BUCKET, r"no credentials; set AWS_ACCESS_KEY_ID and AWS_SEC"),
+        (
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            BUCKET,
+            r"access denied by http://.* \(SignatureDoesNotMatch\); check the cred",
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": "wrong"},
+            BUCKET,
+            r"access denied by http://.* \(InvalidAccessKeyId\); check the credentials",
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+            BUCKET,
+            r"no credentials; set AWS_ACCESS_KEY_ID and AWS_SEC",
+        ),
         ({"AWS_PROFILE": "nobody"}, BUCKET, r"The config profile \(nobody\) could not be found"),
-        ({}, "nowhere", r"there is no bucket 'nowhere' at http://127.*; check its name, or create it"),
-        ({}, "not_a_bucket!", r"Parameter validation failed: Invalid bucket name \"not_a_bucket!\""),
-        ({"S3_ENDPOINT_URL": "http://127.0.0.1:1"}, BUCKET, r"http://127.0.0.1:1 cannot be reached: .*; check the network"),
-        ({"S3_ENDPOINT_URL": "http://no.such.host.invalid"}, BUCKET, r"http://no.such.host.invalid cannot be reached"),
+        (
+            {},
+            "nowhere",
+            r"there is no bucket 'nowhere' at http://127.*; check its name, or create it",
+        ),
+        (
+            {},
+            "not_a_bucket!",
+            r"Parameter validation failed: Invalid bucket name \"not_a_bucket!\"",
+        ),
+        (
+            {"S3_ENDPOINT_URL": "http://127.0.0.1:1"},
+            BUCKET,
+            r"http://127.0.0.1:1 cannot be reached: .*; check the network",
+        ),
+        (
+            {"S3_ENDPOINT_URL": "http://no.such.host.invalid"},
+            BUCKET,
+            r"http://no.such.host.invalid cannot be reached",
+        ),
         ({"S3_ENDPOINT_URL": "nonsense"}, BUCKET, r"Invalid endpoint: nonsense"),
-        ({"S3_ENDPOINT_URL": "", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, BUCKET, r"http://127.0.0.1:1 cannot be reached"),
+        (
+            {"S3_ENDPOINT_URL": "", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
+            BUCKET,
+            r"http://127.0.0.1:1 cannot be reached",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_store_that_cannot_be_used(s3, monkeypatch, tmp_path, environment, bucket, message):
-    for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path), **environment}.items():
+    for name, value in {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": str(tmp_path),
+        **environment,
+    }.items():
         if value:
             monkeypatch.setenv(name, value)
         else:
@@ -213,7 +291,10 @@ def test_a_server_that_does_not_answer_is_given_up(s3, monkeypatch):
     monkeypatch.setattr(s3_module, "FIRST_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(ConfigError, match=r"^s3://data: http://127.* cannot be reached: Read timeout; check the network"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^s3://data: http://127.* cannot be reached: Read timeout; check the network",
+        ):
             storage.stat(f"s3://{BUCKET}/x")
 
 
@@ -231,14 +312,32 @@ def test_an_answer_that_breaks_off_is_asked_for_again(s3, tmp_path, monkeypatch)
         assert 80 < relay.num_cuts <= 100 - s3_module.ATTEMPTS, "asked again, but not for ever"
 
 
-@pytest.mark.parametrize("name", ["ba12.pt", "shard.00000.mds", ".hidden", "a b", "naïve", "x" * 255])
+@pytest.mark.parametrize(
+    "name", ["ba12.pt", "shard.00000.mds", ".hidden", "a b", "naïve", "x" * 255]
+)
 def test_a_plain_name(name):
     assert storage.is_plain_name(name)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "/etc/passwd", "../up", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[2J", "\ud800", "x" * 256, "é" * 128, None, 3],
+    [
+        "",
+        ".",
+        "..",
+        "/etc/passwd",
+        "../up",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "\x1b[2J",
+        "\ud800",
+        "x" * 256,
+        "é" * 128,
+        None,
+        3,
+    ],
 )
 def test_a_name_that_is_not_plain(name):
     assert not storage.is_plain_name(name)

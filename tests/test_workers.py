@@ -1,4 +1,6 @@
-"""Units on a pool of processes: the same bytes whatever the number of workers, and whoever is killed when."""
+"""Units on a pool of processes: the same bytes whatever the number of workers, and whoever is
+killed when.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,24 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`corpus` (JSONL of about 20 work units), `tokenizer`, and `whole`: the dataset and its val split, made in peace."""
+    """`corpus` (JSONL of about 20 work units), `tokenizer`, and `whole`: the dataset and its val
+    split, made in peace.
+    """
     folder = tmp_path_factory.mktemp("workers")
     byte_tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "corpus").mkdir()
     for i in range(4):
-        write_jsonl(folder / "corpus" / f"{i}.jsonl", [words(1 + j * 31 % 800, i * 1000 + j) for j in range(100)])
+        write_jsonl(
+            folder / "corpus" / f"{i}.jsonl",
+            [words(1 + j * 31 % 800, i * 1000 + j) for j in range(100)],
+        )
     datasets = writers(folder, "whole")
     for dataset in datasets:
         dataset.begin()
     for number in range(len(datasets[0].plan.units)):
-        assert list(convert_units(conversion(folder, datasets), [number], 1, lambda *news: None)) == []
+        assert (
+            list(convert_units(conversion(folder, datasets), [number], 1, lambda *news: None)) == []
+        )
     for dataset in datasets:
         dataset.publish()
     return folder
@@ -53,18 +62,40 @@ def folder(tmp_path_factory) -> Path:
 
 def writers(folder: Path, name: str) -> list[DatasetWriter]:
     settings = {
-        "source": [str(folder / "corpus")], "name": None, "split": None, "suffixes": [], "text_column": "text",
-        "add_bos": False, "add_eos": True,
-        "max_doc_length": 700, "min_doc_length": 5, "seed": 3, "val_fraction": 0.2, "shard_size": 20000,
-        "unit_size": 32000, "encoder": HF, "max_document_bytes": 67108864,
-    }  # fmt: skip
+        "source": [str(folder / "corpus")],
+        "name": None,
+        "split": None,
+        "suffixes": [],
+        "text_column": "text",
+        "add_bos": False,
+        "add_eos": True,
+        "max_doc_length": 700,
+        "min_doc_length": 5,
+        "seed": 3,
+        "val_fraction": 0.2,
+        "shard_size": 20000,
+        "unit_size": 32000,
+        "encoder": HF,
+        "max_document_bytes": 67108864,
+    }
     units = plan_units(find_files(settings["source"]), settings["unit_size"])
     print_of = fingerprint(load_tokenizer(str(folder / "tokenizer")))
-    return [DatasetWriter(str(folder / name / split), Plan(split, print_of, 64, settings, units)) for split in ("train", "val")]
+    return [
+        DatasetWriter(str(folder / name / split), Plan(split, print_of, 64, settings, units))
+        for split in ("train", "val")
+    ]
 
 
 def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
-    return Conversion(tuple(datasets), bare(load_tokenizer(str(folder / "tokenizer"))), False, True, HF, "redo", "fail")
+    return Conversion(
+        tuple(datasets),
+        bare(load_tokenizer(str(folder / "tokenizer"))),
+        False,
+        True,
+        HF,
+        "redo",
+        "fail",
+    )
 
 
 def place_of(folder: Path, name: str) -> str:
@@ -76,10 +107,20 @@ def command(folder: Path, name: str, num_workers: int | None, *more: str) -> lis
     """The same conversion as a user gives it."""
     place = place_of(folder, name)
     arguments = [
-        f"source={folder}/corpus", f"tokenizer={folder}/tokenizer", f"out={place}/train", "context_length=64",
-        f"val_out={place}/val", "val_fraction=0.2", "max_doc_length=700", "min_doc_length=5", "seed=3",
-        "shard_size=20000", "unit_size=32000", "encoder=hf", *more,
-    ]  # fmt: skip
+        f"source={folder}/corpus",
+        f"tokenizer={folder}/tokenizer",
+        f"out={place}/train",
+        "context_length=64",
+        f"val_out={place}/val",
+        "val_fraction=0.2",
+        "max_doc_length=700",
+        "min_doc_length=5",
+        "seed=3",
+        "shard_size=20000",
+        "unit_size=32000",
+        "encoder=hf",
+        *more,
+    ]
     arguments += [] if num_workers is None else [f"num_workers={num_workers}"]
     return [sys.executable, str(ROOT / "convert" / "to_mds.py"), *arguments]
 
@@ -104,7 +145,9 @@ def processes(session: int) -> Iterator[tuple[int, int]]:
 
 
 def workers_of(session: int) -> list[int]:
-    """The grandchildren of the process that leads the session: workers come from the fork server."""
+    """The grandchildren of the process that leads the session: workers come from the fork
+    server.
+    """
     parents = dict(processes(session))
     return [pid for pid, parent in parents.items() if parents.get(parent) == session]
 
@@ -118,14 +161,18 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 def check_finished(folder: Path, name: str) -> None:
     place = place_of(folder, name)
-    assert {file: storage.read(f"{place}/{file}") for file in storage.find(place)} == files_under(folder / "whole")
+    assert {file: storage.read(f"{place}/{file}") for file in storage.find(place)} == files_under(
+        folder / "whole"
+    )
     for split in ("train", "val"):
         totals = read_manifest(f"{place}/{split}").totals  # which checks that the ledger balances
         assert totals.tokens_in == totals.tokens_out + totals.dropped
 
 
 def test_what_a_worker_is_sent_does_not_grow_with_the_number_of_units(folder):
-    """It did, with a new worker every 64 units: 20,000 small files as units of their own took minutes."""
+    """It did, with a new worker every 64 units: 20,000 small files as units of their own took
+    minutes.
+    """
 
     def sent(datasets: list[DatasetWriter]) -> tuple[int, int]:
         whole = conversion(folder, datasets)
@@ -170,23 +217,54 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeyp
         seen[:] += news
 
     started: list[int] = []
-    monkeypatch.setattr(workers._Lane, "close", lambda lane, close=workers._Lane.close: (started.append(1), close(lane)))
-    assert list(convert_units(conversion(folder, datasets), numbers, num_workers, on_progress)) == []
+    monkeypatch.setattr(
+        workers._Lane,
+        "close",
+        lambda lane, close=workers._Lane.close: (started.append(1), close(lane)),
+    )
+    assert (
+        list(convert_units(conversion(folder, datasets), numbers, num_workers, on_progress)) == []
+    )
     if num_workers == 3:
-        assert len(started) == 6 + 3, "a process is given up after each unit, and all lanes at the end"
-        assert list(convert_units(conversion(folder, datasets), range(6, len(datasets[0].plan.units)), 2, on_progress)) == []
+        assert len(started) == 6 + 3, (
+            "a process is given up after each unit, and all lanes at the end"
+        )
+        assert (
+            list(
+                convert_units(
+                    conversion(folder, datasets),
+                    range(6, len(datasets[0].plan.units)),
+                    2,
+                    on_progress,
+                )
+            )
+            == []
+        )
     manifests = [dataset.publish() for dataset in datasets]
     check_finished(folder, f"by{num_workers}")
     size = sum(path.stat().st_size for path in (folder / "corpus").iterdir())
     totals = [manifest.totals for manifest in manifests]
-    assert seen.tolist() == [sum(t.documents for t in totals), sum(t.tokens_in for t in totals), size]
+    assert seen.tolist() == [
+        sum(t.documents for t in totals),
+        sum(t.tokens_in for t in totals),
+        size,
+    ]
     assert totals[0].documents_short > 0, "the corpus must try min_doc_length"
 
 
 def test_a_conversion_imports_none_of_what_takes_seconds(folder):
-    """Of transformers what tokenizers need, and that in the process in charge alone: torch is 4 s and 250 MB, in each."""
-    tell = "sys.stderr.write(repr(sorted({'torch', 'streaming', 'composer', 'datasets', 'transformers'} & set(sys.modules))))"
-    run = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nfinally: "
+    """Of transformers what tokenizers need, and that in the process in charge alone: torch is 4
+    s and 250 MB, in each.
+    """
+    tell = (
+        "sys.stderr.write(repr(sorted({'torch', 'streaming', 'composer', 'datasets',"
+        " 'transformers'} & set(sys.modules))))"
+    )
+    run = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: "
+    )
     in_charge = [sys.executable, "-c", run + tell, *command(folder, "told", 2)[1:]]
     process = subprocess.run(in_charge, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "['transformers']")
@@ -217,7 +295,9 @@ def test_an_error_in_a_worker_is_the_error_of_all(folder, tmp_path):
     for dataset in datasets:
         dataset.begin()
     numbers = range(len(datasets[0].plan.units))
-    with pytest.raises(DataError, match=r"corpus/1\.jsonl:101: not valid JSON: Expecting value at column 1") as caught:
+    with pytest.raises(
+        DataError, match=r"corpus/1\.jsonl:101: not valid JSON: Expecting value at column 1"
+    ) as caught:
         list(convert_units(conversion(folder, datasets), numbers, 2, lambda *news: None))
     assert "\n" not in str(caught.value)
     assert not (folder / "out" / "train" / "index.json").exists()
@@ -230,8 +310,12 @@ def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
     from distributed import LocalCluster
 
     val = f"s3://{BUCKET}/cluster/val"
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, env=s3.env) as cluster:
-        process = start(folder, "cluster", None, f"cluster={cluster.scheduler_address}", f"val_out={val}")
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, env=s3.env
+    ) as cluster:
+        process = start(
+            folder, "cluster", None, f"cluster={cluster.scheduler_address}", f"val_out={val}"
+        )
         _, err = process.communicate(timeout=240)
         assert (process.returncode, err) == (0, "")
     assert list((folder / "cluster").iterdir()) == [folder / "cluster" / "train"]
@@ -244,8 +328,15 @@ def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
 def test_a_cluster_that_is_not_there(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "CLUSTER_SECONDS", 1)
     datasets = writers(folder, "nowhere")
-    with pytest.raises(ConfigError, match=r"^cluster: tcp://127\.0\.0\.1:1: cannot be reached: .*; give a Dask scheduler's"):
-        list(convert_units(conversion(folder, datasets), [0, 1], 1, lambda *news: None, "tcp://127.0.0.1:1"))
+    with pytest.raises(
+        ConfigError,
+        match=r"^cluster: tcp://127\.0\.0\.1:1: cannot be reached: .*; give a Dask scheduler's",
+    ):
+        list(
+            convert_units(
+                conversion(folder, datasets), [0, 1], 1, lambda *news: None, "tcp://127.0.0.1:1"
+            )
+        )
     asked = start(folder, str(tmp_path), None, "cluster=tcp://127.0.0.1:1")
     out, err = asked.communicate(timeout=60)
     assert (asked.returncode, out) == (2, "")
@@ -260,7 +351,9 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(folder):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
-    assert err == "interrupted; what was finished is kept, and the same command goes on from there\n"
+    assert (
+        err == "interrupted; what was finished is kept, and the same command goes on from there\n"
+    )
     assert not (folder / "interrupted" / "train" / "index.json").exists()
     wait_until(lambda: not list(processes(process.pid)))
     finish(folder, "interrupted")
@@ -290,7 +383,10 @@ def test_workers_that_are_stopped_end_with_the_process_in_charge(folder):
     process.wait(timeout=30)
     try:
         # Python's own resource tracker is nobody's to end; continued, it clears up and ends.
-        wait_until(lambda: all("resource_tracker" in command_of(pid) for pid, _ in processes(process.pid)), 10)
+        wait_until(
+            lambda: all("resource_tracker" in command_of(pid) for pid, _ in processes(process.pid)),
+            10,
+        )
     finally:
         for pid, _ in processes(process.pid):
             os.kill(pid, signal.SIGCONT)
@@ -313,21 +409,32 @@ def finish(folder: Path, name: str) -> None:
 
 FAULTS = [
     pytest.mark.faults,
-    pytest.mark.skipif("FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"),
+    pytest.mark.skipif(
+        "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("store", "num_kills"),
-    [("folder", 6), ("s3", 3), pytest.param("folder", 20, marks=FAULTS), pytest.param("s3", 20, marks=FAULTS)],
+    [
+        ("folder", 6),
+        ("s3", 3),
+        pytest.param("folder", 20, marks=FAULTS),
+        pytest.param("s3", 20, marks=FAULTS),
+    ],
 )
 def test_killed_at_any_instant_with_any_number_of_workers(folder, store, num_kills, request):
-    """SIGKILL to the process in charge, to all, or to one worker; the next run goes on, until one gets to the end."""
+    """SIGKILL to the process in charge, to all, or to one worker; the next run goes on, until
+    one gets to the end.
+    """
     if store == "s3":
         request.getfixturevalue("s3")
     rng = random.Random(num_kills)
     attempt = kills = 0
-    name = base = f"killed{num_kills}." if store == "folder" else f"s3://{BUCKET}/killed{num_kills}."
+    name = base = (
+        f"killed{num_kills}." if store == "folder" else f"s3://{BUCKET}/killed{num_kills}."
+    )
     name += "0"
     while kills < num_kills:
         process = start(folder, name, 1 + kills % 3)
@@ -351,7 +458,11 @@ def test_killed_at_any_instant_with_any_number_of_workers(folder, store, num_kil
         kills += 1
         if victim == "worker":
             assert process.returncode == 1
-            assert re.fullmatch(r"error: a worker process died while it converted unit \d{6} \(short of memory\?.*\n", err)
+            assert re.fullmatch(
+                r"error: a worker process died while it converted unit \d{6} \(short of"
+                r" memory\?.*\n",
+                err,
+            )
         else:
             assert process.returncode == -signal.SIGKILL
     finish(folder, name)

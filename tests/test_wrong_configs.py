@@ -1,7 +1,8 @@
-"""Configurations of recipes/train.py that are wrong: status 2, one line that names the key and what it should be.
+"""Configurations of recipes/train.py that are wrong: status 2, one line that names the key and what
+it should be.
 
-Those of `test_cli.py` are about how arguments are read, for any script; these go through the script, up to what other
-packages' classes take.
+Those of `test_cli.py` are about how arguments are read, for any script; these go through the
+script, up to what other packages' classes take.
 """
 
 from __future__ import annotations
@@ -28,18 +29,24 @@ WRONG: dict[str, str] = {
     "max_durations=5ba": "max_durations: unknown key; did you mean max_duration?",
     "batch_size=8": "batch_size: unknown key; did you mean global_batch_size?",
     "learning_rate=1e-3": "learning_rate: unknown key; did you mean optimizer.lr?",
-    "optimizer.learning_rate=1e-3": "optimizer.learning_rate: unknown key; did you mean optimizer.lr?",
+    "optimizer.learning_rate=1e-3": (
+        "optimizer.learning_rate: unknown key; did you mean optimizer.lr?"
+    ),
     "optimizer.LR=1e-3": "optimizer.LR: unknown key; did you mean optimizer.lr?",
     "steps=100": "steps: unknown key; did you mean max_duration?",
     "lr=1e-3": "lr: unknown key; did you mean optimizer.lr?",
     "warmup=10ba": "warmup: unknown key; did you mean scheduler.warmup?",
-    "optimizer.weight_dcay=1": "optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?",
+    "optimizer.weight_dcay=1": (
+        "optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?"
+    ),
     "optimizer.beta=[0.9,0.95]": "optimizer.beta: unknown key; did you mean optimizer.betas?",
     "scheduler.min_lr=0.1": "scheduler.min_lr: unknown key; did you mean scheduler.min_lr_ratio?",
     "scheduler.nme=cosine": "scheduler.nme: unknown key; did you mean scheduler.name?",
     "train_data.remot=s3://b/d": "train_data.remot: unknown key; did you mean train_data.remote?",
-    "train_data.streams.web.propotion=1":
-        "train_data.streams.web.propotion: unknown key; did you mean train_data.streams.web.proportion?",
+    "train_data.streams.web.propotion=1": (
+        "train_data.streams.web.propotion: unknown key; did you mean"
+        " train_data.streams.web.proportion?"
+    ),
     "eval_data.max_row=5": "eval_data.max_row: unknown key; did you mean eval_data.max_rows?",
     "loss_spike.windw=5": "loss_spike.windw: unknown key; did you mean loss_spike.window?",
     "paralellism.fsdp={}": "paralellism: unknown key; did you mean parallelism?",
@@ -50,18 +57,24 @@ WRONG: dict[str, str] = {
     "microbatch_size=2.5": "must be int | str",
     "microbatch_size=atuo": "must be a positive number of rows, or auto",
     "max_duration=100": "must be a whole number followed by ba, tok, sp or ep, e.g. 1000ba",
-    "save_interval=2d":
-        "must be a whole number followed by ba, tok, sp or ep, or by s, min or h, or a fraction of the run "
-        "like 0.05dur, e.g. 1000ba",
+    "save_interval=2d": (
+        "must be a whole number followed by ba, tok, sp or ep, or by s, min or h, or a fraction of"
+        " the run like 0.05dur, e.g. 1000ba"
+    ),
     "optimizer.betas=0.9": "must be tuple[float, float]",
     "varlen=perhaps": "must be bool",
     "train_data=d": "must hold keys and values; its keys are ",
     "algorithms=[ema]": "algorithms=['ema']: must be dict[str, Any]",
-    "callbacks.lr_monitor=true": "must hold its arguments, or be null for the defaults, or false to leave it out",
+    "callbacks.lr_monitor=true": (
+        "must hold its arguments, or be null for the defaults, or false to leave it out"
+    ),
     "train_data.loss_across_documents=null": "must be bool",
     "varlen=2": "must be bool",
     # What is not one of the allowed values.
-    "stall_timeout=1e300": "stall_timeout=1e+300: must be a number of seconds more than 0 and no more than 100000000, or null",
+    "stall_timeout=1e300": (
+        "stall_timeout=1e+300: must be a number of seconds more than 0 and no more than 100000000,"
+        " or null"
+    ),
     "train_data.num_workers=100000": "must be in [0, 1000]",
     "train_data.shuffle_block_size=99999999999999999999": "must be in [1, 1000000000000]",
     "train_data.predownload=99999999999999999999": "must be in [1, 1000000000000]",
@@ -71,102 +84,162 @@ WRONG: dict[str, str] = {
     "scheduler.name=step": "must be one of ['cosine', 'linear', 'constant', 'wsd']",
     "optimizer.name=sgd": "must be one of ['adamw', 'decoupled_adamw', 'lamb']",
     "on_nan=ignore": "must be one of ['stop', 'skip']",
-    "train_data.shuffle_algo=py2": "must be one of ['py1e', 'py1br', 'py1b', 'py1s', 'py2s', 'naive']",
+    "train_data.shuffle_algo=py2": (
+        "must be one of ['py1e', 'py1br', 'py1b', 'py1s', 'py2s', 'naive']"
+    ),
     "optimizer.lr=-1": "must be more than 0, and finite",
     "optimizer.grad_clip_norm=0": "must be more than 0 and finite, or null",
     "scheduler.min_lr_ratio=2": "must be in [0, 1]",
     "context_length=1": "must be 2 tokens or more",
-    "train_data.cache_limit=lots": "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb",
+    "train_data.cache_limit=lots": (
+        "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb"
+    ),
     # What does not go together.
     "global_batch_size=7": "must be a multiple of devices x microbatch_size = 1 x 8 = 8",
-    "scheduler.warmup=11ba": "must not be longer than the run: 11 batches of 10 (max_duration=10ba)",
+    "scheduler.warmup=11ba": (
+        "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"
+    ),
     "eval_data.local=data": "must not be a dataset that is trained on",
-    "train_data.streams.web.local=x":
-        "base.yaml: train_data.local=data: must be null with streams, which each have their own",
+    "train_data.streams.web.local=x": (
+        "base.yaml: train_data.local=data: must be null with streams, which each have their own"
+    ),
     "train_data.batching_method=stratified": "must be random without streams",
-    "wandb.group=g":
-        "base.yaml: wandb.project: must be set (Weights & Biases project; the run's name and id are "
-        "run_name); add it to the file or give wandb.project=...",
-    "callbacks.early_stopper.patience=5ba":
-        "callbacks.early_stopper={'patience': '5ba'}: needs an evaluation to go by; set eval_data",
-    "callbacks.speed_monitor={}":
-        "hands metrics to loggers, and there is none; set loggers.file_logger={}, wandb.project=... or tensorboard=true",
-    "microbatch_size=auto eval_data.local=v":
-        "base.yaml: eval_batch_size: must be set with microbatch_size=auto, which is about training",
-    "algorithms.ema={} parallelism.fsdp={} parallelism.cpu_fallback=true":
-        "must not be set together with parallelism.fsdp, which spreads parameters over devices",
+    "wandb.group=g": (
+        "base.yaml: wandb.project: must be set (Weights & Biases project; the run's name and id are"
+        " run_name); add it to the file or give wandb.project=..."
+    ),
+    "callbacks.early_stopper.patience=5ba": (
+        "callbacks.early_stopper={'patience': '5ba'}: needs an evaluation to go by; set eval_data"
+    ),
+    "callbacks.speed_monitor={}": (
+        "hands metrics to loggers, and there is none; set loggers.file_logger={}, wandb.project=..."
+        " or tensorboard=true"
+    ),
+    "microbatch_size=auto eval_data.local=v": (
+        "base.yaml: eval_batch_size: must be set with microbatch_size=auto, which is about training"
+    ),
+    "algorithms.ema={} parallelism.fsdp={} parallelism.cpu_fallback=true": (
+        "must not be set together with parallelism.fsdp, which spreads parameters over devices"
+    ),
     # Names of other packages' classes.
     "algorithms.emma={}": "there is no such algorithm; did you mean algorithms.ema?",
     "algorithms.gradient_clipping={}": "set optimizer.grad_clip_norm instead",
     "algorithms.mixup={}": "is for images",
     "algorithms.cut_out={}": "is for images",
     "algorithms.BlurPool={}": "is for images",
-    "algorithms.alibi={}": "gives positions to the attention of GPT-2 and BERT; neither GLA nor Llama has a place for it",
+    "algorithms.alibi={}": (
+        "gives positions to the attention of GPT-2 and BERT; neither GLA nor Llama has a place"
+        " for it"
+    ),
     "algorithms.lr_monitor={}": "there is no such algorithm; did you mean callbacks.lr_monitor?",
     "callbacks.speed_monitr={}": "there is no such callback; did you mean callbacks.speed_monitor?",
     "callbacks.nan_monitor={}": "set on_nan instead",
-    "callbacks.checkpoint_saver={}": "set save_folder, save_interval and save_num_checkpoints_to_keep instead",
+    "callbacks.checkpoint_saver={}": (
+        "set save_folder, save_interval and save_num_checkpoints_to_keep instead"
+    ),
     "callbacks.zzz={}": "there is no such callback; there are speed_monitor, lr_monitor, ",
     "loggers.wandb_logger={}": "set wandb.project instead",
     "loggers.wandb={}": "there is no such logger; set wandb.project instead",
     "callbacks.hf_checkpointer={}": "there is no such callback; set callbacks.hf_export={} instead",
     "loggers.tensorboard_logger={}": "set tensorboard=true instead",
-    "loggers.neptune_logger={}":
-        "needs an account of its service, and is not tested here; set wandb.project, or loggers.file_logger={}",
+    "loggers.neptune_logger={}": (
+        "needs an account of its service, and is not tested here; set wandb.project, or"
+        " loggers.file_logger={}"
+    ),
     # Arguments of other packages' classes.
-    "algorithms.ema.half_lif=9ba": "unknown argument of EMA; did you mean algorithms.ema.half_life?",
+    "algorithms.ema.half_lif=9ba": (
+        "unknown argument of EMA; did you mean algorithms.ema.half_life?"
+    ),
     "algorithms.ema.half_life=9": "must be str; quote what is text",
-    "algorithms.ema.half_life=no": "algorithms.ema.half_life=false: must be str; quote what is text",
-    "algorithms.ema.half_life=None": "write null for no value; where that word is meant, quote it in a file: 'None'",
-    "algorithms.ema.half_life=0123":
-        "YAML takes this for 83; write the number in plain digits, or quote what is text: '0123'",
-    "algorithms.swa.update_interval=1ep":
-        "algorithms.swa={'update_interval': '1ep'}: SWA refuses it: update_interval=1ep: must be a whole "
-        "number of batches, e.g. 100ba",
-    "algorithms.label_smoothing.smoothing=2":
-        "algorithms.label_smoothing={'smoothing': 2}: LabelSmoothing refuses it: smoothing=2: must be more "
-        "than 0 and less than 1",
-    "algorithms.seq_length_warmup.max_seq_length=9":
-        "unknown argument of SeqLengthWarmup; did you mean algorithms.seq_length_warmup.min_seq_length?",
+    "algorithms.ema.half_life=no": (
+        "algorithms.ema.half_life=false: must be str; quote what is text"
+    ),
+    "algorithms.ema.half_life=None": (
+        "write null for no value; where that word is meant, quote it in a file: 'None'"
+    ),
+    "algorithms.ema.half_life=0123": (
+        "YAML takes this for 83; write the number in plain digits, or quote what is text: '0123'"
+    ),
+    "algorithms.swa.update_interval=1ep": (
+        "algorithms.swa={'update_interval': '1ep'}: SWA refuses it: update_interval=1ep: must be a"
+        " whole number of batches, e.g. 100ba"
+    ),
+    "algorithms.label_smoothing.smoothing=2": (
+        "algorithms.label_smoothing={'smoothing': 2}: LabelSmoothing refuses it: smoothing=2: must"
+        " be more than 0 and less than 1"
+    ),
+    "algorithms.seq_length_warmup.max_seq_length=9": (
+        "unknown argument of SeqLengthWarmup; did you mean"
+        " algorithms.seq_length_warmup.min_seq_length?"
+    ),
     "callbacks.speed_monitor.window_size=many loggers.file_logger={}": "must be int",
-    "callbacks.runtime_estimator.time_unit=weeks loggers.file_logger={}":
-        "callbacks.runtime_estimator={'time_unit': 'weeks'}: RuntimeEstimator refuses it: Invalid time_unit: "
-        "weeks. Must be one of",
-    "callbacks.early_stopper={} eval_data.local=v": "command line: callbacks.early_stopper.patience: must be set: str",
+    "callbacks.runtime_estimator.time_unit=weeks loggers.file_logger={}": (
+        "callbacks.runtime_estimator={'time_unit': 'weeks'}: RuntimeEstimator refuses it: Invalid"
+        " time_unit: weeks. Must be one of"
+    ),
+    "callbacks.early_stopper={} eval_data.local=v": (
+        "command line: callbacks.early_stopper.patience: must be set: str"
+    ),
     "callbacks.generate.prompts=hello": "must be list[str]",
     "callbacks.hf_export.dtype=fp8": "must be one of float32, bfloat16, float16",
-    "loggers.file_logger.filename=a{rank:q}":
-        "loggers.file_logger={'filename': 'a{rank:q}'}: FileLogger refuses it: filename=a{rank:q}: must hold ",
-    "loggers.file_logger.filename=~/a{rank}":
-        "loggers.file_logger={'filename': '~/a{rank}'}: FileLogger refuses it: filename=~/a{rank}: must lie within log_folder",
-    "callbacks.hf_export.folder=$HOME/x":
-        "callbacks.hf_export={'folder': '$HOME/x'}: HfExport refuses it: folder: $HOME is not filled in here; write "
-        "${oc.env:HOME}",
-    "loggers.file_logger.filname=x": "unknown argument of FileLogger; did you mean loggers.file_logger.filename?",
+    "loggers.file_logger.filename=a{rank:q}": (
+        "loggers.file_logger={'filename': 'a{rank:q}'}: FileLogger refuses it: filename=a{rank:q}:"
+        " must hold "
+    ),
+    "loggers.file_logger.filename=~/a{rank}": (
+        "loggers.file_logger={'filename': '~/a{rank}'}: FileLogger refuses it: filename=~/a{rank}:"
+        " must lie within log_folder"
+    ),
+    "callbacks.hf_export.folder=$HOME/x": (
+        "callbacks.hf_export={'folder': '$HOME/x'}: HfExport refuses it: folder: $HOME is not"
+        " filled in here; write ${oc.env:HOME}"
+    ),
+    "loggers.file_logger.filname=x": (
+        "unknown argument of FileLogger; did you mean loggers.file_logger.filename?"
+    ),
     # Keys of the model's class.
-    "model.config.num_hidden_layer=3": "unknown key of GLAConfig; did you mean model.config.num_hidden_layers?",
+    "model.config.num_hidden_layer=3": (
+        "unknown key of GLAConfig; did you mean model.config.num_hidden_layers?"
+    ),
     "model.config.hidden_size=big": "must be int",
     "model.config.hidden_act=1.10": "model.config.hidden_act=1.1: must be str; quote what is text",
     "model.config.hidden_size=0123": "YAML takes this for 83; ",
-    "model.config.model_type=glaa": "neither fla nor transformers has such a model; did you mean gla?",
+    "model.config.model_type=glaa": (
+        "neither fla nor transformers has such a model; did you mean gla?"
+    ),
     "model.config.vocab_size=10": "must be at least the tokenizer's 400 tokens",
     "model.config.num_hidden_layers=0": "must be 1 or more",
     "model.config.hidden_size=0": "must be 1 or more",
     "model.config.num_heads=-4": "must be 1 or more",
     "model.config.norm_eps=-1": "must be more than 0",
-    "model.config.model_type=": "model.config.model_type: neither fla nor transformers has such a model; give gla, for example",
+    "model.config.model_type=": (
+        "model.config.model_type: neither fla nor transformers has such a model; give gla, for"
+        " example"
+    ),
     "model=gla": "must hold keys and values; its keys are model.config, model.pretrained",
     "tokenizer=./nowhere": "tokenizer: ./nowhere: no such folder",
     # What this machine cannot do.
-    **({} if torch.cuda.is_available() else {
-        "microbatch_size=auto": "there is no GPU here, whose memory could be tried out; give a number of rows",
-        "precision=amp_bf16": "there is no GPU here, and CPUs compute in fp32; set precision=fp32",
-        "parallelism.fsdp={}":
-            "there is no GPU here; set parallelism.cpu_fallback=true to train with plain data parallelism, "
-            "parallelism.cpu_fsdp=true to shard over processes, or parallelism.fsdp=null",
-        "callbacks.memory_monitor={} loggers.file_logger={}": "there is no GPU here, whose memory it would log; leave it out",
-    }),
-}  # fmt: skip
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {
+            "microbatch_size=auto": (
+                "there is no GPU here, whose memory could be tried out; give a number of rows"
+            ),
+            "precision=amp_bf16": (
+                "there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+            ),
+            "parallelism.fsdp={}": (
+                "there is no GPU here; set parallelism.cpu_fallback=true to train with plain data"
+                " parallelism, parallelism.cpu_fsdp=true to shard over processes, or"
+                " parallelism.fsdp=null"
+            ),
+            "callbacks.memory_monitor={} loggers.file_logger={}": (
+                "there is no GPU here, whose memory it would log; leave it out"
+            ),
+        }
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +247,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base.yaml, which is right but for the data, which is not there."""
     folder = tmp_path_factory.mktemp("wrong")
     byte_tokenizer().save_pretrained(folder / "tokenizer")
-    (folder / "base.yaml").write_text(yaml.safe_dump({
-        "run_name": "base", "max_duration": "10ba", "global_batch_size": 8, "microbatch_size": 8, "tokenizer": "tokenizer",
-        "model": {"config": {"model_type": "gla", "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}},
-        "train_data": {"local": "data"},
-    }))  # fmt: skip
+    (folder / "base.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "run_name": "base",
+                "max_duration": "10ba",
+                "global_batch_size": 8,
+                "microbatch_size": 8,
+                "tokenizer": "tokenizer",
+                "model": {
+                    "config": {
+                        "model_type": "gla",
+                        "hidden_size": 32,
+                        "num_hidden_layers": 1,
+                        "num_heads": 2,
+                    }
+                },
+                "train_data": {"local": "data"},
+            }
+        )
+    )
     return folder
 
 
@@ -198,7 +286,9 @@ def test_there_are_enough():
     assert len(WRONG) >= 60
 
 
-def line_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: Any, *arguments: str) -> str:
+def line_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: Any, *arguments: str
+) -> str:
     monkeypatch.setattr(sys, "argv", ["recipes/train.py", *arguments])
     capsys.readouterr()
     assert run(train, TrainConfig) == 2
@@ -218,17 +308,28 @@ def test_on_the_command_line(capsys, monkeypatch, train, arguments):
 
 
 IN_A_FILE = [
-    "seed=one", "optimizer.lr=-1", "algorithms.emma={}", "algorithms.ema.half_lif=9ba", "callbacks.generate.prompts=hello",
-    "model.config.hidden_size=big", "train_data.streams.web.propotion=1", "loss_spike.windw=5",
-]  # fmt: skip
+    "seed=one",
+    "optimizer.lr=-1",
+    "algorithms.emma={}",
+    "algorithms.ema.half_lif=9ba",
+    "callbacks.generate.prompts=hello",
+    "model.config.hidden_size=big",
+    "train_data.streams.web.propotion=1",
+    "loss_spike.windw=5",
+]
 
 
 def test_what_the_environment_holds_is_not_told(capsys, monkeypatch, train):
     """Though a class of others says it in an error of its own."""
     monkeypatch.setenv("SECRET", "hunter2")
-    for argument in ("algorithms.ema.half_life=${oc.env:SECRET}", "algorithms={ema: {half_life: '${oc.env:SECRET}'}}"):
+    for argument in (
+        "algorithms.ema.half_life=${oc.env:SECRET}",
+        "algorithms={ema: {half_life: '${oc.env:SECRET}'}}",
+    ):
         line = line_of(capsys, monkeypatch, train, "base.yaml", argument)
-        assert line.endswith("EMA refuses it: half_life=${SECRET}: must be a whole number of batches, e.g. 100ba")
+        assert line.endswith(
+            "EMA refuses it: half_life=${SECRET}: must be a whole number of batches, e.g. 100ba"
+        )
         assert "hunter2" not in line
 
 
@@ -249,4 +350,6 @@ def test_the_same_in_a_file_names_the_file(capsys, monkeypatch, train, argument)
     section[leaf] = yaml.safe_load(text)
     Path("other.yaml").write_text(json.dumps(content))
     line = line_of(capsys, monkeypatch, train, "other.yaml")
-    assert line.startswith((f"other.yaml: {argument}: {WRONG[argument]}", f"other.yaml: {WRONG[argument]}")), line
+    assert line.startswith(
+        (f"other.yaml: {argument}: {WRONG[argument]}", f"other.yaml: {WRONG[argument]}")
+    ), line

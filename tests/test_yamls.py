@@ -1,4 +1,6 @@
-"""Every recipe in yamls/: it is valid, its comment says what it comes to, and it makes a model of the size it is named for."""
+"""Every recipe in yamls/: it is valid, its comment says what it comes to, and it makes a model
+of the size it is named for.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +63,18 @@ def test_recipe(path: Path) -> None:
         CausalLM(model, byte_tokenizer(), varlen=True)  # its layers keep documents apart
 
     steps = config.plan(epoch_batches=10**9).total
-    comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    comment = "".join(
+        line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     said = re.search(r"(\d+) steps x (\d+) rows x (\d+) tokens = ([\d.]+) (B|M)", comment)
     if said is None:
         assert path.stem == "gla_tiny"
     else:
-        assert [int(number) for number in said.groups()[:3]] == [steps, config.global_batch_size, config.context_length]
+        assert [int(number) for number in said.groups()[:3]] == [
+            steps,
+            config.global_batch_size,
+            config.context_length,
+        ]
         tokens = steps * config.global_batch_size * config.context_length
         assert float(said[4]) == round(tokens / {"B": 1e9, "M": 1e6}[said[5]], 1)
     if not path.stem.endswith("_tiny"):
@@ -81,12 +89,18 @@ def test_paper_recipes(name: str) -> None:
     batch = config.global_batch_size * config.context_length
     expected = PAPER[name]
     assert [plan.total * batch, batch, plan.warmup * batch] == pytest.approx(expected, rel=0.05)
-    assert (config.optimizer.lr, config.scheduler.min_lr_ratio, config.optimizer.grad_clip_norm) == (3e-4, 0.1, 1.0)
+    assert (
+        config.optimizer.lr,
+        config.scheduler.min_lr_ratio,
+        config.optimizer.grad_clip_norm,
+    ) == (3e-4, 0.1, 1.0)
 
 
 def test_baselines_are_as_large_as_what_they_are_compared_with() -> None:
     for name in ("340m", "tiny"):
-        assert PARAMETERS[f"transformer_{name}"] == pytest.approx(PARAMETERS[f"gla_{name}"], rel=0.01)
+        assert PARAMETERS[f"transformer_{name}"] == pytest.approx(
+            PARAMETERS[f"gla_{name}"], rel=0.01
+        )
     for name, count in PARAMETERS.items():
         assert "340m" not in name or count == pytest.approx(341e6, rel=0.03)
 
@@ -96,7 +110,11 @@ def test_recipes_of_one_size_differ_in_the_model_only() -> None:
         lines = (ROOT / f"yamls/{name}.yaml").read_text().splitlines()
         start = lines.index("  config:")
         end = next(i for i in range(start, len(lines)) if not lines[i].strip())
-        return [line for line in lines[:start] + lines[end:] if not line.startswith(("#", "run_name", "varlen"))]
+        return [
+            line
+            for line in lines[:start] + lines[end:]
+            if not line.startswith(("#", "run_name", "varlen"))
+        ]
 
     for name in PARAMETERS:
         if name.endswith("_340m"):
@@ -106,7 +124,13 @@ def test_recipes_of_one_size_differ_in_the_model_only() -> None:
 
 def test_transformer_tiny_trains(corpus: Corpus, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    summary = corpus.train_run(run, "yamls/transformer_tiny.yaml", "max_duration=4ba", "scheduler.warmup=1ba", "eval_data=null")
+    summary = corpus.train_run(
+        run,
+        "yamls/transformer_tiny.yaml",
+        "max_duration=4ba",
+        "scheduler.warmup=1ba",
+        "eval_data=null",
+    )
     losses = [row["loss"] for row in read_log(run)]
     assert summary["steps"] == len(losses) == 4
     assert losses[0] == pytest.approx(math.log(4096), rel=0.05)
@@ -119,15 +143,23 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs 
 
 
 @needs_no_gpu
-def test_a_model_without_a_cpu_form_is_refused_before_anything_starts(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_model_without_a_cpu_form_is_refused_before_anything_starts(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     process = run_script(
-        "recipes/train.py", "yamls/gsa_340m.yaml", "precision=fp32", "parallelism.fsdp=null", f"tokenizer={corpus.tokenizer}",
+        "recipes/train.py",
+        "yamls/gsa_340m.yaml",
+        "precision=fp32",
+        "parallelism.fsdp=null",
+        f"tokenizer={corpus.tokenizer}",
         f"log_folder={tmp_path / 'run'}",
     )
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == (
-        "error: yamls/gsa_340m.yaml: model.config.model_type=gsa: fla's gsa needs a GPU, and there is none here; of fla's "
-        "models, gla and mamba train on a CPU, and so does any of transformers' own (llama, ...)"
+    assert (
+        process.stderr.splitlines()[-1]
+        == "error: yamls/gsa_340m.yaml: model.config.model_type=gsa: fla's gsa needs a GPU, and"
+        " there is none here; of fla's models, gla and mamba train on a CPU, and so does any of"
+        " transformers' own (llama, ...)"
     )
     assert not (tmp_path / "run").exists()
 
@@ -141,33 +173,55 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
     assert {"gla", "mamba", "mamba2", "gsa", "hgrn2", "delta_net", "transformer"} <= fla
     allowed = {"gla", "mamba"}
     for name in fla - allowed:
-        with pytest.raises(InvalidField, match=f"^model.config.model_type: fla's {name} needs a GPU"):
+        with pytest.raises(
+            InvalidField, match=f"^model.config.model_type: fla's {name} needs a GPU"
+        ):
             build_hf_config({"model_type": name}, None, CONTEXT_LENGTH)
     ids = torch.randint(0, 400, (1, 16))
     for name in allowed:
         keys = {"model_type": name, "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}
         model = build_model(build_hf_config(keys, byte_tokenizer(), CONTEXT_LENGTH))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+        assert all(
+            parameter.grad is not None and parameter.grad.isfinite().all()
+            for parameter in model.parameters()
+        )
 
 
 @needs_no_gpu
 @pytest.mark.parametrize(
-    ("key", "value"), [("attn", {"layers": [0], "num_heads": 2}), ("attnres_block_size", 2), ("hidden_act", "powglu")]
+    ("key", "value"),
+    [
+        ("attn", {"layers": [0], "num_heads": 2}),
+        ("attnres_block_size", 2),
+        ("hidden_act", "powglu"),
+    ],
 )
 def test_parts_of_gla_without_a_cpu_form_are_refused(key: str, value: object) -> None:
     with pytest.raises(InvalidField) as caught:
         build_hf_config({**GLA, key: value}, byte_tokenizer(), CONTEXT_LENGTH)
     assert (caught.value.name, caught.value.rule) == (
-        f"model.config.{key}", "needs a GPU, and there is none here; leave it out",
-    )  # fmt: skip
-    assert getattr(build_hf_config({**GLA, key: value}, byte_tokenizer(), CONTEXT_LENGTH, to_run=False), key) is not None
+        f"model.config.{key}",
+        "needs a GPU, and there is none here; leave it out",
+    )
+    assert (
+        getattr(
+            build_hf_config({**GLA, key: value}, byte_tokenizer(), CONTEXT_LENGTH, to_run=False),
+            key,
+        )
+        is not None
+    )
 
 
 @needs_no_gpu
 def test_weights_without_a_cpu_form_are_refused_before_they_are_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gsa", "architectures": ["GSAForCausalLM"]}))
-    with pytest.raises(ConfigError, match=f"^{re.escape(str(tmp_path))}: model_type of its config: fla's gsa needs a GPU"):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gsa", "architectures": ["GSAForCausalLM"]})
+    )
+    with pytest.raises(
+        ConfigError,
+        match=f"^{re.escape(str(tmp_path))}: model_type of its config: fla's gsa needs a GPU",
+    ):
         load_pretrained(str(tmp_path))
 
 

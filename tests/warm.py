@@ -1,4 +1,6 @@
-"""What the scripts import, and work out once in a process: done before the tests fork (tests/runs.py), it is not done again."""
+"""What the scripts import, and work out once in a process: done before the tests fork
+(tests/runs.py), it is not done again.
+"""
 
 from composer.utils.collect_env import get_composer_env_dict
 
@@ -16,10 +18,7 @@ from flame_composer.train import (
     parallelism,  # noqa: F401
     preemption,  # noqa: F401
 )
-from flame_composer.use import (
-    generate,  # noqa: F401
-    harness,  # noqa: F401
-)
+from flame_composer.use import generate, harness  # noqa: F401  # noqa: F401
 from flame_composer.use import perplexity as evaluate  # noqa: F401
 
 cpu.enable()  # imports fla

@@ -1,4 +1,6 @@
-"""How cost grows, from a run of all benchmarks, as one PNG: with context, rows, layers, the context decoded after, workers."""
+"""How cost grows, from a run of all benchmarks, as one PNG: with context, rows, layers, the
+context decoded after, workers.
+"""
 
 from __future__ import annotations
 
@@ -24,36 +26,62 @@ def panels(results: dict[str, Any]) -> Iterator[Panel]:
     """Of the results of recipes/benchmark.py by name; what did not run has no panel."""
 
     def both(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> dict[str, list[float]]:
-        return {name: [row[f"{model}_{key}"] * scale for row in rows] for model, name in NAMES.items()}
+        return {
+            name: [row[f"{model}_{key}"] * scale for row in rows] for model, name in NAMES.items()
+        }
 
     if "train" in results:
         rows = results["train"]["results"]
         contexts = [row["context_length"] for row in rows]
-        yield Panel("training step", "context", "tokens/s", both(rows, "tokens_per_second"), contexts)
+        yield Panel(
+            "training step", "context", "tokens/s", both(rows, "tokens_per_second"), contexts
+        )
     if "growth" in results:
-        length, by_rows, by_layers = (results["growth"][key] for key in ("context_length", "by_rows", "by_layers"))
-        yield Panel("training step", f"rows of {length}", "tokens/s", both(by_rows, "tokens_per_second"),
-                    [row["rows"] for row in by_rows])
-        slowness = {name: [1000 / speed for speed in speeds] for name, speeds in both(by_layers, "tokens_per_second").items()}
-        yield Panel("training step", "layers", "ms a token", slowness, [row["layers"] for row in by_layers])
+        length, by_rows, by_layers = (
+            results["growth"][key] for key in ("context_length", "by_rows", "by_layers")
+        )
+        yield Panel(
+            "training step",
+            f"rows of {length}",
+            "tokens/s",
+            both(by_rows, "tokens_per_second"),
+            [row["rows"] for row in by_rows],
+        )
+        slowness = {
+            name: [1000 / speed for speed in speeds]
+            for name, speeds in both(by_layers, "tokens_per_second").items()
+        }
+        yield Panel(
+            "training step", "layers", "ms a token", slowness, [row["layers"] for row in by_layers]
+        )
     if "decode" in results:
         rows = results["decode"]["results"]
         contexts = sorted({row["context_length"] for row in rows})
         sizes = sorted({row["batch_size"] for row in rows})
         per_token = {
-            f"{name}, {size} at a time": values for size in sizes
-            for name, values in both([row for row in rows if row["batch_size"] == size], "milliseconds").items()
-        }  # fmt: skip
+            f"{name}, {size} at a time": values
+            for size in sizes
+            for name, values in both(
+                [row for row in rows if row["batch_size"] == size], "milliseconds"
+            ).items()
+        }
         yield Panel("decoding", "context", "ms a step", per_token, contexts)
-        kept = both([row for row in rows if row["batch_size"] == sizes[0]], "bytes_kept_per_sequence", 1e-6)
+        kept = both(
+            [row for row in rows if row["batch_size"] == sizes[0]], "bytes_kept_per_sequence", 1e-6
+        )
         yield Panel("decoding", "context", "MB kept of a sequence", kept, contexts)
     if "convert" in results and "data" in results:
         convert, data = results["convert"], results["data"]
         lines = {
             "conversion": [1.0, convert["workers_over_one_after_start"] or float("nan")],
-            "loading": [1.0, data["two_workers_rows_per_second"] / data["one_worker_rows_per_second"]],
+            "loading": [
+                1.0,
+                data["two_workers_rows_per_second"] / data["one_worker_rows_per_second"],
+            ],
         }
-        yield Panel("speed over one worker's", "workers", "times", lines, [1, convert["num_workers"]])
+        yield Panel(
+            "speed over one worker's", "workers", "times", lines, [1, convert["num_workers"]]
+        )
 
 
 def draw(results: dict[str, Any]) -> bytes:
@@ -85,4 +113,6 @@ def write(results: dict[str, Any], path: str) -> None:
     try:
         Path(path).write_bytes(draw(results))
     except OSError as error:
-        raise DataError(f"plot: {path}: {error.strerror}; give another file with plot=...") from None
+        raise DataError(
+            f"plot: {path}: {error.strerror}; give another file with plot=..."
+        ) from None

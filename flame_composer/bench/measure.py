@@ -1,6 +1,7 @@
 """What a benchmark measures with: figures and what is stated of them, turns, and whole processes.
 
-A process counts with all its descendants: what is wanted is the cost of a command, whatever it starts.
+A process counts with all its descendants: what is wanted is the cost of a command, whatever it
+starts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured, and what is stated of it: at least, or at most, so much. `value` is None where it was not measured."""
+    """What was measured, and what is stated of it: at least, or at most, so much. `value` is
+    None where it was not measured.
+    """
 
     name: str
     value: float | None
@@ -50,19 +53,35 @@ class Figure:
         return too_low or (self.at_most is not None and self.value > self.at_most * (1 + slack))
 
     def line(self) -> str:
-        value = "not measured" if self.value is None else f"{self.value:,.{0 if self.value > 999 else 2}f}"
+        value = (
+            "not measured"
+            if self.value is None
+            else f"{self.value:,.{0 if self.value > 999 else 2}f}"
+        )
         stated = "" if self.at_least is None else f"at least {self.at_least:g}"
         stated = stated if self.at_most is None else f"at most {self.at_most:g}"
         verdict = ""
         if stated and self.value is not None:
-            verdict = "missed" if self.is_missed() else "short" if self.is_missed(slack=0) else "reached"
+            verdict = (
+                "missed" if self.is_missed() else "short" if self.is_missed(slack=0) else "reached"
+            )
         return f"{self.name:68} {value:>14}   {stated:16} {verdict}".rstrip()
 
 
 def machine() -> dict[str, Any]:
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())
-    return {"machine": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "machine": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def median(values: Sequence[float]) -> float:
@@ -74,7 +93,9 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
-def interleaved(what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1
+) -> dict[str, list[float]]:
     """What each returns, `repeats` times after `warm` that do not count, taking turns."""
     values: dict[str, list[float]] = {name: [] for name in what}
     for _ in tqdm(range(warm + repeats), desc=title, disable=None):
@@ -88,7 +109,9 @@ def interleaved(what: Mapping[str, Callable[[], float]], repeats: int, title: st
 
 @dataclass(frozen=True)
 class Usage:
-    """A command's time, that of all its processes together on all cores, the memory of its largest one, and its stdout."""
+    """A command's time, that of all its processes together on all cores, the memory of its
+    largest one, and its stdout.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -97,16 +120,25 @@ class Usage:
 
 
 def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({})) -> Usage:
-    """Run a command to its end and that of all its descendants. Raises DataError if it fails, ConfigError off Linux."""
+    """Run a command to its end and that of all its descendants. Raises DataError if it fails,
+    ConfigError off Linux.
+    """
     if sys.platform != "linux":
-        raise ConfigError("this benchmark needs Linux, which can hand over the processes that a command leaves behind")
-    # Another process runs it: one that has no other children, and is small, for the memory of a new process counts from
-    # that of the one it was started from.
+        raise ConfigError(
+            "this benchmark needs Linux, which can hand over the processes that a command leaves"
+            " behind"
+        )
+    # Another process runs it: one that has no other children, and is small, for the memory of a new
+    # process counts from that of the one it was started from.
     code = "from flame_composer.bench.measure import run_and_count; run_and_count()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, **env}, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **env},
+        start_new_session=True,
+    )
     try:
         output, lines = process.communicate()
     except BaseException:
@@ -115,17 +147,23 @@ def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({}
         raise
     *errors, last = [line for line in lines.splitlines() if line.strip()]
     if process.returncode != 0:
-        reason = errors[-1].removeprefix("error: ") if errors else f"exit status {process.returncode}"
+        reason = (
+            errors[-1].removeprefix("error: ") if errors else f"exit status {process.returncode}"
+        )
         raise DataError(f"{' '.join(command[:2])}: failed: {reason}")
     seconds, cpu_seconds, peak_bytes = json.loads(last)
     return Usage(seconds, cpu_seconds, peak_bytes, output)
 
 
 def run_and_count() -> None:
-    """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage` holds of it."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever is left behind becomes a child of this process
+    """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage`
+    holds of it.
+    """
+    # Whoever is left behind becomes a child of this process
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    when_parent_ends(signal.SIGTERM)  # nobody waits for what is measured if the benchmark was killed
+    # Nobody waits for what is measured if the benchmark was killed
+    when_parent_ends(signal.SIGTERM)
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])
     _, code, usage = os.wait4(process.pid, 0)
@@ -143,10 +181,14 @@ def run_and_count() -> None:
 
 @contextlib.contextmanager
 def workplace(parent: str | None) -> Iterator[Path]:
-    """A folder in `parent`, the system's temporary folder if None, that is removed with all that is in it."""
+    """A folder in `parent`, the system's temporary folder if None, that is removed with all that
+    is in it.
+    """
     try:
         with tempfile.TemporaryDirectory(dir=parent) as folder:
             yield Path(folder)
     except OSError as error:
         place = error.filename or parent or tempfile.gettempdir()
-        raise DataError(f"folder: {place}: {error.strerror or error}; give another one with folder=...") from None
+        raise DataError(
+            f"folder: {place}: {error.strerror or error}; give another one with folder=..."
+        ) from None

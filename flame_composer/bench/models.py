@@ -1,4 +1,6 @@
-"""Models that recipes/benchmark.py times, a GLA against a Llama of its size, taking turns: training steps and decoding."""
+"""Models that recipes/benchmark.py times, a GLA against a Llama of its size, taking turns:
+training steps and decoding.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +30,31 @@ def seconds(run: Callable[[], Any]) -> float:
 # Models of one size
 
 
-def build_pair(hidden_size: int, num_layers: int, vocab_size: int, *, device: str = "cpu") -> dict[str, PreTrainedModel]:
+def build_pair(
+    hidden_size: int, num_layers: int, vocab_size: int, *, device: str = "cpu"
+) -> dict[str, PreTrainedModel]:
     """A GLA model and a Hugging Face Llama of the same size: Llama's MLP is as wide as it takes."""
     cpu.enable()
     from fla.models import GLAConfig
 
-    shape: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_layers}
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+    }
     heads = max(1, hidden_size // 128)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     gla = build_model(GLAConfig(**shape, num_heads=heads))
     shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     with torch.device("meta"):
-        one, two = (count(build_model(LlamaConfig(**shape, intermediate_size=width))) for width in (32, 64))
-    width = 32 * max(1, 1 + round((count(gla) - one) / (two - one)))  # parameters grow linearly with it
-    llama = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=width))  # as transformers has it, and nothing of ours
+        one, two = (
+            count(build_model(LlamaConfig(**shape, intermediate_size=width))) for width in (32, 64)
+        )
+    # Parameters grow linearly with it
+    width = 32 * max(1, 1 + round((count(gla) - one) / (two - one)))
+    # As transformers has it, and nothing of ours
+    llama = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=width))
     return {"gla": gla.to(device, dtype), "llama": llama.to(device, dtype)}  # type: ignore[arg-type]
 
 
@@ -50,7 +62,9 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def step(model: Any, context_length: int, batch_tokens: int, vocab_size: int) -> Callable[[], float]:
+def step(
+    model: Any, context_length: int, batch_tokens: int, vocab_size: int
+) -> Callable[[], float]:
     """A forward and backward pass of so many tokens, which returns tokens per second."""
     rows = max(1, batch_tokens // context_length)
     tokens = torch.randint(0, vocab_size, (rows, context_length), device=model.device)
@@ -72,7 +86,9 @@ def gemm(device: str) -> Callable[[], float]:
     return lambda: 8 * 2 * size**3 / seconds(lambda: [a @ b for _ in range(8)])
 
 
-def one_step(name: str, context_length: int, hidden_size: int, num_layers: int, vocab_size: int) -> None:
+def one_step(
+    name: str, context_length: int, hidden_size: int, num_layers: int, vocab_size: int
+) -> None:
     """For a process whose peak memory is measured."""
     model = build_pair(hidden_size, num_layers, vocab_size)[name]
     for _ in range(2):
@@ -80,63 +96,107 @@ def one_step(name: str, context_length: int, hidden_size: int, num_layers: int, 
 
 
 def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """Forward and backward of a GLA model and a Llama (SDPA) of its size, at each context length."""
+    """Forward and backward of a GLA model and a Llama (SDPA) of its size, at each context
+    length.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size, device=device)
     rows: list[dict[str, Any]] = []
     roofs: list[float] = []
     for context_length in config.context_lengths:
         what: dict[str, Callable[[], float]] = {
-            name: step(model, context_length, config.batch_tokens, config.vocab_size) for name, model in models.items()
+            name: step(model, context_length, config.batch_tokens, config.vocab_size)
+            for name, model in models.items()
         }
-        found = interleaved({**what, "gemm": gemm(device)}, config.repeats, f"context {context_length}")
+        found = interleaved(
+            {**what, "gemm": gemm(device)}, config.repeats, f"context {context_length}"
+        )
         flops = count_work(models["gla"]).flops_per_token(context_length)
         of_gemm = [value * flops for value in found["gla"]]
         roofs += found["gemm"]
-        rows.append({
-            "context_length": context_length, "gla_over_llama": ratio(found["gla"], found["llama"]),
-            **{f"{name}_tokens_per_second": round(median(found[name])) for name in models},
-            "gla_model_flops_per_second": round(median(of_gemm)), "gla_model_flops_over_gemm": ratio(of_gemm, found["gemm"]),
-        })  # fmt: skip
-        print(f"context {context_length:6,}: GLA {rows[-1]['gla_tokens_per_second']:8,} tokens/s, Llama (SDPA) "
-              f"{rows[-1]['llama_tokens_per_second']:8,} tokens/s, ratio {rows[-1]['gla_over_llama']:.2f}", flush=True)
+        rows.append(
+            {
+                "context_length": context_length,
+                "gla_over_llama": ratio(found["gla"], found["llama"]),
+                **{f"{name}_tokens_per_second": round(median(found[name])) for name in models},
+                "gla_model_flops_per_second": round(median(of_gemm)),
+                "gla_model_flops_over_gemm": ratio(of_gemm, found["gemm"]),
+            }
+        )
+        print(
+            f"context {context_length:6,}: GLA {rows[-1]['gla_tokens_per_second']:8,} tokens/s,"
+            f" Llama (SDPA) {rows[-1]['llama_tokens_per_second']:8,} tokens/s, ratio"
+            f" {rows[-1]['gla_over_llama']:.2f}",
+            flush=True,
+        )
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads(),
-        "parameters": count(models["gla"]), "llama_parameters": count(models["llama"]), "repeats": config.repeats,
-        "gemm_flops_per_second": round(median(roofs)), "results": rows,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "parameters": count(models["gla"]),
+        "llama_parameters": count(models["llama"]),
+        "repeats": config.repeats,
+        "gemm_flops_per_second": round(median(roofs)),
+        "results": rows,
+    }
     by_context: dict[int, dict[str, Any]] = {row["context_length"]: row for row in rows}
     if 2048 in by_context and device == "cpu":
         result["bytes_per_token_and_layer"] = {name: _memory(name, config) for name in models}
     return result, [*training_figures(result, by_context), *mfu(result)]
 
 
-def training_figures(result: dict[str, Any], by_context: dict[int, dict[str, Any]]) -> Iterator[Figure]:
+def training_figures(
+    result: dict[str, Any], by_context: dict[int, dict[str, Any]]
+) -> Iterator[Figure]:
     """What is stated holds on a CPU."""
     on_cpu = result["device"] == "cpu"
     stated = {512: 1.2, 2048: 1.8, 8192: 4.0} if on_cpu else {}
     for context_length, row in by_context.items():
-        yield Figure(f"training step: GLA over Llama, tokens/s at context {context_length}", row["gla_over_llama"],
-                     at_least=stated.get(context_length))
+        yield Figure(
+            f"training step: GLA over Llama, tokens/s at context {context_length}",
+            row["gla_over_llama"],
+            at_least=stated.get(context_length),
+        )
     if {512, 8192} <= by_context.keys():
-        slower = by_context[512]["gla_tokens_per_second"] / by_context[8192]["gla_tokens_per_second"]
-        yield Figure("training step: GLA's time per token at 8192 over at 512", round(slower, 3),
-                     at_most=1.15 if on_cpu else None)
+        slower = (
+            by_context[512]["gla_tokens_per_second"] / by_context[8192]["gla_tokens_per_second"]
+        )
+        yield Figure(
+            "training step: GLA's time per token at 8192 over at 512",
+            round(slower, 3),
+            at_most=1.15 if on_cpu else None,
+        )
     if 512 in by_context and on_cpu:
-        yield Figure("training step: GLA's model FLOP/s over the rate of an fp32 GEMM, at 512",
-                     by_context[512]["gla_model_flops_over_gemm"], at_least=0.85)
+        yield Figure(
+            "training step: GLA's model FLOP/s over the rate of an fp32 GEMM, at 512",
+            by_context[512]["gla_model_flops_over_gemm"],
+            at_least=0.85,
+        )
     if memory := result.get("bytes_per_token_and_layer"):
-        yield Figure("training step: GLA's memory per token and layer over Llama's, at 2048",
-                     round(memory["gla"] / memory["llama"], 3), at_most=1.0)
+        yield Figure(
+            "training step: GLA's memory per token and layer over Llama's, at 2048",
+            round(memory["gla"] / memory["llama"], 3),
+            at_most=1.0,
+        )
 
 
 def mfu(result: dict[str, Any]) -> Iterator[Figure]:
-    """Model FLOP/s on a GPU over its data sheet's peak and over a product of large matrices, in bfloat16."""
-    best = None if result["device"] == "cpu" else max(row["gla_model_flops_per_second"] for row in result["results"])
+    """Model FLOP/s on a GPU over its data sheet's peak and over a product of large matrices, in
+    bfloat16.
+    """
+    best = (
+        None
+        if result["device"] == "cpu"
+        else max(row["gla_model_flops_per_second"] for row in result["results"])
+    )
     peak = None if best is None else peak_of(result["device"])
     if best is not None:
-        sheet = f"its data sheet {peak / 1e12:,.0f}" if peak else "no data sheet's peak is known for it"
-        print(f"roofline of {result['device']}, bf16 TFLOP/s: a GEMM {result['gemm_flops_per_second'] / 1e12:,.0f}, {sheet}")
+        sheet = (
+            f"its data sheet {peak / 1e12:,.0f}" if peak else "no data sheet's peak is known for it"
+        )
+        print(
+            f"roofline of {result['device']}, bf16 TFLOP/s: a GEMM"
+            f" {result['gemm_flops_per_second'] / 1e12:,.0f}, {sheet}"
+        )
     share = round(best / peak, 3) if best and peak else None
     yield Figure("training step on a GPU: MFU, bf16, of the data sheet's peak", share)
     over = None if best is None else round(best / result["gemm_flops_per_second"], 3)
@@ -155,7 +215,9 @@ def peak_of(name: str) -> float | None:
 
 
 def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """The same step at the first context length: with more rows, up to `batch_tokens`, and with fewer and more layers."""
+    """The same step at the first context length: with more rows, up to `batch_tokens`, and with
+    fewer and more layers.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     context_length = config.context_lengths[0]
     most = max(1, config.batch_tokens // context_length)
@@ -165,58 +227,115 @@ def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     def timed(num_rows: int, num_layers: int) -> dict[str, Any]:
         models = build_pair(config.hidden_size, num_layers, config.vocab_size, device=device)
         batch_tokens = num_rows * context_length
-        what = {name: step(model, context_length, batch_tokens, config.vocab_size) for name, model in models.items()}
+        what = {
+            name: step(model, context_length, batch_tokens, config.vocab_size)
+            for name, model in models.items()
+        }
         found = interleaved(what, config.repeats, f"{num_rows} rows, {num_layers} layers")
-        speeds = {f"{name}_tokens_per_second": round(median(values)) for name, values in found.items()}
+        speeds = {
+            f"{name}_tokens_per_second": round(median(values)) for name, values in found.items()
+        }
         return {"rows": num_rows, "layers": num_layers, **speeds}
 
     rows = [timed(number, config.num_layers) for number in by_rows]
     layers = [timed(max(1, most // 2), number) for number in by_layers]
     less, more = rows[0]["gla_tokens_per_second"], rows[-1]["gla_tokens_per_second"]
     shallow, deep = layers[0], layers[-1]
-    a_layer = deep["layers"] / shallow["layers"] * deep["gla_tokens_per_second"] / shallow["gla_tokens_per_second"]
-    return {"device": device, "context_length": context_length, "by_rows": rows, "by_layers": layers}, [
-        Figure(f"growth: GLA's time per token with {by_rows[-1]} rows of {context_length} over with 1", round(less / more, 3)),
-        Figure(f"growth: GLA's time per layer and token with {deep['layers']} layers over with {shallow['layers']}",
-               round(1 / a_layer, 3)),
-    ]  # fmt: skip
+    a_layer = (
+        deep["layers"]
+        / shallow["layers"]
+        * deep["gla_tokens_per_second"]
+        / shallow["gla_tokens_per_second"]
+    )
+    return {
+        "device": device,
+        "context_length": context_length,
+        "by_rows": rows,
+        "by_layers": layers,
+    }, [
+        Figure(
+            f"growth: GLA's time per token with {by_rows[-1]} rows of {context_length} over with 1",
+            round(less / more, 3),
+        ),
+        Figure(
+            f"growth: GLA's time per layer and token with {deep['layers']} layers over with"
+            f" {shallow['layers']}",
+            round(1 / a_layer, 3),
+        ),
+    ]
 
 
 def _memory(name: str, config: BenchmarkConfig) -> int:
-    """Bytes that a token takes in a layer: what the peak of a step of 2048 tokens is above that of 256."""
-    code = "import sys; from flame_composer.bench.models import one_step; one_step(sys.argv[1], *map(int, sys.argv[2:]))"
+    """Bytes that a token takes in a layer: what the peak of a step of 2048 tokens is above that
+    of 256.
+    """
+    code = (
+        "import sys; from flame_composer.bench.models import one_step; one_step(sys.argv[1],"
+        " *map(int, sys.argv[2:]))"
+    )
     shape = [str(value) for value in (config.hidden_size, config.num_layers, config.vocab_size)]
-    short, long = (measure([sys.executable, "-c", code, name, str(tokens), *shape]).peak_bytes for tokens in (256, 2048))
+    short, long = (
+        measure([sys.executable, "-c", code, name, str(tokens), *shape]).peak_bytes
+        for tokens in (256, 2048)
+    )
     return round((long - short) / (2048 - 256) / config.num_layers)
 
 
 def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by sequences and context."""
+    """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by
+    sequences and context.
+    """
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
     for model in models.values():
         model.eval()
     rows, figures = [], []
     for context_length in config.context_lengths:
         caches = {name: read_prompt(model, context_length) for name, model in models.items()}
-        kept = {name: sum(tensor.nbytes for tensor in tensors_in(cache.layers)) for name, cache in caches.items()}
+        kept = {
+            name: sum(tensor.nbytes for tensor in tensors_in(cache.layers))
+            for name, cache in caches.items()
+        }
         for batch_size in config.batch_sizes:
-            what = {name: decode(model, caches[name], batch_size, config.new_tokens) for name, model in models.items()}
+            what = {
+                name: decode(model, caches[name], batch_size, config.new_tokens)
+                for name, model in models.items()
+            }
             found = interleaved(what, config.repeats, f"decoding {batch_size} x {context_length}")
-            rows.append({
-                "batch_size": batch_size, "context_length": context_length,
-                "gla_over_llama": ratio(found["gla"], found["llama"]),
-                **{f"{name}_tokens_per_second": round(median(values), 1) for name, values in found.items()},
-                **{f"{name}_milliseconds": round(1000 * batch_size / median(values), 2) for name, values in found.items()},
-                **{f"{name}_bytes_kept_per_sequence": number for name, number in kept.items()},
-            })  # fmt: skip
-            figures.append(Figure(f"decoding: GLA over Llama, tokens/s, {batch_size} sequences after {context_length}",
-                                  rows[-1]["gla_over_llama"]))
+            rows.append(
+                {
+                    "batch_size": batch_size,
+                    "context_length": context_length,
+                    "gla_over_llama": ratio(found["gla"], found["llama"]),
+                    **{
+                        f"{name}_tokens_per_second": round(median(values), 1)
+                        for name, values in found.items()
+                    },
+                    **{
+                        f"{name}_milliseconds": round(1000 * batch_size / median(values), 2)
+                        for name, values in found.items()
+                    },
+                    **{f"{name}_bytes_kept_per_sequence": number for name, number in kept.items()},
+                }
+            )
+            figures.append(
+                Figure(
+                    f"decoding: GLA over Llama, tokens/s, {batch_size} sequences after"
+                    f" {context_length}",
+                    rows[-1]["gla_over_llama"],
+                )
+            )
     if len(config.context_lengths) > 1:
         first, last = config.context_lengths[0], config.context_lengths[-1]
         for batch_size in config.batch_sizes:
             mine = [row["gla_tokens_per_second"] for row in rows if row["batch_size"] == batch_size]
-            figures.append(Figure(f"decoding: GLA's time per token after {last} over after {first}, {batch_size} sequences",
-                                  round(mine[0] / mine[-1], 3), at_most=1.1))
+            figures.append(
+                Figure(
+                    f"decoding: GLA's time per token after {last} over after {first}, {batch_size}"
+                    " sequences",
+                    round(mine[0] / mine[-1], 3),
+                    at_most=1.1,
+                )
+            )
     return {"parameters": count(models["gla"]), "results": rows}, figures
 
 
@@ -227,8 +346,12 @@ def read_prompt(model: PreTrainedModel, context_length: int) -> Any:
     return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def decode(model: PreTrainedModel, prompt: Any, batch_size: int, new_tokens: int) -> Callable[[], float]:
-    """Tokens per second of decoding so many sequences, each after the same prompt, whose reading is not counted."""
+def decode(
+    model: PreTrainedModel, prompt: Any, batch_size: int, new_tokens: int
+) -> Callable[[], float]:
+    """Tokens per second of decoding so many sequences, each after the same prompt, whose reading
+    is not counted.
+    """
     cache = copy.deepcopy(prompt)
     for tensor in tensors_in(cache.layers):
         tensor.set_(tensor.repeat(batch_size, *[1] * (tensor.ndim - 1)))  # type: ignore[call-overload]

@@ -1,4 +1,6 @@
-"""Parts of a run that recipes/benchmark.py times: checkpoints, the way of the data, and a loop with nothing around it."""
+"""Parts of a run that recipes/benchmark.py times: checkpoints, the way of the data, and a loop
+with nothing around it.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ ROWS_OF_A_BATCH = 8
 # A run's checkpoints
 
 
-def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], list[Figure]]:
-    """Seconds to save a training state as a run does against torch.save of the same, forced to disk; and to read them."""
+def checkpoints(
+    config: CheckpointBenchmarkConfig, folder: Path
+) -> tuple[dict[str, Any], list[Figure]]:
+    """Seconds to save a training state as a run does against torch.save of the same, forced to
+    disk; and to read them.
+    """
     from composer import Trainer
 
     from flame_composer.checkpoint import read as checkpoint_read
@@ -38,8 +44,13 @@ def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[s
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    trainer = Trainer(model=CausalLM(model, plain_tokenizer(config.vocab_size), varlen=False), optimizers=optimizer,
-                      device="cpu", progress_bar=False, max_duration="1ba")
+    trainer = Trainer(
+        model=CausalLM(model, plain_tokenizer(config.vocab_size), varlen=False),
+        optimizers=optimizer,
+        device="cpu",
+        progress_bar=False,
+        max_duration="1ba",
+    )
     place, plain = folder / "ours", folder / "plain.pt"
     place.mkdir()
     saver = checkpoint.SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
@@ -59,13 +70,25 @@ def checkpoints(config: CheckpointBenchmarkConfig, folder: Path) -> tuple[dict[s
         checkpoint_read.read_checkpoint(checkpoint_read.Checkpoint("", place / "ba0.pt"))
 
     timed: dict[str, Callable[[], Any]] = {
-        "save": save, "torch_save": save_plainly, "read": read, "torch_load": lambda: torch.load(plain, weights_only=True),
-    }  # fmt: skip
-    found = interleaved({name: partial(seconds, run) for name, run in timed.items()}, config.repeats, "checkpoint")
+        "save": save,
+        "torch_save": save_plainly,
+        "read": read,
+        "torch_load": lambda: torch.load(plain, weights_only=True),
+    }
+    found = interleaved(
+        {name: partial(seconds, run) for name, run in timed.items()}, config.repeats, "checkpoint"
+    )
     result = {f"{name}_seconds": round(median(values), 3) for name, values in found.items()}
     return {"bytes": plain.stat().st_size, **result}, [
-        Figure("checkpoint: training waits, over torch.save and fsync", ratio(found["save"], found["torch_save"]), at_most=1.1),
-        Figure("checkpoint: checking and reading, over torch.load", ratio(found["read"], found["torch_load"])),
+        Figure(
+            "checkpoint: training waits, over torch.save and fsync",
+            ratio(found["save"], found["torch_save"]),
+            at_most=1.1,
+        ),
+        Figure(
+            "checkpoint: checking and reading, over torch.load",
+            ratio(found["read"], found["torch_load"]),
+        ),
     ]
 
 
@@ -74,7 +97,9 @@ def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
     words = {f"{number}": number for number in range(vocab_size)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="0"
+    )
 
 
 # Data
@@ -82,15 +107,21 @@ def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 @contextlib.contextmanager
 def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Iterator[Any]:
-    """The loader a run has for a dataset, whose rows are repeated, or some left out, to come to `num_rows` an epoch."""
+    """The loader a run has for a dataset, whose rows are repeated, or some left out, to come to
+    `num_rows` an epoch.
+    """
     from flame_composer.config.sections import DataConfig, StreamConfig
     from flame_composer.dataset.manifest import check_shards, read_manifest
     from flame_composer.loader import batches as data
     from flame_composer.loader.fetch import Dataset
 
     dataset = Dataset(folder, None, read_manifest(folder), check_shards(folder))
-    config = DataConfig(num_workers=num_workers, streams={"all": StreamConfig(local=folder, choose=num_rows)})
-    yield data.build_train_loader({"all": dataset}, config, global_batch_size=ROWS_OF_A_BATCH, seed=1).dataloader
+    config = DataConfig(
+        num_workers=num_workers, streams={"all": StreamConfig(local=folder, choose=num_rows)}
+    )
+    yield data.build_train_loader(
+        {"all": dataset}, config, global_batch_size=ROWS_OF_A_BATCH, seed=1
+    ).dataloader
 
 
 def read_all(folder: str, num_workers: float) -> float:
@@ -108,7 +139,9 @@ def read_all_plainly(folder: str) -> float:
     from streaming import Stream, StreamingDataset
 
     streams = [Stream(local=folder, choose=ROWS_READ)]
-    rows = iter(StreamingDataset(streams=streams, batch_size=ROWS_OF_A_BATCH, shuffle=True, shuffle_seed=1))
+    rows = iter(
+        StreamingDataset(streams=streams, batch_size=ROWS_OF_A_BATCH, shuffle=True, shuffle_seed=1)
+    )
     next(rows)
     start = time.perf_counter()
     count = sum(1 for _ in rows)
@@ -116,7 +149,9 @@ def read_all_plainly(folder: str) -> float:
 
 
 def first_batch(folder: str, epoch_rows: float, at: float) -> float:
-    """Seconds from opening a dataset to the first batch, `at` a fraction of an epoch of so many rows."""
+    """Seconds from opening a dataset to the first batch, `at` a fraction of an epoch of so many
+    rows.
+    """
     start = time.perf_counter()
     with rows_of(folder, num_rows=int(epoch_rows)) as loader:
         rows = loader.dataset
@@ -131,7 +166,9 @@ def first_batch(folder: str, epoch_rows: float, at: float) -> float:
 
 
 def bare_loop(config_file: str, *overrides: str) -> None:
-    """Train as the recipe does with nothing around it: print the median of tokens per second of a step."""
+    """Train as the recipe does with nothing around it: print the median of tokens per second of
+    a step.
+    """
     from flame_composer.config.load import load
     from flame_composer.config.train import TrainConfig
     from flame_composer.loader import batches as data
@@ -144,8 +181,12 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     torch.manual_seed(config.seed)
     hf_model = build_model(build_hf_config(config.model.config, tokenizer, config.context_length))
     model = CausalLM(hf_model, tokenizer, varlen=config.varlen)
-    sets = data.open_train_data(config.train_data, tokenizer=tokenizer, context_length=config.context_length)
-    loader = data.build_train_loader(sets, config.train_data, global_batch_size=config.global_batch_size, seed=config.seed)
+    sets = data.open_train_data(
+        config.train_data, tokenizer=tokenizer, context_length=config.context_length
+    )
+    loader = data.build_train_loader(
+        sets, config.train_data, global_batch_size=config.global_batch_size, seed=config.seed
+    )
     plan = config.plan(epoch_batches=10**9)
     batches = [batch for batch, _ in zip(loader.dataloader, range(plan.total), strict=False)]
     optimizer = optim.build_optimizer(model, config.optimizer)
@@ -153,10 +194,13 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     model.train()
     speeds = []
     for batch in batches:
+
         def train(batch: Any = batch) -> None:
             optimizer.zero_grad(set_to_none=True)
             for rows in range(0, config.global_batch_size, microbatch_size):
-                part = {name: values[rows : rows + microbatch_size] for name, values in batch.items()}
+                part = {
+                    name: values[rows : rows + microbatch_size] for name, values in batch.items()
+                }
                 (model(part)["loss"] * (microbatch_size / config.global_batch_size)).backward()
             if config.optimizer.grad_clip_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)

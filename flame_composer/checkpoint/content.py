@@ -1,7 +1,8 @@
-"""What a checkpoint has to hold before a run goes on from it: weights, moments, the clock, callbacks' state.
+"""What a checkpoint has to hold before a run goes on from it: weights, moments, the clock,
+callbacks' state.
 
-Composer takes what is there and leaves out what is not, with status 0: a run would go on from random
-weights. All is looked at here before a checkpoint is chosen.
+Composer takes what is there and leaves out what is not, with status 0: a run would go on from
+random weights. All is looked at here before a checkpoint is chosen.
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ from flame_composer.train.optim import CLASS_NAMES, decay_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_CLOCK = ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
-_LATER_CLOCK = ("iteration", "epoch_in_iteration", "token_in_iteration")  # Composer 0.19.1 and after
+_CLOCK = (
+    "epoch",
+    "batch",
+    "sample",
+    "token",
+    "batch_in_epoch",
+    "sample_in_epoch",
+    "token_in_epoch",
+)
+# Composer 0.19.1 and after
+_LATER_CLOCK = ("iteration", "epoch_in_iteration", "token_in_iteration")
 _WALL_CLOCK = ("total_wct", "iteration_wct", "epoch_wct", "batch_wct")
 _NUMBER = (int, float)
 # The state of the callbacks that every run has.
@@ -37,9 +47,14 @@ _CALLBACKS: dict[str, dict[str, Any]] = {
     "Schedule": {"made_from": dict, "num_used": int},
 }
 _MADE_FROM = {
-    "optimizer.lr": _NUMBER, "scheduler.name": str, "max_duration": int, "scheduler.warmup": int,
-    "scheduler.decay": int, "scheduler.decay_shape": str, "scheduler.min_lr_ratio": _NUMBER,
-}  # fmt: skip
+    "optimizer.lr": _NUMBER,
+    "scheduler.name": str,
+    "max_duration": int,
+    "scheduler.warmup": int,
+    "scheduler.decay": int,
+    "scheduler.decay_shape": str,
+    "scheduler.min_lr_ratio": _NUMBER,
+}
 
 
 class OtherRun(DataError):
@@ -47,10 +62,12 @@ class OtherRun(DataError):
 
 
 class Needed(NamedTuple):
-    """What a run's checkpoints hold: the shapes of its weights, and an optimizer's state of those it trains.
+    """What a run's checkpoints hold: the shapes of its weights, and an optimizer's state of those
+    it trains.
 
-    A weight with several names (a tied embedding) has its state under one of them. `settings` are those of the
-    optimizer's groups, by whether it is of matrices: the ones in a checkpoint take the place of a run's own.
+    A weight with several names (a tied embedding) has its state under one of them. `settings` are
+    those of the optimizer's groups, by whether it is of matrices: the ones in a checkpoint take the
+    place of a run's own.
     """
 
     weights: Shapes
@@ -60,7 +77,9 @@ class Needed(NamedTuple):
 
 
 def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed:
-    """Return what a checkpoint must hold for this run; `hf_config` as from `model.new_hf_config`."""
+    """Return what a checkpoint must hold for this run; `hf_config` as from
+    `model.new_hf_config`.
+    """
     model = build_or_load(config.model, hf_config, empty=True)
     prefix = "model."  # of the model within Composer's
     names: dict[int, list[str]] = {}
@@ -69,20 +88,28 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
             names.setdefault(id(parameter), []).append(prefix + name)
     weights = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Needed(
-        weights, [tuple(each) for each in names.values()], CLASS_NAMES[config.optimizer.name], _settings(config.optimizer)
+        weights,
+        [tuple(each) for each in names.values()],
+        CLASS_NAMES[config.optimizer.name],
+        _settings(config.optimizer),
     )
 
 
 def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
     common = {"betas": tuple(config.betas), "eps": config.eps, "amsgrad": False, "maximize": False}
-    return {is_matrix: {**common, "weight_decay": decay_of(config, is_matrix=is_matrix)} for is_matrix in (True, False)}
+    return {
+        is_matrix: {**common, "weight_decay": decay_of(config, is_matrix=is_matrix)}
+        for is_matrix in (True, False)
+    }
 
 
 def check_content(content: Any, place: str, *, step: int | None, needed: Needed | None) -> None:
-    """Raise DataError, naming what is wrong, if `content` is not a training checkpoint's of this package.
+    """Raise DataError, naming what is wrong, if `content` is not a training checkpoint's of this
+    package.
 
-    `step`: which its name says it is of. `needed`: what a run has to find in it to go on from there;
-    without, it is enough that it holds a model. Raise OtherRun if it is one of another model.
+    `step`: which its name says it is of. `needed`: what a run has to find in it to go on from
+    there; without, it is enough that it holds a model. Raise OtherRun if it is one of another
+    model.
     """
     try:
         weights, optimizers = _parts(content)
@@ -155,7 +182,9 @@ def _check_clock(clock: dict[str, Any], step: int | None) -> None:
         if not 0 <= _part(clock, int, name) < 2**63:
             raise _Lack(f"its clock's {name} is {clock[name]}")
     for name in _WALL_CLOCK:
-        if not isinstance(clock.get(name), datetime.timedelta | None) or (name == "total_wct" and clock.get(name) is None):
+        if not isinstance(clock.get(name), datetime.timedelta | None) or (
+            name == "total_wct" and clock.get(name) is None
+        ):
             raise _Lack(f"its clock's {name} is a {type(clock.get(name)).__name__}")
     if step is not None and clock["batch"] != step:
         raise _Lack(f"it is of step {clock['batch']}, and not of the {step} in its name")
@@ -166,7 +195,10 @@ def _check_model(shapes: Shapes, needed: Needed) -> None:
         if name not in shapes:
             raise _Other(f"it has no weights {name}, which this run's model has")
         if shapes[name] != shape:
-            raise _Other(f"its weights {name} have the shape {list(shapes[name])}, and {list(shape)} in this run's model")
+            raise _Other(
+                f"its weights {name} have the shape {list(shapes[name])}, and {list(shape)} in this"
+                " run's model"
+            )
     more = next((name for name in shapes if name not in needed.weights), None)
     if more is not None:
         raise _Other(f"it has weights {more!a}, which this run's model has not")
@@ -177,7 +209,9 @@ def _check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> N
     if not found:
         raise _Lack("it holds no optimizer's state")
     if needed.optimizer not in found:
-        raise _Other(f"its optimizer is {', '.join(found)[:100]}, and this run's {needed.optimizer}")
+        raise _Other(
+            f"its optimizer is {', '.join(found)[:100]}, and this run's {needed.optimizer}"
+        )
     path = f"optimizers.{needed.optimizer}"
     states = [_part(each, dict, needed.optimizer, "state") for each in optimizers]
     grouped: dict[str, None] = {}
@@ -189,7 +223,11 @@ def _check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> N
         if name is None:
             raise _Lack(f"it has no {path}.state.{names[0]}")
         for moment in ("exp_avg", "exp_avg_sq"):
-            parts = [_part(state, dict, name)[moment] for state in states if moment in _part(state, dict, name)]
+            parts = [
+                _part(state, dict, name)[moment]
+                for state in states
+                if moment in _part(state, dict, name)
+            ]
             if len(parts) != len(states) or pieces.shape(parts) != shapes[name]:
                 raise _Lack(f"its {path}.state.{name}.{moment} is not of the shape of its weights")
         if "step" not in states[0][name]:
@@ -208,11 +246,16 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
                 raise _Lack(f"its {path} have no {setting}")
             found = group.get(setting, False)
             if (tuple(found) if isinstance(found, list) else found) != value:
-                raise _Other(f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's {setting}={value}")
+                raise _Other(
+                    f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
+                    f" {setting}={value}"
+                )
 
 
 def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) -> None:
-    """No training goes on from weights or moments that are no real numbers: it would save what it makes of them first."""
+    """No training goes on from weights or moments that are no real numbers: it would save what
+    it makes of them first.
+    """
     states = [each[needed.optimizer]["state"] for each in optimizers]
     for names in needed.trained:
         for name in names:
@@ -220,11 +263,15 @@ def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) ->
         name = next(name for name in names if name in states[0])
         for moment in ("exp_avg", "exp_avg_sq"):
             path = f"optimizers.{needed.optimizer}.state.{name}.{moment}"
-            _require_numbers(path, [each[name][moment] for each in states], squared=moment == "exp_avg_sq")
+            _require_numbers(
+                path, [each[name][moment] for each in states], squared=moment == "exp_avg_sq"
+            )
 
 
 def _require_numbers(path: str, parts: list[Any], *, squared: bool = False) -> None:
-    """A square may be infinite, as that of a finite gradient can be, but not below zero: its root is taken."""
+    """A square may be infinite, as that of a finite gradient can be, but not below zero: its
+    root is taken.
+    """
     for tensor in pieces.tensors(parts):
         if not tensor.is_floating_point():
             raise _Lack(f"its {path} is of type {str(tensor.dtype).removeprefix('torch.')}")
@@ -244,13 +291,24 @@ def _check_rest(content: dict[str, Any]) -> None:
             raise _Lack(f"its place in the data is {content['state']['dataset_state']['train']}")
     for name, least in (("shuffle_seed", 0), ("num_canonical_nodes", 1)):  # which lay out the rows
         if _part(content, int, "state", "dataset_state", "train", name) < least:
-            raise _Lack(f"its state.dataset_state.train.{name} is {content['state']['dataset_state']['train'][name]}")
+            raise _Lack(
+                f"its state.dataset_state.train.{name} is"
+                f" {content['state']['dataset_state']['train'][name]}"
+            )
     _check_random(_part(content, list, "rng"), "rng")
-    for pair in _part(content, list, "state", "algorithms") if "algorithms" in content["state"] else ():
+    for pair in (
+        _part(content, list, "state", "algorithms") if "algorithms" in content["state"] else ()
+    ):
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], dict)):
             raise _Lack("its state.algorithms are not names with a state each")
-    for name, kind in (("rank_zero_seed", int), ("run_name", str), ("schedulers", dict), ("scaler", dict),
-                       ("train_metrics", dict), ("eval_metrics", dict)):
+    for name, kind in (
+        ("rank_zero_seed", int),
+        ("run_name", str),
+        ("schedulers", dict),
+        ("scaler", dict),
+        ("train_metrics", dict),
+        ("eval_metrics", dict),
+    ):
         if name in content["state"]:
             _part(content, kind, "state", name)
 
@@ -273,7 +331,10 @@ def _check_callbacks(content: dict[str, Any]) -> None:
     callbacks = content["state"]["callbacks"]
     for name, kind in _MADE_FROM.items():
         _part(callbacks["Schedule"]["made_from"], kind, name)
-    step, num_used = content["state"]["timestamp"]["Timestamp"]["batch"], callbacks["Schedule"]["num_used"]
+    step, num_used = (
+        content["state"]["timestamp"]["Timestamp"]["batch"],
+        callbacks["Schedule"]["num_used"],
+    )
     if num_used != step:
         raise _Lack(f"its clock is at step {step}, and its schedule at {num_used}")
     _check_random(callbacks["RandomState"]["rng"], "state.callbacks.RandomState.rng")
@@ -289,8 +350,12 @@ def _averages(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_averages(state: dict[str, Any], weights: dict[str, Any], shapes: Shapes) -> None:
-    tensors = {name: part["part"] if isinstance(part, dict) else part for name, part in weights.items()}
-    averaged = {name: shapes[name] for name, tensor in tensors.items() if tensor.is_floating_point()}
+    tensors = {
+        name: part["part"] if isinstance(part, dict) else part for name, part in weights.items()
+    }
+    averaged = {
+        name: shapes[name] for name, tensor in tensors.items() if tensor.is_floating_point()
+    }
     for algorithm, average in _averages(state):
         if {name: pieces.shape([tensor]) for name, tensor in average.items()} != averaged:
             raise _Lack(f"its average of {algorithm} has not the names and shapes of its weights")

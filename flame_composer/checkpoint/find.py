@@ -36,13 +36,17 @@ def step_of(place: str) -> int | None:
 
 
 def has_head(place: str) -> bool:
-    """Whether `place` is a folder with the head of a checkpoint in pieces, whatever state that is in."""
+    """Whether `place` is a folder with the head of a checkpoint in pieces, whatever state that
+    is in.
+    """
     head = storage.join(place, pieces.HEAD)
     return storage.stat(head) is not None if storage.is_url(place) else _is_there(head)
 
 
 def _is_there(path: str) -> bool:
-    """As `os.path.lexists`, but what this user may not see, or the disk does not answer for, is there."""
+    """As `os.path.lexists`, but what this user may not see, or the disk does not answer for, is
+    there.
+    """
     try:
         os.lstat(path)
     except OSError as error:
@@ -51,7 +55,9 @@ def _is_there(path: str) -> bool:
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """Return the checkpoints in a folder, newest first, damaged ones included; not what was never finished."""
+    """Return the checkpoints in a folder, newest first, damaged ones included; not what was
+    never finished.
+    """
     return [place for place in _named(folder) if place.endswith(".pt") or has_head(place)]
 
 
@@ -77,17 +83,23 @@ def _named(folder: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be read: {error.strerror}; let this user read it") from None
-    found = [(step, storage.join(folder, name)) for name in names if (step := step_of(name)) is not None]
+        raise ConfigError(
+            f"{folder}: cannot be read: {error.strerror}; let this user read it"
+        ) from None
+    found = [
+        (step, storage.join(folder, name)) for name in names if (step := step_of(name)) is not None
+    ]
     return [place for _, place in sorted(found, reverse=True)]
 
 
-def look_at(place: str, staging: Path, needed: Callable[[], Needed] | None = None) -> Checkpoint | None:
+def look_at(
+    place: str, staging: Path, needed: Callable[[], Needed] | None = None
+) -> Checkpoint | None:
     """Return the checkpoint at `place`, read and checked; None if it is no longer there.
 
-    What is in an object store is copied to the local folder `staging`, anew. `needed` is what a run has
-    to find in it to go on from there. Raise DataError if it is damaged, or its content is not what its
-    name says; StoreError or ConfigError if the store does not answer.
+    What is in an object store is copied to the local folder `staging`, anew. `needed` is what a run
+    has to find in it to go on from there. Raise DataError if it is damaged, or its content is not
+    what its name says; StoreError or ConfigError if the store does not answer.
     """
     checkpoint = _fetched(place, staging)
     if checkpoint is not None:
@@ -99,12 +111,13 @@ def look_at(place: str, staging: Path, needed: Callable[[], Needed] | None = Non
 def find_newest(
     folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, shared: bool = False
 ) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole; a damaged one is named in a warning and passed over.
+    """Return the newest checkpoint that is whole; a damaged one is named in a warning and passed
+    over.
 
-    Every rank returns the same one: what one of them cannot read, none takes. `shared`: the ranks of
-    a machine have the same `staging`, and the first of them looks for all. Raise DataError if there are
-    checkpoints but none of them is whole (starting over would be a surprise), ConfigError if those that
-    are belong to another model.
+    Every rank returns the same one: what one of them cannot read, none takes. `shared`: the ranks
+    of a machine have the same `staging`, and the first of them looks for all. Raise DataError if
+    there are checkpoints but none of them is whole (starting over would be a surprise), ConfigError
+    if those that are belong to another model.
     """
     checkpoints = _listed(folder)
     problems: dict[str, DataError] = {}
@@ -113,7 +126,10 @@ def find_newest(
         found = _agreed(functools.partial(_look, place, staging, needed) if looks else lambda: None)
         problem = next((each for each in found if isinstance(each, DataError)), None)
         if problem is None and _GONE in found and _WHOLE in found:
-            problem = DataError(f"{place}: is not there for every rank; save_folder must be one that all machines share")
+            problem = DataError(
+                f"{place}: is not there for every rank; save_folder must be one that all machines"
+                " share"
+            )
         if problem is not None:
             problems[place] = problem
             if dist.get_global_rank() == 0:
@@ -123,13 +139,19 @@ def find_newest(
     if not checkpoints:
         return None
     if not problems:
-        raise StoreError(f"{folder}: its {len(checkpoints)} checkpoints were deleted a moment ago; start again")
+        raise StoreError(
+            f"{folder}: its {len(checkpoints)} checkpoints were deleted a moment ago; start again"
+        )
     other = next((problem for problem in problems.values() if isinstance(problem, OtherRun)), None)
     if other is not None:
-        raise ConfigError(f"{folder}: none of its {len(checkpoints)} checkpoints is of this run: {other}; set back what "
-                          "changed, or give another run_name or save_folder")
-    raise DataError(f"{folder}: none of its {len(checkpoints)} checkpoints can be read; "
-                    "move them away (or set another run_name) to start over")
+        raise ConfigError(
+            f"{folder}: none of its {len(checkpoints)} checkpoints is of this run: {other}; set"
+            " back what changed, or give another run_name or save_folder"
+        )
+    raise DataError(
+        f"{folder}: none of its {len(checkpoints)} checkpoints can be read; "
+        "move them away (or set another run_name) to start over"
+    )
 
 
 def _listed(folder: str) -> list[str]:
@@ -179,7 +201,11 @@ class _Failed(NamedTuple):
 def _local(place: str, staging: Path) -> Path:
     """The file that a checkpoint is read from."""
     there = staging / place.rpartition("/")[2] if storage.is_url(place) else Path(place)
-    return there / pieces.HEAD if os.path.isdir(there) and _is_there(str(there / pieces.HEAD)) else there
+    return (
+        there / pieces.HEAD
+        if os.path.isdir(there) and _is_there(str(there / pieces.HEAD))
+        else there
+    )
 
 
 def _fetched(place: str, staging: Path) -> Checkpoint | None:
@@ -191,7 +217,8 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
     if there is None:
         return None
     staging.mkdir(parents=True, exist_ok=True)
-    if (copy.is_dir() and not copy.is_symlink()) != (head is not None):  # of a checkpoint of the other kind
+    # Of a checkpoint of the other kind
+    if (copy.is_dir() and not copy.is_symlink()) != (head is not None):
         remove_copy(copy)
     try:
         if head is None:
@@ -203,7 +230,9 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
         for name in map(pieces.name_of, range(read_head(place, copy / pieces.HEAD))):
             piece = storage.stat(storage.join(place, name))
             if piece is None:
-                raise DataError(f"{storage.join(place, name)}: not a whole checkpoint: this piece is missing")
+                raise DataError(
+                    f"{storage.join(place, name)}: not a whole checkpoint: this piece is missing"
+                )
             _download(storage.join(place, name), piece, copy / name)
         return Checkpoint(place, copy / pieces.HEAD)
     except FileNotFoundError:  # deleted while it was copied
@@ -213,13 +242,17 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
 def _download(place: str, there: storage.Stat, copy: Path) -> None:
     free = shutil.disk_usage(copy.parent).free
     if there.size > free:
-        raise StoreError(f"{place}: its {there.size:,} bytes do not fit into {copy.parent}, where {free:,} are free; make "
-                         "room there, or move the checkpoint away")
+        raise StoreError(
+            f"{place}: its {there.size:,} bytes do not fit into {copy.parent}, where {free:,} are"
+            " free; make room there, or move the checkpoint away"
+        )
     storage.download(place, copy)
 
 
 def remove_copy(copy: Path) -> None:
-    """Remove a local copy or what a killed run left, a file or a folder; what cannot be removed is named."""
+    """Remove a local copy or what a killed run left, a file or a folder; what cannot be removed
+    is named.
+    """
     try:
         if copy.is_dir() and not copy.is_symlink():
             shutil.rmtree(copy)
@@ -232,17 +265,20 @@ def remove_copy(copy: Path) -> None:
 def find_start(
     folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, autoresume: bool
 ) -> Checkpoint | None:
-    """Return the checkpoint that a run which saves in `folder` goes on from; None for a fresh start.
+    """Return the checkpoint that a run which saves in `folder` goes on from; None for a fresh
+    start.
 
-    Every rank must call it. Raise ConfigError without `autoresume` if there are checkpoints, which the
-    run would overwrite; see `find_newest`.
+    Every rank must call it. Raise ConfigError without `autoresume` if there are checkpoints, which
+    the run would overwrite; see `find_newest`.
     """
     if autoresume:
         return find_newest(folder, staging, needed, shared=True)
     if existing := _listed(folder):
         name = existing[0].rpartition("/")[2]
-        raise ConfigError(f"{folder}: holds checkpoints of an earlier run ({name}); set autoresume=true to go on from them, or "
-                          "another run_name or save_folder")
+        raise ConfigError(
+            f"{folder}: holds checkpoints of an earlier run ({name}); set autoresume=true to go on"
+            " from them, or another run_name or save_folder"
+        )
     return None
 
 
@@ -260,14 +296,23 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
         _refuse_sharded(place)
         is_folder = bool(storage.ls(place)) or Path(place).is_dir()
         below = storage.join(place, "checkpoints")
-        meant = f"did you mean {below}?" if list_checkpoints(below) else "name a checkpoint or the folder a run saved them in"
-        raise ConfigError(f"{place}: {'a folder without checkpoints (ba*.pt)' if is_folder else 'no such file or folder'}; "
-                          f"{meant}")
+        meant = (
+            f"did you mean {below}?"
+            if list_checkpoints(below)
+            else "name a checkpoint or the folder a run saved them in"
+        )
+        what = "a folder without checkpoints (ba*.pt)" if is_folder else "no such file or folder"
+        raise ConfigError(f"{place}: {what}; {meant}")
     return newest
 
 
 def _refuse_sharded(place: str) -> None:
-    """Raise ConfigError for torch's distributed checkpoints: a folder each, of files for each rank and one `.metadata`."""
+    """Raise ConfigError for torch's distributed checkpoints: a folder each, of files for each
+    rank and one `.metadata`.
+    """
     for folder in (place, *(storage.join(place, name) for name in storage.ls(place))):
         if ".metadata" in storage.ls(folder):
-            raise ConfigError(f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file can (ba*.pt)")
+            raise ConfigError(
+                f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file"
+                " can (ba*.pt)"
+            )

@@ -1,4 +1,6 @@
-"""Reading a checkpoint: no code in it is run, and whatever is wrong with its files is one line that names it."""
+"""Reading a checkpoint: no code in it is run, and whatever is wrong with its files is one line
+that names it.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,14 @@ _KINDS = {
 }
 
 
-MOST_TEXT = 1 << 30  # bytes that all but the tensors would take if it were written out; a tokenizer takes some 50 MB
+# Bytes that all but the tensors would take if it were written out; a tokenizer takes some 50 MB
+MOST_TEXT = 1 << 30
 MOST_IN_KEY = 10_000  # parts of a key in a checkpoint; text or a number has none
 
 
 class Checkpoint(NamedTuple):
-    """Where a checkpoint is, and the local file to read it from: the same, or a copy out of a store.
+    """Where a checkpoint is, and the local file to read it from: the same, or a copy out of a
+    store.
 
     Of one in pieces, `place` is a folder and `file` its head, beside which the pieces lie.
     `passed_over` are newer checkpoints in the same folder, which could not be used.
@@ -59,8 +63,8 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint's content, its tensors mapped from the file; no code in it is run.
 
     One in pieces has a list of what they hold under `pieces`. Raise DataError if a file is missing,
-    truncated, altered (every part's CRC-32 is checked) or no plain file, or if it holds anything but
-    tensors and plain values.
+    truncated, altered (every part's CRC-32 is checked) or no plain file, or if it holds anything
+    but tensors and plain values.
     """
     return read_content(checkpoint, verify=True)
 
@@ -76,12 +80,16 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
         ]
     elif isinstance(content, dict) and "pieces" in content:
         # Who looked at its pieces would be content, and who loads it looks for no pieces.
-        raise DataError(f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file")
+        raise DataError(
+            f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file"
+        )
     return content
 
 
 def read_head(place: str, file: Path) -> int:
-    """Return how many pieces the checkpoint `place` has, by its head, which was copied to `file`."""
+    """Return how many pieces the checkpoint `place` has, by its head, which was copied to
+    `file`.
+    """
     return num_pieces(_read_file(place, file, verify=True), place)
 
 
@@ -95,8 +103,8 @@ def num_pieces(head: Any, place: str) -> int:
 def read_for_composer(file: str | Path, map_location: str) -> Any:
     """Return the content of a file that was checked, in memory.
 
-    In place of Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a file
-    that was replaced after it was checked would run its code.
+    In place of Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a
+    file that was replaced after it was checked would run its code.
     """
     assert map_location == "cpu"
     file = Path(file).resolve()  # Composer hands a link of its own
@@ -111,8 +119,10 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
         with torch.serialization.safe_globals(_SAFE_GLOBALS), _checked_keys():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if _size(content, {}) > MOST_TEXT:
-            raise DataError(f"{place}: refused: it holds the same parts over and over, which would take more than "
-                            f"{MOST_TEXT:,} bytes written out; take another checkpoint")
+            raise DataError(
+                f"{place}: refused: it holds the same parts over and over, which would take more"
+                f" than {MOST_TEXT:,} bytes written out; take another checkpoint"
+            )
         return content
     except DataError:
         raise
@@ -124,10 +134,12 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
 
 
 class _CheckedKeys(_weights_only_unpickler.Unpickler):
-    """torch's reader of pickles (2.7.0), but of no key that is a tuple of tuples of tuples without end.
+    """torch's reader of pickles (2.7.0), but of no key that is a tuple of tuples of tuples without
+    end.
 
-    Python looks at all of a key to put it in a dict: for ever where each tuple holds the one before it twice, and
-    until it has no stack left, which ends the process, where they lie in one another deep enough.
+    Python looks at all of a key to put it in a dict: for ever where each tuple holds the one before
+    it twice, and until it has no stack left, which ends the process, where they lie in one another
+    deep enough.
     """
 
     def __init__(self, file: Any, *args: Any, **options: Any):
@@ -136,7 +148,8 @@ class _CheckedKeys(_weights_only_unpickler.Unpickler):
 
         def read(number: int) -> bytes:
             data = unchecked(number)
-            if data == b"s":  # sets one item of a dict; or it is a piece of something else, which does no harm
+            # Sets one item of a dict; or it is a piece of something else, which does no harm
+            if data == b"s":
                 self._require_light(self.stack[-2:-1])
             elif data in (b"u", b"R"):  # several items; what is made by a function, a dict perhaps
                 self._require_light(self.stack[-1:] if data == b"R" else self.stack[::2])
@@ -167,10 +180,12 @@ def _checked_keys() -> Iterator[None]:
 
 
 def _size(part: Any, known: dict[int, int]) -> int:
-    """Return about how many bytes `part` takes written out, where what is held several times counts as often.
+    """Return about how many bytes `part` takes written out, where what is held several times counts
+    as often.
 
-    Lists that hold one list twice, which holds another twice, and so on, are small in a pickle and in memory,
-    but whoever goes through them, or writes them as JSON, is busy for ever. RecursionError for one in itself.
+    Lists that hold one list twice, which holds another twice, and so on, are small in a pickle and
+    in memory, but whoever goes through them, or writes them as JSON, is busy for ever.
+    RecursionError for one in itself.
     """
     if isinstance(part, str | bytes | bytearray):
         return 8 + len(part)

@@ -1,4 +1,6 @@
-"""Checkpoints: saving them whole, keeping the newest that are, and turning them into Hugging Face models."""
+"""Checkpoints: saving them whole, keeping the newest that are, and turning them into Hugging
+Face models.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,21 @@ from flame_composer.checkpoint.find import (
     remove_copy,
     step_of,
 )
-from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_content, read_for_composer
+from flame_composer.checkpoint.read import (
+    Checkpoint,
+    read_checkpoint,
+    read_content,
+    read_for_composer,
+)
 from flame_composer.checkpoint.to_model import model_from, tokenizer_from
-from flame_composer.config.rules import GOES_ON, ConfigError, DataError, StoreError, TrainingError, one_line
+from flame_composer.config.rules import (
+    GOES_ON,
+    ConfigError,
+    DataError,
+    StoreError,
+    TrainingError,
+    one_line,
+)
 from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.model.causal_lm import check_runs_here, load_pretrained
 from flame_composer.model.foreign import count_not_finite, warn_not_finite
@@ -47,45 +61,64 @@ from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.text.tokenizer import load_tokenizer, vocab_size_of
 from flame_composer.train.log import TRAIN_LOG
 
-# Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates; none of them is made so.
+# Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates;
+# none of them is made so.
 NEVER_EVALUATED = algorithms.__all__
-UPLOAD_WAITS = (2, 10, 60, 180)  # seconds between attempts to save a checkpoint, each of which tries several times
-VERIFY_SECONDS = 60  # after so long, looking at what lies in the folder goes on when the next checkpoint is saved
-# No attempt begins later than so long after the first. At a store that hangs each takes three minutes.
+# Seconds between attempts to save a checkpoint, each of which tries several times
+UPLOAD_WAITS = (2, 10, 60, 180)
+# After so long, looking at what lies in the folder goes on when the next checkpoint is saved
+VERIFY_SECONDS = 60
+# No attempt begins later than so long after the first. At a store that hangs each takes three
+# minutes.
 UPLOAD_SECONDS = 260
 
 # Of what torch says of a file that it cannot write (2.7).
-_CANNOT_WRITE = re.compile("PytorchStreamWriter|Parent directory .* does not exist|open file failed")
+_CANNOT_WRITE = re.compile(
+    "PytorchStreamWriter|Parent directory .* does not exist|open file failed"
+)
 
 log = logging.getLogger(__name__)
 
 
 class SaveCheckpoints(Callback):
-    """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; what has that name is always whole.
+    """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; what has that name is
+    always whole.
 
-    Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two steps, so that a kill
-    can leave a torso or a link to nothing. This one writes under a temporary name, forces the bytes to disk and renames,
-    or uploads them, which an object store shows when all are there. There is no link: the newest is found by name.
-    It saves at the end of a batch only, never at the end of an epoch: there Composer's epoch counter and
-    StreamingDataset's disagree, and the next epoch would repeat the order of the last.
+    Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two
+    steps, so that a kill can leave a torso or a link to nothing. This one writes under a temporary
+    name, forces the bytes to disk and renames, or uploads them, which an object store shows when
+    all are there. There is no link: the newest is found by name. It saves at the end of a batch
+    only, never at the end of an epoch: there Composer's epoch counter and StreamingDataset's
+    disagree, and the next epoch would repeat the order of the last.
 
-    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all are there, or in an
-    object store with its head (`pieces.HEAD`) put last.
+    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all
+    are there, or in an object store with its head (`pieces.HEAD`) put last.
 
-    Old checkpoints are deleted once there are enough newer ones that are whole. One that this run saved, or goes on from,
-    is known to be; any other is read once, and a damaged one counts for nothing.
+    Old checkpoints are deleted once there are enough newer ones that are whole. One that this run
+    saved, or goes on from, is known to be; any other is read once, and a damaged one counts for
+    nothing.
     """
 
     def __init__(
-        self, folder: str, staging: Path, *, batches: int | None, seconds: float | None = None, num_to_keep: int,
-        in_pieces: bool = False, start: Checkpoint | None = None, needed: Callable[[], Needed] | None = None,
+        self,
+        folder: str,
+        staging: Path,
+        *,
+        batches: int | None,
+        seconds: float | None = None,
+        num_to_keep: int,
+        in_pieces: bool = False,
+        start: Checkpoint | None = None,
+        needed: Callable[[], Needed] | None = None,
         train_log: Path | None = None,
     ):
-        """Keeps the newest `num_to_keep` in `folder`, a path or URL; all if -1. One of `batches` and `seconds` says how often.
+        """Keeps the newest `num_to_keep` in `folder`, a path or URL; all if -1. One of `batches`
+        and `seconds` says how often.
 
-        `staging` is a local folder for copies of what is in an object store. `start` is what Composer loads (`load_path`):
-        if that is the head of one in pieces, they are loaded after it. `needed` is what a checkpoint must hold to be one of
-        this run. `train_log` is a file that has to be on disk before a checkpoint gets its name.
+        `staging` is a local folder for copies of what is in an object store. `start` is what
+        Composer loads (`load_path`): if that is the head of one in pieces, they are loaded after
+        it. `needed` is what a checkpoint must hold to be one of this run. `train_log` is a file
+        that has to be on disk before a checkpoint gets its name.
         """
         self.folder = folder
         self.staging = staging if storage.is_url(folder) else Path(folder)
@@ -98,7 +131,8 @@ class SaveCheckpoints(Callback):
         self.train_log = train_log
         self.saved: str | None = None  # the newest
         self._last_time = time.monotonic()
-        self._is_whole: dict[str, tuple[storage.Stat | None, bool]] = {}  # as it was when that was found out
+        # As it was when that was found out
+        self._is_whole: dict[str, tuple[storage.Stat | None, bool]] = {}
         self._stays: set[str] = set()  # what could not be deleted
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -112,8 +146,13 @@ class SaveCheckpoints(Callback):
         dist.barrier()  # every rank has read what it goes on from
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
-            for left in self.staging.glob("*ba*" if storage.is_url(self.folder) else "unfinished-ba*"):
-                if storage.is_url(self.folder) or step_of(left.name.removeprefix("unfinished-")) is not None:
+            for left in self.staging.glob(
+                "*ba*" if storage.is_url(self.folder) else "unfinished-ba*"
+            ):
+                if (
+                    storage.is_url(self.folder)
+                    or step_of(left.name.removeprefix("unfinished-")) is not None
+                ):
                     remove_copy(left)
         if dist.get_global_rank() == 0:
             if self.start is not None:
@@ -159,7 +198,9 @@ class SaveCheckpoints(Callback):
         self._last_time = time.monotonic()
 
     def _flush_log(self) -> None:
-        """A restart must find the row of every step that its checkpoint has behind it, after a power loss too."""
+        """A restart must find the row of every step that its checkpoint has behind it, after a
+        power loss too.
+        """
         if self.train_log is not None and self.train_log.exists():
             flush(self.train_log)
             flush(self.train_log.parent)
@@ -204,27 +245,40 @@ class SaveCheckpoints(Callback):
                 os.rename(temporary, place)
 
     def _make_way(self, place: str) -> None:
-        """Set aside what has a new checkpoint's name: a damaged one, or one of another run, which may be all there is of it."""
+        """Set aside what has a new checkpoint's name: a damaged one, or one of another run,
+        which may be all there is of it.
+        """
         is_file = storage.stat(place) is not None
         if is_file and self._is_whole.get(place) == (_stat(place), True):
             return  # this run saved the same before
         if not (is_file or has_head(place) if storage.is_url(place) else os.path.lexists(place)):
             return
         number = 0
-        while _is_taken(aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")):
+        while _is_taken(
+            aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")
+        ):
             number += 1
         try:
             storage.move(place, aside)
         except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
             log.warning("warning: %s: cannot be set aside and is replaced: %s", place, error)
         except OSError as error:
-            raise DataError(f"{place}: is in the way of a new checkpoint and cannot be renamed: {error.strerror}; move it "
-                            "away, and the same command goes on") from None
+            raise DataError(
+                f"{place}: is in the way of a new checkpoint and cannot be renamed:"
+                f" {error.strerror}; move it away, and the same command goes on"
+            ) from None
         else:
-            log.warning("warning: %s: was not a checkpoint of this run that can be read; it is set aside as %s", place, aside)
+            log.warning(
+                "warning: %s: was not a checkpoint of this run that can be read; it is set aside"
+                " as %s",
+                place,
+                aside,
+            )
 
     def _rotate(self) -> None:
-        """Delete what is older than the newest `num_to_keep` that are whole, of all that lies in the folder."""
+        """Delete what is older than the newest `num_to_keep` that are whole, of all that lies in
+        the folder.
+        """
         if self.num_to_keep <= 0:
             return
         until = time.monotonic() + VERIFY_SECONDS
@@ -243,7 +297,11 @@ class SaveCheckpoints(Callback):
                 for place in list_torsos(self.folder, before=oldest):
                     self._delete(place)
         except (ConfigError, DataError, OSError) as error:
-            log.warning("warning: %s: no old checkpoint is deleted this time: %s", self.folder, one_line(error))
+            log.warning(
+                "warning: %s: no old checkpoint is deleted this time: %s",
+                self.folder,
+                one_line(error),
+            )
 
     def _know(self, place: str, is_whole: bool) -> None:
         self._is_whole[place] = _stat(place), is_whole
@@ -259,7 +317,11 @@ class SaveCheckpoints(Callback):
         except StoreError:
             raise
         except DataError as error:
-            log.warning("warning: %s; it stays, and does not count as one of the %d that are kept", error, self.num_to_keep)
+            log.warning(
+                "warning: %s; it stays, and does not count as one of the %d that are kept",
+                error,
+                self.num_to_keep,
+            )
             is_whole = False
         finally:
             remove_copy(copies)
@@ -285,7 +347,8 @@ class SaveCheckpoints(Callback):
             storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
             storage.delete_folder(place)
         else:
-            left = self.staging / f"unfinished-{Path(place).name}"  # which the next start clears away after a kill
+            # Which the next start clears away after a kill
+            left = self.staging / f"unfinished-{Path(place).name}"
             os.rename(place, left)
             shutil.rmtree(left)
 
@@ -298,7 +361,9 @@ def _saving(place: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not _CANNOT_WRITE.search(str(error)):
             raise
-        disk = next((each for each in (error, error.__context__) if isinstance(each, OSError)), error)
+        disk = next(
+            (each for each in (error, error.__context__) if isinstance(each, OSError)), error
+        )
         reason = disk.strerror if isinstance(disk, OSError) else "is the disk full?"
         raise TrainingError(f"{place}: cannot be saved: {reason}; {GOES_ON}") from None
 
@@ -318,16 +383,26 @@ def find_start_of(
 
 
 def build_saver(
-    config: TrainConfig, staging: Path, plan: RunPlan, start: Checkpoint | None, needed: Callable[[], Needed]
+    config: TrainConfig,
+    staging: Path,
+    plan: RunPlan,
+    start: Checkpoint | None,
+    needed: Callable[[], Needed],
 ) -> SaveCheckpoints | None:
     """Return None for a run that saves nothing."""
     if config.save_folder is None:
         return None
     fsdp = config.parallelism.fsdp
     return SaveCheckpoints(
-        config.save_folder, staging, batches=plan.save_batches, seconds=plan.save_seconds,
-        num_to_keep=config.save_num_checkpoints_to_keep, in_pieces=fsdp is not None and fsdp.state_dict_type == "sharded",
-        start=start, needed=needed, train_log=Path(config.log_folder, TRAIN_LOG),
+        config.save_folder,
+        staging,
+        batches=plan.save_batches,
+        seconds=plan.save_seconds,
+        num_to_keep=config.save_num_checkpoints_to_keep,
+        in_pieces=fsdp is not None and fsdp.state_dict_type == "sharded",
+        start=start,
+        needed=needed,
+        train_log=Path(config.log_folder, TRAIN_LOG),
     )
 
 
@@ -351,17 +426,27 @@ def _upload(file: Path, place: str) -> None:
         except (StoreError, ConfigError) as error:
             if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:
                 raise
-            log.warning("warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds)
+            log.warning(
+                "warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds
+            )
             time.sleep(seconds)
 
 
-def load_model(place_or_id: str, tokenizer: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder.
+def load_model(
+    place_or_id: str, tokenizer: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest
+    checkpoint in a folder.
 
-    `tokenizer` is the folder or id of one to take instead. Raises ConfigError for one with tokens that the model has not.
+    `tokenizer` is the folder or id of one to take instead. Raises ConfigError for one with tokens
+    that the model has not.
     """
     path = Path(place_or_id)
-    if storage.is_url(place_or_id) or path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+    if (
+        storage.is_url(place_or_id)
+        or path.is_file()
+        or (path.is_dir() and not (path / "config.json").is_file())
+    ):
         with tempfile.TemporaryDirectory() as staging:
             model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
             check_runs_here(model.config, place_or_id)
@@ -373,13 +458,17 @@ def load_model(place_or_id: str, tokenizer: str | None = None) -> tuple[PreTrain
     if tokenizer is not None and known is not None:
         note_ends(found, known)  # documents began as they did, whatever tokenizer is taken
     if vocab_size_of(found) > model.config.vocab_size:
-        raise ConfigError(f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the model only "
-                          f"{model.config.vocab_size}; give the one it was trained with")
+        raise ConfigError(
+            f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the"
+            f" model only {model.config.vocab_size}; give the one it was trained with"
+        )
     return model, found
 
 
 def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly; their average, if there is one."""
+    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly;
+    their average, if there is one.
+    """
     return model_in(read_checkpoint(checkpoint), checkpoint)
 
 
@@ -388,36 +477,55 @@ def model_in(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """As `load_from_checkpoint`, of what `read_checkpoint` returned.
 
-    `model` are the weights that training goes on with, `ema` their exponential moving average, which is what was evaluated;
-    `auto` takes that where the run has one. Raises ConfigError for `ema` without one.
+    `model` are the weights that training goes on with, `ema` their exponential moving average,
+    which is what was evaluated; `auto` takes that where the run has one. Raises ConfigError for
+    `ema` without one.
     """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
         average = average_of(content["state"])
-        weights = pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
+        weights = (
+            pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
+        )
         weights = dict(weights) | ({} if which == "model" else average)
     except Exception:  # whatever a content of any kind makes of what looks at it
         raise DataError(
-            f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging Face model"
+            f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging"
+            " Face model"
         ) from None
     if which == "ema" and not average:
-        raise ConfigError(f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model")
-    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(hf_state, checkpoint.place)
+        raise ConfigError(
+            f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model"
+        )
+    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(
+        hf_state, checkpoint.place
+    )
 
 
 def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The exponential moving average of the weights, which is what was evaluated, if the run has one."""
-    return next((kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {})
+    """The exponential moving average of the weights, which is what was evaluated, if the run has
+    one.
+    """
+    return next(
+        (kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {}
+    )
 
 
 def save_hf_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, dtype: str, max_shard_size: int = 5_000_000_000,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    *,
+    dtype: str,
+    max_shard_size: int = 5_000_000_000,
     card: str | None = None,
 ) -> None:
-    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer in a `new_folder`.
+    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer
+    in a `new_folder`.
 
-    The generation config has the tokenizer's special tokens where the model names none; `card` becomes README.md. Weights
-    that are infinite or not a number, or become so in `dtype`, are named in a warning.
+    The generation config has the tokenizer's special tokens where the model names none; `card`
+    becomes README.md. Weights that are infinite or not a number, or become so in `dtype`, are named
+    in a warning.
     """
     if model.generation_config is not None:
         for name, token in special_tokens(tokenizer).items():
@@ -426,17 +534,27 @@ def save_hf_folder(
         if ends_of(tokenizer) is not None:
             # What transformers begins a text with that is given nothing to go on from.
             model.generation_config.bos_token_id = start_of(tokenizer)
-        model.generation_config._from_model_config = False  # transformers would make it anew, without them
+        # Transformers would make it anew, without them
+        model.generation_config._from_model_config = False
     with new_folder(out) as folder:
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         model.to(getattr(torch, dtype))
-        warn_not_finite(f"{out} ({dtype})", {name: count_not_finite(each) for name, each in model.state_dict().items()})
+        warn_not_finite(
+            f"{out} ({dtype})",
+            {name: count_not_finite(each) for name, each in model.state_dict().items()},
+        )
         model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    """As generation names them. A batch is filled up with the end-of-text token where there is none for padding."""
+    """As generation names them. A batch is filled up with the end-of-text token where there is
+    none for padding.
+    """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad,
+    }

@@ -1,4 +1,6 @@
-"""A checkpoint in pieces: each rank saves its own share of a sharded model, and any number of ranks reads them."""
+"""A checkpoint in pieces: each rank saves its own share of a sharded model, and any number of
+ranks reads them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from typing import Any
 import torch
 from composer.core import State
 from composer.utils import dist, reproducibility
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -31,7 +37,8 @@ def is_name(name: str) -> bool:
 
 
 def save(state: State, folder: Path) -> list[Path]:
-    """Write this rank's piece, if it has one (of several replicas the first saves), and on the first rank the head.
+    """Write this rank's piece, if it has one (of several replicas the first saves), and on the
+    first rank the head.
 
     Every rank must call it. Returns the files that were written, the head last.
     """
@@ -54,7 +61,8 @@ def save(state: State, folder: Path) -> list[Path]:
 
 
 def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
-    """Weights and optimizer state of `state`, sharded or not, from all pieces of a checkpoint, of which it reads its share.
+    """Weights and optimizer state of `state`, sharded or not, from all pieces of a checkpoint, of
+    which it reads its share.
 
     Raises DataError if they are of another model.
     """
@@ -65,7 +73,9 @@ def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
         there = _filled(there, pieces)
         (optimizer_state,) = there["optimizers"].values()
         set_model_state_dict(state.model, there["model"], options=StateDictOptions(strict=True))
-        set_optimizer_state_dict(state.model, state.optimizers[0], optimizer_state, options=StateDictOptions(strict=True))
+        set_optimizer_state_dict(
+            state.model, state.optimizers[0], optimizer_state, options=StateDictOptions(strict=True)
+        )
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise DataError(f"the checkpoint's pieces are not those of this model: {error}") from None
 
@@ -79,7 +89,8 @@ def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
     """Return the shape of the tensor that `parts` are all pieces of, or that the one of them is.
 
-    None if they are something else: pieces of several tensors, with rows missing or twice, or tensors without values.
+    None if they are something else: pieces of several tensors, with rows missing or twice, or
+    tensors without values.
     """
     if isinstance(parts[0], torch.Tensor):
         return tuple(parts[0].shape) if _has_values(parts[0]) else None
@@ -88,8 +99,14 @@ def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
     whole, rows = parts[0]["shape"], 0
     if not isinstance(whole, list) or not whole or any(type(size) is not int for size in whole):
         return None
-    for part in sorted((part for part in parts if len(part["part"])), key=lambda part: part["start"]):
-        if part["shape"] != whole or part["start"] != rows or list(part["part"].shape[1:]) != whole[1:]:
+    for part in sorted(
+        (part for part in parts if len(part["part"])), key=lambda part: part["start"]
+    ):
+        if (
+            part["shape"] != whole
+            or part["start"] != rows
+            or list(part["part"].shape[1:]) != whole[1:]
+        ):
             return None
         rows += len(part["part"])
     return tuple(whole) if rows == whole[0] else None
@@ -121,16 +138,21 @@ def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
 def _piece_of(tensor: DTensor) -> dict[str, Any]:
     """FSDP2 cuts along the first dimension."""
     part = tensor.to_local().detach()
-    return {"shape": list(tensor.shape), "start": _start(tensor), "part": part.cpu().clone()}  # not all of a buffer it is in
+    # Not all of a buffer it is in
+    return {"shape": list(tensor.shape), "start": _start(tensor), "part": part.cpu().clone()}
 
 
 def _start(tensor: DTensor) -> int:
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return offsets[0]
 
 
 def _has_values(tensor: Any) -> bool:
-    """Whether it is a plain tensor. One of the meta device is copied from without a word, and nothing is copied."""
+    """Whether it is a plain tensor. One of the meta device is copied from without a word, and
+    nothing is copied.
+    """
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.layout == torch.strided
@@ -152,13 +174,20 @@ def _filled(there: Any, pieces: Sequence[Any]) -> Any:
     if isinstance(there, torch.Tensor) and _is_piece(pieces[0]):
         mine = there.to_local() if isinstance(there, DTensor) else there
         if list(there.shape) != pieces[0]["shape"]:
-            raise TypeError(f"a tensor of shape {pieces[0]['shape']} where {list(there.shape)} is needed")
+            raise TypeError(
+                f"a tensor of shape {pieces[0]['shape']} where {list(there.shape)} is needed"
+            )
         _copy(pieces, mine, _start(there) if isinstance(there, DTensor) else 0)
         return there
     if isinstance(there, dict):
-        return {key: _filled(value, [piece[key] for piece in pieces]) for key, value in there.items()}
+        return {
+            key: _filled(value, [piece[key] for piece in pieces]) for key, value in there.items()
+        }
     if isinstance(there, list):
-        return [_filled(value, [piece[number] for piece in pieces]) for number, value in enumerate(there)]
+        return [
+            _filled(value, [piece[number] for piece in pieces])
+            for number, value in enumerate(there)
+        ]
     return pieces[0]
 
 

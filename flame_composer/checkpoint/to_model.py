@@ -1,7 +1,7 @@
 """The model and the tokenizer in a checkpoint, rebuilt from plain data.
 
-Nothing that a checkpoint names is looked up, run or written to. Composer's own functions for this take
-file names and keyword arguments out of it as they are.
+Nothing that a checkpoint names is looked up, run or written to. Composer's own functions for this
+take file names and keyword arguments out of it as they are.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ def model_from(
 
     Raise DataError if the config is of no model that is known, or of another one than the weights.
     """
-    if not all(
-        isinstance(name, str) and _is_plain(tensor)
-        for name, tensor in weights.items()
-    ):
-        raise DataError(f"{place}: its weights are no plain tensors by name; take another checkpoint")
+    if not all(isinstance(name, str) and _is_plain(tensor) for name, tensor in weights.items()):
+        raise DataError(
+            f"{place}: its weights are no plain tensors by name; take another checkpoint"
+        )
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     shapes = {name: tensor.shape for name, tensor in named.items()}
     try:
@@ -61,7 +60,9 @@ def model_from(
 
 
 def _is_plain(tensor: object) -> bool:
-    """Whether it is a tensor whose numbers are all there: not sparse, quantized, complex or without memory."""
+    """Whether it is a tensor whose numbers are all there: not sparse, quantized, complex or
+    without memory.
+    """
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.layout is torch.strided
@@ -80,8 +81,8 @@ def _require_same(
                 list(shapes[name]) if name in shapes else "none" for shapes in (held, made)
             )
             raise DataError(
-                f"{place}: its weights are not those of its config: {name} is {has}, the config makes it {makes}; "
-                "take another checkpoint"
+                f"{place}: its weights are not those of its config: {name} is {has}, the config"
+                f" makes it {makes}; take another checkpoint"
             )
 
 

@@ -1,1 +1,3 @@
-"""Filters and deduplication of documents, by datatrove, in stages that can be stopped and gone on with."""
+"""Filters and deduplication of documents, by datatrove, in stages that can be stopped and gone
+on with.
+"""

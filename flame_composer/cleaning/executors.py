@@ -1,4 +1,6 @@
-"""Who runs the stages of a cleaning: processes of this machine, Slurm or Ray, by datatrove's executors."""
+"""Who runs the stages of a cleaning: processes of this machine, Slurm or Ray, by datatrove's
+executors.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from flame_composer.cleaning.parts import PartsFolder, publish_file, read_json
-from flame_composer.cleaning.stages import EXACT_HASHES, FINDINGS, MAX_TASKS, Stage, build_stages, counts_path
+from flame_composer.cleaning.stages import (
+    EXACT_HASHES,
+    FINDINGS,
+    MAX_TASKS,
+    Stage,
+    build_stages,
+    counts_path,
+)
 from flame_composer.config.clean import CleanConfig
 from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset.workers import can_have_processes
@@ -38,14 +47,17 @@ Executor: TypeAlias = LocalPipelineExecutor | SlurmPipelineExecutor | RayPipelin
 
 
 def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
-    """Have the units read again that were read when their files were others, and all be done that comes after."""
+    """Have the units read again that were read when their files were others, and all be done
+    that comes after.
+    """
     first, *later = (log_folder(folder, stage) for stage in stages)
     is_changed = False
     for number, unit in enumerate(folder.units):
         done, record = first / "completions" / f"{number:05}", counts_path(folder, "filter", number)
         if done.exists():
             same = read_json(record)["inputs"] == [dataclasses.asdict(part) for part in unit]
-            files = [part.path for part in unit if os.path.exists(part.path)]  # not datasets, which are addresses
+            # Not datasets, which are addresses
+            files = [part.path for part in unit if os.path.exists(part.path)]
             if same and not any(os.stat(path).st_mtime > record.stat().st_mtime for path in files):
                 continue
             done.unlink()
@@ -63,37 +75,62 @@ def log_folder(folder: PartsFolder, stage: Stage) -> Path:
     return folder.work / "logs" / stage.name.replace(" ", "_")
 
 
-def build_executor(config: CleanConfig, folder: PartsFolder, stage: Stage, before: Executor | None) -> Executor:
+def build_executor(
+    config: CleanConfig, folder: PartsFolder, stage: Stage, before: Executor | None
+) -> Executor:
     logs = str(log_folder(folder, stage))
     workers = config.num_workers or -1
     if config.executor == "ray":
         return RayPipelineExecutor(
-            stage.pipeline, stage.tasks, workers, depends=before, logging_dir=logs, mem_per_cpu_gb=config.ray.mem_per_cpu_gb
+            stage.pipeline,
+            stage.tasks,
+            workers,
+            depends=before,
+            logging_dir=logs,
+            mem_per_cpu_gb=config.ray.mem_per_cpu_gb,
         )
     if config.slurm is not None:
         activate = Path(sys.prefix, "bin", "activate")
         section = config.slurm
         return SlurmPipelineExecutor(
-            stage.pipeline, stage.tasks, section.time, section.partition, workers=workers, logging_dir=logs, depends=before,
-            job_name=f"clean-{stage.name.replace(' ', '-')}", mem_per_cpu_gb=section.mem_per_cpu_gb, qos=section.qos,
+            stage.pipeline,
+            stage.tasks,
+            section.time,
+            section.partition,
+            workers=workers,
+            logging_dir=logs,
+            depends=before,
+            job_name=f"clean-{stage.name.replace(' ', '-')}",
+            mem_per_cpu_gb=section.mem_per_cpu_gb,
+            qos=section.qos,
             venv_path=section.activate or (str(activate) if activate.exists() else None),
-            max_array_size=section.max_array_size, sbatch_args={"kill-on-invalid-dep": "yes"},
-        )  # fmt: skip
+            max_array_size=section.max_array_size,
+            sbatch_args={"kill-on-invalid-dep": "yes"},
+        )
     return LocalPipelineExecutor(stage.pipeline, stage.tasks, logging_dir=logs)
 
 
 def clean(
-    config: CleanConfig, folder: PartsFolder, removed: PartsFolder | None, on_progress: Callable[[str, int, int], None]
+    config: CleanConfig,
+    folder: PartsFolder,
+    removed: PartsFolder | None,
+    on_progress: Callable[[str, int, int], None],
 ) -> str | None:
-    """Run all stages, or submit them to Slurm. Returns None when the documents are published, and else what was submitted.
+    """Run all stages, or submit them to Slurm. Returns None when the documents are published, and
+    else what was submitted.
 
-    `on_progress` is called with the stage's name, the tasks done with since the last call and all tasks.
+    `on_progress` is called with the stage's name, the tasks done with since the last call and all
+    tasks.
 
-    Raises DataError for documents that cannot be read, and for a process that dies; what is finished is kept.
+    Raises DataError for documents that cannot be read, and for a process that dies; what is
+    finished is kept.
     """
     waiting = jobs_in_queue(folder)
     if waiting:
-        return f"jobs {', '.join(waiting)} are in the queue still; run the same command again when they are done"
+        return (
+            f"jobs {', '.join(waiting)} are in the queue still; run the same command again when"
+            " they are done"
+        )
     if folder.finished() is not None:  # by a process that was at work until now
         return None
     for each in (folder, removed):
@@ -122,8 +159,10 @@ def clean(
             executor.run()
         missing = executor.get_incomplete_ranks()
         if missing:
-            raise DataError(f"{folder.out}: {len(missing)} of {stage.tasks} tasks of '{stage.name}' failed, the first of them "
-                            f"{missing[0]}: see {logs}; run the same command again to go on")
+            raise DataError(
+                f"{folder.out}: {len(missing)} of {stage.tasks} tasks of '{stage.name}' failed, the"
+                f" first of them {missing[0]}: see {logs}; run the same command again to go on"
+            )
         on_progress(stage.name, len(to_do), total)
     return None
 
@@ -155,15 +194,19 @@ def run_local(
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         if isinstance(error, BrokenProcessPool):
-            raise DataError(f"{out}: a worker process died (short of memory? give fewer num_workers, or a smaller unit_size); "
-                            "run the same command again: it goes on from the last finished unit") from None
+            raise DataError(
+                f"{out}: a worker process died (short of memory? give fewer num_workers, or a"
+                " smaller unit_size); run the same command again: it goes on from the last"
+                " finished unit"
+            ) from None
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def start_process(log: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
+    # Ctrl-C reaches every process; the one in charge sees to the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     sys.stderr = log.open("a", buffering=1)
     clean_streams()
@@ -176,7 +219,9 @@ def run_task(executor: LocalPipelineExecutor, rank: int, out: str) -> None:
 
 
 def allow_many_files() -> int:
-    """datatrove opens the hashes of all units at once. Returns how many files a process may have open now."""
+    """datatrove opens the hashes of all units at once. Returns how many files a process may have
+    open now.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most
@@ -186,8 +231,10 @@ def check_number(num_units: int) -> None:
     """Raises ConfigError for more units than datatrove can tell apart, or have open at once."""
     most = min(MAX_TASKS, allow_many_files() - 64)
     if num_units > most:
-        raise ConfigError(f"unit_size: the source makes {num_units} units, and there can be {most} (as many files are open at "
-                          "once); raise unit_size, or the limit of ulimit -n")
+        raise ConfigError(
+            f"unit_size: the source makes {num_units} units, and there can be {most} (as many files"
+            " are open at once); raise unit_size, or the limit of ulimit -n"
+        )
 
 
 def connect_to_ray(address: str) -> None:
@@ -199,21 +246,31 @@ def connect_to_ray(address: str) -> None:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except ConnectionError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"ray.address: {address}: cannot be reached: {reason}; give a Ray cluster's address") from None
+        raise ConfigError(
+            f"ray.address: {address}: cannot be reached: {reason}; give a Ray cluster's address"
+        ) from None
 
 
 def jobs_in_queue(folder: PartsFolder) -> list[str]:
-    """The jobs that were submitted for this folder, if any of them is not done: nothing in it must be touched then."""
+    """The jobs that were submitted for this folder, if any of them is not done: nothing in it
+    must be touched then.
+    """
     record = folder.work / JOBS
     if not record.exists():
         return []
     jobs: list[str] = read_json(record)["jobs"]
     try:
-        queue = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(jobs)], capture_output=True, text=True)
+        queue = subprocess.run(
+            ["squeue", "--noheader", "--jobs", ",".join(jobs)], capture_output=True, text=True
+        )
     except OSError:
-        raise ConfigError(f"{folder.out}: Slurm jobs {', '.join(jobs)} were submitted for it, and there is no squeue here to "
-                          f"ask about them; run the command where they were submitted, or remove {record}") from None
-    return jobs if queue.returncode == 0 and queue.stdout.strip() else []  # not 0 if it has forgotten them
+        raise ConfigError(
+            f"{folder.out}: Slurm jobs {', '.join(jobs)} were submitted for it, and there is no"
+            " squeue here to ask about them; run the command where they were submitted, or remove"
+            f" {record}"
+        ) from None
+    # Not 0 if it has forgotten them
+    return jobs if queue.returncode == 0 and queue.stdout.strip() else []
 
 
 def submit(config: CleanConfig, folder: PartsFolder, stages: Sequence[Stage]) -> str:
@@ -221,15 +278,25 @@ def submit(config: CleanConfig, folder: PartsFolder, stages: Sequence[Stage]) ->
     record = folder.work / JOBS
     before = ""
     if record.exists():
-        before = f"jobs {', '.join(read_json(record)['jobs'])} did not finish, see {folder.work / 'logs'}; "
+        before = (
+            f"jobs {', '.join(read_json(record)['jobs'])} did not finish, see"
+            f" {folder.work / 'logs'}; "
+        )
     last: Executor | None = None
     executors = [last := build_executor(config, folder, stage, last) for stage in stages]
     try:
         executors[-1].run()
     except OSError as error:
-        raise ConfigError(f"executor=slurm: {error.filename}: no such command; submit from a machine of the cluster") from None
+        raise ConfigError(
+            f"executor=slurm: {error.filename}: no such command; submit from a machine of the"
+            " cluster"
+        ) from None
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"slurm: sbatch refused a job (exit status {error.returncode}) for what it says above") from None
+        raise ConfigError(
+            f"slurm: sbatch refused a job (exit status {error.returncode}) for what it says above"
+        ) from None
     jobs = [str(executor.job_id) for executor in executors if executor.job_id not in (None, -1)]
     publish_file(record, {"jobs": jobs})
-    return f"{before}submitted jobs {', '.join(jobs)}; run the same command again when they are done"
+    return (
+        f"{before}submitted jobs {', '.join(jobs)}; run the same command again when they are done"
+    )

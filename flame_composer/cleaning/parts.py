@@ -1,10 +1,12 @@
-"""Cleaned documents on disk: a folder of JSONL parts, one a task, published whole and accounted for.
+"""Cleaned documents on disk: a folder of JSONL parts, one a task, published whole and accounted
+for.
 
-    out/manifest.json           what was done, where every document went, and the parts; published last
+    out/manifest.json           what was done, where every document went, the parts; published last
     out/documents/00000.jsonl.zst ...
-    out/.work/                  only while a cleaning is unfinished: its plan, its parts so far, its logs
+    out/.work/                  while a cleaning is unfinished: its plan, its parts so far, its logs
 
-Every file depends on the settings and the source alone: not on when, how often interrupted, or by how many it was made.
+Every file depends on the settings and the source alone: not on when, how often interrupted, or by
+how many it was made.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ VERSION = 1
 WORK = ".work"  # begins with a dot, so that whoever reads the folder passes it by
 LOCK = ".lock"  # whoever is at work holds it
 DOCUMENTS = "documents"
-STEPS = ("language", "gopher_repetition", "gopher_quality", "c4", "exact_dedup", "minhash")  # in this order
+# In this order
+STEPS = ("language", "gopher_repetition", "gopher_quality", "c4", "exact_dedup", "minhash")
 
 
 @dataclass
 class Counts:
-    """Where documents went: documents == unreadable + empty + removed by each step + out, always exactly.
+    """Where documents went: documents == unreadable + empty + removed by each step + out, always
+    exactly.
 
     `removed` is by step and reason ("" if there is one only), `changed` by step.
     """
@@ -64,8 +68,11 @@ class Counts:
         return self.documents == self.unreadable + self.empty + removed + self.out
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "removed": {step: dict(reasons) for step, reasons in self.removed.items()},
-                "changed": dict(self.changed)}  # fmt: skip
+        return {
+            **vars(self),
+            "removed": {step: dict(reasons) for step, reasons in self.removed.items()},
+            "changed": dict(self.changed),
+        }
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Counts:
@@ -74,7 +81,9 @@ class Counts:
 
 
 class PartWriter:
-    """Writes one part of documents; it is there, whole, once `commit` was called, and not if it would hold nothing."""
+    """Writes one part of documents; it is there, whole, once `commit` was called, and not if it
+    would hold nothing.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,12 +106,16 @@ class PartWriter:
 
 
 def _create(path: Path) -> BinaryIO:
-    """A file to write to, compressed as the suffix before .tmp says; equal content gives equal bytes."""
+    """A file to write to, compressed as the suffix before .tmp says; equal content gives equal
+    bytes.
+    """
     inner = path.with_suffix("").suffix
     if inner == ".zst":
         from pyarrow import output_stream
 
-        return cast(BinaryIO, io.BufferedWriter(output_stream(str(path), compression="zstd"), 1 << 20))
+        return cast(
+            BinaryIO, io.BufferedWriter(output_stream(str(path), compression="zstd"), 1 << 20)
+        )
     file = path.open("wb")
     if inner == ".gz":
         return cast(BinaryIO, _Gzip(file))
@@ -135,8 +148,10 @@ def read_part(path: Path) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class PartsFolder:
-    """A folder of parts in the making, or finished. `settings` is all that its bytes depend on but the source, JSON values
-    only; `versions` are those of the packages that do the work; `key` is what a user calls the folder."""
+    """A folder of parts in the making, or finished. `settings` is all that its bytes depend on
+    but the source, JSON values only; `versions` are those of the packages that do the work;
+    `key` is what a user calls the folder.
+    """
 
     key: str
     out: str
@@ -151,12 +166,18 @@ class PartsFolder:
     def part(self, number: int, folder: str = DOCUMENTS) -> Path:
         """Where a task writes its part while the cleaning is unfinished."""
         compression = self.settings["compression"]
-        return self.work / folder / f"{number:05}.jsonl{'' if compression == 'none' else f'.{compression}'}"
+        return (
+            self.work
+            / folder
+            / f"{number:05}.jsonl{'' if compression == 'none' else f'.{compression}'}"
+        )
 
     def finished(self) -> dict[str, Any] | None:
-        """The manifest if this very cleaning is already finished in the folder, None if there is work to do.
+        """The manifest if this very cleaning is already finished in the folder, None if there is
+        work to do.
 
-        Raises ConfigError if the folder holds something else, and DataError if what is finished is damaged.
+        Raises ConfigError if the folder holds something else, and DataError if what is finished is
+        damaged.
         """
         out = Path(self.out)
         if out.exists() and not out.is_dir():
@@ -169,24 +190,40 @@ class PartsFolder:
                 path = out / DOCUMENTS / part["name"]
                 size = path.stat().st_size if path.is_file() else None
                 if size != part["bytes"]:
-                    what = "missing" if size is None else f"{size} bytes long, must be {part['bytes']}"
-                    raise DataError(f"{path}: is {what}; restore it from a copy, or delete {out} and run the command again")
+                    what = (
+                        "missing" if size is None else f"{size} bytes long, must be {part['bytes']}"
+                    )
+                    raise DataError(
+                        f"{path}: is {what}; restore it from a copy, or delete {out} and run the"
+                        " command again"
+                    )
             shutil.rmtree(self.work, ignore_errors=True)
             Path(self.out, LOCK).unlink(missing_ok=True)
             return manifest
         if (self.work / "plan.json").exists():
             plan = self._read(self.work / "plan.json")
-            self._refuse_difference({**plan["settings"], **plan["versions"]}, {**self.settings, **self.versions})
+            self._refuse_difference(
+                {**plan["settings"], **plan["versions"]}, {**self.settings, **self.versions}
+            )
         elif out.exists() and any(path.name not in (WORK, LOCK) for path in out.iterdir()):
-            raise ConfigError(f"{self.key}: {out}: this folder is not empty and holds no cleaning; name a new one or empty it")
+            raise ConfigError(
+                f"{self.key}: {out}: this folder is not empty and holds no cleaning; name a new one"
+                " or empty it"
+            )
         return None
 
     def begin(self) -> None:
         """Take possession of the folder, or go on with the cleaning that was interrupted in it."""
-        plan = {"format": FORMAT, "version": VERSION, "settings": self.settings, "versions": self.versions,
-                "num_units": len(self.units)}  # fmt: skip
+        plan = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings,
+            "versions": self.versions,
+            "num_units": len(self.units),
+        }
         if (self.work / "plan.json").exists() and self._read(self.work / "plan.json") != plan:
-            shutil.rmtree(self.work)  # the source has other units now, and what is there is numbered by the old ones
+            # The source has other units now, and what is there is numbered by the old ones
+            shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         if Path(self.out, DOCUMENTS).exists():  # interrupted while it was published
             os.rename(Path(self.out, DOCUMENTS), self.work / DOCUMENTS)
@@ -197,32 +234,54 @@ class PartsFolder:
         assert counts.balances, counts
         here, there = self.work / DOCUMENTS, Path(self.out, DOCUMENTS)
         here.mkdir(exist_ok=True)
-        for folder in (path for path in here.iterdir() if path.is_dir() and not any(path.iterdir())):
+        for folder in (
+            path for path in here.iterdir() if path.is_dir() and not any(path.iterdir())
+        ):
             folder.rmdir()  # of a step that removed nothing
         os.rename(here, there)
         paths = sorted(path for path in there.rglob("*") if path.is_file())
         manifest = {
-            "format": FORMAT, "version": VERSION, "settings": self.settings, "versions": self.versions,
-            "inputs": inputs_of(self.units), "counts": counts.to_json(),
-            "parts": [{"name": str(path.relative_to(there)), "bytes": path.stat().st_size} for path in paths],
-        }  # fmt: skip
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings,
+            "versions": self.versions,
+            "inputs": inputs_of(self.units),
+            "counts": counts.to_json(),
+            "parts": [
+                {"name": str(path.relative_to(there)), "bytes": path.stat().st_size}
+                for path in paths
+            ],
+        }
         publish_file(Path(self.out, "manifest.json"), manifest)
 
     def _read(self, path: Path) -> dict[str, Any]:
         content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-            raise ConfigError(f"{self.key}: {self.out}: holds what convert/clean.py did not write; name another folder")
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != FORMAT
+            or content.get("version") != VERSION
+        ):
+            raise ConfigError(
+                f"{self.key}: {self.out}: holds what convert/clean.py did not write; name another"
+                " folder"
+            )
         if not _is_whole(content, path.name):
-            raise DataError(f"{path}: damaged: a key is missing, or of another kind; remove its folder and run the command "
-                            "again")
+            raise DataError(
+                f"{path}: damaged: a key is missing, or of another kind; remove its folder and run"
+                " the command again"
+            )
         return content
 
     def _refuse_difference(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         differences = _differences(_whole(there), _whole(here))
-        shown = [f"{key} ({_short(before)} there, {_short(now)} now)" for key, before, now in differences]
+        shown = [
+            f"{key} ({_short(before)} there, {_short(now)} now)" for key, before, now in differences
+        ]
         if shown:
-            raise ConfigError(f"{self.key}: {self.out}: holds a cleaning with other settings: {', '.join(shown)}; name another "
-                              f"{self.key}, or remove this folder")
+            raise ConfigError(
+                f"{self.key}: {self.out}: holds a cleaning with other settings: {', '.join(shown)};"
+                f" name another {self.key}, or remove this folder"
+            )
 
 
 def _is_whole(content: dict[str, Any], name: str) -> bool:
@@ -248,7 +307,10 @@ def _are_counts(content: dict[str, Any]) -> bool:
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     numbers = [value for name, value in vars(counts).items() if name not in ("removed", "changed")]
-    are_numbers = all(type(number) is int and number >= 0 for number in (*numbers, *removed, *counts.changed.values()))
+    are_numbers = all(
+        type(number) is int and number >= 0
+        for number in (*numbers, *removed, *counts.changed.values())
+    )
     return are_numbers and set(counts.removed) <= set(STEPS) and counts.balances
 
 
@@ -263,13 +325,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged: {str(error).splitlines()[0]}; remove its folder and run the command again") from None
+        raise DataError(
+            f"{path}: damaged: {str(error).splitlines()[0]}; remove its folder and run the command"
+            " again"
+        ) from None
 
 
 def inputs_of(units: Sequence[Unit]) -> str:
-    """The source in a few words that differ when its files, their sizes or what they are read as do."""
+    """The source in a few words that differ when its files, their sizes or what they are read as
+    do.
+    """
     sizes: dict[str, int] = {}
-    formats: dict[str, str] = {}  # of files whose name alone did not tell earlier versions, which left this out
+    # Of files whose name alone did not tell earlier versions, which left this out
+    formats: dict[str, str] = {}
     for part in (part for unit in units for part in unit):
         sizes[part.path] = sizes.get(part.path, 0) + part.num_bytes
         if part.format not in ("dataset", format_by_suffix(part.path)):
@@ -283,7 +351,9 @@ def _whole(settings: dict[str, Any]) -> dict[str, Any]:
     return {"max_document_bytes": MAX_DOCUMENT_BYTES, **settings}
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    there: dict[str, Any], here: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     for key in there | here:
         before, now = there.get(key), here.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
@@ -298,31 +368,67 @@ def _short(value: Any) -> str:
 
 
 def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
-    """One row a step and reason: documents in = documents removed + documents out; the last line is JSON."""
+    """One row a step and reason: documents in = documents removed + documents out; the last line
+    is JSON.
+    """
     counts = Counts.from_json(manifest["counts"])
     rows = [("step", "in", "removed", "changed", "out")]
     left = counts.documents
-    steps = [("unreadable", counts.unreadable, Counter[str]()), ("empty", counts.empty, Counter[str]())]
-    steps += [(step, sum(counts.removed[step].values()), counts.removed[step]) for step in STEPS if step in counts.removed]
+    steps = [
+        ("unreadable", counts.unreadable, Counter[str]()),
+        ("empty", counts.empty, Counter[str]()),
+    ]
+    steps += [
+        (step, sum(counts.removed[step].values()), counts.removed[step])
+        for step in STEPS
+        if step in counts.removed
+    ]
     if "pii" in counts.changed:
         steps.append(("pii", 0, Counter()))
     for step, removed, reasons in steps:
         changed = counts.changed[step]
-        rows.append((step, f"{left:,}", f"{removed:,}", f"{changed:,}" if changed else "", f"{left - removed:,}"))
-        rows += [(f"  {reason}", "", f"{number:,}", "", "") for reason, number in sorted(reasons.items()) if reason]
+        rows.append(
+            (
+                step,
+                f"{left:,}",
+                f"{removed:,}",
+                f"{changed:,}" if changed else "",
+                f"{left - removed:,}",
+            )
+        )
+        rows += [
+            (f"  {reason}", "", f"{number:,}", "", "")
+            for reason, number in sorted(reasons.items())
+            if reason
+        ]
         left -= removed
     assert left == counts.out, counts
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-             for row in rows]  # fmt: skip
-    kept = (f"{counts.out:,} of {counts.documents:,} documents are left, "
-            f"{counts.characters_out:,} of {counts.characters:,} characters")  # fmt: skip
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+    kept = (
+        f"{counts.out:,} of {counts.documents:,} documents are left, "
+        f"{counts.characters_out:,} of {counts.characters:,} characters"
+    )
     if seconds is not None:
         kept += f", in {seconds:.1f} s: {counts.characters / seconds:,.0f} characters/s"
     summary = {
-        "documents": counts.documents, "unreadable": counts.unreadable, "empty": counts.empty,
-        "removed": {step: sum(counts.removed[step].values()) for step in STEPS if step in counts.removed},
-        "changed": dict(counts.changed), "documents_out": counts.out, "characters": counts.characters,
+        "documents": counts.documents,
+        "unreadable": counts.unreadable,
+        "empty": counts.empty,
+        "removed": {
+            step: sum(counts.removed[step].values()) for step in STEPS if step in counts.removed
+        },
+        "changed": dict(counts.changed),
+        "documents_out": counts.out,
+        "characters": counts.characters,
         "characters_out": counts.characters_out,
-    }  # fmt: skip
+    }
     return [*lines, kept, json.dumps(summary)]

@@ -1,4 +1,6 @@
-"""What is done to documents: datatrove's filters and deduplication between our reader and our parts, in stages."""
+"""What is done to documents: datatrove's filters and deduplication between our reader and our
+parts, in stages.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,15 @@ from datatrove.pipeline.formatters.pii import PIIFormatter
 from datatrove.utils.lid import FastTextLID
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from flame_composer.cleaning.parts import DOCUMENTS, Counts, PartsFolder, PartWriter, publish_file, read_json, read_part
+from flame_composer.cleaning.parts import (
+    DOCUMENTS,
+    Counts,
+    PartsFolder,
+    PartWriter,
+    publish_file,
+    read_json,
+    read_part,
+)
 from flame_composer.config.clean import (
     C4Config,
     CleanConfig,
@@ -66,8 +76,8 @@ SENTENCES = regex.compile(r"""(?:\p{Lu}\.|.)+?(?:[.?!…]+["'”’)\]]*(?=\s|$)
 class UnicodeTokenizer(WhitespaceTokenizer):
     """Words by the default rules of Unicode (UAX #29) and sentences by their last character.
 
-    For any language that parts words with spaces, without a model, and 16 times as fast as the spaCy tokenizers that
-    datatrove has for each language.
+    For any language that parts words with spaces, without a model, and 16 times as fast as the
+    spaCy tokenizers that datatrove has for each language.
     """
 
     def word_tokenize(self, text: str) -> list[str]:
@@ -95,16 +105,28 @@ class FastTextFile(FastTextLID):
 
 
 def build_filters(config: CleanConfig) -> dict[str, BaseFilter]:
-    """The filters that the configuration asks for, by its names for them, in the order in which they are applied."""
+    """The filters that the configuration asks for, by its names for them, in the order in which
+    they are applied.
+    """
     filters: dict[str, BaseFilter] = {}
     if config.language is not None:
         filters["language"] = build_language_filter(config.language)
     words = UnicodeTokenizer()
     builders: dict[str, Callable[[Any, UnicodeTokenizer], BaseFilter]] = {
-        "gopher_repetition": build_repetition_filter, "gopher_quality": build_quality_filter, "c4": build_c4_filter,
-    }  # fmt: skip
-    sections = {"gopher_repetition": config.gopher_repetition, "gopher_quality": config.gopher_quality, "c4": config.c4}
-    return filters | {name: builders[name](section, words) for name, section in sections.items() if section is not None}
+        "gopher_repetition": build_repetition_filter,
+        "gopher_quality": build_quality_filter,
+        "c4": build_c4_filter,
+    }
+    sections = {
+        "gopher_repetition": config.gopher_repetition,
+        "gopher_quality": config.gopher_quality,
+        "c4": config.c4,
+    }
+    return filters | {
+        name: builders[name](section, words)
+        for name, section in sections.items()
+        if section is not None
+    }
 
 
 def build_language_filter(section: LanguageConfig) -> LanguageFilter:
@@ -113,26 +135,36 @@ def build_language_filter(section: LanguageConfig) -> LanguageFilter:
     return language_filter
 
 
-def build_repetition_filter(section: GopherRepetitionConfig, words: UnicodeTokenizer) -> GopherRepetitionFilter:
+def build_repetition_filter(
+    section: GopherRepetitionConfig, words: UnicodeTokenizer
+) -> GopherRepetitionFilter:
     limits = dataclasses.asdict(section)
     for name, first in (("top_n_grams", 2), ("dup_n_grams", 5)):
         limits[name] = tuple((n, limit) for n, limit in enumerate(limits[name], first) if limit)
     return GopherRepetitionFilter(**limits, language=words)
 
 
-def build_quality_filter(section: GopherQualityConfig, words: UnicodeTokenizer) -> GopherQualityFilter:
+def build_quality_filter(
+    section: GopherQualityConfig, words: UnicodeTokenizer
+) -> GopherQualityFilter:
     limits = dataclasses.asdict(section)
-    limits["max_non_alpha_words_ratio"] = limits.pop("min_alpha_words_ratio")  # what it does, against what it is called
+    # What it does, against what it is called
+    limits["max_non_alpha_words_ratio"] = limits.pop("min_alpha_words_ratio")
     return GopherQualityFilter(**limits, language=words)
 
 
 def build_c4_filter(section: C4Config, words: UnicodeTokenizer) -> C4QualityFilter:
-    limits = {name: -1 if value == 0 and value is not False else value for name, value in dataclasses.asdict(section).items()}
+    limits = {
+        name: -1 if value == 0 and value is not False else value
+        for name, value in dataclasses.asdict(section).items()
+    }
     return C4QualityFilter(**limits, language=words)
 
 
 def judge(name: str, step: BaseFilter, document: Document) -> tuple[bool, str]:
-    """Whether the step keeps the document, which it may change, and if not, why ("" where there is one reason only)."""
+    """Whether the step keeps the document, which it may change, and if not, why ("" where there
+    is one reason only).
+    """
     result = step.filter(document)
     is_kept, reason = result if isinstance(result, tuple) else (bool(result), "")
     if name == "language" and not is_kept:
@@ -147,15 +179,23 @@ def build_mask(config: CleanConfig) -> PIIFormatter | None:
         return None
     emails, ips = config.pii.emails, config.pii.ips
     return PIIFormatter(
-        remove_emails=emails is not None, email_replacement=emails or "", remove_ips=ips is not None, ip_replacement=ips or "",
+        remove_emails=emails is not None,
+        email_replacement=emails or "",
+        remove_ips=ips is not None,
+        ip_replacement=ips or "",
         only_remove_public_ips=config.pii.public_ips_only,
-    )  # fmt: skip
+    )
 
 
 def check_model(section: LanguageConfig) -> str:
-    """A hash of the model's file. Raises ConfigError unless it can be read and knows the languages."""
+    """A hash of the model's file. Raises ConfigError unless it can be read and knows the
+    languages.
+    """
     if not os.path.isfile(section.model):
-        raise ConfigError(f"language.model: {section.model}: no such file; give that of a fastText model, e.g. lid.176.bin")
+        raise ConfigError(
+            f"language.model: {section.model}: no such file; give that of a fastText model, e.g."
+            " lid.176.bin"
+        )
     try:
         labels = FastTextFile(section.model, []).model.get_labels()
     except (ValueError, RuntimeError) as error:
@@ -172,19 +212,26 @@ def check_model(section: LanguageConfig) -> str:
     return digest.hexdigest()
 
 
-# Steps of a pipeline: called with what the step before yields, the task's number and the number of tasks
+# Steps of a pipeline: called with what the step before yields, the task's number and the number of
+# tasks
 
 
 @dataclass
 class Aside:
-    """Keeps removed documents, if there is a folder for them, and counts them; what datatrove calls an exclusion writer."""
+    """Keeps removed documents, if there is a folder for them, and counts them; what datatrove
+    calls an exclusion writer.
+    """
 
     folder: PartsFolder | None
     step: str
 
     def open(self, rank: int) -> None:
         self.reasons: Counter[str] = Counter()
-        self.writer = None if self.folder is None else PartWriter(self.folder.part(rank, f"{DOCUMENTS}/{self.step}"))
+        self.writer = (
+            None
+            if self.folder is None
+            else PartWriter(self.folder.part(rank, f"{DOCUMENTS}/{self.step}"))
+        )
 
     def write(self, document: Document, rank: int, reason: str = "") -> None:
         self.reasons[reason] += 1
@@ -195,7 +242,8 @@ class Aside:
         if self.writer is not None:
             self.writer.commit()
 
-    def __enter__(self) -> Aside:  # datatrove enters and leaves it only if there is something to remove
+    # Datatrove enters and leaves it only if there is something to remove
+    def __enter__(self) -> Aside:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -231,7 +279,10 @@ class Filter:
         for aside in asides.values():
             aside.commit()
         counts.removed = {name: aside.reasons for name, aside in asides.items()}
-        record = {"inputs": [dataclasses.asdict(part) for part in self.folder.units[rank]], "counts": counts.to_json()}
+        record = {
+            "inputs": [dataclasses.asdict(part) for part in self.folder.units[rank]],
+            "counts": counts.to_json(),
+        }
         publish_file(counts_path(self.folder, "filter", rank), record)
 
     def _read(self, rank: int, counts: Counts) -> Documents:
@@ -243,7 +294,9 @@ class Filter:
 
         for part in self.folder.units[rank]:
             shard = f"{part.start}:" if part.format == "dataset" else ""
-            documents = read_documents(part, self.config.text_column, skip, self.config.max_document_bytes)
+            documents = read_documents(
+                part, self.config.text_column, skip, self.config.max_document_bytes
+            )
             for text, path, position in documents:
                 counts.documents += 1
                 counts.characters += len(text)
@@ -280,8 +333,9 @@ class ReadAgain:
 
 @dataclass
 class KeepFirst:
-    """Of each cluster that datatrove's MinhashDedupCluster has found, has its filter keep the first document in source
-    order, where datatrove would keep any."""
+    """Of each cluster that datatrove's MinhashDedupCluster has found, has its filter keep the
+    first document in source order, where datatrove would keep any.
+    """
 
     clusters: str
 
@@ -336,7 +390,9 @@ class Publish:
         totals = Counts(removed={step: Counter() for step in self.steps})
         for number in range(len(self.folder.units)):
             for stage in ("filter", "finish"):
-                totals.add(Counts.from_json(read_json(counts_path(self.folder, stage, number))["counts"]))
+                totals.add(
+                    Counts.from_json(read_json(counts_path(self.folder, stage, number))["counts"])
+                )
         if self.removed is not None and self.removed.finished() is None:
             self.removed.publish(totals)
         self.folder.publish(totals)
@@ -371,7 +427,9 @@ def earlier_first(document: Document) -> int:
     return MAX_TASKS + 1 - document.metadata["unit"]
 
 
-def build_stages(config: CleanConfig, folder: PartsFolder, removed: PartsFolder | None) -> list[Stage]:
+def build_stages(
+    config: CleanConfig, folder: PartsFolder, removed: PartsFolder | None
+) -> list[Stage]:
     num_units = len(folder.units)
     filters, mask = build_filters(config), build_mask(config)
     first = Stage("filter", [Filter(config, folder, removed, filters)], num_units)
@@ -392,7 +450,9 @@ def build_stages(config: CleanConfig, folder: PartsFolder, removed: PartsFolder 
         hashing.append(ExactDedupFilter(found, exact))
     if config.minhash is not None:
         section = config.minhash
-        minhash = MinhashConfig(section.n_grams, section.num_buckets, section.hashes_per_bucket, section.seed)
+        minhash = MinhashConfig(
+            section.n_grams, section.num_buckets, section.hashes_per_bucket, section.seed
+        )
         hashes, found = str(folder.work / "minhash_hashes"), str(folder.work / "minhash_found")
         clusters = str(folder.work / "minhash_clusters")
         signature = MinhashDedupSignature(hashes, minhash, UnicodeTokenizer())
@@ -400,9 +460,23 @@ def build_stages(config: CleanConfig, folder: PartsFolder, removed: PartsFolder 
             stages.append(Stage("hash", [*hashing, signature], num_units))
         else:
             first.pipeline.append(signature)
-        stages.append(Stage("find similar", [MinhashDedupBuckets(hashes, found, config=minhash)], section.num_buckets))
-        stages.append(Stage("cluster", [MinhashDedupCluster(found, clusters, minhash, save_cluster_id=True),
-                                        KeepFirst(clusters)], 1))  # fmt: skip
+        stages.append(
+            Stage(
+                "find similar",
+                [MinhashDedupBuckets(hashes, found, config=minhash)],
+                section.num_buckets,
+            )
+        )
+        stages.append(
+            Stage(
+                "cluster",
+                [
+                    MinhashDedupCluster(found, clusters, minhash, save_cluster_id=True),
+                    KeepFirst(clusters),
+                ],
+                1,
+            )
+        )
         asides.append(Aside(removed, "minhash"))
         rereading.append(MinhashDedupFilter(clusters, asides[-1]))
     finish = Finish(folder, mask, tuple(asides))

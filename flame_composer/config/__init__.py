@@ -1,1 +1,3 @@
-"""What every script is run with: keys, defaults and rules, and how a command line becomes a checked configuration."""
+"""What every script is run with: keys, defaults and rules, and how a command line becomes a
+checked configuration.
+"""

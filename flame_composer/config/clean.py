@@ -37,7 +37,9 @@ class LanguageConfig:
 
 @dataclass
 class GopherRepetitionConfig:
-    """Remove documents that repeat themselves, by the rules of Gopher (arXiv 2112.11446, table A1); a limit of 0 is none."""
+    """Remove documents that repeat themselves, by the rules of Gopher (arXiv 2112.11446, table
+    A1); a limit of 0 is none.
+    """
 
     dup_line_frac: float = 0.3
     """Largest share of a document's lines that have come before."""
@@ -50,20 +52,27 @@ class GopherRepetitionConfig:
     top_n_grams: list[float] = field(default_factory=lambda: [0.2, 0.18, 0.16])
     """Largest share of its characters in its most frequent sequence of 2, 3 and 4 words."""
     dup_n_grams: list[float] = field(default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.1])
-    """Largest share of its characters in sequences of 5, 6, 7, 8, 9 and 10 words that have come before."""
+    """Largest share of its characters in sequences of 5, 6, 7, 8, 9 and 10 words that have come
+    before.
+    """
 
     def validate(self) -> None:
         for name in ("dup_line_frac", "dup_para_frac", "dup_line_char_frac", "dup_para_char_frac"):
             require_fraction(getattr(self, name), name)
         for name, count in (("top_n_grams", 3), ("dup_n_grams", 6)):
             values = getattr(self, name)
-            require(len(values) == count and all(0 <= value <= 1 for value in values), name,
-                    f"must be {count} numbers from 0 to 1")
+            require(
+                len(values) == count and all(0 <= value <= 1 for value in values),
+                name,
+                f"must be {count} numbers from 0 to 1",
+            )
 
 
 @dataclass
 class GopherQualityConfig:
-    """Remove what is hardly prose, by the rules of Gopher (arXiv 2112.11446, appendix A); a limit of 0 is none."""
+    """Remove what is hardly prose, by the rules of Gopher (arXiv 2112.11446, appendix A); a
+    limit of 0 is none.
+    """
 
     min_doc_words: int = 50
     """Fewest words, punctuation not counted."""
@@ -83,25 +92,46 @@ class GopherQualityConfig:
     """Smallest share of words (punctuation counted) that hold a letter."""
     min_stop_words: int = 2
     """Fewest different words of `stop_words`."""
-    stop_words: list[str] = field(default_factory=lambda: ["the", "be", "to", "of", "and", "that", "have", "with"])
+    stop_words: list[str] = field(
+        default_factory=lambda: ["the", "be", "to", "of", "and", "that", "have", "with"]
+    )
     """Words that prose is not without; give those of the language if it is not English."""
 
     def validate(self) -> None:
-        for name in ("min_doc_words", "max_doc_words", "min_avg_word_length", "max_avg_word_length", "min_stop_words"):
+        for name in (
+            "min_doc_words",
+            "max_doc_words",
+            "min_avg_word_length",
+            "max_avg_word_length",
+            "min_stop_words",
+        ):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
-        for name in ("max_symbol_word_ratio", "max_bullet_lines_ratio", "max_ellipsis_lines_ratio", "min_alpha_words_ratio"):
+        for name in (
+            "max_symbol_word_ratio",
+            "max_bullet_lines_ratio",
+            "max_ellipsis_lines_ratio",
+            "min_alpha_words_ratio",
+        ):
             require_fraction(getattr(self, name), name)
-        require(self.min_stop_words <= len(set(self.stop_words)), "stop_words", "must be at least min_stop_words words")
+        require(
+            self.min_stop_words <= len(set(self.stop_words)),
+            "stop_words",
+            "must be at least min_stop_words words",
+        )
 
 
 @dataclass
 class C4Config:
-    """Remove lines and documents by the rules of C4 (arXiv 1910.10683, section 2.2); what is left of a text is kept."""
+    """Remove lines and documents by the rules of C4 (arXiv 1910.10683, section 2.2); what is
+    left of a text is kept.
+    """
 
     remove_citations: bool = True
     """Take marks like [12], [edit] and [citation needed] out of lines."""
     filter_no_terminal_punct: bool = False
-    """Remove lines that do not end in . ? ! or a quotation mark, as C4 did; FineWeb found it better not to."""
+    """Remove lines that do not end in . ? ! or a quotation mark, as C4 did; FineWeb found it
+    better not to.
+    """
     min_num_sentences: int = 5
     """Remove documents of fewer sentences; 0 is no such limit."""
     min_words_per_line: int = 3
@@ -124,8 +154,10 @@ class C4Config:
 
 @dataclass
 class MinhashConfig:
-    """Remove near-duplicates: two documents that share the part s of their word sequences are found with probability
-    1 - (1 - s^hashes_per_bucket)^num_buckets, which is 92 % for s = 0.8 and 5 % for s = 0.5 with the defaults."""
+    """Remove near-duplicates: two documents that share the part s of their word sequences are
+    found with probability 1 - (1 - s^hashes_per_bucket)^num_buckets, which is 92 % for s = 0.8
+    and 5 % for s = 0.5 with the defaults.
+    """
 
     n_grams: int = 5
     """Words per sequence that is compared; documents of fewer words have no near-duplicates."""
@@ -149,13 +181,18 @@ class PiiConfig:
     emails: str | None = "email@example.com"
     """Put in the place of every e-mail address; null leaves them."""
     ips: str | None = "22.214.171.124"
-    """Put in the place of every IPv4 address; null leaves them. The default answers nobody, as far as is known."""
+    """Put in the place of every IPv4 address; null leaves them. The default answers nobody, as
+    far as is known.
+    """
     public_ips_only: bool = True
     """Leave addresses that are private, reserved or local, like 192.168.0.1."""
 
     def validate(self) -> None:
-        require(self.emails is not None or self.ips is not None, "emails",
-                "must be set if ips is not; pii=null masks nothing")
+        require(
+            self.emails is not None or self.ips is not None,
+            "emails",
+            "must be set if ips is not; pii=null masks nothing",
+        )
 
 
 @dataclass
@@ -173,7 +210,9 @@ class SlurmConfig:
     qos: str = "normal"
     """Quality of service."""
     activate: str | None = None
-    """Script that a job sources first to have this environment; that of the environment this runs in, if not set."""
+    """Script that a job sources first to have this environment; that of the environment this
+    runs in, if not set.
+    """
     max_array_size: int = 1001
     """Most tasks that the cluster takes in one array job."""
 
@@ -199,14 +238,17 @@ class RayConfig:
 
 @dataclass
 class CleanConfig(ScriptConfig):
-    """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web; section=null leaves a step out."""
+    """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web;
+    section=null leaves a step out.
+    """
 
     goes_on = True
     paths = ("source", "out", "removed_out")
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet; with `split`, Hugging Face
-    datasets by id or folder."""
+    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet;
+    with `split`, Hugging Face datasets by id or folder.
+    """
     split: str | None = None
     """Split of the Hugging Face dataset to read, e.g. train."""
     name: str | None = None
@@ -222,7 +264,9 @@ class CleanConfig(ScriptConfig):
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
+    that cannot be read.
+    """
     language: LanguageConfig | None = None
     """Keep some languages only; off unless a model file is given."""
     gopher_repetition: GopherRepetitionConfig | None = field(default_factory=GopherRepetitionConfig)
@@ -240,12 +284,17 @@ class CleanConfig(ScriptConfig):
     compression: Literal["zst", "gz", "none"] = "zst"
     """How the output files are compressed."""
     unit_size: int = 67108864
-    """Input bytes per task; each writes one output file, and is the step in which a cleaning is resumed."""
+    """Input bytes per task; each writes one output file, and is the step in which a cleaning is
+    resumed.
+    """
     num_workers: int | None = None
-    """Tasks at a time; one per core if not set, and with a cluster as many as it has room for. The output does not depend
-    on it."""
+    """Tasks at a time; one per core if not set, and with a cluster as many as it has room for.
+    The output does not depend on it.
+    """
     executor: Literal["local", "slurm", "ray"] = "local"
-    """What runs the tasks: processes of this machine, or a cluster whose machines see the same files under the same paths."""
+    """What runs the tasks: processes of this machine, or a cluster whose machines see the same
+    files under the same paths.
+    """
     slurm: SlurmConfig | None = None
     """Needed with executor=slurm."""
     ray: RayConfig = field(default_factory=RayConfig)
@@ -254,21 +303,53 @@ class CleanConfig(ScriptConfig):
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
         require_text(self, "source", "out", "removed_out", "text_column", "split", "name")
-        require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
-        require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
+        require(
+            self.name is None or self.split is not None,
+            "split",
+            "must be set together with name, e.g. split=train",
+        )
+        require(
+            self.split is None or not self.suffixes,
+            "suffixes",
+            "must not be set together with split",
+        )
         if self.removed_out is not None:
             require_apart(self.out, self.removed_out, "removed_out")
-        steps = (self.language, self.gopher_repetition, self.gopher_quality, self.c4, self.minhash, self.pii)
-        require(self.exact_dedup or any(step is not None for step in steps), "exact_dedup",
-                "must be true where every other step is null, or there is nothing to do")
+        steps = (
+            self.language,
+            self.gopher_repetition,
+            self.gopher_quality,
+            self.c4,
+            self.minhash,
+            self.pii,
+        )
+        require(
+            self.exact_dedup or any(step is not None for step in steps),
+            "exact_dedup",
+            "must be true where every other step is null, or there is nothing to do",
+        )
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
         require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
-        require(self.num_workers is None or self.num_workers > 0, "num_workers", "must be 1 or more, or null")
-        require((self.executor == "slurm") == (self.slurm is not None), "slurm",
-                "must be set with executor=slurm, and with no other: slurm.partition=... slurm.time=...")
+        require(
+            self.num_workers is None or self.num_workers > 0,
+            "num_workers",
+            "must be 1 or more, or null",
+        )
+        require(
+            (self.executor == "slurm") == (self.slurm is not None),
+            "slurm",
+            "must be set with executor=slurm, and with no other: slurm.partition=..."
+            " slurm.time=...",
+        )
         if self.executor != "local":
-            for name in ("source", "out", "removed_out") if self.split is None else ("out", "removed_out"):
+            for name in (
+                ("source", "out", "removed_out") if self.split is None else ("out", "removed_out")
+            ):
                 value = getattr(self, name) or []
                 paths = [value] if isinstance(value, str) else value
-                require(all(os.path.isabs(path) for path in paths), name,
-                        "must be absolute where there is a cluster, whose workers have working folders of their own")
+                require(
+                    all(os.path.isabs(path) for path in paths),
+                    name,
+                    "must be absolute where there is a cluster, whose workers have working folders"
+                    " of their own",
+                )

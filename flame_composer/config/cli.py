@@ -1,4 +1,6 @@
-"""How a script is run: its configuration from the command line, its help, its errors in one line, its signals."""
+"""How a script is run: its configuration from the command line, its help, its errors in one
+line, its signals.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,21 @@ LONGEST = 1500  # characters of an error; a longer one is cut in the middle: its
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-SECONDS_BEHIND = 20  # that a mistake is met by the other processes of a machine before its first one, at most
+# That a mistake is met by the other processes of a machine before its first one, at most
+SECONDS_BEHIND = 20
 
 
 def run(main: Callable[[C], None], cls: type[C]) -> int:
-    """Load the configuration from sys.argv and call `main` with it; returns the process's exit status."""
+    """Load the configuration from sys.argv and call `main` with it; returns the process's exit
+    status.
+    """
     return _run(main, cls, Path(sys.argv[0]).name, sys.argv[1:])
 
 
 def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfig]]]) -> int:
-    """As `run`, for a script that does several things: `script.py [name] [file.yaml] [key=value ...]`, the first by default."""
+    """As `run`, for a script that does several things: `script.py [name] [file.yaml] [key=value
+    ...]`, the first by default.
+    """
     script, argv = Path(sys.argv[0]).name, sys.argv[1:]
     clean_streams()
     first = argv[0] if argv else ""
@@ -53,7 +60,12 @@ def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfi
         print("\n\n".join(help_text(cls, f"{script} {name}") for name, (_, cls) in mains.items()))
         flush_streams()
         return 0
-    if first and "=" not in first and not first.startswith("-") and not first.endswith((".yaml", ".yml")):
+    if (
+        first
+        and "=" not in first
+        and not first.startswith("-")
+        and not first.endswith((".yaml", ".yml"))
+    ):
         names = list(mains)
         known = f"{', '.join(names)}, or a YAML file{nearest(first, names)}"
         _say(f"command line: {first}: must be one of {known}")
@@ -67,8 +79,10 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
     status = _answer(main, cls, script, argv)
     if (lost := flush_streams()) is None or status:
         return status
-    _say(f"stdout: cannot be written to: {lost.strerror}; the work is done, but not all of its lines "
-         "were shown")
+    _say(
+        f"stdout: cannot be written to: {lost.strerror}; the work is done, but not all of its lines"
+        " were shown"
+    )
     return EXIT_DATA
 
 
@@ -101,34 +115,49 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
                 raise TrainingError(f"{outside}; {again}") from None
             raise
     except (ConfigError, DataError, TrainingError) as error:
-        message = explain(config, error) if config is not None and isinstance(error, InvalidField) else str(error)
+        message = (
+            explain(config, error)
+            if config is not None and isinstance(error, InvalidField)
+            else str(error)
+        )
         # An error in a loader process arrives with that process's traceback before it.
         if message.startswith("Caught "):
-            message = message.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+            message = (
+                message.strip()
+                .splitlines()[-1]
+                .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+            )
         # Every rank meets the same mistake in the configuration, and one of them says it.
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             _say(message)
         if isinstance(error, DataError | TrainingError):
             return EXIT_DATA
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # A launcher ends the others when the first process fails, and reports what the lowest rank ended with: 2, if that
-            # is let go first.
+            # A launcher ends the others when the first process fails, and reports what the lowest
+            # rank ended with: 2, if that is let go first.
             time.sleep(SECONDS_BEHIND)
         return EXIT_CONFIG
     except KeyboardInterrupt:
-        kept = "; what was finished is kept, and the same command goes on from there" if cls.goes_on else ""
+        kept = (
+            "; what was finished is kept, and the same command goes on from there"
+            if cls.goes_on
+            else ""
+        )
         print(f"interrupted{kept}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     finally:
-        # The status is settled. By default, SIGTERM would end the process with another one while Python clears up.
+        # The status is settled. By default, SIGTERM would end the process with another one while
+        # Python clears up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 
 def _from_outside(error: Exception) -> str | None:
-    """One line for what comes of the machine and not of the program: a disk that is full, a process that was killed.
+    """One line for what comes of the machine and not of the program: a disk that is full, a process
+    that was killed.
 
-    The error that says so may have made another one while it was on its way, as one within `torch.save` does.
+    The error that says so may have made another one while it was on its way, as one within
+    `torch.save` does.
     """
     if isinstance(error, ConfigError | DataError | TrainingError):
         return None
@@ -143,8 +172,12 @@ def _from_outside(error: Exception) -> str | None:
             return loss
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return None
+
+
 def _name_user() -> None:
-    """Give a user id without a name one: Kubernetes and OpenShift run containers under such, and torch asks for it."""
+    """Give a user id without a name one: Kubernetes and OpenShift run containers under such, and
+    torch asks for it.
+    """
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -152,8 +185,9 @@ def _name_user() -> None:
 
 
 def listen_to_signals() -> None:
-    """Take SIGTERM and Ctrl-C back from Composer, which sets handlers of its own when it is imported: theirs end a process in
-    which ours would go on, or know why an error came."""
+    """Take SIGTERM and Ctrl-C back from Composer, which sets handlers of its own when it is
+    imported: theirs end a process in which ours would go on, or know why an error came.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
 
@@ -162,9 +196,11 @@ _told: list[int] = []  # the signals that came; the first decides the status to 
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    """Ends the process as an exception does, with whatever it has open closed; status 143 for SIGTERM, 130 for Ctrl-C.
+    """Ends the process as an exception does, with whatever it has open closed; status 143 for
+    SIGTERM, 130 for Ctrl-C.
 
-    More signals do not disturb it in that, as a launcher and a cluster each send some; but a second Ctrl-C ends it at once.
+    More signals do not disturb it in that, as a launcher and a cluster each send some; but a second
+    Ctrl-C ends it at once.
     """
     _told.append(128 + number)
     if _told.count(EXIT_INTERRUPTED) > 1:
@@ -178,7 +214,13 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 def help_text(cls: type[ScriptConfig], script: str) -> str:
     """Usage, then every key with its type, default and one-line doc."""
     before = f"{cls.positional.upper()} ..." if cls.positional else "[file.yaml]"
-    lines = [f"usage: {script} {before} [key=value ...]", "", inspect.cleandoc(cls.__doc__ or ""), "", "keys:"]
+    lines = [
+        f"usage: {script} {before} [key=value ...]",
+        "",
+        inspect.cleandoc(cls.__doc__ or ""),
+        "",
+        "keys:",
+    ]
     for key, annotation, default, doc in fields_of(cls):
         lines.append(f"  {key}: {annotation}{'' if default is None else f' = {default}'}")
         lines += textwrap.wrap(doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -17,8 +17,11 @@ from flame_composer.storage.files import is_url
 def require_apart(out: str, other: str, name: str) -> None:
     places = [place if is_url(place) else os.path.realpath(place) for place in (out, other)]
     first, second = (f"{place.rstrip('/')}/" for place in places)
-    require(not first.startswith(second) and not second.startswith(first), name,
-            f"must be a folder beside out={out}, neither the same nor inside the other")
+    require(
+        not first.startswith(second) and not second.startswith(first),
+        name,
+        f"must be a folder beside out={out}, neither the same nor inside the other",
+    )
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # of an attention layer
@@ -31,7 +34,9 @@ class TokenizerTrainConfig(ScriptConfig):
     paths = ("source", "out")
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL, Parquet or plain text, also as URLs (s3://bucket/folder)."""
+    """Files, folders or globs of JSONL, Parquet or plain text, also as URLs
+    (s3://bucket/folder).
+    """
     out: str = MISSING
     """Folder the tokenizer is written to."""
     vocab_size: int = 32000
@@ -39,17 +44,23 @@ class TokenizerTrainConfig(ScriptConfig):
     text_column: str = "text"
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt, and those compressed. Of other endings, .json is JSON lines, Parquet and compressed files are
-    told by their first bytes, and the rest is plain text, one document a file."""
+    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set,
+    .jsonl, .json-lines, .ndjson, .parquet and .txt, and those compressed. Of other endings,
+    .json is JSON lines, Parquet and compressed files are told by their first bytes, and the rest
+    is plain text, one document a file.
+    """
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
+    that cannot be read.
+    """
     min_frequency: int = 2
     """A pair must occur this often to be merged."""
     max_bytes: int | None = None
-    """Learn from a sample of this many bytes, drawn from all over the source; from all of it if not set."""
+    """Learn from a sample of this many bytes, drawn from all over the source; from all of it if
+    not set.
+    """
     eos_token: str = "<|endoftext|>"
     """The token that ends a document (also used as bos and pad)."""
 
@@ -57,7 +68,11 @@ class TokenizerTrainConfig(ScriptConfig):
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
         require_text(self, "source", "out", "text_column", "eos_token")
         require(not is_url(self.out), "out", "must be a local folder")
-        require(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end-of-text token")
+        require(
+            self.vocab_size >= 257,
+            "vocab_size",
+            "must be at least 257: 256 bytes and the end-of-text token",
+        )
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
         require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
@@ -72,14 +87,17 @@ class ConvertConfig(ScriptConfig):
     goes_on = True
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet, also as URLs
-    (s3://bucket/folder); with `split`, Hugging Face datasets by id or folder."""
+    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet,
+    also as URLs (s3://bucket/folder); with `split`, Hugging Face datasets by id or folder.
+    """
     split: str | None = None
     """Split of the Hugging Face dataset to read, e.g. train."""
     name: str | None = None
     """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
     out: str = MISSING
-    """Folder the dataset is written to, local or as a URL (s3://bucket/folder); then each work unit is made in TMPDIR first."""
+    """Folder the dataset is written to, local or as a URL (s3://bucket/folder); then each work
+    unit is made in TMPDIR first.
+    """
     tokenizer: str = MISSING
     """Hugging Face tokenizer folder or id."""
     context_length: int = 2048
@@ -87,13 +105,17 @@ class ConvertConfig(ScriptConfig):
     text_column: str = "text"
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
-    .ndjson, .parquet and .txt, and those compressed. Of other endings, .json is JSON lines, Parquet and compressed files are
-    told by their first bytes, and the rest is plain text, one document a file."""
+    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set,
+    .jsonl, .json-lines, .ndjson, .parquet and .txt, and those compressed. Of other endings,
+    .json is JSON lines, Parquet and compressed files are told by their first bytes, and the rest
+    is plain text, one document a file.
+    """
     on_error: Literal["fail", "skip"] = "fail"
     """What to do with a document that cannot be read: stop, or leave it out and count it."""
     max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one that cannot be read."""
+    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
+    that cannot be read.
+    """
     add_bos: bool = False
     """Put the tokenizer's bos token before every document."""
     add_eos: bool = True
@@ -107,49 +129,87 @@ class ConvertConfig(ScriptConfig):
     unit_size: int = 67108864
     """Input bytes per work unit, the step in which a conversion is committed and resumed."""
     max_doc_length: int | None = None
-    """Cut documents into pieces of at most so many tokens (bos and eos included), each a document to the model."""
+    """Cut documents into pieces of at most so many tokens (bos and eos included), each a
+    document to the model.
+    """
     min_doc_length: int | None = None
     """Leave out documents of fewer tokens (bos and eos included), and count them."""
     seed: int | None = None
-    """Shuffle the documents of each work unit, and the units; if not set, the order is that of the source."""
+    """Shuffle the documents of each work unit, and the units; if not set, the order is that of
+    the source.
+    """
     encoder: Literal["auto", "gigatoken", "hf"] = "auto"
-    """What turns text into tokens: gigatoken, checked against hf on a sample of every work unit; hf is the tokenizer itself;
-    auto is gigatoken where it is installed and agrees, hf otherwise."""
+    """What turns text into tokens: gigatoken, checked against hf on a sample of every work unit;
+    hf is the tokenizer itself; auto is gigatoken where it is installed and agrees, hf otherwise.
+    """
     num_workers: int | None = None
     """Processes that convert; one per core if not set. The dataset does not depend on it."""
     cluster: str | None = None
-    """Address of a Dask scheduler (tcp://host:8786) whose workers convert instead; they must see the same files under the
-    same paths."""
+    """Address of a Dask scheduler (tcp://host:8786) whose workers convert instead; they must see
+    the same files under the same paths.
+    """
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "source", "out", "val_out", "tokenizer", "text_column", "split", "name", "cluster")
-        require(self.name is None or self.split is not None, "split", "must be set together with name, e.g. split=train")
-        require(self.split is None or not self.suffixes, "suffixes", "must not be set together with split")
+        require_text(
+            self, "source", "out", "val_out", "tokenizer", "text_column", "split", "name", "cluster"
+        )
+        require(
+            self.name is None or self.split is not None,
+            "split",
+            "must be set together with name, e.g. split=train",
+        )
+        require(
+            self.split is None or not self.suffixes,
+            "suffixes",
+            "must not be set together with split",
+        )
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
-        require((self.val_fraction > 0) == (self.val_out is not None), "val_out",
-                "must be set together with val_fraction")
+        require(
+            (self.val_fraction > 0) == (self.val_out is not None),
+            "val_out",
+            "must be set together with val_fraction",
+        )
         if self.val_out is not None:
             require_apart(self.out, self.val_out, "val_out")
         smallest = 8 * self.context_length + 1024
-        require(smallest <= self.shard_size < 2**32, "shard_size",
-                f"must be at least {smallest} (one row) and less than {2**32} bytes")
+        require(
+            smallest <= self.shard_size < 2**32,
+            "shard_size",
+            f"must be at least {smallest} (one row) and less than {2**32} bytes",
+        )
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
         require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
         for name in ("max_doc_length", "min_doc_length"):
             length = getattr(self, name)
-            require(length is None or length > 0, name, "must be a positive number of tokens, or null")
+            require(
+                length is None or length > 0, name, "must be a positive number of tokens, or null"
+            )
         require_seed(self.seed, "seed")
-        require(self.num_workers is None or self.num_workers > 0, "num_workers", "must be 1 or more, or null")
+        require(
+            self.num_workers is None or self.num_workers > 0,
+            "num_workers",
+            "must be 1 or more, or null",
+        )
         if self.cluster is not None:
-            require(self.num_workers is None, "num_workers", "must not be set together with cluster")
-            require(bool(re.fullmatch(r"\w+://[^\s:]\S*:\d+", self.cluster)), "cluster", "must be like tcp://host:8786")
+            require(
+                self.num_workers is None, "num_workers", "must not be set together with cluster"
+            )
+            require(
+                bool(re.fullmatch(r"\w+://[^\s:]\S*:\d+", self.cluster)),
+                "cluster",
+                "must be like tcp://host:8786",
+            )
             for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
                 value = getattr(self, name) or []
                 paths = [value] if isinstance(value, str) else value
-                require(all(os.path.isabs(path) or is_url(path) for path in paths), name,
-                        "must be absolute where there is a cluster, whose workers have working folders of their own")
+                require(
+                    all(os.path.isabs(path) or is_url(path) for path in paths),
+                    name,
+                    "must be absolute where there is a cluster, whose workers have working folders"
+                    " of their own",
+                )
 
 
 @dataclass
@@ -167,21 +227,36 @@ class InspectConfig(ScriptConfig):
     row_numbers: list[int] = field(default_factory=list)
     """Show these rows instead, e.g. [0,17]; the first is 0."""
     whole_rows: bool = False
-    """Show sample rows whole; if not set, the middle of long documents and of long rows is left out."""
+    """Show sample rows whole; if not set, the middle of long documents and of long rows is left
+    out.
+    """
     max_bytes: int | None = 1073741824
-    """Take the histograms from evenly spread shards of about so many bytes; from all shards if null, or with verify."""
+    """Take the histograms from evenly spread shards of about so many bytes; from all shards if
+    null, or with verify.
+    """
     verify: bool = False
-    """Hash every shard and name the bad ones; the exit status is 1 if there are any. If not set, sizes are checked, and
-    of a dataset in an object store only the shards that are read."""
+    """Hash every shard and name the bad ones; the exit status is 1 if there are any. If not set,
+    sizes are checked, and of a dataset in an object store only the shards that are read.
+    """
     plot: str | None = None
     """PNG file to draw the histogram of the lengths of document pieces to."""
 
     def validate(self) -> None:
         require_text(self, "data", "tokenizer", "plot")
         require(self.rows >= 0, "rows", "must be 0 or more")
-        require(all(number >= 0 for number in self.row_numbers), "row_numbers", "must all be 0 or more")
-        require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0 bytes, or null")
-        require(self.plot is None or self.plot.lower().endswith(".png"), "plot", "must be a file name ending in .png")
+        require(
+            all(number >= 0 for number in self.row_numbers), "row_numbers", "must all be 0 or more"
+        )
+        require(
+            self.max_bytes is None or self.max_bytes > 0,
+            "max_bytes",
+            "must be more than 0 bytes, or null",
+        )
+        require(
+            self.plot is None or self.plot.lower().endswith(".png"),
+            "plot",
+            "must be a file name ending in .png",
+        )
 
 
 @dataclass
@@ -191,22 +266,30 @@ class ToHfConfig(ScriptConfig):
     paths = ("checkpoint", "out")
 
     checkpoint: str = MISSING
-    """A checkpoint file, or a folder of checkpoints (its newest is taken), local or in an object store."""
+    """A checkpoint file, or a folder of checkpoints (its newest is taken), local or in an object
+    store.
+    """
     out: str = MISSING
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the weights are stored in."""
     weights: Literal["auto", "model", "ema"] = "auto"
-    """The weights that training goes on with, or their exponential moving average; auto: the average, if the run has one."""
+    """The weights that training goes on with, or their exponential moving average; auto: the
+    average, if the run has one.
+    """
     max_shard_size: int = 5000000000
     """Largest size of a weights file, bytes; a larger model is stored in several."""
     push_to_hub: str | None = None
-    """Upload the folder to this Hugging Face repository (USER/NAME), too, with the token of `hf auth login` or HF_TOKEN."""
+    """Upload the folder to this Hugging Face repository (USER/NAME), too, with the token of `hf
+    auth login` or HF_TOKEN.
+    """
     add_bos: bool | None = None
     """Have the exported tokenizer begin a text with its bos token, or not; if not set, as documents
     began in training."""
     hub_private: bool = True
-    """Make the repository one that only you can see; with true, one that is there and public is refused."""
+    """Make the repository one that only you can see; with true, one that is there and public is
+    refused.
+    """
 
     def validate(self) -> None:
         require_text(self, "checkpoint", "out", "push_to_hub")
@@ -216,21 +299,26 @@ class ToHfConfig(ScriptConfig):
 
 @dataclass
 class FromLlamaConfig(ScriptConfig):
-    """Turn a Llama or Mistral checkpoint into a GLA model's Hugging Face folder, to go on training from."""
+    """Turn a Llama or Mistral checkpoint into a GLA model's Hugging Face folder, to go on
+    training from.
+    """
 
     paths = ("model", "config", "out", "tokenizer")
 
     model: str = MISSING
     """Hugging Face folder or id of the checkpoint; its weights must be safetensors."""
     config: str = MISSING
-    """The GLA model to make: a recipe (.yaml; its model.config is taken) or a Hugging Face config (.json). What follows
-    from the checkpoint can be left out."""
+    """The GLA model to make: a recipe (.yaml; its model.config is taken) or a Hugging Face
+    config (.json). What follows from the checkpoint can be left out.
+    """
     out: str = MISSING
     """Folder to write; must not exist or be empty."""
     tokenizer: str | None = None
     """Tokenizer folder or id; the checkpoint's own if not set."""
     fresh: list[str] = field(default_factory=list)
-    """Attention projections to make anew though the checkpoint has them, e.g. [q_proj,k_proj] for another expand_k."""
+    """Attention projections to make anew though the checkpoint has them, e.g. [q_proj,k_proj]
+    for another expand_k.
+    """
     seed: int = 42
     """Seed of the tensors that are made anew."""
     max_shard_size: int = 2000000000
@@ -239,6 +327,8 @@ class FromLlamaConfig(ScriptConfig):
     def validate(self) -> None:
         require_text(self, "model", "config", "out", "tokenizer")
         require("://" not in self.out, "out", "must be a local folder")
-        require(set(self.fresh) <= set(PROJECTIONS), "fresh", f"must be among {', '.join(PROJECTIONS)}")
+        require(
+            set(self.fresh) <= set(PROJECTIONS), "fresh", f"must be among {', '.join(PROJECTIONS)}"
+        )
         require_seed(self.seed, "seed")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")

@@ -1,7 +1,8 @@
-"""What a run's configuration may name under algorithms, callbacks and loggers, with a line for each, and what not, and why.
+"""What a run's configuration may name under algorithms, callbacks and loggers, with a line for
+each, and what not, and why.
 
-This module imports neither torch nor composer, so that a name that is none is answered in well under a second; what each
-takes is in its class's signature (`extensions.py`).
+This module imports neither torch nor composer, so that a name that is none is answered in well
+under a second; what each takes is in its class's signature (`extensions.py`).
 """
 
 from __future__ import annotations
@@ -14,79 +15,168 @@ from flame_composer.config import other_names
 from flame_composer.config.fields import nearest
 from flame_composer.config.rules import DURATION, require
 
-ALGORITHMS: Mapping[str, str] = MappingProxyType({
-    "ema": "Evaluates, and exports, an exponential moving average of the weights instead of the weights themselves.",
-    "swa": "Stochastic weight averaging: near the end of the run its weights are replaced by the average of those so far.",
-    "label_smoothing": "Trains on labels mixed with the uniform distribution; evaluation goes by the labels as they are.",
-    "seq_length_warmup": "Cuts rows to fewer tokens at the beginning of the run; num_tokens in the log counts whole rows.",
-    "layer_freezing": "Stops training the first layers, more and more of them as the run goes on.",
-})
-CALLBACKS: Mapping[str, str] = MappingProxyType({
-    "speed_monitor": "Logs batches, rows, tokens and FLOPs per second, and the share of the GPU's peak (MFU) where that is "
-                     "known or given.",
-    "lr_monitor": "Logs the learning rate of every parameter group.",
-    "memory_monitor": "Logs the GPU's memory; refused where there is no GPU.",
-    "optimizer_monitor": "Logs the gradient's norm, whole and by parameter, after clipping.",
-    "runtime_estimator": "Logs the time that is left.",
-    "system_metrics_monitor": "Logs the use of CPU, memory, disk and network; on a GPU its use, too (needs pynvml).",
-    "free_outputs": "Lets go of a batch's logits once its loss is known.",
-    "early_stopper": "Ends the run when the evaluation loss has not fallen by more than min_delta for longer than patience.",
-    "generate": "Continues prompts now and then, into samples.jsonl in log_folder; with ema by the average.",
-    "hf_export": "Writes Hugging Face folders now and then and at the end, into log_folder/hf if not told otherwise.",
-    "scheduled_gc": "Collects Python's garbage on all ranks at the same step, so that none waits for another's.",
-})
-LOGGERS: Mapping[str, str] = MappingProxyType({
-    "file_logger": "Every metric as a line of text, in log_folder; a resumed run goes on in the same file.",
-    "mlflow_logger": "Metrics and settings to MLflow (extra mlflow); a resumed run goes on as the same one, by its run_name.",
-})
+ALGORITHMS: Mapping[str, str] = MappingProxyType(
+    {
+        "ema": (
+            "Evaluates, and exports, an exponential moving average of the weights instead of the"
+            " weights themselves."
+        ),
+        "swa": (
+            "Stochastic weight averaging: near the end of the run its weights are replaced by the"
+            " average of those so far."
+        ),
+        "label_smoothing": (
+            "Trains on labels mixed with the uniform distribution; evaluation goes by the labels as"
+            " they are."
+        ),
+        "seq_length_warmup": (
+            "Cuts rows to fewer tokens at the beginning of the run; num_tokens in the log counts"
+            " whole rows."
+        ),
+        "layer_freezing": (
+            "Stops training the first layers, more and more of them as the run goes on."
+        ),
+    }
+)
+CALLBACKS: Mapping[str, str] = MappingProxyType(
+    {
+        "speed_monitor": (
+            "Logs batches, rows, tokens and FLOPs per second, and the share of the GPU's peak (MFU)"
+            " where that is known or given."
+        ),
+        "lr_monitor": "Logs the learning rate of every parameter group.",
+        "memory_monitor": "Logs the GPU's memory; refused where there is no GPU.",
+        "optimizer_monitor": "Logs the gradient's norm, whole and by parameter, after clipping.",
+        "runtime_estimator": "Logs the time that is left.",
+        "system_metrics_monitor": (
+            "Logs the use of CPU, memory, disk and network; on a GPU its use, too (needs pynvml)."
+        ),
+        "free_outputs": "Lets go of a batch's logits once its loss is known.",
+        "early_stopper": (
+            "Ends the run when the evaluation loss has not fallen by more than min_delta for longer"
+            " than patience."
+        ),
+        "generate": (
+            "Continues prompts now and then, into samples.jsonl in log_folder; with ema by the"
+            " average."
+        ),
+        "hf_export": (
+            "Writes Hugging Face folders now and then and at the end, into log_folder/hf if not"
+            " told otherwise."
+        ),
+        "scheduled_gc": (
+            "Collects Python's garbage on all ranks at the same step, so that none waits for"
+            " another's."
+        ),
+    }
+)
+LOGGERS: Mapping[str, str] = MappingProxyType(
+    {
+        "file_logger": (
+            "Every metric as a line of text, in log_folder; a resumed run goes on in the same file."
+        ),
+        "mlflow_logger": (
+            "Metrics and settings to MLflow (extra mlflow); a resumed run goes on as the same one,"
+            " by its run_name."
+        ),
+    }
+)
 OFFERED = MappingProxyType({"algorithms": ALGORITHMS, "callbacks": CALLBACKS, "loggers": LOGGERS})
 
 _IMAGES = "is for images"
-_ACCOUNT = "needs an account of its service, and is not tested here; set wandb.project, or loggers.file_logger={}"
-REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType({
-    "algorithms": {
-        "gradient_clipping": "set optimizer.grad_clip_norm instead",
-        **dict.fromkeys((
-            "aug_mix", "blur_pool", "channels_last", "col_out", "cut_mix", "cut_out", "ghost_batch_norm", "mix_up",
-            "progressive_resizing", "rand_augment", "squeeze_excite", "stochastic_depth", "weight_standardization",
-        ), _IMAGES),
-        "alibi": "gives positions to the attention of GPT-2 and BERT; neither GLA nor Llama has a place for it",
-        "factorize": "changes layers, so that the model is none of Hugging Face's any more",
-        "gated_linear_units": "is for BERT; GLA and Llama have gated linear units",
-        "gyro_dropout": "replaces torch.nn.Dropout, which these models do not have",
-        "low_precision_layer_norm": "replaces torch.nn.LayerNorm; the norms of GLA and Llama are RMSNorm",
-        "low_precision_group_norm": "replaces torch.nn.GroupNorm, which these models do not have",
-        "no_op_model": "replaces the model by one that does nothing",
-        "sam": "cannot be resumed, as Composer itself warns: what it makes of the optimizer does not fit the checkpoint",
-        "selective_backprop": "is for batches of one input and one label a sample",
-    },
-    "callbacks": {
-        "checkpoint_saver": "set save_folder, save_interval and save_num_checkpoints_to_keep instead",
-        "load_checkpoint": "set model.pretrained to start from weights; a run goes on from its checkpoints by itself",
-        "export_for_inference_callback": "set callbacks.hf_export={} instead",
-        "nan_monitor": "set on_nan instead",
-        "threshold_stopper": "set callbacks.early_stopper instead",
-        "activation_monitor": "is not offered: it has not been tried with fla's layers",
-        "image_visualizer": _IMAGES,
-        "memory_snapshot": "is not offered: it is for looking into PyTorch's allocator on a GPU",
-        "oom_observer": "is not offered: it is for looking into PyTorch's allocator on a GPU",
-        "ml_perf_callback": "is for submissions to MLPerf",
-    },
-    "loggers": {
-        "wandb_logger": "set wandb.project instead",
-        "tensorboard_logger": "set tensorboard=true instead",
-        "progress_bar_logger": "set progress_bar instead",
-        "console_logger": "is not offered: a run prints lines of its own; set loggers.file_logger={} to have all metrics",
-        "in_memory_logger": "keeps every metric in memory for the whole run; set loggers.file_logger={} instead",
-        "remote_uploader_downloader": "set save_folder=s3://... instead",
-        **dict.fromkeys(("comet_ml_logger", "neptune_logger", "slack_logger", "mosaic_ml_logger"), _ACCOUNT),
-    },
-})
+_ACCOUNT = (
+    "needs an account of its service, and is not tested here; set wandb.project, or"
+    " loggers.file_logger={}"
+)
+REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "algorithms": {
+            "gradient_clipping": "set optimizer.grad_clip_norm instead",
+            **dict.fromkeys(
+                (
+                    "aug_mix",
+                    "blur_pool",
+                    "channels_last",
+                    "col_out",
+                    "cut_mix",
+                    "cut_out",
+                    "ghost_batch_norm",
+                    "mix_up",
+                    "progressive_resizing",
+                    "rand_augment",
+                    "squeeze_excite",
+                    "stochastic_depth",
+                    "weight_standardization",
+                ),
+                _IMAGES,
+            ),
+            "alibi": (
+                "gives positions to the attention of GPT-2 and BERT; neither GLA nor Llama has a"
+                " place for it"
+            ),
+            "factorize": "changes layers, so that the model is none of Hugging Face's any more",
+            "gated_linear_units": "is for BERT; GLA and Llama have gated linear units",
+            "gyro_dropout": "replaces torch.nn.Dropout, which these models do not have",
+            "low_precision_layer_norm": (
+                "replaces torch.nn.LayerNorm; the norms of GLA and Llama are RMSNorm"
+            ),
+            "low_precision_group_norm": (
+                "replaces torch.nn.GroupNorm, which these models do not have"
+            ),
+            "no_op_model": "replaces the model by one that does nothing",
+            "sam": (
+                "cannot be resumed, as Composer itself warns: what it makes of the optimizer does"
+                " not fit the checkpoint"
+            ),
+            "selective_backprop": "is for batches of one input and one label a sample",
+        },
+        "callbacks": {
+            "checkpoint_saver": (
+                "set save_folder, save_interval and save_num_checkpoints_to_keep instead"
+            ),
+            "load_checkpoint": (
+                "set model.pretrained to start from weights; a run goes on from its checkpoints by"
+                " itself"
+            ),
+            "export_for_inference_callback": "set callbacks.hf_export={} instead",
+            "nan_monitor": "set on_nan instead",
+            "threshold_stopper": "set callbacks.early_stopper instead",
+            "activation_monitor": "is not offered: it has not been tried with fla's layers",
+            "image_visualizer": _IMAGES,
+            "memory_snapshot": (
+                "is not offered: it is for looking into PyTorch's allocator on a GPU"
+            ),
+            "oom_observer": "is not offered: it is for looking into PyTorch's allocator on a GPU",
+            "ml_perf_callback": "is for submissions to MLPerf",
+        },
+        "loggers": {
+            "wandb_logger": "set wandb.project instead",
+            "tensorboard_logger": "set tensorboard=true instead",
+            "progress_bar_logger": "set progress_bar instead",
+            "console_logger": (
+                "is not offered: a run prints lines of its own; set loggers.file_logger={} to have"
+                " all metrics"
+            ),
+            "in_memory_logger": (
+                "keeps every metric in memory for the whole run; set loggers.file_logger={} instead"
+            ),
+            "remote_uploader_downloader": "set save_folder=s3://... instead",
+            **dict.fromkeys(
+                ("comet_ml_logger", "neptune_logger", "slack_logger", "mosaic_ml_logger"), _ACCOUNT
+            ),
+        },
+    }
+)
 
 # What only hands metrics to loggers, and would do nothing without one.
 ONLY_LOGS = (
-    "speed_monitor", "lr_monitor", "memory_monitor", "optimizer_monitor", "runtime_estimator", "system_metrics_monitor",
-)  # fmt: skip
+    "speed_monitor",
+    "lr_monitor",
+    "memory_monitor",
+    "optimizer_monitor",
+    "runtime_estimator",
+    "system_metrics_monitor",
+)
 # What takes the model's parameters for whole ones.
 NEEDS_WHOLE_PARAMETERS = ("ema", "swa", "layer_freezing", "generate", "hf_export")
 
@@ -97,14 +187,23 @@ def spelled_alike(name: str) -> str:
 
 
 def check_names(section: str, given: Mapping[str, Any]) -> None:
-    """Raises InvalidField for a name that is not offered, and for anything but arguments under it."""
+    """Raises InvalidField for a name that is not offered, and for anything but arguments under
+    it.
+    """
     for name, arguments in given.items():
         key = f"{section}.{name}"
         alike = {spelled_alike(refused): reason for refused, reason in REFUSED[section].items()}
         require(spelled_alike(name) not in alike, key, alike.get(spelled_alike(name), ""))
-        require(name in OFFERED[section], key, f"there is no such {section[:-1]}{_remedy(section, name)}")
-        require(arguments is None or arguments is False or isinstance(arguments, dict), key,
-                "must hold its arguments, or be null for the defaults, or false to leave it out")
+        require(
+            name in OFFERED[section],
+            key,
+            f"there is no such {section[:-1]}{_remedy(section, name)}",
+        )
+        require(
+            arguments is None or arguments is False or isinstance(arguments, dict),
+            key,
+            "must hold its arguments, or be null for the defaults, or false to leave it out",
+        )
 
 
 def _remedy(section: str, name: str) -> str:

@@ -42,7 +42,9 @@ def hint_of(cls: type, key: str) -> Any:
 
 
 def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
-    """Full key, type, default (None where a section or a key that must be set) and doc of every field."""
+    """Full key, type, default (None where a section or a key that must be set) and doc of every
+    field.
+    """
     hints, docs = hints_of(cls), docs_of(cls)
     for f in dataclasses.fields(cls):
         section, each = dataclass_of(hints[f.name]), named_sections(hints[f.name])
@@ -62,29 +64,35 @@ def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | Non
 
 def annotation_of(cls: type, key: str) -> str:
     """The type of a field as `--help` has it; '' for a key that is none."""
+
     def is_it(field: str) -> bool:
         parts, ours = field.split("."), key.split(".")
-        return len(parts) == len(ours) and all(part in (our, ANY_NAME) for part, our in zip(parts, ours, strict=True))
+        return len(parts) == len(ours) and all(
+            part in (our, ANY_NAME) for part, our in zip(parts, ours, strict=True)
+        )
 
     return next((annotation for name, annotation, _, _ in fields_of(cls) if is_it(name)), "")
 
 
 @functools.cache
 def docs_of(cls: type) -> dict[str, str]:
-    """The string literal under each field, of the class and its bases."""
+    """Return the string literal under each field of the class and its bases, as one line."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
-        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        body = typing.cast(
+            ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        ).body
         for node, following in itertools.pairwise(body):
             if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-                docs[ast.unparse(node.target)] = ast.literal_eval(following.value)
+                text: str = ast.literal_eval(following.value)
+                docs[ast.unparse(node.target)] = " ".join(text.split())
     return docs
 
 
 def doc_of(cls: type, key: str) -> str:
-    return next((" ".join(doc.split()).rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
+    return next((doc.rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
 
 
 def dataclass_of(annotation: Any) -> type | None:
@@ -103,7 +111,9 @@ def named_sections(annotation: Any) -> type | None:
 
 
 def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every section under its key prefix, the innermost first: their own rules come before those across sections."""
+    """Every section under its key prefix, the innermost first: their own rules come before those
+    across sections.
+    """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -117,15 +127,23 @@ def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def show(value: Any) -> str:
     if isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
         return ", ".join(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """'; did you mean X?', or '' if none is like `name`: the same in another section, or like it there or anywhere."""
+    """'; did you mean X?', or '' if none is like `name`: the same in another section, or like it
+    there or anywhere.
+    """
     section, _, last = name.lower().rstrip(".").rpartition(".")
     wholes = {key.lower(): key for key in reversed(allowed)}
     leaves = {key.rpartition(".")[2]: known for key, known in wholes.items()}
-    beside = {key.rpartition(".")[2]: known for key, known in wholes.items() if key.rpartition(".")[0] == section}
+    beside = {
+        key.rpartition(".")[2]: known
+        for key, known in wholes.items()
+        if key.rpartition(".")[0] == section
+    }
     if last in leaves:
         return f"; did you mean {leaves[last]}?"
     # Not whole names, which are alike already when they are of one section.

@@ -40,9 +40,18 @@ from flame_composer.config.rules import (
     is_text,
     without_secrets,
 )
-from flame_composer.config.written import as_it_stands, as_meant, parse_yaml, plain, require_shallow, takes_text, to_yaml
+from flame_composer.config.written import (
+    as_it_stands,
+    as_meant,
+    parse_yaml,
+    plain,
+    require_shallow,
+    takes_text,
+    to_yaml,
+)
 
-MOST_FILLED_IN = 1 << 24  # characters of all values together, when each ${key} stands for what it leads to
+# Characters of all values together, when each ${key} stands for what it leads to
+MOST_FILLED_IN = 1 << 24
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([A-Za-z_][\w.-]*)[^:{}]*\}")
 MOST_SHOWN = 200  # letters of a value in an error
 C = TypeVar("C", bound=ScriptConfig)
@@ -53,12 +62,16 @@ BAD_TAGS = (IndexError, KeyError, AttributeError)
 def load(cls: type[C], argv: list[str]) -> C:
     """The configuration that `[file.yaml] [key=value ...]` asks for, checked.
 
-    Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a key that must be
-    set and is not, and whatever `validate()` of any section refuses.
+    Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a
+    key that must be set and is not, and whatever `validate()` of any section refuses.
     """
     sources: list[tuple[str, dict[Any, Any]]] = []
     if cls.positional:
-        values = list(itertools.takewhile(lambda argument: "=" not in argument and not argument.startswith("-"), argv))
+        values = list(
+            itertools.takewhile(
+                lambda argument: "=" not in argument and not argument.startswith("-"), argv
+            )
+        )
         file, overrides = None, _split(argv[len(values) :])[1]
         sources += [("command line", {cls.positional: values})] if values else []
     else:
@@ -74,8 +87,13 @@ def load(cls: type[C], argv: list[str]) -> C:
             content = as_meant(cls, written, origin)
             _check_keys(cls, content, origin, known, elsewhere=cls.elsewhere)
             for key, value in _leaves(cls, content):
-                if type(value) in (int, float) and value not in (0, 1) and hint_of(cls, key) is bool:
-                    raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")  # OmegaConf takes any number for true
+                if (
+                    type(value) in (int, float)
+                    and value not in (0, 1)
+                    and hint_of(cls, key) is bool
+                ):
+                    # OmegaConf takes any number for true
+                    raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")
                 given.append(Given(origin, key, value))
     except ConfigError:
         _merge(cls, given)  # of two mistakes, the first is told
@@ -89,12 +107,17 @@ def load(cls: type[C], argv: list[str]) -> C:
     place = file or "command line"
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"{place}: {key}: must be set ({doc_of(cls, key)}); add it to the file or give {key}=...")
+            raise ConfigError(
+                f"{place}: {key}: must be set ({doc_of(cls, key)}); add it to the file or give"
+                f" {key}=..."
+            )
         resolved_yaml = _without_environment(merged)
         with _resolvers(_from_environment, _decoded):
             config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(_unresolved(cls, merged, origins) or f"{place}: {_first_line(error)}") from None
+        raise ConfigError(
+            _unresolved(cls, merged, origins) or f"{place}: {_first_line(error)}"
+        ) from None
     assert isinstance(config, cls)
     config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
     for prefix, section in sections_of(config):
@@ -102,13 +125,17 @@ def load(cls: type[C], argv: list[str]) -> C:
             _expand_paths(section)
             getattr(section, "validate", lambda: None)()
         except InvalidField as problem:
-            raise ConfigError(explain(config, InvalidField(prefix + problem.name, problem.rule))) from None
+            raise ConfigError(
+                explain(config, InvalidField(prefix + problem.name, problem.rule))
+            ) from None
     return config
 
 
 def _require_ends(merged: DictConfig, place: str) -> None:
-    """Raise ConfigError for texts that name one another over and over: ten, each of which has the next one in it ten times,
-    take longer than anybody waits. One that leads back to itself is told of when it is filled in."""
+    """Raise ConfigError for texts that name one another over and over: ten, each of which has
+    the next one in it ten times, take longer than anybody waits. One that leads back to itself
+    is told of when it is filled in.
+    """
     content = OmegaConf.to_container(merged, resolve=False)
     known: dict[tuple[str, ...], int] = {}
 
@@ -121,7 +148,8 @@ def _require_ends(merged: DictConfig, place: str) -> None:
         if path not in known:
             known[path] = 0
             known[path] = len(value) + sum(
-                named((path[: -len(dots)] if dots else ()) + tuple(name.split("."))) for dots, name in _REFERENCE.findall(value)
+                named((path[: -len(dots)] if dots else ()) + tuple(name.split(".")))
+                for dots, name in _REFERENCE.findall(value)
             )
         return known[path]
 
@@ -132,8 +160,10 @@ def _require_ends(merged: DictConfig, place: str) -> None:
         return size(value, path)
 
     if size(content, ()) > MOST_FILLED_IN:
-        raise ConfigError(f"{place}: its values name one another (${{...}}) so often that together they have more than "
-                          f"{MOST_FILLED_IN:,} characters; write them out")
+        raise ConfigError(
+            f"{place}: its values name one another (${{...}}) so often that together they have more"
+            f" than {MOST_FILLED_IN:,} characters; write them out"
+        )
 
 
 class Given(NamedTuple):
@@ -147,8 +177,9 @@ class Given(NamedTuple):
 def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
     """Return the configuration with what was given, the later over the earlier.
 
-    Raises ConfigError for the first value that is of the wrong type. All are merged at once, and only where that fails is
-    the first at fault looked for: merging one by one takes time that grows with the square of their number.
+    Raises ConfigError for the first value that is of the wrong type. All are merged at once, and
+    only where that fails is the first at fault looked for: merging one by one takes time that grows
+    with the square of their number.
     """
     merged, error = _merge_all(cls, given)
     if error is None:
@@ -163,7 +194,9 @@ def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
 
 
 def _first_wrong(cls: type, given: Sequence[Given], *, alone: bool) -> int:
-    """Return the number of the first value that cannot be merged, by itself or after those before it, found by halves."""
+    """Return the number of the first value that cannot be merged, by itself or after those
+    before it, found by halves.
+    """
     right, wrong = 0, len(given)
     while wrong - right > 1:
         middle = (right + wrong) // 2
@@ -185,7 +218,9 @@ def _merge_all(cls: type, given: Sequence[Given]) -> tuple[DictConfig, Exception
 
 
 def _layers(given: Sequence[Given]) -> list[dict[Any, Any]]:
-    """Return what was given as nested dicts, in each of which no value lies at or within another one's place."""
+    """Return what was given as nested dicts, in each of which no value lies at or within another
+    one's place.
+    """
     layers: list[dict[Any, Any]] = []
     within: dict[tuple[Any, ...], int] = {}  # the last layer that has a value at or within a place
     at: dict[tuple[Any, ...], int] = {}  # and the last that has one right there
@@ -205,7 +240,9 @@ def _layers(given: Sequence[Given]) -> list[dict[Any, Any]]:
 
 
 def _places(place: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The values within a dict at `place`, with theirs; one that is none, or empty, is there itself."""
+    """The values within a dict at `place`, with theirs; one that is none, or empty, is there
+    itself.
+    """
     if not isinstance(value, dict) or not value:
         yield place, value
         return
@@ -218,13 +255,18 @@ def _split(argv: list[str]) -> tuple[str | None, list[str]]:
         if not is_text(argument):
             raise ConfigError(f"command line: {argument!a}: must be UTF-8")
     if argv and argv[0].startswith("-"):
-        raise ConfigError(f"command line: {argv[0]}: unknown option; arguments are [file.yaml] [key=value ...], see --help")
+        raise ConfigError(
+            f"command line: {argv[0]}: unknown option; arguments are [file.yaml] [key=value ...],"
+            " see --help"
+        )
     file = argv[0] if argv and "=" not in argv[0] else None
     overrides = argv[1:] if file else argv
     for argument in overrides:
         if "=" not in argument:
             shown = argument or repr(argument)
-            raise ConfigError(f"command line: {shown}: must be key=value (only the first argument can be a file)")
+            raise ConfigError(
+                f"command line: {shown}: must be key=value (only the first argument can be a file)"
+            )
     return file, overrides
 
 
@@ -239,7 +281,13 @@ def _read_yaml(file: str) -> dict[Any, Any]:
     try:
         with Path(os.path.abspath(file)).open(encoding="utf-8") as stream:
             written = parse_yaml(stream)
-        content = {} if plain(written) is None else {written: None} if isinstance(written, str) else written
+        content = (
+            {}
+            if plain(written) is None
+            else {written: None}
+            if isinstance(written, str)
+            else written
+        )
         if isinstance(content, dict):
             OmegaConf.create(plain(content))  # which knows what an interpolation is
     except OSError as error:
@@ -257,7 +305,11 @@ def _read_override(cls: type, argument: str) -> dict[Any, Any]:
     hint = hint_of(cls, key)
     quoted = text.startswith("[") and text.endswith("]") and bool(set(text) & set("\"'"))
     # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
-    stands = takes_text(hint) and (hint is str or str in get_args(hint)) and not (get_origin(hint) is list and quoted)
+    stands = (
+        takes_text(hint)
+        and (hint is str or str in get_args(hint))
+        and not (get_origin(hint) is list and quoted)
+    )
     is_list = get_origin(hint) is list and text.startswith("[") and text.endswith("]")
     try:
         if stands:
@@ -274,30 +326,48 @@ def _read_override(cls: type, argument: str) -> dict[Any, Any]:
         content = _with_leaf(OmegaConf.to_container(nested), value)
         OmegaConf.create(plain(content))
         return content
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, *BAD_TAGS) as error:  # IndexError: '[=1'
+    # IndexError: '[=1'
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, *BAD_TAGS) as error:
         reason = _first_line(error) if isinstance(error, OmegaConfBaseException) else _told(error)
         raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
 
 
 def _told(error: Exception) -> str:
     told = " ".join(str(error).split())
-    return f"a tag does not fit its value ({told})" if isinstance(error, KeyError | AttributeError) else told
+    return (
+        f"a tag does not fit its value ({told})"
+        if isinstance(error, KeyError | AttributeError)
+        else told
+    )
 
 
 def _with_leaf(nested: Any, leaf: Any) -> Any:
     """Return nested dicts of one key each with another innermost value."""
-    return {key: _with_leaf(inner, leaf) for key, inner in nested.items()} if isinstance(nested, dict) else leaf
+    return (
+        {key: _with_leaf(inner, leaf) for key, inner in nested.items()}
+        if isinstance(nested, dict)
+        else leaf
+    )
 
 
 def _check_keys(
-    cls: type, content: dict[Any, Any], origin: str, known: list[str], prefix: str = "", *, elsewhere: Mapping[str, str]
+    cls: type,
+    content: dict[Any, Any],
+    origin: str,
+    known: list[str],
+    prefix: str = "",
+    *,
+    elsewhere: Mapping[str, str],
 ) -> None:
     hints = hints_of(cls)
     for key, value in content.items():
         full = f"{prefix}{key}"
         if full in known and key not in hints:
             above, _, leaf = full.rpartition(".")
-            raise ConfigError(f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under {above}")
+            raise ConfigError(
+                f"{origin}: {full}: unknown key; in a file write {leaf} on a line of its own under"
+                f" {above}"
+            )
         if key not in hints:
             shown, remedy = _unknown(full, value, known, elsewhere)
             shown = (shown if len(shown) < 80 else f"{shown[:77]}...") or repr(shown)
@@ -309,16 +379,26 @@ def _check_keys(
             continue
         for name, content_of_name in value.items():
             if not isinstance(name, str) or "." in name:
-                raise ConfigError(f"{origin}: {full}: {name!r} is no name; names are letters, digits, '_' and '-'")
+                raise ConfigError(
+                    f"{origin}: {full}: {name!r} is no name; names are letters, digits, '_' and '-'"
+                )
             if not isinstance(content_of_name, dict):
-                raise ConfigError(f"{origin}: {full}.{name}={show(content_of_name)}: must hold keys and values; its keys are "
-                                  f"{', '.join(field.name for field in dataclasses.fields(each))}")
+                raise ConfigError(
+                    f"{origin}: {full}.{name}={show(content_of_name)}: must hold keys and values;"
+                    f" its keys are {', '.join(field.name for field in dataclasses.fields(each))}"
+                )
             known_here = [key.replace(f"{full}.{ANY_NAME}.", f"{full}.{name}.") for key in known]
-            _check_keys(each, content_of_name, origin, known_here, f"{full}.{name}.", elsewhere=elsewhere)
+            _check_keys(
+                each, content_of_name, origin, known_here, f"{full}.{name}.", elsewhere=elsewhere
+            )
 
 
-def _unknown(full: str, value: Any, known: list[str], elsewhere: Mapping[str, str]) -> tuple[str, str]:
-    """Of a key that there is none of, or of the first one in a section that there is none of: its name, and the remedy."""
+def _unknown(
+    full: str, value: Any, known: list[str], elsewhere: Mapping[str, str]
+) -> tuple[str, str]:
+    """Of a key that there is none of, or of the first one in a section that there is none of:
+    its name, and the remedy.
+    """
     whole = full
     while isinstance(value, dict) and value:
         name, value = next(iter(value.items()))
@@ -332,11 +412,20 @@ def _unknown(full: str, value: Any, known: list[str], elsewhere: Mapping[str, st
         if close := nearest(name, known):
             return name, close
     beside = [key for key in known if key.rpartition(".")[0] == section]
-    return full, f"; the keys of {section} are {', '.join(beside)}" if section and beside else "; see --help for all keys"
+    return (
+        full,
+        (
+            f"; the keys of {section} are {', '.join(beside)}"
+            if section and beside
+            else "; see --help for all keys"
+        ),
+    )
 
 
 def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of `content` by full key; a single value given for a list becomes a list of one."""
+    """The values of `content` by full key; a single value given for a list becomes a list of
+    one.
+    """
     hints = hints_of(cls)
     for key, value in content.items():
         section, each = dataclass_of(hints[key]), named_sections(hints[key])
@@ -345,9 +434,15 @@ def _leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tu
         elif each is not None and isinstance(value, dict) and value:
             for name, content_of_name in value.items():
                 yield from _leaves(each, content_of_name, f"{prefix}{key}.{name}.")
-        elif get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value:
+        elif (
+            get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value
+        ):
             yield f"{prefix}{key}", _split_list(value)
-        elif get_origin(hints[key]) is list and isinstance(value, int) and not isinstance(value, bool):
+        elif (
+            get_origin(hints[key]) is list
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+        ):
             yield f"{prefix}{key}", [value]
         else:
             yield f"{prefix}{key}", value
@@ -384,12 +479,19 @@ def _reason(cls: type, key: str, error: Exception | None) -> str:
 
 def _section_keys(cls: type, key: str) -> list[str]:
     prefix = f"{key}."
-    return [name for name, _, _, _ in fields_of(cls) if name.startswith(prefix) and "." not in name[len(prefix):]]
+    return [
+        name
+        for name, _, _, _ in fields_of(cls)
+        if name.startswith(prefix) and "." not in name[len(prefix) :]
+    ]
 
 
 def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any]]) -> str | None:
-    """What is wrong with the first key whose interpolation fails; never what an environment variable is set to."""
-    for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):  # the innermost first
+    """What is wrong with the first key whose interpolation fails; never what an environment
+    variable is set to.
+    """
+    # The innermost first
+    for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):
         if "${" not in str(value):
             continue
         try:
@@ -402,7 +504,9 @@ def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any
             elif "GrammarParseError" in str(error):
                 reason = "cannot be resolved"
             else:
-                reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", _first_line(error)).strip('"')
+                reason = re.sub(
+                    r"^\w+ raised while resolving interpolation: ", "", _first_line(error)
+                ).strip('"')
             reason = _masked(reason, origins)
             if reason.startswith("Interpolation key"):
                 reason += "; where '${' is meant as it stands, write '\\${'"
@@ -411,13 +515,18 @@ def _unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any
 
 
 def _without_environment(merged: DictConfig) -> str:
-    """Return the configuration as YAML, with every interpolation resolved but those of the environment, which may be
-    secret, and without passwords in addresses and the like."""
+    """Return the configuration as YAML, with every interpolation resolved but those of the
+    environment, which may be secret, and without passwords in addresses and the like.
+    """
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
 
     def decode(text: str | None, _parent_: Any, _node_: Any) -> Any:
-        return text if text is not None and "<environment variable" in text else oc.decode(text, _parent_, _node_)
+        return (
+            text
+            if text is not None and "<environment variable" in text
+            else oc.decode(text, _parent_, _node_)
+        )
 
     with _resolvers(lambda *names: f"<environment variable {names[0]}>", decode):
         content = OmegaConf.to_container(untyped, resolve=True)
@@ -472,8 +581,11 @@ def _expand_paths(section: Any) -> None:
 def explain(config: ScriptConfig, problem: InvalidField) -> str:
     """One line that says where the field was set, to what, and the rule it breaks."""
     parts = problem.name.split(".")
-    above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]  # where it is missing, its section's place
-    origin, value = next((config.origins[key] for key in above if key in config.origins), (config.place, None))
+    # Where it is missing, its section's place
+    above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    origin, value = next(
+        (config.origins[key] for key in above if key in config.origins), (config.place, None)
+    )
     if problem.name not in config.origins:
         value = config
         for part in problem.name.split("."):

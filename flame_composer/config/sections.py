@@ -1,4 +1,6 @@
-"""The sections of what recipes/train.py is run with: their defaults, and the rules within each of them."""
+"""The sections of what recipes/train.py is run with: their defaults, and the rules within each
+of them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from omegaconf import MISSING
 
 from flame_composer.config.rules import BYTES, require, require_duration, require_seed, require_text
 
-MAX_WORKERS = 1000  # loader processes of a rank: more bring a machine down before they read anything
+# Loader processes of a rank: more bring a machine down before they read anything
+MAX_WORKERS = 1000
 MAX_SECONDS = 1e8  # three years; torch's timeouts end at some hundreds of them
 
 
@@ -21,13 +24,21 @@ class ModelConfig:
     paths = ("pretrained",)
 
     config: dict[str, Any] = field(default_factory=dict)
-    """Hugging Face model config: model_type (gla, transformer, llama, ...) and that model's own keys."""
+    """Hugging Face model config: model_type (gla, transformer, llama, ...) and that model's own
+    keys.
+    """
     pretrained: str | None = None
-    """Start from the weights of this Hugging Face folder or id; model.config may then only repeat what it says."""
+    """Start from the weights of this Hugging Face folder or id; model.config may then only
+    repeat what it says.
+    """
 
     def validate(self) -> None:
-        require(self.pretrained is not None or "model_type" in self.config, "config.model_type",
-                "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a folder")
+        require(
+            self.pretrained is not None or "model_type" in self.config,
+            "config.model_type",
+            "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a"
+            " folder",
+        )
         require_text(self, "pretrained")
 
 
@@ -38,9 +49,13 @@ class StreamConfig:
     local: str | None = None
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
-    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through `local`."""
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
+    `local`.
+    """
     proportion: float | None = None
-    """Its share of an epoch's rows, relative to the other streams' (an epoch has as many rows as all datasets together)."""
+    """Its share of an epoch's rows, relative to the other streams' (an epoch has as many rows as
+    all datasets together).
+    """
     repeat: float | None = None
     """How often each of its rows comes in an epoch; 0.5 takes every other one."""
     choose: int | None = None
@@ -52,13 +67,18 @@ class StreamConfig:
         return {kind: value for kind, value in weights.items() if value is not None}
 
     def validate(self) -> None:
-        require(self.local is not None or self.remote is not None, "local",
-                "must name a dataset folder made by convert/to_mds.py (or set remote)")
+        require(
+            self.local is not None or self.remote is not None,
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote)",
+        )
         require_text(self, "local", "remote")
         for name, value in self.weight().items():
             most = 10**12 if name == "choose" else 10**6
             require(0 < value <= most, name, f"must be more than 0, and no more than {most}")
-        require(len(self.weight()) <= 1, "proportion", "must not be set together with repeat or choose")
+        require(
+            len(self.weight()) <= 1, "proportion", "must not be set together with repeat or choose"
+        )
 
 
 @dataclass
@@ -68,11 +88,17 @@ class DataConfig:
     local: str | None = None
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
-    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through `local`."""
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
+    `local`.
+    """
     streams: dict[str, StreamConfig] = field(default_factory=dict)
-    """Several datasets instead of one, by names of your own: streams.web.remote=..., streams.web.proportion=0.7."""
+    """Several datasets instead of one, by names of your own: streams.web.remote=...,
+    streams.web.proportion=0.7.
+    """
     batching_method: Literal["random", "stratified", "per_stream"] = "random"
-    """Where a global batch's rows come from: all streams at random, each in its exact share, or one stream at a time."""
+    """Where a global batch's rows come from: all streams at random, each in its exact share, or
+    one stream at a time.
+    """
     shuffle: bool = True
     """Shuffle rows anew in every epoch."""
     shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
@@ -80,45 +106,84 @@ class DataConfig:
     shuffle_seed: int | None = None
     """Seed of the row order; the run's seed if not set."""
     shuffle_block_size: int | None = None
-    """Rows over which the shuffle spreads a shard; larger mixes better and keeps more shards on disk."""
+    """Rows over which the shuffle spreads a shard; larger mixes better and keeps more shards on
+    disk.
+    """
     num_canonical_nodes: int = 1
-    """Number of parts the row order is made of, taking turns; that of the machines spares them one another's shards."""
+    """Number of parts the row order is made of, taking turns; that of the machines spares them
+    one another's shards.
+    """
     predownload: int | None = None
     """Rows to download ahead of the one being read, per worker."""
     cache_limit: str | None = None
     """Most disk the cached shards may take on a machine, e.g. 100gb; unlimited if not set."""
     download_retries: int = 3
-    """How often a shard that did not arrive whole is fetched again, after 1, 2, 4, ... seconds, before the run stops."""
+    """How often a shard that did not arrive whole is fetched again, after 1, 2, 4, ... seconds,
+    before the run stops.
+    """
     download_timeout: float = 60.0
     """Seconds that a shard may take to arrive before it is fetched again."""
     loss_across_documents: bool = True
-    """A document's first token is to be predicted, too, from the end of the one before it; false leaves it out of the loss."""
+    """A document's first token is to be predicted, too, from the end of the one before it; false
+    leaves it out of the loss.
+    """
     num_workers: int = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch_factor: int = 2
     """Batches each loader process keeps ready."""
 
     def validate(self) -> None:
-        require(bool(self.streams) or self.local is not None or self.remote is not None, "local",
-                "must name a dataset folder made by convert/to_mds.py (or set remote, or streams)")
+        require(
+            bool(self.streams) or self.local is not None or self.remote is not None,
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote, or streams)",
+        )
         for name in ("local", "remote"):
-            require(not self.streams or getattr(self, name) is None, name,
-                    "must be null with streams, which each have their own")
+            require(
+                not self.streams or getattr(self, name) is None,
+                name,
+                "must be null with streams, which each have their own",
+            )
         for name in self.streams:
-            require(bool(re.fullmatch(r"[A-Za-z0-9_-]+", name)), "streams", "must have names of letters, digits, '_' and '-'")
+            require(
+                bool(re.fullmatch(r"[A-Za-z0-9_-]+", name)),
+                "streams",
+                "must have names of letters, digits, '_' and '-'",
+            )
         kinds = {name: next(iter(stream.weight()), "none") for name, stream in self.streams.items()}
-        require(len(set(kinds.values())) <= 1, "streams", "must all have proportion, or all repeat, or all choose, or none: "
-                + ", ".join(f"{name} has {kind}" for name, kind in kinds.items()))
-        require(self.batching_method == "random" or bool(self.streams), "batching_method", "must be random without streams")
+        require(
+            len(set(kinds.values())) <= 1,
+            "streams",
+            "must all have proportion, or all repeat, or all choose, or none: "
+            + ", ".join(f"{name} has {kind}" for name, kind in kinds.items()),
+        )
+        require(
+            self.batching_method == "random" or bool(self.streams),
+            "batching_method",
+            "must be random without streams",
+        )
         require(self.download_retries >= 0, "download_retries", "must be 0 or more")
-        require(0 < self.download_timeout < math.inf, "download_timeout", "must be more than 0, and finite")
+        require(
+            0 < self.download_timeout < math.inf,
+            "download_timeout",
+            "must be more than 0, and finite",
+        )
         require_text(self, "local", "remote")
         require_seed(self.shuffle_seed, "shuffle_seed")
-        require(self.cache_limit is None or bool(BYTES.fullmatch(self.cache_limit)), "cache_limit",
-                "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb")
-        require(0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]")
+        require(
+            self.cache_limit is None or bool(BYTES.fullmatch(self.cache_limit)),
+            "cache_limit",
+            "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb",
+        )
+        require(
+            0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]"
+        )
         require(self.prefetch_factor >= 1, "prefetch_factor", "must be 1 or more")
-        for name, most in (("shuffle_block_size", 10**12), ("num_canonical_nodes", 65536), ("predownload", 10**12)):
+        for name, most in (
+            ("shuffle_block_size", 10**12),
+            ("num_canonical_nodes", 65536),
+            ("predownload", 10**12),
+        ):
             value = getattr(self, name)
             require(value is None or 0 < value <= most, name, f"must be in [1, {most}]")
 
@@ -130,30 +195,54 @@ class EvalDataConfig:
     local: str | None = None
     """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
     remote: str | None = None
-    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through `local`."""
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
+    `local`.
+    """
     loss_across_documents: bool = True
-    """As that of the training data: false leaves the first token of every document out of the loss."""
+    """As that of the training data: false leaves the first token of every document out of the
+    loss.
+    """
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
     max_rows: int | None = None
     """Evaluate on the first so many rows; all if not set."""
 
     def validate(self) -> None:
-        require(self.local is not None or self.remote is not None, "local",
-                "must name a dataset folder made by convert/to_mds.py (or set remote)")
+        require(
+            self.local is not None or self.remote is not None,
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote)",
+        )
         require_text(self, "local", "remote")
-        require(0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]")
-        require(self.max_rows is None or self.max_rows > 0, "max_rows", "must be a positive number of rows, or null")
+        require(
+            0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]"
+        )
+        require(
+            self.max_rows is None or self.max_rows > 0,
+            "max_rows",
+            "must be a positive number of rows, or null",
+        )
 
 
 def require_tasks(config: EvalTasksConfig | Any) -> None:
     """Of those who take `tasks`, `task_path` and `num_fewshot`."""
     require_text(config, "task_path")
     require(len(set(config.tasks)) == len(config.tasks), "tasks", "must not name a task twice")
-    require(not config.task_code or config.task_path is not None, "task_path", "must be set together with task_code")
-    require(config.num_fewshot is None or config.num_fewshot >= 0, "num_fewshot", "must be 0 or more, or null")
-    require(not config.tasks or importlib.util.find_spec("lm_eval") is not None, "tasks",
-            "lm-evaluation-harness is not installed; pip install 'flame-composer[eval]'")
+    require(
+        not config.task_code or config.task_path is not None,
+        "task_path",
+        "must be set together with task_code",
+    )
+    require(
+        config.num_fewshot is None or config.num_fewshot >= 0,
+        "num_fewshot",
+        "must be 0 or more, or null",
+    )
+    require(
+        not config.tasks or importlib.util.find_spec("lm_eval") is not None,
+        "tasks",
+        "lm-evaluation-harness is not installed; pip install 'flame-composer[eval]'",
+    )
 
 
 @dataclass
@@ -163,7 +252,9 @@ class EvalTasksConfig:
     tasks: list[str] = MISSING
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None
-    """Folder of tasks of your own (YAML files in the harness's form), which come before the harness's."""
+    """Folder of tasks of your own (YAML files in the harness's form), which come before the
+    harness's.
+    """
     task_code: bool = False
     """Run the Python functions that task files in task_path name (!function)."""
     interval: str = "0.1dur"
@@ -187,7 +278,9 @@ class EvalTasksConfig:
 @dataclass
 class OptimizerConfig:
     name: Literal["adamw", "decoupled_adamw", "lamb"] = "adamw"
-    """AdamW; Composer's DecoupledAdamW, whose weight decay is not multiplied by lr (then 1e-5 is a usual value); or LAMB."""
+    """AdamW; Composer's DecoupledAdamW, whose weight decay is not multiplied by lr (then 1e-5 is
+    a usual value); or LAMB.
+    """
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -204,14 +297,19 @@ class OptimizerConfig:
         require(all(0 <= beta < 1 for beta in self.betas), "betas", "must both be in [0, 1)")
         require(0 < self.eps < math.inf, "eps", "must be more than 0, and finite")
         require(0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite")
-        require(self.grad_clip_norm is None or 0 < self.grad_clip_norm < math.inf, "grad_clip_norm",
-                "must be more than 0 and finite, or null")
+        require(
+            self.grad_clip_norm is None or 0 < self.grad_clip_norm < math.inf,
+            "grad_clip_norm",
+            "must be more than 0 and finite, or null",
+        )
 
 
 @dataclass
 class SchedulerConfig:
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the learning rate after the warmup; wsd (warmup, stable, decay) stays at the peak until the decay."""
+    """Shape of the learning rate after the warmup; wsd (warmup, stable, decay) stays at the peak
+    until the decay.
+    """
     warmup: str = "0ba"
     """Linear warmup from 0: ba, tok, sp, ep or a fraction of the run (0.05dur)."""
     decay: str = "0.1dur"
@@ -219,7 +317,9 @@ class SchedulerConfig:
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
     """Of wsd: how the rate falls."""
     min_lr_ratio: float = 0.1
-    """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr; constant has none."""
+    """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr; constant
+    has none.
+    """
 
     def validate(self) -> None:
         require_duration(self.decay, "decay", fraction=True, zero=True)
@@ -230,19 +330,30 @@ class SchedulerConfig:
 @dataclass
 class FsdpConfig:
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD"
-    """What is spread over devices: parameters, gradients and optimizer state; the same, but a block's parameters stay gathered
-    from its forward to its backward pass; or as the first within each replica of the model."""
+    """What is spread over devices: parameters, gradients and optimizer state; the same, but a
+    block's parameters stay gathered from its forward to its backward pass; or as the first
+    within each replica of the model.
+    """
     replicas: int | None = None
-    """Of HYBRID_SHARD: copies of the model, each sharded over devices / replicas; one per machine if not set."""
+    """Of HYBRID_SHARD: copies of the model, each sharded over devices / replicas; one per
+    machine if not set.
+    """
     mixed_precision: Literal["PURE", "DEFAULT", "FULL"] = "PURE"
-    """With precision amp_bf16: compute and reduce gradients in bf16; reduce them in fp32; or neither. Weights stay fp32."""
+    """With precision amp_bf16: compute and reduce gradients in bf16; reduce them in fp32; or
+    neither. Weights stay fp32.
+    """
     state_dict_type: Literal["full", "sharded"] = "full"
-    """Checkpoints: one file that the first rank gathers and writes, or a folder with a piece from every rank (which takes a
-    save_folder that all machines share, or an object store). Either is read by any number of devices, with or without fsdp."""
+    """Checkpoints: one file that the first rank gathers and writes, or a folder with a piece
+    from every rank (which takes a save_folder that all machines share, or an object store).
+    Either is read by any number of devices, with or without fsdp.
+    """
 
     def validate(self) -> None:
-        require(self.replicas is None or self.sharding_strategy == "HYBRID_SHARD", "replicas",
-                "must be null unless sharding_strategy=HYBRID_SHARD")
+        require(
+            self.replicas is None or self.sharding_strategy == "HYBRID_SHARD",
+            "replicas",
+            "must be null unless sharding_strategy=HYBRID_SHARD",
+        )
         require(self.replicas is None or self.replicas > 0, "replicas", "must be more than 0")
 
 
@@ -251,7 +362,9 @@ class ParallelismConfig:
     fsdp: FsdpConfig | None = None
     """Fully sharded data parallelism (torch's FSDP2); plain data parallelism if not set."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory, about a third more work."""
+    """Recompute each block in the backward pass instead of keeping its activations: less memory,
+    about a third more work.
+    """
     activation_cpu_offload: bool = False
     """Keep what is kept for the backward pass in the machine's memory instead of the GPU's."""
     compile: bool = False
@@ -259,10 +372,16 @@ class ParallelismConfig:
     cpu_fallback: bool = False
     """Train with plain data parallelism where there is no GPU, though fsdp is asked for."""
     cpu_fsdp: bool = False
-    """Shard over processes (gloo) where there is no GPU: to try out what GPUs will do; saves no time."""
+    """Shard over processes (gloo) where there is no GPU: to try out what GPUs will do; saves no
+    time.
+    """
 
     def validate(self) -> None:
-        require(not (self.cpu_fallback and self.cpu_fsdp), "cpu_fsdp", "must not be set together with cpu_fallback")
+        require(
+            not (self.cpu_fallback and self.cpu_fsdp),
+            "cpu_fsdp",
+            "must not be set together with cpu_fallback",
+        )
 
 
 @dataclass

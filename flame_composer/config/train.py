@@ -43,7 +43,9 @@ MAX_WANDB_ID_BYTES = 200  # W&B's own folders have longer names than their runs
 
 
 class RunPlan(NamedTuple):
-    """How long a run is and how often it does what, in global batches; saving may go by seconds instead."""
+    """How long a run is and how often it does what, in global batches; saving may go by seconds
+    instead.
+    """
 
     total: int
     per_epoch: int
@@ -70,8 +72,10 @@ class TrainConfig(ScriptConfig):
     global_batch_size: int = MISSING
     """Rows per optimizer step over all devices."""
     microbatch_size: int | str = MISSING
-    """Rows per forward pass on one device; global_batch_size = devices x microbatch_size x accumulation steps. The result does
-    not depend on it. auto (GPUs) halves a device's share until it fits into memory."""
+    """Rows per forward pass on one device; global_batch_size = devices x microbatch_size x
+    accumulation steps. The result does not depend on it. auto (GPUs) halves a device's share
+    until it fits into memory.
+    """
     context_length: int = 2048
     """Tokens per row; must be the dataset's."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
@@ -87,11 +91,15 @@ class TrainConfig(ScriptConfig):
     eval_interval: str = "500ba"
     """How often to evaluate (also once before the first batch and at the end)."""
     eval_batch_size: int | None = None
-    """Rows per evaluation forward pass on one device; microbatch_size if not set, but needed with microbatch_size=auto."""
+    """Rows per evaluation forward pass on one device; microbatch_size if not set, but needed
+    with microbatch_size=auto.
+    """
     eval_tasks: EvalTasksConfig | None = None
     """Scores in tasks of lm-evaluation-harness (extra eval); none if not set."""
     varlen: bool = True
-    """Attention state starts anew at every document; false lets it run across the documents of a row."""
+    """Attention state starts anew at every document; false lets it run across the documents of a
+    row.
+    """
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """What takes the steps."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -99,31 +107,42 @@ class TrainConfig(ScriptConfig):
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     """How the model is spread over devices."""
     algorithms: dict[str, Any] = field(default_factory=dict)
-    """What changes training, by name with its arguments: algorithms.ema.half_life=500ba. See docs/configuration.md."""
+    """What changes training, by name with its arguments: algorithms.ema.half_life=500ba. See
+    docs/configuration.md.
+    """
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """What watches a run and acts on it, by name with its arguments; null for the defaults, false to leave one out."""
+    """What watches a run and acts on it, by name with its arguments; null for the defaults,
+    false to leave one out.
+    """
     loggers: dict[str, Any] = field(default_factory=dict)
     """Where else metrics go, by name with its arguments: loggers.file_logger={}."""
     save_folder: str | None = "runs/${run_name}/checkpoints"
     """Folder of checkpoints, local or in an object store (s3://bucket/path); null to save none."""
     save_interval: str = "500ba"
-    """How often to save (also at the end): as the other durations, or by the clock (30min, 2h, 600s)."""
+    """How often to save (also at the end): as the other durations, or by the clock (30min, 2h,
+    600s).
+    """
     save_num_checkpoints_to_keep: int = 3
     """Newest checkpoints to keep; -1 keeps all."""
     autoresume: bool = True
     """Go on from the newest complete checkpoint in save_folder, if there is one."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose gradient is not a number or infinite: end the run before it is taken, or leave it out."""
+    """What to do with a step whose gradient is not a number or infinite: end the run before it
+    is taken, or leave it out.
+    """
     loss_spike: SpikeConfig | None = None
     """End the run when its loss leaps up and stays there; never if not set."""
     stall_timeout: float | None = 1800
-    """End the run when nothing has moved for so many seconds, naming the rank and what it was doing; null for never. Saving a
-    checkpoint, with its upload, is one move."""
+    """End the run when nothing has moved for so many seconds, naming the rank and what it was
+    doing; null for never. Saving a checkpoint, with its upload, is one move.
+    """
     allow_data_change: bool = False
     """Go on from a checkpoint although the data or its order is not what the run began with."""
     allow_schedule_change: bool = False
-    """Go on from a checkpoint although steps already taken would have had another learning rate with this configuration, or
-    an algorithm that goes by the length of the run would have been further, or less far, by then."""
+    """Go on from a checkpoint although steps already taken would have had another learning rate
+    with this configuration, or an algorithm that goes by the length of the run would have been
+    further, or less far, by then.
+    """
     log_folder: str = "runs/${run_name}"
     """Receives train_log.jsonl (one row a step) and the resolved config."""
     log_batch_hash: bool = False
@@ -136,84 +155,170 @@ class TrainConfig(ScriptConfig):
     """Log to TensorBoard, in log_folder/tensorboard (extra tensorboard)."""
 
     def validate(self) -> None:
-        require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)), "run_name",
-                "must be letters, digits, '.', '_' and '-' (it names folders)")
+        require(
+            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)),
+            "run_name",
+            "must be letters, digits, '.', '_' and '-' (it names folders)",
+        )
         most = MAX_NAME_BYTES if self.wandb is None else MAX_WANDB_ID_BYTES
-        require(len(self.run_name.encode()) <= most, "run_name", f"must be {most} bytes at most (it names folders)")
+        require(
+            len(self.run_name.encode()) <= most,
+            "run_name",
+            f"must be {most} bytes at most (it names folders)",
+        )
         require_seed(self.seed, "seed")
         require_text(self, "tokenizer", "save_folder", "log_folder")
         require_no_braces(self, "save_folder", "log_folder")
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
         require_duration(self.save_interval, "save_interval", fraction=True, time=True)
-        require(self.global_batch_size > 0, "global_batch_size", "must be a positive number of rows")
+        require(
+            self.global_batch_size > 0, "global_batch_size", "must be a positive number of rows"
+        )
         size = self.microbatch_size
-        require(size == "auto" or (isinstance(size, int) and size > 0), "microbatch_size",
-                "must be a positive number of rows, or auto")
-        require(self.eval_batch_size is None or self.eval_batch_size > 0, "eval_batch_size",
-                "must be a positive number of rows, or null")
-        require(self.stall_timeout is None or 0 < self.stall_timeout <= MAX_SECONDS, "stall_timeout",
-                f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}, or null")
+        require(
+            size == "auto" or (isinstance(size, int) and size > 0),
+            "microbatch_size",
+            "must be a positive number of rows, or auto",
+        )
+        require(
+            self.eval_batch_size is None or self.eval_batch_size > 0,
+            "eval_batch_size",
+            "must be a positive number of rows, or null",
+        )
+        require(
+            self.stall_timeout is None or 0 < self.stall_timeout <= MAX_SECONDS,
+            "stall_timeout",
+            f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}, or null",
+        )
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
-        require("://" not in self.log_folder, "log_folder", "must be a local folder (save_folder and data can be remote)")
-        require(self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
-                "save_num_checkpoints_to_keep", "must be more than 0, or -1 for all")
+        require(
+            "://" not in self.log_folder,
+            "log_folder",
+            "must be a local folder (save_folder and data can be remote)",
+        )
+        require(
+            self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
+            "save_num_checkpoints_to_keep",
+            "must be more than 0, or -1 for all",
+        )
         world_size = self.world_size()
         if not re.fullmatch(r"[1-9][0-9]{0,8}", world_size):
-            raise ConfigError(f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with composer, "
-                              "or unset it")
+            raise ConfigError(
+                f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with"
+                " composer, or unset it"
+            )
         devices = int(world_size)
         if isinstance(size, int):
-            require(self.global_batch_size % (devices * size) == 0, "global_batch_size",
-                    f"must be a multiple of devices x microbatch_size = {devices} x {size} = {devices * size}")
-        require(self.global_batch_size % devices == 0, "global_batch_size", f"must be a multiple of the {devices} devices")
+            require(
+                self.global_batch_size % (devices * size) == 0,
+                "global_batch_size",
+                f"must be a multiple of devices x microbatch_size = {devices} x {size} ="
+                f" {devices * size}",
+            )
+        require(
+            self.global_batch_size % devices == 0,
+            "global_batch_size",
+            f"must be a multiple of the {devices} devices",
+        )
         fsdp, tasks = self.parallelism.fsdp, self.eval_tasks
-        require(tasks is None or size != "auto" or tasks.batch_size is not None, "eval_tasks.batch_size",
-                "must be set with microbatch_size=auto, which is about training")
-        require(tasks is None or fsdp is None, "eval_tasks", "must be null with parallelism.fsdp: evaluate checkpoints with "
-                "recipes/evaluate.py")
-        require(fsdp is None or size != "auto", "microbatch_size", "must be a number with parallelism.fsdp, which cannot try")
-        require(fsdp is None or fsdp.replicas is None or devices % fsdp.replicas == 0, "parallelism.fsdp.replicas",
-                f"must divide the {devices} devices")
+        require(
+            tasks is None or size != "auto" or tasks.batch_size is not None,
+            "eval_tasks.batch_size",
+            "must be set with microbatch_size=auto, which is about training",
+        )
+        require(
+            tasks is None or fsdp is None,
+            "eval_tasks",
+            "must be null with parallelism.fsdp: evaluate checkpoints with recipes/evaluate.py",
+        )
+        require(
+            fsdp is None or size != "auto",
+            "microbatch_size",
+            "must be a number with parallelism.fsdp, which cannot try",
+        )
+        require(
+            fsdp is None or fsdp.replicas is None or devices % fsdp.replicas == 0,
+            "parallelism.fsdp.replicas",
+            f"must divide the {devices} devices",
+        )
         if self.eval_data is not None:
-            require(size != "auto" or self.eval_batch_size is not None, "eval_batch_size",
-                    "must be set with microbatch_size=auto, which is about training")
+            require(
+                size != "auto" or self.eval_batch_size is not None,
+                "eval_batch_size",
+                "must be set with microbatch_size=auto, which is about training",
+            )
             trained_on = [(self.train_data.local, self.train_data.remote)]
-            trained_on += [(stream.local, stream.remote) for stream in self.train_data.streams.values()]
-            require((self.eval_data.local, self.eval_data.remote) not in trained_on, "eval_data.local",
-                    "must not be a dataset that is trained on")
+            trained_on += [
+                (stream.local, stream.remote) for stream in self.train_data.streams.values()
+            ]
+            require(
+                (self.eval_data.local, self.eval_data.remote) not in trained_on,
+                "eval_data.local",
+                "must not be a dataset that is trained on",
+            )
         self._check_extensions()
         run_batches = self.in_batches(self.max_duration, None)
         warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
         if run_batches is not None and warmup is not None:
-            self._check_schedule(run_batches, warmup, self.in_batches(self.scheduler.decay, None, run_batches))
+            self._check_schedule(
+                run_batches, warmup, self.in_batches(self.scheduler.decay, None, run_batches)
+            )
 
     def _check_schedule(self, total: int, warmup: int, decay: int | None) -> None:
-        require(warmup <= total, "scheduler.warmup",
-                f"must not be longer than the run: {warmup} batches of {total} (max_duration={self.max_duration})")
-        require(self.scheduler.name != "wsd" or decay is None or warmup + decay <= total, "scheduler.decay",
-                f"must leave room for the warmup: {decay} and {warmup} batches of {total}")
+        require(
+            warmup <= total,
+            "scheduler.warmup",
+            f"must not be longer than the run: {warmup} batches of {total}"
+            f" (max_duration={self.max_duration})",
+        )
+        require(
+            self.scheduler.name != "wsd" or decay is None or warmup + decay <= total,
+            "scheduler.decay",
+            f"must leave room for the warmup: {decay} and {warmup} batches of {total}",
+        )
 
     def _check_extensions(self) -> None:
-        for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks), ("loggers", self.loggers)):
+        for section, given in (
+            ("algorithms", self.algorithms),
+            ("callbacks", self.callbacks),
+            ("loggers", self.loggers),
+        ):
             check_names(section, given)
-        named = {f"{section}.{name}" for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks))
-                 for name in in_use(given)}
-        require("callbacks.early_stopper" not in named or self.eval_data is not None, "callbacks.early_stopper",
-                "needs an evaluation to go by; set eval_data")
+        named = {
+            f"{section}.{name}"
+            for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks))
+            for name in in_use(given)
+        }
+        require(
+            "callbacks.early_stopper" not in named or self.eval_data is not None,
+            "callbacks.early_stopper",
+            "needs an evaluation to go by; set eval_data",
+        )
         has_logger = bool(in_use(self.loggers)) or self.wandb is not None or self.tensorboard
         for key in sorted(named):
             name = key.partition(".")[2]
-            require(has_logger or name not in ONLY_LOGS, key,
-                    "hands metrics to loggers, and there is none; set loggers.file_logger={}, wandb.project=... or "
-                    "tensorboard=true")
-            require(self.parallelism.fsdp is None or name not in NEEDS_WHOLE_PARAMETERS, key,
-                    "must not be set together with parallelism.fsdp, which spreads parameters over devices")
-        require("callbacks.optimizer_monitor" not in named or self.parallelism.fsdp is None
-                or self.optimizer.name != "decoupled_adamw"
-                or (self.callbacks["optimizer_monitor"] or {}).get("log_optimizer_metrics") is False,
-                "callbacks.optimizer_monitor", "cannot gather what decoupled_adamw adds to it with parallelism.fsdp; set "
-                "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw")
+            require(
+                has_logger or name not in ONLY_LOGS,
+                key,
+                "hands metrics to loggers, and there is none; set loggers.file_logger={},"
+                " wandb.project=... or tensorboard=true",
+            )
+            require(
+                self.parallelism.fsdp is None or name not in NEEDS_WHOLE_PARAMETERS,
+                key,
+                "must not be set together with parallelism.fsdp, which spreads parameters over"
+                " devices",
+            )
+        require(
+            "callbacks.optimizer_monitor" not in named
+            or self.parallelism.fsdp is None
+            or self.optimizer.name != "decoupled_adamw"
+            or (self.callbacks["optimizer_monitor"] or {}).get("log_optimizer_metrics") is False,
+            "callbacks.optimizer_monitor",
+            "cannot gather what decoupled_adamw adds to it with parallelism.fsdp; set "
+            "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw",
+        )
 
     def plan(self, epoch_batches: int) -> RunPlan:
         """The run's durations, for a dataset that has so many global batches an epoch.
@@ -232,8 +337,14 @@ class TrainConfig(ScriptConfig):
         self._check_schedule(total, warmup, decay)
         by_clock = TIME.fullmatch(self.save_interval)
         return RunPlan(
-            total, epoch_batches, warmup, decay, eval_interval,
-            save_batches=None if by_clock else self.in_batches(self.save_interval, epoch_batches, total),
+            total,
+            epoch_batches,
+            warmup,
+            decay,
+            eval_interval,
+            save_batches=(
+                None if by_clock else self.in_batches(self.save_interval, epoch_batches, total)
+            ),
             save_seconds=int(by_clock[1]) * SECONDS[by_clock[2]] if by_clock else None,
         )
 
@@ -241,8 +352,12 @@ class TrainConfig(ScriptConfig):
         """The number of processes of this run, as whoever started it says."""
         return os.environ.get("WORLD_SIZE", "1")
 
-    def in_batches(self, duration: str, epoch_batches: int | None, run_batches: int | None = None) -> int | None:
-        """`duration` in global batches, rounded up; None where it needs an epoch's or the run's length and that is None."""
+    def in_batches(
+        self, duration: str, epoch_batches: int | None, run_batches: int | None = None
+    ) -> int | None:
+        """`duration` in global batches, rounded up; None where it needs an epoch's or the run's
+        length and that is None.
+        """
         if match := DURATION.fullmatch(duration):
             count, unit = int(match[1]), match[2]
             if unit == "ep":

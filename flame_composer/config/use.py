@@ -16,16 +16,22 @@ from flame_composer.config.train import TrainConfig
 
 @dataclass
 class EvaluateConfig(ScriptConfig):
-    """Loss and perplexity of a Hugging Face folder or a checkpoint on datasets, and its scores in tasks."""
+    """Loss and perplexity of a Hugging Face folder or a checkpoint on datasets, and its scores
+    in tasks.
+    """
 
     paths = ("model", "tokenizer", "plot", "task_path")
 
     model: str = MISSING
-    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
+    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken),
+    also in an object store.
+    """
     data: EvalDataConfig | None = None
     """The dataset to take loss and perplexity on."""
     datasets: dict[str, EvalDataConfig] = field(default_factory=dict)
-    """Several datasets instead of one, by names of your own: datasets.web.local=... datasets.code.remote=..."""
+    """Several datasets instead of one, by names of your own: datasets.web.local=...
+    datasets.code.remote=...
+    """
     tokenizer: str | None = None
     """Tokenizer folder or id; the model's own if not set."""
     batch_size: int = 8
@@ -35,13 +41,17 @@ class EvaluateConfig(ScriptConfig):
     varlen: bool = True
     """On datasets, attention state starts anew at every document."""
     block_size: int | None = None
-    """Show perplexity by the length of the context, so many tokens of it together; not if not set."""
+    """Show perplexity by the length of the context, so many tokens of it together; not if not
+    set.
+    """
     plot: str | None = None
     """PNG file to draw perplexity over the length of the context to."""
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None
-    """Folder of tasks of your own (YAML files in the harness's form), which come before the harness's."""
+    """Folder of tasks of your own (YAML files in the harness's form), which come before the
+    harness's.
+    """
     task_code: bool = False
     """Run the Python functions that task files in task_path name (!function)."""
     num_fewshot: int | None = None
@@ -49,7 +59,9 @@ class EvaluateConfig(ScriptConfig):
     task_limit: int | None = None
     """Take the first so many documents of each task; all if not set."""
     max_length: int | None = None
-    """Most tokens of a task's question and answer; the model's max_position_embeddings if not set."""
+    """Most tokens of a task's question and answer; the model's max_position_embeddings if not
+    set.
+    """
     add_bos: bool | None = None
     """Begin the texts of tasks with the tokenizer's bos token, or not; if not set, as documents
     began in training."""
@@ -57,19 +69,55 @@ class EvaluateConfig(ScriptConfig):
     def validate(self) -> None:
         require_text(self, "model", "tokenizer", "plot")
         require(self.batch_size > 0, "batch_size", "must be a positive number of rows")
-        require(self.data is not None or bool(self.datasets or self.tasks), "data", "must be set (data.local=...), or tasks")
-        require(self.data is None or not self.datasets, "data", "must be null with datasets, which each have their own")
+        require(
+            self.data is not None or bool(self.datasets or self.tasks),
+            "data",
+            "must be set (data.local=...), or tasks",
+        )
+        require(
+            self.data is None or not self.datasets,
+            "data",
+            "must be null with datasets, which each have their own",
+        )
         places = [(data.local, data.remote) for data in self.datasets.values()]
         require(len(set(places)) == len(places), "datasets", "must all be different ones")
-        require(self.block_size is None or self.block_size > 0, "block_size", "must be a positive number of tokens, or null")
-        require(self.block_size is None or bool(self.data or self.datasets), "block_size", "needs data.local=... or datasets")
-        require(self.plot is None or self.plot.lower().endswith(".png"), "plot", "must be a file name ending in .png")
-        require(self.plot is None or self.block_size is not None, "block_size", "must be set together with plot")
+        require(
+            self.block_size is None or self.block_size > 0,
+            "block_size",
+            "must be a positive number of tokens, or null",
+        )
+        require(
+            self.block_size is None or bool(self.data or self.datasets),
+            "block_size",
+            "needs data.local=... or datasets",
+        )
+        require(
+            self.plot is None or self.plot.lower().endswith(".png"),
+            "plot",
+            "must be a file name ending in .png",
+        )
+        require(
+            self.plot is None or self.block_size is not None,
+            "block_size",
+            "must be set together with plot",
+        )
         require_tasks(self)
-        require(self.task_path is None or bool(self.tasks), "tasks", "must be set together with task_path")
+        require(
+            self.task_path is None or bool(self.tasks),
+            "tasks",
+            "must be set together with task_path",
+        )
         require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
-        require(self.task_limit is None or self.task_limit > 0, "task_limit", "must be a positive number, or null")
-        require(self.max_length is None or self.max_length > 1, "max_length", "must be 2 tokens or more, or null")
+        require(
+            self.task_limit is None or self.task_limit > 0,
+            "task_limit",
+            "must be a positive number, or null",
+        )
+        require(
+            self.max_length is None or self.max_length > 1,
+            "max_length",
+            "must be 2 tokens or more, or null",
+        )
 
 
 @dataclass
@@ -79,11 +127,17 @@ class GenerateConfig(ScriptConfig):
     paths = ("model", "prompts")
 
     model: str = MISSING
-    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken), also in an object store."""
+    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken),
+    also in an object store.
+    """
     prompt: str | None = None
-    """The text to continue. Without it and prompts, what is typed (or piped in) is continued line by line, to Ctrl-D."""
+    """The text to continue. Without it and prompts, what is typed (or piped in) is continued
+    line by line, to Ctrl-D.
+    """
     prompts: str | None = None
-    """File of prompts: a line each, empty ones left out, or .jsonl with a key prompt; written as JSON lines."""
+    """File of prompts: a line each, empty ones left out, or .jsonl with a key prompt; written as
+    JSON lines.
+    """
     batch_size: int = 8
     """Prompts of the file that are continued together."""
     max_new_tokens: int = 128
@@ -95,7 +149,9 @@ class GenerateConfig(ScriptConfig):
     top_k: int = 0
     """Sample from this many likeliest tokens; 0 for no such limit."""
     repetition_penalty: float = 1.0
-    """Make tokens less likely that are there already, in the prompt too: 1.2, say; 1 for no difference."""
+    """Make tokens less likely that are there already, in the prompt too: 1.2, say; 1 for no
+    difference.
+    """
     stop: list[str] = field(default_factory=list)
     """Stop after the token that completes one of these texts."""
     seed: int = 42
@@ -107,9 +163,17 @@ class GenerateConfig(ScriptConfig):
     def validate(self) -> None:
         require_text(self, "model", "prompts")
         require_seed(self.seed, "seed")
-        require(self.prompt is None or self.prompts is None, "prompts", "must not be set together with prompt")
+        require(
+            self.prompt is None or self.prompts is None,
+            "prompts",
+            "must not be set together with prompt",
+        )
         require(self.batch_size > 0, "batch_size", "must be a positive number of prompts")
-        require(0 < self.repetition_penalty < math.inf, "repetition_penalty", "must be more than 0, and finite")
+        require(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            "must be more than 0, and finite",
+        )
         require("" not in self.stop, "stop", "must not hold an empty text")
         require(self.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
         require(0 <= self.temperature < math.inf, "temperature", "must be 0 or more, and finite")
@@ -137,7 +201,11 @@ class BenchmarkConfig(ScriptConfig):
     def validate(self) -> None:
         for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
             require(getattr(self, name) > 0, name, "must be more than 0")
-        require(bool(self.context_lengths) and min(self.context_lengths) > 1, "context_lengths", "must be 2 tokens or more")
+        require(
+            bool(self.context_lengths) and min(self.context_lengths) > 1,
+            "context_lengths",
+            "must be 2 tokens or more",
+        )
 
 
 @dataclass
@@ -147,7 +215,9 @@ class ConversionBenchmarkConfig(ScriptConfig):
     paths = ("source", "tokenizer", "folder")
 
     source: list[str] = field(default_factory=list)
-    """Files, folders or globs of text to draw the corpus from; if not set, the Python files of the installed packages."""
+    """Files, folders or globs of text to draw the corpus from; if not set, the Python files of
+    the installed packages.
+    """
     suffixes: list[str] = field(default_factory=list)
     """Take only files with these endings when a folder is searched."""
     megabytes: float = 160
@@ -161,9 +231,13 @@ class ConversionBenchmarkConfig(ScriptConfig):
     num_workers: int = 2
     """Processes that are compared with one."""
     repeats: int = 2
-    """Conversions by each, which take turns; if more than one, after a small one that does not count."""
+    """Conversions by each, which take turns; if more than one, after a small one that does not
+    count.
+    """
     folder: str | None = None
-    """Where the corpus and the datasets are put, and removed in the end; the system's temporary folder if not set."""
+    """Where the corpus and the datasets are put, and removed in the end; the system's temporary
+    folder if not set.
+    """
 
     def validate(self) -> None:
         require_text(self, "tokenizer", "folder")
@@ -196,7 +270,11 @@ class DecodeBenchmarkConfig(ScriptConfig):
         for name in ("new_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
             require(getattr(self, name) > 0, name, "must be more than 0")
         for name in ("context_lengths", "batch_sizes"):
-            require(bool(getattr(self, name)) and min(getattr(self, name)) > 0, name, "must be 1 or more")
+            require(
+                bool(getattr(self, name)) and min(getattr(self, name)) > 0,
+                name,
+                "must be 1 or more",
+            )
 
 
 @dataclass
@@ -214,7 +292,9 @@ class CheckpointBenchmarkConfig(ScriptConfig):
     repeats: int = 3
     """Turns that count."""
     folder: str | None = None
-    """Where the checkpoints are put, and removed in the end; the system's temporary folder if not set."""
+    """Where the checkpoints are put, and removed in the end; the system's temporary folder if
+    not set.
+    """
 
     def validate(self) -> None:
         require_text(self, "folder")
@@ -233,7 +313,9 @@ class StartBenchmarkConfig(ScriptConfig):
     repeats: int = 2
     """Turns that count."""
     folder: str | None = None
-    """Where the corpus and the runs are put, and removed in the end; the system's temporary folder if not set."""
+    """Where the corpus and the runs are put, and removed in the end; the system's temporary
+    folder if not set.
+    """
 
     def validate(self) -> None:
         require_text(self, "folder")
@@ -270,7 +352,9 @@ BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoi
 
 @dataclass
 class AllBenchmarksConfig(ScriptConfig):
-    """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated of it by more than a tenth."""
+    """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated
+    of it by more than a tenth.
+    """
 
     paths = ("plot",)
 
@@ -281,23 +365,31 @@ class AllBenchmarksConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "plot")
-        require(set(self.names) <= set(BENCHMARKS), "names", f"must be among {', '.join(BENCHMARKS)}")
+        require(
+            set(self.names) <= set(BENCHMARKS), "names", f"must be among {', '.join(BENCHMARKS)}"
+        )
 
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """What a run of recipes/train.py comes to, before anyone pays for it. The file and all keys but the last are the run's."""
+    """What a run of recipes/train.py comes to, before anyone pays for it. The file and all keys
+    but the last are the run's.
+    """
 
     elsewhere = other_names.PLANNING
 
     devices: int = MISSING
     """GPUs of a node, or processes on CPUs."""
-    device: Literal["a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"] = MISSING
+    device: Literal[
+        "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"
+    ] = MISSING
     """Kind of the devices; h100 and h200 are SXM modules, a100 has 80 GB."""
     nodes: int = 1
     """Machines with as many devices each."""
     mfu: float = 0.4
-    """Share of the devices' peak that the model's own FLOPs come to: an assumption, until it was measured."""
+    """Share of the devices' peak that the model's own FLOPs come to: an assumption, until it was
+    measured.
+    """
     tokens_per_second: float | None = None
     """Of the whole run, where it was measured; in place of mfu."""
     price_per_hour: float | None = None
@@ -305,13 +397,17 @@ class PlanConfig(TrainConfig):
     dataset_tokens: int | None = None
     """Tokens the training data holds; if not set, its manifest is read, where it is."""
     save_seconds: float | None = None
-    """Seconds that training waits for a checkpoint, where it was measured; in place of save_bandwidth."""
+    """Seconds that training waits for a checkpoint, where it was measured; in place of
+    save_bandwidth.
+    """
     save_bandwidth: str = "1gb"
     """Bytes a second at which a checkpoint is written: an assumption."""
     preemption_hours: float | None = None
     """Mean time between the moments at which machines are taken away, in hours."""
     restart_minutes: float = 10.0
-    """From then to the first step after it: waiting for machines, starting, loading the checkpoint."""
+    """From then to the first step after it: waiting for machines, starting, loading the
+    checkpoint.
+    """
 
     def validate(self) -> None:
         for name, most in (("devices", 1000), ("nodes", 100_000)):
@@ -320,14 +416,26 @@ class PlanConfig(TrainConfig):
         require(1e-6 <= self.mfu <= 1, "mfu", "must be in [1e-06, 1]")
         for name in ("tokens_per_second", "save_seconds", "preemption_hours"):
             value = getattr(self, name)
-            require(value is None or 1e-6 <= value <= 1e12, name, "must be in [1e-06, 1e+12], or null")
-        require(self.price_per_hour is None or 0 <= self.price_per_hour <= 1e12, "price_per_hour",
-                "must be in [0, 1e+12], or null")
+            require(
+                value is None or 1e-6 <= value <= 1e12, name, "must be in [1e-06, 1e+12], or null"
+            )
+        require(
+            self.price_per_hour is None or 0 <= self.price_per_hour <= 1e12,
+            "price_per_hour",
+            "must be in [0, 1e+12], or null",
+        )
         require(0 <= self.restart_minutes <= 1e12, "restart_minutes", "must be in [0, 1e+12]")
-        require(self.dataset_tokens is None or 0 < self.dataset_tokens <= 10**18, "dataset_tokens",
-                "must be in [1, 10**18], or null")
-        require(bool(BYTES.fullmatch(self.save_bandwidth)) and bool(self.save_bandwidth.strip("0.bBkKmMgGtTpP")),
-                "save_bandwidth", "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb")
+        require(
+            self.dataset_tokens is None or 0 < self.dataset_tokens <= 10**18,
+            "dataset_tokens",
+            "must be in [1, 10**18], or null",
+        )
+        require(
+            bool(BYTES.fullmatch(self.save_bandwidth))
+            and bool(self.save_bandwidth.strip("0.bBkKmMgGtTpP")),
+            "save_bandwidth",
+            "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb",
+        )
         super().validate()
 
     def world_size(self) -> str:
@@ -345,7 +453,9 @@ class ReportConfig(ScriptConfig):
     out: str | None = None
     """Folder for report.html and the PNGs; if not set, report/ in the first run's folder."""
     smooth: int = 1
-    """Steps over which loss, perplexity, gradient norm and throughput are averaged; 1 shows every step."""
+    """Steps over which loss, perplexity, gradient norm and throughput are averaged; 1 shows
+    every step.
+    """
 
     def validate(self) -> None:
         require(bool(self.runs), "runs", "must name at least one run's folder, e.g. runs/gla_tiny")

@@ -1,4 +1,6 @@
-"""What was written: YAML whose texts stay as they are in the file, and which keys take a text and which a number."""
+"""What was written: YAML whose texts stay as they are in the file, and which keys take a text
+and which a number.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from flame_composer.config.fields import dataclass_of, hints_of, named_sections
 from flame_composer.config.rules import ConfigError
 
-# OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply are refused all the same.
+# OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply are
+# refused all the same.
 MAX_YAML_NODES = 1_000_000
 MOST_LEVELS = 100  # of a YAML document
 MOST_LETTERS = 1 << 26
@@ -35,7 +38,9 @@ class Written:
 
 
 def parse_yaml(stream: Any) -> Any:
-    """Return the content of a YAML document, with a `Written` for each scalar that YAML takes for something but text."""
+    """Return the content of a YAML document, with a `Written` for each scalar that YAML takes
+    for something but text.
+    """
     require_shallow(stream)
     base = get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)
 
@@ -49,9 +54,11 @@ def parse_yaml(stream: Any) -> Any:
 
 
 def require_shallow(stream: Any) -> None:
-    """Raise ValueError for a YAML document of endless depth or size; of a file, as much as this reads is left to be read.
+    """Raise ValueError for a YAML document of endless depth or size; of a file, as much as this
+    reads is left to be read.
 
-    libyaml's loader builds nested lists and mappings one within the other: 100,000 of them end the process.
+    libyaml's loader builds nested lists and mappings one within the other: 100,000 of them end the
+    process.
     """
     text = stream if isinstance(stream, str) else stream.read(MOST_LETTERS + 1)
     if len(text) > MOST_LETTERS:
@@ -59,7 +66,9 @@ def require_shallow(stream: Any) -> None:
     depth = 0
     with contextlib.suppress(yaml.YAMLError):  # which is told when it is loaded
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             if depth > MOST_LEVELS:
                 raise ValueError(f"lists and mappings in one another, more than {MOST_LEVELS} deep")
     if not isinstance(stream, str):
@@ -67,7 +76,9 @@ def require_shallow(stream: Any) -> None:
 
 
 def to_yaml(content: Any) -> str:
-    """Return plain values as YAML that `parse_yaml` and OmegaConf read as the same values, texts with `${` in them included."""
+    """Return plain values as YAML that `parse_yaml` and OmegaConf read as the same values, texts
+    with `${` in them included.
+    """
 
     class Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
         pass
@@ -78,7 +89,13 @@ def to_yaml(content: Any) -> str:
         return get_omega_conf_dumper().str_representer(dumper, text)
 
     Dumper.add_representer(str, represent)
-    return yaml.dump(_escaped(content), default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=Dumper)
+    return yaml.dump(
+        _escaped(content),
+        default_flow_style=False,
+        allow_unicode=True,
+        sort_keys=False,
+        Dumper=Dumper,
+    )
 
 
 def _escaped(value: Any) -> Any:
@@ -121,28 +138,44 @@ def plain(value: Any) -> Any:
 
 
 def as_meant(hint: Any, value: Any, place: str, key: str = "") -> Any:
-    """Return a value of `parse_yaml` for a key of type `hint`: a text as it was written, a number as YAML takes it.
+    """Return a value of `parse_yaml` for a key of type `hint`: a text as it was written, a number
+    as YAML takes it.
 
-    Raises ConfigError, which names `place` and `key`, for what a person has not meant: Python's None, and numbers in forms
-    that only YAML 1.1 knows (0123 is 83 to it, 1:30 is 90).
+    Raises ConfigError, which names `place` and `key`, for what a person has not meant: Python's
+    None, and numbers in forms that only YAML 1.1 knows (0123 is 83 to it, 1:30 is 90).
     """
     above = f"{key}." if key else ""
     section, each = dataclass_of(hint), named_sections(hint)
     if isinstance(value, Written):
         return _scalar(hint, value, f"{place}: {key}={value.text}")
     if isinstance(value, str):
-        return _with_checked_default(value, f"{place}: {key}={value}") if takes_text(hint) else value
+        return (
+            _with_checked_default(value, f"{place}: {key}={value}") if takes_text(hint) else value
+        )
     if isinstance(value, dict) and section is not None:
         hints, content = hints_of(section), {plain(name): inner for name, inner in value.items()}
-        return {name: as_meant(hints[name], inner, place, f"{above}{name}") if name in hints else plain(inner)
-                for name, inner in content.items()}  # fmt: skip
+        return {
+            name: (
+                as_meant(hints[name], inner, place, f"{above}{name}")
+                if name in hints
+                else plain(inner)
+            )
+            for name, inner in content.items()
+        }
     if isinstance(value, dict) and each is not None:
-        names = {name.text if isinstance(name, Written) else name: inner for name, inner in value.items()}
-        return {name: as_meant(each, inner, place, f"{above}{name}") for name, inner in names.items()}
+        names = {
+            name.text if isinstance(name, Written) else name: inner for name, inner in value.items()
+        }
+        return {
+            name: as_meant(each, inner, place, f"{above}{name}") for name, inner in names.items()
+        }
     if isinstance(value, dict):
         inner_hint = get_args(hint)[1] if get_origin(hint) is dict else Any
         content = {plain(name): inner for name, inner in value.items()}
-        return {name: as_meant(inner_hint, inner, place, f"{above}{name}") for name, inner in content.items()}
+        return {
+            name: as_meant(inner_hint, inner, place, f"{above}{name}")
+            for name, inner in content.items()
+        }
     if isinstance(value, list):
         inner_hint = get_args(hint)[0] if get_origin(hint) in (list, tuple) else Any
         return [as_meant(inner_hint, inner, place, key) for inner in value]
@@ -150,12 +183,16 @@ def as_meant(hint: Any, value: Any, place: str, key: str = "") -> Any:
 
 
 def quote_it(value: Any, for_text: bool) -> str:
-    """Return the remedy where a third party's key takes a text and YAML made something else of it; '' for other mistakes."""
+    """Return the remedy where a third party's key takes a text and YAML made something else of
+    it; '' for other mistakes.
+    """
     return "; quote what is text" if for_text and isinstance(value, bool | int | float) else ""
 
 
 def takes_text(hint: Any) -> bool:
-    """Whether a key of this type takes a text and no number, or a list of such: str, str | None, list[str], Literal."""
+    """Whether a key of this type takes a text and no number, or a list of such: str, str | None,
+    list[str], Literal.
+    """
     options = [option for option in get_args(hint) if option is not types.NoneType]
     if get_origin(hint) in (typing.Union, types.UnionType):
         return all(map(takes_text, options))
@@ -171,28 +208,40 @@ def _scalar(hint: Any, scalar: Written, shown: str) -> Any:
     for_text = takes_text(hint)
     if scalar.text == PYTHONS_NONE and (for_text or can_be_null or hint is Any):
         instead = "write null for no value" if can_be_null or hint is Any else "must be set"
-        raise ConfigError(f"{shown}: {instead}; where that word is meant, quote it in a file: 'None'")
+        raise ConfigError(
+            f"{shown}: {instead}; where that word is meant, quote it in a file: 'None'"
+        )
     if for_text:
         return _with_checked_default(scalar.text, shown) if scalar.value is not None else None
     if isinstance(scalar.value, int | float) and _misread(scalar):
-        raise ConfigError(f"{shown}: YAML takes this for {scalar.value}; write the number in plain digits, or quote what is "
-                          f"text: '{scalar.text}'")
+        raise ConfigError(
+            f"{shown}: YAML takes this for {scalar.value}; write the number in plain digits, or"
+            f" quote what is text: '{scalar.text}'"
+        )
     return scalar.value
 
 
 def _misread(scalar: Written) -> bool:
-    """Whether YAML 1.1 takes a number for another one than a person does: octal by a zero before it, or by base sixty."""
+    """Whether YAML 1.1 takes a number for another one than a person does: octal by a zero before
+    it, or by base sixty.
+    """
     digits = scalar.text.replace("_", "")
-    return ":" in digits or (re.fullmatch("[-+]?[0-9]+", digits) is not None and int(digits) != scalar.value)
+    return ":" in digits or (
+        re.fullmatch("[-+]?[0-9]+", digits) is not None and int(digits) != scalar.value
+    )
 
 
 def _with_checked_default(text: str, shown: str) -> str:
-    """Return `text`. Raises ConfigError for `${oc.env:NAME,1.10}`, whose default OmegaConf would take for the number 1.1."""
+    """Return `text`. Raises ConfigError for `${oc.env:NAME,1.10}`, whose default OmegaConf would
+    take for the number 1.1.
+    """
     for default in re.findall(r"\$\{oc\.env:[^,{}]*,\s*([^'\"{}\[\],]*?)\s*\}", text):
         try:
             read = OmegaConf.create({"default": f"${{oc.decode:'{default}'}}"})["default"]
         except OmegaConfBaseException:
             continue  # it is read where it is used, and refused there
         if read is not None and str(read) != default:
-            raise ConfigError(f"{shown}: the default {default} would become {read}; quote it: '{default}'")
+            raise ConfigError(
+                f"{shown}: the default {default} would become {read}; quote it: '{default}'"
+            )
     return text

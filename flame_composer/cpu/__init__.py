@@ -1,4 +1,5 @@
-"""fla without a GPU: its operations in plain PyTorch, and what puts them in the place of its kernels.
+"""fla without a GPU: its operations in plain PyTorch, and what puts them in the place of its
+kernels.
 
 `from flame_composer import cpu; cpu.enable()`, as published model cards have it.
 """

@@ -1,10 +1,11 @@
 """fla's models on a machine without a GPU: `from flame_composer import cpu; cpu.enable()`.
 
 fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
-`import fla` works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding) that meets a
-CPU tensor runs here, in plain PyTorch (cpu_ops.py); CUDA tensors still take fla's own kernels. Configs, parameter
-names and checkpoints are the same on both. fla's softmax attention (flash-attn) has no CPU form here, nor has what the
-other models of fla do, but for Mamba, which brings a plain PyTorch form of its own: `missing` tells.
+`import fla` works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding)
+that meets a CPU tensor runs here, in plain PyTorch (cpu_ops.py); CUDA tensors still take fla's own
+kernels. Configs, parameter names and checkpoints are the same on both. fla's softmax attention
+(flash-attn) has no CPU form here, nor has what the other models of fla do, but for Mamba, which
+brings a plain PyTorch form of its own: `missing` tells.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from flame_composer.cpu.operations import OPERATIONS, REPLACEMENTS
 
 TESTED_FLA = "0.5."
 DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
+
+
 def enable() -> None:
-    """Make fla importable, and its GLA models runnable on CPU tensors. Calling it again changes nothing.
+    """Make fla importable, and its GLA models runnable on CPU tensors. Calling it again changes
+    nothing.
 
     Raises:
         ImportError: fla's version is not one this module was written for.
@@ -35,15 +39,17 @@ def enable() -> None:
     version = importlib.metadata.version("fla-core")
     if not version.startswith(TESTED_FLA):
         raise ImportError(
-            f"fla-core {version} is installed, but flame_composer.cpu knows the internals of {TESTED_FLA}x "
-            f"only: pip install 'flash-linear-attention=={TESTED_FLA}*'"
+            f"fla-core {version} is installed, but flame_composer.cpu knows the internals of"
+            f" {TESTED_FLA}x only: pip install 'flash-linear-attention=={TESTED_FLA}*'"
         )
     if os.environ.get(DISPATCH_SWITCH) == "1":
-        raise ValueError(f"{DISPATCH_SWITCH}=1 keeps fla from running on a CPU: unset it and start again")
+        raise ValueError(
+            f"{DISPATCH_SWITCH}=1 keeps fla from running on a CPU: unset it and start again"
+        )
     keep_signals_off_the_heap()
     install_stub_driver()
-    # fla's decorators import torch's compiler, which would start a pool of processes that compile; leave that until
-    # something is compiled.
+    # fla's decorators import torch's compiler, which would start a pool of processes that compile;
+    # leave that until something is compiled.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
     with warnings.catch_warnings():
         # fla says at import that flash-attn is missing; GLA does not use it.
@@ -58,31 +64,43 @@ def enable() -> None:
         original = getattr(owner, name)
         if not hasattr(original, "cpu_version"):
             setattr(owner, name, _by_device(original, make))
-    # transformers >= 4.52 reads the docstring of every registered config, and fla's BitNetConfig has none.
+    # transformers >= 4.52 reads the docstring of every registered config, and fla's BitNetConfig
+    # has none.
     bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
     bitnet.__doc__ = bitnet.__doc__ or ""
 
 
 def missing(hf_config: Any) -> tuple[str, str] | None:
-    """The key of a model's config that makes it need a GPU, and why; None for a model that can be trained on a CPU."""
+    """The key of a model's config that makes it need a GPU, and why; None for a model that can
+    be trained on a CPU.
+    """
     if not type(hf_config).__module__.startswith("fla.") or hf_config.model_type == "mamba":
         return None
     if hf_config.model_type != "gla":
-        return "model_type", (f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's models, gla and "
-                              "mamba train on a CPU, and so does any of transformers' own (llama, ...)")
+        return (
+            "model_type",
+            (
+                f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's"
+                " models, gla and mamba train on a CPU, and so does any of transformers' own"
+                " (llama, ...)"
+            ),
+        )
     for key, has_none in (
-        ("attn", hf_config.attn is not None), ("attnres_block_size", hf_config.attnres_block_size is not None),
+        ("attn", hf_config.attn is not None),
+        ("attnres_block_size", hf_config.attnres_block_size is not None),
         ("hidden_act", hf_config.hidden_act == "powglu"),
-    ):  # fmt: skip
+    ):
         if has_none:
             return key, "needs a GPU, and there is none here; leave it out"
     return None
 
 
 def install_stub_driver() -> None:
-    """Give Triton a driver that can be asked about but not launched on, where no GPU driver is active.
+    """Give Triton a driver that can be asked about but not launched on, where no GPU driver is
+    active.
 
-    Triton 3.3 asks the driver for a benchmarker when a kernel is decorated: without one, fla's import dies.
+    Triton 3.3 asks the driver for a benchmarker when a kernel is decorated: without one, fla's
+    import dies.
     """
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
@@ -105,8 +123,8 @@ def install_stub_driver() -> None:
 
         def get_current_device(self) -> int:
             raise RuntimeError(
-                "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no CPU form "
-                "of this operation (it covers GLA models; other fla models need a GPU)"
+                "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no"
+                " CPU form of this operation (it covers GLA models; other fla models need a GPU)"
             )
 
     if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):

@@ -1,20 +1,23 @@
-"""Gated linear attention in plain PyTorch: the chunkwise kernel that trains GLA on a CPU, and the recurrence.
+"""Gated linear attention in plain PyTorch: the chunkwise kernel that trains GLA on a CPU, and the
+recurrence.
 
-For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2312.06635, section 4):
+For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2312.06635, section
+4):
 
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
-The chunkwise form cuts the sequence into chunks of C tokens. With G the inclusive cumulative sum of g inside
-a chunk and G_C its last row, a chunk reads the state S that enters it and leaves S':
+The chunkwise form cuts the sequence into chunks of C tokens. With G the inclusive cumulative sum of
+g inside a chunk and G_C its last row, a chunk reads the state S that enters it and leaves S':
 
     O  = scale * [ (Q * exp G) S + tril(A) V ]       A_ij = sum_k q_ik k_jk exp(G_ik - G_jk)
     S' = diag(exp G_C) S + (K * exp(G_C - G))^T V
 
-`chunk_gla` is one autograd function which saves its inputs only and recomputes the rest in the backward pass:
-on a CPU the arithmetic is a few per cent of a model's, while the intermediates would be most of its memory.
+`chunk_gla` is one autograd function which saves its inputs only and recomputes the rest in the
+backward pass: on a CPU the arithmetic is a few per cent of a model's, while the intermediates would
+be most of its memory.
 
-Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a chunk,
-M = B * H, n = number of chunks.
+Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a
+chunk, M = B * H, n = number of chunks.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
-# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G): at most exp(MAX_DECAY / 2), far from
-# fp32's limit, and |G| this small keeps the rounding of G itself (relative 6e-8) below 5e-6 in exp(G).
+# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G): at most exp(MAX_DECAY / 2),
+# far from fp32's limit, and |G| this small keeps the rounding of G itself (relative 6e-8) below
+# 5e-6 in exp(G).
 MAX_DECAY = 80.0
 
 
@@ -57,7 +61,8 @@ def chunk_gla(
         cu_seqlens_cpu: a copy that saves fla a device synchronisation; not needed here.
 
     Returns:
-        o `[B, T, H, V]` in v's dtype, and the final state in float32 (float64 for float64 inputs) or None.
+        o `[B, T, H, V]` in v's dtype, and the final state in float32 (float64 for float64 inputs)
+        or None.
 
     Raises:
         ValueError: for shapes or offsets that do not fit together.
@@ -88,13 +93,17 @@ def recurrent_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence, token by token: the form for decoding. Arguments and results as in `chunk_gla`."""
+    """The recurrence, token by token: the form for decoding. Arguments and results as in
+    `chunk_gla`.
+    """
     _check(q, k, v, gk, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is not None:
         rows = _Rows(cu_seqlens)
         q, k, v, gk = map(rows.split, (q, k, v, gk))
-        o, state = recurrent_gla(q, k, v, gk, scale, initial_state, output_final_state, state_v_first)
+        o, state = recurrent_gla(
+            q, k, v, gk, scale, initial_state, output_final_state, state_v_first
+        )
         return rows.join(o), state
     dtype = torch.promote_types(q.dtype, torch.float32)
     if initial_state is None:
@@ -109,7 +118,9 @@ def recurrent_gla(
     return o, _transposed(state, state_v_first) if output_final_state else None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, cu: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, cu: Tensor | None
+) -> None:
     if not q.shape == k.shape == g.shape or v.shape[:3] != q.shape[:3]:
         shapes = [list(x.shape) for x in (q, k, g, v)]
         raise ValueError(f"q, k, g must be [B, T, H, K] and v [B, T, H, V], got {shapes}")
@@ -119,10 +130,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, cu: Te
                 f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the batch into one row"
             )
         if int(cu[0]) != 0 or int(cu[-1]) != q.shape[1]:
-            raise ValueError(f"cu_seqlens must run from 0 to T={q.shape[1]}, got {cu[0]:d} to {cu[-1]:d}")
+            raise ValueError(
+                f"cu_seqlens must run from 0 to T={q.shape[1]}, got {cu[0]:d} to {cu[-1]:d}"
+            )
     num_sequences = q.shape[0] if cu is None else len(cu) - 1
     if h0 is not None and h0.shape[0] != num_sequences:
-        raise ValueError(f"{num_sequences} sequences need as many initial states, got {h0.shape[0]}")
+        raise ValueError(
+            f"{num_sequences} sequences need as many initial states, got {h0.shape[0]}"
+        )
 
 
 def _transposed(state: Tensor, state_v_first: bool) -> Tensor:
@@ -130,9 +145,15 @@ def _transposed(state: Tensor, state_v_first: bool) -> Tensor:
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor,
-    scale: float, initial_state: Tensor | None, output_final_state: bool, state_v_first: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor | None]:
     if initial_state is not None:
         initial_state = _transposed(initial_state, state_v_first)
     o, state = _chunkwise(q, k, v, g, scale, initial_state, None)
@@ -142,7 +163,8 @@ def _dense(
 class _Rows:
     """Sequences packed into one row <-> one sequence per row, padded at the end with zeros.
 
-    A token with k = v = g = 0 leaves the state as it is, so padding changes no output and no final state.
+    A token with k = v = g = 0 leaves the state as it is, so padding changes no output and no final
+    state.
     """
 
     def __init__(self, cu_seqlens: Tensor):
@@ -175,7 +197,8 @@ class _Masks(NamedTuple):
     same: Tensor | None  # [n, C, C] 1 where both are of the same sequence
     reads: Tensor | None  # [n, C, 1] 1 where the token's sequence entered the chunk: it reads S
     writes: Tensor | None  # [n, C, 1] 1 where the token's sequence leaves the chunk: it writes S'
-    keeps: Tensor | None  # [n, 1, 1] 1 where the sequence that enters is the one that leaves: S survives
+    # [n, 1, 1] 1 where the sequence that enters is the one that leaves: S survives
+    keeps: Tensor | None
 
 
 def _masks(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) -> _Masks:
@@ -215,8 +238,9 @@ def _tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 def _plan(g: Tensor) -> tuple[int, bool]:
     """The chunk size for these gates, and whether the scores need the exact form.
 
-    Strong decay overflows the fast form, so the chunk shrinks until its whole decay is below MAX_DECAY; gates
-    too negative even for the smallest chunk take the exact form, which exponentiates no positive number.
+    Strong decay overflows the fast form, so the chunk shrinks until its whole decay is below
+    MAX_DECAY; gates too negative even for the smallest chunk take the exact form, which
+    exponentiates no positive number.
     """
     size = CHUNK_SIZE
     while size > MIN_CHUNK_SIZE and size // 2 >= g.shape[1]:
@@ -235,9 +259,11 @@ def _sums(g: Tensor, group: int) -> Tensor:
 
 
 def _cumulative(g: Tensor, masks: _Masks) -> tuple[Tensor, Tensor]:
-    """G, and the total decay at each token's end of the chunk (G_C), both within the token's own sequence.
+    """G, and the total decay at each token's end of the chunk (G_C), both within the token's own
+    sequence.
 
-    A product with the mask, not cumsum: not even the rounding of a sequence depends on its neighbours.
+    A product with the mask, not cumsum: not even the rounding of a sequence depends on its
+    neighbours.
     """
     G = masks.pairs.to(g.dtype) @ g
     return G, G[:, :, -1:] if masks.same is None else masks.same.to(g.dtype) @ g
@@ -270,7 +296,9 @@ class _FastScores:
 
 
 class _ExactScores:
-    """A_ij = sum_k q_ik k_jk exp(G_ik - G_jk), column by column: every exponent is <= 0, for any gates."""
+    """A_ij = sum_k q_ik k_jk exp(G_ik - G_jk), column by column: every exponent is <= 0, for any
+    gates.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: _Masks):
         # float64, since a difference of two sums in the thousands would lose float32's digits.
@@ -287,7 +315,9 @@ class _ExactScores:
     def scores(self) -> Tensor:
         A = self.q.new_zeros(*self.q.shape[:3], self.q.shape[2])
         for j in range(A.shape[-1]):
-            A[..., j:, j] = ((self.q[:, :, j:] * self._column(j)) @ self.k[:, :, j].unsqueeze(-1)).squeeze(-1)
+            A[..., j:, j] = (
+                (self.q[:, :, j:] * self._column(j)) @ self.k[:, :, j].unsqueeze(-1)
+            ).squeeze(-1)
         return A
 
     def backward(self, dA: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,10 +348,17 @@ def _states(scores: _Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: _Ma
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor,
-    h0: Tensor | None, segments: Tensor | None, plan: tuple[int, bool],
-) -> tuple[Tensor, Tensor, Tensor, _Scores, _Masks, Tensor]:  # fmt: skip
-    """What forward and backward both start from: q, k, v in chunks, the scores, masks and states."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    h0: Tensor | None,
+    segments: Tensor | None,
+    plan: tuple[int, bool],
+) -> tuple[Tensor, Tensor, Tensor, _Scores, _Masks, Tensor]:
+    """What forward and backward both start from: q, k, v in chunks, the scores, masks and
+    states.
+    """
     size, exact = plan
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_c, k_c, v_c, g_c = (_chunks(x, size, dtype) for x in (q, k, v, g))
@@ -334,9 +371,15 @@ def _prepare(
 class _ChunkGLA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
-        scale: float, h0: Tensor | None, segments: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        scale: float,
+        h0: Tensor | None,
+        segments: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, g, h0, segments)
         ctx.scale = scale
         ctx.plan = _plan(g)
@@ -345,7 +388,8 @@ class _ChunkGLA(torch.autograd.Function):
         o = A @ v_c
         o += (q_c * _masked(scores.read, masks.reads)) @ states[:, :-1]
         o *= scale
-        final = states[:, -1].clone()  # a view would keep the states of all chunks in the model's cache
+        # A view would keep the states of all chunks in the model's cache
+        final = states[:, -1].clone()
         final = final.view(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         return _tokens(o, v.shape, v.dtype), final
 
@@ -373,15 +417,16 @@ class _ChunkGLA(torch.autograd.Function):
         dv = A.mT @ do_c
         dv += (k_c * write) @ dleaving
 
-        # A_ii does not depend on the gates: leaving it out of the terms below spares dg their cancellation.
+        # A_ii does not depend on the gates: leaving it out of the terms below spares dg their
+        # cancellation.
         dA_diagonal = dA.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
         dA.diagonal(dim1=-2, dim2=-1).zero_()
         dq, dk = scores.backward(dA)
         dk_write = (v_c @ dleaving.mT).mul_(write)
         dq += (do_c @ states[:, :-1].mT).mul_(read)
 
-        # g_t takes part in exp(G_i - G_j) for j < t <= i, hence sums over the tokens from t on (pairs and
-        # reads) and before t (writes), and the state that passes through the chunk.
+        # g_t takes part in exp(G_i - G_j) for j < t <= i, hence sums over the tokens from t on
+        # (pairs and reads) and before t (writes), and the state that passes through the chunk.
         dg = q_c * dq
         dg -= k_c * dk
         dg = masks.pairs.mT @ dg
@@ -404,8 +449,16 @@ class _ChunkGLA(torch.autograd.Function):
 
 
 def _chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, h0: Tensor | None, segments: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    h0: Tensor | None,
+    segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state `[B, H, K, V]`; `segments` `[T]` numbers the sequences packed into one row."""
+    """Output and final state `[B, H, K, V]`; `segments` `[T]` numbers the sequences packed into
+    one row.
+    """
     result: Any = _ChunkGLA.apply(q, k, v, g, scale, h0, segments)
     return result

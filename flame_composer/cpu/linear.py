@@ -1,7 +1,8 @@
-"""Linear layers of CPU models through oneDNN, where PyTorch takes MKL, which leaves AMD's wide vectors unused.
+"""Linear layers of CPU models through oneDNN, where PyTorch takes MKL, which leaves AMD's wide
+vectors unused.
 
-On an AMD EPYC with AVX-512 the fp32 products of a training step take half the time (docs/benchmarks.md). What is computed
-is the same, up to the order in which fp32 sums are added up.
+On an AMD EPYC with AVX-512 the fp32 products of a training step take half the time
+(docs/benchmarks.md). What is computed is the same, up to the order in which fp32 sums are added up.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Multiplications below which oneDNN's overhead for a call, some 15 microseconds, outweighs its speed.
+# Multiplications below which oneDNN's overhead for a call, some 15 microseconds, outweighs its
+# speed.
 MIN_PRODUCTS = 1 << 19
 
 
 def keep_signals_off_the_heap() -> None:
     """Have this thread's signals come on a stack of their own.
 
-    While oneDNN's fp32 kernels compute, the stack pointer is in the heap (before 3.11.2; uxlfoundation/oneDNN issue 4845): a
-    SIGTERM in the middle of one overwrites what lies there, and the process aborts some time after. Python's handlers run on
-    the alternate stack if there is one, and faulthandler makes one; signals come to the main thread, if it takes them.
+    While oneDNN's fp32 kernels compute, the stack pointer is in the heap (before 3.11.2;
+    uxlfoundation/oneDNN issue 4845): a SIGTERM in the middle of one overwrites what lies there, and
+    the process aborts some time after. Python's handlers run on the alternate stack if there is
+    one, and faulthandler makes one; signals come to the main thread, if it takes them.
     """
     if not faulthandler.is_enabled():
         faulthandler.enable(file=2)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` for x `[N, I]` and weight `[O, I]`, either of which may be a transposed view."""
+    """`x @ weight.T + bias` for x `[N, I]` and weight `[O, I]`, either of which may be a
+    transposed view.
+    """
     if _is_for_onednn(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
@@ -47,11 +52,13 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return bool(
-        x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
         and x.shape[0] * weight.numel() >= MIN_PRODUCTS
-        and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
-    )  # fmt: skip
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,14 +89,20 @@ class Linear(nn.Linear):
     """nn.Linear by `linear` for fp32 on a CPU; by PyTorch for all else."""
 
     def forward(self, input: Tensor) -> Tensor:
-        is_plain = input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        is_plain = (
+            input.device.type == "cpu"
+            and input.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+        )
         if not is_plain or torch.compiler.is_compiling():
             return super().forward(input)
         return linear(input, self.weight, self.bias)
 
 
 def through_onednn(model: nn.Module) -> None:
-    """Let every linear layer of a model compute as `Linear`; its parameters stay what and where they are."""
+    """Let every linear layer of a model compute as `Linear`; its parameters stay what and where
+    they are.
+    """
     keep_signals_off_the_heap()
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -1,7 +1,7 @@
 """fla's operations in plain PyTorch, for tensors on a CPU.
 
-The functions without an underscore are operations of fla 0.5.2: the name, arguments and results of each are those of
-the function it stands in for, which fla calls by position.
+The functions without an underscore are operations of fla 0.5.2: the name, arguments and results of
+each are those of the function it stands in for, which fla calls by position.
 """
 
 from __future__ import annotations
@@ -36,16 +36,24 @@ def _rms_norm_backward(
     xhat = x * rstd.unsqueeze(-1)
     product = dy * xhat
     dw = None if weight is None else product.sum(0).to(weight.dtype)
-    mean = (product.sum(-1) if weight is None else product @ weight.to(product.dtype)).div_(x.shape[-1])
+    mean = (product.sum(-1) if weight is None else product @ weight.to(product.dtype)).div_(
+        x.shape[-1]
+    )
     dx = dy.clone() if weight is None else torch.mul(dy, weight, out=product)
     return dx.addcmul_(xhat, mean.unsqueeze(-1), value=-1).mul_(rstd.unsqueeze(-1)), dw
 
 
 def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None, residual_dtype: torch.dtype | None = None,
-    is_rms_norm: bool = False, num_groups: int = 1,
-) -> tuple[Tensor, None, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> tuple[Tensor, None, Tensor, Tensor]:
     _plain_rms_norm(is_rms_norm, bias, num_groups)
     total = x.float() if residual is None else x.float() + residual.float()
     rstd = _rstd(total, eps)
@@ -57,10 +65,19 @@ def layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: None, rstd: Tensor,
-    dres: Tensor | None = None, has_residual: bool = False, is_rms_norm: bool = False,
-    x_dtype: torch.dtype | None = None, recompute_output: bool = False, num_groups: int = 1,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: None,
+    rstd: Tensor,
+    dres: Tensor | None = None,
+    has_residual: bool = False,
+    is_rms_norm: bool = False,
+    x_dtype: torch.dtype | None = None,
+    recompute_output: bool = False,
+    num_groups: int = 1,
+) -> tuple[Tensor | None, ...]:
     _plain_rms_norm(is_rms_norm, bias, num_groups)
     dx, dw = _rms_norm_backward(dy.float(), x.float(), weight, rstd)
     if dres is not None:
@@ -77,10 +94,17 @@ def _gate(g: Tensor, activation: str) -> Tensor:
 
 
 def layer_norm_gated_fwd(
-    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish",
-    eps: float = 1e-5, residual: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    residual_dtype: torch.dtype | None = None, is_rms_norm: bool = False,
-) -> tuple[Tensor, None, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    is_rms_norm: bool = False,
+) -> tuple[Tensor, None, Tensor, Tensor]:
     y, _, rstd, total = layer_norm_fwd(
         x, weight, bias, eps, residual, torch.float32, residual_dtype, is_rms_norm
     )
@@ -89,11 +113,21 @@ def layer_norm_gated_fwd(
 
 
 def layer_norm_gated_bwd(
-    dy: Tensor, x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish",
-    eps: float = 1e-5, mean: None = None, rstd: Tensor | None = None, dresidual: Tensor | None = None,
-    has_residual: bool = False, is_rms_norm: bool = False, x_dtype: torch.dtype | None = None,
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    eps: float = 1e-5,
+    mean: None = None,
+    rstd: Tensor | None = None,
+    dresidual: Tensor | None = None,
+    has_residual: bool = False,
+    is_rms_norm: bool = False,
+    x_dtype: torch.dtype | None = None,
     recompute_output: bool = False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     _plain_rms_norm(is_rms_norm, bias)
     assert rstd is not None
     dy_f, x_f, g_f = dy.float(), x.float(), g.float()
@@ -102,7 +136,11 @@ def layer_norm_gated_bwd(
         y *= weight
     dgate = y * dy_f
     is_sigmoid = activation == "sigmoid"
-    dg = _aten.sigmoid_backward(dgate, g_f.sigmoid()) if is_sigmoid else _aten.silu_backward(dgate, g_f)
+    dg = (
+        _aten.sigmoid_backward(dgate, g_f.sigmoid())
+        if is_sigmoid
+        else _aten.silu_backward(dgate, g_f)
+    )
     dx, dw = _rms_norm_backward(_gate(g_f, activation).mul_(dy_f), x_f, weight, rstd)
     if dresidual is not None:
         dx += dresidual
@@ -144,7 +182,9 @@ def swiglu_fwd(x: Tensor, y: Tensor, output_contiguous: bool = False) -> Tensor:
 def swiglu_fwdbwd(
     x: Tensor, y: Tensor, g: Tensor, use_weight: bool = False, output_contiguous: bool = False
 ) -> tuple[Tensor, ...]:
-    """dx, dy of silu(x) * y for the output's gradient g, and the output itself with `use_weight`."""
+    """dx, dy of silu(x) * y for the output's gradient g, and the output itself with
+    `use_weight`.
+    """
     silu = F.silu(x)
     output = silu * y if use_weight else None
     dx, dy = _aten.silu_backward(g * y, x), silu.mul_(g)
@@ -157,7 +197,9 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, y, weight)
-        return product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(
+            *x.shape[:-1], -1
+        )
 
     @staticmethod
     @once_differentiable
@@ -176,10 +218,16 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def cross_entropy_loss(
-    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0, logit_softcapping: float | None = None, ignore_index: int = -100,
-    inplace_backward: bool = False, process_group: Any = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    logit_softcapping: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
     """Losses and z-losses per token, `[N]` each. Unlike fla's, it never overwrites the logits."""
     if process_group is not None:
         raise NotImplementedError("cross-entropy over a sharded vocabulary needs a GPU")
@@ -198,9 +246,14 @@ def cross_entropy_loss(
 def _cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
     """`FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
     losses, z_losses = cross_entropy_loss(
-        input, target, self.label_smoothing, self.logit_scale, self.lse_square_scale, self.logit_softcapping,
+        input,
+        target,
+        self.label_smoothing,
+        self.logit_scale,
+        self.lse_square_scale,
+        self.logit_softcapping,
         self.ignore_index,
-    )  # fmt: skip
+    )
     if self.reduction != "none":
         losses, z_losses = losses.sum(), z_losses.sum()
     if self.reduction == "mean":
@@ -210,12 +263,23 @@ def _cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
 
 
 def fused_linear_cross_entropy_forward(
-    x: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
-    label_smoothing: float = 0.0, logit_scale: float = 1.0, logit_softcapping: float | None = None,
-    num_chunks: int = 8, reduction: str = "mean", use_l2warp: bool = False, l2_penalty_factor: float = 1e-4,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcapping: float | None = None,
+    num_chunks: int = 8,
+    reduction: str = "mean",
+    use_l2warp: bool = False,
+    l2_penalty_factor: float = 1e-4,
     accumulate_grad_in_fp32: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The summed or mean loss and its gradients, `num_chunks` groups of tokens at a time: x `[N, D]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The summed or mean loss and its gradients, `num_chunks` groups of tokens at a time: x `[N,
+    D]`.
+    """
     dx = torch.empty_like(x)
     grad_dtype = torch.float32 if accumulate_grad_in_fp32 else weight.dtype
     dw = torch.zeros_like(weight, dtype=grad_dtype)
@@ -249,10 +313,16 @@ def fused_linear_cross_entropy_backward(
 
 
 def _short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Depthwise causal convolution of x `[B, T, D]` with weight `[D, W]`; the last W inputs `[N, D, W]`."""
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution of x `[B, T, D]` with weight `[D, W]`; the last W inputs `[N,
+    D, W]`.
+    """
     D, W = weight.shape
     lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
     pieces = x.float().split(lengths, 1)
@@ -268,11 +338,19 @@ def _short_conv(
 
 
 def causal_conv1d_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    initial_state: Tensor | None = None, output_final_state: bool = False, activation: str | None = None,
-    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_indices: Tensor | None = None, BT: int = 64, layout_fallback: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    BT: int = 64,
+    layout_fallback: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
     if residual is not None:
         y = y + residual
@@ -280,14 +358,25 @@ def causal_conv1d_fwd(
 
 
 def causal_conv1d_bwd(
-    x: Tensor, dy: Tensor, dht: Tensor | None, weight: Tensor, bias: Tensor | None = None,
-    residual: Tensor | None = None, initial_state: Tensor | None = None, activation: str | None = None,
-    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_indices: Tensor | None = None, BT: int = 64, layout_fallback: bool = False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x: Tensor,
+    dy: Tensor,
+    dht: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    BT: int = 64,
+    layout_fallback: bool = False,
+) -> tuple[Tensor | None, ...]:
     """Recomputes the output and lets autograd differentiate it: a small part of a model's work."""
     x, weight = (t.detach().requires_grad_() for t in (x, weight))
-    bias, initial_state = (None if t is None else t.detach().requires_grad_() for t in (bias, initial_state))
+    bias, initial_state = (
+        None if t is None else t.detach().requires_grad_() for t in (bias, initial_state)
+    )
     with torch.enable_grad():
         y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
     inputs = [x, weight, bias, initial_state]
@@ -299,9 +388,13 @@ def causal_conv1d_bwd(
 
 
 def causal_conv1d_update(
-    x: Tensor, cache: Tensor, residual: Tensor | None = None, weight: Tensor | None = None,
-    bias: Tensor | None = None, activation: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    cache: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """One token per sequence; the cache `[N, D, W]` of the last W inputs is updated in place."""
     assert weight is not None
     cache.copy_(torch.cat([cache[..., 1:], x.reshape(len(cache), -1, 1).to(cache.dtype)], -1))
@@ -313,11 +406,21 @@ def causal_conv1d_update(
 
 
 def _fused_recurrent_gla(
-    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor | None = None,
-    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
-    reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`fused_recurrent_gla`, fla's choice for T <= 64: the recurrence for decoding, chunks for the rest."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`fused_recurrent_gla`, fla's choice for T <= 64: the recurrence for decoding, chunks for
+    the rest.
+    """
     if gk is None or gv is not None or reverse:
         raise NotImplementedError("on a CPU GLA runs forwards, with gates on the keys only")
     num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

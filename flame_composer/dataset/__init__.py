@@ -1,1 +1,3 @@
-"""The dataset on disk: how documents become packed rows in shards, and how it is read, checked and described."""
+"""The dataset on disk: how documents become packed rows in shards, and how it is read, checked
+and described.
+"""

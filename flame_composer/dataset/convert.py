@@ -1,4 +1,6 @@
-"""One work unit: its documents are read once, told apart by split, encoded, checked and committed."""
+"""One work unit: its documents are read once, told apart by split, encoded, checked and
+committed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from flame_composer.text.documents import read_documents
 from flame_composer.text.tokenizer import Encoder
 
 HASH_KEY = b"flame_composer document"
-BATCH_CHARACTERS = 4 << 20  # texts encoded in one call: enough to keep every core busy, little enough memory
+# Texts encoded in one call: enough to keep every core busy, little enough memory
+BATCH_CHARACTERS = 4 << 20
 SAMPLE = 256  # one document in so many is encoded by the reference too
 
 
@@ -27,7 +30,9 @@ def document_hash(text: str) -> bytes:
 
 
 def split_of(digest: bytes, val_fraction: float) -> Split:
-    """The side a document is on, by its hash: equal documents are on the same side, whatever their order or source."""
+    """The side a document is on, by its hash: equal documents are on the same side, whatever
+    their order or source.
+    """
     return "val" if int.from_bytes(digest[:8], "big") < round(val_fraction * 2**64) else "train"
 
 
@@ -41,14 +46,17 @@ def convert_unit(
     encoder: str = HF,
     reference: Encoder | None = None,
 ) -> list[UnitRecord]:
-    """Read work unit `number` once and commit it to each of `datasets` (one a split) that does not have it yet.
+    """Read work unit `number` once and commit it to each of `datasets` (one a split) that does not
+    have it yet.
 
-    `on_progress` is called after every batch with the documents, tokens and input bytes done with since the last call.
-    A document that cannot be read is left out and counted with `on_error="skip"`, which changes nothing for the others,
-    and raises DataError with "fail"; nothing of this unit is committed then.
+    `on_progress` is called after every batch with the documents, tokens and input bytes done with
+    since the last call. A document that cannot be read is left out and counted with
+    `on_error="skip"`, which changes nothing for the others, and raises DataError with "fail";
+    nothing of this unit is committed then.
 
-    `encoder` is what the manifest is to call `encode`. With `reference`, the first document of the unit and one in
-    `SAMPLE` of the others, chosen by their hashes, must have the same tokens by both; EncoderMismatch otherwise.
+    `encoder` is what the manifest is to call `encode`. With `reference`, the first document of the
+    unit and one in `SAMPLE` of the others, chosen by their hashes, must have the same tokens by
+    both; EncoderMismatch otherwise.
     """
     with explained(" and ".join(dataset.out for dataset in datasets)):
         missing = [dataset for dataset in datasets if not dataset.is_committed(number)]
@@ -69,7 +77,9 @@ def convert_unit(
     def flush() -> None:
         nonlocal num_bytes
         if reference is not None and sample:
-            _check(encode, reference, sample, f"{plan.units[number][0].path}, unit {unit_name(number)}")
+            _check(
+                encode, reference, sample, f"{plan.units[number][0].path}, unit {unit_name(number)}"
+            )
             sample.clear()
         documents = num_tokens = 0
         for split, batch in texts.items():
@@ -93,9 +103,12 @@ def convert_unit(
             characters = 0
             is_first = True
             for part in plan.units[number]:
-                for document in read_documents(part, plan.config["text_column"], skip, plan.config["max_document_bytes"]):
+                for document in read_documents(
+                    part, plan.config["text_column"], skip, plan.config["max_document_bytes"]
+                ):
                     digest = document_hash(document.text)
-                    # Before the split is looked at: what is checked must not depend on what is committed already.
+                    # Before the split is looked at: what is checked must not depend on what is
+                    # committed already.
                     if reference is not None and (is_first or digest[-1] % SAMPLE == 0):
                         sample.append(document.text)
                     is_first = False
@@ -119,8 +132,9 @@ def convert_unit(
             writer.discard()
         if isinstance(error, MemoryError):
             raise DataError(
-                f"{plan.units[number][0].path}, unit {unit_name(number)}: there is not enough memory to encode it; give fewer "
-                "num_workers or a smaller unit_size, and run the same command again"
+                f"{plan.units[number][0].path}, unit {unit_name(number)}: there is not enough"
+                " memory to encode it; give fewer num_workers or a smaller unit_size, and run the"
+                " same command again"
             ) from None
         raise
 
@@ -129,5 +143,14 @@ def _check(encode: Encoder, reference: Encoder, sample: Sequence[str], place: st
     for text in sample:
         found, expected = encode([text])[0].tolist(), reference([text])[0].tolist()
         if found != expected:
-            same = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
-            raise EncoderMismatch(f"{place}: token {same} of the document that begins {text[:40]!r} is another one")
+            same = next(
+                (
+                    i
+                    for i, pair in enumerate(zip(found, expected, strict=False))
+                    if pair[0] != pair[1]
+                ),
+                len(found),
+            )
+            raise EncoderMismatch(
+                f"{place}: token {same} of the document that begins {text[:40]!r} is another one"
+            )

@@ -1,4 +1,6 @@
-"""What a finished dataset says of itself, manifest.json and index.json: reading them without trusting them."""
+"""What a finished dataset says of itself, manifest.json and index.json: reading them without
+trusting them.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
+    """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always
+    exactly.
 
-    `carried_out` tokens fill no row of their unit; the tail unit carries them in. `documents_skipped` could not be
-    read (`on_error=skip`) and have no tokens; where there are two splits, the train split counts them.
-    `documents_short` of the `documents` are under `min_doc_length`: their tokens are `dropped`, as are the last ones of
-    the dataset, too few for a row. `bytes` are those of the shards.
+    `carried_out` tokens fill no row of their unit; the tail unit carries them in.
+    `documents_skipped` could not be read (`on_error=skip`) and have no tokens; where there are two
+    splits, the train split counts them. `documents_short` of the `documents` are under
+    `min_doc_length`: their tokens are `dropped`, as are the last ones of the dataset, too few for a
+    row. `bytes` are those of the shards.
     """
 
     documents: int = 0
@@ -60,8 +64,9 @@ class Ledger:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """One work unit: the inputs it read, the encoder that made its tokens (none for the tail), a hash of its documents'
-    hashes in order, and its ledger."""
+    """One work unit: the inputs it read, the encoder that made its tokens (none for the tail), a
+    hash of its documents' hashes in order, and its ledger.
+    """
 
     name: str
     inputs: Unit
@@ -92,7 +97,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard that index.json lists: its path within the dataset, its size in bytes, its hash (`HASH`) and rows."""
+    """A shard that index.json lists: its path within the dataset, its size in bytes, its hash
+    (`HASH`) and rows.
+    """
 
     basename: str
     bytes: int
@@ -101,18 +108,29 @@ class ShardFile:
 
 
 def read_manifest(folder: str) -> Manifest:
-    """The manifest of the dataset in a folder, local or in an object store; see `parse_manifest`."""
+    """The manifest of the dataset in a folder, local or in an object store; see
+    `parse_manifest`.
+    """
     path = storage.join(folder, "manifest.json")
     if storage.stat(path) is None:
-        what = "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
+        what = (
+            "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
+        )
         is_folder = os.path.isdir(folder) or storage.ls(folder)
-        other = "no dataset made by convert/to_mds.py (manifest.json is missing)" if is_folder else "no such folder"
-        raise ConfigError(f"{folder}: {what if storage.stat(storage.join(folder, 'plan.json')) else other}")
+        other = (
+            "no dataset made by convert/to_mds.py (manifest.json is missing)"
+            if is_folder
+            else "no such folder"
+        )
+        raise ConfigError(
+            f"{folder}: {what if storage.stat(storage.join(folder, 'plan.json')) else other}"
+        )
     return parse_manifest(storage.read(path), path)
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
-    """The manifest in `data`, which is not trusted: every type is checked, and that the ledger balances.
+    """The manifest in `data`, which is not trusted: every type is checked, and that the ledger
+    balances.
 
     Raises DataError, naming `place`, for a manifest that is damaged or of another format version.
     """
@@ -120,8 +138,8 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     version = _take(content, "version", int, place)
     if version != VERSION:
         raise DataError(
-            f"{place}: dataset format version {version}, this flame_composer reads version {VERSION}; "
-            "convert the text again or install the matching version"
+            f"{place}: dataset format version {version}, this flame_composer reads version"
+            f" {VERSION}; convert the text again or install the matching version"
         )
     units = tuple(parse_record(unit, place) for unit in _take(content, "units", list, place))
     tokenizer = _take(content, "tokenizer", dict, place)
@@ -142,7 +160,11 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         index_sha256=_take(content, "index_sha256", str, place),
     )
     if not 1 <= manifest.context_length < MAX_SHARD_BYTES:
-        raise damaged(place, f"'context_length' must be 1 or more, and {manifest.context_length} tokens fit into no shard")
+        raise damaged(
+            place,
+            f"'context_length' must be 1 or more, and {manifest.context_length} tokens fit into no"
+            " shard",
+        )
     whole = sum((unit.ledger for unit in units), Ledger())
     if not (
         manifest.totals == whole
@@ -157,12 +179,14 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
     """The shards that index.json of a folder lists, in order, without looking at them.
 
-    The index is not trusted: it must be the one `manifest` was written with, and name files within the folder only.
-    Raises DataError otherwise.
+    The index is not trusted: it must be the one `manifest` was written with, and name files within
+    the folder only. Raises DataError otherwise.
     """
     place = storage.join(folder, "index.json")
     if storage.stat(place) is None:
-        raise DataError(f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset")
+        raise DataError(
+            f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset"
+        )
     data = storage.read(place)
     content = parse_json(data, place)
     form = column_form(manifest)
@@ -180,7 +204,8 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         if any(shard.get(key) != value for key, value in form.items()):
             raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
         if shard.get("size_limit") is not None:
-            _take(shard, "size_limit", int, place)  # StreamingDataset, which may read it as well, insists
+            # StreamingDataset, which may read it as well, insists
+            _take(shard, "size_limit", int, place)
         file = ShardFile(
             basename,
             _take(raw, "bytes", int, place),
@@ -197,11 +222,15 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         raise damaged(place, "it is not the index that manifest.json was written with")
     for file in files:
         if file.bytes > MAX_SHARD_BYTES:
-            raise damaged(place, f"{file.basename}: {file.bytes} bytes are more than a shard can have")
+            raise damaged(
+                place, f"{file.basename}: {file.bytes} bytes are more than a shard can have"
+            )
         if file.rows < 1:
             raise damaged(place, f"{file.basename}: a shard of no rows")
         if file.rows * row_bytes > file.bytes:
-            raise damaged(place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes")
+            raise damaged(
+                place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes"
+            )
     return files
 
 
@@ -209,24 +238,37 @@ def column_form(manifest: Manifest) -> dict[str, Any]:
     """Return what index.json says of the form of every shard of a dataset."""
     row_bytes = manifest.context_length * int(manifest.token_dtype.removeprefix("uint")) // 8
     return {
-        "format": "mds", "version": 2, "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, row_bytes],
-        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
-    }  # fmt: skip
+        "format": "mds",
+        "version": 2,
+        "column_names": ["doc_lengths", "input_ids"],
+        "column_sizes": [None, row_bytes],
+        "column_encodings": [
+            "ndarray:uint32",
+            f"ndarray:{manifest.token_dtype}:{manifest.context_length}",
+        ],
+    }
 
 
 def check_totals(place: str, manifest: Manifest, files: list[ShardFile]) -> None:
-    """Raises DataError if the index lists other shards than the manifest of the dataset at `place` counts."""
+    """Raises DataError if the index lists other shards than the manifest of the dataset at
+    `place` counts.
+    """
     listed = (sum(file.rows for file in files), len(files), sum(file.bytes for file in files))
     totals = (manifest.totals.rows, manifest.totals.shards, manifest.totals.bytes)
     if listed != totals:
-        raise damaged(f"{place.rstrip('/')}/manifest.json", "its totals (rows, shards, bytes) are {}, {}, {}, those of "
-                      "index.json {}, {}, {}".format(*totals, *listed))
+        raise damaged(
+            f"{place.rstrip('/')}/manifest.json",
+            "its totals (rows, shards, bytes) are {}, {}, {}, those of "
+            "index.json {}, {}, {}".format(*totals, *listed),
+        )
 
 
 def check_shards(folder: str) -> list[ShardFile]:
-    """Check that the dataset in a folder is whole: manifest, index, and every shard there with its right size.
+    """Check that the dataset in a folder is whole: manifest, index, and every shard there with its
+    right size.
 
-    Looks at sizes only; hashes are StreamingDataset's to check. Raises DataError that names the first bad file.
+    Looks at sizes only; hashes are StreamingDataset's to check. Raises DataError that names the
+    first bad file.
     """
     files = read_index(folder, read_manifest(folder))
     there = storage.find(folder)
@@ -235,8 +277,8 @@ def check_shards(folder: str) -> list[ShardFile]:
         if found is None or found.size != file.bytes:
             what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
             raise DataError(
-                f"{storage.join(folder, file.basename)}: shard is {what}; restore it from a copy, or delete {folder} "
-                "and run convert/to_mds.py again"
+                f"{storage.join(folder, file.basename)}: shard is {what}; restore it from a copy,"
+                f" or delete {folder} and run convert/to_mds.py again"
             )
     return files
 
@@ -245,7 +287,10 @@ def read_json(path: str) -> Any:
     try:
         return parse_json(storage.read(path), path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert again") from None
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert"
+            " again"
+        ) from None
 
 
 def dump_json(value: Any) -> bytes:
@@ -260,13 +305,25 @@ def parse_json(data: bytes, place: str) -> Any:
 
 
 def damaged(place: str, reason: str) -> DataError:
-    return DataError(f"{place}: damaged: {reason}; restore it from a copy, or delete its dataset and convert again")
+    return DataError(
+        f"{place}: damaged: {reason}; restore it from a copy, or delete its dataset and convert"
+        " again"
+    )
 
 
 def _take(content: Any, key: str, kind: type[T], place: str) -> T:
     value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-        wanted = {int: "a whole number, 0 or more", str: "a string", list: "a list", dict: "an object"}[kind]
+    if (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or (isinstance(value, int) and value < 0)
+    ):
+        wanted = {
+            int: "a whole number, 0 or more",
+            str: "a string",
+            list: "a list",
+            dict: "an object",
+        }[kind]
         raise damaged(place, f"'{key}' must be {wanted}")
     return value
 
@@ -281,11 +338,15 @@ def _take_encoder(content: dict[str, Any], place: str) -> str | None:
 
 
 def _take_compression(content: dict[str, Any], place: str) -> Any:
-    """Datasets made before it was recorded went by the name, and passed over damage in bz2 and xz: no input equals those."""
+    """Datasets made before it was recorded went by the name, and passed over damage in bz2 and
+    xz: no input equals those.
+    """
     earlier = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2, unchecked", ".xz": "xz, unchecked"}
     if "compression" not in content:
         return earlier.get(os.path.splitext(_take(content, "path", str, place))[1].lower())
-    return _one_of(content["compression"], (None, "gzip", "zstd", "bz2", "xz", *earlier.values()), place)
+    return _one_of(
+        content["compression"], (None, "gzip", "zstd", "bz2", "xz", *earlier.values()), place
+    )
 
 
 def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
@@ -295,15 +356,23 @@ def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
 
 
 def _ledger(content: Any, place: str) -> Ledger:
-    counts = {"documents_short": 0, **content}  # not in datasets made before there was min_doc_length
-    return Ledger(**{field.name: _take(counts, field.name, int, place) for field in dataclasses.fields(Ledger)})
+    # Not in datasets made before there was min_doc_length
+    counts = {"documents_short": 0, **content}
+    return Ledger(
+        **{
+            field.name: _take(counts, field.name, int, place)
+            for field in dataclasses.fields(Ledger)
+        }
+    )
 
 
 def parse_record(content: Any, place: str) -> UnitRecord:
     inputs = tuple(
         Slice(
             path=_take(part, "path", str, place),
-            format=_one_of(_take(part, "format", str, place), ("jsonl", "parquet", "text", "dataset"), place),
+            format=_one_of(
+                _take(part, "format", str, place), ("jsonl", "parquet", "text", "dataset"), place
+            ),
             start=_take(part, "start", int, place),
             end=_take(part, "end", int, place),
             num_bytes=_take(part, "num_bytes", int, place),

@@ -1,4 +1,6 @@
-"""Documents to rows of exactly `context_length` tokens, with the lengths of the document pieces in every row."""
+"""Documents to rows of exactly `context_length` tokens, with the lengths of the document pieces
+in every row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Pieces:
-    """Tokens laid end to end, and the lengths of the document pieces they consist of (all positive, summing to them)."""
+    """Tokens laid end to end, and the lengths of the document pieces they consist of (all
+    positive, summing to them).
+    """
 
     tokens: NDArray[np.unsignedinteger]
     doc_lengths: NDArray[np.int64]
@@ -19,7 +23,9 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Rows:
-    """Full rows: `input_ids` [num_rows, context_length]; row r's pieces are `doc_lengths[splits[r]:splits[r + 1]]`."""
+    """Full rows: `input_ids` [num_rows, context_length]; row r's pieces are
+    `doc_lengths[splits[r]:splits[r + 1]]`.
+    """
 
     input_ids: NDArray[np.unsignedinteger]
     doc_lengths: NDArray[np.int64]
@@ -39,18 +45,24 @@ def no_pieces(dtype: type[np.unsignedinteger]) -> Pieces:
 
 
 def pack(
-    tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64], context_length: int, tail: Pieces
+    tokens: NDArray[np.unsignedinteger],
+    doc_lengths: NDArray[np.int64],
+    context_length: int,
+    tail: Pieces,
 ) -> tuple[Rows, Pieces]:
-    """Cut `tail` followed by the documents into rows; what does not fill a row is the tail for the next call.
+    """Cut `tail` followed by the documents into rows; what does not fill a row is the tail for the
+    next call.
 
-    A document that meets the end of a row goes on in the next one as another piece; an empty document leaves no piece.
-    Only the sequence of documents matters, not how it is divided into calls.
+    A document that meets the end of a row goes on in the next one as another piece; an empty
+    document leaves no piece. Only the sequence of documents matters, not how it is divided into
+    calls.
 
     Args:
         tokens: the documents' tokens, end to end, [sum(doc_lengths)].
         doc_lengths: tokens in each document, [num_documents].
         context_length: tokens per row.
-        tail: what the previous call left (`no_pieces(dtype)` at first); fewer than `context_length` tokens.
+        tail: what the previous call left (`no_pieces(dtype)` at first); fewer than
+            `context_length` tokens.
     """
     assert len(tokens) == doc_lengths.sum(), (len(tokens), doc_lengths.sum())
     assert len(tail.tokens) == tail.doc_lengths.sum() < context_length
@@ -63,13 +75,17 @@ def pack(
     ends = ends[ends > 0]  # documents before the first token are empty
     lengths = np.diff(ends, prepend=0)
     splits = np.concatenate([[0], np.searchsorted(ends, row_ends, side="right")]).astype(np.int64)
-    rows = Rows(stream[:num_packed].reshape(num_rows, context_length), lengths[: splits[-1]], splits)
+    rows = Rows(
+        stream[:num_packed].reshape(num_rows, context_length), lengths[: splits[-1]], splits
+    )
     # Copies, so that a short tail does not keep the whole batch in memory.
     return rows, Pieces(stream[num_packed:].copy(), lengths[splits[-1] :].copy())
 
 
 def cut(doc_lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-    """The lengths of the pieces when every document of more than `longest` tokens is cut after each `longest` of them."""
+    """The lengths of the pieces when every document of more than `longest` tokens is cut after
+    each `longest` of them.
+    """
     whole, rest = np.divmod(doc_lengths, longest)
     has_rest = rest > 0
     num_pieces = whole + has_rest

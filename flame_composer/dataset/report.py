@@ -1,4 +1,6 @@
-"""What a dataset holds as a person reads it: tables, histograms and sample rows as text 100 columns wide, and as a PNG."""
+"""What a dataset holds as a person reads it: tables, histograms and sample rows as text 100
+columns wide, and as a PNG.
+"""
 
 from __future__ import annotations
 
@@ -40,25 +42,46 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
         documents += f"; {totals.documents_skipped:,} more could not be read"
     facts = {
         "split": manifest.split,
-        "rows": f"{totals.rows:,} of {manifest.context_length:,} tokens ({manifest.token_dtype}), {size(totals.bytes)} in "
-        f"{plural(totals.shards, 'shard')}",
+        "rows": (
+            f"{totals.rows:,} of {manifest.context_length:,} tokens ({manifest.token_dtype}),"
+            f" {size(totals.bytes)} in {plural(totals.shards, 'shard')}"
+        ),
         "documents": documents,
         "inputs": f"{plural(len(inputs), 'file')}, {size(sizes)}",
-        "tokenizer": f"{theirs.sha256[:12]}: {theirs.vocab_size:,} tokens, bos {_id(theirs.bos_token_id)}, eos "
-        f"{_id(theirs.eos_token_id)}" + ("" if tokenizer is None else f"; matches {tokenizer}"),
-        "encoder": ", ".join(sorted({unit.encoder for unit in manifest.units if unit.encoder is not None})),
-        "settings": "  ".join(f"{key}={_setting(value)}" for key, value in sorted(manifest.config.items())),
+        "tokenizer": (
+            f"{theirs.sha256[:12]}: {theirs.vocab_size:,} tokens, bos {_id(theirs.bos_token_id)},"
+            f" eos {_id(theirs.eos_token_id)}"
+            + ("" if tokenizer is None else f"; matches {tokenizer}")
+        ),
+        "encoder": ", ".join(
+            sorted({unit.encoder for unit in manifest.units if unit.encoder is not None})
+        ),
+        "settings": "  ".join(
+            f"{key}={_setting(value)}" for key, value in sorted(manifest.config.items())
+        ),
     }
     lines = [visible(dataset.place)]
     for name, fact in facts.items():
-        lines += textwrap.wrap(visible(fact), WIDTH, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
+        lines += textwrap.wrap(
+            visible(fact), WIDTH, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13
+        )
     return lines
 
 
 def ledger_table(dataset: Dataset) -> list[str]:
     """Every unit's ledger, the first and last ones if there are many, and the totals."""
     units = dataset.manifest.units
-    names = ["unit", "documents", "tokens in", "+ carried in", "= tokens out", "+ carried out", "+ dropped", "rows", "shards"]
+    names = [
+        "unit",
+        "documents",
+        "tokens in",
+        "+ carried in",
+        "= tokens out",
+        "+ carried out",
+        "+ dropped",
+        "rows",
+        "shards",
+    ]
     body = [[visible(unit.name), *_counts(unit.ledger)] for unit in units]
     left_out = len(body) - MAX_UNITS
     if left_out > 0:
@@ -70,19 +93,39 @@ def ledger_table(dataset: Dataset) -> list[str]:
     cells = [[head[0] for head in heads], [head[1] for head in heads], *body, total]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
-    lines = [gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = [
+        gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
     rule = "-" * max(map(len, lines))
     totals = dataset.manifest.totals
     return [
-        "Ledger" + (f" (of {plural(len(units), 'unit')}, {left_out:,} are not shown)" if left_out > 0 else ""),
-        *lines[:2], rule, *lines[2:-1], rule, lines[-1],
+        "Ledger"
+        + (
+            f" (of {plural(len(units), 'unit')}, {left_out:,} are not shown)"
+            if left_out > 0
+            else ""
+        ),
+        *lines[:2],
+        rule,
+        *lines[2:-1],
+        rule,
+        lines[-1],
         f"{totals.tokens_in:,} tokens in = {totals.tokens_out:,} out + {totals.dropped:,} dropped",
-    ]  # fmt: skip
+    ]
 
 
 def _counts(ledger: Ledger) -> list[str]:
-    shown = (ledger.documents, ledger.tokens_in, ledger.carried_in, ledger.tokens_out, ledger.carried_out, ledger.dropped,
-             ledger.rows, ledger.shards)
+    shown = (
+        ledger.documents,
+        ledger.tokens_in,
+        ledger.carried_in,
+        ledger.tokens_out,
+        ledger.carried_out,
+        ledger.dropped,
+        ledger.rows,
+        ledger.shards,
+    )
     return [f"{count:,}" for count in shown]
 
 
@@ -91,19 +134,35 @@ def histograms(dataset: Dataset, survey: Survey) -> list[str]:
     pieces = int(survey.piece_lengths.sum())
     rows = int(survey.pieces_per_row.sum())
     context_length = dataset.manifest.context_length
-    part = "" if survey.num_read == len(dataset.files) else f", in {survey.num_read:,} of {len(dataset.files):,} shards"
+    part = (
+        ""
+        if survey.num_read == len(dataset.files)
+        else f", in {survey.num_read:,} of {len(dataset.files):,} shards"
+    )
     return [
-        f"Document pieces: {pieces:,}, median length {plural(quantile(survey.piece_lengths, 0.5), 'token')}{part}",
-        *histogram(survey.piece_lengths, "tokens", "pieces", of_size="of tokens", whole=context_length),
+        (
+            f"Document pieces: {pieces:,}, median length"
+            f" {plural(quantile(survey.piece_lengths, 0.5), 'token')}{part}"
+        ),
+        *histogram(
+            survey.piece_lengths, "tokens", "pieces", of_size="of tokens", whole=context_length
+        ),
         "(a document that meets the end of a row goes on in another row as another piece)",
         "",
-        f"Rows: {rows:,}, median {plural(quantile(survey.pieces_per_row, 0.5), 'document piece')}{part}",
+        (
+            f"Rows: {rows:,}, median"
+            f" {plural(quantile(survey.pieces_per_row, 0.5), 'document piece')}{part}"
+        ),
         *histogram(survey.pieces_per_row, "pieces", "rows", of_size="of pieces"),
     ]
 
 
-def histogram(counts: Lengths, size_name: str, name: str, *, of_size: str, whole: int | None = None) -> list[str]:
-    """`counts[n]` things of size n in bins 1, 2-3, 4-7, ...; the size `whole` has a bin of its own."""
+def histogram(
+    counts: Lengths, size_name: str, name: str, *, of_size: str, whole: int | None = None
+) -> list[str]:
+    """`counts[n]` things of size n in bins 1, 2-3, 4-7, ...; the size `whole` has a bin of its
+    own.
+    """
     top = len(counts) - 1
     edges = [1 << i for i in range(top.bit_length())]
     bins = [(low, min(2 * low - 1, top)) for low in edges]
@@ -115,14 +174,24 @@ def histogram(counts: Lengths, size_name: str, name: str, *, of_size: str, whole
     sizes = [int((counts[low : high + 1] * np.arange(low, high + 1)).sum()) for low, high in bins]
     heads = [size_name, name, f"of {name}", of_size]
     cells = [
-        [f"{low:,}" if low == high else f"{low:,}-{high:,}", f"{number:,}", f"{number / sum(numbers):.1%}",
-         f"{bytes / sum(sizes):.1%}"]
+        [
+            f"{low:,}" if low == high else f"{low:,}-{high:,}",
+            f"{number:,}",
+            f"{number / sum(numbers):.1%}",
+            f"{bytes / sum(sizes):.1%}",
+        ]
         for (low, high), number, bytes in zip(bins, numbers, sizes, strict=True)
-    ]  # fmt: skip
+    ]
     widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(4)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *cells]]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [heads, *cells]
+    ]
     bars = [bar(number / max(numbers)) for number in numbers]
-    return [lines[0], *(f"{line}  {bar}".rstrip() for line, bar in zip(lines[1:], bars, strict=True))]
+    return [
+        lines[0],
+        *(f"{line}  {bar}".rstrip() for line, bar in zip(lines[1:], bars, strict=True)),
+    ]
 
 
 def bar(fraction: float) -> str:
@@ -132,16 +201,21 @@ def bar(fraction: float) -> str:
 
 
 def quantile(counts: Lengths, fraction: float) -> int:
-    """The smallest size that is no smaller than this fraction of the things counted; 0 if there are none."""
+    """The smallest size that is no smaller than this fraction of the things counted; 0 if there
+    are none.
+    """
     return int(np.searchsorted(np.cumsum(counts), fraction * counts.sum())) if counts.any() else 0
 
 
 def show_row(row: Row, decode: Decode | None, *, whole: bool) -> list[str]:
-    """A row's document pieces one under the other, as text or, without `decode`, as token ids; unless `whole`, the middle
-    of long pieces and of long lists of pieces is left out."""
+    """A row's document pieces one under the other, as text or, without `decode`, as token ids;
+    unless `whole`, the middle of long pieces and of long lists of pieces is left out.
+    """
     ends = np.cumsum(row.doc_lengths)
     blocks: list[list[str]] = []
-    for number, (length, end) in enumerate(zip(row.doc_lengths.tolist(), ends.tolist(), strict=True), 1):
+    for number, (length, end) in enumerate(
+        zip(row.doc_lengths.tolist(), ends.tolist(), strict=True), 1
+    ):
         ids = row.input_ids[end - length : end]
         lines = _id_lines(ids) if decode is None else _text_lines(decode(ids.tolist()))
         if not whole:
@@ -151,9 +225,14 @@ def show_row(row: Row, decode: Decode | None, *, whole: bool) -> list[str]:
     if not whole and len(blocks) > sum(PIECES_SHOWN) + 1:
         first, last = PIECES_SHOWN
         left_out = row.doc_lengths[first : len(blocks) - last]
-        blocks[first : len(blocks) - last] = [[_rule(f"├─ {len(left_out):,} pieces of {left_out.sum():,} tokens left out")]]
-    lines = [f"Row {row.number:,}: {plural(len(row.doc_lengths), 'document piece')}, in {visible(row.shard)}"
-             + (" (token ids; tokenizer=... shows text)" if decode is None else "")]
+        blocks[first : len(blocks) - last] = [
+            [_rule(f"├─ {len(left_out):,} pieces of {left_out.sum():,} tokens left out")]
+        ]
+    lines = [
+        f"Row {row.number:,}: {plural(len(row.doc_lengths), 'document piece')}, in"
+        f" {visible(row.shard)}"
+        + (" (token ids; tokenizer=... shows text)" if decode is None else "")
+    ]
     lines += [line for block in blocks for line in block]
     lines[1] = "┌" + lines[1][1:]
     return [*lines, "└" + "─" * (WIDTH - 1)]
@@ -176,14 +255,24 @@ def _id_lines(ids: NDArray[Any]) -> list[str]:
 
 def _text_lines(text: str) -> list[str]:
     """Lines that fit, the text's own line ends visible."""
-    return [part for line in text.splitlines(keepends=True) for part in _fold(visible(line), WIDTH - 2)]
+    return [
+        part for line in text.splitlines(keepends=True) for part in _fold(visible(line), WIDTH - 2)
+    ]
 
 
 def _fold(line: str, width: int) -> Iterator[str]:
-    """Parts of a line of at most `width` columns; East Asian characters take two, combining ones none."""
+    """Parts of a line of at most `width` columns; East Asian characters take two, combining ones
+    none.
+    """
     part, used = "", 0
     for character in line:
-        columns = 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        columns = (
+            0
+            if unicodedata.combining(character)
+            else 2
+            if unicodedata.east_asian_width(character) in "WF"
+            else 1
+        )
         if used + columns > width:
             yield part
             part, used = "", 0
@@ -223,7 +312,10 @@ def verdict(dataset: Dataset, survey: Survey) -> str:
     if verified == len(dataset.files):
         return "Every shard has the size and the hash it was written with."
     if dataset.is_remote:
-        return f"{verified:,} of {shards} were downloaded and have the hash they were written with; verify=true checks all."
+        return (
+            f"{verified:,} of {shards} were downloaded and have the hash they were written with;"
+            " verify=true checks all."
+        )
     return "Every shard has the size it was written with; verify=true checks the content as well."
 
 
@@ -240,9 +332,13 @@ def summary(dataset: Dataset, survey: Survey) -> dict[str, Any]:
     }
     totals = dataclasses.asdict(manifest.totals)
     return {
-        "data": dataset.place, "split": manifest.split, "context_length": manifest.context_length,
-        "tokenizer": manifest.tokenizer.sha256, **totals, **read,
-    }  # fmt: skip
+        "data": dataset.place,
+        "split": manifest.split,
+        "context_length": manifest.context_length,
+        "tokenizer": manifest.tokenizer.sha256,
+        **totals,
+        **read,
+    }
 
 
 def draw(dataset: Dataset, survey: Survey, path: str) -> None:
@@ -257,20 +353,33 @@ def draw(dataset: Dataset, survey: Survey, path: str) -> None:
     lengths = np.arange(1, context_length + 1)
     counts = np.pad(survey.piece_lengths, (0, context_length + 1 - len(survey.piece_lengths)))[1:]
     # Four bins an octave, where lengths are far enough apart for that.
-    edges = np.unique(np.round(np.geomspace(1, context_length, 1 + 4 * context_length.bit_length())).astype(np.int64))
+    edges = np.unique(
+        np.round(np.geomspace(1, context_length, 1 + 4 * context_length.bit_length())).astype(
+            np.int64
+        )
+    )
     shares = [100 * weights / weights.sum() for weights in (counts, counts * lengths)]
-    pieces, tokens = (np.histogram(lengths[:-1], bins=edges, weights=share[:-1])[0] for share in shares)
+    pieces, tokens = (
+        np.histogram(lengths[:-1], bins=edges, weights=share[:-1])[0] for share in shares
+    )
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(pieces, edges, label="of the pieces", color="#88aacc", fill=True)
     axes.stairs(tokens, edges, label="of the tokens", color="#aa4422", linewidth=2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set(xlabel="length of a document piece, tokens", ylabel="per cent in a bin", xlim=(1, context_length), ylim=(0, None))
+    axes.set(
+        xlabel="length of a document piece, tokens",
+        ylabel="per cent in a bin",
+        xlim=(1, context_length),
+        ylim=(0, None),
+    )
     axes.set_title(
-        f"{visible(dataset.place)}: {int(counts.sum()):,} document pieces\nnot drawn: whole rows of {context_length:,} tokens, "
-        f"{shares[0][-1]:.1f} % of the pieces and {shares[1][-1]:.1f} % of the tokens",
-        fontsize="medium", parse_math=False,
-    )  # fmt: skip
+        f"{visible(dataset.place)}: {int(counts.sum()):,} document pieces\nnot drawn: whole rows of"
+        f" {context_length:,} tokens, {shares[0][-1]:.1f} % of the pieces and {shares[1][-1]:.1f} %"
+        " of the tokens",
+        fontsize="medium",
+        parse_math=False,
+    )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")

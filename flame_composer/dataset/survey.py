@@ -1,6 +1,8 @@
-"""Looking into a finished dataset without trusting it: its files, its shards one at a time, what is wrong with each.
+"""Looking into a finished dataset without trusting it: its files, its shards one at a time, what is
+wrong with each.
 
-Reads MDS shards with numpy, since importing streaming takes seconds; streaming is asked for what lies in a remote store.
+Reads MDS shards with numpy, since importing streaming takes seconds; streaming is asked for what
+lies in a remote store.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.config.rules import ConfigError, one_line
-from flame_composer.dataset.manifest import HASH, Manifest, ShardFile, check_totals, read_index, read_manifest
+from flame_composer.dataset.manifest import (
+    HASH,
+    Manifest,
+    ShardFile,
+    check_totals,
+    read_index,
+    read_manifest,
+)
 from flame_composer.storage import files as storage
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
@@ -33,7 +42,9 @@ ROWS_AT_ONCE = 1024  # whose document lengths are in memory together, however la
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset in a local folder or under a URL, `place` as the user named it; `files` in row order."""
+    """A finished dataset in a local folder or under a URL, `place` as the user named it; `files`
+    in row order.
+    """
 
     place: str
     is_remote: bool
@@ -49,7 +60,9 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Row:
-    """`number` counts through the dataset. `input_ids` are cut into document pieces of `doc_lengths` tokens."""
+    """`number` counts through the dataset. `input_ids` are cut into document pieces of
+    `doc_lengths` tokens.
+    """
 
     number: int
     shard: str
@@ -61,8 +74,8 @@ class Row:
 class Survey:
     """What was found in the shards that were read.
 
-    `piece_lengths[n]` is the number of document pieces of n tokens, `pieces_per_row[n]` that of rows of n pieces; `bad`
-    says of a shard what is wrong with it.
+    `piece_lengths[n]` is the number of document pieces of n tokens, `pieces_per_row[n]` that of
+    rows of n pieces; `bad` says of a shard what is wrong with it.
     """
 
     piece_lengths: Lengths = field(default_factory=lambda: np.zeros(1, np.int64))
@@ -78,7 +91,9 @@ class BadShard(ValueError):
 
 
 def open_dataset(data: str) -> Dataset:
-    """The dataset in a local folder or under a URL. Raises ConfigError or DataError if it is none, unfinished or damaged."""
+    """The dataset in a local folder or under a URL. Raises ConfigError or DataError if it is
+    none, unfinished or damaged.
+    """
     is_remote = "://" in data
     if is_remote:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,8 +102,10 @@ def open_dataset(data: str) -> Dataset:
                 try:
                     download(address, Path(folder, name))
                 except BadShard as problem:
-                    raise ConfigError(f"{address}: {problem}; check the address, the credentials and that the conversion "
-                                      "has finished") from None
+                    raise ConfigError(
+                        f"{address}: {problem}; check the address, the credentials and that the"
+                        " conversion has finished"
+                    ) from None
             manifest = read_manifest(folder)
             files = read_index(folder, manifest)
     else:
@@ -99,13 +116,17 @@ def open_dataset(data: str) -> Dataset:
 
 
 def check_tokenizer(dataset: Dataset, ours: TokenizerFingerprint, name: str) -> None:
-    """Raises ConfigError, saying what differs, if the dataset was made with another tokenizer than `name`."""
+    """Raises ConfigError, saying what differs, if the dataset was made with another tokenizer
+    than `name`.
+    """
     theirs = dataset.manifest.tokenizer
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "sha256"):
         here, there = getattr(ours, key), getattr(theirs, key)
         if here != there:
-            raise ConfigError(f"tokenizer: {dataset.place} was made with another one than {name} ({key}: {there} there, "
-                              f"{here} here); name the one it was converted with")
+            raise ConfigError(
+                f"tokenizer: {dataset.place} was made with another one than {name} ({key}: {there}"
+                f" there, {here} here); name the one it was converted with"
+            )
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -115,21 +136,34 @@ def spread(count: int, total: int) -> list[int]:
 
 
 def choose_shards(files: Sequence[ShardFile], max_bytes: int | None) -> set[int]:
-    """The numbers of shards, evenly spread and at least one, that have about `max_bytes` together; all for None."""
+    """The numbers of shards, evenly spread and at least one, that have about `max_bytes`
+    together; all for None.
+    """
     total = sum(file.bytes for file in files)
-    count = len(files) if max_bytes is None or total <= max_bytes else max(1, len(files) * max_bytes // total)
+    count = (
+        len(files)
+        if max_bytes is None or total <= max_bytes
+        else max(1, len(files) * max_bytes // total)
+    )
     return set(spread(count, len(files)))
 
 
 def survey(
-    dataset: Dataset, shards: set[int], *, rows: Sequence[int], hash: bool,
-    on_progress: Callable[[int], None], on_bad: Callable[[str, str], None],
+    dataset: Dataset,
+    shards: set[int],
+    *,
+    rows: Sequence[int],
+    hash: bool,
+    on_progress: Callable[[int], None],
+    on_bad: Callable[[str, str], None],
 ) -> Survey:
-    """Read the shards of these numbers, which hold the `rows` that are wanted; with `hash`, check their hashes.
+    """Read the shards of these numbers, which hold the `rows` that are wanted; with `hash`, check
+    their hashes.
 
-    What is downloaded is always hashed, and the sizes of all local shards are checked. Calls `on_progress` with the bytes
-    of every shard read, and `on_bad` with the name of a bad one and what is wrong. At most one remote shard at a time is
-    on the disk, and no shard in memory as a whole.
+    What is downloaded is always hashed, and the sizes of all local shards are checked. Calls
+    `on_progress` with the bytes of every shard read, and `on_bad` with the name of a bad one and
+    what is wrong. At most one remote shard at a time is on the disk, and no shard in memory as a
+    whole.
     """
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row in rows:
@@ -149,8 +183,12 @@ def survey(
                 if hash or dataset.is_remote:
                     check_hash(path, file)
                     result.num_verified += 1
-                shard = Shard(path, num_rows=file.rows, context_length=dataset.manifest.context_length,
-                              token_dtype=dataset.manifest.token_dtype)
+                shard = Shard(
+                    path,
+                    num_rows=file.rows,
+                    context_length=dataset.manifest.context_length,
+                    token_dtype=dataset.manifest.token_dtype,
+                )
                 lengths, counts = shard.count()
                 for row, within in wanted.get(number, []):
                     found[row] = Row(row, file.basename, *shard.row(within))
@@ -186,7 +224,9 @@ def check_hash(path: Path, file: ShardFile) -> None:
     except OSError as error:
         raise BadShard(f"cannot be read: {error.strerror}") from None
     if digest.hexdigest() != file.hash:
-        raise BadShard(f"its {HASH} hash is {digest.hexdigest()}, must be {file.hash}: the content has changed")
+        raise BadShard(
+            f"its {HASH} hash is {digest.hexdigest()}, must be {file.hash}: the content has changed"
+        )
 
 
 @contextmanager
@@ -213,7 +253,9 @@ def download(address: str, path: Path) -> None:
     """Raises BadShard that says why it cannot be had."""
     store, separator, rest = address.partition("://")
     try:
-        downloader(store + separator + rest.partition("/")[0]).download(address, str(path), timeout=60)
+        downloader(store + separator + rest.partition("/")[0]).download(
+            address, str(path), timeout=60
+        )
     except Exception as error:  # every store's client has exceptions of its own
         raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
 
@@ -221,13 +263,16 @@ def download(address: str, path: Path) -> None:
 class Shard:
     """The rows of an MDS shard as docs/dataset_format.md describes them.
 
-    The file: the number of rows n and n + 1 offsets, all uint32, a header in JSON, the rows. A row: the size of its
-    doc_lengths column (uint32), that column (a byte that says how its length is written, the length, the values as
-    uint32), then the tokens. See streaming/base/format/mds in mosaicml-streaming 0.13.
+    The file: the number of rows n and n + 1 offsets, all uint32, a header in JSON, the rows. A row:
+    the size of its doc_lengths column (uint32), that column (a byte that says how its length is
+    written, the length, the values as uint32), then the tokens. See streaming/base/format/mds in
+    mosaicml-streaming 0.13.
     """
 
     def __init__(self, path: Path, *, num_rows: int, context_length: int, token_dtype: str):
-        """Raises BadShard for rows that are not of this form; looks at every row's size, not at its tokens."""
+        """Raises BadShard for rows that are not of this form; looks at every row's size, not at
+        its tokens.
+        """
         self.context_length = context_length
         self.dtype = np.dtype(token_dtype)
         try:
@@ -240,14 +285,23 @@ class Shard:
         self.starts, sizes = offsets[:-1], np.diff(offsets)
         token_bytes = self.context_length * self.dtype.itemsize
         smallest = 4 + 2 + 4 + token_bytes
-        if offsets[0] < 8 + 4 * num_rows or offsets[-1] != self.data.size or (sizes < smallest).any():
+        if (
+            offsets[0] < 8 + 4 * num_rows
+            or offsets[-1] != self.data.size
+            or (sizes < smallest).any()
+        ):
             raise BadShard("its row offsets are damaged")
         column = self._uint32(self.starts).astype(np.int64)
         kind = self.data[self.starts + 4]
         width = 1 << (kind & 3).astype(np.int64)
         self.first_length = self.starts + 5 + width
         self.num_pieces, rest = np.divmod(column - 1 - width, 4)
-        wrong = (kind >> 2 != 1) | (rest != 0) | (self.num_pieces < 1) | (sizes != 4 + column + token_bytes)
+        wrong = (
+            (kind >> 2 != 1)
+            | (rest != 0)
+            | (self.num_pieces < 1)
+            | (sizes != 4 + column + token_bytes)
+        )
         if wrong.any():
             raise BadShard(f"its row {int(wrong.argmax()):,} is damaged")
 
@@ -260,20 +314,30 @@ class Shard:
         num_pieces = self.num_pieces[first:end]
         row_ends = np.cumsum(num_pieces)
         within = np.arange(row_ends[-1]) - np.repeat(row_ends - num_pieces, num_pieces)
-        lengths = self._uint32(np.repeat(self.first_length[first:end], num_pieces) + 4 * within).astype(np.int64)
+        lengths = self._uint32(
+            np.repeat(self.first_length[first:end], num_pieces) + 4 * within
+        ).astype(np.int64)
         sums = np.add.reduceat(lengths, row_ends - num_pieces)
         if (wrong := sums != self.context_length).any():
             row = int(wrong.argmax())
-            raise BadShard(f"the document lengths of its row {first + row:,} sum to {sums[row]:,}, not {self.context_length:,}")
+            raise BadShard(
+                f"the document lengths of its row {first + row:,} sum to {sums[row]:,}, not"
+                f" {self.context_length:,}"
+            )
         if lengths.min() < 1:
             raise BadShard("it holds an empty document piece")
         return lengths
 
     def count(self) -> tuple[Lengths, Lengths]:
-        """How many document pieces there are of each length, and how many rows of each number of pieces."""
+        """How many document pieces there are of each length, and how many rows of each number of
+        pieces.
+        """
         counts = np.zeros(1, np.int64)
         for first in range(0, len(self.starts), ROWS_AT_ONCE):
-            counts = add(counts, np.bincount(self._doc_lengths(first, min(first + ROWS_AT_ONCE, len(self.starts)))))
+            counts = add(
+                counts,
+                np.bincount(self._doc_lengths(first, min(first + ROWS_AT_ONCE, len(self.starts)))),
+            )
         return counts, np.bincount(self.num_pieces)
 
     def row(self, number: int) -> tuple[NDArray[np.unsignedinteger], Lengths]:

@@ -1,4 +1,6 @@
-"""Work units on a pool of processes or a Dask cluster: who converts which, what they report, what happens if one dies."""
+"""Work units on a pool of processes or a Dask cluster: who converts which, what they report,
+what happens if one dies.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,17 @@ from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 OnProgress = Callable[[int, int, int], None]
 
-# Imported once, in the process that workers come from: nothing of the seconds that transformers, streaming or torch take.
+# Imported once, in the process that workers come from: nothing of the seconds that transformers,
+# streaming or torch take.
 PRELOADED = [
-    "flame_composer.fork_server", "flame_composer.config.cli", "flame_composer.config.convert",
-    "flame_composer.dataset.workers", "gigatoken", "tokenizers", "tqdm",
-]  # fmt: skip
+    "flame_composer.fork_server",
+    "flame_composer.config.cli",
+    "flame_composer.config.convert",
+    "flame_composer.dataset.workers",
+    "gigatoken",
+    "tokenizers",
+    "tqdm",
+]
 MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
 MAX_INPUT = 4 << 30  # input bytes a worker converts before it does the same
 SMALL_INPUT = 4 << 20  # bytes of a unit that is not worth the start of a process
@@ -41,7 +49,9 @@ CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
 def can_have_processes() -> bool:
-    """Whether processes can be started that wait for one another, which takes a /dev/shm that can be written to."""
+    """Whether processes can be started that wait for one another, which takes a /dev/shm that
+    can be written to.
+    """
     try:
         multiprocessing.Lock()
     except OSError:
@@ -62,7 +72,9 @@ class Conversion:
     on_error: Literal["fail", "skip"]
 
     def settings(self) -> Conversion:
-        """Return what every unit needs: all but the datasets, which hold the inputs of all units."""
+        """Return what every unit needs: all but the datasets, which hold the inputs of all
+        units.
+        """
         return dataclasses.replace(self, datasets=())
 
     def unit(self, number: int) -> tuple[DatasetWriter, ...]:
@@ -82,10 +94,18 @@ class UnitConverter:
         ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
         self.exact: Encoder = build_encoder(conversion.tokenizer, **ends)
         require_installed(conversion.encoder)
-        self.fast = None if conversion.encoder == HF else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
+        self.fast = (
+            None
+            if conversion.encoder == HF
+            else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
+        )
 
-    def convert(self, datasets: Sequence[DatasetWriter], number: int, on_progress: OnProgress) -> str | None:
-        """Convert and commit unit `number`; returns a warning if it had to be done again with the slower encoder."""
+    def convert(
+        self, datasets: Sequence[DatasetWriter], number: int, on_progress: OnProgress
+    ) -> str | None:
+        """Convert and commit unit `number`; returns a warning if it had to be done again with
+        the slower encoder.
+        """
         conversion = self.conversion
         common = (datasets, number)
         if self.fast is None:
@@ -93,25 +113,40 @@ class UnitConverter:
             return None
         try:
             convert_unit(
-                *common, self.fast, conversion.on_error, on_progress, encoder=conversion.encoder, reference=self.exact
+                *common,
+                self.fast,
+                conversion.on_error,
+                on_progress,
+                encoder=conversion.encoder,
+                reference=self.exact,
             )
         except EncoderMismatch as mismatch:
             if conversion.on_mismatch == "fail":
-                raise DataError(f"{mismatch} to {conversion.encoder} than to {HF}; set encoder=auto or hf") from None
+                raise DataError(
+                    f"{mismatch} to {conversion.encoder} than to {HF}; set encoder=auto or hf"
+                ) from None
             convert_unit(*common, self.exact, conversion.on_error, on_progress)
-            return f"{mismatch} to {conversion.encoder} than to {HF}; this unit was encoded with {HF}"
+            return (
+                f"{mismatch} to {conversion.encoder} than to {HF}; this unit was encoded with {HF}"
+            )
         return None
 
 
 def convert_units(
-    conversion: Conversion, numbers: Sequence[int], num_workers: int, on_progress: OnProgress, cluster: str | None = None
+    conversion: Conversion,
+    numbers: Sequence[int],
+    num_workers: int,
+    on_progress: OnProgress,
+    cluster: str | None = None,
 ) -> Iterator[str]:
-    """Convert and commit the units `numbers`, in any order, on `num_workers` processes; yields warnings.
+    """Convert and commit the units `numbers`, in any order, on `num_workers` processes; yields
+    warnings.
 
-    With `cluster`, the address of a Dask scheduler, its workers do it instead. A single small unit is converted in this
-    process where there is no cluster; a large one may ask for more memory than there is, which ends a process. `on_progress`
-    is called in this process with the documents, tokens and input bytes done with since the last call. The first error
-    stops all of them, and units that were not committed are left for the next time.
+    With `cluster`, the address of a Dask scheduler, its workers do it instead. A single small unit
+    is converted in this process where there is no cluster; a large one may ask for more memory than
+    there is, which ends a process. `on_progress` is called in this process with the documents,
+    tokens and input bytes done with since the last call. The first error stops all of them, and
+    units that were not committed are left for the next time.
 
     Raises DataError if a process dies, ConfigError if there is no such cluster.
     """
@@ -122,9 +157,14 @@ def convert_units(
         return
     if len(numbers) > 1 or any(conversion.num_bytes(number) > SMALL_INPUT for number in numbers):
         if can_have_processes():
-            yield from _convert_on_pool(conversion, numbers, min(num_workers, len(numbers)), on_progress)
+            yield from _convert_on_pool(
+                conversion, numbers, min(num_workers, len(numbers)), on_progress
+            )
             return
-        yield "there can be no worker processes without a /dev/shm that can be written to; converting in this one"
+        yield (
+            "there can be no worker processes without a /dev/shm that can be written to; converting"
+            " in this one"
+        )
     converter = UnitConverter(conversion)
     for number in numbers:
         warning = converter.convert(conversion.datasets, number, on_progress)
@@ -138,16 +178,24 @@ def _convert_on_cluster(
     try:
         from distributed import Client, KilledWorker
     except ImportError:
-        raise ConfigError("cluster: distributed is not installed; pip install 'flame-composer[cluster]'") from None
+        raise ConfigError(
+            "cluster: distributed is not installed; pip install 'flame-composer[cluster]'"
+        ) from None
     try:
         client = Client(cluster, timeout=CLUSTER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:  # TypeError: tls:// without certificates
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address") from None
+        raise ConfigError(
+            f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address"
+        ) from None
     with client:
         executor = client.get_executor()
-        sent = client.scatter(conversion.settings(), hash=False)  # once to a worker, not once with every unit
-        futures = {executor.submit(_convert_alone, sent, conversion.unit(number), number): number for number in numbers}
+        # Once to a worker, not once with every unit
+        sent = client.scatter(conversion.settings(), hash=False)
+        futures = {
+            executor.submit(_convert_alone, sent, conversion.unit(number), number): number
+            for number in numbers
+        }
         try:
             for future in as_completed(futures):
                 warning, news = future.result()
@@ -156,8 +204,9 @@ def _convert_on_cluster(
                     yield warning
         except KilledWorker:
             raise DataError(
-                f"{cluster}: workers died again and again while they converted unit {unit_name(futures[future])} (short of "
-                "memory?); run the same command again: it goes on from the last finished unit"
+                f"{cluster}: workers died again and again while they converted unit"
+                f" {unit_name(futures[future])} (short of memory?); run the same command again: it"
+                " goes on from the last finished unit"
             ) from None
         finally:
             for future in futures:
@@ -167,12 +216,14 @@ def _convert_on_cluster(
 class _Lane:
     """A pool of one process, made anew when that has grown too large.
 
-    (`ProcessPoolExecutor(max_tasks_per_child=...)` can stop for good when a process leaves: python/cpython#115634.)
+    (`ProcessPoolExecutor(max_tasks_per_child=...)` can stop for good when a process leaves:
+    python/cpython#115634.)
     """
 
     def __init__(self, conversion: Conversion):
         self.conversion = conversion
-        self.counts = RawArray("q", 3)  # documents, tokens and bytes so far; written by the process alone
+        # Documents, tokens and bytes so far; written by the process alone
+        self.counts = RawArray("q", 3)
         self.reported = [0, 0, 0]
         self.num_bytes = 0  # of input, that the process was given
         self.executor: ProcessPoolExecutor | None = None
@@ -181,7 +232,9 @@ class _Lane:
         if self.executor is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOADED)
-            self.executor = ProcessPoolExecutor(1, context, _start, (self.conversion.settings(), self.counts))
+            self.executor = ProcessPoolExecutor(
+                1, context, _start, (self.conversion.settings(), self.counts)
+            )
         self.num_bytes += self.conversion.num_bytes(number)
         return self.executor.submit(_convert, self.conversion.unit(number), number)
 
@@ -227,8 +280,9 @@ def _convert_on_pool(
                     warning, memory = future.result()
                 except BrokenProcessPool:
                     raise DataError(
-                        f"a worker process died while it converted unit {unit_name(number)} (short of memory? give fewer "
-                        "num_workers); run the same command again: it goes on from the last finished unit"
+                        f"a worker process died while it converted unit {unit_name(number)} (short"
+                        " of memory? give fewer num_workers); run the same command again: it goes"
+                        " on from the last finished unit"
                     ) from None
                 lane.renew(memory)
                 idle.append(lane)
@@ -261,7 +315,8 @@ def _convert_alone(
     conversion: Conversion, datasets: Sequence[DatasetWriter], number: int
 ) -> tuple[str | None, list[int]]:
     """Returns a warning, if any, and the documents, tokens and bytes done with."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has as many threads as it may use cores
+    # A worker has as many threads as it may use cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if getattr(_thread, "conversion", None) is not conversion:
         _thread.conversion, _thread.converter = conversion, UnitConverter(conversion)
     counts = [0, 0, 0]
@@ -279,7 +334,8 @@ _worker: dict[str, Any] = {}
 
 
 def _start(conversion: Conversion, counts: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one in charge sees to the others
+    # Ctrl-C reaches every process; the one in charge sees to the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     clean_streams()
     # One core each; read when the encoder starts its first thread.

@@ -1,15 +1,17 @@
-"""The dataset on disk: work units and their atomic commit, the manifest and its token ledger, index.json last.
+"""The dataset on disk: work units and their atomic commit, the manifest and its token ledger,
+index.json last.
 
-    out/index.json          what StreamingDataset reads; published last, so a folder that has it is complete
+    out/index.json          what StreamingDataset reads; comes last: who has it is whole
     out/manifest.json       `Manifest`
-    out/units/000000/       one work unit: shard.00000.mds ..., unit.json, and tail.npy, the tokens that fill no row
+    out/units/000000/       one work unit: shard.00000.mds ..., unit.json, and the rest in tail.npy
     out/units/tail/         the rows made of the units' tails, in unit order
     out/plan.json, out/tmp/ only while a conversion is unfinished
 
-In an object store the same, but for tmp/: a unit is made in a temporary local folder (`staging`) and uploaded; unit.json
-goes last, and there is no unit without it.
+In an object store the same, but for tmp/: a unit is made in a temporary local folder (`staging`)
+and uploaded; unit.json goes last, and there is no unit without it.
 
-Every file depends on the plan alone: not on when, how often interrupted, or in what order its units were converted.
+Every file depends on the plan alone: not on when, how often interrupted, or in what order its units
+were converted.
 """
 
 from __future__ import annotations
@@ -59,9 +61,10 @@ TAIL = "tail"
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a dataset's bytes depend on. `config` holds the conversion settings, JSON values only, and says
-    whatever the other fields do not. `units` holds the inputs of every unit by its number; of one unit alone in a worker
-    (`DatasetWriter.only`)."""
+    """All that a dataset's bytes depend on. `config` holds the conversion settings, JSON values
+    only, and says whatever the other fields do not. `units` holds the inputs of every unit by
+    its number; of one unit alone in a worker (`DatasetWriter.only`).
+    """
 
     split: Split
     tokenizer: TokenizerFingerprint
@@ -74,7 +77,8 @@ class Plan:
 
 
 def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
-    """The files in order, grouped into work units of about `unit_size` bytes; large files are split.
+    """The files in order, grouped into work units of about `unit_size` bytes; large files are
+    split.
 
     Depends on the files alone (names, sizes, first bytes), never on the number of workers.
     """
@@ -95,31 +99,40 @@ def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
 
 @dataclass(frozen=True)
 class DatasetWriter:
-    """A dataset in the making: `out` is its folder, or the URL of one. Holds nothing that is not there, so any process can
-    have one."""
+    """A dataset in the making: `out` is its folder, or the URL of one. Holds nothing that is not
+    there, so any process can have one.
+    """
 
     out: str
     plan: Plan
 
     @property
     def staging(self) -> Path:
-        """The local folder that units are made in: on the same disk, or in TMPDIR for those that are then uploaded."""
+        """The local folder that units are made in: on the same disk, or in TMPDIR for those that
+        are then uploaded.
+        """
         if not storage.is_url(self.out):
             return Path(self.out, "tmp")
         name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
         return private_folder() / name
 
     def only(self, number: int) -> DatasetWriter:
-        """Return what the conversion of one unit needs of this: sending every unit's inputs with each would be quadratic."""
-        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, units={number: self.plan.units[number]}))
+        """Return what the conversion of one unit needs of this: sending every unit's inputs with
+        each would be quadratic.
+        """
+        return dataclasses.replace(
+            self, plan=dataclasses.replace(self.plan, units={number: self.plan.units[number]})
+        )
 
     def _place(self, *names: str) -> str:
         return storage.join(self.out, *names)
 
     def finished(self) -> Manifest | None:
-        """The manifest if this very plan is already finished in the folder, None if there is work to do.
+        """The manifest if this very plan is already finished in the folder, None if there is work
+        to do.
 
-        Raises ConfigError if the folder holds something else, and DataError if a finished dataset is damaged.
+        Raises ConfigError if the folder holds something else, and DataError if a finished dataset
+        is damaged.
         """
         out = self.out
         if storage.stat(out) is not None:
@@ -132,14 +145,20 @@ class DatasetWriter:
             self._clean()
             return manifest
         if "plan.json" in names:
-            # Inputs may have been mended since the conversion stopped; `is_committed` sees to the units they are in.
+            # Inputs may have been mended since the conversion stopped; `is_committed` sees to the
+            # units they are in.
             self._refuse_difference(read_json(self._place("plan.json")), inputs_too=False)
         elif any(name != "plan.json.tmp" for name in names):
-            raise ConfigError(f"out: {out}: this folder is not empty and holds no conversion; name a new one or empty it")
+            raise ConfigError(
+                f"out: {out}: this folder is not empty and holds no conversion; name a new one or"
+                " empty it"
+            )
         return None
 
     def begun_encoder(self) -> str | None:
-        """The encoder of the conversion that the folder holds, finished or not; None if it holds none."""
+        """The encoder of the conversion that the folder holds, finished or not; None if it holds
+        none.
+        """
         for name in ("manifest.json", "plan.json"):
             if storage.stat(self._place(name)) is not None:
                 content = read_json(self._place(name))
@@ -148,7 +167,9 @@ class DatasetWriter:
         return None
 
     def begin(self) -> None:
-        """Take possession of the folder, or go on with the conversion that was interrupted in it."""
+        """Take possession of the folder, or go on with the conversion that was interrupted in
+        it.
+        """
         with explained(self.out):
             if not storage.is_url(self.out):
                 Path(self.out).mkdir(parents=True, exist_ok=True)
@@ -162,18 +183,27 @@ class DatasetWriter:
         with explained(self.out):
             there = set(storage.ls(self._place("units")))
             begun = [number for number in range(len(self.plan.units)) if unit_name(number) in there]
-            committed = [number for number, done in zip(begun, storage.each(self.is_committed, begun), strict=True) if done]
+            committed = [
+                number
+                for number, done in zip(begun, storage.each(self.is_committed, begun), strict=True)
+                if done
+            ]
             return set(range(len(self.plan.units))) - set(committed)
 
     def is_committed(self, number: int) -> bool:
-        """Whether the unit is there, whole, and made from the inputs as they are now; if there but not so, it goes."""
+        """Whether the unit is there, whole, and made from the inputs as they are now; if there
+        but not so, it goes.
+        """
         folder = self._place("units", unit_name(number))
         files = storage.find(folder)
         record = files.get("unit.json")
         if record is not None:
             content = read_json(storage.join(folder, "unit.json"))
             try:
-                sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]}
+                sizes = {
+                    shard["raw_data"]["basename"]: shard["raw_data"]["bytes"]
+                    for shard in content["shards"]
+                }
             except (KeyError, TypeError):
                 raise damaged(storage.join(folder, "unit.json"), "it lists no shards") from None
             whole = all(name in files and files[name].size == size for name, size in sizes.items())
@@ -184,7 +214,8 @@ class DatasetWriter:
         return False
 
     def publish(self) -> Manifest:
-        """Pack the units' tails, then publish manifest.json and, last, index.json. Every unit must be committed.
+        """Pack the units' tails, then publish manifest.json and, last, index.json. Every unit must
+        be committed.
 
         Raises DataError if the documents do not fill a single row.
         """
@@ -195,22 +226,38 @@ class DatasetWriter:
         names = [unit_name(number) for number in range(len(self.plan.units))]
         units = dict(zip(names, storage.each(self._read_unit, names), strict=True))
         order = [names[number] for number in self._unit_order()]
-        tails = storage.each(lambda name: storage.read(self._place("units", name, "tail.npy")), order)
+        tails = storage.each(
+            lambda name: storage.read(self._place("units", name, "tail.npy")), order
+        )
         storage.retract_folder(self._place("units", TAIL), "unit.json")
         writer = UnitWriter(self, None)
         try:
             for name, tail in zip(order, tails, strict=True):
-                writer.carry(Pieces(np.load(io.BytesIO(tail)), np.array(units[name]["tail_doc_lengths"], np.int64)))
+                writer.carry(
+                    Pieces(
+                        np.load(io.BytesIO(tail)),
+                        np.array(units[name]["tail_doc_lengths"], np.int64),
+                    )
+                )
             writer.commit(None)
         except BaseException:
             writer.discard()
             raise
         units[TAIL] = self._read_unit(TAIL)
 
-        shards = [_moved(shard, f"units/{name}/") for name in (*order, TAIL) for shard in units[name]["shards"]]
-        self._delete_others({f"units/{name}/unit.json" for name in units} | {f"units/{name}/tail.npy" for name in names}
-                            | {shard["raw_data"]["basename"] for shard in shards})  # fmt: skip
-        records = tuple(parse_record(unit["record"], self._place("units", name)) for name, unit in units.items())
+        shards = [
+            _moved(shard, f"units/{name}/")
+            for name in (*order, TAIL)
+            for shard in units[name]["shards"]
+        ]
+        self._delete_others(
+            {f"units/{name}/unit.json" for name in units}
+            | {f"units/{name}/tail.npy" for name in names}
+            | {shard["raw_data"]["basename"] for shard in shards}
+        )
+        records = tuple(
+            parse_record(unit["record"], self._place("units", name)) for name, unit in units.items()
+        )
         totals = sum((record.ledger for record in records), Ledger())
         assert totals.balances, totals
         assert totals.carried_in == totals.carried_out, totals
@@ -222,8 +269,9 @@ class DatasetWriter:
             )
         if totals.rows == 0:
             raise DataError(
-                f"{self.out}: the {self.plan.split} split's {totals.tokens_in} tokens do not fill one row of "
-                f"context_length={self.plan.context_length}; remove this folder and give more text or shorter rows"
+                f"{self.out}: the {self.plan.split} split's {totals.tokens_in} tokens do not fill"
+                f" one row of context_length={self.plan.context_length}; remove this folder and"
+                " give more text or shorter rows"
             )
         index = dump_json({"version": 2, "shards": shards})
         manifest = Manifest(
@@ -243,9 +291,15 @@ class DatasetWriter:
         return manifest
 
     def _unit_order(self) -> list[int]:
-        """The order of the units in the dataset, which is not that of their names if there is a seed."""
+        """The order of the units in the dataset, which is not that of their names if there is a
+        seed.
+        """
         seed, number = self.plan.config["seed"], len(self.plan.units)
-        return list(range(number)) if seed is None else np.random.default_rng(seed).permutation(number).tolist()
+        return (
+            list(range(number))
+            if seed is None
+            else np.random.default_rng(seed).permutation(number).tolist()
+        )
 
     def _read_unit(self, name: str) -> Any:
         return read_json(self._place("units", name, "unit.json"))
@@ -266,32 +320,46 @@ class DatasetWriter:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _refuse_difference(self, there: Any, *, inputs_too: bool) -> None:
-        """Raise ConfigError naming every key in which the plan `there`, read from the folder, is not this one."""
+        """Raise ConfigError naming every key in which the plan `there`, read from the folder, is
+        not this one.
+        """
         here = _plan_json(self.plan)
-        if not isinstance(there, dict) or there.keys() != here.keys() or not isinstance(there["config"], dict):
+        if (
+            not isinstance(there, dict)
+            or there.keys() != here.keys()
+            or not isinstance(there["config"], dict)
+        ):
             raise damaged(self.out, "it holds no plan this version can read")
         flat = []
         for plan in (there, here):
             # Plans made before there was a limit to lines do not say.
-            config, units = {"max_document_bytes": MAX_DOCUMENT_BYTES, **plan.pop("config")}, plan.pop("units")
+            config, units = (
+                {"max_document_bytes": MAX_DOCUMENT_BYTES, **plan.pop("config")},
+                plan.pop("units"),
+            )
             flat.append({**plan, **config, **(_inputs(units) if inputs_too else {})})
         differing = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
         if differing:
-            shown = [f"{key} ({_short(flat[0].get(key))} there, {_short(flat[1].get(key))} now)" for key in differing]
+            shown = [
+                f"{key} ({_short(flat[0].get(key))} there, {_short(flat[1].get(key))} now)"
+                for key in differing
+            ]
             raise ConfigError(
-                f"out: {self.out}: holds a conversion with other settings: {', '.join(shown)}; name another out, "
-                "or remove this folder"
+                f"out: {self.out}: holds a conversion with other settings: {', '.join(shown)}; name"
+                " another out, or remove this folder"
             )
 
 
 class UnitWriter:
-    """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit` puts it in its place with
-    one rename, or uploads it."""
+    """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit`
+    puts it in its place with one rename, or uploads it.
+    """
 
     def __init__(self, dataset: DatasetWriter, number: int | None):
         self.plan, self.number = dataset.plan, number
         self.name = TAIL if number is None else unit_name(number)
-        # A name of its own: whoever else is at work on this unit must not write into the same folder.
+        # A name of its own: whoever else is at work on this unit must not write into the same
+        # folder.
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
         self.final = storage.join(dataset.out, "units", self.name)
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
@@ -299,7 +367,9 @@ class UnitWriter:
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
         self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
         self.hash = hashlib.blake2b(digest_size=16)
-        self.mds = ShardWriter(self.temporary, dtype, self.plan.context_length, self.plan.config["shard_size"])
+        self.mds = ShardWriter(
+            self.temporary, dtype, self.plan.context_length, self.plan.config["shard_size"]
+        )
 
     def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
         """Append documents: their tokens, end to end, and the number of tokens of each."""
@@ -340,7 +410,9 @@ class UnitWriter:
         self.counts["shards"] = len(shards)
         self.counts["bytes"] = sum(shard["raw_data"]["bytes"] for shard in shards)
         inputs = () if self.number is None else self.plan.units[self.number]
-        record = UnitRecord(self.name, inputs, encoder, self.hash.hexdigest(), Ledger(**self.counts))
+        record = UnitRecord(
+            self.name, inputs, encoder, self.hash.hexdigest(), Ledger(**self.counts)
+        )
         assert record.ledger.balances, record
         if self.number is not None:
             np.save(self.temporary / "tail.npy", self.tail.tokens)
@@ -349,14 +421,17 @@ class UnitWriter:
                 {
                     "record": dataclasses.asdict(record),
                     "shards": shards,
-                    "tail_doc_lengths": [] if self.number is None else self.tail.doc_lengths.tolist(),
+                    "tail_doc_lengths": (
+                        [] if self.number is None else self.tail.doc_lengths.tolist()
+                    ),
                 }
             )
         )
         try:
             storage.put_folder(self.temporary, self.final, "unit.json")
         except FileExistsError:
-            self.discard()  # another process has committed this unit, and the same plan gives the same bytes
+            # Another process has committed this unit, and the same plan gives the same bytes
+            self.discard()
         return record
 
     def discard(self) -> None:
@@ -365,7 +440,9 @@ class UnitWriter:
 
 @contextmanager
 def explained(folder: str) -> Iterator[None]:
-    remedy = "when that is mended, run the same command again: it goes on from the last finished unit"
+    remedy = (
+        "when that is mended, run the same command again: it goes on from the last finished unit"
+    )
     try:
         yield
     except StoreError as error:
@@ -386,12 +463,15 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 
 def _plan_of(manifest: Manifest) -> dict[str, Any]:
     units = tuple(record.inputs for record in manifest.units if record.name != TAIL)
-    return _plan_json(Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units))
+    return _plan_json(
+        Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units)
+    )
 
 
 def _inputs(units: Any) -> dict[str, str]:
-    """The input files of a plan in a few words that differ when the files, their sizes or versions do, and what each is
-    read as."""
+    """The input files of a plan in a few words that differ when the files, their sizes or
+    versions do, and what each is read as.
+    """
     sizes: dict[str, int] = {}
     versions: dict[str, str] = {}
     formats: dict[str, str] = {}
@@ -402,7 +482,9 @@ def _inputs(units: Any) -> dict[str, str]:
         formats[part["path"]] = part["format"]
     digest = hashlib.sha256(dump_json([list(sizes.items()), versions])).hexdigest()
     digest_of_formats = hashlib.sha256(dump_json(formats)).hexdigest()
-    counts = ", ".join(f"{number} {name}" for name, number in sorted(Counter(formats.values()).items()))
+    counts = ", ".join(
+        f"{number} {name}" for name, number in sorted(Counter(formats.values()).items())
+    )
     return {
         "inputs": f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}",
         "formats": f"{counts}, hash {digest_of_formats[:8]}",
@@ -416,7 +498,10 @@ def _is_newer(unit: Unit, committed: float) -> bool:
 
 
 def _moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {**shard, "raw_data": {**shard["raw_data"], "basename": prefix + shard["raw_data"]["basename"]}}
+    return {
+        **shard,
+        "raw_data": {**shard["raw_data"], "basename": prefix + shard["raw_data"]["basename"]},
+    }
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""A model that leaves the run it was trained in: the card that says what it is, and its upload to the Hugging Face hub."""
+"""A model that leaves the run it was trained in: the card that says what it is, and its upload
+to the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +47,25 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
         _recipe(text)
         return text
     except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:
-        log.warning("warning: %s: is no configuration of a run, and left out of the model card: %s", path, one_line(error))
+        log.warning(
+            "warning: %s: is no configuration of a run, and left out of the model card: %s",
+            path,
+            one_line(error),
+        )
         return None
 
 
 def _recipe(text: str | None) -> dict[str, Any]:
-    """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is none."""
+    """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is
+    none.
+    """
     # Aliases that multiply are refused: they are small until somebody writes them out.
     require_shallow(text or "")
-    recipe = yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)) if text else {}
+    recipe = (
+        yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES))
+        if text
+        else {}
+    )
     sections = [("the file", recipe)]
     if isinstance(recipe, dict):
         sections += [(name, recipe.get(name) or {}) for name in ("model", "train_data")]
@@ -61,7 +73,9 @@ def _recipe(text: str | None) -> dict[str, Any]:
         streams = data.get("streams") or {} if isinstance(data, dict) else {}
         sections.append(("train_data.streams", streams))
         if isinstance(streams, dict):
-            sections += [(f"train_data.streams.{name}", stream or {}) for name, stream in streams.items()]
+            sections += [
+                (f"train_data.streams.{name}", stream or {}) for name, stream in streams.items()
+            ]
     for name, section in sections:
         if not isinstance(section, dict):
             raise ValueError(f"{name} must hold keys and values")
@@ -69,32 +83,53 @@ def _recipe(text: str | None) -> dict[str, Any]:
 
 
 def _line(text: object) -> str:
-    """A text out of a checkpoint or a configuration as part of a line of the card, in which it can begin no other."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+    """A text out of a checkpoint or a configuration as part of a line of the card, in which it
+    can begin no other.
+    """
+    return " ".join(
+        "".join(letter if letter.isprintable() else " " for letter in str(text)).split()
+    )
 
 
 def model_card(
-    model: PreTrainedModel, content: dict[str, Any], run_config: str | None, *, dtype: str, name: str, which: str = "auto",
+    model: PreTrainedModel,
+    content: dict[str, Any],
+    run_config: str | None,
+    *,
+    dtype: str,
+    name: str,
+    which: str = "auto",
     tokenization: str | None = None,
 ) -> str:
-    """README.md of a model in `content`, a checkpoint's: what it is, how to load it, what it was trained on and how.
+    """README.md of a model in `content`, a checkpoint's: what it is, how to load it, what it was
+    trained on and how.
 
-    `run_config` is what `read_run_config` found; `name` stands for the run's where that found nothing; `which` are the
-    weights, as in `model_in`; `tokenization` says what texts begin with.
+    `run_config` is what `read_run_config` found; `name` stands for the run's where that found
+    nothing; `which` are the weights, as in `model_in`; `tokenization` says what texts begin with.
     """
     recipe = _recipe(run_config)
     name = _line(recipe.get("run_name") or name)
     is_fla = type(model).__module__.startswith("fla.")
     header = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["flame-composer", model.config.model_type],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["flame-composer", model.config.model_type],
         model_name=name,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     parts = [
-        f"---\n{header.to_yaml()}\n---", f"# {name}",
-        f"A {model.config.model_type} language model of {parameters:,} parameters, stored as {dtype}, pretrained with "
-        "flame_composer.", _how_to_load(is_fla, tokenization),
-        "## Training", _training(content, recipe, which), "## Evaluation", _evaluation(content), "## Recipe",
+        f"---\n{header.to_yaml()}\n---",
+        f"# {name}",
+        (
+            f"A {model.config.model_type} language model of {parameters:,} parameters, stored as"
+            f" {dtype}, pretrained with flame_composer."
+        ),
+        _how_to_load(is_fla, tokenization),
+        "## Training",
+        _training(content, recipe, which),
+        "## Evaluation",
+        _evaluation(content),
+        "## Recipe",
         _fenced(run_config.strip()) if run_config else f"No {CONFIG} lay beside the checkpoint.",
     ]
     return masked("\n\n".join(parts)) + "\n"
@@ -107,12 +142,18 @@ def _fenced(text: str) -> str:
 
 
 def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
-    first = "from flame_composer import cpu; cpu.enable()  # makes fla's models known to transformers, on any machine\n"
+    first = (
+        "from flame_composer import cpu; cpu.enable()  # makes fla's models known to transformers,"
+        " on any machine\n"
+    )
     return (
-        "```python\n" + (first if is_fla else "")
-        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "```python\n"
+        + (first if is_fla else "")
+        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER or id")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER or id")\n```'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER or id")\n'
+        "```"
         + ("\n\nOn a GPU `import fla` does as the first line." if is_fla else "")
         + (f"\n\nWith `tokenizer(text)`, {tokenization}." if tokenization else "")
     )
@@ -121,12 +162,21 @@ def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
 def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> str:
     try:
         time = content["state"]["timestamp"]["Timestamp"]
-        lines = [f"- steps: {time['batch']:,}", f"- tokens: {time['token']:,} ({time['sample']:,} rows)"]
+        lines = [
+            f"- steps: {time['batch']:,}",
+            f"- tokens: {time['token']:,} ({time['sample']:,} rows)",
+        ]
     except (KeyError, TypeError, ValueError):
-        raise DataError("the checkpoint holds no steps and tokens of a run (its timestamp); take another one") from None
+        raise DataError(
+            "the checkpoint holds no steps and tokens of a run (its timestamp); take another one"
+        ) from None
     if average_of(content["state"]):
-        lines.append("- weights: those that training went on with; what was evaluated is their exponential moving average"
-                     if which == "model" else "- weights: their exponential moving average, which is what was evaluated")
+        lines.append(
+            "- weights: those that training went on with; what was evaluated is their exponential"
+            " moving average"
+            if which == "model"
+            else "- weights: their exponential moving average, which is what was evaluated"
+        )
     start = (recipe.get("model") or {}).get("pretrained")
     if start:
         lines.append(f"- began from the weights of: {_line(start)}")
@@ -138,8 +188,13 @@ def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> st
         source = ((data.get("streams") or {}).get(stream) or {}) if stream else data
         place = source.get("remote") or source.get("local")
         place = None if place is None else str(place)
-        lines.append(_line(f"- data{stream and f' {stream}'}: {place or 'see below'}, sha256 of its index {index_sha256}")
-                     + _size_of(place, index_sha256))
+        lines.append(
+            _line(
+                f"- data{stream and f' {stream}'}: {place or 'see below'}, sha256 of its index"
+                f" {index_sha256}"
+            )
+            + _size_of(place, index_sha256)
+        )
     return "\n".join(lines)
 
 
@@ -154,16 +209,30 @@ def _size_of(place: str | None, index_sha256: str) -> str:
     if manifest.index_sha256 != index_sha256:
         return ""
     totals = manifest.totals
-    return f" ({totals.documents:,} documents, {totals.tokens_out:,} tokens in rows of {manifest.context_length})"
+    return (
+        f" ({totals.documents:,} documents, {totals.tokens_out:,} tokens in rows of"
+        f" {manifest.context_length})"
+    )
 
 
 def _evaluation(content: dict[str, Any]) -> str:
     """Of the run's last evaluation before the checkpoint, and the last scores in tasks."""
     values = _kept(content, "JsonlLog", "last_evaluation")
     for task, scores in _kept(content, "TaskScores", "last").items():
-        values |= {f"{task} {metric}": value for metric, value in (scores.items() if isinstance(scores, dict) else ())}
-    lines = [f"- {_line(name)}: {value:.4f}" for name, value in values.items() if isinstance(value, int | float)]
-    return "\n".join(["Last in training:\n", *lines]) if lines else "The run evaluated nothing before this checkpoint."
+        values |= {
+            f"{task} {metric}": value
+            for metric, value in (scores.items() if isinstance(scores, dict) else ())
+        }
+    lines = [
+        f"- {_line(name)}: {value:.4f}"
+        for name, value in values.items()
+        if isinstance(value, int | float)
+    ]
+    return (
+        "\n".join(["Last in training:\n", *lines])
+        if lines
+        else "The run evaluated nothing before this checkpoint."
+    )
 
 
 def _kept(content: dict[str, Any], callback: str, name: str) -> dict[Any, Any]:
@@ -184,27 +253,36 @@ def check_hub(repo: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"push_to_hub={repo}: HF_HUB_OFFLINE is set; unset it")
     if get_token() is None:
-        raise ConfigError(f"push_to_hub={repo}: there is no token; run `hf auth login`, or set HF_TOKEN")
+        raise ConfigError(
+            f"push_to_hub={repo}: there is no token; run `hf auth login`, or set HF_TOKEN"
+        )
     try:
         HfApi().whoami()
     except Exception as error:  # whatever the hub or the network makes of it
-        raise ConfigError(f"push_to_hub={repo}: {constants.ENDPOINT} does not take the token: {one_line(error)}") from None
+        raise ConfigError(
+            f"push_to_hub={repo}: {constants.ENDPOINT} does not take the token: {one_line(error)}"
+        ) from None
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads a folder as one commit, and returns its address. The repository is made if it is not there.
+    """Uploads a folder as one commit, and returns its address. The repository is made if it is not
+    there.
 
-    Raises ConfigError for one that everybody can read if it is to be `private`, StoreError if the upload fails; the folder
-    stays as it is.
+    Raises ConfigError for one that everybody can read if it is to be `private`, StoreError if the
+    upload fails; the folder stays as it is.
     """
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
-            raise ConfigError(f"push_to_hub={repo}: is there and public; set hub_private=false, or name another")
+            raise ConfigError(
+                f"push_to_hub={repo}: is there and public; set hub_private=false, or name another"
+            )
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model")
     except ConfigError:
         raise
     except Exception as error:  # whatever the hub or the network makes of it
-        raise StoreError(f"push_to_hub={repo}: {one_line(error)}; {folder} is whole: hf upload {repo} {folder}") from None
+        raise StoreError(
+            f"push_to_hub={repo}: {one_line(error)}; {folder} is whole: hf upload {repo} {folder}"
+        ) from None
     return str(commit.commit_url)

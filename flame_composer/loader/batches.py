@@ -43,10 +43,15 @@ log = logging.getLogger(__name__)
 
 
 def open_dataset(
-    local: str | None, remote: str | None, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None,
+    local: str | None,
+    remote: str | None,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    context_length: int | None = None,
     exclusive: bool = False,
 ) -> Dataset:
-    """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or `context_length`.
+    """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or
+    `context_length`.
 
     A remote dataset is cached under `local` (or ~/.cache/flame_composer), see `fetch_index`.
 
@@ -63,20 +68,29 @@ def open_dataset(
         files = read_index(folder, manifest)
     place = remote or local
     if context_length is not None and manifest.context_length != context_length:
-        raise ConfigError(f"{place}: its rows are {manifest.context_length} tokens long, context_length is {context_length}; "
-                          f"set context_length={manifest.context_length} or convert the text again")
+        raise ConfigError(
+            f"{place}: its rows are {manifest.context_length} tokens long, context_length is"
+            f" {context_length}; set context_length={manifest.context_length} or convert the text"
+            " again"
+        )
     ours, theirs = fingerprint(tokenizer), manifest.tokenizer
     if ours != theirs:
-        what = next(f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
-                    for name in ("vocab_size", "bos_token_id", "eos_token_id", "sha256")
-                    if getattr(ours, name) != getattr(theirs, name))
-        raise ConfigError(f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
-                          "set tokenizer to the one it was converted with, or convert the text again")
+        what = next(
+            f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
+            for name in ("vocab_size", "bos_token_id", "eos_token_id", "sha256")
+            if getattr(ours, name) != getattr(theirs, name)
+        )
+        raise ConfigError(
+            f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
+            "set tokenizer to the one it was converted with, or convert the text again"
+        )
     known = ends_of(tokenizer)
     if known is not None and manifest.ends not in (None, known):
         model = tokenizer.name_or_path or "the model"
-        warn(f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
-             f"{describe(known)}")
+        warn(
+            f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
+            f"{describe(known)}"
+        )
     return Dataset(folder, remote, manifest, files)
 
 
@@ -84,28 +98,43 @@ def _cache_folder(local: str | None) -> Path:
     try:
         return Path(local or CACHE).expanduser()
     except RuntimeError as error:  # a user without a name, and no HOME
-        raise ConfigError(f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the cache") from None
+        raise ConfigError(
+            f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the"
+            " cache"
+        ) from None
 
 
 def open_train_data(
     config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
 ) -> dict[str, Dataset]:
-    """The datasets of every stream by name, or the only one under "", each checked as by `open_dataset`."""
+    """The datasets of every stream by name, or the only one under "", each checked as by
+    `open_dataset`.
+    """
     sources = {name: (stream.local, stream.remote) for name, stream in config.streams.items()}
     datasets: dict[str, Dataset] = {}
     for name, (local, remote) in (sources or {"": (config.local, config.remote)}).items():
-        dataset = open_dataset(local, remote, tokenizer=tokenizer, context_length=context_length,
-                               exclusive=config.cache_limit is not None)
+        dataset = open_dataset(
+            local,
+            remote,
+            tokenizer=tokenizer,
+            context_length=context_length,
+            exclusive=config.cache_limit is not None,
+        )
         for other, before in datasets.items():
             if before.manifest.index_sha256 == dataset.manifest.index_sha256:
-                raise InvalidField(f"train_data.streams.{name}", f"must be another dataset than train_data.streams.{other}; "
-                                   "give one of them a larger proportion, repeat or choose instead")
+                raise InvalidField(
+                    f"train_data.streams.{name}",
+                    f"must be another dataset than train_data.streams.{other}; "
+                    "give one of them a larger proportion, repeat or choose instead",
+                )
         datasets[name] = dataset
     return datasets
 
 
 def begin_as_documents(
-    tokenizer: PreTrainedTokenizerFast, datasets: Mapping[str, Dataset], *,
+    tokenizer: PreTrainedTokenizerFast,
+    datasets: Mapping[str, Dataset],
+    *,
     pretrained: str | None = None,
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer such that texts begin as the documents of `datasets` do.
@@ -126,11 +155,18 @@ def begin_as_documents(
 class EvalBatches(IterableDataset):
     """Every row of a dataset exactly once, in batches, over any number of ranks and workers.
 
-    Rank r reads rows r, r + world size, ...; where the rows do not divide, rows without labels fill up, so that every
-    rank has as many batches and a token-weighted mean is exact.
+    Rank r reads rows r, r + world size, ...; where the rows do not divide, rows without labels fill
+    up, so that every rank has as many batches and a token-weighted mean is exact.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, max_rows: int | None, loss_across_documents: bool = True):
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        max_rows: int | None,
+        loss_across_documents: bool = True,
+    ):
         self.rows = rows
         self.loss_across_documents = loss_across_documents
         self.batch_size = batch_size
@@ -147,18 +183,21 @@ class EvalBatches(IterableDataset):
         for index in range(id, len(self), num_workers):
             first = index * self.batch_size
             numbers = [self.rank + self.world_size * (first + i) for i in range(self.batch_size)]
-            batch = collate([self.rows[min(number, self.num_rows - 1)] for number in numbers],
-                            loss_across_documents=self.loss_across_documents)
+            batch = collate(
+                [self.rows[min(number, self.num_rows - 1)] for number in numbers],
+                loss_across_documents=self.loss_across_documents,
+            )
             batch["labels"][[number >= self.num_rows for number in numbers]] = IGNORE
             yield batch if worker is None else Sent(batch)
 
 
 def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
-    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row), all int64 [B, T];
-    `stream` (the number of the row's stream, int64 [B]) where the rows say so.
+    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row),
+    all int64 [B, T]; `stream` (the number of the row's stream, int64 [B]) where the rows say so.
 
-    Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing comes before, is never a
-    label; without `loss_across_documents` the first one of a document is none, either.
+    Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing
+    comes before, is never a label; without `loss_across_documents` the first one of a document is
+    none, either.
     """
     shape = len(rows), len(rows[0]["input_ids"])
     tokens, sequence_id = np.empty(shape, np.int64), np.empty(shape, np.int64)
@@ -179,8 +218,8 @@ def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool 
 class Sent:
     """A batch on its way from a loader process, through its pipe; what arrives is the batch.
 
-    Left to itself torch puts every tensor into /dev/shm, of which there is little or none in a container, and keeps a file
-    open for each.
+    Left to itself torch puts every tensor into /dev/shm, of which there is little or none in a
+    container, and keeps a file open for each.
     """
 
     def __init__(self, batch: Batch):
@@ -194,17 +233,23 @@ def _receive(arrays: dict[str, NDArray[Any]]) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def collate_for_sending(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool) -> Batch | Sent:
+def collate_for_sending(
+    rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool
+) -> Batch | Sent:
     """As `collate`; in a loader process, ready to be sent."""
     batch = collate(rows, loss_across_documents=loss_across_documents)
     return batch if get_worker_info() is None else Sent(batch)
 
 
 def loader_processes(wanted: int) -> int:
-    """Return `wanted`, or 0 where none can be had: then this process loads the rows itself, the same ones."""
+    """Return `wanted`, or 0 where none can be had: then this process loads the rows itself, the
+    same ones.
+    """
     if wanted and not can_have_processes():
-        log.warning("warning: there can be no loader processes without a /dev/shm that can be written to; num_workers is 0, "
-                    "and loading is slower")
+        log.warning(
+            "warning: there can be no loader processes without a /dev/shm that can be written to;"
+            " num_workers is 0, and loading is slower"
+        )
         return 0
     return wanted
 
@@ -224,7 +269,8 @@ def describe_order(
         "train_data.streams": ", ".join(config.streams) or None,  # they are numbered in this order
         "train_data.batching_method": config.batching_method if config.streams else "random",
         "global_batch_size": global_batch_size,
-        "train_data.shuffle": config.shuffle, "train_data.shuffle_algo": config.shuffle_algo,
+        "train_data.shuffle": config.shuffle,
+        "train_data.shuffle_algo": config.shuffle_algo,
         "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
         "train_data.shuffle_block_size": config.shuffle_block_size,
         "train_data.num_canonical_nodes": config.num_canonical_nodes,
@@ -233,54 +279,85 @@ def describe_order(
 
 def count_tokens(batch: Batch) -> dict[str, int]:
     """All tokens of a batch, and those that carry loss."""
-    return {"total": batch["input_ids"].numel(), "loss_generating": int((batch["labels"] != IGNORE).sum())}
+    return {
+        "total": batch["input_ids"].numel(),
+        "loss_generating": int((batch["labels"] != IGNORE).sum()),
+    }
 
 
 def build_train_loader(
     datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
 ) -> DataSpec:
-    """This rank's share of every global batch, shuffled with `seed` unless the config has one of its own.
+    """This rank's share of every global batch, shuffled with `seed` unless the config has one of
+    its own.
 
-    Raises ConfigError if the datasets do not hold one global batch, or need a larger cache than they may have.
+    Raises ConfigError if the datasets do not hold one global batch, or need a larger cache than
+    they may have.
     """
     batch_size = global_batch_size // dist.get_world_size()
     weights = {name: stream.weight() for name, stream in config.streams.items()}
     shards = [
-        Shards(dataset, retries=config.download_retries, timeout=config.download_timeout, **weights.get(name, {}))
+        Shards(
+            dataset,
+            retries=config.download_retries,
+            timeout=config.download_timeout,
+            **weights.get(name, {}),
+        )
         for name, dataset in datasets.items()
     ]
     rows = Rows(
-        shards, batch_size=batch_size, shuffle=config.shuffle, shuffle_algo=config.shuffle_algo,
+        shards,
+        batch_size=batch_size,
+        shuffle=config.shuffle,
+        shuffle_algo=config.shuffle_algo,
         shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
-        shuffle_block_size=config.shuffle_block_size, num_canonical_nodes=config.num_canonical_nodes,
-        predownload=config.predownload, batching_method=config.batching_method,
+        shuffle_block_size=config.shuffle_block_size,
+        num_canonical_nodes=config.num_canonical_nodes,
+        predownload=config.predownload,
+        batching_method=config.batching_method,
     )
     if rows.batches_per_epoch == 0:
         what = "; ".join(dataset.place for dataset in datasets.values())
-        raise ConfigError(f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
-                          f"(global_batch_size={global_batch_size})")
+        raise ConfigError(
+            f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
+            f"(global_batch_size={global_batch_size})"
+        )
     if config.cache_limit is not None:
-        rows.limit_cache(bytes_to_int(config.cache_limit), num_workers=config.num_workers,
-                         prefetch_factor=config.prefetch_factor)
+        rows.limit_cache(
+            bytes_to_int(config.cache_limit),
+            num_workers=config.num_workers,
+            prefetch_factor=config.prefetch_factor,
+        )
     num_workers = loader_processes(config.num_workers)
     loader = DataLoader(
-        rows, batch_size=batch_size, drop_last=True, num_workers=num_workers,
-        collate_fn=functools.partial(collate_for_sending, loss_across_documents=config.loss_across_documents),
-        prefetch_factor=config.prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=follow_parent,
-        # Its own generator: with the global one, every new epoch would draw from the model's random state.
+        rows,
+        batch_size=batch_size,
+        drop_last=True,
+        num_workers=num_workers,
+        collate_fn=functools.partial(
+            collate_for_sending, loss_across_documents=config.loss_across_documents
+        ),
+        prefetch_factor=config.prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=follow_parent,
+        # Its own generator: with the global one, every new epoch would draw from the model's random
+        # state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
 def follow_parent(_worker_id: int) -> None:
-    """In a loader process: the training process, which still needs the batch in hand, ends it, and nobody else.
+    """In a loader process: the training process, which still needs the batch in hand, ends it, and
+    nobody else.
 
-    SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was killed, upstream's threads
-    would keep this one alive for ever, with its memory and its share of the shared memory.
+    SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was
+    killed, upstream's threads would keep this one alive for ever, with its memory and its share of
+    the shared memory.
     """
-    # When it has been told to end, upstream's threads would have it wait until the training process loses patience: 5 s.
+    # When it has been told to end, upstream's threads would have it wait until the training process
+    # loses patience: 5 s.
     multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -297,7 +374,9 @@ def _end_when_told(parent: int) -> None:
     os._exit(0)
 
 
-def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog) -> list[Callback]:
+def build_mixture(
+    loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog
+) -> list[Callback]:
     """What counts the rows of every stream; nothing where there is one dataset."""
     if len(datasets) == 1:
         return []
@@ -308,21 +387,35 @@ def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlL
 
 
 def build_evaluator(
-    dataset: Dataset, config: EvalDataConfig, *, batch_size: int,
-    eval_interval: Callable[[State, Event], bool] | None = None, until: Callable[[DataLoader], Any] | None = None,
+    dataset: Dataset,
+    config: EvalDataConfig,
+    *,
+    batch_size: int,
+    eval_interval: Callable[[State, Event], bool] | None = None,
+    until: Callable[[DataLoader], Any] | None = None,
 ) -> Evaluator:
-    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each rank.
+    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each
+    rank.
 
     `until` wraps the loader in what can end it early.
     """
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
-        EvalBatches(rows, batch_size=batch_size, max_rows=config.max_rows, loss_across_documents=config.loss_across_documents),
-        batch_size=None, num_workers=loader_processes(config.num_workers), generator=torch.Generator(),
+        EvalBatches(
+            rows,
+            batch_size=batch_size,
+            max_rows=config.max_rows,
+            loss_across_documents=config.loss_across_documents,
+        ),
+        batch_size=None,
+        num_workers=loader_processes(config.num_workers),
+        generator=torch.Generator(),
         worker_init_fn=follow_parent,
     )
     batches = until(loader) if until else loader
     return Evaluator(
-        label="eval", dataloader=DataSpec(batches, get_num_tokens_in_batch=count_tokens), eval_interval=eval_interval,
+        label="eval",
+        dataloader=DataSpec(batches, get_num_tokens_in_batch=count_tokens),
+        eval_interval=eval_interval,
         device_eval_microbatch_size=batch_size,
     )

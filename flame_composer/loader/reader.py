@@ -1,4 +1,6 @@
-"""Rows out of shards that stay open: upstream opens the file again for every row, which a network's file system is slow at."""
+"""Rows out of shards that stay open: upstream opens the file again for every row, which a
+network's file system is slow at.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.format.mds.reader import MDSReader
 
-MAX_OPEN = 64  # more than shuffling reads from at once with its defaults, far fewer than a process may have
+# More than shuffling reads from at once with its defaults, far fewer than a process may have
+MAX_OPEN = 64
 
 
 FIELDS = 5  # of what `identify` returns
@@ -23,14 +26,17 @@ class Unchecked(Exception):
 
 
 def identify(found: os.stat_result) -> tuple[int, ...]:
-    """Return what tells a file and its state from every other: device, number, size, and the times of its last changes,
-    each as an unsigned 64-bit integer."""
+    """Return what tells a file and its state from every other: device, number, size, and the
+    times of its last changes, each as an unsigned 64-bit integer.
+    """
     fields = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return tuple(field & 0xFFFF_FFFF_FFFF_FFFF for field in fields)
 
 
 def state_of(found: os.stat_result) -> tuple[int, int, int]:
-    """Return what changes in an open file when it is written to: its size, and the times of its last changes."""
+    """Return what changes in an open file when it is written to: its size, and the times of its
+    last changes.
+    """
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -40,15 +46,19 @@ class OpenShards:
     def __init__(self, limit: int = MAX_OPEN):
         self.limit = limit
         # The descriptor, where the rows begin, and the file's state
-        self.files: OrderedDict[str, tuple[int, NDArray[np.uint32], tuple[int, ...]]] = OrderedDict()
+        self.files: OrderedDict[str, tuple[int, NDArray[np.uint32], tuple[int, ...]]] = (
+            OrderedDict()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "files": OrderedDict()}
 
     def read(self, path: str, num_rows: int, row: int, whole: NDArray[np.uint64]) -> bytes:
-        """Return the bytes of a row of the file that was found `whole`, whichever other may lie there by now.
+        """Return the bytes of a row of the file that was found `whole`, whichever other may lie
+        there by now.
 
-        Raises Unchecked, or FileNotFoundError, by which StreamingDataset knows that it has to fetch.
+        Raises Unchecked, or FileNotFoundError, by which StreamingDataset knows that it has to
+        fetch.
         """
         if path in self.files:
             self.files.move_to_end(path)
@@ -65,7 +75,8 @@ class OpenShards:
         return found
 
     def _open(self, path: str, num_rows: int, whole: NDArray[np.uint64]) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo would be waited for
+        # A fifo would be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             found = os.fstat(descriptor)
             if identify(found) != tuple(whole.tolist()):
@@ -77,7 +88,8 @@ class OpenShards:
         self.files[path] = descriptor, offsets, state_of(found)
 
     def close(self, keep: int = 0, *, close: Callable[[int], None] = os.close) -> None:
-        """All but the last `keep`."""  # `close` is at hand when the interpreter ends, and `os` is gone
+        # `close` is at hand when the interpreter ends, and `os` is gone
+        """All but the last `keep`."""
         while len(self.files) > keep:
             _, (descriptor, _, _) = self.files.popitem(last=False)
             close(descriptor)
@@ -97,8 +109,11 @@ class ShardReader(MDSReader):
         return np.dtype(self.column_encodings[1].split(":")[1]).newbyteorder("<")
 
     def get_item(self, idx: int) -> dict[str, Any]:
-        row = self.opened.read(f"{self.dirname}/{self.raw_data.basename}", self.samples, idx, self.whole)
-        # The size of doc_lengths; doc_lengths: a byte whose last bits say in how many their count is, it, them; the tokens.
+        row = self.opened.read(
+            f"{self.dirname}/{self.raw_data.basename}", self.samples, idx, self.whole
+        )
+        # The size of doc_lengths; doc_lengths: a byte whose last bits say in how many their count
+        # is, it, them; the tokens.
         end = 4 + int.from_bytes(row[:4], "little")
         return {
             "doc_lengths": np.frombuffer(row[5 + (1 << (row[4] & 3)) : end], "<u4"),

@@ -1,4 +1,6 @@
-"""Rows of datasets in an order that can be resumed, and does not depend on how many processes read them."""
+"""Rows of datasets in an order that can be resumed, and does not depend on how many processes
+read them.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,23 @@ from streaming.base.world import World
 from flame_composer.config.rules import DataError, InvalidField, one_line
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.reader import FIELDS, MAX_OPEN, OpenShards, ShardReader, Unchecked
-from flame_composer.storage.locks import JobFolder, Memory, allow_files, claim_shared_memory, path_in
+from flame_composer.storage.locks import (
+    JobFolder,
+    Memory,
+    allow_files,
+    claim_shared_memory,
+    path_in,
+)
 
 
 class Rows(StreamingDataset):
-    """StreamingDataset whose global batches do not depend on how many ranks and workers there are, of checked shards.
+    """StreamingDataset whose global batches do not depend on how many ranks and workers there are,
+    of checked shards.
 
-    Upstream the order of an epoch is laid out for the processes that happen to be there: it pads with repeated rows until
-    it divides among them, so that the number of batches, the last ones' rows, and with several streams all that follows,
-    change with their number. Here it is laid out in global batches, of which every process then takes its part.
+    Upstream the order of an epoch is laid out for the processes that happen to be there: it pads
+    with repeated rows until it divides among them, so that the number of batches, the last ones'
+    rows, and with several streams all that follows, change with their number. Here it is laid out
+    in global batches, of which every process then takes its part.
     """
 
     def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
@@ -41,11 +51,17 @@ class Rows(StreamingDataset):
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
-        self.opened = OpenShards(most_open)  # of all streams together: a process may have so many files and no more
-        # Which files were found whole, known to all processes of the machine, so that each is hashed once.
+        # Of all streams together: a process may have so many files and no more
+        self.opened = OpenShards(most_open)
+        # Which files were found whole, known to all processes of the machine, so that each is
+        # hashed once.
         self._folder = cast(JobFolder, self._locals_shm).path
-        self._memory = Memory(path_in(str(self._folder), "whole"), size=len(self.files) * FIELDS * 8)
-        self._whole = np.frombuffer(self._memory.buf, np.uint64, len(self.files) * FIELDS).reshape(-1, FIELDS)
+        self._memory = Memory(
+            path_in(str(self._folder), "whole"), size=len(self.files) * FIELDS * 8
+        )
+        self._whole = np.frombuffer(self._memory.buf, np.uint64, len(self.files) * FIELDS).reshape(
+            -1, FIELDS
+        )
         for reader, whole in zip(cast(list[ShardReader], self.shards), self._whole, strict=True):
             reader.opened, reader.whole = self.opened, whole
         for dataset, first in zip(datasets, self.shard_offset_per_stream, strict=True):
@@ -55,15 +71,20 @@ class Rows(StreamingDataset):
         self.batches_per_epoch = self.epoch_size // self.global_batch_size
         if self.batching_method != "random" and self.batches_per_epoch:
             try:
-                # Every stream has its share of a batch, or batches of its own; what does not come out even is left out.
+                # Every stream has its share of a batch, or batches of its own; what does not come
+                # out even is left out.
                 self.batches_per_epoch = min(self.batches_per_epoch, len(self.lay_out(0)))
             except (ValueError, ArithmeticError) as error:
-                raise InvalidField("train_data.batching_method", f"{one_line(error)} (global_batch_size="
-                                   f"{self.global_batch_size})") from None
+                raise InvalidField(
+                    "train_data.batching_method",
+                    f"{one_line(error)} (global_batch_size={self.global_batch_size})",
+                ) from None
         self.length = self.batches_per_epoch * batch_size
 
     def lay_out(self, epoch: int, sample_in_epoch: int = 0) -> NDArray[np.int64]:
-        """The row ids of an epoch's global batches, in order, from `sample_in_epoch` on: [batches, global batch size]."""
+        """The row ids of an epoch's global batches, in order, from `sample_in_epoch` on:
+        [batches, global batch size].
+        """
         order = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, sample_in_epoch)
         order = order.reshape(-1, self.global_batch_size)
         return order[(order >= 0).all(axis=1)]
@@ -72,21 +93,29 @@ class Rows(StreamingDataset):
     def _place(worker: World) -> int:
         """The first row of a batch that is this rank's; its others are every num_ranks-th.
 
-        Canonical nodes take turns in the order, so that with as many of them as machines, each keeps to shards of its own.
+        Canonical nodes take turns in the order, so that with as many of them as machines, each
+        keeps to shards of its own.
         """
         return worker.rank_of_node * worker.num_nodes + worker.node
 
     def limit_cache(self, limit: int, *, num_workers: int, prefetch_factor: int) -> None:
         """Delete the shards that were used longest ago when all would take more than `limit` bytes.
 
-        Raises InvalidField if shards would have to go while they are in use, and be fetched over and over.
+        Raises InvalidField if shards would have to go while they are in use, and be fetched over
+        and over.
         """
-        minimum = self.smallest_cache(self._unique_rank_world, num_workers=num_workers, prefetch_factor=prefetch_factor)
+        minimum = self.smallest_cache(
+            self._unique_rank_world, num_workers=num_workers, prefetch_factor=prefetch_factor
+        )
         if limit < minimum:
             largest = max(file.bytes for file in self.files)
-            raise InvalidField("train_data.cache_limit", f"must be at least {minimum} bytes: so much is in use at once with "
-                               f"shuffle_block_size={self.shuffle_block_size}, num_canonical_nodes={self.num_canonical_nodes} "
-                               f"and shards of up to {largest} bytes; a smaller train_data.shuffle_block_size needs less")
+            raise InvalidField(
+                "train_data.cache_limit",
+                f"must be at least {minimum} bytes: so much is in use at once with"
+                f" shuffle_block_size={self.shuffle_block_size},"
+                f" num_canonical_nodes={self.num_canonical_nodes} and shards of up to {largest}"
+                " bytes; a smaller train_data.shuffle_block_size needs less",
+            )
         self.cache_limit = limit
         self.opened.limit = 0  # a file that is deleted while it is open keeps its room on disk
 
@@ -94,25 +123,36 @@ class Rows(StreamingDataset):
         """Bytes of cache with which a machine of `world` deletes no shard while it is in use."""
         indexes = sum(stream.get_index_size() for stream in self.streams)
         largest = max(file.bytes for file in self.files)
-        in_use, _ = self.bytes_in_use(world, num_workers=num_workers, prefetch_factor=prefetch_factor)
+        in_use, _ = self.bytes_in_use(
+            world, num_workers=num_workers, prefetch_factor=prefetch_factor
+        )
         return indexes + max(in_use, 4 * largest)
 
-    def bytes_in_use(self, world: World, *, num_workers: int, prefetch_factor: int) -> tuple[int, int]:
-        """Of one machine of `world`, in the first epoch: the most bytes of shards that it is in the middle of reading at
-        once, and the bytes of all that it reads.
+    def bytes_in_use(
+        self, world: World, *, num_workers: int, prefetch_factor: int
+    ) -> tuple[int, int]:
+        """Of one machine of `world`, in the first epoch: the most bytes of shards that it is in the
+        middle of reading at once, and the bytes of all that it reads.
 
-        A shard is in use from `predownload` rows before its first row is read until the last one is, with loader processes
-        that are as far apart as they can be.
+        A shard is in use from `predownload` rows before its first row is read until the last one
+        is, with loader processes that are as far apart as they can be.
         """
-        ranks = [World(world.num_nodes, world.ranks_per_node, 1, world.node * world.ranks_per_node + rank)
-                 for rank in range(world.ranks_per_node)]
+        ranks = [
+            World(
+                world.num_nodes, world.ranks_per_node, 1, world.node * world.ranks_per_node + rank
+            )
+            for rank in range(world.ranks_per_node)
+        ]
         order = self.lay_out(0)[: self.batches_per_epoch]
-        order = np.concatenate([order[:, self._place(rank) :: world.num_ranks] for rank in ranks], axis=1)
+        order = np.concatenate(
+            [order[:, self._place(rank) :: world.num_ranks] for rank in ranks], axis=1
+        )
         shards = np.searchsorted(self.sample_offset_per_shard, order.ravel(), side="right") - 1
         batches = np.repeat(np.arange(len(order)), order.shape[1])
         used = np.unique(shards)
         first, last = np.empty(self.num_shards, np.int64), np.empty(self.num_shards, np.int64)
-        first[shards[::-1]], last[shards] = batches[::-1], batches  # of several values for a shard, the last stays
+        # Of several values for a shard, the last stays
+        first[shards[::-1]], last[shards] = batches[::-1], batches
         assert self.predownload is not None
         ahead = math.ceil(self.predownload * world.num_ranks / self.global_batch_size)
         apart = max(1, num_workers) * (ahead + prefetch_factor + 1)
@@ -123,27 +163,36 @@ class Rows(StreamingDataset):
         return int(change.cumsum().max()), int(sizes[used].sum())
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """This worker's row ids from `sample_in_epoch` on, in order; its batches are every num_workers-th one.
+        """This worker's row ids from `sample_in_epoch` on, in order; its batches are every
+        num_workers-th one.
 
-        As upstream, one process of a machine lays out the epoch for all of them, but through a file in the job's folder.
+        As upstream, one process of a machine lays out the epoch for all of them, but through a file
+        in the job's folder.
         """
         worker = self._unique_worker_world
         shared = self._folder / "epoch"
         if worker.is_local_leader:
-            batches_left = self.batches_per_epoch - math.ceil(sample_in_epoch / self.global_batch_size)
+            batches_left = self.batches_per_epoch - math.ceil(
+                sample_in_epoch / self.global_batch_size
+            )
             order = self.lay_out(epoch, sample_in_epoch)[: max(0, batches_left)]
             try:
                 order.tofile(shared)
             except OSError as error:
-                raise DataError(f"{shared}: cannot be written: {one_line(error)}; set TMPDIR to a folder on a disk with "
-                                "space, and the same command goes on") from None
+                raise DataError(
+                    f"{shared}: cannot be written: {one_line(error)}; set TMPDIR to a folder on a"
+                    " disk with space, and the same command goes on"
+                ) from None
             self._shared_barrier(worker.workers_per_node)
         else:
             self._shared_barrier(worker.workers_per_node)
             is_over = shared.stat().st_size == 0  # which cannot be mapped
             order = np.empty(0, np.int64) if is_over else np.memmap(shared, np.int64, "r")
             order = order.reshape(-1, self.global_batch_size)
-        ids = order[worker.worker_of_rank :: worker.workers_per_rank, self._place(worker) :: worker.num_ranks].flatten()
+        ids = order[
+            worker.worker_of_rank :: worker.workers_per_rank,
+            self._place(worker) :: worker.num_ranks,
+        ].flatten()
         self._shared_barrier(worker.workers_per_node)
         if worker.is_local_leader:
             shared.unlink()
@@ -158,9 +207,11 @@ class Rows(StreamingDataset):
             super().load_state_dict(obj)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch a shard if it is not there. Raises DataError if it cannot be had and `blocking`; else `get_item` will.
+        """Fetch a shard if it is not there. Raises DataError if it cannot be had and `blocking`;
+        else `get_item` will.
 
-        Upstream a background thread dies of it, unheard: the epoch ends early, or workers wait for one another for ever.
+        Upstream a background thread dies of it, unheard: the epoch ends early, or workers wait for
+        one another for ever.
         """
         if shard_id in self._failures:
             if blocking:
@@ -171,46 +222,65 @@ class Rows(StreamingDataset):
         except Exception as error:  # DataError, or what upstream does not expect
             if self._cache_filelock.is_locked:
                 self._cache_filelock.release(force=True)
-            self._failures[shard_id] = error if isinstance(error, DataError) else DataError(one_line(error))
-            self._shard_states[shard_id] = _ShardState.LOCAL  # counts as prepared: the others find out for themselves
+            self._failures[shard_id] = (
+                error if isinstance(error, DataError) else DataError(one_line(error))
+            )
+            # Counts as prepared: the others find out for themselves
+            self._shard_states[shard_id] = _ShardState.LOCAL
             if blocking:
                 raise self._failures[shard_id] from None
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """A row; with several streams, it says under `stream` which of them it is of. Raises DataError."""
+        """A row; with several streams, it says under `stream` which of them it is of. Raises
+        DataError.
+        """
         shard_id, _ = self.spanner[sample_id]
         try:
             row = self._checked_item(sample_id, shard_id, retry)
         except (DataError, RuntimeError) as error:
             if hasattr(self, "_event"):
-                self._event.set()  # ends the background threads, which the process would wait for before it ends
+                # Ends the background threads, which the process would wait for before it ends
+                self._event.set()
             raise error if isinstance(error, DataError) else DataError(one_line(error)) from None
         if self.num_streams > 1:
             row["stream"] = self.stream_per_shard[shard_id]
         return row
 
     def _checked_item(self, sample_id: int, shard_id: int, retry: int) -> Any:
-        """A row of a file that was found whole and is the same still; its shard is checked if that is not known."""
+        """A row of a file that was found whole and is the same still; its shard is checked if
+        that is not known.
+        """
         for _ in range(1 + retry):
             try:
                 return super().get_item(sample_id, retry)
             except OSError as error:
-                raise DataError(f"{error.filename or self.files[shard_id].basename}: cannot be read: {error.strerror}; the "
-                                "same command goes on when it can be") from None
+                raise DataError(
+                    f"{error.filename or self.files[shard_id].basename}: cannot be read:"
+                    f" {error.strerror}; the same command goes on when it can be"
+                ) from None
             except Unchecked:
-                cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(self.files[shard_id])
+                cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(
+                    self.files[shard_id]
+                )
         path = f"{self.shards[shard_id].dirname}/{self.files[shard_id].basename}"
-        raise DataError(f"{path}: somebody writes to it while it is read; end that, and the same command goes on")
+        raise DataError(
+            f"{path}: somebody writes to it while it is read; end that, and the same command"
+            " goes on"
+        )
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         """The rows of `it` in order, each when its shard is there.
 
-        Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even where every shard is there.
-        With a limited cache that is left so: threads that fall behind would fetch again what was deleted after its last row.
+        Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even where
+        every shard is there. With a limited cache that is left so: threads that fall behind would
+        fetch again what was deleted after its last row.
         """
         while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
             sample_id = it.sample_ids[it.yield_index]
-            is_there = not self.cache_limit and self._shard_states[self.spanner[sample_id][0]] == _ShardState.LOCAL
+            is_there = (
+                not self.cache_limit
+                and self._shard_states[self.spanner[sample_id][0]] == _ShardState.LOCAL
+            )
             if it.ready_index <= it.yield_index and not is_there:
                 time.sleep(TICK)
                 continue
@@ -226,17 +296,24 @@ class Rows(StreamingDataset):
         self.opened.close()  # so that every epoch looks again at which files are there
         yield from super().__iter__()
         if self._event.is_set():
-            raise DataError("reading ahead failed, and the epoch would end early; the lines before this one say why")
+            raise DataError(
+                "reading ahead failed, and the epoch would end early; the lines before this one"
+                " say why"
+            )
 
 
 @contextlib.contextmanager
 def _own_shared_memory() -> Iterator[None]:
-    """Have streaming (0.13.0) put its shared memory and its file locks in the job's own folder, see `machine.Memory`."""
+    """Have streaming (0.13.0) put its shared memory and its file locks in the job's own folder,
+    see `machine.Memory`.
+    """
     dataset, array = streaming.base.dataset, streaming.base.shared.array
     ours = [
-        (dataset, "get_shm_prefix", claim_shared_memory), (dataset, "_get_path", path_in),
-        (dataset, "SharedMemory", Memory), (array, "SharedMemory", Memory),
-    ]  # fmt: skip
+        (dataset, "get_shm_prefix", claim_shared_memory),
+        (dataset, "_get_path", path_in),
+        (dataset, "SharedMemory", Memory),
+        (array, "SharedMemory", Memory),
+    ]
     upstream = [(module, name, getattr(module, name)) for module, name, _ in ours]
     try:
         for module, name, value in ours:

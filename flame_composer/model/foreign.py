@@ -24,19 +24,50 @@ SPARE_BYTES = 1 << 30  # that buffers may take beside small weights
 Shapes = Mapping[str, torch.Size]
 
 # Keys that decide where code, kernels or weights come from: left out of a config at any depth.
-STEERING = frozenset({
-    "auto_map", "trust_remote_code", "custom_pipelines", "name_or_path", "_name_or_path",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "_experts_implementation", "_commit_hash", "transformers_weights", "quantization_config",
-    "compression_config", "base_model_tp_plan", "base_model_pp_plan", "distributed_config", "gguf_file",
-})  # fmt: skip
+STEERING = frozenset(
+    {
+        "auto_map",
+        "trust_remote_code",
+        "custom_pipelines",
+        "name_or_path",
+        "_name_or_path",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_commit_hash",
+        "transformers_weights",
+        "quantization_config",
+        "compression_config",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "distributed_config",
+        "gguf_file",
+    }
+)
 # Keys that models read though not every config class names them among its own.
-DATA = frozenset({
-    "head_dim", "partial_rotary_factor", "rope_theta", "rope_scaling", "sliding_window",
-    "original_max_position_embeddings", "attention_chunk_size", "layer_types", "use_cache",
-    "num_kv_shared_layers", "alibi", "use_alibi", "swiglu_limit",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version",
-})  # fmt: skip
+DATA = frozenset(
+    {
+        "head_dim",
+        "partial_rotary_factor",
+        "rope_theta",
+        "rope_scaling",
+        "sliding_window",
+        "original_max_position_embeddings",
+        "attention_chunk_size",
+        "layer_types",
+        "use_cache",
+        "num_kv_shared_layers",
+        "alibi",
+        "use_alibi",
+        "swiglu_limit",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "transformers_version",
+    }
+)
 # Not taken as they are: what steers loading, the type, and the number of labels (there are none).
 _APART = STEERING | {"num_labels", "torch_dtype", "dtype", "model_type"}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -77,7 +108,9 @@ def _without_steering(value: Any) -> Any:
 
 
 def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
-    """Return how many numbers there really are of these: a small piece of memory can be seen as a tensor of any size."""
+    """Return how many numbers there really are of these: a small piece of memory can be seen as
+    a tensor of any size.
+    """
     storages = {}
     for tensor in tensors:
         storage_of = tensor.untyped_storage()
@@ -86,7 +119,9 @@ def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def require_size(model: PreTrainedModel, held: int, place: str) -> None:
-    """Raise ConfigError for an empty model that would take far more memory than the `held` numbers of its weights do."""
+    """Raise ConfigError for an empty model that would take far more memory than the `held`
+    numbers of its weights do.
+    """
     made = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if made > 2 * held:
@@ -96,8 +131,8 @@ def require_size(model: PreTrainedModel, held: int, place: str) -> None:
         )
     if buffers > max(SPARE_BYTES, 4 * held):
         raise ConfigError(
-            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB beside its weights; correct "
-            "its max_position_embeddings and other sizes"
+            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB beside its"
+            " weights; correct its max_position_embeddings and other sizes"
         )
 
 
@@ -122,8 +157,8 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
         )
         if pickled:
             raise ConfigError(
-                f"{folder}: holds its weights as {pickled[0]}, which is refused: such a file can run code "
-                "when it is read; give a copy in safetensors"
+                f"{folder}: holds its weights as {pickled[0]}, which is refused: such a file can"
+                " run code when it is read; give a copy in safetensors"
             )
         raise ConfigError(f"{folder}: has neither model.safetensors nor {INDEX}")
     weight_map = read_json(index).get("weight_map")

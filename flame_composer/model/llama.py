@@ -19,8 +19,11 @@ from flame_composer.text.counts import require_counts
 from flame_composer.text.tokenizer import may_be_hub_id
 
 MODEL_TYPES = ("llama", "mistral")
-# What DDP, FSDP, torch.compile and activation checkpointing put into the names of the tensors of a model they wrap.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What DDP, FSDP, torch.compile and activation checkpointing put into the names of the tensors of a
+# model they wrap.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A Llama or Mistral checkpoint: its config, and of each tensor the file it is in, its shape and its type."""
+    """A Llama or Mistral checkpoint: its config, and of each tensor the file it is in, its shape
+    and its type.
+    """
 
     folder: Path
     config: PretrainedConfig
@@ -53,27 +58,43 @@ class Source:
 
 
 def open_source(path_or_id: str) -> Source:
-    """The checkpoint in a Hugging Face folder or under a hub id; of its weights only the files' heads are read.
+    """The checkpoint in a Hugging Face folder or under a hub id; of its weights only the files'
+    heads are read.
 
-    Raises ConfigError for what is no Llama or Mistral in safetensors, and DataError for one that is not whole.
+    Raises ConfigError for what is no Llama or Mistral in safetensors, and DataError for one that is
+    not whole.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
         if not may_be_hub_id(path_or_id):
-            raise ConfigError(f"model: {path_or_id}: no such folder; give a Hugging Face model folder or id")
+            raise ConfigError(
+                f"model: {path_or_id}: no such folder; give a Hugging Face model folder or id"
+            )
         folder = _download(path_or_id)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model: {path_or_id}: not a Hugging Face model folder: it has no config.json")
+        raise ConfigError(
+            f"model: {path_or_id}: not a Hugging Face model folder: it has no config.json"
+        )
     given = read_json(folder / "config.json")
     model_type = given.pop("model_type", None)
     if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model: {path_or_id}: is a {model_type} model; only {' and '.join(MODEL_TYPES)} ones can be "
-                          "converted")
+        raise ConfigError(
+            f"model: {path_or_id}: is a {model_type} model; only {' and '.join(MODEL_TYPES)} ones"
+            " can be converted"
+        )
     if given.get("quantization_config"):
-        raise ConfigError(f"model: {path_or_id}: its weights are quantized; give the model they were made from")
+        raise ConfigError(
+            f"model: {path_or_id}: its weights are quantized; give the model they were made from"
+        )
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"model: {path_or_id}: its MLPs have hidden_act={given['hidden_act']}, GLA's are silu ones")
-    source = _scan(folder, read_back_hf_config({"model_type": model_type, **given}, str(folder / "config.json")))
+        raise ConfigError(
+            f"model: {path_or_id}: its MLPs have hidden_act={given['hidden_act']}, GLA's are silu"
+            " ones"
+        )
+    source = _scan(
+        folder,
+        read_back_hf_config({"model_type": model_type, **given}, str(folder / "config.json")),
+    )
     require_counts(given, str(folder), source.shapes)
     _check_whole(source)
     return source
@@ -91,56 +112,99 @@ def _scan(folder: Path, config: PretrainedConfig) -> Source:
             held = set(content.keys())
             for name in names or sorted(held):
                 if name not in held:
-                    raise DataError(f"{file}: lacks {name}, which the index says it holds; get the checkpoint again")
+                    raise DataError(
+                        f"{file}: lacks {name}, which the index says it holds; get the checkpoint"
+                        " again"
+                    )
                 view = content.get_slice(name)
                 if view.get_dtype() not in DTYPES:
-                    raise ConfigError(f"{file}: {name} is of type {view.get_dtype()}, must be one of {', '.join(DTYPES)}")
+                    raise ConfigError(
+                        f"{file}: {name} is of type {view.get_dtype()}, must be one of"
+                        f" {', '.join(DTYPES)}"
+                    )
                 bare = _WRAPPERS.sub("", name)
                 if bare in stored:
-                    raise DataError(f"{file}: holds {name} as well as {stored[bare]}, which are one tensor; keep one of them")
+                    raise DataError(
+                        f"{file}: holds {name} as well as {stored[bare]}, which are one tensor;"
+                        " keep one of them"
+                    )
                 stored[bare] = name
-                files[bare], shapes[bare], dtypes[bare] = file, torch.Size(view.get_shape()), DTYPES[view.get_dtype()]
+                files[bare], shapes[bare], dtypes[bare] = (
+                    file,
+                    torch.Size(view.get_shape()),
+                    DTYPES[view.get_dtype()],
+                )
     wrapped = next((name for bare, name in stored.items() if bare != name), None)
     if wrapped is not None:
-        log.warning("%s: its tensors have names like %s, of a model in a wrapper (DDP, torch.compile); they are taken as %s",
-                    folder, wrapped, _WRAPPERS.sub("", wrapped))
+        log.warning(
+            "%s: its tensors have names like %s, of a model in a wrapper (DDP, torch.compile); they"
+            " are taken as %s",
+            folder,
+            wrapped,
+            _WRAPPERS.sub("", wrapped),
+        )
     return Source(folder, config, files, shapes, dtypes, stored)
 
 
 def _download(model_id: str) -> Path:
     try:
         # Mistral's repositories hold the weights a second time, as consolidated*.safetensors.
-        return Path(snapshot_download(model_id, allow_patterns=["*.json", "tokenizer.model", "model*.safetensors"]))
+        return Path(
+            snapshot_download(
+                model_id, allow_patterns=["*.json", "tokenizer.model", "model*.safetensors"]
+            )
+        )
     except Exception as error:  # whatever the hub or the network makes of it
-        raise ConfigError(f"model: {model_id}: no such folder, and not to be had from the Hugging Face hub: "
-                          f"{one_line(error)}") from None
+        raise ConfigError(
+            f"model: {model_id}: no such folder, and not to be had from the Hugging Face hub: "
+            f"{one_line(error)}"
+        ) from None
 
 
 def _check_whole(source: Source) -> None:
-    """Raises DataError unless the tensors are exactly those that the checkpoint's own config.json makes."""
+    """Raises DataError unless the tensors are exactly those that the checkpoint's own
+    config.json makes.
+    """
     try:
-        expected = {name: tensor.shape for name, tensor in meta_model(source.config).state_dict().items()}
+        expected = {
+            name: tensor.shape for name, tensor in meta_model(source.config).state_dict().items()
+        }
     except ConfigError as error:
-        raise DataError(f"{source.folder / 'config.json'}: {str(error).removeprefix('model.config: ')}") from None
-    layers = {int(match[1]) for name in source.shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        raise DataError(
+            f"{source.folder / 'config.json'}: {str(error).removeprefix('model.config: ')}"
+        ) from None
+    layers = {
+        int(match[1])
+        for name in source.shapes
+        if (match := re.match(r"model\.layers\.(\d+)\.", name))
+    }
     if len(layers) != source.config.num_hidden_layers:
-        raise DataError(f"{source.folder}: config.json says num_hidden_layers={source.config.num_hidden_layers}, its weights "
-                        f"have {len(layers)} layers; get the checkpoint again")
+        raise DataError(
+            f"{source.folder}: config.json says"
+            f" num_hidden_layers={source.config.num_hidden_layers}, its weights have {len(layers)}"
+            " layers; get the checkpoint again"
+        )
     optional = {"lm_head.weight"} if source.is_tied else set()
     missing = [name for name in expected if name not in source.shapes and name not in optional]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"{source.folder}: its weights lack {missing[0]}{more}; get the checkpoint again")
+        raise DataError(
+            f"{source.folder}: its weights lack {missing[0]}{more}; get the checkpoint again"
+        )
     for name, shape in source.shapes.items():
         if is_rotary_buffer(name):
             continue
         if name not in expected:
             close = difflib.get_close_matches(name, expected, n=1)
-            raise DataError(f"{source.folder}: its weights hold {name}, which no {source.config.model_type} model with this "
-                            f"config.json has{f'; the nearest is {close[0]}' if close else ''}")
+            raise DataError(
+                f"{source.folder}: its weights hold {name}, which no {source.config.model_type}"
+                f" model with this config.json has{f'; the nearest is {close[0]}' if close else ''}"
+            )
         if shape != expected[name]:
-            raise DataError(f"{source.folder}: {name} is {list(shape)}, config.json makes it {list(expected[name])}; one of "
-                            "the two is of another model")
+            raise DataError(
+                f"{source.folder}: {name} is {list(shape)}, config.json makes it"
+                f" {list(expected[name])}; one of the two is of another model"
+            )
 
 
 def is_rotary_buffer(name: str) -> bool:

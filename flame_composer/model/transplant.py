@@ -17,7 +17,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from flame_composer.config.convert import PROJECTIONS
 from flame_composer.config.load import load
@@ -28,12 +33,16 @@ from flame_composer.model.foreign import count_not_finite, read_json, warn_not_f
 from flame_composer.model.llama import Source, is_rotary_buffer
 from flame_composer.text.tokenizer import vocab_size_of
 
-# The name table, read in both directions: a module there, the module here. `*` is the layer's number; what comes after the
-# module (weight, bias) is the same. Fla's GLA keeps the names of Llama's projections but not those around them.
+# The name table, read in both directions: a module there, the module here. `*` is the layer's
+# number; what comes after the module (weight, bias) is the same. Fla's GLA keeps the names of
+# Llama's projections but not those around them.
 MODULES = {
     "model.embed_tokens": "model.embeddings",
     **{f"model.layers.*.self_attn.{name}": f"model.layers.*.attn.{name}" for name in PROJECTIONS},
-    **{f"model.layers.*.mlp.{name}": f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+    **{
+        f"model.layers.*.mlp.{name}": f"model.layers.*.mlp.{name}"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
     "model.layers.*.input_layernorm": "model.layers.*.attn_norm",
     "model.layers.*.post_attention_layernorm": "model.layers.*.mlp_norm",
     "model.norm": "model.norm",
@@ -42,14 +51,21 @@ MODULES = {
 SOURCE_MODULES = {target: source for source, target in MODULES.items()}
 
 # What decides the width of each projection that GLA's config can make unlike the source's.
-WIDTH_KEYS = {"q_proj": "expand_k", "k_proj": "expand_k", "v_proj": "expand_v", "o_proj": "expand_v"}
+WIDTH_KEYS = {
+    "q_proj": "expand_k",
+    "k_proj": "expand_k",
+    "v_proj": "expand_v",
+    "o_proj": "expand_v",
+}
 
 FATES = ("copied", "fresh", "dropped")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for: the keys of a GLA config, where they are written, and under which prefix there."""
+    """What was asked for: the keys of a GLA config, where they are written, and under which
+    prefix there.
+    """
 
     place: str
     prefix: str
@@ -58,7 +74,9 @@ class Target:
 
 
 class Entry(NamedTuple):
-    """What becomes of a tensor: `source` is None for a fresh one, `target` for one that is dropped."""
+    """What becomes of a tensor: `source` is None for a fresh one, `target` for one that is
+    dropped.
+    """
 
     fate: Literal["copied", "fresh", "dropped"]
     source: str | None
@@ -76,24 +94,38 @@ def read_target(path: str) -> Target:
     if not Path(path).is_file():
         raise ConfigError(f"config: {path}: no such file")
     # What transformers writes into every config.json and no model's own config has.
-    housekeeping = {*PretrainedConfig().to_dict(), "architectures", "_name_or_path", "torch_dtype", "dtype"} - {
-        "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-    }  # fmt: skip
-    return Target(path, "", {key: value for key, value in read_json(Path(path)).items() if key not in housekeeping}, None)
+    housekeeping = {
+        *PretrainedConfig().to_dict(),
+        "architectures",
+        "_name_or_path",
+        "torch_dtype",
+        "dtype",
+    } - {"model_type", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+    return Target(
+        path,
+        "",
+        {key: value for key, value in read_json(Path(path)).items() if key not in housekeeping},
+        None,
+    )
 
 
 def plan_conversion(
     target: Target, source: Source, tokenizer: PreTrainedTokenizerFast, fresh: Collection[str] = ()
 ) -> tuple[PreTrainedModel, list[Entry]]:
-    """The GLA model, as `meta_model` makes it, and what becomes of every tensor of the source and comes into every one of its.
+    """The GLA model, as `meta_model` makes it, and what becomes of every tensor of the source and
+    comes into every one of its.
 
-    Its config holds the keys given, and all that follows from the source, which a key given may only repeat. The projections
-    named in `fresh` are made anew though the source has them. Raises ConfigError for a key that says something else than the
-    source, for a tensor that does not fit, and for a tokenizer that the vocabulary does not hold.
+    Its config holds the keys given, and all that follows from the source, which a key given may
+    only repeat. The projections named in `fresh` are made anew though the source has them. Raises
+    ConfigError for a key that says something else than the source, for a tensor that does not fit,
+    and for a tokenizer that the vocabulary does not hold.
     """
     has = vocab_size_of(tokenizer)
     if has > source.config.vocab_size:
-        raise ConfigError(f"tokenizer: has {has} tokens, {source.folder} only {source.config.vocab_size}; give the model's own")
+        raise ConfigError(
+            f"tokenizer: has {has} tokens, {source.folder} only {source.config.vocab_size}; give"
+            " the model's own"
+        )
     try:
         model = meta_model(_gla_config(target, source, tokenizer, fresh))
         plan = _entries(source, model, fresh)
@@ -125,7 +157,8 @@ def _gla_config(
         "intermediate_size": ("intermediate_size", llama.intermediate_size),
         "norm_eps": ("rms_norm_eps", llama.rms_norm_eps),
     }
-    # Other numbers of heads would give tensors of the same shapes and mix the channels of one head into another.
+    # Other numbers of heads would give tensors of the same shapes and mix the channels of one head
+    # into another.
     if not set(PROJECTIONS) <= set(fresh):
         follows["num_heads"] = ("num_attention_heads", llama.num_attention_heads)
         follows["num_kv_heads"] = ("num_key_value_heads", llama.num_key_value_heads)
@@ -133,20 +166,30 @@ def _gla_config(
         if keys.get(key) is None:
             keys[key] = value
         elif keys[key] != value:
-            raise InvalidField(key, f"the source has {source_key}={value}; leave it out, or set {value}")
+            raise InvalidField(
+                key, f"the source has {source_key}={value}; leave it out, or set {value}"
+            )
     keys.setdefault("tie_word_embeddings", source.is_tied)
     if keys["tie_word_embeddings"] and not source.is_tied:
-        raise InvalidField("tie_word_embeddings", "the source's are not tied; leave it out, or set false")
-    width = llama.num_attention_heads * (getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads)
+        raise InvalidField(
+            "tie_word_embeddings", "the source's are not tied; leave it out, or set false"
+        )
+    width = llama.num_attention_heads * (
+        getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
+    )
     for key in ("expand_k", "expand_v"):
         keys.setdefault(key, _ratio(width, llama.hidden_size))
-    for key, ours in (("bos_token_id", tokenizer.bos_token_id), ("eos_token_id", tokenizer.eos_token_id)):
+    for key, ours in (
+        ("bos_token_id", tokenizer.bos_token_id),
+        ("eos_token_id", tokenizer.eos_token_id),
+    ):
         token = getattr(llama, key)
         if isinstance(token, list):  # several ends, all of which the generation config keeps
             token = ours if ours in token else token[0]
         if token is not None:
             keys.setdefault(key, token)
-    # The source's pad token is not carried over: the embedding of a model's pad token is never trained, and it may be eos.
+    # The source's pad token is not carried over: the embedding of a model's pad token is never
+    # trained, and it may be eos.
     return build_hf_config(keys, tokenizer, target.context_length or llama.max_position_embeddings)
 
 
@@ -173,14 +216,28 @@ def _entries(source: Source, model: PreTrainedModel, fresh: Collection[str]) -> 
             plan.append(Entry("fresh", None, target, shape, source.dtype, f"fresh={_last(target)}"))
         elif shape != source.shapes[name]:
             key = WIDTH_KEYS[_last(target)]
-            same = ",".join(projection for projection in PROJECTIONS if WIDTH_KEYS[projection] == key)
-            raise InvalidField(key, f"makes {target} {list(shape)}, the source's {name} is {list(source.shapes[name])}; "
-                               f"leave it out, or make these anew with fresh={same}")
+            same = ",".join(
+                projection for projection in PROJECTIONS if WIDTH_KEYS[projection] == key
+            )
+            raise InvalidField(
+                key,
+                f"makes {target} {list(shape)}, the source's {name} is {list(source.shapes[name])};"
+                f" leave it out, or make these anew with fresh={same}",
+            )
         else:
             plan.append(Entry("copied", name, target, shape, source.dtypes[name]))
             copied.add(name)
     for name in (name for name in source.shapes if name not in copied):
-        plan.append(Entry("dropped", name, None, source.shapes[name], source.dtypes[name], _why_dropped(name, fresh)))
+        plan.append(
+            Entry(
+                "dropped",
+                name,
+                None,
+                source.shapes[name],
+                source.dtypes[name],
+                _why_dropped(name, fresh),
+            )
+        )
     return plan
 
 
@@ -201,7 +258,7 @@ def _translate(name: str, table: dict[str, str]) -> str | None:
     """A tensor's name in the other model; None if the table does not know it."""
     module, _, kind = name.rpartition(".")
     match = re.match(r"model\.layers\.(\d+)\.", module)
-    other = table.get(module if match is None else f"model.layers.*.{module[match.end():]}")
+    other = table.get(module if match is None else f"model.layers.*.{module[match.end() :]}")
     return None if other is None else f"{other.replace('*', match[1]) if match else other}.{kind}"
 
 
@@ -213,39 +270,59 @@ def describe(plan: list[Entry]) -> Iterator[str]:
     """The plan as a table, a line for all layers' tensors of a kind."""
     kinds: Counter[tuple[str, ...]] = Counter()
     for entry in plan:
-        source, target = (re.sub(r"\.layers\.\d+\.", ".layers.*.", name or "") for name in (entry.source, entry.target))
+        source, target = (
+            re.sub(r"\.layers\.\d+\.", ".layers.*.", name or "")
+            for name in (entry.source, entry.target)
+        )
         kinds[entry.fate, source, target, str(list(entry.shape)), entry.reason] += 1
-    rows = [(fate, source, "->" if source and target else "", target, f"{count} x {shape}", reason)
-            for (fate, source, target, shape, reason), count in kinds.items()]
+    rows = [
+        (fate, source, "->" if source and target else "", target, f"{count} x {shape}", reason)
+        for (fate, source, target, shape, reason), count in kinds.items()
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def write_weights(
-    plan: list[Entry], source: Source, model: PreTrainedModel, folder: Path, *, seed: int, max_shard_size: int,
+    plan: list[Entry],
+    source: Source,
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    seed: int,
+    max_shard_size: int,
     on_progress: Callable[[int], object],
 ) -> None:
-    """The weights as safetensors files of at most `max_shard_size` bytes, with an index if there are several.
+    """The weights as safetensors files of at most `max_shard_size` bytes, with an index if there
+    are several.
 
-    Copied tensors are mapped from the source's files and no more than one file's tensors are in memory at a time.
+    Copied tensors are mapped from the source's files and no more than one file's tensors are in
+    memory at a time.
     """
     entries = {entry.target: entry for entry in plan if entry.target is not None}
-    shapes = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+    shapes = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in entries.items()
+    }
     shards = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     not_finite = {}
     for file, names in shards.filename_to_tensors.items():
         tensors = {name: _tensor(entries[name], source, model, seed) for name in names}
-        not_finite.update({entries[name].source or name: count_not_finite(tensors[name]) for name in names})
+        not_finite.update(
+            {entries[name].source or name: count_not_finite(tensors[name]) for name in names}
+        )
         save_file(tensors, folder / file, metadata={"format": "pt"})
         on_progress(sum(tensor.nbytes for tensor in tensors.values()))
         del tensors  # before the next file's are made
     warn_not_finite(str(source.folder), not_finite)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
 
 
 def _tensor(entry: Entry, source: Source, model: PreTrainedModel, seed: int) -> torch.Tensor:
@@ -256,12 +333,16 @@ def _tensor(entry: Entry, source: Source, model: PreTrainedModel, seed: int) -> 
 
 
 def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
-    """A tensor of a `meta_model` as that model's own code initialises it; its values depend on `seed` and `name` alone."""
+    """A tensor of a `meta_model` as that model's own code initialises it; its values depend on
+    `seed` and `name` alone.
+    """
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
     module.to_empty(device="cpu", recurse=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big"))
+        torch.manual_seed(
+            int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
+        )
         model._init_weights(module)
     tensor = getattr(module, kind).detach()
     module.to_empty(device="meta", recurse=False)
@@ -269,8 +350,12 @@ def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
 
 
 def build_generation_config(source: Source, hf_config: PretrainedConfig) -> GenerationConfig:
-    """The source's special tokens and, if it samples, how; not its cache, which is of another kind."""
-    settings = {key: getattr(hf_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    """The source's special tokens and, if it samples, how; not its cache, which is of another
+    kind.
+    """
+    settings = {
+        key: getattr(hf_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     if isinstance(source.config.eos_token_id, list):
         settings["eos_token_id"] = source.config.eos_token_id
     path = source.folder / "generation_config.json"
@@ -283,9 +368,13 @@ def build_generation_config(source: Source, hf_config: PretrainedConfig) -> Gene
 
 def require_space(plan: list[Entry], out: Path) -> None:
     """Raises ConfigError if the disk has no room for the weights."""
-    needed = sum(entry.shape.numel() * entry.dtype.itemsize for entry in plan if entry.target is not None)
+    needed = sum(
+        entry.shape.numel() * entry.dtype.itemsize for entry in plan if entry.target is not None
+    )
     parent = next(path for path in Path(os.path.realpath(out)).parents if path.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ConfigError(f"out={out}: needs {needed / 1e9:.3g} GB of disk and {free / 1e9:.3g} GB are free; "
-                          "name another folder")
+        raise ConfigError(
+            f"out={out}: needs {needed / 1e9:.3g} GB of disk and {free / 1e9:.3g} GB are free; "
+            "name another folder"
+        )

@@ -1,4 +1,6 @@
-"""What datasets give a run, found out without their shards: rows, what each machine reads of them, the cache it needs."""
+"""What datasets give a run, found out without their shards: rows, what each machine reads of
+them, the cache it needs.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,24 @@ from streaming.base.world import World
 
 from flame_composer.config.rules import ConfigError, DataError, InvalidField
 from flame_composer.config.use import PlanConfig
-from flame_composer.dataset.manifest import HASH, VERSION, Ledger, Manifest, ShardFile, read_index, read_manifest
+from flame_composer.dataset.manifest import (
+    HASH,
+    VERSION,
+    Ledger,
+    Manifest,
+    ShardFile,
+    read_index,
+    read_manifest,
+)
 from flame_composer.loader.fetch import Dataset, Shards, fetch_index
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 
-MAX_ROWS = 16_000_000  # that are laid out as training would; of more, as many, and the rest in proportion
+# That are laid out as training would; of more, as many, and the rest in proportion
+MAX_ROWS = 16_000_000
 SHARD_BYTES = 64 << 20  # of a dataset that is not there: what convert/to_mds.py makes
-ROW_OVERHEAD = 24  # bytes of a row beside its tokens: its place in the shard and the lengths of a few documents
+# Bytes of a row beside its tokens: its place in the shard and the lengths of a few documents
+ROW_OVERHEAD = 24
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class Supply:
 
 
 def find_supply(config: PlanConfig) -> Supply | str:
-    """From the datasets' manifests and indexes, which are read, or from `dataset_tokens`, without any data; why they cannot be
-    read, if they cannot.
+    """From the datasets' manifests and indexes, which are read, or from `dataset_tokens`, without
+    any data; why they cannot be read, if they cannot.
 
     Raises ConfigError for less than a global batch.
     """
@@ -53,7 +65,10 @@ def find_supply(config: PlanConfig) -> Supply | str:
         num_rows = sum(dataset.manifest.totals.rows for dataset in datasets.values())
         share = min(1.0, _most_rows(config) / num_rows) if num_rows else 1.0
         if share < 1 and config.dataset_tokens is None:
-            datasets = {name: _begin(dataset, share, Path(folder, f"part-{name}")) for name, dataset in datasets.items()}
+            datasets = {
+                name: _begin(dataset, share, Path(folder, f"part-{name}"))
+                for name, dataset in datasets.items()
+            }
         return _lay_out(config, datasets, share)
 
 
@@ -64,21 +79,26 @@ def _most_rows(config: PlanConfig) -> int:
 def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> Supply:
     weights: dict[str, dict[str, Any]] = {
         name: config.train_data.streams[name].weight() if name else {} for name in datasets
-    }  # fmt: skip
+    }
     for weight in weights.values():
         if "choose" in weight:
             weight["choose"] = max(1, round(share * weight["choose"]))
     data = config.train_data
     rows = Rows(
-        [Shards(dataset, **weights[name]) for name, dataset in datasets.items()], batch_size=config.global_batch_size,
-        shuffle=data.shuffle, shuffle_algo=data.shuffle_algo,
+        [Shards(dataset, **weights[name]) for name, dataset in datasets.items()],
+        batch_size=config.global_batch_size,
+        shuffle=data.shuffle,
+        shuffle_algo=data.shuffle_algo,
         shuffle_seed=config.seed if data.shuffle_seed is None else data.shuffle_seed,
-        shuffle_block_size=data.shuffle_block_size, num_canonical_nodes=data.num_canonical_nodes,
+        shuffle_block_size=data.shuffle_block_size,
+        num_canonical_nodes=data.num_canonical_nodes,
         batching_method=data.batching_method,
-    )  # fmt: skip
+    )
     if rows.batches_per_epoch == 0:
-        raise ConfigError(f"{', '.join(dataset.place for dataset in datasets.values())}: holds {rows.epoch_size} rows, fewer "
-                          f"than one global batch (global_batch_size={config.global_batch_size})")
+        raise ConfigError(
+            f"{', '.join(dataset.place for dataset in datasets.values())}: holds {rows.epoch_size}"
+            f" rows, fewer than one global batch (global_batch_size={config.global_batch_size})"
+        )
     rank_batch = max(1, config.global_batch_size // (config.devices * config.nodes))
     rows.predownload = data.predownload or 8 * rank_batch  # as StreamingDataset has it
     world = World(config.nodes, config.devices, 1, 0)
@@ -87,7 +107,9 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> 
     return Supply(
         tokens=sum(manifest.totals.tokens_out for manifest in manifests),
         bytes=sum(manifest.totals.bytes for manifest in manifests),
-        batches_per_epoch=rows.batches_per_epoch if share == 1 else round(rows.batches_per_epoch / share),
+        batches_per_epoch=(
+            rows.batches_per_epoch if share == 1 else round(rows.batches_per_epoch / share)
+        ),
         is_remote=any(dataset.remote is not None for dataset in datasets.values()),
         context_length=manifests[0].context_length,
         vocab_size=None if config.dataset_tokens is not None else manifests[0].tokenizer.vocab_size,
@@ -112,14 +134,18 @@ def _read(config: PlanConfig, folder: Path) -> dict[str, Dataset]:
 
 
 def _imagine(config: PlanConfig, folder: Path) -> Dataset:
-    """A dataset of `dataset_tokens` tokens in shards as convert/to_mds.py writes them: its index, and no shards.
+    """A dataset of `dataset_tokens` tokens in shards as convert/to_mds.py writes them: its index,
+    and no shards.
 
     Of one with more than MAX_ROWS rows, the first shards that hold so many.
     """
     assert config.dataset_tokens is not None
     if config.dataset_tokens < config.global_batch_size * config.context_length:
-        raise InvalidField("dataset_tokens", f"must be a global batch of {config.global_batch_size} x {config.context_length} "
-                           "tokens or more")
+        raise InvalidField(
+            "dataset_tokens",
+            f"must be a global batch of {config.global_batch_size} x {config.context_length} "
+            "tokens or more",
+        )
     model = config.model.config
     vocab_size = model.get("vocab_size", 1 << 15)
     dtype = token_dtype(vocab_size)
@@ -129,29 +155,54 @@ def _imagine(config: PlanConfig, folder: Path) -> Dataset:
     num_shards = -(-num_rows // rows_each)
     laid_out = max(1, round(min(1.0, _most_rows(config) / num_rows) * num_shards))
     counts = [min(rows_each, num_rows - number * rows_each) for number in range(laid_out)]
-    files = [ShardFile(f"units/0/shard.{i:05}.mds", count * row_bytes, "", count) for i, count in enumerate(counts)]
+    files = [
+        ShardFile(f"units/0/shard.{i:05}.mds", count * row_bytes, "", count)
+        for i, count in enumerate(counts)
+    ]
     totals = Ledger(
-        tokens_in=config.dataset_tokens, tokens_out=num_rows * config.context_length, rows=num_rows,
-        shards=num_shards, bytes=num_rows * row_bytes,
+        tokens_in=config.dataset_tokens,
+        tokens_out=num_rows * config.context_length,
+        rows=num_rows,
+        shards=num_shards,
+        bytes=num_rows * row_bytes,
     )
     manifest = Manifest(
-        VERSION, "train", TokenizerFingerprint("", vocab_size, None, None), config.context_length, dtype.__name__, {}, (),
-        totals, "",
-    )  # fmt: skip
+        VERSION,
+        "train",
+        TokenizerFingerprint("", vocab_size, None, None),
+        config.context_length,
+        dtype.__name__,
+        {},
+        (),
+        totals,
+        "",
+    )
     shards = [_index_entry(file, manifest) for file in files]
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
-    has_remote = config.train_data.remote or any(stream.remote for stream in config.train_data.streams.values())
+    has_remote = config.train_data.remote or any(
+        stream.remote for stream in config.train_data.streams.values()
+    )
     return Dataset(str(folder), "dataset_tokens" if has_remote else None, manifest, files)
 
 
 def _index_entry(file: ShardFile, manifest: Manifest) -> dict[str, Any]:
     itemsize = int(manifest.token_dtype.removeprefix("uint")) // 8
     return {
-        "format": "mds", "version": 2, "compression": None, "zip_data": None, "hashes": [], "size_limit": SHARD_BYTES,
-        "samples": file.rows, "raw_data": {"basename": file.basename, "bytes": file.bytes, "hashes": {HASH: file.hash}},
-        "column_names": ["doc_lengths", "input_ids"], "column_sizes": [None, manifest.context_length * itemsize],
-        "column_encodings": ["ndarray:uint32", f"ndarray:{manifest.token_dtype}:{manifest.context_length}"],
-    }  # fmt: skip
+        "format": "mds",
+        "version": 2,
+        "compression": None,
+        "zip_data": None,
+        "hashes": [],
+        "size_limit": SHARD_BYTES,
+        "samples": file.rows,
+        "raw_data": {"basename": file.basename, "bytes": file.bytes, "hashes": {HASH: file.hash}},
+        "column_names": ["doc_lengths", "input_ids"],
+        "column_sizes": [None, manifest.context_length * itemsize],
+        "column_encodings": [
+            "ndarray:uint32",
+            f"ndarray:{manifest.token_dtype}:{manifest.context_length}",
+        ],
+    }
 
 
 def _begin(dataset: Dataset, share: float, folder: Path) -> Dataset:

@@ -1,8 +1,10 @@
-"""Files in folders and object stores by the same few functions: a place is a path, or a URL such as s3://bucket/folder/file.
+"""Files in folders and object stores by the same few functions: a place is a path, or a URL such as
+s3://bucket/folder/file.
 
-`put`, `write` and `download` show a file whole or not at all. Of an object store, what the user has to put right
-(credentials, a bucket, an endpoint) is a ConfigError and what failed again and again a StoreError, both one line; what is
-not there is a FileNotFoundError, and any other failure of a local disk an OSError, as everywhere in Python.
+`put`, `write` and `download` show a file whole or not at all. Of an object store, what the user has
+to put right (credentials, a bucket, an endpoint) is a ConfigError and what failed again and again a
+StoreError, both one line; what is not there is a FileNotFoundError, and any other failure of a
+local disk an OSError, as everywhere in Python.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from flame_composer.config.rules import MAX_NAME_BYTES, ConfigError, DataError, StoreError, one_line
 
-THREADS = 16  # requests in flight where many are made: an object store takes its time, but takes many
-MOST_JSON = 1 << 27  # bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as many
+# Requests in flight where many are made: an object store takes its time, but takes many
+THREADS = 16
+# Bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as
+# many
+MOST_JSON = 1 << 27
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Stat:
-    """A file's size in bytes, when it was last written (seconds since 1970), and in an object store what changes with its
-    content: the ETag, or the nearest thing the store has."""
+    """A file's size in bytes, when it was last written (seconds since 1970), and in an object
+    store what changes with its content: the ETag, or the nearest thing the store has.
+    """
 
     size: int
     modified: float
@@ -48,7 +54,8 @@ def join(place: str, *names: str) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name`, which comes from a checkpoint, an index, a listing or the like, is that of a file right in a folder.
+    """Whether `name`, which comes from a checkpoint, an index, a listing or the like, is that of a
+    file right in a folder.
 
     Only such a name may be joined to a path: a separator or `..` would lead out of the folder.
     """
@@ -73,19 +80,28 @@ def stat(place: str) -> Stat | None:
 
 
 def find(place: str) -> dict[str, Stat]:
-    """All files below a folder, at any depth, by their path within it, sorted. None where there is no folder."""
+    """All files below a folder, at any depth, by their path within it, sorted. None where there
+    is no folder.
+    """
     if not is_url(place):
         paths = [os.path.join(folder, name) for folder, names in _walk(place) for name in names]
-        return {os.path.relpath(path, place): _local_stat(path) for path in sorted(paths) if os.path.exists(path)}
+        return {
+            os.path.relpath(path, place): _local_stat(path)
+            for path in sorted(paths)
+            if os.path.exists(path)
+        }
     with _at(place) as (fs, path):
         infos = fs.find(path, detail=True)
-        return {_below(path, name): _stat(info) for name, info in sorted(infos.items()) if name != path}
+        return {
+            _below(path, name): _stat(info) for name, info in sorted(infos.items()) if name != path
+        }
 
 
 def ls(place: str) -> list[str]:
     """The names of the files and folders right in a folder, sorted. None where there is no folder.
 
-    Raise DataError for a store that lists a name which is none: whoever joined it to a path would be led elsewhere.
+    Raise DataError for a store that lists a name which is none: whoever joined it to a path would
+    be led elsewhere.
     """
     if not is_url(place):
         return sorted(os.listdir(place)) if os.path.isdir(place) else []
@@ -105,7 +121,9 @@ def glob(pattern: str) -> list[str]:
     """The files whose URL matches; `*` matches within a folder, `**` any number of folders."""
     with _at(pattern) as (fs, path):
         found = fs.glob(path, detail=True)
-        return sorted(str(fs.unstrip_protocol(name)) for name, info in found.items() if info["type"] == "file")
+        return sorted(
+            str(fs.unstrip_protocol(name)) for name, info in found.items() if info["type"] == "file"
+        )
 
 
 def read(place: str) -> bytes:
@@ -118,7 +136,8 @@ def read(place: str) -> bytes:
 def read_small(path: str | Path) -> bytes:
     """Return the content of a local JSON or text file by somebody else.
 
-    Raise ValueError for one of more than `MOST_JSON` bytes (of holes, it takes no room on a disk), or what is no file.
+    Raise ValueError for one of more than `MOST_JSON` bytes (of holes, it takes no room on a disk),
+    or what is no file.
     """
     if not os.path.isfile(path):  # which opening might wait for
         raise ValueError("is no file")
@@ -130,7 +149,9 @@ def read_small(path: str | Path) -> bytes:
 
 
 def read_start(place: str, num_bytes: int) -> bytes:
-    """Return the first bytes of a file that is not empty, with one request; all of them if it is shorter."""
+    """Return the first bytes of a file that is not empty, with one request; all of them if it is
+    shorter.
+    """
     if not is_url(place):
         with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - of many files, and a Path takes its time
             return file.read(num_bytes)
@@ -139,7 +160,8 @@ def read_start(place: str, num_bytes: int) -> bytes:
 
 
 def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
-    """A file for reading in any order, of which about `block_size` bytes are fetched at a time (0: just what is asked for).
+    """A file for reading in any order, of which about `block_size` bytes are fetched at a time (0:
+    just what is asked for).
 
     A StoreError if it is not of this `version`, or is replaced while it is read (in S3).
     """
@@ -148,7 +170,8 @@ def open_file(place: str, version: str | None = None, block_size: int = 8 << 20)
     with _at(place) as (fs, path):
         if fs.protocol == "s3":
             return cast(BinaryIO, fs.open(path, "rb", block_size=block_size, version=version))
-        return cast(BinaryIO, io.BufferedReader(fs.open(path, "rb"), 1 << 20))  # whose readline is a slow one
+        # Whose readline is a slow one
+        return cast(BinaryIO, io.BufferedReader(fs.open(path, "rb"), 1 << 20))
 
 
 def write(place: str, data: bytes) -> None:
@@ -176,8 +199,9 @@ def put(local: str | Path, place: str) -> None:
 def put_folder(local: str | Path, place: str, last: str) -> None:
     """Move a local folder of files, whose `last` one appears last: who sees that sees them all.
 
-    To a local place, which must be on the same disk, by one rename; FileExistsError if it is there and not empty. In an
-    object store, files that are there are replaced, and others left as they are.
+    To a local place, which must be on the same disk, by one rename; FileExistsError if it is there
+    and not empty. In an object store, files that are there are replaced, and others left as they
+    are.
     """
     if not is_url(place):
         try:
@@ -193,7 +217,9 @@ def put_folder(local: str | Path, place: str, last: str) -> None:
 
 
 def retract_folder(place: str, last: str) -> None:
-    """Undo `put_folder`, if it was done. In an object store only `last` is deleted: others may be putting the same files."""
+    """Undo `put_folder`, if it was done. In an object store only `last` is deleted: others may
+    be putting the same files.
+    """
     if is_url(place):
         delete(join(place, last))
     else:
@@ -240,14 +266,19 @@ def move(place: str, other: str) -> None:
         return
     names = [""] if stat(place) is not None else list(find(place))
     for name in names:
-        with _at(join(place, name) if name else place) as (fs, path), _at(join(other, name) if name else other) as (_, to):
+        with (
+            _at(join(place, name) if name else place) as (fs, path),
+            _at(join(other, name) if name else other) as (_, to),
+        ):
             fs.cp_file(path, to)
     for name in names:
         delete(join(place, name) if name else place)
 
 
 def abort_uploads(place: str) -> None:
-    """Free what is stored below a folder of uploads that were killed. Must not be called while others upload."""
+    """Free what is stored below a folder of uploads that were killed. Must not be called while
+    others upload.
+    """
     if is_url(place):
         with _at(place) as (fs, path):
             if fs.protocol == "s3":
@@ -279,8 +310,9 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
                 raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
             if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
                 raise ConfigError(
-                    "s3://***: must be s3://bucket/path, without credentials or a server; set AWS_ACCESS_KEY_ID "
-                    "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and S3_ENDPOINT_URL"
+                    "s3://***: must be s3://bucket/path, without credentials or a server; set"
+                    " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and"
+                    " S3_ENDPOINT_URL"
                 )
             fs: Any = S3FileSystem()
         elif scheme in ("file", "local"):
@@ -302,14 +334,18 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
     except (ConfigError, DataError, FileNotFoundError):
         raise
     except PermissionError as error:
-        raise ConfigError(f"{place}: access denied: {one_line(error)}; check the credentials") from None
+        raise ConfigError(
+            f"{place}: access denied: {one_line(error)}; check the credentials"
+        ) from None
     except Exception as error:  # the same
         raise StoreError(f"{place}: {one_line(error)}") from None
 
 
 def _walk(place: str) -> Iterator[tuple[str, list[str]]]:
-    """The folders below a local one with their files. A link to a folder is followed, but only the first to each, and none
-    back up: links in a circle, or several to folders with several more, would lead on for ever."""
+    """The folders below a local one with their files. A link to a folder is followed, but only
+    the first to each, and none back up: links in a circle, or several to folders with several
+    more, would lead on for ever.
+    """
     followed = {os.path.realpath(place)}
     for folder, folders, names in os.walk(place, followlinks=True):
         yield folder, names
@@ -330,13 +366,23 @@ def _local_stat(path: str) -> Stat:
 def _stat(info: dict[str, Any]) -> Stat:
     names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
     version = next((str(info[name]) for name in names if info.get(name)), None)
-    times = [info[name] for name in ("modified", "mtime", "last_modified", "LastModified") if info.get(name)]
-    known = (t.timestamp() if isinstance(t, datetime) else t for t in times if isinstance(t, (datetime, float, int)))
+    times = [
+        info[name]
+        for name in ("modified", "mtime", "last_modified", "LastModified")
+        if info.get(name)
+    ]
+    known = (
+        t.timestamp() if isinstance(t, datetime) else t
+        for t in times
+        if isinstance(t, (datetime, float, int))
+    )
     return Stat(info["size"] or 0, next(known, 0.0), version)
 
 
 def _below(folder: str, path: str) -> str:
-    """Return the path within `folder` of what a store lists there; raise DataError if it is elsewhere."""
+    """Return the path within `folder` of what a store lists there; raise DataError if it is
+    elsewhere.
+    """
     prefix = folder.rstrip("/") + "/"
     name = path.removeprefix(prefix)
     if not path.startswith(prefix) or ".." in name.split("/"):
@@ -345,5 +391,7 @@ def _below(folder: str, path: str) -> str:
 
 
 def _strange_name(folder: str, name: str) -> DataError:
-    return DataError(f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete that, or use "
-                     "another folder")
+    return DataError(
+        f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete"
+        " that, or use another folder"
+    )

@@ -18,10 +18,15 @@ from flame_composer.config.rules import ConfigError, DataError, one_line
 
 
 def require_new(out: Path) -> None:
-    """Raises ConfigError for a place where no `new_folder` can be made, before any work is done for it."""
+    """Raises ConfigError for a place where no `new_folder` can be made, before any work is done
+    for it.
+    """
     place = Path(os.path.realpath(out))
     if os.path.ismount(place):
-        raise ConfigError(f"out={out}: is a mount point, which no folder can take the place of; name a folder in it")
+        raise ConfigError(
+            f"out={out}: is a mount point, which no folder can take the place of; name a folder"
+            " in it"
+        )
     above = next(path for path in place.parents if path.exists())
     if not above.is_dir():
         raise ConfigError(f"out={out}: {above} is a file; choose another folder")
@@ -35,8 +40,8 @@ def require_new(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` at the end, whole, or is removed if that is not reached.
 
-    What a conversion to `out` that was killed has left is removed first. Raises ConfigError if `out` exists and is not an
-    empty folder, DataError if the disk is full or the like.
+    What a conversion to `out` that was killed has left is removed first. Raises ConfigError if
+    `out` exists and is not an empty folder, DataError if the disk is full or the like.
     """
     require_new(out)
     place = Path(os.path.realpath(out))  # a link stays one
@@ -46,12 +51,15 @@ def new_folder(out: Path) -> Iterator[Path]:
             with _locked(left) as alone:
                 if alone:
                     shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", suffix=".unfinished", dir=place.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{place.name}-", suffix=".unfinished", dir=place.parent)
+        )
         try:
             with _locked(temporary):
                 yield temporary
                 for path in (*temporary.iterdir(), temporary):
-                    path.chmod(0o755 if path.is_dir() else 0o644)  # made for this user alone, as temporary files are
+                    # Made for this user alone, as temporary files are
+                    path.chmod(0o755 if path.is_dir() else 0o644)
                     flush(path)
                 os.replace(temporary, place)
         finally:
@@ -64,10 +72,12 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def private_folder() -> Path:
-    """Return this user's folder in the machine's temporary folder (TMPDIR), which nobody else can enter; made if need be.
+    """Return this user's folder in the machine's temporary folder (TMPDIR), which nobody else can
+    enter; made if need be.
 
-    TMPDIR may be everybody's, and whoever comes first can put a folder or a link under any name that can be guessed. So
-    it has a random name, and is found again by its owner and permissions. Raises ConfigError where none can be made.
+    TMPDIR may be everybody's, and whoever comes first can put a folder or a link under any name
+    that can be guessed. So it has a random name, and is found again by its owner and permissions.
+    Raises ConfigError where none can be made.
     """
     prefix = f"flame_composer-{os.geteuid()}-"
     try:
@@ -76,7 +86,10 @@ def private_folder() -> Path:
         return next(found, None) or Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise ConfigError(f"TMPDIR: no folder can be made in it: {reason}; set it to a folder that can be written to") from None
+        raise ConfigError(
+            f"TMPDIR: no folder can be made in it: {reason}; set it to a folder that can be"
+            " written to"
+        ) from None
 
 
 def _is_private(path: Path) -> bool:
@@ -105,7 +118,9 @@ def _opened(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether no other process has this folder locked; if so, it is until the end, or until this process dies."""
+    """Whether no other process has this folder locked; if so, it is until the end, or until this
+    process dies.
+    """
     with _opened(folder) as number:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

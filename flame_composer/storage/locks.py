@@ -1,5 +1,6 @@
-"""What belongs to one job among those of a machine, until the last of its processes has ended: folders, and memory that
-its processes share."""
+"""What belongs to one job among those of a machine, until the last of its processes has ended:
+folders, and memory that its processes share.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +25,17 @@ from flame_composer.config.rules import ConfigError
 from flame_composer.storage.folders import private_folder
 
 CLAIM_SECONDS = 15.0
-MIN_FILES = 64  # that a process has to be able to have open: shards, logs, shared memory, pipes to loader processes
+# That a process has to be able to have open: shards, logs, shared memory, pipes to loader processes
+MIN_FILES = 64
 WANTED_FILES = 256
 
 
 def hold(path: str | Path) -> int | None:
-    """Lock a file for this process and those it forks from now on, and return its descriptor, whose closing undoes it.
+    """Lock a file for this process and those it forks from now on, and return its descriptor, whose
+    closing undoes it.
 
-    Return None if another job has it, or if what lies there is not a file of ours: in a folder of several users, anyone
-    can put something under a name.
+    Return None if another job has it, or if what lies there is not a file of ours: in a folder of
+    several users, anyone can put something under a name.
     """
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -52,14 +55,17 @@ def hold(path: str | Path) -> int | None:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether this is a folder of this user's, and not a link to one: no other can have put it there."""
+    """Whether this is a folder of this user's, and not a link to one: no other can have put it
+    there.
+    """
     found = path.lstat()
     return stat.S_ISDIR(found.st_mode) and is_ours(found, path.parent)
 
 
 def is_ours(found: os.stat_result, parent: Path) -> bool:
-    """Whether what was `found` in a folder belongs to the user of this process, whoever that is for its filesystem: NFS may
-    know root as nobody."""
+    """Whether what was `found` in a folder belongs to the user of this process, whoever that is
+    for its filesystem: NFS may know root as nobody.
+    """
     if found.st_uid == os.geteuid():
         return True
     try:
@@ -72,10 +78,11 @@ def is_ours(found: os.stat_result, parent: Path) -> bool:
 
 
 def claim_folder(shared: Path) -> str:
-    """Return the first of `shared`-1, `shared`-2, ... that no living job has, and nobody else has put there.
+    """Return the first of `shared`-1, `shared`-2, ... that no living job has, and nobody else has
+    put there.
 
-    A job that was killed has its folder until its loader processes have noticed, some seconds later: the job that takes
-    its place waits for them rather than begin with an empty cache.
+    A job that was killed has its folder until its loader processes have noticed, some seconds
+    later: the job that takes its place waits for them rather than begin with an empty cache.
     """
     shared.parent.mkdir(parents=True, exist_ok=True)
     give_up = time.monotonic() + CLAIM_SECONDS
@@ -94,18 +101,23 @@ def claim_folder(shared: Path) -> str:
 
 
 class JobFolder:
-    """A folder that only the processes of this job use, in this user's private one; it goes with the last of them.
+    """A folder that only the processes of this job use, in this user's private one; it goes with
+    the last of them.
 
-    Its lock is on the folder itself, which also keeps systemd-tmpfiles from clearing it away in a long run.
+    Its lock is on the folder itself, which also keeps systemd-tmpfiles from clearing it away in a
+    long run.
     """
 
     def __init__(self, path: str | None = None):
-        """Make a new folder, or with `path` enter the one that another process of this job has made."""
+        """Make a new folder, or with `path` enter the one that another process of this job has
+        made.
+        """
         is_new = path is None
         while True:
             path = path or tempfile.mkdtemp(prefix="job-", dir=private_folder())
             self.path = Path(path)
-            # Another job may just take it for one that a dead job left: before it is opened, or locked.
+            # Another job may just take it for one that a dead job left: before it is opened, or
+            # locked.
             with contextlib.suppress(FileNotFoundError):
                 lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -126,7 +138,9 @@ def _leave(lock: int, path: Path | None, pid: int) -> None:
 
 
 def _sweep(private: Path) -> None:
-    """Remove the folders of jobs that were killed, however many: nothing has to be cleaned up by hand."""
+    """Remove the folders of jobs that were killed, however many: nothing has to be cleaned up by
+    hand.
+    """
     for path in private.glob("job-*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -139,14 +153,24 @@ def _sweep(private: Path) -> None:
 
 
 class Memory:
-    """Memory that the processes of a job share, by a file in its folder, in place of streaming's SharedMemory (0.13.0).
+    """Memory that the processes of a job share, by a file in its folder, in place of streaming's
+    SharedMemory (0.13.0).
 
-    Upstream takes names in /dev/shm that can be guessed. Another user can take them first, in containers there may be
-    next to no room or no such place at all, and what killed jobs leave stays.
+    Upstream takes names in /dev/shm that can be guessed. Another user can take them first, in
+    containers there may be next to no room or no such place at all, and what killed jobs leave
+    stays.
     """
 
-    def __init__(self, name: str, create: bool | None = None, size: int = 0, auto_cleanup: bool = True):  # noqa: ARG002
-        """`name` is the file's path. `create` as upstream: it must not be there (True), must be (False), or may be (None)."""
+    def __init__(
+        self,
+        name: str,
+        create: bool | None = None,
+        size: int = 0,
+        auto_cleanup: bool = True,  # noqa: ARG002
+    ):
+        """`name` is the file's path. `create` as upstream: it must not be there (True), must be
+        (False), or may be (None).
+        """
         self.name = name
         if create:
             Path(name).unlink(missing_ok=True)
@@ -154,11 +178,14 @@ class Memory:
         file = os.open(name, os.O_RDWR | new | os.O_CLOEXEC, 0o600)
         try:
             if create is not False:
-                os.posix_fallocate(file, 0, size)  # a full disk is an error here, and would be a dead process later
+                # A full disk is an error here, and would be a dead process later
+                os.posix_fallocate(file, 0, size)
             self.mapped = mmap.mmap(file, 0)
         except OSError as error:
-            raise ConfigError(f"{name}: cannot be made: {error.strerror}; set TMPDIR to a folder on a disk with "
-                              "space") from None
+            raise ConfigError(
+                f"{name}: cannot be made: {error.strerror}; set TMPDIR to a folder on a disk with "
+                "space"
+            ) from None
         finally:
             os.close(file)
         self.buf = memoryview(self.mapped)
@@ -170,18 +197,26 @@ class Memory:
 
 
 def path_in(folder: str, name: str) -> str:
-    """In place of streaming's _get_path: shared memory and file locks are files in the job's folder."""
+    """In place of streaming's _get_path: shared memory and file locks are files in the job's
+    folder.
+    """
     return os.path.join(folder, name)
 
 
-def claim_shared_memory(_streams_local: Any, _streams_remote: Any, world: World) -> tuple[str, JobFolder]:
-    """In place of streaming's get_shm_prefix: the folder of this dataset's shared memory, the same for all ranks of a machine.
+def claim_shared_memory(
+    _streams_local: Any, _streams_remote: Any, world: World
+) -> tuple[str, JobFolder]:
+    """In place of streaming's get_shm_prefix: the folder of this dataset's shared memory, the same
+    for all ranks of a machine.
 
-    Upstream takes the first number that nothing has, which two jobs can do at once; it keeps all that it has looked at
-    open, and never removes what killed jobs left, so that after some hundred of them no file can be opened any more.
+    Upstream takes the first number that nothing has, which two jobs can do at once; it keeps all
+    that it has looked at open, and never removes what killed jobs left, so that after some hundred
+    of them no file can be opened any more.
     """
     folder = JobFolder() if world.is_local_leader else None
-    path = dist.all_gather_object(str(folder.path) if folder else "")[dist.get_global_rank() - dist.get_local_rank()]
+    path = dist.all_gather_object(str(folder.path) if folder else "")[
+        dist.get_global_rank() - dist.get_local_rank()
+    ]
     return path, folder or JobFolder(path)
 
 
@@ -197,6 +232,8 @@ def allow_files() -> int:
         limit = WANTED_FILES if most == resource.RLIM_INFINITY else min(WANTED_FILES, most)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
     if limit < MIN_FILES:
-        raise ConfigError(f"ulimit -n: a process may have {limit} files open, and this takes {MIN_FILES} or more; raise the "
-                          "limit")
+        raise ConfigError(
+            f"ulimit -n: a process may have {limit} files open, and this takes {MIN_FILES} or more;"
+            " raise the limit"
+        )
     return limit

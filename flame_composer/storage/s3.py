@@ -1,7 +1,9 @@
-"""S3 as an fsspec filesystem on boto3, which StreamingDataset downloads with as well (s3fs and its botocore do not agree).
+"""S3 as an fsspec filesystem on boto3, which StreamingDataset downloads with as well (s3fs and its
+botocore do not agree).
 
-Credentials and region are found as boto3 finds them; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, names another S3 server.
-What the user has to put right is a ConfigError, what failed again and again a `StoreError`: one line, within seconds.
+Credentials and region are found as boto3 finds them; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, names
+another S3 server. What the user has to put right is a ConfigError, what failed again and again a
+`StoreError`: one line, within seconds.
 """
 
 from __future__ import annotations
@@ -29,21 +31,42 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 5  # for each request; botocore waits longer after each
 CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an attempt
-FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5  # a bucket's first request: who named a wrong endpoint is told within 15 seconds
+# A bucket's first request: who named a wrong endpoint is told within 15 seconds
+FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
 SINGLE_PUT = 256 << 20  # bytes; what is larger is sent in parts, several at a time
 PART = 64 << 20
 
 DENIED = {
-    "403", "AccessDenied", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken", "Forbidden",
-    "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired",
-}  # fmt: skip
-REDIRECTED = {"301", "302", "303", "307", "308", "PermanentRedirect", "Redirect", "TemporaryRedirect"}
+    "403",
+    "AccessDenied",
+    "AllAccessDisabled",
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+REDIRECTED = {
+    "301",
+    "302",
+    "303",
+    "307",
+    "308",
+    "PermanentRedirect",
+    "Redirect",
+    "TemporaryRedirect",
+}
 MISSING = {"404", "NoSuchKey", "NotFound"}
 CHANGED = {"412", "PreconditionFailed"}
 
 
 class S3FileSystem(AbstractFileSystem):
-    """What `storage` needs of a filesystem. A file's `info` has its `version` (the ETag) and when it was `modified`."""
+    """What `storage` needs of a filesystem. A file's `info` has its `version` (the ETag) and
+    when it was `modified`.
+    """
 
     protocol = "s3"
     cachable = False  # it holds nothing
@@ -55,11 +78,15 @@ class S3FileSystem(AbstractFileSystem):
             try:
                 with _explained(path) as client:
                     head = client.head_object(Bucket=bucket, Key=key)
-                return _file(path, head["ContentLength"], head.get("ETag", ""), head["LastModified"])
+                return _file(
+                    path, head["ContentLength"], head.get("ETag", ""), head["LastModified"]
+                )
             except FileNotFoundError:
                 pass
         with _explained(path) as client:
-            below = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1)
+            below = client.list_objects_v2(
+                Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1
+            )
         if key and not below.get("KeyCount", 0):
             raise _missing(path)
         return _folder(path)
@@ -69,7 +96,12 @@ class S3FileSystem(AbstractFileSystem):
         return found if detail else [info["name"] for info in found]
 
     def find(
-        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **kwargs: Any
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """All files below `path` with a request per thousand, whatever folders they are in."""
         found = self.ls(path) if maxdepth == 1 else list(self._list(self._strip_protocol(path)))
@@ -81,12 +113,23 @@ class S3FileSystem(AbstractFileSystem):
         with _explained(path) as client:
             pages = client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else "", **options):
-                yield from (_folder(f"{bucket}/{item['Prefix']}".rstrip("/")) for item in page.get("CommonPrefixes", []))
+                yield from (
+                    _folder(f"{bucket}/{item['Prefix']}".rstrip("/"))
+                    for item in page.get("CommonPrefixes", [])
+                )
                 for item in page.get("Contents", []):
-                    if not item["Key"].endswith("/"):  # the mark of an empty folder, as some tools leave it
-                        yield _file(f"{bucket}/{item['Key']}", item["Size"], item.get("ETag", ""), item["LastModified"])
+                    # The mark of an empty folder, as some tools leave it
+                    if not item["Key"].endswith("/"):
+                        yield _file(
+                            f"{bucket}/{item['Key']}",
+                            item["Size"],
+                            item.get("ETag", ""),
+                            item["LastModified"],
+                        )
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> Any:
+    def _open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any
+    ) -> Any:
         assert mode == "rb", mode
         info = self.info(path)
         if info["type"] != "file":
@@ -96,7 +139,9 @@ class S3FileSystem(AbstractFileSystem):
         file = _Ranges(path, info["size"], info["etag"])
         return file if block_size == 0 else io.BufferedReader(file, block_size or 8 << 20)
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
+    ) -> bytes:
         assert not start
         options = {} if end is None else {"Range": f"bytes=0-{end - 1}"}
         return _fetch(self._strip_protocol(path), **options)
@@ -107,7 +152,9 @@ class S3FileSystem(AbstractFileSystem):
         with _explained(path) as client:
             client.put_object(Bucket=bucket, Key=key, Body=value)
 
-    def put_file(self, lpath: str, rpath: str, callback: Any = None, mode: str = "overwrite", **kwargs: Any) -> None:
+    def put_file(
+        self, lpath: str, rpath: str, callback: Any = None, mode: str = "overwrite", **kwargs: Any
+    ) -> None:
         from boto3.s3.transfer import TransferConfig
 
         path = self._strip_protocol(rpath)
@@ -116,7 +163,9 @@ class S3FileSystem(AbstractFileSystem):
         with _explained(path) as client:
             client.upload_file(str(lpath), bucket, key, Config=config)
 
-    def get_file(self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any) -> None:
+    def get_file(
+        self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any
+    ) -> None:
         from boto3.exceptions import RetriesExceededError
         from boto3.s3.transfer import TransferConfig
 
@@ -127,10 +176,13 @@ class S3FileSystem(AbstractFileSystem):
             for attempt in range(ATTEMPTS):
                 moved: list[int] = []
                 try:
-                    client.download_file(bucket, key, str(lpath), Config=config, Callback=moved.append)
+                    client.download_file(
+                        bucket, key, str(lpath), Config=config, Callback=moved.append
+                    )
                     return
                 except RetriesExceededError as error:
-                    # An answer that broke off is asked for again. One that never began was, by botocore.
+                    # An answer that broke off is asked for again. One that never began was, by
+                    # botocore.
                     if attempt + 1 == ATTEMPTS or not moved:
                         raise error.last_exception from None
 
@@ -147,20 +199,27 @@ class S3FileSystem(AbstractFileSystem):
             client.delete_object(Bucket=bucket, Key=key)
 
     def abort_uploads(self, path: str) -> None:
-        """Give up what was sent of files below `path` that never got whole: invisible, but stored and paid for.
+        """Give up what was sent of files below `path` that never got whole: invisible, but stored
+        and paid for.
 
         Where that is not allowed, it is left to the bucket's own rules.
         """
         path = self._strip_protocol(path)
         bucket, key = _split(path)
         with suppress(ConfigError, StoreError), _explained(path) as client:
-            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            for page in client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=bucket, Prefix=f"{key}/" if key else ""
+            ):
                 for upload in page.get("Uploads", []):
-                    client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                    client.abort_multipart_upload(
+                        Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
 
 
 class _Ranges(io.RawIOBase):
-    """A file of which only what is asked for is fetched; a StoreError if it is no longer the one that was opened."""
+    """A file of which only what is asked for is fetched; a StoreError if it is no longer the one
+    that was opened.
+    """
 
     def __init__(self, path: str, size: int, etag: str):
         super().__init__()
@@ -177,7 +236,9 @@ class _Ranges(io.RawIOBase):
         return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        )
         return self.position
 
     def readinto(self, buffer: Any) -> int:
@@ -212,7 +273,9 @@ _warned_of: set[str] = set()  # servers
 
 
 def warn_if_readable(server: str) -> None:
-    """Say once that what goes to a plain http address, unless it is this machine's own, can be read on the way."""
+    """Say once that what goes to a plain http address, unless it is this machine's own, can be
+    read on the way.
+    """
     address = urlsplit(server)
     host = (address.hostname or "").rstrip(".")
     try:
@@ -222,15 +285,25 @@ def warn_if_readable(server: str) -> None:
     is_first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
     if address.scheme == "http" and not is_here and is_first and address.netloc not in _warned_of:
         _warned_of.add(address.netloc)
-        log.warning("warning: http://%s: is not encrypted: what is sent and fetched can be read and changed "
-                    "on the way; use an https:// address", address.netloc)
+        log.warning(
+            "warning: http://%s: is not encrypted: what is sent and fetched can be read and changed"
+            " on the way; use an https:// address",
+            address.netloc,
+        )
+
 
 _lock = threading.Lock()
 
 
 def _connect(bucket: str) -> Any:
-    """A client for which `bucket` has answered; made anew where the environment has changed, or after a fork."""
-    environment = tuple((name, value) for name, value in sorted(os.environ.items()) if name.startswith(("AWS_", "S3_")))
+    """A client for which `bucket` has answered; made anew where the environment has changed, or
+    after a fork.
+    """
+    environment = tuple(
+        (name, value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("AWS_", "S3_"))
+    )
     with _lock:  # making clients is not thread-safe, using them is
         return _client(bucket, os.getpid(), environment)
 
@@ -239,13 +312,21 @@ def _connect(bucket: str) -> Any:
 def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
     from boto3 import Session
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, NoCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        NoCredentialsError,
+    )
 
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
 
     def make(attempts: int, connect: float, read: float) -> Any:
         retries: Any = {"mode": "standard", "total_max_attempts": attempts}
-        config = Config(retries=retries, connect_timeout=connect, read_timeout=read, max_pool_connections=32)
+        config = Config(
+            retries=retries, connect_timeout=connect, read_timeout=read, max_pool_connections=32
+        )
         client = session.client("s3", endpoint_url=endpoint, config=config)
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         return client
@@ -257,7 +338,8 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         try:
             first.list_objects_v2(Bucket=bucket, MaxKeys=1)
         except ClientError as error:
-            if _code(error) != "AccessDenied":  # who may not list the bucket may read or write in it all the same
+            # Who may not list the bucket may read or write in it all the same
+            if _code(error) != "AccessDenied":
                 raise _why(error, bucket, first) from None
         except (ConnectionError, HTTPClientError, NoCredentialsError) as error:
             raise _why(error, bucket, first, ConfigError) from None
@@ -271,8 +353,8 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
 def _stay(params: dict[str, Any], **_: Any) -> None:
     """Have one HeadBucket request not be redirected.
 
-    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected as well,
-    and names no region, it asks again, until Python's stack is full.
+    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected
+    as well, and names no region, it asks again, until Python's stack is full.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
@@ -292,7 +374,9 @@ def _explained(path: str) -> Iterator[Any]:
         raise _why(error, path, client) from None
 
 
-def _why(error: Exception, path: str, client: Any, failed: type[Exception] = StoreError) -> Exception:
+def _why(
+    error: Exception, path: str, client: Any, failed: type[Exception] = StoreError
+) -> Exception:
     from botocore.exceptions import (
         ClientError,
         ConnectionError,
@@ -304,24 +388,31 @@ def _why(error: Exception, path: str, client: Any, failed: type[Exception] = Sto
     place, bucket, server = f"s3://{path}", _split(path)[0], client.meta.endpoint_url
     code = _code(error) if isinstance(error, ClientError) else ""
     if code == "NoSuchBucket":
-        return ConfigError(f"{place}: there is no bucket '{bucket}' at {server}; check its name, or create it")
+        return ConfigError(
+            f"{place}: there is no bucket '{bucket}' at {server}; check its name, or create it"
+        )
     if code in REDIRECTED and isinstance(error, ClientError):
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         target = headers.get("location", "")
         where = f" to {masked(target)[:200]}" if target else ""
         return ConfigError(
-            f"{place}: {server} redirects{where}, and is not followed there with credentials; set "
-            "S3_ENDPOINT_URL to the address that answers, or AWS_DEFAULT_REGION to the bucket's region"
+            f"{place}: {server} redirects{where}, and is not followed there with credentials; set"
+            " S3_ENDPOINT_URL to the address that answers, or AWS_DEFAULT_REGION to the bucket's"
+            " region"
         )
     if code in MISSING:
         return _missing(path)
     if code in DENIED:
-        return ConfigError(f"{place}: access denied by {server} ({code}); check the credentials and what they allow")
+        return ConfigError(
+            f"{place}: access denied by {server} ({code}); check the credentials and what they"
+            " allow"
+        )
     if code in CHANGED:
         return StoreError(f"{place}: was replaced while it was read")
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return ConfigError(
-            f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
+            " AWS_PROFILE"
         )
     if isinstance(error, (ConnectionError, HTTPClientError)):
         hint = "; check the network and S3_ENDPOINT_URL" if failed is ConfigError else ""
@@ -349,9 +440,13 @@ def _split(path: str) -> tuple[str, str]:
 
 def _file(path: str, size: int, etag: str, modified: Any) -> Info:
     return {
-        "name": path, "size": size, "type": "file", "modified": modified.timestamp(), "etag": etag,
+        "name": path,
+        "size": size,
+        "type": "file",
+        "modified": modified.timestamp(),
+        "etag": etag,
         "version": etag.strip('"') or modified.isoformat(),
-    }  # fmt: skip
+    }
 
 
 def _folder(path: str) -> Info:

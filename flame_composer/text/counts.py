@@ -25,7 +25,9 @@ _HEADS = re.compile(r"(num|n)_(\w+_)?heads?|n_head_kv")
 def require_counts(
     content: Any, place: str, weights: Mapping[str, Sequence[int]] | None = None
 ) -> None:
-    """Raise ConfigError for more layers, experts or heads than its weights, or any model, can have."""
+    """Raise ConfigError for more layers, experts or heads than its weights, or any model, can
+    have.
+    """
     most_parts = most_heads = MOST_PARTS
     if weights is not None:
         stacked = max(
@@ -44,7 +46,8 @@ def require_counts(
                 else f"its weights are {len(weights):,} tensors, too few for it"
             )
             raise ConfigError(
-                f"{place}: its config says {key}={value:.10g}, {why}; get the model again, or correct the config"
+                f"{place}: its config says {key}={value:.10g}, {why}; get the model again, or"
+                " correct the config"
             )
 
 

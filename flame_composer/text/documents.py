@@ -15,13 +15,16 @@ from flame_composer.text.jsonl import InvalidRecord, columns, kind_of, text_of
 from flame_composer.text.sources import Slice, slice_files
 from flame_composer.text.unpacking import BLOCK, Compression, line_at, open_input, skip_line
 
-# More than any text that is met. Encoders take up to 180 bytes of memory for each byte of a text that cannot be cut.
+# More than any text that is met. Encoders take up to 180 bytes of memory for each byte of a text
+# that cannot be cut.
 MAX_DOCUMENT_BYTES = 64 << 20
 
 
 class Document(NamedTuple):
-    """One document and where it starts: the byte in a JSONL file once it is unpacked (`line_at` gives the line), the row
-    in a Parquet file or a dataset's shard, counted from 1; a plain-text file is one document, at 0."""
+    """One document and where it starts: the byte in a JSONL file once it is unpacked (`line_at`
+    gives the line), the row in a Parquet file or a dataset's shard, counted from 1; a plain-text
+    file is one document, at 0.
+    """
 
     text: str
     path: str
@@ -29,8 +32,9 @@ class Document(NamedTuple):
 
 
 class DamagedRecord(DataError):
-    """What is wrong with the JSONL record at byte `position`. Only when it is shown is the line's number looked for, since
-    that means reading the file up to it."""
+    """What is wrong with the JSONL record at byte `position`. Only when it is shown is the
+    line's number looked for, since that means reading the file up to it.
+    """
 
     def __init__(self, path: str, position: int, compression: Compression | None, reason: str):
         super().__init__(path, position, compression, reason)
@@ -52,9 +56,9 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of `part` in order.
 
-    A document that cannot be read (a malformed line, text that is missing, not a string or not valid UTF-8, a text or a
-    line of JSON of more than `max_document_bytes`) is given to `on_damage` as a DataError that names its place, and left
-    out if that returns. Other damage is raised.
+    A document that cannot be read (a malformed line, text that is missing, not a string or not
+    valid UTF-8, a text or a line of JSON of more than `max_document_bytes`) is given to `on_damage`
+    as a DataError that names its place, and left out if that returns. Other damage is raised.
     """
     if part.format == "text":
         return _read_text(part, on_damage, max_document_bytes)
@@ -71,7 +75,8 @@ def sample_texts(
     on_damage: Callable[[DataError], None] = _raise,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[str]:
-    """The texts of the files in order; with `max_bytes`, of parts drawn from all over them until they hold that much.
+    """The texts of the files in order; with `max_bytes`, of parts drawn from all over them until
+    they hold that much.
 
     Always the same sample for the same files.
     """
@@ -93,7 +98,9 @@ def _open_part(part: Slice) -> AbstractContextManager[BinaryIO]:
     return open_input(part.path, part.compression, part.version, block_size)
 
 
-def _read_text(part: Slice, on_damage: Callable[[DataError], None], max_bytes: int) -> Iterator[Document]:
+def _read_text(
+    part: Slice, on_damage: Callable[[DataError], None], max_bytes: int
+) -> Iterator[Document]:
     with _open_part(part) as file:
         data = bytearray()
         while len(data) <= max_bytes and (block := file.read(BLOCK)):
@@ -178,13 +185,17 @@ def _too_long(max_bytes: int, remedy: str) -> str:
     return f"longer than max_document_bytes={max_bytes}; {remedy}, or raise max_document_bytes"
 
 
-def _read_parquet(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+def _read_parquet(
+    part: Slice, text_column: str, on_damage: Callable[[DataError], None]
+) -> Iterator[Document]:
     groups = range(part.start, part.end)
     for row, text in parquet.read_texts(part.path, part.version, groups, text_column, on_damage):
         yield Document(text, part.path, row)
 
 
-def _read_dataset(part: Slice, text_column: str, on_damage: Callable[[DataError], None]) -> Iterator[Document]:
+def _read_dataset(
+    part: Slice, text_column: str, on_damage: Callable[[DataError], None]
+) -> Iterator[Document]:
     for row, values in enumerate(hub.read_shard(part.path, part.start), 1):
         if text_column not in values:
             raise DataError(f"{part.path}: no column '{text_column}'; {columns(list(values))}")
@@ -193,4 +204,9 @@ def _read_dataset(part: Slice, text_column: str, on_damage: Callable[[DataError]
             yield Document(text, part.path, row)
         else:
             place = f"{part.path}: shard {part.start}, row {row}: column '{text_column}'"
-            on_damage(DataError(f"{place} must be a string, not {kind_of(text)}; name another with text_column=..."))
+            on_damage(
+                DataError(
+                    f"{place} must be a string, not {kind_of(text)}; name another with"
+                    " text_column=..."
+                )
+            )

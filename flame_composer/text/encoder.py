@@ -1,4 +1,6 @@
-"""The fast encoder, gigatoken: whether it is to be had and handles a tokenizer, and the function that encodes with it."""
+"""The fast encoder, gigatoken: whether it is to be had and handles a tokenizer, and the function
+that encodes with it.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +13,65 @@ import numpy as np
 
 from flame_composer.config.rules import ConfigError, one_line
 from flame_composer.dataset.manifest import HF
-from flame_composer.text.tokenizer import BareTokenizer, Encoder, bare, plain_copy, require_ends, token_dtype
+from flame_composer.text.tokenizer import (
+    BareTokenizer,
+    Encoder,
+    bare,
+    plain_copy,
+    require_ends,
+    token_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Characters that are new in Unicode 17: letters and digits to gigatoken 0.10, not yet to tokenizers 0.22 (found by
-# encoding every code point with both). A text that holds one is left to tokenizers.
+# Characters that are new in Unicode 17: letters and digits to gigatoken 0.10, not yet to tokenizers
+# 0.22 (found by encoding every code point with both). A text that holds one is left to tokenizers.
 NEW_CHARACTERS = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011ddb"
     "\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff"
     "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
     "\U000323b0-\U00033479]"
 )
-# How each of them begins in UTF-8: its first byte, then two. These are looked for first, forty and six times as fast.
+# How each of them begins in UTF-8: its first byte, then two. These are looked for first, forty and
+# six times as fast.
 NEW_BYTES = (b"\xe0", b"\xea", b"\xf0")
 NEW_STARTS = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 PROBES = (
-    "", " ", "The quick  brown fox,\n\n\tdon't jump 1234567 times.\r\n", " leading and trailing ", "x" * 300, "\x00\x7f\x85",
+    "",
+    " ",
+    "The quick  brown fox,\n\n\tdon't jump 1234567 times.\r\n",
+    " leading and trailing ",
+    "x" * 300,
+    "\x00\x7f\x85",
     "Größe — naïve e\u0301 数据 在 磁盘 上。 🔥👩‍🚀 \u200b\u00a0\u2028\ufeff",
     "def f(x):\n        return {'a': [x ** 2]}  # ok\n",
-    "İſﬁⅧ ١٢٣ ñ'LL 'Re 's", "▁under▁ <0x0A> <s> </s> <unk> <pad> <|endoftext|> [CLS] [UNK]",
-)  # fmt: skip
+    "İſﬁⅧ ١٢٣ ñ'LL 'Re 's",
+    "▁under▁ <0x0A> <s> </s> <unk> <pad> <|endoftext|> [CLS] [UNK]",
+)
 
 
 def choose_encoder(
-    wanted: Literal["auto", "gigatoken", "hf"], tokenizer: PreTrainedTokenizerFast, begun: str | None = None
+    wanted: Literal["auto", "gigatoken", "hf"],
+    tokenizer: PreTrainedTokenizerFast,
+    begun: str | None = None,
 ) -> str:
     """The name of the encoder that a conversion is to use: "hf", or "gigatoken" and its version.
 
-    With "auto", what the conversion was `begun` with; if it is new, gigatoken if it is installed and its tokens of some
-    awkward texts are those of the tokenizer. Raises ConfigError if gigatoken is wanted and cannot be had.
+    With "auto", what the conversion was `begun` with; if it is new, gigatoken if it is installed
+    and its tokens of some awkward texts are those of the tokenizer. Raises ConfigError if gigatoken
+    is wanted and cannot be had.
     """
     if wanted == "hf":
         return HF
     if wanted == "auto" and begun is not None:
         return begun
     installed = _installed()
-    reason = "gigatoken is not installed; pip install 'flame-composer[fast]'" if installed is None else _trouble(tokenizer)
+    reason = (
+        "gigatoken is not installed; pip install 'flame-composer[fast]'"
+        if installed is None
+        else _trouble(tokenizer)
+    )
     if reason is None:
         assert installed is not None
         return installed
@@ -61,15 +84,21 @@ def require_installed(name: str) -> None:
     """Raise ConfigError if this encoder is a version of gigatoken that is not the one installed."""
     if name not in (HF, _installed()):
         raise ConfigError(
-            f"encoder: this conversion was begun with {name}, and {_installed() or 'none'} is installed; "
-            f"pip install {name.replace(' ', '==')}, or remove the folder"
+            f"encoder: this conversion was begun with {name}, and {_installed() or 'none'} is"
+            f" installed; pip install {name.replace(' ', '==')}, or remove the folder"
         )
 
 
 def build_fast_encoder(
-    tokenizer: PreTrainedTokenizerFast | BareTokenizer, exact: Encoder, *, add_bos: bool, add_eos: bool
+    tokenizer: PreTrainedTokenizerFast | BareTokenizer,
+    exact: Encoder,
+    *,
+    add_bos: bool,
+    add_eos: bool,
 ) -> Encoder:
-    """A gigatoken encoder that gives what `exact` does, which is `tokenizer.build_encoder` with the same flags."""
+    """A gigatoken encoder that gives what `exact` does, which is `tokenizer.build_encoder` with
+    the same flags.
+    """
     tokenizer = bare(tokenizer)
     fast = _gigatoken(tokenizer)
     before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
@@ -104,7 +133,9 @@ def _installed() -> str | None:
 
 
 def _gigatoken(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Callable[[str], Any]:
-    """One text at a time, on the calling thread: as fast as in batches, and without the weight of awkward arrays."""
+    """One text at a time, on the calling thread: as fast as in batches, and without the weight
+    of awkward arrays.
+    """
     import gigatoken
 
     return gigatoken.Tokenizer(plain_copy(tokenizer)).encode
@@ -113,7 +144,10 @@ def _gigatoken(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Callable[[
 def _trouble(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Why gigatoken cannot encode for this tokenizer, None if it can."""
     if tokenizer.split_special_tokens:
-        return "gigatoken does not take special tokens in a text apart, as split_special_tokens asks; set encoder=hf"
+        return (
+            "gigatoken does not take special tokens in a text apart, as split_special_tokens asks;"
+            " set encoder=hf"
+        )
     try:
         fast = _gigatoken(tokenizer)
     except Exception as error:  # whatever it makes of a tokenizer of a kind it does not know

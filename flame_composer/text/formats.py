@@ -1,4 +1,6 @@
-"""What an input file is, by its name and its first bytes together: its format, and how it is compressed."""
+"""What an input file is, by its name and its first bytes together: its format, and how it is
+compressed.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,21 @@ FORMATS: dict[str, Format] = {
     ".txt": "text",
 }
 COMPRESSIONS: dict[str, Compression] = {
-    ".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz",
-}  # fmt: skip
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bz2",
+    ".xz": "xz",
+}
 # What folders are searched for; a .json file may be anything, unless it is packed, as C4 has it.
 FOUND = (*FORMATS, *(f"{inner}{outer}" for inner in (*FORMATS, ".json") for outer in COMPRESSIONS))
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z")
 START = 65536  # bytes that are looked at
 UTF8_BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# No text begins like this; Parquet's and bzip2's letters are followed by bytes that no text goes on with.
+# No text begins like this; Parquet's and bzip2's letters are followed by bytes that no text goes on
+# with.
 PACKED: dict[Compression, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -41,16 +49,25 @@ PARQUET = re.compile(rb"PAR[1E]\x15")
 TAR = re.compile(rb"(?s).{257}ustar[\0 ]")
 # The rest of what is met, which is only named.
 OTHERS = {
-    "an ORC file": rb"ORC[\0-\x1f\x80-\xff]", "an Avro file": rb"Obj\x01", "an Arrow file": rb"ARROW1\0",
-    "a Hadoop sequence file": rb"SEQ[\x04-\x06]", "a zip archive": rb"PK\x03\x04", "a 7z archive": rb"7z\xbc\xaf",
-    "packed with LZ4": rb"\x04\x22\x4d\x18", "packed with Snappy": rb"\xff\x06\0\0sNaPpY", "UTF-16": rb"\xff\xfe|\xfe\xff",
-}  # fmt: skip
-# Endings that say nothing: none, numbers, and those of the parts that Spark writes (part-00000-....c000).
+    "an ORC file": rb"ORC[\0-\x1f\x80-\xff]",
+    "an Avro file": rb"Obj\x01",
+    "an Arrow file": rb"ARROW1\0",
+    "a Hadoop sequence file": rb"SEQ[\x04-\x06]",
+    "a zip archive": rb"PK\x03\x04",
+    "a 7z archive": rb"7z\xbc\xaf",
+    "packed with LZ4": rb"\x04\x22\x4d\x18",
+    "packed with Snappy": rb"\xff\x06\0\0sNaPpY",
+    "UTF-16": rb"\xff\xfe|\xfe\xff",
+}
+# Endings that say nothing: none, numbers, and those of the parts that Spark writes
+# (part-00000-....c000).
 NUMBERED = re.compile(r"\.?c?[0-9_-]*")
 
 
 class Kind(NamedTuple):
-    """What a file is read as. `doubt` says where its name and its first bytes disagree, "" if they do not."""
+    """What a file is read as. `doubt` says where its name and its first bytes disagree, "" if
+    they do not.
+    """
 
     format: Format
     compression: Compression | None
@@ -58,8 +75,9 @@ class Kind(NamedTuple):
 
 
 class Name(NamedTuple):
-    """What a file's name says of it. `json` is JSON in one of its forms, `other` plain text if the bytes do not say
-    otherwise, None nothing at all."""
+    """What a file's name says of it. `json` is JSON in one of its forms, `other` plain text if
+    the bytes do not say otherwise, None nothing at all.
+    """
 
     format: Literal["jsonl", "parquet", "text", "json", "other"] | None
     compression: Compression | None
@@ -71,7 +89,9 @@ def _endings(path: str) -> tuple[str, str]:
 
 
 def by_name(path: str) -> Name:
-    """Return what the name says. Raise ConfigError for archives and packed Parquet files, which cannot be read."""
+    """Return what the name says. Raise ConfigError for archives and packed Parquet files, which
+    cannot be read.
+    """
     suffix, inner = _endings(path)
     if suffix in ARCHIVES or (suffix in COMPRESSIONS and inner in (".tar", ".parquet")):
         raise _unreadable_archive(path)
@@ -85,7 +105,9 @@ def by_name(path: str) -> Name:
 
 
 def format_by_suffix(path: str) -> Format:
-    """Return the format that a file's suffix alone names, with which earlier versions were content."""
+    """Return the format that a file's suffix alone names, with which earlier versions were
+    content.
+    """
     suffix, inner = _endings(path)
     if suffix not in (".gz", ".zst", ".bz2", ".xz"):
         return FORMATS.get(suffix, "text")
@@ -95,19 +117,27 @@ def format_by_suffix(path: str) -> Format:
 def detect(path: str, size: int) -> Kind:
     """Return what the file is, of which the first bytes are read.
 
-    Bytes that are unmistakable (compression, Parquet) are believed, whatever the name. JSON lines are told from plain text
-    by a name, if it says anything, and only otherwise by the bytes.
+    Bytes that are unmistakable (compression, Parquet) are believed, whatever the name. JSON lines
+    are told from plain text by a name, if it says anything, and only otherwise by the bytes.
 
-    Raise ConfigError for what cannot be read as it is, and DataError for what is certainly not the file it should be.
+    Raise ConfigError for what cannot be read as it is, and DataError for what is certainly not the
+    file it should be.
     """
     name = by_name(path)
     start = reading(path, lambda path: storage.read_start(path, START)) if size else b""
     _refuse_stand_in(path, start, name)
-    compression = next((packing for packing, pattern in PACKED.items() if pattern.match(start)), None)
+    compression = next(
+        (packing for packing, pattern in PACKED.items() if pattern.match(start)), None
+    )
     doubt = ""
-    if compression != name.compression and (compression or PARQUET.match(start) or _shape(start) == "lines"):
+    if compression != name.compression and (
+        compression or PARQUET.match(start) or _shape(start) == "lines"
+    ):
         if name.compression or name.format in ("jsonl", "json", "parquet", "text"):
-            doubt = f"{_said(name)}, but is {compression or 'not packed'} by its first bytes, and is read so"
+            doubt = (
+                f"{_said(name)}, but is {compression or 'not packed'} by its first bytes, and is"
+                " read so"
+            )
     else:
         compression = name.compression
     if compression is not None and name.format != "jsonl":
@@ -120,10 +150,15 @@ def detect(path: str, size: int) -> Kind:
 
 
 def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
-    """Return the format of a file with these first bytes, unpacked, and where its name does not agree."""
+    """Return the format of a file with these first bytes, unpacked, and where its name does not
+    agree.
+    """
     if PARQUET.match(start):
         agrees = name.format in ("parquet", "other", None)
-        return "parquet", "" if agrees else f"{_said(name)}, but is Parquet by its first bytes, and is read so"
+        return (
+            "parquet",
+            "" if agrees else f"{_said(name)}, but is Parquet by its first bytes, and is read so",
+        )
     shape = _shape(start)
     if name.format == "parquet":
         if shape != "lines":
@@ -133,20 +168,35 @@ def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
         return "jsonl", ""
     if name.format == "json":
         if shape in ("array", "object"):
-            raise ConfigError(f"source: {path}: {_HINTS[shape]}, or name it .txt to take it as it is, as plain text")
+            raise ConfigError(
+                f"source: {path}: {_HINTS[shape]}, or name it .txt to take it as it is, as plain"
+                " text"
+            )
         return "jsonl", ""
     if name.format is None:
         if shape in ("array", "object"):
             return "text", f"{_HINTS[shape]}; it is read as plain text, one document"
         return ("jsonl" if shape == "lines" else "text"), ""
     if shape == "lines" and _is_certain(start):
-        return "text", "holds JSON lines, but is read as plain text, one document, by its name; to change that, name it .jsonl"
+        return (
+            "text",
+            (
+                "holds JSON lines, but is read as plain text, one document, by its name; to change"
+                " that, name it .jsonl"
+            ),
+        )
     return "text", ""
 
 
 _HINTS = {
-    "array": "holds one JSON array, where a JSON object a line is read; make lines of it: jq -c '.[]' FILE > FILE.jsonl",
-    "object": "holds one JSON object over several lines, where one a line is read; make lines: jq -c . FILE > FILE.jsonl",
+    "array": (
+        "holds one JSON array, where a JSON object a line is read; make lines of it: jq -c '.[]'"
+        " FILE > FILE.jsonl"
+    ),
+    "object": (
+        "holds one JSON object over several lines, where one a line is read; make lines: jq -c ."
+        " FILE > FILE.jsonl"
+    ),
 }
 
 
@@ -196,18 +246,26 @@ def _said(name: Name) -> str:
 
 def _refuse_stand_in(path: str, start: bytes, name: Name) -> None:
     if not start and name.compression is not None:
-        raise DataError(f"{path}: damaged: it is empty, which no compressed file is; fetch the file again")
+        raise DataError(
+            f"{path}: damaged: it is empty, which no compressed file is; fetch the file again"
+        )
     if start.startswith(LFS_POINTER):
         remedy = "(git lfs pull gets the file); fetch the file again"
         raise DataError(f"{path}: damaged: it is a pointer that git-lfs left {remedy}")
 
 
 def _unreadable_archive(path: str) -> ConfigError:
-    return ConfigError(f"source: {path}: archives and packed Parquet files cannot be read; unpack it first")
+    return ConfigError(
+        f"source: {path}: archives and packed Parquet files cannot be read; unpack it first"
+    )
 
 
 def other_kind(start: bytes) -> str:
-    """Return, as part of an error, what a file that is no text seems to be by its first bytes; "" if that is not known."""
+    """Return, as part of an error, what a file that is no text seems to be by its first bytes;
+    "" if that is not known.
+    """
     patterns = OTHERS | {"a tar archive": TAR.pattern}
-    known = next((kind for kind, pattern in patterns.items() if re.match(pattern, start, re.DOTALL)), None)
+    known = next(
+        (kind for kind, pattern in patterns.items() if re.match(pattern, start, re.DOTALL)), None
+    )
     return f" (it begins as {known} does)" if known else ""

@@ -1,4 +1,6 @@
-"""Hugging Face datasets, by id or local folder, read a shard at a time through `datasets` without a copy on disk."""
+"""Hugging Face datasets, by id or local folder, read a shard at a time through `datasets`
+without a copy on disk.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ SCHEME = "dataset:"
 
 def address(source: str, name: str | None, split: str) -> str:
     """What stands for a dataset where a file has its path."""
-    return f"{SCHEME}{source}?{urlencode({'name': name, 'split': split} if name else {'split': split})}"
+    query = {"name": name, "split": split} if name else {"split": split}
+    return f"{SCHEME}{source}?{urlencode(query)}"
 
 
 def is_dataset(path: str) -> bool:
@@ -36,21 +39,30 @@ def open_dataset(path: str) -> IterableDataset:
     source, _, query = path.removeprefix(SCHEME).rpartition("?")
     settings = {key: values[0] for key, values in parse_qs(query).items()}
     if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ConfigError(f"source: {source}: no such folder; with split=... it must be one, or a Hugging Face dataset id")
+        raise ConfigError(
+            f"source: {source}: no such folder; with split=... it must be one, or a Hugging Face"
+            " dataset id"
+        )
     disable_progress_bars()
     _check_every_stream()
     try:
         return load_dataset(source, settings.get("name"), split=settings["split"], streaming=True)
     except Exception as error:  # whatever a dataset, the hub or the network makes of it
-        raise ConfigError(f"source: {source}: cannot be opened as a dataset: {one_line(error)}") from None
+        raise ConfigError(
+            f"source: {source}: cannot be opened as a dataset: {one_line(error)}"
+        ) from None
 
 
 def _check_every_stream() -> None:
-    """Have fsspec, through which `datasets` reads, unpack bz2 and xz with the reader that passes over no damage."""
+    """Have fsspec, through which `datasets` reads, unpack bz2 and xz with the reader that passes
+    over no damage.
+    """
     from fsspec.compression import register_compression
 
     def opener(compression: Literal["bz2", "xz"]) -> Callable[..., BinaryIO]:
-        return lambda file, **_: cast(BinaryIO, io.BufferedReader(Streams(file, compression), BLOCK))
+        return lambda file, **_: cast(
+            BinaryIO, io.BufferedReader(Streams(file, compression), BLOCK)
+        )
 
     register_compression("bz2", opener("bz2"), "bz2", force=True)
     register_compression("xz", opener("xz"), "xz", force=True)
@@ -64,7 +76,10 @@ def read_shard(path: str, shard: int) -> Iterator[dict[str, Any]]:
         try:
             row = next(rows, None)
         except Exception as error:  # the same
-            raise DataError(f"{path}: shard {shard}: cannot be read: {one_line(error)}; run the same command again") from None
+            raise DataError(
+                f"{path}: shard {shard}: cannot be read: {one_line(error)}; run the same command"
+                " again"
+            ) from None
         if row is None:
             return
         yield row

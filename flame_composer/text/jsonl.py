@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-# A string, a bracket, or what stands between them. Possessive, so that a long string takes no memory to match.
+# A string, a bracket, or what stands between them. Possessive, so that a long string takes no
+# memory to match.
 TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]|[^"\[\]{}]++|"', re.DOTALL)
 
 
@@ -15,37 +16,51 @@ class InvalidRecord(Exception):
 
 
 def text_of(line: bytes | bytearray, text_column: str) -> str:
-    """Return the string at `text_column` of the JSON object in `line`. Raise InvalidRecord if there is none."""
+    """Return the string at `text_column` of the JSON object in `line`. Raise InvalidRecord if
+    there is none.
+    """
     record = parse(line)
     if not isinstance(record, dict):
-        raise InvalidRecord(f"must be a JSON object, not {kind_of(record)}; mend or remove the line")
+        raise InvalidRecord(
+            f"must be a JSON object, not {kind_of(record)}; mend or remove the line"
+        )
     if text_column not in record:
         raise InvalidRecord(f"no column '{text_column}'; {columns(list(record))}")
     text = record[text_column]
     if not isinstance(text, str):
-        raise InvalidRecord(f"column '{text_column}' must be a string, not {kind_of(text)}; mend or remove the line")
+        raise InvalidRecord(
+            f"column '{text_column}' must be a string, not {kind_of(text)}; mend or remove the line"
+        )
     # Only an escape can bring a lone surrogate in, which is no text in any encoding.
     if b"\\u" in line and not _encodable(text):
-        raise InvalidRecord(f"column '{text_column}' holds half of a surrogate pair; mend or remove the line")
+        raise InvalidRecord(
+            f"column '{text_column}' holds half of a surrogate pair; mend or remove the line"
+        )
     return text
 
 
 def parse(line: bytes | bytearray) -> Any:
     """Return the JSON value in `line`. Raise InvalidRecord if it is none.
 
-    Numbers may have any number of digits, and values be nested to any depth, though Python's parser refuses both; what
-    they are is then not returned, only that it is a number, a list or an object.
+    Numbers may have any number of digits, and values be nested to any depth, though Python's parser
+    refuses both; what they are is then not returned, only that it is a number, a list or an object.
     """
     try:
         decoded = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InvalidRecord(f"not valid UTF-8 at byte {error.start} of the line; mend or remove the line") from None
+        raise InvalidRecord(
+            f"not valid UTF-8 at byte {error.start} of the line; mend or remove the line"
+        ) from None
     try:
         return _parse_json(decoded)
     except json.JSONDecodeError as error:
         if error.doc != decoded:
-            raise InvalidRecord(f"not valid JSON: {error.msg}, nested deep; mend or remove the line") from None
-        raise InvalidRecord(f"not valid JSON: {error.msg} at column {error.colno}; mend or remove the line") from None
+            raise InvalidRecord(
+                f"not valid JSON: {error.msg}, nested deep; mend or remove the line"
+            ) from None
+        raise InvalidRecord(
+            f"not valid JSON: {error.msg} at column {error.colno}; mend or remove the line"
+        ) from None
 
 
 def _parse_json(text: str) -> Any:
@@ -53,7 +68,8 @@ def _parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
-    except (ValueError, RecursionError):  # a number of too many digits for `int`, or nested too deep
+    # A number of too many digits for `int`, or nested too deep
+    except (ValueError, RecursionError):
         pass
     try:
         return json.loads(text, parse_int=float)
@@ -106,4 +122,8 @@ def kind_of(value: Any) -> str:
 def columns(names: list[str]) -> str:
     """Return, as part of an error, what columns there are in place of the one that is missing."""
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"its columns are: {listed} (name one with text_column=...)" if names else "it has no columns"
+    return (
+        f"its columns are: {listed} (name one with text_column=...)"
+        if names
+        else "it has no columns"
+    )

@@ -10,11 +10,14 @@ from flame_composer.storage import files as storage
 from flame_composer.text.jsonl import columns
 from flame_composer.text.unpacking import reading, reason
 
-BATCH_ROWS, BATCH_BYTES = 256, 32 << 20  # that are unpacked at a time, fewer rows where they are long
+# That are unpacked at a time, fewer rows where they are long
+BATCH_ROWS, BATCH_BYTES = 256, 32 << 20
 
 
 def open_parquet(path: str, version: str | None = None) -> Any:
-    """Return a pyarrow ParquetFile, local or in an object store, whose pages' checksums are checked where it has any."""
+    """Return a pyarrow ParquetFile, local or in an object store, whose pages' checksums are
+    checked where it has any.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -24,7 +27,9 @@ def open_parquet(path: str, version: str | None = None) -> Any:
             file = reading(path, lambda path: storage.open_file(path, version, block_size=0))
         return reading(path, lambda _: parquet.ParquetFile(file, page_checksum_verification=True))
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file: {reason(error)}; fetch the file again") from None
+        raise DataError(
+            f"{path}: not a Parquet file: {reason(error)}; fetch the file again"
+        ) from None
 
 
 def read_texts(
@@ -36,7 +41,8 @@ def read_texts(
 ) -> Iterator[tuple[int, str]]:
     """Yield the texts in these row groups, and their rows, counted from 1 in the whole file.
 
-    A row without text goes to `on_damage`. Raise DataError for a file that is damaged or has no such column of strings.
+    A row without text goes to `on_damage`. Raise DataError for a file that is damaged or has no
+    such column of strings.
     """
     file = open_parquet(path, version)
     num_rows = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
@@ -50,7 +56,11 @@ def read_texts(
         try:
             text = value.as_py()
         except UnicodeDecodeError as error:
-            on_damage(DataError(f"{place} is not valid UTF-8 at byte {error.start}; mend or remove the row"))
+            on_damage(
+                DataError(
+                    f"{place} is not valid UTF-8 at byte {error.start}; mend or remove the row"
+                )
+            )
             continue
         if text is None:
             on_damage(DataError(f"{place} must be a string, not null; mend or remove the row"))
@@ -66,15 +76,21 @@ def _check_column(path: str, schema: Any, text_column: str) -> None:
         raise DataError(f"{path}: no column '{text_column}'; {columns(schema.names)}")
     if len(found) > 1:
         raise ConfigError(
-            f"source: {path}: has {len(found)} columns named '{text_column}'; write it again with a name for each, or "
-            "name another column with text_column=..."
+            f"source: {path}: has {len(found)} columns named '{text_column}'; write it again with a"
+            " name for each, or name another column with text_column=..."
         )
     kind = schema.field(found[0]).type
     value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    is_text = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_null,
+    )
     if not any(check(value_kind) for check in is_text):
         raise DataError(
-            f"{path}: column '{text_column}' must hold strings, not {kind}; name another column with text_column=..."
+            f"{path}: column '{text_column}' must hold strings, not {kind}; name another column"
+            " with text_column=..."
         )
 
 
@@ -90,7 +106,9 @@ def _values(path: str, file: Any, groups: range, text_column: str, row: int) -> 
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError, MemoryError) as error:
-                raise DataError(f"{path}: damaged after row {row}: {reason(error)}; fetch the file again") from None
+                raise DataError(
+                    f"{path}: damaged after row {row}: {reason(error)}; fetch the file again"
+                ) from None
             if batch is None:
                 break
             row += len(batch)

@@ -1,4 +1,6 @@
-"""The files of a corpus: which ones a source names, in what order, and the slices they are read in."""
+"""The files of a corpus: which ones a source names, in what order, and the slices they are read
+in.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from flame_composer.text.unpacking import Compression, reading
 
 log = logging.getLogger(__name__)
 
-# What Hadoop and Spark leave beside the parts of a table, and folders of parts that were never committed.
+# What Hadoop and Spark leave beside the parts of a table, and folders of parts that were never
+# committed.
 MARKS = re.compile(r"_SUCCESS|_(committed|started)_\d+|_(common_)?metadata|.*\.crc")
 UNCOMMITTED = "_temporary"
 
@@ -31,9 +34,10 @@ UNCOMMITTED = "_temporary"
 class Slice:
     """Part of one input file.
 
-    `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row groups in Parquet
-    shards in a dataset, and the whole file, 0 and its size, in plain text and where it is compressed. `num_bytes` is its
-    share of the file's size. `version` is that of a file in an object store, such as its ETag.
+    `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row
+    groups in Parquet shards in a dataset, and the whole file, 0 and its size, in plain text and
+    where it is compressed. `num_bytes` is its share of the file's size. `version` is that of a file
+    in an object store, such as its ETag.
     """
 
     path: str
@@ -46,17 +50,20 @@ class Slice:
 
 
 def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
-    """The files that `sources` (files, folders, globs, also as URLs) name, each once: in the order of the sources, sorted
-    by path within each.
+    """The files that `sources` (files, folders, globs, also as URLs) name, each once: in the order
+    of the sources, sorted by path within each.
 
-    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix (`FOUND`) if there
-    are none; names that begin with a dot are left out. A glob takes what it matches, whatever its suffix, but for the
-    marks of Hadoop and Spark (`_SUCCESS`, `.crc`), which folders are searched without as well. A file is taken as it is.
+    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix
+    (`FOUND`) if there are none; names that begin with a dot are left out. A glob takes what it
+    matches, whatever its suffix, but for the marks of Hadoop and Spark (`_SUCCESS`, `.crc`), which
+    folders are searched without as well. A file is taken as it is.
 
     Raises ConfigError for a source that is missing or in which there is nothing to read.
     """
     wanted = tuple(suffixes) or FOUND
-    named = ", ".join(suffixes or FORMATS) + ("" if suffixes else f" (or compressed, {', '.join(COMPRESSIONS)})")
+    named = ", ".join(suffixes or FORMATS) + (
+        "" if suffixes else f" (or compressed, {', '.join(COMPRESSIONS)})"
+    )
     files: dict[str, None] = {}
     for source in sources:
         is_folder = os.path.isdir(source)
@@ -73,8 +80,8 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
             found = []
         if not found and is_folder:
             raise ConfigError(
-                f"source: {source}: this folder holds no file ending in {named}; name the endings to take with "
-                f"suffixes=[{'...' if suffixes else _endings(source)}]"
+                f"source: {source}: this folder holds no file ending in {named}; name the endings"
+                f" to take with suffixes=[{'...' if suffixes else _endings(source)}]"
             )
         if not found and glob.has_magic(source):
             raise ConfigError(f"source: {source}: no file matches this pattern")
@@ -82,7 +89,9 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
             may_be_id = re.fullmatch(r"[\w-]+/[\w.-]+", source)
             hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
             raise ConfigError(f"source: {source}: no such file or folder{hint}")
-        files.update(dict.fromkeys(sorted(found if storage.is_url(source) else map(os.path.normpath, found))))
+        files.update(
+            dict.fromkeys(sorted(found if storage.is_url(source) else map(os.path.normpath, found)))
+        )
     return list(files)
 
 
@@ -92,9 +101,15 @@ def _find_remote(source: str, suffixes: tuple[str, ...]) -> tuple[list[str], boo
         return [source], False
     if glob.has_magic(source):
         found = storage.glob(source)  # in which `*` stands for a leading dot too
-        return [path for path in found if ("/." in source or "/." not in path) and _is_input(path, source)], False
+        return [
+            path
+            for path in found
+            if ("/." in source or "/." not in path) and _is_input(path, source)
+        ], False
     names = list(storage.find(source))
-    taken = [name for name in names if name.endswith(suffixes) and _is_visible(name) and _is_input(name)]
+    taken = [
+        name for name in names if name.endswith(suffixes) and _is_visible(name) and _is_input(name)
+    ]
     return [storage.join(source, name) for name in taken], bool(names)
 
 
@@ -102,7 +117,11 @@ def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     paths: list[str] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != UNCOMMITTED]
-        taken = (name for name in names if name.endswith(suffixes) and _is_visible(name) and _is_input(name))
+        taken = (
+            name
+            for name in names
+            if name.endswith(suffixes) and _is_visible(name) and _is_input(name)
+        )
         paths += [os.path.join(parent, name) for name in taken]
     return paths
 
@@ -117,14 +136,21 @@ def _is_input(path: str, pattern: str = "") -> bool:
 
 
 def _endings(source: str) -> str:
-    """Return an example of suffixes for a folder in which nothing was found: those that its files have most."""
-    names = filter(_is_visible, storage.find(source)) if storage.is_url(source) else _walk(source, ("",))
+    """Return an example of suffixes for a folder in which nothing was found: those that its
+    files have most.
+    """
+    names = (
+        filter(_is_visible, storage.find(source))
+        if storage.is_url(source)
+        else _walk(source, ("",))
+    )
     endings = Counter(suffix for name in names if (suffix := Path(name).suffix))
     return ",".join(ending for ending, _ in endings.most_common(3)) or "..."
 
 
 def slice_file(path: str, max_bytes: int) -> list[Slice]:
-    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet; any other file whole.
+    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet;
+    any other file whole.
 
     Of a dataset (`hub.address`), each shard; their sizes are not known, and taken for `max_bytes`.
     """
@@ -135,7 +161,9 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
     """Return as well what there is to doubt in what the file is read as."""
     if hub.is_dataset(path):
         num_shards = hub.open_dataset(path).num_shards
-        return [Slice(path, "dataset", shard, shard + 1, max_bytes) for shard in range(num_shards)], ""
+        return [
+            Slice(path, "dataset", shard, shard + 1, max_bytes) for shard in range(num_shards)
+        ], ""
     stat = reading(path, storage.stat)
     if stat is None:
         raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
@@ -144,7 +172,10 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
     if kind == "jsonl" and compression is None:
         starts = range(0, size, max_bytes)
         sizes = [min(max_bytes, size - start) for start in starts]
-        return [Slice(path, kind, start, start + n, n, version) for start, n in zip(starts, sizes, strict=True)], doubt
+        return [
+            Slice(path, kind, start, start + n, n, version)
+            for start, n in zip(starts, sizes, strict=True)
+        ], doubt
     if kind == "parquet":
         metadata = open_parquet(path, version).metadata
         parts: list[Slice] = []
@@ -159,7 +190,8 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
 
 
 def slice_files(files: Sequence[str], max_bytes: int) -> list[Slice]:
-    """The slices of each file in order; many files at a time are looked at if they are in an object store.
+    """The slices of each file in order; many files at a time are looked at if they are in an object
+    store.
 
     Where the names and the bytes of files disagree, a line of the log says so.
     """

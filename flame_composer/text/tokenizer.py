@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenizerFingerprint:
-    """What makes two tokenizers the same: `sha256` of the serialised form, and what depends on the settings around it.
+    """What makes two tokenizers the same: `sha256` of the serialised form, and what depends on the
+    settings around it.
 
-    `vocab_size` counts the ids from 0 to the largest one, so it is the smallest embedding that holds every token.
+    `vocab_size` counts the ids from 0 to the largest one, so it is the smallest embedding that
+    holds every token.
     """
 
     sha256: str
@@ -47,7 +49,9 @@ class TokenizerFingerprint:
 
 @dataclass(frozen=True)
 class BareTokenizer:
-    """All that an encoder needs of a tokenizer: fit to be sent to a process, which then need not import transformers."""
+    """All that an encoder needs of a tokenizer: fit to be sent to a process, which then need not
+    import transformers.
+    """
 
     serialized: str
     split_special_tokens: bool
@@ -69,8 +73,11 @@ def bare(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> BareTokenizer:
 
 
 def import_transformers_without_torch() -> None:
-    """For a process that runs no model: torch would take seconds and hundreds of MB. Too late if transformers is there."""
-    settings = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # transformers reads them when it is imported
+    """For a process that runs no model: torch would take seconds and hundreds of MB. Too late if
+    transformers is there.
+    """
+    # Transformers reads them when it is imported
+    settings = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -84,7 +91,8 @@ def import_transformers_without_torch() -> None:
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in a Hugging Face folder or under a hub id; code that comes with it is never run.
+    """The fast tokenizer in a Hugging Face folder or under a hub id; code that comes with it is
+    never run.
 
     Raises ConfigError if there is none, or only one without a fast (Rust) form.
     """
@@ -94,22 +102,41 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
 
     is_folder = os.path.isdir(path_or_id)
     if not is_folder and not may_be_hub_id(path_or_id):
-        raise ConfigError(f"tokenizer: {path_or_id}: no such folder; give a Hugging Face tokenizer folder or hub id")
-    if is_folder and not any(name.startswith(("token", "vocab")) for name in os.listdir(path_or_id)):
-        raise ConfigError(f"tokenizer: {path_or_id}: holds no tokenizer (tokenizer.json); give the folder or id of one")
+        raise ConfigError(
+            f"tokenizer: {path_or_id}: no such folder; give a Hugging Face tokenizer folder or"
+            " hub id"
+        )
+    if is_folder and not any(
+        name.startswith(("token", "vocab")) for name in os.listdir(path_or_id)
+    ):
+        raise ConfigError(
+            f"tokenizer: {path_or_id}: holds no tokenizer (tokenizer.json); give the folder or id"
+            " of one"
+        )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        folder = path_or_id if is_folder else snapshot_download(path_or_id, allow_patterns=[*FILES, "config.json"])
+        folder = (
+            path_or_id
+            if is_folder
+            else snapshot_download(path_or_id, allow_patterns=[*FILES, "config.json"])
+        )
         check_folder(folder, path_or_id)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.name_or_path = path_or_id
     except ConfigError:
         raise
-    except BaseException as error:  # whatever a damaged folder makes transformers or tokenizers raise
+    # Whatever a damaged folder makes transformers or tokenizers raise
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        what = "not a tokenizer folder" if is_folder else "no such folder, and not to be had from the Hugging Face hub"
+        what = (
+            "not a tokenizer folder"
+            if is_folder
+            else "no such folder, and not to be had from the Hugging Face hub"
+        )
         raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -144,9 +171,12 @@ def _make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
     if found and os.environ.get("RANK", "0") == "0":
         verb = "are" if len(found) > 1 else "is"
         log.warning(
-            "warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off here",
-            place, " and ".join(found), verb,
-        )  # fmt: skip
+            "warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off"
+            " here",
+            place,
+            " and ".join(found),
+            verb,
+        )
 
 
 def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -176,12 +206,18 @@ def _originals(mark: dict[str, Any]) -> dict[str, Any]:
 
 
 def may_be_hub_id(path_or_id: str) -> bool:
-    """Whether a name that is no folder can be meant for the Hugging Face hub, rather than a mistyped path.
+    """Whether a name that is no folder can be meant for the Hugging Face hub, rather than a
+    mistyped path.
 
-    A path is not looked up there: with no network that takes a minute of retries before it says what was clear at once.
+    A path is not looked up there: with no network that takes a minute of retries before it says
+    what was clear at once.
     """
     first, *rest = path_or_id.split("/")
-    is_path = first in ("", ".", "..", "~") or (rest and os.path.isdir(first)) or os.path.exists(path_or_id)
+    is_path = (
+        first in ("", ".", "..", "~")
+        or (rest and os.path.isdir(first))
+        or os.path.exists(path_or_id)
+    )
     return len(rest) <= 1 and not is_path
 
 
@@ -200,7 +236,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
     # Older releases of tokenizers write a merge as "a b", newer ones as ["a", "b"].
     merges = state["model"].get("merges")
     if merges:
-        state["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        state["model"]["merges"] = [
+            merge.split(" ") if isinstance(merge, str) else merge for merge in merges
+        ]
     canonical = json.dumps(state, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return TokenizerFingerprint(
         sha256=hashlib.sha256(canonical.encode()).hexdigest(),
@@ -217,8 +255,9 @@ def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64] | None:
     """How many bytes of UTF-8 each token id stands for; none for special tokens, which are no text.
 
-    Of a byte-level tokenizer, and of SentencePiece's kind (which may have put a space before each document, a byte here).
-    None for one whose tokens do not add up to the text, such as WordPiece's.
+    Of a byte-level tokenizer, and of SentencePiece's kind (which may have put a space before each
+    document, a byte here). None for one whose tokens do not add up to the text, such as
+    WordPiece's.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = state["decoder"] or {"type": None}
@@ -243,12 +282,15 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool) -> Encoder:
+def build_encoder(
+    tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
+) -> Encoder:
     """A function from texts to their tokens, end to end, and the number of tokens of each text.
 
-    A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text, add_special_tokens=False).input_ids`,
-    then `[eos]` if `add_eos`. So these two flags alone say which special tokens are added, whatever the tokenizer's own
-    template; with the flags that mirror the template it equals `tokenizer(text)`. Truncation never applies. A long text is
+    A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text,
+    add_special_tokens=False).input_ids`, then `[eos]` if `add_eos`. So these two flags alone say
+    which special tokens are added, whatever the tokenizer's own template; with the flags that
+    mirror the template it equals `tokenizer(text)`. Truncation never applies. A long text is
     encoded in pieces where that is exact (`long_texts`), so that memory does not go by its length.
 
     Raises ConfigError if a token that is to be added does not exist.
@@ -261,7 +303,10 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
 
     def ids_of(texts: Sequence[str]) -> list[Sequence[int]]:
         with explained_failure():
-            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [
+                encoding.ids
+                for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
 
     (line_break,) = ids_of(["\n"])
 
@@ -269,7 +314,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
         first, *others = long_texts.cut(text)
         ids = [np.array(ids_of([first])[0], dtype)]
         for piece in others:
-            (of_piece,) = ids_of([f"\n{piece}"])  # after what stands before it: no space is put there
+            # After what stands before it: no space is put there
+            (of_piece,) = ids_of([f"\n{piece}"])
             assert of_piece[: len(line_break)] == line_break, piece[:40]
             ids.append(np.array(of_piece[len(line_break) :], dtype))
         return np.concatenate(ids)  # type: ignore[return-value]
@@ -277,8 +323,15 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         is_long = [may_cut and len(text) > 2 * long_texts.PIECE for text in texts]
         short = iter(ids_of([text for text, long in zip(texts, is_long, strict=True) if not long]))
-        ids = [ids_in_pieces(text) if long else next(short) for text, long in zip(texts, is_long, strict=True)]
-        parts = ids if not (before or after) else itertools.chain.from_iterable((before, each, after) for each in ids)
+        ids = [
+            ids_in_pieces(text) if long else next(short)
+            for text, long in zip(texts, is_long, strict=True)
+        ]
+        parts = (
+            ids
+            if not (before or after)
+            else itertools.chain.from_iterable((before, each, after) for each in ids)
+        )
         lengths = np.fromiter(map(len, ids), np.int64, len(ids)) + len(before) + len(after)
         return np.fromiter(itertools.chain.from_iterable(parts), dtype, int(lengths.sum())), lengths
 
@@ -288,18 +341,27 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos
 def require_ends(
     tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
 ) -> tuple[list[int], list[int]]:
-    """What is to be put before and after every document. Raises ConfigError if such a token does not exist."""
-    ends: list[int | None] = [tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id if add_eos else None]
+    """What is to be put before and after every document. Raises ConfigError if such a token does
+    not exist.
+    """
+    ends: list[int | None] = [
+        tokenizer.bos_token_id if add_bos else None,
+        tokenizer.eos_token_id if add_eos else None,
+    ]
     for wanted, end, name in zip((add_bos, add_eos), ends, ("bos", "eos"), strict=True):
         if wanted and end is None:
-            raise ConfigError(f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give it one")
+            raise ConfigError(
+                f"add_{name}: the tokenizer has no {name} token; set add_{name}=false or give"
+                " it one"
+            )
     before, after = ([] if end is None else [end] for end in ends)
     return before, after
 
 
 @contextlib.contextmanager
 def explained_failure() -> Iterator[None]:
-    """Raise DataError where tokenizers gives up on a text, as it does when a regular expression takes too many steps.
+    """Raise DataError where tokenizers gives up on a text, as it does when a regular expression
+    takes too many steps.
 
     What it raises then is not an Exception, so it would pass by everything that catches one.
     """
@@ -308,29 +370,40 @@ def explained_failure() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != _PANIC:
             raise
-        raise DataError(f"the tokenizer gives up on a text: {' '.join(str(error).split())[:200]}; take another tokenizer, or "
-                        "leave that text out") from None
+        raise DataError(
+            f"the tokenizer gives up on a text: {' '.join(str(error).split())[:200]}; take another"
+            " tokenizer, or leave that text out"
+        ) from None
 
 
 def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
-    """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the text recognised."""
+    """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the
+    text recognised.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = bare(tokenizer)
     try:
         backend = Tokenizer.from_str(tokenizer.serialized)
-    except Exception as error:  # tokenizers cannot read all that it writes: of ids with gaps it leaves some out
-        raise ConfigError(f"tokenizer: cannot be copied: {one_line(error)}; give one whose ids are without gaps") from None
+    # Tokenizers cannot read all that it writes: of ids with gaps it leaves some out
+    except Exception as error:
+        raise ConfigError(
+            f"tokenizer: cannot be copied: {one_line(error)}; give one whose ids are without gaps"
+        ) from None
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     return backend
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int, eos_token: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (every byte is a token, so no text is unknown to it) learnt from an iterable of texts.
+def train_bpe(
+    texts: Iterable[str], *, vocab_size: int, min_frequency: int, eos_token: str
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (every byte is a token, so no text is unknown to it) learnt from
+    an iterable of texts.
 
-    The same texts in the same order give the same tokenizer. `eos_token` is id 0, and bos and pad as well.
+    The same texts in the same order give the same tokenizer. `eos_token` is id 0, and bos and pad
+    as well.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

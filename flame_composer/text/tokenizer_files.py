@@ -17,18 +17,33 @@ from flame_composer.storage import files as storage
 from flame_composer.text.counts import require_counts
 
 # What transformers and tokenizers call the files of a tokenizer. No code is among them.
-FILES = frozenset({
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "unigram.json",
-    "tokenizer.model", "spiece.model", "sentencepiece.model",
-    "sentencepiece.bpe.model", "spm.model", "tekken.json", "vocab.bpe", "encoder.json",
-})  # fmt: skip
-LONGEST_TOKEN = (
-    10_000  # characters; the longest of known tokenizers, runs of spaces, have some hundred
+FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "unigram.json",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+        "spm.model",
+        "tekken.json",
+        "vocab.bpe",
+        "encoder.json",
+    }
 )
+# Characters; the longest of known tokenizers, runs of spaces, have some hundred.
+LONGEST_TOKEN = 10_000
 MOST_GROWTH = 1000  # characters that a normalizer or decoder may make of one; Unicode's forms: 18
 MOST_STEPS = 1000  # of a normalizer, a pre-tokenizer or a decoder; the most that is known: some 20
-MOST_ADDED = 10_000  # tokens that a template puts around a text; those that are known put one or two
+# Tokens that a template puts around a text; those that are known put one or two
+MOST_ADDED = 10_000
 # Older releases wrote this one down; nothing reads it.
 _UNREAD = "special_tokens_map_file"
 
@@ -36,7 +51,9 @@ log = logging.getLogger(__name__)
 
 
 def check_folder(folder: str | Path, place: str) -> None:
-    """Raise ConfigError for a tokenizer that names files elsewhere or makes endless text of a short one."""
+    """Raise ConfigError for a tokenizer that names files elsewhere or makes endless text of a
+    short one.
+    """
     for name in sorted(FILES):
         _check_file(Path(folder, name), place)
     is_named = False
@@ -57,8 +74,10 @@ def check_folder(folder: str | Path, place: str) -> None:
 def _check_file(path: Path, place: str) -> None:
     """transformers reads some of the files that are not looked into here."""
     if path.is_file() and path.stat().st_size > storage.MOST_JSON:
-        raise ConfigError(f"tokenizer: {place}: {path.name} has more than {storage.MOST_JSON:,} bytes; get the "
-                          "tokenizer again")
+        raise ConfigError(
+            f"tokenizer: {place}: {path.name} has more than {storage.MOST_JSON:,} bytes; get the "
+            "tokenizer again"
+        )
 
 
 def _read(path: Path, place: str) -> dict[str, Any]:
@@ -82,15 +101,19 @@ def _check_config(content: dict[str, Any], path: Path, place: str) -> None:
         is_elsewhere = isinstance(value, str) and os.path.dirname(os.path.realpath(value)) != inside
         if key.endswith("_file") and key != _UNREAD and is_elsewhere and os.path.exists(value):
             raise ConfigError(
-                f"tokenizer: {place}: {path.name} names a file elsewhere, {key}={value}; take that key out"
+                f"tokenizer: {place}: {path.name} names a file elsewhere, {key}={value}; take that"
+                " key out"
             )
     length = content.get("model_max_length")
     if not isinstance(length, int | float | None):
-        raise ConfigError(f"tokenizer: {place}: {path.name} has model_max_length={str(length)[:40]!r}, must be a number; "
-                          "correct it, or take that key out")
+        raise ConfigError(
+            f"tokenizer: {place}: {path.name} has model_max_length={str(length)[:40]!r}, must be a"
+            " number; correct it, or take that key out"
+        )
     if content.get("init_inputs"):
         raise ConfigError(
-            f"tokenizer: {place}: {path.name} has init_inputs, which may name files elsewhere; take that key out"
+            f"tokenizer: {place}: {path.name} has init_inputs, which may name files elsewhere; take"
+            " that key out"
         )
     _require_plain(content.get("fast_tokenizer_files"), "fast_tokenizer_files", place)
     templates = content.get("chat_template")
@@ -108,12 +131,14 @@ def _check_config(content: dict[str, Any], path: Path, place: str) -> None:
 
 
 def _require_plain(names: object, key: str, place: str) -> None:
-    """Raise ConfigError for names that become files, here or where it is saved, but are not plain."""
+    """Raise ConfigError for names that become files, here or where it is saved, but are not
+    plain.
+    """
     for name in names if isinstance(names, list | dict) else ():
         if not storage.is_plain_name(name):
             raise ConfigError(
-                f"tokenizer: {place}: its {key} has {str(name)[:100]!r} for a name, which would lead to another "
-                "folder; rename it"
+                f"tokenizer: {place}: its {key} has {str(name)[:100]!r} for a name, which would"
+                " lead to another folder; rename it"
             )
 
 
@@ -131,17 +156,24 @@ def _longest(content: Any) -> int:
 
 
 def check_content(content: dict[str, Any], place: str) -> None:
-    """Raise ConfigError for a `tokenizer.json` with endless tokens, or steps that make endless text."""
+    """Raise ConfigError for a `tokenizer.json` with endless tokens, or steps that make endless
+    text.
+    """
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: Iterable[Any] = vocabulary if isinstance(vocabulary, dict) else _firsts(vocabulary)
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
-    others = {key: value for key, value in model.items() if key not in ("vocab", "merges")} if isinstance(model, dict) else {}
-    longest = max(longest, _longest(content.get("added_tokens")), _longest(others))  # prefixes and suffixes are set to tokens
+    others = (
+        {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+        if isinstance(model, dict)
+        else {}
+    )
+    # Prefixes and suffixes are set to tokens
+    longest = max(longest, _longest(content.get("added_tokens")), _longest(others))
     if longest > LONGEST_TOKEN:
         raise ConfigError(
-            f"tokenizer: {place}: has a token of {longest:,} characters, more than {LONGEST_TOKEN:,}; get the "
-            "tokenizer again, or take that token out"
+            f"tokenizer: {place}: has a token of {longest:,} characters, more than"
+            f" {LONGEST_TOKEN:,}; get the tokenizer again, or take that token out"
         )
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         try:
@@ -150,21 +182,20 @@ def check_content(content: dict[str, Any], place: str) -> None:
             steps, growth = 0, math.inf
         if steps > MOST_STEPS:
             raise ConfigError(
-                f"tokenizer: {place}: its {part} has {steps:,} steps, more than {MOST_STEPS:,}; get the tokenizer "
-                "again, or take those steps out"
+                f"tokenizer: {place}: its {part} has {steps:,} steps, more than {MOST_STEPS:,}; get"
+                " the tokenizer again, or take those steps out"
             )
         if growth > MOST_GROWTH:
             raise ConfigError(
-                f"tokenizer: {place}: its {part} can make {growth:.3g} characters of one, more than "
-                f"{MOST_GROWTH:,}; get the tokenizer again, or take those steps out"
+                f"tokenizer: {place}: its {part} can make {growth:.3g} characters of one, more than"
+                f" {MOST_GROWTH:,}; get the tokenizer again, or take those steps out"
             )
-
 
     added = _added(content.get("post_processor"))
     if added > MOST_ADDED:
         raise ConfigError(
-            f"tokenizer: {place}: its template puts up to {added:,} tokens around a text, more than {MOST_ADDED:,}; get "
-            "the tokenizer again, or correct its post_processor"
+            f"tokenizer: {place}: its template puts up to {added:,} tokens around a text, more than"
+            f" {MOST_ADDED:,}; get the tokenizer again, or correct its post_processor"
         )
 
 
@@ -172,11 +203,15 @@ def _count(step: Any) -> int:
     """Return how many steps there are in one, itself included."""
     if not isinstance(step, dict):
         return 0
-    return 1 + sum(_count(each) for value in step.values() if isinstance(value, list) for each in value)
+    return 1 + sum(
+        _count(each) for value in step.values() if isinstance(value, list) for each in value
+    )
 
 
 def _added(step: Any) -> int:
-    """Return an upper bound of the tokens that a template, or the templates in a step, put around a text."""
+    """Return an upper bound of the tokens that a template, or the templates in a step, put
+    around a text.
+    """
     steps, added = [step], 0
     while steps:
         each = steps.pop()
@@ -185,7 +220,11 @@ def _added(step: Any) -> int:
         processors, special = each.get("processors"), each.get("special_tokens")
         steps += processors if isinstance(processors, list) else []
         pieces = [each[name] for name in ("single", "pair") if isinstance(each.get(name), list)]
-        ids = [token.get("ids") for token in special.values() if isinstance(token, dict)] if isinstance(special, dict) else []
+        ids = (
+            [token.get("ids") for token in special.values() if isinstance(token, dict)]
+            if isinstance(special, dict)
+            else []
+        )
         longest = max((len(each) for each in ids if isinstance(each, list)), default=0)
         added += max(map(len, pieces), default=0) * longest
     return added
@@ -224,7 +263,8 @@ def _growth(step: Any) -> float:
 def _longest_replacement(charsmap: object) -> int:
     """Return the length of the longest text in SentencePiece's table.
 
-    That is the size of a trie, the trie, and the texts it leads to, each with a zero byte behind it.
+    That is the size of a trie, the trie, and the texts it leads to, each with a zero byte behind
+    it.
     """
     try:
         table = base64.b64decode(charsmap) if isinstance(charsmap, str) else b""
@@ -235,9 +275,11 @@ def _longest_replacement(charsmap: object) -> int:
 
 
 def write_files(saved: Mapping[str, Any], folder: Path, place: str) -> None:
-    """Write the files of a tokenizer out of a checkpoint, where `HuggingFaceModel.get_metadata` put them.
+    """Write the files of a tokenizer out of a checkpoint, where `HuggingFaceModel.get_metadata` put
+    them.
 
-    Raise DataError, before anything is written, for a name that is of code or leads out of the folder.
+    Raise DataError, before anything is written, for a name that is of code or leads out of the
+    folder.
     """
     wanted = {}
     for name, each in saved.items():

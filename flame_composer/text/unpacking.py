@@ -1,4 +1,6 @@
-"""Input files opened for reading, unpacked where they are compressed: every stream of them whole, or an error."""
+"""Input files opened for reading, unpacked where they are compressed: every stream of them
+whole, or an error.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ XZ_MEMORY = 1 << 30  # bytes; `xz -9` needs 64 MiB, and a header can ask for 4 G
 class Streams(io.RawIOBase):
     """The content of a file of one or several compressed streams, one behind the other.
 
-    Python's own readers of bz2 and xz take a stream that does not begin as it should for the end of the file. Here it
-    is an error (OSError, LZMAError), and so is a file that ends within a stream or has none (EOFError). `xz` files may
-    have zero bytes behind a stream, a multiple of four.
+    Python's own readers of bz2 and xz take a stream that does not begin as it should for the end of
+    the file. Here it is an error (OSError, LZMAError), and so is a file that ends within a stream
+    or has none (EOFError). `xz` files may have zero bytes behind a stream, a multiple of four.
     """
 
     def __init__(self, file: BinaryIO, compression: Literal["bz2", "xz"]):
@@ -68,7 +70,9 @@ class Streams(io.RawIOBase):
             padding += len(self.input) - len(rest)
             self.input = rest or self.file.read(BLOCK)
         if padding % 4:
-            raise lzma.LZMAError(f"{padding} zero bytes behind a stream, which must be a multiple of four")
+            raise lzma.LZMAError(
+                f"{padding} zero bytes behind a stream, which must be a multiple of four"
+            )
         if not self.input:
             if not self.num_streams:
                 raise EOFError("it is empty")
@@ -85,11 +89,15 @@ class Streams(io.RawIOBase):
 
 @contextmanager
 def open_input(
-    path: str, compression: Compression | None, version: str | None = None, block_size: int = 8 << 20
+    path: str,
+    compression: Compression | None,
+    version: str | None = None,
+    block_size: int = 8 << 20,
 ) -> Iterator[BinaryIO]:
     """Open the content of a file, local or in an object store, unpacked; see `storage.open_file`.
 
-    Raise DataError that names `path` where the file cannot be opened, or turns out damaged while the body reads it.
+    Raise DataError that names `path` where the file cannot be opened, or turns out damaged while
+    the body reads it.
     """
     with _explained(path, compression), storage.open_file(path, version, block_size) as file:
         if compression is None:
@@ -122,14 +130,17 @@ def _explained(path: str, compression: Compression | None) -> Iterator[None]:
             raise DataError(f"{path}: cannot be read: {reason(error)}") from None
         if "Memory usage limit" in str(error) or "too much memory" in str(error):
             raise DataError(
-                f"{path}: needs too much memory to be unpacked (a dictionary of more than 1 GiB in xz, a window of more "
-                "than 128 MiB in zstd, as --long makes it); pack it again with a smaller one"
+                f"{path}: needs too much memory to be unpacked (a dictionary of more than 1 GiB in"
+                " xz, a window of more than 128 MiB in zstd, as --long makes it); pack it again"
+                " with a smaller one"
             ) from None
         raise DataError(f"{path}: damaged: {reason(error)}; fetch the file again") from None
 
 
 def reading(path: str, read: Callable[[str], T]) -> T:
-    """Return what `read` makes of `path`. Raise DataError that names it where that raises OSError."""
+    """Return what `read` makes of `path`. Raise DataError that names it where that raises
+    OSError.
+    """
     try:
         return read(path)
     except OSError as error:
@@ -158,7 +169,9 @@ def skip_line(file: BinaryIO, most: int | None = None) -> int:
 
 
 def line_at(path: str, position: int, compression: Compression | None = None) -> int:
-    """Return the number, from 1, of the line that starts at byte `position` of the unpacked file."""
+    """Return the number, from 1, of the line that starts at byte `position` of the unpacked
+    file.
+    """
     line = 1
     with open_input(path, compression) as file:
         while position > 0:

@@ -1,11 +1,13 @@
-"""Algorithms that a run has when its configuration names them: averages of the weights, smoothed labels, and the like.
+"""Algorithms that a run has when its configuration names them: averages of the weights, smoothed
+labels, and the like.
 
-Composer has classes of these names. Its own do nothing here (LabelSmoothing: the loss is computed in the model), divide by
-zero or cut rows for good (SeqLengthWarmup), or cannot go on from a checkpoint, on one rank or on another number of them
-(EMA, SWA, LayerFreezing). These do, bit for bit.
+Composer has classes of these names. Its own do nothing here (LabelSmoothing: the loss is computed
+in the model), divide by zero or cut rows for good (SeqLengthWarmup), or cannot go on from a
+checkpoint, on one rank or on another number of them (EMA, SWA, LayerFreezing). These do, bit for
+bit.
 
-Those that go by the length of the run say with `at(batch, total)` what they have the step after `batch` earlier ones do, so
-that a run of another length is not taken for the same (optim.Schedule).
+Those that go by the length of the run say with `at(batch, total)` what they have the step after
+`batch` earlier ones do, so that a run of another length is not taken for the same (optim.Schedule).
 """
 
 from __future__ import annotations
@@ -28,9 +30,15 @@ Weights = dict[str, torch.Tensor]
 
 
 def weights_of(state: State) -> Weights:
-    """Parameters and buffers that are trained, under the same names on any number of ranks. Not copies."""
+    """Parameters and buffers that are trained, under the same names on any number of ranks. Not
+    copies.
+    """
     model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
-    return {name: value.detach() for name, value in model.state_dict(keep_vars=True).items() if value.is_floating_point()}
+    return {
+        name: value.detach()
+        for name, value in model.state_dict(keep_vars=True).items()
+        if value.is_floating_point()
+    }
 
 
 def _copy(weights: Weights) -> Weights:
@@ -55,7 +63,9 @@ class Instant(NamedTuple):
             return cls(None, float(match[1]))
         match = DURATION.fullmatch(text)
         if match is None or match[2] != "ba":
-            raise ValueError(f"{name}={text}: must be batches, e.g. 100ba, or a fraction of the run, e.g. 0.5dur")
+            raise ValueError(
+                f"{name}={text}: must be batches, e.g. 100ba, or a fraction of the run, e.g. 0.5dur"
+            )
         return cls(int(match[1]), None)
 
     def is_reached(self, state: State) -> bool:
@@ -70,7 +80,9 @@ class Instant(NamedTuple):
 class EMA(Algorithm):
     """An exponential moving average of the weights, which evaluation sees in their place."""
 
-    def __init__(self, half_life: str = "1000ba", ema_start: str = "0ba", update_interval: str = "1ba"):
+    def __init__(
+        self, half_life: str = "1000ba", ema_start: str = "0ba", update_interval: str = "1ba"
+    ):
         self.start = Instant.read("ema_start", ema_start)
         self.interval = whole_batches("update_interval", update_interval)
         self.smoothing = 2 ** (-self.interval / whole_batches("half_life", half_life))
@@ -100,7 +112,9 @@ class EMA(Algorithm):
                 self.average = _copy(weights)
         elif state.timestamp.batch.value % self.interval == 0:
             # A checkpoint is read into the CPU's memory.
-            self.average = {name: value.to(weights[name].device) for name, value in self.average.items()}
+            self.average = {
+                name: value.to(weights[name].device) for name, value in self.average.items()
+            }
             for name, value in self.average.items():
                 value.lerp_(weights[name], 1 - self.smoothing)
 
@@ -113,7 +127,9 @@ class EMA(Algorithm):
 
 @contextmanager
 def as_evaluated(state: State, logger: Logger) -> Iterator[None]:
-    """The model as evaluation sees it: with the average of its weights in their place, where there is one."""
+    """The model as evaluation sees it: with the average of its weights in their place, where
+    there is one.
+    """
     _tell(Event.EVAL_START, state, logger)
     try:
         yield
@@ -128,13 +144,22 @@ def _tell(event: Event, state: State, logger: Logger) -> None:
 
 
 class SWA(Algorithm):
-    """Stochastic weight averaging (Izmailov et al. 2018): the weights become the mean of those between start and end."""
+    """Stochastic weight averaging (Izmailov et al. 2018): the weights become the mean of those
+    between start and end.
+    """
 
-    def __init__(self, swa_start: str = "0.7dur", swa_end: str = "0.97dur", update_interval: str = "100ba"):
-        self.start, self.end = Instant.read("swa_start", swa_start), Instant.read("swa_end", swa_end)
+    def __init__(
+        self, swa_start: str = "0.7dur", swa_end: str = "0.97dur", update_interval: str = "100ba"
+    ):
+        self.start, self.end = (
+            Instant.read("swa_start", swa_start),
+            Instant.read("swa_end", swa_end),
+        )
         self.interval = whole_batches("update_interval", update_interval)
         if (self.start.fraction is None) != (self.end.fraction is None) or self.start >= self.end:
-            raise ValueError(f"swa_end={swa_end}: must be after swa_start={swa_start}, both in ba or both in dur")
+            raise ValueError(
+                f"swa_end={swa_end}: must be after swa_start={swa_start}, both in ba or both in dur"
+            )
         self.average: Weights | None = None
         self.count = 0  # of the weights that the average is of
         self.done = False
@@ -157,7 +182,13 @@ class SWA(Algorithm):
 
     def at(self, batch: int, total: int) -> str:
         ended = self.end.is_before(batch + 1, total)
-        return "its end" if ended else "an average" if self.start.is_before(batch + 1, total) else "no average"
+        return (
+            "its end"
+            if ended
+            else "an average"
+            if self.start.is_before(batch + 1, total)
+            else "no average"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "count": self.count, "done": self.done}
@@ -167,7 +198,8 @@ class SWA(Algorithm):
 
 
 class LabelSmoothing(Algorithm):
-    """Trains on labels of which `smoothing` is spread evenly over the vocabulary (Szegedy et al. 2016).
+    """Trains on labels of which `smoothing` is spread evenly over the vocabulary (Szegedy et al.
+    2016).
 
     The logits of a whole microbatch are in memory for it, which fla's fused loss spares otherwise.
     """
@@ -185,16 +217,26 @@ class LabelSmoothing(Algorithm):
 
 
 class SeqLengthWarmup(algorithms.SeqLengthWarmup):
-    """Cuts rows to `min_seq_length` tokens at first, and to `step_size` more at a time over a fraction `duration` of the run.
+    """Cuts rows to `min_seq_length` tokens at first, and to `step_size` more at a time over a
+    fraction `duration` of the run.
 
-    From Composer's class it has the step at full length before the first one, which finds out that memory does not suffice.
+    From Composer's class it has the step at full length before the first one, which finds out that
+    memory does not suffice.
     """
 
-    def __init__(self, context_length: int, duration: float = 0.3, min_seq_length: int = 8, step_size: int = 8):
+    def __init__(
+        self,
+        context_length: int,
+        duration: float = 0.3,
+        min_seq_length: int = 8,
+        step_size: int = 8,
+    ):
         if not 0 < duration <= 1:
             raise ValueError(f"duration={duration}: must be more than 0, and no more than 1")
         if not 2 <= min_seq_length < context_length:
-            raise ValueError(f"min_seq_length={min_seq_length}: must be in [2, context_length={context_length})")
+            raise ValueError(
+                f"min_seq_length={min_seq_length}: must be in [2, context_length={context_length})"
+            )
         if step_size < 1:
             raise ValueError(f"step_size={step_size}: must be 1 or more")
         super().__init__(duration, min_seq_length, context_length, step_size)
@@ -206,7 +248,9 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
         """Tokens of a row in the batch after `batch` earlier ones."""
         progress = min(1.0, batch / (self.duration * num_batches))
         steps = int(progress * (self.max_seq_length - self.min_seq_length) / self.step_size)
-        return self.max_seq_length if progress == 1 else self.min_seq_length + steps * self.step_size
+        return (
+            self.max_seq_length if progress == 1 else self.min_seq_length + steps * self.step_size
+        )
 
     def apply(self, event: Event, state: State, logger: Logger) -> int | None:
         if event == Event.INIT:
@@ -224,14 +268,19 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
 
 
 class LayerFreezing(algorithms.LayerFreezing):
-    """Stops training layers from the first on: none until `freeze_start`, a share `freeze_level` of them at the run's end.
+    """Stops training layers from the first on: none until `freeze_start`, a share `freeze_level` of
+    them at the run's end.
 
-    What is frozen follows from the step alone. The optimizer passes over what has no gradient and keeps its moments.
+    What is frozen follows from the step alone. The optimizer passes over what has no gradient and
+    keeps its moments.
     """
 
     def __init__(self, freeze_start: float = 0.5, freeze_level: float = 1.0):
         if not (0 <= freeze_start < 1 and 0 < freeze_level <= 1):
-            raise ValueError(f"freeze_start={freeze_start}, freeze_level={freeze_level}: must be in [0, 1) and (0, 1]")
+            raise ValueError(
+                f"freeze_start={freeze_start}, freeze_level={freeze_level}: must be in [0, 1) and"
+                " (0, 1]"
+            )
         super().__init__(freeze_start, freeze_level)
 
     def match(self, event: Event, state: State) -> bool:
@@ -239,16 +288,25 @@ class LayerFreezing(algorithms.LayerFreezing):
 
     def share(self, batch: int, total: int) -> float:
         """Of the layers that are frozen in the batch after `batch` earlier ones."""
-        return self.freeze_level * max(0.0, batch / total - self.freeze_start) / (1 - self.freeze_start)
+        return (
+            self.freeze_level
+            * max(0.0, batch / total - self.freeze_start)
+            / (1 - self.freeze_start)
+        )
 
     def at(self, batch: int, total: int) -> str:
         return f"{self.share(batch, total):.4g} of the layers frozen"
 
     def apply(self, event: Event, state: State, logger: Logger) -> int | None:
         assert state.max_duration is not None
-        layers = [module for module in state.model.modules()
-                  if not list(module.children()) and next(module.parameters(), None) is not None]
-        num_frozen = int(self.share(state.timestamp.batch.value, state.max_duration.value) * (len(layers) - 1))
+        layers = [
+            module
+            for module in state.model.modules()
+            if not list(module.children()) and next(module.parameters(), None) is not None
+        ]
+        num_frozen = int(
+            self.share(state.timestamp.batch.value, state.max_duration.value) * (len(layers) - 1)
+        )
         for layer in layers[:num_frozen]:
             layer.requires_grad_(False)
         logger.log_metrics({"layer_freezing/layers_frozen": num_frozen})

@@ -32,14 +32,19 @@ from flame_composer.train.log import Discreet, keep_rows
 
 
 def _causal_lm(state: State) -> CausalLM:
-    return cast(CausalLM, state.model.module if isinstance(state.model, DistributedDataParallel) else state.model)
+    return cast(
+        CausalLM,
+        state.model.module if isinstance(state.model, DistributedDataParallel) else state.model,
+    )
 
 
 class EarlyStopper(Callback):
-    """Ends a run whose evaluation loss has not fallen by more than `min_delta` for more than `patience`.
+    """Ends a run whose evaluation loss has not fallen by more than `min_delta` for more than
+    `patience`.
 
-    Composer's forgets at a restart what the best loss was, and takes a loss by the name of LanguageCrossEntropy for one that
-    is to grow. A run that was ended stays so when it is started again.
+    Composer's forgets at a restart what the best loss was, and takes a loss by the name of
+    LanguageCrossEntropy for one that is to grow. A run that was ended stays so when it is started
+    again.
     """
 
     def __init__(self, patience: str, min_delta: float = 0.0):
@@ -55,7 +60,11 @@ class EarlyStopper(Callback):
         return {"best": self.best, "best_batch": self.best_batch, "stopped": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.best_batch, self.stopped = state["best"], state["best_batch"], state["stopped"]
+        self.best, self.best_batch, self.stopped = (
+            state["best"],
+            state["best_batch"],
+            state["stopped"],
+        )
 
     def after_load(self, state: State, logger: Logger) -> None:
         if self.stopped:
@@ -64,35 +73,54 @@ class EarlyStopper(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         if state.eval_timestamp.batch < state.dataloader_len:
             return  # a signal cut it short
-        loss, batch = float(state.eval_metric_values["LanguageCrossEntropy"]), state.timestamp.batch.value
+        loss, batch = (
+            float(state.eval_metric_values["LanguageCrossEntropy"]),
+            state.timestamp.batch.value,
+        )
         if self.best is None or loss < self.best - self.min_delta:
             self.best, self.best_batch = loss, batch
         elif batch - self.best_batch > self.patience and not self.stopped:
             self.stopped = True
             state.stop_training()
             if dist.get_global_rank() == 0:
-                print(f"step {batch}: eval loss {loss:.4f}; it was {self.best:.4f} at step {self.best_batch} and has not "
-                      f"fallen by more than {self.min_delta:g} since: the run ends (callbacks.early_stopper)", flush=True)
+                print(
+                    f"step {batch}: eval loss {loss:.4f}; it was {self.best:.4f} at step"
+                    f" {self.best_batch} and has not fallen by more than {self.min_delta:g} since:"
+                    " the run ends (callbacks.early_stopper)",
+                    flush=True,
+                )
 
 
 class Generate(Callback):
-    """Continues `prompts` every `interval` and at the end, into samples.jsonl and, as a table, every logger that takes some.
+    """Continues `prompts` every `interval` and at the end, into samples.jsonl and, as a table,
+    every logger that takes some.
 
-    It is the model as evaluation sees it. Draws random numbers of its own: training goes on as if it were not there.
+    It is the model as evaluation sees it. Draws random numbers of its own: training goes on as if
+    it were not there.
     """
 
     def __init__(
-        self, log_folder: Path, prompts: list[str], interval: str = "1000ba", max_new_tokens: int = 64,
-        temperature: float = 0.8, top_p: float = 0.95,
+        self,
+        log_folder: Path,
+        prompts: list[str],
+        interval: str = "1000ba",
+        max_new_tokens: int = 64,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
     ):
         if not prompts or not all(prompts):
             raise ValueError("prompts: must be one or more, and none of them empty")
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError("max_new_tokens must be 1 or more, temperature 0 or more, top_p in (0, 1]")
+            raise ValueError(
+                "max_new_tokens must be 1 or more, temperature 0 or more, top_p in (0, 1]"
+            )
         self.path = log_folder / "samples.jsonl"
         self.prompts = prompts
         self.interval = whole_batches("interval", interval)
-        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+        }
         if temperature > 0:
             self.options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
 
@@ -103,35 +131,61 @@ class Generate(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value
         assert state.max_duration is not None
-        if dist.get_global_rank() != 0 or (batch % self.interval and state.timestamp < state.max_duration):
+        if dist.get_global_rank() != 0 or (
+            batch % self.interval and state.timestamp < state.max_duration
+        ):
             return
         composer_model = _causal_lm(state)
         tokenizer = cast(PreTrainedTokenizerFast, composer_model.tokenizer)
         composer_model.eval()
         with torch.random.fork_rng(), as_evaluated(state, logger):
             torch.manual_seed(batch)
-            texts = [self._continued(prompt, cast(PreTrainedModel, composer_model.model), tokenizer) for prompt in self.prompts]
+            texts = [
+                self._continued(prompt, cast(PreTrainedModel, composer_model.model), tokenizer)
+                for prompt in self.prompts
+            ]
         composer_model.train()
         with self.path.open("a", encoding="utf-8") as samples:
             for prompt, text in zip(self.prompts, texts, strict=True):
-                samples.write(json.dumps({"current_steps": batch, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-        logger.log_table(["prompt", "text"], [list(pair) for pair in zip(self.prompts, texts, strict=True)], name="samples")
+                samples.write(
+                    json.dumps(
+                        {"current_steps": batch, "prompt": prompt, "text": text}, ensure_ascii=False
+                    )
+                    + "\n"
+                )
+        logger.log_table(
+            ["prompt", "text"],
+            [list(pair) for pair in zip(self.prompts, texts, strict=True)],
+            name="samples",
+        )
 
-    def _continued(self, prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    def _continued(
+        self, prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> str:
         ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         generation = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos if pad is None else pad, **self.options
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=eos,
+            pad_token_id=eos if pad is None else pad,
+            **self.options,
         )
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)  # type: ignore[operator]
-        return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=generation
+        )  # type: ignore[operator]
+        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 class HfExport(Callback):
-    """Writes ba<batch> Hugging Face folders, whole or not at all, of what evaluation sees: the average, where there is one."""
+    """Writes ba<batch> Hugging Face folders, whole or not at all, of what evaluation sees: the
+    average, where there is one.
+    """
 
     def __init__(
-        self, log_folder: Path, folder: str | None = None, interval: str = "1000ba",
+        self,
+        log_folder: Path,
+        folder: str | None = None,
+        interval: str = "1000ba",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
         if folder is not None and (not folder or "://" in folder):
@@ -144,25 +198,34 @@ class HfExport(Callback):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self.folder}: cannot be written to: {error.strerror}; set callbacks.hf_export.folder to what "
-                              "can") from None
+            raise ConfigError(
+                f"{self.folder}: cannot be written to: {error.strerror}; set"
+                " callbacks.hf_export.folder to what can"
+            ) from None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value
         assert state.max_duration is not None
-        if dist.get_global_rank() != 0 or (batch % self.interval and state.timestamp < state.max_duration):
+        if dist.get_global_rank() != 0 or (
+            batch % self.interval and state.timestamp < state.max_duration
+        ):
             return
         out = self.folder / f"ba{batch}"
-        if (out / "config.json").is_file():  # written before a restart that computed this step again, or by another run
+        # Written before a restart that computed this step again, or by another run
+        if (out / "config.json").is_file():
             shutil.rmtree(out)
         composer_model = _causal_lm(state)
         with as_evaluated(state, logger):
             model = copy.deepcopy(cast(PreTrainedModel, composer_model.model))
-        save_hf_folder(model, cast(PreTrainedTokenizerFast, composer_model.tokenizer), out, dtype=self.dtype)
+        save_hf_folder(
+            model, cast(PreTrainedTokenizerFast, composer_model.tokenizer), out, dtype=self.dtype
+        )
 
 
 class ScheduledGC(Callback):
-    """Collects Python's garbage every `interval`, and in between never: at any other instant one rank holds up all others."""
+    """Collects Python's garbage every `interval`, and in between never: at any other instant one
+    rank holds up all others.
+    """
 
     def __init__(self, interval: str = "1000ba"):
         self.interval = whole_batches("interval", interval)
@@ -183,23 +246,36 @@ class ScheduledGC(Callback):
 
 
 class FileLogger(Discreet, ComposerFileLogger):
-    """Composer's, but a run that is started again goes on in the same file instead of emptying it."""
+    """Composer's, but a run that is started again goes on in the same file instead of emptying
+    it.
+    """
 
-    def __init__(self, log_folder: Path, filename: str = "logs-rank{rank}.txt", flush_interval: int = 100):
+    def __init__(
+        self, log_folder: Path, filename: str = "logs-rank{rank}.txt", flush_interval: int = 100
+    ):
         """`filename` within `log_folder`, with a place for the rank."""
         if "{rank}" not in filename:
-            raise ValueError(f"filename={filename}: must hold {{rank}}, or ranks would write over one another")
+            raise ValueError(
+                f"filename={filename}: must hold {{rank}}, or ranks would write over one another"
+            )
         if Path(filename).is_absolute() or ".." in Path(filename).parts or filename.startswith("~"):
             raise ValueError(f"filename={filename}: must lie within log_folder")
         try:
             format_name_with_dist(filename, run_name="run_name")
         except (ValueError, AttributeError):
-            raise ValueError(f"filename={filename}: must hold nothing in braces but names, as {{rank}}, "
-                             "{local_rank}, {node_rank}, {world_size} or {run_name}") from None
+            raise ValueError(
+                f"filename={filename}: must hold nothing in braces but names, as {{rank}}, "
+                "{local_rank}, {node_rank}, {world_size} or {run_name}"
+            ) from None
         if flush_interval < 1:
             raise ValueError(f"flush_interval={flush_interval}: must be 1 or more batches")
-        super().__init__(str(log_folder / filename), capture_stdout=False, capture_stderr=False, log_traces=False,
-                         flush_interval=flush_interval)
+        super().__init__(
+            str(log_folder / filename),
+            capture_stdout=False,
+            capture_stderr=False,
+            log_traces=False,
+            flush_interval=flush_interval,
+        )
 
     def init(self, state: State, logger: Logger) -> None:
         self._run_name = state.run_name  # type: ignore[assignment]
@@ -207,8 +283,10 @@ class FileLogger(Discreet, ComposerFileLogger):
             Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
             self.file = Path(self.filename).open("a", buffering=self.buffer_size, encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(f"{self.filename}: cannot be written to: {error.strerror}; set log_folder, or "
-                              "loggers.file_logger.filename, to what can") from None
+            raise ConfigError(
+                f"{self.filename}: cannot be written to: {error.strerror}; set log_folder, or "
+                "loggers.file_logger.filename, to what can"
+            ) from None
         self._flush_queue()
 
 
@@ -216,27 +294,44 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
     """Composer's, in which a run that is started again goes on as the same run of MLflow."""
 
     def __init__(
-        self, experiment_name: str = "flame_composer", tracking_uri: str | None = None, run_name: str | None = None,
-        run_group: str | None = None, ignore_metrics: list[str] | None = None,
-    ):  # fmt: skip
-        """`tracking_uri` as for MLflow, whose environment variables hold; user and password are in no configuration."""
+        self,
+        experiment_name: str = "flame_composer",
+        tracking_uri: str | None = None,
+        run_name: str | None = None,
+        run_group: str | None = None,
+        ignore_metrics: list[str] | None = None,
+    ):
+        """`tracking_uri` as for MLflow, whose environment variables hold; user and password are
+        in no configuration.
+        """
         if importlib.util.find_spec("mlflow") is None:
             raise ValueError("mlflow is not installed; pip install 'flame-composer[mlflow]'")
         if tracking_uri is not None and "@" in urllib.parse.urlsplit(tracking_uri).netloc:
-            raise ValueError("tracking_uri: must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+            raise ValueError(
+                "tracking_uri: must hold no password; set MLFLOW_TRACKING_USERNAME and"
+                " MLFLOW_TRACKING_PASSWORD"
+            )
         tracking_uri = expand_path(tracking_uri, "tracking_uri") if tracking_uri else tracking_uri
         from mlflow import MlflowException
 
         warn_if_readable(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
-        # MLflow's own seven tries are minutes, for which a checkpoint would wait while the server is away.
+        # MLflow's own seven tries are minutes, for which a checkpoint would wait while the server
+        # is away.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:
             super().__init__(
-                experiment_name=experiment_name, tracking_uri=tracking_uri, run_name=run_name, run_group=run_group,
-                ignore_metrics=ignore_metrics, resume=True, log_system_metrics=False,
-            )  # fmt: skip
+                experiment_name=experiment_name,
+                tracking_uri=tracking_uri,
+                run_name=run_name,
+                run_group=run_group,
+                ignore_metrics=ignore_metrics,
+                resume=True,
+                log_system_metrics=False,
+            )
         except MlflowException as error:
-            raise ValueError(f"{tracking_uri or 'the tracking server'}: {one_line(error)}") from None
+            raise ValueError(
+                f"{tracking_uri or 'the tracking server'}: {one_line(error)}"
+            ) from None
         self.state: State | None = None
 
     def init(self, state: State, logger: Logger) -> None:
@@ -244,7 +339,9 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
         super().init(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a killed run, only steps that are trained again may be missing in MLflow, not those before its checkpoint."""
+        """Of a killed run, only steps that are trained again may be missing in MLflow, not those
+        before its checkpoint.
+        """
         if self._enabled:
             import mlflow
 
@@ -259,4 +356,6 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
 
         mlflow.flush_async_logging()
         longest = self.state.max_duration
-        mlflow.end_run("FINISHED" if longest is not None and self.state.timestamp >= longest else "KILLED")
+        mlflow.end_run(
+            "FINISHED" if longest is not None and self.state.timestamp >= longest else "KILLED"
+        )

@@ -1,4 +1,6 @@
-"""What a run looks like: its log as charts, in an HTML page that needs nothing else and as PNGs, runs over one another."""
+"""What a run looks like: its log as charts, in an HTML page that needs nothing else and as PNGs,
+runs over one another.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ Column = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, and a value f
 
 @dataclass(frozen=True)
 class Run:
-    """A run's log: the values of each key with their steps, in order, and the steps it was started after, 0 the first time.
+    """A run's log: the values of each key with their steps, in order, and the steps it was started
+    after, 0 the first time.
 
     `last` has the NUMBERS of the last of `num_rows` rows; `notes` say what is odd.
     """
@@ -44,9 +47,16 @@ class Run:
 
     @classmethod
     def of_rows(
-        cls, name: str, place: str, rows: Iterable[dict[str, Any]], starts: list[dict[str, Any]], notes: list[str]
+        cls,
+        name: str,
+        place: str,
+        rows: Iterable[dict[str, Any]],
+        starts: list[dict[str, Any]],
+        notes: list[str],
     ) -> Run:
-        """Return the run that has these rows, of which only numbers are kept: a long log has millions of them."""
+        """Return the run that has these rows, of which only numbers are kept: a long log has
+        millions of them.
+        """
         found = {key: (array("d"), array("d")) for key in KEYS}
         add = [(key, steps.append, values.append) for key, (steps, values) in found.items()]
         num_rows, row = 0, dict[str, Any]()
@@ -59,9 +69,14 @@ class Run:
                     add_step(step)
                     add_value(math.nan if value is None else value)
         last = {key: row[key] for key in NUMBERS if row}
-        columns = {key: (np.array(steps), np.array(values)) for key, (steps, values) in found.items()}
+        columns = {
+            key: (np.array(steps), np.array(values)) for key, (steps, values) in found.items()
+        }
         steps, losses = columns["loss"]
-        columns["perplexity"] = steps, np.exp(losses, where=losses <= 700, out=np.full(len(losses), np.nan))
+        columns["perplexity"] = (
+            steps,
+            np.exp(losses, where=losses <= 700, out=np.full(len(losses), np.nan)),
+        )
         return cls(name, place, columns, num_rows, last, starts, notes)
 
     @property
@@ -88,7 +103,14 @@ CHARTS = (
 )
 SMOOTHED = ("loss", "perplexity", "grad_norm", "throughput")
 NUMBERS = ("current_steps", "total_steps", "num_tokens")
-KEYS = sorted({key for chart in CHARTS for key in (chart.key, chart.also) if key is not None and key != "perplexity"})
+KEYS = sorted(
+    {
+        key
+        for chart in CHARTS
+        for key in (chart.key, chart.also)
+        if key is not None and key != "perplexity"
+    }
+)
 MOST = 10**18  # steps or tokens of a log that is one
 LARGEST = 1e100  # value that is drawn, as far as matplotlib computes with room to spare
 SIZE, DPI = (9, 4.2), 120  # of a picture, inches, and pixels an inch
@@ -97,7 +119,8 @@ MOST_IN_LINE = 1 << 24  # characters of a log's line, of which a run writes some
 
 
 def read_run(path: str) -> Run:
-    """The run whose log folder, or log, this is. A last row that a kill cut short is left out, and noted.
+    """The run whose log folder, or log, this is. A last row that a kill cut short is left out, and
+    noted.
 
     Raises ConfigError where there is no log, DataError for one that is empty or damaged.
     """
@@ -107,13 +130,27 @@ def read_run(path: str) -> Run:
         raise ConfigError(f"runs: {path}: {what}; name the log_folder of a run, e.g. runs/gla_tiny")
     notes: list[str] = []
     starts = log.with_name(STARTS)
-    started = [start for _, start in _read_lines(starts, notes, forgiving=True)] if starts.is_file() else []
+    started = (
+        [start for _, start in _read_lines(starts, notes, forgiving=True)]
+        if starts.is_file()
+        else []
+    )
     if not started:
         notes.append(f"there is no {STARTS} beside the log, so resumes are not marked")
-    run = Run.of_rows(log.parent.name if log.name == LOG else log.stem, str(log.parent), _rows(log, notes), [], notes)
+    run = Run.of_rows(
+        log.parent.name if log.name == LOG else log.stem,
+        str(log.parent),
+        _rows(log, notes),
+        [],
+        notes,
+    )
     if not run.num_rows:
         raise DataError(f"{log}: holds no whole row yet; wait for the run's first step")
-    known = (start for start in started if _is_count(start.get("step")) and start["step"] < run.last["current_steps"])
+    known = (
+        start
+        for start in started
+        if _is_count(start.get("step")) and start["step"] < run.last["current_steps"]
+    )
     run.starts.extend(known)
     return run
 
@@ -121,7 +158,10 @@ def read_run(path: str) -> Run:
 def _rows(log: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for number, row in _read_lines(log, notes):
         if not all(_is_count(row.get(key)) for key in NUMBERS) or not _are_numbers(row):
-            raise DataError(f"{log}:{number}: damaged: not a row of a training log; restore it from a copy, or delete the line")
+            raise DataError(
+                f"{log}:{number}: damaged: not a row of a training log; restore it from a copy, or"
+                " delete the line"
+            )
         yield row
 
 
@@ -132,20 +172,27 @@ def _is_count(value: Any) -> bool:
 def _are_numbers(row: dict[str, Any]) -> bool:
     for key in KEYS:
         value = row.get(key)
-        if not (type(value) is float or value is None or (type(value) is int and abs(value) < 1e300)):
+        if not (
+            type(value) is float or value is None or (type(value) is int and abs(value) < 1e300)
+        ):
             return False
     return True
 
 
-def _read_lines(path: Path, notes: list[str], *, forgiving: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects in a file of JSON lines, with the lines' numbers. Raises DataError for a line that is none, unless it is the
-    last and not ended, or such lines are forgiven."""
+def _read_lines(
+    path: Path, notes: list[str], *, forgiving: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects in a file of JSON lines, with the lines' numbers. Raises DataError for a line
+    that is none, unless it is the last and not ended, or such lines are forgiven.
+    """
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(iter(lambda: file.readline(MOST_IN_LINE), ""), 1):
                 if len(line) == MOST_IN_LINE:
-                    raise DataError(f"{path}:{number}: damaged: a line of more than {MOST_IN_LINE:,} characters; restore it "
-                                    "from a copy, or delete the line")
+                    raise DataError(
+                        f"{path}:{number}: damaged: a line of more than {MOST_IN_LINE:,}"
+                        " characters; restore it from a copy, or delete the line"
+                    )
                 try:
                     row = json.loads(line) if line != "\n" else None
                 except (ValueError, RecursionError):
@@ -157,13 +204,20 @@ def _read_lines(path: Path, notes: list[str], *, forgiving: bool = False) -> Ite
                 elif row is not None and forgiving:
                     notes.append(f"line {number} of {path.name} is damaged, and is left out")
                 elif row is not None:
-                    raise DataError(f"{path}:{number}: damaged: not a JSON object; restore it from a copy, or delete the line")
+                    raise DataError(
+                        f"{path}:{number}: damaged: not a JSON object; restore it from a copy, or"
+                        " delete the line"
+                    )
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not text'}") from None
+        raise DataError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not text'}"
+        ) from None
 
 
 def series(run: Run, key: str, smooth: int) -> Column:
-    """Steps and the values of a key, or means over `smooth` of them; one that is null, or too large to draw, leaves a gap."""
+    """Steps and the values of a key, or means over `smooth` of them; one that is null, or too
+    large to draw, leaves a gap.
+    """
     steps, values = run.columns[key]
     values = np.where(np.abs(values) <= LARGEST, values, np.nan)
     width = min(smooth, len(values)) if key in SMOOTHED else 1
@@ -171,7 +225,9 @@ def series(run: Run, key: str, smooth: int) -> Column:
 
 
 def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Means of `width` values in a row, from sums of 1, 2, 4, ... of them: in no time, and a huge value spoils no others."""
+    """Means of `width` values in a row, from sums of 1, 2, 4, ... of them: in no time, and a
+    huge value spoils no others.
+    """
     total, at = np.zeros(len(values) - width + 1), 0
     sums, size = values, 1
     while True:
@@ -184,19 +240,27 @@ def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Column:
-    """What can be seen of a line: of the values that share a column of pixels, the first, the least, the largest and the last.
+    """What can be seen of a line: of the values that share a column of pixels, the first, the
+    least, the largest and the last.
 
     Values in a column that are none leave a gap only where they are all there is, or at its ends.
     """
     if len(values) <= 4 * PIXELS:
         return steps, values
-    across = steps if (np.diff(steps) >= 0).all() and steps[-1] > steps[0] else np.arange(len(steps), dtype=np.float64)
+    across = (
+        steps
+        if (np.diff(steps) >= 0).all() and steps[-1] > steps[0]
+        else np.arange(len(steps), dtype=np.float64)
+    )
     column = np.floor((across - across[0]) / (across[-1] - across[0]) * PIXELS)
     firsts = np.flatnonzero(np.diff(column, prepend=-1))
     lasts = np.append(firsts[1:], len(values)) - 1
     least, largest = np.fmin.reduceat(values, firsts), np.fmax.reduceat(values, firsts)
     drawn = np.stack([values[firsts], least, largest, values[lasts]], axis=1).ravel()
-    return np.stack([steps[firsts], steps[firsts], steps[firsts], steps[lasts]], axis=1).ravel(), drawn
+    return (
+        np.stack([steps[firsts], steps[firsts], steps[firsts], steps[lasts]], axis=1).ravel(),
+        drawn,
+    )
 
 
 def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
@@ -215,26 +279,50 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
         if not len(values):
             continue
         marker = "o" if len(values) == 1 else None
-        axes.plot(steps, values, color=color, linewidth=1.2, label=label, marker=marker, markersize=4)
+        axes.plot(
+            steps, values, color=color, linewidth=1.2, label=label, marker=marker, markersize=4
+        )
         if chart.also is not None:
             points = thinned(*series(run, chart.also, 1))
             if len(points[0]):
-                axes.plot(*points, color=color, linestyle="none", marker="D", markersize=4.5, markeredgecolor="white",
-                          label=f"{label}, evaluation")
-        axes.vlines(run.resumed_after, 0, 1, color=color, linewidth=1, linestyle=":", transform=axes.get_xaxis_transform())
+                axes.plot(
+                    *points,
+                    color=color,
+                    linestyle="none",
+                    marker="D",
+                    markersize=4.5,
+                    markeredgecolor="white",
+                    label=f"{label}, evaluation",
+                )
+        axes.vlines(
+            run.resumed_after,
+            0,
+            1,
+            color=color,
+            linewidth=1,
+            linestyle=":",
+            transform=axes.get_xaxis_transform(),
+        )
     if any(run.resumed_after for run in runs):
         axes.plot([], [], color="gray", linewidth=1, linestyle=":", label="resumed")
-    if chart.log_scale and all((values[np.isfinite(values)] > 0).all() for _, values in drawn.values()):
+    if chart.log_scale and all(
+        (values[np.isfinite(values)] > 0).all() for _, values in drawn.values()
+    ):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.set(xlabel="step", ylabel=chart.title + (f" (mean of {smooth})" if smooth > 1 and chart.key in SMOOTHED else ""))
+    axes.set(
+        xlabel="step",
+        ylabel=chart.title
+        + (f" (mean of {smooth})" if smooth > 1 and chart.key in SMOOTHED else ""),
+    )
     axes.grid(alpha=0.3)
     for text in axes.legend(frameon=False, fontsize="small").get_texts():
         text.set_parse_math(False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font does not have is seen in the page
+        # A name in a script that the font does not have is seen in the page
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(buffer, dpi=DPI, format="png")
     return buffer.getvalue()
 
@@ -247,20 +335,41 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table of what each run has come to."""
-    head = ["run", "steps", "tokens", "loss", "best loss", "eval loss", "eval perplexity", "tokens a second",
-            "resumed after step"]
+    head = [
+        "run",
+        "steps",
+        "tokens",
+        "loss",
+        "best loss",
+        "eval loss",
+        "eval perplexity",
+        "tokens a second",
+        "resumed after step",
+    ]
     lines = []
     for run, label in zip(runs, labels(runs), strict=True):
         ends = {key: values[-1] for key, (_, values) in run.columns.items() if len(values)}
         known = {key: values[~np.isnan(values)] for key, (_, values) in run.columns.items()}
-        evaluated = {key: known[key][-1] if len(known[key]) else None for key in ("eval_loss", "eval_perplexity")}
-        lines.append([
-            label, f"{run.last['current_steps']:,} of {run.last['total_steps']:,}", f"{run.last['num_tokens']:,}",
-            _number(ends.get("loss"), ".4f"), _number(known["loss"].min() if len(known["loss"]) else None, ".4f"),
-            _number(evaluated["eval_loss"], ".4f"), _number(evaluated["eval_perplexity"], ".2f"),
-            _number(float(np.median(known["throughput"])) if len(known["throughput"]) else None, ",.0f"),
-            ", ".join(f"{step:,}" for step in run.resumed_after) or "never",
-        ])  # fmt: skip
+        evaluated = {
+            key: known[key][-1] if len(known[key]) else None
+            for key in ("eval_loss", "eval_perplexity")
+        }
+        lines.append(
+            [
+                label,
+                f"{run.last['current_steps']:,} of {run.last['total_steps']:,}",
+                f"{run.last['num_tokens']:,}",
+                _number(ends.get("loss"), ".4f"),
+                _number(known["loss"].min() if len(known["loss"]) else None, ".4f"),
+                _number(evaluated["eval_loss"], ".4f"),
+                _number(evaluated["eval_perplexity"], ".2f"),
+                _number(
+                    float(np.median(known["throughput"])) if len(known["throughput"]) else None,
+                    ",.0f",
+                ),
+                ", ".join(f"{step:,}" for step in run.resumed_after) or "never",
+            ]
+        )
     return head, lines
 
 
@@ -269,12 +378,18 @@ def _number(value: float | None, form: str) -> str:
 
 
 def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
-    """The page, with the PNGs in it: nothing is loaded from elsewhere, and nothing in a name is taken for HTML."""
+    """The page, with the PNGs in it: nothing is loaded from elsewhere, and nothing in a name is
+    taken for HTML.
+    """
     head, lines = table(runs)
-    cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    cells = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
+        for line in lines
+    )
     notes = "\n".join(
         f"<p>{html.escape(visible(f'{label}: {note}.'))}</p>"
-        for run, label in zip(runs, labels(runs), strict=True) for note in run.notes
+        for run, label in zip(runs, labels(runs), strict=True)
+        for note in run.notes
     )
     titles = {chart.name: chart.title for chart in CHARTS}
     charts = "\n".join(
@@ -289,7 +404,9 @@ def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
-body {{ font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+body {{
+  font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+}}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; }}
 th, td {{ border-bottom: 1px solid #ccc; padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; }}
@@ -310,7 +427,8 @@ img {{ max-width: 100%; }}
 
 
 def write(runs: Sequence[Run], out: Path, smooth: int) -> dict[str, Path]:
-    """Draw what the runs have values for into `out`: NAME.png for each chart, and report.html. Returns the files by name.
+    """Draw what the runs have values for into `out`: NAME.png for each chart, and report.html.
+    Returns the files by name.
 
     Raises DataError if they cannot be written.
     """
@@ -325,16 +443,23 @@ def write(runs: Sequence[Run], out: Path, smooth: int) -> dict[str, Path]:
             (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
         files["html"].write_text(page(runs, pictures), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{out}: cannot be written to: {error.strerror}; give another folder with out=...") from None
+        raise DataError(
+            f"{out}: cannot be written to: {error.strerror}; give another folder with out=..."
+        ) from None
     return files
 
 
 def require_plot(path: str) -> None:
-    """Makes the folder of a plot, before the work that it is to show. Raises ConfigError where none can be written."""
+    """Makes the folder of a plot, before the work that it is to show. Raises ConfigError where
+    none can be written.
+    """
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"plot={path}: {folder} cannot be made: {error.strerror}") from None
     if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"plot={path}: {'is a folder' if Path(path).is_dir() else f'{folder} cannot be written to'}")
+        raise ConfigError(
+            f"plot={path}:"
+            f" {'is a folder' if Path(path).is_dir() else f'{folder} cannot be written to'}"
+        )

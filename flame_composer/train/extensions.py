@@ -1,4 +1,6 @@
-"""From the names under algorithms, callbacks and loggers to objects: whose class is meant, and whether the arguments fit it."""
+"""From the names under algorithms, callbacks and loggers to objects: whose class is meant, and
+whether the arguments fit it.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ from flame_composer.train import callbacks as optional_callbacks
 from flame_composer.train.log import build_loggers
 
 # Where a class of each kind is looked for, in this order.
-_MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType({
-    "algorithms": (algorithms, composer.algorithms),
-    "callbacks": (optional_callbacks, composer.callbacks),
-    "loggers": (optional_callbacks, composer.loggers),
-})
-COUNTS = ("window_size", "batch_log_interval", "dist_aggregate_batch_interval")  # Composer divides by them, unasked
+_MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType(
+    {
+        "algorithms": (algorithms, composer.algorithms),
+        "callbacks": (optional_callbacks, composer.callbacks),
+        "loggers": (optional_callbacks, composer.loggers),
+    }
+)
+# Composer divides by them, unasked
+COUNTS = ("window_size", "batch_log_interval", "dist_aggregate_batch_interval")
 FROM_THE_RUN = ("log_folder", "context_length")  # arguments that are filled in
 
 
@@ -43,23 +48,34 @@ class Extensions(NamedTuple):
 
 
 def build_extensions(config: TrainConfig) -> Extensions:
-    """What the configuration names, W&B and TensorBoard included. Raises InvalidField where arguments do not fit."""
+    """What the configuration names, W&B and TensorBoard included. Raises InvalidField where
+    arguments do not fit.
+    """
     run = dict(zip(FROM_THE_RUN, (Path(config.log_folder), config.context_length), strict=True))
     built = {
         section: [build(section, name, arguments, run) for name, arguments in in_use(given).items()]
         for section, given in (
-            ("algorithms", config.algorithms), ("callbacks", config.callbacks), ("loggers", config.loggers),
+            ("algorithms", config.algorithms),
+            ("callbacks", config.callbacks),
+            ("loggers", config.loggers),
         )
     }
     if "memory_monitor" in in_use(config.callbacks) and not torch.cuda.is_available():
-        raise InvalidField("callbacks.memory_monitor", "there is no GPU here, whose memory it would log; leave it out")
-    return Extensions(built["algorithms"], built["callbacks"], [*build_loggers(config), *built["loggers"]])
+        raise InvalidField(
+            "callbacks.memory_monitor",
+            "there is no GPU here, whose memory it would log; leave it out",
+        )
+    return Extensions(
+        built["algorithms"], built["callbacks"], [*build_loggers(config), *built["loggers"]]
+    )
 
 
 def find_class(section: str, name: str) -> type:
     """The class that is offered under `name`."""
     return next(
-        value for module in _MODULES[section] for attribute, value in vars(module).items()
+        value
+        for module in _MODULES[section]
+        for attribute, value in vars(module).items()
         if isinstance(value, type) and spelled_alike(attribute) == spelled_alike(name)
     )
 
@@ -75,31 +91,52 @@ def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def build(section: str, name: str, arguments: Mapping[str, Any], run: Mapping[str, Any]) -> Any:
-    """An object of the class that `name` means. Raises InvalidField for arguments that it does not take."""
+    """An object of the class that `name` means. Raises InvalidField for arguments that it does
+    not take.
+    """
     key, cls = f"{section}.{name}", find_class(section, name)
     known = arguments_of(cls)
     for argument, value in arguments.items():
         if argument not in known:
             close = nearest(argument, list(known)).replace("mean ", f"mean {key}.")
             listed = f"; its arguments are {', '.join(known)}" if known else "; it takes none"
-            raise InvalidField(f"{key}.{argument}", f"unknown argument of {cls.__name__}{close or listed}")
+            raise InvalidField(
+                f"{key}.{argument}", f"unknown argument of {cls.__name__}{close or listed}"
+            )
         if not fits(value, known[argument].annotation):
-            raise InvalidField(f"{key}.{argument}", f"must be {in_words(known[argument].annotation)}"
-                               + quote_it(value, fits("text", known[argument].annotation)))
-        if isinstance(value, (int, float)) and not (1 if argument in COUNTS else 0) <= value < math.inf:
-            raise InvalidField(f"{key}.{argument}", f"must be {1 if argument in COUNTS else 0} or more, and finite")
+            raise InvalidField(
+                f"{key}.{argument}",
+                f"must be {in_words(known[argument].annotation)}"
+                + quote_it(value, fits("text", known[argument].annotation)),
+            )
+        if (
+            isinstance(value, (int, float))
+            and not (1 if argument in COUNTS else 0) <= value < math.inf
+        ):
+            raise InvalidField(
+                f"{key}.{argument}", f"must be {1 if argument in COUNTS else 0} or more, and finite"
+            )
     for argument, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and argument not in arguments:
-            raise InvalidField(f"{key}.{argument}", f"must be set: {in_words(parameter.annotation)}")
-    filled = {argument: run[argument] for argument in FROM_THE_RUN if argument in inspect.signature(cls).parameters}
+            raise InvalidField(
+                f"{key}.{argument}", f"must be set: {in_words(parameter.annotation)}"
+            )
+    filled = {
+        argument: run[argument]
+        for argument in FROM_THE_RUN
+        if argument in inspect.signature(cls).parameters
+    }
     try:
         return cls(**filled, **arguments)
-    except (ValueError, TypeError, ImportError, ArithmeticError) as error:  # whatever its own code makes of the values
+    # Whatever its own code makes of the values
+    except (ValueError, TypeError, ImportError, ArithmeticError) as error:
         raise InvalidField(key, f"{cls.__name__} refuses it: {one_line(error)}") from None
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of a configuration is of an annotated type; no such value is an object of Composer's."""
+    """Whether a value out of a configuration is of an annotated type; no such value is an object
+    of Composer's.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is inspect.Parameter.empty:
         return True
@@ -110,7 +147,9 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (list, Sequence):
         return isinstance(value, list) and all(fits(each, options[0]) for each in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, options[0]) and fits(v, options[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits(k, options[0]) and fits(v, options[1]) for k, v in value.items()
+        )
     if hint is types.NoneType or value is None:
         return hint is types.NoneType and value is None
     if isinstance(value, bool) or hint is bool:
@@ -133,4 +172,8 @@ def in_words(hint: Any) -> str:
 
 
 def _is_object(hint: Any) -> bool:
-    return isinstance(hint, type) and typing.get_origin(hint) is None and hint not in (int, float, str, bool, types.NoneType)
+    return (
+        isinstance(hint, type)
+        and typing.get_origin(hint) is None
+        and hint not in (int, float, str, bool, types.NoneType)
+    )

@@ -1,4 +1,6 @@
-"""What is done with a step's gradient before the optimizer takes it: its norm is taken, looked at, and clipped."""
+"""What is done with a step's gradient before the optimizer takes it: its norm is taken, looked
+at, and clipped.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ MAX_SKIPPED = 10  # steps in a row that may be skipped
 
 
 class Gradients(Callback):
-    """Takes the norm of every step's gradient, over all parameters and devices, for the log, and clips it to `max_norm`.
+    """Takes the norm of every step's gradient, over all parameters and devices, for the log, and
+    clips it to `max_norm`.
 
-    A gradient that is not a number, or infinite, is not taken: with `stop` the run ends there, its weights as they were; with
-    `skip` it goes on with the next batch, and ends after MAX_SKIPPED such steps in a row. (With amp_fp16 such gradients are
-    the loss scaler's everyday business: left to it.)
+    A gradient that is not a number, or infinite, is not taken: with `stop` the run ends there, its
+    weights as they were; with `skip` it goes on with the next batch, and ends after MAX_SKIPPED
+    such steps in a row. (With amp_fp16 such gradients are the loss scaler's everyday business: left
+    to it.)
     """
 
     def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"], log: JsonlLog):
@@ -39,7 +43,9 @@ class Gradients(Callback):
         self.skipped = state["skipped"]
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        parameters = [
+            parameter for parameter in state.model.parameters() if parameter.grad is not None
+        ]
         norm = total_norm(parameters, state)
         self.log.grad_norm = value = norm.item()
         logger.log_metrics({"grad_norm": value})
@@ -52,7 +58,9 @@ class Gradients(Callback):
     def _is_bad(self, norm: float, state: State) -> bool:
         """Raises TrainingError where the run is to end."""
         # The ranks have the same norm, but each computed it: none goes on where another stops.
-        is_bad = state.device.tensor_to_device(torch.tensor([not math.isfinite(norm)], dtype=torch.int64))
+        is_bad = state.device.tensor_to_device(
+            torch.tensor([not math.isfinite(norm)], dtype=torch.int64)
+        )
         dist.all_reduce(is_bad, reduce_operation="MAX")
         if not is_bad.item():
             self.skipped = 0
@@ -63,8 +71,10 @@ class Gradients(Callback):
             again = f", as in the {self.skipped - 1} steps before it" if self.skipped > 1 else ""
             remedy = "lower optimizer.lr (and set allow_schedule_change=true)"
             remedy += "" if self.on_nan == "skip" else ", or leave such steps out with on_nan=skip"
-            raise TrainingError(f"step {step}: the gradient is not finite{again}; the step was not taken and nothing was saved "
-                                f"after it; {remedy}")
+            raise TrainingError(
+                f"step {step}: the gradient is not finite{again}; the step was not taken and"
+                f" nothing was saved after it; {remedy}"
+            )
         if dist.get_global_rank() == 0:
             print(f"step {step}: the gradient is not finite; skipped", file=sys.stderr, flush=True)
         return True
@@ -72,7 +82,9 @@ class Gradients(Callback):
 
 def total_norm(parameters: list[torch.nn.Parameter], state: State) -> torch.Tensor:
     """Of all gradients as one vector, the same on every rank; a scalar."""
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    )
     if hasattr(norm, "full_tensor"):  # of sharded gradients: each rank has a part
         norm = norm.full_tensor()
     return state.device.tensor_to_device(norm)  # without a gradient it was made on the CPU

@@ -1,4 +1,6 @@
-"""What ends a run that has gone wrong: a loss that leaps, batches that never finish, too little memory."""
+"""What ends a run that has gone wrong: a loss that leaps, batches that never finish, too little
+memory.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ POLL_SECONDS = 0.5
 
 
 class SpikeGuard(Callback):
-    """Ends a run whose loss stays `factor` times above the median of the last `window` steps for `patience` steps."""
+    """Ends a run whose loss stays `factor` times above the median of the last `window` steps for
+    `patience` steps.
+    """
 
     def __init__(self, config: SpikeConfig):
         self.config = config
@@ -48,9 +52,10 @@ class SpikeGuard(Callback):
             self.high = self.high + 1 if loss > self.config.factor * usual else 0
             if self.high >= self.config.patience:
                 raise TrainingError(
-                    f"step {state.timestamp.batch.value}: loss {loss:.4f}, for {self.high} steps more than "
-                    f"{self.config.factor:g} times the median {usual:.4f} of the {self.config.window} before; go on from an "
-                    "earlier checkpoint with a lower optimizer.lr (allow_schedule_change=true), or set loss_spike=null"
+                    f"step {state.timestamp.batch.value}: loss {loss:.4f}, for {self.high} steps"
+                    f" more than {self.config.factor:g} times the median {usual:.4f} of the"
+                    f" {self.config.window} before; go on from an earlier checkpoint with a lower"
+                    " optimizer.lr (allow_schedule_change=true), or set loss_spike=null"
                 )
         # What is too high does not become usual; nor does what is not a number.
         if not self.high and math.isfinite(loss):
@@ -58,9 +63,11 @@ class SpikeGuard(Callback):
 
 
 class StallWatchdog(Callback):
-    """Ends the process when nothing has moved for `seconds`, saying which rank stood still and in what.
+    """Ends the process when nothing has moved for `seconds`, saying which rank stood still and in
+    what.
 
-    A hang is otherwise silent: one rank waits for data, the others wait for that rank, and the machines are paid for.
+    A hang is otherwise silent: one rank waits for data, the others wait for that rank, and the
+    machines are paid for.
     """
 
     def __init__(self, seconds: float):
@@ -71,13 +78,22 @@ class StallWatchdog(Callback):
         self._watcher: threading.Thread | None = None
 
     def _enter(self, phase: str, state: State) -> None:
-        self._phase, self._step, self._since = phase, state.timestamp.batch.value + 1, time.monotonic()
+        self._phase, self._step, self._since = (
+            phase,
+            state.timestamp.batch.value + 1,
+            time.monotonic(),
+        )
 
     def _watch(self) -> None:
         while not self._over.wait(min(POLL_SECONDS, self.seconds / 4)):
             if time.monotonic() - self._since > self.seconds:
-                print(f"error: rank {dist.get_global_rank()} has been {self._phase} at step {self._step} for more than "
-                      f"stall_timeout={self.seconds:g} s; where its threads stand:", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {dist.get_global_rank()} has been {self._phase} at step"
+                    f" {self._step} for more than stall_timeout={self.seconds:g} s; where its"
+                    " threads stand:",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 faulthandler.dump_traceback()
                 os._exit(1)
 
@@ -127,14 +143,20 @@ def explained_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
         advice = []
         if isinstance(config.microbatch_size, int) and config.microbatch_size > 1:
-            advice.append(f"lower microbatch_size ({config.microbatch_size}; the result does not change)")
+            advice.append(
+                f"lower microbatch_size ({config.microbatch_size}; the result does not change)"
+            )
         if not config.parallelism.activation_checkpointing:
             advice.append("set parallelism.activation_checkpointing=true")
         if config.parallelism.fsdp is None and dist.get_world_size() > 1:
             advice.append("spread the model over devices with parallelism.fsdp={}")
         advice.append(f"lower context_length ({config.context_length}) or the model's size")
-        raise TrainingError(f"out of memory on rank {dist.get_global_rank()}: {', or '.join(advice)}") from None
+        raise TrainingError(
+            f"out of memory on rank {dist.get_global_rank()}: {', or '.join(advice)}"
+        ) from None

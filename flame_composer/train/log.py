@@ -1,4 +1,6 @@
-"""What watches a run: the JSONL log, and random state that survives a restart in the middle of an epoch."""
+"""What watches a run: the JSONL log, and random state that survives a restart in the middle of
+an epoch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ import torch
 import yaml
 from composer import Trainer
 from composer.core import Callback, Event, State
-from composer.loggers import Logger, LoggerDestination, ProgressBarLogger, TensorboardLogger, WandBLogger
+from composer.loggers import (
+    Logger,
+    LoggerDestination,
+    ProgressBarLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
 from composer.utils import dist, reproducibility
 
 from flame_composer.config.rules import (
@@ -46,25 +54,34 @@ log = logging.getLogger(__name__)
 
 
 class JsonlLog(Callback):
-    """One JSON row per step in `train_log.jsonl`, every step once and in order however often the run is restarted.
+    """One JSON row per step in `train_log.jsonl`, every step once and in order however often the
+    run is restarted.
 
-    Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not finite), grad_norm (of the whole
-    gradient, before it is clipped; null if not finite), learning_rate (of this step), epoch, percentage, num_tokens (seen so
-    far), throughput (tokens per second of this step over all devices; null if the clock was set back), with eval_loss and
-    eval_perplexity on the steps that evaluate, tasks on those that take scores, batch_hash if asked for, and with several
-    streams what has come of each.
+    Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not
+    finite), grad_norm (of the whole gradient, before it is clipped; null if not finite),
+    learning_rate (of this step), epoch, percentage, num_tokens (seen so far), throughput (tokens
+    per second of this step over all devices; null if the clock was set back), with eval_loss and
+    eval_perplexity on the steps that evaluate, tasks on those that take scores, batch_hash if asked
+    for, and with several streams what has come of each.
 
-    A row is written before the checkpoint of its step, so a restart finds every row up to its checkpoint and drops those
-    after it, which it computes again.
+    A row is written before the checkpoint of its step, so a restart finds every row up to its
+    checkpoint and drops those after it, which it computes again.
     """
 
     def __init__(
-        self, log_folder: Path, plan: RunPlan, *, log_batch_hash: bool, print_lines: bool,
+        self,
+        log_folder: Path,
+        plan: RunPlan,
+        *,
+        log_batch_hash: bool,
+        print_lines: bool,
         eval_due: Callable[[State, Event], bool] | None = None,
     ):
-        """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it is going.
+        """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it
+        is going.
 
-        `eval_due`: when an evaluation belongs to a step's row, if ever. One that a signal prevented is done on the restart.
+        `eval_due`: when an evaluation belongs to a step's row, if ever. One that a signal prevented
+        is done on the restart.
         """
         self.path = log_folder / TRAIN_LOG
         self.eval_due = eval_due
@@ -72,7 +89,8 @@ class JsonlLog(Callback):
         self.plan = plan
         self.print_every = max(1, plan.total // 50) if print_lines else 0
         self.log_batch_hash = log_batch_hash
-        self.streams: dict[str, dict[str, float]] | None = None  # what has come of each, where there are several
+        # What has come of each, where there are several
+        self.streams: dict[str, dict[str, float]] | None = None
         self.tasks: dict[str, dict[str, float]] | None = None  # the scores of this step, by task
         self.grad_norm = math.nan  # of this step
         self._row_hashes = 0
@@ -83,14 +101,16 @@ class JsonlLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "initial_evaluation": self.initial_evaluation, "last_evaluation": self.last_evaluation,
+            "initial_evaluation": self.initial_evaluation,
+            "last_evaluation": self.last_evaluation,
             "eval_missing": self.eval_missing,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.initial_evaluation = state["initial_evaluation"]
         self.last_evaluation = state["last_evaluation"]
-        self.eval_missing = state.get("eval_missing", False)  # not in checkpoints of 2026-11-21 and before
+        # Not in checkpoints of 2026-11-21 and before
+        self.eval_missing = state.get("eval_missing", False)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -98,8 +118,13 @@ class JsonlLog(Callback):
             with _writing(self.path):
                 missing = keep_rows(self.path, last_step=last_step)
             if missing:
-                log.warning("warning: %s: has no row of %s, which the checkpoint of step %d has behind it; what was lost "
-                            "stays missing, and the run goes on", self.path, _ranges(missing), last_step)
+                log.warning(
+                    "warning: %s: has no row of %s, which the checkpoint of step %d has behind it;"
+                    " what was lost stays missing, and the run goes on",
+                    self.path,
+                    _ranges(missing),
+                    last_step,
+                )
 
     def batch_start(self, state: State, logger: Logger) -> None:
         # The scheduler has moved on by the time the step is logged.
@@ -119,14 +144,21 @@ class JsonlLog(Callback):
             self.eval_missing = False
             if dist.get_global_rank() == 0:
                 with _writing(self.path):
-                    keep_rows(self.path, last_step=state.timestamp.batch.value, evaluation=self.last_evaluation)
+                    keep_rows(
+                        self.path,
+                        last_step=state.timestamp.batch.value,
+                        evaluation=self.last_evaluation,
+                    )
         elif state.timestamp.batch.value > 0:
             self._evaluation = self.last_evaluation
         else:
             self.initial_evaluation = self.last_evaluation
             if self.print_every and dist.get_global_rank() == 0:
-                print(f"before training: eval loss {self.last_evaluation['eval_loss']:.4f}, "
-                      f"perplexity {self.last_evaluation['eval_perplexity']:.1f}", flush=True)
+                print(
+                    f"before training: eval loss {self.last_evaluation['eval_loss']:.4f}, "
+                    f"perplexity {self.last_evaluation['eval_perplexity']:.1f}",
+                    flush=True,
+                )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         due = self.eval_due is not None and self.eval_due(state, Event.BATCH_END)
@@ -161,16 +193,22 @@ class JsonlLog(Callback):
             row["streams"] = self.streams
         with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.print_every and (row["current_steps"] % self.print_every == 0 or {"eval_loss", "tasks"} & set(row)):
+        if self.print_every and (
+            row["current_steps"] % self.print_every == 0 or {"eval_loss", "tasks"} & set(row)
+        ):
             print(describe(row), flush=True)
 
     def summary(self, state: State) -> dict[str, Any]:
-        """What the run has come to: steps, tokens, evaluation at the start and last, and tokens per second on average."""
+        """What the run has come to: steps, tokens, evaluation at the start and last, and tokens
+        per second on average.
+        """
         seconds = state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0
         return {
             "steps": state.timestamp.batch.value,
             "train_tokens": state.timestamp.token.value,
-            "tokens_per_second": round(state.timestamp.token.value / seconds, 1) if seconds > 0 else None,
+            "tokens_per_second": (
+                round(state.timestamp.token.value / seconds, 1) if seconds > 0 else None
+            ),
             **{f"{name}_initial": value for name, value in self.initial_evaluation.items()},
             **self.last_evaluation,
         }
@@ -178,18 +216,30 @@ class JsonlLog(Callback):
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raise TrainingError, with the file's name, if it cannot be written. The next start drops a row that was cut short."""
+    """Raise TrainingError, with the file's name, if it cannot be written. The next start drops a
+    row that was cut short.
+    """
     try:
         yield
     except OSError as error:
-        raise TrainingError(f"{path}: cannot be written: {error.strerror}; when that is mended, {GOES_ON}") from None
+        raise TrainingError(
+            f"{path}: cannot be written: {error.strerror}; when that is mended, {GOES_ON}"
+        ) from None
 
 
 def build_log(
-    config: TrainConfig, plan: RunPlan, *, print_lines: bool, eval_due: Callable[[State, Event], bool] | None
+    config: TrainConfig,
+    plan: RunPlan,
+    *,
+    print_lines: bool,
+    eval_due: Callable[[State, Event], bool] | None,
 ) -> JsonlLog:
     return JsonlLog(
-        Path(config.log_folder), plan, log_batch_hash=config.log_batch_hash, print_lines=print_lines, eval_due=eval_due
+        Path(config.log_folder),
+        plan,
+        log_batch_hash=config.log_batch_hash,
+        print_lines=print_lines,
+        eval_due=eval_due,
     )
 
 
@@ -197,12 +247,16 @@ def describe(row: dict[str, Any]) -> str:
     """A row of the log as a line for people."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     speed = "unknown" if row["throughput"] is None else f"{row['throughput']:,.0f}"
-    line = (f"step {row['current_steps']}/{row['total_steps']}  loss {loss}  lr {row['learning_rate']:.2e}  "
-            f"{speed} tokens/s  {row['num_tokens']:,} tokens")
+    line = (
+        f"step {row['current_steps']}/{row['total_steps']}  loss {loss}  lr"
+        f" {row['learning_rate']:.2e}  {speed} tokens/s  {row['num_tokens']:,} tokens"
+    )
     if "eval_loss" in row:
         line += f"  eval loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.1f}"
     for task, scores in row.get("tasks", {}).items():
-        line += f"  {task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
+        line += f"  {task}: " + ", ".join(
+            f"{metric} {value:.4f}" for metric, value in scores.items()
+        )
     return line
 
 
@@ -237,8 +291,10 @@ class WandB(Discreet, WandBLogger):
         try:
             super().init(state, logger)
         except Error as error:
-            raise ConfigError(f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, set WANDB_MODE=offline, or "
-                              "wandb=null") from None
+            raise ConfigError(
+                f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, set"
+                " WANDB_MODE=offline, or wandb=null"
+            ) from None
         finally:
             sys.argv[1:] = arguments
         for stream in (sys.stdout, sys.stderr):
@@ -247,10 +303,16 @@ class WandB(Discreet, WandBLogger):
 
 
 def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> WandBLogger:
-    """A restart goes on with the same W&B run, whose id is the run's name. WANDB_MODE=offline needs no account."""
+    """A restart goes on with the same W&B run, whose id is the run's name. WANDB_MODE=offline
+    needs no account.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return WandB(
-        project=config.project, group=config.group, name=run_name, entity=config.entity, tags=config.tags,
+        project=config.project,
+        group=config.group,
+        name=run_name,
+        entity=config.entity,
+        tags=config.tags,
         init_kwargs={"id": run_name, "resume": "allow", "dir": str(folder)},
     )
 
@@ -258,8 +320,9 @@ def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> Wand
 class TensorBoard(Discreet, TensorboardLogger):
     """Composer's, with every step shown once however often the run is restarted.
 
-    What the run before a restart logged after its checkpoint is logged again, so it is marked as void. The evaluation of
-    the checkpoint's own step, which comes under the number that the next step's loss has, is written anew.
+    What the run before a restart logged after its checkpoint is logged again, so it is marked as
+    void. The evaluation of the checkpoint's own step, which comes under the number that the next
+    step's loss has, is written anew.
     """
 
     def __init__(self, folder: Path):
@@ -274,10 +337,17 @@ class TensorBoard(Discreet, TensorboardLogger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
-        values = {name: float(value) for name, value in metrics.items() if name.startswith("metrics/eval/")}
+        values = {
+            name: float(value)
+            for name, value in metrics.items()
+            if name.startswith("metrics/eval/")
+        }
         if values and step is not None:
             same_step = self.evaluation is not None and self.evaluation[0] == step
-            self.evaluation = step, {**(self.evaluation[1] if same_step and self.evaluation else {}), **values}
+            self.evaluation = (
+                step,
+                {**(self.evaluation[1] if same_step and self.evaluation else {}), **values},
+            )
 
     def fit_start(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
@@ -290,7 +360,8 @@ class TensorBoard(Discreet, TensorboardLogger):
                 super().log_metrics(self.evaluation[1], step)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self._flush(logger)  # and no table of hyperparameters, which would be a run of its own at every evaluation
+        # And no table of hyperparameters, which would be a run of its own at every evaluation
+        self._flush(logger)
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
@@ -301,21 +372,32 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
         loggers.append(build_wandb_logger(config.wandb, config.run_name, folder))
     if config.tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
-            raise InvalidField("tensorboard", "tensorboard is not installed; pip install 'flame-composer[tensorboard]'")
+            raise InvalidField(
+                "tensorboard",
+                "tensorboard is not installed; pip install 'flame-composer[tensorboard]'",
+            )
         loggers.append(TensorBoard(folder / "tensorboard"))
     return loggers
 
 
 def announce(
-    trainer: Trainer, resolved_yaml: str, log_folder: Path, save_folder: str | None, *, resumed_from: str | None
+    trainer: Trainer,
+    resolved_yaml: str,
+    log_folder: Path,
+    save_folder: str | None,
+    *,
+    resumed_from: str | None,
 ) -> None:
-    """Say what is about to run, and keep the configuration, in both folders and with every logger; note the start in the log's.
+    """Say what is about to run, and keep the configuration, in both folders and with every logger;
+    note the start in the log's.
 
-    Where the checkpoints are to go cannot be written to, that is found out here and not when hours are to be saved.
+    Where the checkpoints are to go cannot be written to, that is found out here and not when hours
+    are to be saved.
     """
     for destination in trainer.logger.destinations:
         if isinstance(destination, ProgressBarLogger):
-            destination.hparams_already_logged_to_console = True  # sixty lines between a person and the progress bar
+            # Sixty lines between a person and the progress bar
+            destination.hparams_already_logged_to_console = True
     trainer.logger.log_hyperparameters(yaml.safe_load(resolved_yaml))
     if dist.get_global_rank() != 0:
         return
@@ -325,28 +407,42 @@ def announce(
                 Path(folder).mkdir(parents=True, exist_ok=True)
             storage.write(storage.join(folder, "config.yaml"), resolved_yaml.encode())
         except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written to: {error.strerror}; set log_folder and save_folder to folders "
-                              "that can") from None
+            raise ConfigError(
+                f"{folder}: cannot be written to: {error.strerror}; set log_folder and save_folder"
+                " to folders that can"
+            ) from None
     state = trainer.state
     assert state.max_duration is not None
     if state.timestamp < state.max_duration:
         shown = resumed_from and masked(resumed_from)
-        start = {"step": state.timestamp.batch.value, "resumed_from": shown, "devices": dist.get_world_size(),
-                 "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        start = {
+            "step": state.timestamp.batch.value,
+            "resumed_from": shown,
+            "devices": dist.get_world_size(),
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
         path = log_folder / "starts.jsonl"
         with _writing(path), path.open("a", encoding="utf-8") as starts:
             starts.write(("\n" if _is_cut_short(path) else "") + json.dumps(start) + "\n")
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    print(f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {state.device.name}, "
-          f"{state.max_duration.value:,} steps; logs in {log_folder}", flush=True)
+    print(
+        f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x"
+        f" {state.device.name}, {state.max_duration.value:,} steps; logs in {log_folder}",
+        flush=True,
+    )
     if resumed_from is not None:
         time = state.timestamp
-        print(f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value}, row "
-              f"{time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen", flush=True)
+        print(
+            f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value},"
+            f" row {time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen",
+            flush=True,
+        )
 
 
 def _is_cut_short(path: Path) -> bool:
-    """Whether the last line has no end, as a kill or a full disk leaves it: what is written next would be part of it."""
+    """Whether the last line has no end, as a kill or a full disk leaves it: what is written next
+    would be part of it.
+    """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -354,7 +450,9 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def hash_row(input_ids: torch.Tensor) -> int:
-    """64 bits of a row's token ids; the sum over a global batch depends on its rows but not on their order or ranks."""
+    """64 bits of a row's token ids; the sum over a global batch depends on its rows but not on
+    their order or ranks.
+    """
     content = input_ids.to(torch.int64).cpu().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
@@ -364,9 +462,10 @@ def keep_rows(
 ) -> list[range]:
     """Drop the rows after `last_step`, and what is no row, such as one that a kill cut short.
 
-    Replaces the file in one step. `evaluation` goes into the row of `last_step`, where it would have been. What is dropped
-    from the middle is named in a warning. Of several rows of a step the last stays, and rows are put in order; a file that
-    has `several` rows a step keeps them all. Returns which of the steps up to `last_step` have no row.
+    Replaces the file in one step. `evaluation` goes into the row of `last_step`, where it would
+    have been. What is dropped from the middle is named in a warning. Of several rows of a step the
+    last stays, and rows are put in order; a file that has `several` rows a step keeps them all.
+    Returns which of the steps up to `last_step` have no row.
     """
     kept: dict[int, bytes] = {}
     moved: set[int] = set()  # steps with several rows, or rows that come after one of a later step
@@ -376,7 +475,9 @@ def keep_rows(
         row = _row(line)
         if row is None:
             if number < len(lines):  # the last one has no end: it is empty, or was cut short
-                log.warning("warning: %s: line %d is no row of the log and is left out", path, number)
+                log.warning(
+                    "warning: %s: line %d is no row of the log and is left out", path, number
+                )
             continue
         if row["current_steps"] > last_step:
             continue
@@ -389,15 +490,23 @@ def keep_rows(
         kept[step] = (kept.get(step, b"") if several else b"") + line + b"\n"
         max_step = max(max_step, step)
     if moved:
-        log.warning("warning: %s: several rows, or rows out of order, of %s: put in order, and the last of each step is kept",
-                    path, _ranges([range(step, step + 1) for step in sorted(moved)]))
+        log.warning(
+            "warning: %s: several rows, or rows out of order, of %s: put in order, and the last of"
+            " each step is kept",
+            path,
+            _ranges([range(step, step + 1) for step in sorted(moved)]),
+        )
     if path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept[step] for step in sorted(kept)))
         flush(temporary)
         os.replace(temporary, path)
     borders = [0, *sorted(kept), last_step + 1]
-    return [range(before + 1, after) for before, after in itertools.pairwise(borders) if after > before + 1]
+    return [
+        range(before + 1, after)
+        for before, after in itertools.pairwise(borders)
+        if after > before + 1
+    ]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -419,11 +528,12 @@ def _ranges(missing: list[range]) -> str:
 
 
 class RandomState(Callback):
-    """Restores every rank's random state just before the first batch after a restart, wherever in an epoch that is.
+    """Restores every rank's random state just before the first batch after a restart, wherever in
+    an epoch that is.
 
-    Composer restores it at the start of an epoch only: with a dataset that resumes by itself, dropout in the middle of an
-    epoch would go on from a fresh seed. Restarted on another number of devices there is no state to restore, and each
-    rank goes on from its seed.
+    Composer restores it at the start of an epoch only: with a dataset that resumes by itself,
+    dropout in the middle of an epoch would go on from a fresh seed. Restarted on another number of
+    devices there is no state to restore, and each rank goes on from its seed.
     """
 
     def __init__(self) -> None:
@@ -444,7 +554,8 @@ class RandomState(Callback):
 class SameData(Callback):
     """Refuses to go on from a checkpoint whose rows came in another order than this run's would.
 
-    StreamingDataset remembers a position only, and would serve rows that were seen before, or never serve some.
+    StreamingDataset remembers a position only, and would serve rows that were seen before, or never
+    serve some.
     """
 
     def __init__(self, order: dict[str, Any], *, allow_change: bool):
@@ -463,11 +574,17 @@ class SameData(Callback):
         ends = parse_ends(state.get("ends"))  # not in those of 2026-11-28 and before
         changed = [
             f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
-            for key in {**self.order, **before} if before.get(key) != self.order.get(key)
+            for key in {**self.order, **before}
+            if before.get(key) != self.order.get(key)
         ]
         if changed and not self.allow_change:
-            raise ConfigError(f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set back what "
-                              "changed, start a new run_name, or set allow_data_change=true to go on all the same")
+            raise ConfigError(
+                f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set"
+                " back what changed, start a new run_name, or set allow_data_change=true to go on"
+                " all the same"
+            )
         if ends is not None and self.ends not in (None, ends):
-            warn(f"the checkpoint was trained on documents that {describe_ends(ends)}; "
-                 f"now they {describe_ends(self.ends)}")
+            warn(
+                f"the checkpoint was trained on documents that {describe_ends(ends)}; "
+                f"now they {describe_ends(self.ends)}"
+            )

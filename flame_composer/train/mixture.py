@@ -13,12 +13,20 @@ from flame_composer.train.log import JsonlLog
 
 
 class Mixture(Callback):
-    """Counts the rows of every stream over all ranks, whatever becomes of the run: the counts are in the checkpoint.
+    """Counts the rows of every stream over all ranks, whatever becomes of the run: the counts are
+    in the checkpoint.
 
-    Logs mixture/<stream>/rows, tokens and share at every step, and into `log`; says at the start what an epoch is made of.
+    Logs mixture/<stream>/rows, tokens and share at every step, and into `log`; says at the start
+    what an epoch is made of.
     """
 
-    def __init__(self, rows_per_epoch: dict[str, int], rows_on_disk: list[int], context_length: int, log: JsonlLog):
+    def __init__(
+        self,
+        rows_per_epoch: dict[str, int],
+        rows_on_disk: list[int],
+        context_length: int,
+        log: JsonlLog,
+    ):
         """`rows_per_epoch` by stream in the order of their numbers, which are in the batches."""
         self.log = log
         self.rows_per_epoch = rows_per_epoch
@@ -30,7 +38,11 @@ class Mixture(Callback):
         """Rows and tokens of every stream so far, and its share of them."""
         total = max(1, int(self.rows.sum()))
         return {
-            name: {"rows": rows, "tokens": rows * self.context_length, "share": round(rows / total, 6)}
+            name: {
+                "rows": rows,
+                "tokens": rows * self.context_length,
+                "share": round(rows / total, 6),
+            }
             for name, rows in zip(self.rows_per_epoch, self.rows.tolist(), strict=True)
         }
 
@@ -44,8 +56,12 @@ class Mixture(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
             total = sum(self.rows_per_epoch.values())
-            parts = [f"{name} {rows:,} ({rows / total:.1%}, {rows / there:.2f} x its {there:,})"
-                     for (name, rows), there in zip(self.rows_per_epoch.items(), self.rows_on_disk, strict=True)]
+            parts = [
+                f"{name} {rows:,} ({rows / total:.1%}, {rows / there:.2f} x its {there:,})"
+                for (name, rows), there in zip(
+                    self.rows_per_epoch.items(), self.rows_on_disk, strict=True
+                )
+            ]
             print(f"rows of an epoch by stream: {', '.join(parts)}", flush=True)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -54,6 +70,10 @@ class Mixture(Callback):
         dist.all_reduce(counts)
         self.rows += counts.cpu()
         self.log.streams = achieved = self.achieved()
-        logger.log_metrics({
-            f"mixture/{name}/{what}": value for name, values in achieved.items() for what, value in values.items()
-        })
+        logger.log_metrics(
+            {
+                f"mixture/{name}/{what}": value
+                for name, values in achieved.items()
+                for what, value in values.items()
+            }
+        )

@@ -24,13 +24,20 @@ CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "L
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """An optimizer that decays matrices and embeddings but no vector, so no norm and no bias.
 
-    AdamW: Loshchilov & Hutter 2019, whose decay is lr x weight_decay; DecoupledAdamW: the same with a decay of
-    lr / peak lr x weight_decay (composer.optim); LAMB: You et al. 2020 (torch_optimizer).
+    AdamW: Loshchilov & Hutter 2019, whose decay is lr x weight_decay; DecoupledAdamW: the same with
+    a decay of lr / peak lr x weight_decay (composer.optim); LAMB: You et al. 2020
+    (torch_optimizer).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay_of(config, is_matrix=True)},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": decay_of(config, is_matrix=False)},
+        {
+            "params": [p for p in parameters if p.ndim >= 2],
+            "weight_decay": decay_of(config, is_matrix=True),
+        },
+        {
+            "params": [p for p in parameters if p.ndim < 2],
+            "weight_decay": decay_of(config, is_matrix=False),
+        },
     ]
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -50,7 +57,8 @@ def decay_of(config: OptimizerConfig, *, is_matrix: bool) -> float:
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
     """The learning rate of the batch after `batch` earlier ones, as a fraction of the peak.
 
-    Linear warmup from 0, then the named shape, which falls to `min_lr_ratio` at the end of the run; constant stays at 1.
+    Linear warmup from 0, then the named shape, which falls to `min_lr_ratio` at the end of the run;
+    constant stays at 1.
     """
     if batch < plan.warmup:
         return batch / plan.warmup
@@ -59,24 +67,34 @@ def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
     start = max(plan.warmup, plan.total - plan.decay) if is_wsd else plan.warmup
     progress = max(0, batch - start) / max(1, plan.total - start)
     shape = {
-        "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "1-sqrt": 1 - math.sqrt(progress),
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "1-sqrt": 1 - math.sqrt(progress),
         "constant": 1.0,
-    }[name]  # fmt: skip
+    }[name]
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
 class Schedule(Callback):
-    """Sets every batch's learning rate from its place in the run, so a restart needs no state to go on exactly.
+    """Sets every batch's learning rate from its place in the run, so a restart needs no state to go
+    on exactly.
 
-    Composer's schedulers step before the clock does, so that a batch trains at the rate meant for the one before it.
+    Composer's schedulers step before the clock does, so that a batch trains at the rate meant for
+    the one before it.
 
-    What the rates came from is in the checkpoint. A run goes on with another configuration if every step it has taken had
-    the rate that it would have with that one: a constant rate, or wsd before its decay, can be made longer; a cosine cannot,
-    whose every rate depends on the run's length. The same holds of `going_by_length`: algorithms by their key.
+    What the rates came from is in the checkpoint. A run goes on with another configuration if every
+    step it has taken had the rate that it would have with that one: a constant rate, or wsd before
+    its decay, can be made longer; a cosine cannot, whose every rate depends on the run's length.
+    The same holds of `going_by_length`: algorithms by their key.
     """
 
     def __init__(
-        self, config: SchedulerConfig, peak: float, plan: RunPlan, *, allow_change: bool = False,
+        self,
+        config: SchedulerConfig,
+        peak: float,
+        plan: RunPlan,
+        *,
+        allow_change: bool = False,
         going_by_length: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.config = config
@@ -95,42 +113,61 @@ class Schedule(Callback):
     def _made_from(self) -> dict[str, Any]:
         """What decides the rates, by the keys that say it; durations in batches."""
         return {
-            "optimizer.lr": self.peak, "scheduler.name": self.config.name, "max_duration": self.plan.total,
-            "scheduler.warmup": self.plan.warmup, "scheduler.decay": self.plan.decay,
-            "scheduler.decay_shape": self.config.decay_shape, "scheduler.min_lr_ratio": self.config.min_lr_ratio,
+            "optimizer.lr": self.peak,
+            "scheduler.name": self.config.name,
+            "max_duration": self.plan.total,
+            "scheduler.warmup": self.plan.warmup,
+            "scheduler.decay": self.plan.decay,
+            "scheduler.decay_shape": self.config.decay_shape,
+            "scheduler.min_lr_ratio": self.config.min_lr_ratio,
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {"made_from": self._made_from(), "num_used": self.num_used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError if a step that was taken would have had another rate, or been otherwise, or not been at all."""
+        """Raises ConfigError if a step that was taken would have had another rate, or been
+        otherwise, or not been at all.
+        """
         before, now, self.num_used = state["made_from"], self._made_from(), state["num_used"]
         if self.num_used > self.plan.total:
-            raise ConfigError(f"max_duration: comes to {self.plan.total}ba, and the checkpoint has {self.num_used} steps "
-                              "behind it; set it to more, or move the checkpoints after that step away to end there")
+            raise ConfigError(
+                f"max_duration: comes to {self.plan.total}ba, and the checkpoint has"
+                f" {self.num_used} steps behind it; set it to more, or move the checkpoints after"
+                " that step away to end there"
+            )
         self._check_algorithms(before["max_duration"])
         uses_decay = "wsd" in (before["scheduler.name"], now["scheduler.name"])
-        changed = [key for key in now if now[key] != before[key] and (uses_decay or not key.startswith("scheduler.decay"))]
+        changed = [
+            key
+            for key in now
+            if now[key] != before[key] and (uses_decay or not key.startswith("scheduler.decay"))
+        ]
         if not changed or self.allow_change:
             return
         config = SchedulerConfig(
-            name=before["scheduler.name"], decay_shape=before["scheduler.decay_shape"],
+            name=before["scheduler.name"],
+            decay_shape=before["scheduler.decay_shape"],
             min_lr_ratio=before["scheduler.min_lr_ratio"],
         )
         plan = self.plan._replace(
-            total=before["max_duration"], warmup=before["scheduler.warmup"], decay=before["scheduler.decay"]
+            total=before["max_duration"],
+            warmup=before["scheduler.warmup"],
+            decay=before["scheduler.decay"],
         )
         for batch in range(self.num_used):
             was = before["optimizer.lr"] * rate_factor(config, batch, plan)
             would_be = self.peak * rate_factor(self.config, batch, self.plan)
             if was != would_be:
-                listed = ", ".join(f"{key} ({_in_words(key, before[key])} before, {_in_words(key, now[key])} now)"
-                                   for key in changed)
+                listed = ", ".join(
+                    f"{key} ({_in_words(key, before[key])} before, {_in_words(key, now[key])} now)"
+                    for key in changed
+                )
                 raise ConfigError(
-                    f"the checkpoint was trained at other learning rates: step {batch + 1} of the {self.num_used} taken had "
-                    f"{was:.6g}, and would have {would_be:.6g}: {listed}; set back what changed, start a new run_name, or set "
-                    "allow_schedule_change=true to go on all the same"
+                    f"the checkpoint was trained at other learning rates: step {batch + 1} of the"
+                    f" {self.num_used} taken had {was:.6g}, and would have {would_be:.6g}:"
+                    f" {listed}; set back what changed, start a new run_name, or set"
+                    " allow_schedule_change=true to go on all the same"
                 )
 
     def _check_algorithms(self, total_before: int) -> None:
@@ -138,21 +175,35 @@ class Schedule(Callback):
             return
         for key, algorithm in self.going_by_length.items():
             for batch in range(self.num_used):
-                was, would_be = (algorithm.at(batch, total) for total in (total_before, self.plan.total))
+                was, would_be = (
+                    algorithm.at(batch, total) for total in (total_before, self.plan.total)
+                )
                 if was != would_be:
                     raise ConfigError(
-                        f"{key}: goes by the length of the run: step {batch + 1} of the {self.num_used} taken had {was}, and "
-                        f"would have {would_be}: max_duration ({total_before}ba before, {self.plan.total}ba now); set it back, "
-                        "start a new run_name, or set allow_schedule_change=true to go on all the same"
+                        f"{key}: goes by the length of the run: step {batch + 1} of the"
+                        f" {self.num_used} taken had {was}, and would have {would_be}: max_duration"
+                        f" ({total_before}ba before, {self.plan.total}ba now); set it back, start a"
+                        " new run_name, or set allow_schedule_change=true to go on all the same"
                     )
 
 
 def build_schedule(config: TrainConfig, plan: RunPlan, algorithms: Sequence[Algorithm]) -> Schedule:
     keys = {spelled_alike(name): f"algorithms.{name}" for name in config.algorithms}
-    by_length = {keys[type(each).__name__.lower()]: each for each in algorithms if hasattr(each, "at")}
-    return Schedule(config.scheduler, config.optimizer.lr, plan, allow_change=config.allow_schedule_change,
-                    going_by_length=by_length)
+    by_length = {
+        keys[type(each).__name__.lower()]: each for each in algorithms if hasattr(each, "at")
+    }
+    return Schedule(
+        config.scheduler,
+        config.optimizer.lr,
+        plan,
+        allow_change=config.allow_schedule_change,
+        going_by_length=by_length,
+    )
 
 
 def _in_words(key: str, value: Any) -> str:
-    return f"{value}ba" if key in ("max_duration", "scheduler.warmup", "scheduler.decay") else str(value)
+    return (
+        f"{value}ba"
+        if key in ("max_duration", "scheduler.warmup", "scheduler.decay")
+        else str(value)
+    )

@@ -1,4 +1,6 @@
-"""How a model is spread over devices: plain data parallelism, or torch's FSDP2, on GPUs as on CPUs."""
+"""How a model is spread over devices: plain data parallelism, or torch's FSDP2, on GPUs as on
+CPUs.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,29 @@ def check_devices(config: ParallelismConfig, *, precision: str) -> None:
     if torch.cuda.is_available():
         return
     if precision != "fp32":
-        raise InvalidField("precision", "there is no GPU here, and CPUs compute in fp32; set precision=fp32")
+        raise InvalidField(
+            "precision", "there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+        )
     if config.fsdp and not (config.cpu_fallback or config.cpu_fsdp):
-        raise InvalidField("parallelism.fsdp", "there is no GPU here; set parallelism.cpu_fallback=true to train with plain "
-                           "data parallelism, parallelism.cpu_fsdp=true to shard over processes, or parallelism.fsdp=null")
+        raise InvalidField(
+            "parallelism.fsdp",
+            "there is no GPU here; set parallelism.cpu_fallback=true to train with plain data"
+            " parallelism, parallelism.cpu_fsdp=true to shard over processes, or"
+            " parallelism.fsdp=null",
+        )
     if config.activation_cpu_offload:
-        raise InvalidField("parallelism.activation_cpu_offload", "there is no GPU here whose memory it could spare; set it to "
-                           "false")
+        raise InvalidField(
+            "parallelism.activation_cpu_offload",
+            "there is no GPU here whose memory it could spare; set it to false",
+        )
 
 
 def _compile_in_private() -> None:
-    """Have torch (2.7.0) keep what it compiles in this user's private folder, unless TORCHINDUCTOR_CACHE_DIR says where.
+    """Have torch (2.7.0) keep what it compiles in this user's private folder, unless
+    TORCHINDUCTOR_CACHE_DIR says where.
 
-    It runs what it finds there, and by default that is a folder in TMPDIR whose name can be guessed: another user could
-    have put it there.
+    It runs what it finds there, and by default that is a folder in TMPDIR whose name can be
+    guessed: another user could have put it there.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder() / "torchinductor")
@@ -50,16 +61,19 @@ def is_sharded(config: ParallelismConfig) -> bool:
 
 
 def gets_weights(config: ParallelismConfig) -> bool:
-    """Whether this rank's share of the weights comes from the first rank, so that it need not make any.
+    """Whether this rank's share of the weights comes from the first rank, so that it need not make
+    any.
 
-    All are made, or read, by the first: a model begins with the same weights on any number of devices.
+    All are made, or read, by the first: a model begins with the same weights on any number of
+    devices.
     """
     return is_sharded(config) and dist.get_global_rank() > 0
 
 
 class Sharding(FSDP2Config):
-    """Composer lays the devices out itself, and FSDP2Config tells it of no replicas: one mesh over all of them, whatever mesh
-    it was given."""
+    """Composer lays the devices out itself, and FSDP2Config tells it of no replicas: one mesh
+    over all of them, whatever mesh it was given.
+    """
 
     replicas: int | None = None
 
@@ -69,7 +83,9 @@ class Sharding(FSDP2Config):
 
 
 def build(config: ParallelismConfig) -> dict[str, Any] | None:
-    """As Composer's Trainer takes it; None for plain data parallelism. Processes must have met (dist.initialize_dist)."""
+    """As Composer's Trainer takes it; None for plain data parallelism. Processes must have met
+    (dist.initialize_dist).
+    """
     if not is_sharded(config):
         return None
     assert config.fsdp is not None
@@ -81,21 +97,27 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         sharding = Sharding(
             reshard_after_forward=config.fsdp.sharding_strategy != "SHARD_GRAD_OP",
             mixed_precision=config.fsdp.mixed_precision,
-            state_dict_type="full",  # what Composer loads; pieces are ours (flame_composer.checkpoint.sharded)
+            # What Composer loads; pieces are ours (flame_composer.checkpoint.sharded)
+            state_dict_type="full",
         )
     if config.fsdp.sharding_strategy == "HYBRID_SHARD":
-        sharding.replicas = config.fsdp.replicas or dist.get_world_size() // dist.get_local_world_size()
+        sharding.replicas = (
+            config.fsdp.replicas or dist.get_world_size() // dist.get_local_world_size()
+        )
     return {"fsdp": sharding}
 
 
 def _average_on_cpus() -> None:
-    """FSDP2 asks for the mean of gradients; gloo gives their sum and says nothing (torch 2.7.0, ReduceOp.AVG).
+    """FSDP2 asks for the mean of gradients; gloo gives their sum and says nothing (torch 2.7.0,
+    ReduceOp.AVG).
 
     As torch does it for fp16: a sum, and a division after it.
     """
     given = _fsdp_collectives._get_gradient_divide_factors
 
-    def divide_factors(shards: Any, replicas: Any, reduce_dtype: torch.dtype, device_type: str = "") -> Any:
+    def divide_factors(
+        shards: Any, replicas: Any, reduce_dtype: torch.dtype, device_type: str = ""
+    ) -> Any:
         if device_type != "cpu":
             return given(shards, replicas, reduce_dtype, device_type)
         ranks = shards.size() * (replicas.size() if replicas is not None else 1)
@@ -106,8 +128,10 @@ def _average_on_cpus() -> None:
 
 
 def _replicate_on_cpus() -> None:
-    """With replicas, FSDP2 keeps the reduced gradients until their event is over, and fails where streams have no events: on
-    CPUs, where all is over on return (torch 2.7.0, FSDPParamGroup.post_backward)."""
+    """With replicas, FSDP2 keeps the reduced gradients until their event is over, and fails
+    where streams have no events: on CPUs, where all is over on return (torch 2.7.0,
+    FSDPParamGroup.post_backward).
+    """
     given = _fsdp_param_group.foreach_reduce
 
     def reduced(*args: Any) -> Any:
@@ -119,7 +143,9 @@ def _replicate_on_cpus() -> None:
 
 
 def recompute_blocks(model: ComposerModel, config: ParallelismConfig) -> ComposerModel:
-    """The model, each of its blocks recomputed or offloaded as `config` says. Names of its weights stay as they are."""
+    """The model, each of its blocks recomputed or offloaded as `config` says. Names of its
+    weights stay as they are.
+    """
     if config.activation_checkpointing or config.activation_cpu_offload:
         chosen = generate_composer_model_check_fn(model)
         apply_ac(model, config.activation_checkpointing, config.activation_cpu_offload, chosen)

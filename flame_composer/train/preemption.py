@@ -24,24 +24,30 @@ from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.config.rules import ConfigError
 from flame_composer.storage import files as storage
 
-WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # what a rank may be asked, by what counts for more
+# What a rank may be asked, by what counts for more
+WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LOCK_SECONDS = 60  # how long a run waits for its predecessor, which may still be saving
 
 
 class Preempted(SystemExit):
-    """Raised on every rank when a run has stopped at a signal. Its code is 143 for SIGTERM, 130 for Ctrl-C."""
+    """Raised on every rank when a run has stopped at a signal. Its code is 143 for SIGTERM, 130
+    for Ctrl-C.
+    """
 
 
 class Preemption(Callback):
-    """At SIGTERM or Ctrl-C: the batch in hand finishes, a checkpoint of it is saved, evaluation is left for the restart.
+    """At SIGTERM or Ctrl-C: the batch in hand finishes, a checkpoint of it is saved, evaluation is
+    left for the restart.
 
-    The signal may come to one rank only, and to each several times; what comes first decides the status. A second Ctrl-C
-    ends the process at once. Composer's own handler exits where it stands, with all that was computed since the last
-    checkpoint.
+    The signal may come to one rank only, and to each several times; what comes first decides the
+    status. A second Ctrl-C ends the process at once. Composer's own handler exits where it stands,
+    with all that was computed since the last checkpoint.
     """
 
     def __init__(self, saver: SaveCheckpoints | None):
-        """Listens from now until the process ends, where more signals may come. `saver` is None for a run that saves none."""
+        """Listens from now until the process ends, where more signals may come. `saver` is None
+        for a run that saves none.
+        """
         self.saver = saver
         self.asked = 0  # by a signal to this process: the exit status to end with
         self.status = 0  # the same, agreed on by all ranks
@@ -60,7 +66,11 @@ class Preemption(Callback):
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
             with suppress(OSError):  # nobody reads it any more
-                os.write(2, f"{signal.Signals(number).name}: finishing the batch in hand and saving it{again}\n".encode())
+                os.write(
+                    2,
+                    f"{signal.Signals(number).name}: finishing the batch in hand and saving"
+                    f" it{again}\n".encode(),
+                )
         # Of an evaluation that ends before its first batch.
         warnings.filterwarnings("ignore", "No batches were evaluated", UserWarning)
         warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
@@ -69,9 +79,11 @@ class Preemption(Callback):
 
     @contextmanager
     def running(self, trainer: Trainer) -> Iterator[None]:
-        """In the body of this context a signal is an order to stop; after it the process is ending anyway. Closes `trainer`.
+        """In the body of this context a signal is an order to stop; after it the process is ending
+        anyway. Closes `trainer`.
 
-        After an error, which the other ranks may not share, the trainer does not wait for them, as it would otherwise.
+        After an error, which the other ranks may not share, the trainer does not wait for them, as
+        it would otherwise.
         """
         close = trainer.close
         try:
@@ -84,7 +96,9 @@ class Preemption(Callback):
             close()
 
     def agree(self, state: State) -> None:
-        """Every rank comes to know what any of them was asked. Ctrl-C counts for more: the launcher sends SIGTERM after it."""
+        """Every rank comes to know what any of them was asked. Ctrl-C counts for more: the
+        launcher sends SIGTERM after it.
+        """
         if dist.get_world_size() == 1:
             self.status = self.asked
             return
@@ -95,7 +109,9 @@ class Preemption(Callback):
     def until_asked(self, batches: Any) -> UntilAsked:
         return UntilAsked(self, batches)
 
-    def unless_stopping(self, due: Callable[[State, Event], bool]) -> Callable[[State, Event], bool]:
+    def unless_stopping(
+        self, due: Callable[[State, Event], bool]
+    ) -> Callable[[State, Event], bool]:
         return lambda state, event: not self.status and due(state, event)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -118,15 +134,24 @@ class Preemption(Callback):
         if dist.get_global_rank() == 0:
             step, goes_on = state.timestamp.batch.value, "the same command goes on from there"
             if self.saver is None:
-                saved, goes_on = "nothing was saved (save_folder=null)", "the same command starts over"
+                saved, goes_on = (
+                    "nothing was saved (save_folder=null)",
+                    "the same command starts over",
+                )
             else:
-                saved = "nothing new to save" if self.saver.saved is None else f"saved {self.saver.saved}"
+                saved = (
+                    "nothing new to save"
+                    if self.saver.saved is None
+                    else f"saved {self.saver.saved}"
+                )
             print(f"stopped after step {step}; {saved}; {goes_on}", file=sys.stderr, flush=True)
         raise Preempted(self.status)
 
 
 class UntilAsked:
-    """An evaluation's batches, up to the signal. Composer stops all ranks where the first of them has no more batches."""
+    """An evaluation's batches, up to the signal. Composer stops all ranks where the first of
+    them has no more batches.
+    """
 
     def __init__(self, preemption: Preemption, batches: Any):
         self.preemption = preemption
@@ -143,14 +168,20 @@ class UntilAsked:
 
 
 def lock_folders(
-    log_folder: str, save_folder: str | None, held: Mapping[Path, FileLock | None] = MappingProxyType({}),
+    log_folder: str,
+    save_folder: str | None,
+    held: Mapping[Path, FileLock | None] = MappingProxyType({}),
     seconds: float = LOCK_SECONDS,
 ) -> dict[Path, FileLock | None]:
-    """Keep both folders of a run for this process, as `lock_run` does: another run may save in the same one.
+    """Keep both folders of a run for this process, as `lock_run` does: another run may save in the
+    same one.
 
     Those that are `held` already stay so. What is in an object store cannot be kept.
     """
-    places = [log_folder, *([save_folder] if save_folder and not storage.is_url(save_folder) else [])]
+    places = [
+        log_folder,
+        *([save_folder] if save_folder and not storage.is_url(save_folder) else []),
+    ]
     folders = {os.path.realpath(place): Path(place) for place in places}.values()
     return {folder: held.get(folder) or lock_run(folder, seconds) for folder in folders}
 
@@ -160,7 +191,8 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
 
     None if there is no such folder yet, and on every rank but the first.
 
-    Waits for another process that has it, which may be saving its last checkpoint. Raises ConfigError after `seconds`.
+    Waits for another process that has it, which may be saving its last checkpoint. Raises
+    ConfigError after `seconds`.
     """
     if not folder.is_dir() or dist.get_global_rank() != 0:
         return None
@@ -171,14 +203,22 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
             lock.acquire(timeout=0)
         except Timeout:
             if seconds:
-                print(f"{folder}: waiting for another process that trains this run", file=sys.stderr, flush=True)
+                print(
+                    f"{folder}: waiting for another process that trains this run",
+                    file=sys.stderr,
+                    flush=True,
+                )
             lock.acquire(timeout=seconds)
     except Timeout:
-        raise ConfigError(f"{folder}: another process is training this run; wait until it has ended, or give this one "
-                          "another run_name (and other folders)") from None
+        raise ConfigError(
+            f"{folder}: another process is training this run; wait until it has ended, or give this"
+            " one another run_name (and other folders)"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{folder / '.lock'}: cannot be locked: {error.strerror}; remove what lies there, or give this run "
-                          "another run_name") from None
+        raise ConfigError(
+            f"{folder / '.lock'}: cannot be locked: {error.strerror}; remove what lies there, or"
+            " give this run another run_name"
+        ) from None
     return lock
 
 
@@ -187,6 +227,12 @@ def _require_own(folder: Path) -> None:
     names = ("", ".lock", "train_log.jsonl", "starts.jsonl", "config.yaml")
     for path in (folder / name for name in names):
         if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
-            whose = "" if path.stat().st_uid == os.geteuid() else f": it is user {path.stat().st_uid}'s, this is {os.geteuid()}"
-            raise ConfigError(f"{path}: this run has files that cannot be written to{whose}; give this one another run_name, "
-                              "or set log_folder")
+            whose = (
+                ""
+                if path.stat().st_uid == os.geteuid()
+                else f": it is user {path.stat().st_uid}'s, this is {os.geteuid()}"
+            )
+            raise ConfigError(
+                f"{path}: this run has files that cannot be written to{whose}; give this one"
+                " another run_name, or set log_folder"
+            )

@@ -1,4 +1,6 @@
-"""Text that a model writes: prompts to batches, the sampling, and tokens back to text as they come."""
+"""Text that a model writes: prompts to batches, the sampling, and tokens back to text as they
+come.
+"""
 
 from __future__ import annotations
 
@@ -38,25 +40,43 @@ def build_sampling(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -
     """Repetition penalty and stop strings are left to `continue_prompts`."""
     sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    return GenerationConfig(max_new_tokens=config.max_new_tokens, **special_tokens(tokenizer), **sampling)
+        sampling = {
+            "do_sample": True,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+        }
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens, **special_tokens(tokenizer), **sampling
+    )
 
 
 def continue_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], sampling: GenerationConfig, *,
-    repetition_penalty: float = 1.0, stop: Sequence[str] = (), show: Callable[[str], Any] | None = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    sampling: GenerationConfig,
+    *,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    show: Callable[[str], Any] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, up to the token that completes a text of `stop`; `show`, for a single one,
-    is called with each piece of it as it comes.
+    """What the model writes after each prompt, up to the token that completes a text of `stop`;
+    `show`, for a single one, is called with each piece of it as it comes.
 
-    The prompts of a batch do not see one another: what is written greedily does not depend on the others, nor on how far
-    theirs are longer. A model of linear attention carries a state of fixed size from token to token.
+    The prompts of a batch do not see one another: what is written greedily does not depend on the
+    others, nor on how far theirs are longer. A model of linear attention carries a state of fixed
+    size from token to token.
     """
     ids, mask = encode(tokenizer, prompts)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] > limit:
-        log.warning("warning: a prompt of %s tokens, where the model was trained on rows of %s: what it writes may be worse",
-                    f"{ids.shape[1]:,}", f"{limit:,}")
+        log.warning(
+            "warning: a prompt of %s tokens, where the model was trained on rows of %s: what it"
+            " writes may be worse",
+            f"{ids.shape[1]:,}",
+            f"{limit:,}",
+        )
     processors = LogitsProcessorList([RequireNumbers()])
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
@@ -66,15 +86,25 @@ def continue_prompts(
     streamer = None if show is None else Streamer(pieces[0], show)
     with torch.inference_mode(), quiet():
         written = cast(Any, model).generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling,
-            logits_processor=processors, stopping_criteria=criteria, streamer=streamer, use_model_defaults=False,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=sampling,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            streamer=streamer,
+            use_model_defaults=False,
         )
     if streamer is not None:
         return ["".join(streamer.shown)]
-    return ["".join(map(piece.add, row[ids.shape[1] :].tolist())) for piece, row in zip(pieces, written, strict=True)]
+    return [
+        "".join(map(piece.add, row[ids.shape[1] :].tolist()))
+        for piece, row in zip(pieces, written, strict=True)
+    ]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and mask [B, T], filled up on the left.
 
     Each prompt begins as documents did in training; special tokens that are written in it are
@@ -90,17 +120,23 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torc
 
 
 class RequireNumbers(LogitsProcessor):
-    """Ends generation when a model's scores are no numbers, of which neither sampling nor a maximum makes sense."""
+    """Ends generation when a model's scores are no numbers, of which neither sampling nor a
+    maximum makes sense.
+    """
 
     def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if (torch.isnan(scores) | torch.isposinf(scores)).any():
-            raise DataError("the model's scores for the next token are not numbers: its weights are damaged, or of a training "
-                            "that diverged; take an earlier checkpoint")
+            raise DataError(
+                "the model's scores for the next token are not numbers: its weights are damaged, or"
+                " of a training that diverged; take an earlier checkpoint"
+            )
         return scores
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """transformers', which takes what a shorter prompt is filled up with for text: often the token that ends it."""
+    """transformers', which takes what a shorter prompt is filled up with for text: often the
+    token that ends it.
+    """
 
     def __init__(self, penalty: float, padding: torch.Tensor):
         """`padding` tokens [B] stand before each prompt."""
@@ -114,9 +150,17 @@ class RepetitionPenalty(LogitsProcessor):
 
 
 class Pieces:
-    """Text of tokens as they come, each character when it is whole, spaces as they are after what came before."""
+    """Text of tokens as they come, each character when it is whole, spaces as they are after
+    what came before.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: list[int], *, skip_special_tokens: bool = True):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: list[int],
+        *,
+        skip_special_tokens: bool = True,
+    ):
         self.backend = tokenizer.backend_tokenizer
         self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self.prompt = "".join(map(self.add, prompt))
@@ -126,21 +170,31 @@ class Pieces:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends each row when one of `texts` is complete in it. transformers' own cannot find what single tokens are not whole
-    parts of: characters of several tokens."""
+    """Ends each row when one of `texts` is complete in it. transformers' own cannot find what
+    single tokens are not whole parts of: characters of several tokens.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], texts: Sequence[str]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], texts: Sequence[str]
+    ):
         self.pieces = [Pieces(tokenizer, prompt, skip_special_tokens=False) for prompt in prompts]
         self.rows = [piece.prompt for piece in self.pieces]
         self.texts = texts
 
     def __call__(self, input_ids: torch.LongTensor, *_: Any, **__: Any) -> torch.BoolTensor:
         done = []
-        for row, (piece, token) in enumerate(zip(self.pieces, input_ids[:, -1].tolist(), strict=True)):
+        for row, (piece, token) in enumerate(
+            zip(self.pieces, input_ids[:, -1].tolist(), strict=True)
+        ):
             self.rows[row] += piece.add(token)
             # One that begins in the prompt counts, but not one that is all in it.
             starts = [max(0, len(piece.prompt) - len(text) + 1) for text in self.texts]
-            done.append(any(text in self.rows[row][start:] for text, start in zip(self.texts, starts, strict=True)))
+            done.append(
+                any(
+                    text in self.rows[row][start:]
+                    for text, start in zip(self.texts, starts, strict=True)
+                )
+            )
         return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
 
 
@@ -164,7 +218,9 @@ class Streamer(BaseStreamer):
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file. Raises ConfigError."""
+    """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file.
+    Raises ConfigError.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError, MemoryError) as error:
@@ -182,11 +238,16 @@ def read_prompts(path: str) -> list[str]:
         try:
             prompts.append(json.loads(line)["prompt"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ConfigError(f"prompts={path}: line {number} must be JSON like {{\"prompt\": \"text\"}}") from None
+            raise ConfigError(
+                f'prompts={path}: line {number} must be JSON like {{"prompt": "text"}}'
+            ) from None
         if not isinstance(prompts[-1], str):
             raise ConfigError(f"prompts={path}: line {number}: prompt must be a string")
         if not is_text(prompts[-1]):
-            raise ConfigError(f"prompts={path}: line {number}: prompt holds half a surrogate pair, which is no text")
+            raise ConfigError(
+                f"prompts={path}: line {number}: prompt holds half a surrogate pair, which is no"
+                " text"
+            )
     if not prompts:
         raise ConfigError(f"prompts={path}: holds no prompt")
     return prompts
@@ -199,9 +260,13 @@ def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def asked() -> Iterator[str]:
-    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D). Raises ConfigError."""
+    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D).
+    Raises ConfigError.
+    """
     if sys.stdin is None:  # closed
-        raise ConfigError("there is no standard input to read prompts from; set prompt=... or prompts=FILE")
+        raise ConfigError(
+            "there is no standard input to read prompts from; set prompt=... or prompts=FILE"
+        )
     for number in itertools.count(1):
         try:
             line = input("> " if sys.stdin.isatty() else "")

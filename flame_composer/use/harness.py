@@ -1,6 +1,8 @@
-"""Tasks of lm-evaluation-harness (extra `eval`), its own or from a local folder, on a model that is in memory.
+"""Tasks of lm-evaluation-harness (extra `eval`), its own or from a local folder, on a model that is
+in memory.
 
-Importing this module needs that package. Scoring is the harness's own: its HF backend, given a model instead of a name.
+Importing this module needs that package. Scoring is the harness's own: its HF backend, given a
+model instead of a name.
 """
 
 from __future__ import annotations
@@ -41,33 +43,65 @@ from flame_composer.text.ends import ends_of, start_of
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
 # What a task may say of how text is written. transformers has more, of which some lead to code.
-WRITING = frozenset({
-    "until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length", "min_length",
-    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "num_beams", "early_stopping", "length_penalty",
-    "repetition_penalty", "no_repeat_ngram_size",
-})  # fmt: skip
-BOOTSTRAPS = 100000  # the same: samples for the standard error of a metric that has no formula for it
+WRITING = frozenset(
+    {
+        "until",
+        "max_gen_toks",
+        "max_new_tokens",
+        "max_tokens",
+        "max_completion_tokens",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "num_beams",
+        "early_stopping",
+        "length_penalty",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+    }
+)
+# The same: samples for the standard error of a metric that has no formula for it
+BOOTSTRAPS = 100000
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class HarnessModel(HFLM):
-    """A model in memory as the harness's HF backend, sharing requests among Composer's ranks instead of accelerate's."""
+    """A model in memory as the harness's HF backend, sharing requests among Composer's ranks
+    instead of accelerate's.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, precision: str = "fp32",
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        batch_size: int,
+        precision: str = "fp32",
         max_length: int | None = None,
     ):
-        """`max_length` tokens are the most a request may have; the config's max_position_embeddings if not set.
+        """`max_length` tokens are the most a request may have; the config's max_position_embeddings
+        if not set.
 
-        Texts begin as the tokenizer's template has it: as documents did in training, if that is known.
+        Texts begin as the tokenizer's template has it: as documents did in training, if that is
+        known.
         """
         tokenizer = copy.deepcopy(tokenizer)  # it gets a padding token
         known = ends_of(tokenizer)
         self.has_bos = known is not None and known.bos
         self.puts_start = False  # whether the harness itself puts a token before each text
-        with _only_errors():  # the harness warns of every option that has no meaning for a model in memory
+        # The harness warns of every option that has no meaning for a model in memory
+        with _only_errors():
             super().__init__(
-                model, "causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
+                model,
+                "causal",
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
                 mixed_precision_dtype=_DTYPES[precision],
                 prefix_token_id=None if known is None else start_of(tokenizer),
             )
@@ -75,7 +109,9 @@ class HarnessModel(HFLM):
         self.before_batch: Callable[[], None] = lambda: None
 
     def take(self, model: torch.nn.Module, before_batch: Callable[[], None]) -> None:
-        """Go on with `model`, which a trainer may have wrapped since; `before_batch` may raise to end an evaluation early."""
+        """Go on with `model`, which a trainer may have wrapped since; `before_batch` may raise
+        to end an evaluation early.
+        """
         self._model, self.before_batch = model, before_batch
 
     @property
@@ -118,35 +154,50 @@ class HarnessModel(HFLM):
 def load_tasks(
     names: list[str], folder: str | None, *, num_fewshot: int | None, task_code: bool = False
 ) -> dict[str, Any]:
-    """The harness's TaskDict of these tasks, groups or tags, with their data; those in `folder` come before its own.
+    """The harness's TaskDict of these tasks, groups or tags, with their data; those in `folder`
+    come before its own.
 
-    Raises ConfigError for what is not there or cannot be loaded, and for tasks that run what a model writes, need code from
-    the hub or, without `task_code`, name Python functions outside the harness.
+    Raises ConfigError for what is not there or cannot be loaded, and for tasks that run what a
+    model writes, need code from the hub or, without `task_code`, name Python functions outside the
+    harness.
     """
     manager = _find(names, folder)
     loaded: Any = {}
     for name in names:
         entry = manager.task_index[name]
         if (entry.cfg or {}).get("unsafe_code"):
-            raise ConfigError(f"tasks: {name}: runs what the model writes as code, which is refused here")
+            raise ConfigError(
+                f"tasks: {name}: runs what the model writes as code, which is refused here"
+            )
     try:
         with _no_foreign_code(task_code), _only_errors():
             loaded = manager.load(list(names))
     except ConfigError:
         raise
-    except Exception as error:  # whatever a task's own code, its data, the hub or the network makes of it
-        raise ConfigError(f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}") from None
+    # Whatever a task's own code, its data, the hub or the network makes of it
+    except Exception as error:
+        raise ConfigError(
+            f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}"
+        ) from None
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(f"tasks: {name}: runs what the model writes as code, which is refused here")
+            raise ConfigError(
+                f"tasks: {name}: runs what the model writes as code, which is refused here"
+            )
         for key in task.get_config("generation_kwargs") or {}:
             if key not in WRITING:
-                raise ConfigError(f"tasks: {name}: its generation_kwargs have {str(key)[:60]!r}, which is not taken; only "
-                                  f"{', '.join(sorted(WRITING))} are")
+                raise ConfigError(
+                    f"tasks: {name}: its generation_kwargs have {str(key)[:60]!r}, which is not"
+                    f" taken; only {', '.join(sorted(WRITING))} are"
+                )
         for metric, function in getattr(task, "_metric_fn_list", {}).items():
             if function is None:
-                raise ConfigError(f"tasks: {name}: the harness has no metric {metric}, and code for it is not fetched")
-        if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # a task's own 0 stays, as in the harness
+                raise ConfigError(
+                    f"tasks: {name}: the harness has no metric {metric}, and code for it is not"
+                    " fetched"
+                )
+        # A task's own 0 stays, as in the harness
+        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -154,7 +205,9 @@ def load_tasks(
 
 
 def _find(names: list[str], folder: str | None) -> TaskManager:
-    """What knows the names: the folder alone if that is enough, as reading the harness's own takes seconds."""
+    """What knows the names: the folder alone if that is enough, as reading the harness's own
+    takes seconds.
+    """
     manager = None
     if folder is not None:
         if not Path(folder).is_dir():
@@ -175,14 +228,22 @@ def _find(names: list[str], folder: str | None) -> TaskManager:
     for name in names:
         if name not in manager.task_index:
             where = "the harness" if folder is None else f"{folder} and the harness"
-            raise ConfigError(f"tasks: {name}: no such task in {where}{nearest(name, manager.all_tasks)}")
+            raise ConfigError(
+                f"tasks: {name}: no such task in {where}{nearest(name, manager.all_tasks)}"
+            )
     return manager
 
 
 def score(
-    model: HarnessModel, tasks: dict[str, Any], *, limit: int | None, bootstraps: int = BOOTSTRAPS, show_bars: bool = False
+    model: HarnessModel,
+    tasks: dict[str, Any],
+    *,
+    limit: int | None,
+    bootstraps: int = BOOTSTRAPS,
+    show_bars: bool = False,
 ) -> dict[str, Any] | None:
-    """The harness's results of `load_tasks`' tasks, on their first `limit` documents each; None but on the first rank.
+    """The harness's results of `load_tasks`' tasks, on their first `limit` documents each; None but
+    on the first rank.
 
     Always on the same few-shot examples. Without `bootstraps` there are no standard errors.
     """
@@ -190,30 +251,50 @@ def score(
         task.set_fewshot_seed(FEWSHOT_SEED)
     try:
         with _no_foreign_code(), _only_errors(), _bars(show_bars):
-            return evaluator.evaluate(model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False)
+            return evaluator.evaluate(
+                model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False
+            )
     except AssertionError as error:
-        reason = str(error) or f"an answer may be longer than the {model.max_length} tokens of max_length"
-        raise DataError(f"tasks: {', '.join(tasks['tasks'])}: the harness gives up: {one_line(Exception(reason))}") from None
+        reason = (
+            str(error)
+            or f"an answer may be longer than the {model.max_length} tokens of max_length"
+        )
+        raise DataError(
+            f"tasks: {', '.join(tasks['tasks'])}: the harness gives up:"
+            f" {one_line(Exception(reason))}"
+        ) from None
     except TemplateError as error:
-        raise DataError(f"tasks: {', '.join(tasks['tasks'])}: a template of theirs fails: {one_line(error)}") from None
+        raise DataError(
+            f"tasks: {', '.join(tasks['tasks'])}: a template of theirs fails: {one_line(error)}"
+        ) from None
 
 
 def check_fits(model: HarnessModel, tasks: dict[str, Any]) -> None:
-    """Raises ConfigError for a task that has text written which leaves no room for the question: the harness gives up then."""
+    """Raises ConfigError for a task that has text written which leaves no room for the question:
+    the harness gives up then.
+    """
     for name, task in tasks["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
             continue
-        written = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", model.max_gen_toks)
+        written = (task.get_config("generation_kwargs") or {}).get(
+            "max_gen_toks", model.max_gen_toks
+        )
         if written >= model.max_length:
-            raise ConfigError(f"tasks: {name}: has up to {written} tokens written, of {model.max_length} for question and "
-                              "answer; set max_gen_toks in its generation_kwargs, or a larger max_length")
+            raise ConfigError(
+                f"tasks: {name}: has up to {written} tokens written, of {model.max_length} for"
+                " question and answer; set max_gen_toks in its generation_kwargs, or a larger"
+                " max_length"
+            )
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers in the harness's results: by task or group, then by metric, with the filter's name if it has one."""
+    """The numbers in the harness's results: by task or group, then by metric, with the filter's
+    name if it has one.
+    """
     return {
         name: {
-            key.removesuffix(",none"): float(value) for key, value in values.items()
+            key.removesuffix(",none"): float(value)
+            for key, value in values.items()
             if "," in key and isinstance(value, (int, float)) and math.isfinite(value)
         }
         for name, values in results["results"].items()
@@ -228,19 +309,28 @@ def table(results: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
-    """Nothing that a task's file or data says runs as code, but functions with `task_code`, and those of the harness itself.
+    """Nothing that a task's file or data says runs as code, but functions with `task_code`, and
+    those of the harness itself.
 
-    Templates see no more of Python than they need; metrics that are code, on the hub or beside a task, are not loaded. Of
-    datasets, this release of `datasets` runs none but what is in pickles, which are not read.
+    Templates see no more of Python than they need; metrics that are code, on the hub or beside a
+    task, are not loaded. Of datasets, this release of `datasets` runs none but what is in pickles,
+    which are not read.
     """
-    templates = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    templates = SandboxedEnvironment(
+        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    )
     templates.filters.update(lm_eval.utils.env.filters)
     import_function = _yaml_loader._import_func_in_yml
 
     def own_function(name: str, folder: Path) -> Any:
-        if not (task_code or folder.resolve().is_relative_to(Path(_yaml_loader.__file__).parent.resolve())):
-            raise ConfigError(f"task_path: a task in {folder} runs Python code (!function {name}); set task_code=true if you "
-                              "trust it")
+        if not (
+            task_code
+            or folder.resolve().is_relative_to(Path(_yaml_loader.__file__).parent.resolve())
+        ):
+            raise ConfigError(
+                f"task_path: a task in {folder} runs Python code (!function {name}); set"
+                " task_code=true if you trust it"
+            )
         return import_function(name, folder)
 
     def no_metric(name: str, *_: Any, **__: Any) -> Any:
@@ -250,19 +340,25 @@ def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
 
     def load_into_own_cache(*args: Any, **options: Any) -> Any:
         if options.get("cache_dir") is not None:
-            raise ConfigError(f"task_path: a task's dataset_kwargs have cache_dir={options['cache_dir']}, and no task "
-                              "decides where files are written; take that key out, and set HF_DATASETS_CACHE")
+            raise ConfigError(
+                f"task_path: a task's dataset_kwargs have cache_dir={options['cache_dir']}, and no"
+                " task decides where files are written; take that key out, and set"
+                " HF_DATASETS_CACHE"
+            )
         return load_dataset(*args, **options)
 
     def no_pickle(*_: Any) -> Any:
-        raise ConfigError("task_path: a task's dataset_path is pandas, which reads pickles, and those can run code; give "
-                          "its data as JSON lines or Parquet (dataset_path: json or parquet)")
+        raise ConfigError(
+            "task_path: a task's dataset_path is pandas, which reads pickles, and those can run"
+            " code; give its data as JSON lines or Parquet (dataset_path: json or parquet)"
+        )
 
     datasets.disable_progress_bars()
     try:
         with ExitStack() as stack:
             for owner, name, value in (
-                (_import_evaluate(), "load", no_metric), (lm_eval.utils, "env", templates),
+                (_import_evaluate(), "load", no_metric),
+                (lm_eval.utils, "env", templates),
                 (_yaml_loader, "_import_func_in_yml", own_function),
                 (datasets, "load_dataset", load_into_own_cache),
                 (pickled_frames.Pandas, "_info", no_pickle),
@@ -284,7 +380,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _import_evaluate() -> Any:
-    """Hugging Face's, which tasks import: not recipes/evaluate.py, beside which python looks first for a script's imports."""
+    """Hugging Face's, which tasks import: not recipes/evaluate.py, beside which python looks
+    first for a script's imports.
+    """
     before = sys.path[:]
     sys.path[:] = [folder for folder in before if not Path(folder, "evaluate.py").is_file()]
     try:
@@ -297,7 +395,13 @@ def _import_evaluate() -> Any:
 def _bars(show: bool) -> Iterator[None]:
     """The harness draws progress bars into files, too."""
 
-    def bar(items: Any = None, *, disable: bool = False, total: int | None = None, desc: str | None = None) -> Any:
+    def bar(
+        items: Any = None,
+        *,
+        disable: bool = False,
+        total: int | None = None,
+        desc: str | None = None,
+    ) -> Any:
         return tqdm(items, disable=disable or not show, total=total, desc=desc)
 
     modules: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface]
