@@ -17,8 +17,8 @@ from tqdm import tqdm
 from flame_composer.cleaning.parts import LOCK, PartsFolder, report
 from flame_composer.config.clean import CleanConfig
 from flame_composer.config.cli import run
-from flame_composer.config.rules import ConfigError
 from flame_composer.dataset.writer import plan_units
+from flame_composer.errors import ConfigError
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
 

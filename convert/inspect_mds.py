@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import InspectConfig
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset import report
 from flame_composer.dataset.survey import (
     check_tokenizer,
@@ -23,6 +22,7 @@ from flame_composer.dataset.survey import (
     spread,
     survey,
 )
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 
 

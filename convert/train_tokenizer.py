@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import TokenizerTrainConfig
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.text.documents import sample_texts
 from flame_composer.text.sources import find_files

@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-from flame_composer.config.rules import DataError, hide, masked
+from flame_composer.errors import DataError, hide, masked
 
 # Variables that hold what signs a person in, by their names.
 _SECRET_NAME = re.compile(

@@ -139,3 +139,14 @@ def loss_of(error: BaseException) -> str | None:
     if is_peer and os.environ.get("WORLD_SIZE", "1") != "1":
         return f"{where}another rank has ended, or cannot be reached ({text[:200].rstrip('.')})"
     return None
+
+
+def can_have_processes() -> bool:
+    """Whether processes can be started that wait for one another, which takes a /dev/shm that
+    can be written to.
+    """
+    try:
+        multiprocessing.Lock()
+    except OSError:
+        return False
+    return True

@@ -25,8 +25,9 @@ def main(config: TrainConfig) -> None:
     from flame_composer.train import guards as watch
     from flame_composer.train import log as callbacks
     from flame_composer.train.extensions import build_extensions
+    from flame_composer.train.mixture import build_mixture
     from flame_composer.train.preemption import Preemption, lock_folders
-    from flame_composer.use import perplexity as evaluate
+    from flame_composer.train.tasks import build_tasks
 
     listen_to_signals()  # which Composer has taken
     # What can be wrong is found out first: before processes meet, data is read or a model takes
@@ -90,8 +91,8 @@ def main(config: TrainConfig) -> None:
         optimizers=optim.build_optimizer(hf_model, config.optimizer),
         algorithms=named.algorithms,
         callbacks=[
-            *data.build_mixture(train_loader, train_sets, log),
-            *evaluate.build_tasks(config, hf_model, tokenizer, log, stop),
+            *build_mixture(train_loader, train_sets, log),
+            *build_tasks(config, hf_model, tokenizer, log, stop),
             callbacks.RandomState(),
             callbacks.SameData(order, allow_change=config.allow_data_change),
             optim.build_schedule(config, plan, named.algorithms),

@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config import rules as config
+from flame_composer import errors
 from flame_composer.dataset.convert import convert_unit
 from flame_composer.dataset.manifest import Manifest
 from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
@@ -107,7 +107,7 @@ def no_process_group() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what an earlier test had in its environment, which a process hides until it ends."""
-    monkeypatch.setattr(config, "_hidden", {})
+    monkeypatch.setattr(errors, "_hidden", {})
 
 
 @pytest.fixture(scope="session", autouse=True)

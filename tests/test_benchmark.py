@@ -27,7 +27,6 @@ from flame_composer.bench.charts import panels
 from flame_composer.bench.commands import Run, convert_plainly, summary, write_corpus
 from flame_composer.bench.measure import Figure, Usage, measure
 from flame_composer.bench.models import mfu, peak_of
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.use import (
     AllBenchmarksConfig,
     BenchmarkConfig,
@@ -38,6 +37,7 @@ from flame_composer.config.use import (
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.tokenizer import build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, words, write_jsonl
 from tests.runs import ROOT, check, last_json, run_script

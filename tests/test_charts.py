@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from flame_composer.config.cli import help_text
 from flame_composer.config.load import load
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.use import ReportConfig
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.train import charts
 from flame_composer.train.charts import CHARTS, draw, read_run, series, table, write
 from tests.runs import ROOT, check, last_json, run_script

@@ -36,9 +36,9 @@ from flame_composer.checkpoint.save import (
     model_in,
     save_hf_folder,
 )
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.causal_lm import build_hf_config
 from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, GLA

@@ -17,7 +17,7 @@ import pytest
 from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint.find import find_newest, list_checkpoints
 from flame_composer.checkpoint.save import SaveCheckpoints
-from flame_composer.config.rules import ConfigError, DataError, TrainingError
+from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.train.preemption import lock_folders
 from tests.conftest import Run
 from tests.test_parallelism import as_pieces

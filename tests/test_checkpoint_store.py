@@ -17,7 +17,7 @@ import pytest
 from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint.find import find_newest
 from flame_composer.checkpoint.read import read_checkpoint
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from tests.conftest import Run
 from tests.runs import Corpus, Script, check, read_log, run_script

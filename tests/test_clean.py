@@ -44,9 +44,9 @@ from flame_composer.config.clean import (
     RayConfig,
     SlurmConfig,
 )
-from flame_composer.config.rules import ConfigError, DataError
-from flame_composer.dataset.manifest import dump_json
 from flame_composer.dataset.writer import plan_units
+from flame_composer.errors import ConfigError, DataError
+from flame_composer.storage.files import dump_json
 from flame_composer.text.sources import find_files
 from tests.data_fixtures import (
     WRONG,

@@ -34,7 +34,7 @@ from flame_composer.config.convert import (
 )
 from flame_composer.config.fields import ANY_NAME, fields_of, nearest
 from flame_composer.config.load import load
-from flame_composer.config.rules import ConfigError, DataError, InvalidField, ScriptConfig
+from flame_composer.config.rules import ScriptConfig
 from flame_composer.config.sections import StreamConfig, WandbConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import (
@@ -52,6 +52,7 @@ from flame_composer.config.use import (
     TrainerBenchmarkConfig,
 )
 from flame_composer.config.written import as_meant, parse_yaml, to_yaml
+from flame_composer.errors import ConfigError, DataError, InvalidField
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig,

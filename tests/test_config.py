@@ -41,7 +41,7 @@ from flame_composer.config.convert import (
     TokenizerTrainConfig,
 )
 from flame_composer.config.fields import docs_of, hints_of
-from flame_composer.config.rules import ConfigError, InvalidField, ScriptConfig, require_duration
+from flame_composer.config.rules import ScriptConfig, require_duration
 from flame_composer.config.sections import (
     DataConfig,
     EvalDataConfig,
@@ -71,6 +71,7 @@ from flame_composer.config.use import (
     TrainerBenchmarkConfig,
 )
 from flame_composer.config.written import takes_text
+from flame_composer.errors import ConfigError, InvalidField
 
 CLASSES = [
     value

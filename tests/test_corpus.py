@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text import hub
 from flame_composer.text.documents import read_documents, sample_texts
 from flame_composer.text.sources import Slice, find_files, slice_file

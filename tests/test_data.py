@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming.base.world import World
 
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.sections import DataConfig, EvalDataConfig
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader import fetch
 from flame_composer.loader.batches import (
     IGNORE,

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.bench import commands as benchmark
-from flame_composer.config.rules import ConfigError
 from flame_composer.dataset import convert as units
-from flame_composer.dataset.manifest import HF, read_manifest
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.errors import ConfigError
 from flame_composer.text import encoder
-from flame_composer.text.encoder import build_fast_encoder, choose_encoder, require_installed
+from flame_composer.text.encoder import HF, build_fast_encoder, choose_encoder, require_installed
 from flame_composer.text.tokenizer import build_encoder, load_tokenizer
 from tests.data_fixtures import (
     TEXTS,

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flame_composer.config.rules import ConfigError
 from flame_composer.config.sections import DataConfig, StreamConfig
+from flame_composer.errors import ConfigError
 from flame_composer.loader.batches import begin_as_documents, open_train_data
 from flame_composer.text import ends as ends_module
 from flame_composer.text.ends import (

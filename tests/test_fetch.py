@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 from streaming.base.world import World
 
-from flame_composer.config.rules import ConfigError, DataError, InvalidField
 from flame_composer.config.sections import DataConfig
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.loader import fetch
 from flame_composer.loader.batches import build_train_loader, open_dataset
 from flame_composer.loader.fetch import Dataset
@@ -86,10 +86,7 @@ def flip_a_bit(shard: Path) -> None:
 def message_of(caught: pytest.ExceptionInfo[DataError]) -> str:
     """The last line: before it there may be the traceback of a loader process."""
     return (
-        str(caught.value)
-        .strip()
-        .splitlines()[-1]
-        .removeprefix("flame_composer.config.rules.DataError: ")
+        str(caught.value).strip().splitlines()[-1].removeprefix("flame_composer.errors.DataError: ")
     )
 
 

@@ -37,7 +37,7 @@ from flame_composer.checkpoint.save import (
     save_hf_folder,
 )
 from flame_composer.checkpoint.to_model import tokenizer_from
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.causal_lm import (
     CausalLM,
     build_hf_config,

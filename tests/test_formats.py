@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import find_files, slice_files
 from tests.test_corpus import COMPRESS, LINES, texts_of

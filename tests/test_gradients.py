@@ -14,7 +14,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from flame_composer.config.rules import TrainingError
+from flame_composer.errors import TrainingError
 from flame_composer.train.gradients import MAX_SKIPPED
 from tests.conftest import make_run
 from tests.runs import Corpus, read_log, run_script

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from flame_composer import lines
 from flame_composer.config import cli
-from flame_composer.config.rules import DataError, hide, masked, one_line, without_secrets
 from flame_composer.config.use import GenerateConfig
+from flame_composer.errors import DataError, hide, masked, one_line, without_secrets
 from flame_composer.lines import Lines, clean_streams, visible
 from tests.runs import ROOT, Corpus, Script, check
 

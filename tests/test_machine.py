@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from flame_composer.config.rules import ConfigError
 from flame_composer.config.sections import ParallelismConfig
+from flame_composer.errors import ConfigError
 from flame_composer.storage import locks as machine
 from flame_composer.storage.folders import private_folder
 from flame_composer.train import parallelism

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from streaming import MDSWriter
 from streaming.base.format.mds.reader import MDSReader
 
-from flame_composer.dataset.manifest import HASH, dump_json
+from flame_composer.dataset.manifest import HASH
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import no_pieces, pack
 from flame_composer.loader.reader import OpenShards, ShardReader, identify
+from flame_composer.storage.files import dump_json
 from tests.data_fixtures import files_under
 
 

@@ -16,8 +16,9 @@ from torch.distributed.run import get_args_parser
 from flame_composer.config.convert import ConvertConfig, FromLlamaConfig
 from flame_composer.config.fields import fields_of
 from flame_composer.config.load import load
-from flame_composer.config.rules import ConfigError, ScriptConfig
+from flame_composer.config.rules import ScriptConfig
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import ConfigError
 from tests.data_fixtures import llama_tokenizer, streaming_dataset, words, write_jsonl
 from tests.runs import check, run_script
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset import workers
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.writer import DatasetWriter
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.storage import s3 as s3_module
 from flame_composer.text.documents import read_documents

@@ -15,9 +15,9 @@ from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import get_device
 
-from flame_composer.config.rules import ConfigError
 from flame_composer.config.sections import OptimizerConfig, SchedulerConfig
 from flame_composer.config.train import RunPlan
+from flame_composer.errors import ConfigError
 from flame_composer.model.causal_lm import build_hf_config, build_model
 from flame_composer.train.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
 from flame_composer.train.optim import Schedule, build_optimizer, rate_factor

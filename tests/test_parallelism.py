@@ -22,9 +22,9 @@ from flame_composer.checkpoint import find as checkpoint_find
 from flame_composer.checkpoint import read as checkpoint_read
 from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.config.rules import DataError, InvalidField
 from flame_composer.config.sections import FsdpConfig, ModelConfig, ParallelismConfig
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import DataError, InvalidField
 from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
 from flame_composer.train import parallelism
 from flame_composer.train.parallelism import check_devices

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from flame_composer.config.load import load
-from flame_composer.config.rules import ConfigError, InvalidField
 from flame_composer.config.sections import StreamConfig
 from flame_composer.config.use import PlanConfig
+from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader, open_dataset
 from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
 from flame_composer.plan import planning

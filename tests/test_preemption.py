@@ -24,7 +24,7 @@ from composer.loggers import Logger
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 from flame_composer.train.preemption import Preempted, lock_run
 from tests.conftest import make_run
 from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log

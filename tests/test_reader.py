@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flame_composer.config.rules import DataError
 from flame_composer.config.sections import DataConfig, StreamConfig
+from flame_composer.errors import DataError
 from flame_composer.loader.batches import build_train_loader, open_dataset
 from flame_composer.loader.reader import FIELDS, OpenShards
 from tests.data_fixtures import byte_tokenizer

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset.convert import convert_unit, document_hash, split_of
 from flame_composer.dataset.manifest import (
     HASH,
@@ -30,6 +29,7 @@ from flame_composer.dataset.manifest import (
     read_manifest,
 )
 from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES, read_documents
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import TokenizerFingerprint

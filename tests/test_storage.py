@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flame_composer.config.rules import ConfigError, StoreError
+from flame_composer.errors import ConfigError, StoreError
 from flame_composer.storage import files as storage
 from flame_composer.storage import s3 as s3_module
 from tests.s3 import BUCKET, Relay

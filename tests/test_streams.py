@@ -12,15 +12,11 @@ from typing import Any
 
 import pytest
 
-from flame_composer.config.rules import ConfigError, InvalidField
 from flame_composer.config.sections import DataConfig, StreamConfig
-from flame_composer.loader.batches import (
-    build_mixture,
-    build_train_loader,
-    describe_order,
-    open_train_data,
-)
+from flame_composer.errors import ConfigError, InvalidField
+from flame_composer.loader.batches import build_train_loader, describe_order, open_train_data
 from flame_composer.train.log import SameData
+from flame_composer.train.mixture import build_mixture
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Script, check, last_json, read_log, run_script

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 from flame_composer.text.tokenizer import (
     build_encoder,
     fingerprint,

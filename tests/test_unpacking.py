@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text import hub
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import slice_file

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset import workers
-from flame_composer.dataset.manifest import HF, read_manifest
+from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.workers import Conversion, convert_units
 from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.text import encoder
+from flame_composer.text.encoder import HF
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl

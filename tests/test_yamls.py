@@ -14,8 +14,8 @@ import torch
 
 from flame_composer import cpu
 from flame_composer.config.load import load
-from flame_composer.config.rules import ConfigError, InvalidField
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model, load_pretrained
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flame_composer.config.rules import DataError
+from flame_composer.errors import DataError
 
 NAMES = {"gla": "GLA", "llama": "Llama"}
 

@@ -23,7 +23,6 @@ import numpy as np
 from tqdm import tqdm
 
 from flame_composer.bench.measure import Figure, Usage, interleaved, measure, median, ratio
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.use import (
     ConversionBenchmarkConfig,
     DataBenchmarkConfig,
@@ -31,6 +30,7 @@ from flame_composer.config.use import (
     TrainerBenchmarkConfig,
 )
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.documents import sample_texts
 from flame_composer.text.sources import find_files
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.processes import when_parent_ends
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

@@ -18,11 +18,10 @@ import torch
 from transformers import PretrainedConfig
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.config.rules import DataError, one_line
-from flame_composer.config.sections import OptimizerConfig
+from flame_composer.config.sections import CLASS_NAMES, OptimizerConfig, decay_of
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import DataError, one_line
 from flame_composer.model.causal_lm import build_or_load
-from flame_composer.train.optim import CLASS_NAMES, decay_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -17,7 +17,7 @@ from composer.utils import dist
 from flame_composer.checkpoint import sharded as pieces
 from flame_composer.checkpoint.content import Needed, OtherRun, check_content
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head
-from flame_composer.config.rules import ConfigError, DataError, StoreError
+from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files as storage
 
 # A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two

@@ -19,7 +19,7 @@ import torch
 from torch import _weights_only_unpickler
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.config.rules import DataError, one_line
+from flame_composer.errors import DataError, one_line
 from flame_composer.storage import files as storage
 
 # What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random

@@ -44,7 +44,8 @@ from flame_composer.checkpoint.read import (
     read_for_composer,
 )
 from flame_composer.checkpoint.to_model import model_from, tokenizer_from
-from flame_composer.config.rules import (
+from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
+from flame_composer.errors import (
     GOES_ON,
     ConfigError,
     DataError,
@@ -52,14 +53,12 @@ from flame_composer.config.rules import (
     TrainingError,
     one_line,
 )
-from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.model.causal_lm import check_runs_here, load_pretrained
 from flame_composer.model.foreign import count_not_finite, warn_not_finite
 from flame_composer.storage import files as storage
 from flame_composer.storage.folders import flush, new_folder
 from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
-from flame_composer.text.tokenizer import load_tokenizer, vocab_size_of
-from flame_composer.train.log import TRAIN_LOG
+from flame_composer.text.tokenizer import load_tokenizer, special_tokens, vocab_size_of
 
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates;
 # none of them is made so.
@@ -546,15 +545,3 @@ def save_hf_folder(
         )
         model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    """As generation names them. A batch is filled up with the end-of-text token where there is
-    none for padding.
-    """
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": pad,
-    }

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flame_composer.config.rules import DataError
+from flame_composer.errors import DataError
 
 HEAD = "state.pt"
 """The file with all but weights and optimizer state; with it, a checkpoint is whole."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.model.causal_lm import build_model, meta_model, read_back_hf_config
 from flame_composer.model.foreign import numbers_in, require_size
 from flame_composer.text.counts import require_counts

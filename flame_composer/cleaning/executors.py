@@ -35,11 +35,10 @@ from flame_composer.cleaning.stages import (
     counts_path,
 )
 from flame_composer.config.clean import CleanConfig
-from flame_composer.config.rules import ConfigError, DataError
-from flame_composer.dataset.workers import can_have_processes
-from flame_composer.dataset.writer import explained
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import Lines, clean_streams
-from flame_composer.processes import end_with_parent
+from flame_composer.processes import can_have_processes, end_with_parent
+from flame_composer.storage.folders import explained
 
 JOBS = "slurm_jobs.json"
 

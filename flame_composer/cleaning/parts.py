@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from flame_composer.config.rules import ConfigError, DataError
-from flame_composer.dataset.manifest import Unit, dump_json
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
+from flame_composer.storage.files import dump_json
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.formats import format_by_suffix
+from flame_composer.text.sources import Unit
 
 FORMAT = "flame_composer cleaned documents"
 VERSION = 1

@@ -56,7 +56,7 @@ from flame_composer.config.clean import (
     LanguageConfig,
 )
 from flame_composer.config.fields import nearest
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.documents import read_documents
 
 Documents = Iterator[Document]

@@ -20,12 +20,12 @@ from typing import Any
 from flame_composer import processes
 from flame_composer.config.fields import fields_of, nearest
 from flame_composer.config.load import C, explain, load
-from flame_composer.config.rules import (
+from flame_composer.config.rules import ScriptConfig
+from flame_composer.errors import (
     GOES_ON,
     ConfigError,
     DataError,
     InvalidField,
-    ScriptConfig,
     TrainingError,
     masked,
 )

@@ -31,15 +31,7 @@ from flame_composer.config.fields import (
     sections_of,
     show,
 )
-from flame_composer.config.rules import (
-    ConfigError,
-    InvalidField,
-    ScriptConfig,
-    expand_path,
-    hide,
-    is_text,
-    without_secrets,
-)
+from flame_composer.config.rules import ScriptConfig, expand_path, is_text
 from flame_composer.config.written import (
     as_it_stands,
     as_meant,
@@ -49,6 +41,7 @@ from flame_composer.config.written import (
     takes_text,
     to_yaml,
 )
+from flame_composer.errors import ConfigError, InvalidField, hide, without_secrets
 
 # Characters of all values together, when each ${key} stands for what it leads to
 MOST_FILLED_IN = 1 << 24

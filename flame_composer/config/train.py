@@ -15,10 +15,8 @@ from flame_composer.config.extensions import NEEDS_WHOLE_PARAMETERS, ONLY_LOGS, 
 from flame_composer.config.rules import (
     DURATION,
     FRACTION,
-    MAX_NAME_BYTES,
     SECONDS,
     TIME,
-    ConfigError,
     ScriptConfig,
     require,
     require_duration,
@@ -38,6 +36,8 @@ from flame_composer.config.sections import (
     SpikeConfig,
     WandbConfig,
 )
+from flame_composer.errors import ConfigError
+from flame_composer.storage.files import MAX_NAME_BYTES
 
 MAX_WANDB_ID_BYTES = 200  # W&B's own folders have longer names than their runs
 
@@ -367,3 +367,6 @@ class TrainConfig(ScriptConfig):
         fraction = FRACTION.fullmatch(duration)
         assert fraction, duration
         return None if run_batches is None else math.ceil(float(fraction[1]) * run_batches)
+
+
+TRAIN_LOG = "train_log.jsonl"

@@ -18,7 +18,7 @@ from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from flame_composer.config.fields import dataclass_of, hints_of, named_sections
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 
 # OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply are
 # refused all the same.

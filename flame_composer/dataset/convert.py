@@ -8,10 +8,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from flame_composer.config.rules import DataError
-from flame_composer.dataset.manifest import HF, Split, UnitRecord
-from flame_composer.dataset.writer import DatasetWriter, UnitWriter, explained, unit_name
+from flame_composer.dataset.manifest import Split, UnitRecord
+from flame_composer.dataset.writer import DatasetWriter, UnitWriter, unit_name
+from flame_composer.errors import DataError
+from flame_composer.storage.folders import explained
 from flame_composer.text.documents import read_documents
+from flame_composer.text.encoder import HF
 from flame_composer.text.tokenizer import Encoder
 
 HASH_KEY = b"flame_composer document"

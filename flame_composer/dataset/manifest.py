@@ -13,20 +13,19 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
+from flame_composer.text.encoder import HF
 from flame_composer.text.ends import Ends, parse_ends
-from flame_composer.text.sources import Slice
+from flame_composer.text.sources import Slice, Unit
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
 VERSION = 1
-HF = "hf"  # the encoder of tokenizers, which every other must agree with
 SHARD_NAME = re.compile(r"units/[A-Za-z0-9_-]+/shard\.[0-9]+\.mds")
 MAX_SHARD_BYTES = 2**32  # offsets within a shard are uint32
 HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
 
 Split = Literal["train", "val"]
-Unit = tuple[Slice, ...]
 T = TypeVar("T")
 
 
@@ -291,10 +290,6 @@ def read_json(path: str) -> Any:
             f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert"
             " again"
         ) from None
-
-
-def dump_json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True) + "\n").encode("ascii")
 
 
 def parse_json(data: bytes, place: str) -> Any:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config.rules import ConfigError, one_line
 from flame_composer.dataset.manifest import (
     HASH,
     Manifest,
@@ -29,6 +28,7 @@ from flame_composer.dataset.manifest import (
     read_index,
     read_manifest,
 )
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.storage import files as storage
 from flame_composer.text.tokenizer import TokenizerFingerprint
 

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Literal
 
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset.convert import EncoderMismatch, convert_unit
-from flame_composer.dataset.manifest import HF
 from flame_composer.dataset.writer import DatasetWriter, unit_name
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import clean_streams
-from flame_composer.processes import end_with_parent
-from flame_composer.text.encoder import build_fast_encoder, require_installed
+from flame_composer.processes import can_have_processes, end_with_parent
+from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 OnProgress = Callable[[int, int, int], None]
@@ -46,17 +45,6 @@ MAX_INPUT = 4 << 30  # input bytes a worker converts before it does the same
 SMALL_INPUT = 4 << 20  # bytes of a unit that is not worth the start of a process
 POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
-
-
-def can_have_processes() -> bool:
-    """Whether processes can be started that wait for one another, which takes a /dev/shm that
-    can be written to.
-    """
-    try:
-        multiprocessing.Lock()
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ import json
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,28 +31,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config.rules import ConfigError, DataError, StoreError
 from flame_composer.dataset.manifest import (
-    HF,
     VERSION,
     Ledger,
     Manifest,
     Split,
-    Unit,
     UnitRecord,
     check_shards,
     damaged,
-    dump_json,
     parse_record,
     read_json,
     read_manifest,
 )
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
-from flame_composer.storage.folders import private_folder
+from flame_composer.storage.files import dump_json
+from flame_composer.storage.folders import explained, private_folder
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
-from flame_composer.text.sources import Slice, slice_files
+from flame_composer.text.encoder import HF
+from flame_composer.text.sources import Slice, Unit, slice_files
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 
 TAIL = "tail"
@@ -436,20 +434,6 @@ class UnitWriter:
 
     def discard(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-@contextmanager
-def explained(folder: str) -> Iterator[None]:
-    remedy = (
-        "when that is mended, run the same command again: it goes on from the last finished unit"
-    )
-    try:
-        yield
-    except StoreError as error:
-        raise DataError(f"{error}; {remedy}") from None
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        raise DataError(f"{folder}: {error.strerror or error}{where}; {remedy}") from None
 
 
 def unit_name(number: int) -> str:

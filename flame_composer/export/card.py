@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from flame_composer.checkpoint.read import Checkpoint
 from flame_composer.checkpoint.save import average_of
-from flame_composer.config.rules import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.storage import files as storage
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets

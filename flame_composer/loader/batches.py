@@ -11,29 +11,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, DataSpec, Evaluator, Event, State
+from composer.core import DataSpec, Evaluator, Event, State
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config.rules import ConfigError, InvalidField, one_line
 from flame_composer.config.sections import DataConfig, EvalDataConfig
 from flame_composer.dataset.manifest import check_shards, check_totals, read_index, read_manifest
-from flame_composer.dataset.workers import can_have_processes
+from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.loader.fetch import Dataset, Shards, fetch_index
 from flame_composer.loader.rows import Rows
 from flame_composer.model.causal_lm import IGNORE
-from flame_composer.processes import end_with_parent
+from flame_composer.processes import can_have_processes, end_with_parent
 from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.text.tokenizer import fingerprint
-from flame_composer.train.log import JsonlLog
-from flame_composer.train.mixture import Mixture
 
 CACHE = Path("~/.cache/flame_composer")
 
@@ -372,18 +369,6 @@ def _end_when_told(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-def build_mixture(
-    loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog
-) -> list[Callback]:
-    """What counts the rows of every stream; nothing where there is one dataset."""
-    if len(datasets) == 1:
-        return []
-    streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
-    rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
-    on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
-    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length, log)]
 
 
 def build_evaluator(

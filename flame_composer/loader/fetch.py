@@ -28,7 +28,6 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage import CloudDownloader
 from streaming.base.world import World
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
 from flame_composer.dataset.manifest import (
     HASH,
     Manifest,
@@ -39,6 +38,7 @@ from flame_composer.dataset.manifest import (
     read_manifest,
 )
 from flame_composer.dataset.survey import BadShard, Shard, check_hash, check_size
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.loader.reader import FIELDS, ShardReader, identify
 from flame_composer.storage import files as storage
 from flame_composer.storage.locks import claim_folder, is_own_folder

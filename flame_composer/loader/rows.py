@@ -22,7 +22,7 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.world import World
 
-from flame_composer.config.rules import DataError, InvalidField, one_line
+from flame_composer.errors import DataError, InvalidField, one_line
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.reader import FIELDS, MAX_OPEN, OpenShards, ShardReader, Unchecked
 from flame_composer.storage.locks import (

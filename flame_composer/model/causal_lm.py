@@ -31,10 +31,10 @@ from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
 from flame_composer.config.fields import nearest
-from flame_composer.config.rules import ConfigError, InvalidField, one_line
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.written import quote_it
 from flame_composer.cpu.linear import through_onednn
+from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.foreign import (
     INDEX,
     plain_keys,

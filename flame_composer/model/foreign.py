@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files as storage
 
 INDEX = "model.safetensors.index.json"

@@ -14,8 +14,8 @@ from streaming.base.util import bytes_to_int
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from flame_composer.config.rules import ConfigError, InvalidField, one_line
 from flame_composer.config.use import PlanConfig
+from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.causal_lm import (
     Work,
     build_hf_config,

@@ -12,7 +12,6 @@ from typing import Any
 
 from streaming.base.world import World
 
-from flame_composer.config.rules import ConfigError, DataError, InvalidField
 from flame_composer.config.use import PlanConfig
 from flame_composer.dataset.manifest import (
     HASH,
@@ -23,6 +22,7 @@ from flame_composer.dataset.manifest import (
     read_index,
     read_manifest,
 )
+from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.loader.fetch import Dataset, Shards, fetch_index
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -23,13 +24,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from flame_composer.config.rules import MAX_NAME_BYTES, ConfigError, DataError, StoreError, one_line
+from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 
 # Requests in flight where many are made: an object store takes its time, but takes many
 THREADS = 16
 # Bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as
 # many
 MOST_JSON = 1 << 27
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file, on Linux
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -395,3 +397,7 @@ def _strange_name(folder: str, name: str) -> DataError:
         f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete"
         " that, or use another folder"
     )
+
+
+def dump_json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True) + "\n").encode("ascii")

@@ -10,11 +10,12 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 
 
 def require_new(out: Path) -> None:
@@ -128,3 +129,17 @@ def _locked(folder: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+@contextmanager
+def explained(folder: str) -> Iterator[None]:
+    remedy = (
+        "when that is mended, run the same command again: it goes on from the last finished unit"
+    )
+    try:
+        yield
+    except StoreError as error:
+        raise DataError(f"{error}; {remedy}") from None
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise DataError(f"{folder}: {error.strerror or error}{where}; {remedy}") from None

@@ -21,7 +21,7 @@ from typing import Any
 from composer.utils import dist
 from streaming.base.world import World
 
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 from flame_composer.storage.folders import private_folder
 
 CLAIM_SECONDS = 15.0

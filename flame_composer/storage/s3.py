@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem
 
-from flame_composer.config.rules import ConfigError, StoreError, masked
+from flame_composer.errors import ConfigError, StoreError, masked
 
 Info = dict[str, Any]
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 
 MOST_PARTS = 10_000  # where there are no weights yet to compare with; no model has as many
 FEW_PARTS = 128  # that are quick to build, whatever the weights are

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from flame_composer.config.rules import DataError
+from flame_composer.errors import DataError
 from flame_composer.text import hub, parquet
 from flame_composer.text.formats import UTF8_BOM, other_kind
 from flame_composer.text.jsonl import InvalidRecord, columns, kind_of, text_of

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flame_composer.config.rules import ConfigError, one_line
-from flame_composer.dataset.manifest import HF
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.text.tokenizer import (
     BareTokenizer,
     Encoder,
@@ -157,3 +156,6 @@ def _trouble(tokenizer: PreTrainedTokenizerFast) -> str | None:
         if fast(text).tolist() != tokenizer(text, add_special_tokens=False).input_ids:
             return f"gigatoken's tokens of {text[:60]!r} are not this tokenizer's; set encoder=hf"
     return None
+
+
+HF = "hf"  # the encoder of tokenizers, which every other must agree with

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 from flame_composer.storage import files as storage
 from flame_composer.text.tokenizer import MARK, keep_original, mark_of, require_ends
 

@@ -9,7 +9,7 @@ import os
 import re
 from typing import Literal, NamedTuple
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.text.jsonl import InvalidRecord, parse
 from flame_composer.text.unpacking import Compression, open_input, reading

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from urllib.parse import parse_qs, urlencode
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.unpacking import BLOCK, Streams
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.text import hub
 from flame_composer.text.formats import COMPRESSIONS, FORMATS, FOUND, Format, detect
@@ -47,6 +47,9 @@ class Slice:
     num_bytes: int
     version: str | None = None
     compression: Compression | None = None
+
+
+Unit = tuple[Slice, ...]
 
 
 def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text import long_texts
 from flame_composer.text.tokenizer_files import FILES, check_folder
 
@@ -426,3 +426,15 @@ def train_bpe(
         pad_token=eos_token,
         clean_up_tokenization_spaces=False,
     )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """As generation names them. A batch is filled up with the end-of-text token where there is
+    none for padding.
+    """
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad,
+    }

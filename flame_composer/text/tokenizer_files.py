@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flame_composer.config.rules import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files as storage
 from flame_composer.text.counts import require_counts
 

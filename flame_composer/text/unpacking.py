@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
-from flame_composer.config.rules import DataError
+from flame_composer.errors import DataError
 from flame_composer.storage import files as storage
 
 Compression = Literal["gzip", "zstd", "bz2", "xz"]

@@ -23,7 +23,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from flame_composer.checkpoint.save import save_hf_folder
 from flame_composer.config.extensions import whole_batches
-from flame_composer.config.rules import ConfigError, expand_path, one_line
+from flame_composer.config.rules import expand_path
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.storage.s3 import warn_if_readable
 from flame_composer.text.ends import encode_prompt

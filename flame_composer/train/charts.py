@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.dataset.report import visible
+from flame_composer.errors import ConfigError, DataError
 
 LOG, STARTS = "train_log.jsonl", "starts.jsonl"
 

@@ -21,9 +21,9 @@ from composer.loggers import LoggerDestination
 
 from flame_composer.config.extensions import in_use, spelled_alike
 from flame_composer.config.fields import nearest
-from flame_composer.config.rules import InvalidField, one_line
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.written import quote_it
+from flame_composer.errors import InvalidField, one_line
 from flame_composer.train import algorithms
 from flame_composer.train import callbacks as optional_callbacks
 from flame_composer.train.log import build_loggers

@@ -13,8 +13,8 @@ from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from flame_composer.config.rules import TrainingError
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import TrainingError
 from flame_composer.train.log import JsonlLog
 
 MAX_SKIPPED = 10  # steps in a row that may be skipped

@@ -21,9 +21,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from flame_composer.config.rules import TrainingError
 from flame_composer.config.sections import SpikeConfig
 from flame_composer.config.train import TrainConfig
+from flame_composer.errors import TrainingError
 
 POLL_SECONDS = 0.5
 

@@ -31,7 +31,9 @@ from composer.loggers import (
 )
 from composer.utils import dist, reproducibility
 
-from flame_composer.config.rules import (
+from flame_composer.config.sections import WandbConfig
+from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
+from flame_composer.errors import (
     GOES_ON,
     ConfigError,
     InvalidField,
@@ -40,15 +42,11 @@ from flame_composer.config.rules import (
     one_line,
     without_secrets,
 )
-from flame_composer.config.sections import WandbConfig
-from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.lines import Lines
 from flame_composer.storage import files as storage
 from flame_composer.storage.folders import flush
 from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.text.ends import describe as describe_ends
-
-TRAIN_LOG = "train_log.jsonl"
 
 log = logging.getLogger(__name__)
 

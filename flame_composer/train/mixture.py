@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, DataSpec, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.utils.data import DataLoader
 
+from flame_composer.loader.fetch import Dataset
+from flame_composer.loader.rows import Rows
 from flame_composer.train.log import JsonlLog
 
 
@@ -77,3 +81,15 @@ class Mixture(Callback):
                 for what, value in values.items()
             }
         )
+
+
+def build_mixture(
+    loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog
+) -> list[Callback]:
+    """What counts the rows of every stream; nothing where there is one dataset."""
+    if len(datasets) == 1:
+        return []
+    streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
+    rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
+    on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
+    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length, log)]

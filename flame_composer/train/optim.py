@@ -13,11 +13,10 @@ from composer.loggers import Logger
 from composer.optim import DecoupledAdamW
 
 from flame_composer.config.extensions import spelled_alike
-from flame_composer.config.rules import ConfigError
-from flame_composer.config.sections import OptimizerConfig, SchedulerConfig
+from flame_composer.config.sections import OptimizerConfig, SchedulerConfig, decay_of
 from flame_composer.config.train import RunPlan, TrainConfig
+from flame_composer.errors import ConfigError
 
-CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "Lamb"}
 """An optimizer's name in a checkpoint, by that of the configuration."""
 
 
@@ -48,10 +47,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
         return Lamb(groups, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
-
-
-def decay_of(config: OptimizerConfig, *, is_matrix: bool) -> float:
-    return config.weight_decay if is_matrix else 0.0
 
 
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:

@@ -16,8 +16,8 @@ from composer.utils.parallelism import FSDP2Config
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
-from flame_composer.config.rules import InvalidField
 from flame_composer.config.sections import ParallelismConfig
+from flame_composer.errors import InvalidField
 from flame_composer.storage.folders import private_folder
 
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from flame_composer import processes
 from flame_composer.checkpoint.save import SaveCheckpoints
-from flame_composer.config.rules import ConfigError
+from flame_composer.errors import ConfigError
 from flame_composer.storage import files as storage
 
 # What a rank may be asked, by what counts for more

@@ -26,12 +26,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from flame_composer.checkpoint.save import special_tokens
-from flame_composer.config.rules import ConfigError, DataError, is_text
+from flame_composer.config.rules import is_text
 from flame_composer.config.use import GenerateConfig
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.causal_lm import quiet
 from flame_composer.text.ends import encode_prompt
-from flame_composer.text.tokenizer import explained_failure
+from flame_composer.text.tokenizer import explained_failure, special_tokens
 
 log = logging.getLogger(__name__)
 

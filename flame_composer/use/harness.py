@@ -37,8 +37,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.fields import nearest
-from flame_composer.config.rules import ConfigError, DataError, one_line
 from flame_composer.config.written import require_shallow
+from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.ends import ends_of, start_of
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
