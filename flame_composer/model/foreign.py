@@ -199,7 +199,10 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
 
 def count_not_finite(tensor: torch.Tensor) -> int:
     """Return how many of a tensor's values are infinite or not a number."""
-    return int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+    if not tensor.is_floating_point():
+        return 0
+    # In parts: torch.isfinite takes several times the tensor's memory.
+    return sum(int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(1 << 20))
 
 
 def warn_not_finite(place: str, counts: Mapping[str, int]) -> None:
