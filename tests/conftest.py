@@ -219,84 +219,54 @@ def make_run(
     """A real Trainer put together as recipes/train.py does; saves a checkpoint after each batch.
     Not started.
     """
-    from composer import Trainer
-    from composer.utils import reproducibility
+    from flame_composer.checkpoint.read import Checkpoint
+    from flame_composer.config.load import load
+    from flame_composer.config.train import TrainConfig
+    from flame_composer.train.assemble import build_run, check
+    from flame_composer.train.gradients import Gradients
 
-    from flame_composer.checkpoint import save as checkpoint
-    from flame_composer.config.sections import (
-        DataConfig,
-        EvalDataConfig,
-        OptimizerConfig,
-        SchedulerConfig,
-    )
-    from flame_composer.config.train import RunPlan
-    from flame_composer.loader import batches as data
-    from flame_composer.model import causal_lm as model
-    from flame_composer.train import gradients, optim, preemption
-    from flame_composer.train import log as callbacks
-
-    tokenizer = byte_tokenizer()
-    reproducibility.seed_all(7)
-    made_for: Any = {"tokenizer": tokenizer, "context_length": CONTEXT_LENGTH}
-    copies = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("train", "eval")]
-    train_set = data.open_dataset(str(shutil.copytree(dataset, copies[0])), None, **made_for)
-    eval_set = data.open_dataset(str(shutil.copytree(eval_dataset, copies[1])), None, **made_for)
-    train_data = DataConfig(num_workers=0, loss_across_documents=loss_across_documents)
-    loader: Any = data.build_train_loader({"": train_set}, train_data, global_batch_size=4, seed=7)
-    plan = RunPlan(
-        total,
-        loader.dataloader.dataset.batches_per_epoch,
-        warmup=1,
-        decay=0,
-        eval_interval=eval_interval,
-        save_batches=1,
-        save_seconds=None,
-    )
-    saver = checkpoint.SaveCheckpoints(
-        str(folder / "checkpoints"), folder / "staging", batches=1, num_to_keep=-1
-    )
-    stop = preemption.Preemption(saver)
-    due = callbacks.every(plan.eval_interval, plan.total)
-    evaluator = data.build_evaluator(
-        eval_set,
-        EvalDataConfig(),
-        batch_size=4,
-        eval_interval=stop.unless_stopping(due),
-        until=stop.until_asked,
-    )
-    hf_model = model.build_model(model.build_hf_config(GLA, tokenizer, CONTEXT_LENGTH))
+    copies = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("train", "eval", "tokenizer")]
+    shutil.copytree(dataset, copies[0])
+    shutil.copytree(eval_dataset, copies[1])
+    byte_tokenizer().save_pretrained(copies[2])
     (folder / "log").mkdir(exist_ok=True)
-    log = callbacks.JsonlLog(
-        folder / "log", plan, log_batch_hash=True, print_lines=False, eval_due=due
-    )
-    order = data.describe_order({"": train_set}, DataConfig(), global_batch_size=4, seed=7)
-    trainer = Trainer(
-        run_name="tiny",
-        seed=7,
-        model=model.CausalLM(hf_model, tokenizer, varlen=True),
-        train_dataloader=loader,
-        eval_dataloader=evaluator,
-        max_duration=f"{total}ba",
-        optimizers=optim.build_optimizer(hf_model, OptimizerConfig(lr=lr)),
-        callbacks=[
-            callbacks.SameData(order, allow_change=False),
-            callbacks.RandomState(),
-            optim.Schedule(SchedulerConfig(name=schedule), lr, plan),
-            *watchers,  # pyright: ignore
-            gradients.Gradients(max_norm, on_nan, log),
-            log,
-            saver,
-            stop,  # pyright: ignore
-        ],
-        algorithms=list(algorithms),
-        device="cpu",
-        precision="fp32",
-        device_train_microbatch_size=microbatch_size,
-        accumulate_train_batch_on_tokens=True,
-        load_path=str(load_path) if load_path else None,
-        progress_bar=False,
-    )
-    return Run(folder, trainer, log, order)
+    keys = {
+        "run_name": "tiny",
+        "seed": 7,
+        "max_duration": f"{total}ba",
+        "global_batch_size": 4,
+        "microbatch_size": microbatch_size,
+        "eval_batch_size": 4,
+        "precision": "fp32",
+        "context_length": CONTEXT_LENGTH,
+        "tokenizer": copies[2],
+        "train_data.local": copies[0],
+        "train_data.num_workers": 0,
+        "train_data.loss_across_documents": str(loss_across_documents).lower(),
+        "eval_data.local": copies[1],
+        "eval_interval": f"{eval_interval}ba",
+        "save_interval": "1ba",
+        "save_num_checkpoints_to_keep": -1,
+        "log_batch_hash": "true",
+        "optimizer.lr": lr,
+        "optimizer.grad_clip_norm": "null" if max_norm is None else max_norm,
+        "scheduler.name": schedule,
+        "scheduler.warmup": "1ba",
+        "on_nan": on_nan,
+        "log_folder": folder / "log",
+        "save_folder": folder / "checkpoints",
+        "progress_bar": "false",
+        **{f"model.config.{key}": value for key, value in GLA.items()},
+    }
+    config = load(TrainConfig, [f"{key}={value}" for key, value in keys.items()])
+    parts = check(config)
+    parts.extensions.algorithms[:] = algorithms
+    start = Checkpoint(str(load_path), load_path) if load_path else None
+    run = build_run(config, parts, start)
+    callbacks = run.trainer.state.callbacks
+    place = next(i for i, each in enumerate(callbacks) if isinstance(each, Gradients))
+    run.trainer.state.callbacks = [*callbacks[:place], *watchers, *callbacks[place:]]
+    return Run(folder, run.trainer, run.log, run.order)
 
 
 @pytest.fixture(scope="session")

@@ -245,7 +245,7 @@ def test_one_dataset_is_no_mixture(dataset, copy_of):
     loader = build_train_loader(datasets, config, global_batch_size=8, seed=7)
     assert "stream" not in next(iter(loader.dataloader))
     log: Any = None
-    assert build_mixture(loader, datasets, log) == []
+    assert build_mixture(loader, datasets) == []
 
 
 # A whole run

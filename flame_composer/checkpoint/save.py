@@ -4,7 +4,6 @@ Face models.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -23,10 +22,10 @@ from composer.loggers import Logger
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.checkpoint.content import Needed, needed_by
+from flame_composer.checkpoint.content import Needed
 from flame_composer.checkpoint.find import (
     find_checkpoint,
     find_start,
@@ -368,17 +367,16 @@ def _saving(place: str) -> Iterator[None]:
 
 
 def find_start_of(
-    config: TrainConfig, staging: Path, hf_config: PretrainedConfig | None
-) -> tuple[Checkpoint | None, Callable[[], Needed]]:
-    """Return what a run goes on from, see `find_start`, and what its checkpoints have to hold.
+    config: TrainConfig, staging: Path, needed: Callable[[], Needed]
+) -> Checkpoint | None:
+    """Return what a run goes on from, see `find_start`.
 
-    Every rank must call it, once all have met. `hf_config` is as from `model.new_hf_config`.
+    Every rank must call it, once all have met. `needed` is what its checkpoints have to hold.
     """
     composer_checkpoint._torch_load_with_validation = read_for_composer  # type: ignore[assignment]
-    needed = functools.cache(functools.partial(needed_by, config, hf_config))
     if config.save_folder is None:
-        return None, needed
-    return find_start(config.save_folder, staging, needed, autoresume=config.autoresume), needed
+        return None
+    return find_start(config.save_folder, staging, needed, autoresume=config.autoresume)
 
 
 def build_saver(

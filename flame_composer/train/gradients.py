@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from composer.core import Callback, Precision, State
@@ -15,7 +15,6 @@ from composer.utils import dist
 
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import TrainingError
-from flame_composer.train.log import JsonlLog
 
 MAX_SKIPPED = 10  # steps in a row that may be skipped
 
@@ -30,10 +29,10 @@ class Gradients(Callback):
     to it.)
     """
 
-    def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"], log: JsonlLog):
+    def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"]):
         self.max_norm = max_norm
         self.on_nan = on_nan
-        self.log = log
+        self.norm = math.nan  # of this step
         self.skipped = 0  # in a row
 
     def state_dict(self) -> dict[str, int]:
@@ -47,13 +46,17 @@ class Gradients(Callback):
             parameter for parameter in state.model.parameters() if parameter.grad is not None
         ]
         norm = total_norm(parameters, state)
-        self.log.grad_norm = value = norm.item()
+        self.norm = value = norm.item()
         logger.log_metrics({"grad_norm": value})
         if state.precision != Precision.AMP_FP16 and self._is_bad(value, state):
             for parameter in parameters:
                 parameter.grad = None  # what an optimizer passes over
         elif self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+
+    def part_of_row(self) -> dict[str, Any]:
+        """Return the norm before clipping, or None if it is not finite."""
+        return {"grad_norm": self.norm if math.isfinite(self.norm) else None}
 
     def _is_bad(self, norm: float, state: State) -> bool:
         """Raises TrainingError where the run is to end."""
@@ -90,5 +93,5 @@ def total_norm(parameters: list[torch.nn.Parameter], state: State) -> torch.Tens
     return state.device.tensor_to_device(norm)  # without a gradient it was made on the CPU
 
 
-def build_gradients(config: TrainConfig, log: JsonlLog) -> Gradients:
-    return Gradients(config.optimizer.grad_clip_norm, config.on_nan, log)
+def build_gradients(config: TrainConfig) -> Gradients:
+    return Gradients(config.optimizer.grad_clip_norm, config.on_nan)

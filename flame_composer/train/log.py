@@ -13,10 +13,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import yaml
@@ -51,6 +51,21 @@ from flame_composer.text.ends import describe as describe_ends
 log = logging.getLogger(__name__)
 
 
+# The keys of a row, in their order.
+ROW = (
+    *("current_steps", "total_steps", "loss", "grad_norm", "learning_rate", "epoch", "percentage"),
+    *("num_tokens", "throughput", "eval_loss", "eval_perplexity", "tasks", "batch_hash", "streams"),
+)
+
+
+class Contributor(Protocol):
+    """A callback that has something to say of every step."""
+
+    def part_of_row(self) -> dict[str, Any]:
+        """Return what is added to the row of the step that has been taken, by keys of ROW."""
+        ...
+
+
 class JsonlLog(Callback):
     """One JSON row per step in `train_log.jsonl`, every step once and in order however often the
     run is restarted.
@@ -74,23 +89,23 @@ class JsonlLog(Callback):
         log_batch_hash: bool,
         print_lines: bool,
         eval_due: Callable[[State, Event], bool] | None = None,
+        contributors: Sequence[Contributor] = (),
     ):
         """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it
         is going.
 
         `eval_due`: when an evaluation belongs to a step's row, if ever. One that a signal prevented
         is done on the restart.
+
+        `contributors`: who is asked for a part of every row.
         """
+        self.contributors = contributors
         self.path = log_folder / TRAIN_LOG
         self.eval_due = eval_due
         self.eval_missing = False
         self.plan = plan
         self.print_every = max(1, plan.total // 50) if print_lines else 0
         self.log_batch_hash = log_batch_hash
-        # What has come of each, where there are several
-        self.streams: dict[str, dict[str, float]] | None = None
-        self.tasks: dict[str, dict[str, float]] | None = None  # the scores of this step, by task
-        self.grad_norm = math.nan  # of this step
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -173,7 +188,7 @@ class JsonlLog(Callback):
             "current_steps": time.batch.value,
             "total_steps": self.plan.total,
             "loss": loss if math.isfinite(loss) else None,
-            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
+            "grad_norm": None,
             "learning_rate": self._learning_rate,
             "epoch": round(time.batch.value / self.plan.per_epoch, 6),
             "percentage": round(100 * time.batch.value / self.plan.total, 4),
@@ -183,12 +198,11 @@ class JsonlLog(Callback):
         if self._evaluation is not None:
             row |= self._evaluation
             self._evaluation = None
-        if self.tasks is not None:
-            row["tasks"], self.tasks = self.tasks, None
         if self.log_batch_hash:
             row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
-        if self.streams is not None:
-            row["streams"] = self.streams
+        for contributor in self.contributors:
+            row |= contributor.part_of_row()
+        row = {key: row[key] for key in ROW if key in row}
         with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.print_every and (
@@ -228,16 +242,19 @@ def _writing(path: Path) -> Iterator[None]:
 def build_log(
     config: TrainConfig,
     plan: RunPlan,
+    contributors: Sequence[Contributor],
     *,
     print_lines: bool,
     eval_due: Callable[[State, Event], bool] | None,
 ) -> JsonlLog:
+    """Return the log of a run in its log_folder."""
     return JsonlLog(
         Path(config.log_folder),
         plan,
         log_batch_hash=config.log_batch_hash,
         print_lines=print_lines,
         eval_due=eval_due,
+        contributors=contributors,
     )
 
 

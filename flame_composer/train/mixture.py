@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from flame_composer.loader.fetch import Dataset
 from flame_composer.loader.rows import Rows
-from flame_composer.train.log import JsonlLog
 
 
 class Mixture(Callback):
@@ -29,10 +28,8 @@ class Mixture(Callback):
         rows_per_epoch: dict[str, int],
         rows_on_disk: list[int],
         context_length: int,
-        log: JsonlLog,
     ):
         """`rows_per_epoch` by stream in the order of their numbers, which are in the batches."""
-        self.log = log
         self.rows_per_epoch = rows_per_epoch
         self.rows_on_disk = rows_on_disk
         self.context_length = context_length
@@ -49,6 +46,10 @@ class Mixture(Callback):
             }
             for name, rows in zip(self.rows_per_epoch, self.rows.tolist(), strict=True)
         }
+
+    def part_of_row(self) -> dict[str, Any]:
+        """Return what the run has had of every stream."""
+        return {"streams": self.achieved()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": dict(zip(self.rows_per_epoch, self.rows.tolist(), strict=True))}
@@ -73,23 +74,20 @@ class Mixture(Callback):
         counts = state.device.tensor_to_device(counts)
         dist.all_reduce(counts)
         self.rows += counts.cpu()
-        self.log.streams = achieved = self.achieved()
         logger.log_metrics(
             {
                 f"mixture/{name}/{what}": value
-                for name, values in achieved.items()
+                for name, values in self.achieved().items()
                 for what, value in values.items()
             }
         )
 
 
-def build_mixture(
-    loader: DataSpec, datasets: Mapping[str, Dataset], log: JsonlLog
-) -> list[Callback]:
+def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> list[Mixture]:
     """What counts the rows of every stream; nothing where there is one dataset."""
     if len(datasets) == 1:
         return []
     streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
     rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
     on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
-    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length, log)]
+    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from composer.core import Callback, Event, State
@@ -10,11 +11,11 @@ from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.config.train import TrainConfig
+from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.train.algorithms import as_evaluated
 from flame_composer.train.guards import StallWatchdog
-from flame_composer.train.log import JsonlLog, every, keep_rows
+from flame_composer.train.log import every, keep_rows
 from flame_composer.train.preemption import Preemption
 
 if TYPE_CHECKING:
@@ -37,19 +38,18 @@ class TaskScores(Callback):
         self,
         model: HarnessModel,
         tasks: dict[str, Any],
-        log: JsonlLog,
+        log_path: Path,
         stop: Preemption,
         *,
         due: Callable[[State, Event], bool],
         limit: int | None,
     ):
-        """Must come before `log` in the trainer's callbacks, whose row of the step gets the
-        scores.
-        """
-        self.model, self.tasks, self.log, self.stop = model, tasks, log, stop
+        """`log_path`: the log, whose row of a step gets the scores that a restart makes up for."""
+        self.model, self.tasks, self.log_path, self.stop = model, tasks, log_path, stop
         self.due, self.limit = due, limit
         self.missing = False  # of the last step
         self.last: dict[str, dict[str, float]] = {}
+        self._taken: dict[str, dict[str, float]] | None = None  # at this step
 
     def state_dict(self) -> dict[str, Any]:
         return {"missing": self.missing, "last": self.last}
@@ -66,15 +66,20 @@ class TaskScores(Callback):
         self.missing = False
         if dist.get_global_rank() == 0:
             keep_rows(
-                self.log.path, last_step=state.timestamp.batch.value, evaluation={"tasks": scores}
+                self.log_path, last_step=state.timestamp.batch.value, evaluation={"tasks": scores}
             )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self.due(state, Event.BATCH_END):
-            self.log.tasks = None if self.stop.status else self.take(state, logger)
-            self.missing = self.log.tasks is None
+            self._taken = None if self.stop.status else self.take(state, logger)
+            self.missing = self._taken is None
         else:
             self.missing = False
+
+    def part_of_row(self) -> dict[str, Any]:
+        """Return the scores, on the steps that take them."""
+        taken, self._taken = self._taken, None
+        return {} if taken is None else {"tasks": taken}
 
     def take(self, state: State, logger: Logger) -> dict[str, dict[str, float]] | None:
         """The scores of the model as it is, on every rank; None if a signal came. Several ranks
@@ -118,15 +123,16 @@ class TaskScores(Callback):
 
 def build_tasks(
     config: TrainConfig,
+    plan: RunPlan,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    log: JsonlLog,
     stop: Preemption,
-) -> list[Callback]:
-    """Nothing where no tasks are asked for. Raises ConfigError for tasks that cannot be had,
-    before any training.
+) -> list[TaskScores]:
+    """Return what takes scores in the tasks of `config`; nothing where it asks for none.
+
+    Raise ConfigError for tasks that cannot be had, before any training.
     """
-    wanted, plan = config.eval_tasks, log.plan
+    wanted = config.eval_tasks
     if wanted is None:
         return []
     # The extra need not be installed otherwise
@@ -141,6 +147,6 @@ def build_tasks(
     assert isinstance(batch_size, int)  # a rule
     adapter = HarnessModel(model, tokenizer, batch_size=batch_size, precision=config.precision)
     check_fits(adapter, tasks)
-    return [
-        TaskScores(adapter, tasks, log, stop, due=every(interval, plan.total), limit=wanted.limit)
-    ]
+    log_path = Path(config.log_folder, TRAIN_LOG)
+    due = every(interval, plan.total)
+    return [TaskScores(adapter, tasks, log_path, stop, due=due, limit=wanted.limit)]

@@ -1,0 +1,294 @@
+"""A run put together: its data, its model and all that watches it, in the one order that works."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from composer import Trainer
+from composer.core import Callback, DataSpec, Evaluator
+from composer.utils import dist, get_device, reproducibility
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from flame_composer.checkpoint.content import Needed, needed_by
+from flame_composer.checkpoint.read import Checkpoint
+from flame_composer.checkpoint.save import (
+    NEVER_EVALUATED,
+    SaveCheckpoints,
+    build_saver,
+    find_start_of,
+)
+from flame_composer.config.train import RunPlan, TrainConfig
+from flame_composer.loader.batches import (
+    begin_as_documents,
+    build_evaluator,
+    build_train_loader,
+    describe_order,
+    open_dataset,
+    open_train_data,
+)
+from flame_composer.loader.fetch import Dataset
+from flame_composer.model.causal_lm import (
+    CausalLM,
+    build_or_load,
+    check_microbatch_size,
+    new_hf_config,
+)
+from flame_composer.text.tokenizer import load_tokenizer
+from flame_composer.train import parallelism
+from flame_composer.train.extensions import Extensions, build_extensions
+from flame_composer.train.gradients import Gradients, build_gradients
+from flame_composer.train.guards import build_watchers, explained_memory
+from flame_composer.train.log import (
+    JsonlLog,
+    RandomState,
+    SameData,
+    announce,
+    build_log,
+    every,
+)
+from flame_composer.train.mixture import Mixture, build_mixture
+from flame_composer.train.optim import build_optimizer, build_schedule
+from flame_composer.train.preemption import Preemption
+from flame_composer.train.tasks import TaskScores, build_tasks
+
+DAY = 86400  # seconds
+
+# What a callback finds done when its turn comes, at the same event: by class, earlier and later.
+ORDER: tuple[tuple[type[Callback], type[Callback], str], ...] = (
+    (Mixture, JsonlLog, "the row of a step asks for its streams"),
+    (TaskScores, JsonlLog, "the row of a step asks for its scores"),
+    (Gradients, JsonlLog, "the row of a step asks for its norm"),
+    (JsonlLog, SaveCheckpoints, "a checkpoint finds the row of its step in the log"),
+    (JsonlLog, Preemption, "a run that stops has its last row"),
+    (SaveCheckpoints, Preemption, "a run that stops finds what the saver has saved"),
+)
+
+
+class Parts(NamedTuple):
+    """What was made of the configuration before anything was started."""
+
+    tokenizer: PreTrainedTokenizerFast
+    hf_config: PretrainedConfig | None
+    extensions: Extensions
+    needed: Callable[[], Needed]
+    """What a checkpoint must hold for this run; worked out when it is first asked for."""
+
+
+class Data(NamedTuple):
+    """What a run trains on, and its plan of steps."""
+
+    sets: dict[str, Dataset]
+    loader: DataSpec
+    tokenizer: PreTrainedTokenizerFast
+    order: dict[str, Any]
+    plan: RunPlan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: its configuration, its trainer, and what the script asks."""
+
+    config: TrainConfig
+    trainer: Trainer
+    log: JsonlLog
+    order: dict[str, Any]
+    stop: Preemption
+    start: Checkpoint | None
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        """End in good order at a signal, and say in one line what ran out of memory."""
+        with self.stop.running(self.trainer), explained_memory(self.config):
+            yield
+
+    def announce(self) -> None:
+        """Say what is about to run, and keep its configuration beside its log and checkpoints."""
+        announce(
+            self.trainer,
+            self.config.resolved_yaml,
+            Path(self.config.log_folder),
+            self.config.save_folder,
+            resumed_from=self.start and self.start.place,
+        )
+
+    def evaluation_is_due(self) -> bool:
+        """Return whether to evaluate before the next step: at first, or if a signal cut it off."""
+        is_first = self.trainer.state.timestamp.batch.value == 0
+        return bool(self.trainer.state.evaluators) and (is_first or self.log.eval_missing)
+
+    def is_finished(self) -> bool:
+        """Return whether the run has taken all of its steps."""
+        state = self.trainer.state
+        assert state.max_duration is not None
+        return state.timestamp >= state.max_duration
+
+    def print_summary(self) -> None:
+        """Print what the run has come to, as one line of JSON."""
+        if dist.get_global_rank() == 0:
+            summary = self.log.summary(self.trainer.state)
+            print(json.dumps({**summary, "checkpoint_folder": self.config.save_folder}))
+
+
+def check(config: TrainConfig) -> Parts:
+    """Find out what can be wrong before processes meet, data is read or a model takes memory.
+
+    Raise ConfigError for the first that is.
+    """
+    parallelism.check_devices(config.parallelism, precision=config.precision)
+    check_microbatch_size(config.microbatch_size)
+    tokenizer = load_tokenizer(config.tokenizer)
+    hf_config = new_hf_config(config.model, tokenizer, config.context_length)
+    needed = functools.cache(functools.partial(needed_by, config, hf_config))
+    return Parts(tokenizer, hf_config, build_extensions(config), needed)
+
+
+def find_start(config: TrainConfig, parts: Parts) -> Checkpoint | None:
+    """Have all processes meet; return the checkpoint that the run goes on from, if it does.
+
+    It is the newest whole one in save_folder, the same on every rank.
+    """
+    # The watchdog of `guards`, which is the first to give up, says more than a timeout does.
+    dist.initialize_dist(get_device(), timeout=(config.stall_timeout or DAY) + 60)
+    return find_start_of(config, staging_of(config), parts.needed)
+
+
+def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Run:
+    """Return the run of `config`, from its first step or where the checkpoint `start` has it.
+
+    Raise ConfigError or DataError for data, a model or a checkpoint that does not fit.
+    """
+    reproducibility.seed_all(config.seed)
+    data = build_data(config, parts.tokenizer)
+    saver = build_saver(config, staging_of(config), data.plan, start, parts.needed)
+    stop = Preemption(saver)
+    evaluators = build_evaluators(config, data, stop)
+    show_bar = config.progress_bar and sys.stderr.isatty()
+    hf_model = build_or_load(
+        config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
+    )
+    counters: list[Mixture | TaskScores] = [
+        *build_mixture(data.loader, data.sets),
+        *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),
+    ]
+    gradients = build_gradients(config)
+    log = build_log(
+        config,
+        data.plan,
+        [*counters, gradients],
+        print_lines=not show_bar,
+        eval_due=every(data.plan.eval_interval, data.plan.total) if evaluators else None,
+    )
+    trainer = Trainer(
+        run_name=config.run_name,
+        seed=config.seed,
+        model=parallelism.recompute_blocks(
+            CausalLM(hf_model, data.tokenizer, varlen=config.varlen), config.parallelism
+        ),
+        train_dataloader=data.loader,
+        eval_dataloader=evaluators,
+        max_duration=f"{data.plan.total}ba",
+        optimizers=build_optimizer(hf_model, config.optimizer),
+        algorithms=parts.extensions.algorithms,
+        callbacks=in_order(
+            config, parts.extensions, data, [*counters], gradients, log, saver, stop
+        ),
+        loggers=parts.extensions.loggers,
+        device=get_device(),
+        precision=config.precision,
+        parallelism_config=parallelism.build(config.parallelism),
+        compile_config={} if config.parallelism.compile else None,
+        device_train_microbatch_size=config.microbatch_size,
+        accumulate_train_batch_on_tokens=True,
+        load_path=str(start.file) if start else None,
+        load_exclude_algorithms=NEVER_EVALUATED,
+        progress_bar=show_bar,
+    )
+    return Run(config, trainer, log, data.order, stop, start)
+
+
+def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
+    """Return the training data of `config`, and the tokenizer with the ends of its documents."""
+    sets = open_train_data(
+        config.train_data, tokenizer=tokenizer, context_length=config.context_length
+    )
+    tokenizer = begin_as_documents(tokenizer, sets, pretrained=config.model.pretrained)
+    batches: dict[str, int] = {"global_batch_size": config.global_batch_size, "seed": config.seed}
+    loader = build_train_loader(sets, config.train_data, **batches)
+    order = describe_order(sets, config.train_data, **batches)
+    rows: Any = loader.dataloader
+    return Data(
+        sets, loader, tokenizer, order, config.plan(epoch_batches=rows.dataset.batches_per_epoch)
+    )
+
+
+def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[Evaluator]:
+    """Return what evaluates on eval_data; nothing if there is none."""
+    if config.eval_data is None:
+        return []
+    rows = open_dataset(
+        config.eval_data.local,
+        config.eval_data.remote,
+        tokenizer=data.tokenizer,
+        context_length=config.context_length,
+    )
+    due = every(data.plan.eval_interval, data.plan.total)
+    batch_size = config.eval_batch_size or config.microbatch_size
+    assert isinstance(batch_size, int)  # a rule of the configuration
+    return [
+        build_evaluator(
+            rows,
+            config.eval_data,
+            batch_size=batch_size,
+            eval_interval=stop.unless_stopping(due),
+            until=stop.until_asked,
+        )
+    ]
+
+
+def in_order(
+    config: TrainConfig,
+    extensions: Extensions,
+    data: Data,
+    counters: list[Callback],
+    gradients: Gradients,
+    log: JsonlLog,
+    saver: SaveCheckpoints | None,
+    stop: Preemption,
+) -> list[Callback]:
+    """Return all callbacks of a run, in the order in which they are called at every event."""
+    callbacks = [
+        *counters,
+        RandomState(),
+        SameData(data.order, allow_change=config.allow_data_change),
+        build_schedule(config, data.plan, extensions.algorithms),
+        gradients,
+        *build_watchers(config),
+        *extensions.callbacks,
+        log,
+        *([saver] if saver else []),
+        stop,
+    ]
+    require_order(callbacks)
+    return callbacks
+
+
+def require_order(callbacks: Sequence[Callback]) -> None:
+    """Assert that the callbacks of a run stand as ORDER has them."""
+    for earlier, later, why in ORDER:
+        firsts = [i for i, each in enumerate(callbacks) if isinstance(each, earlier)]
+        lasts = [i for i, each in enumerate(callbacks) if isinstance(each, later)]
+        assert all(i < j for i in firsts for j in lasts), (
+            f"{earlier.__name__} comes before {later.__name__}: {why}"
+        )
+
+
+def staging_of(config: TrainConfig) -> Path:
+    """Return the folder in which a checkpoint is put together, or copied to, before it counts."""
+    return Path(config.log_folder, "staging")
