@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flame_composer.cleaning.parts import LOCK, PartsFolder, report
 from flame_composer.config.clean import CleanConfig
 from flame_composer.config.cli import run
-from flame_composer.dataset.writer import plan_units
+from flame_composer.dataset.plan import plan_units
 from flame_composer.errors import ConfigError
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
@@ -30,6 +30,7 @@ def main(config: CleanConfig) -> None:
     try:
         from flame_composer.cleaning import executors
         from flame_composer.cleaning import stages as cleaning
+        from flame_composer.cleaning.filters import check_model
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
         raise ConfigError(
@@ -39,7 +40,7 @@ def main(config: CleanConfig) -> None:
         name: value for name, value in dataclasses.asdict(config).items() if name not in MEANS
     }
     if config.language is not None:
-        settings["language"]["model_hash"] = cleaning.check_model(config.language)
+        settings["language"]["model_hash"] = check_model(config.language)
     if config.split is None:
         files = find_files(config.source, config.suffixes)
     else:

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import ConvertConfig
+from flame_composer.dataset.manifest import Manifest, Split
+from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.workers import Conversion, convert_units
-from flame_composer.dataset.writer import DatasetWriter, Manifest, Plan, Split, plan_units
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.text.encoder import choose_encoder, require_installed
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files

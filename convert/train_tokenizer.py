@@ -44,7 +44,7 @@ def main(config: TokenizerTrainConfig) -> None:
         print(f"{config.out}: already trained, nothing to do")
         return
 
-    from flame_composer.text.tokenizer import train_bpe
+    from flame_composer.text.bpe import train_bpe
 
     num_documents = num_skipped = 0
 

@@ -23,8 +23,19 @@ from pathlib import Path
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands as benchmark
 from flame_composer.bench import measure as measuring
+from flame_composer.bench.conversions import compare_conversions
 from flame_composer.bench.measure import Figure
-from flame_composer.config import use as recipe_config
+from flame_composer.config.bench import (
+    BENCHMARKS,
+    AllBenchmarksConfig,
+    BenchmarkConfig,
+    CheckpointBenchmarkConfig,
+    ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    DecodeBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
+)
 from flame_composer.config.cli import run_one_of
 from flame_composer.train import charts
 
@@ -46,55 +57,55 @@ def report(name: str, result: dict, figures: list[Figure]) -> None:
     )
 
 
-def train(config: recipe_config.BenchmarkConfig) -> None:
+def train(config: BenchmarkConfig) -> None:
     from flame_composer.bench import models as timing
 
     report("train", *timing.training(config))
 
 
-def growth(config: recipe_config.BenchmarkConfig) -> None:
+def growth(config: BenchmarkConfig) -> None:
     from flame_composer.bench import models as timing
 
     report("growth", *timing.growth(config))
 
 
-def decode(config: recipe_config.DecodeBenchmarkConfig) -> None:
+def decode(config: DecodeBenchmarkConfig) -> None:
     from flame_composer.bench import models as timing
 
     report("decode", *timing.decoding(config))
 
 
-def checkpoint(config: recipe_config.CheckpointBenchmarkConfig) -> None:
+def checkpoint(config: CheckpointBenchmarkConfig) -> None:
     from flame_composer.bench import runs as run_timing
 
     with measuring.workplace(config.folder) as folder:
         report("checkpoint", *run_timing.checkpoints(config, folder))
 
 
-def trainer(config: recipe_config.TrainerBenchmarkConfig) -> None:
+def trainer(config: TrainerBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("trainer", *benchmark.compare_trainers(ROOT, config, folder))
 
 
-def data(config: recipe_config.DataBenchmarkConfig) -> None:
+def data(config: DataBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("data", *benchmark.compare_readers(ROOT, config, folder))
 
 
-def start(config: recipe_config.StartBenchmarkConfig) -> None:
+def start(config: StartBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
         report("start", *benchmark.compare_starts(ROOT, config, folder))
 
 
-def convert(config: recipe_config.ConversionBenchmarkConfig) -> None:
+def convert(config: ConversionBenchmarkConfig) -> None:
     with measuring.workplace(config.folder) as folder:
-        report("convert", *benchmark.compare_conversions(ROOT, config, folder))
+        report("convert", *compare_conversions(ROOT, config, folder))
 
 
-def run_all(config: recipe_config.AllBenchmarksConfig) -> None:
+def run_all(config: AllBenchmarksConfig) -> None:
     if config.plot:
         charts.require_plot(config.plot)
-    results = benchmark.run_each(Path(__file__), config.names or recipe_config.BENCHMARKS)
+    results = benchmark.run_each(Path(__file__), config.names or BENCHMARKS)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
     print(
         "",
@@ -112,15 +123,15 @@ if __name__ == "__main__":
     sys.exit(
         run_one_of(
             {
-                "train": (train, recipe_config.BenchmarkConfig),
-                "growth": (growth, recipe_config.BenchmarkConfig),
-                "decode": (decode, recipe_config.DecodeBenchmarkConfig),
-                "trainer": (trainer, recipe_config.TrainerBenchmarkConfig),
-                "data": (data, recipe_config.DataBenchmarkConfig),
-                "start": (start, recipe_config.StartBenchmarkConfig),
-                "checkpoint": (checkpoint, recipe_config.CheckpointBenchmarkConfig),
-                "convert": (convert, recipe_config.ConversionBenchmarkConfig),
-                "all": (run_all, recipe_config.AllBenchmarksConfig),
+                "train": (train, BenchmarkConfig),
+                "growth": (growth, BenchmarkConfig),
+                "decode": (decode, DecodeBenchmarkConfig),
+                "trainer": (trainer, TrainerBenchmarkConfig),
+                "data": (data, DataBenchmarkConfig),
+                "start": (start, StartBenchmarkConfig),
+                "checkpoint": (checkpoint, CheckpointBenchmarkConfig),
+                "convert": (convert, ConversionBenchmarkConfig),
+                "all": (run_all, AllBenchmarksConfig),
             }
         )
     )

@@ -12,16 +12,17 @@ import sys
 from typing import Any
 
 from flame_composer.config.cli import run
-from flame_composer.config.use import PlanConfig
+from flame_composer.config.plan import PlanConfig
 
 
 def main(config: PlanConfig) -> None:
     from flame_composer.plan import planning
+    from flame_composer.plan.memory import read_size
     from flame_composer.plan.supply import find_supply
 
     found = find_supply(config)
     supply = None if isinstance(found, str) else found
-    size = planning.read_size(planning.find_hf_config(config, supply))
+    size = read_size(planning.find_hf_config(config, supply))
     plan = planning.draw_up(config, size, supply)
     if isinstance(found, str):
         plan["warnings"].append(
@@ -34,7 +35,7 @@ def main(config: PlanConfig) -> None:
 
 def describe(plan: dict[str, Any]) -> list[str]:
     """The plan as tables 100 columns wide, warnings last."""
-    from flame_composer.plan.planning import gigabytes
+    from flame_composer.plan.memory import gigabytes
 
     nodes, devices = plan["nodes"], plan["devices"]
     accumulation = plan["accumulation_steps"]

@@ -15,10 +15,11 @@ from flame_composer.config.use import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    from flame_composer.dataset.report import visible
+    from flame_composer.lines import visible
     from flame_composer.train import charts
+    from flame_composer.train.run_log import read_run
 
-    runs = [charts.read_run(path) for path in dict.fromkeys(config.runs)]
+    runs = [read_run(path) for path in dict.fromkeys(config.runs)]
     out = Path(config.out or Path(runs[0].place, "report"))
     files = charts.write(runs, out, config.smooth)
     head, lines = charts.table(runs)

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer import errors
 from flame_composer.dataset.convert import convert_unit
 from flame_composer.dataset.manifest import Manifest
-from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.dataset.plan import Plan, plan_units
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import build_encoder, fingerprint
 from tests.data_fixtures import byte_tokenizer, words, write_jsonl

@@ -13,7 +13,7 @@ from filelock import FileLock
 from streaming import StreamingDataset
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
-from flame_composer.text.tokenizer import train_bpe
+from flame_composer.text.bpe import train_bpe
 
 TEXTS = [
     "def gate(x):\n    return x.sigmoid()\n",

@@ -21,7 +21,7 @@ from flame_composer.checkpoint.find import find_newest
 from flame_composer.checkpoint.save import load_from_checkpoint
 from flame_composer.model.causal_lm import load_pretrained
 from flame_composer.text.ends import Ends, ends_in, ends_of
-from flame_composer.text.tokenizer import MARK
+from flame_composer.text.steady import MARK
 from flame_composer.use.generate import Pieces
 from tests.data_fixtures import words
 from tests.runs import Corpus, check, last_json, read_log, run_script

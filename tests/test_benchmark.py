@@ -24,10 +24,16 @@ from flame_composer.bench import measure as measuring
 from flame_composer.bench import models as timing
 from flame_composer.bench import runs as run_timing
 from flame_composer.bench.charts import panels
-from flame_composer.bench.commands import Run, convert_plainly, summary, write_corpus
+from flame_composer.bench.conversions import (
+    Run,
+    compare_conversions,
+    convert_plainly,
+    summary,
+    write_corpus,
+)
 from flame_composer.bench.measure import Figure, Usage, measure
 from flame_composer.bench.models import mfu, peak_of
-from flame_composer.config.use import (
+from flame_composer.config.bench import (
     AllBenchmarksConfig,
     BenchmarkConfig,
     CheckpointBenchmarkConfig,
@@ -422,7 +428,7 @@ def commands(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def corpora(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     source = write_jsonl(tmp_path / "source.jsonl", TEXTS)
-    write = benchmark.write_corpus
+    write = write_corpus
     return noted(
         monkeypatch, benchmark, "write_corpus", lambda *_: write([str(source)], (), 1000, tmp_path)
     )
@@ -458,7 +464,7 @@ def test_conversions_are_timed_as_the_keys_say(commands, corpora, tmp_path):
     config = ConversionBenchmarkConfig(
         ["s"], [".md"], 0.5, "tok", context_length=64, unit_size=999, num_workers=3, repeats=1
     )
-    benchmark.compare_conversions(ROOT, config, tmp_path)
+    compare_conversions(ROOT, config, tmp_path)
     assert corpora == [(["s"], [".md"], 500_000, tmp_path)]
     ours = [command for command, *_ in commands if "to_mds.py" in str(command)]
     assert all(

@@ -16,7 +16,8 @@ from composer.core import Event, Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer.config.sections import DataConfig, WandbConfig
+from flame_composer.config.data import DataConfig
+from flame_composer.config.sections import WandbConfig
 from flame_composer.config.train import RunPlan
 from flame_composer.errors import ConfigError
 from flame_composer.loader.batches import describe_order, open_dataset

@@ -27,7 +27,8 @@ from flame_composer.config.load import load
 from flame_composer.config.use import ReportConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.train import charts
-from flame_composer.train.charts import CHARTS, draw, read_run, series, table, write
+from flame_composer.train.charts import draw, series, table, write
+from flame_composer.train.run_log import CHARTS, KEYS, NUMBERS, Run, read_run
 from tests.runs import ROOT, check, last_json, run_script
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -238,7 +239,7 @@ def test_page_needs_nothing_from_elsewhere_and_shows_every_run(tmp_path: Path) -
             (0, 2),
         )
     )
-    other = charts.Run.of_rows(
+    other = Run.of_rows(
         evil, f"{tmp_path}/{evil}", [row(1, grad_norm=0.5)], [], ["it is <b>odd</b>"]
     )
     files = write([one, other], tmp_path / "out", 1)
@@ -338,7 +339,7 @@ def test_a_log_of_any_numbers_makes_a_page(tmp_path: Path) -> None:
 @given(
     st.lists(
         st.dictionaries(
-            st.sampled_from([*charts.NUMBERS, *charts.KEYS]),
+            st.sampled_from([*NUMBERS, *KEYS]),
             st.integers(-5, 10**20)
             | st.floats()
             | st.none()

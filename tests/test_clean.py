@@ -30,8 +30,9 @@ from datatrove.pipeline.filters.c4_filters import C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
 
-from flame_composer.cleaning import executors
+from flame_composer.cleaning import executors, filters
 from flame_composer.cleaning import stages as cleaning
+from flame_composer.cleaning.filters import UnicodeTokenizer, build_filters, build_mask
 from flame_composer.cleaning.parts import Counts, PartsFolder, inputs_of, report
 from flame_composer.config.clean import (
     C4Config,
@@ -44,7 +45,7 @@ from flame_composer.config.clean import (
     RayConfig,
     SlurmConfig,
 )
-from flame_composer.dataset.writer import plan_units
+from flame_composer.dataset.plan import plan_units
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage.files import dump_json
 from flame_composer.text.sources import find_files
@@ -109,8 +110,8 @@ def with_changed_words(text: str, count: int, seed: int) -> str:
 def judge(config: CleanConfig, text: str) -> tuple[str, str, str]:
     """The step that removes the text and why, "" if none does, and what the steps made of it."""
     document = Document(text, "id")
-    for name, step in cleaning.build_filters(config).items():
-        is_kept, reason = cleaning.judge(name, step, document)
+    for name, step in build_filters(config).items():
+        is_kept, reason = filters.judge(name, step, document)
         if not is_kept:
             return name, reason, document.text
     return "", "", document.text
@@ -291,7 +292,7 @@ def test_sentences() -> None:
         "\n"
         "end"
     )
-    assert cleaning.UnicodeTokenizer().sent_tokenize(text) == [
+    assert UnicodeTokenizer().sent_tokenize(text) == [
         "Mr.",
         "J. R. Smith paid 3.14 euros.",
         '"Why?"',
@@ -302,7 +303,7 @@ def test_sentences() -> None:
         "no stop",
         "end",
     ]
-    assert cleaning.UnicodeTokenizer().word_tokenize("It's 3.14, naïve: a\u200b  b\n") == [
+    assert UnicodeTokenizer().word_tokenize("It's 3.14, naïve: a\u200b  b\n") == [
         "It's",
         "3.14",
         ",",
@@ -364,7 +365,7 @@ def test_every_limit_of_datatrove_is_ours_with_its_default(
     ],
 )
 def test_pii(section: PiiConfig, masked: str) -> None:
-    mask = cleaning.build_mask(config_with(pii=section))
+    mask = build_mask(config_with(pii=section))
     assert mask is not None
     assert (
         mask.format("Write to a.b+c@site.org or x@y.co.uk at 8.8.8.8, not 192.168.0.1.") == masked

@@ -23,6 +23,16 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from flame_composer.config import cli
+from flame_composer.config.bench import (
+    AllBenchmarksConfig,
+    BenchmarkConfig,
+    CheckpointBenchmarkConfig,
+    ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    DecodeBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
+)
 from flame_composer.config.clean import CleanConfig
 from flame_composer.config.cli import help_text, run
 from flame_composer.config.convert import (
@@ -32,25 +42,14 @@ from flame_composer.config.convert import (
     ToHfConfig,
     TokenizerTrainConfig,
 )
+from flame_composer.config.data import StreamConfig
 from flame_composer.config.fields import ANY_NAME, fields_of, nearest
 from flame_composer.config.load import load
+from flame_composer.config.plan import PlanConfig
 from flame_composer.config.rules import ScriptConfig
-from flame_composer.config.sections import StreamConfig, WandbConfig
+from flame_composer.config.sections import WandbConfig
 from flame_composer.config.train import TrainConfig
-from flame_composer.config.use import (
-    AllBenchmarksConfig,
-    BenchmarkConfig,
-    CheckpointBenchmarkConfig,
-    ConversionBenchmarkConfig,
-    DataBenchmarkConfig,
-    DecodeBenchmarkConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PlanConfig,
-    ReportConfig,
-    StartBenchmarkConfig,
-    TrainerBenchmarkConfig,
-)
+from flame_composer.config.use import EvaluateConfig, GenerateConfig, ReportConfig
 from flame_composer.config.written import as_meant, parse_yaml, to_yaml
 from flame_composer.errors import ConfigError, DataError, InvalidField
 

@@ -22,6 +22,16 @@ from flame_composer.config import convert as convert_config
 from flame_composer.config import sections
 from flame_composer.config import train as train_config
 from flame_composer.config import use as recipe_config
+from flame_composer.config.bench import (
+    AllBenchmarksConfig,
+    BenchmarkConfig,
+    CheckpointBenchmarkConfig,
+    ConversionBenchmarkConfig,
+    DataBenchmarkConfig,
+    DecodeBenchmarkConfig,
+    StartBenchmarkConfig,
+    TrainerBenchmarkConfig,
+)
 from flame_composer.config.clean import (
     C4Config,
     CleanConfig,
@@ -40,11 +50,11 @@ from flame_composer.config.convert import (
     ToHfConfig,
     TokenizerTrainConfig,
 )
+from flame_composer.config.data import DataConfig, EvalDataConfig, StreamConfig
 from flame_composer.config.fields import docs_of, hints_of
+from flame_composer.config.plan import PlanConfig
 from flame_composer.config.rules import ScriptConfig, require_duration
 from flame_composer.config.sections import (
-    DataConfig,
-    EvalDataConfig,
     EvalTasksConfig,
     FsdpConfig,
     ModelConfig,
@@ -52,24 +62,10 @@ from flame_composer.config.sections import (
     ParallelismConfig,
     SchedulerConfig,
     SpikeConfig,
-    StreamConfig,
     WandbConfig,
 )
 from flame_composer.config.train import TrainConfig
-from flame_composer.config.use import (
-    AllBenchmarksConfig,
-    BenchmarkConfig,
-    CheckpointBenchmarkConfig,
-    ConversionBenchmarkConfig,
-    DataBenchmarkConfig,
-    DecodeBenchmarkConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PlanConfig,
-    ReportConfig,
-    StartBenchmarkConfig,
-    TrainerBenchmarkConfig,
-)
+from flame_composer.config.use import EvaluateConfig, GenerateConfig, ReportConfig
 from flame_composer.config.written import takes_text
 from flame_composer.errors import ConfigError, InvalidField
 

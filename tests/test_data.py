@@ -23,12 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming.base.world import World
 
-from flame_composer.config.sections import DataConfig, EvalDataConfig
+from flame_composer.config.data import DataConfig, EvalDataConfig
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader import fetch
 from flame_composer.loader.batches import (
-    IGNORE,
     EvalBatches,
     build_evaluator,
     build_train_loader,
@@ -38,6 +37,7 @@ from flame_composer.loader.batches import (
 )
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
+from flame_composer.model.causal_lm import IGNORE
 from flame_composer.text.tokenizer import load_tokenizer
 from tests.conftest import CONTEXT_LENGTH
 from tests.data_fixtures import WRONG, altered, byte_tokenizer, places

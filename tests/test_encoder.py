@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.bench import commands as benchmark
+from flame_composer.bench import conversions
 from flame_composer.dataset import convert as units
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError
@@ -44,7 +44,7 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
     """Mistral-7B's."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return load_tokenizer(str(benchmark.mistral_tokenizer(Path(folder, "mistral"))))
+            return load_tokenizer(str(conversions.mistral_tokenizer(Path(folder, "mistral"))))
         except ConfigError as error:
             pytest.skip(str(error))
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flame_composer.config.sections import DataConfig, StreamConfig
+from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import ConfigError
 from flame_composer.loader.batches import begin_as_documents, open_train_data
 from flame_composer.text import ends as ends_module
@@ -36,7 +36,8 @@ from flame_composer.text.ends import (
     template_of,
     with_ends,
 )
-from flame_composer.text.tokenizer import MARK, fingerprint, load_tokenizer
+from flame_composer.text.steady import MARK
+from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from flame_composer.use.generate import encode
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 

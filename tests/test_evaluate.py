@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config.sections import EvalDataConfig
+from flame_composer.config.data import EvalDataConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_evaluator, open_dataset
 from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model

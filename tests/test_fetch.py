@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from streaming.base.world import World
 
-from flame_composer.config.sections import DataConfig
+from flame_composer.config.data import DataConfig
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.loader import fetch

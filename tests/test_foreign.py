@@ -29,13 +29,8 @@ from transformers import AutoTokenizer, MistralConfig, Qwen2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame_composer import cpu
-from flame_composer.checkpoint.save import (
-    Checkpoint,
-    load_from_checkpoint,
-    load_model,
-    read_checkpoint,
-    save_hf_folder,
-)
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
+from flame_composer.checkpoint.save import load_from_checkpoint, load_model, save_hf_folder
 from flame_composer.checkpoint.to_model import tokenizer_from
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.causal_lm import (

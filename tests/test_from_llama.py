@@ -33,13 +33,13 @@ from transformers import (
 )
 
 from flame_composer.config.convert import FromLlamaConfig
+from flame_composer.config.data import DataConfig
 from flame_composer.config.load import load
-from flame_composer.config.sections import DataConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_train_loader, open_dataset
-from flame_composer.model.causal_lm import CausalLM, build_model, load_pretrained
-from flame_composer.model.llama import Source, meta_model, open_source
+from flame_composer.model.causal_lm import CausalLM, build_model, load_pretrained, meta_model
+from flame_composer.model.llama import Source, open_source
 from flame_composer.model.transplant import describe, make_fresh, plan_conversion, read_target
 from flame_composer.storage.folders import new_folder, require_new
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer

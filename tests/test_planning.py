@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from flame_composer.config.data import StreamConfig
 from flame_composer.config.load import load
-from flame_composer.config.sections import StreamConfig
-from flame_composer.config.use import PlanConfig
+from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader, open_dataset
 from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
 from flame_composer.plan import planning
-from flame_composer.plan.planning import (
+from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
+from flame_composer.plan.memory import (
+    CPU_PROCESS,
     DEVICES,
-    best_interval,
-    goodput,
-    goodput_with_notice,
+    Size,
     largest_microbatch,
     memory,
     read_size,
@@ -49,7 +49,7 @@ def plan_config(name: str, *keys: str, device: str = "h100", devices: int = 8) -
     )
 
 
-def size_of(config: PlanConfig) -> planning.Size:
+def size_of(config: PlanConfig) -> Size:
     return read_size(planning.find_hf_config(config, None))
 
 
@@ -311,16 +311,14 @@ def test_memory_and_checkpoints_of_a_run_on_a_cpu(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 1, "vocab_size": 512}
     nothing = [f"model.config.{key}={value}" for key, value in shape.items()]
     base, config, _ = peak("gla_tiny", *nothing, "global_batch_size=1", "microbatch_size=1")
-    assert sum(memory(config, size_of(config), 1).values()) - planning.CPU_PROCESS < 10e6
-    assert pytest.approx(base, rel=0.25) == planning.CPU_PROCESS
+    assert sum(memory(config, size_of(config), 1).values()) - CPU_PROCESS < 10e6
+    assert pytest.approx(base, rel=0.25) == CPU_PROCESS
     seen = {}
     for name in ("gla_tiny", "transformer_tiny"):
         for keys in ((), ("model.config.num_hidden_layers=8",), ("model.config.vocab_size=16384",)):
             measured, config, run = peak(name, *keys)
             size = size_of(config)
-            estimate = (
-                sum(memory(config, size, config.microbatch_size).values()) - planning.CPU_PROCESS
-            )
+            estimate = sum(memory(config, size, config.microbatch_size).values()) - CPU_PROCESS
             seen[f"{name} {' '.join(keys)}"] = (
                 estimate,
                 measured - base,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flame_composer.config.sections import DataConfig, StreamConfig
+from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import DataError
 from flame_composer.loader.batches import build_train_loader, open_dataset
 from flame_composer.loader.reader import FIELDS, OpenShards

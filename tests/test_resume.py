@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flame_composer.train.charts import read_run
+from flame_composer.train.run_log import read_run
 from tests.conftest import make_run
 from tests.runs import WANDB, Corpus, check, read_log, run_script
 

@@ -28,7 +28,8 @@ from flame_composer.dataset.manifest import (
     read_index,
     read_manifest,
 )
-from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.dataset.plan import Plan, plan_units
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES, read_documents
 from flame_composer.text.sources import find_files

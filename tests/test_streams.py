@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flame_composer.config.sections import DataConfig, StreamConfig
+from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader, describe_order, open_train_data
 from flame_composer.train.log import SameData
@@ -244,7 +244,6 @@ def test_one_dataset_is_no_mixture(dataset, copy_of):
     datasets = opened(config)
     loader = build_train_loader(datasets, config, global_batch_size=8, seed=7)
     assert "stream" not in next(iter(loader.dataloader))
-    log: Any = None
     assert build_mixture(loader, datasets) == []
 
 

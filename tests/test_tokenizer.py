@@ -17,13 +17,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flame_composer.errors import ConfigError
-from flame_composer.text.tokenizer import (
-    build_encoder,
-    fingerprint,
-    load_tokenizer,
-    token_dtype,
-    train_bpe,
-)
+from flame_composer.text.bpe import train_bpe
+from flame_composer.text.tokenizer import build_encoder, fingerprint, load_tokenizer, token_dtype
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 
 TOKENIZERS = {"byte-level": byte_tokenizer, "llama": llama_tokenizer}

@@ -22,8 +22,9 @@ import pytest
 
 from flame_composer.dataset import workers
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.workers import Conversion, convert_units
-from flame_composer.dataset.writer import DatasetWriter, Plan, plan_units
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.text import encoder

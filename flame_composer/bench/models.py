@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flame_composer import cpu
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
-from flame_composer.config.use import BenchmarkConfig, DecodeBenchmarkConfig
+from flame_composer.config.bench import BenchmarkConfig, DecodeBenchmarkConfig
 from flame_composer.model.causal_lm import build_model, count_work
 
 
@@ -205,7 +205,7 @@ def mfu(result: dict[str, Any]) -> Iterator[Figure]:
 
 def peak_of(name: str) -> float | None:
     """FLOP/s in bfloat16, by the data sheet of the GPU that CUDA calls so."""
-    from flame_composer.plan.planning import DEVICES
+    from flame_composer.plan.memory import DEVICES
 
     words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
     found = [kind for kind in DEVICES if kind.split("_")[0] in words]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import build_pair, seconds
-from flame_composer.config.use import CheckpointBenchmarkConfig
+from flame_composer.config.bench import CheckpointBenchmarkConfig
 from flame_composer.model.causal_lm import CausalLM, build_model
 
 ROWS_READ = 20_000
@@ -110,7 +110,7 @@ def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Iterator[Any
     """The loader a run has for a dataset, whose rows are repeated, or some left out, to come to
     `num_rows` an epoch.
     """
-    from flame_composer.config.sections import DataConfig, StreamConfig
+    from flame_composer.config.data import DataConfig, StreamConfig
     from flame_composer.dataset.manifest import check_shards, read_manifest
     from flame_composer.loader import batches as data
     from flame_composer.loader.fetch import Dataset

@@ -19,7 +19,8 @@ from typing import Any
 
 from flame_composer import processes
 from flame_composer.config.fields import fields_of, nearest
-from flame_composer.config.load import C, explain, load
+from flame_composer.config.load import C, load
+from flame_composer.config.messages import explain
 from flame_composer.config.rules import ScriptConfig
 from flame_composer.errors import (
     GOES_ON,

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from omegaconf import MISSING
 
 from flame_composer.config import other_names
+from flame_composer.config.data import DataConfig, EvalDataConfig
 from flame_composer.config.extensions import NEEDS_WHOLE_PARAMETERS, ONLY_LOGS, check_names, in_use
 from flame_composer.config.rules import (
     DURATION,
@@ -26,8 +27,6 @@ from flame_composer.config.rules import (
 )
 from flame_composer.config.sections import (
     MAX_SECONDS,
-    DataConfig,
-    EvalDataConfig,
     EvalTasksConfig,
     ModelConfig,
     OptimizerConfig,

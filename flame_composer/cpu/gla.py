@@ -22,12 +22,22 @@ chunk, M = B * H, n = number of chunks.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from flame_composer.cpu.gla_scores import (
+    ExactScores,
+    FastScores,
+    Masks,
+    Scores,
+    masked,
+    masks_of,
+    sums,
+)
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
@@ -189,37 +199,6 @@ def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return ids.repeat_interleave(lengths, output_size=num_tokens)
 
 
-class _Masks(NamedTuple):
-    """Who may see whom within a chunk. All but the first two are None for one sequence per row."""
-
-    pairs: Tensor  # [n, C, C] 1 where j <= i, and both are of the same sequence
-    hidden: Tensor  # [n, C, C] bool, the opposite
-    same: Tensor | None  # [n, C, C] 1 where both are of the same sequence
-    reads: Tensor | None  # [n, C, 1] 1 where the token's sequence entered the chunk: it reads S
-    writes: Tensor | None  # [n, C, 1] 1 where the token's sequence leaves the chunk: it writes S'
-    # [n, 1, 1] 1 where the sequence that enters is the one that leaves: S survives
-    keeps: Tensor | None
-
-
-def _masks(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) -> _Masks:
-    causal = like.new_ones(size, size).tril()
-    if segments is None:
-        return _Masks(causal, causal == 0, None, None, None, None)
-    padding = num_chunks * size - len(segments)
-    ids = torch.cat([segments, segments[-1:].expand(padding)]).view(num_chunks, size)
-    entering = F.pad(ids[:-1, -1:], (0, 0, 1, 0), value=-1)
-    leaving = ids[:, -1:]
-    same = (ids[:, :, None] == ids[:, None, :]).to(like.dtype)
-    return _Masks(
-        causal * same,
-        causal * same == 0,
-        same,
-        (ids == entering).to(like.dtype).unsqueeze(-1),
-        (ids == leaving).to(like.dtype).unsqueeze(-1),
-        (entering == leaving).to(like.dtype).unsqueeze(-1),
-    )
-
-
 def _chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """`[B, T, H, D] -> [B * H, n, C, D]`, padded at the end with zeros."""
     B, T, H, D = x.shape
@@ -245,101 +224,18 @@ def _plan(g: Tensor) -> tuple[int, bool]:
     size = CHUNK_SIZE
     while size > MIN_CHUNK_SIZE and size // 2 >= g.shape[1]:
         size //= 2
-    totals = _sums(g.to(torch.promote_types(g.dtype, torch.float32)), MIN_CHUNK_SIZE)
-    while _sums(totals, size // MIN_CHUNK_SIZE).amin() <= -MAX_DECAY:
+    totals = sums(g.to(torch.promote_types(g.dtype, torch.float32)), MIN_CHUNK_SIZE)
+    while sums(totals, size // MIN_CHUNK_SIZE).amin() <= -MAX_DECAY:
         if size == MIN_CHUNK_SIZE:
             return size, True
         size //= 2
     return size, False
 
 
-def _sums(g: Tensor, group: int) -> Tensor:
-    """`[B, T, H, K] -> [B, T / group, H, K]`, the sums of neighbours."""
-    return F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % group)).unflatten(1, (-1, group)).sum(2)
-
-
-def _cumulative(g: Tensor, masks: _Masks) -> tuple[Tensor, Tensor]:
-    """G, and the total decay at each token's end of the chunk (G_C), both within the token's own
-    sequence.
-
-    A product with the mask, not cumsum: not even the rounding of a sequence depends on its
-    neighbours.
-    """
-    G = masks.pairs.to(g.dtype) @ g
-    return G, G[:, :, -1:] if masks.same is None else masks.same.to(g.dtype) @ g
-
-
-class _FastScores:
-    """A_ij = (q_i exp(G_i - r)) . (k_j exp(r - G_j)) with r = G_C / 2: one matrix product.
-
-    Above the diagonal the product may overflow to inf; those entries are masked.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: _Masks):
-        G, total = _cumulative(g, masks)
-        self.decay = total[:, :, -1:].exp()
-        half = total / 2
-        G -= half
-        half.exp_()
-        self.q_factor = G.exp()
-        self.k_factor = G.neg_().exp_()
-        self.q, self.k = q * self.q_factor, k * self.k_factor
-        self.read = self.q_factor * half  # exp(G): how S decays on its way to a token
-        self.write = self.k_factor * half  # exp(G_C - G): how a token decays on its way to S'
-
-    def scores(self) -> Tensor:
-        return self.q @ self.k.mT
-
-    def backward(self, dA: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients to q and k of the scores, for dA that is zero where the scores are masked."""
-        return (dA @ self.k).mul_(self.q_factor), (dA.mT @ self.q).mul_(self.k_factor)
-
-
-class _ExactScores:
-    """A_ij = sum_k q_ik k_jk exp(G_ik - G_jk), column by column: every exponent is <= 0, for any
-    gates.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: _Masks):
-        # float64, since a difference of two sums in the thousands would lose float32's digits.
-        self.G, total = _cumulative(g.double(), masks)
-        self.q, self.k = q, k
-        self.decay = total[:, :, -1:].exp().to(q.dtype)
-        self.read = self.G.exp().to(q.dtype)
-        self.write = (total - self.G).exp().to(q.dtype)
-
-    def _column(self, j: int) -> Tensor:
-        # Below zero but for pairs of different sequences, which are masked.
-        return (self.G[:, :, j:] - self.G[:, :, j : j + 1]).clamp_(max=0).to(self.q.dtype).exp_()
-
-    def scores(self) -> Tensor:
-        A = self.q.new_zeros(*self.q.shape[:3], self.q.shape[2])
-        for j in range(A.shape[-1]):
-            A[..., j:, j] = (
-                (self.q[:, :, j:] * self._column(j)) @ self.k[:, :, j].unsqueeze(-1)
-            ).squeeze(-1)
-        return A
-
-    def backward(self, dA: Tensor) -> tuple[Tensor, Tensor]:
-        dq, dk = torch.zeros_like(self.q), torch.zeros_like(self.k)
-        for j in range(dA.shape[-1]):
-            weighted = self._column(j).mul_(dA[..., j:, j].unsqueeze(-1))
-            dk[:, :, j] = (weighted * self.q[:, :, j:]).sum(2)
-            dq[:, :, j:] += weighted.mul_(self.k[:, :, j : j + 1])
-        return dq, dk
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
-
-
-_Scores = _FastScores | _ExactScores
-
-
-def _states(scores: _Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: _Masks) -> Tensor:
+def _states(scores: Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: Masks) -> Tensor:
     """The state that enters each chunk and, last, the final one: `[M, n + 1, K, V]`."""
-    written = (k * _masked(scores.write, masks.writes)).mT @ v
-    decay = _masked(scores.decay, masks.keeps).mT
+    written = (k * masked(scores.write, masks.writes)).mT @ v
+    decay = masked(scores.decay, masks.keeps).mT
     states = written.new_empty(written.shape[0], written.shape[1] + 1, *written.shape[2:])
     states[:, 0] = 0 if h0 is None else h0
     for n in range(written.shape[1]):
@@ -355,15 +251,15 @@ def _prepare(
     h0: Tensor | None,
     segments: Tensor | None,
     plan: tuple[int, bool],
-) -> tuple[Tensor, Tensor, Tensor, _Scores, _Masks, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Scores, Masks, Tensor]:
     """What forward and backward both start from: q, k, v in chunks, the scores, masks and
     states.
     """
     size, exact = plan
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_c, k_c, v_c, g_c = (_chunks(x, size, dtype) for x in (q, k, v, g))
-    masks = _masks(segments, q_c.shape[1], size, q_c)
-    scores = (_ExactScores if exact else _FastScores)(q_c, k_c, g_c, masks)
+    masks = masks_of(segments, q_c.shape[1], size, q_c)
+    scores = (ExactScores if exact else FastScores)(q_c, k_c, g_c, masks)
     h0_c = None if h0 is None else h0.reshape(-1, *h0.shape[2:])
     return q_c, k_c, v_c, scores, masks, _states(scores, k_c, v_c, h0_c, masks)
 
@@ -386,7 +282,7 @@ class _ChunkGLA(torch.autograd.Function):
         q_c, _, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
         A = scores.scores().masked_fill_(masks.hidden, 0)
         o = A @ v_c
-        o += (q_c * _masked(scores.read, masks.reads)) @ states[:, :-1]
+        o += (q_c * masked(scores.read, masks.reads)) @ states[:, :-1]
         o *= scale
         # A view would keep the states of all chunks in the model's cache
         final = states[:, -1].clone()
@@ -404,9 +300,9 @@ class _ChunkGLA(torch.autograd.Function):
         dA = (do_c @ v_c.mT).masked_fill_(masks.hidden, 0)
 
         # The state's gradient, carried from the last chunk to the first.
-        read = _masked(scores.read, masks.reads)
-        write = _masked(scores.write, masks.writes)
-        decay = _masked(scores.decay, masks.keeps).mT
+        read = masked(scores.read, masks.reads)
+        write = masked(scores.write, masks.writes)
+        decay = masked(scores.decay, masks.keeps).mT
         dread = (q_c * read).mT @ do_c
         dstates = torch.empty_like(states)
         dstates[:, -1] = dfinal.reshape(-1, *dfinal.shape[2:])

@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flame_composer.cpu import gla
+from flame_composer.cpu.convolution import (
+    causal_conv1d_bwd,
+    causal_conv1d_fwd,
+    causal_conv1d_update,
+)
 from flame_composer.cpu.linear import product, weight_gradient
+from flame_composer.cpu.losses import (
+    cross_entropy_forward,
+    cross_entropy_loss,
+    fused_linear_cross_entropy_backward,
+    fused_linear_cross_entropy_forward,
+)
 
 _aten: Any = torch.ops.aten
 
@@ -217,194 +228,6 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return result
 
 
-def cross_entropy_loss(
-    logits: Tensor,
-    target: Tensor,
-    label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    logit_softcapping: float | None = None,
-    ignore_index: int = -100,
-    inplace_backward: bool = False,
-    process_group: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses and z-losses per token, `[N]` each. Unlike fla's, it never overwrites the logits."""
-    if process_group is not None:
-        raise NotImplementedError("cross-entropy over a sharded vocabulary needs a GPU")
-    logits = logits.float() * logit_scale if logit_scale != 1 else logits.float()
-    if logit_softcapping:
-        logits = logit_softcapping * torch.tanh(logits / logit_softcapping)
-    losses = F.cross_entropy(
-        logits, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    if not lse_square_scale:
-        return losses, torch.zeros_like(losses)
-    z_losses = (lse_square_scale * logits.logsumexp(-1) ** 2).masked_fill(target == ignore_index, 0)
-    return losses + z_losses, z_losses.detach()
-
-
-def _cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
-    """`FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
-    losses, z_losses = cross_entropy_loss(
-        input,
-        target,
-        self.label_smoothing,
-        self.logit_scale,
-        self.lse_square_scale,
-        self.logit_softcapping,
-        self.ignore_index,
-    )
-    if self.reduction != "none":
-        losses, z_losses = losses.sum(), z_losses.sum()
-    if self.reduction == "mean":
-        count = (target != self.ignore_index).sum()
-        losses, z_losses = losses / count, z_losses / count
-    return (losses, z_losses) if self.return_z_loss else losses
-
-
-def fused_linear_cross_entropy_forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
-    logit_softcapping: float | None = None,
-    num_chunks: int = 8,
-    reduction: str = "mean",
-    use_l2warp: bool = False,
-    l2_penalty_factor: float = 1e-4,
-    accumulate_grad_in_fp32: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The summed or mean loss and its gradients, `num_chunks` groups of tokens at a time: x `[N,
-    D]`.
-    """
-    dx = torch.empty_like(x)
-    grad_dtype = torch.float32 if accumulate_grad_in_fp32 else weight.dtype
-    dw = torch.zeros_like(weight, dtype=grad_dtype)
-    db = None if bias is None else torch.zeros_like(bias, dtype=grad_dtype)
-    total = target.ne(ignore_index).sum() if reduction == "mean" else 1
-    loss = x.new_zeros((), dtype=torch.float32)
-    size = -(-len(x) // num_chunks)
-    for x_c, target_c, dx_c in zip(x.split(size), target.split(size), dx.split(size), strict=True):
-        logits = product(x_c, weight, bias).detach().requires_grad_()
-        with torch.enable_grad():
-            losses, _ = cross_entropy_loss(
-                logits, target_c, label_smoothing, logit_scale, 0.0, logit_softcapping, ignore_index
-            )
-            loss_c = losses.sum() / total
-        (dlogits,) = torch.autograd.grad(loss_c, logits)
-        loss += loss_c.detach()
-        if use_l2warp:
-            largest, index = logits.detach().max(-1, keepdim=True)
-            dlogits.scatter_add_(-1, index, largest * (l2_penalty_factor / len(x)))
-        dx_c.copy_(product(dlogits, weight.t()))
-        dw += weight_gradient(dlogits.to(grad_dtype), x_c.to(grad_dtype))
-        if db is not None:
-            db += dlogits.sum(0, dtype=grad_dtype)
-    return loss, dx, dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
-
-
-def fused_linear_cross_entropy_backward(
-    do: Tensor, dx: Tensor, dw: Tensor, db: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return dx * do, dw * do, None if db is None else db * do
-
-
-def _short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: str | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of x `[B, T, D]` with weight `[D, W]`; the last W inputs `[N,
-    D, W]`.
-    """
-    D, W = weight.shape
-    lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    pieces = x.float().split(lengths, 1)
-    bias = None if bias is None else bias.float()
-    state = x.new_zeros(x.shape[0] * len(lengths), D, W) if initial_state is None else initial_state
-    outputs, finals = [], []
-    for piece, before in zip(pieces, state.float().split(x.shape[0]), strict=True):
-        inputs = torch.cat([before, piece.mT], -1)
-        outputs.append(F.conv1d(inputs[..., 1:], weight.float().unsqueeze(1), bias, groups=D).mT)
-        finals.append(inputs[..., -W:])
-    y = torch.cat(outputs, 1)
-    return (y if activation is None else F.silu(y)), torch.cat(finals).to(x.dtype)
-
-
-def causal_conv1d_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    activation: str | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_indices: Tensor | None = None,
-    BT: int = 64,
-    layout_fallback: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
-    if residual is not None:
-        y = y + residual
-    return y.to(x.dtype), final_state.contiguous() if output_final_state else None
-
-
-def causal_conv1d_bwd(
-    x: Tensor,
-    dy: Tensor,
-    dht: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    activation: str | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_indices: Tensor | None = None,
-    BT: int = 64,
-    layout_fallback: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Recomputes the output and lets autograd differentiate it: a small part of a model's work."""
-    x, weight = (t.detach().requires_grad_() for t in (x, weight))
-    bias, initial_state = (
-        None if t is None else t.detach().requires_grad_() for t in (bias, initial_state)
-    )
-    with torch.enable_grad():
-        y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
-    inputs = [x, weight, bias, initial_state]
-    outputs = [(y, dy.float())] if dht is None else [(y, dy.float()), (final_state, dht)]
-    present = [t for t in inputs if t is not None]
-    gradients = iter(torch.autograd.grad([o for o, _ in outputs], present, [d for _, d in outputs]))
-    dx, dw, db, dh0 = (None if t is None else next(gradients) for t in inputs)
-    return dx, dw, db, dy if residual is not None else None, dh0
-
-
-def causal_conv1d_update(
-    x: Tensor,
-    cache: Tensor,
-    residual: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One token per sequence; the cache `[N, D, W]` of the last W inputs is updated in place."""
-    assert weight is not None
-    cache.copy_(torch.cat([cache[..., 1:], x.reshape(len(cache), -1, 1).to(cache.dtype)], -1))
-    y = (cache.float() * weight.float()).sum(-1)
-    if bias is not None:
-        y = y + bias
-    y = (y if activation is None else F.silu(y)).view(x.shape)
-    return (y if residual is None else y + residual).to(x.dtype), cache
-
-
 def _fused_recurrent_gla(
     q: Tensor,
     k: Tensor,
@@ -456,5 +279,5 @@ OPERATIONS: tuple[Callable[..., Any], ...] = (
 REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("fla.layers.gla", "chunk_gla", gla.chunk_gla),
     ("fla.layers.gla", "fused_recurrent_gla", _fused_recurrent_gla),
-    ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", _cross_entropy_forward),
+    ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
 )

@@ -20,7 +20,8 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any, Literal
 
 from flame_composer.dataset.convert import EncoderMismatch, convert_unit
-from flame_composer.dataset.writer import DatasetWriter, unit_name
+from flame_composer.dataset.plan import unit_name
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import clean_streams
 from flame_composer.processes import can_have_processes, end_with_parent

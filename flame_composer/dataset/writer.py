@@ -19,11 +19,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 import shutil
 import uuid
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +32,6 @@ from flame_composer.dataset.manifest import (
     VERSION,
     Ledger,
     Manifest,
-    Split,
     UnitRecord,
     check_shards,
     damaged,
@@ -45,51 +41,26 @@ from flame_composer.dataset.manifest import (
 )
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.dataset.plan import (
+    TAIL,
+    Plan,
+    inputs_of,
+    is_newer,
+    moved,
+    plan_json,
+    plan_of,
+    short,
+    unit_name,
+)
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.storage.files import dump_json
 from flame_composer.storage.folders import explained, private_folder
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.encoder import HF
-from flame_composer.text.sources import Slice, Unit, slice_files
-from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
-
-TAIL = "tail"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a dataset's bytes depend on. `config` holds the conversion settings, JSON values
-    only, and says whatever the other fields do not. `units` holds the inputs of every unit by
-    its number; of one unit alone in a worker (`DatasetWriter.only`).
-    """
-
-    split: Split
-    tokenizer: TokenizerFingerprint
-    context_length: int
-    config: dict[str, Any]
-    units: Sequence[Unit] | Mapping[int, Unit]
-
+from flame_composer.text.tokenizer import token_dtype
 
 # What is to be converted
-
-
-def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
-    """The files in order, grouped into work units of about `unit_size` bytes; large files are
-    split.
-
-    Depends on the files alone (names, sizes, first bytes), never on the number of workers.
-    """
-    units: list[Unit] = []
-    unit: list[Slice] = []
-    num_bytes = 0
-    for part in slice_files(files, unit_size):
-        if unit and num_bytes + part.num_bytes > unit_size:
-            units.append(tuple(unit))
-            unit, num_bytes = [], 0
-        unit.append(part)
-        num_bytes += part.num_bytes
-    return (*units, tuple(unit)) if unit else tuple(units)
 
 
 # Writing
@@ -138,7 +109,7 @@ class DatasetWriter:
         names = storage.ls(out)
         if "index.json" in names:
             manifest = read_manifest(self.out)
-            self._refuse_difference(_plan_of(manifest), inputs_too=True)
+            self._refuse_difference(plan_of(manifest), inputs_too=True)
             check_shards(self.out)
             self._clean()
             return manifest
@@ -171,7 +142,7 @@ class DatasetWriter:
         with explained(self.out):
             if not storage.is_url(self.out):
                 Path(self.out).mkdir(parents=True, exist_ok=True)
-            storage.write(self._place("plan.json"), dump_json(_plan_json(self.plan)))
+            storage.write(self._place("plan.json"), dump_json(plan_json(self.plan)))
             if not storage.is_url(self.out):
                 Path(self.out, "tmp").mkdir(exist_ok=True)
                 Path(self.out, "units").mkdir(exist_ok=True)
@@ -206,7 +177,7 @@ class DatasetWriter:
                 raise damaged(storage.join(folder, "unit.json"), "it lists no shards") from None
             whole = all(name in files and files[name].size == size for name, size in sizes.items())
             same_inputs = parse_record(content["record"], folder).inputs == self.plan.units[number]
-            if whole and same_inputs and not _is_newer(self.plan.units[number], record.modified):
+            if whole and same_inputs and not is_newer(self.plan.units[number], record.modified):
                 return True
         storage.retract_folder(folder, "unit.json")
         return False
@@ -244,7 +215,7 @@ class DatasetWriter:
         units[TAIL] = self._read_unit(TAIL)
 
         shards = [
-            _moved(shard, f"units/{name}/")
+            moved(shard, f"units/{name}/")
             for name in (*order, TAIL)
             for shard in units[name]["shards"]
         ]
@@ -321,7 +292,7 @@ class DatasetWriter:
         """Raise ConfigError naming every key in which the plan `there`, read from the folder, is
         not this one.
         """
-        here = _plan_json(self.plan)
+        here = plan_json(self.plan)
         if (
             not isinstance(there, dict)
             or there.keys() != here.keys()
@@ -335,11 +306,11 @@ class DatasetWriter:
                 {"max_document_bytes": MAX_DOCUMENT_BYTES, **plan.pop("config")},
                 plan.pop("units"),
             )
-            flat.append({**plan, **config, **(_inputs(units) if inputs_too else {})})
+            flat.append({**plan, **config, **(inputs_of(units) if inputs_too else {})})
         differing = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
         if differing:
             shown = [
-                f"{key} ({_short(flat[0].get(key))} there, {_short(flat[1].get(key))} now)"
+                f"{key} ({short(flat[0].get(key))} there, {short(flat[1].get(key))} now)"
                 for key in differing
             ]
             raise ConfigError(
@@ -434,60 +405,3 @@ class UnitWriter:
 
     def discard(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-def unit_name(number: int) -> str:
-    return f"{number:06}"
-
-
-def _plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON holds it, lists for tuples."""
-    return json.loads(dump_json({"version": VERSION, **dataclasses.asdict(plan)}))
-
-
-def _plan_of(manifest: Manifest) -> dict[str, Any]:
-    units = tuple(record.inputs for record in manifest.units if record.name != TAIL)
-    return _plan_json(
-        Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units)
-    )
-
-
-def _inputs(units: Any) -> dict[str, str]:
-    """The input files of a plan in a few words that differ when the files, their sizes or
-    versions do, and what each is read as.
-    """
-    sizes: dict[str, int] = {}
-    versions: dict[str, str] = {}
-    formats: dict[str, str] = {}
-    for part in (part for unit in units for part in unit):
-        sizes[part["path"]] = sizes.get(part["path"], 0) + part["num_bytes"]
-        if "version" in part and part["version"] is not None:
-            versions[part["path"]] = part["version"]
-        formats[part["path"]] = part["format"]
-    digest = hashlib.sha256(dump_json([list(sizes.items()), versions])).hexdigest()
-    digest_of_formats = hashlib.sha256(dump_json(formats)).hexdigest()
-    counts = ", ".join(
-        f"{number} {name}" for name, number in sorted(Counter(formats.values()).items())
-    )
-    return {
-        "inputs": f"{len(sizes)} files of {sum(sizes.values())} bytes, hash {digest[:8]}",
-        "formats": f"{counts}, hash {digest_of_formats[:8]}",
-    }
-
-
-def _is_newer(unit: Unit, committed: float) -> bool:
-    """Whether a file was written since; in an object store, versions tell."""
-    files = (part.path for part in unit if part.format != "dataset" and part.version is None)
-    return any(stat is None or stat.modified > committed for stat in map(storage.stat, files))
-
-
-def _moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        **shard,
-        "raw_data": {**shard["raw_data"], "basename": prefix + shard["raw_data"]["basename"]},
-    }
-
-
-def _short(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."

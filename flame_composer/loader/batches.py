@@ -22,7 +22,7 @@ from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from flame_composer.config.sections import DataConfig, EvalDataConfig
+from flame_composer.config.data import DataConfig, EvalDataConfig
 from flame_composer.dataset.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.loader.fetch import Dataset, Shards, fetch_index

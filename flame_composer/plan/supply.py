@@ -12,7 +12,7 @@ from typing import Any
 
 from streaming.base.world import World
 
-from flame_composer.config.use import PlanConfig
+from flame_composer.config.plan import PlanConfig
 from flame_composer.dataset.manifest import (
     HASH,
     VERSION,

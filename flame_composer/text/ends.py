@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flame_composer.errors import ConfigError
 from flame_composer.storage import files as storage
-from flame_composer.text.tokenizer import MARK, keep_original, mark_of, require_ends
+from flame_composer.text.steady import MARK, keep_original, mark_of
+from flame_composer.text.tokenizer import require_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -6,30 +6,26 @@ import contextlib
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text import long_texts
+from flame_composer.text.steady import make_steady, mark_of, originals_of
 from flame_composer.text.tokenizer_files import FILES, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MARK = "flame_composer"  # what we keep in tokenizer_config.json
-_ORIGINALS = "tokenizer_json"  # of the mark: what was changed in tokenizer.json, as it was
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
 _PANIC = "PanicException"  # of tokenizers, where it gives up; not an Exception
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,64 +141,8 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
             f"tokenizer: {path_or_id}: {type(tokenizer).__name__} has no fast form; "
             "convert it to one that has a tokenizer.json"
         )
-    _make_steady(tokenizer, path_or_id)
+    make_steady(tokenizer, path_or_id)
     return tokenizer
-
-
-def _make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
-    """Switch off what makes the tokens of a text depend on chance or on other texts, and say so.
-
-    Of the settings that tokenizers knows, only BPE's dropout draws random numbers, unless it is 1:
-    then all merges are left out, always.
-    """
-    backend = tokenizer.backend_tokenizer
-    found = []
-    dropout = getattr(backend.model, "dropout", None)
-    if dropout is not None and 0 < dropout < 1:
-        found.append("dropout of merges (BPE: other tokens for the same text each time)")
-        keep_original(tokenizer, "dropout", json.loads(backend.to_str())["model"]["dropout"])
-        backend.model.dropout = None
-    if backend.truncation is not None:
-        found.append(f"truncation to {backend.truncation['max_length']} tokens")
-        backend.no_truncation()
-    if backend.padding is not None:
-        found.append("padding")
-        backend.no_padding()
-    if found and os.environ.get("RANK", "0") == "0":
-        verb = "are" if len(found) > 1 else "is"
-        log.warning(
-            "warning: tokenizer: %s: its tokenizer.json has %s switched on, which %s switched off"
-            " here",
-            place,
-            " and ".join(found),
-            verb,
-        )
-
-
-def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return what this package has kept in the tokenizer's configuration.
-
-    It may come from elsewhere and is not to be trusted.
-    """
-    mark = tokenizer.init_kwargs.get(MARK)
-    return mark if isinstance(mark, dict) else {}
-
-
-def keep_original(
-    tokenizer: PreTrainedTokenizerFast, name: Literal["post_processor", "dropout"], value: Any
-) -> None:
-    """Keep what tokenizer.json has under `name`, which is about to be changed.
-
-    If that was done before, the first one stays. With it the fingerprint stays what it was, so that
-    datasets know the tokenizer they were made with.
-    """
-    mark = mark_of(tokenizer)
-    tokenizer.init_kwargs[MARK] = {**mark, _ORIGINALS: {name: value, **_originals(mark)}}
-
-
-def _originals(mark: dict[str, Any]) -> dict[str, Any]:
-    originals = mark.get(_ORIGINALS)
-    return originals if isinstance(originals, dict) else {}
 
 
 def may_be_hub_id(path_or_id: str) -> bool:
@@ -229,7 +169,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
-    originals = _originals(mark_of(tokenizer))
+    originals = originals_of(mark_of(tokenizer))
     for name, part in (("post_processor", state), ("dropout", state["model"])):
         if name in originals:
             part[name] = originals[name]
@@ -394,38 +334,6 @@ def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     return backend
-
-
-def train_bpe(
-    texts: Iterable[str], *, vocab_size: int, min_frequency: int, eos_token: str
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (every byte is a token, so no text is unknown to it) learnt from
-    an iterable of texts.
-
-    The same texts in the same order give the same tokenizer. `eos_token` is id 0, and bos and pad
-    as well.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[eos_token],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=eos_token,
-        bos_token=eos_token,
-        pad_token=eos_token,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:

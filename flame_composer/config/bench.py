@@ -1,0 +1,197 @@
+"""What recipes/benchmark.py is run with: every field, its default and its rules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from flame_composer.config.rules import ScriptConfig, require, require_text
+
+
+@dataclass
+class BenchmarkConfig(ScriptConfig):
+    """Time a training step of GLA against a Llama of the same size."""
+
+    context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
+    """Tokens per row, one measurement each."""
+    batch_tokens: int = 4096
+    """Tokens per step."""
+    hidden_size: int = 512
+    """Width of both models."""
+    num_layers: int = 8
+    """Depth of both models."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    repeats: int = 2
+    """Steps of each model that count, after one that does not; the two take turns."""
+
+    def validate(self) -> None:
+        for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        require(
+            bool(self.context_lengths) and min(self.context_lengths) > 1,
+            "context_lengths",
+            "must be 2 tokens or more",
+        )
+
+
+@dataclass
+class ConversionBenchmarkConfig(ScriptConfig):
+    """Time convert/to_mds.py against one process that calls encode_batch_fast and MDSWriter."""
+
+    paths = ("source", "tokenizer", "folder")
+
+    source: list[str] = field(default_factory=list)
+    """Files, folders or globs of text to draw the corpus from; if not set, the Python files of
+    the installed packages.
+    """
+    suffixes: list[str] = field(default_factory=list)
+    """Take only files with these endings when a folder is searched."""
+    megabytes: float = 160
+    """Size of the corpus, as JSONL of distinct documents; less if the source holds less."""
+    tokenizer: str | None = None
+    """Tokenizer folder or id; if not set, Mistral-7B's from the package mistral-common."""
+    context_length: int = 2048
+    """Tokens per row."""
+    unit_size: int = 8388608
+    """Input bytes per work unit."""
+    num_workers: int = 2
+    """Processes that are compared with one."""
+    repeats: int = 2
+    """Conversions by each, which take turns; if more than one, after a small one that does not
+    count.
+    """
+    folder: str | None = None
+    """Where the corpus and the datasets are put, and removed in the end; the system's temporary
+    folder if not set.
+    """
+
+    def validate(self) -> None:
+        require_text(self, "tokenizer", "folder")
+        for name in ("megabytes", "unit_size", "repeats"):
+            require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
+        require(self.context_length > 1, "context_length", "must be 2 tokens or more")
+        require(self.num_workers > 1, "num_workers", "must be 2 or more")
+
+
+@dataclass
+class DecodeBenchmarkConfig(ScriptConfig):
+    """Time decoding with GLA against a Llama of the same size."""
+
+    context_lengths: list[int] = field(default_factory=lambda: [256, 8192])
+    """Tokens read before decoding is timed."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    """Sequences decoded at a time."""
+    new_tokens: int = 8
+    """Tokens decoded in a turn."""
+    hidden_size: int = 512
+    """Width of both models."""
+    num_layers: int = 8
+    """Depth of both models."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    repeats: int = 2
+    """Turns that count."""
+
+    def validate(self) -> None:
+        for name in ("new_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        for name in ("context_lengths", "batch_sizes"):
+            require(
+                bool(getattr(self, name)) and min(getattr(self, name)) > 0,
+                name,
+                "must be 1 or more",
+            )
+
+
+@dataclass
+class CheckpointBenchmarkConfig(ScriptConfig):
+    """Time saving and reading a checkpoint against torch.save and torch.load."""
+
+    paths = ("folder",)
+
+    hidden_size: int = 512
+    """Width of the model that is saved."""
+    num_layers: int = 8
+    """Its depth."""
+    vocab_size: int = 4096
+    """Tokens of its vocabulary."""
+    repeats: int = 3
+    """Turns that count."""
+    folder: str | None = None
+    """Where the checkpoints are put, and removed in the end; the system's temporary folder if
+    not set.
+    """
+
+    def validate(self) -> None:
+        require_text(self, "folder")
+        for name in ("hidden_size", "num_layers", "vocab_size", "repeats"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+
+
+@dataclass
+class StartBenchmarkConfig(ScriptConfig):
+    """Time a run's first step, from the command on, against importing the libraries."""
+
+    paths = ("folder",)
+
+    megabytes: float = 8
+    """Size of the corpus, drawn from the Python files of the installed packages."""
+    repeats: int = 2
+    """Turns that count."""
+    folder: str | None = None
+    """Where the corpus and the runs are put, and removed in the end; the system's temporary
+    folder if not set.
+    """
+
+    def validate(self) -> None:
+        require_text(self, "folder")
+        for name in ("megabytes", "repeats"):
+            require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
+
+
+@dataclass
+class TrainerBenchmarkConfig(StartBenchmarkConfig):
+    """Time recipes/train.py against a bare loop over the same batches."""
+
+    steps: int = 16
+    """Optimizer steps of a timed run."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.steps > 3, "steps", "must be more than 3")
+
+
+@dataclass
+class DataBenchmarkConfig(StartBenchmarkConfig):
+    """Time shards to batches against StreamingDataset, and the first batch of a resumed epoch."""
+
+    epoch_rows: int = 10000000
+    """Rows of the epoch whose last hundredth a run starts in."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.epoch_rows > 0, "epoch_rows", "must be more than 0")
+
+
+BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert")
+
+
+@dataclass
+class AllBenchmarksConfig(ScriptConfig):
+    """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated
+    of it by more than a tenth.
+    """
+
+    paths = ("plot",)
+
+    names: list[str] = field(default_factory=list)
+    """Only these."""
+    plot: str | None = None
+    """A PNG of how cost grows with context, rows, layers and workers."""
+
+    def validate(self) -> None:
+        require_text(self, "plot")
+        require(
+            set(self.names) <= set(BENCHMARKS), "names", f"must be among {', '.join(BENCHMARKS)}"
+        )

@@ -1,0 +1,195 @@
+"""The sections of a configuration that name datasets: their defaults and rules."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flame_composer.config.rules import BYTES, require, require_seed, require_text
+
+# Loader processes of a rank: more bring a machine down before they read anything
+MAX_WORKERS = 1000
+
+
+@dataclass
+class StreamConfig:
+    paths = ("local", "remote")
+
+    local: str | None = None
+    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
+    remote: str | None = None
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
+    `local`.
+    """
+    proportion: float | None = None
+    """Its share of an epoch's rows, relative to the other streams' (an epoch has as many rows as
+    all datasets together).
+    """
+    repeat: float | None = None
+    """How often each of its rows comes in an epoch; 0.5 takes every other one."""
+    choose: int | None = None
+    """How many rows of it an epoch has."""
+
+    def weight(self) -> dict[str, float]:
+        """What is set of proportion, repeat and choose."""
+        weights = {"proportion": self.proportion, "repeat": self.repeat, "choose": self.choose}
+        return {kind: value for kind, value in weights.items() if value is not None}
+
+    def validate(self) -> None:
+        require(
+            self.local is not None or self.remote is not None,
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote)",
+        )
+        require_text(self, "local", "remote")
+        for name, value in self.weight().items():
+            most = 10**12 if name == "choose" else 10**6
+            require(0 < value <= most, name, f"must be more than 0, and no more than {most}")
+        require(
+            len(self.weight()) <= 1, "proportion", "must not be set together with repeat or choose"
+        )
+
+
+@dataclass
+class DataConfig:
+    paths = ("local", "remote")
+
+    local: str | None = None
+    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
+    remote: str | None = None
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
+    `local`.
+    """
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    """Several datasets instead of one, by names of your own: streams.web.remote=...,
+    streams.web.proportion=0.7.
+    """
+    batching_method: Literal["random", "stratified", "per_stream"] = "random"
+    """Where a global batch's rows come from: all streams at random, each in its exact share, or
+    one stream at a time.
+    """
+    shuffle: bool = True
+    """Shuffle rows anew in every epoch."""
+    shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
+    """StreamingDataset's shuffle algorithm."""
+    shuffle_seed: int | None = None
+    """Seed of the row order; the run's seed if not set."""
+    shuffle_block_size: int | None = None
+    """Rows over which the shuffle spreads a shard; larger mixes better and keeps more shards on
+    disk.
+    """
+    num_canonical_nodes: int = 1
+    """Number of parts the row order is made of, taking turns; that of the machines spares them
+    one another's shards.
+    """
+    predownload: int | None = None
+    """Rows to download ahead of the one being read, per worker."""
+    cache_limit: str | None = None
+    """Most disk the cached shards may take on a machine, e.g. 100gb; unlimited if not set."""
+    download_retries: int = 3
+    """How often a shard that did not arrive whole is fetched again, after 1, 2, 4, ... seconds,
+    before the run stops.
+    """
+    download_timeout: float = 60.0
+    """Seconds that a shard may take to arrive before it is fetched again."""
+    loss_across_documents: bool = True
+    """A document's first token is to be predicted, too, from the end of the one before it; false
+    leaves it out of the loss.
+    """
+    num_workers: int = 2
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch_factor: int = 2
+    """Batches each loader process keeps ready."""
+
+    def validate(self) -> None:
+        require(
+            bool(self.streams) or self.local is not None or self.remote is not None,
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote, or streams)",
+        )
+        for name in ("local", "remote"):
+            require(
+                not self.streams or getattr(self, name) is None,
+                name,
+                "must be null with streams, which each have their own",
+            )
+        for name in self.streams:
+            require(
+                bool(re.fullmatch(r"[A-Za-z0-9_-]+", name)),
+                "streams",
+                "must have names of letters, digits, '_' and '-'",
+            )
+        kinds = {name: next(iter(stream.weight()), "none") for name, stream in self.streams.items()}
+        require(
+            len(set(kinds.values())) <= 1,
+            "streams",
+            "must all have proportion, or all repeat, or all choose, or none: "
+            + ", ".join(f"{name} has {kind}" for name, kind in kinds.items()),
+        )
+        require(
+            self.batching_method == "random" or bool(self.streams),
+            "batching_method",
+            "must be random without streams",
+        )
+        require(self.download_retries >= 0, "download_retries", "must be 0 or more")
+        require(
+            0 < self.download_timeout < math.inf,
+            "download_timeout",
+            "must be more than 0, and finite",
+        )
+        require_text(self, "local", "remote")
+        require_seed(self.shuffle_seed, "shuffle_seed")
+        require(
+            self.cache_limit is None or bool(BYTES.fullmatch(self.cache_limit)),
+            "cache_limit",
+            "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb",
+        )
+        require(
+            0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]"
+        )
+        require(self.prefetch_factor >= 1, "prefetch_factor", "must be 1 or more")
+        for name, most in (
+            ("shuffle_block_size", 10**12),
+            ("num_canonical_nodes", 65536),
+            ("predownload", 10**12),
+        ):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= most, name, f"must be in [1, {most}]")
+
+
+@dataclass
+class EvalDataConfig:
+    paths = ("local", "remote")
+
+    local: str | None = None
+    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
+    remote: str | None = None
+    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
+    `local`.
+    """
+    loss_across_documents: bool = True
+    """As that of the training data: false leaves the first token of every document out of the
+    loss.
+    """
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+    max_rows: int | None = None
+    """Evaluate on the first so many rows; all if not set."""
+
+    def validate(self) -> None:
+        require(
+            self.local is not None or self.remote is not None,
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote)",
+        )
+        require_text(self, "local", "remote")
+        require(
+            0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]"
+        )
+        require(
+            self.max_rows is None or self.max_rows > 0,
+            "max_rows",
+            "must be a positive number of rows, or null",
+        )

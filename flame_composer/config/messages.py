@@ -1,0 +1,79 @@
+"""What is said of a value that does not fit: one line, with where it was given, and no secret."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flame_composer.config.fields import ANY_NAME, SECTIONS, annotation_of, fields_of, show
+from flame_composer.config.rules import ScriptConfig
+from flame_composer.errors import InvalidField
+
+MOST_SHOWN = 200  # letters of a value in an error
+
+
+def told_of(error: Exception) -> str:
+    told = " ".join(str(error).split())
+    return (
+        f"a tag does not fit its value ({told})"
+        if isinstance(error, KeyError | AttributeError)
+        else told
+    )
+
+
+def reason_of(cls: type, key: str, error: Exception | None) -> str:
+    annotation = annotation_of(cls, key)
+    if annotation == SECTIONS:
+        below = [name for name, _, _, _ in fields_of(cls) if name.startswith(f"{key}.{ANY_NAME}.")]
+        return f"must hold {SECTIONS}; their keys are {', '.join(below)}"
+    if annotation == "section":
+        return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
+    if annotation:
+        return f"must be {annotation}"
+    return "is of the wrong type" if error is None else first_line(error)
+
+
+def _section_keys(cls: type, key: str) -> list[str]:
+    prefix = f"{key}."
+    return [
+        name
+        for name, _, _, _ in fields_of(cls)
+        if name.startswith(prefix) and "." not in name[len(prefix) :]
+    ]
+
+
+def explain(config: ScriptConfig, problem: InvalidField) -> str:
+    """One line that says where the field was set, to what, and the rule it breaks."""
+    parts = problem.name.split(".")
+    # Where it is missing, its section's place
+    above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    origin, value = next(
+        (config.origins[key] for key in above if key in config.origins), (config.place, None)
+    )
+    if problem.name not in config.origins:
+        value = config
+        for part in problem.name.split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    value = None if dataclasses.is_dataclass(value) else value
+    shown = "" if value is None else f"={_short(masked(show(value), config.origins))}"
+    return masked(f"{origin}: {problem.name}{shown}: {problem.rule}", config.origins)
+
+
+def masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
+    """A message with the names of the environment's variables in place of what they are set to."""
+    for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
+        value = os.environ.get(name, "")
+        # What is shorter is no secret, and would be found in words.
+        text = text.replace(value, f"${{{name}}}") if len(value) > 3 else text
+    return text
+
+
+def _short(shown: str) -> str:
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

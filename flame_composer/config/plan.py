@@ -1,0 +1,84 @@
+"""What recipes/plan.py is run with: the keys of a run, and what a machine is and costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from flame_composer.config import other_names
+from flame_composer.config.rules import BYTES, require
+from flame_composer.config.train import TrainConfig
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """What a run of recipes/train.py comes to, before anyone pays for it. The file and all keys
+    but the last are the run's.
+    """
+
+    elsewhere = other_names.PLANNING
+
+    devices: int = MISSING
+    """GPUs of a node, or processes on CPUs."""
+    device: Literal[
+        "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"
+    ] = MISSING
+    """Kind of the devices; h100 and h200 are SXM modules, a100 has 80 GB."""
+    nodes: int = 1
+    """Machines with as many devices each."""
+    mfu: float = 0.4
+    """Share of the devices' peak that the model's own FLOPs come to: an assumption, until it was
+    measured.
+    """
+    tokens_per_second: float | None = None
+    """Of the whole run, where it was measured; in place of mfu."""
+    price_per_hour: float | None = None
+    """Price of a device for an hour."""
+    dataset_tokens: int | None = None
+    """Tokens the training data holds; if not set, its manifest is read, where it is."""
+    save_seconds: float | None = None
+    """Seconds that training waits for a checkpoint, where it was measured; in place of
+    save_bandwidth.
+    """
+    save_bandwidth: str = "1gb"
+    """Bytes a second at which a checkpoint is written: an assumption."""
+    preemption_hours: float | None = None
+    """Mean time between the moments at which machines are taken away, in hours."""
+    restart_minutes: float = 10.0
+    """From then to the first step after it: waiting for machines, starting, loading the
+    checkpoint.
+    """
+
+    def validate(self) -> None:
+        for name, most in (("devices", 1000), ("nodes", 100_000)):
+            require(0 < getattr(self, name) <= most, name, f"must be in [1, {most}]")
+        # Bounds beyond all that there is, within which no figure becomes infinite.
+        require(1e-6 <= self.mfu <= 1, "mfu", "must be in [1e-06, 1]")
+        for name in ("tokens_per_second", "save_seconds", "preemption_hours"):
+            value = getattr(self, name)
+            require(
+                value is None or 1e-6 <= value <= 1e12, name, "must be in [1e-06, 1e+12], or null"
+            )
+        require(
+            self.price_per_hour is None or 0 <= self.price_per_hour <= 1e12,
+            "price_per_hour",
+            "must be in [0, 1e+12], or null",
+        )
+        require(0 <= self.restart_minutes <= 1e12, "restart_minutes", "must be in [0, 1e+12]")
+        require(
+            self.dataset_tokens is None or 0 < self.dataset_tokens <= 10**18,
+            "dataset_tokens",
+            "must be in [1, 10**18], or null",
+        )
+        require(
+            bool(BYTES.fullmatch(self.save_bandwidth))
+            and bool(self.save_bandwidth.strip("0.bBkKmMgGtTpP")),
+            "save_bandwidth",
+            "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb",
+        )
+        super().validate()
+
+    def world_size(self) -> str:
+        return str(self.devices * self.nodes)

@@ -1,0 +1,141 @@
+"""What ${...} in a configuration stands for: another key, or a variable of the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from flame_composer.config.fields import show
+from flame_composer.config.messages import first_line, masked, reason_of
+from flame_composer.config.written import to_yaml
+from flame_composer.errors import ConfigError, hide, without_secrets
+
+# Characters of all values together, when each ${key} stands for what it leads to
+MOST_FILLED_IN = 1 << 24
+
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([A-Za-z_][\w.-]*)[^:{}]*\}")
+
+
+def require_ends(merged: DictConfig, place: str) -> None:
+    """Raise ConfigError for texts that name one another over and over: ten, each of which has
+    the next one in it ten times, take longer than anybody waits. One that leads back to itself
+    is told of when it is filled in.
+    """
+    content = OmegaConf.to_container(merged, resolve=False)
+    known: dict[tuple[str, ...], int] = {}
+
+    def size(value: Any, path: tuple[str, ...]) -> int:
+        if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            return 1 + sum(size(each, (*path, str(name))) for name, each in pairs)
+        if not isinstance(value, str) or "${" not in value:
+            return len(value) if isinstance(value, str) else 1
+        if path not in known:
+            known[path] = 0
+            known[path] = len(value) + sum(
+                named((path[: -len(dots)] if dots else ()) + tuple(name.split(".")))
+                for dots, name in _REFERENCE.findall(value)
+            )
+        return known[path]
+
+    def named(path: tuple[str, ...]) -> int:
+        value: Any = content
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return size(value, path)
+
+    if size(content, ()) > MOST_FILLED_IN:
+        raise ConfigError(
+            f"{place}: its values name one another (${{...}}) so often that together they have more"
+            f" than {MOST_FILLED_IN:,} characters; write them out"
+        )
+
+
+def unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any]]) -> str | None:
+    """What is wrong with the first key whose interpolation fails; never what an environment
+    variable is set to.
+    """
+    # The innermost first
+    for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):
+        if "${" not in str(value):
+            continue
+        try:
+            node = OmegaConf.select(merged, key)
+            if OmegaConf.is_config(node):
+                OmegaConf.to_container(node, resolve=True)
+        except OmegaConfBaseException as error:
+            if isinstance(error, InterpolationValidationError):
+                reason = reason_of(cls, key, None)
+            elif "GrammarParseError" in str(error):
+                reason = "cannot be resolved"
+            else:
+                reason = re.sub(
+                    r"^\w+ raised while resolving interpolation: ", "", first_line(error)
+                ).strip('"')
+            reason = masked(reason, origins)
+            if reason.startswith("Interpolation key"):
+                reason += "; where '${' is meant as it stands, write '\\${'"
+            return f"{origin}: {key}={show(value)}: {reason}"
+    return None
+
+
+def without_environment(merged: DictConfig) -> str:
+    """Return the configuration as YAML, with every interpolation resolved but those of the
+    environment, which may be secret, and without passwords in addresses and the like.
+    """
+    untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
+    assert isinstance(untyped, DictConfig)
+
+    def decode(text: str | None, _parent_: Any, _node_: Any) -> Any:
+        return (
+            text
+            if text is not None and "<environment variable" in text
+            else oc.decode(text, _parent_, _node_)
+        )
+
+    with other_resolvers(lambda *names: f"<environment variable {names[0]}>", decode):
+        content = OmegaConf.to_container(untyped, resolve=True)
+    return to_yaml(without_secrets(content))
+
+
+@contextmanager
+def other_resolvers(env: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
+    """Others in place of OmegaConf's for a while."""
+    OmegaConf.register_resolver("oc.env", env, replace=True)
+    OmegaConf.register_resolver("oc.decode", decode, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True)
+        OmegaConf.register_resolver("oc.decode", oc.decode, replace=True)
+
+
+def from_environment(name: str, *default: Any) -> Any:
+    """What a variable is set to, which no line that leaves this process shows from now on."""
+    if name in os.environ:
+        hide(os.environ[name], name)
+    return oc.env(name, *default)
+
+
+def decoded(text: str | None, _parent_: Any, _node_: Any) -> Any:
+    """What is made of a variable is hidden part by part."""
+    value = oc.decode(text, _parent_, _node_)
+    for name in (name for name in os.environ if os.environ[name] == text):
+        for part in _texts(value):
+            hide(part, name)
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)

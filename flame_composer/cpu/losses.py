@@ -1,0 +1,106 @@
+"""Cross entropies of fla in plain PyTorch, for tensors on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame_composer.cpu.linear import product, weight_gradient
+
+
+def cross_entropy_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    logit_softcapping: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses and z-losses per token, `[N]` each. Unlike fla's, it never overwrites the logits."""
+    if process_group is not None:
+        raise NotImplementedError("cross-entropy over a sharded vocabulary needs a GPU")
+    logits = logits.float() * logit_scale if logit_scale != 1 else logits.float()
+    if logit_softcapping:
+        logits = logit_softcapping * torch.tanh(logits / logit_softcapping)
+    losses = F.cross_entropy(
+        logits, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    if not lse_square_scale:
+        return losses, torch.zeros_like(losses)
+    z_losses = (lse_square_scale * logits.logsumexp(-1) ** 2).masked_fill(target == ignore_index, 0)
+    return losses + z_losses, z_losses.detach()
+
+
+def cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
+    """`FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
+    losses, z_losses = cross_entropy_loss(
+        input,
+        target,
+        self.label_smoothing,
+        self.logit_scale,
+        self.lse_square_scale,
+        self.logit_softcapping,
+        self.ignore_index,
+    )
+    if self.reduction != "none":
+        losses, z_losses = losses.sum(), z_losses.sum()
+    if self.reduction == "mean":
+        count = (target != self.ignore_index).sum()
+        losses, z_losses = losses / count, z_losses / count
+    return (losses, z_losses) if self.return_z_loss else losses
+
+
+def fused_linear_cross_entropy_forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcapping: float | None = None,
+    num_chunks: int = 8,
+    reduction: str = "mean",
+    use_l2warp: bool = False,
+    l2_penalty_factor: float = 1e-4,
+    accumulate_grad_in_fp32: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The summed or mean loss and its gradients, `num_chunks` groups of tokens at a time: x `[N,
+    D]`.
+    """
+    dx = torch.empty_like(x)
+    grad_dtype = torch.float32 if accumulate_grad_in_fp32 else weight.dtype
+    dw = torch.zeros_like(weight, dtype=grad_dtype)
+    db = None if bias is None else torch.zeros_like(bias, dtype=grad_dtype)
+    total = target.ne(ignore_index).sum() if reduction == "mean" else 1
+    loss = x.new_zeros((), dtype=torch.float32)
+    size = -(-len(x) // num_chunks)
+    for x_c, target_c, dx_c in zip(x.split(size), target.split(size), dx.split(size), strict=True):
+        logits = product(x_c, weight, bias).detach().requires_grad_()
+        with torch.enable_grad():
+            losses, _ = cross_entropy_loss(
+                logits, target_c, label_smoothing, logit_scale, 0.0, logit_softcapping, ignore_index
+            )
+            loss_c = losses.sum() / total
+        (dlogits,) = torch.autograd.grad(loss_c, logits)
+        loss += loss_c.detach()
+        if use_l2warp:
+            largest, index = logits.detach().max(-1, keepdim=True)
+            dlogits.scatter_add_(-1, index, largest * (l2_penalty_factor / len(x)))
+        dx_c.copy_(product(dlogits, weight.t()))
+        dw += weight_gradient(dlogits.to(grad_dtype), x_c.to(grad_dtype))
+        if db is not None:
+            db += dlogits.sum(0, dtype=grad_dtype)
+    return loss, dx, dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
+
+
+def fused_linear_cross_entropy_backward(
+    do: Tensor, dx: Tensor, dw: Tensor, db: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return dx * do, dw * do, None if db is None else db * do
