@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Sequence
-
-from tqdm import tqdm
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import ConvertConfig
-from flame_composer.dataset.manifest import Manifest, Split
+from flame_composer.dataset.manifest import Split
 from flame_composer.dataset.plan import Plan, plan_units
+from flame_composer.dataset.totals import Progress, totals_table
 from flame_composer.dataset.workers import Conversion, convert_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.text.encoder import choose_encoder, require_installed
@@ -28,36 +25,6 @@ from flame_composer.text.tokenizer import (
     import_transformers_without_torch,
     load_tokenizer,
     require_ends,
-)
-
-# What the files written depend on, apart from the tokenizer, the encoder, the context length and
-# the inputs themselves.
-SETTINGS = (
-    "source",
-    "name",
-    "split",
-    "suffixes",
-    "text_column",
-    "add_bos",
-    "add_eos",
-    "max_document_bytes",
-    "max_doc_length",
-    "min_doc_length",
-    "seed",
-    "val_fraction",
-    "shard_size",
-    "unit_size",
-)
-COLUMNS = (
-    "documents",
-    "documents_skipped",
-    "documents_short",
-    "tokens_in",
-    "tokens_out",
-    "dropped",
-    "rows",
-    "shards",
-    "bytes",
 )
 
 
@@ -73,7 +40,7 @@ def main(config: ConvertConfig) -> None:
     outs: dict[Split, str] = {"train": config.out} | (
         {} if config.val_out is None else {"val": config.val_out}
     )
-    settings = {name: getattr(config, name) for name in SETTINGS}
+    settings = config.settings()
     identity = fingerprint(tokenizer)
     plans = {split: Plan(split, identity, config.context_length, settings, units) for split in outs}
     datasets = [DatasetWriter(out, plans[split]) for split, out in outs.items()]
@@ -89,16 +56,13 @@ def main(config: ConvertConfig) -> None:
             unfinished.append(dataset)
         else:
             print(f"{dataset.out}: already finished, nothing to do")
-            print(table([manifest]))
+            print(totals_table([manifest]))
     if not unfinished:
         return
     require_installed(settings["encoder"])
     for dataset in unfinished:
         dataset.begin()
 
-    started = time.monotonic()
-    total_documents = total_tokens = 0
-    to_do = sorted(set().union(*(dataset.uncommitted() for dataset in unfinished)))
     conversion = Conversion(
         tuple(unfinished),
         bare(tokenizer),
@@ -108,44 +72,21 @@ def main(config: ConvertConfig) -> None:
         "redo" if config.encoder == "auto" else "fail",
         config.on_error,
     )
+    to_do = sorted(set().union(*(dataset.uncommitted() for dataset in unfinished)))
+    num_workers = config.num_workers or len(os.sched_getaffinity(0))
     sizes = [sum(part.num_bytes for part in unit) for unit in units]
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
-        # Committed before an interruption
-        bar.initial = bar.n = sum(sizes) - sum(sizes[number] for number in to_do)
-
-        def on_progress(documents: int, tokens: int, num_bytes: int) -> None:
-            nonlocal total_documents, total_tokens
-            total_documents += documents
-            total_tokens += tokens
-            rate = total_tokens / (time.monotonic() - started)
-            bar.set_postfix_str(
-                f"{total_documents:,} documents, {rate:,.0f} tokens/s", refresh=False
-            )
-            bar.update(num_bytes)
-
-        num_workers = config.num_workers or len(os.sched_getaffinity(0))
-        for warning in convert_units(conversion, to_do, num_workers, on_progress, config.cluster):
-            bar.write(f"warning: {warning}", file=sys.stderr)
+    committed = sum(sizes) - sum(sizes[number] for number in to_do)
+    with Progress(sum(sizes), committed) as progress:
+        for warning in convert_units(
+            conversion, to_do, num_workers, progress.update, config.cluster
+        ):
+            progress.warn(warning)
     manifests = [dataset.publish() for dataset in unfinished]
-    seconds = time.monotonic() - started
-    print(table(manifests))
+    seconds = progress.seconds
+    print(totals_table(manifests))
     print(
-        f"{total_tokens:,} tokens in {seconds:.1f} s: {total_tokens / seconds:,.0f} tokens/s"
-        f" ({settings['encoder']})"
-    )
-
-
-def table(manifests: Sequence[Manifest]) -> str:
-    """One row a dataset: tokens in = tokens out + dropped."""
-    lines = [("split", *(column.replace("documents_", "").replace("_", " ") for column in COLUMNS))]
-    for manifest in manifests:
-        lines.append(
-            (manifest.split, *(f"{getattr(manifest.totals, column):,}" for column in COLUMNS))
-        )
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
+        f"{progress.num_tokens:,} tokens in {seconds:.1f} s:"
+        f" {progress.num_tokens / seconds:,.0f} tokens/s ({settings['encoder']})"
     )
 
 

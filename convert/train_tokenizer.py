@@ -5,8 +5,6 @@ vocab_size=4096 [key=value ...]
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import TokenizerTrainConfig
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import DataError
 from flame_composer.storage import files as storage
 from flame_composer.text.documents import sample_texts
 from flame_composer.text.sources import find_files
@@ -32,6 +30,8 @@ SETTINGS = (
 
 
 def main(config: TokenizerTrainConfig) -> None:
+    from flame_composer.text.bpe import is_finished, save, train_bpe
+
     files = find_files(config.source, config.suffixes)
     settings = {name: getattr(config, name) for name in SETTINGS}
     stats = dict(zip(files, storage.each(storage.stat, files), strict=True))
@@ -43,8 +43,6 @@ def main(config: TokenizerTrainConfig) -> None:
     if is_finished(Path(config.out), plan):
         print(f"{config.out}: already trained, nothing to do")
         return
-
-    from flame_composer.text.bpe import train_bpe
 
     num_documents = num_skipped = 0
 
@@ -86,34 +84,6 @@ def main(config: TokenizerTrainConfig) -> None:
             f" {config.min_frequency} times; give more text",
             file=sys.stderr,
         )
-
-
-def is_finished(out: Path, plan: bytes) -> bool:
-    """Whether `out` holds the tokenizer of this very plan. Raises ConfigError if it holds
-    anything else.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    record = out / "training.json"
-    if not record.is_file():
-        raise ConfigError(f"out: {out}: is not an empty folder; name a new one or empty it")
-    if record.read_bytes() != plan:
-        raise ConfigError(
-            f"out: {out}: holds a tokenizer trained with other settings or text (see {record}); "
-            "name another out, or remove this folder"
-        )
-    return True
-
-
-def save(tokenizer: object, out: Path, plan: bytes) -> None:
-    """Put the tokenizer folder in its place whole, or not at all."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue]
-    (temporary / "training.json").write_bytes(plan)
-    if out.exists():
-        out.rmdir()  # empty, or `is_finished` would have refused it
-    os.rename(temporary, out)
 
 
 if __name__ == "__main__":

@@ -12,30 +12,22 @@
     convert     convert/to_mds.py against encode_batch_fast and MDSWriter
     all         all of them, as `make bench`
 
-One JSON line last: medians, the medians of the ratios of each turn, and `figures`, what is stated
-of them.
+One JSON line last: medians, the medians of each turn's ratios, and the `figures` that are stated.
 """
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands as benchmark
 from flame_composer.bench import measure as measuring
 from flame_composer.bench.conversions import compare_conversions
 from flame_composer.bench.measure import Figure
-from flame_composer.config.bench import (
-    BENCHMARKS,
-    AllBenchmarksConfig,
-    BenchmarkConfig,
-    CheckpointBenchmarkConfig,
-    ConversionBenchmarkConfig,
-    DataBenchmarkConfig,
-    DecodeBenchmarkConfig,
-    StartBenchmarkConfig,
-    TrainerBenchmarkConfig,
-)
+from flame_composer.config import bench as configs
 from flame_composer.config.cli import run_one_of
 from flame_composer.train import charts
 
@@ -45,74 +37,45 @@ ROOT = Path(__file__).parent.parent
 def report(name: str, result: dict, figures: list[Figure]) -> None:
     for figure in figures:
         print(figure.line(), flush=True)
-    print(
-        json.dumps(
-            {
-                "benchmark": name,
-                **measuring.machine(),
-                **result,
-                "figures": [vars(figure) for figure in figures],
-            }
-        )
-    )
+    shown = {"figures": [vars(figure) for figure in figures]}
+    print(json.dumps({"benchmark": name, **measuring.machine(), **result, **shown}))
 
 
-def train(config: BenchmarkConfig) -> None:
-    from flame_composer.bench import models as timing
+def timed(name: str, config: Any) -> None:
+    from flame_composer.bench import models
 
-    report("train", *timing.training(config))
-
-
-def growth(config: BenchmarkConfig) -> None:
-    from flame_composer.bench import models as timing
-
-    report("growth", *timing.growth(config))
+    times = {"train": models.training, "growth": models.growth, "decode": models.decoding}
+    report(name, *times[name](config))
 
 
-def decode(config: DecodeBenchmarkConfig) -> None:
-    from flame_composer.bench import models as timing
-
-    report("decode", *timing.decoding(config))
+train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
 
 
-def checkpoint(config: CheckpointBenchmarkConfig) -> None:
+def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
     from flame_composer.bench import runs as run_timing
 
     with measuring.workplace(config.folder) as folder:
         report("checkpoint", *run_timing.checkpoints(config, folder))
 
 
-def trainer(config: TrainerBenchmarkConfig) -> None:
+def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
     with measuring.workplace(config.folder) as folder:
-        report("trainer", *benchmark.compare_trainers(ROOT, config, folder))
+        report(name, *compare(ROOT, config, folder))
 
 
-def data(config: DataBenchmarkConfig) -> None:
-    with measuring.workplace(config.folder) as folder:
-        report("data", *benchmark.compare_readers(ROOT, config, folder))
+trainer = partial(compared, "trainer", benchmark.compare_trainers)
+data = partial(compared, "data", benchmark.compare_readers)
+start = partial(compared, "start", benchmark.compare_starts)
+convert = partial(compared, "convert", compare_conversions)
 
 
-def start(config: StartBenchmarkConfig) -> None:
-    with measuring.workplace(config.folder) as folder:
-        report("start", *benchmark.compare_starts(ROOT, config, folder))
-
-
-def convert(config: ConversionBenchmarkConfig) -> None:
-    with measuring.workplace(config.folder) as folder:
-        report("convert", *compare_conversions(ROOT, config, folder))
-
-
-def run_all(config: AllBenchmarksConfig) -> None:
+def run_all(config: configs.AllBenchmarksConfig) -> None:
     if config.plot:
         charts.require_plot(config.plot)
-    results = benchmark.run_each(Path(__file__), config.names or BENCHMARKS)
+    results = benchmark.run_each(Path(__file__), config.names or configs.BENCHMARKS)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
-    print(
-        "",
-        *(figure.line() for figure in figures),
-        json.dumps({"benchmark": "all", "results": results}),
-        sep="\n",
-    )
+    lines = [figure.line() for figure in figures]
+    print("", *lines, json.dumps({"benchmark": "all", "results": results}), sep="\n")
     if config.plot:
         benchmark_charts.write(results, config.plot)
     if missed := [figure.name for figure in figures if figure.is_missed()]:
@@ -123,15 +86,15 @@ if __name__ == "__main__":
     sys.exit(
         run_one_of(
             {
-                "train": (train, BenchmarkConfig),
-                "growth": (growth, BenchmarkConfig),
-                "decode": (decode, DecodeBenchmarkConfig),
-                "trainer": (trainer, TrainerBenchmarkConfig),
-                "data": (data, DataBenchmarkConfig),
-                "start": (start, StartBenchmarkConfig),
-                "checkpoint": (checkpoint, CheckpointBenchmarkConfig),
-                "convert": (convert, ConversionBenchmarkConfig),
-                "all": (run_all, AllBenchmarksConfig),
+                "train": (train, configs.BenchmarkConfig),
+                "growth": (growth, configs.BenchmarkConfig),
+                "decode": (decode, configs.DecodeBenchmarkConfig),
+                "trainer": (trainer, configs.TrainerBenchmarkConfig),
+                "data": (data, configs.DataBenchmarkConfig),
+                "start": (start, configs.StartBenchmarkConfig),
+                "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
+                "convert": (convert, configs.ConversionBenchmarkConfig),
+                "all": (run_all, configs.AllBenchmarksConfig),
             }
         )
     )

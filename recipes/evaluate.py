@@ -23,7 +23,7 @@ def main(config: EvaluateConfig) -> None:
     from flame_composer.text.tokenizer import token_bytes
     from flame_composer.train.charts import require_plot
     from flame_composer.train.parallelism import check_devices
-    from flame_composer.use.perplexity import evaluate, plot_by_context
+    from flame_composer.use.perplexity import evaluate, plot_by_context, print_result
 
     listen_to_signals()  # which Composer has taken
     check_devices(ParallelismConfig(), precision=config.precision)
@@ -73,7 +73,7 @@ def main(config: EvaluateConfig) -> None:
             block_size=config.block_size,
         )
         if dist.get_global_rank() == 0:
-            show(name, result)
+            print_result(name, result)
     if config.data:
         summary |= {"data": config.data.remote or config.data.local, **results[""]}
     elif results:
@@ -91,22 +91,6 @@ def main(config: EvaluateConfig) -> None:
         print(json.dumps(summary))
         if config.plot:
             plot_by_context(results, config.plot)
-
-
-def show(name: str, result: dict) -> None:
-    bits = (
-        "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
-    )
-    print(
-        f"{name}{': ' if name else ''}loss {result['loss']:.4f}, perplexity"
-        f" {result['perplexity']:.2f}{bits} over {result['tokens']:,} tokens",
-        flush=True,
-    )
-    for block in result.get("by_context", []):
-        print(
-            f"  {block['from']:>7,} to {block['to']:>7,} tokens of context: perplexity"
-            f" {block['perplexity']:10.2f} over {block['tokens']:,} tokens"
-        )
 
 
 if __name__ == "__main__":

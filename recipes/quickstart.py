@@ -1,10 +1,7 @@
-"""The whole way on this machine in minutes: text, tokenizer, shards, training, evaluation, export,
-a sample.
-
+"""The whole way on this machine in minutes: from text to a trained model and a sample of it:
     python recipes/quickstart.py
 
-Runs the commands a user would type, each shown before it runs. Started again, it goes on where it
-was.
+Runs the commands a user would type, and shows them. Started again, it goes on where it was.
 """
 
 import json
@@ -49,25 +46,15 @@ def main() -> int:
         "prompt=def read_lines(path):\n",
         "max_new_tokens=100",
     )
-    print(
-        json.dumps(
-            {
-                "train_tokens": trained["train_tokens"],
-                "eval_perplexity_initial": trained["eval_perplexity_initial"],
-                "eval_perplexity": evaluated["perplexity"],
-                "tokens_per_second": trained["tokens_per_second"],
-                "hf_folder": str(hf_folder),
-                "checkpoint_folder": trained["checkpoint_folder"],
-            }
-        )
-    )
+    summary = {key: trained[key] for key in ("train_tokens", "eval_perplexity_initial")}
+    summary |= {"eval_perplexity": evaluated["perplexity"]}
+    summary |= {"tokens_per_second": trained["tokens_per_second"], "hf_folder": str(hf_folder)}
+    print(json.dumps({**summary, "checkpoint_folder": trained["checkpoint_folder"]}))
     return 1 if flush_streams() else 0
 
 
 def write_corpus(path: Path) -> None:
-    """The source of Python's standard library as JSONL, a document a file; its own tests are
-    left out.
-    """
+    """Write the source of Python's standard library as JSONL, a document a file, without tests."""
     library = Path(sysconfig.get_path("stdlib"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".tmp").open("w", encoding="utf-8") as corpus:

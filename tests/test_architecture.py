@@ -19,7 +19,7 @@ GROUND = {
     "flame_composer.reference",
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "builders", "helpers", "misc", "registry"}
-MAX_SCRIPT_LINES = 150
+MAX_SCRIPT_LINES = 100
 # These look fields up by the names that dataclasses.fields gives or that are written out there.
 FIELDS_BY_NAME = ("flame_composer/config/", "convert/to_mds.py", "convert/train_tokenizer.py")
 

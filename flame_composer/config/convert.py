@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -78,6 +78,26 @@ class TokenizerTrainConfig(ScriptConfig):
         require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
 
 
+# What the files written depend on, apart from the tokenizer, the encoder, the context length and
+# the inputs themselves.
+CONVERSION_SETTINGS = (
+    "source",
+    "name",
+    "split",
+    "suffixes",
+    "text_column",
+    "add_bos",
+    "add_eos",
+    "max_document_bytes",
+    "max_doc_length",
+    "min_doc_length",
+    "seed",
+    "val_fraction",
+    "shard_size",
+    "unit_size",
+)
+
+
 @dataclass
 class ConvertConfig(ScriptConfig):
     """Turn text into tokenized, packed MDS shards."""
@@ -148,6 +168,10 @@ class ConvertConfig(ScriptConfig):
     """Address of a Dask scheduler (tcp://host:8786) whose workers convert instead; they must see
     the same files under the same paths.
     """
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is written down of the conversion: its bytes depend on nothing else here."""
+        return {name: getattr(self, name) for name in CONVERSION_SETTINGS}
 
     def validate(self) -> None:
         require(len(self.source) > 0, "source", "must name at least one file, folder or glob")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flame_composer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,7 +27,7 @@ def train_bpe(
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
         vocab_size=vocab_size,
@@ -39,3 +44,31 @@ def train_bpe(
         pad_token=eos_token,
         clean_up_tokenization_spaces=False,
     )
+
+
+def is_finished(out: Path, plan: bytes) -> bool:
+    """Whether `out` holds the tokenizer of this very plan. Raises ConfigError if it holds
+    anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    record = out / "training.json"
+    if not record.is_file():
+        raise ConfigError(f"out: {out}: is not an empty folder; name a new one or empty it")
+    if record.read_bytes() != plan:
+        raise ConfigError(
+            f"out: {out}: holds a tokenizer trained with other settings or text (see {record}); "
+            "name another out, or remove this folder"
+        )
+    return True
+
+
+def save(tokenizer: PreTrainedTokenizerFast, out: Path, plan: bytes) -> None:
+    """Put the tokenizer folder in its place whole, or not at all."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue]
+    (temporary / "training.json").write_bytes(plan)
+    if out.exists():
+        out.rmdir()  # empty, or `is_finished` would have refused it
+    os.rename(temporary, out)

@@ -140,3 +140,20 @@ def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
         raise DataError(f"plot={path}: cannot be written: {error.strerror}") from None
+
+
+def print_result(name: str, result: dict[str, Any]) -> None:
+    """Print what `evaluate` has found of the dataset `name`, for people."""
+    bits = (
+        "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
+    )
+    print(
+        f"{name}{': ' if name else ''}loss {result['loss']:.4f}, perplexity"
+        f" {result['perplexity']:.2f}{bits} over {result['tokens']:,} tokens",
+        flush=True,
+    )
+    for block in result.get("by_context", []):
+        print(
+            f"  {block['from']:>7,} to {block['to']:>7,} tokens of context: perplexity"
+            f" {block['perplexity']:10.2f} over {block['tokens']:,} tokens"
+        )
