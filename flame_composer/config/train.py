@@ -154,115 +154,95 @@ class TrainConfig(ScriptConfig):
     """Log to TensorBoard, in log_folder/tensorboard (extra tensorboard)."""
 
     def validate(self) -> None:
-        require(
-            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name)),
-            "run_name",
-            "must be letters, digits, '.', '_' and '-' (it names folders)",
-        )
-        most = MAX_NAME_BYTES if self.wandb is None else MAX_WANDB_ID_BYTES
-        require(
-            len(self.run_name.encode()) <= most,
-            "run_name",
-            f"must be {most} bytes at most (it names folders)",
-        )
-        require_seed(self.seed, "seed")
-        require_text(self, "tokenizer", "save_folder", "log_folder")
-        require_no_braces(self, "save_folder", "log_folder")
+        self._check_names()
         require_duration(self.max_duration, "max_duration")
         require_duration(self.eval_interval, "eval_interval", fraction=True)
         require_duration(self.save_interval, "save_interval", fraction=True, time=True)
-        require(
-            self.global_batch_size > 0, "global_batch_size", "must be a positive number of rows"
-        )
+        self._check_numbers()
+        devices = self._num_devices()
+        self._check_devices(devices)
+        self._check_evaluation()
+        self._check_extensions()
+        run_batches = self.in_batches(self.max_duration, None)
+        warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
+        if run_batches is not None and warmup is not None:
+            decay = self.in_batches(self.scheduler.decay, None, run_batches)
+            self._check_schedule(run_batches, warmup, decay)
+
+    def _check_names(self) -> None:
+        is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name) is not None
+        rule = "must be letters, digits, '.', '_' and '-' (it names folders)"
+        require(is_name, "run_name", rule)
+        most = MAX_NAME_BYTES if self.wandb is None else MAX_WANDB_ID_BYTES
+        rule = f"must be {most} bytes at most (it names folders)"
+        require(len(self.run_name.encode()) <= most, "run_name", rule)
+        require_seed(self.seed, "seed")
+        require_text(self, "tokenizer", "save_folder", "log_folder")
+        require_no_braces(self, "save_folder", "log_folder")
+
+    def _check_numbers(self) -> None:
+        rule = "must be a positive number of rows"
+        require(self.global_batch_size > 0, "global_batch_size", rule)
         size = self.microbatch_size
-        require(
-            size == "auto" or (isinstance(size, int) and size > 0),
-            "microbatch_size",
-            "must be a positive number of rows, or auto",
-        )
-        require(
-            self.eval_batch_size is None or self.eval_batch_size > 0,
-            "eval_batch_size",
-            "must be a positive number of rows, or null",
-        )
-        require(
-            self.stall_timeout is None or 0 < self.stall_timeout <= MAX_SECONDS,
-            "stall_timeout",
-            f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}, or null",
-        )
+        is_size = size == "auto" or (isinstance(size, int) and size > 0)
+        require(is_size, "microbatch_size", f"{rule}, or auto")
+        if self.eval_batch_size is not None:
+            require(self.eval_batch_size > 0, "eval_batch_size", f"{rule}, or null")
+        if self.stall_timeout is not None:
+            is_time = 0 < self.stall_timeout <= MAX_SECONDS
+            rule = f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}"
+            require(is_time, "stall_timeout", f"{rule}, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
-        require(
-            "://" not in self.log_folder,
-            "log_folder",
-            "must be a local folder (save_folder and data can be remote)",
-        )
-        require(
-            self.save_num_checkpoints_to_keep == -1 or self.save_num_checkpoints_to_keep > 0,
-            "save_num_checkpoints_to_keep",
-            "must be more than 0, or -1 for all",
-        )
+        rule = "must be a local folder (save_folder and data can be remote)"
+        require("://" not in self.log_folder, "log_folder", rule)
+        keep = self.save_num_checkpoints_to_keep
+        rule = "must be more than 0, or -1 for all"
+        require(keep == -1 or keep > 0, "save_num_checkpoints_to_keep", rule)
+
+    def _num_devices(self) -> int:
+        """Return how many processes train. Raise ConfigError if the environment does not say."""
         world_size = self.world_size()
         if not re.fullmatch(r"[1-9][0-9]{0,8}", world_size):
             raise ConfigError(
                 f"environment: WORLD_SIZE={world_size}: must be the number of processes; start with"
                 " composer, or unset it"
             )
-        devices = int(world_size)
+        return int(world_size)
+
+    def _check_devices(self, devices: int) -> None:
+        size, fsdp = self.microbatch_size, self.parallelism.fsdp
         if isinstance(size, int):
-            require(
-                self.global_batch_size % (devices * size) == 0,
-                "global_batch_size",
-                f"must be a multiple of devices x microbatch_size = {devices} x {size} ="
-                f" {devices * size}",
-            )
-        require(
-            self.global_batch_size % devices == 0,
-            "global_batch_size",
-            f"must be a multiple of the {devices} devices",
-        )
-        fsdp, tasks = self.parallelism.fsdp, self.eval_tasks
-        require(
-            tasks is None or size != "auto" or tasks.batch_size is not None,
-            "eval_tasks.batch_size",
-            "must be set with microbatch_size=auto, which is about training",
-        )
-        require(
-            tasks is None or fsdp is None,
-            "eval_tasks",
-            "must be null with parallelism.fsdp: evaluate checkpoints with recipes/evaluate.py",
-        )
-        require(
-            fsdp is None or size != "auto",
-            "microbatch_size",
-            "must be a number with parallelism.fsdp, which cannot try",
-        )
-        require(
-            fsdp is None or fsdp.replicas is None or devices % fsdp.replicas == 0,
-            "parallelism.fsdp.replicas",
-            f"must divide the {devices} devices",
-        )
+            rows = devices * size
+            rule = f"must be a multiple of devices x microbatch_size = {devices} x {size} = {rows}"
+            require(self.global_batch_size % rows == 0, "global_batch_size", rule)
+        rule = f"must be a multiple of the {devices} devices"
+        require(self.global_batch_size % devices == 0, "global_batch_size", rule)
+        if fsdp is not None:
+            rule = "must be a number with parallelism.fsdp, which cannot try"
+            require(size != "auto", "microbatch_size", rule)
+            divides = fsdp.replicas is None or devices % fsdp.replicas == 0
+            rule = f"must divide the {devices} devices"
+            require(divides, "parallelism.fsdp.replicas", rule)
+
+    def _check_evaluation(self) -> None:
+        is_auto = self.microbatch_size == "auto"
+        needed = "must be set with microbatch_size=auto, which is about training"
+        if self.eval_tasks is not None:
+            has_size = not is_auto or self.eval_tasks.batch_size is not None
+            require(has_size, "eval_tasks.batch_size", needed)
+            rule = "must be null with parallelism.fsdp: evaluate checkpoints with"
+            is_whole = self.parallelism.fsdp is None
+            require(is_whole, "eval_tasks", f"{rule} recipes/evaluate.py")
         if self.eval_data is not None:
-            require(
-                size != "auto" or self.eval_batch_size is not None,
-                "eval_batch_size",
-                "must be set with microbatch_size=auto, which is about training",
-            )
-            trained_on = [(self.train_data.local, self.train_data.remote)]
-            trained_on += [
-                (stream.local, stream.remote) for stream in self.train_data.streams.values()
+            has_size = not is_auto or self.eval_batch_size is not None
+            require(has_size, "eval_batch_size", needed)
+            train, streams = self.train_data, self.train_data.streams.values()
+            trained_on = [
+                (train.local, train.remote),
+                *((one.local, one.remote) for one in streams),
             ]
-            require(
-                (self.eval_data.local, self.eval_data.remote) not in trained_on,
-                "eval_data.local",
-                "must not be a dataset that is trained on",
-            )
-        self._check_extensions()
-        run_batches = self.in_batches(self.max_duration, None)
-        warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
-        if run_batches is not None and warmup is not None:
-            self._check_schedule(
-                run_batches, warmup, self.in_batches(self.scheduler.decay, None, run_batches)
-            )
+            is_other = (self.eval_data.local, self.eval_data.remote) not in trained_on
+            require(is_other, "eval_data.local", "must not be a dataset that is trained on")
 
     def _check_schedule(self, total: int, warmup: int, decay: int | None) -> None:
         require(
@@ -289,11 +269,9 @@ class TrainConfig(ScriptConfig):
             for section, given in (("algorithms", self.algorithms), ("callbacks", self.callbacks))
             for name in in_use(given)
         }
-        require(
-            "callbacks.early_stopper" not in named or self.eval_data is not None,
-            "callbacks.early_stopper",
-            "needs an evaluation to go by; set eval_data",
-        )
+        if "callbacks.early_stopper" in named:
+            rule = "needs an evaluation to go by; set eval_data"
+            require(self.eval_data is not None, "callbacks.early_stopper", rule)
         has_logger = bool(in_use(self.loggers)) or self.wandb is not None or self.tensorboard
         for key in sorted(named):
             name = key.partition(".")[2]
@@ -309,15 +287,16 @@ class TrainConfig(ScriptConfig):
                 "must not be set together with parallelism.fsdp, which spreads parameters over"
                 " devices",
             )
-        require(
-            "callbacks.optimizer_monitor" not in named
-            or self.parallelism.fsdp is None
-            or self.optimizer.name != "decoupled_adamw"
-            or (self.callbacks["optimizer_monitor"] or {}).get("log_optimizer_metrics") is False,
-            "callbacks.optimizer_monitor",
-            "cannot gather what decoupled_adamw adds to it with parallelism.fsdp; set "
-            "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw",
-        )
+        is_sharded = self.parallelism.fsdp is not None
+        if "callbacks.optimizer_monitor" in named and is_sharded:
+            arguments = self.callbacks["optimizer_monitor"] or {}
+            gathers = arguments.get("log_optimizer_metrics") is not False
+            require(
+                self.optimizer.name != "decoupled_adamw" or not gathers,
+                "callbacks.optimizer_monitor",
+                "cannot gather what decoupled_adamw adds to it with parallelism.fsdp; set "
+                "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw",
+            )
 
     def plan(self, epoch_batches: int) -> RunPlan:
         """The run's durations, for a dataset that has so many global batches an epoch.

@@ -65,81 +65,103 @@ def convert_unit(
         missing = [dataset for dataset in datasets if not dataset.is_committed(number)]
     if not missing:
         return []
-    plan = missing[0].plan
-    writers = {dataset.plan.split: UnitWriter(dataset, number) for dataset in missing}
-    texts: dict[Split, list[str]] = {split: [] for split in writers}
-    sample: list[str] = []
-    done = [0, 0, 0]  # documents, tokens, bytes
-    skipped = num_bytes = 0
-
-    def report(*counts: int) -> None:
-        done[:] = (total + count for total, count in zip(done, counts, strict=True))
-        if on_progress is not None:
-            on_progress(*counts)
-
-    def flush() -> None:
-        nonlocal num_bytes
-        if reference is not None and sample:
-            _check(
-                encode, reference, sample, f"{plan.units[number][0].path}, unit {unit_name(number)}"
-            )
-            sample.clear()
-        documents = num_tokens = 0
-        for split, batch in texts.items():
-            if batch:
-                tokens, doc_lengths = encode(batch)
-                writers[split].write(tokens, doc_lengths)
-                documents += len(batch)
-                num_tokens += len(tokens)
-                batch.clear()
-        report(documents, num_tokens, num_bytes)
-        num_bytes = 0
-
-    def skip(error: DataError) -> None:
-        nonlocal skipped
-        if on_error == "fail":
-            raise error
-        skipped += 1
-
+    unit = _Unit(missing, number, encode, reference, on_progress)
     try:
         with explained(" and ".join(dataset.out for dataset in missing)):
-            characters = 0
-            is_first = True
-            for part in plan.units[number]:
-                for document in read_documents(
-                    part, plan.config["text_column"], skip, plan.config["max_document_bytes"]
-                ):
-                    digest = document_hash(document.text)
-                    # Before the split is looked at: what is checked must not depend on what is
-                    # committed already.
-                    if reference is not None and (is_first or digest[-1] % SAMPLE == 0):
-                        sample.append(document.text)
-                    is_first = False
-                    split = split_of(digest, plan.config["val_fraction"])
-                    if split not in writers:
-                        continue
-                    writers[split].hash.update(digest)
-                    texts[split].append(document.text)
-                    characters += len(document.text)
-                    if characters >= BATCH_CHARACTERS:
-                        flush()
-                        characters = 0
-                num_bytes += part.num_bytes
-            flush()
-            if "train" in writers:
-                writers["train"].counts["documents_skipped"] = skipped
-            return [writer.commit(encoder) for writer in writers.values()]
+            unit.read(on_error)
+            return [writer.commit(encoder) for writer in unit.writers.values()]
     except BaseException as error:
-        report(*(-count for count in done))
-        for writer in writers.values():
-            writer.discard()
+        unit.discard()
         if isinstance(error, MemoryError):
             raise DataError(
-                f"{plan.units[number][0].path}, unit {unit_name(number)}: there is not enough"
-                " memory to encode it; give fewer num_workers or a smaller unit_size, and run the"
-                " same command again"
+                f"{unit.place}: there is not enough memory to encode it; give fewer num_workers or"
+                " a smaller unit_size, and run the same command again"
             ) from None
         raise
+
+
+class _Unit:
+    """A work unit on its way into the datasets that do not have it, a batch of texts at a time."""
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetWriter],
+        number: int,
+        encode: Encoder,
+        reference: Encoder | None,
+        on_progress: Callable[[int, int, int], None] | None,
+    ):
+        """Arguments as in `convert_unit`; every one of `datasets` lacks the unit."""
+        self.plan = datasets[0].plan
+        self.parts = self.plan.units[number]
+        self.place = f"{self.parts[0].path}, unit {unit_name(number)}"
+        self.encode, self.reference, self.on_progress = encode, reference, on_progress
+        self.writers = {each.plan.split: UnitWriter(each, number) for each in datasets}
+        self._texts: dict[Split, list[str]] = {split: [] for split in self.writers}
+        self._sample: list[str] = []  # of texts that the reference encodes too
+        self._is_first = True
+        self._num_characters = self._num_bytes = 0  # of the batch
+        self._reported = [0, 0, 0]  # documents, tokens, bytes
+
+    def read(self, on_error: Literal["fail", "skip"]) -> None:
+        """Read the unit's documents and write their tokens."""
+        skipped = 0
+
+        def skip(error: DataError) -> None:
+            nonlocal skipped
+            if on_error == "fail":
+                raise error
+            skipped += 1
+
+        column, most = self.plan.config["text_column"], self.plan.config["max_document_bytes"]
+        for part in self.parts:
+            for document in read_documents(part, column, skip, most):
+                self._take(document.text)
+            self._num_bytes += part.num_bytes
+        self._write_batch()
+        if "train" in self.writers:
+            self.writers["train"].counts["documents_skipped"] = skipped
+
+    def discard(self) -> None:
+        """Leave nothing of the unit, and take back what was reported of it."""
+        self._report(*(-count for count in self._reported))
+        for writer in self.writers.values():
+            writer.discard()
+
+    def _take(self, text: str) -> None:
+        digest = document_hash(text)
+        # Before the split is looked at: what is checked must not depend on what is committed.
+        if self.reference is not None and (self._is_first or digest[-1] % SAMPLE == 0):
+            self._sample.append(text)
+        self._is_first = False
+        split = split_of(digest, self.plan.config["val_fraction"])
+        if split not in self.writers:
+            return
+        self.writers[split].hash.update(digest)
+        self._texts[split].append(text)
+        self._num_characters += len(text)
+        if self._num_characters >= BATCH_CHARACTERS:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        if self.reference is not None:
+            _check(self.encode, self.reference, self._sample, self.place)
+            self._sample.clear()
+        num_documents = num_tokens = 0
+        for split, texts in self._texts.items():
+            if texts:
+                tokens, doc_lengths = self.encode(texts)
+                self.writers[split].write(tokens, doc_lengths)
+                num_documents += len(texts)
+                num_tokens += len(tokens)
+                texts.clear()
+        self._report(num_documents, num_tokens, self._num_bytes)
+        self._num_characters = self._num_bytes = 0
+
+    def _report(self, *counts: int) -> None:
+        self._reported = [sum(pair) for pair in zip(self._reported, counts, strict=True)]
+        if self.on_progress is not None:
+            self.on_progress(*counts)
 
 
 def _check(encode: Encoder, reference: Encoder, sample: Sequence[str], place: str) -> None:
