@@ -17,7 +17,8 @@ def main(config: EvaluateConfig) -> None:
     from composer.utils import dist, get_device
 
     from flame_composer.checkpoint.save import load_model
-    from flame_composer.loader.batches import build_evaluator, open_dataset
+    from flame_composer.loader.batches import build_evaluator
+    from flame_composer.loader.datasets import open_dataset
     from flame_composer.model.causal_lm import CausalLM
     from flame_composer.text.ends import begin_as_in_training, describe_start, template_of
     from flame_composer.text.tokenizer import token_bytes

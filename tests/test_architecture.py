@@ -13,6 +13,8 @@ LIBRARY = sorted((ROOT / "flame_composer").glob("**/*.py"))
 SCRIPTS = sorted([*(ROOT / "recipes").glob("**/*.py"), *(ROOT / "convert").glob("**/*.py")])
 TREES = {path: ast.parse(path.read_text()) for path in LIBRARY + SCRIPTS}
 GROUND = {
+    "flame_composer.batch",
+    "flame_composer.errors",
     "flame_composer.fork_server",
     "flame_composer.lines",
     "flame_composer.processes",

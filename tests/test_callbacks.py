@@ -20,7 +20,8 @@ from flame_composer.config.data import DataConfig
 from flame_composer.config.sections import WandbConfig
 from flame_composer.config.train import RunPlan
 from flame_composer.errors import ConfigError
-from flame_composer.loader.batches import describe_order, open_dataset
+from flame_composer.loader.batches import describe_order
+from flame_composer.loader.datasets import open_dataset
 from flame_composer.train.log import (
     JsonlLog,
     RandomState,

@@ -23,7 +23,7 @@ from flame_composer.config.convert import ConvertConfig, TokenizerTrainConfig
 from flame_composer.dataset import workers
 from flame_composer.dataset.manifest import check_shards, read_manifest
 from flame_composer.dataset.writer import DatasetWriter
-from flame_composer.loader.batches import open_dataset
+from flame_composer.loader.datasets import open_dataset
 from flame_composer.storage.files import dump_json
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import (

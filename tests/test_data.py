@@ -23,21 +23,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming.base.world import World
 
+from flame_composer.batch import IGNORE, collate, count_tokens
 from flame_composer.config.data import DataConfig, EvalDataConfig
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader import fetch
-from flame_composer.loader.batches import (
-    EvalBatches,
-    build_evaluator,
-    build_train_loader,
-    collate,
-    count_tokens,
-    open_dataset,
-)
+from flame_composer.loader.batches import EvalBatches, build_evaluator, build_train_loader
+from flame_composer.loader.datasets import open_dataset
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
-from flame_composer.model.causal_lm import IGNORE
 from flame_composer.text.tokenizer import load_tokenizer
 from tests.conftest import CONTEXT_LENGTH
 from tests.data_fixtures import WRONG, altered, byte_tokenizer, places

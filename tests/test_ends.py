@@ -20,7 +20,7 @@ from transformers import (
 
 from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import ConfigError
-from flame_composer.loader.batches import begin_as_documents, open_train_data
+from flame_composer.loader.datasets import begin_as_documents, open_train_data
 from flame_composer.text import ends as ends_module
 from flame_composer.text.ends import (
     Ends,

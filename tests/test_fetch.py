@@ -26,7 +26,8 @@ from flame_composer.config.data import DataConfig
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.loader import fetch
-from flame_composer.loader.batches import build_train_loader, open_dataset
+from flame_composer.loader.batches import build_train_loader
+from flame_composer.loader.datasets import open_dataset
 from flame_composer.loader.fetch import Dataset
 from flame_composer.storage import locks as machine
 from tests.conftest import CONTEXT_LENGTH, make_dataset

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flame_composer import cpu
+from flame_composer.batch import collate
 from flame_composer.checkpoint.save import save_hf_folder
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
-from flame_composer.loader.batches import collate
 from flame_composer.model.causal_lm import (
     CausalLM,
     build_hf_config,

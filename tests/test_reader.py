@@ -12,7 +12,8 @@ import pytest
 
 from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import DataError
-from flame_composer.loader.batches import build_train_loader, open_dataset
+from flame_composer.loader.batches import build_train_loader
+from flame_composer.loader.datasets import open_dataset
 from flame_composer.loader.reader import FIELDS, OpenShards
 from tests.data_fixtures import byte_tokenizer
 

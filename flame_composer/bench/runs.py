@@ -172,6 +172,7 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     from flame_composer.config.load import load
     from flame_composer.config.train import TrainConfig
     from flame_composer.loader import batches as data
+    from flame_composer.loader.datasets import open_train_data
     from flame_composer.model.causal_lm import build_hf_config
     from flame_composer.text.tokenizer import load_tokenizer
     from flame_composer.train import optim
@@ -181,7 +182,7 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     torch.manual_seed(config.seed)
     hf_model = build_model(build_hf_config(config.model.config, tokenizer, config.context_length))
     model = CausalLM(hf_model, tokenizer, varlen=config.varlen)
-    sets = data.open_train_data(
+    sets = open_train_data(
         config.train_data, tokenizer=tokenizer, context_length=config.context_length
     )
     loader = data.build_train_loader(

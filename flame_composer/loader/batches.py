@@ -10,143 +10,23 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from composer.core import DataSpec, Evaluator, Event, State
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerFast
 
+from flame_composer.batch import IGNORE, Batch, collate, count_tokens
 from flame_composer.config.data import DataConfig, EvalDataConfig
-from flame_composer.dataset.manifest import check_shards, check_totals, read_index, read_manifest
-from flame_composer.errors import ConfigError, InvalidField, one_line
-from flame_composer.loader.fetch import Dataset, Shards, fetch_index
+from flame_composer.errors import ConfigError
+from flame_composer.loader.fetch import Dataset, Shards
 from flame_composer.loader.rows import Rows
-from flame_composer.model.causal_lm import IGNORE
 from flame_composer.processes import can_have_processes, end_with_parent
-from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
-from flame_composer.text.tokenizer import fingerprint
-
-CACHE = Path("~/.cache/flame_composer")
-
-Batch = dict[str, torch.Tensor]
 
 log = logging.getLogger(__name__)
-
-
-def open_dataset(
-    local: str | None,
-    remote: str | None,
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    context_length: int | None = None,
-    exclusive: bool = False,
-) -> Dataset:
-    """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or
-    `context_length`.
-
-    A remote dataset is cached under `local` (or ~/.cache/flame_composer), see `fetch_index`.
-
-    Raises ConfigError or DataError.
-    """
-    if remote is None:
-        assert local is not None
-        folder, manifest = local, read_manifest(local)
-        files = check_shards(folder)
-        check_totals(folder, manifest, files)
-    else:
-        folder = fetch_index(remote, _cache_folder(local), exclusive=exclusive)
-        manifest = read_manifest(folder)
-        files = read_index(folder, manifest)
-    place = remote or local
-    if context_length is not None and manifest.context_length != context_length:
-        raise ConfigError(
-            f"{place}: its rows are {manifest.context_length} tokens long, context_length is"
-            f" {context_length}; set context_length={manifest.context_length} or convert the text"
-            " again"
-        )
-    ours, theirs = fingerprint(tokenizer), manifest.tokenizer
-    if ours != theirs:
-        what = next(
-            f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
-            for name in ("vocab_size", "bos_token_id", "eos_token_id", "sha256")
-            if getattr(ours, name) != getattr(theirs, name)
-        )
-        raise ConfigError(
-            f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
-            "set tokenizer to the one it was converted with, or convert the text again"
-        )
-    known = ends_of(tokenizer)
-    if known is not None and manifest.ends not in (None, known):
-        model = tokenizer.name_or_path or "the model"
-        warn(
-            f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
-            f"{describe(known)}"
-        )
-    return Dataset(folder, remote, manifest, files)
-
-
-def _cache_folder(local: str | None) -> Path:
-    try:
-        return Path(local or CACHE).expanduser()
-    except RuntimeError as error:  # a user without a name, and no HOME
-        raise ConfigError(
-            f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the"
-            " cache"
-        ) from None
-
-
-def open_train_data(
-    config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
-) -> dict[str, Dataset]:
-    """The datasets of every stream by name, or the only one under "", each checked as by
-    `open_dataset`.
-    """
-    sources = {name: (stream.local, stream.remote) for name, stream in config.streams.items()}
-    datasets: dict[str, Dataset] = {}
-    for name, (local, remote) in (sources or {"": (config.local, config.remote)}).items():
-        dataset = open_dataset(
-            local,
-            remote,
-            tokenizer=tokenizer,
-            context_length=context_length,
-            exclusive=config.cache_limit is not None,
-        )
-        for other, before in datasets.items():
-            if before.manifest.index_sha256 == dataset.manifest.index_sha256:
-                raise InvalidField(
-                    f"train_data.streams.{name}",
-                    f"must be another dataset than train_data.streams.{other}; "
-                    "give one of them a larger proportion, repeat or choose instead",
-                )
-        datasets[name] = dataset
-    return datasets
-
-
-def begin_as_documents(
-    tokenizer: PreTrainedTokenizerFast,
-    datasets: Mapping[str, Dataset],
-    *,
-    pretrained: str | None = None,
-) -> PreTrainedTokenizerFast:
-    """Return the tokenizer such that texts begin as the documents of `datasets` do.
-
-    It goes into checkpoints, exports and tasks. Where their manifests do not say, it is as it was.
-    Warns where the streams of a mixture differ, or where `pretrained`, the weights that training
-    begins from, was trained on something else.
-    """
-    ends = {
-        f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends
-        for name, dataset in datasets.items()
-    }
-    before = {f"model.pretrained={pretrained}": ends_in(pretrained)} if pretrained else {}
-    chosen = choose_ends(ends, before)
-    return tokenizer if chosen is None else with_ends(tokenizer, chosen)
 
 
 class EvalBatches(IterableDataset):
@@ -186,30 +66,6 @@ class EvalBatches(IterableDataset):
             )
             batch["labels"][[number >= self.num_rows for number in numbers]] = IGNORE
             yield batch if worker is None else Sent(batch)
-
-
-def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
-    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row),
-    all int64 [B, T]; `stream` (the number of the row's stream, int64 [B]) where the rows say so.
-
-    Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing
-    comes before, is never a label; without `loss_across_documents` the first one of a document is
-    none, either.
-    """
-    shape = len(rows), len(rows[0]["input_ids"])
-    tokens, sequence_id = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    for number, row in enumerate(rows):
-        tokens[number] = row["input_ids"]
-        sequence_id[number] = np.repeat(np.arange(len(row["doc_lengths"])), row["doc_lengths"])
-    input_ids = torch.from_numpy(tokens)
-    labels = input_ids.clone()
-    labels[:, 0] = IGNORE
-    if not loss_across_documents:
-        labels[:, 1:][torch.from_numpy(np.diff(sequence_id) != 0)] = IGNORE
-    batch = {"input_ids": input_ids, "labels": labels, "sequence_id": torch.from_numpy(sequence_id)}
-    if "stream" in rows[0]:
-        batch["stream"] = torch.tensor([int(row["stream"]) for row in rows])
-    return batch
 
 
 class Sent:
@@ -271,14 +127,6 @@ def describe_order(
         "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
         "train_data.shuffle_block_size": config.shuffle_block_size,
         "train_data.num_canonical_nodes": config.num_canonical_nodes,
-    }
-
-
-def count_tokens(batch: Batch) -> dict[str, int]:
-    """All tokens of a batch, and those that carry loss."""
-    return {
-        "total": batch["input_ids"].numel(),
-        "loss_generating": int((batch["labels"] != IGNORE).sum()),
     }
 
 

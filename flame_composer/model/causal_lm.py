@@ -30,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from flame_composer import cpu
+from flame_composer.batch import IGNORE
 from flame_composer.config.fields import nearest
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.written import quote_it
@@ -45,8 +46,6 @@ from flame_composer.model.foreign import (
 )
 from flame_composer.text.counts import require_counts
 from flame_composer.text.tokenizer import may_be_hub_id
-
-IGNORE = -100  # the label that carries no loss
 
 # Keys every model understands, though its own signature may leave them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
@@ -397,7 +396,7 @@ def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> N
 
 class CausalLM(HuggingFaceModel):
     """A causal language model under Composer, fed with batches of
-    `flame_composer.loader.batches.collate`.
+    `flame_composer.batch.collate`.
 
     With `varlen`, attention state never crosses documents: an fla model gets the rows end to end as
     [1, B * T] with the documents' borders as `cu_seqlens` (its kernels take those for batch 1

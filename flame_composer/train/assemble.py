@@ -25,14 +25,8 @@ from flame_composer.checkpoint.save import (
     find_start_of,
 )
 from flame_composer.config.train import RunPlan, TrainConfig
-from flame_composer.loader.batches import (
-    begin_as_documents,
-    build_evaluator,
-    build_train_loader,
-    describe_order,
-    open_dataset,
-    open_train_data,
-)
+from flame_composer.loader.batches import build_evaluator, build_train_loader, describe_order
+from flame_composer.loader.datasets import begin_as_documents, open_dataset, open_train_data
 from flame_composer.loader.fetch import Dataset
 from flame_composer.model.causal_lm import (
     CausalLM,
