@@ -290,7 +290,7 @@ def state_at(trained: Run) -> Iterator[Callable[[int], Any]]:
     num_used = schedule.num_used
 
     def at(step: int) -> Any:
-        state.timestamp, schedule.num_used = before.copy(batch=step), step
+        state.timestamp, schedule.num_used = before.copy(batch=step, batch_in_epoch=step), step
         return state
 
     yield at

@@ -440,6 +440,7 @@ WEIGHT = "model.model.norm.weight"
 MOMENTS = ("state", "optimizers", "AdamW", "state", WEIGHT)
 GROUP: tuple[Any, ...] = ("state", "optimizers", "AdamW", "param_groups", 0)
 CLOCK = ("state", "timestamp", "Timestamp")
+ROWS = ("state", "dataset_state", "train")
 CALLBACKS = ("state", "callbacks")
 CONTENTS: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "it has no state"),
@@ -509,6 +510,44 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         "step is -1.0",
     ),
     "a step that is no number": (put(torch.tensor(torch.nan), *MOMENTS, "step"), "step is nan"),
+    "a step beyond the clock": (put(torch.tensor(4.0), *MOMENTS, "step"), "its clock is at step 3"),
+    "a step beyond all steps": (put(torch.tensor(1e9), *MOMENTS, "step"), "its clock is at step 3"),
+    "a step of one weight": (
+        put(torch.tensor(2.0), *MOMENTS, "step"),
+        "norm.weight.step is 2, and that of other weights 3",
+    ),
+    "no step of one weight": (
+        put(torch.tensor(0.0), *MOMENTS, "step"),
+        "norm.weight.step is 0, and",
+    ),
+    "half a step": (put(torch.tensor(2.5), *MOMENTS, "step"), "norm.weight.step at 2.5"),
+    "a step that is a flag": (put(True, *MOMENTS, "step"), "norm.weight.step is True"),
+    "a step that is a tensor of a flag": (
+        put(torch.tensor(True), *MOMENTS, "step"),
+        "norm.weight.step is a Tensor",
+    ),
+    "a step of another type": (put(3, *MOMENTS, "step"), "have steps of several types"),
+    "two steps": (put(torch.full((2,), 3.0), *MOMENTS, "step"), "norm.weight.step is a Tensor"),
+    "no step of any weight": (
+        lambda content: [
+            state.update(step=torch.tensor(0.0))
+            for state in content["state"]["optimizers"]["AdamW"]["state"].values()
+        ],
+        "step is 0, and there are moments",
+    ),
+    "a flag of two": (
+        put(torch.zeros(2), *GROUP, "differentiable"),
+        "have differentiable=a Tensor",
+    ),
+    "a flag that is set": (put(True, *GROUP, "differentiable"), "have differentiable=True"),
+    "another flag that is set": (put(True, *GROUP, "capturable"), "have capturable=True"),
+    "a flag that is a number": (put(0, *GROUP, "capturable"), "have capturable=0"),
+    "a flag of text": (put("text", *GROUP, "foreach"), "have foreach='text'"),
+    "a rate of two": (put(torch.zeros(2), *GROUP, "lr"), "have lr=a Tensor"),
+    "decay as Adam has it": (
+        put(False, *GROUP, "decoupled_weight_decay"),
+        "have decoupled_weight_decay=False",
+    ),
     "a schedule of another step": (
         put(2, *CALLBACKS, "Schedule", "num_used"),
         "its clock is at step 3, and its schedule at 2",
@@ -536,6 +575,35 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "no nodes": (
         put(0, "state", "dataset_state", "train", "num_canonical_nodes"),
         "train.num_canonical_nodes is 0",
+    ),
+    "a place further back": (
+        put(8, *ROWS, "sample_in_epoch"),
+        "its clock's sample_in_epoch is 12, and 8 its rows'",
+    ),
+    "a place beyond the data": (
+        put(100_000, *ROWS, "sample_in_epoch"),
+        "its clock's sample_in_epoch is 12, and 100000 its rows'",
+    ),
+    "another epoch": (put(1, *ROWS, "epoch"), "its clock's epoch is 0, and 1 its rows'"),
+    "an epoch beyond the clock": (
+        lambda content: [put(10**9, *path, "epoch")(content) for path in (CLOCK, ROWS)],
+        "its clock's epoch is 1000000000, after 3 batches",
+    ),
+    "another seed": (
+        put(99, *ROWS, "shuffle_seed"),
+        "its rows have the shuffle_seed 99, and it was trained with train_data.shuffle_seed=7",
+    ),
+    "another number of nodes": (
+        put(10**7, *ROWS, "num_canonical_nodes"),
+        "num_canonical_nodes=1; if that was changed on the way, set allow_data_change",
+    ),
+    "machines of text": (
+        put("1", *ROWS, "initial_physical_nodes"),
+        "initial_physical_nodes is '1'",
+    ),
+    "rows of the first epoch missing": (
+        put(8, *CLOCK, "sample"),
+        "its clock's sample is 8, and its sample_in_epoch 12 in epoch 0",
     ),
     "no clock": (drop("state", "timestamp"), "it has no state.timestamp"),
     "a clock that is text": (put("noon", *CLOCK), "its state.timestamp.Timestamp is a str"),
@@ -667,6 +735,50 @@ def test_squares_of_gradients_may_be_infinite(folder, needed, caplog):
     assert find_newest(str(folder), folder / "staging", needed) == Checkpoint(
         str(folder / "ba3.pt"), folder / "ba3.pt"
     )
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("by", ["name in the run", "name in the checkpoint", "expert"])
+def test_weights_that_are_frozen_or_of_experts_may_have_taken_fewer_steps(
+    folder, needed, caplog, by
+):
+    def change(content: dict[str, Any]) -> None:
+        put(torch.tensor(1.0), *MOMENTS, "step")(content)
+        if by == "name in the checkpoint":
+            content["state"]["algorithms"].append(("LayerFreezing", {}))
+
+    rewrite(folder / "ba3.pt", change)
+    config = TrainConfig(
+        model=ModelConfig(config=GLA),
+        algorithms={"layer_freezing": {}} if by == "name in the run" else {},
+    )
+    run = needed_by(config, build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH))
+    if by == "expert":
+        run = needed()._replace(passed_over=frozenset([WEIGHT]))
+    assert file_of(find_newest(str(folder), folder / "staging", lambda: run)) == folder / "ba3.pt"
+    assert caplog.messages == []
+    rewrite(folder / "ba3.pt", put(torch.tensor(4.0), *MOMENTS, "step"))
+    assert file_of(find_newest(str(folder), folder / "staging", lambda: run)) == folder / "ba2.pt"
+
+
+def test_steps_that_were_left_out_are_no_damage(folder, needed, caplog):
+    """With on_nan=skip, of all weights alike."""
+    rewrite(
+        folder / "ba3.pt",
+        lambda content: [
+            state.update(step=torch.tensor(2.0))
+            for state in content["state"]["optimizers"]["AdamW"]["state"].values()
+        ],
+    )
+    assert file_of(find_newest(str(folder), folder / "staging", needed)) == folder / "ba3.pt"
+    assert caplog.messages == []
+
+
+def test_an_order_that_was_changed_on_the_way_is_no_damage(folder, needed, caplog):
+    """Earlier versions went on in the old order, and their checkpoints name the new one."""
+    rewrite(folder / "ba3.pt", put(99, *ROWS, "shuffle_seed"))
+    run = needed()._replace(other_order=True)
+    assert file_of(find_newest(str(folder), folder / "staging", lambda: run)) == folder / "ba3.pt"
     assert caplog.messages == []
 
 

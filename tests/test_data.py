@@ -225,6 +225,26 @@ def test_resuming_at_every_batch_goes_on_with_the_rows_that_were_to_come(
         )
 
 
+def test_another_order_and_fewer_rows_than_were_taken(dataset, copy_of):
+    """A run that is told to go on with other data has the order it asks for from there on, and the
+    next epoch where this one has no more rows.
+    """
+    state = loader_of(copy_of(dataset)).dataset.state_dict(8, True)
+    state["epoch"] = 0
+    other = loader_of(copy_of(dataset), seed=8)
+    expected = epoch_of(other)
+    assert expected != epoch_of(loader_of(copy_of(dataset)))
+    for place in (state, {**state, "shuffle_seed": 7, "num_canonical_nodes": 10**7}):
+        resumed = loader_of(copy_of(dataset), seed=8)
+        resumed.dataset.load_state_dict(place)
+        assert epoch_of(resumed) == expected[2:]
+        assert resumed.dataset.state_dict(0, True)["shuffle_seed"] == 8
+    resumed = loader_of(copy_of(dataset), seed=8)
+    resumed.dataset.load_state_dict({**state, "sample_in_epoch": 10**6})
+    assert epoch_of(resumed) == []
+    assert epoch_of(resumed) == epoch_of(other), "the second epoch"
+
+
 @pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_ranks_share_out_a_global_batch(dataset, copy_of, nodes, ranks_per_node):
     """Each row is one rank's; with as many canonical nodes as machines, each machine reads a

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -454,6 +456,80 @@ def test_pieces_that_hold_too_little_are_named_and_the_one_before_used(
     assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", (str(newest),))
     (line,) = caplog.messages
     assert line.startswith(f"warning: {newest}: not a checkpoint that can be used: ")
+
+
+def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
+    sharded: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """Though it is whole, and of the same model: by what its head knows of its own pieces."""
+    folder = Path(shutil.copytree(sharded / "checkpoints", tmp_path / "checkpoints"))
+    shutil.rmtree(folder / "ba12")
+    whole = checkpoint_find.find_newest(str(folder), folder / "staging")
+    assert whole == (str(folder / "ba8"), folder / "ba8" / pieces.HEAD, ())
+    for name, source in (
+        ("piece1.pt", "ba4/piece1.pt"),
+        ("piece0.pt", "ba4/piece0.pt"),
+        ("piece1.pt", "ba8/piece0.pt"),
+        ("state.pt", "ba4/state.pt"),
+    ):
+        good = (folder / "ba8" / name).read_bytes()
+        (folder / "ba8" / name).write_bytes((folder / source).read_bytes())
+        found = checkpoint_find.find_newest(str(folder), folder / "staging")
+        assert found == (str(folder / "ba4"), folder / "ba4" / pieces.HEAD, (str(folder / "ba8"),))
+        named = "piece0.pt" if name == "state.pt" else name
+        what = "not a whole checkpoint: not the piece that was saved with its head"
+        problem = f"{folder}/ba8/{named}: {what}"
+        assert caplog.messages == [f"warning: {problem}; trying the one before it"]
+        with pytest.raises(DataError, match=f"^{re.escape(problem)}$"):
+            checkpoint.load_model(str(folder / "ba8"))
+        (folder / "ba8" / name).write_bytes(good)
+        caplog.clear()
+    head = torch.load(folder / "ba8" / pieces.HEAD, weights_only=False)
+    problem = f"{folder}/ba8/piece0.pt: not a whole checkpoint: not the piece"
+    for fingerprints in (None, [], {}, [1, 2], head["fingerprints"][::-1]):
+        torch.save({**head, "fingerprints": fingerprints}, folder / "ba8" / pieces.HEAD)
+        with pytest.raises(DataError, match=f"^{re.escape(problem)}"):
+            checkpoint.load_model(str(folder / "ba8"))
+
+
+def test_pieces_without_a_fingerprint_are_of_the_step_of_their_head(
+    trained: Any, copy_of: Any, caplog: Any
+) -> None:
+    """As earlier versions saved them."""
+    folder = copy_of(trained.checkpoints)
+    older, newer = as_pieces(folder / "ba2.pt"), as_pieces(folder / "ba3.pt")
+    config = TrainConfig(model=ModelConfig(config=GLA))
+    hf_config = build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH)
+    stops = checkpoint_content.needed_by(config, hf_config)
+    config.on_nan = "skip"
+    skips = checkpoint_content.needed_by(config, hf_config)
+
+    def found(needed: Any = None) -> str:
+        newest = checkpoint_find.find_newest(
+            str(folder), folder / "staging", (lambda: needed) if needed else None
+        )
+        assert newest is not None
+        return newest.place
+
+    assert [found(), found(stops), found(skips)] == [str(newer)] * 3
+    shutil.copy(older / "piece1.pt", newer)
+    assert [found(), found(stops), found(skips)] == [str(older)] * 3
+    problem = f"{newer}: not a whole checkpoint: its clock is at step 3, and its pieces at"
+    assert caplog.messages == [f"warning: {problem} 3, 2; trying the one before it"] * 3
+    with pytest.raises(DataError, match=f"^{re.escape(problem)} 3, 2$"):
+        checkpoint.load_model(str(newer))
+
+    # All of them of an earlier step: right only where steps were left out.
+    caplog.clear()
+    shutil.copy(older / "piece0.pt", newer)
+    note = "2, 2; if steps were left out (on_nan=skip), that is right"
+    assert found(stops) == str(older)
+    assert caplog.messages == [f"warning: {problem} {note}; trying the one before it"]
+    caplog.clear()
+    assert [found(skips), found()] == [str(newer)] * 2
+    assert caplog.messages == []
+    checkpoint.load_model(str(newer))
+    assert caplog.messages == [f"warning: {problem} {note}".replace("not a whole checkpoint: ", "")]
 
 
 @pytest.mark.parametrize("name", ["state.pt", "piece0.pt", "piece1.pt"])

@@ -18,7 +18,9 @@ import torch
 from transformers import PretrainedConfig
 
 from flame_composer.checkpoint import sharded as pieces
+from flame_composer.config.extensions import spelled_alike
 from flame_composer.config.sections import CLASS_NAMES, OptimizerConfig, decay_of
+from flame_composer.train.optim import settings_of
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, one_line
 from flame_composer.model.causal_lm import build_or_load
@@ -38,6 +40,15 @@ _CLOCK = (
 _LATER_CLOCK = ("iteration", "epoch_in_iteration", "token_in_iteration")
 _WALL_CLOCK = ("total_wct", "iteration_wct", "epoch_wct", "batch_wct")
 _NUMBER = (int, float)
+_PLAIN = (str, int, float, type(None))
+_FREEZING = "layerfreezing"
+# Settings of an optimizer that say how a step is computed, and not what it is.
+_FREE = ("foreach", "fused")
+# What decides where in the data a run goes on, by its name in the order that a checkpoint tells.
+_LAYOUT = {
+    "shuffle_seed": "train_data.shuffle_seed",
+    "num_canonical_nodes": "train_data.num_canonical_nodes",
+}
 # The state of the callbacks that every run has.
 _CALLBACKS: dict[str, dict[str, Any]] = {
     "JsonlLog": {"initial_evaluation": dict, "last_evaluation": dict},
@@ -66,13 +77,21 @@ class Needed(NamedTuple):
 
     A weight with several names (a tied embedding) has its state under one of them. `settings` are
     those of the optimizer's groups, by whether it is of matrices: the ones in a checkpoint take the
-    place of a run's own.
+    place of a run's own. `kinds` are the others that its groups have, as examples of their types.
+
+    Of `passed_over` weights the optimizer may have taken fewer steps than of the others;
+    `skips_steps`: of all it may have taken fewer than the clock has. `other_order`: the rows may
+    have been in another order than the checkpoint says.
     """
 
     weights: Shapes
     trained: Sequence[tuple[str, ...]]
     optimizer: str
     settings: Mapping[bool, Mapping[str, Any]]
+    kinds: Mapping[str, Any]
+    passed_over: frozenset[str]
+    skips_steps: bool
+    other_order: bool
 
 
 def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed:
@@ -91,7 +110,20 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
         [tuple(each) for each in names.values()],
         CLASS_NAMES[config.optimizer.name],
         _settings(config.optimizer),
+        settings_of(config.optimizer, but=_settings(config.optimizer)[True]),
+        frozenset(name for name in weights if _may_be_passed_over(name, config, model.config)),
+        config.on_nan == "skip" or config.precision == "amp_fp16",
+        config.allow_data_change,
     )
+
+
+def _may_be_passed_over(name: str, config: TrainConfig, hf_config: PretrainedConfig) -> bool:
+    """Whether there may be steps in which a weight has no gradient: of a layer that is frozen or
+    left out at random, or of an expert that no token goes to.
+    """
+    is_frozen = any(spelled_alike(each) == _FREEZING for each in config.algorithms)
+    is_dropped = any("layerdrop" in key and rate for key, rate in hf_config.to_dict().items())
+    return is_frozen or is_dropped or "expert" in name
 
 
 def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
@@ -117,13 +149,19 @@ def check_content(content: Any, place: str, *, step: int | None, needed: Needed 
             raise _Lack("it holds no weights")
         _check_clock(_part(content, dict, "state", "timestamp", "Timestamp"), step)
         _part(content, dict, "state", "integrations", "huggingface")
+        check_pieces(content, place, may_be_behind=needed is None or needed.skips_steps)
         if needed is not None:
             _check_model(shapes, needed)
             _check_optimizer(optimizers, shapes, needed)
+            _check_epoch(content["state"]["timestamp"]["Timestamp"])
             _check_rest(content)
+            _check_steps(content["state"], optimizers, needed)
             _check_callbacks(content)
+            _check_place(content["state"], needed)
             _check_numbers(weights, optimizers, needed)
             _check_averages(content["state"], weights[0], shapes)
+    except DataError:
+        raise
     except _Other as error:
         raise OtherRun(f"{place}: {error}") from None
     except _Lack as error:
@@ -189,6 +227,19 @@ def _check_clock(clock: dict[str, Any], step: int | None) -> None:
         raise _Lack(f"it is of step {clock['batch']}, and not of the {step} in its name")
 
 
+def _check_epoch(clock: dict[str, Any]) -> None:
+    """What there was in this epoch is a part of what there was, and in the first epoch all."""
+    for name in ("batch", "sample", "token"):
+        of_epoch, all_of_it = clock[f"{name}_in_epoch"], clock[name]
+        if of_epoch > all_of_it or (clock["epoch"] == 0 and of_epoch != all_of_it):
+            raise _Lack(
+                f"its clock's {name} is {all_of_it}, and its {name}_in_epoch {of_epoch} in epoch"
+                f" {clock['epoch']}"
+            )
+    if clock["epoch"] > clock["batch"]:
+        raise _Lack(f"its clock's epoch is {clock['epoch']}, after {clock['batch']} batches")
+
+
 def _check_model(shapes: Shapes, needed: Needed) -> None:
     for name, shape in needed.weights.items():
         if name not in shapes:
@@ -229,10 +280,80 @@ def _check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> N
             ]
             if len(parts) != len(states) or pieces.shape(parts) != shapes[name]:
                 raise _Lack(f"its {path}.state.{name}.{moment} is not of the shape of its weights")
-        if "step" not in states[0][name]:
-            raise _Lack(f"it has no {path}.state.{name}.step")
-        if not 0 <= float(states[0][name]["step"]) < 2**53:  # below, the next step divides by zero
-            raise _Lack(f"its {path}.state.{name}.step is {states[0][name]['step']}")
+        for state in states:
+            if "step" not in state[name]:
+                raise _Lack(f"it has no {path}.state.{name}.step")
+            # Below zero the next step divides by zero
+            if not 0 <= _number(state[name]["step"], f"{path}.state.{name}.step") < 2**53:
+                raise _Lack(f"its {path}.state.{name}.step is {state[name]['step']}")
+
+
+def _number(value: Any, path: str) -> float:
+    """Return the number that `value` is, or holds as a tensor without dimensions."""
+    is_tensor = isinstance(value, torch.Tensor) and pieces.shape([value]) == ()
+    number = value.item() if is_tensor else value
+    if isinstance(number, bool) or not isinstance(number, _NUMBER):
+        raise _Lack(f"its {path} is {_in_short(value)}")
+    return number
+
+
+def _in_short(value: Any) -> str:
+    return f"{value!a}"[:100] if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
+
+
+def _check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) -> None:
+    """The optimizer has taken as many steps of every weight as of any other, and no more than the
+    clock has; moments are kept of steps that were taken.
+    """
+    path = f"optimizers.{needed.optimizer}.state"
+    states = [each[needed.optimizer]["state"] for each in optimizers]
+    names = [next(name for name in each if name in states[0]) for each in needed.trained]
+    counted = [each[name]["step"] for name in names for each in states]
+    if len({(type(step), getattr(step, "dtype", None)) for step in counted}) > 1:
+        raise _Lack(f"its {path} have steps of several types")
+    most = max(map(float, counted), default=0)
+    was_frozen = any(spelled_alike(name) == _FREEZING for name, _ in state.get("algorithms", ()))
+    batch = state["timestamp"]["Timestamp"]["batch"]
+    for name in names:
+        step, *others = (float(each[name]["step"]) for each in states)
+        may_lag = was_frozen or name in needed.passed_over
+        if any(other != step for other in others):
+            raise _Lack(f"its pieces are not of the same {path}.{name}.step")
+        if step > batch or not step.is_integer():
+            raise _Lack(f"its clock is at step {batch}, and its {path}.{name}.step at {step:g}")
+        if step < most <= batch and not may_lag:
+            raise _Lack(f"its {path}.{name}.step is {step:g}, and that of other weights {most:g}")
+        if step == 0 and any(
+            tensor.count_nonzero()
+            for tensor in pieces.tensors([each[name]["exp_avg"] for each in states])
+        ):
+            raise _Lack(f"its {path}.{name}.step is 0, and there are moments")
+
+
+def check_pieces(content: dict[str, Any], place: str, *, may_be_behind: bool) -> str | None:
+    """Raise DataError for pieces of another step than their head's, in a checkpoint that does not
+    say which pieces are its own.
+
+    `may_be_behind`: the optimizer may have left out steps. Return the line that says that it did.
+    """
+    if "pieces" not in content or "fingerprints" in content:
+        return None
+    batch = content["state"]["timestamp"]["Timestamp"]["batch"]
+    steps = [_most_steps(piece.get("optimizers", {})) for piece in content["pieces"]]
+    if all(step == batch for step in steps) or None in steps:
+        return None
+    behind = f"its clock is at step {batch}, and its pieces at {', '.join(map(str, steps))}"
+    if len(set(steps)) == 1 and steps[0] < batch:
+        behind += "; if steps were left out (on_nan=skip), that is right"
+        if may_be_behind:
+            return f"{place}: {behind}"
+    raise DataError(f"{place}: not a whole checkpoint: {behind}")
+
+
+def _most_steps(optimizers: dict[str, Any]) -> int | None:
+    """Return None for no optimizer's state."""
+    states = [state for optimizer in optimizers.values() for state in optimizer["state"].values()]
+    return max((int(state["step"]) for state in states), default=None)
 
 
 def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
@@ -249,6 +370,18 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
                     f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
                     f" {setting}={value}"
                 )
+    for setting, value in needed.kinds.items():
+        if setting in group and not _is_like(group[setting], value, is_free=setting in _FREE):
+            raise _Lack(f"its {path} have {setting}={_in_short(group[setting])}")
+
+
+def _is_like(found: Any, value: Any, *, is_free: bool) -> bool:
+    """Whether a setting can take the place of `value`: a flag of it, another number of a number."""
+    if is_free:
+        return found is None or isinstance(found, bool)
+    if value is None or isinstance(value, bool):
+        return found is value
+    return isinstance(found, _NUMBER) and not isinstance(found, bool) and math.isfinite(found)
 
 
 def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) -> None:
@@ -310,6 +443,25 @@ def _check_rest(content: dict[str, Any]) -> None:
     ):
         if name in content["state"]:
             _part(content, kind, "state", name)
+
+
+def _check_place(state: dict[str, Any], needed: Needed) -> None:
+    """The place in the data is the clock's, in the order that the checkpoint says its rows had."""
+    train, clock = state["dataset_state"]["train"], state["timestamp"]["Timestamp"]
+    for name in ("epoch", "sample_in_epoch"):
+        if train[name] != clock[name]:
+            raise _Lack(f"its clock's {name} is {clock[name]}, and {train[name]} its rows'")
+    order = state["callbacks"]["SameData"]["order"]
+    for name, key in _LAYOUT.items():
+        is_known = order.get(key) is not None
+        if is_known and train[name] != order[key] and not needed.other_order:
+            raise _Lack(
+                f"its rows have the {name} {train[name]}, and it was trained with {key}="
+                f"{_in_short(order[key])}; if that was changed on the way, set allow_data_change"
+            )
+    nodes = train.get("initial_physical_nodes")
+    if nodes is not None and not (type(nodes) is int and 0 < nodes < 2**31):
+        raise _Lack(f"its state.dataset_state.train.initial_physical_nodes is {_in_short(nodes)}")
 
 
 def _check_random(ranks: list[Any], path: str) -> None:

@@ -74,16 +74,36 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
     place, file, _ = checkpoint
     content = _read_file(place, file, verify=verify)
     if file.name == pieces.HEAD:
-        content["pieces"] = [
+        held = [
             _read_file(storage.join(place, name), file.with_name(name), verify=verify)
             for name in map(pieces.name_of, range(num_pieces(content, place)))
         ]
+        _require_own(
+            place, content, [file.with_name(pieces.name_of(number)) for number in range(len(held))]
+        )
+        content["pieces"] = held
     elif isinstance(content, dict) and "pieces" in content:
         # Who looked at its pieces would be content, and who loads it looks for no pieces.
         raise DataError(
             f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file"
         )
     return content
+
+
+def _require_own(place: str, head: dict[str, Any], files: list[Path]) -> None:
+    """Raise DataError for a piece that is not the one its checkpoint's head was saved with."""
+    if "fingerprints" not in head:  # of 2026-11-28 and before; see content.check_pieces
+        return
+    for number, file in enumerate(files):
+        try:
+            is_own = head["fingerprints"][number] == pieces.fingerprint(file)
+        except Exception:  # whatever a head of any kind makes of what looks at it
+            is_own = False
+        if not is_own:
+            raise DataError(
+                f"{storage.join(place, file.name)}: not a whole checkpoint: not the piece that was"
+                " saved with its head"
+            )
 
 
 def read_head(place: str, file: Path) -> int:

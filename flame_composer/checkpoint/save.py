@@ -25,7 +25,7 @@ from composer.utils.checkpoint import save_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.checkpoint.content import Needed
+from flame_composer.checkpoint.content import Needed, check_pieces
 from flame_composer.checkpoint.find import (
     find_checkpoint,
     find_start,
@@ -485,11 +485,16 @@ def model_in(
             pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
         )
         weights = dict(weights) | ({} if which == "model" else average)
+        behind = check_pieces(content, checkpoint.place, may_be_behind=True)
+    except DataError:
+        raise
     except Exception:  # whatever a content of any kind makes of what looks at it
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging"
             " Face model"
         ) from None
+    if behind is not None:
+        log.warning("warning: %s", behind)
     if which == "ema" and not average:
         raise ConfigError(
             f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model"

@@ -5,7 +5,9 @@ ranks reads them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,20 @@ def is_name(name: str) -> bool:
     return re.fullmatch(r"piece(0|[1-9][0-9]{0,8})\.pt", name) is not None
 
 
+def fingerprint(file: Path) -> str:
+    """Return a hash of what a file holds, of the checksums that torch has put there for its
+    parts.
+    """
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            digest.update(f"{part.filename!a} {part.file_size} {part.CRC}\n".encode())
+    return digest.hexdigest()
+
+
 def save(state: State, folder: Path) -> list[Path]:
     """Write this rank's piece, if it has one (of several replicas the first saves), and on the
-    first rank the head.
+    first rank the head, which has the fingerprints of all pieces.
 
     Every rank must call it. Returns the files that were written, the head last.
     """
@@ -50,13 +63,21 @@ def save(state: State, folder: Path) -> list[Path]:
     mesh = state.fsdp_config.device_mesh
     assert mesh is not None
     *replica, number = mesh.get_coordinate() or [0]
-    files = []
+    files, mine = [], None
     if not any(replica):
         files.append(folder / name_of(number))
         torch.save(tensors, files[-1])
+        mine = number, fingerprint(files[-1])
+    written = dict(each for each in dist.all_gather_object(mine) if each is not None)
     if dist.get_global_rank() == 0:
+        head = {
+            "state": content,
+            "rng": random_state,
+            "pieces": mesh.shape[-1],
+            "fingerprints": [written[number] for number in range(mesh.shape[-1])],
+        }
         files.append(folder / HEAD)
-        torch.save({"state": content, "rng": random_state, "pieces": mesh.shape[-1]}, files[-1])
+        torch.save(head, files[-1])
     return files
 
 

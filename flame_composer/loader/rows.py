@@ -175,7 +175,12 @@ class Rows(StreamingDataset):
             batches_left = self.batches_per_epoch - math.ceil(
                 sample_in_epoch / self.global_batch_size
             )
-            order = self.lay_out(epoch, sample_in_epoch)[: max(0, batches_left)]
+            # Of changed data there may be fewer batches than were taken: then the epoch is over.
+            order = (
+                self.lay_out(epoch, sample_in_epoch)[:batches_left]
+                if batches_left > 0
+                else np.empty((0, self.global_batch_size), np.int64)
+            )
             try:
                 order.tofile(shared)
             except OSError as error:
@@ -203,8 +208,18 @@ class Rows(StreamingDataset):
             return super()._resume(world, epoch)
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on at the place in `obj`, in this run's order: upstream, the seed and the nodes that
+        a checkpoint was made with would take the place of those that were asked for.
+        """
+        place = {
+            "epoch": obj["epoch"],
+            "sample_in_epoch": obj["sample_in_epoch"],
+            "initial_physical_nodes": obj.get("initial_physical_nodes"),
+            "num_canonical_nodes": self.num_canonical_nodes,
+            "shuffle_seed": self.shuffle_seed,
+        }
         with _own_shared_memory():
-            super().load_state_dict(obj)
+            super().load_state_dict(place)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch a shard if it is not there. Raises DataError if it cannot be had and `blocking`;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +47,12 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
         return Lamb(groups, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
+
+
+def settings_of(config: OptimizerConfig, *, but: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a group of the optimizer has besides its parameters, and `but` some settings."""
+    group, *_ = build_optimizer(torch.nn.Linear(1, 1), config).param_groups
+    return {name: value for name, value in group.items() if name not in ("params", *but)}
 
 
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
