@@ -19,8 +19,9 @@ from flame_composer.config.sections import OptimizerConfig, SchedulerConfig
 from flame_composer.config.train import RunPlan
 from flame_composer.errors import ConfigError
 from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.model.optimizer import build_optimizer
 from flame_composer.train.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
-from flame_composer.train.optim import Schedule, build_optimizer, rate_factor
+from flame_composer.train.optim import Schedule, rate_factor
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

@@ -37,7 +37,7 @@ def checkpoints(
     from flame_composer.checkpoint import read as checkpoint_read
     from flame_composer.checkpoint import save as checkpoint
     from flame_composer.config.sections import OptimizerConfig
-    from flame_composer.train.optim import build_optimizer
+    from flame_composer.model.optimizer import build_optimizer
 
     model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -174,8 +174,8 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     from flame_composer.loader import batches as data
     from flame_composer.loader.datasets import open_train_data
     from flame_composer.model.causal_lm import build_hf_config
+    from flame_composer.model.optimizer import build_optimizer
     from flame_composer.text.tokenizer import load_tokenizer
-    from flame_composer.train import optim
 
     config = load(TrainConfig, [config_file, *overrides])
     tokenizer = load_tokenizer(config.tokenizer)
@@ -190,7 +190,7 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     )
     plan = config.plan(epoch_batches=10**9)
     batches = [batch for batch, _ in zip(loader.dataloader, range(plan.total), strict=False)]
-    optimizer = optim.build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     microbatch_size = cast(int, config.microbatch_size)
     model.train()
     speeds = []

@@ -19,11 +19,11 @@ from transformers import PretrainedConfig
 
 from flame_composer.checkpoint import sharded as pieces
 from flame_composer.config.extensions import spelled_alike
-from flame_composer.config.sections import CLASS_NAMES, OptimizerConfig, decay_of
-from flame_composer.train.optim import settings_of
+from flame_composer.config.sections import OptimizerConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, one_line
 from flame_composer.model.causal_lm import build_or_load
+from flame_composer.model.optimizer import CLASS_NAMES, decay_of, settings_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -227,10 +227,3 @@ class SpikeConfig:
         require(self.window > 0, "window", "must be 1 step or more")
         require(1 < self.factor < math.inf, "factor", "must be more than 1, and finite")
         require(self.patience > 0, "patience", "must be 1 step or more")
-
-
-CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "Lamb"}
-
-
-def decay_of(config: OptimizerConfig, *, is_matrix: bool) -> float:
-    return config.weight_decay if is_matrix else 0.0

@@ -34,6 +34,7 @@ from flame_composer.model.causal_lm import (
     check_microbatch_size,
     new_hf_config,
 )
+from flame_composer.model.optimizer import build_optimizer
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.train import parallelism
 from flame_composer.train.extensions import Extensions, build_extensions
@@ -48,7 +49,7 @@ from flame_composer.train.log import (
     every,
 )
 from flame_composer.train.mixture import Mixture, build_mixture
-from flame_composer.train.optim import build_optimizer, build_schedule
+from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
 from flame_composer.train.tasks import TaskScores, build_tasks
 

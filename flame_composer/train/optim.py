@@ -3,56 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
-from composer.optim import DecoupledAdamW
 
 from flame_composer.config.extensions import spelled_alike
-from flame_composer.config.sections import OptimizerConfig, SchedulerConfig, decay_of
+from flame_composer.config.sections import SchedulerConfig
 from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.errors import ConfigError
 
 """An optimizer's name in a checkpoint, by that of the configuration."""
-
-
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer that decays matrices and embeddings but no vector, so no norm and no bias.
-
-    AdamW: Loshchilov & Hutter 2019, whose decay is lr x weight_decay; DecoupledAdamW: the same with
-    a decay of lr / peak lr x weight_decay (composer.optim); LAMB: You et al. 2020
-    (torch_optimizer).
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": decay_of(config, is_matrix=True),
-        },
-        {
-            "params": [p for p in parameters if p.ndim < 2],
-            "weight_decay": decay_of(config, is_matrix=False),
-        },
-    ]
-    groups = [group for group in groups if group["params"]]
-    common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if config.name == "decoupled_adamw":
-        return DecoupledAdamW(groups, **common)
-    if config.name == "lamb":
-        from torch_optimizer import Lamb
-
-        return Lamb(groups, **common)
-    return torch.optim.AdamW(groups, fused=True, **common)
-
-
-def settings_of(config: OptimizerConfig, *, but: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a group of the optimizer has besides its parameters, and `but` some settings."""
-    group, *_ = build_optimizer(torch.nn.Linear(1, 1), config).param_groups
-    return {name: value for name, value in group.items() if name not in ("params", *but)}
 
 
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
