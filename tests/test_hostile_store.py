@@ -289,6 +289,16 @@ def test_a_range_is_just_what_was_asked_for(monkeypatch, name):
         assert problem in str(caught.value)
 
 
+def test_a_range_that_is_said_to_go_beyond_the_end_is_taken_up_to_it(monkeypatch):
+    """As some servers say it; what is sent is what there is."""
+    beyond = change(rb"bytes 50000-102399/", b"bytes 50000-999999/")
+    with hostile(holds({"file": DATA}, beyond)) as server:
+        point_to(server, monkeypatch)
+        with storage.open_file("s3://data/file", block_size=0) as file:
+            file.seek(50_000)
+            assert file.read(1 << 20) == DATA[50_000:]
+
+
 def test_a_wrong_range_is_asked_for_again(monkeypatch):
     answers = iter([EMPTY, EMPTY, None])
     with hostile(holds({"file": DATA}, lambda m, *_: next(answers) if m == "GET" else None)) as s:
@@ -469,7 +479,7 @@ def page(token: str, names: list[str]) -> bytes:
     return respond("200 OK", body=body.encode())
 
 
-@pytest.mark.parametrize("kind", ["empty", "the same", "new"])
+@pytest.mark.parametrize("kind", ["empty", "the same", "new", "one token"])
 @pytest.mark.parametrize(
     "use", [storage.find, storage.ls, lambda place: storage.glob(f"{place}/*")]
 )
@@ -481,8 +491,8 @@ def test_a_listing_without_end_is_given_up(monkeypatch, kind, use):
         if "prefix=&" in request or "prefix=src" not in request:
             return holds({})(connection, request)
         number = next(count)
-        names = {"empty": [], "the same": ["a", "b"], "new": [f"{number:09}"]}[kind]
-        return connection.sendall(page(str(number), names))
+        names = {"empty": [], "the same": ["a", "b"]}.get(kind, [f"{number:09}"])
+        return connection.sendall(page("token" if kind == "one token" else str(number), names))
 
     with hostile(answer) as server:
         point_to(server, monkeypatch)
@@ -490,6 +500,7 @@ def test_a_listing_without_end_is_given_up(monkeypatch, kind, use):
             "empty": "has nothing new in 100 pages",
             "the same": "has nothing new in 100 pages",
             "new": "goes on after 300 pages with 300 names",
+            "one token": "repeats a page",
         }[kind]
         with pytest.raises(StoreError) as caught:
             use("s3://data/src")

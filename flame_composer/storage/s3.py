@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import ipaddress
+import itertools
 import logging
 import multiprocessing
 import os
@@ -375,6 +376,8 @@ def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> i
     first, last = int(match[1]), int(match[2])
     total = size if match[3] == "*" else int(match[3])
     wanted = end if total is None else min(end, total)
+    if total is not None:  # some servers repeat what they were asked for, beyond the end
+        last = min(last, total - 1)
     is_end = total is None and first <= last < end  # it may be
     if size not in (None, total) or first != start or not (last == wanted - 1 or is_end):
         of = "" if size is None else f" of {size:,}"
@@ -400,20 +403,30 @@ def _head(path: str) -> Info:
 
 def _pages(client: Any, operation: str, path: str, **options: Any) -> Iterator[Any]:
     """Yield the pages of a listing. Raise StoreError for one that does not end."""
+    from botocore.exceptions import PaginationError
+
     seen: set[int] = set()
     num_idle = 0
-    for number, page in enumerate(client.get_paginator(operation).paginate(**options), 1):
+    pages = iter(client.get_paginator(operation).paginate(**options))
+    for number in itertools.count(1):
+        what = ""
+        try:
+            page = next(pages)
+        except StopIteration:
+            return
+        except PaginationError:
+            page, what = {}, "repeats a page"
         yield page
         before = len(seen)
         for kind in ("Contents", "CommonPrefixes", "Uploads"):
             for item in page.get(kind, []):
                 seen.add(hash((item.get("Key"), item.get("Prefix"), item.get("UploadId"))))
         num_idle = 0 if len(seen) > before else num_idle + 1
-        if num_idle >= IDLE_PAGES:
+        if num_idle >= IDLE_PAGES and not what:
             what = f"has nothing new in {IDLE_PAGES} pages"
         elif number >= MOST_PAGES or len(seen) >= MOST_NAMES:
             what = f"goes on after {number:,} pages with {len(seen):,} names"
-        else:
+        if not what:
             continue
         raise StoreError(
             f"s3://{path}: the listing of {client.meta.endpoint_url} {what}, and does not end;"
