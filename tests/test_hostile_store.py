@@ -15,6 +15,7 @@ from flame_composer.storage import s3 as s3_module
 from tests.data_fixtures import byte_tokenizer
 from tests.hostile import Hostile, holds, hostile, lists_only, respond, silence
 from tests.test_convert import run_here
+from tests.test_object_store import without_a_pool  # noqa: F401 - a fixture
 
 ELSEWHERE = "http://169.254.169.254/\x1b[2J?X-Amz-Signature="
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfi"
@@ -343,6 +344,7 @@ def test_a_server_without_conditions_does_not_mix_two_versions(monkeypatch):
                 file.read(10)
 
 
+@pytest.mark.usefixtures("without_a_pool")
 @pytest.mark.parametrize("script", ["to_mds", "train_tokenizer"])
 @pytest.mark.parametrize("kind", ["empty", "ignored"])
 def test_no_document_is_lost_to_wrong_ranges(monkeypatch, tmp_path, capsys, script, kind):
@@ -479,9 +481,14 @@ def page(token: str, names: list[str]) -> bytes:
     return respond("200 OK", body=body.encode())
 
 
-@pytest.mark.parametrize("kind", ["empty", "the same", "new", "one token"])
 @pytest.mark.parametrize(
-    "use", [storage.find, storage.ls, lambda place: storage.glob(f"{place}/*")]
+    ("kind", "use"),
+    [
+        ("empty", storage.find),
+        ("the same", storage.ls),
+        ("new", storage.find),
+        ("one token", storage.ls),
+    ],
 )
 def test_a_listing_without_end_is_given_up(monkeypatch, kind, use):
     monkeypatch.setattr(s3_module, "MOST_PAGES", 300)
