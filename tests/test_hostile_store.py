@@ -467,6 +467,28 @@ def test_nothing_of_more_than_a_gigabyte_is_read_from_a_folder(tmp_path):
     assert storage.MOST_READ == 1 << 30
 
 
+def test_another_store_that_sends_more_or_less_than_it_told(monkeypatch, tmp_path):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/hostile/file", b"12345")
+    storage.download("memory://hostile/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == storage.read("memory://hostile/file") == b"12345"
+    with pytest.raises(DataError, match=r"^memory://hostile/file: has more than 4 bytes, which no"):
+        storage.read("memory://hostile/file", 4)
+    with pytest.raises(StoreError, match=r"^memory://hostile/file: 5 bytes long, must be 4 at mo"):
+        storage.download("memory://hostile/file", tmp_path / "copy", most=4)
+    info = type(store).info
+    for told, problem in ((4, "sends more than the 4 bytes it told"), (6, "sends 5 bytes, must")):
+        with monkeypatch.context() as patch:
+            lie = {"size": told}
+            patch.setattr(type(store), "info", lambda *a, lie=lie, **o: info(*a, **o) | lie)
+            with pytest.raises(StoreError, match=f"memory://hostile/file: the store {problem}"):
+                storage.download("memory://hostile/file", tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
+    store.rm("/hostile", recursive=True)
+
+
 # Listings
 
 
