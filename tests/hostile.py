@@ -5,11 +5,14 @@ time.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hostile(socketserver.ThreadingTCPServer):
@@ -82,3 +85,55 @@ def respond(status: str, *headers: str, body: bytes = b"") -> bytes:
         ).encode()
         + body
     )
+
+
+def holds(
+    objects: dict[str, bytes],
+    spoil: Callable[[str, str, int, bytes], bytes | None] = lambda *_: None,
+) -> Callable[[Any, str], None]:
+    """A server with these objects in bucket `data`, but for what `spoil` answers instead: it is
+    given the method, the key, where the range begins (-1: none), and the right answer.
+    """
+
+    def answer(connection: Any, request: str) -> None:
+        method, target, _ = request.split("\r\n")[0].split(" ")
+        address = urlsplit(target)
+        key = unquote(address.path).removeprefix("/data").removeprefix("/")
+        asked = re.search(r"\r\nrange: bytes=(\d+)-(\d+)", request, re.IGNORECASE)
+        start = int(asked[1]) if asked else -1
+        if not key:
+            (prefix,) = parse_qs(address.query).get("prefix", [""])
+            right = respond("200 OK", body=listing(objects, prefix))
+        elif key not in objects:
+            right = respond("404 Not Found")
+        else:
+            data = objects[key]
+            headers = [f"ETag: {etag(data)}", "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT"]
+            if method == "HEAD":
+                right = respond("200 OK", *headers, body=data).partition(b"\r\n\r\n")[0]
+                right += b"\r\n\r\n"
+            elif asked:
+                part = data[start : int(asked[2]) + 1]
+                span = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+                right = respond("206 Partial", *headers, f"Content-Range: {span}", body=part)
+            else:
+                right = respond("200 OK", *headers, body=data)
+        spoiled = spoil(method, key, start, right)
+        connection.sendall(right if spoiled is None else spoiled)
+
+    return answer
+
+
+def etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+def listing(objects: dict[str, bytes], prefix: str) -> bytes:
+    found = [
+        f"<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>{etag(data)}</ETag><Size>{len(data)}</Size></Contents>"
+        for key, data in sorted(objects.items())
+        if key.startswith(prefix)
+    ]
+    body = f"<KeyCount>{len(found)}</KeyCount>{''.join(found)}"
+    return f'<?xml version="1.0"?><ListBucketResult>{body}</ListBucketResult>'.encode()

@@ -10,6 +10,7 @@ import os
 import pickle
 import runpy
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flame_composer.checkpoint.save import save_hf_folder
 from flame_composer.config.load import load
+from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import EvaluateConfig
 from flame_composer.errors import ConfigError
@@ -318,6 +320,37 @@ def test_a_task_that_leaves_no_room_for_its_question(
             " of max_length\n"
         ),
     )
+
+
+def test_a_template_that_does_not_end_is_given_up(
+    tasks: Path, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sandbox takes a range of 90,000, and another one within."""
+    from flame_composer.checkpoint.save import load_model
+    from flame_composer.use import harness
+
+    monkeypatch.setattr(harness, "TEMPLATE_SECONDS", 0.3)
+    (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
+    count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    seen = "{% if text == '" + words(2 + 9, 1) + "' %}" + count + "{% endif %}{{text}}"
+    for name, template in (("first", count), ("second", seen)):
+        write_task(
+            tmp_path,
+            name,
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
+            doc_to_target=template,
+            metric_list=[{"metric": "word_perplexity"}],
+        )
+    problem = "a text takes more than 0.3 seconds; have it loop over less$"
+    with pytest.raises(ConfigError, match=rf"^tasks: first: cannot be loaded: {problem}"):
+        harness.load_tasks(["first"], str(tmp_path), num_fewshot=0)
+    loaded = harness.load_tasks(["second"], str(tmp_path), num_fewshot=0)
+    model = harness.HarnessModel(*load_model(str(model_folder)), batch_size=1)
+    with pytest.raises(DataError, match=rf"^tasks: second: a template of theirs fails: {problem}"):
+        harness.score(model, loaded, limit=2)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
 
 
 def test_code_that_writes_text_is_not_run_for_a_task(

@@ -5,9 +5,11 @@ server.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from streaming import MDSWriter
 
 from flame_composer.config import cli
 from flame_composer.config.convert import InspectConfig
-from flame_composer.dataset import report
+from flame_composer.dataset import report, survey
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.survey import (
     ROWS_AT_ONCE,
@@ -36,6 +38,7 @@ from flame_composer.dataset.survey import (
 from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
+from tests.hostile import hostile
 from tests.test_convert import ROOT, load_script
 
 Result = tuple[int, str, str]
@@ -590,3 +593,30 @@ def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, 
         status, out, err = inspect(f"data={address}")
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"error: {address}/manifest.json: cannot be downloaded: ")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves sockets
+def test_a_shard_without_end_is_not_downloaded_to_it(monkeypatch, tmp_path):
+    """StreamingDataset's clients write all that comes; the disk was filled."""
+
+    def answer(connection: Any, request: str) -> None:
+        start = b"HTTP/1.1 200 OK\r\nLast-Modified: Sat, 01 Jan 2022 00:00:00 GMT\r\n"
+        if request.startswith("HEAD"):
+            connection.sendall(start + b"Content-Length: 5\r\n\r\n")
+        else:
+            connection.sendall(start + b"Content-Length: 1099511627776\r\n\r\n")
+            while True:
+                connection.sendall(b" " * (1 << 16))
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "tester")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    survey.downloader.cache_clear()
+    with hostile(answer) as server:
+        monkeypatch.setenv("S3_ENDPOINT_URL", server.endpoint)
+        with pytest.raises(survey.BadShard, match=r"^more than 1,000,000 bytes long, must be that"):
+            survey.download("s3://data/file", tmp_path / "copy", at_most=1_000_000)
+    survey.downloader.cache_clear()
+    gc.collect()
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1_000_000

@@ -106,6 +106,20 @@ REFUSED = [
     ),
     *((name, {"num_hidden_layers": 0}, "num_hidden_layers", "must be 1 or more") for name in TINY),
     *(
+        ("gla", {key: value}, key, "must be 10,000 at most: no model has more")
+        for key, value in {
+            "num_hidden_layers": 10**9,
+            "num_heads": 10_001,
+            "attn": {"layers": [0], "num_heads": 10**7},
+        }.items()
+    ),
+    (
+        "llama",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers",
+        "must be 10,000 at most: no model has more",
+    ),
+    *(
         ("gla", {"norm_eps": value}, "norm_eps", "must be more than 0")
         for value in (-1, 0, math.nan, math.inf)
     ),

@@ -7,7 +7,9 @@ lies in a remote store.
 
 from __future__ import annotations
 
+import errno
 import functools
+import resource
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +102,7 @@ def open_dataset(data: str) -> Dataset:
             for name in ("manifest.json", "index.json"):
                 address = f"{data.rstrip('/')}/{name}"
                 try:
-                    download(address, Path(folder, name))
+                    download(address, Path(folder, name), at_most=storage.MOST_READ)
                 except BadShard as problem:
                     raise ConfigError(
                         f"{address}: {problem}; check the address, the credentials and that the"
@@ -237,7 +239,7 @@ def local_copy(dataset: Dataset, file: ShardFile) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "shard.mds")
-        download(f"{dataset.place.rstrip('/')}/{file.basename}", path)
+        download(f"{dataset.place.rstrip('/')}/{file.basename}", path, at_most=file.bytes)
         yield path
 
 
@@ -249,15 +251,36 @@ def downloader(store: str) -> CloudDownloader:
     return CloudDownloader.get(store)
 
 
-def download(address: str, path: Path) -> None:
-    """Raises BadShard that says why it cannot be had."""
+def download(address: str, path: Path, *, at_most: int) -> None:
+    """Raises BadShard that says why it cannot be had, or that there is more than `at_most` bytes
+    of it.
+    """
     store, separator, rest = address.partition("://")
     try:
-        downloader(store + separator + rest.partition("/")[0]).download(
-            address, str(path), timeout=60
-        )
+        with _no_file_larger_than(at_most):
+            downloader(store + separator + rest.partition("/")[0]).download(
+                address, str(path), timeout=60
+            )
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise BadShard(f"more than {at_most:,} bytes long, must be that at most") from None
+        raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
     except Exception as error:  # every store's client has exceptions of its own
         raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
+
+
+@contextmanager
+def _no_file_larger_than(num_bytes: int) -> Iterator[None]:
+    """Have the system refuse to let this process write files beyond a size: clients of stores take
+    all that is sent.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = num_bytes if soft == resource.RLIM_INFINITY else min(num_bytes, soft)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Shard:

@@ -43,7 +43,7 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
     try:
         if there.size > MOST_BYTES:
             raise ValueError(f"has {there.size:,} bytes")
-        text = storage.read(path).decode()
+        text = storage.read(path, MOST_BYTES).decode()
         _recipe(text)
         return text
     except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:

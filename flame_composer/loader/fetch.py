@@ -197,7 +197,7 @@ def _download(source: str, path: Path, *, at_most: int) -> None:
             raise FileNotFoundError(f"{source}: there is no such file")
         if found.size > at_most:
             raise BadShard(f"{found.size:,} bytes long, must be {at_most:,} at most")
-        storage.download(source, path)
+        storage.download(source, path, most=at_most)
     else:  # with the packages that StreamingDataset asks for
         CloudDownloader.direct_download(source, str(path))
 

@@ -44,7 +44,7 @@ from flame_composer.model.foreign import (
     stored_shapes,
     warn_left_out,
 )
-from flame_composer.text.counts import require_counts
+from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
 from flame_composer.text.tokenizer import may_be_hub_id
 
 # Keys every model understands, though its own signature may leave them to the base class.
@@ -139,6 +139,11 @@ def build_hf_config(
             is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
             if is_number and not (abs(value) < math.inf and holds(value)):
                 raise InvalidField(f"model.config.{key}", message)
+    for key, value in () if read_back else keys.items():
+        if is_beyond_any_model({key: value}):
+            raise InvalidField(
+                f"model.config.{key}", f"must be {MOST_PARTS:,} at most: no model has more"
+            )
     if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
         raise InvalidField(
             "model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens"

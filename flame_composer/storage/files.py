@@ -26,12 +26,35 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 
+# What fsspec has beside stores: ways to look at files that are elsewhere
+NO_STORES = frozenset(
+    {
+        "async_wrapper",
+        "asyncwrapper",
+        "asynclocal",
+        "blockcache",
+        "cached",
+        "dask",
+        "data",
+        "dir",
+        "filecache",
+        "generic",
+        "libarchive",
+        "reference",
+        "simplecache",
+        "tar",
+        "zip",
+    }
+)
+MEANT = "a path, or the URL of an object store (s3://, gs://, az://, hdfs://, https:// and others)"
 # Requests in flight where many are made: an object store takes its time, but takes many
 THREADS = 16
 # Bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as
 # many
 MOST_JSON = 1 << 27
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file, on Linux
+# Bytes of anything that is read as a whole: the index of some 3 million shards
+MOST_READ = 1 << 30
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -128,11 +151,28 @@ def glob(pattern: str) -> list[str]:
         )
 
 
-def read(place: str) -> bytes:
+def read(place: str, most: int = MOST_READ) -> bytes:
+    """Return the content of a file. Raise DataError for one of more than `most` bytes, of which
+    no more are read.
+    """
     if not is_url(place):
-        return Path(place).read_bytes()
+        with Path(place).open("rb") as file:
+            return _at_most(most, file, place)
     with _at(place) as (fs, path):
-        return bytes(fs.cat_file(path))
+        if fs.protocol == "s3":
+            return bytes(fs.cat_file(path, most=most))
+        with fs.open(path, "rb") as file:
+            return _at_most(most, file, place)
+
+
+def _at_most(most: int, file: Any, place: str) -> bytes:
+    content = bytes(file.read(most + 1))
+    if len(content) > most:
+        raise DataError(
+            f"{place}: has more than {most:,} bytes, which no such file has; put the right one"
+            " there"
+        )
+    return content
 
 
 def read_small(path: str | Path) -> bytes:
@@ -158,7 +198,7 @@ def read_start(place: str, num_bytes: int) -> bytes:
         with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - of many files, and a Path takes its time
             return file.read(num_bytes)
     with _at(place) as (fs, path):
-        return bytes(fs.cat_file(path, start=0, end=num_bytes))
+        return bytes(fs.cat_file(path, start=0, end=num_bytes))[:num_bytes]
 
 
 def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
@@ -228,18 +268,43 @@ def retract_folder(place: str, last: str) -> None:
         delete_folder(place)
 
 
-def download(place: str, local: str | Path) -> None:
-    """Copy a file to a local one, whole or not at all."""
+def download(place: str, local: str | Path, most: int | None = None) -> None:
+    """Copy a file to a local one, whole or not at all. StoreError as soon as a store sends more
+    than it has said, or says more than `most` bytes.
+    """
     temporary = Path(tempfile.mkstemp(dir=Path(local).parent, prefix=f".{Path(local).name}.")[1])
     try:
         if is_url(place):
             with _at(place) as (fs, path):
-                fs.get_file(path, str(temporary))
+                if fs.protocol == "s3":  # which looks at that itself
+                    fs.get_file(path, str(temporary), most=most)
+                else:
+                    _get(fs, path, place, temporary, most)
         else:
             shutil.copyfile(place, temporary)
         os.replace(temporary, local)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _get(fs: Any, path: str, place: str, local: Path, most: int | None) -> None:
+    from fsspec.callbacks import Callback
+
+    size = fs.info(path).get("size")
+    if most is not None and size is not None and size > most:
+        raise StoreError(f"{place}: {size:,} bytes long, must be {most:,} at most")
+
+    class Limit(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if size is not None and self.value > size:
+                raise StoreError(f"{place}: the store sends more than the {size:,} bytes it told")
+
+    fs.get_file(path, str(local), callback=Limit())
+    if size is not None and local.stat().st_size != size:
+        raise StoreError(
+            f"{place}: the store sends {local.stat().st_size:,} bytes, must be the {size:,} it told"
+        )
 
 
 def delete(place: str) -> None:
@@ -319,6 +384,8 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
             fs: Any = S3FileSystem()
         elif scheme in ("file", "local"):
             raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
+        elif scheme in NO_STORES:
+            raise ConfigError(f"{place}: {scheme}:// is no object store; give {MEANT}")
         else:
             if scheme == "http":
                 from flame_composer.storage.s3 import warn_if_readable
@@ -338,6 +405,12 @@ def _at(place: str) -> Iterator[tuple[Any, str]]:
     except PermissionError as error:
         raise ConfigError(
             f"{place}: access denied: {one_line(error)}; check the credentials"
+        ) from None
+    # What clients raise that cannot do with files alone what is asked of a store
+    except (AttributeError, TypeError, NotImplementedError, RecursionError) as error:
+        raise ConfigError(
+            f"{place}: {scheme}:// cannot be used as an object store here: {one_line(error)}; give"
+            f" {MEANT}"
         ) from None
     except Exception as error:  # the same
         raise StoreError(f"{place}: {one_line(error)}") from None

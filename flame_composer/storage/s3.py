@@ -12,13 +12,18 @@ import errno
 import functools
 import io
 import ipaddress
+import itertools
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,6 +40,11 @@ CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an att
 FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
 SINGLE_PUT = 256 << 20  # bytes; what is larger is sent in parts, several at a time
 PART = 64 << 20
+# A download is fetched in pieces of so many bytes, so many at a time
+PIECE, PIECES = 8 << 20, 10
+BLOCK = 1 << 20  # bytes of an answer read at a time
+# S3 lists 1,000 names a page, and now and then none: not so often in a row, and not so many
+IDLE_PAGES, MOST_PAGES, MOST_NAMES = 100, 50_000, 10_000_000
 
 DENIED = {
     "403",
@@ -76,11 +86,7 @@ class S3FileSystem(AbstractFileSystem):
         bucket, key = _split(path)
         if key:
             try:
-                with _explained(path) as client:
-                    head = client.head_object(Bucket=bucket, Key=key)
-                return _file(
-                    path, head["ContentLength"], head.get("ETag", ""), head["LastModified"]
-                )
+                return _head(path)
             except FileNotFoundError:
                 pass
         with _explained(path) as client:
@@ -111,8 +117,8 @@ class S3FileSystem(AbstractFileSystem):
     def _list(self, path: str, **options: Any) -> Iterator[Info]:
         bucket, key = _split(path)
         with _explained(path) as client:
-            pages = client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else "", **options):
+            options = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **options}
+            for page in _pages(client, "list_objects_v2", path, **options):
                 yield from (
                     _folder(f"{bucket}/{item['Prefix']}".rstrip("/"))
                     for item in page.get("CommonPrefixes", [])
@@ -122,9 +128,9 @@ class S3FileSystem(AbstractFileSystem):
                     if not item["Key"].endswith("/"):
                         yield _file(
                             f"{bucket}/{item['Key']}",
-                            item["Size"],
+                            item.get("Size"),
                             item.get("ETag", ""),
-                            item["LastModified"],
+                            item.get("LastModified"),
                         )
 
     def _open(
@@ -142,9 +148,11 @@ class S3FileSystem(AbstractFileSystem):
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
     ) -> bytes:
+        """Return the first `end` bytes of a file, or all of it; StoreError where that is more than
+        `most` bytes.
+        """
         assert not start
-        options = {} if end is None else {"Range": f"bytes=0-{end - 1}"}
-        return _fetch(self._strip_protocol(path), **options)
+        return _fetch(self._strip_protocol(path), end=end, most=kwargs.get("most"))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
         path = self._strip_protocol(path)
@@ -166,25 +174,35 @@ class S3FileSystem(AbstractFileSystem):
     def get_file(
         self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any
     ) -> None:
-        from boto3.exceptions import RetriesExceededError
-        from boto3.s3.transfer import TransferConfig
-
+        """Fetch a file, of which no byte more is taken than it was said to have."""
         path = self._strip_protocol(rpath)
-        bucket, key = _split(path)
-        config = TransferConfig(num_download_attempts=1)
-        with _explained(path) as client:
-            for attempt in range(ATTEMPTS):
-                moved: list[int] = []
-                try:
-                    client.download_file(
-                        bucket, key, str(lpath), Config=config, Callback=moved.append
-                    )
-                    return
-                except RetriesExceededError as error:
-                    # An answer that broke off is asked for again. One that never began was, by
-                    # botocore.
-                    if attempt + 1 == ATTEMPTS or not moved:
-                        raise error.last_exception from None
+        info = _head(path)
+        size, etag, most = info["size"], info["etag"], kwargs.get("most")
+        if most is not None and size > most:
+            raise _too_long(path, most)
+        free = shutil.disk_usage(Path(lpath).parent).free
+        if size > free:
+            raise StoreError(
+                f"s3://{path}: its {size:,} bytes do not fit into {Path(lpath).parent}, where"
+                f" {free:,} are free; make room there"
+            )
+        Path(lpath).write_bytes(b"")
+        if size <= PIECE:  # whole, so that botocore compares the checksum, if there is one
+            Path(lpath).write_bytes(_fetch(path, size=size, etag=etag))
+            return
+
+        def fetch(start: int) -> None:
+            data = _fetch(path, start, min(start + PIECE, size), size=size, etag=etag)
+            with Path(lpath).open("r+b") as file:
+                file.seek(start)
+                file.write(data)
+
+        with ThreadPoolExecutor(PIECES) as pool:
+            try:
+                list(pool.map(fetch, range(0, size, PIECE)))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
         source, path = self._strip_protocol(path1), self._strip_protocol(path2)
@@ -207,9 +225,8 @@ class S3FileSystem(AbstractFileSystem):
         path = self._strip_protocol(path)
         bucket, key = _split(path)
         with suppress(ConfigError, StoreError), _explained(path) as client:
-            for page in client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=bucket, Prefix=f"{key}/" if key else ""
-            ):
+            options = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+            for page in _pages(client, "list_multipart_uploads", path, **options):
                 for upload in page.get("Uploads", []):
                     client.abort_multipart_upload(
                         Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
@@ -223,8 +240,7 @@ class _Ranges(io.RawIOBase):
 
     def __init__(self, path: str, size: int, etag: str):
         super().__init__()
-        self.path, self.size, self.position = path, size, 0
-        self.condition = {"IfMatch": etag} if etag else {}
+        self.path, self.size, self.etag, self.position = path, size, etag, 0
 
     def readable(self) -> bool:
         return True
@@ -245,25 +261,177 @@ class _Ranges(io.RawIOBase):
         end = min(self.position + len(buffer), self.size)
         if self.position >= end:
             return 0
-        data = _fetch(self.path, **self.condition, Range=f"bytes={self.position}-{end - 1}")
+        data = _fetch(self.path, self.position, end, size=self.size, etag=self.etag)
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
 
 
-def _fetch(path: str, **options: str) -> bytes:
+class _WrongAnswer(Exception):
+    """What is wrong with an answer, in a few words. The next one may be right."""
+
+
+def _fetch(
+    path: str,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    size: int | None = None,
+    etag: str = "",
+    most: int | None = None,
+) -> bytes:
+    """Return bytes `start` to `end` of an object, fewer only where it ends; all of it without
+    `end`.
+
+    `size` and `etag` are what was said of it before, if anything was. Raise StoreError if it is now
+    another, if it has more than `most` bytes, and if the server does not send just what was asked
+    for, however often it is asked.
+    """
     from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
 
     bucket, key = _split(path)
+    options = {"IfMatch": etag} if etag else {}
+    if end is not None:
+        options["Range"] = f"bytes={start}-{end - 1}"
     with _explained(path) as client:
         for attempt in range(ATTEMPTS):
-            body = client.get_object(Bucket=bucket, Key=key, **options)["Body"]
+            is_last = attempt + 1 == ATTEMPTS
+            answer = client.get_object(Bucket=bucket, Key=key, **options)
             try:  # botocore itself tries again only until an answer begins
-                return body.read()
+                _require_same(path, etag, answer.get("ETag") or "")
+                return _read(path, answer, start, end, size, most)
             except (HTTPClientError, IncompleteReadError, ResponseStreamingError):
-                if attempt + 1 == ATTEMPTS:
+                if is_last:
                     raise
+            except _WrongAnswer as problem:
+                if is_last:
+                    raise StoreError(
+                        f"s3://{path}: {client.meta.endpoint_url} {problem} (asked {ATTEMPTS}"
+                        " times); put the file there again, or use a server that answers as S3 does"
+                    ) from None
+            finally:
+                answer["Body"].close()  # what is left of it is not read
     raise AssertionError
+
+
+def _require_same(path: str, etag: str, found: str) -> None:
+    """Raise StoreError for an answer of another version, by a server that took no notice of
+    `IfMatch`.
+    """
+    known, now = (tag.removeprefix("W/").strip('"') for tag in (etag, found))
+    if known and now and known != now:
+        raise StoreError(f"s3://{path}: was replaced while it was read")
+
+
+def _read(
+    path: str,
+    answer: Any,
+    start: int,
+    end: int | None,
+    size: int | None,
+    most: int | None,
+) -> bytes:
+    """Return what an answer brings to what `_fetch` has asked for. Raise _WrongAnswer if that is
+    not it, StoreError if no other answer can be hoped for.
+    """
+    announced = answer.get("ContentLength")  # None where it comes in chunks
+    wanted = size if end is None else _length(path, answer, start, end, size)
+    if wanted is None:
+        wanted = announced
+    elif announced not in (None, wanted):
+        raise _WrongAnswer(f"sends {announced:,} bytes, must be {wanted:,}")
+    if wanted is None and most is None:
+        raise _WrongAnswer("does not say how many bytes it sends")
+    if most is not None and wanted is not None and wanted > most:
+        raise _too_long(path, most)
+    blocks, num_bytes = [], 0
+    while block := answer["Body"].read(BLOCK):
+        blocks.append(block)
+        num_bytes += len(block)
+        if wanted is not None and num_bytes > wanted:
+            raise _WrongAnswer(f"sends more than {wanted:,} bytes, must be as many")
+        if most is not None and num_bytes > most:
+            raise _too_long(path, most)
+    if wanted is not None and num_bytes != wanted:
+        raise _WrongAnswer(f"sends {num_bytes:,} bytes, must be {wanted:,}")
+    return b"".join(blocks)
+
+
+def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> int:
+    """Return how many bytes an answer has for the range from `start` to `end`."""
+    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+        announced = answer.get("ContentLength")
+        # The whole of a file, where that is no more than was asked for
+        if start == 0 and announced is not None and announced <= end and size in (None, announced):
+            return int(announced)
+        raise StoreError(
+            f"s3://{path}: the server ignores ranges: it sends the whole file where bytes"
+            f" {start}-{end - 1} were asked for; use one that answers them as S3 does, or copy the"
+            " file to this machine"
+        )
+    said = str(answer.get("ContentRange") or "")
+    match = re.fullmatch(r"bytes ([0-9]{1,20})-([0-9]{1,20})/([0-9]{1,20}|\*)", said)
+    if match is None:
+        raise _WrongAnswer(f"does not say which bytes it sends, of {start}-{end - 1}")
+    first, last = int(match[1]), int(match[2])
+    total = size if match[3] == "*" else int(match[3])
+    wanted = end if total is None else min(end, total)
+    if total is not None:  # some servers repeat what they were asked for, beyond the end
+        last = min(last, total - 1)
+    is_end = total is None and first <= last < end  # it may be
+    if size not in (None, total) or first != start or not (last == wanted - 1 or is_end):
+        of = "" if size is None else f" of {size:,}"
+        raise _WrongAnswer(f"sends {said}, must be bytes {start}-{end - 1}{of}")
+    return last - first + 1
+
+
+def _too_long(path: str, most: int) -> StoreError:
+    return StoreError(
+        f"s3://{path}: has more than {most:,} bytes, which no such file has; put the right one"
+        " there"
+    )
+
+
+def _head(path: str) -> Info:
+    bucket, key = _split(path)
+    with _explained(path) as client:
+        head = client.head_object(Bucket=bucket, Key=key)
+        return _file(
+            path, head.get("ContentLength"), head.get("ETag", ""), head.get("LastModified")
+        )
+
+
+def _pages(client: Any, operation: str, path: str, **options: Any) -> Iterator[Any]:
+    """Yield the pages of a listing. Raise StoreError for one that does not end."""
+    from botocore.exceptions import PaginationError
+
+    seen: set[int] = set()
+    num_idle = 0
+    pages = iter(client.get_paginator(operation).paginate(**options))
+    for number in itertools.count(1):
+        what = ""
+        try:
+            page = next(pages)
+        except StopIteration:
+            return
+        except PaginationError:
+            page, what = {}, "repeats a page"
+        yield page
+        before = len(seen)
+        for kind in ("Contents", "CommonPrefixes", "Uploads"):
+            for item in page.get(kind, []):
+                seen.add(hash((item.get("Key"), item.get("Prefix"), item.get("UploadId"))))
+        num_idle = 0 if len(seen) > before else num_idle + 1
+        if num_idle >= IDLE_PAGES and not what:
+            what = f"has nothing new in {IDLE_PAGES} pages"
+        elif number >= MOST_PAGES or len(seen) >= MOST_NAMES:
+            what = f"goes on after {number:,} pages with {len(seen):,} names"
+        if not what:
+            continue
+        raise StoreError(
+            f"s3://{path}: the listing of {client.meta.endpoint_url} {what}, and does not end;"
+            " name a folder with fewer files, or use a server that lists as S3 does"
+        )
 
 
 # Clients
@@ -319,6 +487,7 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         HTTPClientError,
         NoCredentialsError,
     )
+    from botocore.parsers import ResponseParserError
 
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
 
@@ -344,7 +513,8 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         except (ConnectionError, HTTPClientError, NoCredentialsError) as error:
             raise _why(error, bucket, first, ConfigError) from None
         return make(ATTEMPTS, CONNECT_SECONDS, READ_SECONDS)
-    except (BotoCoreError, ValueError) as error:  # a profile, a name or an endpoint that cannot be
+    # A profile, a name or an endpoint that cannot be, or an answer that is none of S3
+    except (BotoCoreError, ResponseParserError, ValueError) as error:
         if isinstance(error, (ConfigError, StoreError)):
             raise
         raise ConfigError(f"s3://{bucket}: {_line(error)}") from None
@@ -363,6 +533,7 @@ def _stay(params: dict[str, Any], **_: Any) -> None:
 def _explained(path: str) -> Iterator[Any]:
     from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     client = _connect(_split(path)[0])
     try:
@@ -372,6 +543,14 @@ def _explained(path: str) -> Iterator[Any]:
         raise _why(cause if isinstance(cause, Exception) else error, path, client) from None
     except (BotoCoreError, ClientError) as error:
         raise _why(error, path, client) from None
+    except (ConfigError, StoreError):
+        raise
+    # What botocore makes of sizes, dates and XML that are none
+    except (ResponseParserError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"s3://{path}: {client.meta.endpoint_url} answers otherwise than S3 does:"
+            f" {_line(error)}; check S3_ENDPOINT_URL"
+        ) from None
 
 
 def _why(
@@ -438,7 +617,13 @@ def _split(path: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _file(path: str, size: int, etag: str, modified: Any) -> Info:
+def _file(path: str, size: Any, etag: str, modified: Any) -> Info:
+    is_size, is_date = isinstance(size, int) and size >= 0, isinstance(modified, datetime)
+    if not is_size or not is_date:
+        what = "size" if is_date else "date" if is_size else "size and date"
+        raise StoreError(
+            f"s3://{path}: the store does not tell its {what}, as S3 does; check S3_ENDPOINT_URL"
+        )
     return {
         "name": path,
         "size": size,

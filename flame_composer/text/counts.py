@@ -51,6 +51,14 @@ def require_counts(
             )
 
 
+def is_beyond_any_model(content: Any) -> bool:
+    """Return whether more than `MOST_PARTS` layers, experts or heads are asked for."""
+    return any(
+        value > MOST_PARTS and (_PARTS.fullmatch(key) or _HEADS.fullmatch(key))
+        for key, value in _numbers(content)
+    )
+
+
 def _numbers(content: Any) -> Iterable[tuple[str, float]]:
     nested = [("", content)]
     while nested:

@@ -12,7 +12,9 @@ import copy
 import importlib
 import logging
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +28,7 @@ import lm_eval.utils
 import torch
 from composer.utils import dist
 from datasets.packaged_modules.pandas import pandas as pickled_frames
-from jinja2 import BaseLoader, StrictUndefined, TemplateError
+from jinja2 import BaseLoader, StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
@@ -67,6 +69,8 @@ WRITING = frozenset(
 )
 # The same: samples for the standard error of a metric that has no formula for it
 BOOTSTRAPS = 100000
+# Of the processor, for each text that a task's template makes: loops within loops do not end
+TEMPLATE_SECONDS = 30
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
@@ -319,6 +323,7 @@ def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
     templates = SandboxedEnvironment(
         loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
     )
+    templates.template_class = _Template
     templates.filters.update(lm_eval.utils.env.filters)
     import_function = _yaml_loader._import_func_in_yml
 
@@ -367,6 +372,29 @@ def _no_foreign_code(task_code: bool = False) -> Iterator[None]:
             yield
     finally:
         datasets.enable_progress_bars()
+
+
+class _Template(Template):
+    """A template that has `TEMPLATE_SECONDS` for a text. The sandbox only keeps a single range()
+    short.
+    """
+
+    def render(self, *args: Any, **values: Any) -> str:
+        if threading.current_thread() is not threading.main_thread():
+            return super().render(*args, **values)
+
+        def give_up(*_: Any) -> None:
+            raise TemplateError(
+                f"a text takes more than {TEMPLATE_SECONDS} seconds; have it loop over less"
+            )
+
+        before = signal.signal(signal.SIGVTALRM, give_up)
+        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+        try:
+            return super().render(*args, **values)
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager
