@@ -51,7 +51,7 @@ from flame_composer.dataset.manifest import (
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
 from flame_composer.storage import files as storage
-from flame_composer.storage.folders import private_folder
+from flame_composer.storage.folders import private_folder, require_folder_inside, require_safe
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.sources import Slice, slice_files
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
@@ -137,6 +137,10 @@ class DatasetWriter:
         out = self.out
         if storage.stat(out) is not None:
             raise ConfigError(f"out: {out}: is a file; name a folder")
+        if not storage.is_url(out):
+            require_safe(Path(out), "out")
+            for name in ("tmp", "units"):
+                require_folder_inside(Path(out), name, "out")
         names = storage.ls(out)
         if "index.json" in names:
             manifest = read_manifest(self.out)

@@ -28,7 +28,7 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.storage.s3 import warn_if_readable
 from flame_composer.text.ends import encode_prompt
 from flame_composer.train.algorithms import as_evaluated
-from flame_composer.train.log import Discreet, keep_rows
+from flame_composer.train.log import Discreet, appending, keep_rows
 
 
 def _causal_lm(state: State) -> CausalLM:
@@ -145,7 +145,7 @@ class Generate(Callback):
                 for prompt in self.prompts
             ]
         composer_model.train()
-        with self.path.open("a", encoding="utf-8") as samples:
+        with appending(self.path) as samples:
             for prompt, text in zip(self.prompts, texts, strict=True):
                 samples.write(
                     json.dumps(
