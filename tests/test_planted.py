@@ -4,10 +4,12 @@ guessed. Nothing is written through them, waited for, or taken for ours.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -18,7 +20,6 @@ from typing import Any
 
 import pytest
 from composer.utils import checkpoint as composer_checkpoint
-from filelock import FileLock
 
 from flame_composer.cleaning.parts import PartsFolder, PartWriter, read_part
 from flame_composer.config.rules import ConfigError, DataError, TrainingError
@@ -45,7 +46,7 @@ def _no_waiting() -> Iterator[None]:
     """A pipe that is waited for is an error, and no test that hangs."""
 
     def end(*_: object) -> None:
-        raise TimeoutError("waited")
+        raise AssertionError("waited for a pipe")  # and no OSError, which may be answered
 
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(60)
@@ -285,6 +286,21 @@ def test_a_run_does_not_write_in_another_user_s_folder(everybody_s: Path) -> Non
 
 
 @needs_root
+def test_training_in_another_user_s_folder_writes_nothing(
+    corpus: Corpus, everybody_s: Path, victim: Path
+) -> None:
+    run = plant_folder(everybody_s / "run")
+    plant_folder(run / "checkpoints")
+    for name in ("starts.jsonl", "config.yaml.tmp", "checkpoints/config.yaml.tmp"):
+        (run / name).symlink_to(victim)
+    ended = Script("recipes/train.py", *corpus.keys(run)).wait()
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith(f"error: log_folder, save_folder: {run}: belongs to user")
+    assert victim.read_text() == SECRET
+    assert len([path for path in run.rglob("*") if not path.is_symlink()]) == 1
+
+
+@needs_root
 @pytest.mark.parametrize("mode", [0o755, 0o775])
 def test_root_goes_on_in_a_folder_that_a_user_has_closed_to_others(
     everybody_s: Path, mode: int
@@ -442,9 +458,25 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, victim: Path, kind: s
         ConfigError, match=rf"^{tmp_path}/\.lock: cannot be locked: is a link, or no file; remove"
     ):
         lock_run(tmp_path)
-    with FileLock(tmp_path / "other"):
-        pass
     assert victim.read_text() == SECRET
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_is_locked_on_a_disk_without_flock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the file's being there is the lock, so that it must not be made before."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no flock here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = lock_run(tmp_path, seconds=1)
+    assert lock is not None
+    assert stat.S_IMODE((tmp_path / ".lock").stat().st_mode) & 0o077 == 0
+    with pytest.raises(ConfigError, match="another process is training this run"):
+        lock_run(tmp_path, seconds=0.1)
+    lock.release()
 
 
 # Caches
@@ -473,7 +505,13 @@ def test_a_cache_of_pipes_and_devices_is_not_read(
 
     assert as_user(OTHER, plant) is None
     cache.chmod(0o1777)
-    found = remote_of(remote, cache)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), limits[1]))
+    try:
+        found = remote_of(remote, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     assert found.folder == f"{planted}-user-0"
 
 

@@ -118,14 +118,16 @@ def is_ours(found: os.stat_result, parent: Path) -> bool:
 
 
 def file_lock(path: Path) -> FileLock:
-    """Return a lock on the file at `path`, made if need be, which its user alone may open: whoever
-    may read it could hold the lock. Raise OSError for what is no file.
+    """Return a lock on the file at `path`, which its user alone may open: whoever may read it could
+    hold the lock. Raise OSError for what is no file.
     """
-    file = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
-        close_to_others(file, os.fstat(file))
-    finally:
-        os.close(file)
+    # Made by the lock itself, whose file being there is all it goes by on a disk without flock
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        file = open_own(path, os.O_RDWR)
+        try:
+            close_to_others(file, os.fstat(file))
+        finally:
+            os.close(file)
     return FileLock(path, mode=0o600)
 
 
