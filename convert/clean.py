@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from flame_composer.cleaning.parts import LOCK, PartsFolder, report
@@ -19,6 +19,7 @@ from flame_composer.config.clean import CleanConfig
 from flame_composer.config.cli import run
 from flame_composer.dataset.plan import plan_units
 from flame_composer.errors import ConfigError
+from flame_composer.storage.folders import file_lock
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
 
@@ -63,12 +64,17 @@ def main(config: CleanConfig) -> None:
         removed.finished()
     started = time.monotonic()
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(config.out, LOCK))
     try:
+        lock = file_lock(Path(config.out, LOCK))
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
             f"out: {config.out}: another process is at work in this folder; wait for it to end"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"out: {Path(config.out, LOCK)}: cannot be locked: {error.strerror}; remove what lies"
+            " there, or name another folder"
         ) from None
     with lock, tqdm(unit=" tasks", disable=None) as bar:
 

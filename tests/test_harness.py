@@ -21,10 +21,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flame_composer.checkpoint.save import save_hf_folder
 from flame_composer.config.load import load
-from flame_composer.config.rules import ConfigError, DataError
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import EvaluateConfig
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.causal_lm import build_hf_config, build_model
 from flame_composer.text.ends import Ends, with_ends
 from tests.conftest import GLA

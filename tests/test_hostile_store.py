@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from flame_composer.checkpoint import save as checkpoint
-from flame_composer.errors import ConfigError, StoreError
-from flame_composer.config.rules import ConfigError, DataError, StoreError
+from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files as storage
 from flame_composer.storage import s3 as s3_module
 from tests.data_fixtures import byte_tokenizer

@@ -4,6 +4,7 @@ Face models.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -56,6 +57,7 @@ from flame_composer.model.causal_lm import check_runs_here, load_pretrained
 from flame_composer.model.foreign import count_not_finite, warn_not_finite
 from flame_composer.storage import files as storage
 from flame_composer.storage.folders import flush, new_folder
+from flame_composer.storage.locks import is_own_folder
 from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.text.tokenizer import load_tokenizer, special_tokens, vocab_size_of
 
@@ -204,9 +206,16 @@ class SaveCheckpoints(Callback):
             flush(self.train_log.parent)
 
     def _save_file(self, state: State, temporary: Path, place: str) -> None:
-        save_checkpoint(state, str(temporary))
-        if dist.get_global_rank() == 0:
+        if dist.get_global_rank() != 0:
+            save_checkpoint(state, str(temporary))
+            return
+        self.staging.mkdir(parents=True, exist_ok=True)
+        with storage.create(temporary) as file:
+            # By its descriptor: what others put under its name meanwhile is not written to
+            save_checkpoint(state, f"/proc/self/fd/{file.fileno()}")
             self._make_way(place)
+            if not os.path.samestat(os.lstat(temporary), os.fstat(file.fileno())):
+                raise OSError(errno.EEXIST, f"somebody else has put another file at {temporary}")
             if storage.is_url(place):
                 _upload(temporary, place)
                 temporary.unlink()
@@ -217,6 +226,8 @@ class SaveCheckpoints(Callback):
     def _save_pieces(self, state: State, temporary: Path, place: str) -> None:
         is_first = dist.get_global_rank() == 0
         temporary.mkdir(parents=True, exist_ok=True)
+        if not is_own_folder(temporary):
+            raise OSError(errno.EEXIST, f"{temporary} is a link, or another user's")
         files = pieces.save(state, temporary)
         if storage.is_url(place):
             if is_first:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, cast
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.storage.files import dump_json
+from flame_composer.storage.folders import require_folder_inside, require_safe
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.formats import format_by_suffix
 from flame_composer.text.sources import Unit
@@ -115,9 +116,10 @@ def _create(path: Path) -> BinaryIO:
         from pyarrow import output_stream
 
         return cast(
-            BinaryIO, io.BufferedWriter(output_stream(str(path), compression="zstd"), 1 << 20)
+            BinaryIO,
+            io.BufferedWriter(output_stream(storage.create(path), compression="zstd"), 1 << 20),
         )
-    file = path.open("wb")
+    file = storage.create(path)
     if inner == ".gz":
         return cast(BinaryIO, _Gzip(file))
     return file
@@ -183,6 +185,8 @@ class PartsFolder:
         out = Path(self.out)
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{self.key}: {out}: is a file; name a folder")
+        require_safe(out, self.key)
+        require_folder_inside(out, WORK, self.key)
         if (out / "manifest.json").exists():
             manifest = self._read(out / "manifest.json")
             there = {**manifest["settings"], "inputs": manifest["inputs"]}
@@ -201,6 +205,8 @@ class PartsFolder:
             shutil.rmtree(self.work, ignore_errors=True)
             Path(self.out, LOCK).unlink(missing_ok=True)
             return manifest
+        for folder in (out, self.work):
+            require_folder_inside(folder, DOCUMENTS, self.key)
         if (self.work / "plan.json").exists():
             plan = self._read(self.work / "plan.json")
             self._refuse_difference(
@@ -318,7 +324,8 @@ def _are_counts(content: dict[str, Any]) -> bool:
 def publish_file(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(dump_json(content))
+    with storage.create(temporary) as file:
+        file.write(dump_json(content))
     os.replace(temporary, path)
 
 

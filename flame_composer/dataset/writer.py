@@ -55,7 +55,12 @@ from flame_composer.dataset.plan import (
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.storage.files import dump_json
-from flame_composer.storage.folders import explained, private_folder
+from flame_composer.storage.folders import (
+    explained,
+    private_folder,
+    require_folder_inside,
+    require_safe,
+)
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.encoder import HF
 from flame_composer.text.tokenizer import token_dtype
@@ -106,6 +111,10 @@ class DatasetWriter:
         out = self.out
         if storage.stat(out) is not None:
             raise ConfigError(f"out: {out}: is a file; name a folder")
+        if not storage.is_url(out):
+            require_safe(Path(out), "out")
+            for name in ("tmp", "units"):
+                require_folder_inside(Path(out), name, "out")
         names = storage.ls(out)
         if "index.json" in names:
             manifest = read_manifest(self.out)

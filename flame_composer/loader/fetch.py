@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import stat
 import tempfile
 import threading
 import time
@@ -45,6 +46,7 @@ from flame_composer.storage.locks import claim_folder, is_own_folder
 
 # The folder, within a dataset's cache folder, of what has not been checked yet
 INCOMING = "incoming"
+UNITS = "units"  # that of all shards
 MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
 INDEX_TRIES = 3
 STALE_SECONDS = 3600.0
@@ -108,15 +110,27 @@ def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
     """
     try:
         for name in ("manifest.json", "index.json"):
-            if (folder / name).read_bytes() != (index / name).read_bytes():
+            if not _holds(folder / name, (index / name).read_bytes()):
                 return False
         paths = [folder / file.basename for file in files]
-        sizes = [path.stat().st_size for path in paths]
-        return sizes == [file.bytes for file in files] and all(
-            os.access(path, os.R_OK) for path in paths
+        found = [path.lstat() for path in paths]
+        return (
+            all(stat.S_ISREG(each.st_mode) for each in found)
+            and [each.st_size for each in found] == [file.bytes for file in files]
+            and all(os.access(path, os.R_OK) for path in paths)
         )
     except OSError:
         return False
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether there is a file with this content. Whose it is is not known: no link is followed,
+    and no more is read than there should be.
+    """
+    with os.fdopen(storage.open_own(path, os.O_RDONLY), "rb") as file:
+        return (
+            os.fstat(file.fileno()).st_size == len(content) and file.read(len(content)) == content
+        )
 
 
 def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
@@ -156,12 +170,19 @@ def _incoming(folder: str) -> Path:
     """Return the folder of what has not been checked yet, made if need be. Raises
     PermissionError if it is not ours.
     """
-    incoming = Path(folder, INCOMING)
-    incoming.mkdir(exist_ok=True)
-    for path in (incoming.parent, incoming):
+    _make_own(folder, INCOMING, *([UNITS] if os.path.lexists(Path(folder, UNITS)) else []))
+    return Path(folder, INCOMING)
+
+
+def _make_own(folder: str, *names: str) -> None:
+    """Make these folders in a cache folder, if need be. Raise PermissionError unless they, and it,
+    are ours: through a link, shards would be written, and deleted, elsewhere.
+    """
+    for path in (Path(folder), *(Path(folder, name) for name in names)):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
         if not is_own_folder(path):
             raise PermissionError(errno.EACCES, f"{path} belongs to another user, or is a link")
-    return incoming
 
 
 def _download_index(remote: str, folder: str) -> Manifest:
@@ -287,7 +308,7 @@ class Shards(Stream):
             try:
                 arrived = _incoming(self.local) / uuid.uuid4().hex
                 self._wait_for(functools.partial(_download, source, arrived, at_most=file.bytes))
-                path.parent.mkdir(parents=True, exist_ok=True)
+                _make_own(self.local, UNITS, str(path.parent.relative_to(self.local)))
                 self._note(file, arrived, moved_to=path)
                 return
             except BadShard as problem:
@@ -362,7 +383,9 @@ class Shards(Stream):
         for _ in range(CHECKS):
             check_size(path, file)
             try:
-                opened = path.open("rb", buffering=0)
+                # A fifo would be waited for
+                number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                opened = os.fdopen(number, "rb", buffering=0)
             except OSError as error:
                 raise BadShard(f"cannot be read: {error.strerror}") from None
             with opened:

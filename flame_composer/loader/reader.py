@@ -66,10 +66,13 @@ class OpenShards:
             self._open(path, num_rows, whole)
         descriptor, offsets, state = self.files[path]
         begin, end = offsets[row : row + 2].tolist()
+        if not 0 < begin < end <= state[0]:
+            self.forget(path)
+            raise Unchecked(path)
         found = os.pread(descriptor, end - begin, begin)
         # After the row was read: what is written to the file from now on is not in it.
         if state_of(os.fstat(descriptor)) != state:
-            os.close(self.files.pop(path)[0])
+            self.forget(path)
             raise Unchecked(path)
         self.close(self.limit)
         return found
@@ -86,6 +89,11 @@ class OpenShards:
             os.close(descriptor)
             raise
         self.files[path] = descriptor, offsets, state_of(found)
+
+    def forget(self, path: str) -> None:
+        """Close a file, so that the next row of it is read of whichever was checked last."""
+        if path in self.files:
+            os.close(self.files.pop(path)[0])
 
     def close(self, keep: int = 0, *, close: Callable[[int], None] = os.close) -> None:
         # `close` is at hand when the interpreter ends, and `os` is gone
@@ -109,13 +117,28 @@ class ShardReader(MDSReader):
         return np.dtype(self.column_encodings[1].split(":")[1]).newbyteorder("<")
 
     def get_item(self, idx: int) -> dict[str, Any]:
-        row = self.opened.read(
-            f"{self.dirname}/{self.raw_data.basename}", self.samples, idx, self.whole
-        )
+        path = f"{self.dirname}/{self.raw_data.basename}"
+        row = self.opened.read(path, self.samples, idx, self.whole)
+        try:
+            return self._decode(row)
+        except (ValueError, IndexError):
+            # Of a checked file: it was written to in a way that leaves its times as they were, as
+            # who has it mapped into memory can
+            self.opened.forget(path)
+            raise Unchecked(path) from None
+
+    def _decode(self, row: bytes) -> dict[str, Any]:
+        """Return a row's columns. Raise ValueError or IndexError for one that is not of the
+        form.
+        """
         # The size of doc_lengths; doc_lengths: a byte whose last bits say in how many their count
         # is, it, them; the tokens.
         end = 4 + int.from_bytes(row[:4], "little")
-        return {
-            "doc_lengths": np.frombuffer(row[5 + (1 << (row[4] & 3)) : end], "<u4"),
-            "input_ids": np.frombuffer(row, self.dtype, offset=end),
-        }
+        doc_lengths = np.frombuffer(row[5 + (1 << (row[4] & 3)) : end], "<u4")
+        input_ids = np.frombuffer(row, self.dtype, offset=end)
+        lengths = doc_lengths.tolist()  # of few numbers, faster than numpy
+        if min(lengths) < 1 or sum(lengths) != len(input_ids):
+            raise ValueError("the document lengths are not those of the tokens")
+        if input_ids.nbytes != self.column_sizes[1]:
+            raise ValueError("there are more or fewer tokens than a row has")
+        return {"doc_lengths": doc_lengths, "input_ids": input_ids}

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat as modes
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,8 @@ MOST_JSON = 1 << 27
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file, on Linux
 # Bytes of anything that is read as a whole: the index of some 3 million shards
 MOST_READ = 1 << 30
+# That begin a file anew in a folder where somebody else puts others under its name
+CREATE_TRIES = 16
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -190,6 +193,43 @@ def read_small(path: str | Path) -> bytes:
     return content
 
 
+def create(path: str | Path) -> BinaryIO:
+    """Make a local file anew and open it for writing.
+
+    What lies there goes first, and a link is not followed: in a folder of several users, anyone
+    can put one under a name that can be guessed, and have another file overwritten.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(CREATE_TRIES):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        with suppress(FileExistsError):
+            return os.fdopen(os.open(path, flags, 0o666), "wb")
+    raise FileExistsError(errno.EEXIST, "somebody else makes it again and again", str(path))
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a local file with `os.open`'s `flags`, and return its descriptor.
+
+    Raise OSError for a link, a pipe, a device or a folder, none of which is followed or waited
+    for.
+    """
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if os.path.lexists(path) and not modes.S_ISREG(os.lstat(path).st_mode):
+            raise _no_file(path) from None
+        raise
+    if modes.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise _no_file(path)
+
+
+def _no_file(path: str | Path) -> OSError:
+    return OSError(errno.EINVAL, "is a link, or no file", str(path))
+
+
 def read_start(place: str, num_bytes: int) -> bytes:
     """Return the first bytes of a file that is not empty, with one request; all of them if it is
     shorter.
@@ -223,7 +263,8 @@ def write(place: str, data: bytes) -> None:
             fs.pipe_file(path, data)
         return
     temporary = f"{place}.tmp"
-    Path(temporary).write_bytes(data)
+    with create(temporary) as file:
+        file.write(data)
     os.replace(temporary, place)
 
 
@@ -234,7 +275,8 @@ def put(local: str | Path, place: str) -> None:
             fs.put_file(str(local), path)
         return
     Path(place).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(local, f"{place}.tmp")
+    with create(f"{place}.tmp") as file, Path(local).open("rb") as content:
+        shutil.copyfileobj(content, file, 1 << 20)
     os.replace(f"{place}.tmp", place)
 
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
+from flame_composer.storage.files import open_own
 
 
 def require_new(out: Path) -> None:
@@ -48,13 +50,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     place = Path(os.path.realpath(out))  # a link stays one
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        for left in place.parent.glob(f".{glob.escape(place.name)}-*.unfinished"):
-            with _locked(left) as alone:
-                if alone:
-                    shutil.rmtree(left, ignore_errors=True)
+        there = sorted(place.parent.glob(f".{glob.escape(place.name)}-*.unfinished"))
         temporary = Path(
             tempfile.mkdtemp(prefix=f".{place.name}-", suffix=".unfinished", dir=place.parent)
         )
+        for left in there:
+            _remove_left(left, owner=temporary.stat().st_uid)
         try:
             with _locked(temporary):
                 yield temporary
@@ -102,6 +103,81 @@ def _is_private(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and is_closed
 
 
+def is_ours(found: os.stat_result, parent: Path) -> bool:
+    """Whether what was `found` in a folder belongs to the user of this process, whoever that is
+    for its filesystem: NFS may know root as nobody.
+    """
+    if found.st_uid == os.geteuid():
+        return True
+    try:
+        made = tempfile.mkdtemp(dir=parent)
+    except OSError:
+        return False
+    owner = os.lstat(made).st_uid
+    os.rmdir(made)
+    return found.st_uid == owner
+
+
+def file_lock(path: Path) -> FileLock:
+    """Return a lock on the file at `path`, which its user alone may open: whoever may read it could
+    hold the lock. Raise OSError for what is no file.
+    """
+    # Made by the lock itself, whose file being there is all it goes by on a disk without flock
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        file = open_own(path, os.O_RDWR)
+        try:
+            close_to_others(file, os.fstat(file))
+        finally:
+            os.close(file)
+    return FileLock(path, mode=0o600)
+
+
+def close_to_others(file: int, found: os.stat_result) -> None:
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        with contextlib.suppress(OSError):  # another user's, or on a disk without permissions
+            os.fchmod(file, 0o600)
+
+
+def require_safe(folder: Path, key: str) -> None:
+    """Raise ConfigError for another user's folder that everybody may write in: what is planted
+    there could have us write elsewhere, or stop us at any time.
+
+    Root's folders, and what only a group may write in, are taken as they are.
+    """
+    try:
+        found = folder.stat()
+    except OSError:
+        return
+    is_open = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH
+    if is_open and found.st_uid != 0 and not is_ours(found, Path(os.path.realpath(folder)).parent):
+        raise ConfigError(
+            f"{key}: {folder}: belongs to user {found.st_uid}, this is {os.geteuid()}, and"
+            " everybody may write in it; name a folder of your own, which may be one in it"
+        )
+
+
+def require_folder_inside(folder: Path, name: str, key: str) -> None:
+    """Raise ConfigError if `name` in `folder`, which this package makes there, is a link or no
+    folder, or if somebody else may have put it there.
+    """
+    path = folder / name
+    try:
+        found, above = path.lstat(), folder.stat()
+    except OSError:
+        return
+    is_planted = (
+        above.st_mode & stat.S_IWOTH
+        and found.st_uid not in (0, above.st_uid)
+        and not is_ours(found, folder)
+    )
+    if not stat.S_ISDIR(found.st_mode) or is_planted:
+        raise ConfigError(
+            f"{key}: {path}: is a link, no folder, or another user's; remove it, or name another"
+            " folder"
+        )
+    require_safe(path, key)
+
+
 def flush(path: Path) -> None:
     """Force a file, or the names in a folder, to disk."""
     with _opened(path) as number:
@@ -109,12 +185,24 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    number = os.open(path, os.O_RDONLY)
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would be waited for
     try:
         yield number
     finally:
         os.close(number)
+
+
+def _remove_left(folder: Path, *, owner: int) -> None:
+    """Remove what a killed conversion has left. What is none, or another user's, or cannot be
+    opened is passed over: anybody may have put it there.
+    """
+    with contextlib.suppress(OSError):
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == owner:
+            with _locked(folder) as alone:
+                if alone:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -122,7 +210,7 @@ def _locked(folder: Path) -> Iterator[bool]:
     """Whether no other process has this folder locked; if so, it is until the end, or until this
     process dies.
     """
-    with _opened(folder) as number:
+    with _opened(folder, os.O_DIRECTORY | os.O_NOFOLLOW) as number:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -22,7 +22,7 @@ from composer.utils import dist
 from streaming.base.world import World
 
 from flame_composer.errors import ConfigError
-from flame_composer.storage.folders import private_folder
+from flame_composer.storage.folders import close_to_others, is_ours, private_folder
 
 CLAIM_SECONDS = 15.0
 # That a process has to be able to have open: shards, logs, shared memory, pipes to loader processes
@@ -38,7 +38,7 @@ def hold(path: str | Path) -> int | None:
     several users, anyone can put something under a name.
     """
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError:
         if os.path.lexists(path):
             return None
@@ -46,6 +46,7 @@ def hold(path: str | Path) -> int | None:
     try:
         found = os.fstat(lock)
         if stat.S_ISREG(found.st_mode) and is_ours(found, Path(path).parent):
+            close_to_others(lock, found)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
     except BlockingIOError:
@@ -60,21 +61,6 @@ def is_own_folder(path: Path) -> bool:
     """
     found = path.lstat()
     return stat.S_ISDIR(found.st_mode) and is_ours(found, path.parent)
-
-
-def is_ours(found: os.stat_result, parent: Path) -> bool:
-    """Whether what was `found` in a folder belongs to the user of this process, whoever that is
-    for its filesystem: NFS may know root as nobody.
-    """
-    if found.st_uid == os.geteuid():
-        return True
-    try:
-        made = tempfile.mkdtemp(dir=parent)
-    except OSError:
-        return False
-    owner = os.lstat(made).st_uid
-    os.rmdir(made)
-    return found.st_uid == owner
 
 
 def claim_folder(shared: Path) -> str:

@@ -67,6 +67,14 @@ def save(tokenizer: PreTrainedTokenizerFast, out: Path, plan: bytes) -> None:
     """Put the tokenizer folder in its place whole, or not at all."""
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+    except FileExistsError:
+        raise ConfigError(
+            f"out: {temporary}: is in the way: a link, or another user's; remove it, or name"
+            " another out"
+        ) from None
     tokenizer.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue]
     (temporary / "training.json").write_bytes(plan)
     if out.exists():

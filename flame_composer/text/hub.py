@@ -34,7 +34,8 @@ def open_dataset(path: str) -> IterableDataset:
 
     Raises ConfigError if there is no such dataset, configuration or split.
     """
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars, load_dataset_builder
+    from datasets.config import DATASET_STATE_JSON_FILENAME
 
     source, _, query = path.removeprefix(SCHEME).rpartition("?")
     settings = {key: values[0] for key, values in parse_qs(query).items()}
@@ -46,11 +47,40 @@ def open_dataset(path: str) -> IterableDataset:
     disable_progress_bars()
     _check_every_stream()
     try:
-        return load_dataset(source, settings.get("name"), split=settings["split"], streaming=True)
+        if os.path.exists(os.path.join(source, DATASET_STATE_JSON_FILENAME)):
+            raise ValueError("it was saved with save_to_disk; save it with to_parquet")
+        builder = load_dataset_builder(source, settings.get("name"))
+        for files in (builder.config.data_files or {}).values():
+            for file in files:
+                _check_inside(source, str(file))
+        return cast("IterableDataset", builder.as_streaming_dataset(split=settings["split"]))
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a dataset, the hub or the network makes of it
         raise ConfigError(
             f"source: {source}: cannot be opened as a dataset: {one_line(error)}"
         ) from None
+
+
+def _check_inside(source: str, file: str) -> None:
+    """Raise ConfigError for a file that a dataset's README.md names, and which lies outside of its
+    folder; of a dataset on the hub, for one of this machine.
+    """
+    place = file.rpartition("::")[2].removeprefix("file://")  # the archive that it is in, if any
+    is_here = "://" not in place
+    if not os.path.isdir(source):
+        is_outside = is_here
+    else:
+        folders = (os.path.realpath(source), os.path.abspath(source))
+        path = os.path.abspath(place)
+        is_outside = not is_here or not any(
+            path.startswith(os.path.join(each, "")) for each in folders
+        )
+    if is_outside:
+        raise ConfigError(
+            f"source: {source}: its data_files name {file}, which lies outside of it; move that"
+            " into it, or give it as a source of its own"
+        )
 
 
 def _check_every_stream() -> None:

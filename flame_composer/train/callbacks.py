@@ -29,7 +29,7 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.storage.s3 import warn_if_readable
 from flame_composer.text.ends import encode_prompt
 from flame_composer.train.algorithms import as_evaluated
-from flame_composer.train.log import Discreet, keep_rows
+from flame_composer.train.log import Discreet, _writing, appending, keep_rows
 
 
 def _causal_lm(state: State) -> CausalLM:
@@ -127,7 +127,8 @@ class Generate(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            keep_rows(self.path, last_step=state.timestamp.batch.value, several=True)
+            with _writing(self.path):
+                keep_rows(self.path, last_step=state.timestamp.batch.value, several=True)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value
@@ -146,7 +147,7 @@ class Generate(Callback):
                 for prompt in self.prompts
             ]
         composer_model.train()
-        with self.path.open("a", encoding="utf-8") as samples:
+        with _writing(self.path), appending(self.path) as samples:
             for prompt, text in zip(self.prompts, texts, strict=True):
                 samples.write(
                     json.dumps(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TextIO, cast
 
 import torch
 import yaml
@@ -48,6 +48,7 @@ from flame_composer.storage.folders import flush
 from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.text.ends import describe as describe_ends
 
+STARTS = "starts.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -203,7 +204,7 @@ class JsonlLog(Callback):
         for contributor in self.contributors:
             row |= contributor.part_of_row()
         row = {key: row[key] for key in ROW if key in row}
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path), appending(self.path) as file:
             file.write(json.dumps(row) + "\n")
         if self.print_every and (
             row["current_steps"] % self.print_every == 0 or {"eval_loss", "tasks"} & set(row)
@@ -237,6 +238,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise TrainingError(
             f"{path}: cannot be written: {error.strerror}; when that is mended, {GOES_ON}"
         ) from None
+
+
+def appending(path: Path) -> TextIO:
+    """Open a log to be written to at its end, made if need be. Raise OSError for what is no
+    file.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    return os.fdopen(storage.open_own(path, flags), "a", encoding="utf-8")
 
 
 def build_log(
@@ -436,8 +445,8 @@ def announce(
             "devices": dist.get_world_size(),
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        path = log_folder / "starts.jsonl"
-        with _writing(path), path.open("a", encoding="utf-8") as starts:
+        path = log_folder / STARTS
+        with _writing(path), appending(path) as starts:
             starts.write(("\n" if _is_cut_short(path) else "") + json.dumps(start) + "\n")
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(
@@ -485,7 +494,10 @@ def keep_rows(
     kept: dict[int, bytes] = {}
     moved: set[int] = set()  # steps with several rows, or rows that come after one of a later step
     max_step = 0
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines: list[bytes] = []
+    if os.path.lexists(path):
+        with os.fdopen(storage.open_own(path, os.O_RDONLY), "rb") as file:
+            lines = file.read().split(b"\n")
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is None:
@@ -513,7 +525,8 @@ def keep_rows(
         )
     if path.exists():
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept[step] for step in sorted(kept)))
+        with storage.create(temporary) as whole:
+            whole.write(b"".join(kept[step] for step in sorted(kept)))
         flush(temporary)
         os.replace(temporary, path)
     borders = [0, *sorted(kept), last_step + 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,11 @@ from filelock import FileLock, Timeout
 
 from flame_composer import processes
 from flame_composer.checkpoint.save import SaveCheckpoints
+from flame_composer.config.train import TRAIN_LOG
 from flame_composer.errors import ConfigError
 from flame_composer.storage import files as storage
+from flame_composer.storage.folders import file_lock, require_safe
+from flame_composer.train.log import STARTS
 
 # What a rank may be asked, by what counts for more
 WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -196,9 +200,10 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
     """
     if not folder.is_dir() or dist.get_global_rank() != 0:
         return None
+    require_safe(folder, "log_folder, save_folder")
     _require_own(folder)
-    lock = FileLock(folder / ".lock")
     try:
+        lock = file_lock(folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -224,8 +229,14 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
 
 def _require_own(folder: Path) -> None:
     """Raises ConfigError for a run that another user began, whose files this one cannot write."""
-    names = ("", ".lock", "train_log.jsonl", "starts.jsonl", "config.yaml")
+    names = ("", ".lock", TRAIN_LOG, STARTS, "config.yaml")
     for path in (folder / name for name in names):
+        is_log = path.name in (TRAIN_LOG, STARTS)
+        if is_log and os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise ConfigError(
+                f"{path}: is a link, or no file, and a run writes to files of its own; remove it,"
+                " or give this run another run_name"
+            )
         if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
             whose = (
                 ""
