@@ -14,7 +14,8 @@ from pathlib import Path
 from filelock import Timeout
 from tqdm import tqdm
 
-from flame_composer.cleaning.parts import LOCK, PartsFolder, report
+from flame_composer.cleaning.parts import LOCK, PartsFolder
+from flame_composer.cleaning.report import report
 from flame_composer.config.clean import CleanConfig
 from flame_composer.config.cli import run
 from flame_composer.dataset.plan import plan_units

@@ -19,7 +19,7 @@ def main(config: ToHfConfig) -> None:
 
     from flame_composer.checkpoint.find import find_checkpoint
     from flame_composer.checkpoint.read import read_checkpoint
-    from flame_composer.checkpoint.save import model_in, save_hf_folder
+    from flame_composer.checkpoint.to_model import model_in, save_hf_folder
     from flame_composer.export import card as publish
     from flame_composer.text.ends import begin_as_in_training, describe_start
 

@@ -16,7 +16,7 @@ from flame_composer.config.use import EvaluateConfig
 def main(config: EvaluateConfig) -> None:
     from composer.utils import dist, get_device
 
-    from flame_composer.checkpoint.save import load_model
+    from flame_composer.checkpoint.to_model import load_model
     from flame_composer.loader.batches import build_evaluator
     from flame_composer.loader.datasets import open_dataset
     from flame_composer.model.causal_lm import CausalLM

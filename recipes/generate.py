@@ -18,7 +18,7 @@ from flame_composer.lines import write_content
 def main(config: GenerateConfig) -> None:
     import torch
 
-    from flame_composer.checkpoint.save import load_model
+    from flame_composer.checkpoint.to_model import load_model
     from flame_composer.text.ends import begin_as_in_training, describe_start, ends_of
     from flame_composer.use.generate import (
         asked,

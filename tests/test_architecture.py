@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,10 @@ GROUND = {
     "flame_composer.reference",
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "builders", "helpers", "misc", "registry"}
-MAX_SCRIPT_LINES = 100
+MAX_SCRIPT_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 100, 400, 60
+MAX_SHARE = 0.15  # of the library's lines in one package
+# What is longer still, and how long; nothing is added here.
+LONG: dict[str, int] = {}
 # These look fields up by the names that dataclasses.fields gives or that are written out there.
 FIELDS_BY_NAME = ("flame_composer/config/", "convert/to_mds.py", "convert/train_tokenizer.py")
 
@@ -35,14 +39,33 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Full dotted names of all that a file imports, wherever in it."""
-    for node in ast.walk(TREES[path]):
+def imports(path: Path, *, that_run: bool = False) -> Iterator[str]:
+    """Yield the full dotted names of all that a file imports, wherever in it.
+
+    Those in code in its strings, and those that only annotations need, too, unless `that_run`.
+    """
+    tree = TREES[path]
+    left_out: set[ast.AST] = set()
+    if that_run:
+        for_types = [node for node in ast.walk(tree) if is_type_checking(node)]
+        left_out = {each for node in for_types for each in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not that_run:
+            yield from imports_in_code(node.value)
+
+
+def imports_in_code(text: str) -> Iterator[str]:
+    for module, names in re.findall(r"\bfrom (flame_composer[\w.]*) import ([\w, ]+)", text):
+        yield from (f"{module}.{name.strip()}" for name in names.split(","))
+    if re.fullmatch(r"flame_composer(\.\w+)+", text):  # preloaded by fork servers
+        yield text
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
@@ -71,10 +94,10 @@ def test_imports_point_one_way(path):
 
 def test_the_library_has_no_import_cycles():
     modules = {module_of(path) for path in LIBRARY}
-    graph = {
-        module_of(path): {found for name in imports(path) if (found := imported(name, modules))}
-        for path in LIBRARY
-    }
+    graph: dict[str, set[str]] = {}
+    for path in LIBRARY:
+        found = (imported(name, modules) for name in imports(path, that_run=True))
+        graph[module_of(path)] = {module for module in found if module}
     done: set[str] = set()
     while ready := {
         module for module, needed in graph.items() if module not in done and needed <= done
@@ -90,6 +113,77 @@ def imported(name: str, modules: set[str]) -> str | None:
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name if name.count(".") > 1 or name in GROUND else None
+
+
+# The plan of the house (docs/architecture.md): a package imports from those in an earlier group.
+GROUPS = (
+    {"errors", "lines", "processes", "fork_server", "batch", "cpu"},
+    {"storage"},
+    {"upstream", "text", "config"},
+    {"cleaning", "dataset", "model"},
+    {"loader", "checkpoint", "use"},
+    {"export", "plan"},
+    {"train"},
+    {"bench", "reference"},
+)
+FLOORS = {room: floor for floor, rooms in enumerate(GROUPS) for room in rooms}
+LIGHT = ("config", "text", "dataset")  # a bad YAML fails in well under a second
+HEAVY = {"torch", "composer", "streaming"}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def rooms_of(path: Path) -> set[str]:
+    modules = {module_of(each) for each in LIBRARY}
+    named = {name for name in imports(path) if name.startswith("flame_composer.")}
+    doors = {name for name in named if name in {f"flame_composer.{room}" for room in FLOORS}}
+    found = {module for name in named if (module := imported(name, modules))} | doors
+    return {room_of(module) for module in found}
+
+
+INNER = [path for path in LIBRARY if path != ROOT / "flame_composer" / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", INNER, ids=name_of)
+def test_packages_import_from_earlier_groups_only(path):
+    room = room_of(module_of(path))
+    for other in rooms_of(path) - {room}:
+        is_ground = FLOORS[room] == FLOORS[other] == 0
+        assert FLOORS[other] < FLOORS[room] or is_ground, f"{room} must not import {other}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in INNER if room_of(module_of(path)) in LIGHT], ids=name_of
+)
+def test_light_packages_import_nothing_heavy(path):
+    for node in TREES[path].body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.partition(".")[0] for name in names} & HEAVY, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_modules_and_functions_are_short(path):
+    name = name_of(path).removeprefix("flame_composer/")
+    assert len(path.read_text().splitlines()) <= LONG.get(name, MAX_MODULE_LINES)
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONG.get(f"{name}:{node.name}", MAX_FUNCTION_LINES), node.name
+
+
+def test_no_package_is_most_of_the_house():
+    lines: dict[str, int] = {}
+    for path in INNER:
+        room = room_of(module_of(path))
+        lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    most = max(lines, key=lambda room: lines[room])
+    assert lines[most] <= MAX_SHARE * sum(lines.values()), (most, lines)
 
 
 def test_no_module_without_an_owner():
@@ -114,7 +208,7 @@ def is_docstring(node: ast.stmt) -> bool:
     )
 
 
-def is_type_checking(node: ast.stmt) -> bool:
+def is_type_checking(node: ast.AST) -> bool:
     return (
         isinstance(node, ast.If)
         and isinstance(node.test, ast.Name)

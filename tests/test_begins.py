@@ -18,8 +18,8 @@ import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
 from flame_composer.checkpoint.find import find_newest
-from flame_composer.checkpoint.save import load_from_checkpoint
-from flame_composer.model.causal_lm import load_pretrained
+from flame_composer.checkpoint.to_model import load_from_checkpoint
+from flame_composer.model.build import load_pretrained
 from flame_composer.text.ends import Ends, ends_in, ends_of
 from flame_composer.text.steady import MARK
 from flame_composer.use.generate import Pieces

@@ -22,17 +22,11 @@ from flame_composer.config.train import RunPlan
 from flame_composer.errors import ConfigError
 from flame_composer.loader.batches import describe_order
 from flame_composer.loader.datasets import open_dataset
-from flame_composer.train.log import (
-    JsonlLog,
-    RandomState,
-    SameData,
-    announce,
-    build_wandb_logger,
-    describe,
-    every,
-    hash_row,
-    keep_rows,
-)
+from flame_composer.train.announce import announce
+from flame_composer.train.log import JsonlLog, describe, every, hash_row
+from flame_composer.train.loggers import build_wandb_logger
+from flame_composer.train.resume import RandomState, SameData
+from flame_composer.train.rows import keep_rows
 from tests.conftest import CONTEXT_LENGTH, Run
 from tests.data_fixtures import byte_tokenizer
 

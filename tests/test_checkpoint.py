@@ -21,16 +21,17 @@ import torch
 from composer.utils import checkpoint as composer_checkpoint
 
 from flame_composer.checkpoint import save as checkpoint
-from flame_composer.checkpoint.content import Needed, needed_by
+from flame_composer.checkpoint.content import needed_by
 from flame_composer.checkpoint.find import (
     find_checkpoint,
     find_newest,
     find_start,
     list_checkpoints,
 )
+from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-from flame_composer.checkpoint.save import (
-    SaveCheckpoints,
+from flame_composer.checkpoint.save import SaveCheckpoints
+from flame_composer.checkpoint.to_model import (
     load_from_checkpoint,
     load_model,
     model_in,
@@ -39,7 +40,7 @@ from flame_composer.checkpoint.save import (
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.model.causal_lm import build_hf_config
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer

@@ -18,6 +18,7 @@ from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint.find import find_newest, list_checkpoints
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.errors import ConfigError, DataError, TrainingError
+from flame_composer.storage.filesystems import local_stat
 from flame_composer.train.preemption import lock_folders
 from tests.conftest import Run
 from tests.test_parallelism import as_pieces
@@ -189,7 +190,7 @@ def test_a_checkpoint_that_somebody_else_deletes_meanwhile_ends_no_run(
     def deleted_meanwhile(place: str) -> Any:
         if place.endswith("ba2.pt"):
             Path(place).unlink(missing_ok=True)
-            return checkpoint.storage._local_stat(place)
+            return local_stat(place)
         return stat(place)
 
     monkeypatch.setattr(checkpoint.storage, "stat", deleted_meanwhile)

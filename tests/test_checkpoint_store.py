@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint import upload
 from flame_composer.checkpoint.find import find_newest
 from flame_composer.checkpoint.read import read_checkpoint
 from flame_composer.errors import ConfigError, DataError
@@ -80,18 +81,18 @@ def test_an_upload_is_tried_again_until_the_store_takes_it(
 ) -> None:
     """The bucket is made while the upload waits; one that never comes is an error in the end."""
     (tmp_path / "file").write_bytes(b"weights")
-    monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.5,) * 60)
+    monkeypatch.setattr(upload, "UPLOAD_WAITS", (0.5,) * 60)
     timer = threading.Timer(0.7, lambda: s3.client.create_bucket(Bucket="made-later"))
     timer.start()
-    checkpoint._upload(tmp_path / "file", "s3://made-later/ba1.pt")
+    upload.upload_file(tmp_path / "file", "s3://made-later/ba1.pt")
     timer.join()
     assert s3.client.get_object(Bucket="made-later", Key="ba1.pt")["Body"].read() == b"weights"
     assert caplog.messages[0].startswith(
         "warning: s3://made-later/ba1.pt: not saved yet: s3://made-later: there is no bucket"
     )
-    monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.1,))
+    monkeypatch.setattr(upload, "UPLOAD_WAITS", (0.1,))
     with pytest.raises(ConfigError, match=r"^s3://never-made: there is no bucket"):
-        checkpoint._upload(tmp_path / "file", "s3://never-made/ba1.pt")
+        upload.upload_file(tmp_path / "file", "s3://never-made/ba1.pt")
 
 
 def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(

@@ -33,7 +33,8 @@ from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetition
 from flame_composer.cleaning import executors, filters
 from flame_composer.cleaning import stages as cleaning
 from flame_composer.cleaning.filters import UnicodeTokenizer, build_filters, build_mask
-from flame_composer.cleaning.parts import Counts, PartsFolder, inputs_of, report
+from flame_composer.cleaning.parts import Counts, PartsFolder, inputs_of
+from flame_composer.cleaning.report import report
 from flame_composer.config.clean import (
     C4Config,
     CleanConfig,

@@ -21,7 +21,7 @@ from flame_composer.config.load import load
 from flame_composer.config.sections import SpikeConfig, WandbConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.train.guards import SpikeGuard, build_watchers
-from flame_composer.train.log import build_loggers
+from flame_composer.train.loggers import build_loggers
 from tests.runs import ROOT, Corpus, read_log
 
 

@@ -19,7 +19,9 @@ from flame_composer.config.data import EvalDataConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_evaluator
 from flame_composer.loader.datasets import open_dataset
-from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.text.tokenizer import token_bytes
 from flame_composer.train.charts import require_plot
 from flame_composer.use.perplexity import evaluate, plot_by_context

@@ -23,11 +23,11 @@ from composer.loggers import Logger, LoggerDestination
 
 from flame_composer.checkpoint.find import find_newest
 from flame_composer.checkpoint.read import Checkpoint
-from flame_composer.checkpoint.save import load_from_checkpoint
+from flame_composer.checkpoint.to_model import load_from_checkpoint
 from flame_composer.config.extensions import NEEDS_WHOLE_PARAMETERS, OFFERED, REFUSED, spelled_alike
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
-from flame_composer.model.causal_lm import load_pretrained
+from flame_composer.model.build import load_pretrained
 from flame_composer.train.algorithms import EMA, SWA, Instant, LayerFreezing, SeqLengthWarmup
 from flame_composer.train.callbacks import EarlyStopper, FileLogger, Generate, ScheduledGC
 from flame_composer.train.extensions import arguments_of, build, build_extensions, find_class

@@ -25,8 +25,9 @@ from streaming.base.world import World
 from flame_composer.config.data import DataConfig
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, InvalidField
-from flame_composer.loader import fetch
+from flame_composer.loader import cache, fetch
 from flame_composer.loader.batches import build_train_loader
+from flame_composer.loader.cache import STALE_SECONDS
 from flame_composer.loader.datasets import open_dataset
 from flame_composer.loader.fetch import Dataset
 from flame_composer.storage import locks as machine
@@ -165,7 +166,7 @@ def test_what_a_killed_job_left_half_fetched_goes_in_time(dataset, copy_of, tmp_
     for path in (old, new, other):
         path.write_bytes(b"half")
     for path in (old, other):
-        os.utime(path, (0, time.time() - 2 * fetch.STALE_SECONDS))
+        os.utime(path, (0, time.time() - 2 * STALE_SECONDS))
     remote_of(remote, tmp_path / "cache")
     assert not old.exists()
     assert new.exists(), "another job may be at it"
@@ -673,7 +674,7 @@ def test_another_tokenizer_or_context_length_in_a_store(s3, dataset, tmp_path):
 
 def test_an_index_of_endless_size_is_not_downloaded(s3, dataset, tmp_path, monkeypatch):
     remote = s3.upload(dataset, "endless")
-    monkeypatch.setattr(fetch, "MAX_INDEX_BYTES", 1000)
+    monkeypatch.setattr(cache, "MAX_INDEX_BYTES", 1000)
     with pytest.raises(
         ConfigError, match=rf"^{remote}/manifest.json: [\d,]+ bytes long, must be 1,000 at most$"
     ):
@@ -700,7 +701,7 @@ def test_a_download_that_does_not_end_is_given_up(
 ):
     """The second try finds a store that answers."""
     found = remote_of(copy_of(dataset), tmp_path / "cache")
-    download, tries = fetch._download, []
+    download, tries = fetch.download_file, []
 
     def hang_once(source: str, path: Path, *, at_most: int) -> None:
         tries.append(source)
@@ -708,7 +709,7 @@ def test_a_download_that_does_not_end_is_given_up(
             time.sleep(5)
         download(source, path, at_most=at_most)
 
-    monkeypatch.setattr(fetch, "_download", hang_once)
+    monkeypatch.setattr(fetch, "download_file", hang_once)
     assert stream(found, download_timeout=0.5, download_retries=1) == expected
     assert tries.count(tries[0]) == 2
 

@@ -30,16 +30,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame_composer import cpu
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-from flame_composer.checkpoint.save import load_from_checkpoint, load_model, save_hf_folder
-from flame_composer.checkpoint.to_model import tokenizer_from
-from flame_composer.errors import ConfigError, DataError
-from flame_composer.model.causal_lm import (
-    CausalLM,
-    build_hf_config,
-    build_model,
-    load_pretrained,
-    read_back_hf_config,
+from flame_composer.checkpoint.to_model import (
+    load_from_checkpoint,
+    load_model,
+    save_hf_folder,
+    tokenizer_from,
 )
+from flame_composer.errors import ConfigError, DataError
+from flame_composer.model.build import build_model, load_pretrained
+from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.hf_config import build_hf_config, read_back_hf_config
 from flame_composer.text.tokenizer import build_encoder, fingerprint, load_tokenizer
 from flame_composer.text.tokenizer_files import FILES
 from flame_composer.use.generate import encode

@@ -39,7 +39,8 @@ from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_train_loader
 from flame_composer.loader.datasets import open_dataset
-from flame_composer.model.causal_lm import CausalLM, build_model, load_pretrained, meta_model
+from flame_composer.model.build import build_model, load_pretrained, meta_model
+from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.llama import Source, open_source
 from flame_composer.model.transplant import describe, make_fresh, plan_conversion, read_target
 from flame_composer.storage.folders import new_folder, require_new

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from flame_composer.config.load import load
 from flame_composer.config.use import GenerateConfig
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.use import generate
 from flame_composer.use.generate import (
     Pieces,

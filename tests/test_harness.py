@@ -19,12 +19,13 @@ import torch
 import yaml
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from flame_composer.checkpoint.save import save_hf_folder
+from flame_composer.checkpoint.to_model import save_hf_folder
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import EvaluateConfig
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.text.ends import Ends, with_ends
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, words
@@ -325,10 +326,10 @@ def test_a_template_that_does_not_end_is_given_up(
     tasks: Path, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sandbox takes a range of 90,000, and another one within."""
-    from flame_composer.checkpoint.save import load_model
-    from flame_composer.use import harness
+    from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.use import foreign_tasks, harness
 
-    monkeypatch.setattr(harness, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(foreign_tasks, "TEMPLATE_SECONDS", 0.3)
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
     count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     seen = "{% if text == '" + words(2 + 9, 1) + "' %}" + count + "{% endif %}{{text}}"
@@ -358,7 +359,7 @@ def test_code_that_writes_text_is_not_run_for_a_task(
     """transformers' `generate` takes a folder with code to generate by, and the word that it is
     trusted, like any argument.
     """
-    from flame_composer.checkpoint.save import load_model
+    from flame_composer.checkpoint.to_model import load_model
     from flame_composer.use.harness import HarnessModel, load_tasks, score
 
     code = tmp_path / "folder" / "custom_generate"

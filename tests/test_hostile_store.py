@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint import upload
 from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files as storage
 from flame_composer.storage import s3 as s3_module
@@ -185,21 +185,21 @@ def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(
 ):
     """docs/reliability.md: about four minutes, and up to seven where the store hangs."""
     attempt = 5 * 30 + 15  # seconds: what botocore waits between its attempts is 15 at most
-    assert (s3_module.CONNECT_SECONDS, sum(checkpoint.UPLOAD_WAITS)) == (5, 252)
-    assert checkpoint.UPLOAD_SECONDS + attempt <= 7.1 * 60
+    assert (s3_module.CONNECT_SECONDS, sum(upload.UPLOAD_WAITS)) == (5, 252)
+    assert upload.UPLOAD_SECONDS + attempt <= 7.1 * 60
     with hostile(silence) as server:
         with monkeypatch.context() as patch:
             patch.setattr(server, "answer", lists_only(silence))
             point_to(server, monkeypatch)
             s3_module._connect("data")
         server.requests = []
-        monkeypatch.setattr(checkpoint, "UPLOAD_WAITS", (0.1, 0.2, 0.4, 9))
-        monkeypatch.setattr(checkpoint, "UPLOAD_SECONDS", 3)
+        monkeypatch.setattr(upload, "UPLOAD_WAITS", (0.1, 0.2, 0.4, 9))
+        monkeypatch.setattr(upload, "UPLOAD_SECONDS", 3)
         began = time.monotonic()
         with pytest.raises(
             StoreError, match=r"^s3://data/ba1.pt: http://127.* cannot be reached: Read timeout"
         ):
-            checkpoint._upload(tmp_path / "file", "s3://data/ba1.pt")
+            upload.upload_file(tmp_path / "file", "s3://data/ba1.pt")
         assert time.monotonic() - began < 8
         assert len(server.requests) <= 4 * s3_module.ATTEMPTS
     assert len(caplog.messages) >= 2

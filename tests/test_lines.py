@@ -379,13 +379,13 @@ def test_a_long_error_keeps_its_ends(monkeypatch, capsys):
 UPLOAD = """
 import sys
 from pathlib import Path
-from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint import upload
 from flame_composer.config.cli import run
 from flame_composer.config.use import GenerateConfig
 
 def main(config):
-    checkpoint.UPLOAD_WAITS = (0.1,)
-    checkpoint._upload(Path(config.model), config.prompt)
+    upload.UPLOAD_WAITS = (0.1,)
+    upload.upload_file(Path(config.model), config.prompt)
 
 sys.exit(run(main, GenerateConfig))
 """

@@ -20,20 +20,18 @@ from safetensors.torch import load_file, save_file
 
 from flame_composer import cpu
 from flame_composer.batch import collate
-from flame_composer.checkpoint.save import save_hf_folder
+from flame_composer.checkpoint.to_model import save_hf_folder
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
+from flame_composer.model.build import build_model, load_pretrained
 from flame_composer.model.causal_lm import (
     CausalLM,
-    build_hf_config,
-    build_model,
-    check_agrees,
     check_microbatch_size,
     cumulative_lengths,
-    load_pretrained,
     positions,
 )
+from flame_composer.model.hf_config import build_hf_config, check_agrees
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 

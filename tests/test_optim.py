@@ -18,7 +18,8 @@ from composer.utils import get_device
 from flame_composer.config.sections import OptimizerConfig, SchedulerConfig
 from flame_composer.config.train import RunPlan
 from flame_composer.errors import ConfigError
-from flame_composer.model.causal_lm import build_hf_config, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.train.algorithms import EMA, SWA, LayerFreezing, SeqLengthWarmup
 from flame_composer.train.optim import Schedule, rate_factor

@@ -22,12 +22,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from flame_composer.checkpoint import content as checkpoint_content
 from flame_composer.checkpoint import find as checkpoint_find
 from flame_composer.checkpoint import read as checkpoint_read
-from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint.to_model import load_from_checkpoint, load_model
 from flame_composer.config.sections import FsdpConfig, ModelConfig, ParallelismConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, InvalidField
-from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.train import parallelism
 from flame_composer.train.parallelism import check_devices
 from tests.conftest import CONTEXT_LENGTH, GLA
@@ -119,7 +121,7 @@ def norms(run: Path) -> list[float]:
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
     found = checkpoint_find.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
-    return checkpoint.load_from_checkpoint(found)[0].state_dict()
+    return load_from_checkpoint(found)[0].state_dict()
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -481,7 +483,7 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
         problem = f"{folder}/ba8/{named}: {what}"
         assert caplog.messages == [f"warning: {problem}; trying the one before it"]
         with pytest.raises(DataError, match=f"^{re.escape(problem)}$"):
-            checkpoint.load_model(str(folder / "ba8"))
+            load_model(str(folder / "ba8"))
         (folder / "ba8" / name).write_bytes(good)
         caplog.clear()
     head = torch.load(folder / "ba8" / pieces.HEAD, weights_only=False)
@@ -489,7 +491,7 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
     for fingerprints in (None, [], {}, [1, 2], head["fingerprints"][::-1]):
         torch.save({**head, "fingerprints": fingerprints}, folder / "ba8" / pieces.HEAD)
         with pytest.raises(DataError, match=f"^{re.escape(problem)}"):
-            checkpoint.load_model(str(folder / "ba8"))
+            load_model(str(folder / "ba8"))
 
 
 def test_pieces_without_a_fingerprint_are_of_the_step_of_their_head(
@@ -517,7 +519,7 @@ def test_pieces_without_a_fingerprint_are_of_the_step_of_their_head(
     problem = f"{newer}: not a whole checkpoint: its clock is at step 3, and its pieces at"
     assert caplog.messages == [f"warning: {problem} 3, 2; trying the one before it"] * 3
     with pytest.raises(DataError, match=f"^{re.escape(problem)} 3, 2$"):
-        checkpoint.load_model(str(newer))
+        load_model(str(newer))
 
     # All of them of an earlier step: right only where steps were left out.
     caplog.clear()
@@ -528,7 +530,7 @@ def test_pieces_without_a_fingerprint_are_of_the_step_of_their_head(
     caplog.clear()
     assert [found(skips), found()] == [str(newer)] * 2
     assert caplog.messages == []
-    checkpoint.load_model(str(newer))
+    load_model(str(newer))
     assert caplog.messages == [f"warning: {problem} {note}".replace("not a whole checkpoint: ", "")]
 
 

@@ -21,7 +21,9 @@ from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader
 from flame_composer.loader.datasets import open_dataset
-from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.plan import planning
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
 from flame_composer.plan.memory import (

@@ -28,9 +28,10 @@ from flame_composer.loader.datasets import open_dataset
 from flame_composer.storage import files as storage
 from flame_composer.storage import locks as machine
 from flame_composer.storage.folders import new_folder
+from flame_composer.storage.local import create
 from flame_composer.text import hub
-from flame_composer.train import log
 from flame_composer.train.preemption import lock_folders, lock_run
+from flame_composer.train.rows import appending, keep_rows, writing
 from tests.conftest import make_run
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Script
@@ -119,7 +120,7 @@ def test_a_link_that_comes_again_and_again_ends_in_an_error(
 
     monkeypatch.setattr(os, "unlink", unlink_in_vain)
     with pytest.raises(FileExistsError):
-        storage.create(place)
+        create(place)
     assert victim.read_text() == SECRET
 
 
@@ -333,14 +334,14 @@ def test_a_log_that_is_no_file_is_refused(
         lock_run(run)
     # And where it is put there later
     for write in (
-        lambda path: log.appending(path).close(),
-        lambda path: log.keep_rows(path, last_step=1),
+        lambda path: appending(path).close(),
+        lambda path: keep_rows(path, last_step=1),
     ):
         with (
             pytest.raises(
                 TrainingError, match=rf"^{run}/{name}: cannot be written: is a link, or no file;"
             ),
-            log._writing(run / name),
+            writing(run / name),
         ):
             write(run / name)
     assert victim.read_text() == SECRET
@@ -350,7 +351,7 @@ def test_rows_are_not_kept_through_a_link(tmp_path: Path, victim: Path) -> None:
     row = b'{"current_steps": 1}\n'
     (tmp_path / "train_log.jsonl").write_bytes(row)
     (tmp_path / "train_log.tmp").symlink_to(victim)
-    log.keep_rows(tmp_path / "train_log.jsonl", last_step=1)
+    keep_rows(tmp_path / "train_log.jsonl", last_step=1)
     assert (tmp_path / "train_log.jsonl").read_bytes() == row
     assert victim.read_text() == SECRET
 

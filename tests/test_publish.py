@@ -29,12 +29,12 @@ from transformers import GenerationConfig
 
 from flame_composer.checkpoint.find import find_checkpoint
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-from flame_composer.checkpoint.save import model_in
+from flame_composer.checkpoint.to_model import model_in
 from flame_composer.config.convert import ToHfConfig
 from flame_composer.config.load import load
 from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.export.card import check_hub, model_card, push_folder, read_run_config
-from flame_composer.model.causal_lm import load_pretrained
+from flame_composer.model.build import load_pretrained
 from tests.runs import ROOT, Corpus, check, run_script, two_ranks
 
 

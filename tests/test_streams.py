@@ -16,8 +16,8 @@ from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader, describe_order
 from flame_composer.loader.datasets import open_train_data
-from flame_composer.train.log import SameData
 from flame_composer.train.mixture import build_mixture
+from flame_composer.train.resume import SameData
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Script, check, last_json, read_log, run_script

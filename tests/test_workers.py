@@ -27,6 +27,7 @@ from flame_composer.dataset.workers import Conversion, convert_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import is_url
 from flame_composer.text import encoder
 from flame_composer.text.encoder import HF
 from flame_composer.text.sources import find_files
@@ -102,7 +103,7 @@ def conversion(folder: Path, datasets: list[DatasetWriter]) -> Conversion:
 
 def place_of(folder: Path, name: str) -> str:
     """Where the datasets called `name` are: in `folder`, unless it is a URL."""
-    return name if storage.is_url(name) else str(folder / name)
+    return name if is_url(name) else str(folder / name)
 
 
 def command(folder: Path, name: str, num_workers: int | None, *more: str) -> list[str]:

@@ -16,7 +16,9 @@ from flame_composer import cpu
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
-from flame_composer.model.causal_lm import CausalLM, build_hf_config, build_model, load_pretrained
+from flame_composer.model.build import build_model, load_pretrained
+from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.hf_config import build_hf_config
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, read_log, run_script

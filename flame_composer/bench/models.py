@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from flame_composer import cpu
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
 from flame_composer.config.bench import BenchmarkConfig, DecodeBenchmarkConfig
-from flame_composer.model.causal_lm import build_model, count_work
+from flame_composer.model.build import build_model
+from flame_composer.model.work import count_work
 
 
 def seconds(run: Callable[[], Any]) -> float:

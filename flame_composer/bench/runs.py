@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import build_pair, seconds
 from flame_composer.config.bench import CheckpointBenchmarkConfig
-from flame_composer.model.causal_lm import CausalLM, build_model
+from flame_composer.model.build import build_model
+from flame_composer.model.causal_lm import CausalLM
 
 ROWS_READ = 20_000
 ROWS_OF_A_BATCH = 8
@@ -173,7 +174,7 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     from flame_composer.config.train import TrainConfig
     from flame_composer.loader import batches as data
     from flame_composer.loader.datasets import open_train_data
-    from flame_composer.model.causal_lm import build_hf_config
+    from flame_composer.model.hf_config import build_hf_config
     from flame_composer.model.optimizer import build_optimizer
     from flame_composer.text.tokenizer import load_tokenizer
 

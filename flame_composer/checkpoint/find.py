@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 from composer.utils import dist
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.checkpoint.content import Needed, OtherRun, check_content
+from flame_composer.checkpoint.content import check_content
+from flame_composer.checkpoint.parts import Needed, OtherRun
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head
 from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import Stat, is_url
 
 # A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two
 # names stand for the same step.
@@ -40,7 +42,7 @@ def has_head(place: str) -> bool:
     is in.
     """
     head = storage.join(place, pieces.HEAD)
-    return storage.stat(head) is not None if storage.is_url(place) else _is_there(head)
+    return storage.stat(head) is not None if is_url(place) else _is_there(head)
 
 
 def _is_there(path: str) -> bool:
@@ -79,7 +81,7 @@ def list_torsos(folder: str, before: int) -> list[str]:
 def _named(folder: str) -> list[str]:
     """Return what has a checkpoint's name in a folder, newest first."""
     try:
-        names = storage.ls(folder) if storage.is_url(folder) else os.listdir(folder)
+        names = storage.ls(folder) if is_url(folder) else os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -167,7 +169,7 @@ def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> Dat
     except StoreError:
         raise
     except DataError as error:
-        if storage.is_url(place):
+        if is_url(place):
             remove_copy(staging / place.rpartition("/")[2])  # the next one may need the room
         return error
 
@@ -200,7 +202,7 @@ class _Failed(NamedTuple):
 
 def _local(place: str, staging: Path) -> Path:
     """The file that a checkpoint is read from."""
-    there = staging / place.rpartition("/")[2] if storage.is_url(place) else Path(place)
+    there = staging / place.rpartition("/")[2] if is_url(place) else Path(place)
     return (
         there / pieces.HEAD
         if os.path.isdir(there) and _is_there(str(there / pieces.HEAD))
@@ -209,7 +211,7 @@ def _local(place: str, staging: Path) -> Path:
 
 
 def _fetched(place: str, staging: Path) -> Checkpoint | None:
-    if not storage.is_url(place):
+    if not is_url(place):
         return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
     copy = staging / place.rpartition("/")[2]
     head = storage.stat(storage.join(place, pieces.HEAD))
@@ -239,7 +241,7 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
         return None
 
 
-def _download(place: str, there: storage.Stat, copy: Path) -> None:
+def _download(place: str, there: Stat, copy: Path) -> None:
     free = shutil.disk_usage(copy.parent).free
     if there.size > free:
         raise StoreError(

@@ -9,26 +9,20 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
 from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.checkpoint.content import Needed, check_pieces
 from flame_composer.checkpoint.find import (
-    find_checkpoint,
     find_start,
     has_head,
     list_checkpoints,
@@ -37,13 +31,13 @@ from flame_composer.checkpoint.find import (
     remove_copy,
     step_of,
 )
+from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import (
     Checkpoint,
-    read_checkpoint,
     read_content,
     read_for_composer,
 )
-from flame_composer.checkpoint.to_model import model_from, tokenizer_from
+from flame_composer.checkpoint.upload import upload_file
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.errors import (
     GOES_ON,
@@ -53,24 +47,17 @@ from flame_composer.errors import (
     TrainingError,
     one_line,
 )
-from flame_composer.model.causal_lm import check_runs_here, load_pretrained
-from flame_composer.model.foreign import count_not_finite, warn_not_finite
 from flame_composer.storage import files as storage
-from flame_composer.storage.folders import flush, new_folder
+from flame_composer.storage.filesystems import Stat, is_url
+from flame_composer.storage.folders import flush
+from flame_composer.storage.local import create
 from flame_composer.storage.locks import is_own_folder
-from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
-from flame_composer.text.tokenizer import load_tokenizer, special_tokens, vocab_size_of
 
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates;
 # none of them is made so.
 NEVER_EVALUATED = algorithms.__all__
-# Seconds between attempts to save a checkpoint, each of which tries several times
-UPLOAD_WAITS = (2, 10, 60, 180)
 # After so long, looking at what lies in the folder goes on when the next checkpoint is saved
 VERIFY_SECONDS = 60
-# No attempt begins later than so long after the first. At a store that hangs each takes three
-# minutes.
-UPLOAD_SECONDS = 260
 
 # Of what torch says of a file that it cannot write (2.7).
 _CANNOT_WRITE = re.compile(
@@ -121,7 +108,7 @@ class SaveCheckpoints(Callback):
         that has to be on disk before a checkpoint gets its name.
         """
         self.folder = folder
-        self.staging = staging if storage.is_url(folder) else Path(folder)
+        self.staging = staging if is_url(folder) else Path(folder)
         self.batches = batches
         self.seconds = seconds
         self.num_to_keep = num_to_keep
@@ -132,7 +119,7 @@ class SaveCheckpoints(Callback):
         self.saved: str | None = None  # the newest
         self._last_time = time.monotonic()
         # As it was when that was found out
-        self._is_whole: dict[str, tuple[storage.Stat | None, bool]] = {}
+        self._is_whole: dict[str, tuple[Stat | None, bool]] = {}
         self._stays: set[str] = set()  # what could not be deleted
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -146,11 +133,9 @@ class SaveCheckpoints(Callback):
         dist.barrier()  # every rank has read what it goes on from
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
-            for left in self.staging.glob(
-                "*ba*" if storage.is_url(self.folder) else "unfinished-ba*"
-            ):
+            for left in self.staging.glob("*ba*" if is_url(self.folder) else "unfinished-ba*"):
                 if (
-                    storage.is_url(self.folder)
+                    is_url(self.folder)
                     or step_of(left.name.removeprefix("unfinished-")) is not None
                 ):
                     remove_copy(left)
@@ -188,7 +173,7 @@ class SaveCheckpoints(Callback):
                 self._flush_log()
             temporary = self.staging / f"unfinished-{name}"
             (self._save_pieces if in_pieces else self._save_file)(state, temporary, place)
-            if dist.get_global_rank() == 0 and not storage.is_url(place):
+            if dist.get_global_rank() == 0 and not is_url(place):
                 flush(Path(self.folder))
         if dist.get_global_rank() == 0:
             self._know(place, True)
@@ -210,14 +195,14 @@ class SaveCheckpoints(Callback):
             save_checkpoint(state, str(temporary))
             return
         self.staging.mkdir(parents=True, exist_ok=True)
-        with storage.create(temporary) as file:
+        with create(temporary) as file:
             # By its descriptor: what others put under its name meanwhile is not written to
             save_checkpoint(state, f"/proc/self/fd/{file.fileno()}")
             self._make_way(place)
             if not os.path.samestat(os.lstat(temporary), os.fstat(file.fileno())):
                 raise OSError(errno.EEXIST, f"somebody else has put another file at {temporary}")
-            if storage.is_url(place):
-                _upload(temporary, place)
+            if is_url(place):
+                upload_file(temporary, place)
                 temporary.unlink()
             else:
                 flush(temporary)
@@ -229,7 +214,7 @@ class SaveCheckpoints(Callback):
         if not is_own_folder(temporary):
             raise OSError(errno.EEXIST, f"{temporary} is a link, or another user's")
         files = pieces.save(state, temporary)
-        if storage.is_url(place):
+        if is_url(place):
             if is_first:
                 self._make_way(place)
                 storage.delete(storage.join(place, pieces.HEAD))  # of one that could not be moved
@@ -237,10 +222,10 @@ class SaveCheckpoints(Callback):
             for file in files:
                 if file.name == pieces.HEAD:
                     continue
-                _upload(file, storage.join(place, file.name))
+                upload_file(file, storage.join(place, file.name))
             dist.barrier()
             if is_first:
-                _upload(files[-1], storage.join(place, pieces.HEAD))
+                upload_file(files[-1], storage.join(place, pieces.HEAD))
             dist.barrier()
             if dist.get_local_rank() == 0:
                 shutil.rmtree(temporary)
@@ -260,7 +245,7 @@ class SaveCheckpoints(Callback):
         is_file = storage.stat(place) is not None
         if is_file and self._is_whole.get(place) == (_stat(place), True):
             return  # this run saved the same before
-        if not (is_file or has_head(place) if storage.is_url(place) else os.path.lexists(place)):
+        if not (is_file or has_head(place) if is_url(place) else os.path.lexists(place)):
             return
         number = 0
         while _is_taken(
@@ -348,11 +333,11 @@ class SaveCheckpoints(Callback):
             log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
 
     def _remove(self, place: str) -> None:
-        if not storage.is_url(place) and os.path.islink(place):
+        if not is_url(place) and os.path.islink(place):
             os.unlink(place)  # and not what it leads to, which may be another run's
         elif place.endswith(".pt"):
             storage.delete(place)
-        elif storage.is_url(place):
+        elif is_url(place):
             storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
             storage.delete_folder(place)
         else:
@@ -414,148 +399,11 @@ def build_saver(
     )
 
 
-def _stat(place: str) -> storage.Stat | None:
+def _stat(place: str) -> Stat | None:
     return storage.stat(place if place.endswith(".pt") else storage.join(place, pieces.HEAD))
 
 
 def _is_taken(place: str) -> bool:
-    if storage.is_url(place):
+    if is_url(place):
         return bool(storage.stat(place) or storage.ls(place))
     return os.path.lexists(place)
-
-
-def _upload(file: Path, place: str) -> None:
-    """An outage of some minutes, or credentials that are being renewed, need not end a run."""
-    begun = time.monotonic()
-    for seconds in (*UPLOAD_WAITS, None):
-        try:
-            storage.put(file, place)
-            return
-        except (StoreError, ConfigError) as error:
-            if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:
-                raise
-            log.warning(
-                "warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds
-            )
-            time.sleep(seconds)
-
-
-def load_model(
-    place_or_id: str, tokenizer: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest
-    checkpoint in a folder.
-
-    `tokenizer` is the folder or id of one to take instead. Raises ConfigError for one with tokens
-    that the model has not.
-    """
-    path = Path(place_or_id)
-    if (
-        storage.is_url(place_or_id)
-        or path.is_file()
-        or (path.is_dir() and not (path / "config.json").is_file())
-    ):
-        with tempfile.TemporaryDirectory() as staging:
-            model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
-            check_runs_here(model.config, place_or_id)
-            found = its_own if tokenizer is None else load_tokenizer(tokenizer)
-            known = ends_of(its_own)
-    else:
-        model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
-        known = ends_in(place_or_id)
-    if tokenizer is not None and known is not None:
-        note_ends(found, known)  # documents began as they did, whatever tokenizer is taken
-    if vocab_size_of(found) > model.config.vocab_size:
-        raise ConfigError(
-            f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the"
-            f" model only {model.config.vocab_size}; give the one it was trained with"
-        )
-    return model, found
-
-
-def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly;
-    their average, if there is one.
-    """
-    return model_in(read_checkpoint(checkpoint), checkpoint)
-
-
-def model_in(
-    content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """As `load_from_checkpoint`, of what `read_checkpoint` returned.
-
-    `model` are the weights that training goes on with, `ema` their exponential moving average,
-    which is what was evaluated; `auto` takes that where the run has one. Raises ConfigError for
-    `ema` without one.
-    """
-    try:
-        hf_state = content["state"]["integrations"]["huggingface"]
-        average = average_of(content["state"])
-        weights = (
-            pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
-        )
-        weights = dict(weights) | ({} if which == "model" else average)
-        behind = check_pieces(content, checkpoint.place, may_be_behind=True)
-    except DataError:
-        raise
-    except Exception:  # whatever a content of any kind makes of what looks at it
-        raise DataError(
-            f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging"
-            " Face model"
-        ) from None
-    if behind is not None:
-        log.warning("warning: %s", behind)
-    if which == "ema" and not average:
-        raise ConfigError(
-            f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model"
-        )
-    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(
-        hf_state, checkpoint.place
-    )
-
-
-def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The exponential moving average of the weights, which is what was evaluated, if the run has
-    one.
-    """
-    return next(
-        (kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {}
-    )
-
-
-def save_hf_folder(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    out: Path,
-    *,
-    dtype: str,
-    max_shard_size: int = 5_000_000_000,
-    card: str | None = None,
-) -> None:
-    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer
-    in a `new_folder`.
-
-    The generation config has the tokenizer's special tokens where the model names none; `card`
-    becomes README.md. Weights that are infinite or not a number, or become so in `dtype`, are named
-    in a warning.
-    """
-    if model.generation_config is not None:
-        for name, token in special_tokens(tokenizer).items():
-            if getattr(model.generation_config, name) is None:
-                setattr(model.generation_config, name, token)
-        if ends_of(tokenizer) is not None:
-            # What transformers begins a text with that is given nothing to go on from.
-            model.generation_config.bos_token_id = start_of(tokenizer)
-        # Transformers would make it anew, without them
-        model.generation_config._from_model_config = False
-    with new_folder(out) as folder:
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        model.to(getattr(torch, dtype))
-        warn_not_finite(
-            f"{out} ({dtype})",
-            {name: count_not_finite(each) for name, each in model.state_dict().items()},
-        )
-        model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)

@@ -6,20 +6,31 @@ take file names and keyword arguments out of it as they are.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint.find import find_checkpoint
+from flame_composer.checkpoint.optimizer_state import check_pieces
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.errors import ConfigError, DataError, one_line
-from flame_composer.model.causal_lm import build_model, meta_model, read_back_hf_config
-from flame_composer.model.foreign import numbers_in, require_size
+from flame_composer.model.build import build_model, load_pretrained, meta_model
+from flame_composer.model.foreign import count_not_finite, numbers_in, require_size, warn_not_finite
+from flame_composer.model.hf_config import check_runs_here, read_back_hf_config
+from flame_composer.storage.filesystems import is_url
+from flame_composer.storage.folders import new_folder
 from flame_composer.text.counts import require_counts
-from flame_composer.text.tokenizer import load_tokenizer
+from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
+from flame_composer.text.tokenizer import load_tokenizer, special_tokens, vocab_size_of
 from flame_composer.text.tokenizer_files import write_files
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "model."  # that Composer's model puts before its names
 
@@ -99,3 +110,124 @@ def tokenizer_from(hf_state: Mapping[str, Any], place: str) -> PreTrainedTokeniz
             raise DataError(
                 f"{place}: its tokenizer: {one_line(error).removeprefix(f'tokenizer: {folder}: ')}"
             ) from None
+
+
+def load_model(
+    place_or_id: str, tokenizer: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest
+    checkpoint in a folder.
+
+    `tokenizer` is the folder or id of one to take instead. Raises ConfigError for one with tokens
+    that the model has not.
+    """
+    path = Path(place_or_id)
+    if (
+        is_url(place_or_id)
+        or path.is_file()
+        or (path.is_dir() and not (path / "config.json").is_file())
+    ):
+        with tempfile.TemporaryDirectory() as staging:
+            model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
+            check_runs_here(model.config, place_or_id)
+            found = its_own if tokenizer is None else load_tokenizer(tokenizer)
+            known = ends_of(its_own)
+    else:
+        model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
+        known = ends_in(place_or_id)
+    if tokenizer is not None and known is not None:
+        note_ends(found, known)  # documents began as they did, whatever tokenizer is taken
+    if vocab_size_of(found) > model.config.vocab_size:
+        raise ConfigError(
+            f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the"
+            f" model only {model.config.vocab_size}; give the one it was trained with"
+        )
+    return model, found
+
+
+def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly;
+    their average, if there is one.
+    """
+    return model_in(read_checkpoint(checkpoint), checkpoint)
+
+
+def model_in(
+    content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """As `load_from_checkpoint`, of what `read_checkpoint` returned.
+
+    `model` are the weights that training goes on with, `ema` their exponential moving average,
+    which is what was evaluated; `auto` takes that where the run has one. Raises ConfigError for
+    `ema` without one.
+    """
+    try:
+        hf_state = content["state"]["integrations"]["huggingface"]
+        average = average_of(content["state"])
+        weights = (
+            pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
+        )
+        weights = dict(weights) | ({} if which == "model" else average)
+        behind = check_pieces(content, checkpoint.place, may_be_behind=True)
+    except DataError:
+        raise
+    except Exception:  # whatever a content of any kind makes of what looks at it
+        raise DataError(
+            f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging"
+            " Face model"
+        ) from None
+    if behind is not None:
+        log.warning("warning: %s", behind)
+    if which == "ema" and not average:
+        raise ConfigError(
+            f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model"
+        )
+    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(
+        hf_state, checkpoint.place
+    )
+
+
+def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The exponential moving average of the weights, which is what was evaluated, if the run has
+    one.
+    """
+    return next(
+        (kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {}
+    )
+
+
+def save_hf_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    *,
+    dtype: str,
+    max_shard_size: int = 5_000_000_000,
+    card: str | None = None,
+) -> None:
+    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer
+    in a `new_folder`.
+
+    The generation config has the tokenizer's special tokens where the model names none; `card`
+    becomes README.md. Weights that are infinite or not a number, or become so in `dtype`, are named
+    in a warning.
+    """
+    if model.generation_config is not None:
+        for name, token in special_tokens(tokenizer).items():
+            if getattr(model.generation_config, name) is None:
+                setattr(model.generation_config, name, token)
+        if ends_of(tokenizer) is not None:
+            # What transformers begins a text with that is given nothing to go on from.
+            model.generation_config.bos_token_id = start_of(tokenizer)
+        # Transformers would make it anew, without them
+        model.generation_config._from_model_config = False
+    with new_folder(out) as folder:
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        model.to(getattr(torch, dtype))
+        warn_not_finite(
+            f"{out} ({dtype})",
+            {name: count_not_finite(each) for name, each in model.state_dict().items()},
+        )
+        model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)

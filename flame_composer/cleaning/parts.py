@@ -27,6 +27,7 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.storage.files import dump_json
 from flame_composer.storage.folders import require_folder_inside, require_safe
+from flame_composer.storage.local import create
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.formats import format_by_suffix
 from flame_composer.text.sources import Unit
@@ -117,9 +118,9 @@ def _create(path: Path) -> BinaryIO:
 
         return cast(
             BinaryIO,
-            io.BufferedWriter(output_stream(storage.create(path), compression="zstd"), 1 << 20),
+            io.BufferedWriter(output_stream(create(path), compression="zstd"), 1 << 20),
         )
-    file = storage.create(path)
+    file = create(path)
     if inner == ".gz":
         return cast(BinaryIO, _Gzip(file))
     return file
@@ -324,7 +325,7 @@ def _are_counts(content: dict[str, Any]) -> bool:
 def publish_file(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    with storage.create(temporary) as file:
+    with create(temporary) as file:
         file.write(dump_json(content))
     os.replace(temporary, path)
 
@@ -373,70 +374,3 @@ def _differences(
 def _short(value: Any) -> str:
     shown = "set" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
-
-
-def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
-    """One row a step and reason: documents in = documents removed + documents out; the last line
-    is JSON.
-    """
-    counts = Counts.from_json(manifest["counts"])
-    rows = [("step", "in", "removed", "changed", "out")]
-    left = counts.documents
-    steps = [
-        ("unreadable", counts.unreadable, Counter[str]()),
-        ("empty", counts.empty, Counter[str]()),
-    ]
-    steps += [
-        (step, sum(counts.removed[step].values()), counts.removed[step])
-        for step in STEPS
-        if step in counts.removed
-    ]
-    if "pii" in counts.changed:
-        steps.append(("pii", 0, Counter()))
-    for step, removed, reasons in steps:
-        changed = counts.changed[step]
-        rows.append(
-            (
-                step,
-                f"{left:,}",
-                f"{removed:,}",
-                f"{changed:,}" if changed else "",
-                f"{left - removed:,}",
-            )
-        )
-        rows += [
-            (f"  {reason}", "", f"{number:,}", "", "")
-            for reason, number in sorted(reasons.items())
-            if reason
-        ]
-        left -= removed
-    assert left == counts.out, counts
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
-    kept = (
-        f"{counts.out:,} of {counts.documents:,} documents are left, "
-        f"{counts.characters_out:,} of {counts.characters:,} characters"
-    )
-    if seconds is not None:
-        kept += f", in {seconds:.1f} s: {counts.characters / seconds:,.0f} characters/s"
-    summary = {
-        "documents": counts.documents,
-        "unreadable": counts.unreadable,
-        "empty": counts.empty,
-        "removed": {
-            step: sum(counts.removed[step].values()) for step in STEPS if step in counts.removed
-        },
-        "changed": dict(counts.changed),
-        "documents_out": counts.out,
-        "characters": counts.characters,
-        "characters_out": counts.characters_out,
-    }
-    return [*lines, kept, json.dumps(summary)]

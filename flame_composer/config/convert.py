@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from flame_composer.config import other_names
 from flame_composer.config.rules import ScriptConfig, require, require_seed, require_text
-from flame_composer.storage.files import is_url
+from flame_composer.storage.filesystems import is_url
 
 
 def require_apart(out: str, other: str, name: str) -> None:
@@ -81,21 +81,9 @@ class TokenizerTrainConfig(ScriptConfig):
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and
 # the inputs themselves.
 CONVERSION_SETTINGS = (
-    "source",
-    "name",
-    "split",
-    "suffixes",
-    "text_column",
-    "add_bos",
-    "add_eos",
-    "max_document_bytes",
-    "max_doc_length",
-    "min_doc_length",
-    "seed",
-    "val_fraction",
-    "shard_size",
-    "unit_size",
-)
+    "source name split suffixes text_column add_bos add_eos "
+    "max_document_bytes max_doc_length min_doc_length seed val_fraction shard_size unit_size"
+).split()
 
 
 @dataclass

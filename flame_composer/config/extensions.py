@@ -94,20 +94,10 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "gradient_clipping": "set optimizer.grad_clip_norm instead",
             **dict.fromkeys(
                 (
-                    "aug_mix",
-                    "blur_pool",
-                    "channels_last",
-                    "col_out",
-                    "cut_mix",
-                    "cut_out",
-                    "ghost_batch_norm",
-                    "mix_up",
-                    "progressive_resizing",
-                    "rand_augment",
-                    "squeeze_excite",
-                    "stochastic_depth",
-                    "weight_standardization",
-                ),
+                    "aug_mix blur_pool channels_last col_out cut_mix cut_out "
+                    "ghost_batch_norm mix_up progressive_resizing rand_augment "
+                    "squeeze_excite stochastic_depth weight_standardization"
+                ).split(),
                 _IMAGES,
             ),
             "alibi": (
@@ -170,13 +160,9 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 # What only hands metrics to loggers, and would do nothing without one.
 ONLY_LOGS = (
-    "speed_monitor",
-    "lr_monitor",
-    "memory_monitor",
-    "optimizer_monitor",
-    "runtime_estimator",
-    "system_metrics_monitor",
-)
+    "speed_monitor lr_monitor memory_monitor "
+    "optimizer_monitor runtime_estimator system_metrics_monitor"
+).split()
 # What takes the model's parameters for whole ones.
 NEEDS_WHOLE_PARAMETERS = ("ema", "swa", "layer_freezing", "generate", "hf_export")
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 from flame_composer.dataset.manifest import Split, UnitRecord
 from flame_composer.dataset.plan import unit_name
-from flame_composer.dataset.writer import DatasetWriter, UnitWriter
+from flame_composer.dataset.unit import UnitWriter
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage.folders import explained
 from flame_composer.text.documents import read_documents

@@ -20,27 +20,23 @@ import dataclasses
 import hashlib
 import io
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flame_composer.dataset.manifest import (
     VERSION,
     Ledger,
     Manifest,
-    UnitRecord,
     check_shards,
     damaged,
     parse_record,
     read_json,
     read_manifest,
 )
-from flame_composer.dataset.mds import ShardWriter
-from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.dataset.packing import Pieces
 from flame_composer.dataset.plan import (
     TAIL,
     Plan,
@@ -52,9 +48,11 @@ from flame_composer.dataset.plan import (
     short,
     unit_name,
 )
+from flame_composer.dataset.unit import UnitWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.storage.files import dump_json
+from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import (
     explained,
     private_folder,
@@ -85,7 +83,7 @@ class DatasetWriter:
         """The local folder that units are made in: on the same disk, or in TMPDIR for those that
         are then uploaded.
         """
-        if not storage.is_url(self.out):
+        if not is_url(self.out):
             return Path(self.out, "tmp")
         name = hashlib.sha256(self.out.encode()).hexdigest()[:16]
         return private_folder() / name
@@ -111,7 +109,7 @@ class DatasetWriter:
         out = self.out
         if storage.stat(out) is not None:
             raise ConfigError(f"out: {out}: is a file; name a folder")
-        if not storage.is_url(out):
+        if not is_url(out):
             require_safe(Path(out), "out")
             for name in ("tmp", "units"):
                 require_folder_inside(Path(out), name, "out")
@@ -149,10 +147,10 @@ class DatasetWriter:
         it.
         """
         with explained(self.out):
-            if not storage.is_url(self.out):
+            if not is_url(self.out):
                 Path(self.out).mkdir(parents=True, exist_ok=True)
             storage.write(self._place("plan.json"), dump_json(plan_json(self.plan)))
-            if not storage.is_url(self.out):
+            if not is_url(self.out):
                 Path(self.out, "tmp").mkdir(exist_ok=True)
                 Path(self.out, "units").mkdir(exist_ok=True)
 
@@ -326,91 +324,3 @@ class DatasetWriter:
                 f"out: {self.out}: holds a conversion with other settings: {', '.join(shown)}; name"
                 " another out, or remove this folder"
             )
-
-
-class UnitWriter:
-    """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit`
-    puts it in its place with one rename, or uploads it.
-    """
-
-    def __init__(self, dataset: DatasetWriter, number: int | None):
-        self.plan, self.number = dataset.plan, number
-        self.name = TAIL if number is None else unit_name(number)
-        # A name of its own: whoever else is at work on this unit must not write into the same
-        # folder.
-        self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
-        self.final = storage.join(dataset.out, "units", self.name)
-        dtype = token_dtype(self.plan.tokenizer.vocab_size)
-        self.tail = no_pieces(dtype)
-        self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
-        self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
-        self.hash = hashlib.blake2b(digest_size=16)
-        self.mds = ShardWriter(
-            self.temporary, dtype, self.plan.context_length, self.plan.config["shard_size"]
-        )
-
-    def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
-        """Append documents: their tokens, end to end, and the number of tokens of each."""
-        self.counts["documents"] += len(doc_lengths)
-        self.counts["tokens_in"] += len(tokens)
-        minimum = self.plan.config["min_doc_length"]
-        if minimum is not None:
-            is_kept = doc_lengths >= minimum
-            self.counts["documents_short"] += int((~is_kept).sum())
-            self.counts["dropped"] += int(doc_lengths[~is_kept].sum())
-            tokens, doc_lengths = tokens[np.repeat(is_kept, doc_lengths)], doc_lengths[is_kept]
-        if self.plan.config["seed"] is None:
-            self._pack(tokens, doc_lengths)
-        else:
-            self.waiting.append(Pieces(tokens, doc_lengths))
-
-    def carry(self, tail: Pieces) -> None:
-        """Append what filled no row of another unit, which has counted it."""
-        self.counts["carried_in"] += len(tail.tokens)
-        self._pack(tail.tokens, tail.doc_lengths)
-
-    def _pack(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
-        longest = self.plan.config["max_doc_length"]
-        pieces = doc_lengths if longest is None else cut(doc_lengths, longest)
-        rows, self.tail = pack(tokens, pieces, self.plan.context_length, self.tail)
-        self.mds.write(rows)
-        self.counts["rows"] += len(rows)
-
-    def commit(self, encoder: str | None) -> UnitRecord:
-        """Put the unit in its place; `encoder` is what made its tokens, None for the tail unit."""
-        if self.number is not None and self.plan.config["seed"] is not None:
-            documents = shuffled(self.waiting, [self.plan.config["seed"], self.number])
-            self._pack(documents.tokens, documents.doc_lengths)
-        self.mds.flush()
-        shards = self.mds.shards
-        self.counts["dropped" if self.number is None else "carried_out"] += len(self.tail.tokens)
-        self.counts["tokens_out"] = self.counts["rows"] * self.plan.context_length
-        self.counts["shards"] = len(shards)
-        self.counts["bytes"] = sum(shard["raw_data"]["bytes"] for shard in shards)
-        inputs = () if self.number is None else self.plan.units[self.number]
-        record = UnitRecord(
-            self.name, inputs, encoder, self.hash.hexdigest(), Ledger(**self.counts)
-        )
-        assert record.ledger.balances, record
-        if self.number is not None:
-            np.save(self.temporary / "tail.npy", self.tail.tokens)
-        (self.temporary / "unit.json").write_bytes(
-            dump_json(
-                {
-                    "record": dataclasses.asdict(record),
-                    "shards": shards,
-                    "tail_doc_lengths": (
-                        [] if self.number is None else self.tail.doc_lengths.tolist()
-                    ),
-                }
-            )
-        )
-        try:
-            storage.put_folder(self.temporary, self.final, "unit.json")
-        except FileExistsError:
-            # Another process has committed this unit, and the same plan gives the same bytes
-            self.discard()
-        return record
-
-    def discard(self) -> None:
-        shutil.rmtree(self.temporary, ignore_errors=True)

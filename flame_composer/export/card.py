@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
 from flame_composer.checkpoint.read import Checkpoint
-from flame_composer.checkpoint.save import average_of
+from flame_composer.checkpoint.to_model import average_of
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import is_url
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
 MOST_BYTES = 1 << 20  # of it that are read
@@ -200,7 +201,7 @@ def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> st
 
 def _size_of(place: str | None, index_sha256: str) -> str:
     """What the dataset's manifest says, if it is still there and of this dataset."""
-    if place is None or storage.is_url(place):
+    if place is None or is_url(place):
         return ""
     try:
         manifest = read_manifest(place)

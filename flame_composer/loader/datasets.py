@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.config.data import DataConfig
 from flame_composer.dataset.manifest import check_shards, check_totals, read_index, read_manifest
 from flame_composer.errors import ConfigError, InvalidField, one_line
-from flame_composer.loader.fetch import Dataset, fetch_index
+from flame_composer.loader.cache import fetch_index
+from flame_composer.loader.fetch import Dataset
 from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.text.tokenizer import fingerprint
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files as storage
+from flame_composer.text.tokenizer import may_be_hub_id
 
 INDEX = "model.safetensors.index.json"
 SPARE_BYTES = 1 << 30  # that buffers may take beside small weights
@@ -214,3 +216,27 @@ def warn_not_finite(place: str, counts: Mapping[str, int]) -> None:
         log.warning(
             "warning: %s: values that are infinite or not a number in %s%s", place, first, more
         )
+
+
+def folder_of(path_or_id: str, files: list[str]) -> Path:
+    """Return a model's folder, or one with those `files` out of the hub's repository of that id."""
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        if not may_be_hub_id(path_or_id):
+            raise ConfigError(
+                f"{path_or_id}: no such folder; give a Hugging Face model folder or id"
+            )
+        try:
+            folder = Path(snapshot_download(path_or_id, allow_patterns=files))
+        except Exception as error:  # whatever the hub or the network makes of it
+            raise ConfigError(
+                f"no such folder, and not to be had from the Hugging Face hub: {one_line(error)}"
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{path_or_id}: holds an adapter (adapter_config.json), for which another "
+            "model would be loaded; merge it into its model, or take that file away"
+        )
+    return folder

@@ -13,8 +13,9 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
 from flame_composer.errors import ConfigError, DataError, one_line
-from flame_composer.model.causal_lm import meta_model, read_back_hf_config
+from flame_composer.model.build import meta_model
 from flame_composer.model.foreign import opened, read_json, weight_files
+from flame_composer.model.hf_config import read_back_hf_config
 from flame_composer.text.counts import require_counts
 from flame_composer.text.tokenizer import may_be_hub_id
 

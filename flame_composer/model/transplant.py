@@ -28,8 +28,9 @@ from flame_composer.config.convert import PROJECTIONS
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
-from flame_composer.model.causal_lm import build_hf_config, meta_model
+from flame_composer.model.build import meta_model
 from flame_composer.model.foreign import count_not_finite, read_json, warn_not_finite
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.llama import Source, is_rotary_buffer
 from flame_composer.text.tokenizer import vocab_size_of
 

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from flame_composer.config.plan import PlanConfig
-from flame_composer.model.causal_lm import Work, build_model, count_work
+from flame_composer.model.build import build_model
+from flame_composer.model.work import Work, count_work
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ from transformers import PretrainedConfig
 
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
-from flame_composer.model.causal_lm import (
-    build_hf_config,
-    read_pretrained_config,
-)
+from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
 from flame_composer.plan.advice import warnings
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
 from flame_composer.plan.memory import (

@@ -23,7 +23,8 @@ from flame_composer.dataset.manifest import (
     read_manifest,
 )
 from flame_composer.errors import ConfigError, DataError, InvalidField
-from flame_composer.loader.fetch import Dataset, Shards, fetch_index
+from flame_composer.loader.cache import fetch_index
+from flame_composer.loader.fetch import Dataset, Shards
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 

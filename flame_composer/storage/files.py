@@ -13,41 +13,27 @@ import errno
 import io
 import json
 import os
-import re
 import shutil
-import stat as modes
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from flame_composer.errors import ConfigError, DataError, StoreError, one_line
-
-# What fsspec has beside stores: ways to look at files that are elsewhere
-NO_STORES = frozenset(
-    {
-        "async_wrapper",
-        "asyncwrapper",
-        "asynclocal",
-        "blockcache",
-        "cached",
-        "dask",
-        "data",
-        "dir",
-        "filecache",
-        "generic",
-        "libarchive",
-        "reference",
-        "simplecache",
-        "tar",
-        "zip",
-    }
+from flame_composer.errors import DataError, StoreError
+from flame_composer.storage.filesystems import (
+    Stat,
+    at,
+    below,
+    is_url,
+    local_stat,
+    stat_of,
+    strange_name,
+    walk_folders,
 )
-MEANT = "a path, or the URL of an object store (s3://, gs://, az://, hdfs://, https:// and others)"
+from flame_composer.storage.local import create
+
 # Requests in flight where many are made: an object store takes its time, but takes many
 THREADS = 16
 # Bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as
@@ -56,25 +42,8 @@ MOST_JSON = 1 << 27
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file, on Linux
 # Bytes of anything that is read as a whole: the index of some 3 million shards
 MOST_READ = 1 << 30
-# That begin a file anew in a folder where somebody else puts others under its name
-CREATE_TRIES = 16
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Stat:
-    """A file's size in bytes, when it was last written (seconds since 1970), and in an object
-    store what changes with its content: the ETag, or the nearest thing the store has.
-    """
-
-    size: int
-    modified: float
-    version: str | None
-
-
-def is_url(place: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
 
 
 def join(place: str, *names: str) -> str:
@@ -98,13 +67,13 @@ def is_plain_name(name: object) -> bool:
 def stat(place: str) -> Stat | None:
     """None where there is no such file; a folder is none."""
     if not is_url(place):
-        return _local_stat(place) if os.path.isfile(place) else None
-    with _at(place) as (fs, path):
+        return local_stat(place) if os.path.isfile(place) else None
+    with at(place) as (fs, path):
         try:
             info = fs.info(path)
         except FileNotFoundError:
             return None
-        return _stat(info) if info["type"] == "file" else None
+        return stat_of(info) if info["type"] == "file" else None
 
 
 def find(place: str) -> dict[str, Stat]:
@@ -112,16 +81,18 @@ def find(place: str) -> dict[str, Stat]:
     is no folder.
     """
     if not is_url(place):
-        paths = [os.path.join(folder, name) for folder, names in _walk(place) for name in names]
+        paths = [
+            os.path.join(folder, name) for folder, names in walk_folders(place) for name in names
+        ]
         return {
-            os.path.relpath(path, place): _local_stat(path)
+            os.path.relpath(path, place): local_stat(path)
             for path in sorted(paths)
             if os.path.exists(path)
         }
-    with _at(place) as (fs, path):
+    with at(place) as (fs, path):
         infos = fs.find(path, detail=True)
         return {
-            _below(path, name): _stat(info) for name, info in sorted(infos.items()) if name != path
+            below(path, name): stat_of(info) for name, info in sorted(infos.items()) if name != path
         }
 
 
@@ -133,21 +104,21 @@ def ls(place: str) -> list[str]:
     """
     if not is_url(place):
         return sorted(os.listdir(place)) if os.path.isdir(place) else []
-    with _at(place) as (fs, path):
+    with at(place) as (fs, path):
         try:
             listed = fs.ls(path, detail=False)
         except FileNotFoundError:
             return []
-        names = [_below(path, name.rstrip("/")) for name in listed if name != path]
+        names = [below(path, name.rstrip("/")) for name in listed if name != path]
         for name in names:
             if not is_plain_name(name):
-                raise _strange_name(path, name)
+                raise strange_name(path, name)
         return sorted(names)
 
 
 def glob(pattern: str) -> list[str]:
     """The files whose URL matches; `*` matches within a folder, `**` any number of folders."""
-    with _at(pattern) as (fs, path):
+    with at(pattern) as (fs, path):
         found = fs.glob(path, detail=True)
         return sorted(
             str(fs.unstrip_protocol(name)) for name, info in found.items() if info["type"] == "file"
@@ -161,7 +132,7 @@ def read(place: str, most: int = MOST_READ) -> bytes:
     if not is_url(place):
         with Path(place).open("rb") as file:
             return _at_most(most, file, place)
-    with _at(place) as (fs, path):
+    with at(place) as (fs, path):
         if fs.protocol == "s3":
             return bytes(fs.cat_file(path, most=most))
         with fs.open(path, "rb") as file:
@@ -193,43 +164,6 @@ def read_small(path: str | Path) -> bytes:
     return content
 
 
-def create(path: str | Path) -> BinaryIO:
-    """Make a local file anew and open it for writing.
-
-    What lies there goes first, and a link is not followed: in a folder of several users, anyone
-    can put one under a name that can be guessed, and have another file overwritten.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    for _ in range(CREATE_TRIES):
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        with suppress(FileExistsError):
-            return os.fdopen(os.open(path, flags, 0o666), "wb")
-    raise FileExistsError(errno.EEXIST, "somebody else makes it again and again", str(path))
-
-
-def open_own(path: str | Path, flags: int) -> int:
-    """Open a local file with `os.open`'s `flags`, and return its descriptor.
-
-    Raise OSError for a link, a pipe, a device or a folder, none of which is followed or waited
-    for.
-    """
-    try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError:
-        if os.path.lexists(path) and not modes.S_ISREG(os.lstat(path).st_mode):
-            raise _no_file(path) from None
-        raise
-    if modes.S_ISREG(os.fstat(file).st_mode):
-        return file
-    os.close(file)
-    raise _no_file(path)
-
-
-def _no_file(path: str | Path) -> OSError:
-    return OSError(errno.EINVAL, "is a link, or no file", str(path))
-
-
 def read_start(place: str, num_bytes: int) -> bytes:
     """Return the first bytes of a file that is not empty, with one request; all of them if it is
     shorter.
@@ -237,7 +171,7 @@ def read_start(place: str, num_bytes: int) -> bytes:
     if not is_url(place):
         with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - of many files, and a Path takes its time
             return file.read(num_bytes)
-    with _at(place) as (fs, path):
+    with at(place) as (fs, path):
         return bytes(fs.cat_file(path, start=0, end=num_bytes))[:num_bytes]
 
 
@@ -249,7 +183,7 @@ def open_file(place: str, version: str | None = None, block_size: int = 8 << 20)
     """
     if not is_url(place):
         return Path(place).open("rb")
-    with _at(place) as (fs, path):
+    with at(place) as (fs, path):
         if fs.protocol == "s3":
             return cast(BinaryIO, fs.open(path, "rb", block_size=block_size, version=version))
         # Whose readline is a slow one
@@ -259,7 +193,7 @@ def open_file(place: str, version: str | None = None, block_size: int = 8 << 20)
 def write(place: str, data: bytes) -> None:
     """Put `data` in a file, whose folder there must be, whole or not at all."""
     if is_url(place):
-        with _at(place) as (fs, path):
+        with at(place) as (fs, path):
             fs.pipe_file(path, data)
         return
     temporary = f"{place}.tmp"
@@ -271,7 +205,7 @@ def write(place: str, data: bytes) -> None:
 def put(local: str | Path, place: str) -> None:
     """Copy a local file, whole or not at all; the folder is made if it is not there."""
     if is_url(place):
-        with _at(place) as (fs, path):
+        with at(place) as (fs, path):
             fs.put_file(str(local), path)
         return
     Path(place).parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +251,7 @@ def download(place: str, local: str | Path, most: int | None = None) -> None:
     temporary = Path(tempfile.mkstemp(dir=Path(local).parent, prefix=f".{Path(local).name}.")[1])
     try:
         if is_url(place):
-            with _at(place) as (fs, path):
+            with at(place) as (fs, path):
                 if fs.protocol == "s3":  # which looks at that itself
                     fs.get_file(path, str(temporary), most=most)
                 else:
@@ -354,7 +288,7 @@ def delete(place: str) -> None:
     if not is_url(place):
         Path(place).unlink(missing_ok=True)
         return
-    with _at(place) as (fs, path), suppress(FileNotFoundError):
+    with at(place) as (fs, path), suppress(FileNotFoundError):
         fs.rm_file(path)
 
 
@@ -376,8 +310,8 @@ def move(place: str, other: str) -> None:
     names = [""] if stat(place) is not None else list(find(place))
     for name in names:
         with (
-            _at(join(place, name) if name else place) as (fs, path),
-            _at(join(other, name) if name else other) as (_, to),
+            at(join(place, name) if name else place) as (fs, path),
+            at(join(other, name) if name else other) as (_, to),
         ):
             fs.cp_file(path, to)
     for name in names:
@@ -389,7 +323,7 @@ def abort_uploads(place: str) -> None:
     others upload.
     """
     if is_url(place):
-        with _at(place) as (fs, path):
+        with at(place) as (fs, path):
             if fs.protocol == "s3":
                 fs.abort_uploads(path)
 
@@ -402,116 +336,6 @@ def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextmanager
-def _at(place: str) -> Iterator[tuple[Any, str]]:
-    """The filesystem of a URL and the path within it; its failures in our terms."""
-    import fsspec
-
-    scheme, _, path = place.partition("://")
-    try:
-        if scheme == "s3":
-            from flame_composer.storage.s3 import S3FileSystem
-
-            bucket = path.partition("/")[0]
-            if not bucket:
-                raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
-            if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
-                raise ConfigError(
-                    "s3://***: must be s3://bucket/path, without credentials or a server; set"
-                    " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and"
-                    " S3_ENDPOINT_URL"
-                )
-            fs: Any = S3FileSystem()
-        elif scheme in ("file", "local"):
-            raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
-        elif scheme in NO_STORES:
-            raise ConfigError(f"{place}: {scheme}:// is no object store; give {MEANT}")
-        else:
-            if scheme == "http":
-                from flame_composer.storage.s3 import warn_if_readable
-
-                warn_if_readable(place)
-            fs = fsspec.filesystem(scheme)
-    except (ImportError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{place}: {one_line(error)}") from None
-    except Exception as error:  # every store's client has exceptions of its own
-        raise ConfigError(f"{place}: {one_line(error)}") from None
-    try:
-        yield fs, fs._strip_protocol(place)
-    except (ConfigError, DataError, FileNotFoundError):
-        raise
-    except PermissionError as error:
-        raise ConfigError(
-            f"{place}: access denied: {one_line(error)}; check the credentials"
-        ) from None
-    # What clients raise that cannot do with files alone what is asked of a store
-    except (AttributeError, TypeError, NotImplementedError, RecursionError) as error:
-        raise ConfigError(
-            f"{place}: {scheme}:// cannot be used as an object store here: {one_line(error)}; give"
-            f" {MEANT}"
-        ) from None
-    except Exception as error:  # the same
-        raise StoreError(f"{place}: {one_line(error)}") from None
-
-
-def _walk(place: str) -> Iterator[tuple[str, list[str]]]:
-    """The folders below a local one with their files. A link to a folder is followed, but only
-    the first to each, and none back up: links in a circle, or several to folders with several
-    more, would lead on for ever.
-    """
-    followed = {os.path.realpath(place)}
-    for folder, folders, names in os.walk(place, followlinks=True):
-        yield folder, names
-        for name in list(folders):
-            path = os.path.join(folder, name)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if target in followed or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
-                    folders.remove(name)
-                followed.add(target)
-
-
-def _local_stat(path: str) -> Stat:
-    found = os.stat(path)
-    return Stat(found.st_size, found.st_mtime, None)
-
-
-def _stat(info: dict[str, Any]) -> Stat:
-    names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
-    version = next((str(info[name]) for name in names if info.get(name)), None)
-    times = [
-        info[name]
-        for name in ("modified", "mtime", "last_modified", "LastModified")
-        if info.get(name)
-    ]
-    known = (
-        t.timestamp() if isinstance(t, datetime) else t
-        for t in times
-        if isinstance(t, (datetime, float, int))
-    )
-    return Stat(info["size"] or 0, next(known, 0.0), version)
-
-
-def _below(folder: str, path: str) -> str:
-    """Return the path within `folder` of what a store lists there; raise DataError if it is
-    elsewhere.
-    """
-    prefix = folder.rstrip("/") + "/"
-    name = path.removeprefix(prefix)
-    if not path.startswith(prefix) or ".." in name.split("/"):
-        raise _strange_name(folder, path)
-    return name
-
-
-def _strange_name(folder: str, name: str) -> DataError:
-    return DataError(
-        f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete"
-        " that, or use another folder"
-    )
 
 
 def dump_json(value: Any) -> bytes:

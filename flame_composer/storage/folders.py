@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
-from flame_composer.storage.files import open_own
+from flame_composer.storage.local import open_own
 
 
 def require_new(out: Path) -> None:

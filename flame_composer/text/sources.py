@@ -17,6 +17,7 @@ from pathlib import Path
 
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import is_url
 from flame_composer.text import hub
 from flame_composer.text.formats import COMPRESSIONS, FORMATS, FOUND, Format, detect
 from flame_composer.text.parquet import open_parquet
@@ -70,7 +71,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
     files: dict[str, None] = {}
     for source in sources:
         is_folder = os.path.isdir(source)
-        if storage.is_url(source):
+        if is_url(source):
             found, is_folder = _find_remote(source, wanted)
         elif is_folder:
             found = _walk(source, wanted)
@@ -93,7 +94,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
             hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
             raise ConfigError(f"source: {source}: no such file or folder{hint}")
         files.update(
-            dict.fromkeys(sorted(found if storage.is_url(source) else map(os.path.normpath, found)))
+            dict.fromkeys(sorted(found if is_url(source) else map(os.path.normpath, found)))
         )
     return list(files)
 
@@ -142,11 +143,7 @@ def _endings(source: str) -> str:
     """Return an example of suffixes for a folder in which nothing was found: those that its
     files have most.
     """
-    names = (
-        filter(_is_visible, storage.find(source))
-        if storage.is_url(source)
-        else _walk(source, ("",))
-    )
+    names = filter(_is_visible, storage.find(source)) if is_url(source) else _walk(source, ("",))
     endings = Counter(suffix for name in names if (suffix := Path(name).suffix))
     return ",".join(ending for ending, _ in endings.most_common(3)) or "..."
 
@@ -199,7 +196,7 @@ def slice_files(files: Sequence[str], max_bytes: int) -> list[Slice]:
     Where the names and the bytes of files disagree, a line of the log says so.
     """
     slices = functools.partial(_slices, max_bytes=max_bytes)
-    each = storage.each(slices, files) if any(map(storage.is_url, files)) else map(slices, files)
+    each = storage.each(slices, files) if any(map(is_url, files)) else map(slices, files)
     found: list[Slice] = []
     doubts: dict[str, list[str]] = {}
     for path, (parts, doubt) in zip(files, each, strict=True):

@@ -16,7 +16,8 @@ from composer.core import Callback, DataSpec, Evaluator
 from composer.utils import dist, get_device, reproducibility
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from flame_composer.checkpoint.content import Needed, needed_by
+from flame_composer.checkpoint.content import needed_by
+from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint
 from flame_composer.checkpoint.save import (
     NEVER_EVALUATED,
@@ -28,29 +29,21 @@ from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.loader.batches import build_evaluator, build_train_loader, describe_order
 from flame_composer.loader.datasets import begin_as_documents, open_dataset, open_train_data
 from flame_composer.loader.fetch import Dataset
-from flame_composer.model.causal_lm import (
-    CausalLM,
-    build_or_load,
-    check_microbatch_size,
-    new_hf_config,
-)
+from flame_composer.model.build import build_or_load
+from flame_composer.model.causal_lm import CausalLM, check_microbatch_size
+from flame_composer.model.hf_config import new_hf_config
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.train import parallelism
+from flame_composer.train.announce import announce
 from flame_composer.train.extensions import Extensions, build_extensions
 from flame_composer.train.gradients import Gradients, build_gradients
 from flame_composer.train.guards import build_watchers, explained_memory
-from flame_composer.train.log import (
-    JsonlLog,
-    RandomState,
-    SameData,
-    announce,
-    build_log,
-    every,
-)
+from flame_composer.train.log import JsonlLog, build_log, every
 from flame_composer.train.mixture import Mixture, build_mixture
 from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
+from flame_composer.train.resume import RandomState, SameData
 from flame_composer.train.tasks import TaskScores, build_tasks
 
 DAY = 86400  # seconds

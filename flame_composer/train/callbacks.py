@@ -21,7 +21,7 @@ from composer.utils import dist, format_name_with_dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.checkpoint.save import save_hf_folder
+from flame_composer.checkpoint.to_model import save_hf_folder
 from flame_composer.config.extensions import whole_batches
 from flame_composer.config.rules import expand_path
 from flame_composer.errors import ConfigError, one_line
@@ -29,7 +29,8 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.storage.s3 import warn_if_readable
 from flame_composer.text.ends import encode_prompt
 from flame_composer.train.algorithms import as_evaluated
-from flame_composer.train.log import Discreet, _writing, appending, keep_rows
+from flame_composer.train.loggers import Discreet
+from flame_composer.train.rows import appending, keep_rows, writing
 
 
 def _causal_lm(state: State) -> CausalLM:
@@ -127,7 +128,7 @@ class Generate(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            with _writing(self.path):
+            with writing(self.path):
                 keep_rows(self.path, last_step=state.timestamp.batch.value, several=True)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -147,7 +148,7 @@ class Generate(Callback):
                 for prompt in self.prompts
             ]
         composer_model.train()
-        with _writing(self.path), appending(self.path) as samples:
+        with writing(self.path), appending(self.path) as samples:
             for prompt, text in zip(self.prompts, texts, strict=True):
                 samples.write(
                     json.dumps(

@@ -26,7 +26,7 @@ from flame_composer.config.written import quote_it
 from flame_composer.errors import InvalidField, one_line
 from flame_composer.train import algorithms
 from flame_composer.train import callbacks as optional_callbacks
-from flame_composer.train.log import build_loggers
+from flame_composer.train.loggers import build_loggers
 
 # Where a class of each kind is looked for, in this order.
 _MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType(

@@ -24,9 +24,9 @@ from flame_composer import processes
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.config.train import TRAIN_LOG
 from flame_composer.errors import ConfigError
-from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import file_lock, require_safe
-from flame_composer.train.log import STARTS
+from flame_composer.train.announce import STARTS
 
 # What a rank may be asked, by what counts for more
 WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -184,7 +184,7 @@ def lock_folders(
     """
     places = [
         log_folder,
-        *([save_folder] if save_folder and not storage.is_url(save_folder) else []),
+        *([save_folder] if save_folder and not is_url(save_folder) else []),
     ]
     folders = {os.path.realpath(place): Path(place) for place in places}.values()
     return {folder: held.get(folder) or lock_run(folder, seconds) for folder in folders}

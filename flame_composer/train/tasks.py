@@ -15,8 +15,9 @@ from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.train.algorithms import as_evaluated
 from flame_composer.train.guards import StallWatchdog
-from flame_composer.train.log import every, keep_rows
+from flame_composer.train.log import every
 from flame_composer.train.preemption import Preemption
+from flame_composer.train.rows import keep_rows
 
 if TYPE_CHECKING:
     from flame_composer.use.harness import HarnessModel

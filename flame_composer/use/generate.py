@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from flame_composer.config.rules import is_text
 from flame_composer.config.use import GenerateConfig
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.model.causal_lm import quiet
+from flame_composer.model.build import quiet
 from flame_composer.text.ends import encode_prompt
 from flame_composer.text.tokenizer import explained_failure, special_tokens
 

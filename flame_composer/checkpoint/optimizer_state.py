@@ -1,0 +1,146 @@
+"""What a checkpoint has to hold of the optimizer: moments, steps and settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint.parts import NUMBER, PLAIN, Lack, Needed, Other, Shapes, part_at
+from flame_composer.config.extensions import spelled_alike
+from flame_composer.errors import DataError
+
+FREEZING = "layerfreezing"
+
+# Settings of an optimizer that say how a step is computed, and not what it is.
+_FREE = ("foreach", "fused")
+
+
+def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> None:
+    found = sorted(map(str, optimizers[0]))
+    if not found:
+        raise Lack("it holds no optimizer's state")
+    if needed.optimizer not in found:
+        raise Other(f"its optimizer is {', '.join(found)[:100]}, and this run's {needed.optimizer}")
+    path = f"optimizers.{needed.optimizer}"
+    states = [part_at(each, dict, needed.optimizer, "state") for each in optimizers]
+    grouped: dict[str, None] = {}
+    for group in part_at(optimizers[0], list, needed.optimizer, "param_groups"):
+        _check_settings(group, shapes, needed)
+        grouped |= dict.fromkeys(part_at(group, list, "params"))
+    for names in needed.trained:
+        name = next((name for name in names if name in states[0] and name in grouped), None)
+        if name is None:
+            raise Lack(f"it has no {path}.state.{names[0]}")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            parts = [
+                part_at(state, dict, name)[moment]
+                for state in states
+                if moment in part_at(state, dict, name)
+            ]
+            if len(parts) != len(states) or pieces.shape(parts) != shapes[name]:
+                raise Lack(f"its {path}.state.{name}.{moment} is not of the shape of its weights")
+        for state in states:
+            if "step" not in state[name]:
+                raise Lack(f"it has no {path}.state.{name}.step")
+            # Below zero the next step divides by zero
+            if not 0 <= _number(state[name]["step"], f"{path}.state.{name}.step") < 2**53:
+                raise Lack(f"its {path}.state.{name}.step is {state[name]['step']}")
+
+
+def _number(value: Any, path: str) -> float:
+    """Return the number that `value` is, or holds as a tensor without dimensions."""
+    is_tensor = isinstance(value, torch.Tensor) and pieces.shape([value]) == ()
+    number = value.item() if is_tensor else value
+    if isinstance(number, bool) or not isinstance(number, NUMBER):
+        raise Lack(f"its {path} is {in_short(value)}")
+    return number
+
+
+def in_short(value: Any) -> str:
+    return f"{value!a}"[:100] if isinstance(value, PLAIN) else f"a {type(value).__name__}"
+
+
+def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) -> None:
+    """The optimizer has taken as many steps of every weight as of any other, and no more than the
+    clock has; moments are kept of steps that were taken.
+    """
+    path = f"optimizers.{needed.optimizer}.state"
+    states = [each[needed.optimizer]["state"] for each in optimizers]
+    names = [next(name for name in each if name in states[0]) for each in needed.trained]
+    counted = [each[name]["step"] for name in names for each in states]
+    if len({(type(step), getattr(step, "dtype", None)) for step in counted}) > 1:
+        raise Lack(f"its {path} have steps of several types")
+    most = max(map(float, counted), default=0)
+    was_frozen = any(spelled_alike(name) == FREEZING for name, _ in state.get("algorithms", ()))
+    batch = state["timestamp"]["Timestamp"]["batch"]
+    for name in names:
+        step, *others = (float(each[name]["step"]) for each in states)
+        may_lag = was_frozen or name in needed.passed_over
+        if any(other != step for other in others):
+            raise Lack(f"its pieces are not of the same {path}.{name}.step")
+        if step > batch or not step.is_integer():
+            raise Lack(f"its clock is at step {batch}, and its {path}.{name}.step at {step:g}")
+        if step < most <= batch and not may_lag:
+            raise Lack(f"its {path}.{name}.step is {step:g}, and that of other weights {most:g}")
+        if step == 0 and any(
+            tensor.count_nonzero()
+            for tensor in pieces.tensors([each[name]["exp_avg"] for each in states])
+        ):
+            raise Lack(f"its {path}.{name}.step is 0, and there are moments")
+
+
+def check_pieces(content: dict[str, Any], place: str, *, may_be_behind: bool) -> str | None:
+    """Raise DataError for pieces of another step than their head's, in a checkpoint that does not
+    say which pieces are its own.
+
+    `may_be_behind`: the optimizer may have left out steps. Return the line that says that it did.
+    """
+    if "pieces" not in content or "fingerprints" in content:
+        return None
+    batch = content["state"]["timestamp"]["Timestamp"]["batch"]
+    steps = [_most_steps(piece.get("optimizers", {})) for piece in content["pieces"]]
+    if all(step == batch for step in steps) or None in steps:
+        return None
+    behind = f"its clock is at step {batch}, and its pieces at {', '.join(map(str, steps))}"
+    if len(set(steps)) == 1 and steps[0] < batch:
+        behind += "; if steps were left out (on_nan=skip), that is right"
+        if may_be_behind:
+            return f"{place}: {behind}"
+    raise DataError(f"{place}: not a whole checkpoint: {behind}")
+
+
+def _most_steps(optimizers: dict[str, Any]) -> int | None:
+    """Return None for no optimizer's state."""
+    states = [state for optimizer in optimizers.values() for state in optimizer["state"].values()]
+    return max((int(state["step"]) for state in states), default=None)
+
+
+def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
+    path = f"optimizers.{needed.optimizer}.param_groups"
+    for name in part_at(group, list, "params"):
+        if name not in shapes:
+            raise Lack(f"its {path} name {str(name)[:100]!a}, which it has no weights of")
+        for setting, value in needed.settings[len(shapes[name]) >= 2].items():
+            if setting not in group and value is not False:
+                raise Lack(f"its {path} have no {setting}")
+            found = group.get(setting, False)
+            if (tuple(found) if isinstance(found, list) else found) != value:
+                raise Other(
+                    f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
+                    f" {setting}={value}"
+                )
+    for setting, value in needed.kinds.items():
+        if setting in group and not _is_like(group[setting], value, is_free=setting in _FREE):
+            raise Lack(f"its {path} have {setting}={in_short(group[setting])}")
+
+
+def _is_like(found: Any, value: Any, *, is_free: bool) -> bool:
+    """Whether a setting can take the place of `value`: a flag of it, another number of a number."""
+    if is_free:
+        return found is None or isinstance(found, bool)
+    if value is None or isinstance(value, bool):
+        return found is value
+    return isinstance(found, NUMBER) and not isinstance(found, bool) and math.isfinite(found)

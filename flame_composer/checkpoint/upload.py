@@ -1,0 +1,35 @@
+"""Uploading a checkpoint, through outages of some minutes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from flame_composer.errors import ConfigError, StoreError
+from flame_composer.storage import files as storage
+
+log = logging.getLogger(__name__)
+
+# Seconds between attempts to save a checkpoint, each of which tries several times
+UPLOAD_WAITS = (2, 10, 60, 180)
+
+# No attempt begins later than so long after the first. At a store that hangs each takes three
+# minutes.
+UPLOAD_SECONDS = 260
+
+
+def upload_file(file: Path, place: str) -> None:
+    """An outage of some minutes, or credentials that are being renewed, need not end a run."""
+    begun = time.monotonic()
+    for seconds in (*UPLOAD_WAITS, None):
+        try:
+            storage.put(file, place)
+            return
+        except (StoreError, ConfigError) as error:
+            if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:
+                raise
+            log.warning(
+                "warning: %s: not saved yet: %s; trying again in %d s", place, error, seconds
+            )
+            time.sleep(seconds)

@@ -1,0 +1,209 @@
+"""The cache folder of a remote dataset: its index fetched, checked and put in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import stat
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from composer.utils import dist
+from streaming.base.storage import CloudDownloader
+
+from flame_composer.dataset.manifest import (
+    Manifest,
+    ShardFile,
+    check_totals,
+    read_index,
+    read_manifest,
+)
+from flame_composer.dataset.survey import BadShard
+from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import is_url
+from flame_composer.storage.local import open_own
+from flame_composer.storage.locks import claim_folder, is_own_folder
+
+log = logging.getLogger(__name__)
+
+# The folder, within a dataset's cache folder, of what has not been checked yet
+INCOMING = "incoming"
+
+UNITS = "units"  # that of all shards
+
+MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
+
+INDEX_TRIES = 3
+
+STALE_SECONDS = 3600.0
+
+ARRIVING = re.compile("[0-9a-f]{32}")  # what is fetched has such a name in INCOMING
+
+
+def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
+    """Download manifest.json and index.json of a remote dataset into its cache folder, and return
+    that folder.
+
+    The folder is named after the index, so that another dataset put under the same address never
+    meets the old one's shards. Jobs of one machine share it: a shard appears in it whole. With
+    `exclusive`, for a job that deletes shards to keep within a limit, it is a folder of the job's
+    own, which a later job takes over. One that holds the whole dataset is read as it is: it may be
+    read-only, or another user's.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for tries_left in reversed(range(INDEX_TRIES)):
+            try:
+                manifest = _download_index(remote, temporary)
+                break
+            except DataError as problem:
+                if tries_left == 0:
+                    raise type(problem)(
+                        str(problem).replace(temporary, remote.rstrip("/"))
+                    ) from None
+        shared = cache / manifest.index_sha256[:16]
+        if not exclusive and _is_complete(shared, Path(temporary), read_index(temporary, manifest)):
+            return str(shared)
+        try:
+            return _place_index(Path(temporary), shared, exclusive=exclusive)
+        except OSError as error:
+            raise ConfigError(
+                f"{cache}: cannot be written to: {error.strerror}; set local to a folder that can,"
+                " on a disk with space"
+            ) from None
+
+
+def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
+    """Whether a cache holds this very index, and all shards of the right size. Their content is
+    checked when it is read.
+    """
+    try:
+        for name in ("manifest.json", "index.json"):
+            if not _holds(folder / name, (index / name).read_bytes()):
+                return False
+        paths = [folder / file.basename for file in files]
+        found = [path.lstat() for path in paths]
+        return (
+            all(stat.S_ISREG(each.st_mode) for each in found)
+            and [each.st_size for each in found] == [file.bytes for file in files]
+            and all(os.access(path, os.R_OK) for path in paths)
+        )
+    except OSError:
+        return False
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether there is a file with this content. Whose it is is not known: no link is followed,
+    and no more is read than there should be.
+    """
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        return (
+            os.fstat(file.fileno()).st_size == len(content) and file.read(len(content)) == content
+        )
+
+
+def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
+    # The node's first rank chooses the folder for all.
+    chosen = ""
+    if dist.get_local_rank() == 0:
+        chosen = claim_folder(shared) if exclusive else _own_cache(shared)
+    folder = dist.all_gather_object(chosen)[dist.get_global_rank() - dist.get_local_rank()]
+    incoming = incoming_folder(folder)
+    _sweep(incoming)
+    for name in ("manifest.json", "index.json"):
+        # Ranks and jobs do this side by side, with the same bytes.
+        whole = incoming / uuid.uuid4().hex
+        whole.write_bytes((index / name).read_bytes())
+        whole.replace(Path(folder, name))
+    return folder
+
+
+def _own_cache(shared: Path) -> str:
+    """Return `shared`, made if need be, or a folder beside it for this user where it is somebody
+    else's, or a link: whose it is could have our files written elsewhere.
+    """
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (shared, shared.with_name(f"{shared.name}-user-{os.geteuid()}")):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if is_own_folder(folder):
+            return str(folder)
+        log.warning(
+            "warning: %s belongs to another user, or is a link; what is fetched goes elsewhere",
+            folder,
+        )
+    raise PermissionError(errno.EACCES, "the folders for this dataset in it belong to another user")
+
+
+def incoming_folder(folder: str) -> Path:
+    """Return the folder of what has not been checked yet, made if need be. Raises
+    PermissionError if it is not ours.
+    """
+    make_own(folder, INCOMING, *([UNITS] if os.path.lexists(Path(folder, UNITS)) else []))
+    return Path(folder, INCOMING)
+
+
+def make_own(folder: str, *names: str) -> None:
+    """Make these folders in a cache folder, if need be. Raise PermissionError unless they, and it,
+    are ours: through a link, shards would be written, and deleted, elsewhere.
+    """
+    for path in (Path(folder), *(Path(folder, name) for name in names)):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        if not is_own_folder(path):
+            raise PermissionError(errno.EACCES, f"{path} belongs to another user, or is a link")
+
+
+def _download_index(remote: str, folder: str) -> Manifest:
+    for name in ("manifest.json", "index.json"):
+        source = f"{remote.rstrip('/')}/{name}"
+        try:
+            download_file(source, Path(folder, name), at_most=MAX_INDEX_BYTES)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{source}: there is none; check the address, and that the conversion has finished"
+            ) from None
+        except BadShard as problem:
+            raise ConfigError(f"{source}: {problem}") from None
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # every store's client has exceptions of its own
+            raise ConfigError(
+                f"{source}: cannot be read: {one_line(error)}; check the address, the credentials"
+                " and that the conversion has finished"
+            ) from None
+    manifest = read_manifest(folder)
+    check_totals(remote, manifest, read_index(folder, manifest))
+    return manifest
+
+
+def download_file(source: str, path: Path, *, at_most: int) -> None:
+    """Raises BadShard if there is more than `at_most` bytes of it, ConfigError,
+    FileNotFoundError, or what the store does.
+    """
+    if source.startswith("s3://") or not is_url(source):
+        found = storage.stat(source)
+        if found is None:
+            raise FileNotFoundError(f"{source}: there is no such file")
+        if found.size > at_most:
+            raise BadShard(f"{found.size:,} bytes long, must be {at_most:,} at most")
+        storage.download(source, path, most=at_most)
+    else:  # with the packages that StreamingDataset asks for
+        CloudDownloader.direct_download(source, str(path))
+
+
+def _sweep(incoming: Path) -> None:
+    """Delete what killed jobs left half fetched."""
+    for path in incoming.iterdir():
+        if not ARRIVING.fullmatch(path.name):
+            continue
+        try:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another rank's sweep, or whole by now

@@ -1,0 +1,171 @@
+"""A model built anew or loaded: from a config, from a Hugging Face folder or id."""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from flame_composer import cpu
+from flame_composer.config.sections import ModelConfig
+from flame_composer.cpu.linear import through_onednn
+from flame_composer.errors import ConfigError, InvalidField, one_line
+from flame_composer.model.foreign import INDEX, folder_of, require_size, stored_shapes
+from flame_composer.model.hf_config import (
+    check_agrees,
+    check_runs_here,
+    in_one_line,
+    read_pretrained_config,
+)
+from flame_composer.text.counts import require_counts
+
+
+def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """A freshly initialised causal language model; seed torch first.
+
+    Raises ConfigError if the config's numbers do not make a model (head counts that do not divide,
+    say).
+    """
+    cpu.enable()
+    heads, kv_heads = (
+        getattr(hf_config, f"num_{name}_heads", None) for name in ("attention", "key_value")
+    )
+    if heads and kv_heads and heads % kv_heads:  # not seen by transformers until the first batch
+        raise InvalidField(
+            "model.config.num_key_value_heads", f"must divide num_attention_heads={heads}"
+        )
+    # Nor this
+    if (
+        heads
+        and hasattr(hf_config, "rope_theta")
+        and getattr(hf_config, "partial_rotary_factor", 1) == 1
+    ):
+        size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+        if size % 2:
+            raise InvalidField(
+                "model.config.num_attention_heads",
+                f"makes heads of {size}, which is odd: RoPE turns pairs",
+            )
+    try:
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+        through_onednn(model)
+        return model
+    except Exception as error:  # whatever the config's values make the model's own code raise
+        raise ConfigError(
+            f"model.config: no {hf_config.model_type} model can be built from it:"
+            f" {in_one_line(error)}"
+        ) from None
+
+
+def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights: names, shapes and modules."""
+    cpu.enable()
+    with torch.device("meta"):
+        return build_model(hf_config)
+
+
+def load_pretrained(path_or_id: str) -> PreTrainedModel:
+    """A causal language model with its weights, in fp32, from a Hugging Face folder or id; no code
+    of its is run.
+
+    Raises ConfigError if there is none, or if its weights do not fill the model exactly.
+    """
+    try:
+        folder = folder_of(
+            path_or_id, ["config.json", "generation_config.json", "model*.safetensors", INDEX]
+        )
+        hf_config = read_pretrained_config(str(folder))
+    except ConfigError as error:
+        raise _not_loaded(path_or_id, error) from None
+    check_runs_here(hf_config, path_or_id)
+    try:
+        weights = stored_shapes(folder)
+        require_counts(hf_config.to_dict(), str(folder / "config.json"), weights)
+        with quiet(), _no_code_of_its_own():
+            held = sum(shape.numel() for shape in weights.values())
+            require_size(meta_model(hf_config), held, str(folder / "config.json"))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=hf_config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever a damaged folder makes transformers or safetensors raise
+        raise _not_loaded(path_or_id, error) from None
+    model, report = loaded
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        listed = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for kind, names in wrong.items()
+        )
+        raise ConfigError(
+            f"{path_or_id}: its weights are not those of a {model.config.model_type} model:"
+            f" {listed}"
+        )
+    through_onednn(model)
+    return model
+
+
+@contextlib.contextmanager
+def _no_code_of_its_own() -> typing.Iterator[None]:
+    """Keep transformers from running `custom_generate/generate.py` of a model's folder.
+
+    Up to 4.57 at least, it trusts what lies in a local folder, `trust_remote_code=False` or not.
+    """
+
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError("code that comes with a model is never run")
+
+    loads = GenerationMixin.load_custom_generate
+    GenerationMixin.load_custom_generate = none  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        GenerationMixin.load_custom_generate = loads  # type: ignore[method-assign]
+
+
+def _not_loaded(path_or_id: str, error: Exception) -> ConfigError:
+    reason = one_line(error)
+    if reason.startswith(
+        (f"{path_or_id}: no such", f"{path_or_id}: not a", f"{path_or_id}: holds an adapter")
+    ):
+        return ConfigError(reason)
+    return ConfigError(f"{path_or_id}: cannot be loaded as a causal language model: {reason}")
+
+
+def build_or_load(
+    config: ModelConfig, hf_config: PretrainedConfig | None, *, empty: bool = False
+) -> PreTrainedModel:
+    """A new model of `hf_config`, or without one `config.pretrained` with its weights.
+
+    `empty`: without memory for weights (on the meta device), for a rank that gets its share of them
+    from the first.
+    """
+    if hf_config is None:
+        assert config.pretrained is not None
+        if not empty:
+            model = load_pretrained(config.pretrained)
+            check_agrees(model.config, config.config)
+            return model
+        hf_config = read_pretrained_config(config.pretrained)
+    with torch.device("meta") if empty else contextlib.nullcontext():
+        return build_model(hf_config)
+
+
+@contextlib.contextmanager
+def quiet() -> typing.Iterator[None]:
+    """Without transformers' own warnings, where ours say what is to be said."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)

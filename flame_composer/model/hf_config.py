@@ -1,0 +1,251 @@
+"""A model's config: built of keys, read back from a checkpoint or a folder, and checked."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flame_composer import cpu
+from flame_composer.config.fields import nearest
+from flame_composer.config.sections import ModelConfig
+from flame_composer.config.written import quote_it
+from flame_composer.errors import ConfigError, InvalidField, one_line
+from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_left_out
+from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
+
+# Keys every model understands, though its own signature may leave them to the base class.
+_COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
+
+# What numbers must be, by the names of their keys: not every model looks at them before it
+# computes.
+_RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers)|n_(embd|head|inner|layer|positions)|sliding_window",
+        lambda value: value >= 1,
+        "must be 1 or more",
+    ),
+    (
+        r"(\w+_)?(eps|epsilon)|rope_theta|expand_[kv]|hidden_ratio",
+        lambda value: value > 0,
+        "must be more than 0",
+    ),
+    (r"(\w+_)?(dropout|pdrop)", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    (
+        r"clamp_min",
+        lambda value: value <= 0,
+        "must be 0 or less: it is the least logarithm of a gate",
+    ),
+)
+
+
+def build_hf_config(
+    model_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast | None,
+    context_length: int | None,
+    *,
+    to_run: bool = True,
+    read_back: bool = False,
+) -> PretrainedConfig:
+    """The Hugging Face config with these keys; vocabulary, special tokens and context length are
+    filled in if not given.
+
+    Unlike transformers, which takes any key, this raises InvalidField for one the model's config
+    class does not have, for a value of another type, for a vocabulary smaller than the tokenizer's,
+    and, unless the model is only to be looked at, for one that this machine cannot run. Without a
+    tokenizer `vocab_size` must be given.
+
+    `read_back`: transformers wrote these keys, some of which hold null where the class has a number
+    by default. Whether its numbers are sensible is then seen by the weights.
+    """
+    cpu.enable()
+    keys = dict(model_config)
+    model_type = keys.pop("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        close = (
+            nearest(str(model_type), sorted(CONFIG_MAPPING))
+            if model_type
+            else "; give gla, for example"
+        )
+        raise InvalidField(
+            "model.config.model_type", f"neither fla nor transformers has such a model{close}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    parameters = inspect.signature(config_class.__init__).parameters
+    known = known_keys(config_class)
+    hints = typing.get_type_hints(config_class.__init__)
+    for key, value in keys.items():
+        # Which may be lists, whatever the hint says
+        if read_back and (key not in hints or key.endswith("_token_id")):
+            continue
+        if key not in known:
+            close = nearest(key, known).replace("mean ", "mean model.config.")
+            raise InvalidField(
+                f"model.config.{key}", f"unknown key of {config_class.__name__}{close}"
+            )
+        hint = hints.get(key) or _type_of_default(parameters.get(key))
+        if not _is_a(value, hint):
+            raise InvalidField(
+                f"model.config.{key}",
+                f"must be {_type_name(hint)}{quote_it(value, _is_a('text', hint))}",
+            )
+    if tokenizer is not None:
+        keys.setdefault("vocab_size", len(tokenizer))
+        keys.setdefault("bos_token_id", tokenizer.bos_token_id)
+        keys.setdefault("eos_token_id", tokenizer.eos_token_id)
+    # GPT-2: n_positions
+    positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if positions in parameters and context_length is not None:
+        keys.setdefault(positions, context_length)
+    for key, value in () if read_back else keys.items():
+        for pattern, holds, message in _RULES:
+            is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
+            if is_number and not (abs(value) < math.inf and holds(value)):
+                raise InvalidField(f"model.config.{key}", message)
+    for key, value in () if read_back else keys.items():
+        if is_beyond_any_model({key: value}):
+            raise InvalidField(
+                f"model.config.{key}", f"must be {MOST_PARTS:,} at most: no model has more"
+            )
+    if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
+        raise InvalidField(
+            "model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens"
+        )
+    try:
+        hf_config = config_class(**keys)
+    except Exception as error:  # whatever the numbers make that class's own code raise
+        raise ConfigError(
+            f"model.config: {config_class.__name__} refuses it: {in_one_line(error)}"
+        ) from None
+    if to_run and (missing := _missing_here(hf_config)):
+        raise InvalidField(f"model.config.{missing[0]}", missing[1])
+    return hf_config
+
+
+def known_keys(config_class: type[PretrainedConfig]) -> list[str]:
+    """Return the keys that a model's config class and this package know of."""
+    return sorted(
+        {*inspect.signature(config_class.__init__).parameters, *_COMMON_KEYS} - {"self", "kwargs"}
+    )
+
+
+def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
+    """Return the config that transformers once wrote to `place`, a checkpoint or a config.json, of
+    known plain keys only.
+
+    Nothing that it names is looked up or run: code, kernels, another repository, other files of
+    weights. Raise ConfigError if it is of no causal language model that fla or transformers has, or
+    if its weights are quantized.
+    """
+    cpu.enable()
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    config_class: Any = (
+        CONFIG_MAPPING[model_type]
+        if isinstance(model_type, str) and model_type in CONFIG_MAPPING
+        else None
+    )
+    if config_class not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{place}: its model_type {str(model_type)[:60]!r} is that of no causal language model"
+            " of fla or transformers, and no code that comes with a model is run; convert it to"
+            " one that is"
+        )
+    assert isinstance(content, dict)
+    if content.get("quantization_config"):
+        raise ConfigError(f"{place}: its weights are quantized; give the model they were made from")
+    require_counts(content, place)
+    try:
+        known = [*known_keys(config_class), *config_class.attribute_map]
+        keys = {"model_type": model_type, **plain_keys(content, known)}
+        hf_config = build_hf_config(keys, None, None, to_run=False, read_back=True)
+    except (ConfigError, RecursionError) as error:
+        raise ConfigError(f"{place}: {one_line(error).removeprefix('model.config: ')}") from None
+    warn_left_out(content, hf_config, place)
+    return hf_config
+
+
+def new_hf_config(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context_length: int
+) -> PretrainedConfig | None:
+    """That of a new model; None for one that comes with its own, from `config.pretrained`."""
+    return None if config.pretrained else build_hf_config(config.config, tokenizer, context_length)
+
+
+def read_pretrained_config(path_or_id: str) -> PretrainedConfig:
+    """Return the config in a Hugging Face folder or under a hub id, as `read_back_hf_config`
+    takes it.
+    """
+    folder = folder_of(path_or_id, ["config.json"])
+    return read_back_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> None:
+    """Raises InvalidField where `model_config` says something else than the config of the
+    weights that were loaded.
+    """
+    for key, value in model_config.items():
+        has = getattr(hf_config, key, None)
+        if has != value:
+            raise InvalidField(
+                f"model.config.{key}",
+                f"model.pretrained has {has}; leave the key out, or give that value",
+            )
+
+
+def in_one_line(error: Exception) -> str:
+    return f"unknown value {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
+
+
+def _type_of_default(parameter: inspect.Parameter | None) -> type | None:
+    """The type a parameter without annotation must have: its default's, but for token ids, which
+    may be null or lists.
+    """
+    if (
+        parameter is None
+        or parameter.name.endswith("_token_id")
+        or type(parameter.default) not in (int, float, bool, str)
+    ):
+        return None
+    return type(parameter.default)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether `value` is of a plain annotated type; anything more intricate passes."""
+    plain = _plain_types(hint)
+    if plain is None:
+        return True
+    if isinstance(value, bool):
+        return bool in plain
+    return isinstance(value, tuple(plain)) or (float in plain and isinstance(value, int))
+
+
+def _plain_types(hint: Any) -> list[type] | None:
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    plain = [option for option in options if option in (int, float, bool, str, type(None))]
+    return plain if len(plain) == len(options) else None
+
+
+def _type_name(hint: Any) -> str:
+    return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("None", "null")
+
+
+def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
+    return None if torch.cuda.is_available() else cpu.missing(hf_config)
+
+
+def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:
+    """Raises ConfigError for weights, at `place`, of a model that this machine cannot run."""
+    if missing := _missing_here(hf_config):
+        raise ConfigError(f"{place}: {missing[0]} of its config: {missing[1]}")

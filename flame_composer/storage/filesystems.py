@@ -1,0 +1,161 @@
+"""Which filesystem a place is on, and what it says of its files, in our terms."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from flame_composer.errors import ConfigError, DataError, StoreError, one_line
+
+# What fsspec has beside stores: ways to look at files that are elsewhere
+NO_STORES = frozenset(
+    {
+        "async_wrapper",
+        "asyncwrapper",
+        "asynclocal",
+        "blockcache",
+        "cached",
+        "dask",
+        "data",
+        "dir",
+        "filecache",
+        "generic",
+        "libarchive",
+        "reference",
+        "simplecache",
+        "tar",
+        "zip",
+    }
+)
+
+MEANT = "a path, or the URL of an object store (s3://, gs://, az://, hdfs://, https:// and others)"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A file's size in bytes, when it was last written (seconds since 1970), and in an object
+    store what changes with its content: the ETag, or the nearest thing the store has.
+    """
+
+    size: int
+    modified: float
+    version: str | None
+
+
+def is_url(place: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+@contextmanager
+def at(place: str) -> Iterator[tuple[Any, str]]:
+    """The filesystem of a URL and the path within it; its failures in our terms."""
+    import fsspec
+
+    scheme, _, path = place.partition("://")
+    try:
+        if scheme == "s3":
+            from flame_composer.storage.s3 import S3FileSystem
+
+            bucket = path.partition("/")[0]
+            if not bucket:
+                raise ConfigError(f"{place}: names no bucket; must be s3://bucket/path")
+            if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+                raise ConfigError(
+                    "s3://***: must be s3://bucket/path, without credentials or a server; set"
+                    " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and"
+                    " S3_ENDPOINT_URL"
+                )
+            fs: Any = S3FileSystem()
+        elif scheme in ("file", "local"):
+            raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
+        elif scheme in NO_STORES:
+            raise ConfigError(f"{place}: {scheme}:// is no object store; give {MEANT}")
+        else:
+            if scheme == "http":
+                from flame_composer.storage.s3 import warn_if_readable
+
+                warn_if_readable(place)
+            fs = fsspec.filesystem(scheme)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{place}: {one_line(error)}") from None
+    except Exception as error:  # every store's client has exceptions of its own
+        raise ConfigError(f"{place}: {one_line(error)}") from None
+    try:
+        yield fs, fs._strip_protocol(place)
+    except (ConfigError, DataError, FileNotFoundError):
+        raise
+    except PermissionError as error:
+        raise ConfigError(
+            f"{place}: access denied: {one_line(error)}; check the credentials"
+        ) from None
+    # What clients raise that cannot do with files alone what is asked of a store
+    except (AttributeError, TypeError, NotImplementedError, RecursionError) as error:
+        raise ConfigError(
+            f"{place}: {scheme}:// cannot be used as an object store here: {one_line(error)}; give"
+            f" {MEANT}"
+        ) from None
+    except Exception as error:  # the same
+        raise StoreError(f"{place}: {one_line(error)}") from None
+
+
+def walk_folders(place: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders below a local one with their files. A link to a folder is followed, but only
+    the first to each, and none back up: links in a circle, or several to folders with several
+    more, would lead on for ever.
+    """
+    followed = {os.path.realpath(place)}
+    for folder, folders, names in os.walk(place, followlinks=True):
+        yield folder, names
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if target in followed or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
+                    folders.remove(name)
+                followed.add(target)
+
+
+def local_stat(path: str) -> Stat:
+    found = os.stat(path)
+    return Stat(found.st_size, found.st_mtime, None)
+
+
+def stat_of(info: dict[str, Any]) -> Stat:
+    names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
+    version = next((str(info[name]) for name in names if info.get(name)), None)
+    times = [
+        info[name]
+        for name in ("modified", "mtime", "last_modified", "LastModified")
+        if info.get(name)
+    ]
+    known = (
+        t.timestamp() if isinstance(t, datetime) else t
+        for t in times
+        if isinstance(t, (datetime, float, int))
+    )
+    return Stat(info["size"] or 0, next(known, 0.0), version)
+
+
+def below(folder: str, path: str) -> str:
+    """Return the path within `folder` of what a store lists there; raise DataError if it is
+    elsewhere.
+    """
+    prefix = folder.rstrip("/") + "/"
+    name = path.removeprefix(prefix)
+    if not path.startswith(prefix) or ".." in name.split("/"):
+        raise strange_name(folder, path)
+    return name
+
+
+def strange_name(folder: str, name: str) -> DataError:
+    return DataError(
+        f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete"
+        " that, or use another folder"
+    )

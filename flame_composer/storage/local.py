@@ -1,0 +1,50 @@
+"""Local files that are made, or opened, through no link that somebody else has put there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+# That begin a file anew in a folder where somebody else puts others under its name
+CREATE_TRIES = 16
+
+
+def create(path: str | Path) -> BinaryIO:
+    """Make a local file anew and open it for writing.
+
+    What lies there goes first, and a link is not followed: in a folder of several users, anyone
+    can put one under a name that can be guessed, and have another file overwritten.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(CREATE_TRIES):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        with suppress(FileExistsError):
+            return os.fdopen(os.open(path, flags, 0o666), "wb")
+    raise FileExistsError(errno.EEXIST, "somebody else makes it again and again", str(path))
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a local file with `os.open`'s `flags`, and return its descriptor.
+
+    Raise OSError for a link, a pipe, a device or a folder, none of which is followed or waited
+    for.
+    """
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if os.path.lexists(path) and not modes.S_ISREG(os.lstat(path).st_mode):
+            raise _no_file(path) from None
+        raise
+    if modes.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise _no_file(path)
+
+
+def _no_file(path: str | Path) -> OSError:
+    return OSError(errno.EINVAL, "is a link, or no file", str(path))

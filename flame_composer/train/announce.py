@@ -1,0 +1,78 @@
+"""What is said and kept at a run's start: its configuration, and where it goes on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import yaml
+from composer import Trainer
+from composer.loggers import ProgressBarLogger
+from composer.utils import dist
+
+from flame_composer.errors import ConfigError, masked
+from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import is_url
+from flame_composer.train.rows import appending, is_cut_short, writing
+
+STARTS = "starts.jsonl"
+
+
+def announce(
+    trainer: Trainer,
+    resolved_yaml: str,
+    log_folder: Path,
+    save_folder: str | None,
+    *,
+    resumed_from: str | None,
+) -> None:
+    """Say what is about to run, and keep the configuration, in both folders and with every logger;
+    note the start in the log's.
+
+    Where the checkpoints are to go cannot be written to, that is found out here and not when hours
+    are to be saved.
+    """
+    for destination in trainer.logger.destinations:
+        if isinstance(destination, ProgressBarLogger):
+            # Sixty lines between a person and the progress bar
+            destination.hparams_already_logged_to_console = True
+    trainer.logger.log_hyperparameters(yaml.safe_load(resolved_yaml))
+    if dist.get_global_rank() != 0:
+        return
+    for folder in filter(None, (str(log_folder), save_folder)):
+        try:
+            if not is_url(folder):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            storage.write(storage.join(folder, "config.yaml"), resolved_yaml.encode())
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: cannot be written to: {error.strerror}; set log_folder and save_folder"
+                " to folders that can"
+            ) from None
+    state = trainer.state
+    assert state.max_duration is not None
+    if state.timestamp < state.max_duration:
+        shown = resumed_from and masked(resumed_from)
+        start = {
+            "step": state.timestamp.batch.value,
+            "resumed_from": shown,
+            "devices": dist.get_world_size(),
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        path = log_folder / STARTS
+        with writing(path), appending(path) as starts:
+            starts.write(("\n" if is_cut_short(path) else "") + json.dumps(start) + "\n")
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    print(
+        f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x"
+        f" {state.device.name}, {state.max_duration.value:,} steps; logs in {log_folder}",
+        flush=True,
+    )
+    if resumed_from is not None:
+        time = state.timestamp
+        print(
+            f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value},"
+            f" row {time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen",
+            flush=True,
+        )

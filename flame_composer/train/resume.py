@@ -1,0 +1,76 @@
+"""What a run that goes on is held to: random state as it was, and the same data."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist, reproducibility
+
+from flame_composer.errors import ConfigError
+from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
+from flame_composer.text.ends import describe as describe_ends
+
+
+class RandomState(Callback):
+    """Restores every rank's random state just before the first batch after a restart, wherever in
+    an epoch that is.
+
+    Composer restores it at the start of an epoch only: with a dataset that resumes by itself,
+    dropout in the middle of an epoch would go on from a fresh seed. Restarted on another number of
+    devices there is no state to restore, and each rank goes on from its seed.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": reproducibility.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending = state["rng"]
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if self._pending is not None and len(self._pending) == dist.get_world_size():
+            reproducibility.load_rng_state(self._pending)
+        self._pending = None
+
+
+class SameData(Callback):
+    """Refuses to go on from a checkpoint whose rows came in another order than this run's would.
+
+    StreamingDataset remembers a position only, and would serve rows that were seen before, or never
+    serve some.
+    """
+
+    def __init__(self, order: dict[str, Any], *, allow_change: bool):
+        self.order = order
+        self.allow_change = allow_change
+        self.ends: Ends | None = None  # of the documents
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.ends = ends_of(cast(Any, state.model).tokenizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order} | ({} if self.ends is None else {"ends": self.ends._asdict()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        before = state["order"]
+        ends = parse_ends(state.get("ends"))  # not in those of 2026-11-28 and before
+        changed = [
+            f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
+            for key in {**self.order, **before}
+            if before.get(key) != self.order.get(key)
+        ]
+        if changed and not self.allow_change:
+            raise ConfigError(
+                f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set"
+                " back what changed, start a new run_name, or set allow_data_change=true to go on"
+                " all the same"
+            )
+        if ends is not None and self.ends not in (None, ends):
+            warn(
+                f"the checkpoint was trained on documents that {describe_ends(ends)}; "
+                f"now they {describe_ends(self.ends)}"
+            )

@@ -1,0 +1,160 @@
+"""Tasks by somebody else: what their files may say, and that none of it runs as code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import lm_eval.utils
+from datasets.packaged_modules.pandas import pandas as pickled_frames
+from jinja2 import BaseLoader, StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.tasks import _yaml_loader
+
+from flame_composer.errors import ConfigError
+
+# What a task may say of how text is written. transformers has more, of which some lead to code.
+WRITING = frozenset(
+    {
+        "until",
+        "max_gen_toks",
+        "max_new_tokens",
+        "max_tokens",
+        "max_completion_tokens",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "num_beams",
+        "early_stopping",
+        "length_penalty",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+    }
+)
+
+# Of the processor, for each text that a task's template makes: loops within loops do not end
+TEMPLATE_SECONDS = 30
+
+
+@contextlib.contextmanager
+def no_foreign_code(task_code: bool = False) -> Iterator[None]:
+    """Nothing that a task's file or data says runs as code, but functions with `task_code`, and
+    those of the harness itself.
+
+    Templates see no more of Python than they need; metrics that are code, on the hub or beside a
+    task, are not loaded. Of datasets, this release of `datasets` runs none but what is in pickles,
+    which are not read.
+    """
+    templates = SandboxedEnvironment(
+        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    templates.template_class = _Template
+    templates.filters.update(lm_eval.utils.env.filters)
+    import_function = _yaml_loader._import_func_in_yml
+
+    def own_function(name: str, folder: Path) -> Any:
+        if not (
+            task_code
+            or folder.resolve().is_relative_to(Path(_yaml_loader.__file__).parent.resolve())
+        ):
+            raise ConfigError(
+                f"task_path: a task in {folder} runs Python code (!function {name}); set"
+                " task_code=true if you trust it"
+            )
+        return import_function(name, folder)
+
+    def no_metric(name: str, *_: Any, **__: Any) -> Any:
+        raise ValueError(f"{name}: is code")
+
+    load_dataset = datasets.load_dataset
+
+    def load_into_own_cache(*args: Any, **options: Any) -> Any:
+        if options.get("cache_dir") is not None:
+            raise ConfigError(
+                f"task_path: a task's dataset_kwargs have cache_dir={options['cache_dir']}, and no"
+                " task decides where files are written; take that key out, and set"
+                " HF_DATASETS_CACHE"
+            )
+        return load_dataset(*args, **options)
+
+    def no_pickle(*_: Any) -> Any:
+        raise ConfigError(
+            "task_path: a task's dataset_path is pandas, which reads pickles, and those can run"
+            " code; give its data as JSON lines or Parquet (dataset_path: json or parquet)"
+        )
+
+    datasets.disable_progress_bars()
+    try:
+        with ExitStack() as stack:
+            for owner, name, value in (
+                (_import_evaluate(), "load", no_metric),
+                (lm_eval.utils, "env", templates),
+                (_yaml_loader, "_import_func_in_yml", own_function),
+                (datasets, "load_dataset", load_into_own_cache),
+                (pickled_frames.Pandas, "_info", no_pickle),
+            ):
+                stack.enter_context(_replaced(owner, name, value))
+            yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+class _Template(Template):
+    """A template that has `TEMPLATE_SECONDS` for a text. The sandbox only keeps a single range()
+    short.
+    """
+
+    def render(self, *args: Any, **values: Any) -> str:
+        if threading.current_thread() is not threading.main_thread():
+            return super().render(*args, **values)
+
+        def give_up(*_: Any) -> None:
+            raise TemplateError(
+                f"a text takes more than {TEMPLATE_SECONDS} seconds; have it loop over less"
+            )
+
+        before = signal.signal(signal.SIGVTALRM, give_up)
+        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+        try:
+            return super().render(*args, **values)
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _import_evaluate() -> Any:
+    """Hugging Face's, which tasks import: not recipes/evaluate.py, beside which python looks
+    first for a script's imports.
+    """
+    before = sys.path[:]
+    sys.path[:] = [folder for folder in before if not Path(folder, "evaluate.py").is_file()]
+    try:
+        return importlib.import_module("evaluate")
+    finally:
+        sys.path[:] = before
