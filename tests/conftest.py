@@ -262,9 +262,12 @@ def make_run(
     config = load(TrainConfig, [f"{key}={value}" for key, value in keys.items()])
     parts = check(config)
     parts.extensions.algorithms[:] = algorithms
+    parts.extensions.callbacks[:] = watchers
+    config.algorithms = {type(each).__name__: None for each in algorithms}
     start = Checkpoint(str(load_path), load_path) if load_path else None
     run = build_run(config, parts, start)
-    callbacks = run.trainer.state.callbacks
+    # Before the gradient is looked at, which they may change.
+    callbacks = [each for each in run.trainer.state.callbacks if each not in watchers]
     place = next(i for i, each in enumerate(callbacks) if isinstance(each, Gradients))
     run.trainer.state.callbacks = [*callbacks[:place], *watchers, *callbacks[place:]]
     return Run(folder, run.trainer, run.log, run.order)

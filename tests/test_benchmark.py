@@ -20,6 +20,7 @@ from streaming import StreamingDataset
 
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands as benchmark
+from flame_composer.bench import conversions
 from flame_composer.bench import measure as measuring
 from flame_composer.bench import models as timing
 from flame_composer.bench import runs as run_timing
@@ -418,20 +419,24 @@ def commands(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
         return Usage(1.0, 1.0, 1, "7\n")
 
     monkeypatch.setattr(
-        benchmark,
+        conversions,
         "read_manifest",
         lambda _: SimpleNamespace(totals=SimpleNamespace(tokens_in=7), config={"encoder": "hf"}),
     )
-    return noted(monkeypatch, benchmark, "measure", measure)
+    commands = noted(monkeypatch, benchmark, "measure", measure)
+    monkeypatch.setattr(conversions, "measure", benchmark.measure)
+    return commands
 
 
 @pytest.fixture
 def corpora(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     source = write_jsonl(tmp_path / "source.jsonl", TEXTS)
     write = write_corpus
-    return noted(
+    made = noted(
         monkeypatch, benchmark, "write_corpus", lambda *_: write([str(source)], (), 1000, tmp_path)
     )
+    monkeypatch.setattr(conversions, "write_corpus", benchmark.write_corpus)
+    return made
 
 
 def test_runs_are_timed_as_the_keys_say(monkeypatch, commands, corpora, tmp_path):
@@ -488,7 +493,7 @@ def test_conversions_are_timed_as_the_keys_say(commands, corpora, tmp_path):
         ("data", DataBenchmarkConfig, benchmark, "compare_readers"),
         ("start", StartBenchmarkConfig, benchmark, "compare_starts"),
         ("checkpoint", CheckpointBenchmarkConfig, run_timing, "checkpoints"),
-        ("convert", ConversionBenchmarkConfig, benchmark, "compare_conversions"),
+        ("convert", ConversionBenchmarkConfig, conversions, "compare_conversions"),
     ],
 )
 def test_where_files_are_put(monkeypatch, tmp_path, name, config, module, function):

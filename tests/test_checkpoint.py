@@ -397,7 +397,7 @@ def test_a_file_that_is_replaced_after_it_was_checked_runs_no_code(
         "_torch_load_with_validation",
         composer_checkpoint._torch_load_with_validation,
     )
-    start, _ = checkpoint.find_start_of(TrainConfig(save_folder=None), tmp_path, None)
+    start = checkpoint.find_start_of(TrainConfig(save_folder=None), tmp_path, pytest.fail)
     assert start is None
     state = trained.trainer.state
     with pytest.raises(

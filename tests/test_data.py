@@ -418,7 +418,7 @@ def test_a_flipped_bit_is_found_before_a_row_is_used(dataset, copy_of, num_worke
         epoch_of(loader)
     lines = str(caught.value).strip().splitlines()
     assert re.fullmatch(
-        (r"flame_composer\.config\.DataError: " if num_workers else "") + damaged(shard), lines[-1]
+        (r"flame_composer\.errors\.DataError: " if num_workers else "") + damaged(shard), lines[-1]
     )
     assert num_workers or len(lines) == 1
 

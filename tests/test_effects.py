@@ -20,6 +20,7 @@ from composer.loggers import Logger, ProgressBarLogger, WandBLogger
 from flame_composer.config.load import load
 from flame_composer.config.sections import SpikeConfig, WandbConfig
 from flame_composer.config.train import TrainConfig
+from flame_composer.train import assemble
 from flame_composer.train.guards import SpikeGuard, build_watchers
 from flame_composer.train.loggers import build_loggers
 from tests.runs import ROOT, Corpus, read_log
@@ -63,7 +64,7 @@ def train(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Any:
                 super().__init__(**{**given, "callbacks": [*given["callbacks"], seen]})
 
         with monkeypatch.context() as patch:
-            patch.setattr(composer, "Trainer", Watched)
+            patch.setattr(assemble, "Trainer", Watched)
             patch.chdir(ROOT)
             main = runpy.run_path("recipes/train.py")["main"]
             main(load(TrainConfig, corpus.keys(folder, *keys)))

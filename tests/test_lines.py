@@ -250,7 +250,7 @@ def test_every_way_out_is_cleaned(monkeypatch, capsys):
 SCRIPT = """
 import sys
 from flame_composer.config.cli import run
-from flame_composer.config.rules import DataError
+from flame_composer.errors import DataError
 from flame_composer.config.use import GenerateConfig
 
 def main(config):

@@ -360,7 +360,7 @@ import sys
 from pathlib import Path
 from composer.utils import dist, get_device
 from flame_composer.checkpoint.find import find_newest
-from flame_composer.config.rules import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError
 
 dist.initialize_dist(get_device())
 os.chdir(sys.argv[1 + dist.get_global_rank()])  # the same place on another disk
