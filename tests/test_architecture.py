@@ -30,14 +30,6 @@ LONG: dict[str, int] = {
     "checkpoint/save.py": 410,
     "bench/runs.py:checkpoints": 64,
     "cleaning/report.py:report": 65,
-    "config/convert.py:validate": 61,
-    "config/load.py:load": 70,
-    "dataset/writer.py:_publish": 67,
-    "loader/batches.py:build_train_loader": 61,
-    "model/hf_config.py:build_hf_config": 81,
-    "plan/table.py:describe": 95,
-    "train/charts.py:draw": 62,
-    "use/perplexity.py:evaluate": 75,
 }
 # These look fields up by the names that dataclasses.fields gives or that are written out there.
 FIELDS_BY_NAME = ("flame_composer/config/", "convert/to_mds.py", "convert/train_tokenizer.py")

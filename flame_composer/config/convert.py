@@ -205,23 +205,24 @@ class ConvertConfig(ScriptConfig):
             "must be 1 or more, or null",
         )
         if self.cluster is not None:
+            self._check_cluster(self.cluster)
+
+    def _check_cluster(self, address: str) -> None:
+        require(self.num_workers is None, "num_workers", "must not be set together with cluster")
+        require(
+            bool(re.fullmatch(r"\w+://[^\s:]\S*:\d+", address)),
+            "cluster",
+            "must be like tcp://host:8786",
+        )
+        for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
+            value = getattr(self, name) or []
+            paths = [value] if isinstance(value, str) else value
             require(
-                self.num_workers is None, "num_workers", "must not be set together with cluster"
+                all(os.path.isabs(path) or is_url(path) for path in paths),
+                name,
+                "must be absolute where there is a cluster, whose workers have working folders"
+                " of their own",
             )
-            require(
-                bool(re.fullmatch(r"\w+://[^\s:]\S*:\d+", self.cluster)),
-                "cluster",
-                "must be like tcp://host:8786",
-            )
-            for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
-                value = getattr(self, name) or []
-                paths = [value] if isinstance(value, str) else value
-                require(
-                    all(os.path.isabs(path) or is_url(path) for path in paths),
-                    name,
-                    "must be absolute where there is a cluster, whose workers have working folders"
-                    " of their own",
-                )
 
 
 @dataclass

@@ -70,6 +70,30 @@ def load(cls: type[C], argv: list[str]) -> C:
             sources.append((file, read_yaml(file)))
     sources += [("command line", read_override(cls, argument)) for argument in overrides]
 
+    given = _given_by(cls, sources)
+    merged = _merge(cls, given)
+    require_ends(merged, file or "command line")
+    origins: dict[str, tuple[str, Any]] = {}
+    for origin, key, value in given:
+        origins[key] = origin, value
+        origins.update({inner: (origin, each) for inner, each in inner_values(key, value)})
+    place = file or "command line"
+    config, resolved_yaml = _resolved(cls, merged, place, origins)
+    assert isinstance(config, cls)
+    config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
+    for prefix, section in sections_of(config):
+        try:
+            _expand_paths(section)
+            getattr(section, "validate", lambda: None)()
+        except InvalidField as problem:
+            raise ConfigError(
+                explain(config, InvalidField(prefix + problem.name, problem.rule))
+            ) from None
+    return config
+
+
+def _given_by(cls: type[C], sources: Sequence[tuple[str, dict[Any, Any]]]) -> list[Given]:
+    """Return what files and arguments hold, key by key, in their order."""
     known = [key for key, _, _, _ in fields_of(cls)]
     given: list[Given] = []
     try:
@@ -88,13 +112,13 @@ def load(cls: type[C], argv: list[str]) -> C:
     except ConfigError:
         _merge(cls, given)  # of two mistakes, the first is told
         raise
-    merged = _merge(cls, given)
-    require_ends(merged, file or "command line")
-    origins: dict[str, tuple[str, Any]] = {}
-    for origin, key, value in given:
-        origins[key] = origin, value
-        origins.update({inner: (origin, each) for inner, each in inner_values(key, value)})
-    place = file or "command line"
+    return given
+
+
+def _resolved(
+    cls: type[C], merged: DictConfig, place: str, origins: Mapping[str, tuple[str, Any]]
+) -> tuple[Any, str]:
+    """Return the configuration with every ${...} filled in, and as YAML without the environment."""
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(
@@ -108,17 +132,7 @@ def load(cls: type[C], argv: list[str]) -> C:
         raise ConfigError(
             unresolved(cls, merged, origins) or f"{place}: {first_line(error)}"
         ) from None
-    assert isinstance(config, cls)
-    config.resolved_yaml, config.origins, config.place = resolved_yaml, origins, place
-    for prefix, section in sections_of(config):
-        try:
-            _expand_paths(section)
-            getattr(section, "validate", lambda: None)()
-        except InvalidField as problem:
-            raise ConfigError(
-                explain(config, InvalidField(prefix + problem.name, problem.rule))
-            ) from None
-    return config
+    return config, resolved_yaml
 
 
 def _merge(cls: type, given: Sequence[Given]) -> DictConfig:

@@ -58,7 +58,7 @@ def require_ends(merged: DictConfig, place: str) -> None:
         )
 
 
-def unresolved(cls: type, merged: DictConfig, origins: dict[str, tuple[str, Any]]) -> str | None:
+def unresolved(cls: type, merged: DictConfig, origins: Mapping[str, tuple[str, Any]]) -> str | None:
     """What is wrong with the first key whose interpolation fails; never what an environment
     variable is set to.
     """

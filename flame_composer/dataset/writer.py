@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flame_composer.dataset.manifest import (
     VERSION,
@@ -205,20 +206,8 @@ class DatasetWriter:
         tails = storage.each(
             lambda name: storage.read(self._place("units", name, "tail.npy")), order
         )
-        storage.retract_folder(self._place("units", TAIL), "unit.json")
-        writer = UnitWriter(self, None)
-        try:
-            for name, tail in zip(order, tails, strict=True):
-                writer.carry(
-                    Pieces(
-                        np.load(io.BytesIO(tail)),
-                        np.array(units[name]["tail_doc_lengths"], np.int64),
-                    )
-                )
-            writer.commit(None)
-        except BaseException:
-            writer.discard()
-            raise
+        lengths = [np.array(units[name]["tail_doc_lengths"], np.int64) for name in order]
+        self._write_tail([np.load(io.BytesIO(tail)) for tail in tails], lengths)
         units[TAIL] = self._read_unit(TAIL)
 
         shards = [
@@ -235,20 +224,7 @@ class DatasetWriter:
             parse_record(unit["record"], self._place("units", name)) for name, unit in units.items()
         )
         totals = sum((record.ledger for record in records), Ledger())
-        assert totals.balances, totals
-        assert totals.carried_in == totals.carried_out, totals
-        assert totals.tokens_out == totals.rows * self.plan.context_length, totals
-        if totals.documents == 0:
-            raise DataError(
-                f"{self.out}: no documents for the {self.plan.split} split "
-                f"({totals.documents_skipped} skipped); check source, or raise val_fraction"
-            )
-        if totals.rows == 0:
-            raise DataError(
-                f"{self.out}: the {self.plan.split} split's {totals.tokens_in} tokens do not fill"
-                f" one row of context_length={self.plan.context_length}; remove this folder and"
-                " give more text or shorter rows"
-            )
+        self._check_totals(totals)
         index = dump_json({"version": 2, "shards": shards})
         manifest = Manifest(
             version=VERSION,
@@ -265,6 +241,35 @@ class DatasetWriter:
         storage.write(self._place("index.json"), index)
         self._clean()
         return manifest
+
+    def _write_tail(self, tails: list[NDArray[Any]], doc_lengths: list[NDArray[np.int64]]) -> None:
+        """Write the tokens that filled no row of their unit as a unit of their own."""
+        storage.retract_folder(self._place("units", TAIL), "unit.json")
+        writer = UnitWriter(self, None)
+        try:
+            for tokens, lengths in zip(tails, doc_lengths, strict=True):
+                writer.carry(Pieces(tokens, lengths))
+            writer.commit(None)
+        except BaseException:
+            writer.discard()
+            raise
+
+    def _check_totals(self, totals: Ledger) -> None:
+        """Raise DataError for a dataset without a row."""
+        assert totals.balances, totals
+        assert totals.carried_in == totals.carried_out, totals
+        assert totals.tokens_out == totals.rows * self.plan.context_length, totals
+        if totals.documents == 0:
+            raise DataError(
+                f"{self.out}: no documents for the {self.plan.split} split "
+                f"({totals.documents_skipped} skipped); check source, or raise val_fraction"
+            )
+        if totals.rows == 0:
+            raise DataError(
+                f"{self.out}: the {self.plan.split} split's {totals.tokens_in} tokens do not fill"
+                f" one row of context_length={self.plan.context_length}; remove this folder and"
+                " give more text or shorter rows"
+            )
 
     def _unit_order(self) -> list[int]:
         """The order of the units in the dataset, which is not that of their names if there is a

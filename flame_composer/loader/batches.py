@@ -174,20 +174,19 @@ def build_train_loader(
             prefetch_factor=config.prefetch_factor,
         )
     num_workers = loader_processes(config.num_workers)
+    across = config.loss_across_documents
+    collated = functools.partial(collate_for_sending, loss_across_documents=across)
     loader = DataLoader(
         rows,
         batch_size=batch_size,
         drop_last=True,
         num_workers=num_workers,
-        collate_fn=functools.partial(
-            collate_for_sending, loss_across_documents=config.loss_across_documents
-        ),
+        collate_fn=collated,
         prefetch_factor=config.prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=follow_parent,
-        # Its own generator: with the global one, every new epoch would draw from the model's random
-        # state.
+        # Its own: with the global one, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)

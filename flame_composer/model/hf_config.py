@@ -80,6 +80,37 @@ def build_hf_config(
         )
     config_class = CONFIG_MAPPING[model_type]
     parameters = inspect.signature(config_class.__init__).parameters
+    _check_keys(config_class, keys, read_back=read_back)
+    if tokenizer is not None:
+        keys.setdefault("vocab_size", len(tokenizer))
+        keys.setdefault("bos_token_id", tokenizer.bos_token_id)
+        keys.setdefault("eos_token_id", tokenizer.eos_token_id)
+    # GPT-2: n_positions
+    positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if positions in parameters and context_length is not None:
+        keys.setdefault(positions, context_length)
+    if not read_back:
+        _check_numbers(keys)
+    if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
+        raise InvalidField(
+            "model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens"
+        )
+    try:
+        hf_config = config_class(**keys)
+    except Exception as error:  # whatever the numbers make that class's own code raise
+        raise ConfigError(
+            f"model.config: {config_class.__name__} refuses it: {in_one_line(error)}"
+        ) from None
+    if to_run and (missing := _missing_here(hf_config)):
+        raise InvalidField(f"model.config.{missing[0]}", missing[1])
+    return hf_config
+
+
+def _check_keys(
+    config_class: type[PretrainedConfig], keys: dict[str, Any], *, read_back: bool
+) -> None:
+    """Raise InvalidField for a key that the class does not have, or a value of another type."""
+    parameters = inspect.signature(config_class.__init__).parameters
     known = known_keys(config_class)
     hints = typing.get_type_hints(config_class.__init__)
     for key, value in keys.items():
@@ -97,37 +128,19 @@ def build_hf_config(
                 f"model.config.{key}",
                 f"must be {_type_name(hint)}{quote_it(value, _is_a('text', hint))}",
             )
-    if tokenizer is not None:
-        keys.setdefault("vocab_size", len(tokenizer))
-        keys.setdefault("bos_token_id", tokenizer.bos_token_id)
-        keys.setdefault("eos_token_id", tokenizer.eos_token_id)
-    # GPT-2: n_positions
-    positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    if positions in parameters and context_length is not None:
-        keys.setdefault(positions, context_length)
-    for key, value in () if read_back else keys.items():
+
+
+def _check_numbers(keys: dict[str, Any]) -> None:
+    """Raise InvalidField for a number that no model has."""
+    for key, value in keys.items():
         for pattern, holds, message in _RULES:
             is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
             if is_number and not (abs(value) < math.inf and holds(value)):
                 raise InvalidField(f"model.config.{key}", message)
-    for key, value in () if read_back else keys.items():
         if is_beyond_any_model({key: value}):
             raise InvalidField(
                 f"model.config.{key}", f"must be {MOST_PARTS:,} at most: no model has more"
             )
-    if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
-        raise InvalidField(
-            "model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens"
-        )
-    try:
-        hf_config = config_class(**keys)
-    except Exception as error:  # whatever the numbers make that class's own code raise
-        raise ConfigError(
-            f"model.config: {config_class.__name__} refuses it: {in_one_line(error)}"
-        ) from None
-    if to_run and (missing := _missing_here(hf_config)):
-        raise InvalidField(f"model.config.{missing[0]}", missing[1])
-    return hf_config
 
 
 def known_keys(config_class: type[PretrainedConfig]) -> list[str]:

@@ -106,15 +106,8 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
                     markeredgecolor="white",
                     label=f"{label}, evaluation",
                 )
-        axes.vlines(
-            run.resumed_after,
-            0,
-            1,
-            color=color,
-            linewidth=1,
-            linestyle=":",
-            transform=axes.get_xaxis_transform(),
-        )
+        across = axes.get_xaxis_transform()
+        axes.vlines(run.resumed_after, 0, 1, color, linestyle=":", linewidth=1, transform=across)
     if any(run.resumed_after for run in runs):
         axes.plot([], [], color="gray", linewidth=1, linestyle=":", label="resumed")
     if chart.log_scale and all(

@@ -64,41 +64,19 @@ def evaluate(
     device = get_device()
     model = device.module_to_device(model).eval()
     sizes = None if token_bytes is None else device.tensor_to_device(torch.from_numpy(token_bytes))
-    batches = evaluator.dataloader.dataloader
+    is_first = dist.get_global_rank() == 0
     sums = None  # loss, tokens and bytes by block
-    with torch.no_grad():
-        for batch in tqdm(
-            batches, unit="batch", disable=None if dist.get_global_rank() == 0 else True
-        ):
-            batch = device.batch_to_device(batch)
-            with get_precision_context(Precision(precision)):
-                logits_BTV = model(
-                    {name: batch[name] for name in ("input_ids", "sequence_id")}
-                ).logits
-            targets, length = batch["labels"][:, 1:].flatten(), batch["labels"].shape[1]
-            # 0 where ignored
-            losses = F.cross_entropy(
-                logits_BTV[:, :-1].flatten(0, 1).float(), targets, reduction="none"
-            )
-            document = (
-                batch["sequence_id"] if model.varlen else torch.zeros_like(batch["sequence_id"])
-            )
-            block = positions(document)[:, :-1].flatten() // (block_size or length)
-            counted = targets >= 0
-            values = [
-                losses,
-                counted,
-                (
-                    torch.zeros_like(losses)
-                    if sizes is None
-                    else sizes[targets.clamp(min=0)] * counted
-                ),
-            ]
-            if sums is None:
-                num_blocks = math.ceil((length - 1) / (block_size or length))
-                sums = torch.zeros(3, num_blocks, dtype=torch.float64, device=losses.device)
-            for total, value in zip(sums, values, strict=True):
-                total.index_add_(0, block, value.double())
+    for batch in tqdm(
+        evaluator.dataloader.dataloader, unit="batch", disable=None if is_first else True
+    ):
+        batch = device.batch_to_device(batch)
+        length = batch["labels"].shape[1]
+        block, values = _by_token(model, batch, precision, sizes, block_size or length)
+        if sums is None:
+            num_blocks = math.ceil((length - 1) / (block_size or length))
+            sums = torch.zeros(3, num_blocks, dtype=torch.float64, device=block.device)
+        for total, value in zip(sums, values, strict=True):
+            total.index_add_(0, block, value.double())
     assert sums is not None
     dist.all_reduce(sums)
 
@@ -120,6 +98,34 @@ def evaluate(
             if total[1] > 0
         ]
     return result
+
+
+@torch.no_grad()
+def _by_token(
+    model: CausalLM,
+    batch: dict[str, torch.Tensor],
+    precision: str,
+    sizes: torch.Tensor | None,
+    block_size: int,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the block of every predicted token's context, and the token's loss, count and bytes.
+
+    All `[B * (T - 1)]`; what carries no loss counts as nothing.
+    """
+    with get_precision_context(Precision(precision)):
+        logits_BTV = model({name: batch[name] for name in ("input_ids", "sequence_id")}).logits
+    targets = batch["labels"][:, 1:].flatten()
+    # 0 where ignored
+    losses = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+    document = batch["sequence_id"]
+    if not model.varlen:
+        document = torch.zeros_like(document)
+    block = positions(document)[:, :-1].flatten() // block_size
+    counted = targets >= 0
+    num_bytes = torch.zeros_like(losses)
+    if sizes is not None:
+        num_bytes = sizes[targets.clamp(min=0)] * counted
+    return block, [losses, counted, num_bytes]
 
 
 def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
