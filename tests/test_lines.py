@@ -458,7 +458,7 @@ def test_a_run_keeps_and_logs_no_secret(corpus: Corpus, tmp_path):
 
 def test_a_hostile_manifest_does_not_reach_the_terminal(dataset, copy_of, monkeypatch, capsys):
     from flame_composer.config.convert import InspectConfig
-    from tests.test_convert import load_script
+    from tests.dataset.test_convert import load_script
 
     folder = copy_of(dataset)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -36,7 +36,7 @@ def test_every_key_and_every_name_is_on_it():
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_every_test_that_the_docs_name_is_there(path):
     sources = {
-        file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")
+        file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py")
     }
     for file, test in re.findall(
         r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", path.read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ from flame_composer.model.hf_config import build_hf_config, check_agrees
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VOCABULARY = 400
 TINY = {"gla": GLA, "llama": LLAMA}
 

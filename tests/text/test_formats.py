@@ -16,7 +16,7 @@ import pytest
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import find_files, slice_files
-from tests.test_corpus import COMPRESS, LINES, texts_of
+from tests.text.test_corpus import COMPRESS, LINES, texts_of
 
 PLAIN = "A line of plain text.\n" * 3
 

@@ -22,7 +22,7 @@ from flame_composer.errors import ConfigError
 from tests.data_fixtures import llama_tokenizer, streaming_dataset, words, write_jsonl
 from tests.runs import check, run_script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/migrating-from-flame.md").read_text()
 SCRIPTS: dict[str, type[ScriptConfig]] = {
     "convert/to_mds.py": ConvertConfig,

@@ -13,9 +13,9 @@ from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files as storage
 from flame_composer.storage import s3 as s3_module
 from tests.data_fixtures import byte_tokenizer
+from tests.dataset.test_convert import run_here
+from tests.dataset.test_object_store import without_a_pool  # noqa: F401 - a fixture
 from tests.hostile import Hostile, holds, hostile, lists_only, respond, silence
-from tests.test_convert import run_here
-from tests.test_object_store import without_a_pool  # noqa: F401 - a fixture
 
 ELSEWHERE = "http://169.254.169.254/\x1b[2J?X-Amz-Signature="
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfi"

@@ -21,9 +21,9 @@ from flame_composer.storage import s3 as s3_module
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import find_files, slice_files
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+from tests.dataset.test_convert import run_here
 from tests.s3 import BUCKET, Relay
-from tests.test_convert import run_here
-from tests.test_formats import DOUBTFUL, RECOGNISED
+from tests.text.test_formats import DOUBTFUL, RECOGNISED
 
 # Converted in this process
 ONE_UNIT = ("tokenizer=tokenizer", "context_length=64", "shard_size=20000", "encoder=hf")

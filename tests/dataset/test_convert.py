@@ -35,7 +35,7 @@ from tests.data_fixtures import (
     write_jsonl,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_script(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

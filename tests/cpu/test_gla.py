@@ -20,7 +20,7 @@ from torch import Tensor
 from flame_composer.cpu import gla
 from flame_composer.cpu.gla import chunk_gla, recurrent_gla
 
-FIXTURES = Path(__file__).parent / "fixtures" / "gla"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "gla"
 
 # Log gates from standard normal numbers: from no decay at all to states forgotten within a token.
 GATES = {

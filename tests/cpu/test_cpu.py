@@ -39,8 +39,8 @@ from fla.modules import (  # noqa: E402
 from fla.modules.activations import ACT2FN, swiglu, swiglu_linear  # noqa: E402
 from fla.modules.backends import modules_registry  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-FIXTURES = Path(__file__).parent / "fixtures" / "gla"
+ROOT = Path(__file__).parents[2]
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "gla"
 
 
 def load_make_fixtures() -> ModuleType:

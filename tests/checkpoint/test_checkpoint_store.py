@@ -23,8 +23,8 @@ from flame_composer.storage import files as storage
 from tests.conftest import Run
 from tests.runs import Corpus, Script, check, read_log, run_script
 from tests.s3 import S3
-from tests.test_parallelism import as_pieces
-from tests.test_resume import assert_same_run
+from tests.train.test_parallelism import as_pieces
+from tests.train.test_resume import assert_same_run
 
 
 def final_run(s3: S3, run: Path) -> Path:

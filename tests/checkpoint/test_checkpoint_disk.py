@@ -21,8 +21,8 @@ from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.storage.filesystems import local_stat
 from flame_composer.train.preemption import lock_folders
 from tests.conftest import Run
-from tests.test_parallelism import as_pieces
-from tests.test_preemption import small_disk
+from tests.train.test_parallelism import as_pieces
+from tests.train.test_preemption import small_disk
 
 GOES_ON = "the same command goes on from what was saved last"
 

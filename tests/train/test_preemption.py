@@ -28,7 +28,7 @@ from flame_composer.errors import ConfigError
 from flame_composer.train.preemption import Preempted, lock_run
 from tests.conftest import make_run
 from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log
-from tests.test_resume import assert_same_run
+from tests.train.test_resume import assert_same_run
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from flame_composer.config.cli import run
 from flame_composer.config.train import TrainConfig
 from tests.data_fixtures import byte_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Arguments, and how the line begins: with the first of them, if not said otherwise.
 WRONG: dict[str, str] = {

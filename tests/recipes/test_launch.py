@@ -24,10 +24,10 @@ from composer.cli import launcher
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from tests.hosts import Hosts
+from tests.recipes.test_recipes import COMPOSER
 from tests.runs import ROOT, Corpus, check, read_log
 from tests.slurm import Slurm, missing
-from tests.test_recipes import COMPOSER
-from tests.test_resume import assert_same_run
+from tests.train.test_resume import assert_same_run
 
 SCRIPT = ROOT / "recipes/launch/slurm.sbatch"
 MANIFEST = ROOT / "recipes/launch/kubernetes.yaml"

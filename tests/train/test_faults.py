@@ -15,7 +15,7 @@ import torch
 
 from tests.runs import Corpus, Script, check, read_log
 from tests.s3 import S3
-from tests.test_resume import LLAMA
+from tests.train.test_resume import LLAMA
 
 pytestmark = [
     pytest.mark.faults,

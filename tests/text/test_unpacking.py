@@ -23,7 +23,7 @@ from flame_composer.text import hub
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import slice_file
 from tests.data_fixtures import words
-from tests.test_corpus import COMPRESS, LINES, texts_of
+from tests.text.test_corpus import COMPRESS, LINES, texts_of
 
 # Files of several compressed streams
 

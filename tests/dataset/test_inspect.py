@@ -38,8 +38,8 @@ from flame_composer.dataset.survey import (
 from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
+from tests.dataset.test_convert import ROOT, load_script
 from tests.hostile import hostile
-from tests.test_convert import ROOT, load_script
 
 Result = tuple[int, str, str]
 

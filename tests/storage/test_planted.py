@@ -34,8 +34,8 @@ from flame_composer.train.preemption import lock_folders, lock_run
 from flame_composer.train.rows import appending, keep_rows, writing
 from tests.conftest import make_run
 from tests.data_fixtures import byte_tokenizer
+from tests.loader.test_fetch import as_user, loader_of, remote_of, rows_of, shards_of, stream
 from tests.runs import Corpus, Script
-from tests.test_fetch import as_user, loader_of, remote_of, rows_of, shards_of, stream
 
 OTHER = 54321  # a user id without a name
 SECRET = "precious"

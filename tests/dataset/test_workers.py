@@ -35,7 +35,7 @@ from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 from tests.s3 import BUCKET
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from tests.data_fixtures import (
     words,
     write_jsonl,
 )
-from tests.test_convert import run_here
+from tests.dataset.test_convert import run_here
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed"

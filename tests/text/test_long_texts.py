@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.text import long_texts
 from flame_composer.text.tokenizer import bare, build_encoder
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
-from tests.test_encoder import mistral_tokenizer
+from tests.text.test_encoder import mistral_tokenizer
 
 LEARNT = [
     *TEXTS,
