@@ -128,7 +128,10 @@ def many_open_files() -> None:
 
 @pytest.fixture(scope="session")
 def signal_handlers() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    return {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE)
+    }
 
 
 @pytest.fixture(autouse=True)
