@@ -19,6 +19,7 @@ from flame_composer.train.extensions import arguments_of, find_class, in_words
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
+UPSTREAM_PAGE = ROOT / "docs" / "upstream.md"
 
 INTRODUCTION = """# Configuration
 
@@ -29,6 +30,12 @@ script with status 2 and one line that names it. `${key}` stands for another key
 need no quotes. `null` is no value; in a file, the word itself is given in quotes. `~` at the
 beginning of a path is the home folder, and `$NAME` is not filled in. `script.py --help` shows the
 same as this page, which is made from the code by `make docs`.
+"""
+
+UPSTREAM = """# What is patched in others' packages
+
+Made from the code by `make docs`. Each has a test in `tests/upstream` that fails when it is no
+longer needed. fla's and Triton's parts are in `flame_composer/cpu/enable.py`.
 """
 
 EXTENSIONS = """### algorithms, callbacks, loggers
@@ -155,5 +162,20 @@ def _code(text: str) -> str:
     return "`" + text.replace("|", "\\|") + "`"
 
 
+def upstream_page() -> str:
+    """Return the whole of docs/upstream.md: a row for all in `upstream` that says what it mends."""
+    rows = []
+    for path in sorted((ROOT / "flame_composer" / "upstream").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if isinstance(node, ast.FunctionDef) and doc and "Upstream: " in doc:
+                what, _, mends = doc.partition("Upstream: ")[2].partition("Mends: ")
+                texts = (" ".join(text.split()) for text in (what, mends))
+                rows.append((f"`{path.stem}.{node.name}`", *texts))
+    return f"{UPSTREAM}\n" + _table(("what", "upstream", "mends"), rows)
+
+
 def write() -> None:
+    """Write the pages that are made from the code."""
     PAGE.write_text(page(), encoding="utf-8")
+    UPSTREAM_PAGE.write_text(upstream_page(), encoding="utf-8")

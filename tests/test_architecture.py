@@ -124,7 +124,8 @@ def imported(name: str, modules: set[str]) -> str | None:
 GROUPS = (
     {"errors", "lines", "processes", "fork_server", "batch", "cpu"},
     {"storage"},
-    {"upstream", "text", "config"},
+    {"upstream"},
+    {"text", "config"},
     {"cleaning", "dataset", "model"},
     {"loader", "checkpoint", "use"},
     {"export", "plan"},

@@ -10,13 +10,17 @@ import pytest
 from flame_composer.config.extensions import OFFERED
 from flame_composer.config.fields import fields_of
 from flame_composer.config.train import TrainConfig
-from flame_composer.reference import PAGE, page, scripts
+from flame_composer.reference import PAGE, UPSTREAM_PAGE, page, scripts, upstream_page
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_is_current():
     assert PAGE.read_text(encoding="utf-8") == page(), "run `make docs`"
+
+
+def test_the_page_of_patches_is_current():
+    assert UPSTREAM_PAGE.read_text(encoding="utf-8") == upstream_page(), "run `make docs`"
 
 
 def test_every_key_and_every_name_is_on_it():

@@ -17,7 +17,6 @@ from pathlib import Path
 from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
@@ -52,6 +51,7 @@ from flame_composer.storage.filesystems import Stat, is_url
 from flame_composer.storage.folders import flush
 from flame_composer.storage.local import create
 from flame_composer.storage.locks import is_own_folder
+from flame_composer.upstream.composer import load_checkpoints_with
 
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates;
 # none of them is made so.
@@ -369,7 +369,7 @@ def find_start_of(
 
     Every rank must call it, once all have met. `needed` is what its checkpoints have to hold.
     """
-    composer_checkpoint._torch_load_with_validation = read_for_composer  # type: ignore[assignment]
+    load_checkpoints_with(read_for_composer)
     if config.save_folder is None:
         return None
     return find_start(config.save_folder, staging, needed, autoresume=config.autoresume)

@@ -4,7 +4,6 @@ read them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
@@ -12,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-import streaming.base.dataset
-import streaming.base.shared.array
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
@@ -25,11 +22,10 @@ from streaming.base.world import World
 from flame_composer.errors import DataError, InvalidField, one_line
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.reader import FIELDS, MAX_OPEN, OpenShards, ShardReader, Unchecked
-from flame_composer.storage.locks import (
-    JobFolder,
+from flame_composer.storage.locks import JobFolder, allow_files
+from flame_composer.upstream.streaming import (
     Memory,
-    allow_files,
-    claim_shared_memory,
+    own_shared_memory,
     path_in,
 )
 
@@ -47,7 +43,7 @@ class Rows(StreamingDataset):
     def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
         """`batch_size` is this rank's share of the global batch."""
         most_open = min(MAX_OPEN, allow_files() // 4)
-        with _own_shared_memory():
+        with own_shared_memory():
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
@@ -204,7 +200,7 @@ class Rows(StreamingDataset):
         return ids
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
-        with _own_shared_memory():
+        with own_shared_memory():
             return super()._resume(world, epoch)
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
@@ -218,7 +214,7 @@ class Rows(StreamingDataset):
             "num_canonical_nodes": self.num_canonical_nodes,
             "shuffle_seed": self.shuffle_seed,
         }
-        with _own_shared_memory():
+        with own_shared_memory():
             super().load_state_dict(place)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
@@ -315,25 +311,3 @@ class Rows(StreamingDataset):
                 "reading ahead failed, and the epoch would end early; the lines before this one"
                 " say why"
             )
-
-
-@contextlib.contextmanager
-def _own_shared_memory() -> Iterator[None]:
-    """Have streaming (0.13.0) put its shared memory and its file locks in the job's own folder,
-    see `machine.Memory`.
-    """
-    dataset, array = streaming.base.dataset, streaming.base.shared.array
-    ours = [
-        (dataset, "get_shm_prefix", claim_shared_memory),
-        (dataset, "_get_path", path_in),
-        (dataset, "SharedMemory", Memory),
-        (array, "SharedMemory", Memory),
-    ]
-    upstream = [(module, name, getattr(module, name)) for module, name, _ in ours]
-    try:
-        for module, name, value in ours:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in upstream:
-            setattr(module, name, value)

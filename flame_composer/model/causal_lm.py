@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import typing
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from composer.metrics.nlp import LanguageCrossEntropy, LanguagePerplexity
-from composer.models import HuggingFaceModel, huggingface
+from composer.models import HuggingFaceModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -20,6 +19,7 @@ from transformers import (
 from flame_composer.batch import IGNORE
 from flame_composer.errors import InvalidField
 from flame_composer.model.work import count_work
+from flame_composer.upstream.composer import known_as_causal
 
 # fla models whose layers take no borders of documents: their state runs on across them, most
 # without a word.
@@ -45,7 +45,7 @@ class CausalLM(HuggingFaceModel):
                 f"fla's {model.config.model_type} cannot keep documents apart; set varlen=false to "
                 "let its state run on across the documents of a row",
             )
-        with _known_as_causal():
+        with known_as_causal():
             super().__init__(
                 model=model,
                 tokenizer=tokenizer,
@@ -124,19 +124,6 @@ class CausalLM(HuggingFaceModel):
         if is_void:
             outputs["loss"] = typing.cast(torch.Tensor, outputs["loss"]) * 0
         return outputs
-
-
-@contextlib.contextmanager
-def _known_as_causal() -> typing.Iterator[None]:
-    """Composer asks of every model whether transformers knows its class, and imports the 139 it
-    knows to find out: 2 s.
-    """
-    asked = huggingface._is_registered_causal_lm
-    huggingface._is_registered_causal_lm = lambda model: True  # noqa: ARG005
-    try:
-        yield
-    finally:
-        huggingface._is_registered_causal_lm = asked
 
 
 def check_microbatch_size(size: int | str) -> None:

@@ -14,11 +14,11 @@ from composer.models import ComposerModel
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
 from flame_composer.config.sections import ParallelismConfig
 from flame_composer.errors import InvalidField
 from flame_composer.storage.folders import private_folder
+from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
@@ -90,8 +90,8 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         return None
     assert config.fsdp is not None
     if not torch.cuda.is_available():
-        _average_on_cpus()
-        _replicate_on_cpus()
+        average_on_cpus()
+        replicate_on_cpus()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental", UserWarning)
         sharding = Sharding(
@@ -105,41 +105,6 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
             config.fsdp.replicas or dist.get_world_size() // dist.get_local_world_size()
         )
     return {"fsdp": sharding}
-
-
-def _average_on_cpus() -> None:
-    """FSDP2 asks for the mean of gradients; gloo gives their sum and says nothing (torch 2.7.0,
-    ReduceOp.AVG).
-
-    As torch does it for fp16: a sum, and a division after it.
-    """
-    given = _fsdp_collectives._get_gradient_divide_factors
-
-    def divide_factors(
-        shards: Any, replicas: Any, reduce_dtype: torch.dtype, device_type: str = ""
-    ) -> Any:
-        if device_type != "cpu":
-            return given(shards, replicas, reduce_dtype, device_type)
-        ranks = shards.size() * (replicas.size() if replicas is not None else 1)
-        return 1.0, float(ranks)
-
-    if given.__module__ == _fsdp_collectives.__name__:  # not done yet
-        _fsdp_collectives._get_gradient_divide_factors = divide_factors  # type: ignore[assignment]
-
-
-def _replicate_on_cpus() -> None:
-    """With replicas, FSDP2 keeps the reduced gradients until their event is over, and fails
-    where streams have no events: on CPUs, where all is over on return (torch 2.7.0,
-    FSDPParamGroup.post_backward).
-    """
-    given = _fsdp_param_group.foreach_reduce
-
-    def reduced(*args: Any) -> Any:
-        *before, kept, event, partial = given(*args)
-        return (*before, kept if event is not None else None, event, partial)
-
-    if given.__module__ == _fsdp_collectives.__name__:  # not done yet
-        _fsdp_param_group.foreach_reduce = reduced  # type: ignore[assignment]
 
 
 def recompute_blocks(model: ComposerModel, config: ParallelismConfig) -> ComposerModel:

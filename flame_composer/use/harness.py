@@ -7,18 +7,12 @@ model instead of a name.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval.api.model
-import lm_eval.api.task
-import lm_eval.models.huggingface
-import lm_eval.utils
 import torch
 from composer.utils import dist
 from jinja2 import TemplateError
@@ -27,14 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import make_table
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.fields import nearest
 from flame_composer.config.written import require_shallow
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.ends import ends_of, start_of
-from flame_composer.use.foreign_tasks import WRITING, no_foreign_code
+from flame_composer.upstream.lm_eval import WRITING, bars, no_foreign_code, only_errors
 
 FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
 # The same: samples for the standard error of a metric that has no formula for it
@@ -67,7 +60,7 @@ class HarnessModel(HFLM):
         self.has_bos = known is not None and known.bos
         self.puts_start = False  # whether the harness itself puts a token before each text
         # The harness warns of every option that has no meaning for a model in memory
-        with _only_errors():
+        with only_errors():
             super().__init__(
                 model,
                 "causal",
@@ -142,7 +135,7 @@ def load_tasks(
                 f"tasks: {name}: runs what the model writes as code, which is refused here"
             )
     try:
-        with no_foreign_code(task_code), _only_errors():
+        with no_foreign_code(task_code), only_errors():
             loaded = manager.load(list(names))
     except ConfigError:
         raise
@@ -192,10 +185,10 @@ def _find(names: list[str], folder: str | None) -> TaskManager:
                 load_yaml(file, resolve_func=False)
             except Exception as error:  # the harness passes over such files without a word
                 raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None
-        with _only_errors():
+        with only_errors():
             manager = TaskManager(include_path=folder, include_defaults=False)
     if manager is None or not set(names) <= set(manager.all_tasks):
-        with _only_errors():
+        with only_errors():
             manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.task_index:
@@ -222,7 +215,7 @@ def score(
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     try:
-        with no_foreign_code(), _only_errors(), _bars(show_bars):
+        with no_foreign_code(), only_errors(), bars(show_bars):
             return evaluator.evaluate(
                 model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False
             )
@@ -277,37 +270,3 @@ def table(results: dict[str, Any]) -> str:
     """The harness's own table of its results."""
     groups = f"\n{make_table(results, 'groups')}" if results.get("groups") else ""
     return f"{make_table(results)}{groups}".rstrip()
-
-
-@contextlib.contextmanager
-def _bars(show: bool) -> Iterator[None]:
-    """The harness draws progress bars into files, too."""
-
-    def bar(
-        items: Any = None,
-        *,
-        disable: bool = False,
-        total: int | None = None,
-        desc: str | None = None,
-    ) -> Any:
-        return tqdm(items, disable=disable or not show, total=total, desc=desc)
-
-    modules: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface]
-    for module in modules:
-        module.tqdm = bar
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.tqdm = tqdm
-
-
-@contextlib.contextmanager
-def _only_errors() -> Iterator[None]:
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -23,6 +23,7 @@ from flame_composer.errors import ConfigError
 from flame_composer.storage import locks as machine
 from flame_composer.storage.folders import private_folder
 from flame_composer.train import parallelism
+from flame_composer.upstream.streaming import Memory, path_in
 
 OTHER = 54321  # a user id without a name
 fork = multiprocessing.get_context("fork")
@@ -108,7 +109,7 @@ def test_one_user_does_not_keep_another_from_sharing_memory(temporary: Path) -> 
         return refused
 
     folder = machine.JobFolder()
-    memory = machine.Memory(machine.path_in(str(folder.path), "memory"), size=8)
+    memory = Memory(path_in(str(folder.path), "memory"), size=8)
     memory.buf[:4] = b"ours"
     assert as_other(attack) == ["memory", folder.path.name]
     assert bytes(memory.buf[:4]) == b"ours"
@@ -129,12 +130,12 @@ def test_no_temporary_folder_can_be_had(monkeypatch: pytest.MonkeyPatch, tempora
 def test_memory_is_shared_by_name_and_there_before_it_is_used(temporary: Path) -> None:
     name = str(temporary / "memory")
     with pytest.raises(FileNotFoundError):
-        machine.Memory(name, False)
-    first, second = machine.Memory(name, size=24), machine.Memory(name, size=24)
+        Memory(name, False)
+    first, second = Memory(name, size=24), Memory(name, size=24)
     np.frombuffer(first.buf, np.int64)[:] = [1, 2, 3]
     assert np.frombuffer(second.buf, np.int64).tolist() == [1, 2, 3]
-    assert np.frombuffer(machine.Memory(name, False).buf, np.int64).tolist() == [1, 2, 3]
-    again = machine.Memory(name, True, 8)
+    assert np.frombuffer(Memory(name, False).buf, np.int64).tolist() == [1, 2, 3]
+    again = Memory(name, True, 8)
     assert bytes(again.buf) == bytes(8), "made anew"
     again.cleanup()
     assert not Path(name).exists()

@@ -32,6 +32,7 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.train import parallelism
 from flame_composer.train.parallelism import check_devices
+from flame_composer.upstream import fsdp
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, two_ranks
@@ -83,8 +84,8 @@ def test_what_fsdp_is_asked_for(monkeypatch):
     dist.initialize_dist("cpu")
     factors = "_get_gradient_divide_factors"
     for module, name in (
-        (parallelism._fsdp_collectives, factors),
-        (parallelism._fsdp_param_group, "foreach_reduce"),
+        (fsdp._fsdp_collectives, factors),
+        (fsdp._fsdp_param_group, "foreach_reduce"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back
     asked = parallelism.build(

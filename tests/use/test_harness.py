@@ -327,7 +327,8 @@ def test_a_template_that_does_not_end_is_given_up(
 ) -> None:
     """The sandbox takes a range of 90,000, and another one within."""
     from flame_composer.checkpoint.to_model import load_model
-    from flame_composer.use import foreign_tasks, harness
+    from flame_composer.upstream import lm_eval as foreign_tasks
+    from flame_composer.use import harness
 
     monkeypatch.setattr(foreign_tasks, "TEMPLATE_SECONDS", 0.3)
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())

@@ -1,9 +1,10 @@
-"""Tasks by somebody else: what their files may say, and that none of it runs as code."""
+"""lm-evaluation-harness: tasks by somebody else run no code, and bars go to no file."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from datasets.packaged_modules.pandas import pandas as pickled_frames
 from jinja2 import BaseLoader, StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.tasks import _yaml_loader
+from tqdm import tqdm
 
 from flame_composer.errors import ConfigError
 
@@ -54,12 +56,15 @@ TEMPLATE_SECONDS = 30
 
 @contextlib.contextmanager
 def no_foreign_code(task_code: bool = False) -> Iterator[None]:
-    """Nothing that a task's file or data says runs as code, but functions with `task_code`, and
-    those of the harness itself.
+    """Have nothing that a task's file or data says run as code.
 
-    Templates see no more of Python than they need; metrics that are code, on the hub or beside a
-    task, are not loaded. Of datasets, this release of `datasets` runs none but what is in pickles,
-    which are not read.
+    But functions with `task_code`, and those of the harness itself. Templates see no more of Python
+    than they need; metrics that are code, on the hub or beside a task, are not loaded. Of datasets,
+    this release of `datasets` runs none but what is in pickles, which are not read.
+
+    Upstream: lm_eval 0.4, `_yaml_loader._import_func_in_yml`, `utils.env`; evaluate, `load`;
+    datasets, `load_dataset` and its reader of pickled frames.
+    Mends: a task's YAML names functions, metrics, templates and pickles, and all of them are run.
     """
     templates = SandboxedEnvironment(
         loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
@@ -79,9 +84,6 @@ def no_foreign_code(task_code: bool = False) -> Iterator[None]:
             )
         return import_function(name, folder)
 
-    def no_metric(name: str, *_: Any, **__: Any) -> Any:
-        raise ValueError(f"{name}: is code")
-
     load_dataset = datasets.load_dataset
 
     def load_into_own_cache(*args: Any, **options: Any) -> Any:
@@ -93,26 +95,31 @@ def no_foreign_code(task_code: bool = False) -> Iterator[None]:
             )
         return load_dataset(*args, **options)
 
-    def no_pickle(*_: Any) -> Any:
-        raise ConfigError(
-            "task_path: a task's dataset_path is pandas, which reads pickles, and those can run"
-            " code; give its data as JSON lines or Parquet (dataset_path: json or parquet)"
-        )
-
     datasets.disable_progress_bars()
     try:
         with ExitStack() as stack:
             for owner, name, value in (
-                (_import_evaluate(), "load", no_metric),
+                (import_evaluate(), "load", _no_metric),
                 (lm_eval.utils, "env", templates),
                 (_yaml_loader, "_import_func_in_yml", own_function),
                 (datasets, "load_dataset", load_into_own_cache),
-                (pickled_frames.Pandas, "_info", no_pickle),
+                (pickled_frames.Pandas, "_info", _no_pickle),
             ):
                 stack.enter_context(_replaced(owner, name, value))
             yield
     finally:
         datasets.enable_progress_bars()
+
+
+def _no_metric(name: str, *_: Any, **__: Any) -> Any:
+    raise ValueError(f"{name}: is code")
+
+
+def _no_pickle(*_: Any) -> Any:
+    raise ConfigError(
+        "task_path: a task's dataset_path is pandas, which reads pickles, and those can run code;"
+        " give its data as JSON lines or Parquet (dataset_path: json or parquet)"
+    )
 
 
 class _Template(Template):
@@ -148,9 +155,11 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _import_evaluate() -> Any:
-    """Hugging Face's, which tasks import: not recipes/evaluate.py, beside which python looks
-    first for a script's imports.
+def import_evaluate() -> Any:
+    """Return Hugging Face's package `evaluate`, which tasks import.
+
+    Upstream: Python puts a script's folder first in sys.path.
+    Mends: recipes/evaluate.py would be imported in its place.
     """
     before = sys.path[:]
     sys.path[:] = [folder for folder in before if not Path(folder, "evaluate.py").is_file()]
@@ -158,3 +167,41 @@ def _import_evaluate() -> Any:
         return importlib.import_module("evaluate")
     finally:
         sys.path[:] = before
+
+
+@contextlib.contextmanager
+def bars(show: bool) -> Iterator[None]:
+    """Have the harness draw progress bars or not.
+
+    Upstream: lm_eval 0.4, `tqdm` of its modules.
+    Mends: it draws them into files, too.
+    """
+
+    def bar(
+        items: Any = None,
+        *,
+        disable: bool = False,
+        total: int | None = None,
+        desc: str | None = None,
+    ) -> Any:
+        return tqdm(items, disable=disable or not show, total=total, desc=desc)
+
+    modules: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface]
+    for module in modules:
+        module.tqdm = bar
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.tqdm = tqdm
+
+
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

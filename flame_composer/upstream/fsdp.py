@@ -1,0 +1,44 @@
+"""FSDP2 of torch 2.7.0 on CPUs: means of gradients, and replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+
+
+def average_on_cpus() -> None:
+    """Have FSDP2 divide gradients itself on CPUs, as torch does it for fp16.
+
+    Upstream: torch 2.7.0, `_fsdp_collectives._get_gradient_divide_factors`.
+    Mends: it asks gloo for ReduceOp.AVG, and gets the sum without a word.
+    """
+    given = _fsdp_collectives._get_gradient_divide_factors
+
+    def divide_factors(
+        shards: Any, replicas: Any, reduce_dtype: torch.dtype, device_type: str = ""
+    ) -> Any:
+        if device_type != "cpu":
+            return given(shards, replicas, reduce_dtype, device_type)
+        ranks = shards.size() * (replicas.size() if replicas is not None else 1)
+        return 1.0, float(ranks)
+
+    if given.__module__ == _fsdp_collectives.__name__:  # not done yet
+        _fsdp_collectives._get_gradient_divide_factors = divide_factors  # type: ignore[assignment]
+
+
+def replicate_on_cpus() -> None:
+    """Have FSDP2 with replicas work on CPUs, where streams have no events.
+
+    Upstream: torch 2.7.0, `_fsdp_param_group.foreach_reduce`, which post_backward calls.
+    Mends: it keeps reduced gradients until an event is over that a CPU does not have, and fails.
+    """
+    given = _fsdp_param_group.foreach_reduce
+
+    def reduced(*args: Any) -> Any:
+        *before, kept, event, partial = given(*args)
+        return (*before, kept if event is not None else None, event, partial)
+
+    if given.__module__ == _fsdp_collectives.__name__:  # not done yet
+        _fsdp_param_group.foreach_reduce = reduced  # type: ignore[assignment]
