@@ -19,7 +19,6 @@ from transformers import PretrainedConfig
 
 from flame_composer.checkpoint import sharded as pieces
 from flame_composer.checkpoint.optimizer_state import (
-    FREEZING,
     check_optimizer,
     check_pieces,
     check_steps,
@@ -36,7 +35,6 @@ from flame_composer.checkpoint.parts import (
     parts_of,
     shapes_of,
 )
-from flame_composer.config.extensions import spelled_alike
 from flame_composer.config.sections import OptimizerConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, one_line
@@ -80,7 +78,7 @@ _MADE_FROM = {
 
 def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed:
     """Return what a checkpoint must hold for this run; `hf_config` as from
-    `model.new_hf_config`.
+    `model.hf_config.new_hf_config`.
     """
     model = build_or_load(config.model, hf_config, empty=True)
     prefix = "model."  # of the model within Composer's
@@ -95,19 +93,9 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
         CLASS_NAMES[config.optimizer.name],
         _settings(config.optimizer),
         settings_of(config.optimizer, but=_settings(config.optimizer)[True]),
-        frozenset(name for name in weights if _may_be_passed_over(name, config, model.config)),
         config.on_nan == "skip" or config.precision == "amp_fp16",
         config.allow_data_change,
     )
-
-
-def _may_be_passed_over(name: str, config: TrainConfig, hf_config: PretrainedConfig) -> bool:
-    """Whether there may be steps in which a weight has no gradient: of a layer that is frozen or
-    left out at random, or of an expert that no token goes to.
-    """
-    is_frozen = any(spelled_alike(each) == FREEZING for each in config.algorithms)
-    is_dropped = any("layerdrop" in key and rate for key, rate in hf_config.to_dict().items())
-    return is_frozen or is_dropped or "expert" in name
 
 
 def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:

@@ -9,10 +9,7 @@ import torch
 
 from flame_composer.checkpoint import sharded as pieces
 from flame_composer.checkpoint.parts import NUMBER, PLAIN, Lack, Needed, Other, Shapes, part_at
-from flame_composer.config.extensions import spelled_alike
 from flame_composer.errors import DataError
-
-FREEZING = "layerfreezing"
 
 # Settings of an optimizer that say how a step is computed, and not what it is.
 _FREE = ("foreach", "fused")
@@ -74,11 +71,13 @@ def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) ->
     if len({(type(step), getattr(step, "dtype", None)) for step in counted}) > 1:
         raise Lack(f"its {path} have steps of several types")
     most = max(map(float, counted), default=0)
-    was_frozen = any(spelled_alike(name) == FREEZING for name, _ in state.get("algorithms", ()))
+    # Earlier versions do not say whether every weight had a gradient in every step.
+    callbacks = state.get("callbacks")
+    gradients = callbacks.get("Gradients") if isinstance(callbacks, dict) else None
+    may_lag = not isinstance(gradients, dict) or gradients.get("passed_over") is not False
     batch = state["timestamp"]["Timestamp"]["batch"]
     for name in names:
         step, *others = (float(each[name]["step"]) for each in states)
-        may_lag = was_frozen or name in needed.passed_over
         if any(other != step for other in others):
             raise Lack(f"its pieces are not of the same {path}.{name}.step")
         if step > batch or not step.is_integer():

@@ -23,9 +23,8 @@ class Needed(NamedTuple):
     those of the optimizer's groups, by whether it is of matrices: the ones in a checkpoint take the
     place of a run's own. `kinds` are the others that its groups have, as examples of their types.
 
-    Of `passed_over` weights the optimizer may have taken fewer steps than of the others;
-    `skips_steps`: of all it may have taken fewer than the clock has. `other_order`: the rows may
-    have been in another order than the checkpoint says.
+    `skips_steps`: the optimizer may have taken fewer steps than the clock has. `other_order`: the
+    rows may have been in another order than the checkpoint says.
     """
 
     weights: Shapes
@@ -33,7 +32,6 @@ class Needed(NamedTuple):
     optimizer: str
     settings: Mapping[bool, Mapping[str, Any]]
     kinds: Mapping[str, Any]
-    passed_over: frozenset[str]
     skips_steps: bool
     other_order: bool
 

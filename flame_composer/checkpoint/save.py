@@ -79,7 +79,7 @@ class SaveCheckpoints(Callback):
     disagree, and the next epoch would repeat the order of the last.
 
     A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all
-    are there, or in an object store with its head (`pieces.HEAD`) put last.
+    are there, or in an object store with its head (`sharded.HEAD`) put last.
 
     Old checkpoints are deleted once there are enough newer ones that are whole. One that this run
     saved, or goes on from, is known to be; any other is read once, and a damaged one counts for

@@ -129,7 +129,7 @@ def is_text(value: str) -> bool:
 
 
 class ScriptConfig:
-    """Base of the dataclasses a script is run with, and what `loading.load` knows about one
+    """Base of the dataclasses a script is run with, and what `load.load` knows about one
     beyond its values.
     """
 

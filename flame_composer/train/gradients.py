@@ -34,17 +34,21 @@ class Gradients(Callback):
         self.on_nan = on_nan
         self.norm = math.nan  # of this step
         self.skipped = 0  # in a row
+        # Whether some weight has had no gradient in some step of the run, as one of a frozen layer
+        # or of an expert that no token went to: the optimizer has then taken fewer steps of it.
+        self.passed_over = False
 
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped}
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "passed_over": self.passed_over}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
+        self.passed_over = state.get("passed_over", True)  # earlier versions do not say
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        parameters = [
-            parameter for parameter in state.model.parameters() if parameter.grad is not None
-        ]
+        everything = list(state.model.parameters())
+        parameters = [parameter for parameter in everything if parameter.grad is not None]
+        self.passed_over |= sum(each.requires_grad for each in parameters) < len(everything)
         norm = total_norm(parameters, state)
         self.norm = value = norm.item()
         logger.log_metrics({"grad_norm": value})

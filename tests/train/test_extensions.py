@@ -21,17 +21,21 @@ import torch
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger, LoggerDestination
 
+from flame_composer.checkpoint.content import needed_by
 from flame_composer.checkpoint.find import find_newest
 from flame_composer.checkpoint.read import Checkpoint
 from flame_composer.checkpoint.to_model import load_from_checkpoint
 from flame_composer.config.extensions import NEEDS_WHOLE_PARAMETERS, OFFERED, REFUSED, spelled_alike
+from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.build import load_pretrained
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.train.algorithms import EMA, SWA, Instant, LayerFreezing, SeqLengthWarmup
 from flame_composer.train.callbacks import EarlyStopper, FileLogger, Generate, ScheduledGC
 from flame_composer.train.extensions import arguments_of, build, build_extensions, find_class
-from tests.conftest import make_run
+from tests.conftest import CONTEXT_LENGTH, GLA, make_run
+from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, run_script
 
 # A model with dropout, which draws random numbers at every step: what draws some beside it would be
@@ -397,6 +401,36 @@ def test_frozen_layers_stay_as_they_are_and_others_do_not(dataset, eval_dataset,
     assert moved[3] < moved[2] < moved[1], "more and more"
     assert "model.model.embeddings.weight" not in moved[2]
     assert "model.lm_head.weight" in moved[3]
+
+
+def test_a_run_that_was_frozen_once_goes_on_from_its_checkpoints(
+    dataset, eval_dataset, tmp_path, caplog
+):
+    """Its weights have unequal steps for good, also when nothing is frozen any more."""
+    for name in ("frozen", "not"):
+        (tmp_path / name).mkdir()
+    frozen, _ = run_with(
+        tmp_path / "frozen", dataset, eval_dataset, LayerFreezing(0.4, 0.5), total=4
+    )
+    load_path = frozen.checkpoints / "ba4.pt"
+    later = make_run(
+        tmp_path / "not", dataset, eval_dataset, total=6, schedule="constant", load_path=load_path
+    )
+    later.trainer.fit()
+    later.trainer.close()
+    hf_config = build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH)
+    needed = needed_by(TrainConfig(model=ModelConfig(config=GLA)), hf_config)
+    steps = {
+        float(state["step"])
+        for state in torch.load(later.checkpoints / "ba6.pt", weights_only=False)["state"][
+            "optimizers"
+        ]["AdamW"]["state"].values()
+    }
+    assert len(steps) > 1
+    found = find_newest(str(later.checkpoints), tmp_path / "staging", lambda: needed)
+    assert found is not None
+    assert found.file == later.checkpoints / "ba6.pt"
+    assert "not a checkpoint" not in caplog.text
 
 
 def test_rows_grow_to_their_full_length(dataset, eval_dataset, tmp_path):
