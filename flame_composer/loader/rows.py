@@ -283,8 +283,8 @@ class Rows(StreamingDataset):
         """The rows of `it` in order, each when its shard is there.
 
         Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even where
-        every shard is there. With a limited cache that is left so: threads that fall behind would
-        fetch again what was deleted after its last row.
+        every shard is there. With a limited cache rows wait for both of its threads: one that falls
+        behind would fetch again what was deleted after its last row.
         """
         while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
             sample_id = it.sample_ids[it.yield_index]
@@ -292,7 +292,8 @@ class Rows(StreamingDataset):
                 not self.cache_limit
                 and self._shard_states[self.spanner[sample_id][0]] == _ShardState.LOCAL
             )
-            if it.ready_index <= it.yield_index and not is_there:
+            behind = min(it.ready_index, it.prepare_index) if self.cache_limit else it.ready_index
+            if behind <= it.yield_index and not is_there:
                 time.sleep(TICK)
                 continue
             yield sample_id

@@ -353,10 +353,14 @@ def test_a_store_that_stays_broken_is_given_up(s3, dataset, tmp_path, monkeypatc
 # A limited cache
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_will_do(
-    dataset, copy_of, tmp_path, expected, monkeypatch
+    dataset, copy_of, tmp_path, expected, monkeypatch, late
 ):
-    """The least is enough: shards go to make room, and none has to be fetched twice."""
+    """The least is enough: shards go to make room, and none has to be fetched twice.
+
+    Also where the thread that looks ahead is `late`, as on a busy machine.
+    """
     monkeypatch.setattr(machine, "CLAIM_SECONDS", 0.1)
     remote = copy_of(dataset)
     total = sum(file.bytes for file in remote_of(remote, tmp_path / "cache").files)
@@ -384,6 +388,16 @@ def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_wi
     shards = loader.dataset.streams[0]
     fetch_one = shards.fetch
     shards.fetch = lambda file: (fetched.append(file.basename), fetch_one(file))
+    look_ahead = loader.dataset._prepare_thread
+
+    def look_ahead_late(it: Any) -> None:
+        give_up = time.monotonic() + 0.5
+        while it.yield_index < it.total // 2 and time.monotonic() < give_up:
+            time.sleep(0.001)
+        look_ahead(it)
+
+    if late:
+        loader.dataset._prepare_thread = look_ahead_late
     rows = []
     for batch in loader:
         rows += [tuple(row) for row in batch["input_ids"].tolist()]
