@@ -15,13 +15,8 @@ from tqdm import tqdm
 from flame_composer.config.cli import run
 from flame_composer.config.convert import InspectConfig
 from flame_composer.dataset import report
-from flame_composer.dataset.survey import (
-    check_tokenizer,
-    choose_shards,
-    open_dataset,
-    spread,
-    survey,
-)
+from flame_composer.dataset.open import check_tokenizer, open_at
+from flame_composer.dataset.survey import choose_shards, spread, survey
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 
@@ -35,7 +30,7 @@ def main(config: InspectConfig) -> None:
             f"plot: {config.plot}: its folder does not exist; make it or name another"
         )
 
-    dataset = open_dataset(config.data)
+    dataset = open_at(config.data)
     totals = dataset.manifest.totals
     for number in config.row_numbers:
         if number >= totals.rows:

@@ -18,7 +18,7 @@ def main(config: EvaluateConfig) -> None:
 
     from flame_composer.checkpoint.to_model import load_model
     from flame_composer.loader.batches import build_evaluator
-    from flame_composer.loader.datasets import open_dataset
+    from flame_composer.loader.datasets import open_for_model
     from flame_composer.model.causal_lm import CausalLM
     from flame_composer.text.ends import begin_as_in_training, describe_start, template_of
     from flame_composer.text.tokenizer import token_bytes
@@ -58,7 +58,7 @@ def main(config: EvaluateConfig) -> None:
         harness.check_fits(adapter, tasks)
     sources = config.datasets or ({"": config.data} if config.data else {})
     datasets = {
-        name: open_dataset(data.local, data.remote, tokenizer=tokenizer)
+        name: open_for_model(data.local, data.remote, tokenizer=tokenizer)
         for name, data in sources.items()
     }
 

@@ -112,11 +112,10 @@ def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Iterator[Any
     `num_rows` an epoch.
     """
     from flame_composer.config.data import DataConfig, StreamConfig
-    from flame_composer.dataset.manifest import check_shards, read_manifest
+    from flame_composer.dataset.open import open_dataset
     from flame_composer.loader import batches as data
-    from flame_composer.loader.fetch import Dataset
 
-    dataset = Dataset(folder, None, read_manifest(folder), check_shards(folder))
+    dataset = open_dataset(folder)
     config = DataConfig(
         num_workers=num_workers, streams={"all": StreamConfig(local=folder, choose=num_rows)}
     )

@@ -8,11 +8,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
+from flame_composer.dataset.mds import VERSION as MDS_VERSION
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
 from flame_composer.text.encoder import HF
@@ -21,9 +22,6 @@ from flame_composer.text.sources import Slice, Unit
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
 VERSION = 1
-SHARD_NAME = re.compile(r"units/[A-Za-z0-9_-]+/shard\.[0-9]+\.mds")
-MAX_SHARD_BYTES = 2**32  # offsets within a shard are uint32
-HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
 
 Split = Literal["train", "val"]
 T = TypeVar("T")
@@ -92,18 +90,6 @@ class Manifest:
     def ends(self) -> Ends | None:
         """What its documents begin and end with; None if its conversion's settings do not say."""
         return parse_ends(self.config, bos="add_bos", eos="add_eos")
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """A shard that index.json lists: its path within the dataset, its size in bytes, its hash
-    (`HASH`) and rows.
-    """
-
-    basename: str
-    bytes: int
-    hash: str
-    rows: int
 
 
 def read_manifest(folder: str) -> Manifest:
@@ -188,10 +174,10 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         )
     data = storage.read(place)
     content = parse_json(data, place)
-    form = column_form(manifest)
+    form = column_form(manifest.token_dtype, manifest.context_length)
     row_bytes = form["column_sizes"][1]
-    if _take(content, "version", int, place) != form["version"]:
-        raise damaged(place, f"'version' must be {form['version']}")
+    if _take(content, "version", int, place) != MDS_VERSION:
+        raise damaged(place, f"'version' must be {MDS_VERSION}")
     files: list[ShardFile] = []
     for shard in _take(content, "shards", list, place):
         raw = _take(shard, "raw_data", dict, place)
@@ -229,55 +215,6 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         if file.rows * row_bytes > file.bytes:
             raise damaged(
                 place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes"
-            )
-    return files
-
-
-def column_form(manifest: Manifest) -> dict[str, Any]:
-    """Return what index.json says of the form of every shard of a dataset."""
-    row_bytes = manifest.context_length * int(manifest.token_dtype.removeprefix("uint")) // 8
-    return {
-        "format": "mds",
-        "version": 2,
-        "column_names": ["doc_lengths", "input_ids"],
-        "column_sizes": [None, row_bytes],
-        "column_encodings": [
-            "ndarray:uint32",
-            f"ndarray:{manifest.token_dtype}:{manifest.context_length}",
-        ],
-    }
-
-
-def check_totals(place: str, manifest: Manifest, files: list[ShardFile]) -> None:
-    """Raises DataError if the index lists other shards than the manifest of the dataset at
-    `place` counts.
-    """
-    listed = (sum(file.rows for file in files), len(files), sum(file.bytes for file in files))
-    totals = (manifest.totals.rows, manifest.totals.shards, manifest.totals.bytes)
-    if listed != totals:
-        raise damaged(
-            f"{place.rstrip('/')}/manifest.json",
-            "its totals (rows, shards, bytes) are {}, {}, {}, those of "
-            "index.json {}, {}, {}".format(*totals, *listed),
-        )
-
-
-def check_shards(folder: str) -> list[ShardFile]:
-    """Check that the dataset in a folder is whole: manifest, index, and every shard there with its
-    right size.
-
-    Looks at sizes only; hashes are StreamingDataset's to check. Raises DataError that names the
-    first bad file.
-    """
-    files = read_index(folder, read_manifest(folder))
-    there = storage.find(folder)
-    for file in files:
-        found = there.get(file.basename)
-        if found is None or found.size != file.bytes:
-            what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
-            raise DataError(
-                f"{storage.join(folder, file.basename)}: shard is {what}; restore it from a copy,"
-                f" or delete {folder} and run convert/to_mds.py again"
             )
     return files
 

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.dataset.manifest import Ledger
-from flame_composer.dataset.survey import Dataset, Lengths, Row, Survey
+from flame_composer.dataset.mds import Lengths
+from flame_composer.dataset.open import Dataset
+from flame_composer.dataset.survey import Row, Survey
 from flame_composer.lines import visible
 
 WIDTH = 100
@@ -311,7 +313,7 @@ def verdict(dataset: Dataset, survey: Survey) -> str:
         return f"{len(names):,} of {shards} bad: {shown}"
     if verified == len(dataset.files):
         return "Every shard has the size and the hash it was written with."
-    if dataset.is_remote:
+    if dataset.remote is not None:
         return (
             f"{verified:,} of {shards} were downloaded and have the hash they were written with;"
             " verify=true checks all."

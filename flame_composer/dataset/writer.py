@@ -31,12 +31,13 @@ from flame_composer.dataset.manifest import (
     VERSION,
     Ledger,
     Manifest,
-    check_shards,
     damaged,
     parse_record,
     read_json,
     read_manifest,
 )
+from flame_composer.dataset.mds import index_json
+from flame_composer.dataset.open import check_shards, open_dataset
 from flame_composer.dataset.packing import Pieces
 from flame_composer.dataset.plan import (
     TAIL,
@@ -118,7 +119,7 @@ class DatasetWriter:
         if "index.json" in names:
             manifest = read_manifest(self.out)
             self._refuse_difference(plan_of(manifest), inputs_too=True)
-            check_shards(self.out)
+            check_shards(open_dataset(self.out))
             self._clean()
             return manifest
         if "plan.json" in names:
@@ -225,7 +226,7 @@ class DatasetWriter:
         )
         totals = sum((record.ledger for record in records), Ledger())
         self._check_totals(totals)
-        index = dump_json({"version": 2, "shards": shards})
+        index = index_json(shards)
         manifest = Manifest(
             version=VERSION,
             split=self.plan.split,

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flame_composer.batch import IGNORE, Batch, collate, count_tokens
 from flame_composer.config.data import DataConfig, EvalDataConfig
+from flame_composer.dataset.open import Dataset
 from flame_composer.errors import ConfigError
-from flame_composer.loader.fetch import Dataset, Shards
+from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
 from flame_composer.processes import can_have_processes, end_with_parent
 

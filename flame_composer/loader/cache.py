@@ -14,19 +14,10 @@ import uuid
 from pathlib import Path
 
 from composer.utils import dist
-from streaming.base.storage import CloudDownloader
 
-from flame_composer.dataset.manifest import (
-    Manifest,
-    ShardFile,
-    check_totals,
-    read_index,
-    read_manifest,
-)
-from flame_composer.dataset.survey import BadShard
+from flame_composer.dataset.mds import BadShard, ShardFile
+from flame_composer.dataset.open import Dataset, download, open_dataset
 from flame_composer.errors import ConfigError, DataError, one_line
-from flame_composer.storage import files as storage
-from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.local import open_own
 from flame_composer.storage.locks import claim_folder, is_own_folder
 
@@ -59,15 +50,15 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         for tries_left in reversed(range(INDEX_TRIES)):
             try:
-                manifest = _download_index(remote, temporary)
+                found = _download_index(remote, temporary)
                 break
             except DataError as problem:
                 if tries_left == 0:
                     raise type(problem)(
                         str(problem).replace(temporary, remote.rstrip("/"))
                     ) from None
-        shared = cache / manifest.index_sha256[:16]
-        if not exclusive and _is_complete(shared, Path(temporary), read_index(temporary, manifest)):
+        shared = cache / found.manifest.index_sha256[:16]
+        if not exclusive and _is_complete(shared, Path(temporary), found.files):
             return str(shared)
         try:
             return _place_index(Path(temporary), shared, exclusive=exclusive)
@@ -159,11 +150,11 @@ def make_own(folder: str, *names: str) -> None:
             raise PermissionError(errno.EACCES, f"{path} belongs to another user, or is a link")
 
 
-def _download_index(remote: str, folder: str) -> Manifest:
+def _download_index(remote: str, folder: str) -> Dataset:
     for name in ("manifest.json", "index.json"):
         source = f"{remote.rstrip('/')}/{name}"
         try:
-            download_file(source, Path(folder, name), at_most=MAX_INDEX_BYTES)
+            download(source, Path(folder, name), at_most=MAX_INDEX_BYTES)
         except FileNotFoundError:
             raise ConfigError(
                 f"{source}: there is none; check the address, and that the conversion has finished"
@@ -177,24 +168,7 @@ def _download_index(remote: str, folder: str) -> Manifest:
                 f"{source}: cannot be read: {one_line(error)}; check the address, the credentials"
                 " and that the conversion has finished"
             ) from None
-    manifest = read_manifest(folder)
-    check_totals(remote, manifest, read_index(folder, manifest))
-    return manifest
-
-
-def download_file(source: str, path: Path, *, at_most: int) -> None:
-    """Raises BadShard if there is more than `at_most` bytes of it, ConfigError,
-    FileNotFoundError, or what the store does.
-    """
-    if source.startswith("s3://") or not is_url(source):
-        found = storage.stat(source)
-        if found is None:
-            raise FileNotFoundError(f"{source}: there is no such file")
-        if found.size > at_most:
-            raise BadShard(f"{found.size:,} bytes long, must be {at_most:,} at most")
-        storage.download(source, path, most=at_most)
-    else:  # with the packages that StreamingDataset asks for
-        CloudDownloader.direct_download(source, str(path))
+    return open_dataset(folder, remote)
 
 
 def _sweep(incoming: Path) -> None:

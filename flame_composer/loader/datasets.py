@@ -8,17 +8,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.config.data import DataConfig
-from flame_composer.dataset.manifest import check_shards, check_totals, read_index, read_manifest
+from flame_composer.dataset.open import Dataset, check_shards, check_tokenizer, open_dataset
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.loader.cache import fetch_index
-from flame_composer.loader.fetch import Dataset
 from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.text.tokenizer import fingerprint
 
 CACHE = Path("~/.cache/flame_composer")
 
 
-def open_dataset(
+def open_for_model(
     local: str | None,
     remote: str | None,
     *,
@@ -35,39 +34,27 @@ def open_dataset(
     """
     if remote is None:
         assert local is not None
-        folder, manifest = local, read_manifest(local)
-        files = check_shards(folder)
-        check_totals(folder, manifest, files)
+        dataset = open_dataset(local)
+        check_shards(dataset)
     else:
         folder = fetch_index(remote, _cache_folder(local), exclusive=exclusive)
-        manifest = read_manifest(folder)
-        files = read_index(folder, manifest)
-    place = remote or local
+        dataset = open_dataset(folder, remote)
+    manifest = dataset.manifest
     if context_length is not None and manifest.context_length != context_length:
         raise ConfigError(
-            f"{place}: its rows are {manifest.context_length} tokens long, context_length is"
-            f" {context_length}; set context_length={manifest.context_length} or convert the text"
-            " again"
+            f"{dataset.place}: its rows are {manifest.context_length} tokens long, context_length"
+            f" is {context_length}; set context_length={manifest.context_length} or convert the"
+            " text again"
         )
-    ours, theirs = fingerprint(tokenizer), manifest.tokenizer
-    if ours != theirs:
-        what = next(
-            f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
-            for name in ("vocab_size", "bos_token_id", "eos_token_id", "sha256")
-            if getattr(ours, name) != getattr(theirs, name)
-        )
-        raise ConfigError(
-            f"{place}: was made with another tokenizer than {tokenizer.name_or_path} ({what}); "
-            "set tokenizer to the one it was converted with, or convert the text again"
-        )
+    check_tokenizer(dataset, fingerprint(tokenizer), tokenizer.name_or_path)
     known = ends_of(tokenizer)
     if known is not None and manifest.ends not in (None, known):
         model = tokenizer.name_or_path or "the model"
         warn(
-            f"{place}: its documents {describe(manifest.ends)}; those that {model} was trained on "
-            f"{describe(known)}"
+            f"{dataset.place}: its documents {describe(manifest.ends)}; those that {model}"
+            f" was trained on {describe(known)}"
         )
-    return Dataset(folder, remote, manifest, files)
+    return dataset
 
 
 def _cache_folder(local: str | None) -> Path:
@@ -84,12 +71,12 @@ def open_train_data(
     config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
 ) -> dict[str, Dataset]:
     """The datasets of every stream by name, or the only one under "", each checked as by
-    `open_dataset`.
+    `open_for_model`.
     """
     sources = {name: (stream.local, stream.remote) for name, stream in config.streams.items()}
     datasets: dict[str, Dataset] = {}
     for name, (local, remote) in (sources or {"": (config.local, config.remote)}).items():
-        dataset = open_dataset(
+        dataset = open_for_model(
             local,
             remote,
             tokenizer=tokenizer,

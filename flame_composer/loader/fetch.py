@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +21,23 @@ from streaming import Stream
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.world import World
 
-from flame_composer.dataset.manifest import (
+from flame_composer.dataset.mds import (
     HASH,
-    Manifest,
+    BadShard,
     ShardFile,
+    ShardView,
+    check_hash,
+    check_size,
     column_form,
 )
-from flame_composer.dataset.survey import BadShard, Shard, check_hash, check_size
+from flame_composer.dataset.open import Dataset, download
 from flame_composer.errors import DataError, one_line
-from flame_composer.loader.cache import UNITS, download_file, incoming_folder, make_own
+from flame_composer.loader.cache import UNITS, incoming_folder, make_own
 from flame_composer.loader.reader import FIELDS, ShardReader, identify
 
 CHECKS = 3  # of a shard that somebody writes to while it is read
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset fit for training: `folder` holds it, or the part of `remote` that has been
-    downloaded so far.
-    """
-
-    folder: str
-    remote: str | None
-    manifest: Manifest
-    files: list[ShardFile]
-
-    @property
-    def place(self) -> str:
-        return self.remote or self.folder
 
 
 class Shards(Stream):
@@ -82,7 +68,7 @@ class Shards(Stream):
         """Return the shards' readers. They are made of what `read_index` has checked, not of
         index.json read once more.
         """
-        form = column_form(self.dataset.manifest)
+        form = column_form(self.dataset.manifest.token_dtype, self.dataset.manifest.context_length)
         return [
             ShardReader(
                 self.local,
@@ -126,9 +112,7 @@ class Shards(Stream):
             arrived = None
             try:
                 arrived = incoming_folder(self.local) / uuid.uuid4().hex
-                self._wait_for(
-                    functools.partial(download_file, source, arrived, at_most=file.bytes)
-                )
+                self._wait_for(functools.partial(download, source, arrived, at_most=file.bytes))
                 make_own(self.local, UNITS, str(path.parent.relative_to(self.local)))
                 self._note(file, arrived, moved_to=path)
                 return
@@ -190,7 +174,7 @@ class Shards(Stream):
         index may be anybody's.
         """
         manifest = self.dataset.manifest
-        Shard(
+        ShardView(
             path,
             num_rows=file.rows,
             context_length=manifest.context_length,

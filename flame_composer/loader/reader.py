@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.format.mds.reader import MDSReader
 
+from flame_composer.dataset.mds import decode_row, read_offsets
+
 # More than shuffling reads from at once with its defaults, far fewer than a process may have
 MAX_OPEN = 64
 
@@ -84,7 +86,7 @@ class OpenShards:
             found = os.fstat(descriptor)
             if identify(found) != tuple(whole.tolist()):
                 raise Unchecked(path)
-            offsets = np.frombuffer(os.pread(descriptor, 4 * (num_rows + 1), 4), "<u4")
+            offsets = read_offsets(descriptor, num_rows)
         except BaseException:
             os.close(descriptor)
             raise
@@ -116,29 +118,17 @@ class ShardReader(MDSReader):
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.column_encodings[1].split(":")[1]).newbyteorder("<")
 
+    @functools.cached_property
+    def context_length(self) -> int:
+        return int(self.column_encodings[1].split(":")[2])
+
     def get_item(self, idx: int) -> dict[str, Any]:
         path = f"{self.dirname}/{self.raw_data.basename}"
         row = self.opened.read(path, self.samples, idx, self.whole)
         try:
-            return self._decode(row)
+            return decode_row(row, self.dtype, self.context_length)
         except (ValueError, IndexError):
             # Of a checked file: it was written to in a way that leaves its times as they were, as
             # who has it mapped into memory can
             self.opened.forget(path)
             raise Unchecked(path) from None
-
-    def _decode(self, row: bytes) -> dict[str, Any]:
-        """Return a row's columns. Raise ValueError or IndexError for one that is not of the
-        form.
-        """
-        # The size of doc_lengths; doc_lengths: a byte whose last bits say in how many their count
-        # is, it, them; the tokens.
-        end = 4 + int.from_bytes(row[:4], "little")
-        doc_lengths = np.frombuffer(row[5 + (1 << (row[4] & 3)) : end], "<u4")
-        input_ids = np.frombuffer(row, self.dtype, offset=end)
-        lengths = doc_lengths.tolist()  # of few numbers, faster than numpy
-        if min(lengths) < 1 or sum(lengths) != len(input_ids):
-            raise ValueError("the document lengths are not those of the tokens")
-        if input_ids.nbytes != self.column_sizes[1]:
-            raise ValueError("there are more or fewer tokens than a row has")
-        return {"doc_lengths": doc_lengths, "input_ids": input_ids}

@@ -4,7 +4,6 @@ them, the cache it needs.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,15 @@ from streaming.base.world import World
 
 from flame_composer.config.plan import PlanConfig
 from flame_composer.dataset.manifest import (
-    HASH,
     VERSION,
     Ledger,
     Manifest,
-    ShardFile,
-    read_index,
-    read_manifest,
 )
+from flame_composer.dataset.mds import ShardFile, index_entry, index_json, shard_form
+from flame_composer.dataset.open import Dataset, open_dataset
 from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.loader.cache import fetch_index
-from flame_composer.loader.fetch import Dataset, Shards
+from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 
@@ -129,8 +126,7 @@ def _read(config: PlanConfig, folder: Path) -> dict[str, Dataset]:
         else:
             assert local is not None
             place = local
-        manifest = read_manifest(place)
-        datasets[name] = Dataset(place, remote, manifest, read_index(place, manifest))
+        datasets[name] = open_dataset(place, remote)
     return datasets
 
 
@@ -178,38 +174,23 @@ def _imagine(config: PlanConfig, folder: Path) -> Dataset:
         totals,
         "",
     )
-    shards = [_index_entry(file, manifest) for file in files]
-    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    _write_index(folder, manifest, files)
     has_remote = config.train_data.remote or any(
         stream.remote for stream in config.train_data.streams.values()
     )
     return Dataset(str(folder), "dataset_tokens" if has_remote else None, manifest, files)
 
 
-def _index_entry(file: ShardFile, manifest: Manifest) -> dict[str, Any]:
-    itemsize = int(manifest.token_dtype.removeprefix("uint")) // 8
-    return {
-        "format": "mds",
-        "version": 2,
-        "compression": None,
-        "zip_data": None,
-        "hashes": [],
-        "size_limit": SHARD_BYTES,
-        "samples": file.rows,
-        "raw_data": {"basename": file.basename, "bytes": file.bytes, "hashes": {HASH: file.hash}},
-        "column_names": ["doc_lengths", "input_ids"],
-        "column_sizes": [None, manifest.context_length * itemsize],
-        "column_encodings": [
-            "ndarray:uint32",
-            f"ndarray:{manifest.token_dtype}:{manifest.context_length}",
-        ],
-    }
-
-
 def _begin(dataset: Dataset, share: float, folder: Path) -> Dataset:
     """The dataset as if it had only so large a part of its shards."""
     files = dataset.files[: max(1, round(share * len(dataset.files)))]
     folder.mkdir()
-    shards = [_index_entry(file, dataset.manifest) for file in files]
-    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    _write_index(folder, dataset.manifest, files)
     return Dataset(str(folder), dataset.remote, dataset.manifest, files)
+
+
+def _write_index(folder: Path, manifest: Manifest, files: list[ShardFile]) -> None:
+    """Write the index.json of a dataset of these shards, whose size counts in a cache."""
+    form = shard_form(manifest.token_dtype, manifest.context_length, SHARD_BYTES)
+    entries = [index_entry(file, form) for file in files]
+    (folder / "index.json").write_bytes(index_json(entries))

@@ -29,7 +29,7 @@ def is_dataset(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
-def open_dataset(path: str) -> IterableDataset:
+def open_source(path: str) -> IterableDataset:
     """The dataset at an `address`; HF_HUB_OFFLINE and the other settings of `datasets` apply.
 
     Raises ConfigError if there is no such dataset, configuration or split.
@@ -100,7 +100,7 @@ def _check_every_stream() -> None:
 
 def read_shard(path: str, shard: int) -> Iterator[dict[str, Any]]:
     """The rows of one of the dataset's shards."""
-    dataset = open_dataset(path)
+    dataset = open_source(path)
     rows = iter(dataset.shard(num_shards=dataset.num_shards, index=shard))
     while True:
         try:

@@ -160,7 +160,7 @@ def slice_file(path: str, max_bytes: int) -> list[Slice]:
 def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
     """Return as well what there is to doubt in what the file is read as."""
     if hub.is_dataset(path):
-        num_shards = hub.open_dataset(path).num_shards
+        num_shards = hub.open_source(path).num_shards
         return [
             Slice(path, "dataset", shard, shard + 1, max_bytes) for shard in range(num_shards)
         ], ""

@@ -26,9 +26,9 @@ from flame_composer.checkpoint.save import (
     find_start_of,
 )
 from flame_composer.config.train import RunPlan, TrainConfig
+from flame_composer.dataset.open import Dataset
 from flame_composer.loader.batches import build_evaluator, build_train_loader, describe_order
-from flame_composer.loader.datasets import begin_as_documents, open_dataset, open_train_data
-from flame_composer.loader.fetch import Dataset
+from flame_composer.loader.datasets import begin_as_documents, open_for_model, open_train_data
 from flame_composer.model.build import build_or_load
 from flame_composer.model.causal_lm import CausalLM, check_microbatch_size
 from flame_composer.model.hf_config import new_hf_config
@@ -220,7 +220,7 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
     """Return what evaluates on eval_data; nothing if there is none."""
     if config.eval_data is None:
         return []
-    rows = open_dataset(
+    rows = open_for_model(
         config.eval_data.local,
         config.eval_data.remote,
         tokenizer=data.tokenizer,

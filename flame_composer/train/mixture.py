@@ -11,7 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from flame_composer.loader.fetch import Dataset
+from flame_composer.dataset.open import Dataset
 from flame_composer.loader.rows import Rows
 
 

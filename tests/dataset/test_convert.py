@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 from flame_composer.config.cli import run
 from flame_composer.config.convert import ConvertConfig, TokenizerTrainConfig
 from flame_composer.dataset import workers
-from flame_composer.dataset.manifest import check_shards, read_manifest
+from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.open import check_shards, open_dataset
 from flame_composer.dataset.writer import DatasetWriter
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.storage.files import dump_json
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from tests.data_fixtures import (
@@ -141,7 +142,7 @@ def test_folder_of_python_files_to_tokenizer_to_dataset(corpus):
         assert manifest.split == split
         assert manifest.tokenizer == fingerprint(tokenizer)
         assert (manifest.config["source"], manifest.config["add_eos"]) == (["source"], True)
-        check_shards(f"data/{split}")
+        check_shards(open_dataset(f"data/{split}"))
 
     rows = streaming_dataset("data/train")
     stream = [token for row in rows for token in row["input_ids"].tolist()]
@@ -292,7 +293,7 @@ def test_two_conversions_with_a_tokenizer_that_draws_lots_are_the_same(corpus, m
     as_it_was = AutoTokenizer.from_pretrained(corpus / "tokenizer")
     assert as_it_was.backend_tokenizer.model.dropout == pytest.approx(0.3)
     assert read_manifest("one").tokenizer == fingerprint(as_it_was)
-    open_dataset("one", None, tokenizer=load_tokenizer("tokenizer"), context_length=64)
+    open_for_model("one", None, tokenizer=load_tokenizer("tokenizer"), context_length=64)
 
 
 def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):

@@ -25,14 +25,13 @@ from streaming import MDSWriter
 
 from flame_composer.config import cli
 from flame_composer.config.convert import InspectConfig
-from flame_composer.dataset import report, survey
+from flame_composer.dataset import open as opening
+from flame_composer.dataset import report
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.mds import ROWS_AT_ONCE, BadShard, ShardView, add
+from flame_composer.dataset.open import open_dataset
 from flame_composer.dataset.survey import (
-    ROWS_AT_ONCE,
-    Shard,
-    add,
     choose_shards,
-    open_dataset,
     spread,
 )
 from flame_composer.text.tokenizer import fingerprint
@@ -150,7 +149,7 @@ def test_every_row_is_read_as_streaming_reads_it(
                 }
             )
     rows = rows_of(tmp_path)
-    shard = Shard(
+    shard = ShardView(
         tmp_path / "shard.00000.mds",
         num_rows=num_rows,
         context_length=context_length,
@@ -480,10 +479,10 @@ def test_mistakes_in_the_arguments(dataset, inspect, tmp_path):
         (
             [f"tokenizer={tmp_path / 'llama'}"],
             (
-                f"tokenizer: {dataset} was made with another one than {tmp_path / 'llama'}"
+                f"{dataset}: was made with another tokenizer than {tmp_path / 'llama'}"
                 f" (vocab_size: {fingerprint(byte_tokenizer()).vocab_size} there,"
-                f" {fingerprint(llama_tokenizer()).vocab_size} here); name the one it was converted"
-                " with"
+                f" {fingerprint(llama_tokenizer()).vocab_size} here); set tokenizer to the one it"
+                " was converted with, or convert the text again"
             ),
         ),
         (["row_numbers=0,10000"], f"row_numbers: 10000: {dataset} has rows 0 to {rows - 1}"),
@@ -583,8 +582,8 @@ def test_in_an_object_store(dataset, copy_of, inspect, s3, tokenizer, tmp_path, 
     bad, missing, error = err.splitlines()
     assert re.fullmatch(f"bad shard: units/000000/shard.00001.mds: {HASHED}", bad)
     assert missing.startswith(
-        "bad shard: units/000000/shard.00002.mds: cannot be downloaded: Object"
-        f" {remote}/units/000000/"
+        "bad shard: units/000000/shard.00002.mds: cannot be downloaded:"
+        f" {remote}/units/000000/shard.00002.mds: there is no such file"
     )
     assert error.startswith(f"error: {remote}: 2 of {len(shards_of(folder))} shards bad: ")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
@@ -611,12 +610,10 @@ def test_a_shard_without_end_is_not_downloaded_to_it(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "tester")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    survey.downloader.cache_clear()
     with hostile(answer) as server:
         monkeypatch.setenv("S3_ENDPOINT_URL", server.endpoint)
-        with pytest.raises(survey.BadShard, match=r"^more than 1,000,000 bytes long, must be that"):
-            survey.download("s3://data/file", tmp_path / "copy", at_most=1_000_000)
-    survey.downloader.cache_clear()
+        with pytest.raises(BadShard, match=r"^more than 1,000,000 bytes long, must be that"):
+            opening.download_at_most("s3://data/file", tmp_path / "copy", 1_000_000)
     gc.collect()
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1_000_000

@@ -21,13 +21,13 @@ import pytest
 
 from flame_composer.dataset.convert import convert_unit, document_hash, split_of
 from flame_composer.dataset.manifest import (
-    HASH,
     Ledger,
-    check_shards,
     parse_manifest,
     read_index,
     read_manifest,
 )
+from flame_composer.dataset.mds import HASH
+from flame_composer.dataset.open import check_shards, open_dataset
 from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
@@ -181,7 +181,7 @@ def test_streaming_reads_back_exactly_the_documents(tmp_path, source):
     assert manifest.tokenizer == FINGERPRINT
     assert manifest.context_length == CONTEXT_LENGTH
     assert [unit.inputs for unit in manifest.units] == [*plan.units, ()]
-    files = check_shards(str(tmp_path / "out"))
+    files = open_dataset(str(tmp_path / "out")).files
     assert (len(files), sum(f.rows for f in files), sum(f.bytes for f in files)) == (
         totals.shards,
         len(rows),
@@ -739,7 +739,7 @@ def test_a_tampered_index_is_refused(dataset_copy, name):
     change(content)
     path.write_text(json.dumps(content))
     for check in (
-        lambda: check_shards(str(dataset_copy)),
+        lambda: open_dataset(str(dataset_copy)),
         lambda: read_index(str(dataset_copy), read_manifest(str(dataset_copy))),
     ):
         with pytest.raises(
@@ -751,7 +751,7 @@ def test_a_tampered_index_is_refused(dataset_copy, name):
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "longer"])
 def test_a_damaged_shard_is_named(dataset_copy, damage):
-    assert len(check_shards(str(dataset_copy))) > 2
+    assert len(open_dataset(str(dataset_copy)).files) > 2
     shard = dataset_copy / "units" / "000001" / "shard.00000.mds"
     size = shard.stat().st_size
     if damage == "missing":
@@ -768,7 +768,7 @@ def test_a_damaged_shard_is_named(dataset_copy, damage):
         " convert/to_mds.py again"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-        check_shards(str(dataset_copy))
+        check_shards(open_dataset(str(dataset_copy)))
 
 
 def test_ledgers_add_and_balance():
@@ -794,4 +794,4 @@ def test_too_little_memory_is_one_line_and_leaves_nothing_behind(tmp_path, sourc
         convert_unit([dataset], 1, encode_more_than_there_is)
     assert list((tmp_path / "out" / "tmp").iterdir()) == []
     convert([dataset])
-    check_shards(str(tmp_path / "out"))
+    check_shards(open_dataset(str(tmp_path / "out")))

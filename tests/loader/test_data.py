@@ -29,7 +29,7 @@ from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader import fetch
 from flame_composer.loader.batches import EvalBatches, build_evaluator, build_train_loader
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ Copy = Callable[[Path], Path]
 
 
 def opened(folder: Path, **options: Any) -> Any:
-    return open_dataset(
+    return open_for_model(
         str(folder), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH, **options
     )
 
@@ -334,7 +334,7 @@ def test_evaluation_without_loss_across_documents(dataset, copy_of):
 def refused(folder: Path, error: type[Exception], message: str, **options: Any) -> None:
     options = {"tokenizer": byte_tokenizer(), "context_length": CONTEXT_LENGTH, **options}
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        open_dataset(str(folder), None, **options)
+        open_for_model(str(folder), None, **options)
 
 
 def test_another_context_length(dataset):
@@ -346,7 +346,7 @@ def test_another_context_length(dataset):
         context_length=64,
     )
     assert (
-        open_dataset(str(dataset), None, tokenizer=byte_tokenizer()).manifest.context_length == 32
+        open_for_model(str(dataset), None, tokenizer=byte_tokenizer()).manifest.context_length == 32
     )
 
 
@@ -371,7 +371,7 @@ def test_another_tokenizer(dataset, tmp_path):
     swapped = load_tokenizer(str(tmp_path / "swapped"))
     differs = rf"swapped \(sha256: [0-9a-f]{{64}} there, [0-9a-f]{{64}} here\); {remedy}$"
     with pytest.raises(ConfigError, match=differs):
-        open_dataset(str(dataset), None, tokenizer=swapped)
+        open_for_model(str(dataset), None, tokenizer=swapped)
 
 
 def last_shard(folder: Path) -> Path:

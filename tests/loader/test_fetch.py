@@ -24,12 +24,12 @@ from streaming.base.world import World
 
 from flame_composer.config.data import DataConfig
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.open import Dataset
 from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.loader import cache, fetch
 from flame_composer.loader.batches import build_train_loader
 from flame_composer.loader.cache import STALE_SECONDS
-from flame_composer.loader.datasets import open_dataset
-from flame_composer.loader.fetch import Dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.storage import locks as machine
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
@@ -40,7 +40,7 @@ Row = tuple[int, ...]
 
 
 def remote_of(remote: object, cache: Path, **options: Any) -> Dataset:
-    return open_dataset(str(cache), str(remote), tokenizer=byte_tokenizer(), **options)
+    return open_for_model(str(cache), str(remote), tokenizer=byte_tokenizer(), **options)
 
 
 def loader_of(dataset: Dataset, **options: Any) -> Any:
@@ -60,7 +60,7 @@ def stream(dataset: Dataset, num_workers: int = 0, **options: Any) -> list[Row]:
 def expected(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """An epoch's rows, read from a local copy."""
     folder = shutil.copytree(dataset, tmp_path_factory.mktemp("expected") / "copy")
-    rows = stream(open_dataset(str(folder), None, tokenizer=byte_tokenizer()))
+    rows = stream(open_for_model(str(folder), None, tokenizer=byte_tokenizer()))
     assert len(rows) > 100
     return rows
 
@@ -179,7 +179,7 @@ def test_a_shard_in_the_cache_that_is_overwritten_after_its_check_is_fetched_aga
 ):
     found = remote_of(copy_of(dataset), tmp_path / "cache")
     loader = loader_of(found, num_workers=num_workers)
-    undisturbed = loader_of(open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer()))
+    undisturbed = loader_of(open_for_model(str(copy_of(dataset)), None, tokenizer=byte_tokenizer()))
     assert rows_of(loader) == rows_of(undisturbed) == expected
     for shard in shards_of(found.folder)[::2]:
         with shard.open("r+b") as file:
@@ -421,7 +421,7 @@ def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_wi
 def test_bytes_in_use(dataset, copy_of, options):
     """As counted by hand, shard by shard and batch by batch."""
     folder = copy_of(dataset)
-    found = open_dataset(str(folder), None, tokenizer=byte_tokenizer())
+    found = open_for_model(str(folder), None, tokenizer=byte_tokenizer())
     rows = loader_of(found, predownload=8, **options).dataset
     num_workers, prefetch = options.get("num_workers", 0), options.get("prefetch_factor", 2)
     apart = max(1, num_workers) * (2 + prefetch + 1)
@@ -596,7 +596,7 @@ def test_an_index_that_is_not_to_be_trusted_is_refused(
         (
             remote_of(folder, tmp_path / "cache")
             if remote
-            else open_dataset(str(folder), None, tokenizer=byte_tokenizer())
+            else open_for_model(str(folder), None, tokenizer=byte_tokenizer())
         )
     assert not (tmp_path / "cache").exists()
 
@@ -683,7 +683,7 @@ def test_another_tokenizer_or_context_length_in_a_store(s3, dataset, tmp_path):
     ):
         remote_of(remote, tmp_path / "cache", context_length=64)
     with pytest.raises(ConfigError, match=f"^{remote}: was made with another tokenizer than "):
-        open_dataset(str(tmp_path / "cache"), remote, tokenizer=byte_tokenizer(300))
+        open_for_model(str(tmp_path / "cache"), remote, tokenizer=byte_tokenizer(300))
 
 
 def test_an_index_of_endless_size_is_not_downloaded(s3, dataset, tmp_path, monkeypatch):
@@ -715,7 +715,7 @@ def test_a_download_that_does_not_end_is_given_up(
 ):
     """The second try finds a store that answers."""
     found = remote_of(copy_of(dataset), tmp_path / "cache")
-    download, tries = fetch.download_file, []
+    download, tries = fetch.download, []
 
     def hang_once(source: str, path: Path, *, at_most: int) -> None:
         tries.append(source)
@@ -723,7 +723,7 @@ def test_a_download_that_does_not_end_is_given_up(
             time.sleep(5)
         download(source, path, at_most=at_most)
 
-    monkeypatch.setattr(fetch, "download_file", hang_once)
+    monkeypatch.setattr(fetch, "download", hang_once)
     assert stream(found, download_timeout=0.5, download_retries=1) == expected
     assert tries.count(tries[0]) == 2
 

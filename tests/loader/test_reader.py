@@ -13,7 +13,7 @@ import pytest
 from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import DataError
 from flame_composer.loader.batches import build_train_loader
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.loader.reader import FIELDS, OpenShards
 from tests.data_fixtures import byte_tokenizer
 
@@ -31,7 +31,7 @@ def open_under(folder: Path) -> set[str]:
 
 def rows_of(*folders: Path, **options: Any) -> Any:
     found = {
-        f"s{number}": open_dataset(str(folder), None, tokenizer=byte_tokenizer())
+        f"s{number}": open_for_model(str(folder), None, tokenizer=byte_tokenizer())
         for number, folder in enumerate(folders)
     }
     streams = (

@@ -38,7 +38,7 @@ from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_train_loader
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.model.build import build_model, load_pretrained, meta_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.llama import Source, open_source
@@ -1123,7 +1123,7 @@ def test_training_goes_on_from_the_converted_weights(corpus: Corpus, tmp_path):
     )
     rows = read_log(tmp_path / "run")
 
-    dataset = open_dataset(
+    dataset = open_for_model(
         str(shutil.copytree(corpus.train, tmp_path / "rows")),
         None,
         tokenizer=tokenizer,

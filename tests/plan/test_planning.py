@@ -20,7 +20,7 @@ from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
@@ -360,7 +360,7 @@ def test_a_dataset_as_training_finds_it(dataset: Path, copy_of: Callable[[Path],
     config = small(dataset)
     found = find_supply(config)
     assert isinstance(found, Supply)
-    opened = open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer())
+    opened = open_for_model(str(copy_of(dataset)), None, tokenizer=byte_tokenizer())
     data = dataclasses.replace(config.train_data, num_workers=2)
     rows = build_train_loader(
         {"": opened}, data, global_batch_size=4, seed=config.seed

@@ -24,7 +24,7 @@ from composer.utils import checkpoint as composer_checkpoint
 from flame_composer.cleaning.parts import PartsFolder, PartWriter, read_part
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, TrainingError
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.storage import files as storage
 from flame_composer.storage import locks as machine
 from flame_composer.storage.folders import new_folder
@@ -548,7 +548,7 @@ def test_a_row_that_is_damaged_after_its_check_is_that_of_a_damaged_shard(
     found = (
         remote_of(copy_of(dataset), tmp_path / "cache")
         if is_remote
-        else open_dataset(str(copy_of(dataset)), None, tokenizer=byte_tokenizer())
+        else open_for_model(str(copy_of(dataset)), None, tokenizer=byte_tokenizer())
     )
     loader = loader_of(found)
     expected = rows_of(loader)

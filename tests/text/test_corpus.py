@@ -429,7 +429,7 @@ def test_a_dataset_that_is_not_there(tmp_path, monkeypatch, source, name, split,
     monkeypatch.chdir(tmp_path)
     make_dataset_folder(tmp_path / "set")
     with pytest.raises(ConfigError, match=f"^source: {re.escape(message)}$"):
-        hub.open_dataset(hub.address(source, name, split))
+        hub.open_source(hub.address(source, name, split))
 
 
 def test_a_dataset_id_without_a_split_gets_a_hint():

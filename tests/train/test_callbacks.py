@@ -21,7 +21,7 @@ from flame_composer.config.sections import WandbConfig
 from flame_composer.config.train import RunPlan
 from flame_composer.errors import ConfigError
 from flame_composer.loader.batches import describe_order
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.train.announce import announce
 from flame_composer.train.log import JsonlLog, describe, every, hash_row
 from flame_composer.train.loggers import build_wandb_logger
@@ -329,7 +329,7 @@ def test_the_hashes_logged_are_those_of_the_rows(trained, dataset, copy_of):
     """Recomputed from the batches of a loader of its own."""
     from flame_composer.loader.batches import build_train_loader
 
-    opened = open_dataset(
+    opened = open_for_model(
         str(copy_of(dataset)), None, tokenizer=byte_tokenizer(), context_length=CONTEXT_LENGTH
     )
     loader = build_train_loader(
@@ -383,7 +383,7 @@ def test_all_that_changed_is_named():
 
 
 def test_the_order_covers_what_decides_it(trained, dataset):
-    opened = open_dataset(str(dataset), None, tokenizer=byte_tokenizer())
+    opened = open_for_model(str(dataset), None, tokenizer=byte_tokenizer())
     base = describe_order({"": opened}, DataConfig(), global_batch_size=4, seed=7)
     assert base == trained.order
     changes: list[dict[str, Any]] = [

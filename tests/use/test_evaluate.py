@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.config.data import EvalDataConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_evaluator
-from flame_composer.loader.datasets import open_dataset
+from flame_composer.loader.datasets import open_for_model
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
@@ -98,7 +98,7 @@ def test_loss_by_context_is_that_of_the_plain_model(
     model = build_model(build_hf_config(architecture, tokenizer, CONTEXT_LENGTH)).eval()
     sizes = token_bytes(tokenizer)
     assert sizes is not None
-    dataset = open_dataset(str(copy_of(eval_dataset)), None, tokenizer=tokenizer)
+    dataset = open_for_model(str(copy_of(eval_dataset)), None, tokenizer=tokenizer)
     found = evaluate(
         CausalLM(model, tokenizer, varlen=varlen),
         build_evaluator(dataset, EvalDataConfig(), batch_size=3),
@@ -145,7 +145,7 @@ def test_a_tokenizer_without_bytes_has_no_bits_per_byte(eval_dataset: Path, copy
     model = CausalLM(
         build_model(build_hf_config(GLA, tokenizer, CONTEXT_LENGTH)), tokenizer, varlen=True
     )
-    dataset = open_dataset(str(copy_of(eval_dataset)), None, tokenizer=tokenizer)
+    dataset = open_for_model(str(copy_of(eval_dataset)), None, tokenizer=tokenizer)
     found = evaluate(
         model,
         build_evaluator(dataset, EvalDataConfig(), batch_size=3),

@@ -1,0 +1,168 @@
+"""A finished dataset, opened: its manifest and index read and checked, before a row of it is."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from flame_composer.dataset.manifest import Manifest, damaged, read_index, read_manifest
+from flame_composer.dataset.mds import BadShard, ShardFile
+from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.storage import files
+from flame_composer.storage.filesystems import is_url
+from flame_composer.text.tokenizer import TokenizerFingerprint
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset, in a local folder, under a URL or both.
+
+    `folder` holds it, or the part of `remote` that has been downloaded so far ("" for one that is
+    looked at where it is). `files` are its shards in row order.
+    """
+
+    folder: str
+    remote: str | None
+    manifest: Manifest
+    files: list[ShardFile]
+
+    @property
+    def place(self) -> str:
+        """Where it is, as the user named it."""
+        return self.remote or self.folder
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the number of the shard that holds a row, and the row's number within it."""
+        ends = list(accumulate(file.rows for file in self.files))
+        number = bisect_right(ends, row)
+        return number, row - (ends[number] - self.files[number].rows)
+
+
+def open_dataset(folder: str, remote: str | None = None) -> Dataset:
+    """Return the dataset in a folder, local or in an object store; see `Dataset` for `remote`.
+
+    Raises ConfigError or DataError if there is none, or if it is unfinished or damaged. Shards are
+    not looked at: `check_shards` does that.
+    """
+    manifest = read_manifest(folder)
+    dataset = Dataset(folder, remote, manifest, read_index(folder, manifest))
+    listed = (
+        sum(file.rows for file in dataset.files),
+        len(dataset.files),
+        sum(file.bytes for file in dataset.files),
+    )
+    totals = (manifest.totals.rows, manifest.totals.shards, manifest.totals.bytes)
+    if listed != totals:
+        raise damaged(
+            f"{dataset.place.rstrip('/')}/manifest.json",
+            "its totals (rows, shards, bytes) are {}, {}, {}, those of "
+            "index.json {}, {}, {}".format(*totals, *listed),
+        )
+    return dataset
+
+
+def open_at(address: str) -> Dataset:
+    """Return the dataset in a local folder or under a URL, of which nothing is kept here.
+
+    Raises ConfigError or DataError as `open_dataset` does.
+    """
+    if not is_url(address):
+        return open_dataset(address)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("manifest.json", "index.json"):
+            source = f"{address.rstrip('/')}/{name}"
+            try:
+                download_at_most(source, Path(folder, name), files.MOST_READ)
+            except BadShard as problem:
+                raise ConfigError(
+                    f"{source}: {problem}; check the address, the credentials and that the"
+                    " conversion has finished"
+                ) from None
+        found = open_dataset(folder, address)
+    return Dataset("", address, found.manifest, found.files)
+
+
+def check_shards(dataset: Dataset) -> None:
+    """Raise DataError that names the first shard that is missing or of another size.
+
+    Looks at sizes only: content is checked when it is read.
+    """
+    there = files.find(dataset.folder)
+    for file in dataset.files:
+        found = there.get(file.basename)
+        if found is None or found.size != file.bytes:
+            what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
+            raise DataError(
+                f"{files.join(dataset.folder, file.basename)}: shard is {what}; restore it from a"
+                f" copy, or delete {dataset.folder} and run convert/to_mds.py again"
+            )
+
+
+def check_tokenizer(dataset: Dataset, ours: TokenizerFingerprint, name: str) -> None:
+    """Raise ConfigError that says what differs if another tokenizer than `name` made a dataset."""
+    theirs = dataset.manifest.tokenizer
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "sha256"):
+        here, there = getattr(ours, key), getattr(theirs, key)
+        if here != there:
+            raise ConfigError(
+                f"{dataset.place}: was made with another tokenizer than {name} ({key}: {there}"
+                f" there, {here} here); set tokenizer to the one it was converted with, or convert"
+                " the text again"
+            )
+
+
+def download(source: str, path: Path, *, at_most: int) -> None:
+    """Download a file of a dataset from wherever streaming can.
+
+    Raises BadShard if there is more than `at_most` bytes of it, FileNotFoundError, ConfigError, or
+    what the store's client does.
+    """
+    if source.startswith("s3://") or not is_url(source):
+        found = files.stat(source)
+        if found is None:
+            raise FileNotFoundError(f"{source}: there is no such file")
+        if found.size > at_most:
+            raise BadShard(f"{found.size:,} bytes long, must be {at_most:,} at most")
+        files.download(source, path, most=at_most)
+    else:  # with the packages that StreamingDataset asks for
+        from streaming.base.storage import CloudDownloader
+
+        CloudDownloader.direct_download(source, str(path))
+
+
+def download_at_most(source: str, path: Path, num_bytes: int) -> None:
+    """Download a file, and have the system stop clients of stores that take all that is sent.
+
+    Only for a process that writes nothing else meanwhile. Raises BadShard that says why the file
+    cannot be had.
+    """
+    try:
+        with _no_file_larger_than(num_bytes):
+            download(source, path, at_most=num_bytes)
+    except BadShard:
+        raise
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise BadShard(f"more than {num_bytes:,} bytes long, must be that at most") from None
+        raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
+    except Exception as error:  # every store's client has exceptions of its own
+        raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
+
+
+@contextmanager
+def _no_file_larger_than(num_bytes: int) -> Iterator[None]:
+    """Have the system refuse to let this process write files beyond a size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = num_bytes if soft == resource.RLIM_INFINITY else min(num_bytes, soft)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
