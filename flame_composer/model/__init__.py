@@ -1,1 +1,1 @@
-"""The model: any fla or Hugging Face causal language model, built, loaded and transplanted."""
+"""Causal language models of fla and Hugging Face: their configs, building, loading, transplant."""

@@ -1,4 +1,4 @@
-"""A model built anew or loaded: from a config, from a Hugging Face folder or id."""
+"""Models, built from a config or loaded from a Hugging Face folder or id."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from flame_composer.text.counts import require_counts
 
 
 def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """A freshly initialised causal language model; seed torch first.
+    """Return a freshly initialised causal language model; seed torch first.
 
-    Raises ConfigError if the config's numbers do not make a model (head counts that do not divide,
-    say).
+    Raise ConfigError if the config's numbers do not make a model, for example if the number of
+    heads is not a multiple of the number of key and value heads.
     """
     cpu.enable()
     heads, kv_heads = (
         getattr(hf_config, f"num_{name}_heads", None) for name in ("attention", "key_value")
     )
-    if heads and kv_heads and heads % kv_heads:  # not seen by transformers until the first batch
+    # Transformers would notice this, and an odd head size, only at the first batch.
+    if heads and kv_heads and heads % kv_heads:
         raise InvalidField(
             "model.config.num_key_value_heads", f"must divide num_attention_heads={heads}"
         )
-    # Nor this
     if (
         heads
         and hasattr(hf_config, "rope_theta")
@@ -48,13 +48,14 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
         if size % 2:
             raise InvalidField(
                 "model.config.num_attention_heads",
-                f"makes heads of {size}, which is odd: RoPE turns pairs",
+                f"makes heads of {size} channels, but RoPE rotates channels in pairs; give a number"
+                " that makes heads of an even size",
             )
     try:
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
         through_onednn(model)
         return model
-    except Exception as error:  # whatever the config's values make the model's own code raise
+    except Exception as error:  # the model's own code may raise anything for odd values
         raise ConfigError(
             f"model.config: no {hf_config.model_type} model can be built from it:"
             f" {in_one_line(error)}"
@@ -62,17 +63,17 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: names, shapes and modules."""
+    """Return the model on the meta device: names, shapes and modules, but no memory for weights."""
     cpu.enable()
     with torch.device("meta"):
         return build_model(hf_config)
 
 
 def load_pretrained(path_or_id: str) -> PreTrainedModel:
-    """A causal language model with its weights, in fp32, from a Hugging Face folder or id; no code
-    of its is run.
+    """Load a causal language model, in fp32, from a Hugging Face folder or id.
 
-    Raises ConfigError if there is none, or if its weights do not fill the model exactly.
+    Code that comes with the model is never run. Raise ConfigError if there is no such model, or if
+    its weights do not fill it exactly.
     """
     try:
         folder = folder_of(
@@ -97,7 +98,7 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever a damaged folder makes transformers or safetensors raise
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         raise _not_loaded(path_or_id, error) from None
     model, report = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
@@ -107,8 +108,8 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
             for kind, names in wrong.items()
         )
         raise ConfigError(
-            f"{path_or_id}: its weights are not those of a {model.config.model_type} model:"
-            f" {listed}"
+            f"{path_or_id}: its weights do not fit a {model.config.model_type} model with its"
+            f" config: {listed}"
         )
     through_onednn(model)
     return model
@@ -116,9 +117,9 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _no_code_of_its_own() -> typing.Iterator[None]:
-    """Keep transformers from running `custom_generate/generate.py` of a model's folder.
+    """Keep transformers from running the `custom_generate/generate.py` in a model's folder.
 
-    Up to 4.57 at least, it trusts what lies in a local folder, `trust_remote_code=False` or not.
+    Up to 4.57 at least, it trusts code in a local folder even with `trust_remote_code=False`.
     """
 
     def none(*_: Any, **__: Any) -> None:
@@ -144,10 +145,10 @@ def _not_loaded(path_or_id: str, error: Exception) -> ConfigError:
 def build_or_load(
     config: ModelConfig, hf_config: PretrainedConfig | None, *, empty: bool = False
 ) -> PreTrainedModel:
-    """A new model of `hf_config`, or without one `config.pretrained` with its weights.
+    """Build a new model from `hf_config`, or load `config.pretrained` if `hf_config` is None.
 
-    `empty`: without memory for weights (on the meta device), for a rank that gets its share of them
-    from the first.
+    With `empty`, the model is on the meta device and has no memory for weights: for a rank that
+    receives its share of them from rank 0.
     """
     if hf_config is None:
         assert config.pretrained is not None
@@ -162,7 +163,7 @@ def build_or_load(
 
 @contextlib.contextmanager
 def quiet() -> typing.Iterator[None]:
-    """Without transformers' own warnings, where ours say what is to be said."""
+    """Silence transformers' own warnings where our messages already say what matters."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:

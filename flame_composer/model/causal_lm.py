@@ -1,4 +1,4 @@
-"""The model: any fla or Hugging Face causal language model, as Composer trains it."""
+"""A wrapper that lets Composer train any causal language model of fla or Hugging Face."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ from flame_composer.errors import InvalidField
 from flame_composer.model.work import count_work
 from flame_composer.upstream.composer import known_as_causal
 
-# fla models whose layers take no borders of documents: their state runs on across them, most
-# without a word.
+# fla models whose layers take no `cu_seqlens`: their state carries over from one document to the
+# next, and most of them do not report it.
 _WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
 
 
 class CausalLM(HuggingFaceModel):
-    """A causal language model under Composer, fed with batches of
-    `flame_composer.batch.collate`.
+    """A causal language model that Composer trains on batches of `flame_composer.batch.collate`.
 
-    With `varlen`, attention state never crosses documents: an fla model gets the rows end to end as
-    [1, B * T] with the documents' borders as `cu_seqlens` (its kernels take those for batch 1
-    only); another model gets `position_ids` that start anew at every document, from which
-    transformers derives a block-diagonal mask.
+    With `varlen`, attention and state never cross the border between two documents. An fla model
+    gets the rows laid end to end as [1, B * T], with the borders as `cu_seqlens`, which its kernels
+    take only for batch size 1. Any other model gets `position_ids` that restart at every document;
+    transformers derives a block-diagonal mask from them.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, varlen: bool):
-        """Raises InvalidField for `varlen` with a model that cannot keep documents apart."""
+        """Wrap `model`; raise InvalidField for `varlen` if it cannot keep documents apart."""
         self.is_fla = type(model).__module__.startswith("fla.")
         if varlen and self.is_fla and model.config.model_type in _WITHOUT_VARLEN:
             raise InvalidField(
                 "varlen",
                 f"fla's {model.config.model_type} cannot keep documents apart; set varlen=false to "
-                "let its state run on across the documents of a row",
+                "let its state carry over from one document of a row to the next",
             )
         with known_as_causal():
             super().__init__(
@@ -54,19 +53,19 @@ class CausalLM(HuggingFaceModel):
                 eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
             )
         blocks = set(model._no_split_modules or ())
-        # Composer asks the model's direct children: each block is gathered, and recomputed, by
-        # itself.
+        # Composer looks for these functions on its model's direct children. With them, FSDP gathers
+        # each block separately, and activation checkpointing recomputes each separately.
         is_block: Any = lambda module: type(module).__name__ in blocks  # noqa: E731
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = is_block
         self.varlen = varlen
-        self.label_smoothing = 0.0  # of the loss that is trained on; see algorithms.LabelSmoothing
+        self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         self.work = count_work(model)
 
     def get_metadata(self) -> dict[str, Any]:
-        """Return the config and the tokenizer's files, as a checkpoint holds them.
+        """Return the config and the tokenizer's files in the form that a checkpoint holds.
 
-        Of several chat templates transformers makes a folder, which Composer 0.32 refuses: they go
-        into the tokenizer's config instead, where both find them again.
+        If there are several chat templates, transformers saves them in a folder, which Composer
+        0.32 refuses. They are put into the tokenizer's config instead, where both find them.
         """
         tokenizer: Any = self.tokenizer
         if not isinstance(tokenizer.chat_template, dict):
@@ -80,23 +79,25 @@ class CausalLM(HuggingFaceModel):
             self.tokenizer = tokenizer
 
     def flops_per_batch(self, batch: dict[str, torch.Tensor]) -> int:
-        """Of a training step on this batch: what utilisation (MFU) goes by, as does
-        recipes/plan.py.
+        """Return the FLOPs of a training step on this batch.
+
+        Composer computes the utilisation (MFU) from them; recipes/plan.py counts them the same way.
         """
         return self.work.flops_per_token(batch["input_ids"].shape[1]) * batch["input_ids"].numel()
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Logits [B, T, V], and the mean loss over labels that are not -100 if the batch has
-        labels; 0 if all of them are.
+        """Return the model's output: logits [B, T, V], and the loss if the batch has labels.
 
-        `input_ids`, `labels` and `sequence_id` (the document's number in its row) are [B, T]. A
-        row's first label is always -100, so that no row is asked to predict the next one's first
-        token when rows are laid end to end.
+        The loss is the mean over labels that are not -100, or 0 if all of them are -100.
+        `input_ids`, `labels` and `sequence_id` (the number of a document in its row) are [B, T]. A
+        row's first label is always -100, so that when rows are laid end to end no row has to
+        predict the first token of the next.
         """
         input_ids, labels = batch["input_ids"], batch.get("labels")
         smoothing = self.label_smoothing if self.training else 0.0
         is_void = labels is not None and not (labels[:, 1:] != IGNORE).any()
-        # The mean over nothing is no number, and nor is its gradient
+        # A mean over no labels is NaN, and so is its gradient: take one label, and zero the loss
+        # below.
         if labels is not None and is_void:
             labels = torch.cat([labels[:, :-1], input_ids[:, -1:]], dim=1)
         inputs: dict[str, Any] = {
@@ -127,13 +128,16 @@ class CausalLM(HuggingFaceModel):
 
 
 def check_microbatch_size(size: int | str) -> None:
-    """Raises InvalidField for `auto` on a machine without a GPU, where lack of memory ends the
+    """Raise InvalidField for `auto` on a machine without a GPU.
+
+    `auto` tries sizes until one fits into memory. On a CPU, running out of memory would kill the
     process.
     """
     if size == "auto" and not torch.cuda.is_available():
         raise InvalidField(
             "microbatch_size",
-            "there is no GPU here, whose memory could be tried out; give a number of rows",
+            "there is no GPU here, and auto works by trying out a GPU's memory; give a number of"
+            " rows",
         )
 
 
@@ -144,14 +148,16 @@ def _starts(sequence_id: torch.Tensor) -> torch.Tensor:
 
 
 def cumulative_lengths(sequence_id: torch.Tensor) -> torch.Tensor:
-    """Offsets [num_documents + 1] of the documents when the rows of `sequence_id` [B, T] are
-    laid end to end.
+    """Return the documents' offsets, [num_documents + 1], in rows that are laid end to end.
+
+    `sequence_id` [B, T] holds the number of each token's document in its row. The last offset is
+    B * T.
     """
     offsets = _starts(sequence_id).flatten().nonzero().flatten()
     return torch.cat([offsets, offsets.new_tensor([sequence_id.numel()])])
 
 
 def positions(sequence_id: torch.Tensor) -> torch.Tensor:
-    """Each token's place in its document, [B, T]."""
+    """Return each token's position in its document, [B, T]."""
     index = torch.arange(sequence_id.shape[1], device=sequence_id.device).expand_as(sequence_id)
     return index - torch.where(_starts(sequence_id), index, 0).cummax(dim=1).values

@@ -1,7 +1,8 @@
-"""What somebody else wrote beside a model, looked at before anything is built: config and weights.
+"""Checks of a config and weights that somebody else wrote, made before a model is built.
 
-A config decides what is imported, downloaded and allocated. So only keys that are known to be plain
-data are taken from one, and what it makes is compared with the weights it came with.
+A config decides what is imported, downloaded and allocated. Therefore only keys that are known to
+be plain data are taken from it, and the size of its model is compared with the weights it came
+with.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from flame_composer.storage import files as storage
 from flame_composer.text.tokenizer import may_be_hub_id
 
 INDEX = "model.safetensors.index.json"
-SPARE_BYTES = 1 << 30  # that buffers may take beside small weights
+SPARE_BYTES = 1 << 30  # buffers may take this much even if the weights are small
 Shapes = Mapping[str, torch.Size]
 
-# Keys that decide where code, kernels or weights come from: left out of a config at any depth.
+# Keys that decide where code, kernels or weights come from. They are removed at any depth.
 STEERING = frozenset(
     {
         "auto_map",
@@ -47,7 +48,7 @@ STEERING = frozenset(
         "gguf_file",
     }
 )
-# Keys that models read though not every config class names them among its own.
+# Keys that models read, although not every config class lists them as its own.
 DATA = frozenset(
     {
         "head_dim",
@@ -70,7 +71,8 @@ DATA = frozenset(
         "transformers_version",
     }
 )
-# Not taken as they are: what steers loading, the type, and the number of labels (there are none).
+# Keys never copied as they are: those that steer loading, the types of model and weights, and the
+# number of labels, of which a language model has none.
 _APART = STEERING | {"num_labels", "torch_dtype", "dtype", "model_type"}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -78,7 +80,10 @@ log = logging.getLogger(__name__)
 
 
 def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Return those keys of a config that are plain data, of which `known` are its class's own."""
+    """Return the keys of a config that are plain data, with their values.
+
+    `known` are the keys of its own config class; those that all configs share are taken as well.
+    """
     base = PretrainedConfig.__init__.__kwdefaults__ or {}
     allowed = {*known, *base, *DATA, *PretrainedConfig._get_global_generation_defaults()} - _APART
     keys = {key: _without_steering(value) for key, value in content.items() if key in allowed}
@@ -87,7 +92,7 @@ def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, An
 
 
 def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place: str) -> None:
-    """Warn of keys of a config that were left out, but for those that steer its loading."""
+    """Warn about config keys that were left out, except those that steer loading."""
     left_out = [
         str(key) for key in content if key not in _APART and not hasattr(hf_config, str(key))
     ]
@@ -96,7 +101,7 @@ def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place
             " ..." if len(left_out) > 5 else ""
         )
         log.warning(
-            "warning: %s: its config has keys that a %s model does not know, left out: %s",
+            "warning: %s: its config has keys that a %s model does not know; they are ignored: %s",
             place,
             hf_config.model_type,
             names,
@@ -110,8 +115,9 @@ def _without_steering(value: Any) -> Any:
 
 
 def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
-    """Return how many numbers there really are of these: a small piece of memory can be seen as
-    a tensor of any size.
+    """Return how many numbers the tensors hold in memory, counting shared memory once.
+
+    Their sizes do not tell: a tensor of any size can be a view of a few bytes.
     """
     storages = {}
     for tensor in tensors:
@@ -121,19 +127,20 @@ def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def require_size(model: PreTrainedModel, held: int, place: str) -> None:
-    """Raise ConfigError for an empty model that would take far more memory than the `held`
-    numbers of its weights do.
+    """Raise ConfigError if an empty model would take far more memory than its weights.
+
+    `held` is how many numbers the weights hold.
     """
     made = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if made > 2 * held:
         raise ConfigError(
-            f"{place}: its config makes a model of {made:,} parameters, its weights "
-            f"are {held:,} numbers; get the model again, or correct the config"
+            f"{place}: its config makes a model of {made:,} parameters, but its weights "
+            f"hold {held:,} numbers; get the model again, or correct the config"
         )
     if buffers > max(SPARE_BYTES, 4 * held):
         raise ConfigError(
-            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB beside its"
+            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB besides its"
             " weights; correct its max_position_embeddings and other sizes"
         )
 
@@ -149,7 +156,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Return the files of the weights, and the tensors that the index, if any, says each holds."""
+    """Return the weight files of a folder, each with the names of its tensors.
+
+    The names come from the index; they are None for a single file, which needs no index. Raise
+    ConfigError if there are no weights in safetensors, and DataError if the index is damaged or a
+    file that it names is missing.
+    """
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return {single: None}
@@ -159,8 +171,8 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
         )
         if pickled:
             raise ConfigError(
-                f"{folder}: holds its weights as {pickled[0]}, which is refused: such a file can"
-                " run code when it is read; give a copy in safetensors"
+                f"{folder}: holds its weights as {pickled[0]}, which is refused, because such a"
+                " file can run code when it is read; give a copy in safetensors"
             )
         raise ConfigError(f"{folder}: has neither model.safetensors nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
@@ -169,7 +181,10 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     files: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
         if not storage.is_plain_name(file) or not file.endswith(".safetensors"):
-            raise DataError(f"{index}: {name} is said to be in {file!r}, which is no file name")
+            raise DataError(
+                f"{index}: {name} is said to be in {file!r}, which is not the name of a safetensors"
+                " file"
+            )
         names = files.setdefault(folder / file, [])
         assert names is not None
         names.append(name)
@@ -182,7 +197,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def opened(file: Path) -> Any:
-    """Return a safetensors file as `safe_open` does. Raise DataError for one that is damaged."""
+    """Open a safetensors file with `safe_open`. Raise DataError if it is damaged."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -190,7 +205,7 @@ def opened(file: Path) -> Any:
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Return the shapes of the tensors in a Hugging Face folder, reading only the files' heads."""
+    """Return the shapes of the tensors in a Hugging Face folder; only file headers are read."""
     shapes = {}
     for file in weight_files(folder):
         with opened(file) as content:
@@ -203,12 +218,15 @@ def count_not_finite(tensor: torch.Tensor) -> int:
     """Return how many of a tensor's values are infinite or not a number."""
     if not tensor.is_floating_point():
         return 0
-    # In parts: torch.isfinite takes several times the tensor's memory.
+    # torch.isfinite takes several times the tensor's memory, hence part by part.
     return sum(int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(1 << 20))
 
 
 def warn_not_finite(place: str, counts: Mapping[str, int]) -> None:
-    """Name the tensors that hold values which are infinite or not a number."""
+    """Warn about tensors that hold values which are infinite or not a number.
+
+    `counts` says how many such values each tensor holds; those with 0 are not named.
+    """
     named = {name: count for name, count in counts.items() if count}
     if named:
         first = ", ".join(f"{name} ({count:,})" for name, count in list(named.items())[:5])
@@ -219,7 +237,11 @@ def warn_not_finite(place: str, counts: Mapping[str, int]) -> None:
 
 
 def folder_of(path_or_id: str, files: list[str]) -> Path:
-    """Return a model's folder, or one with those `files` out of the hub's repository of that id."""
+    """Return a model's folder; for an id, download `files` from the Hugging Face hub into one.
+
+    `files` may be patterns. Raise ConfigError if there is no such folder or repository, if it has
+    no config.json, or if it holds an adapter.
+    """
     folder = Path(path_or_id)
     if not folder.is_dir():
         if not may_be_hub_id(path_or_id):
@@ -228,7 +250,7 @@ def folder_of(path_or_id: str, files: list[str]) -> Path:
             )
         try:
             folder = Path(snapshot_download(path_or_id, allow_patterns=files))
-        except Exception as error:  # whatever the hub or the network makes of it
+        except Exception as error:  # the hub and the network raise many kinds of errors
             raise ConfigError(
                 f"no such folder, and not to be had from the Hugging Face hub: {one_line(error)}"
             ) from None
@@ -237,6 +259,6 @@ def folder_of(path_or_id: str, files: list[str]) -> Path:
     if (folder / "adapter_config.json").exists():
         raise ConfigError(
             f"{path_or_id}: holds an adapter (adapter_config.json), for which another "
-            "model would be loaded; merge it into its model, or take that file away"
+            "model would be loaded; merge it into its model, or delete that file"
         )
     return folder

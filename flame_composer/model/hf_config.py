@@ -1,4 +1,4 @@
-"""A model's config: built of keys, read back from a checkpoint or a folder, and checked."""
+"""Model configs: built from keys, or read back from a checkpoint or a folder, and checked."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_left_out
 from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
 
-# Keys every model understands, though its own signature may leave them to the base class.
+# Keys that every model understands, even if its config class leaves them to the base class.
 _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
-# What numbers must be, by the names of their keys: not every model looks at them before it
-# computes.
+# Rules for numbers, by the names of their keys: not every model checks them before it computes.
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers)|n_(embd|head|inner|layer|positions)|sliding_window",
@@ -42,7 +41,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         r"clamp_min",
         lambda value: value <= 0,
-        "must be 0 or less: it is the least logarithm of a gate",
+        "must be 0 or less: it is the lower bound for the logarithm of a gate",
     ),
 )
 
@@ -55,16 +54,17 @@ def build_hf_config(
     to_run: bool = True,
     read_back: bool = False,
 ) -> PretrainedConfig:
-    """The Hugging Face config with these keys; vocabulary, special tokens and context length are
-    filled in if not given.
+    """Return a Hugging Face config with the keys in `model_config`, after checking them.
 
-    Unlike transformers, which takes any key, this raises InvalidField for one the model's config
-    class does not have, for a value of another type, for a vocabulary smaller than the tokenizer's,
-    and, unless the model is only to be looked at, for one that this machine cannot run. Without a
+    Vocabulary size, special tokens and context length are filled in if not given. Without a
     tokenizer `vocab_size` must be given.
 
-    `read_back`: transformers wrote these keys, some of which hold null where the class has a number
-    by default. Whether its numbers are sensible is then seen by the weights.
+    Transformers accepts any key. This raises InvalidField for a key that the model's config class
+    does not have, a value of another type, a number that no model has, a vocabulary smaller than
+    the tokenizer's and, with `to_run`, a model that this machine cannot run.
+
+    `read_back` is for keys that transformers wrote: some are null where the class has a number by
+    default, and the numbers are not checked here because the weights show if they are sensible.
     """
     cpu.enable()
     keys = dict(model_config)
@@ -85,7 +85,7 @@ def build_hf_config(
         keys.setdefault("vocab_size", len(tokenizer))
         keys.setdefault("bos_token_id", tokenizer.bos_token_id)
         keys.setdefault("eos_token_id", tokenizer.eos_token_id)
-    # GPT-2: n_positions
+    # The context length has another name in some classes, for example n_positions in GPT-2.
     positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     if positions in parameters and context_length is not None:
         keys.setdefault(positions, context_length)
@@ -97,7 +97,7 @@ def build_hf_config(
         )
     try:
         hf_config = config_class(**keys)
-    except Exception as error:  # whatever the numbers make that class's own code raise
+    except Exception as error:  # the class's own code may raise anything for odd values
         raise ConfigError(
             f"model.config: {config_class.__name__} refuses it: {in_one_line(error)}"
         ) from None
@@ -109,12 +109,12 @@ def build_hf_config(
 def _check_keys(
     config_class: type[PretrainedConfig], keys: dict[str, Any], *, read_back: bool
 ) -> None:
-    """Raise InvalidField for a key that the class does not have, or a value of another type."""
+    """Raise InvalidField for a key that the class does not have or a value of the wrong type."""
     parameters = inspect.signature(config_class.__init__).parameters
     known = known_keys(config_class)
     hints = typing.get_type_hints(config_class.__init__)
     for key, value in keys.items():
-        # Which may be lists, whatever the hint says
+        # A token id may be a list, even if its annotation says int.
         if read_back and (key not in hints or key.endswith("_token_id")):
             continue
         if key not in known:
@@ -131,7 +131,7 @@ def _check_keys(
 
 
 def _check_numbers(keys: dict[str, Any]) -> None:
-    """Raise InvalidField for a number that no model has."""
+    """Raise InvalidField for a number that no model can have."""
     for key, value in keys.items():
         for pattern, holds, message in _RULES:
             is_number = isinstance(value, int | float) and re.fullmatch(pattern, key)
@@ -144,19 +144,18 @@ def _check_numbers(keys: dict[str, Any]) -> None:
 
 
 def known_keys(config_class: type[PretrainedConfig]) -> list[str]:
-    """Return the keys that a model's config class and this package know of."""
+    """Return the keys that a model may be given: those of its config class and the common ones."""
     return sorted(
         {*inspect.signature(config_class.__init__).parameters, *_COMMON_KEYS} - {"self", "kwargs"}
     )
 
 
 def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
-    """Return the config that transformers once wrote to `place`, a checkpoint or a config.json, of
-    known plain keys only.
+    """Return a config that transformers wrote to `place`, a checkpoint or a config.json.
 
-    Nothing that it names is looked up or run: code, kernels, another repository, other files of
-    weights. Raise ConfigError if it is of no causal language model that fla or transformers has, or
-    if its weights are quantized.
+    Only known keys that hold plain data are taken. Nothing that the config names is looked up or
+    run: no code, kernels, other repository or other weight files. Raise ConfigError if its model is
+    not a causal language model of fla or transformers, or if its weights are quantized.
     """
     cpu.enable()
     model_type = content.get("model_type") if isinstance(content, dict) else None
@@ -167,9 +166,9 @@ def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
     )
     if config_class not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
-            f"{place}: its model_type {str(model_type)[:60]!r} is that of no causal language model"
-            " of fla or transformers, and no code that comes with a model is run; convert it to"
-            " one that is"
+            f"{place}: its model_type {str(model_type)[:60]!r} is not a causal language model of"
+            " fla or transformers, and code that comes with a model is never run; convert it to"
+            " one of theirs"
         )
     assert isinstance(content, dict)
     if content.get("quantization_config"):
@@ -188,22 +187,18 @@ def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
 def new_hf_config(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context_length: int
 ) -> PretrainedConfig | None:
-    """That of a new model; None for one that comes with its own, from `config.pretrained`."""
+    """Return the config of a new model, or None if `config.pretrained` brings its own."""
     return None if config.pretrained else build_hf_config(config.config, tokenizer, context_length)
 
 
 def read_pretrained_config(path_or_id: str) -> PretrainedConfig:
-    """Return the config in a Hugging Face folder or under a hub id, as `read_back_hf_config`
-    takes it.
-    """
+    """Return the config in a Hugging Face folder or repository, read by `read_back_hf_config`."""
     folder = folder_of(path_or_id, ["config.json"])
     return read_back_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> None:
-    """Raises InvalidField where `model_config` says something else than the config of the
-    weights that were loaded.
-    """
+    """Raise InvalidField if `model_config` contradicts the config of the loaded weights."""
     for key, value in model_config.items():
         has = getattr(hf_config, key, None)
         if has != value:
@@ -218,8 +213,9 @@ def in_one_line(error: Exception) -> str:
 
 
 def _type_of_default(parameter: inspect.Parameter | None) -> type | None:
-    """The type a parameter without annotation must have: its default's, but for token ids, which
-    may be null or lists.
+    """Return the type of a parameter's default, or None if values of any type are allowed.
+
+    This stands in for a missing annotation. Token ids may be null or lists, whatever the default.
     """
     if (
         parameter is None
@@ -231,7 +227,7 @@ def _type_of_default(parameter: inspect.Parameter | None) -> type | None:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether `value` is of a plain annotated type; anything more intricate passes."""
+    """Return whether `value` has the annotated type; always True if that is no plain type."""
     plain = _plain_types(hint)
     if plain is None:
         return True
@@ -259,6 +255,6 @@ def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
 
 
 def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:
-    """Raises ConfigError for weights, at `place`, of a model that this machine cannot run."""
+    """Raise ConfigError if this machine cannot run the model whose weights are at `place`."""
     if missing := _missing_here(hf_config):
         raise ConfigError(f"{place}: {missing[0]} of its config: {missing[1]}")

@@ -1,4 +1,4 @@
-"""Llama and Mistral checkpoints on disk: what they hold, and that they are whole."""
+"""Llama and Mistral checkpoints on disk: their tensors, and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from flame_composer.text.counts import require_counts
 from flame_composer.text.tokenizer import may_be_hub_id
 
 MODEL_TYPES = ("llama", "mistral")
-# What DDP, FSDP, torch.compile and activation checkpointing put into the names of the tensors of a
-# model they wrap.
+# DDP, FSDP, torch.compile and activation checkpointing put these into the names of a model's
+# tensors when they wrap it.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -32,9 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A Llama or Mistral checkpoint: its config, and of each tensor the file it is in, its shape
-    and its type.
-    """
+    """A Llama or Mistral checkpoint: its config, and each tensor's file, shape and dtype."""
 
     folder: Path
     config: PretrainedConfig
@@ -42,7 +40,7 @@ class Source:
     shapes: dict[str, torch.Size]
     dtypes: dict[str, torch.dtype]
     stored: dict[str, str] = field(default_factory=dict)
-    """What a tensor is called in its file, where that is something else."""
+    """Name of each tensor in its file, which differs if the model was saved inside a wrapper."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,17 +51,16 @@ class Source:
         return bool(self.config.tie_word_embeddings)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, mapped from its file, which stays mapped no longer than the tensor lives."""
+        """Return a tensor, memory-mapped from its file for as long as the tensor lives."""
         with opened(self.files[name]) as content:
             return content.get_tensor(self.stored.get(name, name))
 
 
 def open_source(path_or_id: str) -> Source:
-    """The checkpoint in a Hugging Face folder or under a hub id; of its weights only the files'
-    heads are read.
+    """Return the checkpoint in a Hugging Face folder or repository.
 
-    Raises ConfigError for what is no Llama or Mistral in safetensors, and DataError for one that is
-    not whole.
+    Of the weight files only the headers are read. Raise ConfigError if it is not a Llama or Mistral
+    model in safetensors, and DataError if it is damaged or incomplete.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
@@ -89,8 +86,8 @@ def open_source(path_or_id: str) -> Source:
         )
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(
-            f"model: {path_or_id}: its MLPs have hidden_act={given['hidden_act']}, GLA's are silu"
-            " ones"
+            f"model: {path_or_id}: its MLPs have hidden_act={given['hidden_act']}, but only silu"
+            " can be converted to GLA"
         )
     source = _scan(
         folder,
@@ -120,14 +117,14 @@ def _scan(folder: Path, config: PretrainedConfig) -> Source:
                 view = content.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise ConfigError(
-                        f"{file}: {name} is of type {view.get_dtype()}, must be one of"
+                        f"{file}: {name} is of type {view.get_dtype()}, but must be one of"
                         f" {', '.join(DTYPES)}"
                     )
                 bare = _WRAPPERS.sub("", name)
                 if bare in stored:
                     raise DataError(
-                        f"{file}: holds {name} as well as {stored[bare]}, which are one tensor;"
-                        " keep one of them"
+                        f"{file}: holds {name} as well as {stored[bare]}, which name the same"
+                        " tensor; keep one of them"
                     )
                 stored[bare] = name
                 files[bare], shapes[bare], dtypes[bare] = (
@@ -138,8 +135,8 @@ def _scan(folder: Path, config: PretrainedConfig) -> Source:
     wrapped = next((name for bare, name in stored.items() if bare != name), None)
     if wrapped is not None:
         log.warning(
-            "%s: its tensors have names like %s, of a model in a wrapper (DDP, torch.compile); they"
-            " are taken as %s",
+            "%s: its tensors have names like %s, which a wrapper (DDP, torch.compile) gave them;"
+            " they are read as %s",
             folder,
             wrapped,
             _WRAPPERS.sub("", wrapped),
@@ -149,13 +146,13 @@ def _scan(folder: Path, config: PretrainedConfig) -> Source:
 
 def _download(model_id: str) -> Path:
     try:
-        # Mistral's repositories hold the weights a second time, as consolidated*.safetensors.
+        # Mistral's repositories hold the weights twice, also as consolidated*.safetensors.
         return Path(
             snapshot_download(
                 model_id, allow_patterns=["*.json", "tokenizer.model", "model*.safetensors"]
             )
         )
-    except Exception as error:  # whatever the hub or the network makes of it
+    except Exception as error:  # the hub and the network raise many kinds of errors
         raise ConfigError(
             f"model: {model_id}: no such folder, and not to be had from the Hugging Face hub: "
             f"{one_line(error)}"
@@ -163,8 +160,9 @@ def _download(model_id: str) -> Path:
 
 
 def _check_whole(source: Source) -> None:
-    """Raises DataError unless the tensors are exactly those that the checkpoint's own
-    config.json makes.
+    """Raise DataError unless the tensors are exactly those of a model made from config.json.
+
+    A tied `lm_head.weight` may be absent, and rotary buffers may be present.
     """
     try:
         expected = {
@@ -182,8 +180,8 @@ def _check_whole(source: Source) -> None:
     if len(layers) != source.config.num_hidden_layers:
         raise DataError(
             f"{source.folder}: config.json says"
-            f" num_hidden_layers={source.config.num_hidden_layers}, its weights have {len(layers)}"
-            " layers; get the checkpoint again"
+            f" num_hidden_layers={source.config.num_hidden_layers}, but its weights have"
+            f" {len(layers)} layers; get the checkpoint again"
         )
     optional = {"lm_head.weight"} if source.is_tied else set()
     missing = [name for name in expected if name not in source.shapes and name not in optional]
@@ -203,11 +201,11 @@ def _check_whole(source: Source) -> None:
             )
         if shape != expected[name]:
             raise DataError(
-                f"{source.folder}: {name} is {list(shape)}, config.json makes it"
-                f" {list(expected[name])}; one of the two is of another model"
+                f"{source.folder}: {name} is {list(shape)}, but config.json makes it"
+                f" {list(expected[name])}; one of the two belongs to another model"
             )
 
 
 def is_rotary_buffer(name: str) -> bool:
-    """Saved by old releases of transformers."""
+    """Return whether a tensor is a rotary buffer, as old releases of transformers saved them."""
     return name.endswith(".rotary_emb.inv_freq")

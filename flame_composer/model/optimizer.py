@@ -1,4 +1,4 @@
-"""The optimizer of a model: its groups of parameters, and the settings of each."""
+"""The optimizer of a model: its parameter groups and their settings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def decay_of(config: OptimizerConfig, *, is_matrix: bool) -> float:
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer that decays matrices and embeddings but no vector, so no norm and no bias.
+    """Return an optimizer that decays matrices and embeddings, but no norms and biases.
 
-    AdamW: Loshchilov & Hutter 2019, whose decay is lr x weight_decay; DecoupledAdamW: the same with
-    a decay of lr / peak lr x weight_decay (composer.optim); LAMB: You et al. 2020
-    (torch_optimizer).
+    A parameter is decayed if it has at least two dimensions. The optimizers are AdamW (Loshchilov &
+    Hutter 2019), whose decay is lr x weight_decay; DecoupledAdamW (composer.optim), the same with a
+    decay of lr / peak lr x weight_decay; and LAMB (You et al. 2020, from torch_optimizer).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -47,6 +47,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
 
 def settings_of(config: OptimizerConfig, *, but: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a group of the optimizer has besides its parameters, and `but` some settings."""
+    """Return the settings of one of the optimizer's groups by name, except those named in `but`."""
     group, *_ = build_optimizer(torch.nn.Linear(1, 1), config).param_groups
     return {name: value for name, value in group.items() if name not in ("params", *but)}

@@ -1,4 +1,4 @@
-"""Llama weights in a GLA model: which tensor goes where, what is left out, what is made anew."""
+"""Conversion of Llama weights to a GLA model: which tensors are copied, dropped or made anew."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.llama import Source, is_rotary_buffer
 from flame_composer.text.tokenizer import vocab_size_of
 
-# The name table, read in both directions: a module there, the module here. `*` is the layer's
-# number; what comes after the module (weight, bias) is the same. Fla's GLA keeps the names of
-# Llama's projections but not those around them.
+# Names of Llama's modules and, for each, of the GLA module that gets its tensors. `*` is the number
+# of a layer; the tensor's own name (weight, bias) is the same in both. Read in both directions.
 MODULES = {
     "model.embed_tokens": "model.embeddings",
     **{f"model.layers.*.self_attn.{name}": f"model.layers.*.attn.{name}" for name in PROJECTIONS},
@@ -51,7 +50,7 @@ MODULES = {
 }
 SOURCE_MODULES = {target: source for source, target in MODULES.items()}
 
-# What decides the width of each projection that GLA's config can make unlike the source's.
+# The key of GLA's config that decides each projection's width, which may differ from the source's.
 WIDTH_KEYS = {
     "q_proj": "expand_k",
     "k_proj": "expand_k",
@@ -64,9 +63,7 @@ FATES = ("copied", "fresh", "dropped")
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for: the keys of a GLA config, where they are written, and under which
-    prefix there.
-    """
+    """The GLA model that was asked for: its config keys, their file, and their prefix in it."""
 
     place: str
     prefix: str
@@ -75,8 +72,9 @@ class Target:
 
 
 class Entry(NamedTuple):
-    """What becomes of a tensor: `source` is None for a fresh one, `target` for one that is
-    dropped.
+    """The fate of one tensor, with its names in the Llama (`source`) and the GLA model (`target`).
+
+    `source` is None for a tensor that is made anew, `target` for one that is dropped.
     """
 
     fate: Literal["copied", "fresh", "dropped"]
@@ -88,13 +86,13 @@ class Entry(NamedTuple):
 
 
 def read_target(path: str) -> Target:
-    """The model section of a recipe (*.yaml), or a Hugging Face config (*.json)."""
+    """Return the target that is written in a recipe (*.yaml) or a Hugging Face config (*.json)."""
     if not path.endswith(".json"):
         recipe = load(TrainConfig, [path])
         return Target(path, "model.config.", recipe.model.config, recipe.context_length)
     if not Path(path).is_file():
         raise ConfigError(f"config: {path}: no such file")
-    # What transformers writes into every config.json and no model's own config has.
+    # Keys that transformers writes into every config.json, but that no model's config class takes.
     housekeeping = {
         *PretrainedConfig().to_dict(),
         "architectures",
@@ -113,19 +111,18 @@ def read_target(path: str) -> Target:
 def plan_conversion(
     target: Target, source: Source, tokenizer: PreTrainedTokenizerFast, fresh: Collection[str] = ()
 ) -> tuple[PreTrainedModel, list[Entry]]:
-    """The GLA model, as `meta_model` makes it, and what becomes of every tensor of the source and
-    comes into every one of its.
+    """Return the GLA model, on the meta device, and an entry for each tensor of either model.
 
-    Its config holds the keys given, and all that follows from the source, which a key given may
-    only repeat. The projections named in `fresh` are made anew though the source has them. Raises
-    ConfigError for a key that says something else than the source, for a tensor that does not fit,
-    and for a tokenizer that the vocabulary does not hold.
+    The config takes the keys of `target` and adds all that follows from the source. The projections
+    named in `fresh` are made anew although the source has them. Raise ConfigError for a key that
+    contradicts the source, for a tensor that does not fit, and for a tokenizer with more tokens
+    than the source's vocabulary.
     """
     has = vocab_size_of(tokenizer)
     if has > source.config.vocab_size:
         raise ConfigError(
-            f"tokenizer: has {has} tokens, {source.folder} only {source.config.vocab_size}; give"
-            " the model's own"
+            f"tokenizer: has {has} tokens, but {source.folder} has only {source.config.vocab_size};"
+            " give the model's own"
         )
     try:
         model = meta_model(_gla_config(target, source, tokenizer, fresh))
@@ -148,7 +145,7 @@ def _gla_config(
     if keys.get("model_type") != "gla":
         raise InvalidField("model_type", "must be gla")
     if keys.get("attn"):
-        raise InvalidField("attn", "layers of softmax attention are not converted; leave it out")
+        raise InvalidField("attn", "layers of softmax attention cannot be converted; leave it out")
     if keys.get("hidden_act", "swish") != "swish":
         raise InvalidField("hidden_act", "must be swish, which is the source's silu")
     follows = {
@@ -158,8 +155,8 @@ def _gla_config(
         "intermediate_size": ("intermediate_size", llama.intermediate_size),
         "norm_eps": ("rms_norm_eps", llama.rms_norm_eps),
     }
-    # Other numbers of heads would give tensors of the same shapes and mix the channels of one head
-    # into another.
+    # With other numbers of heads the tensors would still fit, but a head would get the channels of
+    # another.
     if not set(PROJECTIONS) <= set(fresh):
         follows["num_heads"] = ("num_attention_heads", llama.num_attention_heads)
         follows["num_kv_heads"] = ("num_key_value_heads", llama.num_key_value_heads)
@@ -173,7 +170,8 @@ def _gla_config(
     keys.setdefault("tie_word_embeddings", source.is_tied)
     if keys["tie_word_embeddings"] and not source.is_tied:
         raise InvalidField(
-            "tie_word_embeddings", "the source's are not tied; leave it out, or set false"
+            "tie_word_embeddings",
+            "the source's embeddings are not tied; leave it out, or set false",
         )
     width = llama.num_attention_heads * (
         getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
@@ -185,23 +183,23 @@ def _gla_config(
         ("eos_token_id", tokenizer.eos_token_id),
     ):
         token = getattr(llama, key)
-        if isinstance(token, list):  # several ends, all of which the generation config keeps
+        if isinstance(token, list):  # several eos tokens: the generation config keeps them all
             token = ours if ours in token else token[0]
         if token is not None:
             keys.setdefault(key, token)
-    # The source's pad token is not carried over: the embedding of a model's pad token is never
-    # trained, and it may be eos.
+    # The source's pad token is not carried over: it may be eos, and the embedding of a pad token is
+    # never trained.
     return build_hf_config(keys, tokenizer, target.context_length or llama.max_position_embeddings)
 
 
 def _ratio(width: int, hidden_size: int) -> float:
-    """What GLA multiplies hidden_size by, and rounds down, to get `width`."""
+    """Return the factor by which GLA multiplies hidden_size, then rounds down, to get `width`."""
     ratio = width / hidden_size
     return ratio if int(hidden_size * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def _entries(source: Source, model: PreTrainedModel, fresh: Collection[str]) -> list[Entry]:
-    """Every tensor of `model` in its order, then those that are dropped."""
+    """Return an entry for each tensor of `model`, in its order, then for those that are dropped."""
     tied = (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ()
     copied, plan = set(), []
     for target, tensor in model.state_dict().items():
@@ -222,8 +220,9 @@ def _entries(source: Source, model: PreTrainedModel, fresh: Collection[str]) -> 
             )
             raise InvalidField(
                 key,
-                f"makes {target} {list(shape)}, the source's {name} is {list(source.shapes[name])};"
-                f" leave it out, or make these anew with fresh={same}",
+                f"makes {target} {list(shape)}, but the source's {name} is"
+                f" {list(source.shapes[name])}; leave it out, or make the projections anew with"
+                f" fresh={same}",
             )
         else:
             plan.append(Entry("copied", name, target, shape, source.dtypes[name]))
@@ -250,13 +249,13 @@ def _why_dropped(name: str, fresh: Collection[str]) -> str:
     if _last(target) in fresh:
         return f"fresh={_last(target)}"
     if name == "lm_head.weight":
-        return "the embeddings are used for it (tie_word_embeddings)"
+        return "the embeddings take its place (tie_word_embeddings)"
     assert name.endswith(".bias"), name
     return f"GLA's {_last(target)} has no bias"
 
 
 def _translate(name: str, table: dict[str, str]) -> str | None:
-    """A tensor's name in the other model; None if the table does not know it."""
+    """Return a tensor's name in the other model, or None if its module is not in the table."""
     module, _, kind = name.rpartition(".")
     match = re.match(r"model\.layers\.(\d+)\.", module)
     other = table.get(module if match is None else f"model.layers.*.{module[match.end() :]}")
@@ -268,7 +267,7 @@ def _last(name: str) -> str:
 
 
 def describe(plan: list[Entry]) -> Iterator[str]:
-    """The plan as a table, a line for all layers' tensors of a kind."""
+    """Yield the lines of a table of the plan, one for all layers' tensors of the same kind."""
     kinds: Counter[tuple[str, ...]] = Counter()
     for entry in plan:
         source, target = (
@@ -295,11 +294,11 @@ def write_weights(
     max_shard_size: int,
     on_progress: Callable[[int], object],
 ) -> None:
-    """The weights as safetensors files of at most `max_shard_size` bytes, with an index if there
-    are several.
+    """Write the weights to safetensors files of at most `max_shard_size` bytes.
 
-    Copied tensors are mapped from the source's files and no more than one file's tensors are in
-    memory at a time.
+    Several files get an index. Copied tensors are memory-mapped from the source, and only the
+    tensors of one file are in memory at a time. `on_progress` is called after each file with its
+    bytes. Tensors with infinite or NaN values are named in a warning.
     """
     entries = {entry.target: entry for entry in plan if entry.target is not None}
     shapes = {
@@ -317,7 +316,7 @@ def write_weights(
         )
         save_file(tensors, folder / file, metadata={"format": "pt"})
         on_progress(sum(tensor.nbytes for tensor in tensors.values()))
-        del tensors  # before the next file's are made
+        del tensors  # free them before the next file's are made
     warn_not_finite(str(source.folder), not_finite)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -334,8 +333,9 @@ def _tensor(entry: Entry, source: Source, model: PreTrainedModel, seed: int) -> 
 
 
 def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
-    """A tensor of a `meta_model` as that model's own code initialises it; its values depend on
-    `seed` and `name` alone.
+    """Return a tensor of a `meta_model`, initialised by that model's own code.
+
+    Its values depend only on `seed` and `name`.
     """
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -351,8 +351,10 @@ def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
 
 
 def build_generation_config(source: Source, hf_config: PretrainedConfig) -> GenerationConfig:
-    """The source's special tokens and, if it samples, how; not its cache, which is of another
-    kind.
+    """Return a generation config with the source's special tokens and sampling settings.
+
+    The sampling settings are taken only if the source samples, its cache settings never: GLA has
+    another kind of cache.
     """
     settings = {
         key: getattr(hf_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -368,7 +370,7 @@ def build_generation_config(source: Source, hf_config: PretrainedConfig) -> Gene
 
 
 def require_space(plan: list[Entry], out: Path) -> None:
-    """Raises ConfigError if the disk has no room for the weights."""
+    """Raise ConfigError if the disk has no room for the weights."""
     needed = sum(
         entry.shape.numel() * entry.dtype.itemsize for entry in plan if entry.target is not None
     )
@@ -376,6 +378,6 @@ def require_space(plan: list[Entry], out: Path) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"out={out}: needs {needed / 1e9:.3g} GB of disk and {free / 1e9:.3g} GB are free; "
-            "name another folder"
+            f"out={out}: needs {needed / 1e9:.3g} GB of disk, but only {free / 1e9:.3g} GB are"
+            " free; name another folder"
         )

@@ -1,4 +1,4 @@
-"""What a model does with a token: the numbers that plans and benchmarks go by."""
+"""The work that a model does for a token, which plans and benchmarks are computed from."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from transformers import PreTrainedModel
 
 
 class Work(NamedTuple):
-    """What a model does with a token."""
+    """The numbers of a model that decide its FLOPs per token."""
 
-    multiplied: int  # parameters: all but an input embedding that is not the output's as well
-    # Of attention with scores between all tokens, in each block; 0 where there is none
-    softmax_heads: int
+    multiplied: int  # parameters, without an input embedding that is not used for the output too
+    softmax_heads: int  # heads of softmax attention in each block, 0 if there are none
     head_dim: int
     num_blocks: int
 
     def flops_per_token(self, context_length: int) -> int:
-        """Forward and backward: six for each parameter that is multiplied, twelve for each of the
-        scores' channels.
+        """Return the FLOPs of the forward and backward pass for one token.
 
-        Chowdhery et al. 2022, appendix B. What linear attention does beside its projections is left
-        out, as is what activation checkpointing computes twice: MFU counts neither.
+        These are 6 for each multiplied parameter and, for softmax attention, 12 x blocks x heads x
+        head_dim x context length (Chowdhery et al. 2022, appendix B). The work of linear attention
+        besides its projections, and what activation checkpointing recomputes, are left out: MFU
+        counts neither.
         """
         return (
             6 * self.multiplied
@@ -32,6 +32,7 @@ class Work(NamedTuple):
 
 
 def count_work(model: PreTrainedModel) -> Work:
+    """Return the numbers that decide a model's FLOPs per token."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     is_shared = output is not None and embedding.weight is output.weight  # type: ignore[union-attr]
     unused = 0 if is_shared else typing.cast(torch.Tensor, embedding.weight).numel()

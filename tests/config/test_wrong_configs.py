@@ -224,7 +224,8 @@ WRONG: dict[str, str] = {
         if torch.cuda.is_available()
         else {
             "microbatch_size=auto": (
-                "there is no GPU here, whose memory could be tried out; give a number of rows"
+                "there is no GPU here, and auto works by trying out a GPU's memory; give a number"
+                " of rows"
             ),
             "precision=amp_bf16": (
                 "there is no GPU here, and CPUs compute in fp32; set precision=fp32"

@@ -91,8 +91,8 @@ def test_a_checkpoint_that_names_a_folder_with_code_runs_none(content, tmp_path,
         load_from_checkpoint(saved(content, tmp_path))
     assert (
         str(caught.value)
-        == "ba9.pt: its model_type 'evil' is that of no causal language model of fla or"
-        " transformers, and no code that comes with a model is run; convert it to one that is"
+        == "ba9.pt: its model_type 'evil' is not a causal language model of fla or transformers,"
+        " and code that comes with a model is never run; convert it to one of theirs"
     )
     assert not mark.exists()
 
@@ -273,7 +273,7 @@ def test_weights_that_are_not_there_are_refused(content, tmp_path, kind):
                 weights[name] = torch.zeros(1, 1).expand(4 * 10**9, tensor.shape[1])
         refused_checkpoint(
             saved(content, tmp_path),
-            "its config makes a model of [0-9,]+ parameters, its weights are .+",
+            "its config makes a model of [0-9,]+ parameters, but its weights hold .+",
         )
         return
     change = {
@@ -573,7 +573,9 @@ def test_an_index_of_weights_that_leads_elsewhere_is_refused(folder, name):
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"lm_head.weight": name}})
     )
-    message = f"lm_head.weight is said to be in {name!r}, which is no file name"
+    message = (
+        f"lm_head.weight is said to be in {name!r}, which is not the name of a safetensors file"
+    )
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_pretrained(str(folder))
 
@@ -622,7 +624,7 @@ def test_a_key_that_a_model_does_not_know_is_named(folder, caplog):
     edit(folder / "config.json", clever_trick=3, _name_or_path="x")
     assert not hasattr(load_pretrained(str(folder)).config, "clever_trick")
     assert [message.partition("its config")[2] for message in caplog.messages] == [
-        " has keys that a llama model does not know, left out: 'clever_trick'"
+        " has keys that a llama model does not know; they are ignored: 'clever_trick'"
     ]
 
 

@@ -326,9 +326,8 @@ def test_names_of_a_model_in_a_wrapper_are_taken_without_it(tmp_path, source, ca
     (message,) = caplog.messages
     first = "model.layers.1.input_layernorm.weight" if prefix == "inside" else "lm_head.weight"
     assert (
-        message
-        == f"{source}: its tensors have names like {change(first)}, of a model in a wrapper (DDP,"
-        f" torch.compile); they are taken as {first}"
+        message == f"{source}: its tensors have names like {change(first)}, which a wrapper (DDP,"
+        f" torch.compile) gave them; they are read as {first}"
     )
 
 
@@ -337,8 +336,8 @@ def test_a_tensor_with_and_without_a_wrapper_is_refused(tmp_path, source):
     weights["module.model.norm.weight"] = torch.zeros(32)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     message = (
-        "holds module.model.norm.weight as well as model.norm.weight, which are one tensor; keep"
-        " one of them"
+        "holds module.model.norm.weight as well as model.norm.weight, which name the same tensor;"
+        " keep one of them"
     )
     with pytest.raises(DataError, match=re.escape(message)):
         convert(source, tmp_path / "out")
@@ -406,7 +405,7 @@ def test_buffers_and_a_spare_head_are_listed_as_dropped(tmp_path):
     )
     assert {entry.source: entry.reason for entry in plan if entry.fate == "dropped"} == {
         "model.layers.0.self_attn.rotary_emb.inv_freq": "GLA has no position embedding",
-        "lm_head.weight": "the embeddings are used for it (tie_word_embeddings)",
+        "lm_head.weight": "the embeddings take its place (tie_word_embeddings)",
     }
 
 
@@ -622,20 +621,20 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (
         edit_config(hidden_act="gelu"),
         ConfigError,
-        "model: {}: its MLPs have hidden_act=gelu, GLA's are silu ones",
+        "model: {}: its MLPs have hidden_act=gelu, but only silu can be converted to GLA",
     ),
     (
         edit_config(num_hidden_layers=3),
         DataError,
-        "{}: config.json says num_hidden_layers=3, its weights have 2 layers; get",
+        "{}: config.json says num_hidden_layers=3, but its weights have 2 layers; get",
     ),
     (edit_config(num_hidden_layers="2"), DataError, "{}/config.json: "),
     (
         edit_config(vocab_size=410),
         DataError,
         (
-            "{}: lm_head.weight is [400, 32], config.json makes it [410, 32]; one of the two is of"
-            " another model"
+            "{}: lm_head.weight is [400, 32], but config.json makes it [410, 32]; one of the two"
+            " belongs to another model"
         ),
     ),
     (
@@ -649,8 +648,8 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         pickled,
         ConfigError,
         (
-            "model: {}: holds its weights as pytorch_model.bin, which is refused: such a file can"
-            " run code"
+            "model: {}: holds its weights as pytorch_model.bin, which is refused, because such a"
+            " file can run code"
         ),
     ),
     (
@@ -675,7 +674,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         DataError,
         (
             "{}/model.safetensors.index.json: model.norm.weight is said to be in"
-            " '../x.safetensors', which is no file name"
+            " '../x.safetensors', which is not the name of a safetensors file"
         ),
     ),
     *(
@@ -684,7 +683,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
             DataError,
             (
                 f"{{}}/model.safetensors.index.json: model.norm.weight is said to be in {name!r},"
-                " which is no file name"
+                " which is not the name of a safetensors file"
             ),
         )
         for name in ("", ".", "..", "/etc/passwd", "a\\b", "a\0b", 7)
@@ -720,14 +719,14 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         edit_weights(lambda weights: weights.update({NORM: torch.ones(7)})),
         DataError,
         (
-            "{}: model.norm.weight is [7], config.json makes it [32]; one of the two is of another"
-            " model"
+            "{}: model.norm.weight is [7], but config.json makes it [32]; one of the two belongs to"
+            " another model"
         ),
     ),
     (
         edit_weights(lambda weights: weights.update({NORM: torch.ones(32, dtype=torch.int8)})),
         ConfigError,
-        "{}/model.safetensors: model.norm.weight is of type I8, must be one of F32, F16, BF16",
+        "{}/model.safetensors: model.norm.weight is of type I8, but must be one of F32, F16, BF16",
     ),
 ]
 
@@ -778,28 +777,28 @@ BAD_KEYS = [
     ),
     (
         {"tie_word_embeddings": True},
-        "tie_word_embeddings=True: the source's are not tied; leave it out, or set false",
+        "tie_word_embeddings=True: the source's embeddings are not tied; leave it out, or set false",
     ),
     (
         {"attn": {"layers": [0], "num_heads": 4}},
-        "attn={'layers': [0], 'num_heads': 4}: layers of softmax attention are not ",
+        "attn={'layers': [0], 'num_heads': 4}: layers of softmax attention cannot be ",
     ),
     ({"hidden_act": "powlu"}, "hidden_act=powlu: must be swish, which is the source's silu"),
     ({"feature_map": "x"}, "model.config: no gla model can be built from it: unknown value 'x'"),
     (
         {"expand_k": 0.5},
         (
-            "expand_k=0.5: makes model.layers.0.attn.q_proj.weight [16, 32], the source's"
-            " model.layers.0.self_attn.q_proj.weight is [32, 32]; leave it out, or make these anew"
-            " with fresh=q_proj,k_proj"
+            "expand_k=0.5: makes model.layers.0.attn.q_proj.weight [16, 32], but the source's"
+            " model.layers.0.self_attn.q_proj.weight is [32, 32]; leave it out, or make the"
+            " projections anew with fresh=q_proj,k_proj"
         ),
     ),
     (
         {"expand_v": 2.0},
         (
-            "expand_v=2.0: makes model.layers.0.attn.v_proj.weight [32, 32], the source's"
-            " model.layers.0.self_attn.v_proj.weight is [16, 32]; leave it out, or make these anew"
-            " with fresh=v_proj,o_proj"
+            "expand_v=2.0: makes model.layers.0.attn.v_proj.weight [32, 32], but the source's"
+            " model.layers.0.self_attn.v_proj.weight is [16, 32]; leave it out, or make the"
+            " projections anew with fresh=v_proj,o_proj"
         ),
     ),
 ]
@@ -855,7 +854,7 @@ def test_other_refusals(tmp_path, source, monkeypatch):
     )
     byte_tokenizer(420).save_pretrained("large")
     refused(
-        f"tokenizer: has 420 tokens, {source} only 400; give the model's own",
+        f"tokenizer: has 420 tokens, but {source} has only 400; give the model's own",
         source,
         "gla.json",
         "tokenizer=large",

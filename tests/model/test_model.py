@@ -129,7 +129,7 @@ REFUSED = [
         "gla",
         {"clamp_min": 3.0},
         "clamp_min",
-        "must be 0 or less: it is the least logarithm of a gate",
+        "must be 0 or less: it is the lower bound for the logarithm of a gate",
     ),
     ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps", "must be more than 0"),
     ("llama", {"rope_theta": 0}, "rope_theta", "must be more than 0"),
@@ -221,7 +221,8 @@ NO_MODEL = [
     (
         "llama",
         {"head_dim": 3},
-        "model.config.num_attention_heads: makes heads of 3, which is odd: RoPE turns pairs",
+        "model.config.num_attention_heads: makes heads of 3 channels, but RoPE rotates channels in"
+        " pairs; give a number that makes heads of an even size",
     ),
     (
         "llama",
@@ -539,7 +540,7 @@ def wrong_shape(folder: Path) -> None:
 
 
 NO_WEIGHTS = "cannot be loaded as a causal language model: "
-OTHER_WEIGHTS = "its weights are not those of a gla model: "
+OTHER_WEIGHTS = "its weights do not fit a gla model with its config: "
 DAMAGE = {
     no_config: "not a Hugging Face model folder: it has no config.json",
     broken_config: NO_WEIGHTS,
