@@ -1,7 +1,6 @@
-"""fla without a GPU: its operations in plain PyTorch, and what puts them in the place of its
-kernels.
+"""Plain PyTorch versions of fla's operations, used in place of its kernels without a GPU.
 
-`from flame_composer import cpu; cpu.enable()`, as published model cards have it.
+Published model cards call `from flame_composer import cpu; cpu.enable()`.
 """
 
 from flame_composer.cpu.enable import enable, missing

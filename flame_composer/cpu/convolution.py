@@ -15,8 +15,9 @@ def _short_conv(
     activation: str | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of x `[B, T, D]` with weight `[D, W]`; the last W inputs `[N,
-    D, W]`.
+    """Return a depthwise causal convolution of x `[B, T, D]` and its last W inputs `[N, D, W]`.
+
+    The weight is `[D, W]`. N is the number of sequences: B, or those packed by `cu_seqlens`.
     """
     D, W = weight.shape
     lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
@@ -67,7 +68,10 @@ def causal_conv1d_bwd(
     BT: int = 64,
     layout_fallback: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Recomputes the output and lets autograd differentiate it: a small part of a model's work."""
+    """Return the gradients of x, weight, bias, residual and initial state.
+
+    Autograd computes them from a recomputed output, which is a small part of a model's work.
+    """
     x, weight = (t.detach().requires_grad_() for t in (x, weight))
     bias, initial_state = (
         None if t is None else t.detach().requires_grad_() for t in (bias, initial_state)
@@ -90,7 +94,10 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per sequence; the cache `[N, D, W]` of the last W inputs is updated in place."""
+    """Convolve one new token of each sequence; return the output and the cache.
+
+    The cache `[N, D, W]` holds the last W inputs and is updated in place.
+    """
     assert weight is not None
     cache.copy_(torch.cat([cache[..., 1:], x.reshape(len(cache), -1, 1).to(cache.dtype)], -1))
     y = (cache.float() * weight.float()).sum(-1)

@@ -1,11 +1,12 @@
-"""fla's models on a machine without a GPU: `from flame_composer import cpu; cpu.enable()`.
+"""Support for fla's models without a GPU: `from flame_composer import cpu; cpu.enable()`.
 
 fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
-`import fla` works anywhere and every operation of `GLAForCausalLM` (training, prefill, decoding)
-that meets a CPU tensor runs here, in plain PyTorch (cpu_ops.py); CUDA tensors still take fla's own
-kernels. Configs, parameter names and checkpoints are the same on both. fla's softmax attention
-(flash-attn) has no CPU form here, nor has what the other models of fla do, but for Mamba, which
-brings a plain PyTorch form of its own: `missing` tells.
+`import fla` works anywhere. Every operation of `GLAForCausalLM` (training, prefill, decoding) that
+is given a CPU tensor then runs in plain PyTorch (`flame_composer.cpu.operations`); CUDA tensors
+still take fla's own kernels. Configs, parameter names and checkpoints are the same on both.
+
+There is no CPU version of fla's softmax attention (flash-attn) and of fla's other models, except
+Mamba, which has a plain PyTorch version of its own. `missing` reports what needs a GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
 
 
 def enable() -> None:
-    """Make fla importable, and its GLA models runnable on CPU tensors. Calling it again changes
-    nothing.
+    """Make fla importable, and its GLA models runnable on CPU tensors.
+
+    Calling it again changes nothing.
 
     Raises:
-        ImportError: fla's version is not one this module was written for.
-        ValueError: fla's backend dispatch, through which CPU tensors come here, is switched off.
+        ImportError: if this module was not written for the installed version of fla.
+        ValueError: if fla's backend dispatch, which sends CPU tensors here, is switched off.
     """
     version = importlib.metadata.version("fla-core")
     if not version.startswith(TESTED_FLA):
@@ -48,11 +50,11 @@ def enable() -> None:
         )
     keep_signals_off_the_heap()
     install_stub_driver()
-    # fla's decorators import torch's compiler, which would start a pool of processes that compile;
-    # leave that until something is compiled.
+    # fla's decorators import torch's compiler, which would start a pool of compile processes at
+    # once. They are not needed until something is compiled.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
     with warnings.catch_warnings():
-        # fla says at import that flash-attn is missing; GLA does not use it.
+        # fla warns at import that flash-attn is missing, but GLA does not use it.
         warnings.filterwarnings("ignore", "Flash Attention is not installed", ImportWarning)
         importlib.import_module("fla")
     _register_backend()
@@ -71,8 +73,9 @@ def enable() -> None:
 
 
 def missing(hf_config: Any) -> tuple[str, str] | None:
-    """The key of a model's config that makes it need a GPU, and why; None for a model that can
-    be trained on a CPU.
+    """Return the config key that makes a model need a GPU, and the reason.
+
+    Return None if the model can be trained on a CPU.
     """
     if not type(hf_config).__module__.startswith("fla.") or hf_config.model_type == "mamba":
         return None
@@ -96,11 +99,10 @@ def missing(hf_config: Any) -> tuple[str, str] | None:
 
 
 def install_stub_driver() -> None:
-    """Give Triton a driver that can be asked about but not launched on, where no GPU driver is
-    active.
+    """Give Triton a driver that answers queries but launches nothing, if no GPU driver is active.
 
-    Triton 3.3 asks the driver for a benchmarker when a kernel is decorated: without one, fla's
-    import dies.
+    Triton 3.3 asks the driver for a benchmarker when a kernel is decorated. Without a driver,
+    importing fla fails.
     """
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
@@ -124,7 +126,7 @@ def install_stub_driver() -> None:
         def get_current_device(self) -> int:
             raise RuntimeError(
                 "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no"
-                " CPU form of this operation (it covers GLA models; other fla models need a GPU)"
+                " CPU version of this operation (it covers GLA models; other fla models need a GPU)"
             )
 
     if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):

@@ -1,20 +1,21 @@
-"""Gated linear attention in plain PyTorch: the chunkwise kernel that trains GLA on a CPU, and the
-recurrence.
+"""Gated linear attention (GLA) in plain PyTorch: a chunkwise form and the recurrence.
+
+The chunkwise form trains GLA on a CPU; the recurrence decodes.
 
 For one head, with log gates g_t <= 0 per key channel (Yang et al. 2023, arXiv:2312.06635, section
 4):
 
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
-The chunkwise form cuts the sequence into chunks of C tokens. With G the inclusive cumulative sum of
-g inside a chunk and G_C its last row, a chunk reads the state S that enters it and leaves S':
+The chunkwise form cuts the sequence into chunks of C tokens. Let G be the inclusive cumulative sum
+of g inside a chunk, and G_C its last row. A chunk reads the state S that enters it and leaves S':
 
     O  = scale * [ (Q * exp G) S + tril(A) V ]       A_ij = sum_k q_ik k_jk exp(G_ik - G_jk)
     S' = diag(exp G_C) S + (K * exp(G_C - G))^T V
 
-`chunk_gla` is one autograd function which saves its inputs only and recomputes the rest in the
-backward pass: on a CPU the arithmetic is a few per cent of a model's, while the intermediates would
-be most of its memory.
+`chunk_gla` is one autograd function that saves only its inputs and recomputes the rest in the
+backward pass: on a CPU this arithmetic is a few per cent of a model's, but the intermediate results
+would take most of its memory.
 
 Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a
 chunk, M = B * H, n = number of chunks.
@@ -41,9 +42,9 @@ from flame_composer.cpu.gla_scores import (
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
-# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G): at most exp(MAX_DECAY / 2),
-# far from fp32's limit, and |G| this small keeps the rounding of G itself (relative 6e-8) below
-# 5e-6 in exp(G).
+# The fast form multiplies q by exp(G - G_C/2) and k by exp(G_C/2 - G). With |G| below MAX_DECAY,
+# these factors are at most exp(MAX_DECAY / 2), far from fp32's limit, and the rounding of G
+# (relative 6e-8) gives exp(G) a relative error below 5e-6.
 MAX_DECAY = 80.0
 
 
@@ -59,7 +60,7 @@ def chunk_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunkwise GLA with the signature of `fla.ops.gla.chunk_gla` (0.5.2).
+    """Compute chunkwise GLA; the signature is that of `fla.ops.gla.chunk_gla` (0.5.2).
 
     Args:
         q, k, g: `[B, T, H, K]`; g holds log gates, <= 0.
@@ -67,25 +68,26 @@ def chunk_gla(
         scale: factor on the scores; `K ** -0.5` when None.
         initial_state: `[N, H, K, V]`, or `[N, H, V, K]` with `state_v_first`, for N sequences.
         output_final_state: also return the state after the last token of each sequence.
-        cu_seqlens: `[N + 1]` offsets of N sequences packed into one row (B is 1), each on its own.
-        cu_seqlens_cpu: a copy that saves fla a device synchronisation; not needed here.
+        cu_seqlens: `[N + 1]` offsets of N sequences packed into one row (B is 1); they do not see
+            one another.
+        cu_seqlens_cpu: ignored; it saves fla a device synchronisation.
 
     Returns:
-        o `[B, T, H, V]` in v's dtype, and the final state in float32 (float64 for float64 inputs)
-        or None.
+        The output `[B, T, H, V]` in v's dtype, and the final state or None. The state is float32,
+        or float64 if the inputs are.
 
     Raises:
-        ValueError: for shapes or offsets that do not fit together.
+        ValueError: if shapes or offsets do not fit together.
     """
     _check(q, k, v, g, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is None:
         return _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
     if initial_state is None and not output_final_state:
-        # Training: the packed row is cut into chunks where it lies; masks keep the sequences apart.
+        # Training: the packed row is cut into chunks as it is; masks keep the sequences apart.
         o, _ = _chunkwise(q, k, v, g, scale, None, _segments(cu_seqlens, q.shape[1]))
         return o, None
-    # A state per sequence (prefill of a batch of prompts): give every sequence its own row.
+    # Prefill of a batch of prompts: each sequence has a state, so each gets its own row.
     rows = _Rows(cu_seqlens)
     q, k, v, g = map(rows.split, (q, k, v, g))
     o, state = _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
@@ -103,8 +105,9 @@ def recurrent_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence, token by token: the form for decoding. Arguments and results as in
-    `chunk_gla`.
+    """Compute GLA by the recurrence, token by token, which suits decoding.
+
+    Arguments, results and errors are those of `chunk_gla`.
     """
     _check(q, k, v, gk, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
@@ -137,7 +140,7 @@ def _check(
     if cu is not None:
         if q.shape[0] != 1:
             raise ValueError(
-                f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the batch into one row"
+                f"cu_seqlens needs batch size 1, got {q.shape[0]}; flatten the batch into one row"
             )
         if int(cu[0]) != 0 or int(cu[-1]) != q.shape[1]:
             raise ValueError(
@@ -146,7 +149,7 @@ def _check(
     num_sequences = q.shape[0] if cu is None else len(cu) - 1
     if h0 is not None and h0.shape[0] != num_sequences:
         raise ValueError(
-            f"{num_sequences} sequences need as many initial states, got {h0.shape[0]}"
+            f"{num_sequences} sequences need one initial state each, got {h0.shape[0]}"
         )
 
 
@@ -171,10 +174,10 @@ def _dense(
 
 
 class _Rows:
-    """Sequences packed into one row <-> one sequence per row, padded at the end with zeros.
+    """A mapping between sequences packed into one row and one zero-padded row for each.
 
-    A token with k = v = g = 0 leaves the state as it is, so padding changes no output and no final
-    state.
+    A token with k = v = g = 0 leaves the state as it is, so padding at the end of a row changes no
+    output and no final state.
     """
 
     def __init__(self, cu_seqlens: Tensor):
@@ -184,23 +187,23 @@ class _Rows:
         self.index = torch.where(self.is_token, cu_seqlens[:-1, None] + position, 0)
 
     def split(self, x: Tensor) -> Tensor:
-        """`[1, T, ...] -> [N, longest, ...]`"""
+        """Give each sequence its own row: `[1, T, ...] -> [N, longest, ...]`."""
         return torch.where(self.is_token[..., None, None], x[0][self.index], 0)
 
     def join(self, x: Tensor) -> Tensor:
-        """`[N, longest, ...] -> [1, T, ...]`"""
+        """Pack the sequences into one row again: `[N, longest, ...] -> [1, T, ...]`."""
         return x[self.is_token].unsqueeze(0)
 
 
 def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The sequence number of every token, `[T]`."""
+    """Return the number of each token's sequence, `[T]`."""
     lengths = cu_seqlens.diff().long()
     ids = torch.arange(len(lengths), device=cu_seqlens.device)
     return ids.repeat_interleave(lengths, output_size=num_tokens)
 
 
 def _chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """`[B, T, H, D] -> [B * H, n, C, D]`, padded at the end with zeros."""
+    """Cut into zero-padded chunks of `size` tokens: `[B, T, H, D] -> [B * H, n, C, D]`."""
     B, T, H, D = x.shape
     x = x.to(dtype).transpose(1, 2)
     if T % size:
@@ -209,17 +212,17 @@ def _chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`[B * H, n, C, D] -> [B, T, H, D]`, the inverse of `_chunks`."""
+    """Undo `_chunks`: `[B * H, n, C, D] -> [B, T, H, D]`."""
     B, T, H, D = shape
     return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
 
 
 def _plan(g: Tensor) -> tuple[int, bool]:
-    """The chunk size for these gates, and whether the scores need the exact form.
+    """Return the chunk size for these gates, and whether the scores need the exact form.
 
-    Strong decay overflows the fast form, so the chunk shrinks until its whole decay is below
-    MAX_DECAY; gates too negative even for the smallest chunk take the exact form, which
-    exponentiates no positive number.
+    Strong decay would overflow the fast form, so the chunk shrinks until its total decay is below
+    MAX_DECAY. Gates that are too negative even for the smallest chunk take the exact form, whose
+    exponents are never positive.
     """
     size = CHUNK_SIZE
     while size > MIN_CHUNK_SIZE and size // 2 >= g.shape[1]:
@@ -233,7 +236,7 @@ def _plan(g: Tensor) -> tuple[int, bool]:
 
 
 def _states(scores: Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: Masks) -> Tensor:
-    """The state that enters each chunk and, last, the final one: `[M, n + 1, K, V]`."""
+    """Return the state that enters each chunk and, last, the final state: `[M, n + 1, K, V]`."""
     written = (k * masked(scores.write, masks.writes)).mT @ v
     decay = masked(scores.decay, masks.keeps).mT
     states = written.new_empty(written.shape[0], written.shape[1] + 1, *written.shape[2:])
@@ -252,9 +255,7 @@ def _prepare(
     segments: Tensor | None,
     plan: tuple[int, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Scores, Masks, Tensor]:
-    """What forward and backward both start from: q, k, v in chunks, the scores, masks and
-    states.
-    """
+    """Return what forward and backward need: q, k, v in chunks, scores, masks and states."""
     size, exact = plan
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_c, k_c, v_c, g_c = (_chunks(x, size, dtype) for x in (q, k, v, g))
@@ -284,7 +285,7 @@ class _ChunkGLA(torch.autograd.Function):
         o = A @ v_c
         o += (q_c * masked(scores.read, masks.reads)) @ states[:, :-1]
         o *= scale
-        # A view would keep the states of all chunks in the model's cache
+        # A view would keep the states of all chunks alive in the model's cache.
         final = states[:, -1].clone()
         final = final.view(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         return _tokens(o, v.shape, v.dtype), final
@@ -299,7 +300,7 @@ class _ChunkGLA(torch.autograd.Function):
         A = scores.scores().masked_fill_(masks.hidden, 0)
         dA = (do_c @ v_c.mT).masked_fill_(masks.hidden, 0)
 
-        # The state's gradient, carried from the last chunk to the first.
+        # The gradient of the state is carried from the last chunk to the first.
         read = masked(scores.read, masks.reads)
         write = masked(scores.write, masks.writes)
         decay = masked(scores.decay, masks.keeps).mT
@@ -313,7 +314,7 @@ class _ChunkGLA(torch.autograd.Function):
         dv = A.mT @ do_c
         dv += (k_c * write) @ dleaving
 
-        # A_ii does not depend on the gates: leaving it out of the terms below spares dg their
+        # A_ii does not depend on the gates. Without it in the terms below, dg suffers no
         # cancellation.
         dA_diagonal = dA.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
         dA.diagonal(dim1=-2, dim2=-1).zero_()
@@ -321,8 +322,8 @@ class _ChunkGLA(torch.autograd.Function):
         dk_write = (v_c @ dleaving.mT).mul_(write)
         dq += (do_c @ states[:, :-1].mT).mul_(read)
 
-        # g_t takes part in exp(G_i - G_j) for j < t <= i, hence sums over the tokens from t on
-        # (pairs and reads) and before t (writes), and the state that passes through the chunk.
+        # g_t occurs in exp(G_i - G_j) for j < t <= i. So dg sums over tokens from t on (pairs and
+        # reads), over tokens before t (writes), and over the state that passes through the chunk.
         dg = q_c * dq
         dg -= k_c * dk
         dg = masks.pairs.mT @ dg
@@ -353,8 +354,9 @@ def _chunkwise(
     h0: Tensor | None,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state `[B, H, K, V]`; `segments` `[T]` numbers the sequences packed into
-    one row.
+    """Return the output `[B, T, H, V]` and the final state `[B, H, K, V]`.
+
+    `segments` `[T]` numbers the sequences packed into one row, or is None.
     """
     result: Any = _ChunkGLA.apply(q, k, v, g, scale, h0, segments)
     return result

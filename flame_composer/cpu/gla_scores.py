@@ -1,4 +1,4 @@
-"""The scores within a chunk of GLA, who may see whom in it, and the gates added up."""
+"""The parts of a GLA chunk: the scores of its tokens, the masks, and the cumulative gates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from torch import Tensor
 
 
 class Masks(NamedTuple):
-    """Who may see whom within a chunk. All but the first two are None for one sequence per row."""
+    """Masks of the tokens in each chunk, for sequences packed into one row.
 
-    pairs: Tensor  # [n, C, C] 1 where j <= i, and both are of the same sequence
-    hidden: Tensor  # [n, C, C] bool, the opposite
-    same: Tensor | None  # [n, C, C] 1 where both are of the same sequence
-    reads: Tensor | None  # [n, C, 1] 1 where the token's sequence entered the chunk: it reads S
-    writes: Tensor | None  # [n, C, 1] 1 where the token's sequence leaves the chunk: it writes S'
-    # [n, 1, 1] 1 where the sequence that enters is the one that leaves: S survives
+    If each row is one sequence, all but `pairs` and `hidden` are None, and these two are [C, C].
+    """
+
+    pairs: Tensor  # [n, C, C] 1 if j <= i and both tokens are of the same sequence
+    hidden: Tensor  # [n, C, C] bool, True where `pairs` is 0
+    same: Tensor | None  # [n, C, C] 1 if both tokens are of the same sequence
+    reads: Tensor | None  # [n, C, 1] 1 if the token's sequence enters the chunk: it reads S
+    writes: Tensor | None  # [n, C, 1] 1 if the token's sequence is the chunk's last: it writes S'
+    # [n, 1, 1] 1 if the sequence that enters the chunk is also its last: S survives
     keeps: Tensor | None
 
 
 def masks_of(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) -> Masks:
+    """Return the masks for chunks of `size` tokens, with the dtype and device of `like`.
+
+    `segments` [T] numbers the sequences packed into one row; None if each row is one sequence.
+    """
     causal = like.new_ones(size, size).tril()
     if segments is None:
         return Masks(causal, causal == 0, None, None, None, None)
@@ -41,25 +48,25 @@ def masks_of(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) 
 
 
 def sums(g: Tensor, group: int) -> Tensor:
-    """`[B, T, H, K] -> [B, T / group, H, K]`, the sums of neighbours."""
+    """Sum each `group` of neighbouring tokens: `[B, T, H, K] -> [B, T / group, H, K]`."""
     return F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % group)).unflatten(1, (-1, group)).sum(2)
 
 
 def _cumulative(g: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-    """G, and the total decay at each token's end of the chunk (G_C), both within the token's own
-    sequence.
+    """Return G and, for each token, G_C, both summed within the token's own sequence.
 
-    A product with the mask, not cumsum: not even the rounding of a sequence depends on its
-    neighbours.
+    They are products with a mask instead of cumsum, so that not even the rounding of a sequence
+    depends on its neighbours.
     """
     G = masks.pairs.to(g.dtype) @ g
     return G, G[:, :, -1:] if masks.same is None else masks.same.to(g.dtype) @ g
 
 
 class FastScores:
-    """A_ij = (q_i exp(G_i - r)) . (k_j exp(r - G_j)) with r = G_C / 2: one matrix product.
+    """Scores computed by one matrix product.
 
-    Above the diagonal the product may overflow to inf; those entries are masked.
+    A_ij = (q_i exp(G_i - r)) . (k_j exp(r - G_j)) with r = G_C / 2. Above the diagonal the product
+    may overflow to inf; those entries are masked.
     """
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: Masks):
@@ -78,17 +85,18 @@ class FastScores:
         return self.q @ self.k.mT
 
     def backward(self, dA: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients to q and k of the scores, for dA that is zero where the scores are masked."""
+        """Return the gradients of q and k; `dA` must be zero where the scores are masked."""
         return (dA @ self.k).mul_(self.q_factor), (dA.mT @ self.q).mul_(self.k_factor)
 
 
 class ExactScores:
-    """A_ij = sum_k q_ik k_jk exp(G_ik - G_jk), column by column: every exponent is <= 0, for any
-    gates.
+    """Scores computed column by column, with exponents that are <= 0 for any gates.
+
+    A_ij = sum_k q_ik k_jk exp(G_ik - G_jk).
     """
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: Masks):
-        # float64, since a difference of two sums in the thousands would lose float32's digits.
+        # A difference of two sums in the thousands would lose float32's digits, hence float64.
         self.G, total = _cumulative(g.double(), masks)
         self.q, self.k = q, k
         self.decay = total[:, :, -1:].exp().to(q.dtype)
@@ -96,7 +104,7 @@ class ExactScores:
         self.write = (total - self.G).exp().to(q.dtype)
 
     def _column(self, j: int) -> Tensor:
-        # Below zero but for pairs of different sequences, which are masked.
+        # Positive only for pairs of different sequences, which are masked.
         return (self.G[:, :, j:] - self.G[:, :, j : j + 1]).clamp_(max=0).to(self.q.dtype).exp_()
 
     def scores(self) -> Tensor:

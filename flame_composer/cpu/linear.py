@@ -1,8 +1,8 @@
-"""Linear layers of CPU models through oneDNN, where PyTorch takes MKL, which leaves AMD's wide
-vectors unused.
+"""Linear layers of CPU models that compute with oneDNN instead of MKL.
 
-On an AMD EPYC with AVX-512 the fp32 products of a training step take half the time
-(docs/benchmarks.md). What is computed is the same, up to the order in which fp32 sums are added up.
+PyTorch chooses MKL, which leaves AMD's wide vectors unused. With oneDNN the fp32 products of a
+training step take half the time on an AMD EPYC with AVX-512 (docs/benchmarks.md). The results are
+the same, up to the order in which fp32 sums are added up.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Multiplications below which oneDNN's overhead for a call, some 15 microseconds, outweighs its
-# speed.
+# With fewer multiplications than this, oneDNN's overhead of some 15 microseconds for each call
+# outweighs its speed.
 MIN_PRODUCTS = 1 << 19
 
 
 def keep_signals_off_the_heap() -> None:
-    """Have this thread's signals come on a stack of their own.
+    """Give this thread a separate stack for signal handlers.
 
-    While oneDNN's fp32 kernels compute, the stack pointer is in the heap (before 3.11.2;
-    uxlfoundation/oneDNN issue 4845): a SIGTERM in the middle of one overwrites what lies there, and
-    the process aborts some time after. Python's handlers run on the alternate stack if there is
-    one, and faulthandler makes one; signals come to the main thread, if it takes them.
+    While oneDNN's fp32 kernels compute, the stack pointer points into the heap (before 3.11.2;
+    uxlfoundation/oneDNN issue 4845). A SIGTERM then overwrites what lies there, and the process
+    aborts some time later. Python's handlers run on the alternate stack if there is one, and
+    enabling faulthandler makes one. Signals are delivered to the main thread if it accepts them.
     """
     if not faulthandler.is_enabled():
         faulthandler.enable(file=2)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` for x `[N, I]` and weight `[O, I]`, either of which may be a
-    transposed view.
+    """Return `x @ weight.T + bias` for x `[N, I]` and weight `[O, I]`.
+
+    Either may be a transposed view.
     """
     if _is_for_onednn(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -43,8 +44,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """`dy.T @ x` `[O, I]` for dy `[N, O]` and x `[N, I]`."""
-    # oneDNN has its first operand copied if it is transposed: better the smaller of the two.
+    """Return `dy.T @ x`, `[O, I]`, for dy `[N, O]` and x `[N, I]`."""
+    # oneDNN copies its first operand if it is transposed, so let that be the smaller of the two.
     if x.shape[1] < dy.shape[1]:
         return product(x.t(), dy.t()).t().contiguous()
     return product(dy.t(), x.t())
@@ -62,7 +63,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for x `[..., I]`, differentiable once."""
+    """Return what `F.linear` returns for x `[..., I]`; it can be differentiated once."""
     result: Tensor = _Linear.apply(x, weight, bias)
     return result
 
@@ -86,7 +87,7 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear` for fp32 on a CPU; by PyTorch for all else."""
+    """An nn.Linear that uses `linear` for fp32 on a CPU, and PyTorch for everything else."""
 
     def forward(self, input: Tensor) -> Tensor:
         is_plain = (
@@ -100,9 +101,7 @@ class Linear(nn.Linear):
 
 
 def through_onednn(model: nn.Module) -> None:
-    """Let every linear layer of a model compute as `Linear`; its parameters stay what and where
-    they are.
-    """
+    """Turn every nn.Linear of a model into a `Linear`; its parameters are not touched."""
     keep_signals_off_the_heap()
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -1,4 +1,4 @@
-"""Cross entropies of fla in plain PyTorch, for tensors on a CPU."""
+"""Cross-entropy losses of fla in plain PyTorch, for tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def cross_entropy_loss(
     inplace_backward: bool = False,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and z-losses per token, `[N]` each. Unlike fla's, it never overwrites the logits."""
+    """Return the loss, which includes the z-loss, and the z-loss of each token, `[N]` each.
+
+    Unlike fla's function, it never overwrites the logits.
+    """
     if process_group is not None:
         raise NotImplementedError("cross-entropy over a sharded vocabulary needs a GPU")
     logits = logits.float() * logit_scale if logit_scale != 1 else logits.float()
@@ -38,7 +41,7 @@ def cross_entropy_loss(
 
 
 def cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
-    """`FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
+    """Replace `FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
     losses, z_losses = cross_entropy_loss(
         input,
         target,
@@ -71,8 +74,9 @@ def fused_linear_cross_entropy_forward(
     l2_penalty_factor: float = 1e-4,
     accumulate_grad_in_fp32: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The summed or mean loss and its gradients, `num_chunks` groups of tokens at a time: x `[N,
-    D]`.
+    """Return the summed or mean loss, and its gradients for x `[N, D]`, weight and bias.
+
+    The tokens are processed in `num_chunks` groups, one group at a time.
     """
     dx = torch.empty_like(x)
     grad_dtype = torch.float32 if accumulate_grad_in_fp32 else weight.dtype

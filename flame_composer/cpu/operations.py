@@ -1,7 +1,7 @@
 """fla's operations in plain PyTorch, for tensors on a CPU.
 
-The functions without an underscore are operations of fla 0.5.2: the name, arguments and results of
-each are those of the function it stands in for, which fla calls by position.
+Each function without an underscore stands in for the function of that name in fla 0.5.2 and has the
+same arguments, in the same order, and the same results: fla calls them by position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _aten: Any = torch.ops.aten
 
 def _plain_rms_norm(is_rms_norm: bool, bias: Tensor | None, num_groups: int = 1) -> None:
     if not is_rms_norm or bias is not None or num_groups != 1:
-        raise NotImplementedError("on a CPU only RMSNorm without bias and groups is available")
+        raise NotImplementedError("on a CPU, only RMSNorm without bias and groups is available")
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
@@ -43,7 +43,10 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
 def _rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """With xhat = x * rstd and wdy = weight * dy: dx = (wdy - xhat * mean(xhat * wdy)) * rstd."""
+    """Return the gradients of x and weight; the latter is None if there is no weight.
+
+    With xhat = x * rstd and wdy = weight * dy: dx = (wdy - xhat * mean(xhat * wdy)) * rstd.
+    """
     xhat = x * rstd.unsqueeze(-1)
     product = dy * xhat
     dw = None if weight is None else product.sum(0).to(weight.dtype)
@@ -193,8 +196,9 @@ def swiglu_fwd(x: Tensor, y: Tensor, output_contiguous: bool = False) -> Tensor:
 def swiglu_fwdbwd(
     x: Tensor, y: Tensor, g: Tensor, use_weight: bool = False, output_contiguous: bool = False
 ) -> tuple[Tensor, ...]:
-    """dx, dy of silu(x) * y for the output's gradient g, and the output itself with
-    `use_weight`.
+    """Return dx and dy of silu(x) * y for the output's gradient g.
+
+    With `use_weight`, return the output as well.
     """
     silu = F.silu(x)
     output = silu * y if use_weight else None
@@ -203,7 +207,7 @@ def swiglu_fwdbwd(
 
 
 class _SwiGLULinear(torch.autograd.Function):
-    """linear(silu(x) * y), which keeps x and y only."""
+    """The function linear(silu(x) * y), which recomputes the product instead of saving it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -241,18 +245,22 @@ def _fused_recurrent_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`fused_recurrent_gla`, fla's choice for T <= 64: the recurrence for decoding, chunks for
-    the rest.
+    """Replace `fused_recurrent_gla`, which fla calls for T <= 64.
+
+    One token per sequence (decoding) takes the recurrence, anything longer the chunkwise form.
     """
     if gk is None or gv is not None or reverse:
-        raise NotImplementedError("on a CPU GLA runs forwards, with gates on the keys only")
+        raise NotImplementedError(
+            "on a CPU, GLA needs gates on the keys, and takes neither gates on the values nor"
+            " reverse=True"
+        )
     num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     one_token_each = q.shape[0] * q.shape[1] == num_sequences
     run = gla.recurrent_gla if one_token_each else gla.chunk_gla
     return run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
-# Reached through fla's own dispatch (`fla.modules.backends`).
+# Operations that fla itself dispatches to a backend (`fla.modules.backends`).
 OPERATIONS: tuple[Callable[..., Any], ...] = (
     layer_norm_fwd,
     layer_norm_bwd,
@@ -275,7 +283,7 @@ OPERATIONS: tuple[Callable[..., Any], ...] = (
     causal_conv1d_update,
 )
 
-# Not dispatched by fla 0.5.2, so replaced by name: (module, attribute, CPU version).
+# fla 0.5.2 does not dispatch these, so they are replaced: (module, attribute, CPU version).
 REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("fla.layers.gla", "chunk_gla", gla.chunk_gla),
     ("fla.layers.gla", "fused_recurrent_gla", _fused_recurrent_gla),

@@ -309,7 +309,7 @@ def test_inputs_are_left_alone():
         ({"k": (2, 9, 2, 5)}, r"\[B, T, H, K\] and v"),
         ({"v": (2, 9, 2, 7)}, r"\[B, T, H, K\] and v"),
         ({"cu_seqlens": [0, 10]}, "cu_seqlens needs batch size 1, got 2"),
-        ({"initial_state": (3, 2, 5, 7)}, "2 sequences need as many initial states, got 3"),
+        ({"initial_state": (3, 2, 5, 7)}, "2 sequences need one initial state each, got 3"),
     ],
 )
 @pytest.mark.parametrize("operation", [chunk_gla, recurrent_gla])

@@ -777,7 +777,10 @@ BAD_KEYS = [
     ),
     (
         {"tie_word_embeddings": True},
-        "tie_word_embeddings=True: the source's embeddings are not tied; leave it out, or set false",
+        (
+            "tie_word_embeddings=True: the source's embeddings are not tied; leave it out, or set"
+            " false"
+        ),
     ),
     (
         {"attn": {"layers": [0], "num_heads": 4}},
