@@ -1,1 +1,1 @@
-"""What a trained model is used for: evaluation, tasks, generation."""
+"""Uses of a trained model: evaluation, scores in tasks, and generation."""

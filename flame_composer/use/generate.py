@@ -1,6 +1,4 @@
-"""Text that a model writes: prompts to batches, the sampling, and tokens back to text as they
-come.
-"""
+"""Text generation: prompts become batches, tokens are sampled and turned back into text."""
 
 from __future__ import annotations
 
@@ -37,7 +35,10 @@ log = logging.getLogger(__name__)
 
 
 def build_sampling(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Repetition penalty and stop strings are left to `continue_prompts`."""
+    """Return transformers' generation config for the settings in `config`.
+
+    It has no repetition penalty and no stop texts: `continue_prompts` applies them.
+    """
     sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:
         sampling = {
@@ -61,18 +62,20 @@ def continue_prompts(
     stop: Sequence[str] = (),
     show: Callable[[str], Any] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, up to the token that completes a text of `stop`;
-    `show`, for a single one, is called with each piece of it as it comes.
+    """Return the model's continuation of each prompt.
 
-    The prompts of a batch do not see one another: what is written greedily does not depend on the
-    others, nor on how far theirs are longer. A model of linear attention carries a state of fixed
-    size from token to token.
+    It ends at the latest with the token that completes one of the `stop` texts. `show`, allowed for
+    a single prompt only, is called with each piece of text as it is generated.
+
+    The prompts of a batch do not see one another: greedy continuations do not depend on the other
+    prompts or on their lengths. A linear attention model carries a state of fixed size from token
+    to token.
     """
     ids, mask = encode(tokenizer, prompts)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] > limit:
         log.warning(
-            "warning: a prompt of %s tokens, where the model was trained on rows of %s: what it"
+            "warning: a prompt has %s tokens, but the model was trained on rows of %s; the text it"
             " writes may be worse",
             f"{ids.shape[1]:,}",
             f"{limit:,}",
@@ -105,41 +108,45 @@ def continue_prompts(
 def encode(
     tokenizer: PreTrainedTokenizerFast, prompts: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and mask [B, T], filled up on the left.
+    """Return the prompts' token ids and attention mask, [B, T] each, padded on the left.
 
-    Each prompt begins as documents did in training; special tokens that are written in it are
-    those. An empty one is the token that a document starts after.
+    Each prompt begins as documents did in training. Special tokens that are written out in a prompt
+    are encoded as such. An empty prompt becomes the token from which a document's first token is
+    predicted.
     """
     with explained_failure():
         rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     length = max(map(len, rows))
-    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # masked: any will do if there is none
+    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # any token will do: it is masked
     ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 
 
 class RequireNumbers(LogitsProcessor):
-    """Ends generation when a model's scores are no numbers, of which neither sampling nor a
-    maximum makes sense.
+    """A processor that raises DataError if scores are NaN or plus infinity.
+
+    Neither sampling nor taking the maximum makes sense for such scores.
     """
 
     def __call__(self, _: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if (torch.isnan(scores) | torch.isposinf(scores)).any():
             raise DataError(
                 "the model's scores for the next token are not numbers: its weights are damaged, or"
-                " of a training that diverged; take an earlier checkpoint"
+                " its training diverged; take an earlier checkpoint"
             )
         return scores
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """transformers', which takes what a shorter prompt is filled up with for text: often the
-    token that ends it.
+    """A repetition penalty that ignores the padding before shorter prompts.
+
+    Transformers' own processor counts the padding as text. Often it is the eos token, which would
+    become less likely.
     """
 
     def __init__(self, penalty: float, padding: torch.Tensor):
-        """`padding` tokens [B] stand before each prompt."""
+        """Set the penalty; `padding` [B] is the number of padding tokens before each prompt."""
         self.plain = RepetitionPenaltyLogitsProcessor(penalty)
         self.padding = padding
 
@@ -150,8 +157,10 @@ class RepetitionPenalty(LogitsProcessor):
 
 
 class Pieces:
-    """Text of tokens as they come, each character when it is whole, spaces as they are after
-    what came before.
+    """A decoder that turns a text's tokens into pieces of text, one token at a time.
+
+    A character comes out once all its tokens have been added. Spaces depend on the tokens before,
+    so the tokens of the prompt are added first.
     """
 
     def __init__(
@@ -170,8 +179,9 @@ class Pieces:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends each row when one of `texts` is complete in it. transformers' own cannot find what
-    single tokens are not whole parts of: characters of several tokens.
+    """A criterion that ends each row when one of `texts` is complete in it.
+
+    Transformers' own stop strings cannot match characters that are made of several tokens.
     """
 
     def __init__(
@@ -187,7 +197,7 @@ class StopTexts(StoppingCriteria):
             zip(self.pieces, input_ids[:, -1].tolist(), strict=True)
         ):
             self.rows[row] += piece.add(token)
-            # One that begins in the prompt counts, but not one that is all in it.
+            # A stop text may begin in the prompt, but not lie wholly within it.
             starts = [max(0, len(piece.prompt) - len(text) + 1) for text in self.texts]
             done.append(
                 any(
@@ -199,7 +209,7 @@ class StopTexts(StoppingCriteria):
 
 
 class Streamer(BaseStreamer):
-    """Shows what `generate` writes, without the prompt, which it is given first."""
+    """A streamer that shows the text `generate` writes, but not the prompt, which it gets first."""
 
     def __init__(self, pieces: Pieces, show: Callable[[str], Any]):
         self.pieces, self.show = pieces, show
@@ -218,8 +228,10 @@ class Streamer(BaseStreamer):
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file but empty ones, or `prompt` of every line of a .jsonl file.
-    Raises ConfigError.
+    """Return the prompts in a file: the lines of a text file, or each line's `prompt` in a .jsonl.
+
+    Empty lines are skipped. Raise ConfigError if the file cannot be read, holds no prompt, or holds
+    a line without a valid one.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -245,8 +257,8 @@ def read_prompts(path: str) -> list[str]:
             raise ConfigError(f"prompts={path}: line {number}: prompt must be a string")
         if not is_text(prompts[-1]):
             raise ConfigError(
-                f"prompts={path}: line {number}: prompt holds half a surrogate pair, which is no"
-                " text"
+                f"prompts={path}: line {number}: prompt holds half a surrogate pair, which is not"
+                " valid text"
             )
     if not prompts:
         raise ConfigError(f"prompts={path}: holds no prompt")
@@ -260,8 +272,9 @@ def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def asked() -> Iterator[str]:
-    """Prompts from the terminal, or from what is piped in, a line each, up to its end (Ctrl-D).
-    Raises ConfigError.
+    """Yield each line of standard input as a prompt, until it ends (Ctrl-D in a terminal).
+
+    Raise ConfigError if standard input is closed or is not UTF-8.
     """
     if sys.stdin is None:  # closed
         raise ConfigError(

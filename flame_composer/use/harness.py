@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness (extra `eval`), its own or from a local folder, on a model that is
-in memory.
+"""Tasks of lm-evaluation-harness, or of a local folder, scored on a model that is in memory.
 
-Importing this module needs that package. Scoring is the harness's own: its HF backend, given a
-model instead of a name.
+Importing this module needs that package (extra `eval`). The harness does the scoring, with its HF
+backend, which is given a model instead of a name.
 """
 
 from __future__ import annotations
@@ -29,15 +28,17 @@ from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.ends import ends_of, start_of
 from flame_composer.upstream.lm_eval import WRITING, bars, no_foreign_code, only_errors
 
-FEWSHOT_SEED = 1234  # the harness's own: of the examples that are shown before a question
-# The same: samples for the standard error of a metric that has no formula for it
+# Both are the harness's defaults: the seed of the examples shown before a question, and the number
+# of resamples for the standard error of a metric without a formula for it.
+FEWSHOT_SEED = 1234
 BOOTSTRAPS = 100000
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class HarnessModel(HFLM):
-    """A model in memory as the harness's HF backend, sharing requests among Composer's ranks
-    instead of accelerate's.
+    """The harness's HF backend for a model in memory.
+
+    Requests are shared among Composer's ranks instead of accelerate's.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class HarnessModel(HFLM):
         precision: str = "fp32",
         max_length: int | None = None,
     ):
-        """`max_length` tokens are the most a request may have; the config's max_position_embeddings
-        if not set.
+        """Wrap `model`, with a copy of `tokenizer`.
 
-        Texts begin as the tokenizer's template has it: as documents did in training, if that is
-        known.
+        A request may have at most `max_length` tokens; the default is the config's
+        max_position_embeddings. Texts begin as the tokenizer's template says: as documents did in
+        training, if that is known.
         """
-        tokenizer = copy.deepcopy(tokenizer)  # it gets a padding token
+        tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
         known = ends_of(tokenizer)
         self.has_bos = known is not None and known.bos
         self.puts_start = False  # whether the harness itself puts a token before each text
-        # The harness warns of every option that has no meaning for a model in memory
+        # The harness warns about every option that has no meaning for a model in memory.
         with only_errors():
             super().__init__(
                 model,
@@ -74,14 +75,15 @@ class HarnessModel(HFLM):
         self.before_batch: Callable[[], None] = lambda: None
 
     def take(self, model: torch.nn.Module, before_batch: Callable[[], None]) -> None:
-        """Go on with `model`, which a trainer may have wrapped since; `before_batch` may raise
-        to end an evaluation early.
+        """Replace the model with `model`, which may be the same one, wrapped by a trainer.
+
+        `before_batch` is called before each batch; it may raise to end an evaluation early.
         """
         self._model, self.before_batch = model, before_batch
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device  # a trainer moves it
+        return next(self.model.parameters()).device  # a trainer may move the model
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([each.reshape(-1) for each in dist.all_gather(tensor)])
@@ -97,9 +99,10 @@ class HarnessModel(HFLM):
         return super().tok_encode(string, add_special_tokens, **options)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """As the harness's, but where documents began with bos a text has it once.
+        """Return the log-likelihoods of whole texts, as the harness computes them.
 
-        The harness would have it predicted, from another one before it.
+        The exception is a model whose documents began with bos. Its texts get a single bos; the
+        harness would put another one before it and score the prediction of the second.
         """
         self.puts_start = self.has_bos
         try:
@@ -119,12 +122,11 @@ class HarnessModel(HFLM):
 def load_tasks(
     names: list[str], folder: str | None, *, num_fewshot: int | None, task_code: bool = False
 ) -> dict[str, Any]:
-    """The harness's TaskDict of these tasks, groups or tags, with their data; those in `folder`
-    come before its own.
+    """Load tasks, groups or tags with their data; return them as the harness's TaskDict.
 
-    Raises ConfigError for what is not there or cannot be loaded, and for tasks that run what a
-    model writes, need code from the hub or, without `task_code`, name Python functions outside the
-    harness.
+    Those in `folder` take precedence over the harness's own. Raise ConfigError if one does not
+    exist or cannot be loaded, and for tasks that run text of the model as code, need code from the
+    hub or, without `task_code`, name Python functions outside the harness.
     """
     manager = _find(names, folder)
     loaded: Any = {}
@@ -139,7 +141,7 @@ def load_tasks(
             loaded = manager.load(list(names))
     except ConfigError:
         raise
-    # Whatever a task's own code, its data, the hub or the network makes of it
+    # A task's own code, its data, the hub and the network may raise anything.
     except Exception as error:
         raise ConfigError(
             f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}"
@@ -153,15 +155,15 @@ def load_tasks(
             if key not in WRITING:
                 raise ConfigError(
                     f"tasks: {name}: its generation_kwargs have {str(key)[:60]!r}, which is not"
-                    f" taken; only {', '.join(sorted(WRITING))} are"
+                    f" allowed; only {', '.join(sorted(WRITING))} are"
                 )
         for metric, function in getattr(task, "_metric_fn_list", {}).items():
             if function is None:
                 raise ConfigError(
-                    f"tasks: {name}: the harness has no metric {metric}, and code for it is not"
-                    " fetched"
+                    f"tasks: {name}: the harness has no metric {metric}, and code for it is never"
+                    " downloaded"
                 )
-        # A task's own 0 stays, as in the harness
+        # As in the harness, a task that sets num_fewshot to 0 keeps it.
         if num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif task.get_config("num_fewshot") is None:
@@ -170,20 +172,21 @@ def load_tasks(
 
 
 def _find(names: list[str], folder: str | None) -> TaskManager:
-    """What knows the names: the folder alone if that is enough, as reading the harness's own
-    takes seconds.
+    """Return a task manager that knows all `names`. Raise ConfigError if one does not exist.
+
+    It reads the folder alone if that is enough, because the harness's own tasks take seconds.
     """
     manager = None
     if folder is not None:
         if not Path(folder).is_dir():
             raise ConfigError(f"task_path={folder}: no such folder")
         for file in sorted(Path(folder).rglob("*.yaml")):
-            if not file.is_file():  # which opening might wait for
-                raise ConfigError(f"{file}: cannot be read as a task: is no file")
+            if not file.is_file():  # opening a pipe would wait for a writer
+                raise ConfigError(f"{file}: cannot be read as a task: it is not a file")
             try:
                 require_shallow(file.read_text(encoding="utf-8"))
                 load_yaml(file, resolve_func=False)
-            except Exception as error:  # the harness passes over such files without a word
+            except Exception as error:  # the harness would skip such a file silently
                 raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None
         with only_errors():
             manager = TaskManager(include_path=folder, include_defaults=False)
@@ -207,10 +210,10 @@ def score(
     bootstraps: int = BOOTSTRAPS,
     show_bars: bool = False,
 ) -> dict[str, Any] | None:
-    """The harness's results of `load_tasks`' tasks, on their first `limit` documents each; None but
-    on the first rank.
+    """Return the harness's results of tasks from `load_tasks`, or None on ranks other than 0.
 
-    Always on the same few-shot examples. Without `bootstraps` there are no standard errors.
+    Each task is scored on its first `limit` documents, always with the same few-shot examples. With
+    `bootstraps=0` there are no standard errors. Raise DataError if the harness cannot score them.
     """
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
@@ -230,13 +233,14 @@ def score(
         ) from None
     except TemplateError as error:
         raise DataError(
-            f"tasks: {', '.join(tasks['tasks'])}: a template of theirs fails: {one_line(error)}"
+            f"tasks: {', '.join(tasks['tasks'])}: one of their templates fails: {one_line(error)}"
         ) from None
 
 
 def check_fits(model: HarnessModel, tasks: dict[str, Any]) -> None:
-    """Raises ConfigError for a task that has text written which leaves no room for the question:
-    the harness gives up then.
+    """Raise ConfigError for a task whose written text would leave no room for the question.
+
+    The harness gives up on such a task.
     """
     for name, task in tasks["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
@@ -246,15 +250,16 @@ def check_fits(model: HarnessModel, tasks: dict[str, Any]) -> None:
         )
         if written >= model.max_length:
             raise ConfigError(
-                f"tasks: {name}: has up to {written} tokens written, of {model.max_length} for"
-                " question and answer; set max_gen_toks in its generation_kwargs, or a larger"
-                " max_length"
+                f"tasks: {name}: its answers may have {written} tokens, but there are only"
+                f" {model.max_length} for question and answer; set max_gen_toks in its"
+                " generation_kwargs, or a larger max_length"
             )
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers in the harness's results: by task or group, then by metric, with the filter's
-    name if it has one.
+    """Return the finite numbers in the harness's results, by task or group and then by metric.
+
+    A metric's name ends with that of its filter, if it has one.
     """
     return {
         name: {
@@ -267,6 +272,6 @@ def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The harness's own table of its results."""
+    """Return the harness's own table of its results."""
     groups = f"\n{make_table(results, 'groups')}" if results.get("groups") else ""
     return f"{make_table(results)}{groups}".rstrip()

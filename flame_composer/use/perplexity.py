@@ -1,6 +1,4 @@
-"""How good a model is on text it has not seen: loss, perplexity by the length of the context,
-bits per byte, and its scores in tasks while it trains.
-"""
+"""Scores of a model on a dataset: loss, bits per byte, and perplexity by length of context."""
 
 from __future__ import annotations
 
@@ -23,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class Scores(NamedTuple):
-    """Over some of a dataset's predicted tokens: how many there are, how many bytes of text they
-    stand for, and their mean loss (nats). `bytes` is None for a tokenizer whose tokens are no
-    bytes.
+    """Scores over some of a dataset's predicted tokens.
+
+    These are the number of tokens, the bytes of text that they stand for, and their mean loss in
+    nats. `bytes` is None for a tokenizer whose tokens do not stand for bytes.
     """
 
     tokens: int
@@ -33,7 +32,7 @@ class Scores(NamedTuple):
     loss: float
 
     def describe(self) -> dict[str, Any]:
-        # Infinite where math.exp would raise
+        # Unlike math.exp, this gives infinity for a large loss instead of raising.
         perplexity = torch.tensor(self.loss, dtype=torch.float64).exp().item()
         bits = self.loss * self.tokens / math.log(2)
         return {
@@ -53,13 +52,16 @@ def evaluate(
     token_bytes: NDArray[np.int64] | None,
     block_size: int | None = None,
 ) -> dict[str, Any]:
-    """`Scores` over all predicted tokens and all ranks, and under `by_context` those of each
-    `block_size` lengths of context.
+    """Return the described `Scores` over all predicted tokens of all ranks.
 
-    A token's context is what the model had read when it predicted it: at least one token, and with
-    `varlen` no more than the document had before (a document's first token is predicted from the
-    one before it, after that one's context). A row's first token is predicted from nothing, so it
-    is not counted. `token_bytes` are those of `tokenizer.token_bytes`.
+    With `block_size`, the key `by_context` lists the scores of tokens with a context of 1 to
+    `block_size` tokens, those with the next `block_size` lengths of context, and so on.
+
+    A token's context is the text that the model had read when it predicted the token: at least one
+    token and, with `varlen`, only tokens of the same document. A document's first token is the
+    exception: it is predicted from the last token of the document before, with that one's context.
+    A row's first token is predicted from nothing, so it is not counted. `token_bytes` comes from
+    `tokenizer.token_bytes`.
     """
     device = get_device()
     model = device.module_to_device(model).eval()
@@ -110,12 +112,12 @@ def _by_token(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the block of every predicted token's context, and the token's loss, count and bytes.
 
-    All `[B * (T - 1)]`; what carries no loss counts as nothing.
+    Each is `[B * (T - 1)]`. The loss, count and bytes of tokens without a loss are 0.
     """
     with get_precision_context(Precision(precision)):
         logits_BTV = model({name: batch[name] for name in ("input_ids", "sequence_id")}).logits
     targets = batch["labels"][:, 1:].flatten()
-    # 0 where ignored
+    # Ignored tokens have a loss of 0.
     losses = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets, reduction="none")
     document = batch["sequence_id"]
     if not model.varlen:
@@ -129,7 +131,7 @@ def _by_token(
 
 
 def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
-    """A PNG of the perplexity over the length of the context, a line for each dataset."""
+    """Write a PNG that plots perplexity over length of context, with a line for each dataset."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -149,7 +151,7 @@ def plot_by_context(results: dict[str, dict[str, Any]], path: str) -> None:
 
 
 def print_result(name: str, result: dict[str, Any]) -> None:
-    """Print what `evaluate` has found of the dataset `name`, for people."""
+    """Print the result of `evaluate` on the dataset `name` in readable form."""
     bits = (
         "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits per byte"
     )

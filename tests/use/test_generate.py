@@ -212,7 +212,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         (
             "half.jsonl",
             b'{"prompt": "a\\ud83d"}\n',
-            "line 1: prompt holds half a surrogate pair, which is no text",
+            "line 1: prompt holds half a surrogate pair, which is not valid text",
         ),
     ):
         file = tmp_path / name
@@ -295,7 +295,7 @@ def test_a_prompt_longer_than_the_model_was_trained_on(
     assert written
     (message,) = caplog.messages
     assert message.endswith(
-        "tokens, where the model was trained on rows of 512: what it writes may be worse"
+        "tokens, but the model was trained on rows of 512; the text it writes may be worse"
     )
     assert capfd.readouterr().err == ""
 

@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         (
             "tasks: remote_metric: the harness has no metric rouge_of_the_hub, and code for it is"
-            " not fetched"
+            " never downloaded"
         ),
     ),
     "local_metric": (
@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         (
             "tasks: local_metric: the harness has no metric {folder}/code.py, and code for it is"
-            " not fetched"
+            " never downloaded"
         ),
     ),
     "template": (
@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "generation_kwargs": {"custom_generate": "{folder}", "trust_remote_code": True},
         },
         (
-            "tasks: generate: its generation_kwargs have 'custom_generate', which is not taken;"
+            "tasks: generate: its generation_kwargs have 'custom_generate', which is not allowed;"
             " only do_sample, "
         ),
     ),
@@ -308,8 +308,9 @@ def test_a_task_that_leaves_no_room_for_its_question(
     assert (process.returncode, process.stderr) == (
         2,
         (
-            "error: tasks: long: has up to 256 tokens written, of 64 for question and answer; set"
-            " max_gen_toks in its generation_kwargs, or a larger max_length\n"
+            "error: tasks: long: its answers may have 256 tokens, but there are only 64 for"
+            " question and answer; set max_gen_toks in its generation_kwargs, or a larger"
+            " max_length\n"
         ),
     )
     process = run_script(*model, "tasks=choice", f"task_path={tasks}", "max_length=2")
@@ -348,7 +349,9 @@ def test_a_template_that_does_not_end_is_given_up(
         harness.load_tasks(["first"], str(tmp_path), num_fewshot=0)
     loaded = harness.load_tasks(["second"], str(tmp_path), num_fewshot=0)
     model = harness.HarnessModel(*load_model(str(model_folder)), batch_size=1)
-    with pytest.raises(DataError, match=rf"^tasks: second: a template of theirs fails: {problem}"):
+    with pytest.raises(
+        DataError, match=rf"^tasks: second: one of their templates fails: {problem}"
+    ):
         harness.score(model, loaded, limit=2)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
@@ -387,7 +390,7 @@ def test_code_that_writes_text_is_not_run_for_a_task(
     )
     with pytest.raises(
         ConfigError,
-        match="tasks: code: its generation_kwargs have 'custom_generate', which is not taken",
+        match="tasks: code: its generation_kwargs have 'custom_generate', which is not allowed",
     ):
         score(
             HarnessModel(*load_model(str(model_folder)), batch_size=1),
@@ -444,7 +447,7 @@ def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
         (
             ["choice"],
             str(tmp_path / "pipe"),
-            f"{tmp_path / 'pipe/task.yaml'}: cannot be read as a task: is no file",
+            f"{tmp_path / 'pipe/task.yaml'}: cannot be read as a task: it is not a file",
         ),
         (
             ["choice"],
