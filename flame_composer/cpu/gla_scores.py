@@ -125,6 +125,7 @@ class ExactScores:
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return `x * mask`, or `x` itself if the mask is None."""
     return x if mask is None else x * mask
 
 

@@ -41,7 +41,10 @@ def cross_entropy_loss(
 
 
 def cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
-    """Replace `FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches."""
+    """Stand in for `FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches.
+
+    `self` is the FusedCrossEntropyLoss, whose settings are used.
+    """
     losses, z_losses = cross_entropy_loss(
         input,
         target,
@@ -107,4 +110,5 @@ def fused_linear_cross_entropy_forward(
 def fused_linear_cross_entropy_backward(
     do: Tensor, dx: Tensor, dw: Tensor, db: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x, weight and bias, scaled by the loss's own gradient `do`."""
     return dx * do, dw * do, None if db is None else db * do

@@ -245,7 +245,7 @@ def _fused_recurrent_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Replace `fused_recurrent_gla`, which fla calls for T <= 64.
+    """Stand in for `fused_recurrent_gla`, which fla calls for T <= 64.
 
     One token per sequence (decoding) takes the recurrence, anything longer the chunkwise form.
     """

@@ -1,1 +1,1 @@
-"""Causal language models of fla and Hugging Face: their configs, building, loading, transplant."""
+"""Causal language models of fla and Hugging Face: built, loaded, converted and optimised."""

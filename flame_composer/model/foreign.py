@@ -146,6 +146,7 @@ def require_size(model: PreTrainedModel, held: int, place: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a small file. Raise ConfigError if there is none."""
     try:
         content = json.loads(storage.read_small(path))
     except (OSError, ValueError, RecursionError) as error:

@@ -209,6 +209,7 @@ def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> N
 
 
 def in_one_line(error: Exception) -> str:
+    """Return the error's text in one line; a KeyError's bare key is named an unknown value."""
     return f"unknown value {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
 
 

@@ -44,6 +44,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings, which tensors that are made anew get too."""
         return self.dtypes["model.embed_tokens.weight"]
 
     @property

@@ -14,6 +14,7 @@ CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "L
 
 
 def decay_of(config: OptimizerConfig, *, is_matrix: bool) -> float:
+    """Return the weight decay of a parameter; only those with two or more dimensions have one."""
     return config.weight_decay if is_matrix else 0.0
 
 

@@ -175,6 +175,7 @@ class Pieces:
         self.prompt = "".join(map(self.add, prompt))
 
     def add(self, token: int) -> str:
+        """Return the text that `token` completes, which may be empty."""
         return self.stream.step(self.backend, token) or ""
 
 
@@ -266,6 +267,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield the prompts in lists of `size`; the last may be shorter."""
     rest = iter(prompts)
     while batch := list(itertools.islice(rest, size)):
         yield batch

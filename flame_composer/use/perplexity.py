@@ -32,6 +32,7 @@ class Scores(NamedTuple):
     loss: float
 
     def describe(self) -> dict[str, Any]:
+        """Return the scores by name, with perplexity and bits per byte added."""
         # Unlike math.exp, this gives infinity for a large loss instead of raising.
         perplexity = torch.tensor(self.loss, dtype=torch.float64).exp().item()
         bits = self.loss * self.tokens / math.log(2)
@@ -52,7 +53,7 @@ def evaluate(
     token_bytes: NDArray[np.int64] | None,
     block_size: int | None = None,
 ) -> dict[str, Any]:
-    """Return the described `Scores` over all predicted tokens of all ranks.
+    """Return `Scores.describe()` over all predicted tokens of all ranks.
 
     With `block_size`, the key `by_context` lists the scores of tokens with a context of 1 to
     `block_size` tokens, those with the next `block_size` lengths of context, and so on.
