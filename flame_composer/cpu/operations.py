@@ -251,8 +251,8 @@ def _fused_recurrent_gla(
     """
     if gk is None or gv is not None or reverse:
         raise NotImplementedError(
-            "on a CPU, GLA needs gates on the keys, and takes neither gates on the values nor"
-            " reverse=True"
+            "on a CPU, GLA runs only forwards (reverse=False) and with gates on the keys only"
+            " (gk, not gv)"
         )
     num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     one_token_each = q.shape[0] * q.shape[1] == num_sequences
