@@ -1,1 +1,1 @@
-"""A training run: what is put together, what watches it, what it logs, how it ends and goes on."""
+"""A training run: how it is assembled, watched, logged, stopped and resumed."""

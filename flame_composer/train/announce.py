@@ -1,4 +1,4 @@
-"""What is said and kept at a run's start: its configuration, and where it goes on."""
+"""The start of a run, announced and recorded: its configuration and where it resumes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def announce(
     *,
     resumed_from: str | None,
 ) -> None:
-    """Say what is about to run, and keep the configuration, in both folders and with every logger;
-    note the start in the log's.
+    """Announce the run, write its configuration, and append this start to `starts.jsonl`.
 
-    Where the checkpoints are to go cannot be written to, that is found out here and not when hours
-    are to be saved.
+    The configuration goes to both folders and to every logger. `starts.jsonl` is in the log folder.
+
+    Writing to `save_folder` now shows whether it is writable before hours of training are at stake.
+    Raise ConfigError if either folder is not.
     """
     for destination in trainer.logger.destinations:
         if isinstance(destination, ProgressBarLogger):
-            # Sixty lines between a person and the progress bar
+            # The bar would print some sixty lines of settings above itself.
             destination.hparams_already_logged_to_console = True
     trainer.logger.log_hyperparameters(yaml.safe_load(resolved_yaml))
     if dist.get_global_rank() != 0:
@@ -48,7 +49,7 @@ def announce(
         except OSError as error:
             raise ConfigError(
                 f"{folder}: cannot be written to: {error.strerror}; set log_folder and save_folder"
-                " to folders that can"
+                " to writable folders"
             ) from None
     state = trainer.state
     assert state.max_duration is not None

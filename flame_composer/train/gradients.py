@@ -1,6 +1,4 @@
-"""What is done with a step's gradient before the optimizer takes it: its norm is taken, looked
-at, and clipped.
-"""
+"""The gradient of a step, measured, checked and clipped before the optimizer uses it."""
 
 from __future__ import annotations
 
@@ -16,26 +14,27 @@ from composer.utils import dist
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import TrainingError
 
-MAX_SKIPPED = 10  # steps in a row that may be skipped
+MAX_SKIPPED = 10  # consecutive steps that may be skipped
 
 
 class Gradients(Callback):
-    """Takes the norm of every step's gradient, over all parameters and devices, for the log, and
-    clips it to `max_norm`.
+    """A callback that logs the norm of every step's gradient and clips it to `max_norm`.
 
-    A gradient that is not a number, or infinite, is not taken: with `stop` the run ends there, its
-    weights as they were; with `skip` it goes on with the next batch, and ends after MAX_SKIPPED
-    such steps in a row. (With amp_fp16 such gradients are the loss scaler's everyday business: left
-    to it.)
+    The norm is over all parameters and devices.
+
+    A gradient that is NaN or infinite is never applied. With `stop` the run ends before that step,
+    its weights unchanged. With `skip` it goes on with the next batch, and ends if more than
+    MAX_SKIPPED steps in a row are skipped. Under amp_fp16 such gradients are routine and are left
+    to the loss scaler.
     """
 
     def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"]):
         self.max_norm = max_norm
         self.on_nan = on_nan
-        self.norm = math.nan  # of this step
-        self.skipped = 0  # in a row
-        # Whether some weight has had no gradient in some step of the run, as one of a frozen layer
-        # or of an expert that no token went to: the optimizer has then taken fewer steps of it.
+        self.norm = math.nan  # of the current step
+        self.skipped = 0  # consecutive steps
+        # True once any weight has gone without a gradient in a step, e.g. in a frozen layer or in
+        # an expert that no token was routed to: the optimizer has updated that weight less often.
         self.passed_over = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,7 +42,7 @@ class Gradients(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
-        self.passed_over = state.get("passed_over", True)  # earlier versions do not say
+        self.passed_over = state.get("passed_over", True)  # earlier versions did not save it
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         everything = list(state.model.parameters())
@@ -54,17 +53,17 @@ class Gradients(Callback):
         logger.log_metrics({"grad_norm": value})
         if state.precision != Precision.AMP_FP16 and self._is_bad(value, state):
             for parameter in parameters:
-                parameter.grad = None  # what an optimizer passes over
+                parameter.grad = None  # so that the optimizer skips it
         elif self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
 
     def part_of_row(self) -> dict[str, Any]:
-        """Return the norm before clipping, or None if it is not finite."""
+        """Return `grad_norm`: the norm before clipping, or None if it is not finite."""
         return {"grad_norm": self.norm if math.isfinite(self.norm) else None}
 
     def _is_bad(self, norm: float, state: State) -> bool:
-        """Raises TrainingError where the run is to end."""
-        # The ranks have the same norm, but each computed it: none goes on where another stops.
+        """Return whether the step must be skipped. Raise TrainingError if the run must end."""
+        # Each rank computed the norm itself, so all agree here: none may go on while another stops.
         is_bad = state.device.tensor_to_device(
             torch.tensor([not math.isfinite(norm)], dtype=torch.int64)
         )
@@ -88,14 +87,15 @@ class Gradients(Callback):
 
 
 def total_norm(parameters: list[torch.nn.Parameter], state: State) -> torch.Tensor:
-    """Of all gradients as one vector, the same on every rank; a scalar."""
+    """Return the norm of all gradients taken as one vector: a scalar, the same on every rank."""
     norm = torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in parameters if parameter.grad is not None]
     )
-    if hasattr(norm, "full_tensor"):  # of sharded gradients: each rank has a part
+    if hasattr(norm, "full_tensor"):  # sharded gradients: each rank holds a part
         norm = norm.full_tensor()
-    return state.device.tensor_to_device(norm)  # without a gradient it was made on the CPU
+    return state.device.tensor_to_device(norm)  # on the CPU if there were no gradients
 
 
 def build_gradients(config: TrainConfig) -> Gradients:
+    """Return the callback that logs, checks and clips the gradients of a run."""
     return Gradients(config.optimizer.grad_clip_norm, config.on_nan)

@@ -1,6 +1,4 @@
-"""What ends a run that has gone wrong: a loss that leaps, batches that never finish, too little
-memory.
-"""
+"""Guards that end a run gone wrong: a loss spike, a batch that never finishes, lack of memory."""
 
 from __future__ import annotations
 
@@ -29,14 +27,16 @@ POLL_SECONDS = 0.5
 
 
 class SpikeGuard(Callback):
-    """Ends a run whose loss stays `factor` times above the median of the last `window` steps for
-    `patience` steps.
+    """A callback that ends a run whose loss has risen and stays high.
+
+    High means more than `factor` times the median loss of the last `window` normal steps, for
+    `patience` steps in a row.
     """
 
     def __init__(self, config: SpikeConfig):
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.window)
-        self.high = 0  # steps in a row
+        self.high = 0  # consecutive steps with a high loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "high": self.high}
@@ -52,22 +52,22 @@ class SpikeGuard(Callback):
             self.high = self.high + 1 if loss > self.config.factor * usual else 0
             if self.high >= self.config.patience:
                 raise TrainingError(
-                    f"step {state.timestamp.batch.value}: loss {loss:.4f}, for {self.high} steps"
-                    f" more than {self.config.factor:g} times the median {usual:.4f} of the"
-                    f" {self.config.window} before; go on from an earlier checkpoint with a lower"
-                    " optimizer.lr (allow_schedule_change=true), or set loss_spike=null"
+                    f"step {state.timestamp.batch.value}: loss {loss:.4f}; for {self.high} steps it"
+                    f" has been more than {self.config.factor:g} times {usual:.4f}, the median of"
+                    f" the {self.config.window} steps before; go on from an earlier checkpoint with"
+                    " a lower optimizer.lr (allow_schedule_change=true), or set loss_spike=null"
                 )
-        # What is too high does not become usual; nor does what is not a number.
+        # A loss that is too high, or not finite, must not raise the median.
         if not self.high and math.isfinite(loss):
             self.losses.append(loss)
 
 
 class StallWatchdog(Callback):
-    """Ends the process when nothing has moved for `seconds`, saying which rank stood still and in
-    what.
+    """A callback that ends the process after `seconds` without progress.
 
-    A hang is otherwise silent: one rank waits for data, the others wait for that rank, and the
-    machines are paid for.
+    It prints which rank is stuck, in what, and the stack of each of its threads. A hang is
+    otherwise silent: one rank waits for data, the others wait for that rank, and the machines are
+    still paid for.
     """
 
     def __init__(self, seconds: float):
@@ -89,8 +89,8 @@ class StallWatchdog(Callback):
             if time.monotonic() - self._since > self.seconds:
                 print(
                     f"error: rank {dist.get_global_rank()} has been {self._phase} at step"
-                    f" {self._step} for more than stall_timeout={self.seconds:g} s; where its"
-                    " threads stand:",
+                    f" {self._step} for more than stall_timeout={self.seconds:g} s; the stacks of"
+                    " its threads:",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -129,6 +129,7 @@ class StallWatchdog(Callback):
 
 
 def build_watchers(config: TrainConfig) -> list[Callback]:
+    """Return the guards that `config` asks for: against loss spikes, stalls, both or neither."""
     watchers: list[Callback] = []
     if config.loss_spike is not None:
         watchers.append(SpikeGuard(config.loss_spike))
@@ -139,7 +140,7 @@ def build_watchers(config: TrainConfig) -> list[Callback]:
 
 @contextmanager
 def explained_memory(config: TrainConfig) -> Iterator[None]:
-    """Turns running out of memory into one line with the keys to change. Raises TrainingError."""
+    """Turn running out of memory into a TrainingError that names the keys to change."""
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,4 @@
-"""What watches a run: the JSONL log, and random state that survives a restart in the middle of
-an epoch.
-"""
+"""The JSONL log of a run, one row per step, and the lines about it on the terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from flame_composer.train.rows import appending, keep_rows, ranges, writing
 log = logging.getLogger(__name__)
 
 
-# The keys of a row, in their order.
+# The keys of a row, in the order in which they are written.
 ROW = (
     *("current_steps", "total_steps", "loss", "grad_norm", "learning_rate", "epoch", "percentage"),
     *("num_tokens", "throughput", "eval_loss", "eval_perplexity", "tasks", "batch_hash", "streams"),
@@ -33,26 +31,27 @@ ROW = (
 
 
 class Contributor(Protocol):
-    """A callback that has something to say of every step."""
+    """A callback that adds values to every row of the log."""
 
     def part_of_row(self) -> dict[str, Any]:
-        """Return what is added to the row of the step that has been taken, by keys of ROW."""
+        """Return the values to add to the row of the step just taken, by keys of ROW."""
         ...
 
 
 class JsonlLog(Callback):
-    """One JSON row per step in `train_log.jsonl`, every step once and in order however often the
-    run is restarted.
+    """A callback that writes one JSON row per step to `train_log.jsonl`.
+
+    Every step has one row, in order, however often the run is restarted.
 
     Keys: current_steps, total_steps, loss (mean over the global batch's tokens; null if not
-    finite), grad_norm (of the whole gradient, before it is clipped; null if not finite),
-    learning_rate (of this step), epoch, percentage, num_tokens (seen so far), throughput (tokens
-    per second of this step over all devices; null if the clock was set back), with eval_loss and
-    eval_perplexity on the steps that evaluate, tasks on those that take scores, batch_hash if asked
-    for, and with several streams what has come of each.
+    finite), grad_norm (of the whole gradient, before clipping; null if not finite), learning_rate
+    (of this step), epoch, percentage, num_tokens (seen so far), throughput (tokens per second over
+    all devices in this step; null if the clock was set back). Some rows have more: eval_loss and
+    eval_perplexity on steps that evaluate, tasks on steps that take scores, batch_hash if asked
+    for, and streams (rows, tokens and share of each) if there are several.
 
-    A row is written before the checkpoint of its step, so a restart finds every row up to its
-    checkpoint and drops those after it, which it computes again.
+    A row is written before the checkpoint of its step. A restart therefore finds every row up to
+    its checkpoint, and drops the later ones, whose steps it takes again.
     """
 
     def __init__(
@@ -65,13 +64,12 @@ class JsonlLog(Callback):
         eval_due: Callable[[State, Event], bool] | None = None,
         contributors: Sequence[Contributor] = (),
     ):
-        """`print_lines`: say on the terminal, fifty times in a run and at every evaluation, how it
-        is going.
+        """Log to `log_folder`, which gets `train_log.jsonl`.
 
-        `eval_due`: when an evaluation belongs to a step's row, if ever. One that a signal prevented
-        is done on the restart.
-
-        `contributors`: who is asked for a part of every row.
+        `print_lines`: print progress about fifty times in a run, and at every evaluation.
+        `eval_due`: returns whether a step's row must have an evaluation; None if no row must. One
+        that a signal prevented is made up for after the restart.
+        `contributors`: callbacks that are asked for a part of every row.
         """
         self.contributors = contributors
         self.path = log_folder / TRAIN_LOG
@@ -96,7 +94,7 @@ class JsonlLog(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.initial_evaluation = state["initial_evaluation"]
         self.last_evaluation = state["last_evaluation"]
-        # Not in checkpoints of 2026-11-21 and before
+        # Absent from checkpoints made up to 2026-11-21
         self.eval_missing = state.get("eval_missing", False)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -106,15 +104,15 @@ class JsonlLog(Callback):
                 missing = keep_rows(self.path, last_step=last_step)
             if missing:
                 log.warning(
-                    "warning: %s: has no row of %s, which the checkpoint of step %d has behind it;"
-                    " what was lost stays missing, and the run goes on",
+                    "warning: %s: has no row for %s, although the checkpoint of step %d is past it;"
+                    " the lost rows stay missing, and the run goes on",
                     self.path,
                     ranges(missing),
                     last_step,
                 )
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        # The scheduler has moved on by the time the step is logged.
+        # Read now: Composer's scheduler has stepped by the time the step is logged.
         self._learning_rate = state.optimizers[0].param_groups[0]["lr"]
         if self.log_batch_hash:
             self._row_hashes = sum(map(hash_row, state.batch["input_ids"]))
@@ -185,8 +183,10 @@ class JsonlLog(Callback):
             print(describe(row), flush=True)
 
     def summary(self, state: State) -> dict[str, Any]:
-        """What the run has come to: steps, tokens, evaluation at the start and last, and tokens
-        per second on average.
+        """Return the results of the run: its steps, tokens, average speed and evaluations.
+
+        The evaluations are the one before training (`*_initial`) and the last; the speed is in
+        tokens per second.
         """
         seconds = state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0
         return {
@@ -208,7 +208,7 @@ def build_log(
     print_lines: bool,
     eval_due: Callable[[State, Event], bool] | None,
 ) -> JsonlLog:
-    """Return the log of a run in its log_folder."""
+    """Return the callback that writes the log of a run into its log_folder."""
     return JsonlLog(
         Path(config.log_folder),
         plan,
@@ -220,7 +220,7 @@ def build_log(
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A row of the log as a line for people."""
+    """Return a row of the log as a line of text."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     speed = "unknown" if row["throughput"] is None else f"{row['throughput']:,.0f}"
     line = (
@@ -237,7 +237,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def every(interval: int, total: int) -> Callable[[State, Event], bool]:
-    """Composer's form of "after every `interval` batches, and after the last"."""
+    """Return a predicate for Composer that is true every `interval` batches and after the last."""
 
     def due(state: State, event: Event) -> bool:
         batch = state.timestamp.batch.value
@@ -247,8 +247,9 @@ def every(interval: int, total: int) -> Callable[[State, Event], bool]:
 
 
 def hash_row(input_ids: torch.Tensor) -> int:
-    """64 bits of a row's token ids; the sum over a global batch depends on its rows but not on
-    their order or ranks.
+    """Return a 64-bit hash of a row's token ids.
+
+    The sum of the hashes of a global batch depends on its rows, but not on their order or ranks.
     """
     content = input_ids.to(torch.int64).cpu().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

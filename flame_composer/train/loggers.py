@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside its own log: W&B and TensorBoard, with no secret in them."""
+"""Loggers of a run besides its own log: W&B and TensorBoard, to which no secrets are sent."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from flame_composer.lines import Lines
 
 
 class Discreet(LoggerDestination):
-    """Logs settings, those that Composer logs by itself included, without secrets."""
+    """A logger that removes secrets from settings, including those that Composer itself logs."""
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         super().log_hyperparameters(without_secrets(hyperparameters))
 
 
 class WandB(Discreet, WandBLogger):
-    """Composer's, which answers in one line where W&B cannot be logged to, and sends it no secrets.
+    """Composer's WandBLogger, with a one-line error if W&B fails, and without secrets.
 
-    W&B 0.18 keeps the command line as it is, and all that is written to stdout and stderr as it was
-    before it was cleaned.
+    By itself W&B 0.18 records the raw command line, and what is written to stdout and stderr before
+    `Lines` has removed secrets from it.
     """
 
     def init(self, state: State, logger: Logger) -> None:
@@ -39,8 +39,8 @@ class WandB(Discreet, WandBLogger):
             super().init(state, logger)
         except Error as error:
             raise ConfigError(
-                f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, set"
-                " WANDB_MODE=offline, or wandb=null"
+                f"wandb: cannot be logged to: {one_line(error)}; run `wandb login`, or set"
+                " WANDB_MODE=offline or wandb=null"
             ) from None
         finally:
             sys.argv[1:] = arguments
@@ -50,8 +50,10 @@ class WandB(Discreet, WandBLogger):
 
 
 def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> WandBLogger:
-    """A restart goes on with the same W&B run, whose id is the run's name. WANDB_MODE=offline
-    needs no account.
+    """Return the W&B logger, which keeps its files in `folder`.
+
+    The id of the W&B run is `run_name`, so that a restart goes on with the same one. With
+    WANDB_MODE=offline no account is needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return WandB(
@@ -65,11 +67,11 @@ def build_wandb_logger(config: WandbConfig, run_name: str, folder: Path) -> Wand
 
 
 class TensorBoard(Discreet, TensorboardLogger):
-    """Composer's, with every step shown once however often the run is restarted.
+    """Composer's TensorboardLogger, showing every step once however often the run is restarted.
 
-    What the run before a restart logged after its checkpoint is logged again, so it is marked as
-    void. The evaluation of the checkpoint's own step, which comes under the number that the next
-    step's loss has, is written anew.
+    Steps that were logged after the checkpoint are logged again by the restarted run, so their
+    earlier values are marked as purged. That also purges the evaluation of the checkpoint's own
+    step, because it is logged under the number of the next step's loss; it is written again.
     """
 
     def __init__(self, folder: Path):
@@ -107,12 +109,15 @@ class TensorBoard(Discreet, TensorboardLogger):
                 super().log_metrics(self.evaluation[1], step)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        # And no table of hyperparameters, which would be a run of its own at every evaluation
+        # Composer would also write the hyperparameters here: a new run for every evaluation.
         self._flush(logger)
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
-    """Raises ConfigError for what is not installed."""
+    """Return the W&B and TensorBoard loggers that `config` asks for.
+
+    Raise ConfigError if TensorBoard is not installed.
+    """
     folder = Path(config.log_folder)
     loggers: list[LoggerDestination] = []
     if config.wandb is not None:

@@ -1,4 +1,4 @@
-"""What a run on several streams has had of each."""
+"""Rows and tokens that a run on several streams has taken from each of them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flame_composer.loader.rows import Rows
 
 
 class Mixture(Callback):
-    """Counts the rows of every stream over all ranks, whatever becomes of the run: the counts are
-    in the checkpoint.
+    """A callback that counts the rows taken from every stream, over all ranks.
 
-    Logs mixture/<stream>/rows, tokens and share at every step, and into `log`; says at the start
-    what an epoch is made of.
+    The counts are saved in checkpoints, so they survive restarts. At every step they go to the
+    loggers as mixture/<stream>/rows, tokens and share, and into the step's row of the log. At the
+    start it prints how many rows of each stream an epoch has.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class Mixture(Callback):
         rows_on_disk: list[int],
         context_length: int,
     ):
-        """`rows_per_epoch` by stream in the order of their numbers, which are in the batches."""
+        """Count for the streams of `rows_per_epoch`, in the order of their numbers in batches."""
         self.rows_per_epoch = rows_per_epoch
         self.rows_on_disk = rows_on_disk
         self.context_length = context_length
         self.rows = torch.zeros(len(rows_per_epoch), dtype=torch.int64)
 
     def achieved(self) -> dict[str, dict[str, float]]:
-        """Rows and tokens of every stream so far, and its share of them."""
+        """Return the rows and tokens taken from every stream, and its share of all rows."""
         total = max(1, int(self.rows.sum()))
         return {
             name: {
@@ -48,7 +48,7 @@ class Mixture(Callback):
         }
 
     def part_of_row(self) -> dict[str, Any]:
-        """Return what the run has had of every stream."""
+        """Return `streams`: the rows, tokens and share of every stream so far."""
         return {"streams": self.achieved()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Mixture(Callback):
 
 
 def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> list[Mixture]:
-    """What counts the rows of every stream; nothing where there is one dataset."""
+    """Return the callback that counts the rows of every stream; none if there is one dataset."""
     if len(datasets) == 1:
         return []
     streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams

@@ -1,4 +1,4 @@
-"""Optimizer with parameter groups, and the learning rate over a run."""
+"""The learning rate over a run, and the check that a resumed run would have had the same."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from flame_composer.config.sections import SchedulerConfig
 from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.errors import ConfigError
 
-"""An optimizer's name in a checkpoint, by that of the configuration."""
-
 
 def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
-    """The learning rate of the batch after `batch` earlier ones, as a fraction of the peak.
+    """Return the learning rate of the batch after `batch` earlier ones, as a fraction of the peak.
 
-    Linear warmup from 0, then the named shape, which falls to `min_lr_ratio` at the end of the run;
-    constant stays at 1.
+    It rises linearly from 0 during warmup, then follows the named shape and reaches `min_lr_ratio`
+    at the end of the run; `constant` stays at 1.
     """
     if batch < plan.warmup:
         return batch / plan.warmup
@@ -40,16 +38,16 @@ def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
 
 
 class Schedule(Callback):
-    """Sets every batch's learning rate from its place in the run, so a restart needs no state to go
-    on exactly.
+    """A callback that sets each batch's learning rate from its place in the run.
 
-    Composer's schedulers step before the clock does, so that a batch trains at the rate meant for
-    the one before it.
+    A restart therefore resumes the rates exactly without any saved state. (Composer's schedulers
+    step before the batch count does, so each batch trains at the rate meant for the one before.)
 
-    What the rates came from is in the checkpoint. A run goes on with another configuration if every
-    step it has taken had the rate that it would have with that one: a constant rate, or wsd before
-    its decay, can be made longer; a cosine cannot, whose every rate depends on the run's length.
-    The same holds of `going_by_length`: algorithms by their key.
+    Checkpoints record the settings that the rates came from. A run may resume with other settings
+    if every step it has taken would have had the same rate with them: a run with a constant rate,
+    or with wsd before its decay, can be made longer; one with a cosine cannot, because each of its
+    rates depends on the length of the run. The same test is applied to `going_by_length`, the
+    algorithms that depend on that length, by their configuration keys.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class Schedule(Callback):
         self.plan = plan
         self.allow_change = allow_change
         self.going_by_length = going_by_length
-        self.num_used = 0  # rates of the first so many batches
+        self.num_used = 0  # batches that have trained so far
 
     def batch_start(self, state: State, logger: Logger) -> None:
         rate = self.peak * rate_factor(self.config, state.timestamp.batch.value, self.plan)
@@ -75,7 +73,7 @@ class Schedule(Callback):
             group["lr"] = rate
 
     def _made_from(self) -> dict[str, Any]:
-        """What decides the rates, by the keys that say it; durations in batches."""
+        """Return the settings that determine the rates, by key; durations are in batches."""
         return {
             "optimizer.lr": self.peak,
             "scheduler.name": self.config.name,
@@ -90,15 +88,17 @@ class Schedule(Callback):
         return {"made_from": self._made_from(), "num_used": self.num_used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError if a step that was taken would have had another rate, or been
-        otherwise, or not been at all.
+        """Raise ConfigError if this configuration would have changed a step already taken.
+
+        That is, if the step would have had another learning rate, if an algorithm would have
+        treated it differently, or if it lies beyond the end of the run.
         """
         before, now, self.num_used = state["made_from"], self._made_from(), state["num_used"]
         if self.num_used > self.plan.total:
             raise ConfigError(
-                f"max_duration: comes to {self.plan.total}ba, and the checkpoint has"
-                f" {self.num_used} steps behind it; set it to more, or move the checkpoints after"
-                " that step away to end there"
+                f"max_duration: comes to {self.plan.total}ba, but the checkpoint has already taken"
+                f" {self.num_used} steps; set it to more, or move the checkpoints after that step"
+                " away to end there"
             )
         self._check_algorithms(before["max_duration"])
         uses_decay = "wsd" in (before["scheduler.name"], now["scheduler.name"])
@@ -144,7 +144,7 @@ class Schedule(Callback):
                 )
                 if was != would_be:
                     raise ConfigError(
-                        f"{key}: goes by the length of the run: step {batch + 1} of the"
+                        f"{key}: depends on the length of the run: step {batch + 1} of the"
                         f" {self.num_used} taken had {was}, and would have {would_be}: max_duration"
                         f" ({total_before}ba before, {self.plan.total}ba now); set it back, start a"
                         " new run_name, or set allow_schedule_change=true to go on all the same"
@@ -152,6 +152,10 @@ class Schedule(Callback):
 
 
 def build_schedule(config: TrainConfig, plan: RunPlan, algorithms: Sequence[Algorithm]) -> Schedule:
+    """Return the learning rate schedule of a run, which also checks those `algorithms` on resume.
+
+    It checks the ones that depend on the length of the run: they have a method `at`.
+    """
     keys = {spelled_alike(name): f"algorithms.{name}" for name in config.algorithms}
     by_length = {
         keys[type(each).__name__.lower()]: each for each in algorithms if hasattr(each, "at")

@@ -1,6 +1,4 @@
-"""How a model is spread over devices: plain data parallelism, or torch's FSDP2, on GPUs as on
-CPUs.
-"""
+"""The spreading of a model over devices: plain data parallelism or torch's FSDP2, on GPU or CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
-    """Raises InvalidField for what this machine cannot do."""
+    """Raise InvalidField for a setting that this machine cannot carry out."""
     if config.compile:
         _compile_in_private()
     if torch.cuda.is_available():
@@ -41,38 +39,41 @@ def check_devices(config: ParallelismConfig, *, precision: str) -> None:
     if config.activation_cpu_offload:
         raise InvalidField(
             "parallelism.activation_cpu_offload",
-            "there is no GPU here whose memory it could spare; set it to false",
+            "there is no GPU here whose memory it could save; set it to false",
         )
 
 
 def _compile_in_private() -> None:
-    """Have torch (2.7.0) keep what it compiles in this user's private folder, unless
-    TORCHINDUCTOR_CACHE_DIR says where.
+    """Have torch (2.7.0) keep compiled code in a folder that only this user can write to.
 
-    It runs what it finds there, and by default that is a folder in TMPDIR whose name can be
-    guessed: another user could have put it there.
+    TORCHINDUCTOR_CACHE_DIR, if set, still decides the folder. By default torch uses a folder in
+    TMPDIR with a predictable name and runs whatever it finds there, so that another user could
+    plant code in it.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder() / "torchinductor")
 
 
 def is_sharded(config: ParallelismConfig) -> bool:
+    """Return whether FSDP2 shards the model: it is set, and there is a GPU or `cpu_fsdp` is on."""
     return config.fsdp is not None and (torch.cuda.is_available() or config.cpu_fsdp)
 
 
 def gets_weights(config: ParallelismConfig) -> bool:
-    """Whether this rank's share of the weights comes from the first rank, so that it need not make
-    any.
+    """Return whether rank 0 sends this rank its weights, so that it need not make any itself.
 
-    All are made, or read, by the first: a model begins with the same weights on any number of
-    devices.
+    Rank 0 initializes or reads all weights of a sharded model, so that training starts from the
+    same weights on any number of devices.
     """
     return is_sharded(config) and dist.get_global_rank() > 0
 
 
 class Sharding(FSDP2Config):
-    """Composer lays the devices out itself, and FSDP2Config tells it of no replicas: one mesh
-    over all of them, whatever mesh it was given.
+    """An FSDP2Config that can ask for replicas of the sharded model.
+
+    Composer builds the device mesh from this config's properties, and the property of FSDP2Config
+    for the number of replicas is always None, whatever mesh it was given: all devices would form
+    one shard group.
     """
 
     replicas: int | None = None
@@ -83,8 +84,9 @@ class Sharding(FSDP2Config):
 
 
 def build(config: ParallelismConfig) -> dict[str, Any] | None:
-    """As Composer's Trainer takes it; None for plain data parallelism. Processes must have met
-    (dist.initialize_dist).
+    """Return the `parallelism_config` for Composer's Trainer, or None for plain data parallelism.
+
+    Call it after `dist.initialize_dist`: the number of replicas depends on the world size.
     """
     if not is_sharded(config):
         return None
@@ -97,7 +99,7 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         sharding = Sharding(
             reshard_after_forward=config.fsdp.sharding_strategy != "SHARD_GRAD_OP",
             mixed_precision=config.fsdp.mixed_precision,
-            # What Composer loads; pieces are ours (flame_composer.checkpoint.sharded)
+            # Composer loads only this form; flame_composer.checkpoint.sharded handles pieces.
             state_dict_type="full",
         )
     if config.fsdp.sharding_strategy == "HYBRID_SHARD":
@@ -108,8 +110,9 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
 
 
 def recompute_blocks(model: ComposerModel, config: ParallelismConfig) -> ComposerModel:
-    """The model, each of its blocks recomputed or offloaded as `config` says. Names of its
-    weights stay as they are.
+    """Return the model with its blocks' activations recomputed or offloaded, as `config` says.
+
+    The names of its weights do not change.
     """
     if config.activation_checkpointing or config.activation_cpu_offload:
         chosen = generate_composer_model_check_fn(model)

@@ -1,4 +1,4 @@
-"""What a run that goes on is held to: random state as it was, and the same data."""
+"""Two requirements on a resumed run: the random state it had, and the same data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from flame_composer.text.ends import describe as describe_ends
 
 
 class RandomState(Callback):
-    """Restores every rank's random state just before the first batch after a restart, wherever in
-    an epoch that is.
+    """A callback that restores every rank's random state just before the first resumed batch.
 
-    Composer restores it at the start of an epoch only: with a dataset that resumes by itself,
-    dropout in the middle of an epoch would go on from a fresh seed. Restarted on another number of
-    devices there is no state to restore, and each rank goes on from its seed.
+    Composer restores it only at the start of an epoch. As our dataset resumes in the middle of one,
+    dropout would go on there from a fresh seed. A run restarted on another number of devices has no
+    state to restore, and each rank goes on from its seed.
     """
 
     def __init__(self) -> None:
@@ -38,16 +37,16 @@ class RandomState(Callback):
 
 
 class SameData(Callback):
-    """Refuses to go on from a checkpoint whose rows came in another order than this run's would.
+    """A callback that refuses a checkpoint whose rows came in another order than this run's.
 
-    StreamingDataset remembers a position only, and would serve rows that were seen before, or never
-    serve some.
+    StreamingDataset remembers only a position: in another order it would repeat some rows and never
+    serve others.
     """
 
     def __init__(self, order: dict[str, Any], *, allow_change: bool):
         self.order = order
         self.allow_change = allow_change
-        self.ends: Ends | None = None  # of the documents
+        self.ends: Ends | None = None  # tokens that documents begin and end with
 
     def init(self, state: State, logger: Logger) -> None:
         self.ends = ends_of(cast(Any, state.model).tokenizer)
@@ -57,7 +56,7 @@ class SameData(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = state["order"]
-        ends = parse_ends(state.get("ends"))  # not in those of 2026-11-28 and before
+        ends = parse_ends(state.get("ends"))  # None in checkpoints up to 2026-11-28
         changed = [
             f"{key} ({before.get(key)} before, {self.order.get(key)} now)"
             for key in {**self.order, **before}

@@ -1,4 +1,4 @@
-"""The rows of a log: kept to a step, mended where a kill cut one short, and written at its end."""
+"""The rows of a JSONL log: appended, cut back to a step, and repaired after a kill."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise TrainingError, with the file's name, if it cannot be written. The next start drops a
-    row that was cut short.
+    """Raise TrainingError, naming the file, if it cannot be written.
+
+    A row that was cut short is dropped by `keep_rows` at the next start.
     """
     try:
         yield
@@ -32,16 +33,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def appending(path: Path) -> TextIO:
-    """Open a log to be written to at its end, made if need be. Raise OSError for what is no
-    file.
+    """Open a log for appending, and create it if there is none.
+
+    Raise OSError if the path is a link or not a regular file.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     return os.fdopen(open_own(path, flags), "a", encoding="utf-8")
 
 
 def is_cut_short(path: Path) -> bool:
-    """Whether the last line has no end, as a kill or a full disk leaves it: what is written next
-    would be part of it.
+    """Return whether the last line lacks its newline, as a kill or a full disk leaves it.
+
+    The next row would become part of that line.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -52,15 +55,16 @@ def is_cut_short(path: Path) -> bool:
 def keep_rows(
     path: Path, *, last_step: int, evaluation: dict[str, Any] | None = None, several: bool = False
 ) -> list[range]:
-    """Drop the rows after `last_step`, and what is no row, such as one that a kill cut short.
+    """Drop the rows after `last_step`, and lines that are not rows; return the missing steps.
 
-    Replaces the file in one step. `evaluation` goes into the row of `last_step`, where it would
-    have been. What is dropped from the middle is named in a warning. Of several rows of a step the
-    last stays, and rows are put in order; a file that has `several` rows a step keeps them all.
-    Returns which of the steps up to `last_step` have no row.
+    The missing steps are those up to `last_step` that have no row. The last line is dropped
+    silently if a kill cut it short; other damaged lines are named in a warning. Rows are put in
+    order, and the last row of each step is kept; `several` keeps all of a step's rows, for files
+    that have more than one. `evaluation` is added to the row of `last_step`, at its usual place.
+    The file is replaced atomically.
     """
     kept: dict[int, bytes] = {}
-    moved: set[int] = set()  # steps with several rows, or rows that come after one of a later step
+    moved: set[int] = set()  # steps with several rows, or with one that follows a later step's
     max_step = 0
     lines: list[bytes] = []
     if os.path.lexists(path):
@@ -69,9 +73,9 @@ def keep_rows(
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is None:
-            if number < len(lines):  # the last one has no end: it is empty, or was cut short
+            if number < len(lines):  # the last has no newline: it is empty, or was cut short
                 log.warning(
-                    "warning: %s: line %d is no row of the log and is left out", path, number
+                    "warning: %s: line %d is not a row of the log and is left out", path, number
                 )
             continue
         if row["current_steps"] > last_step:
@@ -86,8 +90,8 @@ def keep_rows(
         max_step = max(max_step, step)
     if moved:
         log.warning(
-            "warning: %s: several rows, or rows out of order, of %s: put in order, and the last of"
-            " each step is kept",
+            "warning: %s: has several rows, or rows out of order, for %s; they are put in order,"
+            " and the last of each step is kept",
             path,
             ranges([range(step, step + 1) for step in sorted(moved)]),
         )
@@ -106,17 +110,17 @@ def keep_rows(
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row in a line of the log; None if it is something else."""
+    """Return the row in a line of the log, or None if the line is not a row."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # of damaged UTF-8, too
+    except (ValueError, RecursionError):  # damaged UTF-8 raises ValueError, too
         return None
     step = row.get("current_steps") if isinstance(row, dict) else None
     return row if isinstance(step, int) and not isinstance(step, bool) and step > 0 else None
 
 
 def ranges(missing: list[range]) -> str:
-    """For people: `step 3`, `steps 3, 7-9`; of very many gaps the first ten."""
+    """Return the steps as text, e.g. `step 3` or `steps 3, 7-9`; only the first ten ranges."""
     parts = [str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in missing]
     more = f" and more: {sum(map(len, missing)):,} in all" if len(parts) > 10 else ""
     word = "step" if len(missing) == 1 and len(missing[0]) == 1 else "steps"

@@ -1,4 +1,4 @@
-"""A run's log as others read it: the values of each key with their steps, and its starts."""
+"""A reader of a run's log: the values of each key with their steps, and the run's starts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ Column = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, and a value f
 
 @dataclass(frozen=True)
 class Run:
-    """A run's log: the values of each key with their steps, in order, and the steps it was started
-    after, 0 the first time.
+    """The log of a run, with its values as one column per key.
 
-    `last` has the NUMBERS of the last of `num_rows` rows; `notes` say what is odd.
+    `columns` holds the values of each key with their steps, in order. `starts` holds the run's
+    starts, each with the step it started after: 0 for the first. `last` holds the values of NUMBERS
+    in the last of the `num_rows` rows. `notes` tell the user of anything odd in the files.
     """
 
     name: str
@@ -45,9 +46,7 @@ class Run:
         starts: list[dict[str, Any]],
         notes: list[str],
     ) -> Run:
-        """Return the run that has these rows, of which only numbers are kept: a long log has
-        millions of them.
-        """
+        """Return the run with these rows, keeping only their numbers: there may be millions."""
         found = {key: (array("d"), array("d")) for key in KEYS}
         add = [(key, steps.append, values.append) for key, (steps, values) in found.items()]
         num_rows, row = 0, dict[str, Any]()
@@ -72,21 +71,22 @@ class Run:
 
     @property
     def resumed_after(self) -> list[int]:
+        """The steps after which the run was resumed, in order, each once."""
         return sorted({start["step"] for start in self.starts if start["step"] > 0})
 
 
 NUMBERS = ("current_steps", "total_steps", "num_tokens")
 
-MOST = 10**18  # steps or tokens of a log that is one
+MOST = 10**18  # no real log has as many steps or tokens
 
-MOST_IN_LINE = 1 << 24  # characters of a log's line, of which a run writes some hundred
+MOST_IN_LINE = 1 << 24  # characters; the lines that a run writes have a few hundred
 
 
 def read_run(path: str) -> Run:
-    """The run whose log folder, or log, this is. A last row that a kill cut short is left out, and
-    noted.
+    """Return the run whose log folder, or log file, is at `path`.
 
-    Raises ConfigError where there is no log, DataError for one that is empty or damaged.
+    A last row that a kill cut short is left out, and noted. Raise ConfigError if there is no log,
+    and DataError if it is empty or damaged.
     """
     log = Path(path) / LOG if Path(path).is_dir() else Path(path)
     if not log.is_file():
@@ -146,8 +146,11 @@ def _are_numbers(row: dict[str, Any]) -> bool:
 def _read_lines(
     path: Path, notes: list[str], *, forgiving: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects in a file of JSON lines, with the lines' numbers. Raises DataError for a line
-    that is none, unless it is the last and not ended, or such lines are forgiven.
+    """Yield the objects of a JSON Lines file, each with its line number; skip empty lines.
+
+    A last line without a newline that is not an object was cut short: it is left out, and added to
+    `notes`. Any other line that is not an object is noted if `forgiving`; otherwise DataError is
+    raised.
     """
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
@@ -179,7 +182,7 @@ def _read_lines(
 
 
 class Chart(NamedTuple):
-    """`key` of a row over the step; `also` is drawn as points, where a row has it."""
+    """A chart of the values of `key` over steps, with the values of `also`, if any, as points."""
 
     name: str
     title: str

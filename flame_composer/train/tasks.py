@@ -1,4 +1,4 @@
-"""A model's scores in tasks of lm-evaluation-harness while it trains."""
+"""Scores in lm-evaluation-harness tasks, taken while a model trains."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class Asked(Exception):
-    """Ends the harness's work in the middle of it."""
+    """Raised inside the harness to abandon an evaluation after a signal."""
 
 
 class TaskScores(Callback):
-    """Takes a model's scores in tasks of lm-evaluation-harness while it trains, for the log and
-    every logger.
+    """A callback that scores the model in lm-evaluation-harness tasks while it trains.
 
-    Training goes on as if nothing had happened: random state and the model's mode are put back.
-    What a signal prevented is made up for at the restart.
+    The scores go into the log and to every logger. The random state and the model's mode are
+    restored afterwards, so that training is not affected. Scores that a signal prevented are taken
+    after the restart.
     """
 
     def __init__(
@@ -45,12 +45,15 @@ class TaskScores(Callback):
         due: Callable[[State, Event], bool],
         limit: int | None,
     ):
-        """`log_path`: the log, whose row of a step gets the scores that a restart makes up for."""
+        """Score `model` when `due`, each task on its first `limit` documents (None: all).
+
+        `log_path` is the log whose last row receives scores that are taken only after a restart.
+        """
         self.model, self.tasks, self.log_path, self.stop = model, tasks, log_path, stop
         self.due, self.limit = due, limit
-        self.missing = False  # of the last step
+        self.missing = False  # whether the last step's scores are still to be taken
         self.last: dict[str, dict[str, float]] = {}
-        self._taken: dict[str, dict[str, float]] | None = None  # at this step
+        self._taken: dict[str, dict[str, float]] | None = None  # at the current step
 
     def state_dict(self) -> dict[str, Any]:
         return {"missing": self.missing, "last": self.last}
@@ -63,7 +66,7 @@ class TaskScores(Callback):
             return
         scores = self.take(state, logger)
         if scores is None:
-            self.stop.eval_standalone_end(state, logger)  # ends the run
+            self.stop.eval_standalone_end(state, logger)  # raises Preempted
         self.missing = False
         if dist.get_global_rank() == 0:
             keep_rows(
@@ -78,13 +81,15 @@ class TaskScores(Callback):
             self.missing = False
 
     def part_of_row(self) -> dict[str, Any]:
-        """Return the scores, on the steps that take them."""
+        """Return `tasks`: the scores, or nothing on a step that took none."""
         taken, self._taken = self._taken, None
         return {} if taken is None else {"tasks": taken}
 
     def take(self, state: State, logger: Logger) -> dict[str, dict[str, float]] | None:
-        """The scores of the model as it is, on every rank; None if a signal came. Several ranks
-        finish all the same: each would have to know that the others stop.
+        """Score the model as it is now; return the scores on every rank, or None after a signal.
+
+        Only a run of one rank stops for a signal. With several ranks the scoring is finished, since
+        no rank knows whether the others have been told to stop.
         """
         from flame_composer.use.harness import score, scores
 
@@ -129,14 +134,14 @@ def build_tasks(
     tokenizer: PreTrainedTokenizerFast,
     stop: Preemption,
 ) -> list[TaskScores]:
-    """Return what takes scores in the tasks of `config`; nothing where it asks for none.
+    """Return the callback that takes scores in the `eval_tasks` of `config`; none if it has none.
 
-    Raise ConfigError for tasks that cannot be had, before any training.
+    Raise ConfigError, before any training, if a task cannot be loaded or run.
     """
     wanted = config.eval_tasks
     if wanted is None:
         return []
-    # The extra need not be installed otherwise
+    # Imported only here: lm-evaluation-harness is an optional extra.
     from flame_composer.use.harness import HarnessModel, check_fits, load_tasks
 
     tasks = load_tasks(
@@ -145,7 +150,7 @@ def build_tasks(
     interval = config.in_batches(wanted.interval, plan.per_epoch, plan.total)
     assert interval is not None
     batch_size = wanted.batch_size or config.microbatch_size
-    assert isinstance(batch_size, int)  # a rule
+    assert isinstance(batch_size, int)  # a rule of the configuration
     adapter = HarnessModel(model, tokenizer, batch_size=batch_size, precision=config.precision)
     check_fits(adapter, tasks)
     log_path = Path(config.log_folder, TRAIN_LOG)

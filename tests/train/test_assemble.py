@@ -74,5 +74,5 @@ def test_a_checkpoint_finds_the_row_of_its_step(
     with caplog.at_level(logging.WARNING):
         restarted.trainer.fit()
     restarted.trainer.close()
-    lost = [message for message in caplog.messages if "has no row of step 2" in message]
+    lost = [message for message in caplog.messages if "has no row for step 2" in message]
     assert len(lost) == (0 if in_order else 1)

@@ -190,7 +190,7 @@ def test_a_damaged_line_in_the_middle_drops_nothing_else_and_is_named(tmp_path, 
     path.write_bytes(b"".join([*rows[:3], NO_ROWS[case].rstrip(b"\n") + b"\n", *rows[4:]]))
     assert keep_rows(path, last_step=6) == [range(4, 5)]
     assert path.read_bytes() == b"".join([*rows[:3], *rows[4:6]])
-    assert caplog.messages == [f"warning: {path}: line 4 is no row of the log and is left out"]
+    assert caplog.messages == [f"warning: {path}: line 4 is not a row of the log and is left out"]
 
 
 def test_rows_that_are_there_twice_or_out_of_order_are_put_right_and_named(tmp_path, caplog):
@@ -203,8 +203,8 @@ def test_rows_that_are_there_twice_or_out_of_order_are_put_right_and_named(tmp_p
     assert keep_rows(path, last_step=5) == []
     assert path.read_bytes() == b"".join([row(1), row(2), later, row(4), row(5)])
     assert caplog.messages == [
-        f"warning: {path}: several rows, or rows out of order, of steps 2, 3, 4: put in order, and"
-        " the last of each step is kept"
+        f"warning: {path}: has several rows, or rows out of order, for steps 2, 3, 4; they are put"
+        " in order, and the last of each step is kept"
     ]
     assert keep_rows(path, last_step=5) == []
     assert len(caplog.messages) == 1
@@ -240,8 +240,8 @@ def test_steps_that_the_log_has_lost_are_named_on_resume(tmp_path, caplog):
 
     def line(steps: str, batch: int) -> str:
         return (
-            f"warning: {path}: has no row of {steps}, which the checkpoint of step {batch} has"
-            " behind it; what was lost stays missing, and the run goes on"
+            f"warning: {path}: has no row for {steps}, although the checkpoint of step {batch} is"
+            " past it; the lost rows stay missing, and the run goes on"
         )
 
     path.write_bytes(b"".join(row(step) for step in (1, 2, 4, 5, 9)))

@@ -302,7 +302,7 @@ def test_an_algorithm_that_goes_by_the_length_of_the_run(algorithm, taken, befor
         resumed(schedule(before), taken, schedule(after))
         return
     with pytest.raises(
-        ConfigError, match=re.escape(f"algorithms.x: goes by the length of the run: {line}")
+        ConfigError, match=re.escape(f"algorithms.x: depends on the length of the run: {line}")
     ):
         resumed(schedule(before), taken, schedule(after))
     resumed(schedule(before), taken, schedule(after, allow_change=True))
@@ -312,7 +312,10 @@ def test_an_algorithm_that_goes_by_the_length_of_the_run(algorithm, taken, befor
 def test_a_run_cannot_be_made_shorter_than_it_is(options):
     old, new = schedules_of("constant", 0, 0, (20, 10), **options)
     resumed(old, 10, new)
-    line = "^max_duration: comes to 10ba, and the checkpoint has 11 steps behind it; set it to more"
+    line = (
+        "^max_duration: comes to 10ba, but the checkpoint has already taken 11 steps; set it to"
+        " more, or move"
+    )
     with pytest.raises(ConfigError, match=line):
         resumed(old, 11, new)
 

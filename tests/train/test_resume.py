@@ -138,8 +138,8 @@ def test_checkpoints_that_are_damaged_or_empty_delete_no_good_one(
         in process.stderr
     )
     assert (
-        f"warning: {run}/train_log.jsonl: has no row of step 20, which the checkpoint of step"
-        " 30 has" in process.stderr
+        f"warning: {run}/train_log.jsonl: has no row for step 20, although the checkpoint of step"
+        " 30 is past it" in process.stderr
     )
     damaged = {"ba41.pt", "ba42.pt", "ba43.pt", "aside-ba35.pt", "aside-ba40.pt"}
     assert {path.name for path in folder.iterdir()} == {
@@ -215,8 +215,8 @@ def test_a_finished_run_is_made_longer_by_any_unit_and_not_shorter(
     process = run_script("recipes/train.py", *corpus.keys(run, *wsd, "max_duration=14ba"))
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith(
-        "error: max_duration: comes to 14ba, and the checkpoint has 15 steps behind it; set it to"
-        " more"
+        "error: max_duration: comes to 14ba, but the checkpoint has already taken 15 steps; set it"
+        " to more"
     )
     assert len(read_log(run)) == 15
     corpus.train_run(run, *wsd, "max_duration=2ep")

@@ -57,7 +57,8 @@ def test_a_loss_that_leaps_and_stays_there():
     assert feed(guard, [*usual, 9.0, 9.0]) == 0
     with pytest.raises(
         TrainingError,
-        match=r"^step 8: loss 9[.]0000, for 3 steps more than 2 times the median 3[.]1500",
+        match=r"^step 8: loss 9[.]0000; for 3 steps it has been more than 2 times 3[.]1500, the"
+        r" median of the 4 steps before",
     ):
         guard.batch_end(spike(8, 9.0), None)  # pyright: ignore[reportArgumentType]
     first, second = SpikeGuard(config), SpikeGuard(config)
@@ -88,7 +89,7 @@ def test_a_stall_names_the_rank_and_the_phase(corpus: Corpus, tmp_path: Path) ->
     step = len(read_log(run)) + 1
     line = (
         f"error: rank 0 has been waiting for data at step {step} for more than stall_timeout=3 s;"
-        " where its threads stand:"
+        " the stacks of its threads:"
     )
     assert line in process.stderr
     assert "dataloader.py" in process.stderr.split(line)[1]
