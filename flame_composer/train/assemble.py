@@ -1,4 +1,4 @@
-"""A run put together: its data, its model and all that watches it, in the one order that works."""
+"""A run assembled from its data, its model and its callbacks, in the one order that works."""
 
 from __future__ import annotations
 
@@ -48,29 +48,30 @@ from flame_composer.train.tasks import TaskScores, build_tasks
 
 DAY = 86400  # seconds
 
-# What a callback finds done when its turn comes, at the same event: by class, earlier and later.
+# Pairs of callbacks whose order matters: at the same event, the first class must be called before
+# the second, for the reason given.
 ORDER: tuple[tuple[type[Callback], type[Callback], str], ...] = (
-    (Mixture, JsonlLog, "the row of a step asks for its streams"),
-    (TaskScores, JsonlLog, "the row of a step asks for its scores"),
-    (Gradients, JsonlLog, "the row of a step asks for its norm"),
-    (JsonlLog, SaveCheckpoints, "a checkpoint finds the row of its step in the log"),
-    (JsonlLog, Preemption, "a run that stops has its last row"),
-    (SaveCheckpoints, Preemption, "a run that stops finds what the saver has saved"),
+    (Mixture, JsonlLog, "a row of the log contains its step's counts of each stream"),
+    (TaskScores, JsonlLog, "a row of the log contains its step's scores"),
+    (Gradients, JsonlLog, "a row of the log contains its step's gradient norm"),
+    (JsonlLog, SaveCheckpoints, "the row of a step is on disk before its checkpoint"),
+    (JsonlLog, Preemption, "the last row is written before the run stops"),
+    (SaveCheckpoints, Preemption, "a run that stops must know what was saved at this step"),
 )
 
 
 class Parts(NamedTuple):
-    """What was made of the configuration before anything was started."""
+    """The parts of a run that are built from its configuration before anything is started."""
 
     tokenizer: PreTrainedTokenizerFast
     hf_config: PretrainedConfig | None
     extensions: Extensions
     needed: Callable[[], Needed]
-    """What a checkpoint must hold for this run; worked out when it is first asked for."""
+    """Returns what a checkpoint must hold for this run; computed once, at the first call."""
 
 
 class Data(NamedTuple):
-    """What a run trains on, and its plan of steps."""
+    """The data that a run trains on, and its plan of steps."""
 
     sets: dict[str, Dataset]
     loader: DataSpec
@@ -81,7 +82,7 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to train: its configuration, its trainer, and what the script asks."""
+    """A run that is ready to train, with the operations that recipes/train.py needs."""
 
     config: TrainConfig
     trainer: Trainer
@@ -92,12 +93,15 @@ class Run:
 
     @contextmanager
     def going(self) -> Iterator[None]:
-        """End in good order at a signal, and say in one line what ran out of memory."""
+        """Train in the body of this context: a signal ends it cleanly, and errors are explained.
+
+        Running out of memory becomes one line that names the keys to change.
+        """
         with self.stop.running(self.trainer), explained_memory(self.config):
             yield
 
     def announce(self) -> None:
-        """Say what is about to run, and keep its configuration beside its log and checkpoints."""
+        """Print what is about to run, and save its configuration with the log and checkpoints."""
         announce(
             self.trainer,
             self.config.resolved_yaml,
@@ -107,7 +111,10 @@ class Run:
         )
 
     def evaluation_is_due(self) -> bool:
-        """Return whether to evaluate before the next step: at first, or if a signal cut it off."""
+        """Return whether to evaluate before the next step.
+
+        That is the case before the first step, or if a signal prevented the last evaluation.
+        """
         is_first = self.trainer.state.timestamp.batch.value == 0
         return bool(self.trainer.state.evaluators) and (is_first or self.log.eval_missing)
 
@@ -118,16 +125,18 @@ class Run:
         return state.timestamp >= state.max_duration
 
     def print_summary(self) -> None:
-        """Print what the run has come to, as one line of JSON."""
+        """Print the results of the run as one line of JSON."""
         if dist.get_global_rank() == 0:
             summary = self.log.summary(self.trainer.state)
             print(json.dumps({**summary, "checkpoint_folder": self.config.save_folder}))
 
 
 def check(config: TrainConfig) -> Parts:
-    """Find out what can be wrong before processes meet, data is read or a model takes memory.
+    """Check the configuration against this machine, and return the parts built while doing so.
 
-    Raise ConfigError for the first that is.
+    This happens before processes meet, data is read or a model takes up memory. It covers the
+    devices, the tokenizer, the model's config, and the algorithms, callbacks and loggers. Raise
+    ConfigError for the first problem found.
     """
     parallelism.check_devices(config.parallelism, precision=config.precision)
     check_microbatch_size(config.microbatch_size)
@@ -138,19 +147,19 @@ def check(config: TrainConfig) -> Parts:
 
 
 def find_start(config: TrainConfig, parts: Parts) -> Checkpoint | None:
-    """Have all processes meet; return the checkpoint that the run goes on from, if it does.
+    """Wait for all ranks to meet, and return the checkpoint to resume from, or None to start anew.
 
-    It is the newest whole one in save_folder, the same on every rank.
+    It is the newest whole checkpoint in save_folder, the same on every rank.
     """
-    # The watchdog of `guards`, which is the first to give up, says more than a timeout does.
+    # Longer than the stall watchdog waits, whose message says more than a timeout does.
     dist.initialize_dist(get_device(), timeout=(config.stall_timeout or DAY) + 60)
     return find_start_of(config, staging_of(config), parts.needed)
 
 
 def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Run:
-    """Return the run of `config`, from its first step or where the checkpoint `start` has it.
+    """Return the run of `config`, ready to go on from the checkpoint `start`, or to begin if None.
 
-    Raise ConfigError or DataError for data, a model or a checkpoint that does not fit.
+    Raise ConfigError or DataError if the data, the model or the checkpoint does not fit.
     """
     reproducibility.seed_all(config.seed)
     data = build_data(config, parts.tokenizer)
@@ -202,7 +211,10 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
 
 
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
-    """Return the training data of `config`, and the tokenizer with the ends of its documents."""
+    """Return the training data of `config`, with its loader and its plan of steps.
+
+    The tokenizer in it begins and ends texts as the documents of that data do.
+    """
     sets = open_train_data(
         config.train_data, tokenizer=tokenizer, context_length=config.context_length
     )
@@ -217,7 +229,7 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
 
 
 def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[Evaluator]:
-    """Return what evaluates on eval_data; nothing if there is none."""
+    """Return the evaluator for eval_data, or an empty list if there is none."""
     if config.eval_data is None:
         return []
     rows = open_for_model(
@@ -250,7 +262,7 @@ def in_order(
     saver: SaveCheckpoints | None,
     stop: Preemption,
 ) -> list[Callback]:
-    """Return all callbacks of a run, in the order in which they are called at every event."""
+    """Return all callbacks of a run, in the order in which every event calls them."""
     callbacks = [
         *counters,
         RandomState(),
@@ -268,7 +280,7 @@ def in_order(
 
 
 def require_order(callbacks: Sequence[Callback]) -> None:
-    """Assert that the callbacks of a run stand as ORDER has them."""
+    """Assert that the callbacks of a run are in an order that ORDER allows."""
     for earlier, later, why in ORDER:
         firsts = [i for i, each in enumerate(callbacks) if isinstance(each, earlier)]
         lasts = [i for i, each in enumerate(callbacks) if isinstance(each, later)]
@@ -278,5 +290,5 @@ def require_order(callbacks: Sequence[Callback]) -> None:
 
 
 def staging_of(config: TrainConfig) -> Path:
-    """Return the folder in which a checkpoint is put together, or copied to, before it counts."""
+    """Return the folder in which checkpoints are assembled, or to which they are downloaded."""
     return Path(config.log_folder, "staging")

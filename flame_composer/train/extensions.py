@@ -1,6 +1,4 @@
-"""From the names under algorithms, callbacks and loggers to objects: whose class is meant, and
-whether the arguments fit it.
-"""
+"""Algorithms, callbacks and loggers built from the names and arguments in the configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from flame_composer.train import algorithms
 from flame_composer.train import callbacks as optional_callbacks
 from flame_composer.train.loggers import build_loggers
 
-# Where a class of each kind is looked for, in this order.
+# The modules that are searched for a class of each kind, in this order: ours come first.
 _MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType(
     {
         "algorithms": (algorithms, composer.algorithms),
@@ -36,20 +34,23 @@ _MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType(
         "loggers": (optional_callbacks, composer.loggers),
     }
 )
-# Composer divides by them, unasked
+# Composer divides by these without checking them.
 COUNTS = ("window_size", "batch_log_interval", "dist_aggregate_batch_interval")
-FROM_THE_RUN = ("log_folder", "context_length")  # arguments that are filled in
+FROM_THE_RUN = ("log_folder", "context_length")  # arguments that the run fills in itself
 
 
 class Extensions(NamedTuple):
+    """The algorithms, callbacks and loggers that a configuration asks for."""
+
     algorithms: list[Algorithm]
     callbacks: list[Callback]
     loggers: list[LoggerDestination]
 
 
 def build_extensions(config: TrainConfig) -> Extensions:
-    """What the configuration names, W&B and TensorBoard included. Raises InvalidField where
-    arguments do not fit.
+    """Return all that the configuration names, including W&B and TensorBoard.
+
+    Raise InvalidField if the arguments do not fit the class they are for.
     """
     run = dict(zip(FROM_THE_RUN, (Path(config.log_folder), config.context_length), strict=True))
     built = {
@@ -63,7 +64,7 @@ def build_extensions(config: TrainConfig) -> Extensions:
     if "memory_monitor" in in_use(config.callbacks) and not torch.cuda.is_available():
         raise InvalidField(
             "callbacks.memory_monitor",
-            "there is no GPU here, whose memory it would log; leave it out",
+            "it logs the memory of a GPU, and there is none here; leave it out",
         )
     return Extensions(
         built["algorithms"], built["callbacks"], [*build_loggers(config), *built["loggers"]]
@@ -71,7 +72,7 @@ def build_extensions(config: TrainConfig) -> Extensions:
 
 
 def find_class(section: str, name: str) -> type:
-    """The class that is offered under `name`."""
+    """Return the class that `section` offers under `name`, in any spelling of it."""
     return next(
         value
         for module in _MODULES[section]
@@ -81,7 +82,7 @@ def find_class(section: str, name: str) -> type:
 
 
 def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments that a user may give, with their types resolved."""
+    """Return the arguments that a user may give to `cls`, by name, with their types resolved."""
     hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     return {
         name: parameter.replace(annotation=hints.get(name, Any))
@@ -91,8 +92,10 @@ def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def build(section: str, name: str, arguments: Mapping[str, Any], run: Mapping[str, Any]) -> Any:
-    """An object of the class that `name` means. Raises InvalidField for arguments that it does
-    not take.
+    """Return an object of the class that `name` stands for, built with `arguments`.
+
+    `run` supplies the arguments in FROM_THE_RUN. Raise InvalidField for an argument that the class
+    does not have, that is missing, or whose value it does not accept.
     """
     key, cls = f"{section}.{name}", find_class(section, name)
     known = arguments_of(cls)
@@ -128,14 +131,15 @@ def build(section: str, name: str, arguments: Mapping[str, Any], run: Mapping[st
     }
     try:
         return cls(**filled, **arguments)
-    # Whatever its own code makes of the values
+    # The class's own checks of the values may raise any of these.
     except (ValueError, TypeError, ImportError, ArithmeticError) as error:
         raise InvalidField(key, f"{cls.__name__} refuses it: {one_line(error)}") from None
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of a configuration is of an annotated type; no such value is an object
-    of Composer's.
+    """Return whether a value from a configuration has the type that `hint` annotates.
+
+    Types that no configuration can hold, such as Composer's classes, never fit.
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is inspect.Parameter.empty:
@@ -158,11 +162,11 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """An annotation as documentation has it, without what no configuration can hold."""
+    """Return a type annotation as text for users, without types that no configuration can hold."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         names = [in_words(option) for option in options if not _is_object(option)]
-        # In an order of our own: typing keeps the one in which anyone wrote that union first.
+        # Sorted, as typing caches a union in the order in which anyone first wrote it.
         return " | ".join(sorted(names, key=lambda name: (name == "null", name)))
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, options))}"

@@ -1,4 +1,4 @@
-"""Ending a run at a signal without losing anything, and keeping a run from being started twice."""
+"""A clean end for a run at a signal, without losing a step, and locks against running it twice."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import file_lock, require_safe
 from flame_composer.train.announce import STARTS
 
-# What a rank may be asked, by what counts for more
+# The exit statuses that a rank may be asked for, in order of rising priority.
 WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LOCK_SECONDS = 60  # how long a run waits for its predecessor, which may still be saving
 
 
 class Preempted(SystemExit):
-    """Raised on every rank when a run has stopped at a signal. Its code is 143 for SIGTERM, 130
-    for Ctrl-C.
-    """
+    """Raised on every rank when a run stops at a signal: code 143 for SIGTERM, 130 for Ctrl-C."""
 
 
 class Preemption(Callback):
-    """At SIGTERM or Ctrl-C: the batch in hand finishes, a checkpoint of it is saved, evaluation is
-    left for the restart.
+    """A callback that ends a run cleanly at SIGTERM or Ctrl-C.
 
-    The signal may come to one rank only, and to each several times; what comes first decides the
-    status. A second Ctrl-C ends the process at once. Composer's own handler exits where it stands,
-    with all that was computed since the last checkpoint.
+    The current batch finishes and a checkpoint of it is saved; evaluation is left to the restart.
+    Composer's own handler would exit at once and lose everything since the last checkpoint.
+
+    The signal may reach only one rank, and may come several times: the first one a rank receives
+    decides its exit status. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, saver: SaveCheckpoints | None):
-        """Listens from now until the process ends, where more signals may come. `saver` is None
-        for a run that saves none.
+        """Handle signals from now until the process ends, since more may come while it ends.
+
+        `saver` is None for a run that saves no checkpoints.
         """
         self.saver = saver
-        self.asked = 0  # by a signal to this process: the exit status to end with
+        self.asked = 0  # exit status that a signal to this process asks for
         self.status = 0  # the same, agreed on by all ranks
         self._interrupts = 0
         self._over = False
@@ -68,14 +68,14 @@ class Preemption(Callback):
             return
         if dist.get_global_rank() == 0:
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-            # Not print: the signal may have come in the middle of one.
-            with suppress(OSError):  # nobody reads it any more
+            # os.write, because the signal may have interrupted a print.
+            with suppress(OSError):  # if nobody reads stderr any more
                 os.write(
                     2,
-                    f"{signal.Signals(number).name}: finishing the batch in hand and saving"
+                    f"{signal.Signals(number).name}: finishing the current batch and saving"
                     f" it{again}\n".encode(),
                 )
-        # Of an evaluation that ends before its first batch.
+        # Metrics warn of an evaluation that a signal ends before its first batch.
         warnings.filterwarnings("ignore", "No batches were evaluated", UserWarning)
         warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
         self.asked = 128 + number
@@ -83,11 +83,10 @@ class Preemption(Callback):
 
     @contextmanager
     def running(self, trainer: Trainer) -> Iterator[None]:
-        """In the body of this context a signal is an order to stop; after it the process is ending
-        anyway. Closes `trainer`.
+        """Heed signals in the body of this context, then ignore them and close `trainer`.
 
-        After an error, which the other ranks may not share, the trainer does not wait for them, as
-        it would otherwise.
+        After an error the trainer does not wait for the other ranks, as closing it usually does:
+        they may not have met the error.
         """
         close = trainer.close
         try:
@@ -100,8 +99,9 @@ class Preemption(Callback):
             close()
 
     def agree(self, state: State) -> None:
-        """Every rank comes to know what any of them was asked. Ctrl-C counts for more: the
-        launcher sends SIGTERM after it.
+        """Share with all ranks, as `status`, the exit status that a signal asked any of them for.
+
+        Ctrl-C outranks SIGTERM, because the launcher sends SIGTERM after a Ctrl-C.
         """
         if dist.get_world_size() == 1:
             self.status = self.asked
@@ -111,11 +111,13 @@ class Preemption(Callback):
         self.status = WEIGHTS[int(weight.item())]
 
     def until_asked(self, batches: Any) -> UntilAsked:
+        """Return an evaluation's `batches`, cut off when a signal comes."""
         return UntilAsked(self, batches)
 
     def unless_stopping(
         self, due: Callable[[State, Event], bool]
     ) -> Callable[[State, Event], bool]:
+        """Return `due`, but never true once the run is about to stop."""
         return lambda state, event: not self.status and due(state, event)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -124,7 +126,7 @@ class Preemption(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self.agree(state)  # an evaluation may have been cut short
         if self.status:
-            processes.outlive_launcher()  # it may be another rank that heard the signal
+            processes.outlive_launcher()  # the signal may have reached another rank only
             if self.saver is not None:
                 self.saver.save(state)
             self._stop(state)
@@ -153,8 +155,9 @@ class Preemption(Callback):
 
 
 class UntilAsked:
-    """An evaluation's batches, up to the signal. Composer stops all ranks where the first of
-    them has no more batches.
+    """The batches of an evaluation, cut off when a signal comes to this process.
+
+    Composer ends an evaluation on all ranks when the first of them has no more batches.
     """
 
     def __init__(self, preemption: Preemption, batches: Any):
@@ -177,10 +180,10 @@ def lock_folders(
     held: Mapping[Path, FileLock | None] = MappingProxyType({}),
     seconds: float = LOCK_SECONDS,
 ) -> dict[Path, FileLock | None]:
-    """Keep both folders of a run for this process, as `lock_run` does: another run may save in the
-    same one.
+    """Lock both folders of a run with `lock_run`; return the locks by folder.
 
-    Those that are `held` already stay so. What is in an object store cannot be kept.
+    Both, because another run may save to the same folder. Locks that are already `held` are kept.
+    A save_folder in an object store cannot be locked.
     """
     places = [
         log_folder,
@@ -191,12 +194,12 @@ def lock_folders(
 
 
 def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
-    """Keeps `folder`, which a run writes to, for this process until it ends.
+    """Lock a folder that the run writes to until this process ends, and return the lock.
 
-    None if there is no such folder yet, and on every rank but the first.
+    Return None if there is no such folder yet, and on every rank but the first.
 
-    Waits for another process that has it, which may be saving its last checkpoint. Raises
-    ConfigError after `seconds`.
+    If another process holds the lock, wait up to `seconds` for it, as it may be saving its last
+    checkpoint; then raise ConfigError.
     """
     if not folder.is_dir() or dist.get_global_rank() != 0:
         return None
@@ -228,22 +231,22 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
 
 
 def _require_own(folder: Path) -> None:
-    """Raises ConfigError for a run that another user began, whose files this one cannot write."""
+    """Raise ConfigError if this user cannot write the run's files, e.g. those of another user."""
     names = ("", ".lock", TRAIN_LOG, STARTS, "config.yaml")
     for path in (folder / name for name in names):
         is_log = path.name in (TRAIN_LOG, STARTS)
         if is_log and os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             raise ConfigError(
-                f"{path}: is a link, or no file, and a run writes to files of its own; remove it,"
-                " or give this run another run_name"
+                f"{path}: is a link, or not a regular file, but a run writes only to files of its"
+                " own; remove it, or give this run another run_name"
             )
         if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
             whose = (
                 ""
                 if path.stat().st_uid == os.geteuid()
-                else f": it is user {path.stat().st_uid}'s, this is {os.geteuid()}"
+                else f": it belongs to user {path.stat().st_uid}; this is user {os.geteuid()}"
             )
             raise ConfigError(
-                f"{path}: this run has files that cannot be written to{whose}; give this one"
+                f"{path}: is in use by this run, but cannot be written to{whose}; give this run"
                 " another run_name, or set log_folder"
             )

@@ -230,8 +230,8 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     opened_up(tmp_path)
     message = (
-        f"^{tmp_path}/?: this run has files that cannot be written to: it is user 0's, this is"
-        " 65534; give this one "
+        f"^{tmp_path}/?: is in use by this run, but cannot be written to: it belongs to user 0;"
+        " this is user 65534; give this run "
     )
     tmp_path.chmod(0o555)
     try:

@@ -236,7 +236,7 @@ WRONG: dict[str, str] = {
                 " parallelism.fsdp=null"
             ),
             "callbacks.memory_monitor={} loggers.file_logger={}": (
-                "there is no GPU here, whose memory it would log; leave it out"
+                "it logs the memory of a GPU, and there is none here; leave it out"
             ),
         }
     ),

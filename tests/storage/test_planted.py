@@ -330,7 +330,7 @@ def test_a_log_that_is_no_file_is_refused(
         "folder": lambda path: path.mkdir(),
     }
     plant[kind](run / name)
-    with pytest.raises(ConfigError, match=rf"^{run}/{name}: is a link, or no file, and a run"):
+    with pytest.raises(ConfigError, match=rf"^{run}/{name}: is a link, or not a regular file, but"):
         lock_run(run)
     # And where it is put there later
     for write in (
@@ -447,8 +447,8 @@ def test_a_run_that_a_group_shares_says_whose_it_is(everybody_s: Path) -> None:
 
     error = as_user(0, join)
     assert str(error) == (
-        f"{run}/.lock: this run has files that cannot be written to: it is user {OTHER}'s, this is"
-        f" {OTHER + 1}; give this one another run_name, or set log_folder"
+        f"{run}/.lock: is in use by this run, but cannot be written to: it belongs to user {OTHER};"
+        f" this is user {OTHER + 1}; give this run another run_name, or set log_folder"
     )
 
 

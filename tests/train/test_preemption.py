@@ -54,7 +54,7 @@ def test_stopped_run_loses_no_batch_and_ends_bit_identical(
         assert step <= process.args <= len(rows) <= process.args + 2
         newest = run / f"checkpoints/ba{len(rows)}.pt"
         assert process.stderr.splitlines()[-2:] == [
-            "SIGTERM: finishing the batch in hand and saving it",
+            "SIGTERM: finishing the current batch and saving it",
             f"stopped after step {len(rows)}; saved {newest}; the same command goes on from there",
         ], process.stderr
         assert newest.is_file()  # so that no batch is computed twice
@@ -184,7 +184,7 @@ def test_ctrl_c_saves_and_the_second_ends_at_once(corpus: Corpus, tmp_path: Path
     process = script.wait()
     assert process.returncode == 130
     assert (
-        "SIGINT: finishing the batch in hand and saving it; Ctrl-C again ends it at once"
+        "SIGINT: finishing the current batch and saving it; Ctrl-C again ends it at once"
         in process.stderr
     )
     assert (run / f"checkpoints/ba{len(read_log(run))}.pt").is_file()
@@ -315,7 +315,7 @@ def test_more_sigterms_than_anybody_needs(corpus: Corpus, tmp_path: Path) -> Non
     newest = run / f"checkpoints/ba{step}.pt"
     assert newest.is_file()
     assert err.splitlines()[-2:] == [
-        "SIGTERM: finishing the batch in hand and saving it",
+        "SIGTERM: finishing the current batch and saving it",
         f"stopped after step {step}; saved {newest}; the same command goes on from there",
     ], err
 
@@ -418,6 +418,6 @@ def test_a_run_that_another_user_began(tmp_path: Path, name: str) -> None:
     assert isinstance(error, ConfigError)
     assert (
         str(error)
-        == f"{tmp_path / name}: this run has files that cannot be written to: it is user 0's, this"
-        " is 54321; give this one another run_name, or set log_folder"
+        == f"{tmp_path / name}: is in use by this run, but cannot be written to: it belongs to user"
+        " 0; this is user 54321; give this run another run_name, or set log_folder"
     )
