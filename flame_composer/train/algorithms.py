@@ -1,13 +1,13 @@
-"""Algorithms that a run has when its configuration names them: averages of the weights, smoothed
-labels, and the like.
+"""Optional training algorithms: averages of the weights, label smoothing and others.
 
-Composer has classes of these names. Its own do nothing here (LabelSmoothing: the loss is computed
-in the model), divide by zero or cut rows for good (SeqLengthWarmup), or cannot go on from a
-checkpoint, on one rank or on another number of them (EMA, SWA, LayerFreezing). These do, bit for
-bit.
+They replace Composer's classes of the same names. Composer's have no effect here (LabelSmoothing:
+the loss is computed in the model), divide by zero or shorten rows for good (SeqLengthWarmup), or
+cannot resume from a checkpoint, be it on one rank or on another number of them (EMA, SWA,
+LayerFreezing). These resume bit for bit.
 
-Those that go by the length of the run say with `at(batch, total)` what they have the step after
-`batch` earlier ones do, so that a run of another length is not taken for the same (optim.Schedule).
+Algorithms that depend on the length of the run have a method `at(batch, total)`. It returns, as
+text, the effect on the step after `batch` earlier ones in a run of `total`. `optim.Schedule`
+compares these texts, so that a run of another length is not resumed as if it were the same.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ Weights = dict[str, torch.Tensor]
 
 
 def weights_of(state: State) -> Weights:
-    """Parameters and buffers that are trained, under the same names on any number of ranks. Not
-    copies.
+    """Return the model's floating-point parameters and buffers by name, not as copies.
+
+    The names are the same on any number of ranks.
     """
     model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
     return {
@@ -42,23 +43,28 @@ def weights_of(state: State) -> Weights:
 
 
 def _copy(weights: Weights) -> Weights:
+    """Return clones of the weights."""
     return {name: value.clone() for name, value in weights.items()}
 
 
 def _put(weights: Weights, state: State) -> None:
+    """Copy the weights into the model."""
     for name, value in weights_of(state).items():
         value.copy_(weights[name])
 
 
 class Instant(NamedTuple):
-    """An instant of a run: after so many batches, or a fraction of them."""
+    """A point in a run: after a number of batches, or after a fraction of the run's batches."""
 
     batches: int | None
     fraction: float | None
 
     @classmethod
     def read(cls, name: str, text: str) -> Instant:
-        """Raises ValueError for what is not like 100ba or 0.5dur."""
+        """Return the point that `text` gives, e.g. `100ba` or `0.5dur`; raise ValueError if none.
+
+        The error names the argument as `name`.
+        """
         if match := FRACTION.fullmatch(text):
             return cls(None, float(match[1]))
         match = DURATION.fullmatch(text)
@@ -69,16 +75,17 @@ class Instant(NamedTuple):
         return cls(int(match[1]), None)
 
     def is_reached(self, state: State) -> bool:
+        """Return whether the run has reached this point."""
         assert state.max_duration is not None
         return self.is_before(state.timestamp.batch.value, state.max_duration.value)
 
     def is_before(self, batch: int, total: int) -> bool:
-        """Whether it has come once `batch` of `total` batches are done."""
+        """Return whether this point is reached once `batch` of `total` batches are done."""
         return batch >= (self.batches if self.fraction is None else self.fraction * total)  # type: ignore[operator]
 
 
 class EMA(Algorithm):
-    """An exponential moving average of the weights, which evaluation sees in their place."""
+    """An exponential moving average of the weights, which evaluation uses in their place."""
 
     def __init__(
         self, half_life: str = "1000ba", ema_start: str = "0ba", update_interval: str = "1ba"
@@ -87,7 +94,7 @@ class EMA(Algorithm):
         self.interval = whole_batches("update_interval", update_interval)
         self.smoothing = 2 ** (-self.interval / whole_batches("half_life", half_life))
         self.average: Weights | None = None
-        self._trained: Weights | None = None  # while evaluation sees the average
+        self._trained: Weights | None = None  # kept while evaluation uses the average
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -111,7 +118,7 @@ class EMA(Algorithm):
             if self.start.is_reached(state):
                 self.average = _copy(weights)
         elif state.timestamp.batch.value % self.interval == 0:
-            # A checkpoint is read into the CPU's memory.
+            # After a resume the average is on the CPU, where checkpoints are loaded.
             self.average = {
                 name: value.to(weights[name].device) for name, value in self.average.items()
             }
@@ -127,8 +134,9 @@ class EMA(Algorithm):
 
 @contextmanager
 def as_evaluated(state: State, logger: Logger) -> Iterator[None]:
-    """The model as evaluation sees it: with the average of its weights in their place, where
-    there is one.
+    """Give the model, in the body of this context, the weights that evaluation uses.
+
+    That is their average if an algorithm keeps one, and otherwise the weights themselves.
     """
     _tell(Event.EVAL_START, state, logger)
     try:
@@ -138,14 +146,17 @@ def as_evaluated(state: State, logger: Logger) -> Iterator[None]:
 
 
 def _tell(event: Event, state: State, logger: Logger) -> None:
+    """Run the algorithms that respond to `event`."""
     for algorithm in state.algorithms:
         if algorithm.match(event, state):
             algorithm.apply(event, state, logger)
 
 
 class SWA(Algorithm):
-    """Stochastic weight averaging (Izmailov et al. 2018): the weights become the mean of those
-    between start and end.
+    """Stochastic weight averaging (Izmailov et al. 2018).
+
+    At `swa_end` the weights are replaced by their mean over the run since `swa_start`, to which
+    they are added every `update_interval`.
     """
 
     def __init__(
@@ -161,7 +172,7 @@ class SWA(Algorithm):
                 f"swa_end={swa_end}: must be after swa_start={swa_start}, both in ba or both in dur"
             )
         self.average: Weights | None = None
-        self.count = 0  # of the weights that the average is of
+        self.count = 0  # how many times weights were added to the average
         self.done = False
 
     def match(self, event: Event, state: State) -> bool:
@@ -198,10 +209,10 @@ class SWA(Algorithm):
 
 
 class LabelSmoothing(Algorithm):
-    """Trains on labels of which `smoothing` is spread evenly over the vocabulary (Szegedy et al.
-    2016).
+    """Label smoothing: `smoothing` of each label is spread evenly over the vocabulary.
 
-    The logits of a whole microbatch are in memory for it, which fla's fused loss spares otherwise.
+    From Szegedy et al. 2016. It needs the logits of a whole microbatch in memory, which fla's fused
+    loss otherwise avoids.
     """
 
     def __init__(self, smoothing: float = 0.1):
@@ -217,11 +228,11 @@ class LabelSmoothing(Algorithm):
 
 
 class SeqLengthWarmup(algorithms.SeqLengthWarmup):
-    """Cuts rows to `min_seq_length` tokens at first, and to `step_size` more at a time over a
-    fraction `duration` of the run.
+    """Sequence length warmup: rows are cut short at first, and grow to their full length.
 
-    From Composer's class it has the step at full length before the first one, which finds out that
-    memory does not suffice.
+    They begin at `min_seq_length` tokens and grow by `step_size` tokens at a time over a fraction
+    `duration` of the run. As in Composer's class, one pass at full length precedes the first step,
+    so that a lack of memory shows at once.
     """
 
     def __init__(
@@ -245,7 +256,7 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
         return f"rows of {self.length(batch, total)} tokens"
 
     def length(self, batch: int, num_batches: int) -> int:
-        """Tokens of a row in the batch after `batch` earlier ones."""
+        """Return the number of tokens per row in the batch after `batch` earlier ones."""
         progress = min(1.0, batch / (self.duration * num_batches))
         steps = int(progress * (self.max_seq_length - self.min_seq_length) / self.step_size)
         return (
@@ -256,7 +267,7 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
         if event == Event.INIT:
             return super().apply(event, state, logger)
         assert state.max_duration is not None
-        streams = state.batch.pop("stream", None)  # one number a row
+        streams = state.batch.pop("stream", None)  # one number per row, which cannot be cut
         if not self._activated:
             self._activate_model(state, logger)
         length = self.length(state.timestamp.batch.value, state.max_duration.value)
@@ -268,11 +279,11 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
 
 
 class LayerFreezing(algorithms.LayerFreezing):
-    """Stops training layers from the first on: none until `freeze_start`, a share `freeze_level` of
-    them at the run's end.
+    """Layer freezing: layers stop training one after another, from the first on.
 
-    What is frozen follows from the step alone. The optimizer passes over what has no gradient and
-    keeps its moments.
+    None is frozen until the fraction `freeze_start` of the run; at its end the share `freeze_level`
+    of them is. The step alone decides how many. The optimizer skips weights without a gradient and
+    keeps their moments.
     """
 
     def __init__(self, freeze_start: float = 0.5, freeze_level: float = 1.0):
@@ -287,7 +298,7 @@ class LayerFreezing(algorithms.LayerFreezing):
         return event == Event.BATCH_START
 
     def share(self, batch: int, total: int) -> float:
-        """Of the layers that are frozen in the batch after `batch` earlier ones."""
+        """Return the share of layers that is frozen in the batch after `batch` earlier ones."""
         return (
             self.freeze_level
             * max(0.0, batch / total - self.freeze_start)

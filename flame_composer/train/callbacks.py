@@ -1,4 +1,4 @@
-"""Callbacks and loggers that a run has when its configuration names them, beside Composer's own."""
+"""Optional callbacks and loggers of ours, which a configuration can name like Composer's own."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from flame_composer.train.rows import appending, keep_rows, writing
 
 
 def _causal_lm(state: State) -> CausalLM:
+    """Return the model, out of its wrapper for data parallelism if it has one."""
     return cast(
         CausalLM,
         state.model.module if isinstance(state.model, DistributedDataParallel) else state.model,
@@ -41,12 +42,11 @@ def _causal_lm(state: State) -> CausalLM:
 
 
 class EarlyStopper(Callback):
-    """Ends a run whose evaluation loss has not fallen by more than `min_delta` for more than
-    `patience`.
+    """A callback that ends a run whose evaluation loss has stopped falling.
 
-    Composer's forgets at a restart what the best loss was, and takes a loss by the name of
-    LanguageCrossEntropy for one that is to grow. A run that was ended stays so when it is started
-    again.
+    That is when it has not fallen by more than `min_delta` for more than `patience` batches. A run
+    that was ended in this way ends again at once if it is restarted. Composer's EarlyStopper
+    forgets the best loss at a restart, and tries to maximize a metric named LanguageCrossEntropy.
     """
 
     def __init__(self, patience: str, min_delta: float = 0.0):
@@ -74,7 +74,7 @@ class EarlyStopper(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if state.eval_timestamp.batch < state.dataloader_len:
-            return  # a signal cut it short
+            return  # a signal cut the evaluation short
         loss, batch = (
             float(state.eval_metric_values["LanguageCrossEntropy"]),
             state.timestamp.batch.value,
@@ -94,11 +94,11 @@ class EarlyStopper(Callback):
 
 
 class Generate(Callback):
-    """Continues `prompts` every `interval` and at the end, into samples.jsonl and, as a table,
-    every logger that takes some.
+    """A callback that continues `prompts` every `interval` and at the end of the run.
 
-    It is the model as evaluation sees it. Draws random numbers of its own: training goes on as if
-    it were not there.
+    The texts go into samples.jsonl, and as a table to every logger that takes tables. The model has
+    the weights that evaluation uses, e.g. their average. Random numbers come from a separate
+    generator state, so that training is not affected.
     """
 
     def __init__(
@@ -180,8 +180,10 @@ class Generate(Callback):
 
 
 class HfExport(Callback):
-    """Writes ba<batch> Hugging Face folders, whole or not at all, of what evaluation sees: the
-    average, where there is one.
+    """A callback that exports the model as Hugging Face folders named `ba<batch>`.
+
+    They hold the weights that evaluation uses: their average, if there is one. Each folder appears
+    only once it is complete.
     """
 
     def __init__(
@@ -203,7 +205,7 @@ class HfExport(Callback):
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written to: {error.strerror}; set"
-                " callbacks.hf_export.folder to what can"
+                " callbacks.hf_export.folder to a writable folder"
             ) from None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -214,7 +216,7 @@ class HfExport(Callback):
         ):
             return
         out = self.folder / f"ba{batch}"
-        # Written before a restart that computed this step again, or by another run
+        # Left from before a restart that took this step again, or by another run.
         if (out / "config.json").is_file():
             shutil.rmtree(out)
         composer_model = _causal_lm(state)
@@ -226,8 +228,9 @@ class HfExport(Callback):
 
 
 class ScheduledGC(Callback):
-    """Collects Python's garbage every `interval`, and in between never: at any other instant one
-    rank holds up all others.
+    """A callback that runs Python's garbage collector every `interval`, and never in between.
+
+    All ranks then collect at the same step, instead of each holding up the others at its own time.
     """
 
     def __init__(self, interval: str = "1000ba"):
@@ -249,14 +252,12 @@ class ScheduledGC(Callback):
 
 
 class FileLogger(Discreet, ComposerFileLogger):
-    """Composer's, but a run that is started again goes on in the same file instead of emptying
-    it.
-    """
+    """Composer's FileLogger, except that a restarted run appends to its file."""
 
     def __init__(
         self, log_folder: Path, filename: str = "logs-rank{rank}.txt", flush_interval: int = 100
     ):
-        """`filename` within `log_folder`, with a place for the rank."""
+        """Log to `filename` within `log_folder`; the name must contain `{rank}`."""
         if "{rank}" not in filename:
             raise ValueError(
                 f"filename={filename}: must hold {{rank}}, or ranks would write over one another"
@@ -267,7 +268,7 @@ class FileLogger(Discreet, ComposerFileLogger):
             format_name_with_dist(filename, run_name="run_name")
         except (ValueError, AttributeError):
             raise ValueError(
-                f"filename={filename}: must hold nothing in braces but names, as {{rank}}, "
+                f"filename={filename}: must have nothing in braces but names such as {{rank}}, "
                 "{local_rank}, {node_rank}, {world_size} or {run_name}"
             ) from None
         if flush_interval < 1:
@@ -288,13 +289,13 @@ class FileLogger(Discreet, ComposerFileLogger):
         except OSError as error:
             raise ConfigError(
                 f"{self.filename}: cannot be written to: {error.strerror}; set log_folder, or "
-                "loggers.file_logger.filename, to what can"
+                "loggers.file_logger.filename, to a place that is writable"
             ) from None
         self._flush_queue()
 
 
 class MLFlowLogger(Discreet, ComposerMLFlowLogger):
-    """Composer's, in which a run that is started again goes on as the same run of MLflow."""
+    """Composer's MLFlowLogger, except that a restarted run goes on as the same MLflow run."""
 
     def __init__(
         self,
@@ -304,8 +305,10 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
         run_group: str | None = None,
         ignore_metrics: list[str] | None = None,
     ):
-        """`tracking_uri` as for MLflow, whose environment variables hold; user and password are
-        in no configuration.
+        """Log to `tracking_uri`; if it is None, MLflow's environment variables decide.
+
+        The user and password are read only from MLflow's environment variables: an address with a
+        password raises ValueError.
         """
         if importlib.util.find_spec("mlflow") is None:
             raise ValueError("mlflow is not installed; pip install 'flame-composer[mlflow]'")
@@ -318,8 +321,8 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
         from mlflow import MlflowException
 
         warn_if_readable(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
-        # MLflow's own seven tries are minutes, for which a checkpoint would wait while the server
-        # is away.
+        # MLflow's default of seven retries takes minutes, during which a checkpoint would have to
+        # wait for a server that is down.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:
             super().__init__(
@@ -342,8 +345,10 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
         super().init(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a killed run, only steps that are trained again may be missing in MLflow, not those
-        before its checkpoint.
+        """Send MLflow all that is still queued; return no state.
+
+        MLflow thereby has every step up to the checkpoint. If the run is killed, it can lack only
+        later steps, which the restarted run takes again.
         """
         if self._enabled:
             import mlflow
@@ -352,7 +357,7 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
         return {}
 
     def post_close(self) -> None:
-        """Composer's calls a run that was preempted finished."""
+        """End the MLflow run as KILLED if it stopped early, where Composer says FINISHED."""
         if not self._enabled or self.state is None:
             return
         import mlflow

@@ -1,6 +1,4 @@
-"""What a run looks like: its log as charts, in an HTML page that needs nothing else and as PNGs,
-runs over one another.
-"""
+"""Charts of runs, drawn from their logs as PNGs and on a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,14 +19,15 @@ from flame_composer.lines import visible
 from flame_composer.train.run_log import CHARTS, Chart, Column, Run
 
 SMOOTHED = ("loss", "perplexity", "grad_norm", "throughput")
-LARGEST = 1e100  # value that is drawn, as far as matplotlib computes with room to spare
-SIZE, DPI = (9, 4.2), 120  # of a picture, inches, and pixels an inch
-PIXELS = SIZE[0] * DPI  # more than a line has from its first step to its last
+LARGEST = 1e100  # the largest value drawn, well within what matplotlib can compute with
+SIZE, DPI = (9, 4.2), 120  # of a picture: inches, and pixels per inch
+PIXELS = SIZE[0] * DPI  # width of the picture; a line is narrower
 
 
 def series(run: Run, key: str, smooth: int) -> Column:
-    """Steps and the values of a key, or means over `smooth` of them; one that is null, or too
-    large to draw, leaves a gap.
+    """Return the steps and the values of a key, those in SMOOTHED as means over `smooth` values.
+
+    A value that is null, or too large to draw, leaves a gap.
     """
     steps, values = run.columns[key]
     values = np.where(np.abs(values) <= LARGEST, values, np.nan)
@@ -37,8 +36,9 @@ def series(run: Run, key: str, smooth: int) -> Column:
 
 
 def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Means of `width` values in a row, from sums of 1, 2, 4, ... of them: in no time, and a
-    huge value spoils no others.
+    """Return the means of every `width` consecutive values, from sums of 1, 2, 4, ... values.
+
+    Fast, and unlike a cumulative sum it lets a huge value affect only the means that contain it.
     """
     total, at = np.zeros(len(values) - width + 1), 0
     sums, size = values, 1
@@ -52,10 +52,10 @@ def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Column:
-    """What can be seen of a line: of the values that share a column of pixels, the first, the
-    least, the largest and the last.
+    """Return the points of a line that can be seen, so that a long log is drawn quickly.
 
-    Values in a column that are none leave a gap only where they are all there is, or at its ends.
+    Of the values in one column of pixels these are the first, the smallest, the largest and the
+    last. A NaN leaves a gap only if it is a column's first, last or only kind of value.
     """
     if len(values) <= 4 * PIXELS:
         return steps, values
@@ -76,7 +76,7 @@ def thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Column:
 
 
 def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
-    """The chart as a PNG; None if no run has its values."""
+    """Return the chart of all runs as a PNG, or None if no run has values for it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -126,20 +126,20 @@ def draw(runs: Sequence[Run], chart: Chart, smooth: int) -> bytes | None:
         text.set_parse_math(False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that the font does not have is seen in the page
+        # A character that the font lacks is missing from the chart, but the page shows it.
         warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(buffer, dpi=DPI, format="png")
     return buffer.getvalue()
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Their names, or where two have the same, their folders, as they can be shown."""
+    """Return printable labels: the runs' names, or their folders where a name is shared."""
     names = [run.name for run in runs]
     return [visible(run.place if names.count(run.name) > 1 else run.name) for run in runs]
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table of what each run has come to."""
+    """Return the head and the rows of a table with the results of each run."""
     head = [
         "run",
         "steps",
@@ -183,8 +183,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
-    """The page, with the PNGs in it: nothing is loaded from elsewhere, and nothing in a name is
-    taken for HTML.
+    """Return the report as HTML, with `pictures`, PNGs by the name of their chart, embedded.
+
+    Nothing is loaded from elsewhere, and names are escaped so that none is read as HTML.
     """
     head, lines = table(runs)
     cells = "\n".join(
@@ -232,10 +233,9 @@ img {{ max-width: 100%; }}
 
 
 def write(runs: Sequence[Run], out: Path, smooth: int) -> dict[str, Path]:
-    """Draw what the runs have values for into `out`: NAME.png for each chart, and report.html.
-    Returns the files by name.
+    """Write report.html and a NAME.png per chart into `out`; return the files by name.
 
-    Raises DataError if they cannot be written.
+    Charts that no run has values for are left out. Raise DataError if a file cannot be written.
     """
     drawn = {chart.name: draw(runs, chart, smooth) for chart in CHARTS}
     pictures = {name: png for name, png in drawn.items() if png is not None}
@@ -245,7 +245,7 @@ def write(runs: Sequence[Run], out: Path, smooth: int) -> dict[str, Path]:
         for name, png in pictures.items():
             files[name].write_bytes(png)
         for name in drawn.keys() - pictures.keys():
-            (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+            (out / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report
         files["html"].write_text(page(runs, pictures), encoding="utf-8")
     except OSError as error:
         raise DataError(
@@ -255,8 +255,9 @@ def write(runs: Sequence[Run], out: Path, smooth: int) -> dict[str, Path]:
 
 
 def require_plot(path: str) -> None:
-    """Makes the folder of a plot, before the work that it is to show. Raises ConfigError where
-    none can be written.
+    """Make the folder of a plot; raise ConfigError if the plot could not be written there.
+
+    Call it before the work that the plot is to show.
     """
     folder = Path(path).parent
     try:
