@@ -1,7 +1,8 @@
-"""Remove duplicates and documents that are no use to train on: python convert/clean.py source=DIR
-out=DIR [key=value ...]
+"""Remove duplicates and documents that are of no use for training.
 
-A cleaning that was interrupted goes on where it stopped when the same command is given again.
+    python convert/clean.py source=DIR out=DIR [key=value ...]
+
+If cleaning is interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flame_composer.storage.folders import file_lock
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
 
-# What the files written do not depend on.
+# Settings that do not affect the content of the files that are written.
 MEANS = ("on_error", "num_workers", "executor", "slurm", "ray", "out")
 
 
@@ -70,7 +71,7 @@ def main(config: CleanConfig) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"out: {config.out}: another process is at work in this folder; wait for it to end"
+            f"out: {config.out}: another process is working in this folder; wait for it to end"
         ) from None
     except OSError as error:
         raise ConfigError(

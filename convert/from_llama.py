@@ -1,7 +1,9 @@
-"""Turn a Llama or Mistral checkpoint into a GLA model to go on training from.
+"""Turn a Llama or Mistral checkpoint into a GLA model for continual pretraining.
 
-python convert/from_llama.py model=mistralai/Mistral-7B-v0.1 config=yamls/gla_7b_continual.yaml
-out=runs/gla_7b_continual/start
+    python convert/from_llama.py model=mistralai/Mistral-7B-v0.1 config=yamls/gla_7b_continual.yaml
+        out=runs/gla_7b_continual/start
+
+Train it with model.pretrained set to `out`, as that YAML file does.
 """
 
 import json

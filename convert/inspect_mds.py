@@ -1,5 +1,8 @@
-"""See what a dataset holds, and whether it is whole: python convert/inspect_mds.py data=DIR
-[tokenizer=DIR] [verify=true]
+"""Show the contents of a dataset, and check that it is whole.
+
+    python convert/inspect_mds.py data=DIR [tokenizer=DIR] [verify=true]
+
+With a tokenizer, sample rows are shown as text. With verify=true every shard is read and hashed.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 
 
 def main(config: InspectConfig) -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends quietly
-    # A terminal that cannot show every character shows the others
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends the script quietly
+    # Replace characters that the terminal cannot show, rather than fail.
     sys.stdout.reconfigure(errors="replace")
     if config.plot is not None and not Path(config.plot).parent.is_dir():
         raise ConfigError(
@@ -73,8 +76,8 @@ def main(config: InspectConfig) -> None:
     print(json.dumps(report.summary(dataset, found)), flush=True)
     if found.bad:
         raise DataError(
-            f"{config.data}: {report.verdict(dataset, found)}; restore what is bad from a copy, or"
-            " delete the dataset and convert again"
+            f"{config.data}: {report.verdict(dataset, found)}; restore the bad shards from a copy,"
+            " or delete the dataset and convert again"
         )
 
 

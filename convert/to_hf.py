@@ -1,7 +1,8 @@
-"""Turn a training checkpoint into a Hugging Face folder: config, safetensors, tokenizer, generation
-config, model card.
+"""Turn a training checkpoint into a Hugging Face folder.
 
-python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/hf
+    python convert/to_hf.py checkpoint=runs/gla_tiny/checkpoints out=runs/gla_tiny/hf
+
+The folder holds the config, safetensors, tokenizer, generation config and model card.
 """
 
 import sys

@@ -1,7 +1,8 @@
-"""Turn text into tokenized, packed MDS shards: python convert/to_mds.py source=DIR out=DIR
-tokenizer=DIR [key=value ...]
+"""Turn text into MDS shards of tokenized, packed rows.
 
-A conversion that was interrupted goes on where it stopped when the same command is given again.
+    python convert/to_mds.py source=DIR out=DIR tokenizer=DIR [key=value ...]
+
+If the conversion is interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations

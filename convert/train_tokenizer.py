@@ -1,5 +1,8 @@
-"""Learn a byte-level BPE tokenizer: python convert/train_tokenizer.py source=DIR out=DIR
-vocab_size=4096 [key=value ...]
+"""Train a byte-level BPE tokenizer on text.
+
+    python convert/train_tokenizer.py source=DIR out=DIR vocab_size=4096 [key=value ...]
+
+A tokenizer that the same command has already trained is left as it is.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""How fast things are here, each against another in one run.
+"""Benchmarks of this library, each measured against an alternative in the same run.
 
-    python recipes/benchmark.py NAME [key=value ...]    # where NAME is one of
+    python recipes/benchmark.py NAME [key=value ...]    # NAME is one of these:
 
-    train       GLA against a Llama of the same size, forward and backward
-    growth      the same with more rows, and with fewer and more layers
-    decode      the same two, token by token
+    train       a GLA model against a Llama of the same size, forward and backward
+    growth      the same with more rows, and with fewer and with more layers
+    decode      the same two models, generating token by token
     trainer     recipes/train.py against a bare loop over the same batches
-    data        shards to batches against StreamingDataset; the first batch of a resumed epoch
-    start       the first training step against importing the libraries
-    checkpoint  saving and reading against torch.save and torch.load
+    data        loading batches against StreamingDataset; the first batch of a resumed epoch
+    start       the time to the first training step against the time of the imports
+    checkpoint  saving and loading against torch.save and torch.load
     convert     convert/to_mds.py against encode_batch_fast and MDSWriter
-    all         all of them, as `make bench`
+    all         all of these, as `make bench` runs them
 
-One JSON line last: medians, the medians of each turn's ratios, and the `figures` that are stated.
+The last line is JSON: medians, medians of each turn's ratios, and `figures`, with stated bounds.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""Loss and perplexity of a Hugging Face folder or a training checkpoint on datasets, and its scores
-in tasks.
+"""Measure the loss and perplexity of a model on datasets, and its scores in tasks.
+
+`model` is a Hugging Face folder or a training checkpoint.
 
     python recipes/evaluate.py model=runs/gla_tiny/hf data.local=data/quickstart/val block_size=128
     python recipes/evaluate.py model=runs/gla_tiny/hf tasks=piqa,lambada_openai
@@ -26,7 +27,7 @@ def main(config: EvaluateConfig) -> None:
     from flame_composer.train.parallelism import check_devices
     from flame_composer.use.perplexity import evaluate, plot_by_context, print_result
 
-    listen_to_signals()  # which Composer has taken
+    listen_to_signals()  # importing Composer replaced the handlers
     check_devices(ParallelismConfig(), precision=config.precision)
     if config.plot:
         require_plot(config.plot)

@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained model, or every prompt of a file, or what is typed.
+"""Continue a prompt, each prompt in a file, or whatever is typed, with a trained model.
 
 python recipes/generate.py model=runs/gla_tiny/hf prompt="def read_lines(path):"
 python recipes/generate.py model=runs/gla_tiny/hf prompts=prompts.txt batch_size=16 > written.jsonl
@@ -29,7 +29,7 @@ def main(config: GenerateConfig) -> None:
     )
 
     listen_to_signals()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends the script quietly
     prompts = read_prompts(config.prompts) if config.prompts else []
     model, tokenizer = load_model(config.model)
     otherwise = "nothing is put before a prompt"
@@ -59,13 +59,13 @@ def main(config: GenerateConfig) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if config.prompt is None and not prompts:
-        # It may come as often as an answer is too long
+        # From now on Ctrl-C may come any number of times, to cut answers short.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for prompt in asked():
             try:
                 write_content(prompt)
                 proceed([prompt], show=write_content)
-            except KeyboardInterrupt:  # ends this answer; at the prompt, the session
+            except KeyboardInterrupt:  # ends this answer, or the session if it comes at the prompt
                 pass
             write_content("\n")
 

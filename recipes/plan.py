@@ -1,10 +1,12 @@
-"""What a run comes to before anyone pays for it: size, steps, memory, time, cost, downloads,
-preemption; and what looks wrong.
+"""Plan a run before anyone pays for it.
+
+Prints the size of the model and the run's steps, memory, time, cost, downloads and losses to
+preemption, and warns of what looks wrong.
 
     python recipes/plan.py yamls/gla_340m.yaml devices=8 device=h100 dataset_tokens=10_000_000_000
 
-Takes the keys of recipes/train.py and its own. Reads the dataset's manifest unless dataset_tokens
-is given; starts nothing.
+Takes the keys of recipes/train.py and some of its own. Reads the dataset's manifest unless
+dataset_tokens is given. Starts nothing.
 """
 
 import json
@@ -26,7 +28,7 @@ def main(config: PlanConfig) -> None:
     plan = planning.draw_up(config, size, supply)
     if isinstance(found, str):
         plan["warnings"].append(
-            "the training data cannot be read, so nothing is said of it; give dataset_tokens"
+            "the training data cannot be read, so the plan leaves it out; give dataset_tokens"
             f" ({found})"
         )
     print("\n".join(describe(plan)))

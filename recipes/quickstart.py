@@ -1,7 +1,8 @@
-"""The whole way on this machine in minutes: from text to a trained model and a sample of it:
+"""Go all the way from text to a trained model and a sample of it, in minutes on this machine.
+
     python recipes/quickstart.py
 
-Runs the commands a user would type, and shows them. Started again, it goes on where it was.
+Runs the commands that a user would type, and shows them. Started again, it goes on where it ended.
 """
 
 import json
@@ -54,7 +55,7 @@ def main() -> int:
 
 
 def write_corpus(path: Path) -> None:
-    """Write the source of Python's standard library as JSONL, a document a file, without tests."""
+    """Write Python's standard library, without its tests, as JSONL with one document per file."""
     library = Path(sysconfig.get_path("stdlib"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".tmp").open("w", encoding="utf-8") as corpus:
@@ -72,9 +73,9 @@ def write_corpus(path: Path) -> None:
 
 
 def step(*command: str) -> dict:
-    """Run a script of this package, and return what its last line says where that is JSON.
+    """Run a script, and return the JSON object in its last line, or {} if that holds none.
 
-    It is told to end when this process ends, and ends as it does at Ctrl-C.
+    The script gets SIGTERM if this process ends. Ctrl-C ends both; a failed script ends this one.
     """
     print("\n$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
     last = ""
@@ -87,7 +88,7 @@ def step(*command: str) -> dict:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 last = line
-        except KeyboardInterrupt:  # which the script has heard, too
+        except KeyboardInterrupt:  # the script receives it, too
             sys.exit(128 + signal.SIGINT)
     if process.returncode:
         sys.exit(process.returncode)

@@ -1,9 +1,10 @@
-"""Look at runs: loss, perplexity, learning rate, gradient norm and throughput over the steps,
-resumes marked.
+"""Draw charts of runs, to look at one or to compare several.
+
+They show loss, perplexity, learning rate, gradient norm and throughput over the steps, and resumes.
 
     python recipes/report.py runs/gla_tiny [runs/other ...] [smooth=10] [out=DIR]
 
-Writes report.html, a page that needs nothing else, and a PNG for each chart.
+Writes a PNG for each chart, and report.html, a self-contained page.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Train a causal language model on a streamed dataset.
+"""Train a causal language model on a dataset that is streamed from disk or an object store.
 
     composer recipes/train.py yamls/gla_tiny.yaml [key=value ...]    # every GPU; -n 2 for two
     python recipes/train.py yamls/gla_tiny.yaml [key=value ...]      # one process
 
-The same command goes on from where the run was, however it ended.
+However a run ended, the same command resumes it from its newest checkpoint.
 """
 
 import sys
@@ -13,29 +13,45 @@ from flame_composer.config.train import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
-    # Imported here, so that a mistake in the configuration is answered without waiting for them.
+    # The configuration has been read and checked by now. The slow imports come after that, so that
+    # a mistake in it is reported at once.
     from flame_composer.train.assemble import build_run, check, find_start
     from flame_composer.train.preemption import lock_folders
 
-    listen_to_signals()  # which Composer has taken
+    # Importing Composer replaced the signal handlers; put ours back until the run has its own.
+    listen_to_signals()
 
-    # What can be wrong is found out before processes meet, data is read or a model takes memory:
-    # the devices, the tokenizer, the model's config, the algorithms, callbacks and loggers.
+    # Check what can be wrong before processes meet, data is read or a model takes up memory: the
+    # devices, the tokenizer, the model's config, the algorithms, callbacks and loggers.
     parts = check(config)
-    # No other process trains this run until this one has ended.
+
+    # Until this process ends, no other one can train this run.
     locks = lock_folders(config.log_folder, config.save_folder)
-    # All ranks meet, and agree on the newest checkpoint that is whole; None if the run begins.
+
+    # All ranks meet and agree on the newest whole checkpoint; it is None if the run is new.
     start = find_start(config, parts)
-    # The dataset, the model and a Trainer with all that watches it, as they were at that step.
+
+    # Open the dataset, build the model and the optimizer, and hand them to Composer's Trainer with
+    # the callbacks that log, save and guard the run. All are as they were at that checkpoint.
     training = build_run(config, parts, start)
 
-    with training.going():  # a signal lets the batch in hand finish, and saves it
+    # In here, SIGTERM or Ctrl-C lets the current batch finish, saves a checkpoint and ends the run.
+    with training.going():
+        # Print what is about to run, and save its configuration. This makes the folders of a new
+        # run, which could not be locked before.
         training.announce()
         locks = lock_folders(config.log_folder, config.save_folder, held=locks, seconds=0)
+
+        # Evaluate the untrained model, or make up for an evaluation that a signal prevented.
         if training.evaluation_is_due():
             training.trainer.eval()
+
+        # Train. After each step, evaluate if it is due, write the step's row to the log, and save a
+        # checkpoint if it is due.
         if not training.is_finished():
             training.trainer.fit()
+
+        # End with one line of JSON: the steps, tokens, speed and evaluations of the run.
         training.print_summary()
 
 

@@ -677,7 +677,7 @@ def test_a_plan_without_its_data(corpus: Corpus, tmp_path: Path) -> None:
     plan = last_json(run_script("recipes/plan.py", *keys))
     assert plan["data"] is None
     assert plan["warnings"] == [
-        "the training data cannot be read, so nothing is said of it; give dataset_tokens "
+        "the training data cannot be read, so the plan leaves it out; give dataset_tokens "
         f"({tmp_path / 'none'}: no such folder)"
     ]
     process = run_script("recipes/plan.py", *keys, "max_duration=2ep")
