@@ -147,7 +147,7 @@ def check(config: TrainConfig) -> Parts:
 
 
 def find_start(config: TrainConfig, parts: Parts) -> Checkpoint | None:
-    """Wait for all ranks to meet, and return the checkpoint to resume from, or None to start anew.
+    """Wait for all ranks to meet, and return the checkpoint to resume from, or None for a new run.
 
     It is the newest whole checkpoint in save_folder, the same on every rank.
     """
@@ -157,7 +157,7 @@ def find_start(config: TrainConfig, parts: Parts) -> Checkpoint | None:
 
 
 def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Run:
-    """Return the run of `config`, ready to go on from the checkpoint `start`, or to begin if None.
+    """Return the run of `config`, ready to resume from the checkpoint `start` or, if None, begin.
 
     Raise ConfigError or DataError if the data, the model or the checkpoint does not fit.
     """

@@ -55,7 +55,7 @@ def thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Column:
     """Return the points of a line that can be seen, so that a long log is drawn quickly.
 
     Of the values in one column of pixels these are the first, the smallest, the largest and the
-    last. A NaN leaves a gap only if it is a column's first, last or only kind of value.
+    last. A NaN leaves a gap only at the start or end of a column, or if it has nothing else.
     """
     if len(values) <= 4 * PIXELS:
         return steps, values

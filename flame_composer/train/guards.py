@@ -29,8 +29,8 @@ POLL_SECONDS = 0.5
 class SpikeGuard(Callback):
     """A callback that ends a run whose loss has risen and stays high.
 
-    High means more than `factor` times the median loss of the last `window` normal steps, for
-    `patience` steps in a row.
+    It ends when the loss has been more than `factor` times its median for `patience` steps in a
+    row. The median is that of the last `window` steps with a normal loss.
     """
 
     def __init__(self, config: SpikeConfig):

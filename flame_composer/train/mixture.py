@@ -29,7 +29,10 @@ class Mixture(Callback):
         rows_on_disk: list[int],
         context_length: int,
     ):
-        """Count for the streams of `rows_per_epoch`, in the order of their numbers in batches."""
+        """Count the rows of the streams that `rows_per_epoch` names.
+
+        They are in the order of the stream numbers in batches; `rows_on_disk` is in the same order.
+        """
         self.rows_per_epoch = rows_per_epoch
         self.rows_on_disk = rows_on_disk
         self.context_length = context_length

@@ -40,14 +40,14 @@ def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
 class Schedule(Callback):
     """A callback that sets each batch's learning rate from its place in the run.
 
-    A restart therefore resumes the rates exactly without any saved state. (Composer's schedulers
+    A restart therefore needs no saved state to go on with the right rates. (Composer's schedulers
     step before the batch count does, so each batch trains at the rate meant for the one before.)
 
-    Checkpoints record the settings that the rates came from. A run may resume with other settings
-    if every step it has taken would have had the same rate with them: a run with a constant rate,
-    or with wsd before its decay, can be made longer; one with a cosine cannot, because each of its
-    rates depends on the length of the run. The same test is applied to `going_by_length`, the
-    algorithms that depend on that length, by their configuration keys.
+    Checkpoints nevertheless record the settings that the rates came from, to be compared on resume.
+    A run may go on with other settings only if every step it has taken would have had the same rate
+    with them. A run with a constant rate, or with wsd before its decay, can be made longer; one
+    with a cosine cannot, because each of its rates depends on the length of the run. The algorithms
+    that depend on that length, `going_by_length` by configuration key, are compared likewise.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ class Schedule(Callback):
 
 
 def build_schedule(config: TrainConfig, plan: RunPlan, algorithms: Sequence[Algorithm]) -> Schedule:
-    """Return the learning rate schedule of a run, which also checks those `algorithms` on resume.
+    """Return the learning rate schedule of a run.
 
-    It checks the ones that depend on the length of the run: they have a method `at`.
+    On resume it also checks the `algorithms` that depend on the run's length: those with an `at`.
     """
     keys = {spelled_alike(name): f"algorithms.{name}" for name in config.algorithms}
     by_length = {

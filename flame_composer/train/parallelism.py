@@ -1,4 +1,4 @@
-"""The spreading of a model over devices: plain data parallelism or torch's FSDP2, on GPU or CPU."""
+"""Parallelism over devices, GPUs or CPUs: plain data parallelism, or sharding by torch's FSDP2."""
 
 from __future__ import annotations
 

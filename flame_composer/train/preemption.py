@@ -117,7 +117,7 @@ class Preemption(Callback):
     def unless_stopping(
         self, due: Callable[[State, Event], bool]
     ) -> Callable[[State, Event], bool]:
-        """Return `due`, but never true once the run is about to stop."""
+        """Return a version of `due` that is never true once the run is about to stop."""
         return lambda state, event: not self.status and due(state, event)
 
     def batch_end(self, state: State, logger: Logger) -> None:
