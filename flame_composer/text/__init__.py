@@ -1,1 +1,1 @@
-"""From text in any form to documents and tokens: sources, formats, tokenizers."""
+"""Text in any form turned into documents and tokens: sources, formats, tokenizers."""

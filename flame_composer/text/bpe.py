@@ -1,4 +1,4 @@
-"""A tokenizer of one own, learnt from documents."""
+"""Training of a new tokenizer on one's own documents."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 def train_bpe(
     texts: Iterable[str], *, vocab_size: int, min_frequency: int, eos_token: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (every byte is a token, so no text is unknown to it) learnt from
-    an iterable of texts.
+    """Return a byte-level BPE tokenizer learnt from an iterable of texts.
 
-    The same texts in the same order give the same tokenizer. `eos_token` is id 0, and bos and pad
-    as well.
+    Every byte is a token, so the tokenizer can encode any text. The same texts in the same order
+    give the same tokenizer. `eos_token` gets id 0 and also serves as bos and pad.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -47,8 +46,9 @@ def train_bpe(
 
 
 def is_finished(out: Path, plan: bytes) -> bool:
-    """Whether `out` holds the tokenizer of this very plan. Raises ConfigError if it holds
-    anything else.
+    """Return whether `out` already holds the tokenizer made with this plan.
+
+    False if `out` is missing or an empty folder. Raises ConfigError if it holds anything else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -64,7 +64,10 @@ def is_finished(out: Path, plan: bytes) -> bool:
 
 
 def save(tokenizer: PreTrainedTokenizerFast, out: Path, plan: bytes) -> None:
-    """Put the tokenizer folder in its place whole, or not at all."""
+    """Write the tokenizer and its plan to the folder `out`, which appears whole or not at all.
+
+    Raises ConfigError if the path of the temporary folder beside it is taken and cannot be cleared.
+    """
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -78,5 +81,5 @@ def save(tokenizer: PreTrainedTokenizerFast, out: Path, plan: bytes) -> None:
     tokenizer.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue]
     (temporary / "training.json").write_bytes(plan)
     if out.exists():
-        out.rmdir()  # empty, or `is_finished` would have refused it
+        out.rmdir()  # it is empty, or `is_finished` would have refused it
     os.rename(temporary, out)

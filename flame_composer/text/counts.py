@@ -1,7 +1,8 @@
-"""How many layers, experts and heads a config asks for, compared with what there can be.
+"""Limits on the number of layers, experts and heads that a config may ask for.
 
-Layers are built one by one, and some configs list them all: ten million keep a process busy for an
-hour. This needs no torch: tokenizers are loaded without it, and may lie beside such a config.
+Layers are built one by one, and some configs list them all, so a config that asks for ten million
+keeps a process busy for an hour. This module does without torch because tokenizers are loaded
+without it, and a tokenizer's folder may contain such a config.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 from flame_composer.errors import ConfigError
 
-MOST_PARTS = 10_000  # where there are no weights yet to compare with; no model has as many
-FEW_PARTS = 128  # that are quick to build, whatever the weights are
+MOST_PARTS = 10_000  # the limit where there are no weights to compare with; no model has as many
+FEW_PARTS = 128  # so few are quick to build, and so allowed whatever the weights are
 
-# Keys that count what is built one by one, and those that divide a size.
+# Keys that count parts built one by one, and keys that divide a size.
 _PARTS = re.compile(
     r"(\w+_)?(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers|(\w+_)?expert_num|depths?"
 )
@@ -25,14 +26,16 @@ _HEADS = re.compile(r"(num|n)_(\w+_)?heads?|n_head_kv")
 def require_counts(
     content: Any, place: str, weights: Mapping[str, Sequence[int]] | None = None
 ) -> None:
-    """Raise ConfigError for more layers, experts or heads than its weights, or any model, can
-    have.
+    """Raise ConfigError if a config asks for more layers, experts or heads than there can be.
+
+    `content` is the parsed config, `place` names it in the error. `weights` maps the names of the
+    model's tensors to their shapes; without it, the limit is `MOST_PARTS`.
     """
     most_parts = most_heads = MOST_PARTS
     if weights is not None:
         stacked = max(
             (shape[0] for shape in weights.values() if len(shape) > 2), default=0
-        )  # experts in one tensor
+        )  # all experts of a layer may be stacked in one tensor
         most_parts = max(FEW_PARTS, len(weights), stacked)
         most_heads = max([FEW_PARTS, *(size for shape in weights.values() for size in shape)])
     for key, value in _numbers(content):
@@ -52,7 +55,7 @@ def require_counts(
 
 
 def is_beyond_any_model(content: Any) -> bool:
-    """Return whether more than `MOST_PARTS` layers, experts or heads are asked for."""
+    """Return whether a config asks for more than `MOST_PARTS` layers, experts or heads."""
     return any(
         value > MOST_PARTS and (_PARTS.fullmatch(key) or _HEADS.fullmatch(key))
         for key, value in _numbers(content)

@@ -1,4 +1,4 @@
-"""Documents out of input files, one after another, always in the same order."""
+"""Documents read from input files, one after another, always in the same order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from flame_composer.text.jsonl import InvalidRecord, columns, kind_of, text_of
 from flame_composer.text.sources import Slice, slice_files
 from flame_composer.text.unpacking import BLOCK, Compression, line_at, open_input, skip_line
 
-# More than any text that is met. Encoders take up to 180 bytes of memory for each byte of a text
-# that cannot be cut.
+# Larger than real documents. The limit bounds memory: encoders take up to 180 bytes for each byte
+# of a text that cannot be cut.
 MAX_DOCUMENT_BYTES = 64 << 20
 
 
 class Document(NamedTuple):
-    """One document and where it starts: the byte in a JSONL file once it is unpacked (`line_at`
-    gives the line), the row in a Parquet file or a dataset's shard, counted from 1; a plain-text
-    file is one document, at 0.
+    """A document and the position in its file where it starts.
+
+    The position is a byte offset in the unpacked JSONL file (`line_at` gives the line), or a row
+    of a Parquet file or of a dataset's shard, counted from 1. A plain-text file is one document,
+    at position 0.
     """
 
     text: str
@@ -32,8 +34,10 @@ class Document(NamedTuple):
 
 
 class DamagedRecord(DataError):
-    """What is wrong with the JSONL record at byte `position`. Only when it is shown is the
-    line's number looked for, since that means reading the file up to it.
+    """An error about the JSONL record at byte `position`.
+
+    The line's number is found only when the error is shown, since that means reading the file up
+    to that line.
     """
 
     def __init__(self, path: str, position: int, compression: Compression | None, reason: str):
@@ -54,11 +58,12 @@ def read_documents(
     on_damage: Callable[[DataError], None] = _raise,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[Document]:
-    """The documents of `part` in order.
+    """Yield the documents of `part` in order.
 
-    A document that cannot be read (a malformed line, text that is missing, not a string or not
-    valid UTF-8, a text or a line of JSON of more than `max_document_bytes`) is given to `on_damage`
-    as a DataError that names its place, and left out if that returns. Other damage is raised.
+    A document cannot be read if its line is malformed, if its text is missing, not a string or not
+    valid UTF-8, or if its text or its line of JSON has more than `max_document_bytes`. For each
+    such document, `on_damage` is called with a DataError that names its place; the document is
+    skipped if that call returns. Any other damage is raised at once.
     """
     if part.format == "text":
         return _read_text(part, on_damage, max_document_bytes)
@@ -75,10 +80,10 @@ def sample_texts(
     on_damage: Callable[[DataError], None] = _raise,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[str]:
-    """The texts of the files in order; with `max_bytes`, of parts drawn from all over them until
-    they hold that much.
+    """Yield the texts of the files in order, or a sample of them if `max_bytes` is set.
 
-    Always the same sample for the same files.
+    The sample is made of parts drawn from all over the files until they hold `max_bytes` of text.
+    The same files always give the same sample.
     """
     parts = slice_files(files, 1 << 20)
     if max_bytes is not None:
@@ -93,7 +98,7 @@ def sample_texts(
 
 
 def _open_part(part: Slice) -> AbstractContextManager[BinaryIO]:
-    # A small part is no reason to fetch the many bytes behind it.
+    # Reading a small part must not fetch the many bytes after it.
     block_size = min(8 << 20, part.num_bytes + 65536)
     return open_input(part.path, part.compression, part.version, block_size)
 
@@ -111,7 +116,7 @@ def _read_text(
     try:
         yield Document(data.removeprefix(UTF8_BOM).decode(), part.path, 0)
     except UnicodeDecodeError as error:
-        # The offset the decoder gives counts from after the byte-order mark.
+        # The decoder counts its offset from after the byte-order mark.
         offset = error.start + (len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0)
         problem = f"{part.path}: not valid UTF-8 at byte {offset}{other_kind(bytes(data[:512]))}"
         on_damage(DataError(f"{problem}; convert the file to UTF-8 or remove it"))
@@ -125,7 +130,7 @@ def _read_jsonl(
         position = part.start
         if position > 0:
             file.seek(position - 1)
-            # The rest of a record that started in the slice before.
+            # Skip the rest of a record that started in the slice before this one.
             position += skip_line(file, part.end - position + 1) - 1
         while end is None or position < end:
             line = _read_line(file, max_bytes)
@@ -153,9 +158,9 @@ def _read_jsonl(
 
 
 def _read_line(file: BinaryIO, max_bytes: int) -> bytes | bytearray:
-    """Return the next line with its end, or its first `max_bytes` and one more if it is longer.
+    """Return the next line with its line break, or its first `max_bytes` + 1 bytes if it is longer.
 
-    Of a long one only this much is in memory, once.
+    No more than that is held in memory, and only one copy of it.
     """
     line = file.readline(min(BLOCK, max_bytes + 1))
     if len(line) < BLOCK or line.endswith(b"\n"):
@@ -173,7 +178,7 @@ def _short_enough(
     documents: Iterator[Document], on_damage: Callable[[DataError], None], max_bytes: int
 ) -> Iterator[Document]:
     for document in documents:
-        # A character takes four bytes at most.
+        # A character takes at most four bytes, so most texts need not be encoded to be measured.
         if len(document.text) * 4 > max_bytes and len(document.text.encode()) > max_bytes:
             problem = _too_long(max_bytes, "remove the row")
             on_damage(DataError(f"{document.path}: row {document.position}: {problem}"))

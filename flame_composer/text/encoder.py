@@ -1,6 +1,4 @@
-"""The fast encoder, gigatoken: whether it is to be had and handles a tokenizer, and the function
-that encodes with it.
-"""
+"""The fast encoder, gigatoken: the choice between it and tokenizers, and encoding with it."""
 
 from __future__ import annotations
 
@@ -24,16 +22,16 @@ from flame_composer.text.tokenizer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Characters that are new in Unicode 17: letters and digits to gigatoken 0.10, not yet to tokenizers
-# 0.22 (found by encoding every code point with both). A text that holds one is left to tokenizers.
+# Characters new in Unicode 17: gigatoken 0.10 takes them for letters and digits, tokenizers 0.22
+# does not yet (found by encoding every code point with both). A text with one goes to tokenizers.
 NEW_CHARACTERS = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011ddb"
     "\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff"
     "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
     "\U000323b0-\U00033479]"
 )
-# How each of them begins in UTF-8: its first byte, then two. These are looked for first, forty and
-# six times as fast.
+# How these characters begin in UTF-8: the first byte, and the first two. Searching for these first
+# is forty and six times as fast as searching for the characters.
 NEW_BYTES = (b"\xe0", b"\xea", b"\xf0")
 NEW_STARTS = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 PROBES = (
@@ -55,11 +53,11 @@ def choose_encoder(
     tokenizer: PreTrainedTokenizerFast,
     begun: str | None = None,
 ) -> str:
-    """The name of the encoder that a conversion is to use: "hf", or "gigatoken" and its version.
+    """Return the name of the encoder for a conversion: "hf", or "gigatoken" and its version.
 
-    With "auto", what the conversion was `begun` with; if it is new, gigatoken if it is installed
-    and its tokens of some awkward texts are those of the tokenizer. Raises ConfigError if gigatoken
-    is wanted and cannot be had.
+    With "auto", that is the encoder that the conversion was `begun` with. A new conversion uses
+    gigatoken if it is installed and encodes some awkward texts to the tokenizer's own tokens, and
+    "hf" otherwise. Raises ConfigError if `wanted` is "gigatoken" and it cannot be used.
     """
     if wanted == "hf":
         return HF
@@ -95,8 +93,10 @@ def build_fast_encoder(
     add_bos: bool,
     add_eos: bool,
 ) -> Encoder:
-    """A gigatoken encoder that gives what `exact` does, which is `tokenizer.build_encoder` with
-    the same flags.
+    """Return a gigatoken encoder that gives the same tokens as `exact`.
+
+    `exact` is the encoder that `tokenizer.build_encoder` returns for the same flags. It encodes the
+    texts that gigatoken would encode differently.
     """
     tokenizer = bare(tokenizer)
     fast = _gigatoken(tokenizer)
@@ -132,8 +132,9 @@ def _installed() -> str | None:
 
 
 def _gigatoken(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Callable[[str], Any]:
-    """One text at a time, on the calling thread: as fast as in batches, and without the weight
-    of awkward arrays.
+    """Return gigatoken's function that encodes one text, on the calling thread.
+
+    This is as fast as encoding in batches, and needs none of the awkward arrays that batches use.
     """
     import gigatoken
 
@@ -141,15 +142,15 @@ def _gigatoken(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Callable[[
 
 
 def _trouble(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Why gigatoken cannot encode for this tokenizer, None if it can."""
+    """Return why gigatoken cannot encode for this tokenizer, or None if it can."""
     if tokenizer.split_special_tokens:
         return (
-            "gigatoken does not take special tokens in a text apart, as split_special_tokens asks;"
+            "gigatoken does not split special tokens found in a text, as split_special_tokens asks;"
             " set encoder=hf"
         )
     try:
         fast = _gigatoken(tokenizer)
-    except Exception as error:  # whatever it makes of a tokenizer of a kind it does not know
+    except Exception as error:  # gigatoken may raise anything for a kind of tokenizer it lacks
         return f"gigatoken does not handle this tokenizer: {one_line(error)}; set encoder=hf"
     added = " ".join(f"a{token}b {token}" for token in list(tokenizer.get_added_vocab())[:100])
     for text in (*PROBES, added):
@@ -158,4 +159,4 @@ def _trouble(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return None
 
 
-HF = "hf"  # the encoder of tokenizers, which every other must agree with
+HF = "hf"  # the encoder of the tokenizers package, which every other encoder must agree with

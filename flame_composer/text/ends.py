@@ -1,6 +1,6 @@
-"""What documents began and ended with in training, kept with the tokenizer.
+"""The tokens that documents began and ended with in training, recorded with the tokenizer.
 
-Whoever reads a text begins it the same way.
+Evaluation and generation read this record, so that a text begins as documents did in training.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from flame_composer.text.tokenizer import require_ends
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ENDS = "documents"  # of the mark in tokenizer_config.json
+ENDS = "documents"  # key in the mark (see `steady.MARK`) in tokenizer_config.json
 
 log = logging.getLogger(__name__)
 
 
 class Ends(NamedTuple):
-    """Whether every document had the tokenizer's bos before it, and its eos after it."""
+    """Two flags: every document had the tokenizer's bos before it, and its eos after it."""
 
     bos: bool
     eos: bool
 
 
 def parse_ends(content: Any, *, bos: str = "bos", eos: str = "eos") -> Ends | None:
-    """Return the ends under these keys of JSON that is not trusted, None if one is missing."""
+    """Return the ends found under two keys of untrusted JSON, or None if either is not a bool."""
     if not isinstance(content, dict):
         return None
     before, after = content.get(bos), content.get(eos)
@@ -42,15 +42,12 @@ def parse_ends(content: Any, *, bos: str = "bos", eos: str = "eos") -> Ends | No
 
 
 def ends_of(tokenizer: PreTrainedTokenizerFast) -> Ends | None:
-    """Return what documents began and ended with in training, None if the tokenizer does not say.
-
-    See `with_ends`.
-    """
+    """Return the ends that the tokenizer records, or None if it records none (see `with_ends`)."""
     return parse_ends(mark_of(tokenizer).get(ENDS))
 
 
 def ends_in(folder: str) -> Ends | None:
-    """Return what the tokenizer in a local folder says, without loading it, None if nothing."""
+    """Return the ends that the tokenizer in a local folder records, or None, without loading it."""
     try:
         content = json.loads(storage.read_small(Path(folder, "tokenizer_config.json")))
     except (OSError, ValueError, RecursionError):
@@ -60,17 +57,17 @@ def ends_in(folder: str) -> Ends | None:
 
 
 def note_ends(tokenizer: PreTrainedTokenizerFast, ends: Ends) -> None:
-    """Have the tokenizer say what documents began and ended with; its template stays as it is."""
+    """Record in the tokenizer what documents began and ended with, leaving its template alone."""
     tokenizer.init_kwargs[MARK] = {**mark_of(tokenizer), ENDS: ends._asdict()}
 
 
 def with_ends(tokenizer: PreTrainedTokenizerFast, ends: Ends) -> PreTrainedTokenizerFast:
     """Return a copy of the tokenizer whose template begins a text as documents began in training.
 
-    `tokenizer(text)` then puts bos before the text if documents had it, and never anything after
-    it: a text that is to be continued has not ended. The copy says what the ends were wherever it
-    is saved (in tokenizer_config.json). It keeps the original template there, so that its
-    fingerprint is that of the tokenizer it was copied from.
+    `tokenizer(text)` then puts bos before the text if documents had it. It never puts anything
+    after the text, because a text that is to be continued has not ended. When the copy is saved,
+    its tokenizer_config.json records the ends, and also the original template, so that the copy
+    has the same fingerprint as the original.
 
     Raises ConfigError if documents are to begin with bos and the tokenizer has none.
     """
@@ -100,14 +97,14 @@ def template_of(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int
 def _set_template(tokenizer: PreTrainedTokenizerFast, *, bos: bool) -> None:
     if hasattr(
         tokenizer, "update_post_processor"
-    ):  # Llama's kind: it makes its template anew whenever it is loaded
+    ):  # Llama's tokenizer, which builds its template anew from these flags when it is loaded
         tokenizer.init_kwargs |= {"add_bos_token": bos, "add_eos_token": False}
         tokenizer.add_eos_token = False
         tokenizer.add_bos_token = bos
         return
     before = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
     steps = before["processors"] if before and before["type"] == "Sequence" else [before]
-    # It sets offsets and adds no tokens.
+    # A ByteLevel step only sets offsets and adds no tokens.
     kept = [step for step in steps if step and step["type"] == "ByteLevel"]
     token, id = str(tokenizer.bos_token), tokenizer.bos_token_id
     texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
@@ -130,7 +127,7 @@ def _set_template(tokenizer: PreTrainedTokenizerFast, *, bos: bool) -> None:
 def _processor(content: dict[str, Any]) -> Any:
     """Return the post-processor that tokenizer.json describes as `content`.
 
-    tokenizers reads whole files only, so this is one of a file with nothing else in it.
+    The tokenizers package reads whole files only, so this makes a file with nothing else in it.
     """
     from tokenizers import Tokenizer
 
@@ -147,10 +144,11 @@ def _processor(content: dict[str, Any]) -> Any:
 
 
 def start_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the token that a document's first one is predicted from.
+    """Return the id of the token from which a document's first token is predicted.
 
-    That is bos, or the eos of the document before it. Where training is not known it is bos
-    if there is one. None for a tokenizer that has neither.
+    This is the eos of the document before it if documents in training ended with eos and began
+    without bos. In every other case it is bos, or eos if the tokenizer has no bos. None if the
+    tokenizer has neither.
     """
     ends, bos, eos = ends_of(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     if ends is not None and ends.eos and not ends.bos:
@@ -159,11 +157,11 @@ def start_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Return the tokens of a text that a model is to continue, begun as documents were in training.
+    """Return the tokens of a text that a model is to continue.
 
-    Where that is not known, nothing is put before it; nor is bos before a text that begins with it.
-    An empty text is the token that a document starts after. Raises ConfigError for one if the
-    tokenizer has no such token.
+    Bos comes first if documents began with it in training, unless the text already begins with it.
+    Nothing is added if the tokenizer does not record how documents began. An empty text becomes the
+    one token `start_of` returns; if there is none, ConfigError is raised.
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     ends, bos = ends_of(tokenizer), tokenizer.bos_token_id
@@ -181,18 +179,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def choose_ends(ends: Mapping[str, Ends | None], before: Mapping[str, Ends | None]) -> Ends | None:
-    """Return what the first of the datasets that are trained on says of its documents.
+    """Return the ends of the first dataset that a model is trained on.
 
-    `ends` has what each dataset says, by name; `before` what the model was trained on until now, by
-    the places that say so. Warns where datasets differ (the first is taken), where one does not
-    say, and where training was on something else before.
+    `ends` maps each dataset's name to the ends it records. `before` maps each place that records
+    earlier training of the model to the ends in it. Warns if the datasets differ, if one records
+    nothing, and if earlier training used another beginning.
     """
     first = next(iter(ends))
     for name, each in ends.items():
         if each is None:
             warn(
                 f"{name}: its manifest does not say what documents begin and end with; the "
-                "tokenizer goes out as it is, and scores in tasks begin as its template has it"
+                "tokenizer is saved as it is, and texts of tasks begin as its template has it"
             )
         elif each != ends[first] and ends[first] is not None:
             warn(
@@ -212,11 +210,13 @@ def choose_ends(ends: Mapping[str, Ends | None], before: Mapping[str, Ends | Non
 def begin_as_in_training(
     tokenizer: PreTrainedTokenizerFast, place: str, *, add_bos: bool | None, otherwise: str
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the model at `place` such that texts begin as documents in training.
+    """Return a copy of the tokenizer with which texts begin as documents did in training.
 
-    `add_bos` overrules that if it is set. Warns where it is not known how documents began
-    (`otherwise` says what comes of it), and where `add_bos` or the tokenizer's template contradicts
-    training. Raises ConfigError for `add_bos` without a bos token.
+    `place` names the model. `add_bos`, if set, overrules how documents began. If neither is known,
+    the tokenizer itself is returned, and a warning says so; `otherwise` tells in it what follows
+    from that. Warns as well if `add_bos` or the tokenizer's template contradicts training.
+
+    Raises ConfigError if bos is to be added and the tokenizer has none.
     """
     known, template = ends_of(tokenizer), template_of(tokenizer)
     if known is None and add_bos is None:
@@ -237,22 +237,22 @@ def begin_as_in_training(
             f"text and {_named(tokenizer, template[1])} after it, but documents in training "
             f"{describe(known)}: texts begin as they did"
         )
-    # An eos, as convert/to_mds.py puts it unless it is told otherwise.
+    # Without a record, assume an eos: convert/to_mds.py adds one unless told otherwise.
     ends = known or Ends(bos=False, eos=tokenizer.eos_token_id is not None)
     return with_ends(tokenizer, ends if add_bos is None else ends._replace(bos=add_bos))
 
 
 def describe(ends: Ends | None) -> str:
-    """Return the ends as the rest of a sentence about documents."""
+    """Return the ends as words that complete a sentence about documents."""
     assert ends is not None
     bos, eos = ("with" if end else "without" for end in ends)
     return f"begin {bos} bos and end {eos} eos"
 
 
 def describe_start(tokenizer: PreTrainedTokenizerFast, add_bos: bool | None = None) -> str:
-    """Return what texts begin with, and on whose word, as a line for people.
+    """Return a line for the user that says what texts begin with, and why.
 
-    `add_bos` is what the user said, if anything.
+    `add_bos` is what the user set, or None.
     """
     why = (
         "as documents in training did"
@@ -266,10 +266,10 @@ def describe_start(tokenizer: PreTrainedTokenizerFast, add_bos: bool | None = No
 
 def _named(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     names = "".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
-    return names if names.isprintable() else ascii(names)  # they come from elsewhere
+    return names if names.isprintable() else ascii(names)  # token names are untrusted input
 
 
 def warn(message: str) -> None:
-    """Log a line, on one rank of all."""
+    """Log a warning, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         log.warning("warning: %s", message)

@@ -1,6 +1,4 @@
-"""What an input file is, by its name and its first bytes together: its format, and how it is
-compressed.
-"""
+"""The format and compression of an input file, told from its name and its first bytes."""
 
 from __future__ import annotations
 
@@ -31,14 +29,15 @@ COMPRESSIONS: dict[str, Compression] = {
     ".bz2": "bz2",
     ".xz": "xz",
 }
-# What folders are searched for; a .json file may be anything, unless it is packed, as C4 has it.
+# The endings that folders are searched for. A plain .json file may be anything; a compressed one
+# holds JSON lines, as in C4.
 FOUND = (*FORMATS, *(f"{inner}{outer}" for inner in (*FORMATS, ".json") for outer in COMPRESSIONS))
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z")
-START = 65536  # bytes that are looked at
+START = 65536  # bytes of a file that are looked at
 UTF8_BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# No text begins like this; Parquet's and bzip2's letters are followed by bytes that no text goes on
-# with.
+# No text begins like this: even where the first bytes are letters (bzip2, Parquet), the bytes after
+# them are not found in text.
 PACKED: dict[Compression, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -47,7 +46,7 @@ PACKED: dict[Compression, re.Pattern[bytes]] = {
 }
 PARQUET = re.compile(rb"PAR[1E]\x15")
 TAR = re.compile(rb"(?s).{257}ustar[\0 ]")
-# The rest of what is met, which is only named.
+# Other kinds of file, which are not read but named in errors.
 OTHERS = {
     "an ORC file": rb"ORC[\0-\x1f\x80-\xff]",
     "an Avro file": rb"Obj\x01",
@@ -59,14 +58,15 @@ OTHERS = {
     "packed with Snappy": rb"\xff\x06\0\0sNaPpY",
     "UTF-16": rb"\xff\xfe|\xfe\xff",
 }
-# Endings that say nothing: none, numbers, and those of the parts that Spark writes
-# (part-00000-....c000).
+# Endings that say nothing about the format: none at all, numbers, and those of the parts that Spark
+# writes (part-00000-....c000).
 NUMBERED = re.compile(r"\.?c?[0-9_-]*")
 
 
 class Kind(NamedTuple):
-    """What a file is read as. `doubt` says where its name and its first bytes disagree, "" if
-    they do not.
+    """The format and compression that a file is read with.
+
+    `doubt` says how the file's name and its first bytes disagree; "" if they agree.
     """
 
     format: Format
@@ -75,8 +75,10 @@ class Kind(NamedTuple):
 
 
 class Name(NamedTuple):
-    """What a file's name says of it. `json` is JSON in one of its forms, `other` plain text if
-    the bytes do not say otherwise, None nothing at all.
+    """The format and compression that a file's name indicates.
+
+    The format "json" is any form of JSON, "other" is plain text unless the bytes say otherwise,
+    and None means that the name says nothing.
     """
 
     format: Literal["jsonl", "parquet", "text", "json", "other"] | None
@@ -89,8 +91,9 @@ def _endings(path: str) -> tuple[str, str]:
 
 
 def by_name(path: str) -> Name:
-    """Return what the name says. Raise ConfigError for archives and packed Parquet files, which
-    cannot be read.
+    """Return what a file's name says about its format and compression.
+
+    Raises ConfigError for archives and compressed Parquet files, which cannot be read.
     """
     suffix, inner = _endings(path)
     if suffix in ARCHIVES or (suffix in COMPRESSIONS and inner in (".tar", ".parquet")):
@@ -98,16 +101,14 @@ def by_name(path: str) -> Name:
     compression = COMPRESSIONS.get(suffix)
     ending = inner if compression else suffix
     if ending in FORMATS:
-        return Name(FORMATS[ending], compression)  # type: ignore[arg-type]  # of which there is no dataset
+        return Name(FORMATS[ending], compression)  # type: ignore[arg-type]  # never "dataset"
     if ending == ".json":
         return Name("json", compression)
     return Name(None if NUMBERED.fullmatch(ending) else "other", compression)
 
 
 def format_by_suffix(path: str) -> Format:
-    """Return the format that a file's suffix alone names, with which earlier versions were
-    content.
-    """
+    """Return the format that a file's suffix alone names, as earlier versions chose it."""
     suffix, inner = _endings(path)
     if suffix not in (".gz", ".zst", ".bz2", ".xz"):
         return FORMATS.get(suffix, "text")
@@ -115,13 +116,13 @@ def format_by_suffix(path: str) -> Format:
 
 
 def detect(path: str, size: int) -> Kind:
-    """Return what the file is, of which the first bytes are read.
+    """Return the format and compression of a file, from its name and its first bytes.
 
-    Bytes that are unmistakable (compression, Parquet) are believed, whatever the name. JSON lines
-    are told from plain text by a name, if it says anything, and only otherwise by the bytes.
+    Unmistakable bytes (compression, Parquet) are believed whatever the name says. Between JSON
+    lines and plain text the name decides if it says anything, and the bytes only if it does not.
 
-    Raise ConfigError for what cannot be read as it is, and DataError for what is certainly not the
-    file it should be.
+    Raises ConfigError for a file that cannot be read as it is, and DataError for one that is
+    certainly not the file it should be (an empty compressed file, a git-lfs pointer).
     """
     name = by_name(path)
     start = reading(path, lambda path: storage.read_start(path, START)) if size else b""
@@ -150,8 +151,9 @@ def detect(path: str, size: int) -> Kind:
 
 
 def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
-    """Return the format of a file with these first bytes, unpacked, and where its name does not
-    agree.
+    """Return the format of a file, and how its name disagrees ("" if it does not).
+
+    `start` holds the file's first bytes, decompressed.
     """
     if PARQUET.match(start):
         agrees = name.format in ("parquet", "other", None)
@@ -169,8 +171,8 @@ def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
     if name.format == "json":
         if shape in ("array", "object"):
             raise ConfigError(
-                f"source: {path}: {_HINTS[shape]}, or name it .txt to take it as it is, as plain"
-                " text"
+                f"source: {path}: {_HINTS[shape]}, or name it .txt to read it as plain text, as it"
+                " is"
             )
         return "jsonl", ""
     if name.format is None:
@@ -190,24 +192,24 @@ def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
 
 _HINTS = {
     "array": (
-        "holds one JSON array, where a JSON object a line is read; make lines of it: jq -c '.[]'"
+        "holds one JSON array, but must hold one JSON object per line; convert it with: jq -c '.[]'"
         " FILE > FILE.jsonl"
     ),
     "object": (
-        "holds one JSON object over several lines, where one a line is read; make lines: jq -c ."
-        " FILE > FILE.jsonl"
+        "holds one JSON object over several lines, but must hold one per line; convert it with: jq"
+        " -c . FILE > FILE.jsonl"
     ),
 }
 
 
 def _shape(start: bytes) -> Literal["lines", "array", "object"] | None:
-    """Return what JSON these first bytes of a file are the beginning of, None if of none."""
+    """Return which form of JSON a file begins with, or None if it does not begin with JSON."""
     text = start.removeprefix(UTF8_BOM).lstrip()
     if re.match(rb"\[\s*[\[{\"\]]", text):
         return "array"
     first, newline, rest = text.partition(b"\n")
     if not text.startswith(b"{"):
-        return "lines" if _is_certain(rest) else None  # of which the first is damaged
+        return "lines" if _is_certain(rest) else None  # lines, of which the first is damaged
     if _is_object(first):
         return "lines"
     second = rest.lstrip().partition(b"\n")[0]
@@ -234,7 +236,7 @@ def _is_cut_short(line: bytes) -> bool:
 
 
 def _is_certain(start: bytes) -> bool:
-    """Whether the first two lines, which are all there, are JSON objects."""
+    """Return whether a file begins with two complete lines that are both JSON objects."""
     lines = start.removeprefix(UTF8_BOM).lstrip().splitlines()[:2]
     return len(lines) == 2 and all(map(_is_object, lines))
 
@@ -261,8 +263,9 @@ def _unreadable_archive(path: str) -> ConfigError:
 
 
 def other_kind(start: bytes) -> str:
-    """Return, as part of an error, what a file that is no text seems to be by its first bytes;
-    "" if that is not known.
+    """Return words for an error that say what a file seems to be, or "" if that is not known.
+
+    `start` holds the first bytes of a file that is not text.
     """
     patterns = OTHERS | {"a tar archive": TAR.pattern}
     known = next(

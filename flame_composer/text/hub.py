@@ -1,6 +1,4 @@
-"""Hugging Face datasets, by id or local folder, read a shard at a time through `datasets`
-without a copy on disk.
-"""
+"""Hugging Face datasets, by id or local folder, read shard by shard without a copy on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ SCHEME = "dataset:"
 
 
 def address(source: str, name: str | None, split: str) -> str:
-    """What stands for a dataset where a file has its path."""
+    """Return the string that stands for a dataset wherever a file would have its path."""
     query = {"name": name, "split": split} if name else {"split": split}
     return f"{SCHEME}{source}?{urlencode(query)}"
 
@@ -30,9 +28,10 @@ def is_dataset(path: str) -> bool:
 
 
 def open_source(path: str) -> IterableDataset:
-    """The dataset at an `address`; HF_HUB_OFFLINE and the other settings of `datasets` apply.
+    """Return the dataset that an `address` stands for, as a stream.
 
-    Raises ConfigError if there is no such dataset, configuration or split.
+    HF_HUB_OFFLINE and the other settings of the `datasets` package apply. Raises ConfigError if
+    there is no such dataset, configuration or split, and if the dataset names files outside of it.
     """
     from datasets import disable_progress_bars, load_dataset_builder
     from datasets.config import DATASET_STATE_JSON_FILENAME
@@ -56,17 +55,19 @@ def open_source(path: str) -> IterableDataset:
         return cast("IterableDataset", builder.as_streaming_dataset(split=settings["split"]))
     except ConfigError:
         raise
-    except Exception as error:  # whatever a dataset, the hub or the network makes of it
+    except Exception as error:  # a dataset, the hub or the network may raise anything
         raise ConfigError(
             f"source: {source}: cannot be opened as a dataset: {one_line(error)}"
         ) from None
 
 
 def _check_inside(source: str, file: str) -> None:
-    """Raise ConfigError for a file that a dataset's README.md names, and which lies outside of its
-    folder; of a dataset on the hub, for one of this machine.
+    """Raise ConfigError if a dataset's README.md names a file that lies outside of the dataset.
+
+    For a dataset in a folder that is any file outside of it; for one on the hub, any file on this
+    machine.
     """
-    place = file.rpartition("::")[2].removeprefix("file://")  # the archive that it is in, if any
+    place = file.rpartition("::")[2].removeprefix("file://")  # the archive it is in, if any
     is_here = "://" not in place
     if not os.path.isdir(source):
         is_outside = is_here
@@ -79,13 +80,14 @@ def _check_inside(source: str, file: str) -> None:
     if is_outside:
         raise ConfigError(
             f"source: {source}: its data_files name {file}, which lies outside of it; move that"
-            " into it, or give it as a source of its own"
+            " file into it, or give it as a source of its own"
         )
 
 
 def _check_every_stream() -> None:
-    """Have fsspec, through which `datasets` reads, unpack bz2 and xz with the reader that passes
-    over no damage.
+    """Make fsspec decompress bz2 and xz with `Streams`, which reports all damage.
+
+    `datasets` reads files through fsspec, whose own readers can miss a damaged stream.
     """
     from fsspec.compression import register_compression
 
@@ -99,13 +101,13 @@ def _check_every_stream() -> None:
 
 
 def read_shard(path: str, shard: int) -> Iterator[dict[str, Any]]:
-    """The rows of one of the dataset's shards."""
+    """Yield the rows of one shard of a dataset. Raises DataError if the shard cannot be read."""
     dataset = open_source(path)
     rows = iter(dataset.shard(num_shards=dataset.num_shards, index=shard))
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # the same
+        except Exception as error:  # as in `open_source`, anything may be raised
             raise DataError(
                 f"{path}: shard {shard}: cannot be read: {one_line(error)}; run the same command"
                 " again"

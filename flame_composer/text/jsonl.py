@@ -1,4 +1,4 @@
-"""The text in a line of JSON: what it is, or why there is none."""
+"""Extraction of the text from a line of JSON, with the reason where there is none."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import re
 from typing import Any
 
-# A string, a bracket, or what stands between them. Possessive, so that a long string takes no
-# memory to match.
+# A string, a bracket, or whatever stands between them. The quantifiers are possessive, so that
+# matching a long string takes no memory.
 TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]|[^"\[\]{}]++|"', re.DOTALL)
 
 
 class InvalidRecord(Exception):
-    """Why a JSONL record has no text."""
+    """A JSONL record has no text; the message says why."""
 
 
 def text_of(line: bytes | bytearray, text_column: str) -> str:
-    """Return the string at `text_column` of the JSON object in `line`. Raise InvalidRecord if
-    there is none.
+    """Return the string in `text_column` of the JSON object in `line`.
+
+    Raises InvalidRecord if there is no such object or string.
     """
     record = parse(line)
     if not isinstance(record, dict):
@@ -31,7 +32,7 @@ def text_of(line: bytes | bytearray, text_column: str) -> str:
         raise InvalidRecord(
             f"column '{text_column}' must be a string, not {kind_of(text)}; mend or remove the line"
         )
-    # Only an escape can bring a lone surrogate in, which is no text in any encoding.
+    # Only a \u escape can yield half of a surrogate pair, which no encoding can represent.
     if b"\\u" in line and not _encodable(text):
         raise InvalidRecord(
             f"column '{text_column}' holds half of a surrogate pair; mend or remove the line"
@@ -40,10 +41,11 @@ def text_of(line: bytes | bytearray, text_column: str) -> str:
 
 
 def parse(line: bytes | bytearray) -> Any:
-    """Return the JSON value in `line`. Raise InvalidRecord if it is none.
+    """Return the JSON value in `line`. Raises InvalidRecord if it holds none.
 
-    Numbers may have any number of digits, and values be nested to any depth, though Python's parser
-    refuses both; what they are is then not returned, only that it is a number, a list or an object.
+    Numbers may have any number of digits and values may be nested to any depth, although Python's
+    parser refuses both. Such values come back as placeholders that keep only their kind: a float
+    for a number, an empty list or object for what is nested.
     """
     try:
         decoded = line.decode().rstrip("\r\n")
@@ -68,7 +70,7 @@ def _parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
-    # A number of too many digits for `int`, or nested too deep
+    # A number has too many digits for `int`, or the value is nested too deeply.
     except (ValueError, RecursionError):
         pass
     try:
@@ -78,9 +80,9 @@ def _parse_json(text: str) -> Any:
 
 
 def _parse_nested(text: str) -> Any:
-    """Return the value in `text`, in whose outermost list or object those within are empty.
+    """Return the value in `text` with the lists and objects inside it emptied.
 
-    Each is checked by itself, from the innermost out.
+    Each of them is checked by itself, from the innermost outwards.
     """
     levels: list[list[str]] = [[]]
     for match in TOKEN.finditer(text):
@@ -106,7 +108,7 @@ def _encodable(text: str) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Return what JSON calls a value of this kind."""
+    """Return the name that JSON has for a value's type, with its article, such as "a number"."""
     names: dict[type, str] = {
         type(None): "null",
         bool: "a boolean",
@@ -120,7 +122,7 @@ def kind_of(value: Any) -> str:
 
 
 def columns(names: list[str]) -> str:
-    """Return, as part of an error, what columns there are in place of the one that is missing."""
+    """Return words for an error about a missing column that say which columns there are."""
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return (
         f"its columns are: {listed} (name one with text_column=...)"

@@ -1,17 +1,16 @@
-"""Long texts in pieces: where a text can be cut so that the pieces' tokens, end to end, are those
-of the whole.
+"""Cutting of long texts into pieces that are encoded separately, with exactly the same tokens.
 
-tokenizers keeps 80 to 180 bytes for each byte of a text that it is encoding, so that a document of
-200 MB takes more memory than a machine has. A cut is exact after a line break where no token and no
-rule of the tokenizer reaches across:
+The tokenizers package keeps 80 to 180 bytes for each byte of a text that it is encoding, so a
+document of 200 MB takes more memory than a machine has. The tokens of the pieces, put end to end,
+are those of the whole text if every cut is made after a line break that no token and no rule of the
+tokenizer reaches across. This can be guaranteed for two kinds of tokenizer:
 
-- byte-level BPE whose words are told apart by one of the patterns in `PATTERNS`: a single line
-  break between a character
-  that is no white space and a word character always ends a word;
-- BPE over whole texts with `▁` for spaces (SentencePiece's kind), in whose vocabulary the line
-  break is in no merge.
+- byte-level BPE that splits words by one of the patterns in `PATTERNS`: a single line break between
+  a character that is not white space and a word character always ends a word;
+- BPE over whole texts with `▁` for spaces (SentencePiece's kind), if no merge in its vocabulary
+  contains the line break.
 
-Every other tokenizer encodes whole texts.
+For every other tokenizer, texts are encoded whole.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import Any
 
 PIECE = 1 << 20  # characters
 CUT = re.compile(r"(?<=[^\s\u180e]\n)(?=\w)")  # U+180E was white space up to Unicode 6.3
-_LINE_BREAKS = ("\n", "<0x0A>")  # as a token
+_LINE_BREAKS = ("\n", "<0x0A>")  # the tokens that may stand for a line break
 
-# Each begins a word after a lone line break, has no look-behind, and lets none but white space and
-# punctuation run into one.
+# Each pattern begins a new word after a lone line break, has no look-behind, and lets only white
+# space and punctuation run into a line break.
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,16 +32,17 @@ _LLAMA_3 = (
 PATTERNS = (
     _LLAMA_3,
     _LLAMA_3.replace("{1,3}", ""),  # Qwen 2
-    # GPT-2, as ByteLevel has it built in
+    # GPT-2, the pattern built into ByteLevel
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 )
 
 
 def can_be_cut(serialized: str) -> bool:
-    """Whether texts may be cut at `CUT` for this tokenizer (tokenizer.json's content).
+    """Return whether texts may be cut at `CUT` for a tokenizer with this tokenizer.json.
 
-    A piece behind a cut must be encoded with the line break before it, whose tokens are then left
-    out: some tokenizers put a space before a text, and would put one before the piece.
+    Each piece after a cut must be encoded together with the line break before it, and the tokens of
+    that line break then dropped: some tokenizers put a space before a text, and would put one
+    before the piece.
     """
     state = json.loads(serialized)
     model, before = state["model"], state["pre_tokenizer"]
@@ -61,7 +61,7 @@ def can_be_cut(serialized: str) -> bool:
 
 
 def cut(text: str) -> list[str]:
-    """Return the text in pieces of `PIECE` characters or as few more as it takes to reach a cut."""
+    """Return the text in pieces, each ending at the first `CUT` after `PIECE` characters."""
     pieces, start = [], 0
     while (found := CUT.search(text, start + PIECE)) is not None:
         pieces.append(text[start : found.end()])
@@ -85,8 +85,9 @@ def _is_known_split(step: dict[str, Any]) -> bool:
 
 
 def _is_known_spaced(state: dict[str, Any]) -> bool:
-    """`▁` in place of spaces, put there by the normalizer or the pre-tokenizer, and merges that
-    know no line break.
+    """Return whether a tokenizer writes spaces as `▁` and has no line break in any merge.
+
+    The normalizer or the pre-tokenizer may put the `▁` there.
     """
     model = state["model"]
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
@@ -122,7 +123,7 @@ def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
 
 
 def _reaches_out(token: dict[str, Any]) -> bool:
-    """Whether an added token takes in, or looks at, what stands beside it."""
+    """Return whether an added token contains white space or depends on what stands beside it."""
     return (
         token["lstrip"]
         or token["rstrip"]

@@ -1,4 +1,4 @@
-"""Parquet files: opened so that what is damaged shows, and the texts of their row groups."""
+"""Parquet files, opened so that damage is noticed, and the texts in their row groups."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from flame_composer.storage.filesystems import is_url
 from flame_composer.text.jsonl import columns
 from flame_composer.text.unpacking import reading, reason
 
-# That are unpacked at a time, fewer rows where they are long
+# The most rows unpacked at a time, and the most bytes: fewer rows are taken where they are long.
 BATCH_ROWS, BATCH_BYTES = 256, 32 << 20
 
 
 def open_parquet(path: str, version: str | None = None) -> Any:
-    """Return a pyarrow ParquetFile, local or in an object store, whose pages' checksums are
-    checked where it has any.
+    """Return a pyarrow ParquetFile that is local or in an object store.
+
+    Checksums of its pages are verified if it has any. Raises DataError if the file cannot be read
+    or is not a Parquet file.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -40,15 +42,16 @@ def read_texts(
     text_column: str,
     on_damage: Callable[[DataError], None],
 ) -> Iterator[tuple[int, str]]:
-    """Yield the texts in these row groups, and their rows, counted from 1 in the whole file.
+    """Yield the number and the text of each row in these row groups.
 
-    A row without text goes to `on_damage`. Raise DataError for a file that is damaged or has no
-    such column of strings.
+    Rows are numbered from 1 in the whole file. For a row without valid text, `on_damage` is called.
+    Raises DataError if the file is damaged or `text_column` is missing or does not hold strings,
+    and ConfigError if several columns have that name.
     """
     file = open_parquet(path, version)
     num_rows = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
     if not any(num_rows[groups.start :]):
-        return  # an empty part has whatever types its writer took for nothing
+        return  # a file without rows may have any column types, so do not check them
     _check_column(path, file.schema_arrow, text_column)
     row = sum(num_rows[: groups.start])
     for value in _values(path, file, groups, text_column, row):

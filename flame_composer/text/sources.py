@@ -1,6 +1,4 @@
-"""The files of a corpus: which ones a source names, in what order, and the slices they are read
-in.
-"""
+"""The files of a corpus in their order, and the slices in which they are read."""
 
 from __future__ import annotations
 
@@ -25,20 +23,20 @@ from flame_composer.text.unpacking import Compression, reading
 
 log = logging.getLogger(__name__)
 
-# What Hadoop and Spark leave beside the parts of a table, and folders of parts that were never
-# committed.
+# Marker files that Hadoop and Spark leave beside the parts of a table, and their folder for parts
+# that were never committed.
 MARKS = re.compile(r"_SUCCESS|_(committed|started)_\d+|_(common_)?metadata|.*\.crc")
 UNCOMMITTED = "_temporary"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of one input file.
+    """A part of one input file.
 
     `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row
-    groups in Parquet shards in a dataset, and the whole file, 0 and its size, in plain text and
-    where it is compressed. `num_bytes` is its share of the file's size. `version` is that of a file
-    in an object store, such as its ETag.
+    groups in Parquet and shards in a dataset. Plain text and compressed files are one slice, from
+    0 to the file's size. `num_bytes` is the slice's share of the file's size. `version` identifies
+    the content of a file in an object store, such as its ETag.
     """
 
     path: str
@@ -54,15 +52,20 @@ Unit = tuple[Slice, ...]
 
 
 def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
-    """The files that `sources` (files, folders, globs, also as URLs) name, each once: in the order
-    of the sources, sorted by path within each.
+    """Return the files that `sources` name, each once.
 
-    Folders are searched recursively for files that end in one of `suffixes`, or in a known suffix
-    (`FOUND`) if there are none; names that begin with a dot are left out. A glob takes what it
-    matches, whatever its suffix, but for the marks of Hadoop and Spark (`_SUCCESS`, `.crc`), which
-    folders are searched without as well. A file is taken as it is.
+    A source is a file, a folder or a glob, as a path or a URL. Files come in the order of the
+    sources, and sorted by path within each source.
 
-    Raises ConfigError for a source that is missing or in which there is nothing to read.
+    - A file is taken whatever its name.
+    - A folder is searched recursively for files that end in one of `suffixes`, or in a known suffix
+      (`FOUND`) if there are none. Names that begin with a dot are left out.
+    - A glob takes every file it matches, whatever its suffix.
+
+    Folders and globs leave out the marker files of Hadoop and Spark (`_SUCCESS`, `.crc`), and their
+    uncommitted parts.
+
+    Raises ConfigError if a source is missing or has nothing to read.
     """
     wanted = tuple(suffixes) or FOUND
     named = ", ".join(suffixes or FORMATS) + (
@@ -100,11 +103,11 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
 
 
 def _find_remote(source: str, suffixes: tuple[str, ...]) -> tuple[list[str], bool]:
-    """The files, and whether `source` is a folder."""
+    """Return the files that a URL names, and whether it is a folder."""
     if storage.stat(source) is not None:
         return [source], False
     if glob.has_magic(source):
-        found = storage.glob(source)  # in which `*` stands for a leading dot too
+        found = storage.glob(source)  # here `*` matches a leading dot too
         return [
             path
             for path in found
@@ -140,25 +143,23 @@ def _is_input(path: str, pattern: str = "") -> bool:
 
 
 def _endings(source: str) -> str:
-    """Return an example of suffixes for a folder in which nothing was found: those that its
-    files have most.
-    """
+    """Return the most frequent suffixes of a folder's files, as an example for an error."""
     names = filter(_is_visible, storage.find(source)) if is_url(source) else _walk(source, ("",))
     endings = Counter(suffix for name in names if (suffix := Path(name).suffix))
     return ",".join(ending for ending, _ in endings.most_common(3)) or "..."
 
 
 def slice_file(path: str, max_bytes: int) -> list[Slice]:
-    """The file in slices of about `max_bytes` each: byte ranges of JSONL, row groups of Parquet;
-    any other file whole.
+    """Return the file in slices of about `max_bytes` each.
 
-    Of a dataset (`hub.address`), each shard; their sizes are not known, and taken for `max_bytes`.
+    JSONL is cut into byte ranges and Parquet into row groups. A dataset (`hub.address`) is cut into
+    its shards, whose sizes are not known and taken to be `max_bytes`. Any other file is one slice.
     """
     return _slices(path, max_bytes)[0]
 
 
 def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
-    """Return as well what there is to doubt in what the file is read as."""
+    """Return the slices of a file, and the doubt about its format ("" if there is none)."""
     if hub.is_dataset(path):
         num_shards = hub.open_source(path).num_shards
         return [
@@ -190,10 +191,9 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
 
 
 def slice_files(files: Sequence[str], max_bytes: int) -> list[Slice]:
-    """The slices of each file in order; many files at a time are looked at if they are in an object
-    store.
+    """Return the slices of all files in order, and warn where a file's name and bytes disagree.
 
-    Where the names and the bytes of files disagree, a line of the log says so.
+    Files in an object store are looked at many at a time.
     """
     slices = functools.partial(_slices, max_bytes=max_bytes)
     each = storage.each(slices, files) if any(map(is_url, files)) else map(slices, files)

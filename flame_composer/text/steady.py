@@ -1,4 +1,4 @@
-"""What makes a tokenizer's answer depend on chance or on other texts, switched off and noted."""
+"""Settings that make a text's tokens depend on chance or on other texts, switched off here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
-MARK = "flame_composer"  # what we keep in tokenizer_config.json
+MARK = "flame_composer"  # key of this package's mark in tokenizer_config.json
 
-_ORIGINALS = "tokenizer_json"  # of the mark: what was changed in tokenizer.json, as it was
+_ORIGINALS = "tokenizer_json"  # key in the mark: the original values of what was changed
 
 
 def make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
-    """Switch off what makes the tokens of a text depend on chance or on other texts, and say so.
+    """Switch off dropout, truncation and padding in a tokenizer, with a warning.
 
-    Of the settings that tokenizers knows, only BPE's dropout draws random numbers, unless it is 1:
-    then all merges are left out, always.
+    These make the tokens of a text depend on chance or on other texts. Of all the settings in the
+    tokenizers package only BPE's dropout draws random numbers. A dropout of 1 does not, since it
+    always leaves out all merges, and so it stays.
     """
     backend = tokenizer.backend_tokenizer
     found = []
@@ -47,9 +48,9 @@ def make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
 
 
 def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return what this package has kept in the tokenizer's configuration.
+    """Return the mark that this package keeps in the tokenizer's configuration, {} if none.
 
-    It may come from elsewhere and is not to be trusted.
+    A tokenizer may come from anywhere, so its content must not be trusted.
     """
     mark = tokenizer.init_kwargs.get(MARK)
     return mark if isinstance(mark, dict) else {}
@@ -58,10 +59,10 @@ def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 def keep_original(
     tokenizer: PreTrainedTokenizerFast, name: Literal["post_processor", "dropout"], value: Any
 ) -> None:
-    """Keep what tokenizer.json has under `name`, which is about to be changed.
+    """Record the original value of `name` in tokenizer.json, which is about to be changed.
 
-    If that was done before, the first one stays. With it the fingerprint stays what it was, so that
-    datasets know the tokenizer they were made with.
+    A value recorded earlier stays. The fingerprint is made from the original values, so it does not
+    change, and datasets still recognise the tokenizer they were made with.
     """
     mark = mark_of(tokenizer)
     tokenizer.init_kwargs[MARK] = {**mark, _ORIGINALS: {name: value, **originals_of(mark)}}

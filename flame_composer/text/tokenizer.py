@@ -1,4 +1,4 @@
-"""Tokenizers: loading, identity and the fast encoder."""
+"""Tokenizers: loading them, telling them apart and encoding with them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
-_PANIC = "PanicException"  # of tokenizers, where it gives up; not an Exception
+_PANIC = "PanicException"  # raised by tokenizers when it gives up; not a subclass of Exception
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
 class TokenizerFingerprint:
-    """What makes two tokenizers the same: `sha256` of the serialised form, and what depends on the
-    settings around it.
+    """The identity of a tokenizer, equal for all of its copies.
 
+    `sha256` is that of the serialised tokenizer; the other fields depend on settings outside of it.
     `vocab_size` counts the ids from 0 to the largest one, so it is the smallest embedding that
     holds every token.
     """
@@ -45,8 +45,9 @@ class TokenizerFingerprint:
 
 @dataclass(frozen=True)
 class BareTokenizer:
-    """All that an encoder needs of a tokenizer: fit to be sent to a process, which then need not
-    import transformers.
+    """The parts of a tokenizer that an encoder needs.
+
+    It can be sent to another process, which then need not import transformers.
     """
 
     serialized: str
@@ -69,10 +70,11 @@ def bare(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> BareTokenizer:
 
 
 def import_transformers_without_torch() -> None:
-    """For a process that runs no model: torch would take seconds and hundreds of MB. Too late if
-    transformers is there.
+    """Import transformers without torch, which would take seconds and hundreds of MB.
+
+    This is for processes that run no model. It has no effect once transformers is imported.
     """
-    # Transformers reads them when it is imported
+    # Transformers reads these variables when it is imported.
     settings = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -87,10 +89,10 @@ def import_transformers_without_torch() -> None:
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in a Hugging Face folder or under a hub id; code that comes with it is
-    never run.
+    """Return the fast tokenizer in a Hugging Face folder or under a hub id.
 
-    Raises ConfigError if there is none, or only one without a fast (Rust) form.
+    Code that comes with it is never run. Raises ConfigError if there is no tokenizer, if it has no
+    fast (Rust) form, and if its files are not safe to load (`tokenizer_files`).
     """
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
@@ -124,7 +126,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
         tokenizer.name_or_path = path_or_id
     except ConfigError:
         raise
-    # Whatever a damaged folder makes transformers or tokenizers raise
+    # A damaged folder can make transformers or tokenizers raise anything.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
@@ -146,11 +148,10 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
 
 
 def may_be_hub_id(path_or_id: str) -> bool:
-    """Whether a name that is no folder can be meant for the Hugging Face hub, rather than a
-    mistyped path.
+    """Return whether a name may be a Hugging Face hub id rather than a mistyped path.
 
-    A path is not looked up there: with no network that takes a minute of retries before it says
-    what was clear at once.
+    A path must not be looked up on the hub: without a network, a minute of retries would pass
+    before an error that could be given at once. The name must not be that of a folder.
     """
     first, *rest = path_or_id.split("/")
     is_path = (
@@ -162,10 +163,10 @@ def may_be_hub_id(path_or_id: str) -> bool:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
-    """Return what is the same for every copy of a tokenizer, re-saved ones included.
+    """Return the fingerprint of a tokenizer, which is the same for every copy, even if saved again.
 
-    Truncation and padding play no part. Nor do a template and a dropout that were changed here: the
-    ones that the tokenizer came with count (see `keep_original`).
+    It does not depend on truncation and padding. If this package has changed the template or the
+    dropout, it is made from the ones that the tokenizer came with (see `keep_original`).
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
@@ -193,11 +194,11 @@ def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64] | None:
-    """How many bytes of UTF-8 each token id stands for; none for special tokens, which are no text.
+    """Return how many bytes of UTF-8 each token id stands for, as an array indexed by id.
 
-    Of a byte-level tokenizer, and of SentencePiece's kind (which may have put a space before each
-    document, a byte here). None for one whose tokens do not add up to the text, such as
-    WordPiece's.
+    Special tokens are not text and count 0. This works for byte-level tokenizers and those of
+    SentencePiece's kind; a space that the latter put before a document counts as a byte. Returns
+    None for a tokenizer whose tokens do not add up to the text, such as WordPiece's.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = state["decoder"] or {"type": None}
@@ -211,27 +212,29 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64] | None:
         else:
             return None
     for token in state["added_tokens"]:
-        if not _BYTE.fullmatch(token["content"]):  # which some have as special tokens
+        if not _BYTE.fullmatch(token["content"]):  # some tokenizers list byte tokens as special
             sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
     sizes[tokenizer.all_special_ids] = 0
     return sizes
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    """The smallest type that holds every token id."""
+    """Return the smallest type that holds every token id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def build_encoder(
     tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
 ) -> Encoder:
-    """A function from texts to their tokens, end to end, and the number of tokens of each text.
+    """Return a function that encodes texts, and counts the tokens of each.
 
-    A document's tokens are exactly `[bos]` if `add_bos`, then `tokenizer(text,
-    add_special_tokens=False).input_ids`, then `[eos]` if `add_eos`. So these two flags alone say
-    which special tokens are added, whatever the tokenizer's own template; with the flags that
-    mirror the template it equals `tokenizer(text)`. Truncation never applies. A long text is
-    encoded in pieces where that is exact (`long_texts`), so that memory does not go by its length.
+    It returns the tokens of all texts end to end, and the number of tokens of each text. A
+    document's tokens are exactly `[bos]` if `add_bos`, then
+    `tokenizer(text, add_special_tokens=False).input_ids`, then `[eos]` if `add_eos`. These two
+    flags alone decide which special tokens are added, whatever the tokenizer's own template; with
+    the flags that mirror the template the result equals `tokenizer(text)`. Nothing is truncated. A
+    long text is encoded in pieces where that is exact (`long_texts`), so that the memory needed
+    does not grow with its length.
 
     Raises ConfigError if a token that is to be added does not exist.
     """
@@ -254,7 +257,7 @@ def build_encoder(
         first, *others = long_texts.cut(text)
         ids = [np.array(ids_of([first])[0], dtype)]
         for piece in others:
-            # After what stands before it: no space is put there
+            # Encoded after the line break before it, the piece gets no space put before it.
             (of_piece,) = ids_of([f"\n{piece}"])
             assert of_piece[: len(line_break)] == line_break, piece[:40]
             ids.append(np.array(of_piece[len(line_break) :], dtype))
@@ -281,8 +284,9 @@ def build_encoder(
 def require_ends(
     tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
 ) -> tuple[list[int], list[int]]:
-    """What is to be put before and after every document. Raises ConfigError if such a token does
-    not exist.
+    """Return the ids to put before and after every document.
+
+    Raises ConfigError if a token that is to be added does not exist.
     """
     ends: list[int | None] = [
         tokenizer.bos_token_id if add_bos else None,
@@ -300,10 +304,10 @@ def require_ends(
 
 @contextlib.contextmanager
 def explained_failure() -> Iterator[None]:
-    """Raise DataError where tokenizers gives up on a text, as it does when a regular expression
-    takes too many steps.
+    """Raise DataError in place of the panic with which tokenizers gives up on a text.
 
-    What it raises then is not an Exception, so it would pass by everything that catches one.
+    It gives up when a regular expression takes too many steps, for example. The panic it raises is
+    not an Exception, so nothing that catches Exception would catch it.
     """
     try:
         yield
@@ -317,18 +321,20 @@ def explained_failure() -> Iterator[None]:
 
 
 def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
-    """The backend as `tokenizer(text)` uses it: no truncation, no padding, special tokens in the
-    text recognised.
+    """Return a copy of the tokenizer's backend, without truncation and padding.
+
+    Special tokens in a text are recognised as `tokenizer(text)` recognises them. Raises ConfigError
+    if the tokenizer cannot be copied.
     """
     from tokenizers import Tokenizer
 
     tokenizer = bare(tokenizer)
     try:
         backend = Tokenizer.from_str(tokenizer.serialized)
-    # Tokenizers cannot read all that it writes: of ids with gaps it leaves some out
+    # The tokenizers package cannot read back all that it writes: of ids with gaps it omits some.
     except Exception as error:
         raise ConfigError(
-            f"tokenizer: cannot be copied: {one_line(error)}; give one whose ids are without gaps"
+            f"tokenizer: cannot be copied: {one_line(error)}; give one whose ids have no gaps"
         ) from None
     backend.no_truncation()
     backend.no_padding()
@@ -337,8 +343,9 @@ def plain_copy(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> Any:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    """As generation names them. A batch is filled up with the end-of-text token where there is
-    none for padding.
+    """Return the ids of bos, eos and pad, under the names that generation configs use.
+
+    A tokenizer without a pad token pads with eos.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {

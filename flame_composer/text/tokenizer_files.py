@@ -1,4 +1,4 @@
-"""The files of a tokenizer that somebody else made: which are taken, and what they may ask for."""
+"""Checks of tokenizer files made by others: which files are accepted, and with what content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files as storage
 from flame_composer.text.counts import require_counts
 
-# What transformers and tokenizers call the files of a tokenizer. No code is among them.
+# The names that transformers and tokenizers use for a tokenizer's files. None of them holds code.
 FILES = frozenset(
     {
         "tokenizer.json",
@@ -38,21 +38,25 @@ FILES = frozenset(
         "encoder.json",
     }
 )
-# Characters; the longest of known tokenizers, runs of spaces, have some hundred.
+# Characters. The longest tokens of known tokenizers are runs of about a hundred spaces.
 LONGEST_TOKEN = 10_000
-MOST_GROWTH = 1000  # characters that a normalizer or decoder may make of one; Unicode's forms: 18
-MOST_STEPS = 1000  # of a normalizer, a pre-tokenizer or a decoder; the most that is known: some 20
-# Tokens that a template puts around a text; those that are known put one or two
+# Characters that a normalizer, pre-tokenizer or decoder may make of one. Unicode's normal forms
+# make up to 18.
+MOST_GROWTH = 1000
+MOST_STEPS = 1000  # in a normalizer, pre-tokenizer or decoder; known tokenizers have up to about 20
+# Tokens that a template may put around a text. Known tokenizers add one or two.
 MOST_ADDED = 10_000
-# Older releases wrote this one down; nothing reads it.
+# A key that older releases of transformers wrote. Nothing reads it.
 _UNREAD = "special_tokens_map_file"
 
 log = logging.getLogger(__name__)
 
 
 def check_folder(folder: str | Path, place: str) -> None:
-    """Raise ConfigError for a tokenizer that names files elsewhere or makes endless text of a
-    short one.
+    """Raise ConfigError if a tokenizer's folder is not safe to load.
+
+    It is not if its files are too large or malformed, if they name files elsewhere, or if the
+    tokenizer could turn a short text into an enormous one. `place` names it in the error.
     """
     for name in sorted(FILES):
         _check_file(Path(folder, name), place)
@@ -64,7 +68,8 @@ def check_folder(folder: str | Path, place: str) -> None:
             _check_config(content, path, place)
             is_named = is_named or content.get("tokenizer_class") is not None
     path = Path(folder, "config.json")
-    if path.is_file() and not is_named:  # transformers looks there for the kind of tokenizer
+    # Transformers looks there for the kind of tokenizer if the other files do not name it.
+    if path.is_file() and not is_named:
         require_counts(_read(path, place), f"tokenizer: {place}")
     path = Path(folder, "tokenizer.json")
     if path.is_file():
@@ -72,7 +77,10 @@ def check_folder(folder: str | Path, place: str) -> None:
 
 
 def _check_file(path: Path, place: str) -> None:
-    """transformers reads some of the files that are not looked into here."""
+    """Raise ConfigError if a file is too large to be read.
+
+    This matters also for files whose content is not checked here, since transformers reads them.
+    """
     if path.is_file() and path.stat().st_size > storage.MOST_JSON:
         raise ConfigError(
             f"tokenizer: {place}: {path.name} has more than {storage.MOST_JSON:,} bytes; get the "
@@ -95,7 +103,10 @@ def _read(path: Path, place: str) -> dict[str, Any]:
 
 
 def _check_config(content: dict[str, Any], path: Path, place: str) -> None:
-    """The keys become arguments of the tokenizer's class: some of them are paths that it reads."""
+    """Raise ConfigError for keys of a tokenizer's configuration that are not safe.
+
+    The keys become arguments of the tokenizer's class, and some of them are paths that it reads.
+    """
     inside = os.path.realpath(path.parent)
     for key, value in content.items():
         is_elsewhere = isinstance(value, str) and os.path.dirname(os.path.realpath(value)) != inside
@@ -131,8 +142,9 @@ def _check_config(content: dict[str, Any], path: Path, place: str) -> None:
 
 
 def _require_plain(names: object, key: str, place: str) -> None:
-    """Raise ConfigError for names that become files, here or where it is saved, but are not
-    plain.
+    """Raise ConfigError for a name that becomes a file name but could lead to another folder.
+
+    Files of these names are read when the tokenizer is loaded, or written when it is saved.
     """
     for name in names if isinstance(names, list | dict) else ():
         if not storage.is_plain_name(name):
@@ -156,8 +168,10 @@ def _longest(content: Any) -> int:
 
 
 def check_content(content: dict[str, Any], place: str) -> None:
-    """Raise ConfigError for a `tokenizer.json` with endless tokens, or steps that make endless
-    text.
+    """Raise ConfigError for a `tokenizer.json` that could make an enormous text of a short one.
+
+    Limits apply to the length of tokens, the number and the growth of the steps, and the tokens
+    that its template adds.
     """
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -168,7 +182,7 @@ def check_content(content: dict[str, Any], place: str) -> None:
         if isinstance(model, dict)
         else {}
     )
-    # Prefixes and suffixes are set to tokens
+    # A model's other settings hold prefixes and suffixes of tokens.
     longest = max(longest, _longest(content.get("added_tokens")), _longest(others))
     if longest > LONGEST_TOKEN:
         raise ConfigError(
@@ -200,7 +214,7 @@ def check_content(content: dict[str, Any], place: str) -> None:
 
 
 def _count(step: Any) -> int:
-    """Return how many steps there are in one, itself included."""
+    """Return the number of steps inside a step, itself included."""
     if not isinstance(step, dict):
         return 0
     return 1 + sum(
@@ -209,9 +223,7 @@ def _count(step: Any) -> int:
 
 
 def _added(step: Any) -> int:
-    """Return an upper bound of the tokens that a template, or the templates in a step, put
-    around a text.
-    """
+    """Return an upper bound on the tokens that a post-processor's templates put around a text."""
     steps, added = [step], 0
     while steps:
         each = steps.pop()
@@ -239,7 +251,7 @@ def _firsts(pairs: object) -> Iterable[Any]:
 
 
 def _growth(step: Any) -> float:
-    """Return an upper bound of what a step, and those in it, make of a single character."""
+    """Return an upper bound on the characters that a step, with those in it, makes of one."""
     if not isinstance(step, dict):
         return 1
     steps = [each for value in step.values() if isinstance(value, list) for each in value]
@@ -248,7 +260,7 @@ def _growth(step: Any) -> float:
     if kind == "Replace":
         content, pattern = step.get("content"), step.get("pattern")
         text = pattern.get("String") if isinstance(pattern, dict) else None
-        # An expression can match between characters.
+        # A regular expression can match between characters, so it may add text to each.
         length = len(content) if isinstance(content, str) else 0
         return growth * (
             max(1, length / len(text)) if isinstance(text, str) and text else 1 + length
@@ -261,43 +273,43 @@ def _growth(step: Any) -> float:
 
 
 def _longest_replacement(charsmap: object) -> int:
-    """Return the length of the longest text in SentencePiece's table.
+    """Return the length of the longest text in SentencePiece's table of replacements.
 
-    That is the size of a trie, the trie, and the texts it leads to, each with a zero byte behind
-    it.
+    The table holds the size of a trie, the trie, and the texts it leads to, each followed by a zero
+    byte.
     """
     try:
         table = base64.b64decode(charsmap) if isinstance(charsmap, str) else b""
-    except binascii.Error:  # tokenizers says what is wrong with it
+    except binascii.Error:  # the tokenizers package reports what is wrong with it
         return 1
     texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
     return max(1, *(len(text.decode(errors="replace")) for text in texts))
 
 
 def write_files(saved: Mapping[str, Any], folder: Path, place: str) -> None:
-    """Write the files of a tokenizer out of a checkpoint, where `HuggingFaceModel.get_metadata` put
-    them.
+    """Write the tokenizer files that `HuggingFaceModel.get_metadata` put in a checkpoint.
 
-    Raise DataError, before anything is written, for a name that is of code or leads out of the
-    folder.
+    Raises DataError before anything is written if a file name is that of code or leads out of the
+    folder. Files that are not known are left out, with a warning. Raises DataError as well if the
+    content of a file is damaged.
     """
     wanted = {}
     for name, each in saved.items():
         ending = each.get("file_extension") if isinstance(each, dict) else None
-        # Composer's first releases left the ending away.
+        # Composer's first releases left the ending off.
         file = (
             name if not isinstance(ending, str) or str(name).endswith(ending) else f"{name}{ending}"
         )
         if not storage.is_plain_name(file) or file.endswith(".py") or ending == ".py":
             raise DataError(
                 f"{place}: refused: its tokenizer has a file {str(file)[:100]!r}, which is "
-                "not the name of one that a tokenizer is made of"
+                "not the name of a tokenizer's file"
             )
         if file in FILES:
             wanted[file] = each
         else:
             log.warning(
-                "warning: %s: its tokenizer has a file %r, which is not known and left out",
+                "warning: %s: its tokenizer has a file %r, which is not known and was left out",
                 place,
                 file,
             )

@@ -1,6 +1,4 @@
-"""Input files opened for reading, unpacked where they are compressed: every stream of them
-whole, or an error.
-"""
+"""Input files opened and decompressed, so that damage is an error and never a shorter text."""
 
 from __future__ import annotations
 
@@ -26,11 +24,11 @@ XZ_MEMORY = 1 << 30  # bytes; `xz -9` needs 64 MiB, and a header can ask for 4 G
 
 
 class Streams(io.RawIOBase):
-    """The content of a file of one or several compressed streams, one behind the other.
+    """The content of a bz2 or xz file, which holds one or several compressed streams in a row.
 
-    Python's own readers of bz2 and xz take a stream that does not begin as it should for the end of
-    the file. Here it is an error (OSError, LZMAError), and so is a file that ends within a stream
-    or has none (EOFError). `xz` files may have zero bytes behind a stream, a multiple of four.
+    Python's own readers of bz2 and xz mistake a stream with a damaged beginning for the end of the
+    file. Here it is an error (OSError, LZMAError), and so is a file that ends within a stream or
+    holds none (EOFError). In xz files a stream may be followed by zero bytes, a multiple of four.
     """
 
     def __init__(self, file: BinaryIO, compression: Literal["bz2", "xz"]):
@@ -62,7 +60,7 @@ class Streams(io.RawIOBase):
         return block
 
     def _begin_stream(self) -> bool:
-        """Return False at the end of the file."""
+        """Prepare to read the next stream. Return False at the end of the file."""
         padding = 0
         self.input = self.input or self.file.read(BLOCK)
         while self.is_xz and self.num_streams and self.input.startswith(b"\0"):
@@ -71,14 +69,14 @@ class Streams(io.RawIOBase):
             self.input = rest or self.file.read(BLOCK)
         if padding % 4:
             raise lzma.LZMAError(
-                f"{padding} zero bytes behind a stream, which must be a multiple of four"
+                f"{padding} zero bytes after a stream, which must be a multiple of four"
             )
         if not self.input:
             if not self.num_streams:
                 raise EOFError("it is empty")
             return False
         if self.is_xz:
-            # Old .lzma files are taken too, but nothing can follow in them.
+            # Old .lzma files are accepted too, but they hold a single stream.
             kind = lzma.FORMAT_XZ if self.num_streams else lzma.FORMAT_AUTO
             self.stream = lzma.LZMADecompressor(kind, memlimit=XZ_MEMORY)
         else:
@@ -94,10 +92,10 @@ def open_input(
     version: str | None = None,
     block_size: int = 8 << 20,
 ) -> Iterator[BinaryIO]:
-    """Open the content of a file, local or in an object store, unpacked; see `storage.open_file`.
+    """Open a file, local or in an object store, for reading its decompressed content.
 
-    Raise DataError that names `path` where the file cannot be opened, or turns out damaged while
-    the body reads it.
+    `version` and `block_size` are those of `storage.open_file`. Raises DataError, which names
+    `path`, if the file cannot be opened or turns out damaged while the body reads it.
     """
     with _explained(path, compression), storage.open_file(path, version, block_size) as file:
         if compression is None:
@@ -131,16 +129,14 @@ def _explained(path: str, compression: Compression | None) -> Iterator[None]:
         if "Memory usage limit" in str(error) or "too much memory" in str(error):
             raise DataError(
                 f"{path}: needs too much memory to be unpacked (a dictionary of more than 1 GiB in"
-                " xz, a window of more than 128 MiB in zstd, as --long makes it); pack it again"
-                " with a smaller one"
+                " xz, or a window of more than 128 MiB in zstd, as --long makes it); compress it"
+                " again with a smaller one"
             ) from None
         raise DataError(f"{path}: damaged: {reason(error)}; fetch the file again") from None
 
 
 def reading(path: str, read: Callable[[str], T]) -> T:
-    """Return what `read` makes of `path`. Raise DataError that names it where that raises
-    OSError.
-    """
+    """Return `read(path)`, with an OSError turned into a DataError that names the path."""
     try:
         return read(path)
     except OSError as error:
@@ -148,16 +144,16 @@ def reading(path: str, read: Callable[[str], T]) -> T:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of what others' exceptions say."""
+    """Return the first line of an exception's message, for exceptions of other packages."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def skip_line(file: BinaryIO, most: int | None = None) -> int:
-    """Read on to the end of a line, in pieces. Return the number of bytes read.
+    """Read to the end of the line in pieces, and return the number of bytes read.
 
-    With `most`, stop when so many bytes, or some more, were read and the line still goes on.
+    With `most`, reading stops once at least that many bytes are read, even if the line goes on.
     """
     length = 0
     while most is None or length < most:
@@ -169,8 +165,9 @@ def skip_line(file: BinaryIO, most: int | None = None) -> int:
 
 
 def line_at(path: str, position: int, compression: Compression | None = None) -> int:
-    """Return the number, from 1, of the line that starts at byte `position` of the unpacked
-    file.
+    """Return the number of the line that starts at byte `position` of the decompressed file.
+
+    Lines are counted from 1.
     """
     line = 1
     with open_input(path, compression) as file:

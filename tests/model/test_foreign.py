@@ -138,7 +138,10 @@ def test_a_checkpoint_writes_no_file_elsewhere(content, tmp_path, monkeypatch, n
     before = files_under(tmp_path)
     with pytest.raises(
         DataError,
-        match=r"^ba9\.pt: refused: its tokenizer has a file '[^\n]+', which is not the name of one",
+        match=(
+            r"^ba9\.pt: refused: its tokenizer has a file '[^\n]+', which is not the name of a"
+            " tokenizer's file$"
+        ),
     ):
         load_from_checkpoint(checkpoint)
     assert files_under(tmp_path) == before
@@ -150,7 +153,8 @@ def test_code_in_a_tokenizer_of_a_checkpoint_is_refused(content, tmp_path, name)
     with pytest.raises(
         DataError,
         match=(
-            r"^ba9\.pt: refused: its tokenizer has a file '\w+\.py', which is not the name of one"
+            r"^ba9\.pt: refused: its tokenizer has a file '\w+\.py', which is not the name of a"
+            " tokenizer's file$"
         ),
     ):
         load_from_checkpoint(saved(content, tmp_path))
@@ -164,7 +168,8 @@ def test_a_file_of_a_tokenizer_that_is_not_known_is_left_out_and_named(content, 
     _, tokenizer = load_from_checkpoint(saved(content, tmp_path))
     assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
     assert caplog.messages == [
-        "warning: ba9.pt: its tokenizer has a file 'config.json', which is not known and left out"
+        "warning: ba9.pt: its tokenizer has a file 'config.json', which is not known and was left"
+        " out"
     ]
 
 

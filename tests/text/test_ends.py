@@ -288,7 +288,7 @@ def test_datasets_that_differ(said: Callable[[], list[str]]) -> None:
     (message,) = said()
     assert message.startswith(
         "warning: a: its manifest does not say what documents begin and end with; the tokenizer"
-        " goes out"
+        " is saved as it is"
     )
     assert choose_ends({"a": without}, {"model.pretrained=m": after}) == without
     assert said() == [

@@ -110,7 +110,7 @@ DOUBTFUL = {
         b'[\n {"text": "one"}\n]\n',
         ['[\n {"text": "one"}\n]\n'],
         (
-            "holds one JSON array, where a JSON object a line is read; make lines of it: jq -c"
+            "holds one JSON array, but must hold one JSON object per line; convert it with: jq -c"
             " '.[]' FILE > FILE.jsonl; it is read as plain text, one document"
         ),
     ),
@@ -132,12 +132,12 @@ def test_where_name_and_bytes_disagree_one_line_says_so(tmp_path, name, caplog):
 
 
 ARRAY = (
-    "holds one JSON array, where a JSON object a line is read; make lines of it: jq -c '.[]' FILE >"
-    " FILE.jsonl, or name it"
+    "holds one JSON array, but must hold one JSON object per line; convert it with: jq -c '.[]'"
+    " FILE > FILE.jsonl, or name it"
 )
 OBJECT = (
-    "holds one JSON object over several lines, where one a line is read; make lines: jq -c . FILE >"
-    " FILE.jsonl, or name it"
+    "holds one JSON object over several lines, but must hold one per line; convert it with: jq"
+    " -c . FILE > FILE.jsonl, or name it"
 )
 ONE_DOCUMENT = {
     "a.json": (b'[{"text": "one"},\n {"text": "two"}]', ARRAY),
@@ -155,7 +155,7 @@ def test_a_json_file_that_has_no_lines_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
         ConfigError,
-        match=f"^source: {re.escape(f'{tmp_path / name}: {message}')} .txt to take it as it is",
+        match=f"^source: {re.escape(f'{tmp_path / name}: {message}')} .txt to read it as plain",
     ):
         slice_files([str(tmp_path / name)], 1 << 20)
 

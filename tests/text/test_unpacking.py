@@ -117,7 +117,7 @@ def test_an_old_lzma_file_is_read_and_one_that_asks_for_too_much_memory_is_named
     for name in ("long.jsonl.zst", "asks.jsonl.xz"):
         with pytest.raises(
             DataError,
-            match=rf"{name}: needs too much memory to be unpacked .*; pack it again with a smaller",
+            match=rf"{name}: needs too much memory to be unpacked .*; compress it again with a",
         ):
             texts_of(tmp_path / name)
 
