@@ -120,7 +120,7 @@ def imported(name: str, modules: set[str]) -> str | None:
     return name if name.count(".") > 1 or name in GROUND else None
 
 
-# The plan of the house (docs/architecture.md): a package imports from those in an earlier group.
+# The plan in docs/architecture.md: a package imports from those in an earlier group.
 GROUPS = (
     {"errors", "lines", "processes", "fork_server", "batch", "cpu"},
     {"storage"},
