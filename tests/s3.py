@@ -184,5 +184,5 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     # On a machine that is busy with other things
-    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 60)
+    monkeypatch.setattr("flame_composer.storage.s3_client.FIRST_SECONDS", 60)
     return s3_server

@@ -77,7 +77,7 @@ def at(place: str) -> Iterator[tuple[Any, str]]:
             raise ConfigError(f"{place}: {scheme}:// is no object store; give {MEANT}")
         else:
             if scheme == "http":
-                from flame_composer.storage.s3 import warn_if_readable
+                from flame_composer.storage.plain_http import warn_if_readable
 
                 warn_if_readable(place)
             fs = fsspec.filesystem(scheme)

@@ -26,7 +26,7 @@ from flame_composer.config.extensions import whole_batches
 from flame_composer.config.rules import expand_path
 from flame_composer.errors import ConfigError, one_line
 from flame_composer.model.causal_lm import CausalLM
-from flame_composer.storage.s3 import warn_if_readable
+from flame_composer.storage.plain_http import warn_if_readable
 from flame_composer.text.ends import encode_prompt
 from flame_composer.train.algorithms import as_evaluated
 from flame_composer.train.loggers import Discreet

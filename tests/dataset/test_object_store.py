@@ -17,7 +17,7 @@ from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files as storage
-from flame_composer.storage import s3 as s3_module
+from flame_composer.storage import s3_client
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import find_files, slice_files
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
@@ -414,7 +414,7 @@ def test_a_store_that_cannot_be_used(folder, monkeypatch, capsys, key, environme
 
 def test_a_store_that_goes_away(folder, bucket, monkeypatch, capsys, s3):
     """The connection to the server is cut once the conversion has begun, and mended later."""
-    monkeypatch.setattr(s3_module, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
     begin_unit = DatasetWriter.uncommitted
     with Relay(s3.endpoint) as line:
         monkeypatch.setenv("S3_ENDPOINT_URL", line.endpoint)

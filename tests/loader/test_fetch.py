@@ -648,7 +648,7 @@ def test_a_store_that_is_not_reached_says_why_in_seconds(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     # Of 5, as test_storage asserts
-    monkeypatch.setattr("flame_composer.storage.s3.FIRST_SECONDS", 1)
+    monkeypatch.setattr("flame_composer.storage.s3_client.FIRST_SECONDS", 1)
     for name, value in env.items():
         monkeypatch.delenv(name)
         if value is not None:

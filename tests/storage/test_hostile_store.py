@@ -11,7 +11,7 @@ import pytest
 from flame_composer.checkpoint import upload
 from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files as storage
-from flame_composer.storage import s3 as s3_module
+from flame_composer.storage import plain_http, s3_client
 from tests.data_fixtures import byte_tokenizer
 from tests.dataset.test_convert import run_here
 from tests.dataset.test_object_store import without_a_pool  # noqa: F401 - a fixture
@@ -76,7 +76,7 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
 def test_a_store_that_begins_to_redirect(monkeypatch, use):
     with hostile(lists_only(silence)) as server:
         point_to(server, monkeypatch)
-        s3_module._connect("data")
+        s3_client.connect("data")
         redirect = respond("307 Elsewhere", "Location: http://there/")
         server.answer = lambda connection, request: connection.sendall(redirect)
         with pytest.raises(
@@ -111,8 +111,8 @@ def test_a_bucket_of_another_region_is_found_as_before(monkeypatch):
 
 @pytest.fixture
 def impatient(monkeypatch) -> None:
-    monkeypatch.setattr(s3_module, "READ_SECONDS", 0.2)
-    monkeypatch.setattr(s3_module, "ATTEMPTS", 3)
+    monkeypatch.setattr(s3_client, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 3)
     monkeypatch.setattr(
         "botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.01, raising=False
     )
@@ -149,20 +149,20 @@ def test_a_store_that_hangs_is_asked_as_often_as_is_said(
     }
     with hostile(lists_only(lambda connection, request: None)) as server:
         point_to(server, monkeypatch)
-        s3_module._connect("data")
+        s3_client.connect("data")
         server.answer, server.requests = answer, []
         with pytest.raises(
             StoreError, match=r"^s3://data/file: http://127.* cannot be reached: Read timeout"
         ):
             uses.get(name, getattr(storage, name))("s3://data/file")
-        assert len(server.requests) == s3_module.ATTEMPTS
+        assert len(server.requests) == s3_client.ATTEMPTS
     assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("name", ["read", "download"])
 def test_a_store_that_hangs_in_its_answer(impatient, monkeypatch, tmp_path, name):
     # In 0.2 s not even the head of it comes on a busy machine
-    monkeypatch.setattr(s3_module, "READ_SECONDS", 1)
+    monkeypatch.setattr(s3_client, "READ_SECONDS", 1)
     with hostile(lists_only(stuck_in_its_answer)) as server:
         point_to(server, monkeypatch)
         began = time.monotonic()
@@ -174,7 +174,7 @@ def test_a_store_that_hangs_in_its_answer(impatient, monkeypatch, tmp_path, name
             )
         assert (
             len([request for request in server.requests if request.startswith("GET /data/file")])
-            <= s3_module.ATTEMPTS
+            <= s3_client.ATTEMPTS
         )
         assert time.monotonic() - began < 10
     assert not (tmp_path / "copy").exists()
@@ -185,13 +185,13 @@ def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(
 ):
     """docs/reliability.md: about four minutes, and up to seven where the store hangs."""
     attempt = 5 * 30 + 15  # seconds: what botocore waits between its attempts is 15 at most
-    assert (s3_module.CONNECT_SECONDS, sum(upload.UPLOAD_WAITS)) == (5, 252)
+    assert (s3_client.CONNECT_SECONDS, sum(upload.UPLOAD_WAITS)) == (5, 252)
     assert upload.UPLOAD_SECONDS + attempt <= 7.1 * 60
     with hostile(silence) as server:
         with monkeypatch.context() as patch:
             patch.setattr(server, "answer", lists_only(silence))
             point_to(server, monkeypatch)
-            s3_module._connect("data")
+            s3_client.connect("data")
         server.requests = []
         monkeypatch.setattr(upload, "UPLOAD_WAITS", (0.1, 0.2, 0.4, 9))
         monkeypatch.setattr(upload, "UPLOAD_SECONDS", 3)
@@ -201,12 +201,12 @@ def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(
         ):
             upload.upload_file(tmp_path / "file", "s3://data/ba1.pt")
         assert time.monotonic() - began < 8
-        assert len(server.requests) <= 4 * s3_module.ATTEMPTS
+        assert len(server.requests) <= 4 * s3_client.ATTEMPTS
     assert len(caplog.messages) >= 2
 
 
 def test_the_waits_are_those_of_the_docs():
-    assert (s3_module.ATTEMPTS, s3_module.READ_SECONDS) == (5, 30)
+    assert (s3_client.ATTEMPTS, s3_client.READ_SECONDS) == (5, 30)
 
 
 # Servers that send something else than what was asked for
@@ -281,10 +281,10 @@ def test_a_range_is_just_what_was_asked_for(monkeypatch, name):
             server.answer, server.requests = holds({"file": DATA}, spoil), []
             with pytest.raises(StoreError) as caught:
                 file.read(1 << 20)
-            assert len(server.requests) == s3_module.ATTEMPTS
+            assert len(server.requests) == s3_client.ATTEMPTS
         assert (
             str(caught.value) == f"s3://data/file: {server.endpoint} {problem}"
-            f" (asked {s3_module.ATTEMPTS} times); put the file there again, or use a server that"
+            f" (asked {s3_client.ATTEMPTS} times); put the file there again, or use a server that"
             " answers as S3 does"
         ) or name == "empty"
         assert problem in str(caught.value)
@@ -450,7 +450,7 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (2 << 20) + 1])
 def test_a_download_is_the_object(monkeypatch, tmp_path, size):
-    monkeypatch.setattr(s3_module, "PIECE", 1 << 20)
+    monkeypatch.setattr("flame_composer.storage.s3.PIECE", 1 << 20)
     data = (DATA * 21)[:size]
     assert len(data) == size
     with hostile(holds({"file": data})) as server:
@@ -513,7 +513,7 @@ def page(token: str, names: list[str]) -> bytes:
     ],
 )
 def test_a_listing_without_end_is_given_up(monkeypatch, kind, use):
-    monkeypatch.setattr(s3_module, "MOST_PAGES", 300)
+    monkeypatch.setattr("flame_composer.storage.s3.MOST_PAGES", 300)
     count = iter(range(10**9))
 
     def answer(connection: Any, request: str) -> None:
@@ -575,7 +575,7 @@ def test_a_listing_that_lacks_something_is_told_clearly(monkeypatch, taken_out, 
         point_to(server, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(server, "answer", holds({}))
-            s3_module._connect("data")
+            s3_client.connect("data")
         with pytest.raises(StoreError) as caught:
             storage.find("s3://data/src")
     assert re.match(r"s3://data/src(/a)?: (the store|http://[\d.:]+) ", str(caught.value))
@@ -658,10 +658,10 @@ CLOSED = [
 
 
 def test_a_server_without_encryption_is_warned_of_once(monkeypatch, caplog):
-    monkeypatch.setattr(s3_module, "_warned_of", set())
+    monkeypatch.setattr(plain_http, "_warned_of", set())
     for _ in range(2):
         for server in OPEN + CLOSED:
-            s3_module.warn_if_readable(server)
+            plain_http.warn_if_readable(server)
     assert len(caplog.messages) == 4
     assert (
         caplog.messages[0]
@@ -671,7 +671,7 @@ def test_a_server_without_encryption_is_warned_of_once(monkeypatch, caplog):
 
 
 def test_the_warning_comes_from_the_first_request(monkeypatch, caplog):
-    monkeypatch.setattr(s3_module, "_warned_of", set())
+    monkeypatch.setattr(plain_http, "_warned_of", set())
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://no.such.host.invalid")
     for _ in range(2):
         with pytest.raises(ConfigError, match="cannot be reached"):
@@ -685,7 +685,7 @@ def test_the_warning_comes_from_the_first_request(monkeypatch, caplog):
 
 
 def test_loader_processes_and_other_ranks_do_not_repeat_it(monkeypatch, caplog):
-    monkeypatch.setattr(s3_module, "_warned_of", set())
+    monkeypatch.setattr(plain_http, "_warned_of", set())
     monkeypatch.setenv("RANK", "1")
-    s3_module.warn_if_readable("http://store.example")
+    plain_http.warn_if_readable("http://store.example")
     assert caplog.messages == []

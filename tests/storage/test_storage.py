@@ -14,11 +14,11 @@ import pytest
 
 from flame_composer.errors import ConfigError, StoreError
 from flame_composer.storage import files as storage
-from flame_composer.storage import s3 as s3_module
+from flame_composer.storage import s3_client
 from flame_composer.storage.filesystems import is_url
 from tests.s3 import BUCKET, Relay
 
-FIRST_SECONDS = s3_module.FIRST_SECONDS
+FIRST_SECONDS = s3_client.FIRST_SECONDS
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -171,8 +171,8 @@ def test_globs(s3, tmp_path):
 def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(
     s3, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(s3_module, "SINGLE_PUT", 6 << 20)
-    monkeypatch.setattr(s3_module, "PART", 5 << 20)
+    monkeypatch.setattr("flame_composer.storage.s3.SINGLE_PUT", 6 << 20)
+    monkeypatch.setattr("flame_composer.storage.s3.PART", 5 << 20)
     data = random.Random(1).randbytes(11 << 20)
     (tmp_path / "file").write_bytes(data)
     address = f"s3://{BUCKET}/{tmp_path.name}/file"
@@ -286,8 +286,8 @@ def test_urls_that_cannot_be_used(place, message):
 
 
 def test_a_server_that_does_not_answer_is_given_up(s3, monkeypatch):
-    assert s3_module.FIRST_ATTEMPTS * FIRST_SECONDS < 12, "the user is told within 15 seconds"
-    monkeypatch.setattr(s3_module, "FIRST_SECONDS", 0.2)
+    assert s3_client.FIRST_ATTEMPTS * FIRST_SECONDS < 12, "the user is told within 15 seconds"
+    monkeypatch.setattr(s3_client, "FIRST_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(
@@ -308,7 +308,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(s3, tmp_path, monkeypatch)
         relay.num_cuts = 100
         with pytest.raises(StoreError, match=r"/file: .*(broken|Connection|read)"):
             storage.read(f"s3://{BUCKET}/{tmp_path.name}/file")
-        assert 80 < relay.num_cuts <= 100 - s3_module.ATTEMPTS, "asked again, but not for ever"
+        assert 80 < relay.num_cuts <= 100 - s3_client.ATTEMPTS, "asked again, but not for ever"
 
 
 @pytest.mark.parametrize(

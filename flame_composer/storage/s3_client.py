@@ -1,0 +1,125 @@
+"""Clients of S3 whose server has answered, and their failures in our terms.
+
+Credentials and region are found as boto3 finds them; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, names
+another S3 server. A mistake of the user's is a ConfigError, and what failed again and again a
+StoreError: one line, within seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flame_composer.errors import ConfigError, StoreError
+from flame_composer.storage.plain_http import warn_if_readable
+from flame_composer.storage.s3_errors import code_of, line_of, why
+
+ATTEMPTS = 5  # for each request; botocore waits longer after each
+CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an attempt
+# A bucket's first request: who named a wrong endpoint is told within 15 seconds
+FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
+
+_lock = threading.Lock()
+
+
+def connect(bucket: str) -> Any:
+    """A client for which `bucket` has answered; made anew where the environment has changed, or
+    after a fork.
+    """
+    environment = tuple(
+        (name, value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("AWS_", "S3_"))
+    )
+    with _lock:  # making clients is not thread-safe, using them is
+        return _client(bucket, os.getpid(), environment)
+
+
+@functools.lru_cache(maxsize=8)
+def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    from boto3 import Session
+    from botocore.config import Config
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        NoCredentialsError,
+    )
+    from botocore.parsers import ResponseParserError
+
+    endpoint = os.environ.get("S3_ENDPOINT_URL") or None
+
+    def make(attempts: int, connect_seconds: float, read_seconds: float) -> Any:
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            connect_timeout=connect_seconds,
+            read_timeout=read_seconds,
+            max_pool_connections=32,
+        )
+        client = session.client("s3", endpoint_url=endpoint, config=config)
+        client.meta.events.register("before-call.s3.HeadBucket", _stay)
+        return client
+
+    try:
+        session = Session()
+        first = make(FIRST_ATTEMPTS, FIRST_SECONDS, FIRST_SECONDS)
+        server = first.meta.endpoint_url
+        warn_if_readable(server)
+        try:
+            first.list_objects_v2(Bucket=bucket, MaxKeys=1)
+        except ClientError as error:
+            # Who may not list the bucket may read or write in it all the same
+            if code_of(error) != "AccessDenied":
+                raise why(error, bucket, server) from None
+        except (ConnectionError, HTTPClientError, NoCredentialsError) as error:
+            raise why(error, bucket, server, ConfigError) from None
+        return make(ATTEMPTS, CONNECT_SECONDS, READ_SECONDS)
+    # A profile, a name or an endpoint that cannot be, or an answer that is none of S3
+    except (BotoCoreError, ResponseParserError, ValueError) as error:
+        if isinstance(error, (ConfigError, StoreError)):
+            raise
+        raise ConfigError(f"s3://{bucket}: {line_of(error)}") from None
+
+
+def _stay(params: dict[str, Any], **_: Any) -> None:
+    """Have one HeadBucket request not be redirected.
+
+    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected
+    as well, and names no region, it asks again, until Python's stack is full.
+    """
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+@contextmanager
+def explained(path: str) -> Iterator[Any]:
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    client = connect(split(path)[0])
+    server = client.meta.endpoint_url
+    try:
+        yield client
+    except S3UploadFailedError as error:
+        cause = error.__context__
+        raise why(cause if isinstance(cause, Exception) else error, path, server) from None
+    except (BotoCoreError, ClientError) as error:
+        raise why(error, path, server) from None
+    except (ConfigError, StoreError):
+        raise
+    # What botocore makes of sizes, dates and XML that are none
+    except (ResponseParserError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"s3://{path}: {server} answers otherwise than S3 does:"
+            f" {line_of(error)}; check S3_ENDPOINT_URL"
+        ) from None
+
+
+def split(path: str) -> tuple[str, str]:
+    bucket, _, key = path.partition("/")
+    return bucket, key

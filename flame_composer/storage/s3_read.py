@@ -1,0 +1,167 @@
+"""Bytes of S3's objects, and proof that they are the ones that were asked for."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from flame_composer.errors import StoreError
+from flame_composer.storage import s3_client
+from flame_composer.storage.s3_client import explained, split
+from flame_composer.storage.s3_errors import too_long
+
+BLOCK = 1 << 20  # bytes of an answer read at a time
+
+
+class Ranges(io.RawIOBase):
+    """A file of which only what is asked for is fetched; a StoreError if it is no longer the one
+    that was opened.
+    """
+
+    def __init__(self, path: str, size: int, etag: str):
+        super().__init__()
+        self.path, self.size, self.etag, self.position = path, size, etag, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        )
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.position + len(buffer), self.size)
+        if self.position >= end:
+            return 0
+        data = fetch(self.path, self.position, end, size=self.size, etag=self.etag)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+class _WrongAnswer(Exception):
+    """What is wrong with an answer, in a few words. The next one may be right."""
+
+
+def fetch(
+    path: str,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    size: int | None = None,
+    etag: str = "",
+    most: int | None = None,
+) -> bytes:
+    """Return bytes `start` to `end` of an object, fewer only where it ends; all of it without
+    `end`.
+
+    `size` and `etag` are what was said of it before, if anything was. Raise StoreError if it is now
+    another, if it has more than `most` bytes, and if the server does not send just what was asked
+    for, however often it is asked.
+    """
+    from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
+
+    bucket, key = split(path)
+    options = {"IfMatch": etag} if etag else {}
+    if end is not None:
+        options["Range"] = f"bytes={start}-{end - 1}"
+    with explained(path) as client:
+        for attempt in range(s3_client.ATTEMPTS):
+            is_last = attempt + 1 == s3_client.ATTEMPTS
+            answer = client.get_object(Bucket=bucket, Key=key, **options)
+            try:  # botocore itself tries again only until an answer begins
+                _require_same(path, etag, answer.get("ETag") or "")
+                return _read(path, answer, start, end, size, most)
+            except (HTTPClientError, IncompleteReadError, ResponseStreamingError):
+                if is_last:
+                    raise
+            except _WrongAnswer as problem:
+                if is_last:
+                    raise StoreError(
+                        f"s3://{path}: {client.meta.endpoint_url} {problem} (asked"
+                        f" {s3_client.ATTEMPTS} times); put the file there again, or use a server"
+                        " that answers as S3 does"
+                    ) from None
+            finally:
+                answer["Body"].close()  # what is left of it is not read
+    raise AssertionError
+
+
+def _require_same(path: str, etag: str, found: str) -> None:
+    """Raise StoreError for an answer of another version, by a server that took no notice of
+    `IfMatch`.
+    """
+    known, now = (tag.removeprefix("W/").strip('"') for tag in (etag, found))
+    if known and now and known != now:
+        raise StoreError(f"s3://{path}: was replaced while it was read")
+
+
+def _read(
+    path: str,
+    answer: Any,
+    start: int,
+    end: int | None,
+    size: int | None,
+    most: int | None,
+) -> bytes:
+    """Return what an answer brings to what `_fetch` has asked for. Raise _WrongAnswer if that is
+    not it, StoreError if no other answer can be hoped for.
+    """
+    announced = answer.get("ContentLength")  # None where it comes in chunks
+    wanted = size if end is None else _length(path, answer, start, end, size)
+    if wanted is None:
+        wanted = announced
+    elif announced not in (None, wanted):
+        raise _WrongAnswer(f"sends {announced:,} bytes, must be {wanted:,}")
+    if wanted is None and most is None:
+        raise _WrongAnswer("does not say how many bytes it sends")
+    if most is not None and wanted is not None and wanted > most:
+        raise too_long(path, most)
+    blocks, num_bytes = [], 0
+    while block := answer["Body"].read(BLOCK):
+        blocks.append(block)
+        num_bytes += len(block)
+        if wanted is not None and num_bytes > wanted:
+            raise _WrongAnswer(f"sends more than {wanted:,} bytes, must be as many")
+        if most is not None and num_bytes > most:
+            raise too_long(path, most)
+    if wanted is not None and num_bytes != wanted:
+        raise _WrongAnswer(f"sends {num_bytes:,} bytes, must be {wanted:,}")
+    return b"".join(blocks)
+
+
+def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> int:
+    """Return how many bytes an answer has for the range from `start` to `end`."""
+    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+        announced = answer.get("ContentLength")
+        # The whole of a file, where that is no more than was asked for
+        if start == 0 and announced is not None and announced <= end and size in (None, announced):
+            return int(announced)
+        raise StoreError(
+            f"s3://{path}: the server ignores ranges: it sends the whole file where bytes"
+            f" {start}-{end - 1} were asked for; use one that answers them as S3 does, or copy the"
+            " file to this machine"
+        )
+    said = str(answer.get("ContentRange") or "")
+    match = re.fullmatch(r"bytes ([0-9]{1,20})-([0-9]{1,20})/([0-9]{1,20}|\*)", said)
+    if match is None:
+        raise _WrongAnswer(f"does not say which bytes it sends, of {start}-{end - 1}")
+    first, last = int(match[1]), int(match[2])
+    total = size if match[3] == "*" else int(match[3])
+    wanted = end if total is None else min(end, total)
+    if total is not None:  # some servers repeat what they were asked for, beyond the end
+        last = min(last, total - 1)
+    is_end = total is None and first <= last < end  # it may be
+    if size not in (None, total) or first != start or not (last == wanted - 1 or is_end):
+        of = "" if size is None else f" of {size:,}"
+        raise _WrongAnswer(f"sends {said}, must be bytes {start}-{end - 1}{of}")
+    return last - first + 1
