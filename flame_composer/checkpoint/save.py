@@ -1,6 +1,4 @@
-"""Checkpoints: saving them whole, keeping the newest that are, and turning them into Hugging
-Face models.
-"""
+"""A callback that saves checkpoints, each of them whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,33 +19,15 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
 from flame_composer.checkpoint import sharded as pieces
-from flame_composer.checkpoint.find import (
-    find_start,
-    has_head,
-    list_checkpoints,
-    list_torsos,
-    look_at,
-    remove_copy,
-    step_of,
-)
+from flame_composer.checkpoint.find import find_start, remove_copy, step_of
+from flame_composer.checkpoint.keep import KeptCheckpoints
 from flame_composer.checkpoint.parts import Needed
-from flame_composer.checkpoint.read import (
-    Checkpoint,
-    read_content,
-    read_for_composer,
-)
+from flame_composer.checkpoint.read import Checkpoint, read_content, read_for_composer
 from flame_composer.checkpoint.upload import upload_file
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
-from flame_composer.errors import (
-    GOES_ON,
-    ConfigError,
-    DataError,
-    StoreError,
-    TrainingError,
-    one_line,
-)
+from flame_composer.errors import GOES_ON, TrainingError
 from flame_composer.storage import files as storage
-from flame_composer.storage.filesystems import Stat, is_url
+from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import flush
 from flame_composer.storage.local import create
 from flame_composer.storage.locks import is_own_folder
@@ -56,9 +36,6 @@ from flame_composer.upstream.composer import load_checkpoints_with
 # Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates;
 # none of them is made so.
 NEVER_EVALUATED = algorithms.__all__
-# After so long, looking at what lies in the folder goes on when the next checkpoint is saved
-VERIFY_SECONDS = 60
-
 # Of what torch says of a file that it cannot write (2.7).
 _CANNOT_WRITE = re.compile(
     "PytorchStreamWriter|Parent directory .* does not exist|open file failed"
@@ -81,9 +58,7 @@ class SaveCheckpoints(Callback):
     A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all
     are there, or in an object store with its head (`sharded.HEAD`) put last.
 
-    Old checkpoints are deleted once there are enough newer ones that are whole. One that this run
-    saved, or goes on from, is known to be; any other is read once, and a damaged one counts for
-    nothing.
+    `KeptCheckpoints` deletes old ones once there are enough newer ones that are whole.
     """
 
     def __init__(
@@ -111,16 +86,12 @@ class SaveCheckpoints(Callback):
         self.staging = staging if is_url(folder) else Path(folder)
         self.batches = batches
         self.seconds = seconds
-        self.num_to_keep = num_to_keep
         self.in_pieces = in_pieces
         self.start = start
-        self.needed = needed
+        self.kept = KeptCheckpoints(folder, self.staging, num_to_keep, needed)
         self.train_log = train_log
         self.saved: str | None = None  # the newest
         self._last_time = time.monotonic()
-        # As it was when that was found out
-        self._is_whole: dict[str, tuple[Stat | None, bool]] = {}
-        self._stays: set[str] = set()  # what could not be deleted
 
     def after_load(self, state: State, logger: Logger) -> None:
         if self.start is not None and self.start.file.name == pieces.HEAD:
@@ -141,9 +112,9 @@ class SaveCheckpoints(Callback):
                     remove_copy(left)
         if dist.get_global_rank() == 0:
             if self.start is not None:
-                self._know(self.start.place, True)
+                self.kept.note(self.start.place, True)
                 for place in self.start.passed_over:
-                    self._know(place, False)
+                    self.kept.note(place, False)
             storage.abort_uploads(self.folder)
         dist.barrier()
 
@@ -172,12 +143,15 @@ class SaveCheckpoints(Callback):
             if dist.get_global_rank() == 0:
                 self._flush_log()
             temporary = self.staging / f"unfinished-{name}"
-            (self._save_pieces if in_pieces else self._save_file)(state, temporary, place)
+            if in_pieces:
+                self._save_pieces(state, temporary, place)
+            else:
+                self._save_file(state, temporary, place)
             if dist.get_global_rank() == 0 and not is_url(place):
                 flush(Path(self.folder))
         if dist.get_global_rank() == 0:
-            self._know(place, True)
-            self._rotate()
+            self.kept.note(place, True)
+            self.kept.delete_old()
         dist.barrier()
         self.saved = place
         self._last_time = time.monotonic()
@@ -198,7 +172,7 @@ class SaveCheckpoints(Callback):
         with create(temporary) as file:
             # By its descriptor: what others put under its name meanwhile is not written to
             save_checkpoint(state, f"/proc/self/fd/{file.fileno()}")
-            self._make_way(place)
+            self.kept.make_way(place)
             if not os.path.samestat(os.lstat(temporary), os.fstat(file.fileno())):
                 raise OSError(errno.EEXIST, f"somebody else has put another file at {temporary}")
             if is_url(place):
@@ -216,7 +190,7 @@ class SaveCheckpoints(Callback):
         files = pieces.save(state, temporary)
         if is_url(place):
             if is_first:
-                self._make_way(place)
+                self.kept.make_way(place)
                 storage.delete(storage.join(place, pieces.HEAD))  # of one that could not be moved
             dist.barrier()
             for file in files:
@@ -235,116 +209,8 @@ class SaveCheckpoints(Callback):
             dist.barrier()
             if is_first:
                 flush(temporary)
-                self._make_way(place)
+                self.kept.make_way(place)
                 os.rename(temporary, place)
-
-    def _make_way(self, place: str) -> None:
-        """Set aside what has a new checkpoint's name: a damaged one, or one of another run,
-        which may be all there is of it.
-        """
-        is_file = storage.stat(place) is not None
-        if is_file and self._is_whole.get(place) == (_stat(place), True):
-            return  # this run saved the same before
-        if not (is_file or has_head(place) if is_url(place) else os.path.lexists(place)):
-            return
-        number = 0
-        while _is_taken(
-            aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")
-        ):
-            number += 1
-        try:
-            storage.move(place, aside)
-        except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
-            log.warning("warning: %s: cannot be set aside and is replaced: %s", place, error)
-        except OSError as error:
-            raise DataError(
-                f"{place}: is in the way of a new checkpoint and cannot be renamed:"
-                f" {error.strerror}; move it away, and the same command goes on"
-            ) from None
-        else:
-            log.warning(
-                "warning: %s: was not a checkpoint of this run that can be read; it is set aside"
-                " as %s",
-                place,
-                aside,
-            )
-
-    def _rotate(self) -> None:
-        """Delete what is older than the newest `num_to_keep` that are whole, of all that lies in
-        the folder.
-        """
-        if self.num_to_keep <= 0:
-            return
-        until = time.monotonic() + VERIFY_SECONDS
-        num_whole, oldest = 0, None
-        try:
-            for place in list_checkpoints(self.folder):
-                if num_whole >= self.num_to_keep:
-                    self._delete(place)
-                elif place not in self._is_whole and time.monotonic() > until:
-                    return
-                else:
-                    num_whole += self._counts(place)
-                    oldest = step_of(place)
-            if num_whole >= self.num_to_keep:
-                assert oldest is not None
-                for place in list_torsos(self.folder, before=oldest):
-                    self._delete(place)
-        except (ConfigError, DataError, OSError) as error:
-            log.warning(
-                "warning: %s: no old checkpoint is deleted this time: %s",
-                self.folder,
-                one_line(error),
-            )
-
-    def _know(self, place: str, is_whole: bool) -> None:
-        self._is_whole[place] = _stat(place), is_whole
-
-    def _counts(self, place: str) -> bool:
-        """Whether it is whole; looked at if it has changed since that was known."""
-        now = _stat(place)
-        if place in self._is_whole and self._is_whole[place][0] == now:
-            return self._is_whole[place][1]
-        copies = self.staging / "looked-at-ba"
-        try:
-            is_whole = look_at(place, copies, self.needed) is not None
-        except StoreError:
-            raise
-        except DataError as error:
-            log.warning(
-                "warning: %s; it stays, and does not count as one of the %d that are kept",
-                error,
-                self.num_to_keep,
-            )
-            is_whole = False
-        finally:
-            remove_copy(copies)
-        self._is_whole[place] = now, is_whole
-        return is_whole
-
-    def _delete(self, place: str) -> None:
-        if place in self._stays:
-            return
-        try:
-            self._remove(place)
-            self._is_whole.pop(place, None)
-        except (ConfigError, StoreError, OSError) as error:
-            self._stays.add(place)
-            log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
-
-    def _remove(self, place: str) -> None:
-        if not is_url(place) and os.path.islink(place):
-            os.unlink(place)  # and not what it leads to, which may be another run's
-        elif place.endswith(".pt"):
-            storage.delete(place)
-        elif is_url(place):
-            storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
-            storage.delete_folder(place)
-        else:
-            # Which the next start clears away after a kill
-            left = self.staging / f"unfinished-{Path(place).name}"
-            os.rename(place, left)
-            shutil.rmtree(left)
 
 
 @contextmanager
@@ -397,13 +263,3 @@ def build_saver(
         needed=needed,
         train_log=Path(config.log_folder, TRAIN_LOG),
     )
-
-
-def _stat(place: str) -> Stat | None:
-    return storage.stat(place if place.endswith(".pt") else storage.join(place, pieces.HEAD))
-
-
-def _is_taken(place: str) -> bool:
-    if is_url(place):
-        return bool(storage.stat(place) or storage.ls(place))
-    return os.path.lexists(place)

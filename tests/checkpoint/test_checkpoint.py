@@ -20,7 +20,7 @@ import pytest
 import torch
 from composer.utils import checkpoint as composer_checkpoint
 
-from flame_composer.checkpoint import save as checkpoint
+from flame_composer.checkpoint import keep
 from flame_composer.checkpoint.content import needed_by
 from flame_composer.checkpoint.find import (
     find_checkpoint,
@@ -30,7 +30,7 @@ from flame_composer.checkpoint.find import (
 )
 from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-from flame_composer.checkpoint.save import SaveCheckpoints
+from flame_composer.checkpoint.save import SaveCheckpoints, find_start_of
 from flame_composer.checkpoint.to_model import (
     load_from_checkpoint,
     load_model,
@@ -397,7 +397,7 @@ def test_a_file_that_is_replaced_after_it_was_checked_runs_no_code(
         "_torch_load_with_validation",
         composer_checkpoint._torch_load_with_validation,
     )
-    start = checkpoint.find_start_of(TrainConfig(save_folder=None), tmp_path, pytest.fail)
+    start = find_start_of(TrainConfig(save_folder=None), tmp_path, pytest.fail)
     assert start is None
     state = trained.trainer.state
     with pytest.raises(
@@ -798,7 +798,7 @@ def test_a_folder_is_exported_from_the_newest_that_holds_a_model(folder, caplog)
 
 
 def rotate(folder: Path, num_to_keep: int) -> list[str]:
-    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=num_to_keep)._rotate()
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=num_to_keep).kept.delete_old()
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -877,9 +877,9 @@ def test_what_is_known_is_not_read_again_unless_it_changes(
     folder, needed, state_at, monkeypatch, caplog
 ):
     looked: list[str] = []
-    look_at = checkpoint.look_at
+    look_at = keep.look_at
     monkeypatch.setattr(
-        checkpoint,
+        keep,
         "look_at",
         lambda place, *rest: looked.append(Path(place).name) or look_at(place, *rest),
     )
@@ -900,7 +900,7 @@ def test_what_is_known_is_not_read_again_unless_it_changes(
 
 
 def test_a_look_that_takes_long_is_spread_over_several_saves(folder, needed, state_at, monkeypatch):
-    monkeypatch.setattr(checkpoint, "VERIFY_SECONDS", -1)
+    monkeypatch.setattr(keep, "VERIFY_SECONDS", -1)
     saver = saver_of(folder, needed, num_to_keep=3)
     saver.save(state_at(4))
     assert names(folder) == {

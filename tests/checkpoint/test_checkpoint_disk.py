@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint.find import find_newest, list_checkpoints
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.errors import ConfigError, DataError, TrainingError
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import local_stat
 from flame_composer.train.preemption import lock_folders
 from tests.conftest import Run
@@ -142,9 +142,9 @@ def test_a_kill_while_pieces_are_deleted_leaves_nothing(
             (Path(place) / "state.pt").unlink()
             raise KeyboardInterrupt
 
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            saver._rotate()
+            saver.kept.delete_old()
     assert list_checkpoints(str(folder)) == [str(folder / "ba3.pt"), str(folder / "ba2.pt")]
     SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=2).fit_start(None, None)  # pyright: ignore
     assert {path.name for path in folder.iterdir()} == {"ba2.pt", "ba3.pt"}
@@ -166,7 +166,7 @@ def test_pieces_without_a_head_are_deleted_when_enough_newer_ones_are_whole(fold
     (folder / "ba1/thesis.tex").write_text("mine")
     (folder / "ba2").mkdir()
     saver = SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=4)
-    saver._rotate()
+    saver.kept.delete_old()
     assert {path.name for path in folder.iterdir()} == {
         "ba0",
         "ba10",
@@ -176,8 +176,8 @@ def test_pieces_without_a_head_are_deleted_when_enough_newer_ones_are_whole(fold
         "ba2.pt",
         "ba3.pt",
     }
-    saver.num_to_keep = 2
-    saver._rotate()
+    saver.kept.num_to_keep = 2
+    saver.kept.delete_old()
     assert {path.name for path in folder.iterdir()} == {"ba10", "ba1", "ba2", "ba2.pt", "ba3.pt"}
     assert (folder / "ba1/thesis.tex").read_text() == "mine"
 
@@ -185,7 +185,7 @@ def test_pieces_without_a_head_are_deleted_when_enough_newer_ones_are_whole(fold
 def test_a_checkpoint_that_somebody_else_deletes_meanwhile_ends_no_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stat = checkpoint.storage.stat
+    stat = files.stat
 
     def deleted_meanwhile(place: str) -> Any:
         if place.endswith("ba2.pt"):
@@ -193,8 +193,8 @@ def test_a_checkpoint_that_somebody_else_deletes_meanwhile_ends_no_run(
             return local_stat(place)
         return stat(place)
 
-    monkeypatch.setattr(checkpoint.storage, "stat", deleted_meanwhile)
-    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=2)._rotate()
+    monkeypatch.setattr(files, "stat", deleted_meanwhile)
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=2).kept.delete_old()
     assert {path.name for path in folder.iterdir()} == {"ba1.pt", "ba3.pt"}
     (line,) = caplog.messages
     assert line.startswith(f"warning: {folder}: no old checkpoint is deleted this time: ")

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from flame_composer.checkpoint import save as checkpoint
 from flame_composer.checkpoint import upload
 from flame_composer.checkpoint.find import find_newest
 from flame_composer.checkpoint.read import read_checkpoint
+from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from tests.conftest import Run
 from tests.runs import Corpus, Script, check, read_log, run_script
 from tests.s3 import S3
@@ -103,17 +103,17 @@ def test_a_store_that_lets_nothing_be_deleted_keeps_old_checkpoints(
     def deny(place: str) -> None:
         raise ConfigError(f"{place}: access denied")
 
-    saver = checkpoint.SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
+    saver = SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.storage, "delete", deny)
-        saver._rotate()
+        patch.setattr(files, "delete", deny)
+        saver.kept.delete_old()
     assert [message.split(": ", 2)[:2] for message in caplog.messages] == [
         ["warning", "s3://data/kept/ba2.pt"],
         ["warning", "s3://data/kept/ba1.pt"],
     ]
     assert set(s3.keys("kept")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
-    saver = checkpoint.SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
-    saver._rotate()
+    saver = SaveCheckpoints("s3://data/kept", tmp_path, batches=1, num_to_keep=1)
+    saver.kept.delete_old()
     assert set(s3.keys("kept")) == {"ba3.pt"}
 
 
@@ -133,7 +133,7 @@ def test_damaged_checkpoints_in_a_store_delete_no_good_one(
     assert start.place == f"{place}/ba3.pt"
     assert start.file.read_bytes() == whole
     assert [Path(each).name for each in start.passed_over] == ["ba10.pt", "ba9.pt", "ba8", "ba4.pt"]
-    saver = checkpoint.SaveCheckpoints(place, staging, batches=1, num_to_keep=2, start=start)
+    saver = SaveCheckpoints(place, staging, batches=1, num_to_keep=2, start=start)
     saver.fit_start(None, None)  # pyright: ignore
     state, before = trained.trainer.state, trained.trainer.state.timestamp
     try:
@@ -156,9 +156,9 @@ def test_old_checkpoints_in_a_store_count_only_if_they_are_whole(
 ) -> None:
     s3.upload(trained.checkpoints, "counted")
     s3.client.put_object(Bucket="data", Key="counted/ba2.pt", Body=s3.read("counted/ba2.pt")[:-700])
-    checkpoint.SaveCheckpoints(
+    SaveCheckpoints(
         "s3://data/counted", tmp_path / "staging", batches=1, num_to_keep=2
-    )._rotate()
+    ).kept.delete_old()
     assert set(s3.keys("counted")) == {"ba1.pt", "ba2.pt", "ba3.pt"}
     assert list((tmp_path / "staging").iterdir()) == []
 
@@ -181,9 +181,9 @@ def test_pieces_without_a_head_in_a_store_are_deleted(s3: S3, trained: Run, tmp_
     s3.upload(trained.checkpoints, "torsos")
     for name in ("ba1/piece0.pt", "ba1/piece1.pt", "ba4/piece0.pt", "ba0/thesis.tex"):
         s3.client.put_object(Bucket="data", Key=f"torsos/{name}", Body=b"half")
-    checkpoint.SaveCheckpoints(
+    SaveCheckpoints(
         "s3://data/torsos", tmp_path / "staging", batches=1, num_to_keep=2
-    )._rotate()
+    ).kept.delete_old()
     assert set(s3.keys("torsos")) == {"ba2.pt", "ba3.pt", "ba4/piece0.pt", "ba0/thesis.tex"}
 
 
@@ -290,13 +290,13 @@ def test_a_listing_with_names_that_are_none_is_refused(
     with pytest.raises(
         DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"
     ):
-        storage.ls("s3://data/run")
+        files.ls("s3://data/run")
     if ".." in name:
         with pytest.raises(
             DataError,
             match=r"^data/run: the store lists '.*' there, which is no name of a file in it",
         ):
-            storage.find("s3://data/run")
+            files.find("s3://data/run")
 
 
 @pytest.mark.parametrize(

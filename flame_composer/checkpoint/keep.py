@@ -1,0 +1,174 @@
+"""A run's folder of checkpoints: those known to be whole, those kept, and those in the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint.find import (
+    has_head,
+    list_checkpoints,
+    list_torsos,
+    look_at,
+    remove_copy,
+    step_of,
+)
+from flame_composer.checkpoint.parts import Needed
+from flame_composer.errors import ConfigError, DataError, StoreError, one_line
+from flame_composer.storage import files as storage
+from flame_composer.storage.filesystems import Stat, is_url
+
+# After so long, looking at what lies in the folder goes on when the next checkpoint is saved
+VERIFY_SECONDS = 60
+
+log = logging.getLogger(__name__)
+
+
+class KeptCheckpoints:
+    """The checkpoints in a folder, the newest of which are kept.
+
+    Old ones are deleted once there are enough newer ones that are whole. One that the run saved,
+    or goes on from, is known to be; any other is read once, and a damaged one counts for nothing.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        staging: Path,
+        num_to_keep: int,
+        needed: Callable[[], Needed] | None,
+    ):
+        """Keep the newest `num_to_keep` in `folder`, or all if -1; `staging` and `needed` are
+        those of `SaveCheckpoints`.
+        """
+        self.folder = folder
+        self.staging = staging
+        self.num_to_keep = num_to_keep
+        self.needed = needed
+        # As it was when that was found out
+        self._is_whole: dict[str, tuple[Stat | None, bool]] = {}
+        self._stays: set[str] = set()  # what could not be deleted
+
+    def make_way(self, place: str) -> None:
+        """Set aside what has a new checkpoint's name: a damaged one, or one of another run,
+        which may be all there is of it.
+        """
+        is_file = storage.stat(place) is not None
+        if is_file and self._is_whole.get(place) == (_stat(place), True):
+            return  # this run saved the same before
+        is_there = (is_file or has_head(place)) if is_url(place) else os.path.lexists(place)
+        if not is_there:
+            return
+        number = 0
+        while _is_taken(
+            aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")
+        ):
+            number += 1
+        try:
+            storage.move(place, aside)
+        except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
+            log.warning("warning: %s: cannot be set aside and is replaced: %s", place, error)
+        except OSError as error:
+            raise DataError(
+                f"{place}: is in the way of a new checkpoint and cannot be renamed:"
+                f" {error.strerror}; move it away, and the same command goes on"
+            ) from None
+        else:
+            log.warning(
+                "warning: %s: was not a checkpoint of this run that can be read; it is set aside"
+                " as %s",
+                place,
+                aside,
+            )
+
+    def delete_old(self) -> None:
+        """Delete what is older than the newest `num_to_keep` that are whole, of all that lies in
+        the folder.
+        """
+        if self.num_to_keep <= 0:
+            return
+        until = time.monotonic() + VERIFY_SECONDS
+        num_whole, oldest = 0, None
+        try:
+            for place in list_checkpoints(self.folder):
+                if num_whole >= self.num_to_keep:
+                    self._delete(place)
+                elif place not in self._is_whole and time.monotonic() > until:
+                    return
+                else:
+                    num_whole += self._counts(place)
+                    oldest = step_of(place)
+            if num_whole >= self.num_to_keep:
+                assert oldest is not None
+                for place in list_torsos(self.folder, before=oldest):
+                    self._delete(place)
+        except (ConfigError, DataError, OSError) as error:
+            log.warning(
+                "warning: %s: no old checkpoint is deleted this time: %s",
+                self.folder,
+                one_line(error),
+            )
+
+    def note(self, place: str, is_whole: bool) -> None:
+        self._is_whole[place] = _stat(place), is_whole
+
+    def _counts(self, place: str) -> bool:
+        """Whether it is whole; looked at if it has changed since that was known."""
+        now = _stat(place)
+        if place in self._is_whole and self._is_whole[place][0] == now:
+            return self._is_whole[place][1]
+        copies = self.staging / "looked-at-ba"
+        try:
+            is_whole = look_at(place, copies, self.needed) is not None
+        except StoreError:
+            raise
+        except DataError as error:
+            log.warning(
+                "warning: %s; it stays, and does not count as one of the %d that are kept",
+                error,
+                self.num_to_keep,
+            )
+            is_whole = False
+        finally:
+            remove_copy(copies)
+        self._is_whole[place] = now, is_whole
+        return is_whole
+
+    def _delete(self, place: str) -> None:
+        if place in self._stays:
+            return
+        try:
+            self._remove(place)
+            self._is_whole.pop(place, None)
+        except (ConfigError, StoreError, OSError) as error:
+            self._stays.add(place)
+            log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
+
+    def _remove(self, place: str) -> None:
+        if not is_url(place) and os.path.islink(place):
+            os.unlink(place)  # and not what it leads to, which may be another run's
+        elif place.endswith(".pt"):
+            storage.delete(place)
+        elif is_url(place):
+            storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
+            storage.delete_folder(place)
+        else:
+            # Which the next start clears away after a kill
+            left = self.staging / f"unfinished-{Path(place).name}"
+            os.rename(place, left)
+            shutil.rmtree(left)
+
+
+def _stat(place: str) -> Stat | None:
+    return storage.stat(place if place.endswith(".pt") else storage.join(place, pieces.HEAD))
+
+
+def _is_taken(place: str) -> bool:
+    if is_url(place):
+        return bool(storage.stat(place) or storage.ls(place))
+    return os.path.lexists(place)
