@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flame_composer.config.cli import run
 from flame_composer.config.convert import TokenizerTrainConfig
 from flame_composer.errors import DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage.files import each, stat
 from flame_composer.text.documents import sample_texts
 from flame_composer.text.sources import find_files
 
@@ -37,7 +37,7 @@ def main(config: TokenizerTrainConfig) -> None:
 
     files = find_files(config.source, config.suffixes)
     settings = {name: getattr(config, name) for name in SETTINGS}
-    stats = dict(zip(files, storage.each(storage.stat, files), strict=True))
+    stats = dict(zip(files, each(stat, files), strict=True))
     sizes = {
         path: stat and ([stat.size, stat.version] if stat.version else stat.size)
         for path, stat in stats.items()

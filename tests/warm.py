@@ -5,7 +5,7 @@
 from composer.utils.collect_env import get_composer_env_dict
 
 from flame_composer import cpu
-from flame_composer.checkpoint import save as checkpoint  # noqa: F401
+from flame_composer.checkpoint import save  # noqa: F401
 from flame_composer.cleaning import executors  # noqa: F401
 from flame_composer.dataset import writer as shards  # noqa: F401
 from flame_composer.export import card as publish  # noqa: F401

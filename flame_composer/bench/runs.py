@@ -35,8 +35,8 @@ def checkpoints(
     """
     from composer import Trainer
 
-    from flame_composer.checkpoint import read as checkpoint_read
-    from flame_composer.checkpoint import save as checkpoint
+    from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
+    from flame_composer.checkpoint.save import SaveCheckpoints
     from flame_composer.config.sections import OptimizerConfig
     from flame_composer.model.optimizer import build_optimizer
 
@@ -54,7 +54,7 @@ def checkpoints(
     )
     place, plain = folder / "ours", folder / "plain.pt"
     place.mkdir()
-    saver = checkpoint.SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
+    saver = SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     def save() -> None:
@@ -68,7 +68,7 @@ def checkpoints(
             os.fsync(file.fileno())
 
     def read() -> None:
-        checkpoint_read.read_checkpoint(checkpoint_read.Checkpoint("", place / "ba0.pt"))
+        read_checkpoint(Checkpoint("", place / "ba0.pt"))
 
     timed: dict[str, Callable[[], Any]] = {
         "save": save,

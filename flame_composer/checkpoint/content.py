@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.optimizer_state import (
     check_optimizer,
     check_pieces,
@@ -203,7 +203,7 @@ def _require_numbers(path: str, parts: list[Any], *, squared: bool = False) -> N
     """A square may be infinite, as that of a finite gradient can be, but not below zero: its
     root is taken.
     """
-    for tensor in pieces.tensors(parts):
+    for tensor in sharded.tensors(parts):
         if not tensor.is_floating_point():
             raise Lack(f"its {path} is of type {str(tensor.dtype).removeprefix('torch.')}")
         if not tensor.numel():
@@ -307,5 +307,5 @@ def _check_averages(state: dict[str, Any], weights: dict[str, Any], shapes: Shap
         name: shapes[name] for name, tensor in tensors.items() if tensor.is_floating_point()
     }
     for algorithm, average in _averages(state):
-        if {name: pieces.shape([tensor]) for name, tensor in average.items()} != averaged:
+        if {name: sharded.shape([tensor]) for name, tensor in average.items()} != averaged:
             raise Lack(f"its average of {algorithm} has not the names and shapes of its weights")

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from composer.utils import dist
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.content import check_content
 from flame_composer.checkpoint.parts import Needed, OtherRun
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head
 from flame_composer.errors import ConfigError, DataError, StoreError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import Stat, is_url
 
 # A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two
@@ -41,8 +41,8 @@ def has_head(place: str) -> bool:
     """Whether `place` is a folder with the head of a checkpoint in pieces, whatever state that
     is in.
     """
-    head = storage.join(place, pieces.HEAD)
-    return storage.stat(head) is not None if is_url(place) else _is_there(head)
+    head = files.join(place, sharded.HEAD)
+    return files.stat(head) is not None if is_url(place) else _is_there(head)
 
 
 def _is_there(path: str) -> bool:
@@ -72,8 +72,8 @@ def list_torsos(folder: str, before: int) -> list[str]:
     for place in _named(folder):
         step = step_of(place)
         if step is not None and step < before and not place.endswith(".pt") and not has_head(place):
-            names = storage.ls(place)
-            if names and all(map(pieces.is_name, names)):
+            names = files.ls(place)
+            if names and all(map(sharded.is_name, names)):
                 torsos.append(place)
     return torsos
 
@@ -81,7 +81,7 @@ def list_torsos(folder: str, before: int) -> list[str]:
 def _named(folder: str) -> list[str]:
     """Return what has a checkpoint's name in a folder, newest first."""
     try:
-        names = storage.ls(folder) if is_url(folder) else os.listdir(folder)
+        names = files.ls(folder) if is_url(folder) else os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -89,7 +89,7 @@ def _named(folder: str) -> list[str]:
             f"{folder}: cannot be read: {error.strerror}; let this user read it"
         ) from None
     found = [
-        (step, storage.join(folder, name)) for name in names if (step := step_of(name)) is not None
+        (step, files.join(folder, name)) for name in names if (step := step_of(name)) is not None
     ]
     return [place for _, place in sorted(found, reverse=True)]
 
@@ -204,8 +204,8 @@ def _local(place: str, staging: Path) -> Path:
     """The file that a checkpoint is read from."""
     there = staging / place.rpartition("/")[2] if is_url(place) else Path(place)
     return (
-        there / pieces.HEAD
-        if os.path.isdir(there) and _is_there(str(there / pieces.HEAD))
+        there / sharded.HEAD
+        if os.path.isdir(there) and _is_there(str(there / sharded.HEAD))
         else there
     )
 
@@ -214,8 +214,8 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
     if not is_url(place):
         return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
     copy = staging / place.rpartition("/")[2]
-    head = storage.stat(storage.join(place, pieces.HEAD))
-    there = head or storage.stat(place)
+    head = files.stat(files.join(place, sharded.HEAD))
+    there = head or files.stat(place)
     if there is None:
         return None
     staging.mkdir(parents=True, exist_ok=True)
@@ -227,16 +227,16 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
             _download(place, there, copy)
             return Checkpoint(place, copy)
         copy.mkdir(exist_ok=True)
-        _download(storage.join(place, pieces.HEAD), there, copy / pieces.HEAD)
+        _download(files.join(place, sharded.HEAD), there, copy / sharded.HEAD)
         # By the names that pieces have, and not by those that the store lists.
-        for name in map(pieces.name_of, range(read_head(place, copy / pieces.HEAD))):
-            piece = storage.stat(storage.join(place, name))
+        for name in map(sharded.name_of, range(read_head(place, copy / sharded.HEAD))):
+            piece = files.stat(files.join(place, name))
             if piece is None:
                 raise DataError(
-                    f"{storage.join(place, name)}: not a whole checkpoint: this piece is missing"
+                    f"{files.join(place, name)}: not a whole checkpoint: this piece is missing"
                 )
-            _download(storage.join(place, name), piece, copy / name)
-        return Checkpoint(place, copy / pieces.HEAD)
+            _download(files.join(place, name), piece, copy / name)
+        return Checkpoint(place, copy / sharded.HEAD)
     except FileNotFoundError:  # deleted while it was copied
         return None
 
@@ -248,7 +248,7 @@ def _download(place: str, there: Stat, copy: Path) -> None:
             f"{place}: its {there.size:,} bytes do not fit into {copy.parent}, where {free:,} are"
             " free; make room there, or move the checkpoint away"
         )
-    storage.download(place, copy)
+    files.download(place, copy)
 
 
 def remove_copy(copy: Path) -> None:
@@ -289,15 +289,15 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
 
     Raise ConfigError if there is none.
     """
-    if storage.stat(place) is not None or has_head(place):
+    if files.stat(place) is not None or has_head(place):
         found = _fetched(place, staging)
         if found is not None:
             return found
     newest = find_newest(place, staging)
     if newest is None:
         _refuse_sharded(place)
-        is_folder = bool(storage.ls(place)) or Path(place).is_dir()
-        below = storage.join(place, "checkpoints")
+        is_folder = bool(files.ls(place)) or Path(place).is_dir()
+        below = files.join(place, "checkpoints")
         meant = (
             f"did you mean {below}?"
             if list_checkpoints(below)
@@ -312,8 +312,8 @@ def _refuse_sharded(place: str) -> None:
     """Raise ConfigError for torch's distributed checkpoints: a folder each, of files for each
     rank and one `.metadata`.
     """
-    for folder in (place, *(storage.join(place, name) for name in storage.ls(place))):
-        if ".metadata" in storage.ls(folder):
+    for folder in (place, *(files.join(place, name) for name in files.ls(place))):
+        if ".metadata" in files.ls(folder):
             raise ConfigError(
                 f"{folder}: a sharded checkpoint, which cannot be read here; only those in one file"
                 " can (ba*.pt)"

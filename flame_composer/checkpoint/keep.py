@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.find import (
     has_head,
     list_checkpoints,
@@ -20,7 +20,7 @@ from flame_composer.checkpoint.find import (
 )
 from flame_composer.checkpoint.parts import Needed
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import Stat, is_url
 
 # After so long, looking at what lies in the folder goes on when the next checkpoint is saved
@@ -58,7 +58,7 @@ class KeptCheckpoints:
         """Set aside what has a new checkpoint's name: a damaged one, or one of another run,
         which may be all there is of it.
         """
-        is_file = storage.stat(place) is not None
+        is_file = files.stat(place) is not None
         if is_file and self._is_whole.get(place) == (_stat(place), True):
             return  # this run saved the same before
         is_there = (is_file or has_head(place)) if is_url(place) else os.path.lexists(place)
@@ -66,11 +66,11 @@ class KeptCheckpoints:
             return
         number = 0
         while _is_taken(
-            aside := storage.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")
+            aside := files.join(self.folder, f"aside{number or ''}-{place.rpartition('/')[2]}")
         ):
             number += 1
         try:
-            storage.move(place, aside)
+            files.move(place, aside)
         except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
             log.warning("warning: %s: cannot be set aside and is replaced: %s", place, error)
         except OSError as error:
@@ -153,10 +153,10 @@ class KeptCheckpoints:
         if not is_url(place) and os.path.islink(place):
             os.unlink(place)  # and not what it leads to, which may be another run's
         elif place.endswith(".pt"):
-            storage.delete(place)
+            files.delete(place)
         elif is_url(place):
-            storage.delete(storage.join(place, pieces.HEAD))  # first, so that what is left is none
-            storage.delete_folder(place)
+            files.delete(files.join(place, sharded.HEAD))  # first, so that what is left is none
+            files.delete_folder(place)
         else:
             # Which the next start clears away after a kill
             left = self.staging / f"unfinished-{Path(place).name}"
@@ -165,10 +165,10 @@ class KeptCheckpoints:
 
 
 def _stat(place: str) -> Stat | None:
-    return storage.stat(place if place.endswith(".pt") else storage.join(place, pieces.HEAD))
+    return files.stat(place if place.endswith(".pt") else files.join(place, sharded.HEAD))
 
 
 def _is_taken(place: str) -> bool:
     if is_url(place):
-        return bool(storage.stat(place) or storage.ls(place))
+        return bool(files.stat(place) or files.ls(place))
     return os.path.lexists(place)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.parts import NUMBER, PLAIN, Lack, Needed, Other, Shapes, part_at
 from flame_composer.errors import DataError
 
@@ -37,7 +37,7 @@ def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> No
                 for state in states
                 if moment in part_at(state, dict, name)
             ]
-            if len(parts) != len(states) or pieces.shape(parts) != shapes[name]:
+            if len(parts) != len(states) or sharded.shape(parts) != shapes[name]:
                 raise Lack(f"its {path}.state.{name}.{moment} is not of the shape of its weights")
         for state in states:
             if "step" not in state[name]:
@@ -49,7 +49,7 @@ def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> No
 
 def _number(value: Any, path: str) -> float:
     """Return the number that `value` is, or holds as a tensor without dimensions."""
-    is_tensor = isinstance(value, torch.Tensor) and pieces.shape([value]) == ()
+    is_tensor = isinstance(value, torch.Tensor) and sharded.shape([value]) == ()
     number = value.item() if is_tensor else value
     if isinstance(number, bool) or not isinstance(number, NUMBER):
         raise Lack(f"its {path} is {in_short(value)}")
@@ -86,7 +86,7 @@ def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) ->
             raise Lack(f"its {path}.{name}.step is {step:g}, and that of other weights {most:g}")
         if step == 0 and any(
             tensor.count_nonzero()
-            for tensor in pieces.tensors([each[name]["exp_avg"] for each in states])
+            for tensor in sharded.tensors([each[name]["exp_avg"] for each in states])
         ):
             raise Lack(f"its {path}.{name}.step is 0, and there are moments")
 

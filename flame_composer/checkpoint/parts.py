@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.errors import DataError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,7 +72,7 @@ def shapes_of(parts: list[Any], path: str) -> dict[str, tuple[int, ...]]:
         raise Lack(f"its pieces are not of the same {path}")
     shapes = {}
     for name in parts[0]:
-        shape = pieces.shape([part[name] for part in parts])
+        shape = sharded.shape([part[name] for part in parts])
         if shape is None:
             raise Lack(f"its {path}.{name} is no whole tensor")
         shapes[name] = shape

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import _weights_only_unpickler
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.errors import DataError, one_line
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 
 # What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random
 # state, times, versions.
@@ -73,13 +73,13 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
     """As `read_checkpoint`; without `verify`, checksums that were checked before are not again."""
     place, file, _ = checkpoint
     content = _read_file(place, file, verify=verify)
-    if file.name == pieces.HEAD:
+    if file.name == sharded.HEAD:
         held = [
-            _read_file(storage.join(place, name), file.with_name(name), verify=verify)
-            for name in map(pieces.name_of, range(num_pieces(content, place)))
+            _read_file(files.join(place, name), file.with_name(name), verify=verify)
+            for name in map(sharded.name_of, range(num_pieces(content, place)))
         ]
         _require_own(
-            place, content, [file.with_name(pieces.name_of(number)) for number in range(len(held))]
+            place, content, [file.with_name(sharded.name_of(number)) for number in range(len(held))]
         )
         content["pieces"] = held
     elif isinstance(content, dict) and "pieces" in content:
@@ -90,18 +90,18 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
     return content
 
 
-def _require_own(place: str, head: dict[str, Any], files: list[Path]) -> None:
+def _require_own(place: str, head: dict[str, Any], paths: list[Path]) -> None:
     """Raise DataError for a piece that is not the one its checkpoint's head was saved with."""
     if "fingerprints" not in head:  # of 2026-11-28 and before; see content.check_pieces
         return
-    for number, file in enumerate(files):
+    for number, path in enumerate(paths):
         try:
-            is_own = head["fingerprints"][number] == pieces.fingerprint(file)
+            is_own = head["fingerprints"][number] == sharded.fingerprint(path)
         except Exception:  # whatever a head of any kind makes of what looks at it
             is_own = False
         if not is_own:
             raise DataError(
-                f"{storage.join(place, file.name)}: not a whole checkpoint: not the piece that was"
+                f"{files.join(place, path.name)}: not a whole checkpoint: not the piece that was"
                 " saved with its head"
             )
 

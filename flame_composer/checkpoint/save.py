@@ -18,7 +18,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.find import find_start, remove_copy, step_of
 from flame_composer.checkpoint.keep import KeptCheckpoints
 from flame_composer.checkpoint.parts import Needed
@@ -26,7 +26,7 @@ from flame_composer.checkpoint.read import Checkpoint, read_content, read_for_co
 from flame_composer.checkpoint.upload import upload_file
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.errors import GOES_ON, TrainingError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import flush
 from flame_composer.storage.local import create
@@ -94,9 +94,9 @@ class SaveCheckpoints(Callback):
         self._last_time = time.monotonic()
 
     def after_load(self, state: State, logger: Logger) -> None:
-        if self.start is not None and self.start.file.name == pieces.HEAD:
+        if self.start is not None and self.start.file.name == sharded.HEAD:
             content = read_content(self.start, verify=False)  # that was done when it was chosen
-            pieces.load(state, content["pieces"])
+            sharded.load(state, content["pieces"])
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Clears away what a killed run has left."""
@@ -115,7 +115,7 @@ class SaveCheckpoints(Callback):
                 self.kept.note(self.start.place, True)
                 for place in self.start.passed_over:
                     self.kept.note(place, False)
-            storage.abort_uploads(self.folder)
+            files.abort_uploads(self.folder)
         dist.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -136,7 +136,7 @@ class SaveCheckpoints(Callback):
         """Save now, unless this batch was saved already. Every rank must call it."""
         in_pieces = self.in_pieces and state.fsdp_config is not None
         name = f"ba{state.timestamp.batch.value}" + ("" if in_pieces else ".pt")
-        place = storage.join(self.folder, name)
+        place = files.join(self.folder, name)
         if place == self.saved:
             return
         with _saving(place):
@@ -187,24 +187,24 @@ class SaveCheckpoints(Callback):
         temporary.mkdir(parents=True, exist_ok=True)
         if not is_own_folder(temporary):
             raise OSError(errno.EEXIST, f"{temporary} is a link, or another user's")
-        files = pieces.save(state, temporary)
+        written = sharded.save(state, temporary)
         if is_url(place):
             if is_first:
                 self.kept.make_way(place)
-                storage.delete(storage.join(place, pieces.HEAD))  # of one that could not be moved
+                files.delete(files.join(place, sharded.HEAD))  # of one that could not be moved
             dist.barrier()
-            for file in files:
-                if file.name == pieces.HEAD:
+            for file in written:
+                if file.name == sharded.HEAD:
                     continue
-                upload_file(file, storage.join(place, file.name))
+                upload_file(file, files.join(place, file.name))
             dist.barrier()
             if is_first:
-                upload_file(files[-1], storage.join(place, pieces.HEAD))
+                upload_file(written[-1], files.join(place, sharded.HEAD))
             dist.barrier()
             if dist.get_local_rank() == 0:
                 shutil.rmtree(temporary)
         else:
-            for file in files:
+            for file in written:
                 flush(file)
             dist.barrier()
             if is_first:

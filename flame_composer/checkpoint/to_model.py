@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.find import find_checkpoint
 from flame_composer.checkpoint.optimizer_state import check_pieces
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
@@ -165,7 +165,7 @@ def model_in(
         hf_state = content["state"]["integrations"]["huggingface"]
         average = average_of(content["state"])
         weights = (
-            pieces.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
+            sharded.weights(content["pieces"]) if "pieces" in content else content["state"]["model"]
         )
         weights = dict(weights) | ({} if which == "model" else average)
         behind = check_pieces(content, checkpoint.place, may_be_behind=True)

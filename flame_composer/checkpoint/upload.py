@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from flame_composer.errors import ConfigError, StoreError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def upload_file(file: Path, place: str) -> None:
     begun = time.monotonic()
     for seconds in (*UPLOAD_WAITS, None):
         try:
-            storage.put(file, place)
+            files.put(file, place)
             return
         except (StoreError, ConfigError) as error:
             if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.files import dump_json
 from flame_composer.storage.folders import require_folder_inside, require_safe
 from flame_composer.storage.local import create
@@ -301,7 +301,7 @@ def _is_whole(content: dict[str, Any], name: str) -> bool:
         return False
     for part in content.get("parts", ()):
         names = part.get("name") if isinstance(part, dict) else None
-        if not isinstance(names, str) or not all(map(storage.is_plain_name, names.split("/"))):
+        if not isinstance(names, str) or not all(map(files.is_plain_name, names.split("/"))):
             return False
         if not isinstance(part.get("bytes"), int):
             return False

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
 from flame_composer.dataset.mds import VERSION as MDS_VERSION
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.text.encoder import HF
 from flame_composer.text.ends import Ends, parse_ends
 from flame_composer.text.sources import Slice, Unit
@@ -96,21 +96,21 @@ def read_manifest(folder: str) -> Manifest:
     """The manifest of the dataset in a folder, local or in an object store; see
     `parse_manifest`.
     """
-    path = storage.join(folder, "manifest.json")
-    if storage.stat(path) is None:
+    path = files.join(folder, "manifest.json")
+    if files.stat(path) is None:
         what = (
             "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
         )
-        is_folder = os.path.isdir(folder) or storage.ls(folder)
+        is_folder = os.path.isdir(folder) or files.ls(folder)
         other = (
             "no dataset made by convert/to_mds.py (manifest.json is missing)"
             if is_folder
             else "no such folder"
         )
         raise ConfigError(
-            f"{folder}: {what if storage.stat(storage.join(folder, 'plan.json')) else other}"
+            f"{folder}: {what if files.stat(files.join(folder, 'plan.json')) else other}"
         )
-    return parse_manifest(storage.read(path), path)
+    return parse_manifest(files.read(path), path)
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
@@ -167,18 +167,18 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
     The index is not trusted: it must be the one `manifest` was written with, and name files within
     the folder only. Raises DataError otherwise.
     """
-    place = storage.join(folder, "index.json")
-    if storage.stat(place) is None:
+    place = files.join(folder, "index.json")
+    if files.stat(place) is None:
         raise DataError(
             f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset"
         )
-    data = storage.read(place)
+    data = files.read(place)
     content = parse_json(data, place)
     form = column_form(manifest.token_dtype, manifest.context_length)
     row_bytes = form["column_sizes"][1]
     if _take(content, "version", int, place) != MDS_VERSION:
         raise damaged(place, f"'version' must be {MDS_VERSION}")
-    files: list[ShardFile] = []
+    shards: list[ShardFile] = []
     for shard in _take(content, "shards", list, place):
         raw = _take(shard, "raw_data", dict, place)
         basename = _take(raw, "basename", str, place)
@@ -197,15 +197,15 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
             _take(_take(raw, "hashes", dict, place), HASH, str, place),
             _take(shard, "samples", int, place),
         )
-        files.append(file)
-    if not files:
+        shards.append(file)
+    if not shards:
         raise damaged(place, "it lists no shards")
-    names = Counter(file.basename for file in files)
-    if len(names) != len(files):
+    names = Counter(file.basename for file in shards)
+    if len(names) != len(shards):
         raise damaged(place, f"it names {names.most_common(1)[0][0]} twice")
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise damaged(place, "it is not the index that manifest.json was written with")
-    for file in files:
+    for file in shards:
         if file.bytes > MAX_SHARD_BYTES:
             raise damaged(
                 place, f"{file.basename}: {file.bytes} bytes are more than a shard can have"
@@ -216,12 +216,12 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
             raise damaged(
                 place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes"
             )
-    return files
+    return shards
 
 
 def read_json(path: str) -> Any:
     try:
-        return parse_json(storage.read(path), path)
+        return parse_json(files.read(path), path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert"

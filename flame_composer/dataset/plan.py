@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flame_composer.dataset.manifest import VERSION, Manifest, Split
-from flame_composer.storage import files as storage
-from flame_composer.storage.files import dump_json
+from flame_composer.storage.files import dump_json, stat
 from flame_composer.text.sources import Slice, Unit, slice_files
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
@@ -90,8 +89,8 @@ def inputs_of(units: Any) -> dict[str, str]:
 
 def is_newer(unit: Unit, committed: float) -> bool:
     """Whether a file was written since; in an object store, versions tell."""
-    files = (part.path for part in unit if part.format != "dataset" and part.version is None)
-    return any(stat is None or stat.modified > committed for stat in map(storage.stat, files))
+    paths = (part.path for part in unit if part.format != "dataset" and part.version is None)
+    return any(found is None or found.modified > committed for found in map(stat, paths))
 
 
 def moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:

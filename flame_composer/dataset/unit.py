@@ -15,7 +15,7 @@ from flame_composer.dataset.manifest import Ledger, UnitRecord
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
 from flame_composer.dataset.plan import TAIL, unit_name
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.files import dump_json
 from flame_composer.text.tokenizer import token_dtype
 
@@ -34,7 +34,7 @@ class UnitWriter:
         # A name of its own: whoever else is at work on this unit must not write into the same
         # folder.
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
-        self.final = storage.join(dataset.out, "units", self.name)
+        self.final = files.join(dataset.out, "units", self.name)
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
         self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
@@ -101,7 +101,7 @@ class UnitWriter:
             )
         )
         try:
-            storage.put_folder(self.temporary, self.final, "unit.json")
+            files.put_folder(self.temporary, self.final, "unit.json")
         except FileExistsError:
             # Another process has committed this unit, and the same plan gives the same bytes
             self.discard()

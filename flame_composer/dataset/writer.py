@@ -52,7 +52,7 @@ from flame_composer.dataset.plan import (
 )
 from flame_composer.dataset.unit import UnitWriter
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.files import dump_json
 from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import (
@@ -99,7 +99,7 @@ class DatasetWriter:
         )
 
     def _place(self, *names: str) -> str:
-        return storage.join(self.out, *names)
+        return files.join(self.out, *names)
 
     def finished(self) -> Manifest | None:
         """The manifest if this very plan is already finished in the folder, None if there is work
@@ -109,13 +109,13 @@ class DatasetWriter:
         is damaged.
         """
         out = self.out
-        if storage.stat(out) is not None:
+        if files.stat(out) is not None:
             raise ConfigError(f"out: {out}: is a file; name a folder")
         if not is_url(out):
             require_safe(Path(out), "out")
             for name in ("tmp", "units"):
                 require_folder_inside(Path(out), name, "out")
-        names = storage.ls(out)
+        names = files.ls(out)
         if "index.json" in names:
             manifest = read_manifest(self.out)
             self._refuse_difference(plan_of(manifest), inputs_too=True)
@@ -138,7 +138,7 @@ class DatasetWriter:
         none.
         """
         for name in ("manifest.json", "plan.json"):
-            if storage.stat(self._place(name)) is not None:
+            if files.stat(self._place(name)) is not None:
                 content = read_json(self._place(name))
                 settings = content.get("config") if isinstance(content, dict) else None
                 return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
@@ -151,7 +151,7 @@ class DatasetWriter:
         with explained(self.out):
             if not is_url(self.out):
                 Path(self.out).mkdir(parents=True, exist_ok=True)
-            storage.write(self._place("plan.json"), dump_json(plan_json(self.plan)))
+            files.write(self._place("plan.json"), dump_json(plan_json(self.plan)))
             if not is_url(self.out):
                 Path(self.out, "tmp").mkdir(exist_ok=True)
                 Path(self.out, "units").mkdir(exist_ok=True)
@@ -159,11 +159,11 @@ class DatasetWriter:
     def uncommitted(self) -> set[int]:
         """The numbers of the units that are still to be converted."""
         with explained(self.out):
-            there = set(storage.ls(self._place("units")))
+            there = set(files.ls(self._place("units")))
             begun = [number for number in range(len(self.plan.units)) if unit_name(number) in there]
             committed = [
                 number
-                for number, done in zip(begun, storage.each(self.is_committed, begun), strict=True)
+                for number, done in zip(begun, files.each(self.is_committed, begun), strict=True)
                 if done
             ]
             return set(range(len(self.plan.units))) - set(committed)
@@ -173,22 +173,22 @@ class DatasetWriter:
         but not so, it goes.
         """
         folder = self._place("units", unit_name(number))
-        files = storage.find(folder)
-        record = files.get("unit.json")
+        there = files.find(folder)
+        record = there.get("unit.json")
         if record is not None:
-            content = read_json(storage.join(folder, "unit.json"))
+            content = read_json(files.join(folder, "unit.json"))
             try:
                 sizes = {
                     shard["raw_data"]["basename"]: shard["raw_data"]["bytes"]
                     for shard in content["shards"]
                 }
             except (KeyError, TypeError):
-                raise damaged(storage.join(folder, "unit.json"), "it lists no shards") from None
-            whole = all(name in files and files[name].size == size for name, size in sizes.items())
+                raise damaged(files.join(folder, "unit.json"), "it lists no shards") from None
+            whole = all(name in there and there[name].size == size for name, size in sizes.items())
             same_inputs = parse_record(content["record"], folder).inputs == self.plan.units[number]
             if whole and same_inputs and not is_newer(self.plan.units[number], record.modified):
                 return True
-        storage.retract_folder(folder, "unit.json")
+        files.retract_folder(folder, "unit.json")
         return False
 
     def publish(self) -> Manifest:
@@ -202,11 +202,9 @@ class DatasetWriter:
 
     def _publish(self) -> Manifest:
         names = [unit_name(number) for number in range(len(self.plan.units))]
-        units = dict(zip(names, storage.each(self._read_unit, names), strict=True))
+        units = dict(zip(names, files.each(self._read_unit, names), strict=True))
         order = [names[number] for number in self._unit_order()]
-        tails = storage.each(
-            lambda name: storage.read(self._place("units", name, "tail.npy")), order
-        )
+        tails = files.each(lambda name: files.read(self._place("units", name, "tail.npy")), order)
         lengths = [np.array(units[name]["tail_doc_lengths"], np.int64) for name in order]
         self._write_tail([np.load(io.BytesIO(tail)) for tail in tails], lengths)
         units[TAIL] = self._read_unit(TAIL)
@@ -238,14 +236,14 @@ class DatasetWriter:
             totals=totals,
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
-        storage.write(self._place("manifest.json"), dump_json(dataclasses.asdict(manifest)))
-        storage.write(self._place("index.json"), index)
+        files.write(self._place("manifest.json"), dump_json(dataclasses.asdict(manifest)))
+        files.write(self._place("index.json"), index)
         self._clean()
         return manifest
 
     def _write_tail(self, tails: list[NDArray[Any]], doc_lengths: list[NDArray[np.int64]]) -> None:
         """Write the tokens that filled no row of their unit as a unit of their own."""
-        storage.retract_folder(self._place("units", TAIL), "unit.json")
+        files.retract_folder(self._place("units", TAIL), "unit.json")
         writer = UnitWriter(self, None)
         try:
             for tokens, lengths in zip(tails, doc_lengths, strict=True):
@@ -289,16 +287,16 @@ class DatasetWriter:
     def _delete_others(self, wanted: set[str]) -> None:
         """Delete what killed processes and earlier plans have left among the units."""
         folders = {name.split("/")[1] for name in wanted}
-        for name in storage.ls(self._place("units")):
+        for name in files.ls(self._place("units")):
             if name not in folders:
-                storage.delete_folder(self._place("units", name))
-        for name in storage.find(self._place("units")):
+                files.delete_folder(self._place("units", name))
+        for name in files.find(self._place("units")):
             if f"units/{name}" not in wanted:
-                storage.delete(self._place("units", name))
-        storage.abort_uploads(self.out)
+                files.delete(self._place("units", name))
+        files.abort_uploads(self.out)
 
     def _clean(self) -> None:
-        storage.delete(self._place("plan.json"))
+        files.delete(self._place("plan.json"))
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _refuse_difference(self, there: Any, *, inputs_too: bool) -> None:

@@ -23,7 +23,7 @@ from flame_composer.checkpoint.to_model import average_of
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 
 CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
@@ -37,14 +37,14 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
 
     A file of that name that is no run's configuration is named in a warning and counts as none.
     """
-    path = storage.join(checkpoint.place.rpartition("/")[0] or ".", CONFIG)
-    there = storage.stat(path)
+    path = files.join(checkpoint.place.rpartition("/")[0] or ".", CONFIG)
+    there = files.stat(path)
     if there is None:
         return None
     try:
         if there.size > MOST_BYTES:
             raise ValueError(f"has {there.size:,} bytes")
-        text = storage.read(path, MOST_BYTES).decode()
+        text = files.read(path, MOST_BYTES).decode()
         _recipe(text)
         return text
     except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.errors import ConfigError, DataError, one_line
-from flame_composer.storage import files as storage
+from flame_composer.storage.files import is_plain_name, read_small
 from flame_composer.text.tokenizer import may_be_hub_id
 
 INDEX = "model.safetensors.index.json"
@@ -148,7 +148,7 @@ def require_size(model: PreTrainedModel, held: int, place: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file. Raise ConfigError if there is none."""
     try:
-        content = json.loads(storage.read_small(path))
+        content = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
@@ -181,7 +181,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
         raise DataError(f"{index}: has no weight_map; get the checkpoint again")
     files: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        if not storage.is_plain_name(file) or not file.endswith(".safetensors"):
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise DataError(
                 f"{index}: {name} is said to be in {file!r}, which is not the name of a safetensors"
                 " file"

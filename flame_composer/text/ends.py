@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flame_composer.errors import ConfigError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.text.steady import MARK, keep_original, mark_of
 from flame_composer.text.tokenizer import require_ends
 
@@ -49,7 +49,7 @@ def ends_of(tokenizer: PreTrainedTokenizerFast) -> Ends | None:
 def ends_in(folder: str) -> Ends | None:
     """Return the ends that the tokenizer in a local folder records, or None, without loading it."""
     try:
-        content = json.loads(storage.read_small(Path(folder, "tokenizer_config.json")))
+        content = json.loads(files.read_small(Path(folder, "tokenizer_config.json")))
     except (OSError, ValueError, RecursionError):
         return None
     mark = content.get(MARK) if isinstance(content, dict) else None

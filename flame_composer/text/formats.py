@@ -8,7 +8,7 @@ import re
 from typing import Literal, NamedTuple
 
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.text.jsonl import InvalidRecord, parse
 from flame_composer.text.unpacking import Compression, open_input, reading
 
@@ -125,7 +125,7 @@ def detect(path: str, size: int) -> Kind:
     certainly not the file it should be (an empty compressed file, a git-lfs pointer).
     """
     name = by_name(path)
-    start = reading(path, lambda path: storage.read_start(path, START)) if size else b""
+    start = reading(path, lambda path: files.read_start(path, START)) if size else b""
     _refuse_stand_in(path, start, name)
     compression = next(
         (packing for packing, pattern in PACKED.items() if pattern.match(start)), None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text.jsonl import columns
 from flame_composer.text.unpacking import reading, reason
@@ -27,7 +27,7 @@ def open_parquet(path: str, version: str | None = None) -> Any:
     try:
         file: Any = path
         if is_url(path):
-            file = reading(path, lambda path: storage.open_file(path, version, block_size=0))
+            file = reading(path, lambda path: files.open_file(path, version, block_size=0))
         return reading(path, lambda _: parquet.ParquetFile(file, page_checksum_verification=True))
     except pa.ArrowException as error:
         raise DataError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text import hub
 from flame_composer.text.formats import COMPRESSIONS, FORMATS, FOUND, Format, detect
@@ -71,7 +71,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
     named = ", ".join(suffixes or FORMATS) + (
         "" if suffixes else f" (or compressed, {', '.join(COMPRESSIONS)})"
     )
-    files: dict[str, None] = {}
+    paths: dict[str, None] = {}
     for source in sources:
         is_folder = os.path.isdir(source)
         if is_url(source):
@@ -96,28 +96,28 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
             may_be_id = re.fullmatch(r"[\w-]+/[\w.-]+", source)
             hint = "; for a Hugging Face dataset give split=train as well" if may_be_id else ""
             raise ConfigError(f"source: {source}: no such file or folder{hint}")
-        files.update(
+        paths.update(
             dict.fromkeys(sorted(found if is_url(source) else map(os.path.normpath, found)))
         )
-    return list(files)
+    return list(paths)
 
 
 def _find_remote(source: str, suffixes: tuple[str, ...]) -> tuple[list[str], bool]:
     """Return the files that a URL names, and whether it is a folder."""
-    if storage.stat(source) is not None:
+    if files.stat(source) is not None:
         return [source], False
     if glob.has_magic(source):
-        found = storage.glob(source)  # here `*` matches a leading dot too
+        found = files.glob(source)  # here `*` matches a leading dot too
         return [
             path
             for path in found
             if ("/." in source or "/." not in path) and _is_input(path, source)
         ], False
-    names = list(storage.find(source))
+    names = list(files.find(source))
     taken = [
         name for name in names if name.endswith(suffixes) and _is_visible(name) and _is_input(name)
     ]
-    return [storage.join(source, name) for name in taken], bool(names)
+    return [files.join(source, name) for name in taken], bool(names)
 
 
 def _walk(folder: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -144,7 +144,7 @@ def _is_input(path: str, pattern: str = "") -> bool:
 
 def _endings(source: str) -> str:
     """Return the most frequent suffixes of a folder's files, as an example for an error."""
-    names = filter(_is_visible, storage.find(source)) if is_url(source) else _walk(source, ("",))
+    names = filter(_is_visible, files.find(source)) if is_url(source) else _walk(source, ("",))
     endings = Counter(suffix for name in names if (suffix := Path(name).suffix))
     return ",".join(ending for ending, _ in endings.most_common(3)) or "..."
 
@@ -165,7 +165,7 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
         return [
             Slice(path, "dataset", shard, shard + 1, max_bytes) for shard in range(num_shards)
         ], ""
-    stat = reading(path, storage.stat)
+    stat = reading(path, files.stat)
     if stat is None:
         raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
     size, version = stat.size, stat.version
@@ -190,16 +190,16 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
     return [Slice(path, kind, 0, size, size, version, compression)], doubt
 
 
-def slice_files(files: Sequence[str], max_bytes: int) -> list[Slice]:
+def slice_files(paths: Sequence[str], max_bytes: int) -> list[Slice]:
     """Return the slices of all files in order, and warn where a file's name and bytes disagree.
 
     Files in an object store are looked at many at a time.
     """
     slices = functools.partial(_slices, max_bytes=max_bytes)
-    each = storage.each(slices, files) if any(map(is_url, files)) else map(slices, files)
+    each = files.each(slices, paths) if any(map(is_url, paths)) else map(slices, paths)
     found: list[Slice] = []
     doubts: dict[str, list[str]] = {}
-    for path, (parts, doubt) in zip(files, each, strict=True):
+    for path, (parts, doubt) in zip(paths, each, strict=True):
         found += parts
         if doubt:
             doubts.setdefault(doubt, []).append(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flame_composer.errors import ConfigError, DataError, one_line
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.text.counts import require_counts
 
 # The names that transformers and tokenizers use for a tokenizer's files. None of them holds code.
@@ -81,16 +81,16 @@ def _check_file(path: Path, place: str) -> None:
 
     This matters also for files whose content is not checked here, since transformers reads them.
     """
-    if path.is_file() and path.stat().st_size > storage.MOST_JSON:
+    if path.is_file() and path.stat().st_size > files.MOST_JSON:
         raise ConfigError(
-            f"tokenizer: {place}: {path.name} has more than {storage.MOST_JSON:,} bytes; get the "
+            f"tokenizer: {place}: {path.name} has more than {files.MOST_JSON:,} bytes; get the "
             "tokenizer again"
         )
 
 
 def _read(path: Path, place: str) -> dict[str, Any]:
     try:
-        content = json.loads(storage.read_small(path))
+        content = json.loads(files.read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"tokenizer: {place}: not a tokenizer folder: {path.name}: {one_line(error)}"
@@ -147,7 +147,7 @@ def _require_plain(names: object, key: str, place: str) -> None:
     Files of these names are read when the tokenizer is loaded, or written when it is saved.
     """
     for name in names if isinstance(names, list | dict) else ():
-        if not storage.is_plain_name(name):
+        if not files.is_plain_name(name):
             raise ConfigError(
                 f"tokenizer: {place}: its {key} has {str(name)[:100]!r} for a name, which would"
                 " lead to another folder; rename it"
@@ -300,7 +300,7 @@ def write_files(saved: Mapping[str, Any], folder: Path, place: str) -> None:
         file = (
             name if not isinstance(ending, str) or str(name).endswith(ending) else f"{name}{ending}"
         )
-        if not storage.is_plain_name(file) or file.endswith(".py") or ending == ".py":
+        if not files.is_plain_name(file) or file.endswith(".py") or ending == ".py":
             raise DataError(
                 f"{place}: refused: its tokenizer has a file {str(file)[:100]!r}, which is "
                 "not the name of a tokenizer's file"

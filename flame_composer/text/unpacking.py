@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from flame_composer.errors import DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 
 Compression = Literal["gzip", "zstd", "bz2", "xz"]
 T = TypeVar("T")
@@ -94,10 +94,10 @@ def open_input(
 ) -> Iterator[BinaryIO]:
     """Open a file, local or in an object store, for reading its decompressed content.
 
-    `version` and `block_size` are those of `storage.open_file`. Raises DataError, which names
+    `version` and `block_size` are those of `files.open_file`. Raises DataError, which names
     `path`, if the file cannot be opened or turns out damaged while the body reads it.
     """
-    with _explained(path, compression), storage.open_file(path, version, block_size) as file:
+    with _explained(path, compression), files.open_file(path, version, block_size) as file:
         if compression is None:
             yield file
             return

@@ -12,7 +12,7 @@ from composer.loggers import ProgressBarLogger
 from composer.utils import dist
 
 from flame_composer.errors import ConfigError, masked
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.train.rows import appending, is_cut_short, writing
 
@@ -45,7 +45,7 @@ def announce(
         try:
             if not is_url(folder):
                 Path(folder).mkdir(parents=True, exist_ok=True)
-            storage.write(storage.join(folder, "config.yaml"), resolved_yaml.encode())
+            files.write(files.join(folder, "config.yaml"), resolved_yaml.encode())
         except OSError as error:
             raise ConfigError(
                 f"{folder}: cannot be written to: {error.strerror}; set log_folder and save_folder"

@@ -16,8 +16,7 @@ from flame_composer.dataset import workers
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
-from flame_composer.storage import s3_client
+from flame_composer.storage import files, s3_client
 from flame_composer.text.documents import read_documents
 from flame_composer.text.sources import find_files, slice_files
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
@@ -75,11 +74,11 @@ def bucket(folder, s3) -> str:
 
 
 def objects(place: str) -> dict[str, bytes]:
-    return {name: storage.read(f"{place}/{name}") for name in storage.find(place)}
+    return {name: files.read(f"{place}/{name}") for name in files.find(place)}
 
 
-def texts(files: list[str], max_bytes: int) -> list[tuple[str, int, str]]:
-    parts = slice_files(files, max_bytes)
+def texts(paths: list[str], max_bytes: int) -> list[tuple[str, int, str]]:
+    parts = slice_files(paths, max_bytes)
     return [
         (Path(d.path).name, d.position, d.text)
         for part in parts
@@ -135,11 +134,11 @@ def test_a_dataset_is_the_same_in_a_store_and_in_a_folder(bucket, folder, monkey
         == 0
     )
     assert objects(f"{bucket}/out") == files_under(folder / "local")
-    assert storage.ls(f"{bucket}/out/train") == ["index.json", "manifest.json", "units"]
+    assert files.ls(f"{bucket}/out/train") == ["index.json", "manifest.json", "units"]
     assert files_under(folder / "staging") == {}
     manifest = read_manifest(f"{bucket}/out/train")
     assert manifest.totals.shards > 3
-    stats = storage.find(f"{bucket}/source")
+    stats = files.find(f"{bucket}/source")
     assert {(part.path, part.version) for unit in manifest.units for part in unit.inputs} == {
         (f"{bucket}/source/{name}", stat.version)
         for name, stat in stats.items()
@@ -148,7 +147,7 @@ def test_a_dataset_is_the_same_in_a_store_and_in_a_folder(bucket, folder, monkey
     capsys.readouterr()
 
     # Again: nothing to do. Other settings, other inputs, another thing in that place: refused.
-    before = storage.find(f"{bucket}/out")
+    before = files.find(f"{bucket}/out")
     assert (
         run_here(
             monkeypatch,
@@ -179,7 +178,7 @@ def test_a_dataset_is_the_same_in_a_store_and_in_a_folder(bucket, folder, monkey
         r"val_fraction \(0.2 there, 0.0 now\); name another out, or remove this folder\n",
         err,
     ), err
-    storage.write(f"{bucket}/source/d.txt", storage.read(f"{bucket}/source/d.txt").upper())
+    files.write(f"{bucket}/source/d.txt", files.read(f"{bucket}/source/d.txt").upper())
     assert (
         run_here(
             monkeypatch,
@@ -198,7 +197,7 @@ def test_a_dataset_is_the_same_in_a_store_and_in_a_folder(bucket, folder, monkey
         f"out: {bucket}: this folder is not empty and holds no conversion"
         in capsys.readouterr().err
     )
-    assert storage.find(f"{bucket}/out") == before
+    assert files.find(f"{bucket}/out") == before
 
 
 @pytest.fixture
@@ -221,13 +220,13 @@ def begin(folder: Path, bucket: str, monkeypatch) -> None:
     """An interrupted conversion to `bucket`/out: its first units are committed, the source then
     breaks it off.
     """
-    good = storage.read(f"{bucket}/source/d.txt")
-    storage.write(f"{bucket}/source/d.txt", b"\xff" * len(good))
+    good = files.read(f"{bucket}/source/d.txt")
+    files.write(f"{bucket}/source/d.txt", b"\xff" * len(good))
     assert (
         run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", f"out={bucket}/out")
         == 1
     )
-    storage.write(f"{bucket}/source/d.txt", good)
+    files.write(f"{bucket}/source/d.txt", good)
 
 
 def test_an_interrupted_conversion_goes_on(bucket, folder, without_a_pool, monkeypatch, capsys, s3):
@@ -235,18 +234,18 @@ def test_an_interrupted_conversion_goes_on(bucket, folder, without_a_pool, monke
     error = capsys.readouterr().err
     assert f"{bucket}/source/d.txt: not valid UTF-8 at byte 0; convert the file" in error
     units = f"{bucket}/out/units"
-    assert storage.ls(f"{bucket}/out") == ["plan.json", "units"]
-    committed = storage.ls(units)
+    assert files.ls(f"{bucket}/out") == ["plan.json", "units"]
+    committed = files.ls(units)
     assert len(committed) > 6
 
     # What kills leave behind, and what must not be taken for a unit.
     shard = f"{units}/000000/shard.00000.mds"
-    storage.write(shard, storage.read(shard)[:-1])
-    storage.delete(f"{units}/000001/unit.json")
-    storage.write(f"{units}/000002/shard.00099.mds", b"left")
-    storage.write(f"{units}/000777/shard.00000.mds", b"left")
-    first = storage.read(f"{bucket}/source/a.jsonl").replace(b"a", b"b", 1)
-    storage.write(f"{bucket}/source/a.jsonl", first)
+    files.write(shard, files.read(shard)[:-1])
+    files.delete(f"{units}/000001/unit.json")
+    files.write(f"{units}/000002/shard.00099.mds", b"left")
+    files.write(f"{units}/000777/shard.00000.mds", b"left")
+    first = files.read(f"{bucket}/source/a.jsonl").replace(b"a", b"b", 1)
+    files.write(f"{bucket}/source/a.jsonl", first)
     begun = s3.client.create_multipart_upload(
         Bucket=BUCKET, Key=f"{folder.name}/out/units/000003/shard.00000.mds"
     )
@@ -257,7 +256,7 @@ def test_an_interrupted_conversion_goes_on(bucket, folder, without_a_pool, monke
         PartNumber=1,
         Body=b"x" * (5 << 20),
     )
-    untouched = storage.stat(f"{units}/{committed[-2]}/unit.json")
+    untouched = files.stat(f"{units}/{committed[-2]}/unit.json")
 
     assert (
         run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", f"out={bucket}/out")
@@ -265,7 +264,7 @@ def test_an_interrupted_conversion_goes_on(bucket, folder, without_a_pool, monke
     )
     assert run_here(monkeypatch, "to_mds", *COMMON, f"source={bucket}/source", "out=local") == 0
     assert objects(f"{bucket}/out") == files_under(folder / "local")
-    assert storage.stat(f"{units}/{committed[-2]}/unit.json") == untouched, (
+    assert files.stat(f"{units}/{committed[-2]}/unit.json") == untouched, (
         "what was whole is not done again"
     )
     assert "Uploads" not in s3.client.list_multipart_uploads(
@@ -276,10 +275,10 @@ def test_an_interrupted_conversion_goes_on(bucket, folder, without_a_pool, monke
 
 def test_a_source_that_changes_while_it_is_read(bucket):
     (part,) = slice_files([f"{bucket}/source/d.txt"], 1 << 20)
-    storage.write(f"{bucket}/source/d.txt", b"x" * part.num_bytes)
+    files.write(f"{bucket}/source/d.txt", b"x" * part.num_bytes)
     with pytest.raises(DataError, match=r"/d\.txt: has been replaced since it was looked at$"):
         list(read_documents(part, "text"))
-    storage.delete(f"{bucket}/source/d.txt")
+    files.delete(f"{bucket}/source/d.txt")
     with pytest.raises(
         DataError, match=r"/source/d\.txt: cannot be read: No such file or directory$"
     ):
@@ -287,8 +286,8 @@ def test_a_source_that_changes_while_it_is_read(bucket):
 
 
 def test_a_damaged_line_is_named_and_one_left_out_costs_no_reading(bucket, monkeypatch):
-    lines = storage.read(f"{bucket}/source/a.jsonl").splitlines(keepends=True)
-    storage.write(f"{bucket}/source/bad.jsonl", b"".join([*lines[:30], b"oops\n", *lines[30:]]))
+    lines = files.read(f"{bucket}/source/a.jsonl").splitlines(keepends=True)
+    files.write(f"{bucket}/source/bad.jsonl", b"".join([*lines[:30], b"oops\n", *lines[30:]]))
     *_, last = slice_files([f"{bucket}/source/bad.jsonl"], 12000)
     errors: list[DataError] = []
     for part in slice_files([f"{bucket}/source/bad.jsonl"], 12000):
@@ -303,7 +302,7 @@ def test_a_damaged_line_is_named_and_one_left_out_costs_no_reading(bucket, monke
 def test_a_file_is_told_by_its_bytes_as_it_is_locally(bucket, folder, name):
     data = (RECOGNISED | DOUBTFUL)[name][0]
     (folder / name).write_bytes(data)
-    storage.write(f"{bucket}/{name}", data)
+    files.write(f"{bucket}/{name}", data)
     local, remote = slice_files([name], 1 << 20), slice_files([f"{bucket}/{name}"], 1 << 20)
     assert [(part.format, part.compression) for part in remote] == [
         (part.format, part.compression) for part in local
@@ -318,8 +317,8 @@ def test_a_file_is_told_by_its_bytes_as_it_is_locally(bucket, folder, name):
 
 def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
     pack = bz2.compress(b'{"text": "a line"}\n' * 9)
-    storage.write(f"{bucket}/a.jsonl.bz2", pack + b"x" + pack[1:])
-    storage.write(f"{bucket}/b.jsonl.gz", b"")
+    files.write(f"{bucket}/a.jsonl.bz2", pack + b"x" + pack[1:])
+    files.write(f"{bucket}/b.jsonl.gz", b"")
     for name in ("a.jsonl.bz2", "b.jsonl.gz"):
         with pytest.raises(DataError, match=rf"{name}: damaged: .*; fetch the file again$"):
             texts([f"{bucket}/{name}"], 1 << 20)
@@ -328,7 +327,7 @@ def test_damage_to_a_later_stream_and_lines_that_are_too_long(bucket, folder):
         b'{"text": "a"}\n' + long + b'{"text": "b"}\n' + long + b'{"text": "c"}'
     )
     s3_place = f"{bucket}/c.jsonl"
-    storage.put(folder / "c.jsonl", s3_place)
+    files.put(folder / "c.jsonl", s3_place)
     for max_bytes in (1 << 30, 1 << 20):
         found = []
         for place in (s3_place, "c.jsonl"):
@@ -430,7 +429,7 @@ def test_a_store_that_goes_away(folder, bucket, monkeypatch, capsys, s3):
     assert error.count("\n") == 1
     monkeypatch.setenv("S3_ENDPOINT_URL", s3.endpoint)
     monkeypatch.setattr(DatasetWriter, "uncommitted", begin_unit)
-    assert list(storage.find(f"{bucket}/out")) == ["plan.json"]
+    assert list(files.find(f"{bucket}/out")) == ["plan.json"]
     assert run_here(monkeypatch, "to_mds", *ONE_UNIT, "source=source", f"out={bucket}/out") == 0
     assert run_here(monkeypatch, "to_mds", *ONE_UNIT, "source=source", "out=local") == 0
     assert objects(f"{bucket}/out") == files_under(folder / "local")

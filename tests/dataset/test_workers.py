@@ -26,7 +26,7 @@ from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.workers import Conversion, convert_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.storage import files as storage
+from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text import encoder
 from flame_composer.text.encoder import HF
@@ -164,7 +164,7 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 def check_finished(folder: Path, name: str) -> None:
     place = place_of(folder, name)
-    assert {file: storage.read(f"{place}/{file}") for file in storage.find(place)} == files_under(
+    assert {file: files.read(f"{place}/{file}") for file in files.find(place)} == files_under(
         folder / "whole"
     )
     for split in ("train", "val"):
@@ -322,9 +322,9 @@ def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
         _, err = process.communicate(timeout=240)
         assert (process.returncode, err) == (0, "")
     assert list((folder / "cluster").iterdir()) == [folder / "cluster" / "train"]
-    for file in storage.find(val):
+    for file in files.find(val):
         (folder / "cluster" / "val" / file).parent.mkdir(parents=True, exist_ok=True)
-        storage.download(f"{val}/{file}", folder / "cluster" / "val" / file)
+        files.download(f"{val}/{file}", folder / "cluster" / "val" / file)
     check_finished(folder, "cluster")
 
 
@@ -442,7 +442,7 @@ def test_killed_at_any_instant_with_any_number_of_workers(folder, store, num_kil
     while kills < num_kills:
         process = start(folder, name, 1 + kills % 3)
         train = f"{place_of(folder, name)}/train"
-        wait_until(lambda: storage.ls(train) or process.poll() is not None, 60)  # noqa: B023
+        wait_until(lambda: files.ls(train) or process.poll() is not None, 60)  # noqa: B023
         time.sleep(rng.uniform(0, 1) if rng.random() < 0.5 else rng.uniform(0.3, 0.7))
         victim = rng.choice(["leader", "all", "worker"])
         targets = workers_of(process.pid)

@@ -30,7 +30,7 @@ from flame_composer.loader import cache, fetch
 from flame_composer.loader.batches import build_train_loader
 from flame_composer.loader.cache import STALE_SECONDS
 from flame_composer.loader.datasets import open_for_model
-from flame_composer.storage import locks as machine
+from flame_composer.storage import locks
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.proxy import FAULTS, proxy
@@ -361,7 +361,7 @@ def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_wi
 
     Also where the thread that looks ahead is `late`, as on a busy machine.
     """
-    monkeypatch.setattr(machine, "CLAIM_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "CLAIM_SECONDS", 0.1)
     remote = copy_of(dataset)
     total = sum(file.bytes for file in remote_of(remote, tmp_path / "cache").files)
     options: Any = {"predownload": 4, "shuffle_block_size": 20}
@@ -501,7 +501,7 @@ def test_two_jobs_at_once_with_the_same_cache(jobs, expected, limit, monkeypatch
     """Without a limit they share what is fetched; with one, neither deletes what the other
     needs.
     """
-    monkeypatch.setattr(machine, "CLAIM_SECONDS", 1.0)
+    monkeypatch.setattr(locks, "CLAIM_SECONDS", 1.0)
     both = [jobs(cache_limit=limit), jobs(cache_limit=limit)]
     folders = [connection.recv()[0] for _, connection in both]
     assert (folders[0] == folders[1]) == (limit is None)

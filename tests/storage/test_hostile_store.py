@@ -10,8 +10,7 @@ import pytest
 
 from flame_composer.checkpoint import upload
 from flame_composer.errors import ConfigError, DataError, StoreError
-from flame_composer.storage import files as storage
-from flame_composer.storage import plain_http, s3_client
+from flame_composer.storage import files, plain_http, s3_client
 from tests.data_fixtures import byte_tokenizer
 from tests.dataset.test_convert import run_here
 from tests.dataset.test_object_store import without_a_pool  # noqa: F401 - a fixture
@@ -57,7 +56,7 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
 
     with hostile(redirect) as server:
         point_to(server, monkeypatch)
-        for use in (storage.stat, lambda place: storage.put(tmp_path / "file", place)):
+        for use in (files.stat, lambda place: files.put(tmp_path / "file", place)):
             with pytest.raises(ConfigError) as caught:
                 use("s3://data/file")
             where = {"itself": f" to {server.endpoint}/x", None: ""}.get(
@@ -72,7 +71,7 @@ def test_a_store_that_redirects_is_not_followed(monkeypatch, tmp_path, status, t
         assert len(server.requests) <= 4
 
 
-@pytest.mark.parametrize("use", [storage.stat, storage.read, storage.delete, storage.ls])
+@pytest.mark.parametrize("use", [files.stat, files.read, files.delete, files.ls])
 def test_a_store_that_begins_to_redirect(monkeypatch, use):
     with hostile(lists_only(silence)) as server:
         point_to(server, monkeypatch)
@@ -102,7 +101,7 @@ def test_a_bucket_of_another_region_is_found_as_before(monkeypatch):
 
     with hostile(answer) as server:
         point_to(server, monkeypatch)
-        assert storage.stat("s3://data/file") is None
+        assert files.stat("s3://data/file") is None
         assert any("/eu-west-1/s3/" in request for request in server.requests)
 
 
@@ -143,9 +142,9 @@ def test_a_store_that_hangs_is_asked_as_often_as_is_said(
     impatient, monkeypatch, tmp_path, name, answer
 ):
     uses = {
-        "write": lambda place: storage.write(place, b"x"),
-        "put": lambda place: storage.put(tmp_path / "file", place),
-        "download": lambda place: storage.download(place, tmp_path / "copy"),
+        "write": lambda place: files.write(place, b"x"),
+        "put": lambda place: files.put(tmp_path / "file", place),
+        "download": lambda place: files.download(place, tmp_path / "copy"),
     }
     with hostile(lists_only(lambda connection, request: None)) as server:
         point_to(server, monkeypatch)
@@ -154,7 +153,7 @@ def test_a_store_that_hangs_is_asked_as_often_as_is_said(
         with pytest.raises(
             StoreError, match=r"^s3://data/file: http://127.* cannot be reached: Read timeout"
         ):
-            uses.get(name, getattr(storage, name))("s3://data/file")
+            uses.get(name, getattr(files, name))("s3://data/file")
         assert len(server.requests) == s3_client.ATTEMPTS
     assert not (tmp_path / "copy").exists()
 
@@ -168,9 +167,9 @@ def test_a_store_that_hangs_in_its_answer(impatient, monkeypatch, tmp_path, name
         began = time.monotonic()
         with pytest.raises(StoreError, match=r"^s3://data/file: "):
             (
-                storage.read("s3://data/file")
+                files.read("s3://data/file")
                 if name == "read"
-                else storage.download("s3://data/file", tmp_path / "copy")
+                else files.download("s3://data/file", tmp_path / "copy")
             )
         assert (
             len([request for request in server.requests if request.startswith("GET /data/file")])
@@ -274,7 +273,7 @@ def test_a_range_is_just_what_was_asked_for(monkeypatch, name):
     spoil, problem = WRONG_RANGES[name]
     with hostile(holds({"file": DATA})) as server:
         point_to(server, monkeypatch)
-        with storage.open_file("s3://data/file", block_size=0) as file:
+        with files.open_file("s3://data/file", block_size=0) as file:
             assert file.read(50_000) == DATA[:50_000]
             assert file.read() == DATA[50_000:]
             file.seek(50_000)
@@ -295,7 +294,7 @@ def test_a_range_that_is_said_to_go_beyond_the_end_is_taken_up_to_it(monkeypatch
     beyond = change(rb"bytes 50000-102399/", b"bytes 50000-999999/")
     with hostile(holds({"file": DATA}, beyond)) as server:
         point_to(server, monkeypatch)
-        with storage.open_file("s3://data/file", block_size=0) as file:
+        with files.open_file("s3://data/file", block_size=0) as file:
             file.seek(50_000)
             assert file.read(1 << 20) == DATA[50_000:]
 
@@ -304,7 +303,7 @@ def test_a_wrong_range_is_asked_for_again(monkeypatch):
     answers = iter([EMPTY, EMPTY, None])
     with hostile(holds({"file": DATA}, lambda m, *_: next(answers) if m == "GET" else None)) as s:
         point_to(s, monkeypatch)
-        with storage.open_file("s3://data/file", block_size=0) as file:
+        with files.open_file("s3://data/file", block_size=0) as file:
             file.seek(50_000)
             assert file.read(1 << 20) == DATA[50_000:]
 
@@ -314,13 +313,13 @@ def test_a_server_that_ignores_ranges_is_named_at_once(monkeypatch):
     answer = holds({"file": DATA}, lambda m, k, *_: whole if m == "GET" and k else None)
     with hostile(answer) as server:
         point_to(server, monkeypatch)
-        with storage.open_file("s3://data/file") as file:
+        with files.open_file("s3://data/file") as file:
             assert file.read(len(DATA)) == DATA, "the range is the whole file"
             file.seek(50_000)
             server.requests = []
             for use in (
                 lambda: file.read(1000),
-                lambda: storage.read_start("s3://data/file", 1000),
+                lambda: files.read_start("s3://data/file", 1000),
             ):
                 with pytest.raises(
                     StoreError,
@@ -329,13 +328,13 @@ def test_a_server_that_ignores_ranges_is_named_at_once(monkeypatch):
                 ):
                     use()
         assert len(server.requests) == 2
-        assert storage.read_start("s3://data/file", len(DATA) + 1) == DATA
+        assert files.read_start("s3://data/file", len(DATA) + 1) == DATA
 
 
 def test_a_server_without_conditions_does_not_mix_two_versions(monkeypatch):
     with hostile(holds({"file": DATA})) as server:
         point_to(server, monkeypatch)
-        with storage.open_file("s3://data/file", block_size=0) as file:
+        with files.open_file("s3://data/file", block_size=0) as file:
             assert file.read(10) == DATA[:10]
             server.answer = holds({"file": DATA[::-1]})
             with pytest.raises(
@@ -393,7 +392,7 @@ def test_no_more_is_taken_than_was_announced(monkeypatch, tmp_path, size):
     with hostile(answer) as server:
         point_to(server, monkeypatch)
         with pytest.raises(StoreError) as caught:
-            storage.download("s3://data/file", tmp_path / "copy")
+            files.download("s3://data/file", tmp_path / "copy")
         problem = (
             f"{server.endpoint} sends 1,099,511,627,776 bytes, must be 5 (asked 5 times); put"
             if size == 5
@@ -405,7 +404,7 @@ def test_no_more_is_taken_than_was_announced(monkeypatch, tmp_path, size):
             match=r"^s3://data/file: has more than 1,073,741,824 bytes, which no such file has; put"
             " the right one there$",
         ):
-            storage.read("s3://data/file")
+            files.read("s3://data/file")
     assert sum(sent) < 300 << 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
@@ -421,13 +420,13 @@ def test_what_comes_in_chunks_without_end_is_not_read_to_it(monkeypatch, tmp_pat
     with hostile(answer) as server:
         point_to(server, monkeypatch)
         with pytest.raises(StoreError, match=r"sends more than 5 bytes, must be as many \(asked 5"):
-            storage.download("s3://data/file", tmp_path / "copy")
+            files.download("s3://data/file", tmp_path / "copy")
         with pytest.raises(
             StoreError, match=r"^s3://data/file: has more than 1,000,000 bytes, whi"
         ):
-            storage.read("s3://data/file", 1_000_000)
+            files.read("s3://data/file", 1_000_000)
         with pytest.raises(StoreError, match=r"^s3://data/file: the server ignores ranges"):
-            storage.read_start("s3://data/file", 1000)
+            files.read_start("s3://data/file", 1000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
@@ -442,9 +441,9 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(monkeypatch, tmp_path):
             match=r"^s3://data/file: its 1,000,000,000,000,000 bytes do not fit into .*, where"
             r" [\d,]+ are free; make room there$",
         ):
-            storage.download("s3://data/file", tmp_path / "copy")
+            files.download("s3://data/file", tmp_path / "copy")
         with pytest.raises(StoreError, match=r"^s3://data/file: has more than 999 bytes"):
-            storage.download("s3://data/file", tmp_path / "copy", most=999)
+            files.download("s3://data/file", tmp_path / "copy", most=999)
         assert not any(request.startswith("GET /data/file") for request in server.requests)
 
 
@@ -455,7 +454,7 @@ def test_a_download_is_the_object(monkeypatch, tmp_path, size):
     assert len(data) == size
     with hostile(holds({"file": data})) as server:
         point_to(server, monkeypatch)
-        storage.download("s3://data/file", tmp_path / "copy")
+        files.download("s3://data/file", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
 
 
@@ -463,8 +462,8 @@ def test_nothing_of_more_than_a_gigabyte_is_read_from_a_folder(tmp_path):
     with (tmp_path / "file").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(DataError, match=r"/file: has more than 1,000 bytes, which no such file"):
-        storage.read(str(tmp_path / "file"), 1000)
-    assert storage.MOST_READ == 1 << 30
+        files.read(str(tmp_path / "file"), 1000)
+    assert files.MOST_READ == 1 << 30
 
 
 def test_another_store_that_sends_more_or_less_than_it_told(monkeypatch, tmp_path):
@@ -472,19 +471,19 @@ def test_another_store_that_sends_more_or_less_than_it_told(monkeypatch, tmp_pat
 
     store = fsspec.filesystem("memory")
     store.pipe_file("/hostile/file", b"12345")
-    storage.download("memory://hostile/file", tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == storage.read("memory://hostile/file") == b"12345"
+    files.download("memory://hostile/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == files.read("memory://hostile/file") == b"12345"
     with pytest.raises(DataError, match=r"^memory://hostile/file: has more than 4 bytes, which no"):
-        storage.read("memory://hostile/file", 4)
+        files.read("memory://hostile/file", 4)
     with pytest.raises(StoreError, match=r"^memory://hostile/file: 5 bytes long, must be 4 at mo"):
-        storage.download("memory://hostile/file", tmp_path / "copy", most=4)
+        files.download("memory://hostile/file", tmp_path / "copy", most=4)
     info = type(store).info
     for told, problem in ((4, "sends more than the 4 bytes it told"), (6, "sends 5 bytes, must")):
         with monkeypatch.context() as patch:
             lie = {"size": told}
             patch.setattr(type(store), "info", lambda *a, lie=lie, **o: info(*a, **o) | lie)
             with pytest.raises(StoreError, match=f"memory://hostile/file: the store {problem}"):
-                storage.download("memory://hostile/file", tmp_path / "copy")
+                files.download("memory://hostile/file", tmp_path / "copy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
     store.rm("/hostile", recursive=True)
 
@@ -506,10 +505,10 @@ def page(token: str, names: list[str]) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "use"),
     [
-        ("empty", storage.find),
-        ("the same", storage.ls),
-        ("new", storage.find),
-        ("one token", storage.ls),
+        ("empty", files.find),
+        ("the same", files.ls),
+        ("new", files.find),
+        ("one token", files.ls),
     ],
 )
 def test_a_listing_without_end_is_given_up(monkeypatch, kind, use):
@@ -550,7 +549,7 @@ def test_pages_without_names_are_passed_over(monkeypatch):
 
     with hostile(answer) as server:
         point_to(server, monkeypatch)
-        assert list(storage.find("s3://data/src")) == ["a", "b"]
+        assert list(files.find("s3://data/src")) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -577,7 +576,7 @@ def test_a_listing_that_lacks_something_is_told_clearly(monkeypatch, taken_out, 
             patch.setattr(server, "answer", holds({}))
             s3_client.connect("data")
         with pytest.raises(StoreError) as caught:
-            storage.find("s3://data/src")
+            files.find("s3://data/src")
     assert re.match(r"s3://data/src(/a)?: (the store|http://[\d.:]+) ", str(caught.value))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -597,14 +596,14 @@ def test_an_object_without_size_or_date(monkeypatch, taken_out, message):
     with hostile(holds({"a": b"x"}, lambda *a: a[3].replace(taken_out, b""))) as server:
         point_to(server, monkeypatch)
         with pytest.raises(StoreError, match=f"^s3://data/a: {message}; check S3_ENDPOINT_URL$"):
-            storage.stat("s3://data/a")
+            files.stat("s3://data/a")
 
 
 @pytest.mark.parametrize(
     "scheme", ["dir", "generic", "reference", "simplecache", "filecache", "zip", "tar", "data"]
 )
 def test_a_scheme_that_is_no_object_store(scheme):
-    for use in (storage.stat, storage.find, storage.ls, storage.read):
+    for use in (files.stat, files.find, files.ls, files.read):
         with pytest.raises(ConfigError) as caught:
             use(f"{scheme}://source/a")
         assert str(caught.value) == (
@@ -622,7 +621,7 @@ def test_a_scheme_that_is_no_object_store(scheme):
 )
 def test_credentials_in_a_buckets_place_are_not_told(place):
     with pytest.raises(ConfigError) as caught:
-        storage.stat(place)
+        files.stat(place)
     assert (
         str(caught.value)
         == "s3://***: must be s3://bucket/path, without credentials or a server; set"
@@ -635,7 +634,7 @@ def test_colons_and_ats_in_a_key_are_part_of_it(monkeypatch):
         lists_only(lambda connection, request: connection.sendall(respond("404 Not Found")))
     ) as server:
         point_to(server, monkeypatch)
-        assert storage.stat("s3://data/a:b@c") is None
+        assert files.stat("s3://data/a:b@c") is None
         assert any(
             "GET /data" in request or "HEAD /data/a" in request for request in server.requests
         )
@@ -675,7 +674,7 @@ def test_the_warning_comes_from_the_first_request(monkeypatch, caplog):
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://no.such.host.invalid")
     for _ in range(2):
         with pytest.raises(ConfigError, match="cannot be reached"):
-            storage.stat("s3://data/x")
+            files.stat("s3://data/x")
     assert [
         message
         for message in caplog.messages

@@ -20,7 +20,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from flame_composer.config.sections import ParallelismConfig
 from flame_composer.errors import ConfigError
-from flame_composer.storage import locks as machine
+from flame_composer.storage import locks
 from flame_composer.storage.folders import private_folder
 from flame_composer.train import parallelism
 from flame_composer.upstream.streaming import Memory, path_in
@@ -108,12 +108,12 @@ def test_one_user_does_not_keep_another_from_sharing_memory(temporary: Path) -> 
                 refused.append(path.name)
         return refused
 
-    folder = machine.JobFolder()
+    folder = locks.JobFolder()
     memory = Memory(path_in(str(folder.path), "memory"), size=8)
     memory.buf[:4] = b"ours"
     assert as_other(attack) == ["memory", folder.path.name]
     assert bytes(memory.buf[:4]) == b"ours"
-    theirs = as_other(lambda: str(machine.JobFolder().path.parent))
+    theirs = as_other(lambda: str(locks.JobFolder().path.parent))
     assert theirs != str(folder.path.parent), "and they have a folder of their own"
 
 
@@ -142,7 +142,7 @@ def test_memory_is_shared_by_name_and_there_before_it_is_used(temporary: Path) -
 
 
 def _child(connection: Any) -> None:
-    folder = machine.JobFolder()
+    folder = locks.JobFolder()
     connection.send(folder.path)
     connection.recv()
 
@@ -152,13 +152,13 @@ def test_a_job_s_folder_goes_with_it_killed_or_not(temporary: Path) -> None:
     process = fork.Process(target=_child, args=(theirs,))
     process.start()
     path = ours.recv()
-    mine = machine.JobFolder()
+    mine = locks.JobFolder()
     assert path.exists(), "its job lives"
     assert mine.path != path
     process.kill()
     process.join()
     assert path.exists()
-    another = machine.JobFolder()
+    another = locks.JobFolder()
     assert not path.exists(), "the next job has cleared it away"
     assert mine.path.exists()
     gone = another.path
@@ -169,23 +169,23 @@ def test_a_job_s_folder_goes_with_it_killed_or_not(temporary: Path) -> None:
 
 
 def test_a_lock_is_one_job_s(temporary: Path) -> None:
-    lock = machine.hold(temporary / "lock")
+    lock = locks.hold(temporary / "lock")
     assert lock is not None
-    assert machine.hold(temporary / "lock") is None
+    assert locks.hold(temporary / "lock") is None
     os.close(lock)
-    assert machine.hold(temporary / "lock") is not None
+    assert locks.hold(temporary / "lock") is not None
 
 
 def test_what_is_planted_at_the_name_of_a_lock_is_passed_over(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "CLAIM_SECONDS", 0.0)
     (temporary / "cache-1.lock").mkdir()
     (temporary / "cache-2.lock").symlink_to(temporary / "elsewhere")
     os.mkfifo(temporary / "cache-3.lock")
     (temporary / "target").mkdir()
     (temporary / "cache-4").symlink_to(temporary / "target")
-    assert machine.claim_folder(temporary / "cache") == str(temporary / "cache-5")
+    assert locks.claim_folder(temporary / "cache") == str(temporary / "cache-5")
     assert not (temporary / "elsewhere").exists()
 
 
@@ -193,16 +193,16 @@ def test_what_is_planted_at_the_name_of_a_lock_is_passed_over(
 def test_another_user_s_lock_and_folder_are_passed_over(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "CLAIM_SECONDS", 0.0)
 
     def plant() -> None:
         (temporary / "cache-1.lock").touch(mode=0o666)
         (temporary / "cache-2").mkdir(mode=0o777)
 
     as_other(plant)
-    assert machine.claim_folder(temporary / "cache") == str(temporary / "cache-3")
+    assert locks.claim_folder(temporary / "cache") == str(temporary / "cache-3")
     as_other(lambda: (temporary / "x-1.lock").mkdir())
-    assert as_other(lambda: machine.claim_folder(temporary / "cache")) == str(
+    assert as_other(lambda: locks.claim_folder(temporary / "cache")) == str(
         temporary / "cache-1"
     ), "theirs is theirs to use"
 
@@ -214,14 +214,14 @@ def test_a_place_that_cannot_be_written_to_is_an_error_and_no_endless_search(
     (temporary / "locked").mkdir(mode=0o755)
     began = time.monotonic()
     with pytest.raises(PermissionError):
-        as_other(lambda: machine.claim_folder(temporary / "locked" / "cache"))
+        as_other(lambda: locks.claim_folder(temporary / "locked" / "cache"))
     assert time.monotonic() - began < 5
 
 
 def _with_limit(soft: int, hard: int) -> int | str:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:
-        return machine.allow_files()
+        return locks.allow_files()
     except ConfigError as error:
         return str(error)
 
@@ -229,7 +229,7 @@ def _with_limit(soft: int, hard: int) -> int | str:
 @pytest.mark.parametrize(
     ("soft", "hard", "expected"),
     [
-        (64, 4096, machine.WANTED_FILES),
+        (64, 4096, locks.WANTED_FILES),
         (64, 100, 100),
         (1024, 1024, 1024),
         (
@@ -275,7 +275,7 @@ def test_a_folder_that_another_job_sweeps_before_it_is_locked(
         return path
 
     monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
-    folder = machine.JobFolder()
+    folder = locks.JobFolder()
     assert folder.path.is_dir()
     assert str(folder.path) not in swept
     assert len(swept) == 1

@@ -25,8 +25,7 @@ from flame_composer.cleaning.parts import PartsFolder, PartWriter, read_part
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.loader.datasets import open_for_model
-from flame_composer.storage import files as storage
-from flame_composer.storage import locks as machine
+from flame_composer.storage import files, locks
 from flame_composer.storage.folders import new_folder
 from flame_composer.storage.local import create
 from flame_composer.text import hub
@@ -93,8 +92,8 @@ def test_a_link_at_the_name_of_a_temporary_is_not_written_through(
 ) -> None:
     place = tmp_path / "config.yaml"
     for do in (
-        lambda: storage.write(str(place), b"ours"),
-        lambda: storage.put(tmp_path / "local", str(place)),
+        lambda: files.write(str(place), b"ours"),
+        lambda: files.put(tmp_path / "local", str(place)),
     ):
         (tmp_path / "local").write_bytes(b"ours")
         (tmp_path / "config.yaml.tmp").symlink_to(victim)
@@ -419,7 +418,7 @@ def test_whoever_may_read_a_run_does_not_keep_it_from_training(everybody_s: Path
     cache = everybody_s / "cache-1.lock"
     cache.touch(mode=0o644)
     for _ in ("there", "made"):
-        number = machine.hold(cache)
+        number = locks.hold(cache)
         assert number is not None
         assert isinstance(as_user(OTHER, lambda: attack(cache)), PermissionError)
         os.close(number)

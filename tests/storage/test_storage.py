@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from flame_composer.errors import ConfigError, StoreError
-from flame_composer.storage import files as storage
-from flame_composer.storage import s3_client
+from flame_composer.storage import files, s3_client
 from flame_composer.storage.filesystems import is_url
 from tests.s3 import BUCKET, Relay
 
@@ -30,38 +29,38 @@ def place(request, tmp_path) -> str:
     return f"s3://{BUCKET}/{tmp_path.name}"
 
 
-def fill(place: str, tmp_path: Path, **files: bytes) -> None:
-    for name, data in files.items():
+def fill(place: str, tmp_path: Path, **contents: bytes) -> None:
+    for name, data in contents.items():
         (tmp_path / "file").write_bytes(data)
-        storage.put(tmp_path / "file", storage.join(place, *name.split("__")))
+        files.put(tmp_path / "file", files.join(place, *name.split("__")))
     (tmp_path / "file").unlink()
 
 
 def test_files_and_folders(place, tmp_path):
-    assert (storage.find(place), storage.ls(place), storage.stat(storage.join(place, "a"))) == (
+    assert (files.find(place), files.ls(place), files.stat(files.join(place, "a"))) == (
         {},
         [],
         None,
     )
     fill(place, tmp_path, a=b"1", sub__b=b"22", sub__deep__c=b"333")
-    assert {name: stat.size for name, stat in storage.find(place).items()} == {
+    assert {name: stat.size for name, stat in files.find(place).items()} == {
         "a": 1,
         "sub/b": 2,
         "sub/deep/c": 3,
     }
-    assert storage.ls(place) == ["a", "sub"]
-    assert storage.ls(storage.join(place, "sub")) == ["b", "deep"]
-    assert storage.find(storage.join(place, "su")) == {}, "a prefix of a name is no folder"
-    stat = storage.stat(storage.join(place, "a"))
+    assert files.ls(place) == ["a", "sub"]
+    assert files.ls(files.join(place, "sub")) == ["b", "deep"]
+    assert files.find(files.join(place, "su")) == {}, "a prefix of a name is no folder"
+    stat = files.stat(files.join(place, "a"))
     assert stat is not None
     assert stat.size == 1
     assert abs(stat.modified - time.time()) < 60
-    assert storage.stat(storage.join(place, "sub")) is None, "a folder is no file"
-    storage.delete(storage.join(place, "a"))
-    storage.delete(storage.join(place, "a"))
-    storage.delete_folder(storage.join(place, "sub"))
-    assert storage.find(place) == {}
-    storage.delete_folder(storage.join(place, "sub"))
+    assert files.stat(files.join(place, "sub")) is None, "a folder is no file"
+    files.delete(files.join(place, "a"))
+    files.delete(files.join(place, "a"))
+    files.delete_folder(files.join(place, "sub"))
+    assert files.find(place) == {}
+    files.delete_folder(files.join(place, "sub"))
 
 
 def test_links_in_a_circle_lead_nowhere(tmp_path):
@@ -85,7 +84,7 @@ def test_links_in_a_circle_lead_nowhere(tmp_path):
         ("d/same", "../e"),
     ):
         (tmp_path / "folder" / name).symlink_to(target)
-    assert list(storage.find(str(tmp_path / "folder"))) == [
+    assert list(files.find(str(tmp_path / "folder"))) == [
         "a/b/file",
         "a/c/file",
         "c/file",
@@ -95,13 +94,13 @@ def test_links_in_a_circle_lead_nowhere(tmp_path):
 
 def test_what_is_written_is_read(place, tmp_path):
     data = random.Random(0).randbytes(100_000)
-    address = storage.join(place, "a file with spaces & ümlauts")
-    storage.write(address, b"old")
-    storage.write(address, data)
-    assert storage.read(address) == data
-    storage.download(address, tmp_path / "copy")
+    address = files.join(place, "a file with spaces & ümlauts")
+    files.write(address, b"old")
+    files.write(address, data)
+    assert files.read(address) == data
+    files.download(address, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
-    with storage.open_file(address, block_size=4096) as file:
+    with files.open_file(address, block_size=4096) as file:
         assert (file.seek(50_000), file.read(3), file.tell()) == (
             50_000,
             data[50_000:50_003],
@@ -111,15 +110,15 @@ def test_what_is_written_is_read(place, tmp_path):
         assert (file.read(), file.read()) == (data[-10:], b"")
         file.seek(0)
         assert b"".join(file) == data
-    with storage.open_file(address, block_size=0) as file:
+    with files.open_file(address, block_size=0) as file:
         assert (file.read(7), file.read(5)) == (data[:7], data[7:12])
     for read in (
-        storage.read,
-        storage.open_file,
-        lambda name: storage.download(name, tmp_path / "copy"),
+        files.read,
+        files.open_file,
+        lambda name: files.download(name, tmp_path / "copy"),
     ):
         with pytest.raises(FileNotFoundError):
-            read(storage.join(place, "missing"))
+            read(files.join(place, "missing"))
     assert (tmp_path / "copy").read_bytes() == data
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
@@ -128,44 +127,44 @@ def test_a_folder_appears_with_its_last_file(place, tmp_path):
     (tmp_path / "made").mkdir()
     for name in ("a", "last", "z"):
         (tmp_path / "made" / name).write_text(name)
-    target = storage.join(place, "target")
+    target = files.join(place, "target")
     order: list[str] = []
-    put = storage.put
+    put = files.put
 
     def spy(local, name):
         order.append(Path(name).name)
         put(local, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "put", spy)
-        storage.put_folder(tmp_path / "made", target, "last")
+        patch.setattr(files, "put", spy)
+        files.put_folder(tmp_path / "made", target, "last")
     assert order == (["a", "z", "last"] if is_url(place) else []), "a local folder is renamed"
-    assert sorted(storage.find(target)) == ["a", "last", "z"]
+    assert sorted(files.find(target)) == ["a", "last", "z"]
     assert not (tmp_path / "made").exists()
 
 
 def test_a_version_is_that_of_the_content(s3, tmp_path):
     address = f"s3://{BUCKET}/{tmp_path.name}/file"
-    storage.write(address, b"one" * 1000)
-    first = storage.stat(address)
-    storage.write(address, b"one" * 1000)
-    assert storage.stat(address).version == first.version
-    with storage.open_file(address, first.version, block_size=100) as file:
+    files.write(address, b"one" * 1000)
+    first = files.stat(address)
+    files.write(address, b"one" * 1000)
+    assert files.stat(address).version == first.version
+    with files.open_file(address, first.version, block_size=100) as file:
         assert file.read(3) == b"one"
-        storage.write(address, b"two" * 1000)
+        files.write(address, b"two" * 1000)
         with pytest.raises(StoreError, match=r"/file: was replaced while it was read$"):
             file.read()
     with pytest.raises(StoreError, match=r"/file: has been replaced since it was looked at$"):
-        storage.open_file(address, first.version)
+        files.open_file(address, first.version)
 
 
 def test_globs(s3, tmp_path):
     root = f"s3://{BUCKET}/{tmp_path.name}"
     fill(root, tmp_path, x__1=b"", x__2=b"", x__y__1=b"", z__1=b"")
-    assert storage.glob(f"{root}/x/*") == [f"{root}/x/1", f"{root}/x/2"]
-    assert storage.glob(f"{root}/*/1") == [f"{root}/x/1", f"{root}/z/1"]
-    assert storage.glob(f"{root}/**/1") == [f"{root}/x/1", f"{root}/x/y/1", f"{root}/z/1"]
-    assert storage.glob(f"{root}/none*") == []
+    assert files.glob(f"{root}/x/*") == [f"{root}/x/1", f"{root}/x/2"]
+    assert files.glob(f"{root}/*/1") == [f"{root}/x/1", f"{root}/z/1"]
+    assert files.glob(f"{root}/**/1") == [f"{root}/x/1", f"{root}/x/y/1", f"{root}/z/1"]
+    assert files.glob(f"{root}/none*") == []
 
 
 def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(
@@ -176,8 +175,8 @@ def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(
     data = random.Random(1).randbytes(11 << 20)
     (tmp_path / "file").write_bytes(data)
     address = f"s3://{BUCKET}/{tmp_path.name}/file"
-    storage.put(tmp_path / "file", address)
-    assert storage.read(address) == data
+    files.put(tmp_path / "file", address)
+    assert files.read(address) == data
     key = f"{tmp_path.name}/killed"
     begun = s3.client.create_multipart_upload(Bucket=BUCKET, Key=key)
     s3.client.upload_part(
@@ -190,9 +189,9 @@ def test_large_files_go_in_parts_and_what_is_left_of_a_killed_one_is_removed(
         )
 
     assert [upload["Key"] for upload in uploads()] == [key]
-    storage.abort_uploads(f"s3://{BUCKET}/{tmp_path.name}")
+    files.abort_uploads(f"s3://{BUCKET}/{tmp_path.name}")
     assert uploads() == []
-    assert storage.ls(f"s3://{BUCKET}/{tmp_path.name}") == ["file"]
+    assert files.ls(f"s3://{BUCKET}/{tmp_path.name}") == ["file"]
 
 
 # What the user has to put right is said in one line, in time.
@@ -257,7 +256,7 @@ def test_a_store_that_cannot_be_used(s3, monkeypatch, tmp_path, environment, buc
             monkeypatch.delenv(name, raising=False)
     (tmp_path / "file").write_bytes(b"data")
     address = f"s3://{bucket}/folder/file"
-    uses = [storage.stat, lambda place: storage.put(tmp_path / "file", place)]
+    uses = [files.stat, lambda place: files.put(tmp_path / "file", place)]
     for use in uses:
         with pytest.raises(ConfigError, match=rf"^s3://{bucket}.*: {message}") as caught:
             use(address)
@@ -267,7 +266,7 @@ def test_a_store_that_cannot_be_used(s3, monkeypatch, tmp_path, environment, buc
 def test_the_aws_variable_names_the_server_too(s3, monkeypatch):
     monkeypatch.delenv("S3_ENDPOINT_URL")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
-    assert storage.stat(f"s3://{BUCKET}/missing") is None
+    assert files.stat(f"s3://{BUCKET}/missing") is None
 
 
 @pytest.mark.parametrize(
@@ -282,7 +281,7 @@ def test_the_aws_variable_names_the_server_too(s3, monkeypatch):
 )
 def test_urls_that_cannot_be_used(place, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        storage.stat(place)
+        files.stat(place)
 
 
 def test_a_server_that_does_not_answer_is_given_up(s3, monkeypatch):
@@ -294,20 +293,20 @@ def test_a_server_that_does_not_answer_is_given_up(s3, monkeypatch):
             ConfigError,
             match=r"^s3://data: http://127.* cannot be reached: Read timeout; check the network",
         ):
-            storage.stat(f"s3://{BUCKET}/x")
+            files.stat(f"s3://{BUCKET}/x")
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(s3, tmp_path, monkeypatch):
     data = random.Random(2).randbytes(3 << 20)
-    storage.write(f"s3://{BUCKET}/{tmp_path.name}/file", data)
+    files.write(f"s3://{BUCKET}/{tmp_path.name}/file", data)
     with Relay(s3.endpoint) as relay:
         monkeypatch.setenv("S3_ENDPOINT_URL", relay.endpoint)
         relay.num_cuts = 3
-        assert storage.read(f"s3://{BUCKET}/{tmp_path.name}/file") == data
+        assert files.read(f"s3://{BUCKET}/{tmp_path.name}/file") == data
         assert relay.num_cuts == 0
         relay.num_cuts = 100
         with pytest.raises(StoreError, match=r"/file: .*(broken|Connection|read)"):
-            storage.read(f"s3://{BUCKET}/{tmp_path.name}/file")
+            files.read(f"s3://{BUCKET}/{tmp_path.name}/file")
         assert 80 < relay.num_cuts <= 100 - s3_client.ATTEMPTS, "asked again, but not for ever"
 
 
@@ -315,7 +314,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(s3, tmp_path, monkeypatch)
     "name", ["ba12.pt", "shard.00000.mds", ".hidden", "a b", "naïve", "x" * 255]
 )
 def test_a_plain_name(name):
-    assert storage.is_plain_name(name)
+    assert files.is_plain_name(name)
 
 
 @pytest.mark.parametrize(
@@ -339,4 +338,4 @@ def test_a_plain_name(name):
     ],
 )
 def test_a_name_that_is_not_plain(name):
-    assert not storage.is_plain_name(name)
+    assert not files.is_plain_name(name)

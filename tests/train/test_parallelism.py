@@ -19,10 +19,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     OffloadWrapper,
 )
 
-from flame_composer.checkpoint import content as checkpoint_content
-from flame_composer.checkpoint import find as checkpoint_find
-from flame_composer.checkpoint import read as checkpoint_read
-from flame_composer.checkpoint import sharded as pieces
+from flame_composer.checkpoint.content import needed_by
+from flame_composer.checkpoint.find import find_checkpoint, find_newest
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
+from flame_composer.checkpoint.sharded import HEAD, _copy, _whole, load, name_of
 from flame_composer.checkpoint.to_model import load_from_checkpoint, load_model
 from flame_composer.config.sections import FsdpConfig, ModelConfig, ParallelismConfig
 from flame_composer.config.train import TrainConfig
@@ -121,7 +121,7 @@ def norms(run: Path) -> list[float]:
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
-    found = checkpoint_find.find_checkpoint(str(run / "checkpoints" / name), run / "copies")
+    found = find_checkpoint(str(run / "checkpoints" / name), run / "copies")
     return load_from_checkpoint(found)[0].state_dict()
 
 
@@ -340,19 +340,19 @@ def test_any_rows_out_of_any_pieces(lengths: list[int], data: st.DataObject) -> 
     first = data.draw(st.integers(0, len(whole)))
     last = data.draw(st.integers(first, len(whole)))
     out = torch.full((last - first, 2), -1)
-    pieces._copy(cut, out, first)
+    _copy(cut, out, first)
     assert torch.equal(out, whole[first:last])
-    assert torch.equal(pieces._whole(cut), whole)
+    assert torch.equal(_whole(cut), whole)
     if len(whole):
         short = [piece for piece in cut if len(piece["part"])][1:]
         with pytest.raises((TypeError, IndexError)):
-            pieces._whole(short)
+            _whole(short)
 
 
 def test_pieces_of_another_model_are_refused(trained: Any) -> None:
     state = trained.trainer.state
     with pytest.raises(DataError, match="not those of this model"):
-        pieces.load(state, [{"model": {}, "optimizers": {}}])
+        load(state, [{"model": {}, "optimizers": {}}])
 
 
 LOOK = """
@@ -414,8 +414,8 @@ def as_pieces(file: Path) -> Path:
 
     whole = {kind: content["state"].pop(kind) for kind in ("model", "optimizers")}
     for number in range(2):
-        torch.save(cut(whole, number), folder / pieces.name_of(number))
-    torch.save({**content, "pieces": 2}, folder / pieces.HEAD)
+        torch.save(cut(whole, number), folder / name_of(number))
+    torch.save({**content, "pieces": 2}, folder / HEAD)
     file.unlink()
     return folder
 
@@ -446,16 +446,16 @@ def test_pieces_that_hold_too_little_are_named_and_the_one_before_used(
 ) -> None:
     folder = copy_of(trained.checkpoints)
     newest = as_pieces(folder / "ba3.pt")
-    needed = checkpoint_content.needed_by(
+    needed = needed_by(
         TrainConfig(model=ModelConfig(config=GLA)),
         build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH),
     )
-    found = checkpoint_find.find_newest(str(folder), folder / "staging", lambda: needed)
-    assert found == (str(newest), newest / pieces.HEAD, ())
+    found = find_newest(str(folder), folder / "staging", lambda: needed)
+    assert found == (str(newest), newest / HEAD, ())
     piece = torch.load(newest / "piece1.pt", weights_only=False)
     PIECES[case](piece)
     torch.save(piece, newest / "piece1.pt")
-    found = checkpoint_find.find_newest(str(folder), folder / "staging", lambda: needed)
+    found = find_newest(str(folder), folder / "staging", lambda: needed)
     assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", (str(newest),))
     (line,) = caplog.messages
     assert line.startswith(f"warning: {newest}: not a checkpoint that can be used: ")
@@ -467,8 +467,8 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
     """Though it is whole, and of the same model: by what its head knows of its own pieces."""
     folder = Path(shutil.copytree(sharded / "checkpoints", tmp_path / "checkpoints"))
     shutil.rmtree(folder / "ba12")
-    whole = checkpoint_find.find_newest(str(folder), folder / "staging")
-    assert whole == (str(folder / "ba8"), folder / "ba8" / pieces.HEAD, ())
+    whole = find_newest(str(folder), folder / "staging")
+    assert whole == (str(folder / "ba8"), folder / "ba8" / HEAD, ())
     for name, source in (
         ("piece1.pt", "ba4/piece1.pt"),
         ("piece0.pt", "ba4/piece0.pt"),
@@ -477,8 +477,8 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
     ):
         good = (folder / "ba8" / name).read_bytes()
         (folder / "ba8" / name).write_bytes((folder / source).read_bytes())
-        found = checkpoint_find.find_newest(str(folder), folder / "staging")
-        assert found == (str(folder / "ba4"), folder / "ba4" / pieces.HEAD, (str(folder / "ba8"),))
+        found = find_newest(str(folder), folder / "staging")
+        assert found == (str(folder / "ba4"), folder / "ba4" / HEAD, (str(folder / "ba8"),))
         named = "piece0.pt" if name == "state.pt" else name
         what = "not a whole checkpoint: not the piece that was saved with its head"
         problem = f"{folder}/ba8/{named}: {what}"
@@ -487,10 +487,10 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
             load_model(str(folder / "ba8"))
         (folder / "ba8" / name).write_bytes(good)
         caplog.clear()
-    head = torch.load(folder / "ba8" / pieces.HEAD, weights_only=False)
+    head = torch.load(folder / "ba8" / HEAD, weights_only=False)
     problem = f"{folder}/ba8/piece0.pt: not a whole checkpoint: not the piece"
     for fingerprints in (None, [], {}, [1, 2], head["fingerprints"][::-1]):
-        torch.save({**head, "fingerprints": fingerprints}, folder / "ba8" / pieces.HEAD)
+        torch.save({**head, "fingerprints": fingerprints}, folder / "ba8" / HEAD)
         with pytest.raises(DataError, match=f"^{re.escape(problem)}"):
             load_model(str(folder / "ba8"))
 
@@ -503,14 +503,12 @@ def test_pieces_without_a_fingerprint_are_of_the_step_of_their_head(
     older, newer = as_pieces(folder / "ba2.pt"), as_pieces(folder / "ba3.pt")
     config = TrainConfig(model=ModelConfig(config=GLA))
     hf_config = build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH)
-    stops = checkpoint_content.needed_by(config, hf_config)
+    stops = needed_by(config, hf_config)
     config.on_nan = "skip"
-    skips = checkpoint_content.needed_by(config, hf_config)
+    skips = needed_by(config, hf_config)
 
     def found(needed: Any = None) -> str:
-        newest = checkpoint_find.find_newest(
-            str(folder), folder / "staging", (lambda: needed) if needed else None
-        )
+        newest = find_newest(str(folder), folder / "staging", (lambda: needed) if needed else None)
         assert newest is not None
         return newest.place
 
@@ -552,7 +550,7 @@ def test_pieces_that_are_no_files_are_damage(
         "gone": lambda: None,
     }[damage]
     make()
-    found = checkpoint_find.find_newest(str(folder), folder / "staging")
+    found = find_newest(str(folder), folder / "staging")
     # Without its head a folder was never finished.
     passed_over = () if (name, damage) == ("state.pt", "gone") else (str(folder / "ba3"),)
     assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", passed_over)
@@ -571,8 +569,8 @@ def test_pieces_that_are_no_files_are_damage(
     ],
 )
 def test_a_head_that_is_none_is_damage(tmp_path: Path, content: Any) -> None:
-    head = tmp_path / "ba1" / pieces.HEAD
+    head = tmp_path / "ba1" / HEAD
     head.parent.mkdir()
     torch.save(content, head)
     with pytest.raises(DataError, match=str(head.parent)):
-        checkpoint_read.read_checkpoint(checkpoint_read.Checkpoint(str(head.parent), head))
+        read_checkpoint(Checkpoint(str(head.parent), head))
