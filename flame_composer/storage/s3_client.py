@@ -22,6 +22,7 @@ ATTEMPTS = 5  # for each request; botocore waits longer after each
 CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an attempt
 # A bucket's first request: who named a wrong endpoint is told within 15 seconds
 FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
+MOST_ANSWER = 64 << 20  # bytes; a page of a listing has some 5 MB at most
 
 _lock = threading.Lock()
 
@@ -39,6 +40,29 @@ def connect(bucket: str) -> Any:
         return _client(bucket, os.getpid(), environment)
 
 
+def limit_answers() -> None:
+    """Have botocore read no more than MOST_ANSWER of an answer that it reads whole.
+
+    Upstream: botocore 1.44, `AWSResponse.content`.
+    Mends: it takes all that a server sends into memory, until the system ends the process.
+    """
+    from botocore.awsrequest import AWSResponse
+
+    def content(self: Any) -> bytes:
+        if self._content is None:
+            parts, length = [], 0
+            for part in self.raw.stream():
+                parts.append(part)
+                length += len(part)
+                if length > MOST_ANSWER:
+                    self.raw.close()
+                    raise OSError(f"an answer of more than {MOST_ANSWER:,} bytes")
+            self._content = b"".join(parts)
+        return self._content
+
+    AWSResponse.content = property(content)  # type: ignore[assignment]
+
+
 @functools.lru_cache(maxsize=8)
 def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
     from boto3 import Session
@@ -52,6 +76,7 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
     )
     from botocore.parsers import ResponseParserError
 
+    limit_answers()
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
 
     def make(attempts: int, connect_seconds: float, read_seconds: float) -> Any:

@@ -430,6 +430,36 @@ def test_what_comes_in_chunks_without_end_is_not_read_to_it(monkeypatch, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Slow Down"])
+@pytest.mark.parametrize("which", ["listing", "file", "every"])
+def test_an_answer_without_end_is_not_read_to_it(monkeypatch, status, which):
+    """Listings and errors are read whole, and the system ended the process."""
+    sent: list[int] = []
+
+    def endless(connection: Any, request: str) -> None:
+        connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 1099511627776\r\n\r\n".encode())
+        while True:
+            connection.sendall(b" " * (1 << 16))
+            sent.append(1 << 16)
+
+    answer = holds({"file": b"12345"})
+
+    def sometimes(connection: Any, request: str) -> None:
+        is_listing = "list-type=2" in request.split("\r\n")[0]
+        is_file = request.startswith("GET /data/file")
+        if which == "every" or (is_listing and which == "listing") or (is_file and which == "file"):
+            endless(connection, request)
+        answer(connection, request)
+
+    monkeypatch.setattr(s3_client, "MOST_ANSWER", 1 << 20)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
+    with hostile(sometimes) as server:
+        point_to(server, monkeypatch)
+        with pytest.raises((ConfigError, StoreError), match=r"^s3://data\S*: .*"):
+            files.read("s3://data/file")
+    assert sum(sent) < 200 << 20
+
+
 def test_what_does_not_fit_on_the_disk_is_not_begun(monkeypatch, tmp_path):
     def petabyte(method: str, key: str, start: int, right: bytes) -> bytes | None:
         return right.replace(b"Content-Length: 1\r", b"Content-Length: %d\r" % 10**15)
