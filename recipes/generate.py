@@ -65,7 +65,7 @@ def main(config: GenerateConfig) -> None:
             try:
                 write_content(prompt)
                 proceed([prompt], show=write_content)
-            except KeyboardInterrupt:  # ends this answer, or the session if it comes at the prompt
+            except KeyboardInterrupt:  # ends this answer; at the prompt it ends the session
                 pass
             write_content("\n")
 
