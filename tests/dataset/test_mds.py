@@ -92,7 +92,7 @@ def test_a_shard_is_full_to_the_byte(tmp_path):
     """One byte less of room, and its last row is in another shard."""
     lengths = [[16] * 10]
     whole = ShardWriter(tmp_path / "whole", np.uint16, 16, 1 << 20)
-    size = 8 + len(whole.config_json) + 10 * (4 + 4 + 2 + 4 + 32)
+    size = 8 + len(whole.form_json) + 10 * (4 + 4 + 2 + 4 + 32)
     limit = size - len(str(1 << 20)) + len(str(size))  # which is itself in the shard
     assert [
         written_by_both(tmp_path / f"{less}", lengths, np.uint16, 16, limit - less)
