@@ -24,6 +24,7 @@ def address(source: str, name: str | None, split: str) -> str:
 
 
 def is_dataset(path: str) -> bool:
+    """Return whether a path is the `address` of a dataset."""
     return path.startswith(SCHEME)
 
 

@@ -12,7 +12,7 @@ TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]|[^"\[\]{}]++|"', re.DOTALL)
 
 
 class InvalidRecord(Exception):
-    """A JSONL record has no text; the message says why."""
+    """The error for a JSONL record without a text; its message says why there is none."""
 
 
 def text_of(line: bytes | bytearray, text_column: str) -> str:

@@ -48,7 +48,7 @@ def make_steady(tokenizer: PreTrainedTokenizerFast, place: str) -> None:
 
 
 def mark_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return the mark that this package keeps in the tokenizer's configuration, {} if none.
+    """Return the mark that this package keeps in the tokenizer's configuration, or {} if none.
 
     A tokenizer may come from anywhere, so its content must not be trusted.
     """
@@ -69,5 +69,6 @@ def keep_original(
 
 
 def originals_of(mark: dict[str, Any]) -> dict[str, Any]:
+    """Return the original values that a mark records by name, or {} if it records none."""
     originals = mark.get(_ORIGINALS)
     return originals if isinstance(originals, dict) else {}

@@ -58,6 +58,7 @@ class BareTokenizer:
 
 
 def bare(tokenizer: PreTrainedTokenizerFast | BareTokenizer) -> BareTokenizer:
+    """Return the parts of a tokenizer that an encoder needs."""
     if isinstance(tokenizer, BareTokenizer):
         return tokenizer
     return BareTokenizer(
@@ -190,6 +191,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> TokenizerFingerprint:
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the number of ids from 0 to the largest one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
