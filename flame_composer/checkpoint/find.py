@@ -20,7 +20,7 @@ from flame_composer.checkpoint.parts import Needed, OtherRun
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head
 from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files
-from flame_composer.storage.filesystems import Stat, is_url
+from flame_composer.storage.filesystems import is_url
 
 # A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two
 # names stand for the same step.
@@ -214,41 +214,29 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
     if not is_url(place):
         return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
     copy = staging / place.rpartition("/")[2]
-    head = files.stat(files.join(place, sharded.HEAD))
-    there = head or files.stat(place)
-    if there is None:
+    is_file = files.stat(files.join(place, sharded.HEAD)) is None
+    if is_file and files.stat(place) is None:
         return None
     staging.mkdir(parents=True, exist_ok=True)
     # Of a checkpoint of the other kind
-    if (copy.is_dir() and not copy.is_symlink()) != (head is not None):
+    if (copy.is_dir() and not copy.is_symlink()) == is_file:
         remove_copy(copy)
     try:
-        if head is None:
-            _download(place, there, copy)
+        if is_file:
+            files.download(place, copy)
             return Checkpoint(place, copy)
         copy.mkdir(exist_ok=True)
-        _download(files.join(place, sharded.HEAD), there, copy / sharded.HEAD)
+        files.download(files.join(place, sharded.HEAD), copy / sharded.HEAD)
         # By the names that pieces have, and not by those that the store lists.
         for name in map(sharded.name_of, range(read_head(place, copy / sharded.HEAD))):
-            piece = files.stat(files.join(place, name))
-            if piece is None:
+            if files.stat(files.join(place, name)) is None:
                 raise DataError(
                     f"{files.join(place, name)}: not a whole checkpoint: this piece is missing"
                 )
-            _download(files.join(place, name), piece, copy / name)
+            files.download(files.join(place, name), copy / name)
         return Checkpoint(place, copy / sharded.HEAD)
     except FileNotFoundError:  # deleted while it was copied
         return None
-
-
-def _download(place: str, there: Stat, copy: Path) -> None:
-    free = shutil.disk_usage(copy.parent).free
-    if there.size > free:
-        raise StoreError(
-            f"{place}: its {there.size:,} bytes do not fit into {copy.parent}, where {free:,} are"
-            " free; make room there, or move the checkpoint away"
-        )
-    files.download(place, copy)
 
 
 def remove_copy(copy: Path) -> None:

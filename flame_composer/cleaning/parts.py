@@ -324,10 +324,7 @@ def _are_counts(content: dict[str, Any]) -> bool:
 
 def publish_file(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with create(temporary) as file:
-        file.write(dump_json(content))
-    os.replace(temporary, path)
+    files.write(str(path), dump_json(content))
 
 
 def read_json(path: Path) -> Any:

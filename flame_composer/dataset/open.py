@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import resource
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +13,7 @@ from flame_composer.dataset.mds import BadShard, ShardFile
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
+from flame_composer.storage.shards import TooLong, fetch_file
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
 
@@ -119,50 +116,26 @@ def check_tokenizer(dataset: Dataset, ours: TokenizerFingerprint, name: str) -> 
 
 
 def download(source: str, path: Path, *, at_most: int) -> None:
-    """Download a file of a dataset from wherever streaming can.
+    """Fetch a file of a remote dataset, which other threads may do as well; see `fetch_file`.
 
     Raises BadShard if there is more than `at_most` bytes of it, FileNotFoundError, ConfigError, or
     what the store's client does.
     """
-    if source.startswith("s3://") or not is_url(source):
-        found = files.stat(source)
-        if found is None:
-            raise FileNotFoundError(f"{source}: there is no such file")
-        if found.size > at_most:
-            raise BadShard(f"{found.size:,} bytes long, must be {at_most:,} at most")
-        files.download(source, path, most=at_most)
-    else:  # with the packages that StreamingDataset asks for
-        from streaming.base.storage import CloudDownloader
-
-        CloudDownloader.direct_download(source, str(path))
+    try:
+        fetch_file(source, path, most=at_most)
+    except TooLong as problem:
+        raise BadShard(str(problem)) from None
 
 
 def download_at_most(source: str, path: Path, num_bytes: int) -> None:
-    """Download a file, and have the system stop clients of stores that take all that is sent.
+    """Fetch a file of a remote dataset in a process that writes no other file meanwhile.
 
-    Only for a process that writes nothing else meanwhile. Raises BadShard that says why the file
-    cannot be had.
+    Raises BadShard that says why the file cannot be had, or that it has more than `num_bytes`.
     """
     try:
-        with _no_file_larger_than(num_bytes):
-            download(source, path, at_most=num_bytes)
-    except BadShard:
-        raise
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise BadShard(f"more than {num_bytes:,} bytes long, must be that at most") from None
-        raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
+        fetch_file(source, path, most=num_bytes, is_alone=True)
+    except TooLong as problem:
+        raise BadShard(str(problem)) from None
     except Exception as error:  # every store's client has exceptions of its own
-        raise BadShard(f"cannot be downloaded: {one_line(error)}") from None
-
-
-@contextmanager
-def _no_file_larger_than(num_bytes: int) -> Iterator[None]:
-    """Have the system refuse to let this process write files beyond a size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit = num_bytes if soft == resource.RLIM_INFINITY else min(num_bytes, soft)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        reason = one_line(error).removeprefix(f"{source}: ")
+        raise BadShard(f"cannot be downloaded: {reason}") from None

@@ -32,7 +32,7 @@ from flame_composer.storage.filesystems import (
     strange_name,
     walk_folders,
 )
-from flame_composer.storage.local import create
+from flame_composer.storage.local import appearing, require_room
 
 # Requests in flight where many are made: an object store takes its time, but takes many
 THREADS = 16
@@ -196,10 +196,8 @@ def write(place: str, data: bytes) -> None:
         with at(place) as (fs, path):
             fs.pipe_file(path, data)
         return
-    temporary = f"{place}.tmp"
-    with create(temporary) as file:
+    with appearing(place) as file:
         file.write(data)
-    os.replace(temporary, place)
 
 
 def put(local: str | Path, place: str) -> None:
@@ -209,9 +207,8 @@ def put(local: str | Path, place: str) -> None:
             fs.put_file(str(local), path)
         return
     Path(place).parent.mkdir(parents=True, exist_ok=True)
-    with create(f"{place}.tmp") as file, Path(local).open("rb") as content:
+    with appearing(place) as file, Path(local).open("rb") as content:
         shutil.copyfileobj(content, file, 1 << 20)
-    os.replace(f"{place}.tmp", place)
 
 
 def put_folder(local: str | Path, place: str, last: str) -> None:
@@ -269,6 +266,8 @@ def _get(fs: Any, path: str, place: str, local: Path, most: int | None) -> None:
     size = fs.info(path).get("size")
     if most is not None and size is not None and size > most:
         raise StoreError(f"{place}: {size:,} bytes long, must be {most:,} at most")
+    if size is not None:
+        require_room(place, size, local.parent)
 
     class Limit(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat as modes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from flame_composer.errors import StoreError
 
 # That begin a file anew in a folder where somebody else puts others under its name
 CREATE_TRIES = 16
@@ -28,6 +32,15 @@ def create(path: str | Path) -> BinaryIO:
     raise FileExistsError(errno.EEXIST, "somebody else makes it again and again", str(path))
 
 
+@contextmanager
+def appearing(path: str) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of `path` when it is whole."""
+    temporary = f"{path}.tmp"
+    with create(temporary) as file:
+        yield file
+    os.replace(temporary, path)
+
+
 def open_own(path: str | Path, flags: int) -> int:
     """Open a local file with `os.open`'s `flags`, and return its descriptor.
 
@@ -44,6 +57,16 @@ def open_own(path: str | Path, flags: int) -> int:
         return file
     os.close(file)
     raise _no_file(path)
+
+
+def require_room(place: str, size: int, folder: Path) -> None:
+    """Raise StoreError if the `size` bytes of `place` do not fit into a local folder."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StoreError(
+            f"{place}: its {size:,} bytes do not fit into {folder}, where {free:,} are free; make"
+            " room there"
+        )
 
 
 def _no_file(path: str | Path) -> OSError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from flame_composer.errors import ConfigError, StoreError
+from flame_composer.storage.local import require_room
 from flame_composer.storage.s3_client import explained, split
 from flame_composer.storage.s3_errors import missing, too_long
 from flame_composer.storage.s3_read import Ranges, fetch
@@ -139,12 +139,7 @@ class S3FileSystem(AbstractFileSystem):
         size, etag, most = info["size"], info["etag"], kwargs.get("most")
         if most is not None and size > most:
             raise too_long(path, most)
-        free = shutil.disk_usage(Path(lpath).parent).free
-        if size > free:
-            raise StoreError(
-                f"s3://{path}: its {size:,} bytes do not fit into {Path(lpath).parent}, where"
-                f" {free:,} are free; make room there"
-            )
+        require_room(f"s3://{path}", size, Path(lpath).parent)
         Path(lpath).write_bytes(b"")
         if size <= PIECE:  # whole, so that botocore compares the checksum, if there is one
             Path(lpath).write_bytes(fetch(path, size=size, etag=etag))
