@@ -18,6 +18,7 @@ from flame_composer.config.plan import PlanConfig
 
 def main(config: PlanConfig) -> None:
     from flame_composer.plan import planning
+    from flame_composer.plan.advice import warnings
     from flame_composer.plan.memory import read_size
     from flame_composer.plan.supply import find_supply
     from flame_composer.plan.table import describe
@@ -26,13 +27,14 @@ def main(config: PlanConfig) -> None:
     supply = None if isinstance(found, str) else found
     size = read_size(planning.find_hf_config(config, supply))
     plan = planning.draw_up(config, size, supply)
+    wrong = warnings(config, plan)
     if isinstance(found, str):
-        plan["warnings"].append(
+        wrong.append(
             "the training data cannot be read, so the plan leaves it out; give dataset_tokens"
             f" ({found})"
         )
-    print("\n".join(describe(plan)))
-    print(json.dumps(plan))
+    print("\n".join(describe(plan, wrong)))
+    print(json.dumps(plan.to_json(wrong)))
 
 
 if __name__ == "__main__":

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flame_composer.config.plan import PlanConfig
+from flame_composer.plan.figures import Data, Plan
 from flame_composer.plan.memory import FILL, gigabytes
 
 MAX_EPOCHS = 4  # Muennighoff et al. 2023: up to there repeated text is nearly as good as new
+MAX_WARMUP = 0.1  # of the steps
+MAX_SAVING = 0.05  # of the time
+MAX_LOST = 0.01  # of the time that would count with the best interval
 
-MAX_WARMUP = 0.1
+
+def warnings(config: PlanConfig, plan: Plan) -> list[str]:
+    """Return what people get wrong, a line each."""
+    return [
+        *_memory_warnings(config, plan),
+        *_training_warnings(config, plan),
+        *(_data_warnings(config, plan.data) if plan.data else []),
+        *_checkpoint_warnings(config, plan),
+    ]
 
 
-def warnings(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
-    """What people get wrong, a line each."""
-    found = []
-    total, there = plan["memory"]["total"], plan["memory"]["device"]
-    if total > FILL * there:
-        rows = plan["largest_microbatch_size"]
-        more = ["take more or larger devices"]
-        if not config.parallelism.activation_checkpointing:
-            more.insert(0, "set parallelism.activation_checkpointing=true")
+def _memory_warnings(config: PlanConfig, plan: Plan) -> list[str]:
+    needed, there = plan.memory.total, plan.device_memory
+    if needed <= FILL * there:
+        return []
+    rows = plan.largest_microbatch_size
+    if rows is not None:
+        remedy = f"microbatch_size={rows} fits"
+    else:
+        more = []
         if config.parallelism.fsdp is None:
-            more.insert(0, "spread the model with parallelism.fsdp")
-        remedy = (
-            f"microbatch_size={rows} fits"
-            if rows
-            else f"not even one row does: {', or '.join(more)}"
-        )
-        found.append(
-            f"{gigabytes(total)} do not fit into {gigabytes(there)} a device, of which a tenth"
-            " should stay free: " + remedy
-        )
-    share = plan["warmup_steps"] / plan["steps"] if plan["warmup_steps"] is not None else 0
+            more.append("spread the model with parallelism.fsdp")
+        if not config.parallelism.activation_checkpointing:
+            more.append("set parallelism.activation_checkpointing=true")
+        more.append("take more or larger devices")
+        remedy = f"not even one row does: {', or '.join(more)}"
+    return [
+        f"{gigabytes(needed)} do not fit into {gigabytes(there)} a device, of which a tenth should"
+        f" stay free: {remedy}"
+    ]
+
+
+def _training_warnings(config: PlanConfig, plan: Plan) -> list[str]:
+    found = []
+    share = 0 if plan.warmup_steps is None else plan.warmup_steps / plan.steps
     if share > MAX_WARMUP:
         found.append(
             f"scheduler.warmup={config.scheduler.warmup} is {share:.0%} of the run; more than"
@@ -45,59 +58,57 @@ def warnings(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
         )
     if config.device == "cpu" and config.precision != "fp32":
         found.append(f"precision={config.precision}: CPUs compute in fp32; training refuses it")
-    if plan["data"] is not None:
-        found += _data_warnings(config, plan["data"])
-    checkpoints, preemption = plan["checkpoints"], plan["preemption"]
-    if checkpoints and checkpoints["every_steps"] and plan["time"]:
-        step = plan["time"]["seconds_per_step"]
-        spent = checkpoints["save_seconds"] / (
-            checkpoints["save_seconds"] + checkpoints["every_steps"] * step
-        )
-        if spent > 0.05:
-            found.append(
-                f"save_interval={config.save_interval}: saving takes {spent:.0%} of the time; save"
-                " less often"
-            )
-    if checkpoints is None and config.preemption_hours is not None:
-        found.append("save_folder=null: a run that is interrupted starts from the beginning")
-    if (
-        preemption
-        and preemption["goodput_as_configured"] is not None
-        and preemption["goodput_as_configured"] < preemption["goodput"] - 0.01
-    ):
+    return found
+
+
+def _data_warnings(config: PlanConfig, data: Data) -> list[str]:
+    found = []
+    if data.context_length != config.context_length:
         found.append(
-            f"save_interval={config.save_interval}: {preemption['goodput_as_configured']:.1%} of"
-            f" the time counts when killed every {config.preemption_hours:g} hours; with"
-            f" {preemption['best_save_interval']} {preemption['goodput']:.1%} does"
+            f"context_length={config.context_length}: the dataset's rows are"
+            f" {data.context_length} tokens long; training refuses it"
+        )
+    if data.epochs > MAX_EPOCHS:
+        found.append(
+            f"{data.epochs:.1f} epochs: text that is repeated more than {MAX_EPOCHS} times"
+            " teaches less and less (Muennighoff et al. 2023)"
+        )
+    if data.cache_limit is not None and data.cache_limit < data.smallest_cache:
+        found.append(
+            f"train_data.cache_limit={config.train_data.cache_limit}:"
+            f" {gigabytes(data.smallest_cache)} are in use at once; training refuses it; raise"
+            " it, or lower train_data.shuffle_block_size"
+        )
+    is_divided = config.train_data.num_canonical_nodes % config.nodes == 0
+    if not is_divided and data.downloaded_by_a_node:
+        found.append(
+            f"train_data.num_canonical_nodes={config.train_data.num_canonical_nodes}: every node"
+            f" downloads nearly all of the data; with {config.nodes} each downloads its share"
         )
     return found
 
 
-def _data_warnings(config: PlanConfig, data: dict[str, Any]) -> list[str]:
+def _checkpoint_warnings(config: PlanConfig, plan: Plan) -> list[str]:
+    saved = plan.checkpoints
+    if saved is None:
+        if config.preemption_hours is None:
+            return []
+        return ["save_folder=null: a run that is interrupted starts from the beginning"]
     found = []
-    if data["context_length"] != config.context_length:
+    if saved.every_steps and plan.time:
+        between = saved.every_steps * plan.time.seconds_per_step
+        spent = saved.save_seconds / (saved.save_seconds + between)
+        if spent > MAX_SAVING:
+            found.append(
+                f"save_interval={config.save_interval}: saving takes {spent:.0%} of the time; save"
+                " less often"
+            )
+    preempted = plan.preemption
+    configured = preempted.goodput_as_configured if preempted else None
+    if preempted and configured is not None and configured < preempted.goodput - MAX_LOST:
         found.append(
-            f"context_length={config.context_length}: the dataset's rows are"
-            f" {data['context_length']} tokens long; training refuses it"
-        )
-    if data["epochs"] > MAX_EPOCHS:
-        found.append(
-            f"{data['epochs']:.1f} epochs: text that is repeated more than {MAX_EPOCHS} times"
-            " teaches less and less (Muennighoff et al. 2023)"
-        )
-    if data["cache_limit"] is not None and data["cache_limit"] < data["smallest_cache"]:
-        found.append(
-            f"train_data.cache_limit={config.train_data.cache_limit}:"
-            f" {gigabytes(data['smallest_cache'])} are in use at once; training refuses it; raise"
-            " it, or lower train_data.shuffle_block_size"
-        )
-    if (
-        config.nodes > 1
-        and config.train_data.num_canonical_nodes % config.nodes
-        and data["downloaded_by_a_node"]
-    ):
-        found.append(
-            f"train_data.num_canonical_nodes={config.train_data.num_canonical_nodes}: every node"
-            f" downloads nearly all of the data; with {config.nodes} each downloads its share"
+            f"save_interval={config.save_interval}: {configured:.1%} of the time counts when"
+            f" killed every {config.preemption_hours:g} hours; with"
+            f" {preempted.best_save_interval} {preempted.goodput:.1%} does"
         )
     return found

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from flame_composer.config.plan import PlanConfig
 from flame_composer.model.build import build_model
 from flame_composer.model.work import Work, count_work
+from flame_composer.plan.figures import Memory
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _kept_by(module: torch.nn.Module) -> int:
     return weight.numel() if weight is not None and "Norm" in type(module).__name__ else 0
 
 
-def memory(config: PlanConfig, size: Size, microbatch_size: int) -> dict[str, int]:
+def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
     """Bytes on each device by part, at their peak together: in the backward pass of the loss."""
     is_cpu = config.device == "cpu"
     fsdp = config.parallelism.fsdp if not is_cpu or config.parallelism.cpu_fsdp else None
@@ -140,20 +141,20 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> dict[str, in
         kept = largest
     elif config.parallelism.activation_checkpointing:
         kept = work.num_blocks * size.hidden_size + largest
-    return {
-        "weights": 4 * size.parameters // shards,
-        "copies for computing": copies,
-        "gradients": gradients,
-        "optimizer": 8 * size.parameters // shards,
-        "activations": tokens * kept * width,
-        "logits and loss": (
+    return Memory(
+        weights=4 * size.parameters // shards,
+        copies=copies,
+        gradients=gradients,
+        optimizer=8 * size.parameters // shards,
+        activations=tokens * kept * width,
+        logits=(
             tokens
             * size.vocab_size
             * _bytes_per_logit(size, is_cpu, width)
             // (8 if size.linear_loss else 1)
         ),
-        "process": CPU_PROCESS if is_cpu else GPU_PROCESS,
-    }
+        process=CPU_PROCESS if is_cpu else GPU_PROCESS,
+    )
 
 
 def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
@@ -172,9 +173,7 @@ def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
     batch, world = config.global_batch_size, config.devices * config.nodes
     divide = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
     there = FILL * device_memory(config)
-    return max(
-        (rows for rows in divide if sum(memory(config, size, rows).values()) <= there), default=None
-    )
+    return max((rows for rows in divide if memory(config, size, rows).total <= there), default=None)
 
 
 def device_memory(config: PlanConfig) -> int:

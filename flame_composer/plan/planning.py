@@ -1,11 +1,10 @@
 """What a training run comes to before it is started: size, steps, memory, time, cost,
-checkpoints, preemption, and warnings.
+checkpoints and preemption.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from streaming.base.util import bytes_to_int
 from transformers import PretrainedConfig
@@ -13,7 +12,7 @@ from transformers import PretrainedConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
-from flame_composer.plan.advice import warnings
+from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
 from flame_composer.plan.memory import (
     DEVICES,
@@ -51,7 +50,7 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
     return build_hf_config(keys, tokenizer, config.context_length, to_run=False)
 
 
-def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> dict[str, Any]:
+def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
     """All figures of the run; bytes, seconds, tokens. Raises InvalidField for a run in epochs of
     a dataset nobody knows.
     """
@@ -63,38 +62,39 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> dict[str, 
         )
     world = config.devices * config.nodes
     tokens_per_step = config.global_batch_size * config.context_length
-    flops = size.work.flops_per_token(config.context_length)
+    tokens = steps * tokens_per_step
+    flops_per_token = size.work.flops_per_token(config.context_length)
     fits = largest_microbatch(config, size)
     microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else fits or 1
-    parts = memory(config, size, microbatch)
-    plan: dict[str, Any] = {
-        "run_name": config.run_name,
-        "devices": config.devices,
-        "nodes": config.nodes,
-        "device": config.device,
-        "parameters": size.parameters,
-        "multiplied_parameters": size.work.multiplied,
-        "microbatch_size": microbatch,
-        "accumulation_steps": math.ceil(config.global_batch_size / (world * microbatch)),
-        "largest_microbatch_size": fits,
-        "tokens_per_step": tokens_per_step,
-        "steps": steps,
-        "tokens": steps * tokens_per_step,
-        "tokens_per_parameter": steps * tokens_per_step / size.parameters,
-        "flops_per_token": flops,
-        "flops": flops * steps * tokens_per_step,
-        "memory": {"parts": parts, "total": sum(parts.values()), "device": device_memory(config)},
-        "warmup_steps": config.in_batches(config.scheduler.warmup, epoch, steps),
-        "data": None if supply is None else _data(config, supply, steps),
-    }
-    plan["time"] = _time(config, plan)
-    plan["checkpoints"] = _checkpoints(config, plan, epoch)
-    plan["preemption"] = _preemption(config, plan)
-    plan["warnings"] = warnings(config, plan)
-    return plan
+    time = _time(config, steps, flops_per_token)
+    checkpoints = _checkpoints(config, size, steps, epoch, time)
+    return Plan(
+        run_name=config.run_name,
+        devices=config.devices,
+        nodes=config.nodes,
+        device=config.device,
+        parameters=size.parameters,
+        multiplied_parameters=size.work.multiplied,
+        microbatch_size=microbatch,
+        accumulation_steps=math.ceil(config.global_batch_size / (world * microbatch)),
+        largest_microbatch_size=fits,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        tokens=tokens,
+        tokens_per_parameter=tokens / size.parameters,
+        flops_per_token=flops_per_token,
+        flops=flops_per_token * tokens,
+        memory=memory(config, size, microbatch),
+        device_memory=device_memory(config),
+        warmup_steps=config.in_batches(config.scheduler.warmup, epoch, steps),
+        data=_data(config, supply, steps) if supply else None,
+        time=time,
+        checkpoints=checkpoints,
+        preemption=_preemption(config, time, checkpoints),
+    )
 
 
-def _data(config: PlanConfig, supply: Supply, steps: int) -> dict[str, Any]:
+def _data(config: PlanConfig, supply: Supply, steps: int) -> Data:
     epochs = steps / supply.batches_per_epoch
     limit = (
         None
@@ -104,74 +104,74 @@ def _data(config: PlanConfig, supply: Supply, steps: int) -> dict[str, Any]:
     # Then every epoch fetches all that it reads
     again = limit is not None and limit < supply.read_by_a_node
     read = supply.read_by_a_node * (epochs if again else min(1.0, epochs))
-    return {
-        "tokens": supply.tokens,
-        "bytes": supply.bytes,
-        "steps_per_epoch": supply.batches_per_epoch,
-        "epochs": epochs,
-        "context_length": supply.context_length,
-        "read_by_a_node_an_epoch": supply.read_by_a_node,
-        "downloaded_by_a_node": round(read) if supply.is_remote else 0,
-        "smallest_cache": supply.smallest_cache,
-        "cache_limit": limit,
-    }
+    return Data(
+        tokens=supply.tokens,
+        bytes=supply.bytes,
+        steps_per_epoch=supply.batches_per_epoch,
+        epochs=epochs,
+        context_length=supply.context_length,
+        read_by_a_node_an_epoch=supply.read_by_a_node,
+        downloaded_by_a_node=round(read) if supply.is_remote else 0,
+        smallest_cache=supply.smallest_cache,
+        cache_limit=limit,
+    )
 
 
-def _time(config: PlanConfig, plan: dict[str, Any]) -> dict[str, Any] | None:
+def _time(config: PlanConfig, steps: int, flops_per_token: int) -> Time | None:
     world = config.devices * config.nodes
+    tokens_per_step = config.global_batch_size * config.context_length
     speed = config.tokens_per_second
     if speed is None:
         if config.device == "cpu":
             return None
-        speed = DEVICES[config.device].peak * config.mfu * world / plan["flops_per_token"]
-    training = plan["tokens"] / speed
-    cost = (
-        None if config.price_per_hour is None else training / 3600 * world * config.price_per_hour
+        speed = DEVICES[config.device].peak * config.mfu * world / flops_per_token
+    seconds = steps * tokens_per_step / speed
+    price = config.price_per_hour
+    return Time(
+        tokens_per_second=speed,
+        seconds_per_step=tokens_per_step / speed,
+        seconds=seconds,
+        cost=None if price is None else seconds / 3600 * world * price,
     )
-    return {
-        "tokens_per_second": speed,
-        "seconds_per_step": plan["tokens_per_step"] / speed,
-        "seconds": training,
-        "cost": cost,
-    }
 
 
 def _checkpoints(
-    config: PlanConfig, plan: dict[str, Any], epoch: int | None
-) -> dict[str, Any] | None:
+    config: PlanConfig, size: Size, steps: int, epoch: int | None, time: Time | None
+) -> Checkpoints | None:
     if config.save_folder is None:
         return None
-    size = CHECKPOINT_BYTES * plan["parameters"]
-    seconds = config.save_seconds or size / bytes_to_int(config.save_bandwidth)
+    num_bytes = CHECKPOINT_BYTES * size.parameters
     times = config.plan(epoch or 1)
     every: float | None = times.save_batches
     if times.save_seconds is not None:
-        every = times.save_seconds / plan["time"]["seconds_per_step"] if plan["time"] else None
-    number = None if every is None else math.ceil(plan["steps"] / max(every, 1))
+        every = times.save_seconds / time.seconds_per_step if time else None
+    number = None if every is None else math.ceil(steps / max(every, 1))
     keep = config.save_num_checkpoints_to_keep
     kept = number if keep == -1 else keep if number is None else min(keep, number)
-    return {
-        "bytes": size,
-        "save_seconds": seconds,
-        "every_steps": every,
-        "number": number,
-        "bytes_kept": None if kept is None else kept * size,
-    }
+    return Checkpoints(
+        bytes=num_bytes,
+        save_seconds=config.save_seconds or num_bytes / bytes_to_int(config.save_bandwidth),
+        every_steps=every,
+        number=number,
+        bytes_kept=None if kept is None else kept * num_bytes,
+    )
 
 
-def _preemption(config: PlanConfig, plan: dict[str, Any]) -> dict[str, Any] | None:
-    if config.preemption_hours is None or plan["time"] is None or plan["checkpoints"] is None:
+def _preemption(
+    config: PlanConfig, time: Time | None, checkpoints: Checkpoints | None
+) -> Preemption | None:
+    if config.preemption_hours is None or time is None or checkpoints is None:
         return None
     between, restart = 3600 * config.preemption_hours, 60 * config.restart_minutes
-    save, step = plan["checkpoints"]["save_seconds"], plan["time"]["seconds_per_step"]
+    save, step = checkpoints.save_seconds, time.seconds_per_step
     best = best_interval(save, between)
-    every = plan["checkpoints"]["every_steps"]
-    return {
-        "best_save_interval": f"{max(1, round(best / step))}ba",
-        "best_save_seconds": best,
-        "goodput": goodput(best, save, restart, between),
-        "goodput_as_configured": (
+    every = checkpoints.every_steps
+    return Preemption(
+        best_save_interval=f"{max(1, round(best / step))}ba",
+        best_save_seconds=best,
+        goodput=goodput(best, save, restart, between),
+        goodput_as_configured=(
             None if every is None else goodput(every * step, save, restart, between)
         ),
-        "goodput_with_notice": goodput_with_notice(best, save, restart, between),
-    }
+        goodput_with_notice=goodput_with_notice(best, save, restart, between),
+    )

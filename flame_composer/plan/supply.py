@@ -11,6 +11,7 @@ from typing import Any
 
 from streaming.base.world import World
 
+from flame_composer.config.data import StreamConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.dataset.manifest import (
     VERSION,
@@ -75,15 +76,9 @@ def _most_rows(config: PlanConfig) -> int:
 
 
 def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> Supply:
-    weights: dict[str, dict[str, Any]] = {
-        name: config.train_data.streams[name].weight() if name else {} for name in datasets
-    }
-    for weight in weights.values():
-        if "choose" in weight:
-            weight["choose"] = max(1, round(share * weight["choose"]))
     data = config.train_data
     rows = Rows(
-        [Shards(dataset, **weights[name]) for name, dataset in datasets.items()],
+        [_shards(dataset, data.streams.get(name), share) for name, dataset in datasets.items()],
         batch_size=config.global_batch_size,
         shuffle=data.shuffle,
         shuffle_algo=data.shuffle_algo,
@@ -100,7 +95,8 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> 
     rank_batch = max(1, config.global_batch_size // (config.devices * config.nodes))
     rows.predownload = data.predownload or 8 * rank_batch  # as StreamingDataset has it
     world = World(config.nodes, config.devices, 1, 0)
-    loading = {"num_workers": data.num_workers, "prefetch_factor": data.prefetch_factor}
+    workers, ahead = data.num_workers, data.prefetch_factor
+    _, read = rows.bytes_in_use(world, num_workers=workers, prefetch_factor=ahead)
     manifests = [dataset.manifest for dataset in datasets.values()]
     return Supply(
         tokens=sum(manifest.totals.tokens_out for manifest in manifests),
@@ -111,9 +107,17 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> 
         is_remote=any(dataset.remote is not None for dataset in datasets.values()),
         context_length=manifests[0].context_length,
         vocab_size=None if config.dataset_tokens is not None else manifests[0].tokenizer.vocab_size,
-        read_by_a_node=round(rows.bytes_in_use(world, **loading)[1] / share),
-        smallest_cache=rows.smallest_cache(world, **loading),
+        read_by_a_node=round(read / share),
+        smallest_cache=rows.smallest_cache(world, num_workers=workers, prefetch_factor=ahead),
     )
+
+
+def _shards(dataset: Dataset, stream: StreamConfig | None, share: float) -> Shards:
+    """Return a stream's shards with its weight; all rows of a dataset that is no stream."""
+    weight: dict[str, Any] = {} if stream is None else stream.weight()
+    if "choose" in weight:
+        weight["choose"] = max(1, round(share * weight["choose"]))
+    return Shards(dataset, **weight)
 
 
 def _read(config: PlanConfig, folder: Path) -> dict[str, Dataset]:

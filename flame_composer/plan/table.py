@@ -2,89 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
 from flame_composer.plan.memory import gigabytes
 
+Rows = list[tuple[str, str]]
 
-def describe(plan: dict[str, Any]) -> list[str]:
-    """Return the plan as lines at most 100 columns wide: a table, one of the memory, warnings."""
-    nodes, devices = plan["nodes"], plan["devices"]
-    step = f"{plan['tokens_per_step']:,}: {plan['microbatch_size']} rows x"
-    step += f" {plan['accumulation_steps']} accumulation steps x {devices} devices x {nodes} node"
+
+def describe(plan: Plan, warnings: list[str]) -> list[str]:
+    """Return the plan as lines: a table at most 100 columns wide, one of the memory, warnings."""
+    step = (
+        f"{plan.tokens_per_step:,}: {plan.microbatch_size} rows x {plan.accumulation_steps}"
+        f" accumulation steps x {plan.devices} devices x {plan.nodes} node"
+    )
     rows = [
-        ("parameters", f"{plan['parameters']:,}"),
-        ("tokens a step", step + ("s" if nodes > 1 else "")),
-        ("steps", f"{plan['steps']:,}"),
-        ("tokens", f"{plan['tokens']:,}, {plan['tokens_per_parameter']:.1f} a parameter"),
-        ("training FLOPs", f"{plan['flops']:.3g}"),
-        *_data_rows(plan["data"] or {}),
-        ("time", _time(plan["time"] or {})),
-        *_checkpoint_rows(plan["checkpoints"] or {}),
-        *_preemption_rows(plan["preemption"] or {}),
+        ("parameters", f"{plan.parameters:,}"),
+        ("tokens a step", step + ("s" if plan.nodes > 1 else "")),
+        ("steps", f"{plan.steps:,}"),
+        ("tokens", f"{plan.tokens:,}, {plan.tokens_per_parameter:.1f} a parameter"),
+        ("training FLOPs", f"{plan.flops:.3g}"),
+        *(_data_rows(plan.data) if plan.data else []),
+        ("time", _time(plan.time)),
+        *(_checkpoint_rows(plan.checkpoints) if plan.checkpoints else []),
+        *(_preemption_rows(plan.preemption) if plan.preemption else []),
     ]
     return [
-        f"{plan['run_name']} on {nodes} x {devices} x {plan['device']}",
+        f"{plan.run_name} on {plan.nodes} x {plan.devices} x {plan.device}",
         "",
         *(f"{name:16}{text}" for name, text in rows),
         "",
         *_memory_lines(plan),
         "",
-        *(f"warning: {line}" for line in plan["warnings"]),
+        *(f"warning: {line}" for line in warnings),
     ]
 
 
-def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
-    if not data:
-        return []
-    limit = data["cache_limit"]
+def _data_rows(data: Data) -> Rows:
+    limit = data.cache_limit
     cache = "" if limit is None else f", train_data.cache_limit allows {gigabytes(limit)}"
-    size = f"{data['tokens']:,} tokens, {gigabytes(data['bytes'])}"
-    epochs = f"{data['epochs']:.2f} epochs of {data['steps_per_epoch']:,} steps"
+    size = f"{data.tokens:,} tokens, {gigabytes(data.bytes)}"
+    epochs = f"{data.epochs:.2f} epochs of {data.steps_per_epoch:,} steps"
     return [
         ("dataset", f"{size}: {epochs}"),
-        ("downloads", f"{gigabytes(data['downloaded_by_a_node'])} to each node"),
-        ("smallest cache", f"{gigabytes(data['smallest_cache'])} on each node{cache}"),
+        ("downloads", f"{gigabytes(data.downloaded_by_a_node)} to each node"),
+        ("smallest cache", f"{gigabytes(data.smallest_cache)} on each node{cache}"),
     ]
 
 
-def _time(time: dict[str, Any]) -> str:
-    if not time:
+def _time(time: Time | None) -> str:
+    if time is None:
         return "not known: a CPU has no peak to go by; give tokens_per_second"
-    cost = "" if time["cost"] is None else f", cost {time['cost']:,.2f}"
-    speed = f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s"
-    return f"{hours(time['seconds'])}, {speed}{cost}"
+    cost = "" if time.cost is None else f", cost {time.cost:,.2f}"
+    speed = f"{time.seconds_per_step:.3g} s a step, {time.tokens_per_second:,.0f} tokens/s"
+    return f"{hours(time.seconds)}, {speed}{cost}"
 
 
-def _checkpoint_rows(saved: dict[str, Any]) -> list[tuple[str, str]]:
-    if not saved:
-        return []
-    kept = saved["bytes_kept"]
+def _checkpoint_rows(saved: Checkpoints) -> Rows:
+    kept = saved.bytes_kept
     more = "" if kept is None else f", {gigabytes(kept)} for those that are kept"
-    each = f"{gigabytes(saved['bytes'])}, {saved['save_seconds']:.3g} s to save"
+    each = f"{gigabytes(saved.bytes)}, {saved.save_seconds:.3g} s to save"
     return [("checkpoint", each + more)]
 
 
-def _preemption_rows(preempted: dict[str, Any]) -> list[tuple[str, str]]:
-    if not preempted:
-        return []
-    best = f"best every {hours(preempted['best_save_seconds'])}: {preempted['best_save_interval']}"
-    configured = preempted["goodput_as_configured"]
-    goodput = f"{preempted['goodput']:.1%} then"
+def _preemption_rows(preempted: Preemption) -> Rows:
+    best = f"best every {hours(preempted.best_save_seconds)}: {preempted.best_save_interval}"
+    configured = preempted.goodput_as_configured
+    goodput = f"{preempted.goodput:.1%} then"
     if configured is not None:
         goodput += f", {configured:.1%} with save_interval as it is"
-    goodput += f"; {preempted['goodput_with_notice']:.1%} with notice enough to save"
+    goodput += f"; {preempted.goodput_with_notice:.1%} with notice enough to save"
     return [("save_interval", best), ("goodput", goodput)]
 
 
-def _memory_lines(plan: dict[str, Any]) -> list[str]:
-    memory, largest = plan["memory"], plan["largest_microbatch_size"]
+def _memory_lines(plan: Plan) -> list[str]:
     fits = "not even one row at a time fits"
-    if largest is not None:
-        fits = f"up to microbatch_size={largest} fits"
-    parts = {**memory["parts"], "together": memory["total"]}
+    if plan.largest_microbatch_size is not None:
+        fits = f"up to microbatch_size={plan.largest_microbatch_size} fits"
+    parts = {**plan.memory.parts(), "together": plan.memory.total}
     return [
-        f"memory of a device ({gigabytes(memory['device'])}; {fits}), estimated",
+        f"memory of a device ({gigabytes(plan.device_memory)}; {fits}), estimated",
         *(f"  {name:16}{gigabytes(count):>12}" for name, count in parts.items()),
     ]
 

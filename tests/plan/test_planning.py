@@ -25,6 +25,8 @@ from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.plan import planning
+from flame_composer.plan.advice import warnings
+from flame_composer.plan.figures import Memory
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
 from flame_composer.plan.memory import (
     CPU_PROCESS,
@@ -56,11 +58,15 @@ def size_of(config: PlanConfig) -> Size:
     return read_size(planning.find_hf_config(config, None))
 
 
-def drawn_up(name: str, *keys: str, **where: Any) -> dict[str, Any]:
+def drawn_up(name: str, *keys: str, **where: Any) -> Any:
     config = plan_config(name, *keys, **where)
     found = find_supply(config)
     assert not isinstance(found, str), found
     return planning.draw_up(config, size_of(config), found)
+
+
+def warned_of(config: PlanConfig, found: Supply) -> list[str]:
+    return warnings(config, planning.draw_up(config, size_of(config), found))
 
 
 # The model
@@ -168,27 +174,27 @@ def test_vocabulary_from_the_datasets_tokenizer(dataset: Path) -> None:
 
 def test_the_340m_recipe_by_hand() -> None:
     plan = drawn_up("gla_340m", "dataset_tokens=2_000_000_000", "price_per_hour=2", "mfu=0.5")
-    assert plan["tokens_per_step"] == 256 * 2048 == 524_288
-    assert (plan["steps"], plan["tokens"]) == (20480, 20480 * 524_288)
-    assert (plan["microbatch_size"], plan["accumulation_steps"]) == (8, 4)
-    assert plan["data"]["tokens"] == 2_000_000_000 // 2048 * 2048
-    assert plan["data"]["steps_per_epoch"] == 2_000_000_000 // 524_288
-    assert plan["data"]["epochs"] == pytest.approx(20480 / 3814)
+    assert plan.tokens_per_step == 256 * 2048 == 524_288
+    assert (plan.steps, plan.tokens) == (20480, 20480 * 524_288)
+    assert (plan.microbatch_size, plan.accumulation_steps) == (8, 4)
+    assert plan.data.tokens == 2_000_000_000 // 2048 * 2048
+    assert plan.data.steps_per_epoch == 2_000_000_000 // 524_288
+    assert plan.data.epochs == pytest.approx(20480 / 3814)
     speed = 8 * 989e12 * 0.5 / (6 * 341_707_776)
-    assert plan["time"]["tokens_per_second"] == pytest.approx(speed)
-    assert plan["time"]["seconds"] == pytest.approx(20480 * 524_288 / speed)
-    assert plan["time"]["cost"] == pytest.approx(plan["time"]["seconds"] / 3600 * 8 * 2)
-    assert plan["checkpoints"]["bytes"] == 12 * 341_707_776
-    assert (plan["checkpoints"]["number"], plan["checkpoints"]["bytes_kept"]) == (
+    assert plan.time.tokens_per_second == pytest.approx(speed)
+    assert plan.time.seconds == pytest.approx(20480 * 524_288 / speed)
+    assert plan.time.cost == pytest.approx(plan.time.seconds / 3600 * 8 * 2)
+    assert plan.checkpoints.bytes == 12 * 341_707_776
+    assert (plan.checkpoints.number, plan.checkpoints.bytes_kept) == (
         41,
         3 * 12 * 341_707_776,
     )
-    assert plan["preemption"] is None
+    assert plan.preemption is None
     measured = drawn_up(
         "gla_340m", "dataset_tokens=2_000_000_000", "tokens_per_second=1000", "nodes=2"
     )
-    assert measured["time"]["seconds"] == pytest.approx(20480 * 524_288 / 1000)
-    assert measured["accumulation_steps"] == 2
+    assert measured.time.seconds == pytest.approx(20480 * 524_288 / 1000)
+    assert measured.accumulation_steps == 2
 
 
 def test_every_device_has_its_figures() -> None:
@@ -199,7 +205,7 @@ def test_every_device_has_its_figures() -> None:
 # Memory
 
 
-def parts_of(*keys: str, name: str = "gla_340m", **where: Any) -> dict[str, int]:
+def parts_of(*keys: str, name: str = "gla_340m", **where: Any) -> Memory:
     config = plan_config(name, *keys, **where)
     return memory(config, size_of(config), config.microbatch_size)
 
@@ -209,47 +215,45 @@ def test_sharding_spreads_what_it_says() -> None:
     outside = 32000 * 1024 + 1024
     block = (N - outside) // 24
     grad_op = parts_of()
-    assert (grad_op["weights"], grad_op["optimizer"]) == (4 * N // 8, 8 * N // 8)
-    assert grad_op["gradients"] == 4 * N // 8 + 2 * block
-    assert grad_op["copies for computing"] == 2 * N
+    assert (grad_op.weights, grad_op.optimizer) == (4 * N // 8, 8 * N // 8)
+    assert grad_op.gradients == 4 * N // 8 + 2 * block
+    assert grad_op.copies == 2 * N
     full = parts_of("parallelism.fsdp.sharding_strategy=FULL_SHARD", "nodes=2")
-    assert (full["weights"], full["copies for computing"]) == (
+    assert (full.weights, full.copies) == (
         4 * N // 16,
         2 * (outside + 2 * block),
     )
     hybrid = parts_of("parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "nodes=2")
-    assert hybrid["weights"] == 4 * N // 8
+    assert hybrid.weights == 4 * N // 8
     halves = parts_of(
         "parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "parallelism.fsdp.replicas=2"
     )
-    assert halves["weights"] == 4 * N // 4
-    assert parts_of("precision=fp32", device="cpu")["weights"] == 4 * N
+    assert halves.weights == 4 * N // 4
+    assert parts_of("precision=fp32", device="cpu").weights == 4 * N
     assert (
-        parts_of("precision=fp32", "parallelism.cpu_fsdp=true", device="cpu")["weights"]
-        == 4 * N // 8
+        parts_of("precision=fp32", "parallelism.cpu_fsdp=true", device="cpu").weights == 4 * N // 8
     )
     in_fp32 = parts_of("parallelism.fsdp.mixed_precision=FULL")
-    assert in_fp32["copies for computing"] == 4 * N
+    assert in_fp32.copies == 4 * N
     none = parts_of("parallelism.fsdp=null")
-    assert (none["weights"], none["gradients"], none["optimizer"]) == (4 * N, 2 * 4 * N, 8 * N)
-    assert parts_of("parallelism.fsdp=null", devices=1)["gradients"] == 4 * N
+    assert (none.weights, none.gradients, none.optimizer) == (4 * N, 2 * 4 * N, 8 * N)
+    assert parts_of("parallelism.fsdp=null", devices=1).gradients == 4 * N
 
 
 def test_activations_follow_tokens_and_what_is_kept_of_them() -> None:
     plain = parts_of()
     twice = parts_of("microbatch_size=16")
-    assert twice["activations"] == 2 * plain["activations"]
-    assert twice["logits and loss"] == 2 * plain["logits and loss"] == 2 * 6 * 8 * 2048 * 32000
+    assert twice.activations == 2 * plain.activations
+    assert twice.logits == 2 * plain.logits == 2 * 6 * 8 * 2048 * 32000
     again = parts_of("parallelism.activation_checkpointing=true")
     config = plan_config("gla_340m")
     size = size_of(config)
-    assert again["activations"] == 2 * 8 * 2048 * (24 * 1024 + size.kept // 24)
+    assert again.activations == 2 * 8 * 2048 * (24 * 1024 + size.kept // 24)
     assert (
-        parts_of("parallelism.activation_cpu_offload=true")["activations"]
-        == plain["activations"] // 24
+        parts_of("parallelism.activation_cpu_offload=true").activations == plain.activations // 24
     )
-    assert parts_of("precision=fp32")["activations"] == 2 * plain["activations"]
-    assert parts_of(name="transformer_340m")["logits and loss"] == 14 * 8 * 2048 * 32000
+    assert parts_of("precision=fp32").activations == 2 * plain.activations
+    assert parts_of(name="transformer_340m").logits == 14 * 8 * 2048 * 32000
 
 
 def test_largest_microbatch_is_the_largest_that_fits_and_divides() -> None:
@@ -258,11 +262,7 @@ def test_largest_microbatch_is_the_largest_that_fits_and_divides() -> None:
     rows = largest_microbatch(config, size)
     assert rows is not None
     assert 256 // 8 % rows == 0
-    assert (
-        sum(memory(config, size, rows).values())
-        <= 0.9 * 80e9
-        < sum(memory(config, size, 2 * rows).values())
-    )
+    assert memory(config, size, rows).total <= 0.9 * 80e9 < memory(config, size, 2 * rows).total
     seven = plan_config("gla_7b_continual", device="l4", devices=1)
     assert largest_microbatch(seven, size_of(seven)) is None
 
@@ -314,14 +314,14 @@ def test_memory_and_checkpoints_of_a_run_on_a_cpu(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 1, "vocab_size": 512}
     nothing = [f"model.config.{key}={value}" for key, value in shape.items()]
     base, config, _ = peak("gla_tiny", *nothing, "global_batch_size=1", "microbatch_size=1")
-    assert sum(memory(config, size_of(config), 1).values()) - CPU_PROCESS < 10e6
+    assert memory(config, size_of(config), 1).total - CPU_PROCESS < 10e6
     assert pytest.approx(base, rel=0.25) == CPU_PROCESS
     seen = {}
     for name in ("gla_tiny", "transformer_tiny"):
         for keys in ((), ("model.config.num_hidden_layers=8",), ("model.config.vocab_size=16384",)):
             measured, config, run = peak(name, *keys)
             size = size_of(config)
-            estimate = sum(memory(config, size, config.microbatch_size).values()) - CPU_PROCESS
+            estimate = memory(config, size, config.microbatch_size).total - CPU_PROCESS
             seen[f"{name} {' '.join(keys)}"] = (
                 estimate,
                 measured - base,
@@ -405,19 +405,19 @@ def test_a_remote_dataset_is_downloaded(dataset: Path, tmp_path: Path) -> None:
     found = find_supply(config)
     assert isinstance(found, Supply)
     plan = planning.draw_up(config, size_of(config), found)
-    assert plan["data"]["downloaded_by_a_node"] == found.bytes
+    assert plan.data.downloaded_by_a_node == found.bytes
     assert not (tmp_path / "cache").exists(), "a plan leaves nothing behind"
     plan = planning.draw_up(
         small(dataset, *keys, "train_data.cache_limit=10kb"), size_of(config), found
     )
-    assert plan["data"]["downloaded_by_a_node"] == 2 * found.bytes, (
+    assert plan.data.downloaded_by_a_node == 2 * found.bytes, (
         "what was deleted is fetched again in the next epoch"
     )
-    assert plan["data"]["epochs"] == 2
+    assert plan.data.epochs == 2
     local = planning.draw_up(
         small(dataset), size_of(config), dataclasses.replace(found, is_remote=False)
     )
-    assert local["data"]["downloaded_by_a_node"] == 0
+    assert local.data.downloaded_by_a_node == 0
 
 
 def test_streams_are_weighed_as_in_training(dataset: Path, eval_dataset: Path) -> None:
@@ -442,15 +442,15 @@ def test_a_dataset_that_is_only_known_by_its_size(monkeypatch: pytest.MonkeyPatc
     about the same.
     """
     keys = ("dataset_tokens=3_000_000_000", "train_data.shuffle_block_size=100_000")
-    whole = drawn_up("gla_340m", *keys)["data"]
-    assert whole["bytes"] == pytest.approx(2 * 3e9, rel=0.01)
-    assert whole["downloaded_by_a_node"] == pytest.approx(whole["bytes"], rel=0.02)
-    assert 100_000 * 4096 / 2 < whole["smallest_cache"] < 3 * 100_000 * 4096
+    whole = drawn_up("gla_340m", *keys).data
+    assert whole.bytes == pytest.approx(2 * 3e9, rel=0.01)
+    assert whole.downloaded_by_a_node == pytest.approx(whole.bytes, rel=0.02)
+    assert 100_000 * 4096 / 2 < whole.smallest_cache < 3 * 100_000 * 4096
     monkeypatch.setattr("flame_composer.plan.supply.MAX_ROWS", 700_000)
-    part = drawn_up("gla_340m", *keys)["data"]
-    assert part["tokens"] == whole["tokens"]
+    part = drawn_up("gla_340m", *keys).data
+    assert part.tokens == whole.tokens
     for name in ("steps_per_epoch", "downloaded_by_a_node", "smallest_cache"):
-        assert part[name] == pytest.approx(whole[name], rel=0.1)
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.1)
 
 
 def test_less_than_a_batch() -> None:
@@ -512,12 +512,12 @@ def test_preemption_in_a_plan() -> None:
         "tokens_per_second=524288",
     )
     plan = drawn_up("gla_340m", *keys, "save_interval=5000ba")
-    preempted = plan["preemption"]
-    assert plan["time"]["seconds_per_step"] == 1
-    assert preempted["best_save_interval"] == f"{round(best_interval(30, 7200))}ba"
-    assert preempted["goodput_as_configured"] == goodput(5000, 30, 600, 7200) < preempted["goodput"]
+    preempted = plan.preemption
+    assert plan.time.seconds_per_step == 1
+    assert preempted.best_save_interval == f"{round(best_interval(30, 7200))}ba"
+    assert preempted.goodput_as_configured == goodput(5000, 30, 600, 7200) < preempted.goodput
     by_clock = drawn_up("gla_340m", *keys, "save_interval=10min", "restart_minutes=5")
-    assert by_clock["preemption"]["goodput_as_configured"] == goodput(600, 30, 300, 7200)
+    assert by_clock.preemption.goodput_as_configured == goodput(600, 30, 300, 7200)
 
 
 def test_what_checkpoints_take() -> None:
@@ -526,9 +526,9 @@ def test_what_checkpoints_take() -> None:
         "save_bandwidth=512mb",
         "save_num_checkpoints_to_keep=2",
     )
-    saved = drawn_up("gla_340m", *keys)["checkpoints"]
-    assert saved["save_seconds"] == saved["bytes"] / 2**29
-    assert saved["bytes_kept"] == 2 * saved["bytes"]
+    saved = drawn_up("gla_340m", *keys).checkpoints
+    assert saved.save_seconds == saved.bytes / 2**29
+    assert saved.bytes_kept == 2 * saved.bytes
 
 
 # Warnings
@@ -597,17 +597,21 @@ def test_warnings(keys: tuple[str, ...], expected: list[str], supplies: dict[Any
     what = config.dataset_tokens, config.nodes, config.train_data.num_canonical_nodes
     if what not in supplies:  # a second each
         supplies[what] = typing.cast(Supply, find_supply(config))
-    found = planning.draw_up(config, size_of(config), supplies[what])["warnings"]
+    found = warned_of(config, supplies[what])
     assert len(found) == len(expected), found
     for warning, pattern in zip(found, expected, strict=True):
         assert re.match(pattern, warning), warning
 
 
 def test_half_precision_on_a_cpu() -> None:
-    plan = drawn_up(
+    config = plan_config(
         "gla_tiny", "precision=amp_bf16", "dataset_tokens=1_000_000", device="cpu", devices=1
     )
-    assert plan["warnings"] == ["precision=amp_bf16: CPUs compute in fp32; training refuses it"]
+    found = find_supply(config)
+    assert isinstance(found, Supply)
+    assert warned_of(config, found) == [
+        "precision=amp_bf16: CPUs compute in fp32; training refuses it"
+    ]
 
 
 def test_what_training_would_refuse_is_refused() -> None:
@@ -620,9 +624,8 @@ def test_rows_of_another_length(dataset: Path) -> None:
     config = small(dataset, "context_length=64")
     found = find_supply(config)
     assert isinstance(found, Supply)
-    warnings = planning.draw_up(config, size_of(config), found)["warnings"]
     assert (
-        warnings[0]
+        warned_of(config, found)[0]
         == f"context_length=64: the dataset's rows are {CONTEXT_LENGTH} tokens long; training"
         " refuses it"
     )
