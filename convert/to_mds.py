@@ -17,6 +17,7 @@ from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.totals import Progress, totals_table
 from flame_composer.dataset.workers import Conversion, convert_units
 from flame_composer.dataset.writer import DatasetWriter
+from flame_composer.quantities import format_seconds
 from flame_composer.text.encoder import choose_encoder, require_installed
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
@@ -86,7 +87,7 @@ def main(config: ConvertConfig) -> None:
     seconds = progress.seconds
     print(totals_table(manifests))
     print(
-        f"{progress.num_tokens:,} tokens in {seconds:.1f} s:"
+        f"{progress.num_tokens:,} tokens in {format_seconds(seconds)}:"
         f" {progress.num_tokens / seconds:,.0f} tokens/s ({settings['encoder']})"
     )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from flame_composer.cleaning.parts import STEPS, Counts
+from flame_composer.quantities import format_seconds
 
 
 def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
@@ -60,7 +61,7 @@ def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
         f"{counts.characters_out:,} of {counts.characters:,} characters"
     )
     if seconds is not None:
-        kept += f", in {seconds:.1f} s: {counts.characters / seconds:,.0f} characters/s"
+        kept += f", in {format_seconds(seconds)}: {counts.characters / seconds:,.0f} characters/s"
     summary = {
         "documents": counts.documents,
         "unreadable": counts.unreadable,

@@ -19,6 +19,7 @@ from flame_composer.dataset.mds import Lengths
 from flame_composer.dataset.open import Dataset
 from flame_composer.dataset.survey import Row, Survey
 from flame_composer.lines import visible
+from flame_composer.quantities import format_bytes
 
 WIDTH = 100
 MAX_UNITS = 12
@@ -46,10 +47,10 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
         "split": manifest.split,
         "rows": (
             f"{totals.rows:,} of {manifest.context_length:,} tokens ({manifest.token_dtype}),"
-            f" {size(totals.bytes)} in {plural(totals.shards, 'shard')}"
+            f" {format_bytes(totals.bytes)} in {plural(totals.shards, 'shard')}"
         ),
         "documents": documents,
-        "inputs": f"{plural(len(inputs), 'file')}, {size(sizes)}",
+        "inputs": f"{plural(len(inputs), 'file')}, {format_bytes(sizes)}",
         "tokenizer": (
             f"{theirs.sha256[:12]}: {theirs.vocab_size:,} tokens, bos {_id(theirs.bos_token_id)},"
             f" eos {_id(theirs.eos_token_id)}"
@@ -281,15 +282,6 @@ def _fold(line: str, width: int) -> Iterator[str]:
         part += character
         used += columns
     yield part
-
-
-def size(num_bytes: int) -> str:
-    amount = float(num_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:,.1f} TB"
 
 
 def plural(count: int, name: str) -> str:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.quantities import format_bytes
 from flame_composer.storage.files import is_plain_name, read_small
 from flame_composer.text.tokenizer import may_be_hub_id
 
@@ -140,7 +141,7 @@ def require_size(model: PreTrainedModel, held: int, place: str) -> None:
         )
     if buffers > max(SPARE_BYTES, 4 * held):
         raise ConfigError(
-            f"{place}: its config makes a model that takes {buffers / 1e9:,.0f} GB besides its"
+            f"{place}: its config makes a model that takes {format_bytes(buffers)} besides its"
             " weights; correct its max_position_embeddings and other sizes"
         )
 

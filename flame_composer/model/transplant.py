@@ -32,6 +32,7 @@ from flame_composer.model.build import meta_model
 from flame_composer.model.foreign import count_not_finite, read_json, warn_not_finite
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.llama import Source, is_rotary_buffer
+from flame_composer.quantities import format_bytes
 from flame_composer.text.tokenizer import vocab_size_of
 
 # Names of Llama's modules and, for each, of the GLA module that gets its tensors. `*` is the number
@@ -378,6 +379,6 @@ def require_space(plan: list[Entry], out: Path) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"out={out}: needs {needed / 1e9:.3g} GB of disk, but only {free / 1e9:.3g} GB are"
-            " free; name another folder"
+            f"out={out}: needs {format_bytes(needed)} of disk, but only {format_bytes(free)}"
+            " are free; name another folder"
         )

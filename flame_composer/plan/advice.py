@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flame_composer.config.plan import PlanConfig
 from flame_composer.plan.figures import Data, Plan
-from flame_composer.plan.memory import FILL, gigabytes
+from flame_composer.plan.memory import FILL
+from flame_composer.quantities import format_bytes
 
 MAX_EPOCHS = 4  # Muennighoff et al. 2023: up to there repeated text is nearly as good as new
 MAX_WARMUP = 0.1  # of the steps
@@ -38,8 +39,8 @@ def _memory_warnings(config: PlanConfig, plan: Plan) -> list[str]:
         more.append("take more or larger devices")
         remedy = f"not even one row does: {', or '.join(more)}"
     return [
-        f"{gigabytes(needed)} do not fit into {gigabytes(there)} a device, of which a tenth should"
-        f" stay free: {remedy}"
+        f"{format_bytes(needed)} do not fit into {format_bytes(there)} a device, of which a tenth"
+        f" should stay free: {remedy}"
     ]
 
 
@@ -76,7 +77,7 @@ def _data_warnings(config: PlanConfig, data: Data) -> list[str]:
     if data.cache_limit is not None and data.cache_limit < data.smallest_cache:
         found.append(
             f"train_data.cache_limit={config.train_data.cache_limit}:"
-            f" {gigabytes(data.smallest_cache)} are in use at once; training refuses it; raise"
+            f" {format_bytes(data.smallest_cache)} are in use at once; training refuses it; raise"
             " it, or lower train_data.shuffle_block_size"
         )
     is_divided = config.train_data.num_canonical_nodes % config.nodes == 0

@@ -180,14 +180,3 @@ def device_memory(config: PlanConfig) -> int:
     if config.device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // config.devices
     return DEVICES[config.device].memory
-
-
-def gigabytes(count: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return (
-                f"{count / scale:.3g} {unit}"
-                if count < 1e3 * scale
-                else f"{count / scale:,.0f} {unit}"
-            )
-    return f"{count / 1e3:.3g} kB" if count else "0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
-from flame_composer.plan.memory import gigabytes
+from flame_composer.quantities import format_bytes, format_seconds
 
 Rows = list[tuple[str, str]]
 
@@ -38,13 +38,13 @@ def describe(plan: Plan, warnings: list[str]) -> list[str]:
 
 def _data_rows(data: Data) -> Rows:
     limit = data.cache_limit
-    cache = "" if limit is None else f", train_data.cache_limit allows {gigabytes(limit)}"
-    size = f"{data.tokens:,} tokens, {gigabytes(data.bytes)}"
+    cache = "" if limit is None else f", train_data.cache_limit allows {format_bytes(limit)}"
+    size = f"{data.tokens:,} tokens, {format_bytes(data.bytes)}"
     epochs = f"{data.epochs:.2f} epochs of {data.steps_per_epoch:,} steps"
     return [
         ("dataset", f"{size}: {epochs}"),
-        ("downloads", f"{gigabytes(data.downloaded_by_a_node)} to each node"),
-        ("smallest cache", f"{gigabytes(data.smallest_cache)} on each node{cache}"),
+        ("downloads", f"{format_bytes(data.downloaded_by_a_node)} to each node"),
+        ("smallest cache", f"{format_bytes(data.smallest_cache)} on each node{cache}"),
     ]
 
 
@@ -53,18 +53,20 @@ def _time(time: Time | None) -> str:
         return "not known: a CPU has no peak to go by; give tokens_per_second"
     cost = "" if time.cost is None else f", cost {time.cost:,.2f}"
     speed = f"{time.seconds_per_step:.3g} s a step, {time.tokens_per_second:,.0f} tokens/s"
-    return f"{hours(time.seconds)}, {speed}{cost}"
+    return f"{format_seconds(time.seconds)}, {speed}{cost}"
 
 
 def _checkpoint_rows(saved: Checkpoints) -> Rows:
     kept = saved.bytes_kept
-    more = "" if kept is None else f", {gigabytes(kept)} for those that are kept"
-    each = f"{gigabytes(saved.bytes)}, {saved.save_seconds:.3g} s to save"
+    more = "" if kept is None else f", {format_bytes(kept)} for those that are kept"
+    each = f"{format_bytes(saved.bytes)}, {saved.save_seconds:.3g} s to save"
     return [("checkpoint", each + more)]
 
 
 def _preemption_rows(preempted: Preemption) -> Rows:
-    best = f"best every {hours(preempted.best_save_seconds)}: {preempted.best_save_interval}"
+    best = (
+        f"best every {format_seconds(preempted.best_save_seconds)}: {preempted.best_save_interval}"
+    )
     configured = preempted.goodput_as_configured
     goodput = f"{preempted.goodput:.1%} then"
     if configured is not None:
@@ -79,12 +81,6 @@ def _memory_lines(plan: Plan) -> list[str]:
         fits = f"up to microbatch_size={plan.largest_microbatch_size} fits"
     parts = {**plan.memory.parts(), "together": plan.memory.total}
     return [
-        f"memory of a device ({gigabytes(plan.device_memory)}; {fits}), estimated",
-        *(f"  {name:16}{gigabytes(count):>12}" for name, count in parts.items()),
+        f"memory of a device ({format_bytes(plan.device_memory)}; {fits}), estimated",
+        *(f"  {name:16}{format_bytes(count):>12}" for name, count in parts.items()),
     ]
-
-
-def hours(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} hours"
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} s"

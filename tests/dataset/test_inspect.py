@@ -294,7 +294,7 @@ def test_what_the_dataset_is_takes_a_few_lines(dataset):
     assert lines[0] == str(dataset)
     theirs = fingerprint(byte_tokenizer())
     assert " ".join("\n".join(lines[1:]).split()).startswith(
-        f"split train rows {totals.rows} of 32 tokens (uint16), {totals.bytes / 1000:.1f} kB in"
+        f"split train rows {totals.rows} of 32 tokens (uint16), {totals.bytes / 1000:.3g} kB in"
         f" {totals.shards} shards documents 1,000, 123 tokens each on average; 3 of them were too"
         " short and were dropped; 2 more could not be read inputs 1 file,"
         f" {report.size(sum(part.num_bytes for part in manifest.units[0].inputs))} tokenizer"

@@ -659,7 +659,7 @@ def test_a_plan_comes_true(corpus: Corpus, undisturbed: Path) -> None:
     )
     assert told["parameters"] == f"{plan['parameters']:,}"
     assert told["dataset"].endswith("2.67 epochs of 15 steps")
-    assert told["downloads"] == "0 to each node"
+    assert told["downloads"] == "0 bytes to each node"
     shares = [
         f"{plan['preemption'][name]:.1%}"
         for name in ("goodput", "goodput_as_configured", "goodput_with_notice")

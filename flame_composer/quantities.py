@@ -1,0 +1,20 @@
+"""Bytes and seconds as people read them."""
+
+from __future__ import annotations
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with three significant digits and a decimal unit: "4.02 GB"."""
+    if count < 999.5:
+        return f"{count:.0f} bytes"
+    for unit, scale in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
+        if count < 999.5 * scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e12:,.0f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in hours, minutes or seconds, the largest of which it has at least one."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} s"
