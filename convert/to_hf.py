@@ -22,6 +22,7 @@ def main(config: ToHfConfig) -> None:
     from flame_composer.checkpoint.read import read_checkpoint
     from flame_composer.checkpoint.to_model import model_in, save_hf_folder
     from flame_composer.export import card as publish
+    from flame_composer.model.work import count_parameters
     from flame_composer.text.ends import begin_as_in_training, describe_start
 
     if config.push_to_hub is not None:
@@ -47,10 +48,7 @@ def main(config: ToHfConfig) -> None:
     save_hf_folder(
         model, tokenizer, out, dtype=config.dtype, max_shard_size=config.max_shard_size, card=card
     )
-    print(
-        f"{checkpoint.place} -> {out}: {sum(p.numel() for p in model.parameters()):,} parameters as"
-        f" {config.dtype}"
-    )
+    print(f"{checkpoint.place} -> {out}: {count_parameters(model):,} parameters as {config.dtype}")
     print("load it with: from flame_composer import cpu; cpu.enable()")
     print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")
     if config.push_to_hub is not None:

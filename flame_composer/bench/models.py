@@ -17,7 +17,7 @@ from flame_composer import cpu
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
 from flame_composer.config.bench import BenchmarkConfig, DecodeBenchmarkConfig
 from flame_composer.model.build import build_model
-from flame_composer.model.work import count_work
+from flame_composer.model.work import count_parameters, count_work
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -50,17 +50,14 @@ def build_pair(
     shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     with torch.device("meta"):
         one, two = (
-            count(build_model(LlamaConfig(**shape, intermediate_size=width))) for width in (32, 64)
+            count_parameters(build_model(LlamaConfig(**shape, intermediate_size=width)))
+            for width in (32, 64)
         )
     # Parameters grow linearly with it
-    width = 32 * max(1, 1 + round((count(gla) - one) / (two - one)))
+    width = 32 * max(1, 1 + round((count_parameters(gla) - one) / (two - one)))
     # As transformers has it, and nothing of ours
     llama = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=width))
     return {"gla": gla.to(device, dtype), "llama": llama.to(device, dtype)}  # type: ignore[arg-type]
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def step(
@@ -133,8 +130,8 @@ def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "parameters": count(models["gla"]),
-        "llama_parameters": count(models["llama"]),
+        "parameters": count_parameters(models["gla"]),
+        "llama_parameters": count_parameters(models["llama"]),
         "repeats": config.repeats,
         "gemm_flops_per_second": round(median(roofs)),
         "results": rows,
@@ -337,7 +334,7 @@ def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure
                     at_most=1.1,
                 )
             )
-    return {"parameters": count(models["gla"]), "results": rows}, figures
+    return {"parameters": count_parameters(models["gla"]), "results": rows}, figures
 
 
 @torch.no_grad()

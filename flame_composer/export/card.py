@@ -23,6 +23,7 @@ from flame_composer.checkpoint.to_model import average_of
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
+from flame_composer.model.work import count_parameters
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 
@@ -117,13 +118,12 @@ def model_card(
         tags=["flame-composer", model.config.model_type],
         model_name=name,
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     parts = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
         (
-            f"A {model.config.model_type} language model of {parameters:,} parameters, stored as"
-            f" {dtype}, pretrained with flame_composer."
+            f"A {model.config.model_type} language model of {count_parameters(model):,} parameters,"
+            f" stored as {dtype}, pretrained with flame_composer."
         ),
         _how_to_load(is_fla, tokenization),
         "## Training",

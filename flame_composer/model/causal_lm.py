@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from composer.metrics.nlp import LanguageCrossEntropy, LanguagePerplexity
 from composer.models import HuggingFaceModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,6 +25,14 @@ from flame_composer.upstream.composer import known_as_causal
 # fla models whose layers take no `cu_seqlens`: their state carries over from one document to the
 # next, and most of them do not report it.
 _WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
+
+
+def causal_lm_of(model: torch.nn.Module) -> CausalLM:
+    """Return the model of a run without the DistributedDataParallel that Composer may put around
+    it.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return typing.cast(CausalLM, inner)
 
 
 class CausalLM(HuggingFaceModel):

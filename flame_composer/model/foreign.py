@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.model.work import count_parameters
 from flame_composer.quantities import format_bytes
 from flame_composer.storage.files import is_plain_name, read_small
 from flame_composer.text.tokenizer import may_be_hub_id
@@ -132,7 +133,7 @@ def require_size(model: PreTrainedModel, held: int, place: str) -> None:
 
     `held` is how many numbers the weights hold.
     """
-    made = sum(parameter.numel() for parameter in model.parameters())
+    made = count_parameters(model)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if made > 2 * held:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The work that a model does for a token, which plans and benchmarks are computed from."""
+"""The size of a model and its work for a token, which plans and benchmarks are computed from."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Work(NamedTuple):
         )
 
 
+def count_parameters(module: torch.nn.Module) -> int:
+    """Return how many numbers a module's parameters hold; those that are tied count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def count_work(model: PreTrainedModel) -> Work:
     """Return the numbers that decide a model's FLOPs per token."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -42,7 +47,7 @@ def count_work(model: PreTrainedModel) -> Work:
     )
     blocks = set(model._no_split_modules or ())
     return Work(
-        multiplied=sum(parameter.numel() for parameter in model.parameters()) - unused,
+        multiplied=count_parameters(model) - unused,
         softmax_heads=heads,
         head_dim=(getattr(shape, "head_dim", None) or shape.hidden_size // heads) if heads else 0,
         num_blocks=sum(type(module).__name__ in blocks for module in model.modules()),

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flame_composer.config.plan import PlanConfig
 from flame_composer.model.build import build_model
-from flame_composer.model.work import Work, count_work
+from flame_composer.model.work import Work, count_parameters, count_work
 from flame_composer.plan.figures import Memory
 
 
@@ -74,11 +74,11 @@ def read_size(hf_config: PretrainedConfig) -> Size:
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     kept = [sum(map(_kept_by, block.modules())) for block in blocks] or [0]
-    sizes = [_count(block) for block in blocks] or [0]
+    sizes = [count_parameters(block) for block in blocks] or [0]
     is_fla = type(model).__module__.startswith("fla.")
     shape = hf_config.get_text_config()
     return Size(
-        parameters=_count(model),
+        parameters=count_parameters(model),
         work=count_work(model),
         largest_block=max(sizes),
         in_blocks=sum(sizes),
@@ -89,10 +89,6 @@ def read_size(hf_config: PretrainedConfig) -> Size:
         fused_loss=is_fla and getattr(shape, "fuse_cross_entropy", False),
         linear_loss=is_fla and getattr(shape, "fuse_linear_cross_entropy", False),
     )
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _kept_by(module: torch.nn.Module) -> int:

@@ -21,10 +21,10 @@ from composer import algorithms
 from composer.algorithms.seq_length_warmup import set_batch_sequence_length
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
-from torch.nn.parallel import DistributedDataParallel
 
 from flame_composer.config.extensions import whole_batches
 from flame_composer.config.rules import DURATION, FRACTION
+from flame_composer.model.causal_lm import causal_lm_of
 
 Weights = dict[str, torch.Tensor]
 
@@ -34,10 +34,9 @@ def weights_of(state: State) -> Weights:
 
     The names are the same on any number of ranks.
     """
-    model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
     return {
         name: value.detach()
-        for name, value in model.state_dict(keep_vars=True).items()
+        for name, value in causal_lm_of(state.model).state_dict(keep_vars=True).items()
         if value.is_floating_point()
     }
 

@@ -18,27 +18,18 @@ from composer.loggers import FileLogger as ComposerFileLogger
 from composer.loggers import Logger
 from composer.loggers import MLFlowLogger as ComposerMLFlowLogger
 from composer.utils import dist, format_name_with_dist
-from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.checkpoint.to_model import save_hf_folder
 from flame_composer.config.extensions import whole_batches
 from flame_composer.config.rules import expand_path
 from flame_composer.errors import ConfigError, one_line
-from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.causal_lm import causal_lm_of
 from flame_composer.storage.plain_http import warn_if_readable
 from flame_composer.text.ends import encode_prompt
 from flame_composer.train.algorithms import as_evaluated
 from flame_composer.train.loggers import Discreet
 from flame_composer.train.rows import appending, keep_rows, writing
-
-
-def _causal_lm(state: State) -> CausalLM:
-    """Return the model, out of its wrapper for data parallelism if it has one."""
-    return cast(
-        CausalLM,
-        state.model.module if isinstance(state.model, DistributedDataParallel) else state.model,
-    )
 
 
 class EarlyStopper(Callback):
@@ -138,7 +129,7 @@ class Generate(Callback):
             batch % self.interval and state.timestamp < state.max_duration
         ):
             return
-        composer_model = _causal_lm(state)
+        composer_model = causal_lm_of(state.model)
         tokenizer = cast(PreTrainedTokenizerFast, composer_model.tokenizer)
         composer_model.eval()
         with torch.random.fork_rng(), as_evaluated(state, logger):
@@ -219,7 +210,7 @@ class HfExport(Callback):
         # Left from before a restart that took this step again, or by another run.
         if (out / "config.json").is_file():
             shutil.rmtree(out)
-        composer_model = _causal_lm(state)
+        composer_model = causal_lm_of(state.model)
         with as_evaluated(state, logger):
             model = copy.deepcopy(cast(PreTrainedModel, composer_model.model))
         save_hf_folder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
@@ -12,7 +12,7 @@ from composer.utils import dist, reproducibility
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
-from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.causal_lm import causal_lm_of
 from flame_composer.train.algorithms import as_evaluated
 from flame_composer.train.guards import StallWatchdog
 from flame_composer.train.log import every
@@ -103,7 +103,7 @@ class TaskScores(Callback):
             if self.stop.asked and dist.get_world_size() == 1:
                 raise Asked
 
-        module = cast(CausalLM, state.model.module if state.is_model_ddp else state.model)
+        module = causal_lm_of(state.model)
         was_training, random_state = module.training, reproducibility.get_rng_state()
         self.model.take(module.eval().model, before_batch)
         try:

@@ -34,6 +34,7 @@ from flame_composer.dataset.survey import (
     choose_shards,
     spread,
 )
+from flame_composer.quantities import format_bytes
 from flame_composer.text.tokenizer import fingerprint
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer, streaming_dataset
@@ -297,7 +298,7 @@ def test_what_the_dataset_is_takes_a_few_lines(dataset):
         f"split train rows {totals.rows} of 32 tokens (uint16), {totals.bytes / 1000:.3g} kB in"
         f" {totals.shards} shards documents 1,000, 123 tokens each on average; 3 of them were too"
         " short and were dropped; 2 more could not be read inputs 1 file,"
-        f" {report.size(sum(part.num_bytes for part in manifest.units[0].inputs))} tokenizer"
+        f" {format_bytes(sum(part.num_bytes for part in manifest.units[0].inputs))} tokenizer"
         f" {theirs.sha256[:12]}: {theirs.vocab_size} tokens, bos 0, eos 0; matches my_tokenizer"
         f" encoder {manifest.units[0].encoder} settings add_eos=true "
     )
