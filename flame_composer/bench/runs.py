@@ -4,25 +4,43 @@ with nothing around it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from composer import Trainer
+from composer.core import State
+from streaming import Stream, StreamingDataset
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import build_pair, seconds
+from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
+from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.config.bench import CheckpointBenchmarkConfig
+from flame_composer.config.data import DataConfig, StreamConfig
+from flame_composer.config.load import load
+from flame_composer.config.sections import OptimizerConfig
+from flame_composer.config.train import TrainConfig
+from flame_composer.dataset.open import open_dataset
+from flame_composer.loader.batches import build_train_loader
+from flame_composer.loader.datasets import open_train_data
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.hf_config import build_hf_config
+from flame_composer.model.optimizer import build_optimizer
+from flame_composer.text.tokenizer import load_tokenizer
 
 ROWS_READ = 20_000
 ROWS_OF_A_BATCH = 8
+
+Call = Callable[[], Any]
 
 # A run's checkpoints
 
@@ -30,52 +48,15 @@ ROWS_OF_A_BATCH = 8
 def checkpoints(
     config: CheckpointBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """Seconds to save a training state as a run does against torch.save of the same, forced to
-    disk; and to read them.
+    """Time how a run saves and reads its state, each against PyTorch's own way.
+
+    torch.save writes the same tensors, forced to disk as a run's are.
     """
-    from composer import Trainer
-
-    from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-    from flame_composer.checkpoint.save import SaveCheckpoints
-    from flame_composer.config.sections import OptimizerConfig
-    from flame_composer.model.optimizer import build_optimizer
-
-    model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
-    optimizer = build_optimizer(model, OptimizerConfig())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    trainer = Trainer(
-        model=CausalLM(model, plain_tokenizer(config.vocab_size), varlen=False),
-        optimizers=optimizer,
-        device="cpu",
-        progress_bar=False,
-        max_duration="1ba",
-    )
-    place, plain = folder / "ours", folder / "plain.pt"
-    place.mkdir()
-    saver = SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    def save() -> None:
-        saver.saved = None
-        saver.save(trainer.state)
-
-    def save_plainly() -> None:
-        with plain.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read() -> None:
-        read_checkpoint(Checkpoint("", place / "ba0.pt"))
-
-    timed: dict[str, Callable[[], Any]] = {
-        "save": save,
-        "torch_save": save_plainly,
-        "read": read,
-        "torch_load": lambda: torch.load(plain, weights_only=True),
-    }
+    state = training_state(config)
+    plain = folder / "plain.pt"
+    save, read = save_and_read(state, folder)
+    torch_save, torch_load = save_and_read_plainly(state, plain)
+    timed = {"save": save, "torch_save": torch_save, "read": read, "torch_load": torch_load}
     found = interleaved(
         {name: partial(seconds, run) for name, run in timed.items()}, config.repeats, "checkpoint"
     )
@@ -93,10 +74,56 @@ def checkpoints(
     ]
 
 
+def training_state(config: CheckpointBenchmarkConfig) -> State:
+    """Return the state of a run that has taken a step, so that its optimizer has moments.
+
+    Only Composer's Trainer makes one. It is not that of `train.assemble`, which needs data and a
+    tokenizer: nothing is trained here.
+    """
+    model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return Trainer(
+        model=CausalLM(model, plain_tokenizer(config.vocab_size), varlen=False),
+        optimizers=optimizer,
+        device="cpu",
+        progress_bar=False,
+        max_duration="1ba",
+    ).state
+
+
+def save_and_read(state: State, folder: Path) -> tuple[Call, Call]:
+    """Return what saves a state as a run does, and what checks and reads it."""
+    place = folder / "ours"
+    place.mkdir()
+    saver = SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
+
+    def save() -> None:
+        saver.saved = None
+        saver.save(state)
+
+    return save, lambda: read_checkpoint(Checkpoint("", place / "ba0.pt"))
+
+
+def save_and_read_plainly(state: State, path: Path) -> tuple[Call, Call]:
+    """Return what saves the tensors of a state with torch.save, and what reads them."""
+    (optimizer,) = state.optimizers
+    model = cast(CausalLM, state.model).model
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def save() -> None:
+        with path.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return save, lambda: torch.load(path, weights_only=True)
+
+
 def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """One that has as many tokens and is never used."""
-    from tokenizers import Tokenizer, models
-
     words = {f"{number}": number for number in range(vocab_size)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="0"
@@ -106,38 +133,31 @@ def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 # Data
 
 
-@contextlib.contextmanager
-def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Iterator[Any]:
-    """The loader a run has for a dataset, whose rows are repeated, or some left out, to come to
-    `num_rows` an epoch.
-    """
-    from flame_composer.config.data import DataConfig, StreamConfig
-    from flame_composer.dataset.open import open_dataset
-    from flame_composer.loader import batches as data
+def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Any:
+    """Return the loader that a run has for a dataset, with epochs of `num_rows` rows.
 
+    Rows are repeated, or some left out, to come to as many.
+    """
     dataset = open_dataset(folder)
     config = DataConfig(
         num_workers=num_workers, streams={"all": StreamConfig(local=folder, choose=num_rows)}
     )
-    yield data.build_train_loader(
+    return build_train_loader(
         {"all": dataset}, config, global_batch_size=ROWS_OF_A_BATCH, seed=1
     ).dataloader
 
 
 def read_all(folder: str, num_workers: float) -> float:
-    """Rows per second from shards to collated batches, after the first one."""
-    with rows_of(folder, num_rows=ROWS_READ, num_workers=int(num_workers)) as loader:
-        batches = iter(loader)
-        next(batches)
-        start = time.perf_counter()
-        count = sum(len(batch["input_ids"]) for batch in batches)
-        return count / (time.perf_counter() - start)
+    """Return rows per second from shards to collated batches, after the first one."""
+    batches = iter(rows_of(folder, num_rows=ROWS_READ, num_workers=int(num_workers)))
+    next(batches)
+    start = time.perf_counter()
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    return count / (time.perf_counter() - start)
 
 
 def read_all_plainly(folder: str) -> float:
-    """The same with StreamingDataset alone, its rows as they come."""
-    from streaming import Stream, StreamingDataset
-
+    """Return rows per second of StreamingDataset alone, one by one, after the first one."""
     streams = [Stream(local=folder, choose=ROWS_READ)]
     rows = iter(
         StreamingDataset(streams=streams, batch_size=ROWS_OF_A_BATCH, shuffle=True, shuffle_seed=1)
@@ -149,34 +169,29 @@ def read_all_plainly(folder: str) -> float:
 
 
 def first_batch(folder: str, epoch_rows: float, at: float) -> float:
-    """Seconds from opening a dataset to the first batch, `at` a fraction of an epoch of so many
-    rows.
+    """Return the seconds from opening a dataset to its first batch, at a fraction of an epoch.
+
+    `epoch_rows` is the number of rows in the epoch, `at` the fraction of them that are passed over.
     """
     start = time.perf_counter()
-    with rows_of(folder, num_rows=int(epoch_rows)) as loader:
-        rows = loader.dataset
-        row = int(epoch_rows * at) // ROWS_OF_A_BATCH * ROWS_OF_A_BATCH
-        state = rows.state_dict(0, True)
-        rows.load_state_dict({**state, "sample_in_epoch": row})
-        next(iter(loader))
-        return time.perf_counter() - start
+    loader = rows_of(folder, num_rows=int(epoch_rows))
+    rows = loader.dataset
+    row = int(epoch_rows * at) // ROWS_OF_A_BATCH * ROWS_OF_A_BATCH
+    state = rows.state_dict(0, True)
+    rows.load_state_dict({**state, "sample_in_epoch": row})
+    next(iter(loader))
+    return time.perf_counter() - start
 
 
 # The whole trainer
 
 
 def bare_loop(config_file: str, *overrides: str) -> None:
-    """Train as the recipe does with nothing around it: print the median of tokens per second of
-    a step.
-    """
-    from flame_composer.config.load import load
-    from flame_composer.config.train import TrainConfig
-    from flame_composer.loader import batches as data
-    from flame_composer.loader.datasets import open_train_data
-    from flame_composer.model.hf_config import build_hf_config
-    from flame_composer.model.optimizer import build_optimizer
-    from flame_composer.text.tokenizer import load_tokenizer
+    """Train as recipes/train.py does, and print the median of tokens per second of a step.
 
+    This is what the recipe is measured against, so it is bare on purpose: neither a Trainer nor
+    `train.assemble`, no callbacks, no log, and all batches in memory before the first step.
+    """
     config = load(TrainConfig, [config_file, *overrides])
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
@@ -185,27 +200,24 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     sets = open_train_data(
         config.train_data, tokenizer=tokenizer, context_length=config.context_length
     )
-    loader = data.build_train_loader(
+    loader = build_train_loader(
         sets, config.train_data, global_batch_size=config.global_batch_size, seed=config.seed
     )
-    plan = config.plan(epoch_batches=10**9)
-    batches = [batch for batch, _ in zip(loader.dataloader, range(plan.total), strict=False)]
+    num_steps = config.plan(epoch_batches=10**9).total
+    batches: list[Any] = list(islice(loader.dataloader, num_steps))
     optimizer = build_optimizer(model, config.optimizer)
     microbatch_size = cast(int, config.microbatch_size)
+
+    def step(batch: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for first in range(0, config.global_batch_size, microbatch_size):
+            rows = slice(first, first + microbatch_size)
+            part = {name: values[rows] for name, values in batch.items()}
+            (model(part)["loss"] * (microbatch_size / config.global_batch_size)).backward()
+        if config.optimizer.grad_clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
+        optimizer.step()
+
     model.train()
-    speeds = []
-    for batch in batches:
-
-        def train(batch: Any = batch) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            for rows in range(0, config.global_batch_size, microbatch_size):
-                part = {
-                    name: values[rows : rows + microbatch_size] for name, values in batch.items()
-                }
-                (model(part)["loss"] * (microbatch_size / config.global_batch_size)).backward()
-            if config.optimizer.grad_clip_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
-            optimizer.step()
-
-        speeds.append(batch["input_ids"].numel() / seconds(train))
+    speeds = [batch["input_ids"].numel() / seconds(partial(step, batch)) for batch in batches]
     print(median(speeds[2:]))

@@ -4,65 +4,78 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from flame_composer.cleaning.parts import STEPS, Counts
 from flame_composer.quantities import format_seconds
 
+HEAD = ("step", "in", "removed", "changed", "out")
+
+Row = tuple[str, str, str, str, str]
+
+
+class Step(NamedTuple):
+    """What one step of a cleaning did, in numbers of documents."""
+
+    name: str
+    removed: int
+    reasons: Counter[str]
+    """The removed documents by reason; "" is the reason of a step that has only one."""
+    changed: int
+
 
 def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
-    """One row a step and reason: documents in = documents removed + documents out; the last line
-    is JSON.
+    """Return a table with a row for each step and reason, a sentence, and a line of JSON.
+
+    Documents in = documents removed + documents out. `seconds` is what the cleaning took, where
+    that is known.
     """
     counts = Counts.from_json(manifest["counts"])
-    rows = [("step", "in", "removed", "changed", "out")]
-    left = counts.documents
-    steps = [
-        ("unreadable", counts.unreadable, Counter[str]()),
-        ("empty", counts.empty, Counter[str]()),
-    ]
-    steps += [
-        (step, sum(counts.removed[step].values()), counts.removed[step])
-        for step in STEPS
-        if step in counts.removed
-    ]
-    if "pii" in counts.changed:
-        steps.append(("pii", 0, Counter()))
-    for step, removed, reasons in steps:
-        changed = counts.changed[step]
-        rows.append(
-            (
-                step,
-                f"{left:,}",
-                f"{removed:,}",
-                f"{changed:,}" if changed else "",
-                f"{left - removed:,}",
-            )
-        )
-        rows += [
-            (f"  {reason}", "", f"{number:,}", "", "")
-            for reason, number in sorted(reasons.items())
-            if reason
-        ]
-        left -= removed
-    assert left == counts.out, counts
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
     kept = (
         f"{counts.out:,} of {counts.documents:,} documents are left, "
         f"{counts.characters_out:,} of {counts.characters:,} characters"
     )
     if seconds is not None:
-        kept += f", in {format_seconds(seconds)}: {counts.characters / seconds:,.0f} characters/s"
-    summary = {
+        speed = counts.characters / seconds
+        kept += f", in {format_seconds(seconds)}: {speed:,.0f} characters/s"
+    return [*_aligned([HEAD, *_rows(counts)]), kept, json.dumps(_summary(counts))]
+
+
+def _steps(counts: Counts) -> Iterator[Step]:
+    """Yield the steps in the order in which documents go through them."""
+    yield Step("unreadable", counts.unreadable, Counter(), 0)
+    yield Step("empty", counts.empty, Counter(), 0)
+    for name in STEPS:
+        if name in counts.removed:
+            reasons = counts.removed[name]
+            yield Step(name, sum(reasons.values()), reasons, counts.changed[name])
+    if "pii" in counts.changed:
+        yield Step("pii", 0, Counter(), counts.changed["pii"])
+
+
+def _rows(counts: Counts) -> Iterator[Row]:
+    left = counts.documents
+    for step in _steps(counts):
+        came, left = left, left - step.removed
+        changed = f"{step.changed:,}" if step.changed else ""
+        yield step.name, f"{came:,}", f"{step.removed:,}", changed, f"{left:,}"
+        for reason, number in sorted(step.reasons.items()):
+            if reason:
+                yield f"  {reason}", "", f"{number:,}", "", ""
+    assert left == counts.out, counts
+
+
+def _aligned(rows: list[Row]) -> Iterator[str]:
+    """Yield the rows as lines: the first column to the left, numbers to the right."""
+    first, *others = (max(map(len, cells)) for cells in zip(*rows, strict=True))
+    for name, *numbers in rows:
+        cells = (cell.rjust(width) for cell, width in zip(numbers, others, strict=True))
+        yield "  ".join([name.ljust(first), *cells])
+
+
+def _summary(counts: Counts) -> dict[str, Any]:
+    return {
         "documents": counts.documents,
         "unreadable": counts.unreadable,
         "empty": counts.empty,
@@ -74,4 +87,3 @@ def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
         "characters": counts.characters,
         "characters_out": counts.characters_out,
     }
-    return [*lines, kept, json.dumps(summary)]
