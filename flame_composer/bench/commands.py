@@ -21,14 +21,6 @@ from flame_composer.config.bench import (
 )
 from flame_composer.errors import DataError
 
-# What is converted
-
-
-# The comparison
-
-
-# Runs
-
 
 def quickstart_data(root: Path, config: StartBenchmarkConfig, folder: Path) -> list[str]:
     """A tokenizer and a dataset made from Python files, and the arguments that train
@@ -206,9 +198,6 @@ def compare_starts(
             "start: a mistake in the configuration, seconds", median(found["mistake"]), at_most=1
         ),
     ]
-
-
-# All of them
 
 
 def run_each(script: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -153,15 +153,7 @@ def compare_conversions(
     }
     with tqdm(unit=" conversions", disable=None) as bar:
         result |= convert_in_turns(
-            root / "convert" / "to_mds.py",
-            tokenizer,
-            whole,
-            tenth,
-            config.context_length,
-            config.unit_size,
-            config.num_workers,
-            config.repeats,
-            bar.update,
+            root / "convert" / "to_mds.py", tokenizer, whole, tenth, config, bar.update
         )
     for name in ("baseline", "one_worker", "workers"):
         print(f"{name:10}", ", ".join(f"{key} {value}" for key, value in result[name].items()))
@@ -192,53 +184,46 @@ def convert_in_turns(
     tokenizer: str,
     whole: Path,
     tenth: Path,
-    context_length: int,
-    unit_size: int,
-    num_workers: int,
-    repeats: int,
+    config: ConversionBenchmarkConfig,
     on_progress: Callable[[], Any],
 ) -> dict[str, Any]:
     """Convert `tenth` and `whole` with `convert_plainly` and with `script`, convert/to_mds.py, on
-    one process and on `num_workers`, taking turns, `repeats` times; if more than once, after a
-    first one on `tenth` that does not count.
+    one process and on `config.num_workers`, taking turns, `config.repeats` times; if more than
+    once, after a first one on `tenth` that does not count.
 
     `on_progress` is called after each conversion. Raises DataError if their tokens differ.
     """
-    settings = [
-        f"tokenizer={tokenizer}",
-        f"context_length={context_length}",
-        f"unit_size={unit_size}",
-    ]
     # The script first: it says what is wrong with a tokenizer.
-    converters = {"one_worker": 1, "workers": num_workers, "baseline": 1}
+    converters = {"one_worker": 1, "workers": config.num_workers, "baseline": 1}
     encoders: set[str] = set()
 
     def convert(name: str, corpus: Path) -> Run:
         with tempfile.TemporaryDirectory(dir=whole.parent) as folder:
             if name == "baseline":
-                arguments = [str(corpus), tokenizer, f"{folder}/out", str(context_length)]
+                arguments = [str(corpus), tokenizer, f"{folder}/out", str(config.context_length)]
                 usage = measure([sys.executable, "-c", BASELINE, *arguments], ONE_THREAD)
                 tokens = int(usage.output)
             else:
-                command = [
-                    sys.executable,
-                    str(script),
-                    *settings,
+                keys = [
+                    f"tokenizer={tokenizer}",
+                    f"context_length={config.context_length}",
+                    f"unit_size={config.unit_size}",
                     f"source={corpus}",
                     f"out={folder}/out",
+                    f"num_workers={converters[name]}",
                 ]
-                usage = measure([*command, f"num_workers={converters[name]}"])
+                usage = measure([sys.executable, str(script), *keys])
                 manifest = read_manifest(f"{folder}/out")
                 tokens = manifest.totals.tokens_in
                 encoders.add(manifest.config["encoder"])
         on_progress()
         return Run(tokens, usage)
 
-    for name in converters if repeats > 1 else ():
+    for name in converters if config.repeats > 1 else ():
         convert(name, tenth)
     turns = [
         {name: (convert(name, tenth), convert(name, whole)) for name in converters}
-        for _ in range(repeats)
+        for _ in range(config.repeats)
     ]
     counts = {tuple(run.tokens for run in runs) for turn in turns for runs in turn.values()}
     if len(counts) != 1:

@@ -53,19 +53,18 @@ class Figure:
         return too_low or (self.at_most is not None and self.value > self.at_most * (1 + slack))
 
     def line(self) -> str:
-        value = (
-            "not measured"
-            if self.value is None
-            else f"{self.value:,.{0 if self.value > 999 else 2}f}"
-        )
+        value = "not measured"
+        if self.value is not None:
+            value = f"{self.value:,.{0 if self.value > 999 else 2}f}"
         stated = "" if self.at_least is None else f"at least {self.at_least:g}"
         stated = stated if self.at_most is None else f"at most {self.at_most:g}"
-        verdict = ""
-        if stated and self.value is not None:
-            verdict = (
-                "missed" if self.is_missed() else "short" if self.is_missed(slack=0) else "reached"
-            )
+        verdict = self._verdict() if stated and self.value is not None else ""
         return f"{self.name:68} {value:>14}   {stated:16} {verdict}".rstrip()
+
+    def _verdict(self) -> str:
+        if self.is_missed():
+            return "missed"
+        return "short" if self.is_missed(slack=0) else "reached"
 
 
 def machine() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from flame_composer.bench.measure import Figure, interleaved, measure, median, r
 from flame_composer.config.bench import BenchmarkConfig, DecodeBenchmarkConfig
 from flame_composer.model.build import build_model
 from flame_composer.model.work import count_parameters, count_work
+from flame_composer.plan.memory import DEVICES
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -38,25 +39,34 @@ def build_pair(
     cpu.enable()
     from fla.models import GLAConfig
 
-    shape: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_layers,
-    }
-    heads = max(1, hidden_size // 128)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    gla = build_model(GLAConfig(**shape, num_heads=heads))
-    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    with torch.device("meta"):
-        one, two = (
-            count_parameters(build_model(LlamaConfig(**shape, intermediate_size=width)))
-            for width in (32, 64)
+    num_heads = max(1, hidden_size // 128)
+
+    def llama_config(width: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            intermediate_size=width,
         )
+
+    torch.manual_seed(0)
+    gla = build_model(
+        GLAConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_heads=num_heads,
+        )
+    )
+    with torch.device("meta"):
+        one, two = (count_parameters(build_model(llama_config(width))) for width in (32, 64))
     # Parameters grow linearly with it
     width = 32 * max(1, 1 + round((count_parameters(gla) - one) / (two - one)))
     # As transformers has it, and nothing of ours
-    llama = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=width))
+    llama = LlamaForCausalLM(llama_config(width))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return {"gla": gla.to(device, dtype), "llama": llama.to(device, dtype)}  # type: ignore[arg-type]
 
 
@@ -181,30 +191,25 @@ def mfu(result: dict[str, Any]) -> Iterator[Figure]:
     """Model FLOP/s on a GPU over its data sheet's peak and over a product of large matrices, in
     bfloat16.
     """
-    best = (
-        None
-        if result["device"] == "cpu"
-        else max(row["gla_model_flops_per_second"] for row in result["results"])
-    )
-    peak = None if best is None else peak_of(result["device"])
-    if best is not None:
-        sheet = (
-            f"its data sheet {peak / 1e12:,.0f}" if peak else "no data sheet's peak is known for it"
-        )
+    share = over = None
+    if result["device"] != "cpu":
+        best = max(row["gla_model_flops_per_second"] for row in result["results"])
+        gemm_speed, peak = result["gemm_flops_per_second"], peak_of(result["device"])
+        over = round(best / gemm_speed, 3)
+        sheet = "no data sheet's peak is known for it"
+        if peak is not None:
+            share = round(best / peak, 3)
+            sheet = f"its data sheet {peak / 1e12:,.0f}"
         print(
-            f"roofline of {result['device']}, bf16 TFLOP/s: a GEMM"
-            f" {result['gemm_flops_per_second'] / 1e12:,.0f}, {sheet}"
+            f"roofline of {result['device']}, bf16 TFLOP/s: a GEMM {gemm_speed / 1e12:,.0f},"
+            f" {sheet}"
         )
-    share = round(best / peak, 3) if best and peak else None
     yield Figure("training step on a GPU: MFU, bf16, of the data sheet's peak", share)
-    over = None if best is None else round(best / result["gemm_flops_per_second"], 3)
     yield Figure("training step on a GPU: model FLOP/s over a bf16 GEMM's", over)
 
 
 def peak_of(name: str) -> float | None:
     """FLOP/s in bfloat16, by the data sheet of the GPU that CUDA calls so."""
-    from flame_composer.plan.memory import DEVICES
-
     words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
     found = [kind for kind in DEVICES if kind.split("_")[0] in words]
     if "pcie" in words and f"{found[0] if found else ''}_pcie" in DEVICES:

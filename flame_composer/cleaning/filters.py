@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +70,16 @@ def build_filters(config: CleanConfig) -> dict[str, BaseFilter]:
     they are applied.
     """
     filters: dict[str, BaseFilter] = {}
+    words = UnicodeTokenizer()
     if config.language is not None:
         filters["language"] = build_language_filter(config.language)
-    words = UnicodeTokenizer()
-    builders: dict[str, Callable[[Any, UnicodeTokenizer], BaseFilter]] = {
-        "gopher_repetition": build_repetition_filter,
-        "gopher_quality": build_quality_filter,
-        "c4": build_c4_filter,
-    }
-    sections = {
-        "gopher_repetition": config.gopher_repetition,
-        "gopher_quality": config.gopher_quality,
-        "c4": config.c4,
-    }
-    return filters | {
-        name: builders[name](section, words)
-        for name, section in sections.items()
-        if section is not None
-    }
+    if config.gopher_repetition is not None:
+        filters["gopher_repetition"] = build_repetition_filter(config.gopher_repetition, words)
+    if config.gopher_quality is not None:
+        filters["gopher_quality"] = build_quality_filter(config.gopher_quality, words)
+    if config.c4 is not None:
+        filters["c4"] = build_c4_filter(config.c4, words)
+    return filters
 
 
 def build_language_filter(section: LanguageConfig) -> LanguageFilter:

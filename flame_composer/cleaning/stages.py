@@ -40,9 +40,7 @@ from flame_composer.cleaning.parts import (
     read_json,
     read_part,
 )
-from flame_composer.config.clean import (
-    CleanConfig,
-)
+from flame_composer.config.clean import CleanConfig
 from flame_composer.errors import DataError
 from flame_composer.text.documents import read_documents
 
@@ -53,9 +51,6 @@ EXACT_HASHES = "exact_hashes"
 FINDINGS = ("exact_found", "minhash_found", "minhash_clusters")
 MAX_FINDERS = 16  # tasks among which the hashes of all documents are divided
 MAX_TASKS = 65534  # what datatrove's priorities can tell apart
-
-
-# Steps on a document
 
 
 # Steps of a pipeline: called with what the step before yields, the task's number and the number of
