@@ -16,9 +16,13 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 LAUNCHERS = ("composer", "torchrun")
 LAUNCHER_MODULES = (
     "composer.cli",
@@ -35,11 +39,12 @@ PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 def end_with_parent() -> None:
     """In a process that multiprocessing has started: end it when the process that asked for it
-    ends.
+    ends, and at nothing that a terminal sends.
 
-    The kernel sees to it at once; for a process of a fork server, whose parent that is, a thread
-    does.
+    Ctrl-C reaches every process of a terminal; the one in charge sees to the others. The kernel
+    ends this one at once; for a process of a fork server, whose parent that is, a thread does.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
@@ -51,6 +56,21 @@ def end_with_parent() -> None:
 def _follow(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)
+
+
+@contextmanager
+def ending_children() -> Iterator[None]:
+    """Kill the processes that multiprocessing has started in the body if an exception leaves it.
+
+    What they are in the middle of is not waited for.
+    """
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
 
 
 def end_with_fork_server_owner() -> None:
@@ -95,6 +115,20 @@ def when_parent_ends(number: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def lead_session() -> None:
+    """In the first process of a session on Linux: have its descendants end with it, at SIGTERM or
+    when its parent ends, and become its children if their own parents end before.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: end_session(0))
+    when_parent_ends(signal.SIGTERM)
+
+
+def end_session(process: int) -> None:
+    """Kill the first process of a session, this one if 0, with all that it has started."""
+    os.killpg(process, signal.SIGKILL)
 
 
 def _is_launcher(process: int) -> bool:

@@ -7,11 +7,9 @@ starts.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,10 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.processes import when_parent_ends
-
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-
+from flame_composer.processes import end_session, lead_session
 
 # Figures
 
@@ -141,7 +136,7 @@ def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({}
     try:
         output, lines = process.communicate()
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+        end_session(process.pid)
         process.communicate()
         raise
     *errors, last = [line for line in lines.splitlines() if line.strip()]
@@ -158,11 +153,8 @@ def run_and_count() -> None:
     """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage`
     holds of it.
     """
-    # Whoever is left behind becomes a child of this process
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    # Nobody waits for what is measured if the benchmark was killed
-    when_parent_ends(signal.SIGTERM)
+    # Whoever is left behind is counted, and nobody waits for it if the benchmark was killed
+    lead_session()
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])
     _, code, usage = os.wait4(process.pid, 0)

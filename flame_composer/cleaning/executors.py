@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from flame_composer.cleaning.stages import (
 from flame_composer.config.clean import CleanConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import Lines, clean_streams
-from flame_composer.processes import can_have_processes, end_with_parent
+from flame_composer.processes import can_have_processes, end_with_parent, ending_children
 from flame_composer.storage.folders import explained
 
 JOBS = "slurm_jobs.json"
@@ -182,30 +181,24 @@ def run_local(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flame_composer.fork_server", "flame_composer.cleaning.stages"])
-    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(num_workers, context, start_process, (log,))
     try:
-        tasks = {pool.submit(run_task, executor, rank, out): rank for rank in ranks}
-        for task in as_completed(tasks):
-            task.result()
-            yield tasks[task]
-    except BaseException as error:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        if isinstance(error, BrokenProcessPool):
-            raise DataError(
-                f"{out}: a worker process died (short of memory? give fewer num_workers, or a"
-                " smaller unit_size); run the same command again: it goes on from the last"
-                " finished unit"
-            ) from None
-        raise
+        with ending_children():
+            tasks = {pool.submit(run_task, executor, rank, out): rank for rank in ranks}
+            for task in as_completed(tasks):
+                task.result()
+                yield tasks[task]
+    except BrokenProcessPool:
+        raise DataError(
+            f"{out}: a worker process died (short of memory? give fewer num_workers, or a"
+            " smaller unit_size); run the same command again: it goes on from the last"
+            " finished unit"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def start_process(log: Path) -> None:
-    # Ctrl-C reaches every process; the one in charge sees to the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     sys.stderr = log.open("a", buffering=1)
     clean_streams()

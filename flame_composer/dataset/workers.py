@@ -8,7 +8,6 @@ import dataclasses
 import multiprocessing
 import os
 import resource
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from flame_composer.dataset.plan import unit_name
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import clean_streams
-from flame_composer.processes import can_have_processes, end_with_parent
+from flame_composer.processes import can_have_processes, end_with_parent, ending_children
 from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
@@ -282,13 +281,9 @@ def _convert_on_pool(
 @contextmanager
 def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
     """Stops the processes in the middle of their units if the body is left by an exception."""
-    others = set(multiprocessing.active_children())
     try:
-        yield
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        raise
+        with ending_children():
+            yield
     finally:
         for lane in lanes:
             lane.close()
@@ -323,8 +318,6 @@ _worker: dict[str, Any] = {}
 
 
 def _start(conversion: Conversion, counts: Any) -> None:
-    # Ctrl-C reaches every process; the one in charge sees to the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     clean_streams()
     # One core each; read when the encoder starts its first thread.

@@ -204,7 +204,6 @@ def follow_parent(_worker_id: int) -> None:
     # When it has been told to end, upstream's threads would have it wait until the training process
     # loses patience: 5 s.
     multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         parent = multiprocessing.parent_process()
