@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
 
-from flame_composer.config.convert import require_apart
-from flame_composer.config.rules import ScriptConfig, require, require_seed, require_text
+from flame_composer.config.rules import require, require_seed, require_text
+from flame_composer.config.source import HubSourceConfig, require_apart
 
 
 def require_fraction(value: float, name: str) -> None:
@@ -237,7 +236,7 @@ class RayConfig:
 
 
 @dataclass
-class CleanConfig(ScriptConfig):
+class CleanConfig(HubSourceConfig):
     """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web;
     section=null leaves a step out.
     """
@@ -245,28 +244,10 @@ class CleanConfig(ScriptConfig):
     goes_on = True
     paths = ("source", "out", "removed_out")
 
-    source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet;
-    with `split`, Hugging Face datasets by id or folder.
-    """
-    split: str | None = None
-    """Split of the Hugging Face dataset to read, e.g. train."""
-    name: str | None = None
-    """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
     out: str = MISSING
     """Folder the documents that stay are written to, as JSONL for convert/to_mds.py."""
     removed_out: str | None = None
     """Folder the documents that are removed are written to, a folder a step."""
-    text_column: str = "text"
-    """Field of JSONL and Parquet records that holds the text."""
-    suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched, as in convert/to_mds.py."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What to do with a document that cannot be read: stop, or leave it out and count it."""
-    max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
-    that cannot be read.
-    """
     language: LanguageConfig | None = None
     """Keep some languages only; off unless a model file is given."""
     gopher_repetition: GopherRepetitionConfig | None = field(default_factory=GopherRepetitionConfig)
@@ -301,18 +282,8 @@ class CleanConfig(ScriptConfig):
     """Used with executor=ray."""
 
     def validate(self) -> None:
-        require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "source", "out", "removed_out", "text_column", "split", "name")
-        require(
-            self.name is None or self.split is not None,
-            "split",
-            "must be set together with name, e.g. split=train",
-        )
-        require(
-            self.split is None or not self.suffixes,
-            "suffixes",
-            "must not be set together with split",
-        )
+        super().validate()
+        require_text(self, "out", "removed_out")
         if self.removed_out is not None:
             require_apart(self.out, self.removed_out, "removed_out")
         steps = (
@@ -329,7 +300,6 @@ class CleanConfig(ScriptConfig):
             "must be true where every other step is null, or there is nothing to do",
         )
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
-        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
         require(
             self.num_workers is None or self.num_workers > 0,
             "num_workers",
@@ -342,14 +312,4 @@ class CleanConfig(ScriptConfig):
             " slurm.time=...",
         )
         if self.executor != "local":
-            for name in (
-                ("source", "out", "removed_out") if self.split is None else ("out", "removed_out")
-            ):
-                value = getattr(self, name) or []
-                paths = [value] if isinstance(value, str) else value
-                require(
-                    all(os.path.isabs(path) for path in paths),
-                    name,
-                    "must be absolute where there is a cluster, whose workers have working folders"
-                    " of their own",
-                )
+            self.require_absolute("out", "removed_out", urls=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,50 +10,22 @@ from omegaconf import MISSING
 
 from flame_composer.config import other_names
 from flame_composer.config.rules import ScriptConfig, require, require_seed, require_text
+from flame_composer.config.source import HubSourceConfig, SourceConfig, require_apart
 from flame_composer.storage.filesystems import is_url
-
-
-def require_apart(out: str, other: str, name: str) -> None:
-    places = [place if is_url(place) else os.path.realpath(place) for place in (out, other)]
-    first, second = (f"{place.rstrip('/')}/" for place in places)
-    require(
-        not first.startswith(second) and not second.startswith(first),
-        name,
-        f"must be a folder beside out={out}, neither the same nor inside the other",
-    )
-
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # of an attention layer
 
 
 @dataclass
-class TokenizerTrainConfig(ScriptConfig):
+class TokenizerTrainConfig(SourceConfig):
     """Train a byte-level BPE tokenizer on text and save it as a Hugging Face tokenizer folder."""
 
     paths = ("source", "out")
 
-    source: list[str] = MISSING
-    """Files, folders or globs of JSONL, Parquet or plain text, also as URLs
-    (s3://bucket/folder).
-    """
     out: str = MISSING
     """Folder the tokenizer is written to."""
     vocab_size: int = 32000
     """Number of tokens, special ones included."""
-    text_column: str = "text"
-    """Field of JSONL and Parquet records that holds the text."""
-    suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set,
-    .jsonl, .json-lines, .ndjson, .parquet and .txt, and those compressed. Of other endings,
-    .json is JSON lines, Parquet and compressed files are told by their first bytes, and the rest
-    is plain text, one document a file.
-    """
-    on_error: Literal["fail", "skip"] = "fail"
-    """What to do with a document that cannot be read: stop, or leave it out and count it."""
-    max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
-    that cannot be read.
-    """
     min_frequency: int = 2
     """A pair must occur this often to be merged."""
     max_bytes: int | None = None
@@ -65,8 +36,8 @@ class TokenizerTrainConfig(ScriptConfig):
     """The token that ends a document (also used as bos and pad)."""
 
     def validate(self) -> None:
-        require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(self, "source", "out", "text_column", "eos_token")
+        super().validate()
+        require_text(self, "out", "eos_token")
         require(not is_url(self.out), "out", "must be a local folder")
         require(
             self.vocab_size >= 257,
@@ -75,7 +46,6 @@ class TokenizerTrainConfig(ScriptConfig):
         )
         require(self.min_frequency >= 1, "min_frequency", "must be 1 or more")
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
-        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
 
 
 # What the files written depend on, apart from the tokenizer, the encoder, the context length and
@@ -87,21 +57,13 @@ CONVERSION_SETTINGS = (
 
 
 @dataclass
-class ConvertConfig(ScriptConfig):
+class ConvertConfig(HubSourceConfig):
     """Turn text into tokenized, packed MDS shards."""
 
     paths = ("source", "out", "val_out", "tokenizer")
     elsewhere = other_names.CONVERSION
     goes_on = True
 
-    source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet,
-    also as URLs (s3://bucket/folder); with `split`, Hugging Face datasets by id or folder.
-    """
-    split: str | None = None
-    """Split of the Hugging Face dataset to read, e.g. train."""
-    name: str | None = None
-    """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
     out: str = MISSING
     """Folder the dataset is written to, local or as a URL (s3://bucket/folder); then each work
     unit is made in TMPDIR first.
@@ -110,20 +72,6 @@ class ConvertConfig(ScriptConfig):
     """Hugging Face tokenizer folder or id."""
     context_length: int = 2048
     """Tokens per row."""
-    text_column: str = "text"
-    """Field of JSONL and Parquet records that holds the text."""
-    suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set,
-    .jsonl, .json-lines, .ndjson, .parquet and .txt, and those compressed. Of other endings,
-    .json is JSON lines, Parquet and compressed files are told by their first bytes, and the rest
-    is plain text, one document a file.
-    """
-    on_error: Literal["fail", "skip"] = "fail"
-    """What to do with a document that cannot be read: stop, or leave it out and count it."""
-    max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
-    that cannot be read.
-    """
     add_bos: bool = False
     """Put the tokenizer's bos token before every document."""
     add_eos: bool = True
@@ -162,20 +110,8 @@ class ConvertConfig(ScriptConfig):
         return {name: getattr(self, name) for name in CONVERSION_SETTINGS}
 
     def validate(self) -> None:
-        require(len(self.source) > 0, "source", "must name at least one file, folder or glob")
-        require_text(
-            self, "source", "out", "val_out", "tokenizer", "text_column", "split", "name", "cluster"
-        )
-        require(
-            self.name is None or self.split is not None,
-            "split",
-            "must be set together with name, e.g. split=train",
-        )
-        require(
-            self.split is None or not self.suffixes,
-            "suffixes",
-            "must not be set together with split",
-        )
+        super().validate()
+        require_text(self, "out", "val_out", "tokenizer", "cluster")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
         require(
@@ -192,7 +128,6 @@ class ConvertConfig(ScriptConfig):
             f"must be at least {smallest} (one row) and less than {2**32} bytes",
         )
         require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
-        require(self.max_document_bytes > 0, "max_document_bytes", "must be more than 0 bytes")
         for name in ("max_doc_length", "min_doc_length"):
             length = getattr(self, name)
             require(
@@ -214,15 +149,7 @@ class ConvertConfig(ScriptConfig):
             "cluster",
             "must be like tcp://host:8786",
         )
-        for name in ("source", "out", "val_out") if self.split is None else ("out", "val_out"):
-            value = getattr(self, name) or []
-            paths = [value] if isinstance(value, str) else value
-            require(
-                all(os.path.isabs(path) or is_url(path) for path in paths),
-                name,
-                "must be absolute where there is a cluster, whose workers have working folders"
-                " of their own",
-            )
+        self.require_absolute("out", "val_out", urls=True)
 
 
 @dataclass
