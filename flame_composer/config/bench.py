@@ -8,26 +8,41 @@ from dataclasses import dataclass, field
 from flame_composer.config.rules import ScriptConfig, require, require_text
 
 
+def require_positive(config: object, *names: str) -> None:
+    """Raise InvalidField for a number that is not more than 0, or not finite."""
+    for name in names:
+        require(0 < getattr(config, name) < math.inf, name, "must be more than 0")
+
+
 @dataclass
-class BenchmarkConfig(ScriptConfig):
+class SizesConfig(ScriptConfig):
+    """Models of a given size."""
+
+    hidden_size: int = 512
+    """Width of the models."""
+    num_layers: int = 8
+    """Number of layers."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary."""
+
+    def validate(self) -> None:
+        require_positive(self, "hidden_size", "num_layers", "vocab_size")
+
+
+@dataclass
+class BenchmarkConfig(SizesConfig):
     """Time a training step of GLA against a Llama of the same size."""
 
     context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
     """Tokens per row, one measurement each."""
     batch_tokens: int = 4096
     """Tokens per step."""
-    hidden_size: int = 512
-    """Width of both models."""
-    num_layers: int = 8
-    """Depth of both models."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
     repeats: int = 2
     """Steps of each model that count, after one that does not; the two take turns."""
 
     def validate(self) -> None:
-        for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
-            require(getattr(self, name) > 0, name, "must be more than 0")
+        super().validate()
+        require_positive(self, "batch_tokens", "repeats")
         require(
             bool(self.context_lengths) and min(self.context_lengths) > 1,
             "context_lengths",
@@ -68,14 +83,13 @@ class ConversionBenchmarkConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "tokenizer", "folder")
-        for name in ("megabytes", "unit_size", "repeats"):
-            require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
+        require_positive(self, "megabytes", "unit_size", "repeats")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(self.num_workers > 1, "num_workers", "must be 2 or more")
 
 
 @dataclass
-class DecodeBenchmarkConfig(ScriptConfig):
+class DecodeBenchmarkConfig(SizesConfig):
     """Time decoding with GLA against a Llama of the same size."""
 
     context_lengths: list[int] = field(default_factory=lambda: [256, 8192])
@@ -84,38 +98,23 @@ class DecodeBenchmarkConfig(ScriptConfig):
     """Sequences decoded at a time."""
     new_tokens: int = 8
     """Tokens decoded in a turn."""
-    hidden_size: int = 512
-    """Width of both models."""
-    num_layers: int = 8
-    """Depth of both models."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
     repeats: int = 2
     """Turns that count."""
 
     def validate(self) -> None:
-        for name in ("new_tokens", "hidden_size", "num_layers", "vocab_size", "repeats"):
-            require(getattr(self, name) > 0, name, "must be more than 0")
+        super().validate()
+        require_positive(self, "new_tokens", "repeats")
         for name in ("context_lengths", "batch_sizes"):
-            require(
-                bool(getattr(self, name)) and min(getattr(self, name)) > 0,
-                name,
-                "must be 1 or more",
-            )
+            values = getattr(self, name)
+            require(bool(values) and min(values) > 0, name, "must be 1 or more")
 
 
 @dataclass
-class CheckpointBenchmarkConfig(ScriptConfig):
+class CheckpointBenchmarkConfig(SizesConfig):
     """Time saving and reading a checkpoint against torch.save and torch.load."""
 
     paths = ("folder",)
 
-    hidden_size: int = 512
-    """Width of the model that is saved."""
-    num_layers: int = 8
-    """Its depth."""
-    vocab_size: int = 4096
-    """Tokens of its vocabulary."""
     repeats: int = 3
     """Turns that count."""
     folder: str | None = None
@@ -124,9 +123,9 @@ class CheckpointBenchmarkConfig(ScriptConfig):
     """
 
     def validate(self) -> None:
+        super().validate()
         require_text(self, "folder")
-        for name in ("hidden_size", "num_layers", "vocab_size", "repeats"):
-            require(getattr(self, name) > 0, name, "must be more than 0")
+        require_positive(self, "repeats")
 
 
 @dataclass
@@ -146,8 +145,7 @@ class StartBenchmarkConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "folder")
-        for name in ("megabytes", "repeats"):
-            require(0 < getattr(self, name) < math.inf, name, "must be more than 0")
+        require_positive(self, "megabytes", "repeats")
 
 
 @dataclass
@@ -171,7 +169,7 @@ class DataBenchmarkConfig(StartBenchmarkConfig):
 
     def validate(self) -> None:
         super().validate()
-        require(self.epoch_rows > 0, "epoch_rows", "must be more than 0")
+        require_positive(self, "epoch_rows")
 
 
 BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert")

@@ -9,7 +9,13 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from flame_composer.config import other_names
-from flame_composer.config.rules import ScriptConfig, require, require_seed, require_text
+from flame_composer.config.rules import (
+    ScriptConfig,
+    require,
+    require_png,
+    require_seed,
+    require_text,
+)
 from flame_composer.config.source import HubSourceConfig, SourceConfig, require_apart
 from flame_composer.storage.filesystems import is_url
 
@@ -192,11 +198,7 @@ class InspectConfig(ScriptConfig):
             "max_bytes",
             "must be more than 0 bytes, or null",
         )
-        require(
-            self.plot is None or self.plot.lower().endswith(".png"),
-            "plot",
-            "must be a file name ending in .png",
-        )
+        require_png(self.plot, "plot")
 
 
 @dataclass

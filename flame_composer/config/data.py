@@ -14,7 +14,9 @@ MAX_WORKERS = 1000
 
 
 @dataclass
-class StreamConfig:
+class PlaceConfig:
+    """Where a dataset is."""
+
     paths = ("local", "remote")
 
     local: str | None = None
@@ -23,6 +25,22 @@ class StreamConfig:
     """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
     `local`.
     """
+
+    @property
+    def address(self) -> tuple[str | None, str | None]:
+        return self.local, self.remote
+
+    def validate(self) -> None:
+        require(
+            self.address != (None, None),
+            "local",
+            "must name a dataset folder made by convert/to_mds.py (or set remote)",
+        )
+        require_text(self, "local", "remote")
+
+
+@dataclass
+class StreamConfig(PlaceConfig):
     proportion: float | None = None
     """Its share of an epoch's rows, relative to the other streams' (an epoch has as many rows as
     all datasets together).
@@ -38,12 +56,7 @@ class StreamConfig:
         return {kind: value for kind, value in weights.items() if value is not None}
 
     def validate(self) -> None:
-        require(
-            self.local is not None or self.remote is not None,
-            "local",
-            "must name a dataset folder made by convert/to_mds.py (or set remote)",
-        )
-        require_text(self, "local", "remote")
+        super().validate()
         for name, value in self.weight().items():
             most = 10**12 if name == "choose" else 10**6
             require(0 < value <= most, name, f"must be more than 0, and no more than {most}")
@@ -53,15 +66,7 @@ class StreamConfig:
 
 
 @dataclass
-class DataConfig:
-    paths = ("local", "remote")
-
-    local: str | None = None
-    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
-    remote: str | None = None
-    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
-    `local`.
-    """
+class DataConfig(PlaceConfig):
     streams: dict[str, StreamConfig] = field(default_factory=dict)
     """Several datasets instead of one, by names of your own: streams.web.remote=...,
     streams.web.proportion=0.7.
@@ -105,7 +110,7 @@ class DataConfig:
 
     def validate(self) -> None:
         require(
-            bool(self.streams) or self.local is not None or self.remote is not None,
+            bool(self.streams) or self.address != (None, None),
             "local",
             "must name a dataset folder made by convert/to_mds.py (or set remote, or streams)",
         )
@@ -160,15 +165,7 @@ class DataConfig:
 
 
 @dataclass
-class EvalDataConfig:
-    paths = ("local", "remote")
-
-    local: str | None = None
-    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
-    remote: str | None = None
-    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
-    `local`.
-    """
+class EvalDataConfig(PlaceConfig):
     loss_across_documents: bool = True
     """As that of the training data: false leaves the first token of every document out of the
     loss.
@@ -179,12 +176,7 @@ class EvalDataConfig:
     """Evaluate on the first so many rows; all if not set."""
 
     def validate(self) -> None:
-        require(
-            self.local is not None or self.remote is not None,
-            "local",
-            "must name a dataset folder made by convert/to_mds.py (or set remote)",
-        )
-        require_text(self, "local", "remote")
+        super().validate()
         require(
             0 <= self.num_workers <= MAX_WORKERS, "num_workers", f"must be in [0, {MAX_WORKERS}]"
         )

@@ -114,6 +114,11 @@ def require_seed(value: int | None, name: str) -> None:
     require(value is None or 0 <= value < 2**32, name, "must be in [0, 2**32)")
 
 
+def require_png(file: str | None, name: str) -> None:
+    is_png = file is None or file.lower().endswith(".png")
+    require(is_png, name, "must be a file name ending in .png")
+
+
 def is_text(value: str) -> bool:
     """Not so what Python makes of bytes that are no UTF-8, nor half a pair of surrogates out of
     JSON.

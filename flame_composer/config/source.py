@@ -16,6 +16,8 @@ from flame_composer.storage.filesystems import is_url
 class SourceConfig(ScriptConfig):
     """Files of text."""
 
+    paths = ("source",)
+
     source: list[str] = MISSING
     """Files, folders or globs of JSONL, Parquet or plain text, also as URLs
     (s3://bucket/folder).

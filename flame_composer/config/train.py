@@ -236,12 +236,8 @@ class TrainConfig(ScriptConfig):
         if self.eval_data is not None:
             has_size = not is_auto or self.eval_batch_size is not None
             require(has_size, "eval_batch_size", needed)
-            train, streams = self.train_data, self.train_data.streams.values()
-            trained_on = [
-                (train.local, train.remote),
-                *((one.local, one.remote) for one in streams),
-            ]
-            is_other = (self.eval_data.local, self.eval_data.remote) not in trained_on
+            trained_on = [self.train_data, *self.train_data.streams.values()]
+            is_other = self.eval_data.address not in [data.address for data in trained_on]
             require(is_other, "eval_data.local", "must not be a dataset that is trained on")
 
     def _check_schedule(self, total: int, warmup: int, decay: int | None) -> None:

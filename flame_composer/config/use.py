@@ -9,7 +9,13 @@ from typing import Literal
 from omegaconf import MISSING
 
 from flame_composer.config.data import EvalDataConfig
-from flame_composer.config.rules import ScriptConfig, require, require_seed, require_text
+from flame_composer.config.rules import (
+    ScriptConfig,
+    require,
+    require_png,
+    require_seed,
+    require_text,
+)
 from flame_composer.config.sections import require_tasks
 
 
@@ -78,7 +84,7 @@ class EvaluateConfig(ScriptConfig):
             "data",
             "must be null with datasets, which each have their own",
         )
-        places = [(data.local, data.remote) for data in self.datasets.values()]
+        places = [data.address for data in self.datasets.values()]
         require(len(set(places)) == len(places), "datasets", "must all be different ones")
         require(
             self.block_size is None or self.block_size > 0,
@@ -90,11 +96,7 @@ class EvaluateConfig(ScriptConfig):
             "block_size",
             "needs data.local=... or datasets",
         )
-        require(
-            self.plot is None or self.plot.lower().endswith(".png"),
-            "plot",
-            "must be a file name ending in .png",
-        )
+        require_png(self.plot, "plot")
         require(
             self.plot is None or self.block_size is not None,
             "block_size",
