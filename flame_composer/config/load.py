@@ -35,16 +35,14 @@ from flame_composer.config.messages import explain, first_line, reason_of
 from flame_composer.config.references import (
     decoded,
     from_environment,
-    other_resolvers,
     require_ends,
     unresolved,
     without_environment,
 )
 from flame_composer.config.rules import ScriptConfig, expand_path
-from flame_composer.config.written import (
-    as_meant,
-)
+from flame_composer.config.written import as_meant
 from flame_composer.errors import ConfigError, InvalidField
+from flame_composer.upstream.omegaconf import resolved_by
 
 C = TypeVar("C", bound=ScriptConfig)
 
@@ -101,12 +99,8 @@ def _given_by(cls: type[C], sources: Sequence[tuple[str, dict[Any, Any]]]) -> li
             content = as_meant(cls, written, origin)
             _check_keys(cls, content, origin, known, elsewhere=cls.elsewhere)
             for key, value in leaves(cls, content):
-                if (
-                    type(value) in (int, float)
-                    and value not in (0, 1)
-                    and hint_of(cls, key) is bool
-                ):
-                    # OmegaConf takes any number for true
+                is_other_number = type(value) in (int, float) and value not in (0, 1)
+                if is_other_number and hint_of(cls, key) is bool:  # true to OmegaConf
                     raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")
                 given.append(Given(origin, key, value))
     except ConfigError:
@@ -126,7 +120,7 @@ def _resolved(
                 f" {key}=..."
             )
         resolved_yaml = without_environment(merged)
-        with other_resolvers(from_environment, decoded):
+        with resolved_by(from_environment, decoded):
             config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,9 +12,9 @@ from omegaconf.errors import InterpolationValidationError, OmegaConfBaseExceptio
 from omegaconf.resolvers import oc
 
 from flame_composer.config.fields import show
-from flame_composer.config.messages import first_line, masked, reason_of
-from flame_composer.config.written import to_yaml
+from flame_composer.config.messages import masked, reason_of
 from flame_composer.errors import ConfigError, hide, without_secrets
+from flame_composer.upstream.omegaconf import dump_yaml, reason_of_failure, resolved_by
 
 # Characters of all values together, when each ${key} stands for what it leads to
 MOST_FILLED_IN = 1 << 24
@@ -73,12 +72,8 @@ def unresolved(cls: type, merged: DictConfig, origins: Mapping[str, tuple[str, A
         except OmegaConfBaseException as error:
             if isinstance(error, InterpolationValidationError):
                 reason = reason_of(cls, key, None)
-            elif "GrammarParseError" in str(error):
-                reason = "cannot be resolved"
             else:
-                reason = re.sub(
-                    r"^\w+ raised while resolving interpolation: ", "", first_line(error)
-                ).strip('"')
+                reason = reason_of_failure(error)
             reason = masked(reason, origins)
             if reason.startswith("Interpolation key"):
                 reason += "; where '${' is meant as it stands, write '\\${'"
@@ -100,21 +95,9 @@ def without_environment(merged: DictConfig) -> str:
             else oc.decode(text, _parent_, _node_)
         )
 
-    with other_resolvers(lambda *names: f"<environment variable {names[0]}>", decode):
+    with resolved_by(lambda *names: f"<environment variable {names[0]}>", decode):
         content = OmegaConf.to_container(untyped, resolve=True)
-    return to_yaml(without_secrets(content))
-
-
-@contextmanager
-def other_resolvers(env: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
-    """Others in place of OmegaConf's for a while."""
-    OmegaConf.register_resolver("oc.env", env, replace=True)
-    OmegaConf.register_resolver("oc.decode", decode, replace=True)
-    try:
-        yield
-    finally:
-        OmegaConf.register_resolver("oc.env", oc.env, replace=True)
-        OmegaConf.register_resolver("oc.decode", oc.decode, replace=True)
+    return dump_yaml(without_secrets(content))
 
 
 def from_environment(name: str, *default: Any) -> Any:

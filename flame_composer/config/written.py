@@ -12,21 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf._utils import get_omega_conf_dumper
-from omegaconf._yaml import get_yaml_loader
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flame_composer.config.fields import dataclass_of, hints_of, named_sections
 from flame_composer.errors import ConfigError
+from flame_composer.upstream.omegaconf import PYTHONS_NONE, load_yaml
 
 # OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply are
 # refused all the same.
 MAX_YAML_NODES = 1_000_000
 MOST_LEVELS = 100  # of a YAML document
 MOST_LETTERS = 1 << 26
-PYTHONS_NONE = "None"  # what people write who mean null
-_NOT_TEXT = ("int", "float", "bool", "null", "none", "value", "merge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +39,7 @@ def parse_yaml(stream: Any) -> Any:
     for something but text.
     """
     require_shallow(stream)
-    base = get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES)
-
-    class Loader(base):  # type: ignore[misc, valid-type]
-        pass
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:none", re.compile(f"^{PYTHONS_NONE}$"), ["N"])
-    for kind in _NOT_TEXT:
-        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _construct(base, kind))
-    return yaml.load(stream, Loader=Loader)
+    return load_yaml(stream, Written, MAX_YAML_NODES)
 
 
 def require_shallow(stream: Any) -> None:
@@ -73,52 +62,6 @@ def require_shallow(stream: Any) -> None:
                 raise ValueError(f"lists and mappings in one another, more than {MOST_LEVELS} deep")
     if not isinstance(stream, str):
         stream.seek(0)
-
-
-def to_yaml(content: Any) -> str:
-    """Return plain values as YAML that `parse_yaml` and OmegaConf read as the same values, texts
-    with `${` in them included.
-    """
-
-    class Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
-        pass
-
-    def represent(dumper: Any, text: str) -> yaml.ScalarNode:
-        if text == PYTHONS_NONE:
-            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
-        return get_omega_conf_dumper().str_representer(dumper, text)
-
-    Dumper.add_representer(str, represent)
-    return yaml.dump(
-        _escaped(content),
-        default_flow_style=False,
-        allow_unicode=True,
-        sort_keys=False,
-        Dumper=Dumper,
-    )
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    # In a text with an interpolation, each backslash before one of them counts as half of one.
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return f"\\{text}" if text == MISSING else text
-
-
-def _construct(base: Any, kind: str) -> Any:
-    construct = base.yaml_constructors.get(f"tag:yaml.org,2002:{kind}")
-
-    def written(loader: Any, node: yaml.Node) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
-            return base.construct_undefined(loader, node)
-        return Written(node.value, construct(loader, node) if construct else node.value)
-
-    return written
 
 
 def as_it_stands(text: str) -> Written:
@@ -204,10 +147,10 @@ def takes_text(hint: Any) -> bool:
 
 
 def _scalar(hint: Any, scalar: Written, shown: str) -> Any:
-    can_be_null = types.NoneType in get_args(hint)
+    can_be_null = types.NoneType in get_args(hint) or hint is Any
     for_text = takes_text(hint)
-    if scalar.text == PYTHONS_NONE and (for_text or can_be_null or hint is Any):
-        instead = "write null for no value" if can_be_null or hint is Any else "must be set"
+    if scalar.text == PYTHONS_NONE and (for_text or can_be_null):
+        instead = "write null for no value" if can_be_null else "must be set"
         raise ConfigError(
             f"{shown}: {instead}; where that word is meant, quote it in a file: 'None'"
         )

@@ -50,8 +50,9 @@ from flame_composer.config.rules import ScriptConfig
 from flame_composer.config.sections import WandbConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import EvaluateConfig, GenerateConfig, ReportConfig
-from flame_composer.config.written import as_meant, parse_yaml, to_yaml
+from flame_composer.config.written import as_meant, parse_yaml
 from flame_composer.errors import ConfigError, DataError, InvalidField
+from flame_composer.upstream.omegaconf import dump_yaml
 
 SCRIPTS: list[type[ScriptConfig]] = [
     TrainConfig,
@@ -870,7 +871,7 @@ def test_what_stays_a_number_or_null():
 )
 @settings(deadline=None, max_examples=300)
 def test_what_is_saved_is_read_again_as_it_was(text):
-    saved = to_yaml({"key": text, "list": [text]})
+    saved = dump_yaml({"key": text, "list": [text]})
     assert (
         OmegaConf.create(
             as_meant(dict[str, str], parse_yaml(saved.partition("list:")[0]), "place")

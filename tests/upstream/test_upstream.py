@@ -6,11 +6,14 @@ Then delete the patch, its test, and its row of docs/upstream.md (`make docs`).
 from __future__ import annotations
 
 import ast
+import inspect
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from tests.runs import ROOT, check, run_script, two_ranks
 
@@ -179,6 +182,44 @@ for _ in lm_eval.api.task.tqdm(range(3)):
 """
     (tmp_path / "code.py").write_text(code)
     assert "3/3" in check(run_script(tmp_path / "code.py")).stderr
+
+
+def test_load_yaml():
+    """OmegaConf keeps nothing of what was written, and its private loader is still there."""
+    from omegaconf import _yaml
+
+    assert OmegaConf.create("{a: 1.10, b: no}") == {"a": 1.1, "b": False}
+    assert not hasattr(OmegaConf, "get_yaml_loader")
+    assert callable(_yaml.get_yaml_loader)
+
+
+def test_dump_yaml():
+    """What OmegaConf or PyYAML writes is read as something else than it was."""
+    import yaml
+
+    resolved = OmegaConf.to_yaml(OmegaConf.create({"key": r"\${HOME}"}), resolve=True)
+    with pytest.raises(InterpolationKeyError):
+        _ = OmegaConf.create(resolved).key
+    assert OmegaConf.create(yaml.safe_dump({"key": "1e5"})).key == 100_000
+
+
+def test_resolved_by(monkeypatch):
+    """A resolver is of the whole process, and nothing else tells what came from a variable."""
+    monkeypatch.setenv("FLAME_SECRET", "hunter2")
+    config = OmegaConf.create({"key": "${oc.env:FLAME_SECRET}"})
+    assert OmegaConf.to_container(config, resolve=True) == {"key": "hunter2"}
+    assert "resolvers" not in inspect.signature(OmegaConf.to_container).parameters
+    assert "resolvers" not in inspect.signature(OmegaConf.to_object).parameters
+
+
+def test_reason_of_failure():
+    """OmegaConf's message begins with a class's name, and tells of its parser's tokens."""
+    for text, told in (
+        ("${oc.env:FLAME_NOT_SET}", "KeyError raised while resolving interpolation: "),
+        ("${oc.decode:'[1,'}", "GrammarParseError raised while resolving interpolation: "),
+    ):
+        with pytest.raises(OmegaConfBaseException, match=f"^{told}"):
+            _ = OmegaConf.create({"key": text}).key
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
