@@ -61,12 +61,8 @@ def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfi
         print("\n\n".join(help_text(cls, f"{script} {name}") for name, (_, cls) in mains.items()))
         flush_streams()
         return 0
-    if (
-        first
-        and "=" not in first
-        and not first.startswith("-")
-        and not first.endswith((".yaml", ".yml"))
-    ):
+    is_argument = "=" in first or first.startswith("-") or first.endswith((".yaml", ".yml"))
+    if first and not is_argument:
         names = list(mains)
         known = f"{', '.join(names)}, or a YAML file{nearest(first, names)}"
         _say(f"command line: {first}: must be one of {known}")

@@ -205,9 +205,10 @@ def _remedy(section: str, name: str) -> str:
 def whole_batches(name: str, text: str) -> int:
     """What 100ba says. Raises ValueError for any other duration."""
     match = DURATION.fullmatch(text)
-    if match is None or match[2] != "ba" or int(match[1]) < 1:
+    count = int(match[1]) if match is not None and match[2] == "ba" else 0
+    if count < 1:
         raise ValueError(f"{name}={text}: must be a whole number of batches, e.g. 100ba")
-    return int(match[1])
+    return count
 
 
 def in_use(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -100,13 +100,8 @@ def read_yaml(file: str) -> dict[Any, Any]:
     try:
         with Path(os.path.abspath(file)).open(encoding="utf-8") as stream:
             written = parse_yaml(stream)
-        content = (
-            {}
-            if plain(written) is None
-            else {written: None}
-            if isinstance(written, str)
-            else written
-        )
+        content = {written: None} if isinstance(written, str) else written
+        content = {} if plain(content) is None else content
         if isinstance(content, dict):
             OmegaConf.create(plain(content))  # which knows what an interpolation is
     except OSError as error:
@@ -122,14 +117,11 @@ def read_yaml(file: str) -> dict[Any, Any]:
 def read_override(cls: type, argument: str) -> dict[Any, Any]:
     key, _, text = argument.partition("=")
     hint = hint_of(cls, key)
-    quoted = text.startswith("[") and text.endswith("]") and bool(set(text) & set("\"'"))
-    # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
-    stands = (
-        takes_text(hint)
-        and (hint is str or str in get_args(hint))
-        and not (get_origin(hint) is list and quoted)
-    )
     is_list = get_origin(hint) is list and text.startswith("[") and text.endswith("]")
+    is_quoted_list = is_list and bool(set(text) & set("\"'"))
+    is_any_text = takes_text(hint) and (hint is str or str in get_args(hint))
+    # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
+    stands = is_any_text and not is_quoted_list
     try:
         if stands:
             parts = _split_list(text[1:-1]) if is_list else [text]
@@ -166,24 +158,22 @@ def leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tup
     """
     hints = hints_of(cls)
     for key, value in content.items():
-        section, each = dataclass_of(hints[key]), named_sections(hints[key])
-        if section is not None and isinstance(value, dict) and value:
-            yield from leaves(section, value, f"{prefix}{key}.")
-        elif each is not None and isinstance(value, dict) and value:
+        hint, full = hints[key], f"{prefix}{key}"
+        section, each = dataclass_of(hint), named_sections(hint)
+        has_keys = isinstance(value, dict) and len(value) > 0
+        if section is not None and has_keys:
+            yield from leaves(section, value, f"{full}.")
+        elif each is not None and has_keys:
             for name, content_of_name in value.items():
-                yield from leaves(each, content_of_name, f"{prefix}{key}.{name}.")
-        elif (
-            get_origin(hints[key]) in (list, tuple) and isinstance(value, str) and "${" not in value
-        ):
-            yield f"{prefix}{key}", _split_list(value)
-        elif (
-            get_origin(hints[key]) is list
-            and isinstance(value, int)
-            and not isinstance(value, bool)
-        ):
-            yield f"{prefix}{key}", [value]
+                yield from leaves(each, content_of_name, f"{full}.{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield full, _as_list(hint, value)
+
+
+def _as_list(hint: Any, value: Any) -> Any:
+    if isinstance(value, str) and "${" not in value and get_origin(hint) in (list, tuple):
+        return _split_list(value)
+    return [value] if type(value) is int and get_origin(hint) is list else value
 
 
 def inner_values(key: str, value: Any) -> Iterator[tuple[str, Any]]:

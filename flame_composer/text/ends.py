@@ -165,7 +165,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     ends, bos = ends_of(tokenizer), tokenizer.bos_token_id
-    if ends is not None and ends.bos and bos is not None and ids[:1] != [bos]:
+    is_begun = bos is None or ids[:1] == [bos]
+    if ends is not None and ends.bos and not is_begun:
         ids = [bos, *ids]
     if ids:
         return ids

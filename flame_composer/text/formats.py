@@ -131,9 +131,8 @@ def detect(path: str, size: int) -> Kind:
         (packing for packing, pattern in PACKED.items() if pattern.match(start)), None
     )
     doubt = ""
-    if compression != name.compression and (
-        compression or PARQUET.match(start) or _shape(start) == "lines"
-    ):
+    is_told_by_bytes = bool(compression or PARQUET.match(start)) or _shape(start) == "lines"
+    if compression != name.compression and is_told_by_bytes:
         if name.compression or name.format in ("jsonl", "json", "parquet", "text"):
             doubt = (
                 f"{_said(name)}, but is {compression or 'not packed'} by its first bytes, and is"

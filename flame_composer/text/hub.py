@@ -39,7 +39,8 @@ def open_source(path: str) -> IterableDataset:
 
     source, _, query = path.removeprefix(SCHEME).rpartition("?")
     settings = {key: values[0] for key, values in parse_qs(query).items()}
-    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    looks_like_a_folder = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_a_folder and not os.path.isdir(source):
         raise ConfigError(
             f"source: {source}: no such folder; with split=... it must be one, or a Hugging Face"
             " dataset id"

@@ -46,11 +46,8 @@ def can_be_cut(serialized: str) -> bool:
     """
     state = json.loads(serialized)
     model, before = state["model"], state["pre_tokenizer"]
-    if (
-        model.get("type") != "BPE"
-        or model.get("dropout")
-        or any(map(_reaches_out, state["added_tokens"]))
-    ):
+    is_certain_bpe = model.get("type") == "BPE" and not model.get("dropout")
+    if not is_certain_bpe or any(map(_reaches_out, state["added_tokens"])):
         return False
     steps = _steps(before, "pretokenizers")
     if steps and steps[-1]["type"] == "ByteLevel":

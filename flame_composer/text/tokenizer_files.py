@@ -110,7 +110,8 @@ def _check_config(content: dict[str, Any], path: Path, place: str) -> None:
     inside = os.path.realpath(path.parent)
     for key, value in content.items():
         is_elsewhere = isinstance(value, str) and os.path.dirname(os.path.realpath(value)) != inside
-        if key.endswith("_file") and key != _UNREAD and is_elsewhere and os.path.exists(value):
+        is_read = key.endswith("_file") and key != _UNREAD
+        if is_read and is_elsewhere and os.path.exists(value):
             raise ConfigError(
                 f"tokenizer: {place}: {path.name} names a file elsewhere, {key}={value}; take that"
                 " key out"

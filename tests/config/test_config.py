@@ -1394,7 +1394,7 @@ NO_PATHS = {
 }
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", GIVEN, ids=lambda cls: cls.__name__)
 def test_every_text_key_is_a_path_or_is_known_to_be_none(cls):
     paths, texts = (
         set(getattr(cls, "paths", ())),
