@@ -1,3 +1,1 @@
-"""The dataset on disk: how documents become packed rows in shards, and how it is read, checked
-and described.
-"""
+"""The dataset on disk: writing packed rows into shards, and reading, checking, describing them."""

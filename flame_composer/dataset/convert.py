@@ -1,6 +1,4 @@
-"""One work unit: its documents are read once, told apart by split, encoded, checked and
-committed.
-"""
+"""The conversion of one work unit: its documents are read once, split, encoded and committed."""
 
 from __future__ import annotations
 
@@ -19,23 +17,27 @@ from flame_composer.text.encoder import HF
 from flame_composer.text.tokenizer import Encoder
 
 HASH_KEY = b"flame_composer document"
-# Texts encoded in one call: enough to keep every core busy, little enough memory
+# Characters of text encoded in one call: enough to keep every core busy, without using much memory
 BATCH_CHARACTERS = 4 << 20
-SAMPLE = 256  # one document in so many is encoded by the reference too
+SAMPLE = 256  # one document in this many is also encoded by the reference
 
 
 class EncoderMismatch(Exception):
-    """The fast encoder's tokens of a document are not the reference's; says where."""
+    """A document whose tokens differ between the fast encoder and the reference.
+
+    The message names the first token that differs.
+    """
 
 
 def document_hash(text: str) -> bytes:
-    """16 bytes that depend on the text alone."""
+    """Return a hash of 16 bytes that depends on the text alone."""
     return hashlib.blake2b(text.encode(), digest_size=16, key=HASH_KEY).digest()
 
 
 def split_of(digest: bytes, val_fraction: float) -> Split:
-    """The side a document is on, by its hash: equal documents are on the same side, whatever
-    their order or source.
+    """Return the split of the document with this hash.
+
+    Equal documents are in the same split, whatever their order or source.
     """
     return "val" if int.from_bytes(digest[:8], "big") < round(val_fraction * 2**64) else "train"
 
@@ -50,17 +52,18 @@ def convert_unit(
     encoder: str = HF,
     reference: Encoder | None = None,
 ) -> list[UnitRecord]:
-    """Read work unit `number` once and commit it to each of `datasets` (one a split) that does not
-    have it yet.
+    """Convert work unit `number`, commit it where it is missing, and return the records committed.
 
-    `on_progress` is called after every batch with the documents, tokens and input bytes done with
-    since the last call. A document that cannot be read is left out and counted with
-    `on_error="skip"`, which changes nothing for the others, and raises DataError with "fail";
-    nothing of this unit is committed then.
+    The unit is read once, for all those of `datasets` (one for each split) that lack it.
 
-    `encoder` is what the manifest is to call `encode`. With `reference`, the first document of the
-    unit and one in `SAMPLE` of the others, chosen by their hashes, must have the same tokens by
-    both; EncoderMismatch otherwise.
+    `on_progress` is called after every batch with the number of documents, tokens and input bytes
+    since the last call. With `on_error="skip"`, a document that cannot be read is left out and
+    counted, without effect on the others. With "fail", it raises DataError, and nothing of the
+    unit is committed.
+
+    `encoder` is the name that the manifest records for `encode`. With `reference`, the first
+    document of the unit and one in `SAMPLE` of the others, chosen by their hashes, are encoded by
+    both. EncoderMismatch is raised if their tokens differ.
     """
     with explained(" and ".join(dataset.out for dataset in datasets)):
         missing = [dataset for dataset in datasets if not dataset.is_committed(number)]
@@ -82,7 +85,7 @@ def convert_unit(
 
 
 class _Unit:
-    """A work unit on its way into the datasets that do not have it, a batch of texts at a time."""
+    """A work unit being written, one batch of texts at a time, to the datasets that lack it."""
 
     def __init__(
         self,
@@ -92,20 +95,20 @@ class _Unit:
         reference: Encoder | None,
         on_progress: Callable[[int, int, int], None] | None,
     ):
-        """Arguments as in `convert_unit`; every one of `datasets` lacks the unit."""
+        """Take the arguments of `convert_unit`, with only those `datasets` that lack the unit."""
         self.plan = datasets[0].plan
         self.parts = self.plan.units[number]
         self.place = f"{self.parts[0].path}, unit {unit_name(number)}"
         self.encode, self.reference, self.on_progress = encode, reference, on_progress
         self.writers = {each.plan.split: UnitWriter(each, number) for each in datasets}
         self._texts: dict[Split, list[str]] = {split: [] for split in self.writers}
-        self._sample: list[str] = []  # of texts that the reference encodes too
+        self._sample: list[str] = []  # texts to be encoded by the reference as well
         self._is_first = True
-        self._num_characters = self._num_bytes = 0  # of the batch
+        self._num_characters = self._num_bytes = 0  # in the current batch
         self._reported = [0, 0, 0]  # documents, tokens, bytes
 
     def read(self, on_error: Literal["fail", "skip"]) -> None:
-        """Read the unit's documents and write their tokens."""
+        """Read the unit's documents and write their tokens to each split."""
         skipped = 0
 
         def skip(error: DataError) -> None:
@@ -124,14 +127,15 @@ class _Unit:
             self.writers["train"].counts["documents_skipped"] = skipped
 
     def discard(self) -> None:
-        """Leave nothing of the unit, and take back what was reported of it."""
+        """Delete what was written for the unit, and take back the progress reported for it."""
         self._report(*(-count for count in self._reported))
         for writer in self.writers.values():
             writer.discard()
 
     def _take(self, text: str) -> None:
         digest = document_hash(text)
-        # Before the split is looked at: what is checked must not depend on what is committed.
+        # Sampled before the split is looked at: which documents are checked must not depend on
+        # which splits are committed already.
         if self.reference is not None and (self._is_first or digest[-1] % SAMPLE == 0):
             self._sample.append(text)
         self._is_first = False
@@ -178,5 +182,5 @@ def _check(encode: Encoder, reference: Encoder, sample: Sequence[str], place: st
                 len(found),
             )
             raise EncoderMismatch(
-                f"{place}: token {same} of the document that begins {text[:40]!r} is another one"
+                f"{place}: token {same} of the document that begins {text[:40]!r} differs"
             )

@@ -1,6 +1,4 @@
-"""What a finished dataset says of itself, manifest.json and index.json: reading them without
-trusting them.
-"""
+"""The manifest.json and index.json of a finished dataset, which are read without being trusted."""
 
 from __future__ import annotations
 
@@ -29,14 +27,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where the tokens went: tokens_in + carried_in == tokens_out + carried_out + dropped, always
-    exactly.
+    """Counts that account for every token of a work unit or of a dataset.
 
-    `carried_out` tokens fill no row of their unit; the tail unit carries them in.
-    `documents_skipped` could not be read (`on_error=skip`) and have no tokens; where there are two
-    splits, the train split counts them. `documents_short` of the `documents` are under
-    `min_doc_length`: their tokens are `dropped`, as are the last ones of the dataset, too few for a
-    row. `bytes` are those of the shards.
+    tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
+
+    - `carried_out`: tokens that did not fill a row of their unit. The tail unit counts them as
+      `carried_in`.
+    - `dropped`: the tokens of the `documents_short`, and the last tokens of the dataset, which are
+      too few for a row.
+    - `documents_short`: those of the `documents` that are shorter than `min_doc_length`.
+    - `documents_skipped`: documents that could not be read (`on_error=skip`); they have no tokens.
+      Where there are two splits, the train split counts them.
+    - `bytes`: the size of the shards.
     """
 
     documents: int = 0
@@ -61,8 +63,10 @@ class Ledger:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """One work unit: the inputs it read, the encoder that made its tokens (none for the tail), a
-    hash of its documents' hashes in order, and its ledger.
+    """The record of a committed work unit.
+
+    `inputs` are what it read, and `encoder` made its tokens (None for the tail unit).
+    `documents_hash` is a hash of its documents' hashes, in order.
     """
 
     name: str
@@ -74,7 +78,7 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json: what the dataset was made of, by what, and where every token went."""
+    """The content of manifest.json: what a dataset was made from and how, and its token ledger."""
 
     version: int
     split: Split
@@ -88,13 +92,14 @@ class Manifest:
 
     @property
     def ends(self) -> Ends | None:
-        """What its documents begin and end with; None if its conversion's settings do not say."""
+        """The tokens that documents begin and end with, or None if the settings do not say."""
         return parse_ends(self.config, bos="add_bos", eos="add_eos")
 
 
 def read_manifest(folder: str) -> Manifest:
-    """The manifest of the dataset in a folder, local or in an object store; see
-    `parse_manifest`.
+    """Return the manifest of the dataset in a folder, local or in an object store.
+
+    Raises ConfigError if the folder holds no finished dataset, DataError as `parse_manifest` does.
     """
     path = files.join(folder, "manifest.json")
     if files.stat(path) is None:
@@ -114,16 +119,15 @@ def read_manifest(folder: str) -> Manifest:
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
-    """The manifest in `data`, which is not trusted: every type is checked, and that the ledger
-    balances.
+    """Return the manifest in `data`, which is not trusted: types and ledger are checked.
 
-    Raises DataError, naming `place`, for a manifest that is damaged or of another format version.
+    Raises DataError, naming `place`, if the manifest is damaged or of another format version.
     """
     content = parse_json(data, place)
     version = _take(content, "version", int, place)
     if version != VERSION:
         raise DataError(
-            f"{place}: dataset format version {version}, this flame_composer reads version"
+            f"{place}: dataset format version {version}, but this flame_composer reads version"
             f" {VERSION}; convert the text again or install the matching version"
         )
     units = tuple(parse_record(unit, place) for unit in _take(content, "units", list, place))
@@ -147,8 +151,8 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     if not 1 <= manifest.context_length < MAX_SHARD_BYTES:
         raise damaged(
             place,
-            f"'context_length' must be 1 or more, and {manifest.context_length} tokens fit into no"
-            " shard",
+            "'context_length' must be at least 1, and small enough for a row to fit into a shard;"
+            f" it is {manifest.context_length}",
         )
     whole = sum((unit.ledger for unit in units), Ledger())
     if not (
@@ -162,10 +166,10 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 
 
 def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
-    """The shards that index.json of a folder lists, in order, without looking at them.
+    """Return the shards that a folder's index.json lists, in order, without looking at them.
 
-    The index is not trusted: it must be the one `manifest` was written with, and name files within
-    the folder only. Raises DataError otherwise.
+    The index is not trusted. Raises DataError unless it is the one that `manifest` was written
+    with, and names only files within the folder.
     """
     place = files.join(folder, "index.json")
     if files.stat(place) is None:
@@ -189,7 +193,7 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         if any(shard.get(key) != value for key, value in form.items()):
             raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
         if shard.get("size_limit") is not None:
-            # StreamingDataset, which may read it as well, insists
+            # StreamingDataset may read this index too, and insists on a number
             _take(shard, "size_limit", int, place)
         file = ShardFile(
             basename,
@@ -211,10 +215,10 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
                 place, f"{file.basename}: {file.bytes} bytes are more than a shard can have"
             )
         if file.rows < 1:
-            raise damaged(place, f"{file.basename}: a shard of no rows")
+            raise damaged(place, f"{file.basename}: the shard has no rows")
         if file.rows * row_bytes > file.bytes:
             raise damaged(
-                place, f"{file.basename}: {file.rows} rows do not go into {file.bytes} bytes"
+                place, f"{file.basename}: {file.rows} rows do not fit into {file.bytes} bytes"
             )
     return shards
 
@@ -265,13 +269,15 @@ def _take_id(content: dict[str, Any], key: str, place: str) -> int | None:
 
 
 def _take_encoder(content: dict[str, Any], place: str) -> str | None:
-    content = {"encoder": HF, **content}  # datasets made before there was a choice do not say
+    content = {"encoder": HF, **content}  # not recorded before there was a choice of encoders
     return None if content["encoder"] is None else _take(content, "encoder", str, place)
 
 
 def _take_compression(content: dict[str, Any], place: str) -> Any:
-    """Datasets made before it was recorded went by the name, and passed over damage in bz2 and
-    xz: no input equals those.
+    """Return an input's compression, or tell it from the file's name if it is not recorded.
+
+    Datasets made before it was recorded went by the name, and did not notice damage in bz2 and xz
+    files. Those are marked as unchecked, which makes them differ from any input read now.
     """
     earlier = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2, unchecked", ".xz": "xz, unchecked"}
     if "compression" not in content:
@@ -288,7 +294,7 @@ def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
 
 
 def _ledger(content: Any, place: str) -> Ledger:
-    # Not in datasets made before there was min_doc_length
+    # Datasets made before there was min_doc_length have no such count
     counts = {"documents_short": 0, **content}
     return Ledger(
         **{

@@ -31,13 +31,13 @@ Lengths = NDArray[np.int64]
 
 SHARD_NAME = re.compile(r"units/[A-Za-z0-9_-]+/shard\.[0-9]+\.mds")
 MAX_SHARD_BYTES = 2**32  # offsets within a shard are uint32
-HASH = "xxh64"  # of every shard; what StreamingDataset(validate_hash=...) is to be given
+HASH = "xxh64"  # hash of every shard, to be given to StreamingDataset(validate_hash=...)
 VERSION = 2  # of MDS
-ROWS_AT_ONCE = 1024  # whose document lengths are in memory together, however large the shard
+ROWS_AT_ONCE = 1024  # rows whose document lengths are in memory at once, however large the shard
 
 
 class BadShard(ValueError):
-    """A shard that is not what the index says of it; the message says why, in a few words."""
+    """A shard that does not match its index entry; the message says why, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ShardFile:
 
 
 def column_form(token_dtype: str, context_length: int) -> dict[str, Any]:
-    """Return what index.json says of the columns of every shard of a dataset."""
+    """Return what index.json says about the columns of every shard of a dataset."""
     return {
         "format": "mds",
         "version": VERSION,
@@ -65,7 +65,7 @@ def column_form(token_dtype: str, context_length: int) -> dict[str, Any]:
 
 
 def shard_form(token_dtype: str, context_length: int, size_limit: int) -> dict[str, Any]:
-    """Return what a shard says of itself: its columns, hashes and largest size in bytes."""
+    """Return the configuration stored in a shard: its columns, hashes and size limit in bytes."""
     return {
         **column_form(token_dtype, context_length),
         "compression": None,
@@ -75,7 +75,7 @@ def shard_form(token_dtype: str, context_length: int, size_limit: int) -> dict[s
 
 
 def index_entry(file: ShardFile, form: dict[str, Any]) -> dict[str, Any]:
-    """Return what index.json says of a shard of this `shard_form`."""
+    """Return what index.json says about a shard of this `shard_form`."""
     raw = {"basename": file.basename, "bytes": file.bytes, "hashes": {HASH: file.hash}}
     return {"samples": file.rows, "raw_data": raw, "zip_data": None, **form}
 
@@ -88,8 +88,8 @@ def index_json(entries: list[dict[str, Any]]) -> bytes:
 class ShardWriter:
     """A writer of rows into `folder`, as shard.00000.mds, shard.00001.mds and so on.
 
-    A shard holds as many rows as its size allows. `shards` is what index.json says of those that
-    were written.
+    A shard holds as many rows as its size limit allows. `shards` holds the index entries of the
+    shards written so far.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ShardWriter:
         self.size = 8 + len(self.form_json)
 
     def write(self, rows: Rows) -> None:
-        """Write rows, which reach the disk when a shard is full or on `flush`."""
+        """Add rows; they reach the disk when a shard is full, or on `flush`."""
         assert rows.input_ids.dtype == self.dtype, rows.input_ids.dtype
         for input_ids, doc_lengths in rows:
             lengths = _sized(doc_lengths)
@@ -118,7 +118,7 @@ class ShardWriter:
             self.size += len(row) + 4
 
     def flush(self) -> None:
-        """Write the rows that are waiting, if there are any, as a shard of their own."""
+        """Write the rows that are waiting, if there are any, as a shard."""
         if not self.rows:
             return
         sizes = [8 + 4 * len(self.rows) + len(self.form_json), *map(len, self.rows)]
@@ -140,9 +140,9 @@ class ShardWriter:
 
 
 def _sized(values: NDArray[Any]) -> bytes:
-    """Return an array [n] as uint32 values, behind a byte and n in as few bytes as hold it.
+    """Return an array [n] as bytes: a header byte, n in as few bytes as possible, uint32 values.
 
-    The byte's lower two bits are the logarithm of the number of bytes of n; it is 4 but for them.
+    The header byte is 4 plus log2 of the number of bytes that n takes (1, 2 or 4).
     """
     count = len(values)
     for code, num_bytes in enumerate((1, 2, 4)):
@@ -156,28 +156,28 @@ def _sized(values: NDArray[Any]) -> bytes:
 
 
 def read_offsets(descriptor: int, num_rows: int) -> NDArray[np.uint32]:
-    """Return where in an open shard its rows begin, and where the last one ends [num_rows + 1]."""
+    """Return the byte offsets of an open shard's rows, and of its end [num_rows + 1]."""
     return np.frombuffer(os.pread(descriptor, 4 * (num_rows + 1), 4), "<u4")
 
 
 def decode_row(row: bytes, dtype: np.dtype[Any], context_length: int) -> dict[str, NDArray[Any]]:
     """Return a row's columns: `doc_lengths` [pieces] and `input_ids` [context_length].
 
-    Raises ValueError or IndexError for a row that is not of the form.
+    Raises ValueError or IndexError for a row that does not have the layout.
     """
     end = 4 + int.from_bytes(row[:4], "little")
     doc_lengths = np.frombuffer(row[5 + (1 << (row[4] & 3)) : end], "<u4")
     input_ids = np.frombuffer(row, dtype, offset=end)
-    lengths = doc_lengths.tolist()  # of few numbers, faster than numpy
+    lengths = doc_lengths.tolist()  # faster than numpy for so few numbers
     if min(lengths) < 1 or sum(lengths) != len(input_ids):
-        raise ValueError("the document lengths are not those of the tokens")
+        raise ValueError("the document lengths do not sum to the number of tokens")
     if len(input_ids) != context_length:
-        raise ValueError("there are more or fewer tokens than a row has")
+        raise ValueError("the number of tokens is not the context length")
     return {"doc_lengths": doc_lengths, "input_ids": input_ids}
 
 
 def check_size(path: Path, file: ShardFile) -> None:
-    """Raise BadShard if the shard's file is missing, or larger or smaller than it should be."""
+    """Raise BadShard if the shard's file is missing or of the wrong size."""
     found = files.stat(str(path))
     if found is None:
         raise BadShard("missing")
@@ -186,7 +186,7 @@ def check_size(path: Path, file: ShardFile) -> None:
 
 
 def check_hash(path: Path, file: ShardFile) -> None:
-    """Raise BadShard if the content of the shard's file is not what it was when it was written."""
+    """Raise BadShard if the content of the shard's file has changed since it was written."""
     digest = getattr(xxhash, HASH)()
     try:
         with path.open("rb") as content:
@@ -201,12 +201,12 @@ def check_hash(path: Path, file: ShardFile) -> None:
 
 
 class ShardView:
-    """The rows of a shard's file, looked at many at a time and without reading the whole file."""
+    """The rows of a shard's file, read many at a time, without reading the whole file at once."""
 
     def __init__(self, path: Path, *, num_rows: int, context_length: int, token_dtype: str):
-        """Look at every row's size, not at its tokens.
+        """Map the file and check the size of every row, without looking at the tokens.
 
-        Raises BadShard for rows that are not of the form.
+        Raises BadShard if the file cannot be read, or its rows do not have the layout.
         """
         self.context_length = context_length
         self.dtype = np.dtype(token_dtype)
@@ -241,11 +241,11 @@ class ShardView:
             raise BadShard(f"its row {int(wrong.argmax()):,} is damaged")
 
     def _uint32(self, at: Lengths) -> NDArray[np.uint32]:
-        """Return the numbers at these byte offsets."""
+        """Return the uint32 values at these byte offsets."""
         return self.data[at[:, None] + np.arange(4)].view(np.uint32)[:, 0]
 
     def _doc_lengths(self, first: int, end: int) -> Lengths:
-        """Return the piece lengths of rows `first` to `end`, one row after the other, checked."""
+        """Return the piece lengths of rows `first` to `end` (exclusive), end to end, checked."""
         num_pieces = self.num_pieces[first:end]
         row_ends = np.cumsum(num_pieces)
         within = np.arange(row_ends[-1]) - np.repeat(row_ends - num_pieces, num_pieces)
@@ -264,9 +264,9 @@ class ShardView:
         return lengths
 
     def count(self) -> tuple[Lengths, Lengths]:
-        """Return two counts, each indexed by what it counts.
+        """Return the number of document pieces of each length, and of rows of each piece count.
 
-        The number of document pieces of each length, and that of rows of each number of pieces.
+        The first array is indexed by length in tokens, the second by the number of pieces.
         """
         counts = np.zeros(1, np.int64)
         for first in range(0, len(self.starts), ROWS_AT_ONCE):
@@ -282,7 +282,7 @@ class ShardView:
 
 
 def add(a: Lengths, b: Lengths) -> Lengths:
-    """Return the sum of two counts, the shorter one filled up with zeros."""
+    """Return the sum of two counts, padding the shorter one with zeros."""
     if len(a) < len(b):
         a, b = b, a
     return a + np.pad(b, (0, len(a) - len(b)))

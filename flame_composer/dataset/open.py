@@ -1,4 +1,4 @@
-"""A finished dataset, opened: its manifest and index read and checked, before a row of it is."""
+"""Finished datasets: opening, checking and downloading them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flame_composer.text.tokenizer import TokenizerFingerprint
 class Dataset:
     """A finished dataset, in a local folder, under a URL or both.
 
-    `folder` holds it, or the part of `remote` that has been downloaded so far ("" for one that is
-    looked at where it is). `files` are its shards in row order.
+    `folder` holds the dataset, or the part of `remote` that has been downloaded so far. It is ""
+    for a remote dataset of which nothing is kept locally. `files` are the shards in row order.
     """
 
     folder: str
@@ -32,7 +32,7 @@ class Dataset:
 
     @property
     def place(self) -> str:
-        """Where it is, as the user named it."""
+        """The dataset's URL, or its folder if it has none, as the user named it."""
         return self.remote or self.folder
 
     def locate(self, row: int) -> tuple[int, int]:
@@ -45,8 +45,8 @@ class Dataset:
 def open_dataset(folder: str, remote: str | None = None) -> Dataset:
     """Return the dataset in a folder, local or in an object store; see `Dataset` for `remote`.
 
-    Raises ConfigError or DataError if there is none, or if it is unfinished or damaged. Shards are
-    not looked at: `check_shards` does that.
+    Raises ConfigError or DataError if there is none, or if it is unfinished or damaged. The shards
+    are not looked at: `check_shards` does that.
     """
     manifest = read_manifest(folder)
     dataset = Dataset(folder, remote, manifest, read_index(folder, manifest))
@@ -59,14 +59,14 @@ def open_dataset(folder: str, remote: str | None = None) -> Dataset:
     if listed != totals:
         raise damaged(
             f"{dataset.place.rstrip('/')}/manifest.json",
-            "its totals (rows, shards, bytes) are {}, {}, {}, those of "
-            "index.json {}, {}, {}".format(*totals, *listed),
+            "its totals (rows, shards, bytes) are {}, {}, {}, but those of "
+            "index.json are {}, {}, {}".format(*totals, *listed),
         )
     return dataset
 
 
 def open_at(address: str) -> Dataset:
-    """Return the dataset in a local folder or under a URL, of which nothing is kept here.
+    """Return the dataset in a local folder or under a URL, without keeping anything locally.
 
     Raises ConfigError or DataError as `open_dataset` does.
     """
@@ -87,9 +87,9 @@ def open_at(address: str) -> Dataset:
 
 
 def check_shards(dataset: Dataset) -> None:
-    """Raise DataError that names the first shard that is missing or of another size.
+    """Raise DataError if a shard is missing or has the wrong size, naming the first such shard.
 
-    Looks at sizes only: content is checked when it is read.
+    Only sizes are looked at: content is checked when it is read.
     """
     there = files.find(dataset.folder)
     for file in dataset.files:
@@ -103,7 +103,10 @@ def check_shards(dataset: Dataset) -> None:
 
 
 def check_tokenizer(dataset: Dataset, ours: TokenizerFingerprint, name: str) -> None:
-    """Raise ConfigError that says what differs if another tokenizer than `name` made a dataset."""
+    """Raise ConfigError if the dataset was made with another tokenizer than `ours`.
+
+    The error calls our tokenizer `name`, and says what differs.
+    """
     theirs = dataset.manifest.tokenizer
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "sha256"):
         here, there = getattr(ours, key), getattr(theirs, key)
@@ -116,10 +119,10 @@ def check_tokenizer(dataset: Dataset, ours: TokenizerFingerprint, name: str) -> 
 
 
 def download(source: str, path: Path, *, at_most: int) -> None:
-    """Fetch a file of a remote dataset, which other threads may do as well; see `fetch_file`.
+    """Download a file of a remote dataset, which other threads may do too; see `fetch_file`.
 
-    Raises BadShard if there is more than `at_most` bytes of it, FileNotFoundError, ConfigError, or
-    what the store's client does.
+    Raises BadShard if the file has more than `at_most` bytes (only S3 and local files are checked
+    for that), FileNotFoundError, ConfigError, or an error of the store's client.
     """
     try:
         fetch_file(source, path, most=at_most)

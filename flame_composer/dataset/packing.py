@@ -1,6 +1,4 @@
-"""Documents to rows of exactly `context_length` tokens, with the lengths of the document pieces
-in every row.
-"""
+"""Packing documents into rows of exactly `context_length` tokens, with their piece lengths."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Pieces:
-    """Tokens laid end to end, and the lengths of the document pieces they consist of (all
-    positive, summing to them).
+    """Document pieces: their tokens, end to end, and their lengths in tokens.
+
+    Every length is positive, and they sum to the number of tokens.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -23,7 +22,9 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Rows:
-    """Full rows: `input_ids` [num_rows, context_length]; row r's pieces are
+    """Full rows of tokens, and the lengths of the document pieces in them.
+
+    `input_ids` is [num_rows, context_length]. The piece lengths of row r are
     `doc_lengths[splits[r]:splits[r + 1]]`.
     """
 
@@ -40,7 +41,7 @@ class Rows:
 
 
 def no_pieces(dtype: type[np.unsignedinteger]) -> Pieces:
-    """The tail to start from."""
+    """Return an empty tail, the one to start packing with."""
     return Pieces(np.zeros(0, dtype), np.zeros(0, np.int64))
 
 
@@ -50,18 +51,17 @@ def pack(
     context_length: int,
     tail: Pieces,
 ) -> tuple[Rows, Pieces]:
-    """Cut `tail` followed by the documents into rows; what does not fill a row is the tail for the
-    next call.
+    """Cut `tail` followed by the documents into rows, and return the rows and the new tail.
 
-    A document that meets the end of a row goes on in the next one as another piece; an empty
-    document leaves no piece. Only the sequence of documents matters, not how it is divided into
-    calls.
+    The new tail holds the tokens that do not fill a row, for the next call. A document that reaches
+    the end of a row continues in the next one as another piece. An empty document leaves no piece.
+    The rows depend only on the sequence of documents, not on how it is divided into calls.
 
     Args:
         tokens: the documents' tokens, end to end, [sum(doc_lengths)].
         doc_lengths: tokens in each document, [num_documents].
         context_length: tokens per row.
-        tail: what the previous call left (`no_pieces(dtype)` at first); fewer than
+        tail: the tail that the previous call returned (`no_pieces(dtype)` at first), of fewer than
             `context_length` tokens.
     """
     assert len(tokens) == doc_lengths.sum(), (len(tokens), doc_lengths.sum())
@@ -83,9 +83,7 @@ def pack(
 
 
 def cut(doc_lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-    """The lengths of the pieces when every document of more than `longest` tokens is cut after
-    each `longest` of them.
-    """
+    """Return the lengths of the pieces when each document is cut after every `longest` tokens."""
     whole, rest = np.divmod(doc_lengths, longest)
     has_rest = rest > 0
     num_pieces = whole + has_rest
@@ -95,7 +93,7 @@ def cut(doc_lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
 
 
 def shuffled(parts: Sequence[Pieces], seed: Sequence[int]) -> Pieces:
-    """The documents of `parts` in an order that depends on `seed` and their number alone."""
+    """Return the documents of `parts`, shuffled; only `seed` and their number decide the order."""
     tokens = np.concatenate([part.tokens for part in parts])
     doc_lengths = np.concatenate([part.doc_lengths for part in parts])
     order = np.random.default_rng(seed).permutation(len(doc_lengths))

@@ -1,4 +1,4 @@
-"""A conversion's plan: its settings and its work units, on which every byte depends."""
+"""The plan of a conversion: its settings and work units, on which every byte depends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from flame_composer.text.tokenizer import TokenizerFingerprint
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a dataset's bytes depend on. `config` holds the conversion settings, JSON values
-    only, and says whatever the other fields do not. `units` holds the inputs of every unit by
-    its number; of one unit alone in a worker (`DatasetWriter.only`).
+    """Everything that a dataset's bytes depend on.
+
+    `config` holds all conversion settings that the other fields do not, as JSON values. `units`
+    holds the inputs of every unit by its number, or in a worker those of one unit alone
+    (`DatasetWriter.only`).
     """
 
     split: Split
@@ -31,10 +33,10 @@ class Plan:
 
 
 def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
-    """The files in order, grouped into work units of about `unit_size` bytes; large files are
-    split.
+    """Return the files in order, grouped into work units of about `unit_size` bytes.
 
-    Depends on the files alone (names, sizes, first bytes), never on the number of workers.
+    Large files are split. The units depend on the files alone (names, sizes, first bytes), never on
+    the number of workers.
     """
     units: list[Unit] = []
     unit: list[Slice] = []
@@ -53,11 +55,12 @@ def unit_name(number: int) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON holds it, lists for tuples."""
+    """Return the plan as JSON values, with lists in place of tuples."""
     return json.loads(dump_json({"version": VERSION, **dataclasses.asdict(plan)}))
 
 
 def plan_of(manifest: Manifest) -> dict[str, Any]:
+    """Return the plan that a finished dataset was made by, as `plan_json` does."""
     units = tuple(record.inputs for record in manifest.units if record.name != TAIL)
     return plan_json(
         Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units)
@@ -65,8 +68,9 @@ def plan_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def inputs_of(units: Any) -> dict[str, str]:
-    """The input files of a plan in a few words that differ when the files, their sizes or
-    versions do, and what each is read as.
+    """Return short descriptions of a plan's input files and of the formats they are read as.
+
+    They differ whenever the files, their sizes, their versions or their formats do.
     """
     sizes: dict[str, int] = {}
     versions: dict[str, str] = {}
@@ -88,12 +92,16 @@ def inputs_of(units: Any) -> dict[str, str]:
 
 
 def is_newer(unit: Unit, committed: float) -> bool:
-    """Whether a file was written since; in an object store, versions tell."""
+    """Return whether a local input file was written to, or deleted, after the time `committed`.
+
+    Objects in a store are not looked at: their versions tell.
+    """
     paths = (part.path for part in unit if part.format != "dataset" and part.version is None)
     return any(found is None or found.modified > committed for found in map(stat, paths))
 
 
 def moved(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a shard's index entry with `prefix` before its basename."""
     return {
         **shard,
         "raw_data": {**shard["raw_data"], "basename": prefix + shard["raw_data"]["basename"]},

@@ -1,6 +1,4 @@
-"""What a dataset holds as a person reads it: tables, histograms and sample rows as text 100
-columns wide, and as a PNG.
-"""
+"""A dataset's content for people: tables, histograms and sample rows (100 columns), and a PNG."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
-    """What the dataset is; `tokenizer` names the one that was found to be its own."""
+    """Return lines that describe the dataset; `tokenizer` names the one found to match it."""
     manifest = dataset.manifest
     totals, theirs = manifest.totals, manifest.tokenizer
     inputs = {part.path: part.num_bytes for unit in manifest.units for part in unit.inputs}
@@ -72,7 +70,7 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
 
 
 def ledger_table(dataset: Dataset) -> list[str]:
-    """Every unit's ledger, the first and last ones if there are many, and the totals."""
+    """Return a table of the units' ledgers (of many units, the first and last) and the totals."""
     units = dataset.manifest.units
     names = [
         "unit",
@@ -133,7 +131,7 @@ def _counts(ledger: Ledger) -> list[str]:
 
 
 def histograms(dataset: Dataset, survey: Survey) -> list[str]:
-    """The lengths of document pieces and their number in a row, in bins that double."""
+    """Return histograms of the document pieces' lengths, and of the number of pieces in a row."""
     pieces = int(survey.piece_lengths.sum())
     rows = int(survey.pieces_per_row.sum())
     context_length = dataset.manifest.context_length
@@ -163,8 +161,9 @@ def histograms(dataset: Dataset, survey: Survey) -> list[str]:
 def histogram(
     counts: Lengths, size_name: str, name: str, *, of_size: str, whole: int | None = None
 ) -> list[str]:
-    """`counts[n]` things of size n in bins 1, 2-3, 4-7, ...; the size `whole` has a bin of its
-    own.
+    """Return a histogram of `counts[n]` things of size n, with bins 1, 2-3, 4-7 and so on.
+
+    The size `whole` has a bin of its own.
     """
     top = len(counts) - 1
     edges = [1 << i for i in range(top.bit_length())]
@@ -198,21 +197,23 @@ def histogram(
 
 
 def bar(fraction: float) -> str:
-    """A bar of eighths of a column; whatever is more than nothing can be seen."""
+    """Return a bar, in steps of an eighth of a column; any fraction above 0 is visible."""
     eighths = max(round(fraction * BAR * 8), 1 if fraction > 0 else 0)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def quantile(counts: Lengths, fraction: float) -> int:
-    """The smallest size that is no smaller than this fraction of the things counted; 0 if there
-    are none.
+    """Return the smallest size that this fraction of the things counted does not exceed.
+
+    Returns 0 if there are none.
     """
     return int(np.searchsorted(np.cumsum(counts), fraction * counts.sum())) if counts.any() else 0
 
 
 def show_row(row: Row, decode: Decode | None, *, whole: bool) -> list[str]:
-    """A row's document pieces one under the other, as text or, without `decode`, as token ids;
-    unless `whole`, the middle of long pieces and of long lists of pieces is left out.
+    """Return lines that show a row's document pieces, as text or, without `decode`, as token ids.
+
+    Unless `whole`, the middle of long pieces and of long lists of pieces is left out.
     """
     ends = np.cumsum(row.doc_lengths)
     blocks: list[list[str]] = []
@@ -257,15 +258,16 @@ def _id_lines(ids: NDArray[Any]) -> list[str]:
 
 
 def _text_lines(text: str) -> list[str]:
-    """Lines that fit, the text's own line ends visible."""
+    """Return the text as lines that fit the width, with its own line ends made visible."""
     return [
         part for line in text.splitlines(keepends=True) for part in _fold(visible(line), WIDTH - 2)
     ]
 
 
 def _fold(line: str, width: int) -> Iterator[str]:
-    """Parts of a line of at most `width` columns; East Asian characters take two, combining ones
-    none.
+    """Yield the parts of a line, each at most `width` columns wide.
+
+    East Asian characters take two columns, combining characters none.
     """
     part, used = "", 0
     for character in line:
@@ -297,7 +299,7 @@ def _setting(value: Any) -> str:
 
 
 def verdict(dataset: Dataset, survey: Survey) -> str:
-    """How much of the dataset was looked at, and whether it is whole."""
+    """Return a sentence on how much of the dataset was checked, and whether it is whole."""
     shards, verified = plural(len(dataset.files), "shard"), survey.num_verified
     if survey.bad:
         names = [visible(name) for name in survey.bad]
@@ -314,7 +316,7 @@ def verdict(dataset: Dataset, survey: Survey) -> str:
 
 
 def summary(dataset: Dataset, survey: Survey) -> dict[str, Any]:
-    """What was found, for a program to read."""
+    """Return what was found, as JSON values for a program to read."""
     manifest = dataset.manifest
     read = {
         "shards_read": survey.num_read,
@@ -336,9 +338,9 @@ def summary(dataset: Dataset, survey: Survey) -> dict[str, Any]:
 
 
 def draw(dataset: Dataset, survey: Survey, path: str) -> None:
-    """A histogram of the lengths of document pieces, and of the tokens in them, as a PNG.
+    """Write a PNG with a histogram of document piece lengths, and of the tokens in the pieces.
 
-    Pieces as long as a row would dwarf all others, so they are stated above it.
+    Pieces as long as a row would dwarf all others, so the title states them instead.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -346,7 +348,7 @@ def draw(dataset: Dataset, survey: Survey, path: str) -> None:
     context_length = dataset.manifest.context_length
     lengths = np.arange(1, context_length + 1)
     counts = np.pad(survey.piece_lengths, (0, context_length + 1 - len(survey.piece_lengths)))[1:]
-    # Four bins an octave, where lengths are far enough apart for that.
+    # Four bins for every doubling of the length, or fewer where lengths are too close together.
     edges = np.unique(
         np.round(np.geomspace(1, context_length, 1 + 4 * context_length.bit_length())).astype(
             np.int64

@@ -1,4 +1,4 @@
-"""A look into a finished dataset without trusting it: what its shards hold, and what is wrong.
+"""A survey of a finished dataset, which is not trusted: what its shards hold, and what is wrong.
 
 Shards are read with numpy, since importing streaming takes seconds.
 """
@@ -28,8 +28,10 @@ from flame_composer.dataset.open import Dataset, download_at_most
 
 @dataclass(frozen=True)
 class Row:
-    """`number` counts through the dataset. `input_ids` are cut into document pieces of
-    `doc_lengths` tokens.
+    """A row, and the name of the shard that holds it.
+
+    `number` is the row's number within the whole dataset. `input_ids` consist of document pieces
+    of `doc_lengths` tokens.
     """
 
     number: int
@@ -40,10 +42,10 @@ class Row:
 
 @dataclass
 class Survey:
-    """What was found in the shards that were read.
+    """The findings about the shards that were read.
 
-    `piece_lengths[n]` is the number of document pieces of n tokens, `pieces_per_row[n]` that of
-    rows of n pieces; `bad` says of a shard what is wrong with it.
+    `piece_lengths[n]` is the number of document pieces of n tokens, and `pieces_per_row[n]` the
+    number of rows of n pieces. `bad` maps the name of a bad shard to what is wrong with it.
     """
 
     piece_lengths: Lengths = field(default_factory=lambda: np.zeros(1, np.int64))
@@ -55,14 +57,15 @@ class Survey:
 
 
 def spread(count: int, total: int) -> list[int]:
-    """At most `count` of the numbers below `total`, evenly spread, never the same twice."""
+    """Return at most `count` different numbers below `total`, evenly spread."""
     count = min(count, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def choose_shards(files: Sequence[ShardFile], max_bytes: int | None) -> set[int]:
-    """The numbers of shards, evenly spread and at least one, that have about `max_bytes`
-    together; all for None.
+    """Return the numbers of evenly spread shards that have about `max_bytes` bytes together.
+
+    That is at least one shard, and all of them if `max_bytes` is None.
     """
     total = sum(file.bytes for file in files)
     count = (
@@ -82,13 +85,15 @@ def survey(
     on_progress: Callable[[int], None],
     on_bad: Callable[[str, str], None],
 ) -> Survey:
-    """Read the shards of these numbers, which hold the `rows` that are wanted; with `hash`, check
-    their hashes.
+    """Read the shards with these numbers, and return what they hold and what is wrong with them.
 
-    What is downloaded is always hashed, and the sizes of all local shards are checked. Calls
-    `on_progress` with the bytes of every shard read, and `on_bad` with the name of a bad one and
-    what is wrong. At most one remote shard at a time is on the disk, and no shard in memory as a
-    whole.
+    `rows` are the numbers of rows to return, which must be in these shards. With `hash`, the hashes
+    of local shards are checked; those of downloaded shards always are. The sizes of all local
+    shards are checked, also of those that are not read.
+
+    Calls `on_progress` with the size in bytes of every shard read, and `on_bad` with the name of
+    a bad shard and what is wrong with it. At most one remote shard at a time is on disk, and no
+    shard is in memory as a whole.
     """
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row in rows:
@@ -131,7 +136,10 @@ def survey(
 
 @contextmanager
 def local_copy(dataset: Dataset, file: ShardFile) -> Iterator[Path]:
-    """The shard as a local file; a remote one is downloaded and goes when it is done with."""
+    """Yield the path of a shard's local file; a remote shard is downloaded, and deleted at the end.
+
+    Raises BadShard if it cannot be downloaded.
+    """
     if dataset.remote is None:
         yield Path(dataset.folder, file.basename)
         return

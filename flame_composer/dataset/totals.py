@@ -1,4 +1,4 @@
-"""What a conversion has come to, while it goes on and at its end, for people."""
+"""The progress and the totals of a conversion, shown to people."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLUMNS = (
 
 
 def totals_table(manifests: Sequence[Manifest]) -> str:
-    """Return a table of the totals, a row a dataset: tokens in = tokens out + dropped."""
+    """Return a table of the totals, one row per dataset: tokens in = tokens out + dropped."""
     lines = [
         ("split", *(column.replace("documents_", "").replace("_", " ") for column in _COLUMNS))
     ]
@@ -40,10 +40,10 @@ def totals_table(manifests: Sequence[Manifest]) -> str:
 
 
 class Progress:
-    """Counts what a conversion has done with, and shows it as a bar where there is a terminal."""
+    """A count of what a conversion has done, shown as a progress bar where there is a terminal."""
 
     def __init__(self, num_bytes: int, done: int):
-        """`num_bytes` of input in all, `done` of which earlier attempts have committed."""
+        """Begin at `done` of `num_bytes` input bytes, the part that earlier attempts committed."""
         self.num_documents = self.num_tokens = 0
         self._started = time.monotonic()
         self._bar = tqdm(total=num_bytes, initial=done, unit="B", unit_scale=True, disable=None)
@@ -56,11 +56,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """The time since it was made."""
+        """The time in seconds since this object was made."""
         return time.monotonic() - self._started
 
     def update(self, documents: int, tokens: int, num_bytes: int) -> None:
-        """Add what was done with since the last time."""
+        """Add what was done since the last call."""
         self.num_documents += documents
         self.num_tokens += tokens
         rate = f"{self.num_tokens / self.seconds:,.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""One work unit of a dataset being written: its shards and its record, committed or discarded."""
+"""The writing of one work unit: its shards and its record, then committed or discarded."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 
 class UnitWriter:
-    """Writes one work unit, or the tail unit (`number` None), into a temporary folder; `commit`
-    puts it in its place with one rename, or uploads it.
+    """A writer of one work unit, or of the tail unit (`number` is None).
+
+    It writes into a temporary folder, which `commit` moves into place by one rename, or uploads.
     """
 
     def __init__(self, dataset: DatasetWriter, number: int | None):
         self.plan, self.number = dataset.plan, number
         self.name = TAIL if number is None else unit_name(number)
-        # A name of its own: whoever else is at work on this unit must not write into the same
-        # folder.
+        # A unique name: no other process that works on this unit may write into the same folder.
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
         self.final = files.join(dataset.out, "units", self.name)
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
         self.tail = no_pieces(dtype)
-        self.waiting = [no_pieces(dtype)]  # with a seed, the unit's documents, to be shuffled
+        self.waiting = [no_pieces(dtype)]  # the unit's documents if a seed is to shuffle them
         self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
         self.hash = hashlib.blake2b(digest_size=16)
         self.mds = ShardWriter(
@@ -45,7 +45,7 @@ class UnitWriter:
         )
 
     def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
-        """Append documents: their tokens, end to end, and the number of tokens of each."""
+        """Add documents, given their tokens, end to end, and the number of tokens of each."""
         self.counts["documents"] += len(doc_lengths)
         self.counts["tokens_in"] += len(tokens)
         minimum = self.plan.config["min_doc_length"]
@@ -60,7 +60,7 @@ class UnitWriter:
             self.waiting.append(Pieces(tokens, doc_lengths))
 
     def carry(self, tail: Pieces) -> None:
-        """Append what filled no row of another unit, which has counted it."""
+        """Append the tail of another unit, which has already counted its documents and tokens."""
         self.counts["carried_in"] += len(tail.tokens)
         self._pack(tail.tokens, tail.doc_lengths)
 
@@ -72,7 +72,10 @@ class UnitWriter:
         self.counts["rows"] += len(rows)
 
     def commit(self, encoder: str | None) -> UnitRecord:
-        """Put the unit in its place; `encoder` is what made its tokens, None for the tail unit."""
+        """Put the unit in its place, and return its record.
+
+        `encoder` is the name of the encoder that made its tokens, None for the tail unit.
+        """
         if self.number is not None and self.plan.config["seed"] is not None:
             documents = shuffled(self.waiting, [self.plan.config["seed"], self.number])
             self._pack(documents.tokens, documents.doc_lengths)
@@ -103,9 +106,10 @@ class UnitWriter:
         try:
             files.put_folder(self.temporary, self.final, "unit.json")
         except FileExistsError:
-            # Another process has committed this unit, and the same plan gives the same bytes
+            # Another process has committed this unit, from the same plan and so with the same bytes
             self.discard()
         return record
 
     def discard(self) -> None:
+        """Delete what has been written and is not committed."""
         shutil.rmtree(self.temporary, ignore_errors=True)

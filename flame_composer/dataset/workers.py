@@ -1,5 +1,7 @@
-"""Work units on a pool of processes or a Dask cluster: who converts which, what they report,
-what happens if one dies.
+"""Conversion of work units by a pool of processes or by a Dask cluster.
+
+The units are handed out to workers, their progress and warnings are collected, and the death of a
+worker becomes an error.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 OnProgress = Callable[[int, int, int], None]
 
-# Imported once, in the process that workers come from: nothing of the seconds that transformers,
-# streaming or torch take.
+# Imported once, in the process that workers are forked from. Nothing here may import transformers,
+# streaming or torch, which take seconds.
 PRELOADED = [
     "flame_composer.fork_server",
     "flame_composer.config.cli",
@@ -40,16 +42,19 @@ PRELOADED = [
     "tokenizers",
     "tqdm",
 ]
-MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond gives its place to a new one
-MAX_INPUT = 4 << 30  # input bytes a worker converts before it does the same
-SMALL_INPUT = 4 << 20  # bytes of a unit that is not worth the start of a process
+MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond this is replaced by a new one
+MAX_INPUT = 4 << 30  # input bytes that a worker converts before it is replaced
+SMALL_INPUT = 4 << 20  # input bytes up to which a single unit is not worth starting a process
 POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How text becomes datasets; `encoder` is what `encoder.choose_encoder` named."""
+    """The datasets to write, and how text is encoded for them.
+
+    `encoder` is the name that `encoder.choose_encoder` returned.
+    """
 
     datasets: tuple[DatasetWriter, ...]
     tokenizer: BareTokenizer
@@ -60,22 +65,23 @@ class Conversion:
     on_error: Literal["fail", "skip"]
 
     def settings(self) -> Conversion:
-        """Return what every unit needs: all but the datasets, which hold the inputs of all
-        units.
+        """Return what all units share: everything but the datasets, which hold every unit's inputs.
+
+        The datasets that one unit needs come from `unit`.
         """
         return dataclasses.replace(self, datasets=())
 
     def unit(self, number: int) -> tuple[DatasetWriter, ...]:
-        """Return what unit `number` alone needs."""
+        """Return the datasets with only what unit `number` needs."""
         return tuple(dataset.only(number) for dataset in self.datasets)
 
     def num_bytes(self, number: int) -> int:
-        """Return the size of a unit's input, bytes."""
+        """Return the size of a unit's input in bytes."""
         return sum(part.num_bytes for part in self.datasets[0].plan.units[number])
 
 
 class UnitConverter:
-    """Converts units in the process it is made in, which builds the encoders once."""
+    """A converter of units in the process that makes it, where it builds the encoders once."""
 
     def __init__(self, conversion: Conversion):
         self.conversion = conversion
@@ -91,8 +97,9 @@ class UnitConverter:
     def convert(
         self, datasets: Sequence[DatasetWriter], number: int, on_progress: OnProgress
     ) -> str | None:
-        """Convert and commit unit `number`; returns a warning if it had to be done again with
-        the slower encoder.
+        """Convert and commit unit `number`, and return a warning or None.
+
+        The warning says that the unit had to be converted again with the slower encoder.
         """
         conversion = self.conversion
         common = (datasets, number)
@@ -111,11 +118,11 @@ class UnitConverter:
         except EncoderMismatch as mismatch:
             if conversion.on_mismatch == "fail":
                 raise DataError(
-                    f"{mismatch} to {conversion.encoder} than to {HF}; set encoder=auto or hf"
+                    f"{mismatch} between {conversion.encoder} and {HF}; set encoder=auto or hf"
                 ) from None
             convert_unit(*common, self.exact, conversion.on_error, on_progress)
             return (
-                f"{mismatch} to {conversion.encoder} than to {HF}; this unit was encoded with {HF}"
+                f"{mismatch} between {conversion.encoder} and {HF}; this unit was encoded with {HF}"
             )
         return None
 
@@ -127,16 +134,17 @@ def convert_units(
     on_progress: OnProgress,
     cluster: str | None = None,
 ) -> Iterator[str]:
-    """Convert and commit the units `numbers`, in any order, on `num_workers` processes; yields
-    warnings.
+    """Convert and commit the units `numbers`, in any order, and yield warnings.
 
-    With `cluster`, the address of a Dask scheduler, its workers do it instead. A single small unit
-    is converted in this process where there is no cluster; a large one may ask for more memory than
-    there is, which ends a process. `on_progress` is called in this process with the documents,
-    tokens and input bytes done with since the last call. The first error stops all of them, and
-    units that were not committed are left for the next time.
+    They are converted by `num_workers` processes or, with `cluster`, the address of a Dask
+    scheduler, by its workers. Without a cluster, a single unit is converted in this process if it
+    is small. (A large one may ask for more memory than there is, and that ends a process.)
 
-    Raises DataError if a process dies, ConfigError if there is no such cluster.
+    `on_progress` is called in this process with the number of documents, tokens and input bytes
+    since the last call. The first error stops all workers, and units that were not committed are
+    left for the next run.
+
+    Raises DataError if a process dies, ConfigError if the cluster cannot be used.
     """
     if cluster is not None:
         yield from _convert_on_cluster(conversion, numbers, cluster, on_progress)
@@ -150,8 +158,8 @@ def convert_units(
             )
             return
         yield (
-            "there can be no worker processes without a /dev/shm that can be written to; converting"
-            " in this one"
+            "worker processes need a writable /dev/shm, which this machine does not have;"
+            " converting in this process"
         )
     converter = UnitConverter(conversion)
     for number in numbers:
@@ -178,7 +186,7 @@ def _convert_on_cluster(
         ) from None
     with client:
         executor = client.get_executor()
-        # Once to a worker, not once with every unit
+        # Sent once to each worker, not once with each unit
         sent = client.scatter(conversion.settings(), hash=False)
         futures = {
             executor.submit(_convert_alone, sent, conversion.unit(number), number): number
@@ -202,18 +210,18 @@ def _convert_on_cluster(
 
 
 class _Lane:
-    """A pool of one process, made anew when that has grown too large.
+    """A pool of one process, which is replaced when it has grown too large.
 
-    (`ProcessPoolExecutor(max_tasks_per_child=...)` can stop for good when a process leaves:
-    python/cpython#115634.)
+    `ProcessPoolExecutor(max_tasks_per_child=...)` would do this too, but it can hang when a process
+    leaves (python/cpython#115634).
     """
 
     def __init__(self, conversion: Conversion):
         self.conversion = conversion
-        # Documents, tokens and bytes so far; written by the process alone
+        # Documents, tokens and bytes so far; only the worker process writes them
         self.counts = RawArray("q", 3)
         self.reported = [0, 0, 0]
-        self.num_bytes = 0  # of input, that the process was given
+        self.num_bytes = 0  # input bytes given to the worker process
         self.executor: ProcessPoolExecutor | None = None
 
     def submit(self, number: int) -> Future[tuple[str | None, int]]:
@@ -227,7 +235,7 @@ class _Lane:
         return self.executor.submit(_convert, self.conversion.unit(number), number)
 
     def news(self) -> list[int]:
-        """What was counted since the last call."""
+        """Return the documents, tokens and bytes counted since the last call."""
         counts = list(self.counts)
         news = [now - before for now, before in zip(counts, self.reported, strict=True)]
         self.reported = counts
@@ -280,7 +288,7 @@ def _convert_on_pool(
 
 @contextmanager
 def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
-    """Stops the processes in the middle of their units if the body is left by an exception."""
+    """Close the lanes at the end; if the body raises, kill their processes even in mid-unit."""
     try:
         with ending_children():
             yield
@@ -298,8 +306,8 @@ _thread = threading.local()
 def _convert_alone(
     conversion: Conversion, datasets: Sequence[DatasetWriter], number: int
 ) -> tuple[str | None, list[int]]:
-    """Returns a warning, if any, and the documents, tokens and bytes done with."""
-    # A worker has as many threads as it may use cores
+    """Convert a unit; return a warning or None, and its number of documents, tokens and bytes."""
+    # A worker already runs as many of these threads as it may use cores
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if getattr(_thread, "conversion", None) is not conversion:
         _thread.conversion, _thread.converter = conversion, UnitConverter(conversion)
@@ -320,13 +328,13 @@ _worker: dict[str, Any] = {}
 def _start(conversion: Conversion, counts: Any) -> None:
     end_with_parent()
     clean_streams()
-    # One core each; read when the encoder starts its first thread.
+    # One core for each worker; the encoders read these when they start their first thread.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     _worker.update(conversion=conversion, counts=counts)
 
 
 def _convert(datasets: Sequence[DatasetWriter], number: int) -> tuple[str | None, int]:
-    """Returns a warning, if any, and the most memory this process has taken, bytes."""
+    """Convert a unit; return a warning or None, and this process's peak memory in bytes."""
     if "converter" not in _worker:
         _worker["converter"] = UnitConverter(_worker["conversion"])
     counts = _worker["counts"]

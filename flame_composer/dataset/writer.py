@@ -1,17 +1,16 @@
-"""The dataset on disk: work units and their atomic commit, the manifest and its token ledger,
-index.json last.
+"""The writing of a dataset: units committed one by one, then the manifest, then the index.
 
-    out/index.json          what StreamingDataset reads; comes last: who has it is whole
-    out/manifest.json       `Manifest`
+    out/index.json          what StreamingDataset reads; written last, so a folder with it is whole
+    out/manifest.json       see `Manifest`
     out/units/000000/       one work unit: shard.00000.mds ..., unit.json, and the rest in tail.npy
     out/units/tail/         the rows made of the units' tails, in unit order
     out/plan.json, out/tmp/ only while a conversion is unfinished
 
-In an object store the same, but for tmp/: a unit is made in a temporary local folder (`staging`)
-and uploaded; unit.json goes last, and there is no unit without it.
+An object store holds the same files, but no tmp/. A unit is made in a temporary local folder
+(`staging`) and uploaded, unit.json last: a unit without it does not count.
 
-Every file depends on the plan alone: not on when, how often interrupted, or in what order its units
-were converted.
+Every file depends on the plan alone, not on when the units were converted, in what order, or how
+often that was interrupted.
 """
 
 from __future__ import annotations
@@ -65,16 +64,12 @@ from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.encoder import HF
 from flame_composer.text.tokenizer import token_dtype
 
-# What is to be converted
-
-
-# Writing
-
 
 @dataclass(frozen=True)
 class DatasetWriter:
-    """A dataset in the making: `out` is its folder, or the URL of one. Holds nothing that is not
-    there, so any process can have one.
+    """A writer of the dataset that is made by `plan` in the folder `out`, which may be a URL.
+
+    It keeps nothing that is not in the folder, so any process can have one.
     """
 
     out: str
@@ -82,8 +77,9 @@ class DatasetWriter:
 
     @property
     def staging(self) -> Path:
-        """The local folder that units are made in: on the same disk, or in TMPDIR for those that
-        are then uploaded.
+        """The local folder in which units are made before they are moved or uploaded.
+
+        It is inside `out`, and so on the same disk, or in TMPDIR if `out` is a URL.
         """
         if not is_url(self.out):
             return Path(self.out, "tmp")
@@ -91,8 +87,9 @@ class DatasetWriter:
         return private_folder() / name
 
     def only(self, number: int) -> DatasetWriter:
-        """Return what the conversion of one unit needs of this: sending every unit's inputs with
-        each would be quadratic.
+        """Return a writer with the inputs of one unit only, which is all that its conversion needs.
+
+        Sending the inputs of all units along with each unit would be quadratic.
         """
         return dataclasses.replace(
             self, plan=dataclasses.replace(self.plan, units={number: self.plan.units[number]})
@@ -102,11 +99,10 @@ class DatasetWriter:
         return files.join(self.out, *names)
 
     def finished(self) -> Manifest | None:
-        """The manifest if this very plan is already finished in the folder, None if there is work
-        to do.
+        """Return the manifest if the folder holds this plan's finished dataset, else None.
 
-        Raises ConfigError if the folder holds something else, and DataError if a finished dataset
-        is damaged.
+        None means that there is work to do. Raises ConfigError if the folder holds something else,
+        and DataError if the finished dataset is damaged.
         """
         out = self.out
         if files.stat(out) is not None:
@@ -123,8 +119,8 @@ class DatasetWriter:
             self._clean()
             return manifest
         if "plan.json" in names:
-            # Inputs may have been mended since the conversion stopped; `is_committed` sees to the
-            # units they are in.
+            # Inputs may differ: they may have been mended since the conversion stopped, and
+            # `is_committed` refuses the units made from their earlier content.
             self._refuse_difference(read_json(self._place("plan.json")), inputs_too=False)
         elif any(name != "plan.json.tmp" for name in names):
             raise ConfigError(
@@ -134,9 +130,7 @@ class DatasetWriter:
         return None
 
     def begun_encoder(self) -> str | None:
-        """The encoder of the conversion that the folder holds, finished or not; None if it holds
-        none.
-        """
+        """Return the encoder of the conversion in the folder, finished or not, or None."""
         for name in ("manifest.json", "plan.json"):
             if files.stat(self._place(name)) is not None:
                 content = read_json(self._place(name))
@@ -145,9 +139,7 @@ class DatasetWriter:
         return None
 
     def begin(self) -> None:
-        """Take possession of the folder, or go on with the conversion that was interrupted in
-        it.
-        """
+        """Claim the folder for this plan, or continue the conversion that was interrupted in it."""
         with explained(self.out):
             if not is_url(self.out):
                 Path(self.out).mkdir(parents=True, exist_ok=True)
@@ -157,7 +149,7 @@ class DatasetWriter:
                 Path(self.out, "units").mkdir(exist_ok=True)
 
     def uncommitted(self) -> set[int]:
-        """The numbers of the units that are still to be converted."""
+        """Return the numbers of the units that are still to be converted."""
         with explained(self.out):
             there = set(files.ls(self._place("units")))
             begun = [number for number in range(len(self.plan.units)) if unit_name(number) in there]
@@ -169,8 +161,9 @@ class DatasetWriter:
             return set(range(len(self.plan.units))) - set(committed)
 
     def is_committed(self, number: int) -> bool:
-        """Whether the unit is there, whole, and made from the inputs as they are now; if there
-        but not so, it goes.
+        """Return whether the unit is there, whole, and made from the inputs as they are now.
+
+        A unit that is there but fails the other two conditions is deleted.
         """
         folder = self._place("units", unit_name(number))
         there = files.find(folder)
@@ -192,10 +185,9 @@ class DatasetWriter:
         return False
 
     def publish(self) -> Manifest:
-        """Pack the units' tails, then publish manifest.json and, last, index.json. Every unit must
-        be committed.
+        """Pack the units' tails, write manifest.json and, last, index.json; return the manifest.
 
-        Raises DataError if the documents do not fill a single row.
+        Every unit must be committed. Raises DataError if the documents do not fill a single row.
         """
         with explained(self.out):
             return self._publish()
@@ -242,7 +234,7 @@ class DatasetWriter:
         return manifest
 
     def _write_tail(self, tails: list[NDArray[Any]], doc_lengths: list[NDArray[np.int64]]) -> None:
-        """Write the tokens that filled no row of their unit as a unit of their own."""
+        """Write the tail unit, made of the tokens that filled no row of their own unit."""
         files.retract_folder(self._place("units", TAIL), "unit.json")
         writer = UnitWriter(self, None)
         try:
@@ -254,7 +246,7 @@ class DatasetWriter:
             raise
 
     def _check_totals(self, totals: Ledger) -> None:
-        """Raise DataError for a dataset without a row."""
+        """Raise DataError if the dataset has no documents, or none that fill a row."""
         assert totals.balances, totals
         assert totals.carried_in == totals.carried_out, totals
         assert totals.tokens_out == totals.rows * self.plan.context_length, totals
@@ -271,9 +263,7 @@ class DatasetWriter:
             )
 
     def _unit_order(self) -> list[int]:
-        """The order of the units in the dataset, which is not that of their names if there is a
-        seed.
-        """
+        """Return the unit numbers in the dataset's order: shuffled if there is a seed."""
         seed, number = self.plan.config["seed"], len(self.plan.units)
         return (
             list(range(number))
@@ -285,7 +275,7 @@ class DatasetWriter:
         return read_json(self._place("units", name, "unit.json"))
 
     def _delete_others(self, wanted: set[str]) -> None:
-        """Delete what killed processes and earlier plans have left among the units."""
+        """Delete everything among the units that killed processes and earlier plans have left."""
         folders = {name.split("/")[1] for name in wanted}
         for name in files.ls(self._place("units")):
             if name not in folders:
@@ -300,8 +290,9 @@ class DatasetWriter:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _refuse_difference(self, there: Any, *, inputs_too: bool) -> None:
-        """Raise ConfigError naming every key in which the plan `there`, read from the folder, is
-        not this one.
+        """Raise ConfigError if `there`, the plan read from the folder, is not this writer's plan.
+
+        The error names every key that differs. Inputs are only compared if `inputs_too`.
         """
         here = plan_json(self.plan)
         if (
@@ -312,7 +303,7 @@ class DatasetWriter:
             raise damaged(self.out, "it holds no plan this version can read")
         flat = []
         for plan in (there, here):
-            # Plans made before there was a limit to lines do not say.
+            # Plans made before documents had a size limit do not record one.
             config, units = (
                 {"max_document_bytes": MAX_DOCUMENT_BYTES, **plan.pop("config")},
                 plan.pop("units"),

@@ -631,7 +631,7 @@ def dataset_copy(tmp_path, finished) -> Path:
 MANIFEST_DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
     "version": (
         lambda m: m.update(version=2),
-        "dataset format version 2, this flame_composer reads version 1; convert",
+        "dataset format version 2, but this flame_composer reads version 1; convert",
     ),
     "version type": (
         lambda m: m.update(version="1"),

@@ -569,7 +569,7 @@ UNTRUSTED: list[tuple[str, Any, str]] = [
         2**33,
         "units/000000/shard.00000.mds: 8589934592 bytes are more than a shard can have",
     ),
-    ("samples", 10**9, "units/000000/shard.00000.mds: 1000000000 rows do not go into"),
+    ("samples", 10**9, "units/000000/shard.00000.mds: 1000000000 rows do not fit into"),
     ("format", "json", "units/000000/shard.00000.mds is not of this format"),
     ("column_encodings", ["pkl", "pkl"], "units/000000/shard.00000.mds is not of this format"),
     ("column_names", ["a", "b"], "units/000000/shard.00000.mds is not of this format"),

@@ -170,8 +170,8 @@ def test_a_mismatch_is_found_on_a_sample_and_the_unit_done_again(tmp_path, monke
     name = choose_encoder("auto", byte_tokenizer())
     assert run_here(monkeypatch, "to_mds", *arguments, "encoder=gigatoken", "out=strict") == 1
     message = (
-        f"a.jsonl, unit 000000: token 5 of the document that begins {NEW!r} is another one to"
-        f" {name} than to hf; "
+        f"a.jsonl, unit 000000: token 5 of the document that begins {NEW!r} differs between"
+        f" {name} and hf; "
     )
     assert capsys.readouterr().err == f"error: {message}set encoder=auto or hf\n"
     assert not (tmp_path / "strict" / "index.json").exists()
