@@ -35,7 +35,8 @@ same as this page, which is made from the code by `make docs`.
 UPSTREAM = """# What is patched in others' packages
 
 Made from the code by `make docs`. Each has a test in `tests/upstream` that fails when it is no
-longer needed. fla's and Triton's parts are in `flame_composer/cpu/enable.py`.
+longer needed. Patches are in `flame_composer/upstream/`; what must subclass stands where it is
+used. fla's and Triton's parts are in `flame_composer/cpu/enable.py`.
 """
 
 EXTENSIONS = """### algorithms, callbacks, loggers
@@ -162,16 +163,25 @@ def _code(text: str) -> str:
     return "`" + text.replace("|", "\\|") + "`"
 
 
-def upstream_page() -> str:
-    """Return the whole of docs/upstream.md: a row for all in `upstream` that says what it mends."""
-    rows = []
-    for path in sorted((ROOT / "flame_composer" / "upstream").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
-            if isinstance(node, ast.FunctionDef) and doc and "Upstream: " in doc:
+def patches() -> Iterator[tuple[str, str, str]]:
+    """Yield the dotted name of each function and class whose docstring says what it mends.
+
+    With it, what it changes of whom (Upstream) and why (Mends).
+    """
+    for path in sorted((ROOT / "flame_composer").glob("*/*.py")):
+        room = ".".join(path.relative_to(ROOT / "flame_composer").with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            doc = ast.get_docstring(node) or ""
+            if "Upstream: " in doc:
                 what, _, mends = doc.partition("Upstream: ")[2].partition("Mends: ")
-                texts = (" ".join(text.split()) for text in (what, mends))
-                rows.append((f"`{path.stem}.{node.name}`", *texts))
+                yield f"{room}.{node.name}", " ".join(what.split()), " ".join(mends.split())
+
+
+def upstream_page() -> str:
+    """Return the whole of docs/upstream.md."""
+    rows = sorted((f"`{name}`", what, mends) for name, what, mends in patches())
     return f"{UPSTREAM}\n" + _table(("what", "upstream", "mends"), rows)
 
 

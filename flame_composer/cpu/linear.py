@@ -36,6 +36,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias` for x `[N, I]` and weight `[O, I]`.
 
     Either may be a transposed view.
+
+    Upstream: torch 2.7.0, `torch.ops.mkldnn._linear_pointwise`.
+    Mends: F.linear does not compute large products through oneDNN, which is faster.
     """
     if _is_for_onednn(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

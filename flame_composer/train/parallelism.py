@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
@@ -10,19 +9,18 @@ import torch
 from composer.distributed.activation_checkpointing import apply_ac, generate_composer_model_check_fn
 from composer.models import ComposerModel
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from flame_composer.config.sections import ParallelismConfig
 from flame_composer.errors import InvalidField
-from flame_composer.storage.folders import private_folder
+from flame_composer.upstream.composer import Sharding
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
+from flame_composer.upstream.inductor import compile_in_private
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
     """Raise InvalidField for a setting that this machine cannot carry out."""
     if config.compile:
-        _compile_in_private()
+        compile_in_private()
     if torch.cuda.is_available():
         return
     if precision != "fp32":
@@ -43,17 +41,6 @@ def check_devices(config: ParallelismConfig, *, precision: str) -> None:
         )
 
 
-def _compile_in_private() -> None:
-    """Have torch (2.7.0) keep compiled code in a folder that only this user can write to.
-
-    TORCHINDUCTOR_CACHE_DIR, if set, still decides the folder. By default torch uses a folder in
-    TMPDIR with a predictable name and runs whatever it finds there, so that another user could
-    plant code in it.
-    """
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder() / "torchinductor")
-
-
 def is_sharded(config: ParallelismConfig) -> bool:
     """Return whether FSDP2 shards the model: it is set, and there is a GPU or `cpu_fsdp` is on."""
     return config.fsdp is not None and (torch.cuda.is_available() or config.cpu_fsdp)
@@ -66,21 +53,6 @@ def gets_weights(config: ParallelismConfig) -> bool:
     same weights on any number of devices.
     """
     return is_sharded(config) and dist.get_global_rank() > 0
-
-
-class Sharding(FSDP2Config):
-    """An FSDP2Config that can ask for replicas of the sharded model.
-
-    Composer builds the device mesh from this config's properties, and the property of FSDP2Config
-    for the number of replicas is always None, whatever mesh it was given: all devices would form
-    one shard group.
-    """
-
-    replicas: int | None = None
-
-    @property
-    def data_parallel_replicate_degree(self) -> int | None:
-        return self.replicas
 
 
 def build(config: ParallelismConfig) -> dict[str, Any] | None:

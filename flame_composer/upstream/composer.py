@@ -1,4 +1,4 @@
-"""Composer 0.32.1: what it asks of every model, and how it loads a checkpoint."""
+"""Composer 0.32.1: what it asks of every model, how it reads checkpoints and spreads a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from composer.models import huggingface
 from composer.utils import checkpoint
+from composer.utils.parallelism import FSDP2Config
 
 
 @contextlib.contextmanager
@@ -33,3 +34,18 @@ def load_checkpoints_with(read: Callable[..., Any]) -> None:
     Mends: it unpickles a checkpoint with `weights_only=False`, which runs code in it.
     """
     checkpoint._torch_load_with_validation = read  # type: ignore[assignment]
+
+
+class Sharding(FSDP2Config):
+    """An FSDP2Config that can ask for replicas of the sharded model.
+
+    Upstream: composer 0.32.1, `FSDP2Config.data_parallel_replicate_degree`.
+    Mends: Composer builds the device mesh from it, and it is always None, whatever mesh the config
+    was given: all devices form one group of shards.
+    """
+
+    replicas: int | None = None
+
+    @property
+    def data_parallel_replicate_degree(self) -> int | None:
+        return self.replicas

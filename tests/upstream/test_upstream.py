@@ -5,19 +5,28 @@ Then delete the patch, its test, and its row of docs/upstream.md (`make docs`).
 
 from __future__ import annotations
 
-import ast
+import bz2
 import inspect
+import lzma
 import pickle
 import shutil
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from streaming import MDSWriter, StreamingDataset
+from streaming.base.batching import generate_work
+from streaming.base.dataset import _Iterator
+from streaming.base.util import clean_stale_shared_memory
+from streaming.base.world import World
 
+from flame_composer.reference import patches
 from tests.runs import ROOT, check, run_script, two_ranks
-
-PATCHES = sorted((ROOT / "flame_composer" / "upstream").glob("[a-z]*.py"))
 
 
 def forked(tmp_path: Path, code: str) -> str:
@@ -28,13 +37,14 @@ def forked(tmp_path: Path, code: str) -> str:
 
 def test_every_patch_says_what_it_is_and_has_a_test():
     tests = Path(__file__).read_text()
-    for path in PATCHES:
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and "Upstream: " in (
-                ast.get_docstring(node) or ""
-            ):
-                assert "Mends: " in (ast.get_docstring(node) or ""), node.name
-                assert f"_{node.name}" in tests, f"{path.stem}.{node.name} has no test"
+    found = {name: (what, mends) for name, what, mends in patches()}
+    assert {"loader.rows.load_state_dict", "upstream.composer.Sharding"} <= set(found)
+    for name, (what, mends) in found.items():
+        assert what, f"{name} does not say what it changes"
+        assert any(digit.isdigit() for digit in what), f"{name} does not say of which version"
+        assert mends, f"{name} does not say what it mends"
+        test = f"def test_{name.rpartition('.')[2].strip('_').lower()}("
+        assert test in tests, f"{name} has no test"
 
 
 def test_known_as_causal(tmp_path):
@@ -222,6 +232,209 @@ def test_reason_of_failure():
             _ = OmegaConf.create({"key": text}).key
 
 
-@pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
-def test_modules_name_the_version_they_were_written_for(path):
-    assert any(digit.isdigit() for digit in path.read_text())
+def test_sharding():
+    """Composer asks for no replicas, whatever it is given."""
+    from composer.utils.parallelism import FSDP2Config
+
+    with pytest.warns(UserWarning, match="experimental"):
+        assert FSDP2Config().data_parallel_replicate_degree is None
+    assert "data_parallel_replicate_degree" not in inspect.signature(FSDP2Config).parameters
+
+
+def test_compile_in_private():
+    """torch's folder for compiled code is one that anybody can name."""
+    import getpass
+    import tempfile
+
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    assert default_cache_dir() == f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+
+
+def test_limit_answers(tmp_path):
+    """botocore reads an answer to its end, however long it is."""
+    code = """
+from botocore.awsrequest import AWSResponse
+
+class Server:
+    def stream(self):
+        for _ in range(200):
+            yield bytes(1 << 20)
+
+print(len(AWSResponse("http://nowhere", 200, {}, Server()).content))
+"""
+    assert int(forked(tmp_path, code)) == 200 << 20
+
+
+def test_stay(tmp_path):
+    """botocore asks a server that redirects every question for ever."""
+    code = """
+import os
+import tests.hostile as servers
+import boto3
+
+os.environ.update(AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", AWS_DEFAULT_REGION="us-east-1")
+
+def answer(connection, request):
+    connection.sendall(servers.respond("301 Moved"))
+
+with servers.hostile(answer) as server:
+    client = boto3.client("s3", endpoint_url=server.endpoint)
+    try:
+        client.list_objects_v2(Bucket="data")
+    except RecursionError:
+        print("without end")
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    assert forked(tmp_path, code).strip() == "without end"
+
+
+# mosaicml-streaming
+
+
+def written(folder: Path, num_rows: int) -> Path:
+    with MDSWriter(columns={"x": "int"}, out=str(folder), hashes=["xxh64"]) as writer:
+        for number in range(num_rows):
+            writer.write({"x": number})
+    return folder
+
+
+def opened(folder: Path, **options: Any) -> StreamingDataset:
+    return StreamingDataset(local=str(folder), batch_size=2, **{"shuffle": False, **options})
+
+
+def test_lay_out(tmp_path):
+    """Rows are repeated so that they come out even among the processes there are."""
+    dataset = opened(written(tmp_path / "data", 10), num_canonical_nodes=1)
+    for ranks, num_rows in ((1, 10), (4, 16)):
+        work = generate_work("random", dataset, World(1, ranks, 1, 0), 0, 0)
+        rows = [row for row in work.flatten().tolist() if row >= 0]
+        assert len(rows) == num_rows
+        assert sorted(set(rows)) == list(range(10))
+
+
+def test_load_state_dict(tmp_path):
+    """A checkpoint's seed takes the place of the one that was asked for."""
+    dataset = opened(written(tmp_path / "data", 10), shuffle_seed=1, num_canonical_nodes=1)
+    state = {"epoch": 0, "sample_in_epoch": 2, "num_canonical_nodes": 1, "shuffle_seed": 2}
+    dataset.load_state_dict({**state, "initial_physical_nodes": 1})
+    dataset._resume(World(1, 1, 1, 0), 0)
+    assert dataset.shuffle_seed == 2
+
+
+def test_prepare_shard(tmp_path, monkeypatch):
+    """A shard that cannot be had is named by no one when an epoch ends early."""
+    dataset = opened(written(tmp_path / "data", 10))
+
+    def fail(shard_id: int, blocking: bool = True) -> None:
+        raise OSError("the network is down")
+
+    monkeypatch.setattr(dataset, "prepare_shard", fail)
+    assert len(list(dataset)) < 10
+
+
+def test_each_sample_id(tmp_path, monkeypatch):
+    """Rows wait for the thread that looks ahead, though their shard is there."""
+    dataset = opened(written(tmp_path / "data", 10))
+
+    def wait(seconds: float) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("streaming.base.dataset.sleep", wait)
+    dataset._event = threading.Event()
+    with pytest.raises(TimeoutError):
+        next(dataset._each_sample_id(_Iterator(np.arange(10))))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files
+def test_shards(tmp_path):
+    """A shard that came damaged is taken for whole the next time."""
+    remote, local = written(tmp_path / "remote", 10), tmp_path / "local"
+    shard = remote / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[-8] ^= 1
+    shard.write_bytes(content)
+    options = {"remote": str(remote), "validate_hash": "xxh64"}
+    dataset = opened(local, **options)
+    with pytest.raises(ValueError, match="Checksum"):
+        dataset[9]
+    del dataset
+    clean_stale_shared_memory()
+    assert opened(local, **options)[9]["x"] != 9
+
+
+def test_shardreader(tmp_path, monkeypatch):
+    """Upstream opens a shard's file for every row of it."""
+    dataset = opened(written(tmp_path / "data", 10))
+    files = []
+    given = open
+
+    def note(path: Any, *args: Any, **options: Any) -> Any:
+        files.append(path)
+        return given(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", note)
+    rows = [dataset[number]["x"] for number in range(10)]
+    monkeypatch.undo()
+    assert rows == list(range(10))
+    assert len([path for path in files if str(path).endswith(".mds")]) == 10
+
+
+# Others
+
+
+@pytest.mark.parametrize(("kind", "compress"), [("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_check_every_stream(tmp_path, kind, compress):
+    """What follows the first stream of a compressed file may be damaged without a word."""
+    import fsspec
+
+    path = tmp_path / f"file.{kind}"
+    path.write_bytes(compress(b"first") + b"\0" * 4 + b"damaged")
+    code = f"""
+import fsspec
+with fsspec.open({str(path)!r}, compression={kind!r}) as file:
+    print(file.read().decode())
+"""
+    assert forked(tmp_path, code).strip() == "first"
+    assert fsspec.__version__
+
+
+def test_fasttextfile():
+    """datatrove's models have addresses, and none can be given as a file."""
+    from datatrove.utils.lid import FT176LID, FastTextLID
+
+    assert FT176LID.MODEL_URL.startswith("https://")
+    assert set(inspect.signature(FastTextLID).parameters) == {"languages", "k"}
+
+
+def test_run_local(tmp_path):
+    """datatrove waits for ever for a process that is gone."""
+    code = f"""
+import os, signal
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+class Dies(PipelineStep):
+    def run(self, data, rank=0, world_size=1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    signal.alarm(15)
+    LocalPipelineExecutor(
+        [Dies()], tasks=2, workers=2, logging_dir={str(tmp_path / "logs")!r}
+    ).run()
+"""
+    (tmp_path / "code.py").write_text(code)
+    assert run_script(tmp_path / "code.py").returncode in (-signal.SIGALRM, 128 + signal.SIGALRM)
+
+
+def test_product():
+    """torch multiplies matrices without oneDNN unless it is asked for by a private name."""
+    import torch
+
+    x, weight = torch.randn(512, 512), torch.randn(512, 512)
+    with torch.profiler.profile() as profile:
+        torch.nn.functional.linear(x, weight)
+    assert not [event.key for event in profile.key_averages() if "mkldnn" in event.key]
+    assert torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "").shape == (512, 512)
