@@ -31,8 +31,7 @@ MEANS = ("on_error", "num_workers", "executor", "slurm", "ray", "out")
 
 def main(config: CleanConfig) -> None:
     try:
-        from flame_composer.cleaning import executors
-        from flame_composer.cleaning import stages as cleaning
+        from flame_composer.cleaning import executors, stages
         from flame_composer.cleaning.filters import check_model
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
@@ -50,7 +49,7 @@ def main(config: CleanConfig) -> None:
         files = [address(source, config.name, config.split) for source in config.source]
     units = plan_units(files, config.unit_size)
     executors.check_number(len(units))
-    versions = cleaning.versions()
+    versions = stages.versions()
     names = {"out": config.out} | (
         {} if config.removed_out is None else {"removed_out": config.removed_out}
     )

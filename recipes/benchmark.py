@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flame_composer.bench import charts as benchmark_charts
-from flame_composer.bench import commands as benchmark
-from flame_composer.bench import measure as measuring
+from flame_composer.bench import commands, measure
 from flame_composer.bench.conversions import compare_conversions
 from flame_composer.bench.measure import Figure
 from flame_composer.config import bench as configs
@@ -38,7 +37,7 @@ def report(name: str, result: dict, figures: list[Figure]) -> None:
     for figure in figures:
         print(figure.line(), flush=True)
     shown = {"figures": [vars(figure) for figure in figures]}
-    print(json.dumps({"benchmark": name, **measuring.machine(), **result, **shown}))
+    print(json.dumps({"benchmark": name, **measure.machine(), **result, **shown}))
 
 
 def timed(name: str, config: Any) -> None:
@@ -52,27 +51,27 @@ train, growth, decode = (partial(timed, name) for name in ("train", "growth", "d
 
 
 def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
-    from flame_composer.bench import runs as run_timing
+    from flame_composer.bench import runs
 
-    with measuring.workplace(config.folder) as folder:
-        report("checkpoint", *run_timing.checkpoints(config, folder))
+    with measure.workplace(config.folder) as folder:
+        report("checkpoint", *runs.checkpoints(config, folder))
 
 
 def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
-    with measuring.workplace(config.folder) as folder:
+    with measure.workplace(config.folder) as folder:
         report(name, *compare(ROOT, config, folder))
 
 
-trainer = partial(compared, "trainer", benchmark.compare_trainers)
-data = partial(compared, "data", benchmark.compare_readers)
-start = partial(compared, "start", benchmark.compare_starts)
+trainer = partial(compared, "trainer", commands.compare_trainers)
+data = partial(compared, "data", commands.compare_readers)
+start = partial(compared, "start", commands.compare_starts)
 convert = partial(compared, "convert", compare_conversions)
 
 
 def run_all(config: configs.AllBenchmarksConfig) -> None:
     if config.plot:
         charts.require_plot(config.plot)
-    results = benchmark.run_each(Path(__file__), config.names or configs.BENCHMARKS)
+    results = commands.run_each(Path(__file__), config.names or configs.BENCHMARKS)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
     lines = [figure.line() for figure in figures]
     print("", *lines, json.dumps({"benchmark": "all", "results": results}), sep="\n")

@@ -22,16 +22,15 @@ from flame_composer.config.fields import nearest
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.written import quote_it
 from flame_composer.errors import InvalidField, one_line
-from flame_composer.train import algorithms
-from flame_composer.train import callbacks as optional_callbacks
+from flame_composer.train import algorithms, callbacks
 from flame_composer.train.loggers import build_loggers
 
 # The modules that are searched for a class of each kind, in this order: ours come first.
 _MODULES: Mapping[str, tuple[types.ModuleType, ...]] = types.MappingProxyType(
     {
         "algorithms": (algorithms, composer.algorithms),
-        "callbacks": (optional_callbacks, composer.callbacks),
-        "loggers": (optional_callbacks, composer.loggers),
+        "callbacks": (callbacks, composer.callbacks),
+        "loggers": (callbacks, composer.loggers),
     }
 )
 # Composer divides by these without checking them.

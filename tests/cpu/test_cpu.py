@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame_composer import cpu
-from flame_composer.cpu import operations as cpu_ops
+from flame_composer.cpu import operations
 from flame_composer.cpu.enable import _by_device
 
 cpu.enable()
@@ -447,14 +447,14 @@ def test_the_operations_have_flas_signatures():
     modules = [
         importlib.import_module(f"fla.modules.{name}") for name in (*names, "conv.triton.ops")
     ]
-    for operation in cpu_ops.OPERATIONS:
+    for operation in operations.OPERATIONS:
         theirs = next(
             getattr(m, operation.__name__) for m in modules if hasattr(m, operation.__name__)
         )
         assert list(inspect.signature(operation).parameters) == list(
             inspect.signature(theirs).parameters
         )
-    for module, name, version in cpu_ops.REPLACEMENTS:
+    for module, name, version in operations.REPLACEMENTS:
         if not name.endswith("forward"):
             theirs = getattr(importlib.import_module(module), name).__wrapped__
             names = [p for p in inspect.signature(theirs).parameters if p != "kwargs"]

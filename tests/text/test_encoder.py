@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.bench import conversions
-from flame_composer.dataset import convert as units
+from flame_composer.dataset import convert
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError
 from flame_composer.text import encoder
@@ -203,7 +203,7 @@ def test_what_is_checked_does_not_depend_on_what_is_committed(tmp_path, monkeypa
     with the other split.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(units, "SAMPLE", 2)
+    monkeypatch.setattr(convert, "SAMPLE", 2)
     monkeypatch.setattr(encoder, "NEW_CHARACTERS", re.compile("(?!)"))
     byte_tokenizer().save_pretrained("tokenizer")
     write_jsonl(

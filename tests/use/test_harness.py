@@ -328,10 +328,10 @@ def test_a_template_that_does_not_end_is_given_up(
 ) -> None:
     """The sandbox takes a range of 90,000, and another one within."""
     from flame_composer.checkpoint.to_model import load_model
-    from flame_composer.upstream import lm_eval as foreign_tasks
+    from flame_composer.upstream import lm_eval
     from flame_composer.use import harness
 
-    monkeypatch.setattr(foreign_tasks, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(lm_eval, "TEMPLATE_SECONDS", 0.3)
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
     count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     seen = "{% if text == '" + words(2 + 9, 1) + "' %}" + count + "{% endif %}{{text}}"
