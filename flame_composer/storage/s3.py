@@ -76,8 +76,10 @@ class S3FileSystem(AbstractFileSystem):
     def _list(self, path: str, **options: Any) -> Iterator[Info]:
         bucket, key = split(path)
         with explained(path) as client:
-            options = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **options}
-            for page in _pages(client, "list_objects_v2", path, **options):
+            prefix = f"{key}/" if key else ""
+            for page in _pages(
+                client, "list_objects_v2", path, Bucket=bucket, Prefix=prefix, **options
+            ):
                 yield from (
                     _folder(f"{bucket}/{item['Prefix']}".rstrip("/"))
                     for item in page.get("CommonPrefixes", [])
@@ -159,10 +161,11 @@ class S3FileSystem(AbstractFileSystem):
                 raise
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
-        source, path = self._strip_protocol(path1), self._strip_protocol(path2)
+        path = self._strip_protocol(path2)
+        from_bucket, from_key = split(self._strip_protocol(path1))
         bucket, key = split(path)
         with explained(path) as client:
-            client.copy(dict(zip(("Bucket", "Key"), split(source), strict=True)), bucket, key)
+            client.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key)
 
     def rm_file(self, path: str) -> None:
         path = self._strip_protocol(path)
@@ -179,8 +182,10 @@ class S3FileSystem(AbstractFileSystem):
         path = self._strip_protocol(path)
         bucket, key = split(path)
         with suppress(ConfigError, StoreError), explained(path) as client:
-            options = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-            for page in _pages(client, "list_multipart_uploads", path, **options):
+            prefix = f"{key}/" if key else ""
+            for page in _pages(
+                client, "list_multipart_uploads", path, Bucket=bucket, Prefix=prefix
+            ):
                 for upload in page.get("Uploads", []):
                     client.abort_multipart_upload(
                         Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]

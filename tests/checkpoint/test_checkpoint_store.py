@@ -121,13 +121,13 @@ def test_damaged_checkpoints_in_a_store_delete_no_good_one(
     s3: S3, trained: Run, tmp_path: Path, caplog
 ) -> None:
     """Those that are newer stay where they are, and one that is in the way is set aside."""
-    s3.upload(trained.checkpoints, "damaged")
-    whole = s3.read("damaged/ba3.pt")
+    s3.upload(trained.checkpoints, "damaged-run")
+    whole = s3.read("damaged-run/ba3.pt")
     for name in ("ba4.pt", "ba9.pt", "ba10.pt"):
-        s3.client.put_object(Bucket="data", Key=f"damaged/{name}", Body=whole[:-700])
-    s3.client.put_object(Bucket="data", Key="damaged/ba2.pt", Body=b"")
-    s3.client.put_object(Bucket="data", Key="damaged/ba8/state.pt", Body=b"no head")
-    place, staging = "s3://data/damaged", tmp_path / "staging"
+        s3.client.put_object(Bucket="data", Key=f"damaged-run/{name}", Body=whole[:-700])
+    s3.client.put_object(Bucket="data", Key="damaged-run/ba2.pt", Body=b"")
+    s3.client.put_object(Bucket="data", Key="damaged-run/ba8/state.pt", Body=b"no head")
+    place, staging = "s3://data/damaged-run", tmp_path / "staging"
     start = find_newest(place, staging)
     assert start is not None
     assert start.place == f"{place}/ba3.pt"
@@ -146,7 +146,7 @@ def test_damaged_checkpoints_in_a_store_delete_no_good_one(
     finally:
         state.timestamp = before
     damaged = {"ba9.pt", "ba10.pt", "ba8/state.pt", "aside-ba4.pt"}
-    assert set(s3.keys("damaged")) == {"ba5.pt", "ba6.pt", *damaged}
+    assert set(s3.keys("damaged-run")) == {"ba5.pt", "ba6.pt", *damaged}
     assert list(staging.iterdir()) == []
     assert f"warning: {place}/ba4.pt: was not a checkpoint of this run" in caplog.text
 
