@@ -1,10 +1,12 @@
-"""Files in folders and object stores by the same few functions: a place is a path, or a URL such as
-s3://bucket/folder/file.
+"""Functions that work on files in local folders and in object stores alike.
 
-`put`, `write` and `download` show a file whole or not at all. Of an object store, what the user has
-to put right (credentials, a bucket, an endpoint) is a ConfigError and what failed again and again a
-StoreError, both one line; what is not there is a FileNotFoundError, and any other failure of a
-local disk an OSError, as everywhere in Python.
+A place is a path, or a URL such as s3://bucket/folder/file. `put`, `write` and `download` make a
+file appear whole or not at all.
+
+Errors of an object store are one line: a ConfigError for what the user has to put right
+(credentials, a bucket, an endpoint), a StoreError for what failed again and again. A file that does
+not exist is a FileNotFoundError, and any other failure of a local disk is an OSError, as everywhere
+in Python.
 """
 
 from __future__ import annotations
@@ -34,27 +36,28 @@ from flame_composer.storage.filesystems import (
 )
 from flame_composer.storage.local import appearing, require_room
 
-# Requests in flight where many are made: an object store takes its time, but takes many
+# Requests in flight at a time: an object store is slow to answer, but answers many at once
 THREADS = 16
-# Bytes of a config, an index or a tokenizer, of which none has a third; a reader takes 20 times as
-# many
+# Most bytes of a config, an index or a tokenizer. None has a third of them, and reading one takes
+# 20 times as much memory
 MOST_JSON = 1 << 27
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file, on Linux
-# Bytes of anything that is read as a whole: the index of some 3 million shards
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux's limits
+# Most bytes of a file that is read as a whole: the index of some 3 million shards
 MOST_READ = 1 << 30
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def join(place: str, *names: str) -> str:
+    """Return the place of a file or folder below a place."""
     return "/".join((place.rstrip("/"), *names)) if is_url(place) else os.path.join(place, *names)
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name`, which comes from a checkpoint, an index, a listing or the like, is that of a
-    file right in a folder.
+    """Return whether `name` can be the name of a file directly in a folder.
 
-    Only such a name may be joined to a path: a separator or `..` would lead out of the folder.
+    Names come from checkpoints, indexes, listings and the like. Only a plain one may be joined to a
+    path: a separator or `..` would lead out of the folder.
     """
     return (
         isinstance(name, str)
@@ -65,7 +68,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def stat(place: str) -> Stat | None:
-    """None where there is no such file; a folder is none."""
+    """Return what is known of a file; None if there is none, or if it is a folder."""
     if not is_url(place):
         return local_stat(place) if os.path.isfile(place) else None
     with at(place) as (fs, path):
@@ -77,8 +80,9 @@ def stat(place: str) -> Stat | None:
 
 
 def find(place: str) -> dict[str, Stat]:
-    """All files below a folder, at any depth, by their path within it, sorted. None where there
-    is no folder.
+    """Return all files below a folder, at any depth, by their path within it, sorted.
+
+    The result is empty if there is no such folder.
     """
     if not is_url(place):
         paths = [
@@ -97,10 +101,10 @@ def find(place: str) -> dict[str, Stat]:
 
 
 def ls(place: str) -> list[str]:
-    """The names of the files and folders right in a folder, sorted. None where there is no folder.
+    """Return the sorted names of the files and folders directly in a folder.
 
-    Raise DataError for a store that lists a name which is none: whoever joined it to a path would
-    be led elsewhere.
+    The result is empty if there is no such folder. Raise DataError if a store lists something that
+    is not a plain name: joined to a path, it would lead elsewhere.
     """
     if not is_url(place):
         return sorted(os.listdir(place)) if os.path.isdir(place) else []
@@ -117,7 +121,10 @@ def ls(place: str) -> list[str]:
 
 
 def glob(pattern: str) -> list[str]:
-    """The files whose URL matches; `*` matches within a folder, `**` any number of folders."""
+    """Return the URLs of the files that match a pattern, sorted.
+
+    `*` matches within a folder, `**` any number of folders.
+    """
     with at(pattern) as (fs, path):
         found = fs.glob(path, detail=True)
         return sorted(
@@ -126,8 +133,9 @@ def glob(pattern: str) -> list[str]:
 
 
 def read(place: str, most: int = MOST_READ) -> bytes:
-    """Return the content of a file. Raise DataError for one of more than `most` bytes, of which
-    no more are read.
+    """Return the content of a file.
+
+    Raise DataError if it has more than `most` bytes; no more than that is read.
     """
     if not is_url(place):
         with Path(place).open("rb") as file:
@@ -150,12 +158,12 @@ def _at_most(most: int, file: Any, place: str) -> bytes:
 
 
 def read_small(path: str | Path) -> bytes:
-    """Return the content of a local JSON or text file by somebody else.
+    """Return the content of a local JSON or text file that somebody else made.
 
-    Raise ValueError for one of more than `MOST_JSON` bytes (of holes, it takes no room on a disk),
-    or what is no file.
+    Raise ValueError if it is not a file, or has more than `MOST_JSON` bytes (a file of holes can
+    have them without taking room on a disk).
     """
-    if not os.path.isfile(path):  # which opening might wait for
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
         raise ValueError("is no file")
     with Path(path).open("rb") as file:
         content = file.read(MOST_JSON + 1)
@@ -165,33 +173,34 @@ def read_small(path: str | Path) -> bytes:
 
 
 def read_start(place: str, num_bytes: int) -> bytes:
-    """Return the first bytes of a file that is not empty, with one request; all of them if it is
-    shorter.
+    """Return the first bytes of a file that is not empty, with one request.
+
+    A file of fewer than `num_bytes` bytes is returned as a whole.
     """
     if not is_url(place):
-        with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - of many files, and a Path takes its time
+        with open(place, "rb", buffering=0) as file:  # noqa: PTH123 - faster than a Path
             return file.read(num_bytes)
     with at(place) as (fs, path):
         return bytes(fs.cat_file(path, start=0, end=num_bytes))[:num_bytes]
 
 
 def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
-    """A file for reading in any order, of which about `block_size` bytes are fetched at a time (0:
-    just what is asked for).
+    """Open a file for reading in any order.
 
-    A StoreError if it is not of this `version`, or is replaced while it is read (in S3).
+    About `block_size` bytes are fetched at a time; with 0, just what is asked for. In S3, raise
+    StoreError if the file is not of this `version`, or is replaced while it is read.
     """
     if not is_url(place):
         return Path(place).open("rb")
     with at(place) as (fs, path):
         if fs.protocol == "s3":
             return cast(BinaryIO, fs.open(path, "rb", block_size=block_size, version=version))
-        # Whose readline is a slow one
+        # fsspec's own readline is slow
         return cast(BinaryIO, io.BufferedReader(fs.open(path, "rb"), 1 << 20))
 
 
 def write(place: str, data: bytes) -> None:
-    """Put `data` in a file, whose folder there must be, whole or not at all."""
+    """Write `data` to a file in an existing folder, whole or not at all."""
     if is_url(place):
         with at(place) as (fs, path):
             fs.pipe_file(path, data)
@@ -201,7 +210,7 @@ def write(place: str, data: bytes) -> None:
 
 
 def put(local: str | Path, place: str) -> None:
-    """Copy a local file, whole or not at all; the folder is made if it is not there."""
+    """Copy a local file to a place, whole or not at all; make the folder if need be."""
     if is_url(place):
         with at(place) as (fs, path):
             fs.put_file(str(local), path)
@@ -212,11 +221,11 @@ def put(local: str | Path, place: str) -> None:
 
 
 def put_folder(local: str | Path, place: str, last: str) -> None:
-    """Move a local folder of files, whose `last` one appears last: who sees that sees them all.
+    """Move a local folder of files to a place; the file named `last` appears last.
 
-    To a local place, which must be on the same disk, by one rename; FileExistsError if it is there
-    and not empty. In an object store, files that are there are replaced, and others left as they
-    are.
+    Whoever sees that file therefore sees all of them. A local place must be on the same disk: the
+    folder is renamed, and FileExistsError is raised if the place exists and is not empty. In an
+    object store, existing files of the same names are replaced and others are left alone.
     """
     if not is_url(place):
         try:
@@ -232,8 +241,9 @@ def put_folder(local: str | Path, place: str, last: str) -> None:
 
 
 def retract_folder(place: str, last: str) -> None:
-    """Undo `put_folder`, if it was done. In an object store only `last` is deleted: others may
-    be putting the same files.
+    """Undo `put_folder`, if it was done.
+
+    In an object store only `last` is deleted: others may be putting the same files.
     """
     if is_url(place):
         delete(join(place, last))
@@ -242,14 +252,17 @@ def retract_folder(place: str, last: str) -> None:
 
 
 def download(place: str, local: str | Path, most: int | None = None) -> None:
-    """Copy a file to a local one, whole or not at all. StoreError as soon as a store sends more
-    than it has said, or says more than `most` bytes.
+    """Copy a file to a local one, whole or not at all.
+
+    Raise StoreError if it has more than `most` bytes or does not fit on the disk, and as soon as a
+    store sends more than it has announced. A file of a remote dataset is fetched by
+    `shards.fetch_file`, and a checkpoint uploaded by `checkpoint.upload`.
     """
     temporary = Path(tempfile.mkstemp(dir=Path(local).parent, prefix=f".{Path(local).name}.")[1])
     try:
         if is_url(place):
             with at(place) as (fs, path):
-                if fs.protocol == "s3":  # which looks at that itself
+                if fs.protocol == "s3":  # it checks the size itself
                     fs.get_file(path, str(temporary), most=most)
                 else:
                     _get(fs, path, place, temporary, most)
@@ -261,6 +274,7 @@ def download(place: str, local: str | Path, most: int | None = None) -> None:
 
 
 def _get(fs: Any, path: str, place: str, local: Path, most: int | None) -> None:
+    """Download a file from a store that fsspec knows to the local file `local`."""
     from fsspec.callbacks import Callback
 
     size = fs.info(path).get("size")
@@ -283,7 +297,7 @@ def _get(fs: Any, path: str, place: str, local: Path, most: int | None) -> None:
 
 
 def delete(place: str) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file if it exists."""
     if not is_url(place):
         Path(place).unlink(missing_ok=True)
         return
@@ -292,7 +306,7 @@ def delete(place: str) -> None:
 
 
 def delete_folder(place: str) -> None:
-    """Delete all files below a folder, and what killed uploads have left there."""
+    """Delete all files below a folder, and the remains of uploads to it that were killed."""
     if not is_url(place):
         if os.path.isdir(place):
             shutil.rmtree(place)
@@ -302,7 +316,7 @@ def delete_folder(place: str) -> None:
 
 
 def move(place: str, other: str) -> None:
-    """Give a file or a folder another name; in an object store it is copied there, then deleted."""
+    """Rename a file or a folder; in an object store it is copied, then deleted."""
     if not is_url(place):
         os.rename(place, other)
         return
@@ -318,8 +332,9 @@ def move(place: str, other: str) -> None:
 
 
 def abort_uploads(place: str) -> None:
-    """Free what is stored below a folder of uploads that were killed. Must not be called while
-    others upload.
+    """Free the storage of uploads to a folder that were killed.
+
+    Must not be called while others upload to it.
     """
     if is_url(place):
         with at(place) as (fs, path):
@@ -328,7 +343,7 @@ def abort_uploads(place: str) -> None:
 
 
 def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map`, with many requests at a time; an error stops it."""
+    """Apply `do` to every item as `map` does, with many requests at a time; an error stops it."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield from pool.map(do, items)
@@ -338,4 +353,5 @@ def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def dump_json(value: Any) -> bytes:
+    """Return a value as one line of JSON, with sorted keys."""
     return (json.dumps(value, sort_keys=True) + "\n").encode("ascii")

@@ -1,4 +1,4 @@
-"""Which filesystem a place is on, and what it says of its files, in our terms."""
+"""The filesystem that a place is on, and what it says of its files in our terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 
-# What fsspec has beside stores: ways to look at files that are elsewhere
+# Filesystems of fsspec that are not stores, but ways to look at files that are elsewhere
 NO_STORES = frozenset(
     {
         "async_wrapper",
@@ -38,8 +38,10 @@ MEANT = "a path, or the URL of an object store (s3://, gs://, az://, hdfs://, ht
 
 @dataclass(frozen=True)
 class Stat:
-    """A file's size in bytes, when it was last written (seconds since 1970), and in an object
-    store what changes with its content: the ETag, or the nearest thing the store has.
+    """The size of a file, when it was written, and its version.
+
+    `size` is in bytes and `modified` in seconds since 1970. `version` changes with the content of a
+    file in an object store: it is the ETag, or the nearest thing that the store has.
     """
 
     size: int
@@ -48,12 +50,13 @@ class Stat:
 
 
 def is_url(place: str) -> bool:
+    """Return whether a place is a URL, and not a local path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
 
 
 @contextmanager
 def at(place: str) -> Iterator[tuple[Any, str]]:
-    """The filesystem of a URL and the path within it; its failures in our terms."""
+    """Provide the filesystem of a URL and the path within it, with its errors in our terms."""
     import fsspec
 
     scheme, _, path = place.partition("://")
@@ -95,20 +98,21 @@ def at(place: str) -> Iterator[tuple[Any, str]]:
         raise ConfigError(
             f"{place}: access denied: {one_line(error)}; check the credentials"
         ) from None
-    # What clients raise that cannot do with files alone what is asked of a store
+    # Raised by clients that cannot do what is asked of a store
     except (AttributeError, TypeError, NotImplementedError, RecursionError) as error:
         raise ConfigError(
             f"{place}: {scheme}:// cannot be used as an object store here: {one_line(error)}; give"
             f" {MEANT}"
         ) from None
-    except Exception as error:  # the same
+    except Exception as error:  # every store's client has exceptions of its own
         raise StoreError(f"{place}: {one_line(error)}") from None
 
 
 def walk_folders(place: str) -> Iterator[tuple[str, list[str]]]:
-    """The folders below a local one with their files. A link to a folder is followed, but only
-    the first to each, and none back up: links in a circle, or several to folders with several
-    more, would lead on for ever.
+    """Yield the local folders below one, each with the names of its files.
+
+    A link to a folder is followed, but only the first one to each folder, and none that leads back
+    up: links in a circle, or several to folders with several more, would go on for ever.
     """
     followed = {os.path.realpath(place)}
     for folder, folders, names in os.walk(place, followlinks=True):
@@ -123,11 +127,13 @@ def walk_folders(place: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def local_stat(path: str) -> Stat:
+    """Return what is known of a local file."""
     found = os.stat(path)
     return Stat(found.st_size, found.st_mtime, None)
 
 
 def stat_of(info: dict[str, Any]) -> Stat:
+    """Return what a store says of a file, from the `info` that fsspec returns."""
     names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
     version = next((str(info[name]) for name in names if info.get(name)), None)
     times = [
@@ -144,8 +150,9 @@ def stat_of(info: dict[str, Any]) -> Stat:
 
 
 def below(folder: str, path: str) -> str:
-    """Return the path within `folder` of what a store lists there; raise DataError if it is
-    elsewhere.
+    """Return the path within `folder` of a file that a store lists there.
+
+    Raise DataError if the path leads elsewhere.
     """
     prefix = folder.rstrip("/") + "/"
     name = path.removeprefix(prefix)
@@ -155,6 +162,7 @@ def below(folder: str, path: str) -> str:
 
 
 def strange_name(folder: str, name: str) -> DataError:
+    """Return the error for a store that lists something that is not the name of a file."""
     return DataError(
         f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete"
         " that, or use another folder"

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and one that nobody else can enter."""
+"""Folders that appear whole or not at all, and a folder that nobody else can enter."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from flame_composer.storage.local import open_own
 
 
 def require_new(out: Path) -> None:
-    """Raises ConfigError for a place where no `new_folder` can be made, before any work is done
-    for it.
+    """Raise ConfigError if `new_folder` could not make this folder.
+
+    Meant to be called before any work is done for it.
     """
     place = Path(os.path.realpath(out))
     if os.path.ismount(place):
@@ -41,13 +42,14 @@ def require_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` at the end, whole, or is removed if that is not reached.
+    """Provide a folder to fill, which becomes `out` at the end.
 
-    What a conversion to `out` that was killed has left is removed first. Raises ConfigError if
-    `out` exists and is not an empty folder, DataError if the disk is full or the like.
+    It is removed if the end is not reached. The remains of an earlier conversion to `out` that was
+    killed are removed first. Raise ConfigError if `out` exists and is not an empty folder,
+    DataError if the disk is full or the like.
     """
     require_new(out)
-    place = Path(os.path.realpath(out))  # a link stays one
+    place = Path(os.path.realpath(out))  # so that a link stays a link
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         there = sorted(place.parent.glob(f".{glob.escape(place.name)}-*.unfinished"))
@@ -60,26 +62,25 @@ def new_folder(out: Path) -> Iterator[Path]:
             with _locked(temporary):
                 yield temporary
                 for path in (*temporary.iterdir(), temporary):
-                    # Made for this user alone, as temporary files are
+                    # Temporary files are for this user alone
                     path.chmod(0o755 if path.is_dir() else 0o644)
                     flush(path)
                 os.replace(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:
-        # What goes wrong when a tokenizer is written is no more than an Exception.
+        # A tokenizer that cannot be written raises a plain Exception
         if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
             raise DataError(f"{out}: cannot be written: {one_line(error)}") from None
         raise
 
 
 def private_folder() -> Path:
-    """Return this user's folder in the machine's temporary folder (TMPDIR), which nobody else can
-    enter; made if need be.
+    """Return this user's folder in TMPDIR, which nobody else can enter; make it if need be.
 
-    TMPDIR may be everybody's, and whoever comes first can put a folder or a link under any name
-    that can be guessed. So it has a random name, and is found again by its owner and permissions.
-    Raises ConfigError where none can be made.
+    TMPDIR may belong to everybody, and whoever comes first can put a folder or a link under any
+    name that can be guessed. So the folder has a random name, and is found again by its owner and
+    permissions. Raise ConfigError if none can be made.
     """
     prefix = f"flame_composer-{os.geteuid()}-"
     try:
@@ -95,6 +96,7 @@ def private_folder() -> Path:
 
 
 def _is_private(path: Path) -> bool:
+    """Return whether this is a folder of the user's that nobody else can enter."""
     try:
         found = path.lstat()
     except OSError:
@@ -104,8 +106,9 @@ def _is_private(path: Path) -> bool:
 
 
 def is_ours(found: os.stat_result, parent: Path) -> bool:
-    """Whether what was `found` in a folder belongs to the user of this process, whoever that is
-    for its filesystem: NFS may know root as nobody.
+    """Return whether something found in the folder `parent` belongs to this process's user.
+
+    Some filesystems know that user under another id: NFS may know root as nobody.
     """
     if found.st_uid == os.geteuid():
         return True
@@ -119,10 +122,11 @@ def is_ours(found: os.stat_result, parent: Path) -> bool:
 
 
 def file_lock(path: Path) -> FileLock:
-    """Return a lock on the file at `path`, which its user alone may open: whoever may read it could
-    hold the lock. Raise OSError for what is no file.
+    """Return a lock on the file at `path`, which only its owner may open.
+
+    Anybody who could read the file could hold the lock. Raise OSError if the path is not a file.
     """
-    # Made by the lock itself, whose file being there is all it goes by on a disk without flock
+    # The file is not made here: on a disk without flock, its existence is the lock
     with contextlib.suppress(FileNotFoundError, PermissionError):
         file = open_own(path, os.O_RDWR)
         try:
@@ -133,16 +137,17 @@ def file_lock(path: Path) -> FileLock:
 
 
 def close_to_others(file: int, found: os.stat_result) -> None:
+    """Take the permissions of all users but the owner from an open file."""
     if stat.S_IMODE(found.st_mode) & 0o077:
         with contextlib.suppress(OSError):  # another user's, or on a disk without permissions
             os.fchmod(file, 0o600)
 
 
 def require_safe(folder: Path, key: str) -> None:
-    """Raise ConfigError for another user's folder that everybody may write in: what is planted
-    there could have us write elsewhere, or stop us at any time.
+    """Raise ConfigError if the folder is another user's and everybody may write in it.
 
-    Root's folders, and what only a group may write in, are taken as they are.
+    What is planted there could make us write elsewhere, or stop us at any time. Root's folders, and
+    those in which only a group may write, are accepted.
     """
     try:
         found = folder.stat()
@@ -157,8 +162,10 @@ def require_safe(folder: Path, key: str) -> None:
 
 
 def require_folder_inside(folder: Path, name: str, key: str) -> None:
-    """Raise ConfigError if `name` in `folder`, which this package makes there, is a link or no
-    folder, or if somebody else may have put it there.
+    """Raise ConfigError unless `name` in `folder` is safe to use as a folder of this package's.
+
+    It may not exist yet; it must not be a link or a file, or something that another user may have
+    put there.
     """
     path = folder / name
     try:
@@ -186,6 +193,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    """Provide a descriptor of an open file or folder."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would be waited for
     try:
         yield number
@@ -194,8 +202,10 @@ def _opened(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 def _remove_left(folder: Path, *, owner: int) -> None:
-    """Remove what a killed conversion has left. What is none, or another user's, or cannot be
-    opened is passed over: anybody may have put it there.
+    """Remove the remains of a conversion that was killed.
+
+    What is not a folder, belongs to another user or cannot be opened is left alone: anybody may
+    have put it there.
     """
     with contextlib.suppress(OSError):
         found = folder.lstat()
@@ -207,8 +217,9 @@ def _remove_left(folder: Path, *, owner: int) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether no other process has this folder locked; if so, it is until the end, or until this
-    process dies.
+    """Lock a folder, until the end or until this process dies.
+
+    Yield False if another process has it locked.
     """
     with _opened(folder, os.O_DIRECTORY | os.O_NOFOLLOW) as number:
         try:
@@ -221,6 +232,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def explained(folder: str) -> Iterator[None]:
+    """Raise DataError, with the remedy, if a disk or store fails while work units are written."""
     remedy = (
         "when that is mended, run the same command again: it goes on from the last finished unit"
     )

@@ -1,4 +1,4 @@
-"""Local files that are made, or opened, through no link that somebody else has put there."""
+"""Local files, made and opened without following links that others have put there."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import BinaryIO
 
 from flame_composer.errors import StoreError
 
-# That begin a file anew in a folder where somebody else puts others under its name
+# Tries to make a file in a folder where somebody else puts others under its name
 CREATE_TRIES = 16
 
 
 def create(path: str | Path) -> BinaryIO:
-    """Make a local file anew and open it for writing.
+    """Make a new local file and open it for writing.
 
-    What lies there goes first, and a link is not followed: in a folder of several users, anyone
-    can put one under a name that can be guessed, and have another file overwritten.
+    An existing file of that name is deleted first, and a link is not followed: in a folder of
+    several users, anyone can put a link under a name that can be guessed, and have another file
+    overwritten.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for _ in range(CREATE_TRIES):
@@ -34,7 +35,7 @@ def create(path: str | Path) -> BinaryIO:
 
 @contextmanager
 def appearing(path: str) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` when it is whole."""
+    """Open a file for writing that replaces `path` when it is whole."""
     temporary = f"{path}.tmp"
     with create(temporary) as file:
         yield file
@@ -42,10 +43,9 @@ def appearing(path: str) -> Iterator[BinaryIO]:
 
 
 def open_own(path: str | Path, flags: int) -> int:
-    """Open a local file with `os.open`'s `flags`, and return its descriptor.
+    """Open a local file with the `flags` of `os.open`, and return its descriptor.
 
-    Raise OSError for a link, a pipe, a device or a folder, none of which is followed or waited
-    for.
+    Raise OSError for a link, a pipe, a device or a folder; none of them is followed or waited for.
     """
     try:
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

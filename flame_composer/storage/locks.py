@@ -1,5 +1,6 @@
-"""What belongs to one job among those of a machine, until the last of its processes has ended:
-folders, and memory that its processes share.
+"""Folders and file limits of one job among those of a machine.
+
+A folder belongs to a job until the last of its processes has ended.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from flame_composer.errors import ConfigError
 from flame_composer.storage.folders import close_to_others, is_ours, private_folder
 
 CLAIM_SECONDS = 15.0
-# That a process has to be able to have open: shards, logs, shared memory, pipes to loader processes
+# Files that a process must be able to open: shards, logs, shared memory, pipes to loaders
 MIN_FILES = 64
 WANTED_FILES = 256
 
 
 def hold(path: str | Path) -> int | None:
-    """Lock a file for this process and those it forks from now on, and return its descriptor, whose
-    closing undoes it.
+    """Lock a file for this process and those it forks from now on, and return its descriptor.
 
-    Return None if another job has it, or if what lies there is not a file of ours: in a folder of
-    several users, anyone can put something under a name.
+    Closing the descriptor unlocks the file. Return None if another job holds the lock, or if the
+    path is not a file of ours: in a folder of several users, anyone can put something under a name.
     """
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
@@ -51,19 +51,20 @@ def hold(path: str | Path) -> int | None:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether this is a folder of this user's, and not a link to one: no other can have put it
-    there.
+    """Return whether this is a folder of this user's, and not a link to one.
+
+    Nobody else can have put it there.
     """
     found = path.lstat()
     return stat.S_ISDIR(found.st_mode) and is_ours(found, path.parent)
 
 
 def claim_folder(shared: Path) -> str:
-    """Return the first of `shared`-1, `shared`-2, ... that no living job has, and nobody else has
-    put there.
+    """Return the first of the folders `shared`-1, `shared`-2, ... that no living job has.
 
-    A job that was killed has its folder until its loader processes have noticed, some seconds
-    later: the job that takes its place waits for them rather than begin with an empty cache.
+    Folders that somebody else has put there are passed over. A job that was killed keeps its folder
+    until its loader processes have noticed, some seconds later: the job that takes its place waits
+    for them rather than begin with an empty cache.
     """
     shared.parent.mkdir(parents=True, exist_ok=True)
     give_up = time.monotonic() + CLAIM_SECONDS
@@ -82,23 +83,20 @@ def claim_folder(shared: Path) -> str:
 
 
 class JobFolder:
-    """A folder that only the processes of this job use, in this user's private one; it goes with
-    the last of them.
+    """A folder for the processes of this job alone, removed with the last of them.
 
-    Its lock is on the folder itself, which also keeps systemd-tmpfiles from clearing it away in a
-    long run.
+    It lies in this user's private folder. Its lock is on the folder itself, which also keeps
+    systemd-tmpfiles from clearing it away in a long run.
     """
 
     def __init__(self, path: str | None = None):
-        """Make a new folder, or with `path` enter the one that another process of this job has
-        made.
-        """
+        """Make a new folder, or enter the one at `path` that another process of the job made."""
         is_new = path is None
         while True:
             path = path or tempfile.mkdtemp(prefix="job-", dir=private_folder())
             self.path = Path(path)
-            # Another job may just take it for one that a dead job left: before it is opened, or
-            # locked.
+            # Before it is opened or locked, another job may take it for a dead job's and remove
+            # it.
             with contextlib.suppress(FileNotFoundError):
                 lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -112,6 +110,7 @@ class JobFolder:
 
 
 def _leave(lock: int, path: Path | None, pid: int) -> None:
+    """Remove a job's folder, if it has a path, and its lock; do nothing in a forked process."""
     if os.getpid() == pid:  # not in a process that was forked from it
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -119,9 +118,7 @@ def _leave(lock: int, path: Path | None, pid: int) -> None:
 
 
 def _sweep(private: Path) -> None:
-    """Remove the folders of jobs that were killed, however many: nothing has to be cleaned up by
-    hand.
-    """
+    """Remove the folders of jobs that were killed, so that nobody has to clean up by hand."""
     for path in private.glob("job-*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -136,7 +133,7 @@ def _sweep(private: Path) -> None:
 def allow_files() -> int:
     """Return how many files this process may have open, after asking for more if there are few.
 
-    Raises ConfigError for fewer than training takes.
+    Raise ConfigError if they are fewer than training takes.
     """
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:

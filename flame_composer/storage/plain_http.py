@@ -1,4 +1,4 @@
-"""A warning of servers that are spoken to without encryption."""
+"""A warning about servers that are spoken to without encryption."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from urllib.parse import urlsplit
 
 log = logging.getLogger(__name__)
 
-_warned_of: set[str] = set()  # servers
+_warned_of: set[str] = set()  # the servers
 
 
 def warn_if_readable(server: str) -> None:
-    """Say once that what goes to a plain http address, unless it is this machine's own, can be
-    read on the way.
+    """Warn, once for each server, of an http address other than this machine's own.
+
+    What is sent there can be read on the way.
     """
     address = urlsplit(server)
     host = (address.hostname or "").rstrip(".")

@@ -1,6 +1,6 @@
-"""S3 as an fsspec filesystem on boto3.
+"""S3 as an fsspec filesystem on boto3, with which StreamingDataset downloads as well.
 
-StreamingDataset downloads with boto3 as well; s3fs needs a botocore that does not agree with it.
+(s3fs needs a botocore that does not agree with it.)
 """
 
 from __future__ import annotations
@@ -24,23 +24,29 @@ from flame_composer.storage.s3_read import Ranges, fetch
 
 Info = dict[str, Any]
 
-SINGLE_PUT = 256 << 20  # bytes; what is larger is sent in parts, several at a time
+SINGLE_PUT = 256 << 20  # bytes; larger files are sent in parts, several at a time
 PART = 64 << 20
-# A download is fetched in pieces of so many bytes, so many at a time
+# Bytes of a piece of a download, and pieces fetched at a time
 PIECE, PIECES = 8 << 20, 10
-# S3 lists 1,000 names a page, and now and then none: not so often in a row, and not so many
+# S3 lists 1,000 names a page, and now and then none. A listing that has more pages without a new
+# name in a row, more pages or more names than this does not end
 IDLE_PAGES, MOST_PAGES, MOST_NAMES = 100, 50_000, 10_000_000
 
 
 class S3FileSystem(AbstractFileSystem):
-    """What `storage` needs of a filesystem. A file's `info` has its `version` (the ETag) and
-    when it was `modified`.
+    """The parts of a filesystem that `storage` needs.
+
+    The `info` of a file has its `version` (the ETag) and the time when it was `modified`.
     """
 
     protocol = "s3"
-    cachable = False  # it holds nothing
+    cachable = False  # it has no state worth keeping
 
     def info(self, path: str, **kwargs: Any) -> Info:
+        """Return what is known of a file, or of a folder that has files in it.
+
+        Raise FileNotFoundError if there is neither.
+        """
         path = self._strip_protocol(path)
         bucket, key = split(path)
         if key:
@@ -57,6 +63,7 @@ class S3FileSystem(AbstractFileSystem):
         return _folder(path)
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        """Return the files and folders directly in a folder."""
         found = list(self._list(self._strip_protocol(path), Delimiter="/"))
         return found if detail else [info["name"] for info in found]
 
@@ -68,12 +75,13 @@ class S3FileSystem(AbstractFileSystem):
         detail: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """All files below `path` with a request per thousand, whatever folders they are in."""
+        """Return all files below `path`, at any depth, with one request per thousand files."""
         found = self.ls(path) if maxdepth == 1 else list(self._list(self._strip_protocol(path)))
         files = {info["name"]: info for info in found if withdirs or info["type"] == "file"}
         return files if detail else sorted(files)
 
     def _list(self, path: str, **options: Any) -> Iterator[Info]:
+        """Yield what a folder holds; with a `Delimiter`, not what the folders in it hold."""
         bucket, key = split(path)
         with explained(path) as client:
             prefix = f"{key}/" if key else ""
@@ -85,7 +93,7 @@ class S3FileSystem(AbstractFileSystem):
                     for item in page.get("CommonPrefixes", [])
                 )
                 for item in page.get("Contents", []):
-                    # The mark of an empty folder, as some tools leave it
+                    # Some tools mark an empty folder by such a key
                     if not item["Key"].endswith("/"):
                         yield _file(
                             f"{bucket}/{item['Key']}",
@@ -97,6 +105,11 @@ class S3FileSystem(AbstractFileSystem):
     def _open(
         self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any
     ) -> Any:
+        """Open a file for reading; with `block_size` 0, fetch just what is asked for.
+
+        Raise StoreError if it is not of the `version` that is asked for, or is replaced while it is
+        read.
+        """
         assert mode == "rb", mode
         info = self.info(path)
         if info["type"] != "file":
@@ -109,13 +122,15 @@ class S3FileSystem(AbstractFileSystem):
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
     ) -> bytes:
-        """Return the first `end` bytes of a file, or all of it; StoreError where that is more than
-        `most` bytes.
+        """Return the first `end` bytes of a file, or all of it.
+
+        Raise StoreError if that is more than `most` bytes.
         """
         assert not start
         return fetch(self._strip_protocol(path), end=end, most=kwargs.get("most"))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        """Write `value` to a file."""
         path = self._strip_protocol(path)
         bucket, key = split(path)
         with explained(path) as client:
@@ -124,6 +139,7 @@ class S3FileSystem(AbstractFileSystem):
     def put_file(
         self, lpath: str, rpath: str, callback: Any = None, mode: str = "overwrite", **kwargs: Any
     ) -> None:
+        """Upload a local file, in several parts at a time if it is large."""
         from boto3.s3.transfer import TransferConfig
 
         path = self._strip_protocol(rpath)
@@ -135,7 +151,10 @@ class S3FileSystem(AbstractFileSystem):
     def get_file(
         self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any
     ) -> None:
-        """Fetch a file, of which no byte more is taken than it was said to have."""
+        """Download a file, but no more bytes than it was said to have.
+
+        Raise StoreError if it has more than `most` bytes, or more than the disk has free.
+        """
         path = self._strip_protocol(rpath)
         info = _head(path)
         size, etag, most = info["size"], info["etag"], kwargs.get("most")
@@ -143,7 +162,7 @@ class S3FileSystem(AbstractFileSystem):
             raise too_long(path, most)
         require_room(f"s3://{path}", size, Path(lpath).parent)
         Path(lpath).write_bytes(b"")
-        if size <= PIECE:  # whole, so that botocore compares the checksum, if there is one
+        if size <= PIECE:  # as a whole: botocore compares the checksum, if there is one
             Path(lpath).write_bytes(fetch(path, size=size, etag=etag))
             return
 
@@ -161,6 +180,7 @@ class S3FileSystem(AbstractFileSystem):
                 raise
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
+        """Copy a file within the store."""
         path = self._strip_protocol(path2)
         from_bucket, from_key = split(self._strip_protocol(path1))
         bucket, key = split(path)
@@ -168,16 +188,17 @@ class S3FileSystem(AbstractFileSystem):
             client.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key)
 
     def rm_file(self, path: str) -> None:
+        """Delete a file; one that does not exist is no error."""
         path = self._strip_protocol(path)
         bucket, key = split(path)
         with explained(path) as client:
             client.delete_object(Bucket=bucket, Key=key)
 
     def abort_uploads(self, path: str) -> None:
-        """Give up what was sent of files below `path` that never got whole: invisible, but stored
-        and paid for.
+        """Abort the uploads below `path` that never became whole.
 
-        Where that is not allowed, it is left to the bucket's own rules.
+        Their parts are invisible, but stored and paid for. A user who is not allowed to abort them
+        leaves them to the bucket's own rules.
         """
         path = self._strip_protocol(path)
         bucket, key = split(path)
@@ -193,6 +214,7 @@ class S3FileSystem(AbstractFileSystem):
 
 
 def _head(path: str) -> Info:
+    """Return the `info` of a file."""
     bucket, key = split(path)
     with explained(path) as client:
         head = client.head_object(Bucket=bucket, Key=key)
@@ -202,7 +224,7 @@ def _head(path: str) -> Info:
 
 
 def _pages(client: Any, operation: str, path: str, **options: Any) -> Iterator[Any]:
-    """Yield the pages of a listing. Raise StoreError for one that does not end."""
+    """Yield the pages of a listing; raise StoreError if it does not end."""
     from botocore.exceptions import PaginationError
 
     seen: set[int] = set()
@@ -235,6 +257,10 @@ def _pages(client: Any, operation: str, path: str, **options: Any) -> Iterator[A
 
 
 def _file(path: str, size: Any, etag: str, modified: Any) -> Info:
+    """Return the `info` of a file.
+
+    Raise StoreError if the store does not tell its size and date.
+    """
     is_size, is_date = isinstance(size, int) and size >= 0, isinstance(modified, datetime)
     if not is_size or not is_date:
         what = "size" if is_date else "date" if is_size else "size and date"
@@ -252,4 +278,5 @@ def _file(path: str, size: Any, etag: str, modified: Any) -> Info:
 
 
 def _folder(path: str) -> Info:
+    """Return the `info` of a folder."""
     return {"name": path, "size": 0, "type": "directory"}

@@ -1,7 +1,7 @@
-"""Clients of S3 whose server has answered, and their failures in our terms.
+"""Clients of S3 that have been tried on their bucket, with their failures in our terms.
 
 Credentials and region are found as boto3 finds them; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, names
-another S3 server. A mistake of the user's is a ConfigError, and what failed again and again a
+another S3 server. What the user has to put right is a ConfigError, what failed again and again a
 StoreError: one line, within seconds.
 """
 
@@ -20,7 +20,7 @@ from flame_composer.storage.s3_errors import code_of, line_of, why
 
 ATTEMPTS = 5  # for each request; botocore waits longer after each
 CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an attempt
-# A bucket's first request: who named a wrong endpoint is told within 15 seconds
+# For the first request to a bucket: a user who named a wrong endpoint is told within 15 seconds
 FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
 MOST_ANSWER = 64 << 20  # bytes; a page of a listing has some 5 MB at most
 
@@ -28,15 +28,16 @@ _lock = threading.Lock()
 
 
 def connect(bucket: str) -> Any:
-    """A client for which `bucket` has answered; made anew where the environment has changed, or
-    after a fork.
+    """Return a client to which `bucket` has answered.
+
+    It is made anew if the environment has changed, and after a fork.
     """
     environment = tuple(
         (name, value)
         for name, value in sorted(os.environ.items())
         if name.startswith(("AWS_", "S3_"))
     )
-    with _lock:  # making clients is not thread-safe, using them is
+    with _lock:  # using clients is thread-safe, making them is not
         return _client(bucket, os.getpid(), environment)
 
 
@@ -65,6 +66,7 @@ def limit_answers() -> None:
 
 @functools.lru_cache(maxsize=8)
 def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """Make a client and try it on `bucket`; `pid` and `environment` tell cached ones apart."""
     from boto3 import Session
     from botocore.config import Config
     from botocore.exceptions import (
@@ -98,13 +100,13 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         try:
             first.list_objects_v2(Bucket=bucket, MaxKeys=1)
         except ClientError as error:
-            # Who may not list the bucket may read or write in it all the same
+            # A user who may not list the bucket may still be allowed to read or write in it
             if code_of(error) != "AccessDenied":
                 raise why(error, bucket, server) from None
         except (ConnectionError, HTTPClientError, NoCredentialsError) as error:
             raise why(error, bucket, server, ConfigError) from None
         return make(ATTEMPTS, CONNECT_SECONDS, READ_SECONDS)
-    # A profile, a name or an endpoint that cannot be, or an answer that is none of S3
+    # An impossible profile, name or endpoint, or an answer that S3 would not give
     except (BotoCoreError, ResponseParserError, ValueError) as error:
         if isinstance(error, (ConfigError, StoreError)):
             raise
@@ -112,16 +114,17 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
 
 
 def _stay(params: dict[str, Any], **_: Any) -> None:
-    """Have one HeadBucket request not be redirected.
+    """Keep a HeadBucket request from being redirected.
 
-    botocore 1.44 asks by it for a bucket's region when a server redirects. Where that is redirected
-    as well, and names no region, it asks again, until Python's stack is full.
+    botocore 1.44 sends it to learn a bucket's region when a server redirects. If it is redirected
+    as well, and no region is named, botocore asks again until Python's stack is full.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 @contextmanager
 def explained(path: str) -> Iterator[Any]:
+    """Provide a client for the bucket of `path`, and raise its errors as ours."""
     from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -137,7 +140,7 @@ def explained(path: str) -> Iterator[Any]:
         raise why(error, path, server) from None
     except (ConfigError, StoreError):
         raise
-    # What botocore makes of sizes, dates and XML that are none
+    # Raised by botocore for sizes, dates and XML that are malformed
     except (ResponseParserError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(
             f"s3://{path}: {server} answers otherwise than S3 does:"
@@ -146,5 +149,6 @@ def explained(path: str) -> Iterator[Any]:
 
 
 def split(path: str) -> tuple[str, str]:
+    """Return the bucket and the key of a path."""
     bucket, _, key = path.partition("/")
     return bucket, key

@@ -1,4 +1,4 @@
-"""The meaning of S3's errors for a user, in one line each."""
+"""S3's errors, told to a user in one line each."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ CHANGED = {"412", "PreconditionFailed"}
 def why(
     error: Exception, path: str, server: str, failed: type[Exception] = StoreError
 ) -> Exception:
+    """Return the error that tells a user why a request for `path` failed.
+
+    That is a ConfigError if the user can put it right, a FileNotFoundError if there is no such
+    file, and an error of the type `failed` otherwise.
+    """
     from botocore.exceptions import (
         ClientError,
         ConnectionError,
@@ -83,10 +88,12 @@ def why(
 
 
 def missing(path: str) -> FileNotFoundError:
+    """Return the error for a file that does not exist."""
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"s3://{path}")
 
 
 def too_long(path: str, most: int) -> StoreError:
+    """Return the error for a file of more than `most` bytes."""
     return StoreError(
         f"s3://{path}: has more than {most:,} bytes, which no such file has; put the right one"
         " there"
@@ -94,9 +101,11 @@ def too_long(path: str, most: int) -> StoreError:
 
 
 def code_of(error: Any) -> str:
+    """Return the error code in an answer of S3, or an empty text if there is none."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def line_of(error: Exception) -> str:
+    """Return what an error of botocore says, in at most 200 characters and without secrets."""
     line = masked(re.sub(r'( on| to the)? endpoint URL: "[^"]*"', "", " ".join(str(error).split())))
     return line.rstrip(".")[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Bytes of S3's objects, and proof that they are the ones that were asked for."""
+"""Bytes of S3's objects, checked to be the ones that were asked for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ BLOCK = 1 << 20  # bytes of an answer read at a time
 
 
 class Ranges(io.RawIOBase):
-    """A file of which only what is asked for is fetched; a StoreError if it is no longer the one
-    that was opened.
+    """A file of which only what is asked for is fetched.
+
+    Reading raises StoreError if the file is no longer the one that was opened.
     """
 
     def __init__(self, path: str, size: int, etag: str):
@@ -49,7 +50,7 @@ class Ranges(io.RawIOBase):
 
 
 class _WrongAnswer(Exception):
-    """What is wrong with an answer, in a few words. The next one may be right."""
+    """What is wrong with an answer, in a few words; the next answer may be right."""
 
 
 def fetch(
@@ -61,12 +62,12 @@ def fetch(
     etag: str = "",
     most: int | None = None,
 ) -> bytes:
-    """Return bytes `start` to `end` of an object, fewer only where it ends; all of it without
-    `end`.
+    """Return bytes `start` to `end` of an object, or all of it without `end`.
 
-    `size` and `etag` are what was said of it before, if anything was. Raise StoreError if it is now
-    another, if it has more than `most` bytes, and if the server does not send just what was asked
-    for, however often it is asked.
+    Fewer bytes come back only where the object ends. `size` and `etag` are what was said of the
+    object before, if anything was. Raise StoreError if it is another one by now, if it has more
+    than `most` bytes, or if the server does not send just what was asked for, however often it is
+    asked.
     """
     from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
 
@@ -78,7 +79,7 @@ def fetch(
         for attempt in range(s3_client.ATTEMPTS):
             is_last = attempt + 1 == s3_client.ATTEMPTS
             answer = client.get_object(Bucket=bucket, Key=key, **options)
-            try:  # botocore itself tries again only until an answer begins
+            try:  # once an answer has begun, botocore does not try again
                 _require_same(path, etag, answer.get("ETag") or "")
                 return _read(path, answer, start, end, size, most)
             except (HTTPClientError, IncompleteReadError, ResponseStreamingError):
@@ -92,13 +93,14 @@ def fetch(
                         " that answers as S3 does"
                     ) from None
             finally:
-                answer["Body"].close()  # what is left of it is not read
+                answer["Body"].close()  # without reading the rest
     raise AssertionError
 
 
 def _require_same(path: str, etag: str, found: str) -> None:
-    """Raise StoreError for an answer of another version, by a server that took no notice of
-    `IfMatch`.
+    """Raise StoreError if the answer is of another version of the object.
+
+    Servers that ignore `IfMatch` send one.
     """
     known, now = (tag.removeprefix("W/").strip('"') for tag in (etag, found))
     if known and now and known != now:
@@ -113,10 +115,12 @@ def _read(
     size: int | None,
     most: int | None,
 ) -> bytes:
-    """Return what an answer brings to what `_fetch` has asked for. Raise _WrongAnswer if that is
-    not it, StoreError if no other answer can be hoped for.
+    """Return the bytes of an answer to a request of `fetch`.
+
+    Raise _WrongAnswer if they are not what was asked for, StoreError if no other answer can be
+    hoped for.
     """
-    announced = answer.get("ContentLength")  # None where it comes in chunks
+    announced = answer.get("ContentLength")  # None if it comes in chunks
     wanted = size if end is None else _length(path, answer, start, end, size)
     if wanted is None:
         wanted = announced
@@ -143,7 +147,7 @@ def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> i
     """Return how many bytes an answer has for the range from `start` to `end`."""
     if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
         announced = answer.get("ContentLength")
-        # The whole of a file, where that is no more than was asked for
+        # The whole file may be sent if it is no longer than the range
         if start == 0 and announced is not None and announced <= end and size in (None, announced):
             return int(announced)
         raise StoreError(
@@ -160,7 +164,7 @@ def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> i
     wanted = end if total is None else min(end, total)
     if total is not None:  # some servers repeat what they were asked for, beyond the end
         last = min(last, total - 1)
-    is_end = total is None and first <= last < end  # it may be
+    is_end = total is None and first <= last < end  # possibly, for the total is unknown
     if size not in (None, total) or first != start or not (last == wanted - 1 or is_end):
         of = "" if size is None else f" of {size:,}"
         raise _WrongAnswer(f"sends {said}, must be bytes {start}-{end - 1}{of}")

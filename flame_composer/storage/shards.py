@@ -18,14 +18,16 @@ class TooLong(StoreError):
 
 
 def fetch_file(source: str, path: Path, *, most: int, is_alone: bool = False) -> None:
-    """Fetch a shard, an index or a manifest to `path`, where there must be no file yet.
+    """Fetch a shard, an index or a manifest to `path`, where no file may be yet.
 
-    S3 and local files are read as everywhere (`files.download`). Other stores are not: training
-    from them takes the packages that StreamingDataset asks for, not those that fsspec does. Its
-    clients write whatever comes. They can be stopped at `most` bytes only `is_alone`: where this
-    process writes no other file meanwhile, for the limit holds for all of them.
+    Local files and those in S3 are fetched by `files.download`, as everywhere. Other stores are
+    not: to train from them, users install the packages that StreamingDataset asks for, not those of
+    fsspec. StreamingDataset's clients write whatever a store sends. They are stopped at `most`
+    bytes only if `is_alone`, when this process writes no other file meanwhile: the limit holds for
+    all its files.
 
-    Raise TooLong for more than `most` bytes, FileNotFoundError, or what the store's client does.
+    Raise TooLong for a file of more than `most` bytes, FileNotFoundError, or whatever a store's
+    client raises.
     """
     if source.startswith("s3://") or not is_url(source):
         found = files.stat(source)
