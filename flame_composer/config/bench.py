@@ -1,4 +1,4 @@
-"""What recipes/benchmark.py is run with: every field, its default and its rules."""
+"""Configurations of recipes/benchmark.py: their keys, defaults and rules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def require_positive(config: object, *names: str) -> None:
 
 @dataclass
 class SizesConfig(ScriptConfig):
-    """Models of a given size."""
+    """The size of the models that are measured."""
 
     hidden_size: int = 512
     """Width of the models."""
     num_layers: int = 8
-    """Number of layers."""
+    """Number of layers of the models."""
     vocab_size: int = 4096
-    """Tokens in the vocabulary."""
+    """Number of tokens in the vocabulary."""
 
     def validate(self) -> None:
         require_positive(self, "hidden_size", "num_layers", "vocab_size")
@@ -34,11 +34,13 @@ class BenchmarkConfig(SizesConfig):
     """Time a training step of GLA against a Llama of the same size."""
 
     context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
-    """Tokens per row, one measurement each."""
+    """Tokens per row, each a measurement of its own."""
     batch_tokens: int = 4096
     """Tokens per step."""
     repeats: int = 2
-    """Steps of each model that count, after one that does not; the two take turns."""
+    """Number of steps of each model that count, after one that does not; the two models take
+    turns.
+    """
 
     def validate(self) -> None:
         super().validate()
@@ -57,27 +59,29 @@ class ConversionBenchmarkConfig(ScriptConfig):
     paths = ("source", "tokenizer", "folder")
 
     source: list[str] = field(default_factory=list)
-    """Files, folders or globs of text to draw the corpus from; if not set, the Python files of
-    the installed packages.
+    """Files, folders or globs of text to draw the corpus from; the Python files of the installed
+    packages if not set.
     """
     suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched."""
+    """Endings of the files to take from a folder."""
     megabytes: float = 160
-    """Size of the corpus, as JSONL of distinct documents; less if the source holds less."""
+    """Size of the corpus, MB of JSONL with distinct documents; smaller if the source holds less."""
     tokenizer: str | None = None
-    """Tokenizer folder or id; if not set, Mistral-7B's from the package mistral-common."""
+    """Tokenizer folder or id; the tokenizer of Mistral-7B, from the package mistral-common, if not
+    set.
+    """
     context_length: int = 2048
     """Tokens per row."""
     unit_size: int = 8388608
-    """Input bytes per work unit."""
+    """Size of a work unit, bytes of input."""
     num_workers: int = 2
-    """Processes that are compared with one."""
+    """Number of processes that are compared with one."""
     repeats: int = 2
-    """Conversions by each, which take turns; if more than one, after a small one that does not
-    count.
+    """Number of conversions by each side; the two take turns. If it is more than one, a small
+    conversion that does not count comes first.
     """
     folder: str | None = None
-    """Where the corpus and the datasets are put, and removed in the end; the system's temporary
+    """Folder for the corpus and the datasets, which are removed at the end; the system's temporary
     folder if not set.
     """
 
@@ -93,13 +97,13 @@ class DecodeBenchmarkConfig(SizesConfig):
     """Time decoding with GLA against a Llama of the same size."""
 
     context_lengths: list[int] = field(default_factory=lambda: [256, 8192])
-    """Tokens read before decoding is timed."""
+    """Numbers of tokens that are read before decoding is timed."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
-    """Sequences decoded at a time."""
+    """Numbers of sequences that are decoded together."""
     new_tokens: int = 8
-    """Tokens decoded in a turn."""
+    """Number of tokens that are decoded in a turn."""
     repeats: int = 2
-    """Turns that count."""
+    """Number of turns that count."""
 
     def validate(self) -> None:
         super().validate()
@@ -116,9 +120,9 @@ class CheckpointBenchmarkConfig(SizesConfig):
     paths = ("folder",)
 
     repeats: int = 3
-    """Turns that count."""
+    """Number of turns that count."""
     folder: str | None = None
-    """Where the checkpoints are put, and removed in the end; the system's temporary folder if
+    """Folder for the checkpoints, which are removed at the end; the system's temporary folder if
     not set.
     """
 
@@ -130,16 +134,16 @@ class CheckpointBenchmarkConfig(SizesConfig):
 
 @dataclass
 class StartBenchmarkConfig(ScriptConfig):
-    """Time a run's first step, from the command on, against importing the libraries."""
+    """Time from the command to a run's first step, against the time to import the libraries."""
 
     paths = ("folder",)
 
     megabytes: float = 8
-    """Size of the corpus, drawn from the Python files of the installed packages."""
+    """Size of the corpus, MB, drawn from the Python files of the installed packages."""
     repeats: int = 2
-    """Turns that count."""
+    """Number of turns that count."""
     folder: str | None = None
-    """Where the corpus and the runs are put, and removed in the end; the system's temporary
+    """Folder for the corpus and the runs, which are removed at the end; the system's temporary
     folder if not set.
     """
 
@@ -153,7 +157,7 @@ class TrainerBenchmarkConfig(StartBenchmarkConfig):
     """Time recipes/train.py against a bare loop over the same batches."""
 
     steps: int = 16
-    """Optimizer steps of a timed run."""
+    """Number of optimizer steps in a timed run."""
 
     def validate(self) -> None:
         super().validate()
@@ -162,10 +166,10 @@ class TrainerBenchmarkConfig(StartBenchmarkConfig):
 
 @dataclass
 class DataBenchmarkConfig(StartBenchmarkConfig):
-    """Time shards to batches against StreamingDataset, and the first batch of a resumed epoch."""
+    """Time shards to batches against StreamingDataset, and a resumed epoch's first batch."""
 
     epoch_rows: int = 10000000
-    """Rows of the epoch whose last hundredth a run starts in."""
+    """Number of rows in the epoch whose last hundredth a run starts in."""
 
     def validate(self) -> None:
         super().validate()
@@ -177,16 +181,17 @@ BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoi
 
 @dataclass
 class AllBenchmarksConfig(ScriptConfig):
-    """Every benchmark in turn, a table of the figures, and status 1 if one misses what is stated
-    of it by more than a tenth.
+    """Run every benchmark in turn and show a table of the figures.
+
+    The exit status is 1 if a figure misses the stated one by more than a tenth.
     """
 
     paths = ("plot",)
 
     names: list[str] = field(default_factory=list)
-    """Only these."""
+    """Names of the benchmarks to run; all if not set."""
     plot: str | None = None
-    """A PNG of how cost grows with context, rows, layers and workers."""
+    """PNG file for a chart of how cost grows with context, rows, layers and workers."""
 
     def validate(self) -> None:
         require_text(self, "plot")

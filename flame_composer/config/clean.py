@@ -1,4 +1,4 @@
-"""What convert/clean.py is run with: every step, its defaults and its rules."""
+"""The configuration of convert/clean.py: every step, its defaults and its rules."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def require_fraction(value: float, name: str) -> None:
 
 @dataclass
 class LanguageConfig:
-    """Keep documents in certain languages, as a fastText model tells them."""
+    """Keep documents in certain languages, which a fastText model recognizes."""
 
     paths = ("model",)
 
     model: str = MISSING
-    """File of a fastText language model, e.g. lid.176.bin; it is never downloaded."""
+    """File of a fastText model of languages, e.g. lid.176.bin; it is never downloaded."""
     languages: list[str] = field(default_factory=lambda: ["en"])
-    """Languages to keep, as the model names them."""
+    """Languages to keep, under the names that the model has for them."""
     threshold: float = 0.65
-    """Remove a document unless the model is surer than this that it is in one of them."""
+    """Probability of being in one of these languages that a document must exceed to be kept."""
 
     def validate(self) -> None:
         require_text(self, "model")
@@ -36,23 +36,25 @@ class LanguageConfig:
 
 @dataclass
 class GopherRepetitionConfig:
-    """Remove documents that repeat themselves, by the rules of Gopher (arXiv 2112.11446, table
-    A1); a limit of 0 is none.
+    """Remove documents that repeat themselves, by the rules of Gopher.
+
+    See arXiv 2112.11446, table A1. A limit of 0 is no limit.
     """
 
     dup_line_frac: float = 0.3
-    """Largest share of a document's lines that have come before."""
+    """Largest share of a document's lines that repeat earlier ones."""
     dup_para_frac: float = 0.3
-    """The same of paragraphs."""
+    """Largest share of a document's paragraphs that repeat earlier ones."""
     dup_line_char_frac: float = 0.2
-    """Largest share of its characters in lines that have come before."""
+    """Largest share of a document's characters in lines that repeat earlier ones."""
     dup_para_char_frac: float = 0.2
-    """The same in paragraphs."""
+    """Largest share of a document's characters in paragraphs that repeat earlier ones."""
     top_n_grams: list[float] = field(default_factory=lambda: [0.2, 0.18, 0.16])
-    """Largest share of its characters in its most frequent sequence of 2, 3 and 4 words."""
+    """Largest shares of a document's characters in its most frequent sequence of 2, 3 and 4 words.
+    """
     dup_n_grams: list[float] = field(default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.1])
-    """Largest share of its characters in sequences of 5, 6, 7, 8, 9 and 10 words that have come
-    before.
+    """Largest shares of a document's characters in sequences of 5, 6, 7, 8, 9 and 10 words that
+    repeat earlier ones.
     """
 
     def validate(self) -> None:
@@ -69,32 +71,33 @@ class GopherRepetitionConfig:
 
 @dataclass
 class GopherQualityConfig:
-    """Remove what is hardly prose, by the rules of Gopher (arXiv 2112.11446, appendix A); a
-    limit of 0 is none.
+    """Remove documents that are hardly prose, by the rules of Gopher.
+
+    See arXiv 2112.11446, appendix A. A limit of 0 is no limit.
     """
 
     min_doc_words: int = 50
-    """Fewest words, punctuation not counted."""
+    """Smallest number of words, not counting punctuation."""
     max_doc_words: int = 100000
-    """Most words, punctuation not counted."""
+    """Largest number of words, not counting punctuation."""
     min_avg_word_length: int = 3
-    """Smallest mean length of the words, characters."""
+    """Smallest mean length of a document's words, characters."""
     max_avg_word_length: int = 10
-    """Largest mean length of the words, characters."""
+    """Largest mean length of a document's words, characters."""
     max_symbol_word_ratio: float = 0.1
-    """Most hash signs per word, and most ellipses."""
+    """Largest number of hash signs per word, and largest number of ellipses per word."""
     max_bullet_lines_ratio: float = 0.9
     """Largest share of lines that begin with a bullet or a dash."""
     max_ellipsis_lines_ratio: float = 0.3
     """Largest share of lines that end in an ellipsis."""
     min_alpha_words_ratio: float = 0.8
-    """Smallest share of words (punctuation counted) that hold a letter."""
+    """Smallest share of words, punctuation included, that hold a letter."""
     min_stop_words: int = 2
-    """Fewest different words of `stop_words`."""
+    """Smallest number of different words of `stop_words` in a document."""
     stop_words: list[str] = field(
         default_factory=lambda: ["the", "be", "to", "of", "and", "that", "have", "with"]
     )
-    """Words that prose is not without; give those of the language if it is not English."""
+    """Words that no prose is without; for text that is not English, name those of its language."""
 
     def validate(self) -> None:
         for name in (
@@ -121,30 +124,33 @@ class GopherQualityConfig:
 
 @dataclass
 class C4Config:
-    """Remove lines and documents by the rules of C4 (arXiv 1910.10683, section 2.2); what is
-    left of a text is kept.
+    """Remove lines and documents by the rules of C4; what is left of a document is kept.
+
+    See arXiv 1910.10683, section 2.2.
     """
 
     remove_citations: bool = True
-    """Take marks like [12], [edit] and [citation needed] out of lines."""
+    """Cut marks like [12], [edit] and [citation needed] out of lines."""
     filter_no_terminal_punct: bool = False
-    """Remove lines that do not end in . ? ! or a quotation mark, as C4 did; FineWeb found it
-    better not to.
+    """Remove lines that do not end in . ? ! or a quotation mark, as C4 did. FineWeb found results
+    better without this rule.
     """
     min_num_sentences: int = 5
-    """Remove documents of fewer sentences; 0 is no such limit."""
+    """Smallest number of sentences in a document; 0 for no such limit."""
     min_words_per_line: int = 3
-    """Remove lines of fewer words; 0 is no such limit."""
+    """Smallest number of words in a line; 0 for no such limit."""
     max_word_length: int = 1000
-    """Remove lines with a word of more characters; 0 is no such limit."""
+    """Largest number of characters in a word; lines with a longer word are removed. 0 for no such
+    limit.
+    """
     filter_lorem_ipsum: bool = True
-    """Remove documents with "lorem ipsum"."""
+    """Remove documents that hold "lorem ipsum"."""
     filter_javascript: bool = True
     """Remove lines that mention JavaScript."""
     filter_curly_bracket: bool = True
-    """Remove documents with a curly bracket, which is most code."""
+    """Remove documents with a curly bracket, which most code has."""
     filter_policy: bool = True
-    """Remove lines on cookies, terms of use and privacy policies."""
+    """Remove lines about cookies, terms of use and privacy policies."""
 
     def validate(self) -> None:
         for name in ("min_num_sentences", "min_words_per_line", "max_word_length"):
@@ -153,19 +159,21 @@ class C4Config:
 
 @dataclass
 class MinhashConfig:
-    """Remove near-duplicates: two documents that share the part s of their word sequences are
-    found with probability 1 - (1 - s^hashes_per_bucket)^num_buckets, which is 92 % for s = 0.8
-    and 5 % for s = 0.5 with the defaults.
+    """Remove near-duplicates, found by MinHash.
+
+    Two documents that share a fraction s of their word sequences are found with probability
+    1 - (1 - s^hashes_per_bucket)^num_buckets. With the defaults this is 92 % for s = 0.8 and 5 %
+    for s = 0.5.
     """
 
     n_grams: int = 5
-    """Words per sequence that is compared; documents of fewer words have no near-duplicates."""
+    """Number of words in a sequence; documents with fewer words have no near-duplicates."""
     num_buckets: int = 14
-    """Chances that two documents have to be found equal."""
+    """Number of buckets; two documents that agree in one of them are near-duplicates."""
     hashes_per_bucket: int = 8
-    """Hashes that must agree in one of them."""
+    """Number of hashes in a bucket, all of which must agree."""
     seed: int = 1
-    """Chooses the hash functions."""
+    """Seed of the hash functions."""
 
     def validate(self) -> None:
         for name in ("n_grams", "num_buckets", "hashes_per_bucket"):
@@ -175,16 +183,16 @@ class MinhashConfig:
 
 @dataclass
 class PiiConfig:
-    """Mask what tells of persons."""
+    """Mask personal information."""
 
     emails: str | None = "email@example.com"
-    """Put in the place of every e-mail address; null leaves them."""
+    """Replacement for every e-mail address; null leaves them."""
     ips: str | None = "22.214.171.124"
-    """Put in the place of every IPv4 address; null leaves them. The default answers nobody, as
-    far as is known.
+    """Replacement for every IPv4 address; null leaves them. As far as is known, no machine answers
+    at the default.
     """
     public_ips_only: bool = True
-    """Leave addresses that are private, reserved or local, like 192.168.0.1."""
+    """Leave IPv4 addresses that are private, reserved or local, like 192.168.0.1."""
 
     def validate(self) -> None:
         require(
@@ -196,12 +204,12 @@ class PiiConfig:
 
 @dataclass
 class SlurmConfig:
-    """How jobs are submitted with executor=slurm."""
+    """The jobs that are submitted with executor=slurm."""
 
     paths = ("activate",)
 
     partition: str = MISSING
-    """Partition to submit to."""
+    """Partition to submit jobs to."""
     time: str = MISSING
     """Time limit of a task, e.g. 10:00:00."""
     mem_per_cpu_gb: int = 4
@@ -209,11 +217,11 @@ class SlurmConfig:
     qos: str = "normal"
     """Quality of service."""
     activate: str | None = None
-    """Script that a job sources first to have this environment; that of the environment this
-    runs in, if not set.
+    """Script that a job sources first to activate the Python environment; that of the environment
+    clean.py runs in if not set.
     """
     max_array_size: int = 1001
-    """Most tasks that the cluster takes in one array job."""
+    """Largest number of tasks that the cluster takes in one array job."""
 
     def validate(self) -> None:
         require_text(self, "partition", "time", "qos", "activate")
@@ -223,10 +231,10 @@ class SlurmConfig:
 
 @dataclass
 class RayConfig:
-    """How tasks are run with executor=ray."""
+    """The tasks that are run with executor=ray."""
 
     address: str = "auto"
-    """Address of the Ray cluster; auto is the one that this machine belongs to."""
+    """Address of the Ray cluster; auto is the cluster that this machine belongs to."""
     mem_per_cpu_gb: float = 4.0
     """Memory to reserve for a task, GB."""
 
@@ -237,49 +245,50 @@ class RayConfig:
 
 @dataclass
 class CleanConfig(HubSourceConfig):
-    """Clean text to train on. The defaults follow FineWeb's recipe for prose from the web;
-    section=null leaves a step out.
+    """Clean text to train on.
+
+    The defaults follow FineWeb's recipe for prose from the web. section=null leaves a step out.
     """
 
     goes_on = True
     paths = ("source", "out", "removed_out")
 
     out: str = MISSING
-    """Folder the documents that stay are written to, as JSONL for convert/to_mds.py."""
+    """Folder that the kept documents are written to, as JSONL for convert/to_mds.py."""
     removed_out: str | None = None
-    """Folder the documents that are removed are written to, a folder a step."""
+    """Folder that the removed documents are written to, in a folder for each step."""
     language: LanguageConfig | None = None
-    """Keep some languages only; off unless a model file is given."""
+    """Keep documents in some languages only; this step is left out if not set."""
     gopher_repetition: GopherRepetitionConfig | None = field(default_factory=GopherRepetitionConfig)
     """Remove documents that repeat themselves."""
     gopher_quality: GopherQualityConfig | None = field(default_factory=GopherQualityConfig)
-    """Remove what is hardly prose."""
+    """Remove documents that are hardly prose."""
     c4: C4Config | None = field(default_factory=C4Config)
     """Remove boilerplate lines, code and very short documents."""
     exact_dedup: bool = True
-    """Of documents with equal texts, keep the first."""
+    """Keep only the first of documents with equal texts."""
     minhash: MinhashConfig | None = field(default_factory=MinhashConfig)
-    """Of documents that are nearly equal, keep the first."""
+    """Keep only the first of documents that are nearly equal."""
     pii: PiiConfig | None = field(default_factory=PiiConfig)
     """Mask e-mail and IP addresses."""
     compression: Literal["zst", "gz", "none"] = "zst"
-    """How the output files are compressed."""
+    """Compression of the output files."""
     unit_size: int = 67108864
-    """Input bytes per task; each writes one output file, and is the step in which a cleaning is
-    resumed.
+    """Size of a task, bytes of input. A task writes one output file, and a cleaning is resumed task
+    by task.
     """
     num_workers: int | None = None
-    """Tasks at a time; one per core if not set, and with a cluster as many as it has room for.
+    """Number of tasks at a time; if not set, one per core, or as many as a cluster has room for.
     The output does not depend on it.
     """
     executor: Literal["local", "slurm", "ray"] = "local"
-    """What runs the tasks: processes of this machine, or a cluster whose machines see the same
+    """Place where tasks run: processes of this machine, or a cluster whose machines see the same
     files under the same paths.
     """
     slurm: SlurmConfig | None = None
-    """Needed with executor=slurm."""
+    """Settings of jobs, which must be set with executor=slurm."""
     ray: RayConfig = field(default_factory=RayConfig)
-    """Used with executor=ray."""
+    """Settings of tasks with executor=ray."""
 
     def validate(self) -> None:
         super().validate()

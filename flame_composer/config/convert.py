@@ -1,4 +1,4 @@
-"""What the scripts of convert/ are run with: every field, its default and its rules."""
+"""Configurations of the scripts in convert/: their keys, defaults and rules."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class TokenizerTrainConfig(SourceConfig):
     paths = ("source", "out")
 
     out: str = MISSING
-    """Folder the tokenizer is written to."""
+    """Folder that the tokenizer is written to."""
     vocab_size: int = 32000
-    """Number of tokens, special ones included."""
+    """Number of tokens in the vocabulary, special tokens included."""
     min_frequency: int = 2
-    """A pair must occur this often to be merged."""
+    """Number of times that a pair must occur to be merged."""
     max_bytes: int | None = None
-    """Learn from a sample of this many bytes, drawn from all over the source; from all of it if
+    """Size of the sample to learn from, bytes, drawn from all over the source; the whole source if
     not set.
     """
     eos_token: str = "<|endoftext|>"
-    """The token that ends a document (also used as bos and pad)."""
+    """Token that ends a document, also used as bos and pad token."""
 
     def validate(self) -> None:
         super().validate()
@@ -54,8 +54,8 @@ class TokenizerTrainConfig(SourceConfig):
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
 
 
-# What the files written depend on, apart from the tokenizer, the encoder, the context length and
-# the inputs themselves.
+# The keys that the files written depend on, besides the tokenizer, the encoder, the context length
+# and the inputs themselves.
 CONVERSION_SETTINGS = (
     "source name split suffixes text_column add_bos add_eos "
     "max_document_bytes max_doc_length min_doc_length seed val_fraction shard_size unit_size"
@@ -71,48 +71,53 @@ class ConvertConfig(HubSourceConfig):
     goes_on = True
 
     out: str = MISSING
-    """Folder the dataset is written to, local or as a URL (s3://bucket/folder); then each work
-    unit is made in TMPDIR first.
+    """Folder that the dataset is written to, local or a URL (s3://bucket/folder). Work units for a
+    URL are made in TMPDIR first.
     """
     tokenizer: str = MISSING
     """Hugging Face tokenizer folder or id."""
     context_length: int = 2048
     """Tokens per row."""
     add_bos: bool = False
-    """Put the tokenizer's bos token before every document."""
+    """Put the bos token of the tokenizer before every document."""
     add_eos: bool = True
-    """Put the tokenizer's eos token after every document."""
+    """Put the eos token of the tokenizer after every document."""
     val_fraction: float = 0.0
-    """Fraction of documents held out for validation, chosen by a hash of the text."""
+    """Fraction of the documents to hold out for validation, chosen by a hash of their text."""
     val_out: str | None = None
-    """Folder the held-out documents' dataset is written to, local or as a URL."""
+    """Folder that the dataset of held-out documents is written to, local or a URL."""
     shard_size: int = 67108864
     """Largest size of a shard, bytes."""
     unit_size: int = 67108864
-    """Input bytes per work unit, the step in which a conversion is committed and resumed."""
+    """Size of a work unit, bytes of input. A conversion is committed and resumed unit by unit."""
     max_doc_length: int | None = None
-    """Cut documents into pieces of at most so many tokens (bos and eos included), each a
-    document to the model.
+    """Largest number of tokens per document, bos and eos included; a longer document is cut into
+    pieces, each of which is a document to the model.
     """
     min_doc_length: int | None = None
-    """Leave out documents of fewer tokens (bos and eos included), and count them."""
+    """Smallest number of tokens per document, bos and eos included; shorter documents are left out
+    and counted.
+    """
     seed: int | None = None
-    """Shuffle the documents of each work unit, and the units; if not set, the order is that of
-    the source.
+    """Seed for shuffling the work units and the documents in each; if not set, the order of the
+    source is kept.
     """
     encoder: Literal["auto", "gigatoken", "hf"] = "auto"
-    """What turns text into tokens: gigatoken, checked against hf on a sample of every work unit;
-    hf is the tokenizer itself; auto is gigatoken where it is installed and agrees, hf otherwise.
+    """Program that turns text into tokens. hf: the tokenizer itself. gigatoken: a faster one,
+    compared with hf on a sample of every work unit. auto: gigatoken where it is installed and
+    agrees, hf otherwise.
     """
     num_workers: int | None = None
-    """Processes that convert; one per core if not set. The dataset does not depend on it."""
+    """Number of processes that convert; one per core if not set. The dataset does not depend on
+    it.
+    """
     cluster: str | None = None
-    """Address of a Dask scheduler (tcp://host:8786) whose workers convert instead; they must see
-    the same files under the same paths.
+    """Address of a Dask scheduler (tcp://host:8786) whose workers convert instead of local
+    processes; they must see the same files under the same paths.
     """
 
     def settings(self) -> dict[str, Any]:
-        """Return what is written down of the conversion: its bytes depend on nothing else here."""
+        """Return the keys to record: the bytes written depend on no other key of this class."""
         return {name: getattr(self, name) for name in CONVERSION_SETTINGS}
 
     def validate(self) -> None:
@@ -160,32 +165,33 @@ class ConvertConfig(HubSourceConfig):
 
 @dataclass
 class InspectConfig(ScriptConfig):
-    """Show what a dataset made by convert/to_mds.py holds, and check that it is whole."""
+    """Show the content of a dataset made by convert/to_mds.py, and check that it is whole."""
 
     paths = ("data", "tokenizer", "plot")
 
     data: str = MISSING
-    """Folder of the dataset, or where it lives in an object store (s3://bucket/path, gs://...)."""
+    """Folder of the dataset, local or in an object store (s3://bucket/path, gs://...)."""
     tokenizer: str | None = None
-    """Tokenizer folder or id, which must be the dataset's own; needed to show rows as text."""
+    """Tokenizer folder or id; it must be the tokenizer of the dataset, and is needed to show rows
+    as text.
+    """
     rows: int = 2
-    """Number of sample rows to show, evenly spread over the dataset."""
+    """Number of sample rows to show, spread evenly over the dataset."""
     row_numbers: list[int] = field(default_factory=list)
-    """Show these rows instead, e.g. [0,17]; the first is 0."""
+    """Numbers of rows to show instead, e.g. [0,17]; the first row is 0."""
     whole_rows: bool = False
-    """Show sample rows whole; if not set, the middle of long documents and of long rows is left
-    out.
+    """Show sample rows whole; otherwise the middle of long documents and of long rows is left out.
     """
     max_bytes: int | None = 1073741824
-    """Take the histograms from evenly spread shards of about so many bytes; from all shards if
-    null, or with verify.
+    """Size of the evenly spread shards that histograms are taken from, bytes, about; null, or
+    verify=true, takes all shards.
     """
     verify: bool = False
-    """Hash every shard and name the bad ones; the exit status is 1 if there are any. If not set,
-    sizes are checked, and of a dataset in an object store only the shards that are read.
+    """Hash every shard and name the damaged ones; the exit status is 1 if there are any. If false,
+    only sizes are checked, and in an object store only those of the shards that are read.
     """
     plot: str | None = None
-    """PNG file to draw the histogram of the lengths of document pieces to."""
+    """PNG file for a histogram of the lengths of document pieces."""
 
     def validate(self) -> None:
         require_text(self, "data", "tokenizer", "plot")
@@ -208,30 +214,29 @@ class ToHfConfig(ScriptConfig):
     paths = ("checkpoint", "out")
 
     checkpoint: str = MISSING
-    """A checkpoint file, or a folder of checkpoints (its newest is taken), local or in an object
-    store.
+    """Checkpoint file, or folder of checkpoints, of which the newest is taken; local or in an
+    object store.
     """
     out: str = MISSING
     """Folder to write; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type the weights are stored in."""
+    """Type that the weights are stored in."""
     weights: Literal["auto", "model", "ema"] = "auto"
-    """The weights that training goes on with, or their exponential moving average; auto: the
-    average, if the run has one.
+    """Weights to export. model: the weights that training goes on with. ema: their exponential
+    moving average. auto: the average if the run has one, the weights otherwise.
     """
     max_shard_size: int = 5000000000
-    """Largest size of a weights file, bytes; a larger model is stored in several."""
+    """Largest size of a file of weights, bytes; a larger model is stored in several files."""
     push_to_hub: str | None = None
-    """Upload the folder to this Hugging Face repository (USER/NAME), too, with the token of `hf
+    """Hugging Face repository (USER/NAME) to upload the folder to as well, with the token of `hf
     auth login` or HF_TOKEN.
     """
     add_bos: bool | None = None
-    """Have the exported tokenizer begin a text with its bos token, or not; if not set, as documents
-    began in training."""
-    hub_private: bool = True
-    """Make the repository one that only you can see; with true, one that is there and public is
-    refused.
+    """Have the exported tokenizer begin a text with its bos token; if not set, it does as documents
+    did in training.
     """
+    hub_private: bool = True
+    """Make the repository private; an existing public repository is then refused."""
 
     def validate(self) -> None:
         require_text(self, "checkpoint", "out", "push_to_hub")
@@ -241,30 +246,28 @@ class ToHfConfig(ScriptConfig):
 
 @dataclass
 class FromLlamaConfig(ScriptConfig):
-    """Turn a Llama or Mistral checkpoint into a GLA model's Hugging Face folder, to go on
-    training from.
-    """
+    """Turn a Llama or Mistral checkpoint into a Hugging Face folder of a GLA model, to train on."""
 
     paths = ("model", "config", "out", "tokenizer")
 
     model: str = MISSING
     """Hugging Face folder or id of the checkpoint; its weights must be safetensors."""
     config: str = MISSING
-    """The GLA model to make: a recipe (.yaml; its model.config is taken) or a Hugging Face
-    config (.json). What follows from the checkpoint can be left out.
+    """Config of the GLA model to make: a recipe (.yaml), whose model.config is taken, or a Hugging
+    Face config (.json). Keys that follow from the checkpoint can be left out.
     """
     out: str = MISSING
     """Folder to write; must not exist or be empty."""
     tokenizer: str | None = None
     """Tokenizer folder or id; the checkpoint's own if not set."""
     fresh: list[str] = field(default_factory=list)
-    """Attention projections to make anew though the checkpoint has them, e.g. [q_proj,k_proj]
-    for another expand_k.
+    """Attention projections to initialize anew although the checkpoint has them, e.g.
+    [q_proj,k_proj] for another expand_k.
     """
     seed: int = 42
-    """Seed of the tensors that are made anew."""
+    """Seed of the tensors that are initialized anew."""
     max_shard_size: int = 2000000000
-    """Largest size of a weights file, bytes; so much is in memory at a time."""
+    """Largest size of a file of weights, bytes; as much is in memory at a time."""
 
     def validate(self) -> None:
         require_text(self, "model", "config", "out", "tokenizer")

@@ -9,25 +9,28 @@ from typing import Literal
 
 from flame_composer.config.rules import BYTES, require, require_seed, require_text
 
-# Loader processes of a rank: more bring a machine down before they read anything
+# Loader processes per rank; more would bring a machine down before they read anything.
 MAX_WORKERS = 1000
 
 
 @dataclass
 class PlaceConfig:
-    """Where a dataset is."""
+    """The place of a dataset, on this machine or elsewhere."""
 
     paths = ("local", "remote")
 
     local: str | None = None
-    """Folder of the dataset; with `remote`, the folder under which what is downloaded is cached."""
+    """Folder of the dataset; if `remote` is set, the folder under which downloaded shards are
+    cached.
+    """
     remote: str | None = None
-    """Where the dataset lives (s3://bucket/path, gs://..., or another folder), streamed through
-    `local`.
+    """Address of a dataset to stream through `local`: s3://bucket/path, gs://..., or another
+    folder.
     """
 
     @property
     def address(self) -> tuple[str | None, str | None]:
+        """`local` and `remote`, which together tell two datasets apart."""
         return self.local, self.remote
 
     def validate(self) -> None:
@@ -41,17 +44,19 @@ class PlaceConfig:
 
 @dataclass
 class StreamConfig(PlaceConfig):
+    """One of several datasets, and how much of it an epoch has."""
+
     proportion: float | None = None
-    """Its share of an epoch's rows, relative to the other streams' (an epoch has as many rows as
-    all datasets together).
+    """This stream's share of an epoch's rows, relative to the other streams. An epoch has as many
+    rows as all datasets together.
     """
     repeat: float | None = None
-    """How often each of its rows comes in an epoch; 0.5 takes every other one."""
+    """Number of times that each row of this stream comes in an epoch; 0.5 takes every other row."""
     choose: int | None = None
-    """How many rows of it an epoch has."""
+    """Number of rows that an epoch takes from this stream."""
 
     def weight(self) -> dict[str, float]:
-        """What is set of proportion, repeat and choose."""
+        """Return those of `proportion`, `repeat` and `choose` that are set."""
         weights = {"proportion": self.proportion, "repeat": self.repeat, "choose": self.choose}
         return {kind: value for kind, value in weights.items() if value is not None}
 
@@ -67,46 +72,50 @@ class StreamConfig(PlaceConfig):
 
 @dataclass
 class DataConfig(PlaceConfig):
+    """The training data, its order, and how it is loaded."""
+
     streams: dict[str, StreamConfig] = field(default_factory=dict)
-    """Several datasets instead of one, by names of your own: streams.web.remote=...,
+    """Several datasets instead of one, under names that you choose: streams.web.remote=...,
     streams.web.proportion=0.7.
     """
     batching_method: Literal["random", "stratified", "per_stream"] = "random"
-    """Where a global batch's rows come from: all streams at random, each in its exact share, or
-    one stream at a time.
+    """Streams that the rows of a global batch come from: random mixes all of them, stratified
+    takes the exact share of each, per_stream takes one stream at a time.
     """
     shuffle: bool = True
-    """Shuffle rows anew in every epoch."""
+    """Shuffle the rows, in another order in every epoch."""
     shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
-    """StreamingDataset's shuffle algorithm."""
+    """Shuffle algorithm of StreamingDataset."""
     shuffle_seed: int | None = None
-    """Seed of the row order; the run's seed if not set."""
+    """Seed of the row order; the seed of the run if not set."""
     shuffle_block_size: int | None = None
-    """Rows over which the shuffle spreads a shard; larger mixes better and keeps more shards on
-    disk.
+    """Number of rows over which the shuffle spreads a shard. A larger block mixes better and keeps
+    more shards on disk.
     """
     num_canonical_nodes: int = 1
-    """Number of parts the row order is made of, taking turns; that of the machines spares them
-    one another's shards.
+    """Number of parts that the row order is made of; batches take rows from each in turn. Set it
+    to the number of machines, and no machine downloads the shards of another.
     """
     predownload: int | None = None
-    """Rows to download ahead of the one being read, per worker."""
+    """Number of rows that a loader process downloads ahead of the one it is reading."""
     cache_limit: str | None = None
-    """Most disk the cached shards may take on a machine, e.g. 100gb; unlimited if not set."""
+    """Largest disk space that cached shards may take on a machine, e.g. 100gb; unlimited if not
+    set.
+    """
     download_retries: int = 3
-    """How often a shard that did not arrive whole is fetched again, after 1, 2, 4, ... seconds,
-    before the run stops.
+    """Number of times that a shard which did not arrive whole is fetched again, after 1, 2, 4, ...
+    seconds, before the run stops.
     """
     download_timeout: float = 60.0
-    """Seconds that a shard may take to arrive before it is fetched again."""
+    """Time that a shard may take to arrive before it is fetched again, seconds."""
     loss_across_documents: bool = True
-    """A document's first token is to be predicted, too, from the end of the one before it; false
-    leaves it out of the loss.
+    """Count the loss of a document's first token, predicted from the end of the document before
+    it; false leaves that token out of the loss.
     """
     num_workers: int = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch_factor: int = 2
-    """Batches each loader process keeps ready."""
+    """Number of batches that each loader process keeps ready."""
 
     def validate(self) -> None:
         require(
@@ -166,14 +175,16 @@ class DataConfig(PlaceConfig):
 
 @dataclass
 class EvalDataConfig(PlaceConfig):
+    """A dataset to evaluate on."""
+
     loss_across_documents: bool = True
-    """As that of the training data: false leaves the first token of every document out of the
-    loss.
+    """Count the loss of a document's first token, as in training; false leaves that token out of
+    the loss.
     """
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
     max_rows: int | None = None
-    """Evaluate on the first so many rows; all if not set."""
+    """Number of rows to evaluate on, from the beginning of the dataset; all if not set."""
 
     def validate(self) -> None:
         super().validate()

@@ -1,4 +1,4 @@
-"""What recipes/plan.py is run with: the keys of a run, and what a machine is and costs."""
+"""The configuration of recipes/plan.py: the keys of a run, and those of its machines."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from flame_composer.config.train import TrainConfig
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """What a run of recipes/train.py comes to, before anyone pays for it. The file and all keys
-    but the last are the run's.
+    """Show what a run of recipes/train.py will take and cost, before anyone pays for it.
+
+    The file is that of the run, and so are all keys but the last, from devices on.
     """
 
     elsewhere = other_names.PLANNING
 
     devices: int = MISSING
-    """GPUs of a node, or processes on CPUs."""
+    """Number of GPUs in a machine, or of processes on CPUs."""
     device: Literal[
         "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"
     ] = MISSING
-    """Kind of the devices; h100 and h200 are SXM modules, a100 has 80 GB."""
+    """Kind of device; h100 and h200 are SXM modules, a100 has 80 GB."""
     nodes: int = 1
-    """Machines with as many devices each."""
+    """Number of machines, each with that many devices."""
     mfu: float = 0.4
-    """Share of the devices' peak that the model's own FLOPs come to: an assumption, until it was
-    measured.
+    """Share of the devices' peak throughput that goes into the model's own FLOPs; an assumption
+    until it has been measured.
     """
     tokens_per_second: float | None = None
-    """Of the whole run, where it was measured; in place of mfu."""
+    """Measured throughput of the whole run, tokens per second; takes the place of mfu."""
     price_per_hour: float | None = None
-    """Price of a device for an hour."""
+    """Price of one device for an hour."""
     dataset_tokens: int | None = None
-    """Tokens the training data holds; if not set, its manifest is read, where it is."""
+    """Number of tokens in the training data; read from its manifest if not set and there is one."""
     save_seconds: float | None = None
-    """Seconds that training waits for a checkpoint, where it was measured; in place of
+    """Measured time that training waits for a checkpoint, seconds; takes the place of
     save_bandwidth.
     """
     save_bandwidth: str = "1gb"
-    """Bytes a second at which a checkpoint is written: an assumption."""
+    """Bytes per second at which a checkpoint is written; an assumption."""
     preemption_hours: float | None = None
-    """Mean time between the moments at which machines are taken away, in hours."""
+    """Mean time between the moments at which machines are taken away, hours."""
     restart_minutes: float = 10.0
-    """From then to the first step after it: waiting for machines, starting, loading the
-    checkpoint.
+    """Time from such a moment to the next step, minutes: waiting for machines, starting, and
+    loading the checkpoint.
     """
 
     def validate(self) -> None:
         for name, most in (("devices", 1000), ("nodes", 100_000)):
             require(0 < getattr(self, name) <= most, name, f"must be in [1, {most}]")
-        # Bounds beyond all that there is, within which no figure becomes infinite.
+        # Far beyond any real value; within these bounds no figure becomes infinite.
         require(1e-6 <= self.mfu <= 1, "mfu", "must be in [1e-06, 1]")
         for name in ("tokens_per_second", "save_seconds", "preemption_hours"):
             value = getattr(self, name)

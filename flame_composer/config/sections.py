@@ -1,6 +1,4 @@
-"""The sections of what recipes/train.py is run with: their defaults, and the rules within each
-of them.
-"""
+"""Sections of the configuration of recipes/train.py: their keys, defaults and rules."""
 
 from __future__ import annotations
 
@@ -13,20 +11,22 @@ from omegaconf import MISSING
 
 from flame_composer.config.rules import require, require_duration, require_text
 
-MAX_SECONDS = 1e8  # three years; torch's timeouts end at some hundreds of them
+MAX_SECONDS = 1e8  # three years; torch takes no timeout of some hundred years
 
 
 @dataclass
 class ModelConfig:
+    """The model that is trained."""
+
     paths = ("pretrained",)
 
     config: dict[str, Any] = field(default_factory=dict)
-    """Hugging Face model config: model_type (gla, transformer, llama, ...) and that model's own
-    keys.
+    """Hugging Face config of the model: model_type (gla, transformer, llama, ...) and the keys of
+    that type.
     """
     pretrained: str | None = None
-    """Start from the weights of this Hugging Face folder or id; model.config may then only
-    repeat what it says.
+    """Hugging Face folder or id whose weights training starts from; model.config may then only
+    repeat what its config says.
     """
 
     def validate(self) -> None:
@@ -40,7 +40,7 @@ class ModelConfig:
 
 
 def require_tasks(config: EvalTasksConfig | Any) -> None:
-    """Of those who take `tasks`, `task_path` and `num_fewshot`."""
+    """Raise InvalidField for bad `tasks`, `task_path`, `task_code` or `num_fewshot`."""
     require_text(config, "task_path")
     require(len(set(config.tasks)) == len(config.tasks), "tasks", "must not name a task twice")
     require(
@@ -62,22 +62,24 @@ def require_tasks(config: EvalTasksConfig | Any) -> None:
 
 @dataclass
 class EvalTasksConfig:
+    """Tasks of lm-evaluation-harness that a run is scored in while it trains."""
+
     paths = ("task_path",)
 
     tasks: list[str] = MISSING
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None
-    """Folder of tasks of your own (YAML files in the harness's form), which come before the
-    harness's.
+    """Folder of your own tasks, YAML files in the harness's form; they take precedence over the
+    harness's tasks of the same name.
     """
     task_code: bool = False
-    """Run the Python functions that task files in task_path name (!function)."""
+    """Run the Python functions that task files in task_path name with !function."""
     interval: str = "0.1dur"
-    """How often to take the scores (also at the end)."""
+    """Interval between evaluations, as eval_interval; scores are also taken at the end."""
     num_fewshot: int | None = None
-    """Examples shown before each question; each task's own number if not set."""
+    """Number of examples shown before each question; each task's own number if not set."""
     limit: int | None = None
-    """Take the first so many documents of each task; all if not set."""
+    """Number of documents to take from the beginning of each task; all if not set."""
     batch_size: int | None = None
     """Requests per forward pass on one device; microbatch_size if not set."""
 
@@ -92,20 +94,22 @@ class EvalTasksConfig:
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer, and how gradients are clipped."""
+
     name: Literal["adamw", "decoupled_adamw", "lamb"] = "adamw"
-    """AdamW; Composer's DecoupledAdamW, whose weight decay is not multiplied by lr (then 1e-5 is
-    a usual value); or LAMB.
+    """Optimizer: AdamW; Composer's DecoupledAdamW, whose weight decay is not multiplied by lr, so
+    that 1e-5 is a usual value; or LAMB.
     """
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: float = 1e-8
-    """Floor of the denominator."""
+    """Term added to the denominator of an update, for numerical stability."""
     weight_decay: float = 0.01
-    """Decay of matrices and embeddings; norms and biases are never decayed."""
+    """Weight decay of matrices and embeddings; norms and biases are never decayed."""
     grad_clip_norm: float | None = 1.0
-    """Largest global gradient norm; null for no clipping."""
+    """Largest global norm of the gradient, to which it is clipped; null for no clipping."""
 
     def validate(self) -> None:
         require(0 < self.lr < math.inf, "lr", "must be more than 0, and finite")
@@ -121,19 +125,23 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
+    """The learning rate over the run."""
+
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after the warmup; wsd (warmup, stable, decay) stays at the peak
-    until the decay.
+    until the decay begins.
     """
     warmup: str = "0ba"
-    """Linear warmup from 0: ba, tok, sp, ep or a fraction of the run (0.05dur)."""
+    """Length of the linear warmup from 0, in ba, tok, sp or ep, or as a fraction of the run
+    (0.05dur).
+    """
     decay: str = "0.1dur"
-    """Of wsd: how long before the end of the run the rate begins to fall; as warmup."""
+    """Length of the decay of wsd, which ends with the run; in the same units as warmup."""
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
-    """Of wsd: how the rate falls."""
+    """Shape of the decay of wsd."""
     min_lr_ratio: float = 0.1
-    """The floor the rate falls to at the end of the run, as a fraction of optimizer.lr; constant
-    has none.
+    """Learning rate at the end of the run, as a fraction of optimizer.lr; it does not apply to
+    constant.
     """
 
     def validate(self) -> None:
@@ -144,23 +152,25 @@ class SchedulerConfig:
 
 @dataclass
 class FsdpConfig:
+    """Fully sharded data parallelism, by torch's FSDP2."""
+
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD"
-    """What is spread over devices: parameters, gradients and optimizer state; the same, but a
-    block's parameters stay gathered from its forward to its backward pass; or as the first
-    within each replica of the model.
+    """Sharding over devices. FULL_SHARD: of parameters, gradients and optimizer state.
+    SHARD_GRAD_OP: the same, but a block's parameters stay gathered from its forward to its
+    backward pass. HYBRID_SHARD: as FULL_SHARD, within each of several replicas of the model.
     """
     replicas: int | None = None
-    """Of HYBRID_SHARD: copies of the model, each sharded over devices / replicas; one per
-    machine if not set.
+    """Number of copies of the model with HYBRID_SHARD, each sharded over devices / replicas
+    devices; one per machine if not set.
     """
     mixed_precision: Literal["PURE", "DEFAULT", "FULL"] = "PURE"
-    """With precision amp_bf16: compute and reduce gradients in bf16; reduce them in fp32; or
-    neither. Weights stay fp32.
+    """Arithmetic of gradients with precision=amp_bf16. PURE: computed and reduced in bf16.
+    DEFAULT: computed in bf16 and reduced in fp32. FULL: neither in bf16. Weights stay fp32.
     """
     state_dict_type: Literal["full", "sharded"] = "full"
-    """Checkpoints: one file that the first rank gathers and writes, or a folder with a piece
-    from every rank (which takes a save_folder that all machines share, or an object store).
-    Either is read by any number of devices, with or without fsdp.
+    """Form of checkpoints. full: one file, which the first rank gathers and writes. sharded: a
+    folder with a piece from every rank, for which save_folder must be shared by all machines or
+    be in an object store. Either is read by any number of devices, with or without fsdp.
     """
 
     def validate(self) -> None:
@@ -174,21 +184,23 @@ class FsdpConfig:
 
 @dataclass
 class ParallelismConfig:
+    """Distribution of the model over devices, and memory saved on each."""
+
     fsdp: FsdpConfig | None = None
     """Fully sharded data parallelism (torch's FSDP2); plain data parallelism if not set."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory,
-    about a third more work.
+    """Recompute each block in the backward pass instead of keeping its activations, which saves
+    memory and costs about a third more work.
     """
     activation_cpu_offload: bool = False
-    """Keep what is kept for the backward pass in the machine's memory instead of the GPU's."""
+    """Keep activations for the backward pass in the machine's memory instead of the GPU's."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_fallback: bool = False
-    """Train with plain data parallelism where there is no GPU, though fsdp is asked for."""
+    """Train with plain data parallelism where there is no GPU, even if fsdp is set."""
     cpu_fsdp: bool = False
-    """Shard over processes (gloo) where there is no GPU: to try out what GPUs will do; saves no
-    time.
+    """Shard over processes (by gloo) where there is no GPU. This saves no time; it is for trying
+    out what GPUs will do.
     """
 
     def validate(self) -> None:
@@ -201,12 +213,14 @@ class ParallelismConfig:
 
 @dataclass
 class WandbConfig:
+    """A run's place on Weights & Biases."""
+
     project: str = MISSING
     """Weights & Biases project; the run's name and id are run_name."""
     entity: str | None = None
-    """Team or user the run belongs to."""
+    """Team or user that the run belongs to."""
     group: str | None = None
-    """Group the run is shown in."""
+    """Group that the run is shown in."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
 
@@ -216,12 +230,14 @@ class WandbConfig:
 
 @dataclass
 class SpikeConfig:
+    """A lasting leap of the loss, which ends a run."""
+
     window: int = 100
-    """Steps whose median loss is taken for the usual one."""
+    """Number of steps whose median loss is taken as the usual loss."""
     factor: float = 2.0
-    """How many times the usual loss is too much."""
+    """Multiple of the usual loss above which a loss is too high."""
     patience: int = 10
-    """Steps in a row that have to be too high."""
+    """Number of consecutive steps with a loss too high after which the run ends."""
 
     def validate(self) -> None:
         require(self.window > 0, "window", "must be 1 step or more")

@@ -1,4 +1,4 @@
-"""The keys that say which text is read: those of train_tokenizer.py, to_mds.py and clean.py."""
+"""The keys that name the text to read, shared by train_tokenizer.py, to_mds.py and clean.py."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from flame_composer.storage.filesystems import is_url
 class SourceConfig(ScriptConfig):
     """Files of text."""
 
-    paths = ("source",)
-
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL, Parquet or plain text, also as URLs
-    (s3://bucket/folder).
+    """Files, folders or globs of JSONL, Parquet or plain text; URLs (s3://bucket/folder) are taken,
+    too.
     """
     text_column: str = "text"
     """Field of JSONL and Parquet records that holds the text."""
     suffixes: list[str] = field(default_factory=list)
-    """Take only files with these endings when a folder is searched, e.g. [.py,.md]; if not set,
-    .jsonl, .json-lines, .ndjson, .parquet and .txt, and those compressed. Of other endings,
-    .json is JSON lines, Parquet and compressed files are told by their first bytes, and the rest
-    is plain text, one document a file.
+    """Endings of the files to take from a folder, e.g. [.py,.md]; if not set, .jsonl, .json-lines,
+    .ndjson, .parquet and .txt, compressed or not. Of files with other endings, .json is read as
+    JSON lines, Parquet and compressed files are recognized by their first bytes, and any other is
+    plain text with one document per file.
     """
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do with a document that cannot be read: stop, or leave it out and count it."""
+    """Answer to a document that cannot be read: fail stops, skip leaves it out and counts it."""
     max_document_bytes: int = 67108864
-    """Longest document, bytes of UTF-8 (of JSON lines: longest line); a longer one counts as one
-    that cannot be read.
+    """Size of the longest document, or of the longest line of JSON lines, bytes of UTF-8; a longer
+    one counts as a document that cannot be read.
     """
 
     def validate(self) -> None:
@@ -48,13 +46,16 @@ class HubSourceConfig(SourceConfig):
     """Files of text, or Hugging Face datasets."""
 
     source: list[str] = MISSING
-    """Files, folders or globs of JSONL or plain text, also as .gz .zst .bz2 .xz, or of Parquet,
-    also as URLs (s3://bucket/folder); with `split`, Hugging Face datasets by id or folder.
+    """Files, folders or globs of JSONL or plain text, compressed (.gz, .zst, .bz2, .xz) or not, or
+    of Parquet; URLs (s3://bucket/folder) are taken, too. With `split`, Hugging Face datasets by id
+    or folder.
     """
     split: str | None = None
     """Split of the Hugging Face dataset to read, e.g. train."""
     name: str | None = None
-    """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default if not set."""
+    """Configuration of the Hugging Face dataset, e.g. sample-10BT; its default configuration if not
+    set.
+    """
 
     def validate(self) -> None:
         super().validate()
@@ -84,9 +85,7 @@ class HubSourceConfig(SourceConfig):
 
 
 def require_apart(out: str, other: str, name: str) -> None:
-    """Raise InvalidField for the key `name` if its folder `other` is `out`, or one is inside the
-    other.
-    """
+    """Raise InvalidField for the key `name` unless its folder `other` lies beside `out`."""
     places = [place if is_url(place) else os.path.realpath(place) for place in (out, other)]
     first, second = (f"{place.rstrip('/')}/" for place in places)
     require(

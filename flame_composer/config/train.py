@@ -1,4 +1,4 @@
-"""What recipes/train.py is run with, and the rules across its sections."""
+"""The configuration of recipes/train.py, and the rules across its sections."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ MAX_WANDB_ID_BYTES = 200  # W&B's own folders have longer names than their runs
 
 
 class RunPlan(NamedTuple):
-    """How long a run is and how often it does what, in global batches; saving may go by seconds
-    instead.
-    """
+    """The durations of a run in global batches; saving may go by seconds instead."""
 
     total: int
     per_epoch: int
@@ -63,24 +61,28 @@ class TrainConfig(ScriptConfig):
     elsewhere = other_names.TRAINING
     goes_on = True
     run_name: str = MISSING
-    """Name of the run: its folder under runs/, its W&B id, and what autoresume looks for."""
+    """Name of the run: its folder under runs/, its id on Weights & Biases, and the checkpoints
+    that autoresume looks for.
+    """
     seed: int = 42
-    """Seed of weights, dropout and (unless set there) the row order."""
+    """Seed of the weights, of dropout and, unless train_data.shuffle_seed is set, of the row
+    order.
+    """
     max_duration: str = MISSING
-    """Length of the run: batches (ba), tokens (tok), rows (sp) or epochs (ep), e.g. 20480ba."""
+    """Length of the run in batches (ba), tokens (tok), rows (sp) or epochs (ep), e.g. 20480ba."""
     global_batch_size: int = MISSING
     """Rows per optimizer step over all devices."""
     microbatch_size: int | str = MISSING
     """Rows per forward pass on one device; global_batch_size = devices x microbatch_size x
-    accumulation steps. The result does not depend on it. auto (GPUs) halves a device's share
-    until it fits into memory.
+    accumulation steps. Results do not depend on it. With auto, on GPUs, a device begins with its
+    whole share of the global batch and halves it until it fits into memory.
     """
     context_length: int = 2048
-    """Tokens per row; must be the dataset's."""
+    """Tokens per row; must be the context length of the dataset."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; CPUs take fp32."""
+    """Arithmetic of the forward and backward passes; only fp32 works on CPUs."""
     tokenizer: str = MISSING
-    """Hugging Face tokenizer folder or id; must be the one the dataset was made with."""
+    """Hugging Face tokenizer folder or id; must be the tokenizer that the dataset was made with."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     train_data: DataConfig = field(default_factory=DataConfig)
@@ -88,68 +90,70 @@ class TrainConfig(ScriptConfig):
     eval_data: EvalDataConfig | None = None
     """The dataset to evaluate on; no evaluation if not set."""
     eval_interval: str = "500ba"
-    """How often to evaluate (also once before the first batch and at the end)."""
+    """Interval between evaluations; there is also one before the first batch and one at the end."""
     eval_batch_size: int | None = None
-    """Rows per evaluation forward pass on one device; microbatch_size if not set, but needed
-    with microbatch_size=auto.
+    """Rows per forward pass of an evaluation on one device; microbatch_size if not set. It must be
+    set with microbatch_size=auto.
     """
     eval_tasks: EvalTasksConfig | None = None
-    """Scores in tasks of lm-evaluation-harness (extra eval); none if not set."""
+    """Tasks of lm-evaluation-harness (extra eval) to take scores in; none if not set."""
     varlen: bool = True
-    """Attention state starts anew at every document; false lets it run across the documents of a
+    """Start attention state anew at every document; false lets it run across the documents of a
     row.
     """
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """What takes the steps."""
+    """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    """The learning rate over time."""
+    """The learning rate over the run."""
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    """How the model is spread over devices."""
+    """Distribution of the model over devices."""
     algorithms: dict[str, Any] = field(default_factory=dict)
-    """What changes training, by name with its arguments: algorithms.ema.half_life=500ba. See
-    docs/configuration.md.
+    """Algorithms that change training, by name with their arguments, e.g.
+    algorithms.ema.half_life=500ba; docs/configuration.md lists them.
     """
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """What watches a run and acts on it, by name with its arguments; null for the defaults,
-    false to leave one out.
+    """Callbacks that watch a run and act on it, by name with their arguments; null for the default
+    arguments, false to leave one out.
     """
     loggers: dict[str, Any] = field(default_factory=dict)
-    """Where else metrics go, by name with its arguments: loggers.file_logger={}."""
+    """Loggers that metrics also go to, by name with their arguments, e.g. loggers.file_logger={}.
+    """
     save_folder: str | None = "runs/${run_name}/checkpoints"
-    """Folder of checkpoints, local or in an object store (s3://bucket/path); null to save none."""
+    """Folder for checkpoints, local or in an object store (s3://bucket/path); null to save none."""
     save_interval: str = "500ba"
-    """How often to save (also at the end): as the other durations, or by the clock (30min, 2h,
-    600s).
+    """Interval between checkpoints, in the units of eval_interval or by the clock (30min, 2h,
+    600s); one is also saved at the end.
     """
     save_num_checkpoints_to_keep: int = 3
-    """Newest checkpoints to keep; -1 keeps all."""
+    """Number of newest checkpoints to keep; -1 keeps all."""
     autoresume: bool = True
-    """Go on from the newest complete checkpoint in save_folder, if there is one."""
+    """Resume from the newest complete checkpoint in save_folder, if there is one."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose gradient is not a number or infinite: end the run before it
-    is taken, or leave it out.
+    """Answer to a step whose gradient is infinite or not a number: stop ends the run before the
+    step is taken, skip leaves the step out.
     """
     loss_spike: SpikeConfig | None = None
-    """End the run when its loss leaps up and stays there; never if not set."""
+    """Limits beyond which a loss that leaps up and stays there ends the run; none if not set."""
     stall_timeout: float | None = 1800
-    """End the run when nothing has moved for so many seconds, naming the rank and what it was
-    doing; null for never. Saving a checkpoint, with its upload, is one move.
+    """Time without progress after which the run is ended, seconds; the error names the rank and
+    what it was doing. null for never. Saving a checkpoint, with its upload, counts as one step of
+    progress.
     """
     allow_data_change: bool = False
-    """Go on from a checkpoint although the data or its order is not what the run began with."""
+    """Resume from a checkpoint even if the data or its order has changed since the run began."""
     allow_schedule_change: bool = False
-    """Go on from a checkpoint although steps already taken would have had another learning rate
-    with this configuration, or an algorithm that goes by the length of the run would have been
-    further, or less far, by then.
+    """Resume from a checkpoint even if, with this configuration, steps already taken would have had
+    another learning rate, or an algorithm that depends on the length of the run would be at
+    another point.
     """
     log_folder: str = "runs/${run_name}"
-    """Receives train_log.jsonl (one row a step) and the resolved config."""
+    """Folder for train_log.jsonl, which has a row for every step, and for the resolved config."""
     log_batch_hash: bool = False
-    """Add to every row of the log a hash of the global batch's token ids."""
+    """Add a hash of the global batch's token ids to every row of the log."""
     progress_bar: bool = True
-    """Show a progress bar where there is a terminal; a line now and then otherwise."""
+    """Show a progress bar on a terminal; elsewhere a line is printed now and then."""
     wandb: WandbConfig | None = None
-    """Log to Weights & Biases."""
+    """Project on Weights & Biases to log to; none if not set."""
     tensorboard: bool = False
     """Log to TensorBoard, in log_folder/tensorboard (extra tensorboard)."""
 
@@ -200,7 +204,7 @@ class TrainConfig(ScriptConfig):
         require(keep == -1 or keep > 0, "save_num_checkpoints_to_keep", rule)
 
     def _num_devices(self) -> int:
-        """Return how many processes train. Raise ConfigError if the environment does not say."""
+        """Return the number of processes that train, or raise ConfigError if it is not known."""
         world_size = self.world_size()
         if not re.fullmatch(r"[1-9][0-9]{0,8}", world_size):
             raise ConfigError(
@@ -295,9 +299,9 @@ class TrainConfig(ScriptConfig):
             )
 
     def plan(self, epoch_batches: int) -> RunPlan:
-        """The run's durations, for a dataset that has so many global batches an epoch.
+        """Return the durations of the run, for epochs of `epoch_batches` global batches.
 
-        Raises InvalidField for those in epochs that do not fit one another.
+        Raises InvalidField if durations in epochs do not fit one another.
         """
         total = self.in_batches(self.max_duration, epoch_batches)
         assert total is not None
@@ -323,14 +327,15 @@ class TrainConfig(ScriptConfig):
         )
 
     def world_size(self) -> str:
-        """The number of processes of this run, as whoever started it says."""
+        """Return the number of processes of this run, as the launcher gives it."""
         return os.environ.get("WORLD_SIZE", "1")
 
     def in_batches(
         self, duration: str, epoch_batches: int | None, run_batches: int | None = None
     ) -> int | None:
-        """`duration` in global batches, rounded up; None where it needs an epoch's or the run's
-        length and that is None.
+        """Return `duration` in global batches, rounded up.
+
+        None if it needs the length of an epoch or of the run, and that is None.
         """
         if match := DURATION.fullmatch(duration):
             count, unit = int(match[1]), match[2]

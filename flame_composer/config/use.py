@@ -1,4 +1,4 @@
-"""What the recipes beside train.py are run with: every field, its default and its rules."""
+"""Configurations of evaluate.py, generate.py and report.py: their keys, defaults and rules."""
 
 from __future__ import annotations
 
@@ -21,55 +21,54 @@ from flame_composer.config.sections import require_tasks
 
 @dataclass
 class EvaluateConfig(ScriptConfig):
-    """Loss and perplexity of a Hugging Face folder or a checkpoint on datasets, and its scores
-    in tasks.
-    """
+    """Evaluate a model: its loss and perplexity on datasets, and its scores in tasks."""
 
     paths = ("model", "tokenizer", "plot", "task_path")
 
     model: str = MISSING
-    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken),
-    also in an object store.
+    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
+    newest is taken; local or in an object store.
     """
     data: EvalDataConfig | None = None
-    """The dataset to take loss and perplexity on."""
+    """Dataset to take loss and perplexity on."""
     datasets: dict[str, EvalDataConfig] = field(default_factory=dict)
-    """Several datasets instead of one, by names of your own: datasets.web.local=...
+    """Several datasets instead of one, under names that you choose: datasets.web.local=...
     datasets.code.remote=...
     """
     tokenizer: str | None = None
-    """Tokenizer folder or id; the model's own if not set."""
+    """Tokenizer folder or id; the model's own tokenizer if not set."""
     batch_size: int = 8
     """Rows per forward pass."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     """Arithmetic of the forward pass."""
     varlen: bool = True
-    """On datasets, attention state starts anew at every document."""
+    """Start attention state anew at every document of a dataset."""
     block_size: int | None = None
-    """Show perplexity by the length of the context, so many tokens of it together; not if not
-    set.
+    """Number of positions per block in a table of perplexity by the length of the context; no such
+    table if not set.
     """
     plot: str | None = None
-    """PNG file to draw perplexity over the length of the context to."""
+    """PNG file for a chart of perplexity over the length of the context."""
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
     task_path: str | None = None
-    """Folder of tasks of your own (YAML files in the harness's form), which come before the
-    harness's.
+    """Folder of your own tasks, YAML files in the harness's form; they take precedence over the
+    harness's tasks of the same name.
     """
     task_code: bool = False
-    """Run the Python functions that task files in task_path name (!function)."""
+    """Run the Python functions that task files in task_path name with !function."""
     num_fewshot: int | None = None
-    """Examples shown before each question; each task's own number if not set."""
+    """Number of examples shown before each question; each task's own number if not set."""
     task_limit: int | None = None
-    """Take the first so many documents of each task; all if not set."""
+    """Number of documents to take from the beginning of each task; all if not set."""
     max_length: int | None = None
-    """Most tokens of a task's question and answer; the model's max_position_embeddings if not
-    set.
+    """Largest number of tokens in a task's question and answer; the model's
+    max_position_embeddings if not set.
     """
     add_bos: bool | None = None
-    """Begin the texts of tasks with the tokenizer's bos token, or not; if not set, as documents
-    began in training."""
+    """Begin the texts of tasks with the tokenizer's bos token; if not set, they begin as documents
+    did in training.
+    """
 
     def validate(self) -> None:
         require_text(self, "model", "tokenizer", "plot")
@@ -128,38 +127,39 @@ class GenerateConfig(ScriptConfig):
     paths = ("model", "prompts")
 
     model: str = MISSING
-    """A Hugging Face folder or id, or a checkpoint file or folder of them (its newest is taken),
-    also in an object store.
+    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
+    newest is taken; local or in an object store.
     """
     prompt: str | None = None
-    """The text to continue. Without it and prompts, what is typed (or piped in) is continued
-    line by line, to Ctrl-D.
+    """Text to continue. If neither it nor prompts is set, lines that are typed or piped in are
+    continued one by one, until Ctrl-D.
     """
     prompts: str | None = None
-    """File of prompts: a line each, empty ones left out, or .jsonl with a key prompt; written as
-    JSON lines.
+    """File of prompts, one per line (empty lines are left out), or .jsonl with a key prompt. The
+    results are written as JSON lines.
     """
     batch_size: int = 8
-    """Prompts of the file that are continued together."""
+    """Number of the file's prompts that are continued together."""
     max_new_tokens: int = 128
-    """Most tokens to generate."""
+    """Largest number of tokens to generate."""
     temperature: float = 0.8
-    """Sampling temperature; 0 always takes the likeliest token."""
+    """Temperature of the sampling; 0 always takes the likeliest token."""
     top_p: float = 0.95
-    """Sample from the likeliest tokens that together have this probability."""
+    """Total probability of the likeliest tokens, from which the next one is sampled."""
     top_k: int = 0
-    """Sample from this many likeliest tokens; 0 for no such limit."""
+    """Number of likeliest tokens from which the next one is sampled; 0 for no such limit."""
     repetition_penalty: float = 1.0
-    """Make tokens less likely that are there already, in the prompt too: 1.2, say; 1 for no
-    difference.
+    """Factor by which tokens that the prompt or the continuation already has become less likely,
+    e.g. 1.2; 1 for no difference.
     """
     stop: list[str] = field(default_factory=list)
-    """Stop after the token that completes one of these texts."""
+    """Texts that end a continuation, after the token that completes one of them."""
     seed: int = 42
     """Seed of the sampling."""
     add_bos: bool | None = None
-    """Begin each prompt with the tokenizer's bos token, or not; if not set, as documents began in
-    training."""
+    """Begin each prompt with the tokenizer's bos token; if not set, prompts begin as documents did
+    in training.
+    """
 
     def validate(self) -> None:
         require_text(self, "model", "prompts")
@@ -184,17 +184,17 @@ class GenerateConfig(ScriptConfig):
 
 @dataclass
 class ReportConfig(ScriptConfig):
-    """Charts of one or more runs as an HTML page, self-contained, and as PNGs."""
+    """Draw charts of one or more runs, as a self-contained HTML page and as PNGs."""
 
     paths = ("runs", "out")
     positional = "runs"
     runs: list[str] = field(default_factory=list)
-    """Log folders, as in runs/NAME, or the logs in them."""
+    """Log folders of runs, like runs/NAME, or the logs in them."""
     out: str | None = None
-    """Folder for report.html and the PNGs; if not set, report/ in the first run's folder."""
+    """Folder for report.html and the PNGs; report/ in the first run's folder if not set."""
     smooth: int = 1
-    """Steps over which loss, perplexity, gradient norm and throughput are averaged; 1 shows
-    every step.
+    """Number of steps over which loss, perplexity, gradient norm and throughput are averaged; 1
+    shows every step.
     """
 
     def validate(self) -> None:
