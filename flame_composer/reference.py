@@ -1,6 +1,4 @@
-"""docs/configuration.md: every key of every script, and all that can be named, out of the code
-itself.
-"""
+"""The pages of docs/ that are made from the code: configuration.md and upstream.md."""
 
 from __future__ import annotations
 
@@ -26,17 +24,17 @@ INTRODUCTION = """# Configuration
 Every script is run as `script.py [file.yaml] [key=value ...]`: defaults, then the file, then the
 arguments. A key that does not exist, a value of the wrong type or one that breaks a rule ends the
 script with status 2 and one line that names it. `${key}` stands for another key's value and
-`${oc.env:NAME}` for an environment variable. A text is what was written: `run_name: 1.10` and `no`
-need no quotes. `null` is no value; in a file, the word itself is given in quotes. `~` at the
-beginning of a path is the home folder, and `$NAME` is not filled in. `script.py --help` shows the
-same as this page, which is made from the code by `make docs`.
+`${oc.env:NAME}` for an environment variable. A text is taken as it is written: `run_name: 1.10` and
+`no` need no quotes. `null` means no value; in a file, quote the word if you mean a text. `~` at the
+beginning of a path is the home folder; `$NAME` is not filled in. `script.py --help` shows the same
+as this page, which is made from the code by `make docs`.
 """
 
-UPSTREAM = """# What is patched in others' packages
+UPSTREAM = """# Patches of other packages
 
-Made from the code by `make docs`. Each has a test in `tests/upstream` that fails when it is no
-longer needed. Patches are in `flame_composer/upstream/`; what must subclass stands where it is
-used. fla's and Triton's parts are in `flame_composer/cpu/enable.py`.
+Made from the code by `make docs`. Each patch has a test in `tests/upstream` that fails when the
+patch is no longer needed. Patches are in `flame_composer/upstream/`, except subclasses, which are
+where they are used. The patches of fla and Triton are in `flame_composer/cpu/enable.py`.
 """
 
 EXTENSIONS = """### algorithms, callbacks, loggers
@@ -55,20 +53,20 @@ loggers:
 ```
 
 Arguments are compared with the class's signature before anything starts. A run with any of these
-goes on bit for bit when it is killed and started again. What is given as a fraction of the run
-(`0.5dur`, `freeze_start`, a warmup's `duration`) follows `max_duration`: where that is changed in
-between so that a step already taken would have been another one, the run is refused
-(`allow_schedule_change`). They go together with one another, with `activation_checkpointing`,
-`compile`, `varlen` and any number of devices and microbatches. `ema`, `swa`, `layer_freezing`,
-`generate` and `hf_export` are refused with `parallelism.fsdp`. `memory_monitor`, and what
-`system_metrics_monitor` and `speed_monitor` say of a GPU, have not been run on one yet; nor has
-`microbatch_size: auto`.
+goes on bit for bit when it is killed and started again. Arguments that are a fraction of the run
+(`0.5dur`, `freeze_start`, a warmup's `duration`) follow `max_duration`. If that is changed so that
+a step already taken would have been another one, the run is refused (`allow_schedule_change`). All
+of these can be combined with one another, with `activation_checkpointing`, `compile`, `varlen` and
+any number of devices and microbatches. `ema`, `swa`, `layer_freezing`, `generate` and `hf_export`
+are refused with `parallelism.fsdp`. `memory_monitor`, the GPU metrics of `system_metrics_monitor`
+and `speed_monitor`, and `microbatch_size: auto` have not been run on a GPU yet.
 """
 
 
 def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
-    """What is typed to run each script, and its configuration, from the line that ends the
-    script.
+    """Yield the command of each script, and the class of its configuration.
+
+    Both are read from the line that ends the script.
     """
     for path in sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -94,7 +92,7 @@ def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
 
 
 def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
-    # A class that is imported, or one in a module that is
+    # Either the class is imported, or the module that it is in.
     module, _, name = ast.unparse(node).rpartition(".")
     place = f"{names[module]}.{name}" if module else names[name]
     module, _, name = place.rpartition(".")
@@ -102,9 +100,9 @@ def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
 
 
 def page() -> str:
-    """The whole of docs/configuration.md."""
+    """Return the whole of docs/configuration.md."""
     parts = [INTRODUCTION]
-    # The longest, and most asked for, first
+    # The longest comes first; it is looked up most.
     for name, cls in sorted(scripts(), key=lambda item: item[1] is not TrainConfig):
         rows = [
             (f"`{key}`", _code(kind), "" if default is None else _code(default), doc)

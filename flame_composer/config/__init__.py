@@ -1,3 +1,1 @@
-"""What every script is run with: keys, defaults and rules, and how a command line becomes a
-checked configuration.
-"""
+"""Configurations of all scripts, and the way from a command line to one that is checked."""

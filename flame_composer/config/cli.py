@@ -1,6 +1,4 @@
-"""How a script is run: its configuration from the command line, its help, its errors in one
-line, its signals.
-"""
+"""The frame that every script runs in: command line, help, one-line errors, signals."""
 
 from __future__ import annotations
 
@@ -33,24 +31,23 @@ from flame_composer.errors import (
 from flame_composer.lines import clean_streams, flush_streams
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-LONGEST = 1500  # characters of an error; a longer one is cut in the middle: its end says what to do
+LONGEST = 1500  # characters of an error; a longer one loses its middle, as its end has the remedy
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-# That a mistake is met by the other processes of a machine before its first one, at most
+# The most by which other processes of a machine meet a mistake before its first process does.
 SECONDS_BEHIND = 20
 
 
 def run(main: Callable[[C], None], cls: type[C]) -> int:
-    """Load the configuration from sys.argv and call `main` with it; returns the process's exit
-    status.
-    """
+    """Call `main` with the configuration that sys.argv gives, and return the exit status."""
     return _run(main, cls, Path(sys.argv[0]).name, sys.argv[1:])
 
 
 def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfig]]]) -> int:
-    """As `run`, for a script that does several things: `script.py [name] [file.yaml] [key=value
-    ...]`, the first by default.
+    """Run one of several mains, which the first argument names, and return the exit status.
+
+    The arguments are `[name] [file.yaml] [key=value ...]`. Without a name, the first main is run.
     """
     script, argv = Path(sys.argv[0]).name, sys.argv[1:]
     clean_streams()
@@ -84,7 +81,7 @@ def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) 
 
 
 def _say(message: str) -> None:
-    """An error, on one line that a person reads."""
+    """Print an error in one line, without secrets, to stderr."""
     message = masked(" ".join(message.splitlines()))
     if len(message) > LONGEST:
         message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
@@ -105,7 +102,7 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
         try:
             main(config)
         except Exception as error:
-            if _told:  # a library that was called from made another error of it: safetensors does
+            if _told:  # SystemExit, which a library (such as safetensors) turned into another error
                 raise SystemExit(_told[0]) from None
             if (outside := _from_outside(error)) is not None:
                 again = GOES_ON if cls.goes_on else "run the same command again"
@@ -117,21 +114,21 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
             if config is not None and isinstance(error, InvalidField)
             else str(error)
         )
-        # An error in a loader process arrives with that process's traceback before it.
+        # An error in a loader process begins with that process's traceback.
         if message.startswith("Caught "):
             message = (
                 message.strip()
                 .splitlines()[-1]
                 .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
             )
-        # Every rank meets the same mistake in the configuration, and one of them says it.
+        # Every rank meets the same mistake in the configuration, but only one reports it.
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             _say(message)
         if isinstance(error, DataError | TrainingError):
             return EXIT_DATA
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # A launcher ends the others when the first process fails, and reports what the lowest
-            # rank ended with: 2, if that is let go first.
+            # A launcher ends all processes when one fails, and reports the status of the lowest
+            # rank. That is 2 only if the lowest rank is the first to end.
             time.sleep(SECONDS_BEHIND)
         return EXIT_CONFIG
     except KeyboardInterrupt:
@@ -143,18 +140,16 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
         print(f"interrupted{kept}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     finally:
-        # The status is settled. By default, SIGTERM would end the process with another one while
-        # Python clears up.
+        # The exit status is settled, and SIGTERM must not change it while Python clears up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 
 def _from_outside(error: Exception) -> str | None:
-    """One line for what comes of the machine and not of the program: a disk that is full, a process
-    that was killed.
+    """Return one line for an error that the machine caused, or None if the program did.
 
-    The error that says so may have made another one while it was on its way, as one within
-    `torch.save` does.
+    Such causes are a full disk or a killed process. The error itself may only be the consequence of
+    another one, as errors within `torch.save` are, so its causes are searched, too.
     """
     if isinstance(error, ConfigError | DataError | TrainingError):
         return None
@@ -172,8 +167,9 @@ def _from_outside(error: Exception) -> str | None:
 
 
 def _name_user() -> None:
-    """Give a user id without a name one: Kubernetes and OpenShift run containers under such, and
-    torch asks for it.
+    """Set LOGNAME if the user id has no name, for torch asks for the user's name.
+
+    Kubernetes and OpenShift run containers under such ids.
     """
     try:
         getpass.getuser()
@@ -182,22 +178,23 @@ def _name_user() -> None:
 
 
 def listen_to_signals() -> None:
-    """Take SIGTERM and Ctrl-C back from Composer, which sets handlers of its own when it is
-    imported: theirs end a process in which ours would go on, or know why an error came.
+    """Handle SIGTERM and Ctrl-C as this module does.
+
+    Composer sets its own handlers when it is imported, and they end a process that should go on for
+    a while, or report why it ends.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
 
 
-_told: list[int] = []  # the signals that came; the first decides the status to leave with
+_told: list[int] = []  # exit statuses for the signals that have come; the first one counts
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    """Ends the process as an exception does, with whatever it has open closed; status 143 for
-    SIGTERM, 130 for Ctrl-C.
+    """End the process by an exception, which closes what is open.
 
-    More signals do not disturb it in that, as a launcher and a cluster each send some; but a second
-    Ctrl-C ends it at once.
+    The exit status is 143 for SIGTERM and 130 for Ctrl-C. Further signals are ignored, as a
+    launcher and a cluster may each send some, but a second Ctrl-C ends the process at once.
     """
     _told.append(128 + number)
     if _told.count(EXIT_INTERRUPTED) > 1:
@@ -209,7 +206,7 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 
 def help_text(cls: type[ScriptConfig], script: str) -> str:
-    """Usage, then every key with its type, default and one-line doc."""
+    """Return what `--help` prints: usage, then every key with its type, default and doc."""
     before = f"{cls.positional.upper()} ..." if cls.positional else "[file.yaml]"
     lines = [
         f"usage: {script} {before} [key=value ...]",

@@ -178,8 +178,8 @@ class EvalDataConfig(PlaceConfig):
     """A dataset to evaluate on."""
 
     loss_across_documents: bool = True
-    """Count the loss of a document's first token, as in training; false leaves that token out of
-    the loss.
+    """Count the loss of a document's first token, too, predicted from the end of the document
+    before it; false leaves that token out of the loss.
     """
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""

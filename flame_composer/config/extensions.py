@@ -1,8 +1,7 @@
-"""What a run's configuration may name under algorithms, callbacks and loggers, with a line for
-each, and what not, and why.
+"""The algorithms, callbacks and loggers that a run may name, and reasons for those it may not.
 
-This module imports neither torch nor composer, so that a name that is none is answered in well
-under a second; what each takes is in its class's signature (`extensions.py`).
+This module imports neither torch nor composer, so that an unknown name is refused in well under a
+second. The arguments of each are read from its class's signature (`train/extensions.py`).
 """
 
 from __future__ import annotations
@@ -18,66 +17,66 @@ from flame_composer.config.rules import DURATION, require
 ALGORITHMS: Mapping[str, str] = MappingProxyType(
     {
         "ema": (
-            "Evaluates, and exports, an exponential moving average of the weights instead of the"
+            "Evaluates and exports an exponential moving average of the weights instead of the"
             " weights themselves."
         ),
         "swa": (
-            "Stochastic weight averaging: near the end of the run its weights are replaced by the"
-            " average of those so far."
+            "Replaces the weights near the end of the run by the average of those so far"
+            " (stochastic weight averaging)."
         ),
         "label_smoothing": (
-            "Trains on labels mixed with the uniform distribution; evaluation goes by the labels as"
-            " they are."
+            "Trains on labels mixed with the uniform distribution; evaluation uses the labels"
+            " unchanged."
         ),
         "seq_length_warmup": (
             "Cuts rows to fewer tokens at the beginning of the run; num_tokens in the log counts"
             " whole rows."
         ),
-        "layer_freezing": (
-            "Stops training the first layers, more and more of them as the run goes on."
-        ),
+        "layer_freezing": ("Stops training the first layers, and more of them as the run goes on."),
     }
 )
 CALLBACKS: Mapping[str, str] = MappingProxyType(
     {
         "speed_monitor": (
             "Logs batches, rows, tokens and FLOPs per second, and the share of the GPU's peak (MFU)"
-            " where that is known or given."
+            " where the peak is known or given."
         ),
         "lr_monitor": "Logs the learning rate of every parameter group.",
         "memory_monitor": "Logs the GPU's memory; refused where there is no GPU.",
         "optimizer_monitor": "Logs the gradient's norm, whole and by parameter, after clipping.",
-        "runtime_estimator": "Logs the time that is left.",
+        "runtime_estimator": "Logs the time that the run still takes.",
         "system_metrics_monitor": (
-            "Logs the use of CPU, memory, disk and network; on a GPU its use, too (needs pynvml)."
+            "Logs the use of CPU, memory, disk and network, and of a GPU if there is one (needs"
+            " pynvml)."
         ),
-        "free_outputs": "Lets go of a batch's logits once its loss is known.",
+        "free_outputs": "Frees a batch's logits once its loss is known.",
         "early_stopper": (
             "Ends the run when the evaluation loss has not fallen by more than min_delta for longer"
             " than patience."
         ),
         "generate": (
-            "Continues prompts now and then, into samples.jsonl in log_folder; with ema by the"
-            " average."
+            "Continues prompts now and then, into samples.jsonl in log_folder; with ema, by the"
+            " averaged weights."
         ),
         "hf_export": (
-            "Writes Hugging Face folders now and then and at the end, into log_folder/hf if not"
+            "Writes Hugging Face folders now and then and at the end, into log_folder/hf unless"
             " told otherwise."
         ),
         "scheduled_gc": (
-            "Collects Python's garbage on all ranks at the same step, so that none waits for"
-            " another's."
+            "Collects Python's garbage on all ranks at the same step, so that no rank waits for"
+            " another."
         ),
     }
 )
 LOGGERS: Mapping[str, str] = MappingProxyType(
     {
         "file_logger": (
-            "Every metric as a line of text, in log_folder; a resumed run goes on in the same file."
+            "Writes every metric as a line of text, in log_folder; a resumed run goes on in the"
+            " same file."
         ),
         "mlflow_logger": (
-            "Metrics and settings to MLflow (extra mlflow); a resumed run goes on as the same one,"
-            " by its run_name."
+            "Logs metrics and settings to MLflow (extra mlflow); a resumed run, known by its"
+            " run_name, goes on as the same one."
         ),
     }
 )
@@ -158,24 +157,22 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 
-# What only hands metrics to loggers, and would do nothing without one.
+# Callbacks that only hand metrics to loggers, and would do nothing without one.
 ONLY_LOGS = (
     "speed_monitor lr_monitor memory_monitor "
     "optimizer_monitor runtime_estimator system_metrics_monitor"
 ).split()
-# What takes the model's parameters for whole ones.
+# Extensions that need every parameter whole, and not sharded.
 NEEDS_WHOLE_PARAMETERS = ("ema", "swa", "layer_freezing", "generate", "hf_export")
 
 
 def spelled_alike(name: str) -> str:
-    """`name` as others may spell it: Composer's MixUp is mixup or mix_up."""
+    """Return a form of `name` that all its spellings share: MixUp is mixup or mix_up."""
     return name.replace("_", "").lower()
 
 
 def check_names(section: str, given: Mapping[str, Any]) -> None:
-    """Raises InvalidField for a name that is not offered, and for anything but arguments under
-    it.
-    """
+    """Raise InvalidField for a name that is not offered, or holds anything but arguments."""
     for name, arguments in given.items():
         key = f"{section}.{name}"
         alike = {spelled_alike(refused): reason for refused, reason in REFUSED[section].items()}
@@ -203,7 +200,7 @@ def _remedy(section: str, name: str) -> str:
 
 
 def whole_batches(name: str, text: str) -> int:
-    """What 100ba says. Raises ValueError for any other duration."""
+    """Return 100 for 100ba, and raise ValueError for a duration that is not in batches."""
     match = DURATION.fullmatch(text)
     count = int(match[1]) if match is not None and match[2] == "ba" else 0
     if count < 1:
@@ -212,5 +209,5 @@ def whole_batches(name: str, text: str) -> int:
 
 
 def in_use(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments by name, without what is left out."""
+    """Return the arguments of each name that is not left out."""
     return {name: arguments or {} for name, arguments in given.items() if arguments is not False}

@@ -1,4 +1,4 @@
-"""The keys of a configuration: what its dataclasses say of each of their fields."""
+"""The keys of a configuration: the types, defaults and docs of its dataclasses' fields."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any, get_args, get_origin
 
 from omegaconf import MISSING
 
-ANY_NAME = "NAME"  # stands in help for the name of a section that the user names
+ANY_NAME = "NAME"  # in help, stands for a section's name that the user chooses
 SECTIONS = "sections under names of your own"
 
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Return the type of every field of a dataclass by its name."""
+    """Return the type of every field of a dataclass by the field's name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def hint_of(cls: type, key: str) -> Any:
-    """Return the type of the field with this full key; None where there is no such field."""
+    """Return the type of the field with this full key, or None if there is no such field."""
     hint: Any = None
     names = iter(key.split("."))
     for name in names:
@@ -42,8 +42,9 @@ def hint_of(cls: type, key: str) -> Any:
 
 
 def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
-    """Full key, type, default (None where a section or a key that must be set) and doc of every
-    field.
+    """Yield the full key, type, default and doc of every field, sections' fields included.
+
+    The default is None for a section, and "(must be set)" for a key without one.
     """
     hints, docs = hints_of(cls), docs_of(cls)
     for f in dataclasses.fields(cls):
@@ -63,7 +64,7 @@ def fields_of(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str | Non
 
 
 def annotation_of(cls: type, key: str) -> str:
-    """The type of a field as `--help` has it; '' for a key that is none."""
+    """Return the type of a field as `--help` shows it, or '' if there is no such field."""
 
     def is_it(field: str) -> bool:
         parts, ours = field.split("."), key.split(".")
@@ -76,7 +77,10 @@ def annotation_of(cls: type, key: str) -> str:
 
 @functools.cache
 def docs_of(cls: type) -> dict[str, str]:
-    """Return the string literal under each field of the class and its bases, as one line."""
+    """Return the doc of each field of the class and its bases, as one line.
+
+    The doc is the string literal under the field.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -96,7 +100,7 @@ def doc_of(cls: type, key: str) -> str:
 
 
 def dataclass_of(annotation: Any) -> type | None:
-    """The dataclass in `X` or `X | None`, if there is one."""
+    """Return the dataclass in `X` or `X | None`, or None if there is none."""
     if get_origin(annotation) is dict:
         return None
     for candidate in (annotation, *get_args(annotation)):
@@ -106,13 +110,17 @@ def dataclass_of(annotation: Any) -> type | None:
 
 
 def named_sections(annotation: Any) -> type | None:
-    """The dataclass in `dict[str, X]`, if there is one: sections under names of the user's own."""
+    """Return the dataclass X of `dict[str, X]`, or None if the type is another.
+
+    Such a dict holds sections under names that the user chooses.
+    """
     return dataclass_of(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
 def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every section under its key prefix, the innermost first: their own rules come before those
-    across sections.
+    """Yield the key prefix and the value of every section, innermost first.
+
+    In this order the rules of each section are checked before rules across sections.
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -133,8 +141,10 @@ def show(value: Any) -> str:
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """'; did you mean X?', or '' if none is like `name`: the same in another section, or like it
-    there or anywhere.
+    """Return '; did you mean X?' for the key most like `name`, or '' if none is like it.
+
+    A key of the same name in any section comes first, then a similar one in the same section, then
+    a similar one anywhere.
     """
     section, _, last = name.lower().rstrip(".").rpartition(".")
     wholes = {key.lower(): key for key in reversed(allowed)}
@@ -146,7 +156,7 @@ def nearest(name: str, allowed: list[str]) -> str:
     }
     if last in leaves:
         return f"; did you mean {leaves[last]}?"
-    # Not whole names, which are alike already when they are of one section.
+    # Last parts are compared, as full keys in one section are alike already.
     for names, likeness in ((beside, 0.6), (leaves, 0.7)):
         if close := difflib.get_close_matches(last, list(names), n=1, cutoff=likeness):
             return f"; did you mean {names[close[0]]}?"

@@ -1,4 +1,4 @@
-"""What was given on a command line: a file of YAML and arguments, as values by key and place."""
+"""The content of a command line, a YAML file and arguments, as values by key and place."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from flame_composer.config.written import (
 )
 from flame_composer.errors import ConfigError
 
-# What PyYAML raises for `!!int` without a number, `!!bool maybe` and `!!timestamp soon`.
+# Raised by PyYAML for `!!int` without a number, `!!bool maybe` and `!!timestamp soon`.
 BAD_TAGS = (IndexError, KeyError, AttributeError)
 
 
 class Given(NamedTuple):
-    """A value that was given, its full key, and where."""
+    """A value that was given, with its full key and the place where it was given."""
 
     origin: str
     key: str
@@ -37,12 +37,13 @@ class Given(NamedTuple):
 
 
 def layers_of(given: Sequence[Given]) -> list[dict[Any, Any]]:
-    """Return what was given as nested dicts, in each of which no value lies at or within another
-    one's place.
+    """Return all that was given as nested dicts, to be merged in this order.
+
+    In none of them does a value lie at the place of another one, or within it.
     """
     layers: list[dict[Any, Any]] = []
-    within: dict[tuple[Any, ...], int] = {}  # the last layer that has a value at or within a place
-    at: dict[tuple[Any, ...], int] = {}  # and the last that has one right there
+    within: dict[tuple[Any, ...], int] = {}  # the last layer with a value at or within a place
+    at: dict[tuple[Any, ...], int] = {}  # the last layer with a value at exactly that place
     for _, key, value in given:
         for place, each in _places((*key.split("."),), value):
             above = [place[:length] for length in range(1, len(place) + 1)]
@@ -59,8 +60,9 @@ def layers_of(given: Sequence[Given]) -> list[dict[Any, Any]]:
 
 
 def _places(place: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The values within a dict at `place`, with theirs; one that is none, or empty, is there
-    itself.
+    """Yield the values within a dict at `place`, each with its own place.
+
+    A value that is no dict, or an empty one, is yielded itself.
     """
     if not isinstance(value, dict) or not value:
         yield place, value
@@ -103,7 +105,7 @@ def read_yaml(file: str) -> dict[Any, Any]:
         content = {written: None} if isinstance(written, str) else written
         content = {} if plain(content) is None else content
         if isinstance(content, dict):
-            OmegaConf.create(plain(content))  # which knows what an interpolation is
+            OmegaConf.create(plain(content))  # refuses malformed interpolations
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException, *BAD_TAGS) as error:
@@ -120,7 +122,7 @@ def read_override(cls: type, argument: str) -> dict[Any, Any]:
     is_list = get_origin(hint) is list and text.startswith("[") and text.endswith("]")
     is_quoted_list = is_list and bool(set(text) & set("\"'"))
     is_any_text = takes_text(hint) and (hint is str or str in get_args(hint))
-    # As it stands: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
+    # Such text is not parsed: to YAML "def f(x):" is a mapping, and *.jsonl an alias.
     stands = is_any_text and not is_quoted_list
     try:
         if stands:
@@ -128,23 +130,23 @@ def read_override(cls: type, argument: str) -> dict[Any, Any]:
             OmegaConf.create(_nested(key, parts))
             return _nested(key, list(map(as_it_stands, parts)) if is_list else as_it_stands(text))
         require_shallow(text)
-        if "\\" in key:  # which has a meaning of its own in OmegaConf; no key of ours has one
+        if "\\" in key:  # an escape to OmegaConf, which none of our keys needs
             unknown = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
             assert isinstance(unknown, dict)
             return unknown
         value = parse_yaml(text)
-        nested = OmegaConf.from_dotlist([f"{key}=0"])  # which knows what '[0]' in a key is
+        nested = OmegaConf.from_dotlist([f"{key}=0"])  # understands '[0]' in a key
         content = _with_leaf(OmegaConf.to_container(nested), value)
         OmegaConf.create(plain(content))
         return content
-    # IndexError: '[=1'
+    # An argument such as '[=1' raises IndexError.
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, *BAD_TAGS) as error:
         reason = first_line(error) if isinstance(error, OmegaConfBaseException) else told_of(error)
         raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
 
 
 def _with_leaf(nested: Any, leaf: Any) -> Any:
-    """Return nested dicts of one key each with another innermost value."""
+    """Return nested dicts of one key each, with the innermost value replaced by `leaf`."""
     return (
         {key: _with_leaf(inner, leaf) for key, inner in nested.items()}
         if isinstance(nested, dict)
@@ -153,9 +155,7 @@ def _with_leaf(nested: Any, leaf: Any) -> Any:
 
 
 def leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of `content` by full key; a single value given for a list becomes a list of
-    one.
-    """
+    """Yield the values of `content` by full key, a single value for a list as a list of one."""
     hints = hints_of(cls)
     for key, value in content.items():
         hint, full = hints[key], f"{prefix}{key}"
@@ -177,7 +177,7 @@ def _as_list(hint: Any, value: Any) -> Any:
 
 
 def inner_values(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What lies within a value whose keys are a third party's, by full key."""
+    """Yield all values within `value`, a dict with a third party's keys, by full key."""
     for name, each in value.items() if isinstance(value, dict) else ():
         yield f"{key}.{name}", each
         yield from inner_values(f"{key}.{name}", each)

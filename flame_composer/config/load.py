@@ -1,4 +1,4 @@
-"""How `[file.yaml] [key=value ...]` become a checked configuration."""
+"""The way from `[file.yaml] [key=value ...]` to a checked configuration."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ C = TypeVar("C", bound=ScriptConfig)
 
 
 def load(cls: type[C], argv: list[str]) -> C:
-    """The configuration that `[file.yaml] [key=value ...]` asks for, checked.
+    """Return the configuration that `[file.yaml] [key=value ...]` gives, after checking it.
 
     Raises ConfigError for a missing or malformed file, an unknown key, a value of the wrong type, a
-    key that must be set and is not, and whatever `validate()` of any section refuses.
+    key that must be set and is not, and anything that `validate()` of a section refuses.
     """
     sources: list[tuple[str, dict[Any, Any]]] = []
     if cls.positional:
@@ -91,7 +91,7 @@ def load(cls: type[C], argv: list[str]) -> C:
 
 
 def _given_by(cls: type[C], sources: Sequence[tuple[str, dict[Any, Any]]]) -> list[Given]:
-    """Return what files and arguments hold, key by key, in their order."""
+    """Return the content of the file and the arguments, key by key, in their order."""
     known = [key for key, _, _, _ in fields_of(cls)]
     given: list[Given] = []
     try:
@@ -104,7 +104,7 @@ def _given_by(cls: type[C], sources: Sequence[tuple[str, dict[Any, Any]]]) -> li
                     raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")
                 given.append(Given(origin, key, value))
     except ConfigError:
-        _merge(cls, given)  # of two mistakes, the first is told
+        _merge(cls, given)  # raises for an earlier mistake, as the first one is reported
         raise
     return given
 
@@ -112,7 +112,7 @@ def _given_by(cls: type[C], sources: Sequence[tuple[str, dict[Any, Any]]]) -> li
 def _resolved(
     cls: type[C], merged: DictConfig, place: str, origins: Mapping[str, tuple[str, Any]]
 ) -> tuple[Any, str]:
-    """Return the configuration with every ${...} filled in, and as YAML without the environment."""
+    """Return the configuration with all references resolved, and its YAML without secrets."""
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(
@@ -130,18 +130,18 @@ def _resolved(
 
 
 def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
-    """Return the configuration with what was given, the later over the earlier.
+    """Return the configuration with all that was given; later values replace earlier ones.
 
-    Raises ConfigError for the first value that is of the wrong type. All are merged at once, and
-    only where that fails is the first at fault looked for: merging one by one takes time that grows
-    with the square of their number.
+    Raises ConfigError for the first value of the wrong type. All values are merged at once, and the
+    one at fault is searched for only if that fails, because merging them one by one takes time that
+    grows with the square of their number.
     """
     merged, error = _merge_all(cls, given)
     if error is None:
         return merged
     index = _first_wrong(cls, given, alone=True)
     _, its_own = _merge_all(cls, given[index : index + 1])
-    if its_own is None:  # no value is wrong by itself, but one is after those before it
+    if its_own is None:  # no value is wrong by itself, but one is wrong after earlier ones
         index = _first_wrong(cls, given, alone=False)
         _, its_own = _merge_all(cls, given[: index + 1])
     origin, key, value = given[index]
@@ -149,8 +149,9 @@ def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
 
 
 def _first_wrong(cls: type, given: Sequence[Given], *, alone: bool) -> int:
-    """Return the number of the first value that cannot be merged, by itself or after those
-    before it, found by halves.
+    """Return the index of the first value that cannot be merged, by bisection.
+
+    It is merged by itself if `alone`, otherwise after all values before it.
     """
     right, wrong = 0, len(given)
     while wrong - right > 1:
@@ -161,7 +162,7 @@ def _first_wrong(cls: type, given: Sequence[Given], *, alone: bool) -> int:
 
 
 def _merge_all(cls: type, given: Sequence[Given]) -> tuple[DictConfig, Exception | None]:
-    """Return the configuration with all that was given, or an error of OmegaConf's."""
+    """Return the configuration with all that was given, and the error of the merge, if any."""
     merged = OmegaConf.structured(cls)
     try:
         for layer in layers_of(given):
@@ -218,15 +219,16 @@ def _check_keys(
 def _unknown(
     full: str, value: Any, known: list[str], elsewhere: Mapping[str, str]
 ) -> tuple[str, str]:
-    """Of a key that there is none of, or of the first one in a section that there is none of:
-    its name, and the remedy.
+    """Return the name to report for an unknown key, and the remedy.
+
+    For an unknown section, the name is the section's own or that of the first key in it.
     """
     whole = full
     while isinstance(value, dict) and value:
         name, value = next(iter(value.items()))
         whole += f".{name}"
     section, _, leaf = full.rpartition(".")
-    ours = {key.rpartition(".")[2] for key in known}  # these are meant where others use them too
+    ours = {key.rpartition(".")[2] for key in known}  # names that others use for something else
     for name, theirs in ((whole, whole), (whole, whole.rpartition(".")[2]), (full, leaf)):
         if theirs in elsewhere and (theirs == name or theirs not in ours):
             return name, f"; {elsewhere[theirs]}"

@@ -1,4 +1,4 @@
-"""What is said of a value that does not fit: one line, with where it was given, and no secret."""
+"""Messages about values that are refused: one line, with the place, and without secrets."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _section_keys(cls: type, key: str) -> list[str]:
 
 
 def explain(config: ScriptConfig, problem: InvalidField) -> str:
-    """One line that says where the field was set, to what, and the rule it breaks."""
+    """Return a line with the place of a value, its key, the value, and the rule that it breaks."""
     parts = problem.name.split(".")
-    # Where it is missing, its section's place
+    # A key that was not given has the place of its section.
     above = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     origin, value = next(
         (config.origins[key] for key in above if key in config.origins), (config.place, None)
@@ -63,10 +63,10 @@ def explain(config: ScriptConfig, problem: InvalidField) -> str:
 
 
 def masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
-    """A message with the names of the environment's variables in place of what they are set to."""
+    """Return `text` with the names of environment variables in place of their values."""
     for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
         value = os.environ.get(name, "")
-        # What is shorter is no secret, and would be found in words.
+        # Shorter values are no secrets, and would be found within words.
         text = text.replace(value, f"${{{name}}}") if len(value) > 3 else text
     return text
 

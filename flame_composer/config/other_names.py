@@ -1,8 +1,7 @@
-"""What flame, torchtitan, LLM Foundry, Composer and Hugging Face's trainer call our keys, where no
-likeness would tell.
+"""The names that other trainers have for our keys, where spelling alone would not lead to them.
 
-Names are looked up with their section first (`model.name`), then without it (`training.seq_len`:
-seq_len).
+They are those of flame, torchtitan, LLM Foundry, Composer and Hugging Face's trainer. A name is
+looked up with its section first (`model.name`), then without (seq_len for `training.seq_len`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _TENSOR_PARALLEL = (
 
 
 def _remedies(ours: Mapping[str, str], reasons: Mapping[str, str]) -> Mapping[str, str]:
-    """By name of others, what follows `unknown key; `."""
+    """Return the text that follows `unknown key; `, by the name that others have for a key."""
     found = {name: reason for names, reason in reasons.items() for name in names.split()}
     return MappingProxyType(
         found
@@ -152,7 +151,7 @@ TRAINING = _remedies(
     },
 )
 
-# Which asks for what is the launcher's otherwise.
+# A plan also has keys for what otherwise only the launcher knows.
 PLANNING = MappingProxyType(
     {
         **TRAINING,

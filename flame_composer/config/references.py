@@ -1,4 +1,4 @@
-"""What ${...} in a configuration stands for: another key, or a variable of the environment."""
+"""References in a configuration: ${...} for another key or an environment variable."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from flame_composer.config.messages import masked, reason_of
 from flame_composer.errors import ConfigError, hide, without_secrets
 from flame_composer.upstream.omegaconf import dump_yaml, reason_of_failure, resolved_by
 
-# Characters of all values together, when each ${key} stands for what it leads to
+# Characters of all values together once every ${key} is filled in.
 MOST_FILLED_IN = 1 << 24
 
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([A-Za-z_][\w.-]*)[^:{}]*\}")
 
 
 def require_ends(merged: DictConfig, place: str) -> None:
-    """Raise ConfigError for texts that name one another over and over: ten, each of which has
-    the next one in it ten times, take longer than anybody waits. One that leads back to itself
-    is told of when it is filled in.
+    """Raise ConfigError for texts that refer to one another so often that they grow without end.
+
+    Ten texts, each of which has the next one in it ten times, take longer than anybody waits. A
+    text that leads back to itself is reported when it is filled in.
     """
     content = OmegaConf.to_container(merged, resolve=False)
     known: dict[tuple[str, ...], int] = {}
@@ -58,10 +59,10 @@ def require_ends(merged: DictConfig, place: str) -> None:
 
 
 def unresolved(cls: type, merged: DictConfig, origins: Mapping[str, tuple[str, Any]]) -> str | None:
-    """What is wrong with the first key whose interpolation fails; never what an environment
-    variable is set to.
+    """Return the message for the innermost key whose interpolation fails, or None if none does.
+
+    It never has the value of an environment variable in it.
     """
-    # The innermost first
     for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):
         if "${" not in str(value):
             continue
@@ -82,8 +83,9 @@ def unresolved(cls: type, merged: DictConfig, origins: Mapping[str, tuple[str, A
 
 
 def without_environment(merged: DictConfig) -> str:
-    """Return the configuration as YAML, with every interpolation resolved but those of the
-    environment, which may be secret, and without passwords in addresses and the like.
+    """Return the configuration as YAML, resolved but for environment variables, without secrets.
+
+    Environment variables may be secret; other secrets are, say, passwords in addresses.
     """
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
@@ -101,14 +103,14 @@ def without_environment(merged: DictConfig) -> str:
 
 
 def from_environment(name: str, *default: Any) -> Any:
-    """What a variable is set to, which no line that leaves this process shows from now on."""
+    """Return the value of an environment variable, and hide it in all output from now on."""
     if name in os.environ:
         hide(os.environ[name], name)
     return oc.env(name, *default)
 
 
 def decoded(text: str | None, _parent_: Any, _node_: Any) -> Any:
-    """What is made of a variable is hidden part by part."""
+    """Return the decoded `text`; if it is that of a variable, hide each text in the result."""
     value = oc.decode(text, _parent_, _node_)
     for name in (name for name in os.environ if os.environ[name] == text):
         for part in _texts(value):

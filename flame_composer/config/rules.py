@@ -1,8 +1,8 @@
-"""What the configurations of all scripts share: how a rule is stated, what a mistake is, durations.
+"""Rules that the configurations of several scripts share, and the base of a configuration.
 
-A configuration is a dataclass; the string under a field is what `--help` says of it. Neither this
-module nor those of the configurations import torch or composer, so that a mistake is answered in
-well under a second.
+A configuration is a dataclass, and `--help` shows the string under each field. Neither this module
+nor the configurations import torch or composer, so that a mistake is reported in well under a
+second.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ BYTES = re.compile(r"[0-9]+b?|[0-9]+(\.[0-9]+)?[kmgtp]b", re.IGNORECASE)
 def require_duration(
     value: str, name: str, *, fraction: bool = False, time: bool = False, zero: bool = False
 ) -> None:
-    """A whole number of ba (batches), tok (tokens), sp (rows) or ep (epochs); with `fraction`,
-    also 0.05dur; with `time`, also of s (seconds), min or h.
+    """Raise InvalidField unless `value` is a whole number of ba, tok, sp or ep.
+
+    These are batches, tokens, rows and epochs. With `fraction`, a fraction of the run like 0.05dur
+    is allowed, too; with `time`, a number of s, min or h; with `zero`, a duration of 0.
     """
     units = "ba, tok, sp or ep" + (", or by s, min or h" if time else "")
     allowed = f"a whole number followed by {units}" + (
@@ -50,9 +52,10 @@ def require_duration(
 
 
 def require_text(config: object, *names: str) -> None:
-    """Require paths and names, or lists of them, to be such as a file can have: neither empty (a
-    variable of the shell that was not set; what may be left out is null), nor too long, nor with
-    a NUL in them.
+    """Raise InvalidField for a text, or one in a list, that no file could have as its name.
+
+    That is one that is too long, has a NUL in it, or is empty. An empty one comes from a shell
+    variable that is not set; an optional key is left out by null.
     """
     for name in names:
         value = getattr(config, name)
@@ -72,10 +75,10 @@ def require_text(config: object, *names: str) -> None:
 
 
 def expand_path(path: str, name: str) -> str:
-    """Return a path with a `~` at its beginning replaced by the home folder it stands for.
+    """Return a path with a `~` at its beginning replaced by the home folder.
 
-    Raises InvalidField for a home that is not known, and for a variable like $HOME, which only a
-    shell would fill in; unless something has that very name, so that it can be used.
+    Raises InvalidField if the home is not known, and for a variable like $HOME, which only a shell
+    fills in, unless there is a file or folder of that very name.
     """
     expanded = path if "://" in path else os.path.expanduser(path)
     require(
@@ -95,12 +98,10 @@ def expand_path(path: str, name: str) -> str:
 
 
 def require_no_braces(config: object, *names: str) -> None:
-    """Composer fills in what is in braces, {rank} and {run_name}: in some places of a run, and
-    not in others.
-    """
+    """Raise InvalidField for braces, as in {rank}, which only some parts of Composer fill in."""
     for name in names:
         value = getattr(config, name)
-        # Whose ${...} is filled in where a configuration is loaded
+        # The ${...} of a default is filled in when a configuration is loaded.
         is_default = value == getattr(type(config), name)
         require(
             is_default or not set(value or "") & set("{}"),
@@ -120,8 +121,9 @@ def require_png(file: str | None, name: str) -> None:
 
 
 def is_text(value: str) -> bool:
-    """Not so what Python makes of bytes that are no UTF-8, nor half a pair of surrogates out of
-    JSON.
+    """Return whether a text can be encoded as UTF-8.
+
+    Python's texts for arguments that are no UTF-8 cannot, nor can half a surrogate pair from JSON.
     """
     try:
         value.encode()
@@ -130,25 +132,19 @@ def is_text(value: str) -> bool:
     return True
 
 
-# What nobody is to see
-
-
 class ScriptConfig:
-    """Base of the dataclasses a script is run with, and what `load.load` knows about one
-    beyond its values.
-    """
+    """Base of the configurations of scripts, with what is known about one beyond its values."""
 
-    # The list that leading arguments without a key fill, in place of a YAML file.
+    # The key of the list that leading arguments without a key fill; then no YAML file is taken.
     positional = ""
-    # Whether a script that was stopped goes on where it was when the same command is given again.
+    # Whether a script that was stopped goes on from there when the same command is given again.
     goes_on = False
-    # The keys that hold paths (or URLs, or ids), also of sections: `~` is expanded in these.
+    # The keys that hold paths (or URLs, or ids), in which `~` is expanded; sections have this, too.
     paths: tuple[str, ...] = ()
-    # By the names that others give its keys, what is said to those who use them (other_names.py).
+    # The remedies for those who use other trainers' names for keys, by name (other_names.py).
     elsewhere: Mapping[str, str] = MappingProxyType({})
-    # As YAML, with interpolations resolved but those of the environment: safe to log and save.
+    # The configuration as YAML, without the values of environment variables: safe to log and save.
     resolved_yaml: str = ""
-    # Where each key that was given was given, and its value there; where to look for one that was
-    # not.
+    # The place where each key was given and its value there; `place` is that of all other keys.
     origins: Mapping[str, tuple[str, Any]] = MappingProxyType({})
     place: str = "command line"

@@ -1,6 +1,4 @@
-"""What was written: YAML whose texts stay as they are in the file, and which keys take a text
-and which a number.
-"""
+"""Values as they were written: texts stay what they are in the file, numbers are what is meant."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from flame_composer.config.fields import dataclass_of, hints_of, named_sections
 from flame_composer.errors import ConfigError
 from flame_composer.upstream.omegaconf import PYTHONS_NONE, load_yaml
 
-# OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply are
-# refused all the same.
+# OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply without
+# end are still refused.
 MAX_YAML_NODES = 1_000_000
 MOST_LEVELS = 100  # of a YAML document
 MOST_LETTERS = 1 << 26
@@ -35,25 +33,22 @@ class Written:
 
 
 def parse_yaml(stream: Any) -> Any:
-    """Return the content of a YAML document, with a `Written` for each scalar that YAML takes
-    for something but text.
-    """
+    """Return the content of a YAML document, with a `Written` for each scalar that is not text."""
     require_shallow(stream)
     return load_yaml(stream, Written, MAX_YAML_NODES)
 
 
 def require_shallow(stream: Any) -> None:
-    """Raise ValueError for a YAML document of endless depth or size; of a file, as much as this
-    reads is left to be read.
+    """Raise ValueError for a YAML document that is nested too deeply or too large.
 
-    libyaml's loader builds nested lists and mappings one within the other: 100,000 of them end the
-    process.
+    A file is left at its beginning. libyaml's loader recurses into lists and mappings, and 100,000
+    of them within one another crash the process.
     """
     text = stream if isinstance(stream, str) else stream.read(MOST_LETTERS + 1)
     if len(text) > MOST_LETTERS:
         raise ValueError(f"has more than {MOST_LETTERS:,} characters")
     depth = 0
-    with contextlib.suppress(yaml.YAMLError):  # which is told when it is loaded
+    with contextlib.suppress(yaml.YAMLError):  # reported when the document is loaded
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent
@@ -65,12 +60,12 @@ def require_shallow(stream: Any) -> None:
 
 
 def as_it_stands(text: str) -> Written:
-    """Return a text of the command line, which is null only as the word."""
+    """Return a text of the command line as written, except for the word null."""
     return Written(text, None if text == "null" else text)
 
 
 def plain(value: Any) -> Any:
-    """Return a value of `parse_yaml` as YAML takes it."""
+    """Return a value of `parse_yaml` as YAML understands it."""
     if isinstance(value, Written):
         return value.value
     if isinstance(value, dict):
@@ -81,11 +76,10 @@ def plain(value: Any) -> Any:
 
 
 def as_meant(hint: Any, value: Any, place: str, key: str = "") -> Any:
-    """Return a value of `parse_yaml` for a key of type `hint`: a text as it was written, a number
-    as YAML takes it.
+    """Return a value of `parse_yaml` for a key of type `hint`: a text as written, or YAML's value.
 
-    Raises ConfigError, which names `place` and `key`, for what a person has not meant: Python's
-    None, and numbers in forms that only YAML 1.1 knows (0123 is 83 to it, 1:30 is 90).
+    Raises ConfigError, which names `place` and `key`, for values that are not what was meant:
+    Python's None, and numbers that YAML 1.1 reads in its own way (0123 as 83, 1:30 as 90).
     """
     above = f"{key}." if key else ""
     section, each = dataclass_of(hint), named_sections(hint)
@@ -126,15 +120,17 @@ def as_meant(hint: Any, value: Any, place: str, key: str = "") -> Any:
 
 
 def quote_it(value: Any, for_text: bool) -> str:
-    """Return the remedy where a third party's key takes a text and YAML made something else of
-    it; '' for other mistakes.
+    """Return the remedy for a third party's text key of which YAML made a number or a bool.
+
+    '' for other mistakes.
     """
     return "; quote what is text" if for_text and isinstance(value, bool | int | float) else ""
 
 
 def takes_text(hint: Any) -> bool:
-    """Whether a key of this type takes a text and no number, or a list of such: str, str | None,
-    list[str], Literal.
+    """Return whether a key of this type takes only a text or a list of texts.
+
+    Such types are str, str | None, list[str] and Literal of texts.
     """
     options = [option for option in get_args(hint) if option is not types.NoneType]
     if get_origin(hint) in (typing.Union, types.UnionType):
@@ -165,9 +161,7 @@ def _scalar(hint: Any, scalar: Written, shown: str) -> Any:
 
 
 def _misread(scalar: Written) -> bool:
-    """Whether YAML 1.1 takes a number for another one than a person does: octal by a zero before
-    it, or by base sixty.
-    """
+    """Return whether YAML 1.1 reads a number in octal (0123) or in base sixty (1:30)."""
     digits = scalar.text.replace("_", "")
     return ":" in digits or (
         re.fullmatch("[-+]?[0-9]+", digits) is not None and int(digits) != scalar.value
@@ -175,14 +169,15 @@ def _misread(scalar: Written) -> bool:
 
 
 def _with_checked_default(text: str, shown: str) -> str:
-    """Return `text`. Raises ConfigError for `${oc.env:NAME,1.10}`, whose default OmegaConf would
-    take for the number 1.1.
+    """Return `text`, or raise ConfigError if OmegaConf would change a default in it.
+
+    It would take that of `${oc.env:NAME,1.10}` for the number 1.1.
     """
     for default in re.findall(r"\$\{oc\.env:[^,{}]*,\s*([^'\"{}\[\],]*?)\s*\}", text):
         try:
             read = OmegaConf.create({"default": f"${{oc.decode:'{default}'}}"})["default"]
         except OmegaConfBaseException:
-            continue  # it is read where it is used, and refused there
+            continue  # refused where it is used
         if read is not None and str(read) != default:
             raise ConfigError(
                 f"{shown}: the default {default} would become {read}; quote it: '{default}'"

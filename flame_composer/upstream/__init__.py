@@ -1,1 +1,1 @@
-"""Every patch of a third party's private parts: its version, what it mends, when it can go."""
+"""Patches of third parties' private parts, each with its version and what it mends."""

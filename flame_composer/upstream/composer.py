@@ -1,4 +1,4 @@
-"""Composer 0.32.1: what it asks of every model, how it reads checkpoints and spreads a model."""
+"""Composer 0.32.1: its question about every model, its checkpoints, and its device mesh."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from composer.utils.parallelism import FSDP2Config
 
 @contextlib.contextmanager
 def known_as_causal() -> typing.Iterator[None]:
-    """Have Composer take a model for a causal one without looking.
+    """Make Composer take a model for a causal language model without checking.
 
     Upstream: composer 0.32.1, `composer.models.huggingface._is_registered_causal_lm`.
-    Mends: it imports every causal model of transformers to find out, which takes 2 s.
+    Mends: it imports every causal model of transformers to check, which takes 2 s.
     """
     asked = huggingface._is_registered_causal_lm
     huggingface._is_registered_causal_lm = lambda model: True  # noqa: ARG005
@@ -28,10 +28,10 @@ def known_as_causal() -> typing.Iterator[None]:
 
 
 def load_checkpoints_with(read: Callable[..., Any]) -> None:
-    """Have Composer's Trainer read checkpoints by `read`, for the rest of the process.
+    """Make Composer's Trainer read checkpoints with `read`, for the rest of the process.
 
     Upstream: composer 0.32.1, `composer.utils.checkpoint._torch_load_with_validation`.
-    Mends: it unpickles a checkpoint with `weights_only=False`, which runs code in it.
+    Mends: it unpickles checkpoints with `weights_only=False`, which runs any code in them.
     """
     checkpoint._torch_load_with_validation = read  # type: ignore[assignment]
 

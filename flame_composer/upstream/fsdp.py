@@ -1,4 +1,4 @@
-"""FSDP2 of torch 2.7.0 on CPUs: means of gradients, and replicas."""
+"""FSDP2 of torch 2.7.0 on CPUs: means of gradients, and replicas of the model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_g
 
 
 def average_on_cpus() -> None:
-    """Have FSDP2 divide gradients itself on CPUs, as torch does it for fp16.
+    """Make FSDP2 divide gradients itself on CPUs, as torch does for fp16.
 
     Upstream: torch 2.7.0, `_fsdp_collectives._get_gradient_divide_factors`.
-    Mends: it asks gloo for ReduceOp.AVG, and gets the sum without a word.
+    Mends: it asks gloo for the mean (ReduceOp.AVG), and silently gets the sum.
     """
     given = _fsdp_collectives._get_gradient_divide_factors
 
@@ -29,10 +29,10 @@ def average_on_cpus() -> None:
 
 
 def replicate_on_cpus() -> None:
-    """Have FSDP2 with replicas work on CPUs, where streams have no events.
+    """Make FSDP2 work with replicas on CPUs, where streams have no events.
 
     Upstream: torch 2.7.0, `_fsdp_param_group.foreach_reduce`, which post_backward calls.
-    Mends: it keeps reduced gradients until an event is over that a CPU does not have, and fails.
+    Mends: it keeps reduced gradients until an event has passed. CPUs have no events, and it fails.
     """
     given = _fsdp_param_group.foreach_reduce
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: tasks by somebody else run no code, and bars go to no file."""
+"""lm-evaluation-harness 0.4: tasks of others run no code, and no progress bar goes to a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from flame_composer.errors import ConfigError
 
-# What a task may say of how text is written. transformers has more, of which some lead to code.
+# The generation settings that a task may have. transformers has more, some of which lead to code.
 WRITING = frozenset(
     {
         "until",
@@ -50,21 +50,22 @@ WRITING = frozenset(
     }
 )
 
-# Of the processor, for each text that a task's template makes: loops within loops do not end
+# Seconds of the processor for a text that a task's template makes, as nested loops may never end.
 TEMPLATE_SECONDS = 30
 
 
 @contextlib.contextmanager
 def no_foreign_code(task_code: bool = False) -> Iterator[None]:
-    """Have nothing that a task's file or data says run as code.
+    """Run nothing in a task's file or data as code.
 
-    But functions with `task_code`, and those of the harness itself. Templates see no more of Python
-    than they need; metrics that are code, on the hub or beside a task, are not loaded. Of datasets,
-    this release of `datasets` runs none but what is in pickles, which are not read.
+    Functions are an exception if `task_code` is set, and always those of the harness itself.
+    Templates see no more of Python than they need. Metrics that are code, on the hub or beside a
+    task, are not loaded. This release of `datasets` runs no code of a dataset but that in pickles,
+    which are not read.
 
     Upstream: lm_eval 0.4, `_yaml_loader._import_func_in_yml`, `utils.env`; evaluate, `load`;
     datasets, `load_dataset` and its reader of pickled frames.
-    Mends: a task's YAML names functions, metrics, templates and pickles, and all of them are run.
+    Mends: functions, metrics, templates and pickles that a task's YAML names are all run.
     """
     templates = SandboxedEnvironment(
         loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
@@ -123,8 +124,9 @@ def _no_pickle(*_: Any) -> Any:
 
 
 class _Template(Template):
-    """A template that has `TEMPLATE_SECONDS` for a text. The sandbox only keeps a single range()
-    short.
+    """A template that has `TEMPLATE_SECONDS` for a text.
+
+    jinja2's sandbox only limits the length of a single range().
     """
 
     def render(self, *args: Any, **values: Any) -> str:
@@ -158,8 +160,8 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def import_evaluate() -> Any:
     """Return Hugging Face's package `evaluate`, which tasks import.
 
-    Upstream: Python puts a script's folder first in sys.path.
-    Mends: recipes/evaluate.py would be imported in its place.
+    Upstream: Python puts a script's folder first in `sys.path`.
+    Mends: recipes/evaluate.py would be imported in place of the package.
     """
     before = sys.path[:]
     sys.path[:] = [folder for folder in before if not Path(folder, "evaluate.py").is_file()]
@@ -171,10 +173,10 @@ def import_evaluate() -> Any:
 
 @contextlib.contextmanager
 def bars(show: bool) -> Iterator[None]:
-    """Have the harness draw progress bars or not.
+    """Make the harness draw progress bars only if `show` is set.
 
-    Upstream: lm_eval 0.4, `tqdm` of its modules.
-    Mends: it draws them into files, too.
+    Upstream: lm_eval 0.4, `tqdm` in its modules.
+    Mends: it draws progress bars into files, too.
     """
 
     def bar(

@@ -1,4 +1,4 @@
-"""OmegaConf 2.4.0: its YAML with what was written, and its resolvers replaced for a while.
+"""OmegaConf 2.4.0: YAML that keeps what was written, and resolvers replaced for a while.
 
 Imports neither torch nor composer nor streaming: every configuration is read through here.
 """
@@ -17,7 +17,7 @@ from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-PYTHONS_NONE = "None"  # what people write who mean null
+PYTHONS_NONE = "None"  # written by people who mean null
 _NOT_TEXT = ("int", "float", "bool", "null", "none", "value", "merge")
 _TAG = "tag:yaml.org,2002"
 
@@ -92,7 +92,7 @@ def _escaped(value: Any) -> Any:
 
 @contextmanager
 def resolved_by(env: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
-    """Have `env` and `decode` resolve ${oc.env:...} and ${oc.decode:...} for a while.
+    """Make `env` and `decode` resolve ${oc.env:...} and ${oc.decode:...} for a while.
 
     Upstream: omegaconf 2.4.0, its own resolvers `oc.env` and `oc.decode`, which all of the process
     shares.
@@ -111,8 +111,8 @@ def reason_of_failure(error: OmegaConfBaseException) -> str:
     """Return why an interpolation could not be resolved, in one line.
 
     Upstream: omegaconf 2.4.0, the message of InterpolationResolutionError.
-    Mends: it begins with the name of a Python class, and of a mistake in the grammar it says what
-    its parser expected, in the parser's terms.
+    Mends: it begins with the name of a Python class, and describes a mistake in the grammar in the
+    terms of its parser.
     """
     told = str(error).splitlines()[0]
     if "GrammarParseError" in str(error):

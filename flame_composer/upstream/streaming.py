@@ -1,4 +1,4 @@
-"""mosaicml-streaming 0.13.0: its shared memory and file locks, in a folder of the job's own."""
+"""mosaicml-streaming 0.13.0: shared memory and file locks in a folder of the job's own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from flame_composer.storage.locks import JobFolder
 
 
 class Memory:
-    """Memory that the processes of a job share, by a file in its folder, in place of streaming's
-    SharedMemory (0.13.0).
+    """Memory that a job's processes share through a file, in place of streaming's SharedMemory.
 
-    Upstream takes names in /dev/shm that can be guessed. Another user can take them first, in
-    containers there may be next to no room or no such place at all, and what killed jobs leave
-    stays.
+    Streaming 0.13.0 takes names in /dev/shm that can be guessed, so that another user can take them
+    first. Containers may have little room there, or no such folder, and what killed jobs leave
+    stays there.
     """
 
     def __init__(
@@ -34,8 +33,10 @@ class Memory:
         size: int = 0,
         auto_cleanup: bool = True,  # noqa: ARG002
     ):
-        """`name` is the file's path. `create` as upstream: it must not be there (True), must be
-        (False), or may be (None).
+        """Open the file `name` of `size` bytes and map it into memory.
+
+        `create` is as in streaming: the file is made anew (True), must exist (False) or may exist
+        (None).
         """
         self.name = name
         if create:
@@ -44,7 +45,7 @@ class Memory:
         file = os.open(name, os.O_RDWR | new | os.O_CLOEXEC, 0o600)
         try:
             if create is not False:
-                # A full disk is an error here, and would be a dead process later
+                # A full disk is an error here; later it would kill the process.
                 os.posix_fallocate(file, 0, size)
             self.mapped = mmap.mmap(file, 0)
         except OSError as error:
@@ -63,21 +64,18 @@ class Memory:
 
 
 def path_in(folder: str, name: str) -> str:
-    """In place of streaming's _get_path: shared memory and file locks are files in the job's
-    folder.
-    """
+    """Return the path of shared memory or a file lock, in place of streaming's `_get_path`."""
     return os.path.join(folder, name)
 
 
 def claim_shared_memory(
     _streams_local: Any, _streams_remote: Any, world: World
 ) -> tuple[str, JobFolder]:
-    """In place of streaming's get_shm_prefix: the folder of this dataset's shared memory, the same
-    for all ranks of a machine.
+    """Return the folder of this dataset's shared memory, the same for all ranks of a machine.
 
-    Upstream takes the first number that nothing has, which two jobs can do at once; it keeps all
-    that it has looked at open, and never removes what killed jobs left, so that after some hundred
-    of them no file can be opened any more.
+    It takes the place of streaming's `get_shm_prefix`, which takes the first free number. Two jobs
+    can do so at once. Streaming also keeps open all that it has looked at, and never removes what
+    killed jobs left, so that after some hundred of them no file can be opened any more.
     """
     folder = JobFolder() if world.is_local_leader else None
     path = dist.all_gather_object(str(folder.path) if folder else "")[
@@ -88,12 +86,12 @@ def claim_shared_memory(
 
 @contextlib.contextmanager
 def own_shared_memory() -> Iterator[None]:
-    """Have StreamingDataset's shared memory and file locks be files in the job's own folder.
+    """Make StreamingDataset keep its shared memory and file locks in the job's own folder.
 
     Upstream: mosaicml-streaming 0.13.0, `get_shm_prefix`, `_get_path` and `SharedMemory` of
     streaming.base.dataset.
-    Mends: their names are small numbers in /dev/shm and /tmp, which other users can take, two jobs
-    can take at once, and killed jobs leave for good.
+    Mends: their names are small numbers in /dev/shm and /tmp. Other users can take them, two jobs
+    can take the same at once, and killed jobs leave them for good.
     """
     dataset, array = streaming.base.dataset, streaming.base.shared.array
     ours = [
