@@ -1,1 +1,1 @@
-"""What recipes/benchmark.py measures, each against another way of doing it."""
+"""The measurements of recipes/benchmark.py, each against another way of doing the same."""

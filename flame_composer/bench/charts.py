@@ -1,5 +1,6 @@
-"""How cost grows, from a run of all benchmarks, as one PNG: with context, rows, layers, the
-context decoded after, workers.
+"""Charts of how cost grows, in one PNG, from a run of all benchmarks.
+
+It grows with the context, rows, layers, the context that is decoded after, and workers.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ NAMES = {"gla": "GLA", "llama": "Llama"}
 
 
 class Panel(NamedTuple):
+    """One chart: lines over the same values of x."""
+
     title: str
     x_name: str
     y_name: str
-    lines: dict[str, list[float]]  # a value for each of `xs`
+    lines: dict[str, list[float]]  # by name, with a value for each of `xs`
     xs: list[int]
 
 
 def panels(results: dict[str, Any]) -> Iterator[Panel]:
-    """Of the results of recipes/benchmark.py by name; what did not run has no panel."""
+    """Yield the panels for the results of recipes/benchmark.py, which are given by name.
+
+    A benchmark that did not run has no panel.
+    """
 
     def both(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> dict[str, list[float]]:
         return {
@@ -85,6 +91,7 @@ def panels(results: dict[str, Any]) -> Iterator[Panel]:
 
 
 def draw(results: dict[str, Any]) -> bytes:
+    """Return all panels as one PNG."""
     from matplotlib.figure import Figure
 
     found = list(panels(results))
@@ -107,7 +114,10 @@ def draw(results: dict[str, Any]) -> bytes:
 
 
 def write(results: dict[str, Any], path: str) -> None:
-    """Raises DataError if the file cannot be written, or nothing that is drawn was measured."""
+    """Write the charts of `results` to a PNG file.
+
+    Raise DataError if the file cannot be written, or none of the results has a chart.
+    """
     if not any(panels(results)):
         raise DataError(f"plot: nothing that is drawn was measured: {', '.join(results)}")
     try:

@@ -1,6 +1,4 @@
-"""What recipes/benchmark.py compares as whole processes: conversion with what most people write,
-and all around training.
-"""
+"""Benchmarks that run whole processes: training, reading data, and starting."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ from flame_composer.errors import DataError
 
 
 def quickstart_data(root: Path, config: StartBenchmarkConfig, folder: Path) -> list[str]:
-    """A tokenizer and a dataset made from Python files, and the arguments that train
-    yamls/gla_tiny.yaml on it.
+    """Make a tokenizer and a dataset from Python files; return the arguments to train on it.
+
+    They are arguments of recipes/train.py, the first of which is yamls/gla_tiny.yaml.
     """
     whole, _ = write_corpus((), (), round(config.megabytes * 1e6), folder)
     tokenizer, dataset = folder / "tokenizer", folder / "train"
@@ -58,8 +57,9 @@ def quickstart_data(root: Path, config: StartBenchmarkConfig, folder: Path) -> l
 def compare_trainers(
     root: Path, config: TrainerBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """recipes/train.py against a loop of forward, backward and optimizer step over the same
-    batches.
+    """Time recipes/train.py against a bare loop over the same batches.
+
+    The loop is forward, backward and optimizer step, and nothing else.
     """
     arguments = [*quickstart_data(root, config, folder), f"max_duration={config.steps}ba"]
     log = folder / "run/train_log.jsonl"
@@ -85,8 +85,9 @@ def compare_trainers(
 def compare_readers(
     root: Path, config: DataBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """The data path: rows to batches against StreamingDataset's rows, and where an epoch is
-    begun in its middle.
+    """Time reading batches against StreamingDataset reading rows, and beginning mid-epoch.
+
+    The first batch near the end of an epoch is timed against the first one at its start.
     """
     quickstart_data(root, config, folder)
     dataset = str(folder / "train")
@@ -144,8 +145,9 @@ def compare_readers(
 def compare_starts(
     root: Path, config: StartBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """The first step of recipes/train.py against the imports it cannot do without; and what
-    answers without them.
+    """Time the first step of recipes/train.py against the imports that it needs.
+
+    Also time its answers to --help and to a mistake, for which it needs none of them.
     """
     arguments = [*quickstart_data(root, config, folder), "max_duration=1ba"]
     script, log = str(root / "recipes/train.py"), folder / "run/train_log.jsonl"
@@ -201,8 +203,9 @@ def compare_starts(
 
 
 def run_each(script: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Run the benchmarks of a script in turn, and show what they print. Returns what each says
-    in its last line.
+    """Run the named benchmarks of a script one after another, and print what they print.
+
+    Return what each says in its last line, by name. Raise DataError if one fails.
     """
     results = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""convert/to_mds.py against what most people write: the same text, in turns."""
+"""The benchmark of convert/to_mds.py against what most people write, in turns on one text."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ BATCH = 1000  # documents that the baseline encodes in one call
 
 
 def mistral_tokenizer(folder: Path) -> Path:
-    """Put Mistral-7B's tokenizer, from the SentencePiece model that mistral-common carries, into
-    `folder`.
+    """Write Mistral-7B's tokenizer into `folder`, a new one, and return the folder.
+
+    It is made from the SentencePiece model that mistral-common carries. Raise ConfigError if that
+    package, or gigatoken, is not installed.
     """
     missing = [
         name for name in ("mistral_common", "gigatoken") if importlib.util.find_spec(name) is None
@@ -68,11 +70,11 @@ def mistral_tokenizer(folder: Path) -> Path:
 def write_corpus(
     source: Sequence[str], suffixes: Sequence[str], max_bytes: int, folder: Path
 ) -> tuple[Path, Path]:
-    """Distinct documents drawn from all over `source` as JSONL of about `max_bytes`, and the first
-    tenth of them.
+    """Write distinct documents from all over `source` to two files; return the files.
 
-    Without a source, the Python files of the standard library and of the installed packages: real
-    text that every machine with this environment has.
+    They are JSONL: one of about `max_bytes`, and one with the first tenth of it. If no source is
+    given, it is the Python files of the standard library and of the installed packages, real text
+    that every machine with this environment has. Raise ConfigError if the source holds no text.
     """
     if not source:
         source, suffixes = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")], (".py",)
@@ -94,12 +96,11 @@ def write_corpus(
 
 
 def convert_plainly(source: str, tokenizer_path: str, out: str, context_length: int) -> int:
-    """What most people write: `encode_batch_fast`, an eos after each document, rows cut from the
-    stream, MDSWriter.
+    """Convert a corpus as most people would, and return the number of its tokens.
 
-    Returns the number of tokens. No work is left out that a careful author would leave in, and none
-    put in: the JSON is decoded, shards are hashed; documents' lengths, splits and resumption are
-    not there.
+    That is `encode_batch_fast`, an eos after each document, rows cut from the stream of tokens, and
+    MDSWriter. It does what a careful author would do, and no more: it decodes JSON and hashes
+    shards, but it has no documents' lengths, no splits and no resumption.
     """
     from streaming import MDSWriter
     from transformers import AutoTokenizer
@@ -141,7 +142,7 @@ class Run:
 def compare_conversions(
     root: Path, config: ConversionBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """The scripts of `root` against what most people write, on a corpus put in `folder`."""
+    """Time convert/to_mds.py in `root` against `convert_plainly`, on a corpus put in `folder`."""
     tokenizer = config.tokenizer or str(mistral_tokenizer(folder / "tokenizer"))
     whole, tenth = write_corpus(
         config.source, config.suffixes, round(config.megabytes * 1e6), folder
@@ -187,13 +188,14 @@ def convert_in_turns(
     config: ConversionBenchmarkConfig,
     on_progress: Callable[[], Any],
 ) -> dict[str, Any]:
-    """Convert `tenth` and `whole` with `convert_plainly` and with `script`, convert/to_mds.py, on
-    one process and on `config.num_workers`, taking turns, `config.repeats` times; if more than
-    once, after a first one on `tenth` that does not count.
+    """Convert `tenth` and `whole` in three ways, taking turns, and return what they took.
 
-    `on_progress` is called after each conversion. Raises DataError if their tokens differ.
+    The ways are `script`, which is convert/to_mds.py, with one worker and with
+    `config.num_workers`, and `convert_plainly`. There are `config.repeats` turns; if there are
+    several, each way first converts `tenth` once, which does not count. `on_progress` is called
+    after each conversion. Raise DataError if the numbers of tokens differ.
     """
-    # The script first: it says what is wrong with a tokenizer.
+    # The script comes first, since it explains what is wrong with a tokenizer.
     converters = {"one_worker": 1, "workers": config.num_workers, "baseline": 1}
     encoders: set[str] = set()
 
@@ -233,8 +235,9 @@ def convert_in_turns(
 
 
 def summary(turns: Sequence[dict[str, tuple[Run, Run]]]) -> dict[str, Any]:
-    """Medians over the turns, in each of which every converter made a tenth of the corpus and
-    the whole; the most memory.
+    """Return the medians over all turns for each converter, its most memory, and ratios.
+
+    A turn has for each converter its runs on a tenth of the corpus and on the whole.
     """
     speeds = [{name: _speeds(*runs) for name, runs in turn.items()} for turn in turns]
     result: dict[str, Any] = {}
@@ -254,12 +257,14 @@ def summary(turns: Sequence[dict[str, tuple[Run, Run]]]) -> dict[str, Any]:
 
 
 def _speeds(tenth: Run, whole: Run) -> dict[str, float]:
-    """With the start of the processes, and without: what the whole took beyond the tenth, which
-    starts the same way.
+    """Return speeds with the start of the processes, and without it ("after_start").
+
+    The start is taken out by counting only what the whole took beyond the tenth, which starts in
+    the same way.
     """
 
     def speed(tokens: int, seconds: float) -> float:
-        # A corpus that takes no time to measure
+        # A small corpus may take no time that can be measured.
         return tokens / seconds if seconds > 0 else math.nan
 
     tokens, usage, start = whole.tokens, whole.usage, tenth.usage

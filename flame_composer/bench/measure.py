@@ -1,7 +1,6 @@
-"""What a benchmark measures with: figures and what is stated of them, turns, and whole processes.
+"""The tools of the benchmarks: figures and their limits, turns, and the cost of processes.
 
-A process counts with all its descendants: what is wanted is the cost of a command, whatever it
-starts.
+A process is counted with all its descendants, since a command costs whatever it starts.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ from flame_composer.processes import end_session, lead_session
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured, and what is stated of it: at least, or at most, so much. `value` is
-    None where it was not measured.
-    """
+    """A measured value, None if it was not measured, and the limit that it is said to keep."""
 
     name: str
     value: float | None
@@ -41,13 +38,14 @@ class Figure:
     at_most: float | None = None
 
     def is_missed(self, slack: float = 0.1) -> bool:
-        """By more than a tenth."""
+        """Return whether the value misses its limit by more than a share of `slack`."""
         if self.value is None:
             return False
         too_low = self.at_least is not None and self.value < self.at_least * (1 - slack)
         return too_low or (self.at_most is not None and self.value > self.at_most * (1 + slack))
 
     def line(self) -> str:
+        """Return the figure as a line: its name, value, limit, and whether that was reached."""
         value = "not measured"
         if self.value is not None:
             value = f"{self.value:,.{0 if self.value > 999 else 2}f}"
@@ -63,6 +61,7 @@ class Figure:
 
 
 def machine() -> dict[str, Any]:
+    """Return what to know about this machine: its processor, cores and load."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -83,14 +82,17 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the ratios of each turn."""
+    """Return the median of the turns' ratios."""
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 def interleaved(
     what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1
 ) -> dict[str, list[float]]:
-    """What each returns, `repeats` times after `warm` that do not count, taking turns."""
+    """Call each of `what` in turn, and return the values that it returned, by name.
+
+    There are `repeats` turns, after `warm` others whose values are left out.
+    """
     values: dict[str, list[float]] = {name: [] for name in what}
     for _ in tqdm(range(warm + repeats), desc=title, disable=None):
         for name, run in what.items():
@@ -103,27 +105,26 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Usage:
-    """A command's time, that of all its processes together on all cores, the memory of its
-    largest one, and its stdout.
-    """
+    """The cost of a command with all the processes that it started."""
 
     seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    output: str
+    cpu_seconds: float  # of all processes together
+    peak_bytes: int  # of the process that took the most memory
+    output: str  # its stdout
 
 
 def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({})) -> Usage:
-    """Run a command to its end and that of all its descendants. Raises DataError if it fails,
-    ConfigError off Linux.
+    """Run a command until it and all its descendants have ended, and return its cost.
+
+    Raise DataError if it fails, and ConfigError on another system than Linux.
     """
     if sys.platform != "linux":
         raise ConfigError(
             "this benchmark needs Linux, which can hand over the processes that a command leaves"
             " behind"
         )
-    # Another process runs it: one that has no other children, and is small, for the memory of a new
-    # process counts from that of the one it was started from.
+    # It is run by another process, which has no other children, and which is small: the peak memory
+    # of a new process begins with that of the process that started it.
     code = "from flame_composer.bench.measure import run_and_count; run_and_count()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command],
@@ -150,10 +151,11 @@ def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({}
 
 
 def run_and_count() -> None:
-    """Run the command in sys.argv and end as it does; the last line of stderr is what `Usage`
-    holds of it.
+    """Run the command in sys.argv, exit with its status, and print what it took to stderr.
+
+    The last line of stderr is a JSON list of the first three fields of `Usage`.
     """
-    # Whoever is left behind is counted, and nobody waits for it if the benchmark was killed
+    # Processes that are left behind are counted, and end if the benchmark is killed.
     lead_session()
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])
@@ -172,8 +174,9 @@ def run_and_count() -> None:
 
 @contextlib.contextmanager
 def workplace(parent: str | None) -> Iterator[Path]:
-    """A folder in `parent`, the system's temporary folder if None, that is removed with all that
-    is in it.
+    """Yield a new folder in `parent`, and remove it with its contents at the end.
+
+    If `parent` is None, it is in the system's temporary folder. Raise DataError if that fails.
     """
     try:
         with tempfile.TemporaryDirectory(dir=parent) as folder:

@@ -1,6 +1,4 @@
-"""Models that recipes/benchmark.py times, a GLA against a Llama of its size, taking turns:
-training steps and decoding.
-"""
+"""Benchmarks of models: training steps and decoding of a GLA and a Llama of the same size."""
 
 from __future__ import annotations
 
@@ -22,6 +20,7 @@ from flame_composer.plan.memory import DEVICES
 
 
 def seconds(run: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes, with what it starts on a GPU."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -35,7 +34,10 @@ def seconds(run: Callable[[], Any]) -> float:
 def build_pair(
     hidden_size: int, num_layers: int, vocab_size: int, *, device: str = "cpu"
 ) -> dict[str, PreTrainedModel]:
-    """A GLA model and a Hugging Face Llama of the same size: Llama's MLP is as wide as it takes."""
+    """Return a GLA and a Hugging Face Llama of the same size, "gla" and "llama".
+
+    Llama's MLP is made as wide as it takes.
+    """
     cpu.enable()
     from fla.models import GLAConfig
 
@@ -62,9 +64,9 @@ def build_pair(
     )
     with torch.device("meta"):
         one, two = (count_parameters(build_model(llama_config(width))) for width in (32, 64))
-    # Parameters grow linearly with it
+    # The number of parameters grows linearly with the width.
     width = 32 * max(1, 1 + round((count_parameters(gla) - one) / (two - one)))
-    # As transformers has it, and nothing of ours
+    # This is transformers' own model, without anything that `build_model` adds.
     llama = LlamaForCausalLM(llama_config(width))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return {"gla": gla.to(device, dtype), "llama": llama.to(device, dtype)}  # type: ignore[arg-type]
@@ -73,7 +75,10 @@ def build_pair(
 def step(
     model: Any, context_length: int, batch_tokens: int, vocab_size: int
 ) -> Callable[[], float]:
-    """A forward and backward pass of so many tokens, which returns tokens per second."""
+    """Return a function that runs a forward and backward pass and returns its tokens per second.
+
+    A pass is over `batch_tokens` tokens in rows of `context_length`, but at least one row.
+    """
     rows = max(1, batch_tokens // context_length)
     tokens = torch.randint(0, vocab_size, (rows, context_length), device=model.device)
 
@@ -88,7 +93,10 @@ def step(
 
 
 def gemm(device: str) -> Callable[[], float]:
-    """The product of two matrices, fp32 on a CPU and bfloat16 on a GPU, which returns FLOP/s."""
+    """Return a function that multiplies large matrices and returns the FLOP/s.
+
+    They are fp32 on a CPU and bfloat16 on a GPU.
+    """
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return lambda: 8 * 2 * size**3 / seconds(lambda: [a @ b for _ in range(8)])
@@ -97,16 +105,14 @@ def gemm(device: str) -> Callable[[], float]:
 def one_step(
     name: str, context_length: int, hidden_size: int, num_layers: int, vocab_size: int
 ) -> None:
-    """For a process whose peak memory is measured."""
+    """Run two training steps of one row, in a process whose peak memory is measured."""
     model = build_pair(hidden_size, num_layers, vocab_size)[name]
     for _ in range(2):
         step(model, context_length, context_length, vocab_size)()
 
 
 def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """Forward and backward of a GLA model and a Llama (SDPA) of its size, at each context
-    length.
-    """
+    """Time forward and backward of a GLA and a Llama (SDPA) of its size at each context length."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size, device=device)
     rows: list[dict[str, Any]] = []
@@ -155,7 +161,7 @@ def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
 def training_figures(
     result: dict[str, Any], by_context: dict[int, dict[str, Any]]
 ) -> Iterator[Figure]:
-    """What is stated holds on a CPU."""
+    """Yield the figures of the training step; their limits are stated for CPUs only."""
     on_cpu = result["device"] == "cpu"
     stated = {512: 1.2, 2048: 1.8, 8192: 4.0} if on_cpu else {}
     for context_length, row in by_context.items():
@@ -188,7 +194,9 @@ def training_figures(
 
 
 def mfu(result: dict[str, Any]) -> Iterator[Figure]:
-    """Model FLOP/s on a GPU over its data sheet's peak and over a product of large matrices, in
+    """Yield the figures of a GPU's utilisation, which are not measured on a CPU.
+
+    They are model FLOP/s over the peak in the data sheet, and over a product of large matrices, in
     bfloat16.
     """
     share = over = None
@@ -209,7 +217,7 @@ def mfu(result: dict[str, Any]) -> Iterator[Figure]:
 
 
 def peak_of(name: str) -> float | None:
-    """FLOP/s in bfloat16, by the data sheet of the GPU that CUDA calls so."""
+    """Return the peak FLOP/s in bfloat16 of the GPU that CUDA calls `name`, or None if unknown."""
     words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
     found = [kind for kind in DEVICES if kind.split("_")[0] in words]
     if "pcie" in words and f"{found[0] if found else ''}_pcie" in DEVICES:
@@ -218,8 +226,9 @@ def peak_of(name: str) -> float | None:
 
 
 def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """The same step at the first context length: with more rows, up to `batch_tokens`, and with
-    fewer and more layers.
+    """Time the training step with more rows, and with fewer and more layers.
+
+    All are at the first context length; there are at most `batch_tokens` tokens in a step.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     context_length = config.context_lengths[0]
@@ -269,8 +278,9 @@ def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def _memory(name: str, config: BenchmarkConfig) -> int:
-    """Bytes that a token takes in a layer: what the peak of a step of 2048 tokens is above that
-    of 256.
+    """Return the bytes that a token takes in a layer in training.
+
+    That is the peak of a step of 2048 tokens less that of 256, per token and layer.
     """
     code = (
         "import sys; from flame_composer.bench.models import one_step; one_step(sys.argv[1],"
@@ -285,8 +295,9 @@ def _memory(name: str, config: BenchmarkConfig) -> int:
 
 
 def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """Tokens per second of GLA's recurrence and of Llama's cache of keys and values, by
-    sequences and context.
+    """Time decoding with GLA's recurrence and with Llama's cache of keys and values.
+
+    It is timed at each context length with each number of sequences.
     """
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
     for model in models.values():
@@ -344,7 +355,7 @@ def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, context_length: int) -> Any:
-    """What a model keeps of one sequence."""
+    """Return the cache that a model has after reading one sequence."""
     prompt = torch.randint(0, model.config.vocab_size, (1, context_length), device=model.device)
     return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -352,8 +363,9 @@ def read_prompt(model: PreTrainedModel, context_length: int) -> Any:
 def decode(
     model: PreTrainedModel, prompt: Any, batch_size: int, new_tokens: int
 ) -> Callable[[], float]:
-    """Tokens per second of decoding so many sequences, each after the same prompt, whose reading
-    is not counted.
+    """Return a function that decodes `batch_size` sequences and returns tokens per second.
+
+    All go on from the same prompt, whose cache is given; reading it is not counted.
     """
     cache = copy.deepcopy(prompt)
     for tensor in tensors_in(cache.layers):
@@ -375,7 +387,7 @@ def decode(
 
 
 def tensors_in(content: Any) -> Iterator[torch.Tensor]:
-    """All tensors in lists, dictionaries and the objects of a cache."""
+    """Yield all tensors in lists, tuples, dictionaries and the attributes of objects."""
     if isinstance(content, torch.Tensor):
         yield content
     elif isinstance(content, (list, tuple, dict)):

@@ -1,6 +1,4 @@
-"""Parts of a run that recipes/benchmark.py times: checkpoints, the way of the data, and a loop
-with nothing around it.
-"""
+"""Benchmarks of the parts of a run: checkpoints, reading data, and a bare training loop."""
 
 from __future__ import annotations
 
@@ -77,8 +75,8 @@ def checkpoints(
 def training_state(config: CheckpointBenchmarkConfig) -> State:
     """Return the state of a run that has taken a step, so that its optimizer has moments.
 
-    Only Composer's Trainer makes one. It is not that of `train.assemble`, which needs data and a
-    tokenizer: nothing is trained here.
+    It is a Trainer's, as only that makes one. `train.assemble.build_run` would want a dataset, a
+    tokenizer and a configuration, and nothing is trained here.
     """
     model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -95,7 +93,7 @@ def training_state(config: CheckpointBenchmarkConfig) -> State:
 
 
 def save_and_read(state: State, folder: Path) -> tuple[Call, Call]:
-    """Return what saves a state as a run does, and what checks and reads it."""
+    """Return a function that saves a state as a run does, and one that checks and reads it."""
     place = folder / "ours"
     place.mkdir()
     saver = SaveCheckpoints(str(place), folder, batches=1, num_to_keep=1)
@@ -108,7 +106,7 @@ def save_and_read(state: State, folder: Path) -> tuple[Call, Call]:
 
 
 def save_and_read_plainly(state: State, path: Path) -> tuple[Call, Call]:
-    """Return what saves the tensors of a state with torch.save, and what reads them."""
+    """Return a function that saves a state's tensors with torch.save, and one that reads them."""
     (optimizer,) = state.optimizers
     model = cast(CausalLM, state.model).model
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -123,7 +121,7 @@ def save_and_read_plainly(state: State, path: Path) -> tuple[Call, Call]:
 
 
 def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One that has as many tokens and is never used."""
+    """Return a tokenizer of `vocab_size` tokens, for a model that must have one but reads none."""
     words = {f"{number}": number for number in range(vocab_size)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token="0"
@@ -134,9 +132,9 @@ def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Any:
-    """Return the loader that a run has for a dataset, with epochs of `num_rows` rows.
+    """Return the loader that a run would have for a dataset, with epochs of `num_rows` rows.
 
-    Rows are repeated, or some left out, to come to as many.
+    To come to that number, rows are repeated or left out.
     """
     dataset = open_dataset(folder)
     config = DataConfig(

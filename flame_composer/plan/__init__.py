@@ -1,1 +1,1 @@
-"""What a run comes to before anyone pays for it."""
+"""The size, time and cost of a run, worked out before anyone pays for it."""

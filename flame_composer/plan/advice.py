@@ -1,4 +1,4 @@
-"""What looks wrong in a plan, a line each."""
+"""Warnings about what looks wrong in a plan."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from flame_composer.plan.figures import Data, Plan
 from flame_composer.plan.memory import FILL
 from flame_composer.quantities import format_bytes
 
-MAX_EPOCHS = 4  # Muennighoff et al. 2023: up to there repeated text is nearly as good as new
-MAX_WARMUP = 0.1  # of the steps
-MAX_SAVING = 0.05  # of the time
-MAX_LOST = 0.01  # of the time that would count with the best interval
+MAX_EPOCHS = 4  # repeated text is nearly as good as new up to here (Muennighoff et al. 2023)
+MAX_WARMUP = 0.1  # share of the steps
+MAX_SAVING = 0.05  # share of the time
+MAX_LOST = 0.01  # goodput given up for want of the best interval
 
 
 def warnings(config: PlanConfig, plan: Plan) -> list[str]:
-    """Return what people get wrong, a line each."""
+    """Return the mistakes that people commonly make, one line for each that is in the plan."""
     return [
         *_memory_warnings(config, plan),
         *_training_warnings(config, plan),

@@ -1,4 +1,4 @@
-"""The figures of a plan, and the JSON they are written as."""
+"""The figures of a plan, and the JSON in which they are printed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device by part, at their peak together: in the backward pass of the loss."""
+    """Bytes used on each device, by part, at the peak: in the backward pass of the loss."""
 
     weights: int
-    copies: int  # of weights, to compute with
+    copies: int  # of the weights, in the precision that is computed with
     gradients: int
     optimizer: int
     activations: int
-    logits: int  # and what the loss makes of them
+    logits: int  # with their copies in the loss
     process: int
 
     def parts(self) -> dict[str, int]:
-        """Return the bytes of each part by its name for people."""
+        """Return the bytes of each part by the name that people are shown."""
         return {
             "weights": self.weights,
             "copies for computing": self.copies,
@@ -39,14 +39,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads of its training data."""
+    """The training data, and how much of it a run reads."""
 
     tokens: int
     bytes: int
     steps_per_epoch: int
     epochs: float
     context_length: int
-    read_by_a_node_an_epoch: int  # bytes
+    read_by_a_node_an_epoch: int  # bytes of shards
     downloaded_by_a_node: int  # bytes, in the whole run
     smallest_cache: int  # bytes
     cache_limit: int | None  # bytes
@@ -54,7 +54,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Time:
-    """How long a run takes, and what it costs if the price of a device is known."""
+    """The speed and length of a run, and its cost if the price of a device is known."""
 
     tokens_per_second: float
     seconds_per_step: float
@@ -64,9 +64,13 @@ class Time:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a run saves; None where it saves by the clock and nobody knows how long a step takes."""
+    """The checkpoints of a run.
 
-    bytes: int  # of one
+    What depends on the number of steps between them is None if the run saves by the clock and the
+    length of a step is not known.
+    """
+
+    bytes: int  # of one checkpoint
     save_seconds: float
     every_steps: float | None
     number: int | None
@@ -75,7 +79,10 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Preemption:
-    """How often to save, and the share of the time that counts, if machines are taken away."""
+    """The best interval between saves, and the goodput, of a run that is interrupted at times.
+
+    Goodput is the share of the time that is spent on training that is not lost again.
+    """
 
     best_save_interval: str
     best_save_seconds: float
@@ -86,17 +93,17 @@ class Preemption:
 
 @dataclass(frozen=True)
 class Plan:
-    """All figures of a run; what cannot be known, or does not apply, is None."""
+    """All figures of a run; those that are not known, or do not apply, are None."""
 
     run_name: str
-    devices: int  # of a node
+    devices: int  # on each node
     nodes: int
     device: str
     parameters: int
     multiplied_parameters: int
     microbatch_size: int
     accumulation_steps: int
-    largest_microbatch_size: int | None  # that fits; None if not even one row does
+    largest_microbatch_size: int | None  # None if not even one row fits
     tokens_per_step: int
     steps: int
     tokens: int
@@ -104,7 +111,7 @@ class Plan:
     flops_per_token: int
     flops: int
     memory: Memory
-    device_memory: int  # bytes
+    device_memory: int  # bytes that a device has
     warmup_steps: int | None
     data: Data | None
     time: Time | None
@@ -112,7 +119,7 @@ class Plan:
     preemption: Preemption | None
 
     def to_json(self, warnings: list[str]) -> dict[str, Any]:
-        """Return the plan as the JSON object that recipes/plan.py prints, `warnings` last."""
+        """Return the JSON object that recipes/plan.py prints, with `warnings` as its last key."""
         content = dataclasses.asdict(self)
         content["memory"] = {
             "parts": self.memory.parts(),

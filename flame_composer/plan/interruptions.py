@@ -1,4 +1,4 @@
-"""What kills cost a run, and how often it should save: Daly 2006."""
+"""The cost of interruptions, and how often to save because of them (Daly 2006)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 
 def best_interval(save: float, between: float) -> float:
-    """Seconds of training between checkpoints that lose the least: Daly 2006, equation 37; about
-    sqrt(2 x save x between).
+    """Return the seconds of training between checkpoints that lose the least time.
 
-    `save` is what a checkpoint takes, `between` the mean time between interruptions.
+    `save` is the time to save a checkpoint and `between` the mean time between interruptions, in
+    seconds. This is equation 37 of Daly 2006, about sqrt(2 x save x between).
     """
     if save >= 2 * between:
         return between
@@ -18,7 +18,11 @@ def best_interval(save: float, between: float) -> float:
 
 
 def goodput(interval: float, save: float, restart: float, between: float) -> float:
-    """The share of time that counts when a run is killed at random: Daly 2006, equation 20."""
+    """Return the share of time that counts when a run is killed at random.
+
+    All times are in seconds: `interval` between checkpoints, `save` for one of them, `restart` from
+    a kill to the next step, `between` two kills on average. This is equation 20 of Daly 2006.
+    """
     exponent = (restart + interval + save) / between
     if exponent > 500:
         return 0.0
@@ -28,7 +32,8 @@ def goodput(interval: float, save: float, restart: float, between: float) -> flo
 
 
 def goodput_with_notice(interval: float, save: float, restart: float, between: float) -> float:
-    """The share where each interruption is announced, so that it costs a save and the restart,
-    and nothing is lost.
+    """Return the share of time that counts when each interruption is announced.
+
+    It then costs a save and the restart, but no training is lost. Arguments as in `goodput`.
     """
     return interval / (interval + save) * between / (between + save + restart)

@@ -1,4 +1,4 @@
-"""What a training step takes of a device: the bytes of each part, by the model and the batch."""
+"""The memory that a training step needs on a device: bytes by part, for a model and a batch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from flame_composer.plan.figures import Memory
 
 @dataclass(frozen=True)
 class Device:
-    """FLOPs a second in bfloat16 without sparsity, and bytes of memory, as the maker's data
-    sheet has them.
-    """
+    """A kind of GPU, as its maker's data sheet describes it."""
 
-    peak: float
-    memory: int
+    peak: float  # FLOP/s in bfloat16, without sparsity
+    memory: int  # bytes
 
 
-# NVIDIA's data sheets, which state most peaks with sparsity, twice these: A100 (312), H100 (SXM
-# 1979, PCIe 1513), H200 (1979), HGX B200 (36 PFLOPS for eight), L40S (733), L4 (242); RTX 4090: the
-# Ada architecture's whitepaper (165.2, fp32 accumulate).
+# From NVIDIA's data sheets, in TFLOPS: A100 (312); and with sparsity, which doubles the peak: H100
+# (SXM 1979, PCIe 1513), H200 (1979), HGX B200 (36 PFLOPS for eight), L40S (733), L4 (242). RTX 4090
+# from the whitepaper of the Ada architecture (165.2, accumulating in fp32).
 DEVICES = {
     "a100": Device(312e12, 80_000_000_000),
     "a100_40gb": Device(312e12, 40_000_000_000),
@@ -41,33 +39,35 @@ DEVICES = {
     "rtx4090": Device(165e12, 24_000_000_000),
 }
 
-# CUDA's context, libraries and communication buffers: stated, not computed
+# Bytes of CUDA's context, libraries and communication buffers: assumed, not computed.
 GPU_PROCESS = 1_500_000_000
 
-CPU_PROCESS = 700_000_000  # the interpreter with PyTorch, Composer and fla: measured
+CPU_PROCESS = 700_000_000  # bytes of Python with PyTorch, Composer and fla: measured
 
-FILL = 0.9  # of a device's memory; the rest is lost between blocks of memory
+FILL = 0.9  # share of a device's memory that can be used; the rest is lost to fragmentation
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model: what follows from its modules, read from one without memory for its weights."""
+    """The sizes of a model that follow from its modules, read without memory for its weights."""
 
-    parameters: int  # those that are tied count once
-    work: Work  # of a token
+    parameters: int  # tied ones count once
+    work: Work  # for one token
     largest_block: int  # parameters
     in_blocks: int  # parameters
-    kept: int  # values that a token leaves in all blocks until the backward pass
-    kept_in_largest: int
+    kept: int  # values of one token that all blocks keep for the backward pass
+    kept_in_largest: int  # values of one token that the largest block keeps
     hidden_size: int
     vocab_size: int
-    fused_loss: bool  # fla's cross-entropy
-    linear_loss: bool  # computed together with the head, a part of the tokens at a time
+    fused_loss: bool  # the loss is fla's cross-entropy
+    linear_loss: bool  # head and loss are computed together, for a part of the tokens at a time
 
 
 def read_size(hf_config: PretrainedConfig) -> Size:
-    """`kept` counts what every projection takes and gives and every norm gives: an estimate, see
-    docs/planning.md.
+    """Return the sizes of the model that a config describes.
+
+    `kept` is an estimate (docs/planning.md): it counts the inputs and outputs of every projection
+    and the outputs of every norm.
     """
     with torch.device("meta"):
         model: Any = build_model(hf_config)
@@ -101,7 +101,7 @@ def _kept_by(module: torch.nn.Module) -> int:
 
 
 def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
-    """Bytes on each device by part, at their peak together: in the backward pass of the loss."""
+    """Return the bytes used on each device, by part, at the peak of a training step."""
     is_cpu = config.device == "cpu"
     fsdp = config.parallelism.fsdp if not is_cpu or config.parallelism.cpu_fsdp else None
     world = config.devices * config.nodes
@@ -112,23 +112,25 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
     width = 4 if config.precision == "fp32" else 2
     copy_width = 4 if fsdp and fsdp.mixed_precision == "FULL" else width
     outside = size.parameters - size.in_blocks
-    if fsdp and shards > 1:  # what is gathered: all, or what is in no block, and two blocks
+    if fsdp and shards > 1:
+        # Gathered at once: everything, or what is outside the blocks and two of the blocks.
         all_at_once = fsdp.sharding_strategy == "SHARD_GRAD_OP"
         gathered = size.parameters if all_at_once else outside + 2 * size.largest_block
         copies = gathered * copy_width
-    else:  # autocast's own
+    else:  # autocast keeps copies of its own
         copies = size.work.multiplied * width if width < 4 else 0
     gradients = 4 * size.parameters // shards
     if shards > 1:
-        gradients += size.largest_block * copy_width  # before it is spread
+        gradients += size.largest_block * copy_width  # of a block, before they are sharded
     elif world > 1:
-        gradients *= 2  # DistributedDataParallel's buckets
+        gradients *= 2  # DistributedDataParallel copies them into buckets
     tokens = microbatch_size * config.context_length
     kept = size.kept
     work = size.work
-    if is_cpu and work.softmax_heads:  # where a mask makes PyTorch compute attention step by step
-        # Weights of attention before and after rows that see nothing are set to 0 (_safe_softmax),
-        # scaled queries and keys.
+    if is_cpu and work.softmax_heads:
+        # With a mask PyTorch computes attention step by step on a CPU. It keeps scaled queries and
+        # keys, and the attention weights twice: before and after _safe_softmax sets rows that see
+        # nothing to 0.
         kept += (
             work.num_blocks * work.softmax_heads * (2 * config.context_length + 2 * work.head_dim)
         )
@@ -154,8 +156,10 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
 
 
 def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
-    """Four copies in fp32; in half precision the logits, their gradient and two in fp32 between;
-    fla's kernel needs three.
+    """Return the bytes of all copies of a logit that the loss keeps at its peak.
+
+    In fp32 there are four copies. In half precision there are the logits, their gradient and fp32
+    copies in between; fla's kernel needs only three in half precision.
     """
     if is_cpu or width == 4:
         return 16
@@ -163,8 +167,9 @@ def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
 
 
 def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
-    """Rows at a time that fit, of the numbers that divide a device's share of the batch; None if
-    not even one does.
+    """Return the largest microbatch that fits into memory, or None if not even one row does.
+
+    It divides a device's share of the global batch.
     """
     batch, world = config.global_batch_size, config.devices * config.nodes
     divide = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
@@ -173,6 +178,7 @@ def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
 
 
 def device_memory(config: PlanConfig) -> int:
+    """Return the bytes of memory of one device; of one process's share of this machine on CPUs."""
     if config.device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // config.devices
     return DEVICES[config.device].memory

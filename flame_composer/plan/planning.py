@@ -1,5 +1,6 @@
-"""What a training run comes to before it is started: size, steps, memory, time, cost,
-checkpoints and preemption.
+"""The plan of a run, drawn up before it starts.
+
+It has the run's size, steps, memory, time, cost, checkpoints and goodput when preempted.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from flame_composer.plan.memory import (
 from flame_composer.plan.supply import Supply
 from flame_composer.text.tokenizer import load_tokenizer
 
-CHECKPOINT_BYTES = 12  # a parameter: itself and AdamW's two moments, in fp32
+CHECKPOINT_BYTES = 12  # for each parameter: its value and AdamW's two moments, in fp32
 
 
 def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfig:
-    """The model's config, with the tokenizer's vocabulary where it has none; the tokenizer is
-    read only if it must be.
+    """Return the config of the run's model.
+
+    If model.config has no vocab_size, it is taken from the dataset, or else from the tokenizer,
+    which is read only then. Raise ConfigError if the config of model.pretrained cannot be read.
     """
     keys = dict(config.model.config)
     if "model_type" not in keys:
@@ -51,8 +54,10 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
 
 
 def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
-    """All figures of the run; bytes, seconds, tokens. Raises InvalidField for a run in epochs of
-    a dataset nobody knows.
+    """Return all figures of the run of `config`, in bytes, seconds and tokens.
+
+    `supply` is None if the datasets cannot be read. Raise InvalidField if the run's length is given
+    in epochs then.
     """
     epoch = supply.batches_per_epoch if supply else None
     steps = config.in_batches(config.max_duration, epoch)
@@ -101,7 +106,7 @@ def _data(config: PlanConfig, supply: Supply, steps: int) -> Data:
         if config.train_data.cache_limit is None
         else bytes_to_int(config.train_data.cache_limit)
     )
-    # Then every epoch fetches all that it reads
+    # With too small a cache every epoch downloads all that it reads.
     again = limit is not None and limit < supply.read_by_a_node
     read = supply.read_by_a_node * (epochs if again else min(1.0, epochs))
     return Data(

@@ -1,5 +1,6 @@
-"""What datasets give a run, found out without their shards: rows, what each machine reads of
-them, the cache it needs.
+"""The data that a run has, found out without reading shards.
+
+That is the tokens and batches of an epoch, what each machine reads of them, and the cache it needs.
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 
-# That are laid out as training would; of more, as many, and the rest in proportion
+# Up to this many rows the order is laid out as in training; of a larger dataset only so many rows
+# are, and the figures are scaled up.
 MAX_ROWS = 16_000_000
-SHARD_BYTES = 64 << 20  # of a dataset that is not there: what convert/to_mds.py makes
-# Bytes of a row beside its tokens: its place in the shard and the lengths of a few documents
+SHARD_BYTES = 64 << 20  # of an imagined dataset, as convert/to_mds.py writes them
+# Bytes of a row beside its tokens: its offset in the shard and the lengths of a few documents.
 ROW_OVERHEAD = 24
 
 
 @dataclass(frozen=True)
 class Supply:
-    """What all datasets of a run hold together, and an epoch of them; bytes are those of shards."""
+    """The datasets of a run together, and an epoch of them; bytes are bytes of shards."""
 
     tokens: int
     bytes: int
     batches_per_epoch: int
     is_remote: bool
     context_length: int
-    vocab_size: int | None  # of the tokenizer they were made with
+    vocab_size: int | None  # of the tokenizer they were made with; None for imagined ones
     read_by_a_node: int  # bytes, in an epoch
     smallest_cache: int  # bytes with which no shard is deleted while it is in use
 
 
 def find_supply(config: PlanConfig) -> Supply | str:
-    """From the datasets' manifests and indexes, which are read, or from `dataset_tokens`, without
-    any data; why they cannot be read, if they cannot.
+    """Return the data of a run, or the reason why its datasets cannot be read.
 
-    Raises ConfigError for less than a global batch.
+    Only manifests and indexes are read; with `dataset_tokens` set nothing is, and a dataset of that
+    size is imagined. Raise ConfigError if there is less than one global batch.
     """
     with tempfile.TemporaryDirectory() as folder:
         if config.dataset_tokens is not None:
@@ -113,7 +115,10 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> 
 
 
 def _shards(dataset: Dataset, stream: StreamConfig | None, share: float) -> Shards:
-    """Return a stream's shards with its weight; all rows of a dataset that is no stream."""
+    """Return the shards of a dataset, weighted if it is a stream.
+
+    `share` is the part of all rows that is laid out.
+    """
     weight: dict[str, Any] = {} if stream is None else stream.weight()
     if "choose" in weight:
         weight["choose"] = max(1, round(share * weight["choose"]))
@@ -135,10 +140,11 @@ def _read(config: PlanConfig, folder: Path) -> dict[str, Dataset]:
 
 
 def _imagine(config: PlanConfig, folder: Path) -> Dataset:
-    """A dataset of `dataset_tokens` tokens in shards as convert/to_mds.py writes them: its index,
-    and no shards.
+    """Return a dataset of `dataset_tokens` tokens that has an index in `folder` but no shards.
 
-    Of one with more than MAX_ROWS rows, the first shards that hold so many.
+    Its shards are as large as convert/to_mds.py writes them. Of a dataset with more than MAX_ROWS
+    rows only the first shards are listed, enough to hold as many. Raise InvalidField if there is
+    less than one global batch.
     """
     assert config.dataset_tokens is not None
     if config.dataset_tokens < config.global_batch_size * config.context_length:
@@ -186,7 +192,7 @@ def _imagine(config: PlanConfig, folder: Path) -> Dataset:
 
 
 def _begin(dataset: Dataset, share: float, folder: Path) -> Dataset:
-    """The dataset as if it had only so large a part of its shards."""
+    """Return a dataset with only the first shards of another, a `share` of them."""
     files = dataset.files[: max(1, round(share * len(dataset.files)))]
     folder.mkdir()
     _write_index(folder, dataset.manifest, files)

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""A plan, as tables for people to read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Rows = list[tuple[str, str]]
 
 
 def describe(plan: Plan, warnings: list[str]) -> list[str]:
-    """Return the plan as lines: a table at most 100 columns wide, one of the memory, warnings."""
+    """Return the lines that show a plan: a table of figures, a table of memory, the warnings."""
     step = (
         f"{plan.tokens_per_step:,}: {plan.microbatch_size} rows x {plan.accumulation_steps}"
         f" accumulation steps x {plan.devices} devices x {plan.nodes} node"
