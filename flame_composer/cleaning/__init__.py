@@ -1,3 +1,1 @@
-"""Filters and deduplication of documents, by datatrove, in stages that can be stopped and gone
-on with.
-"""
+"""Filtering and deduplication of documents, by datatrove, in stages that can be resumed."""

@@ -1,5 +1,6 @@
-"""Who runs the stages of a cleaning: processes of this machine, Slurm or Ray, by datatrove's
-executors.
+"""The ways to run the stages of a cleaning: on this machine, Slurm or Ray.
+
+All use datatrove's executors.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ Executor: TypeAlias = LocalPipelineExecutor | SlurmPipelineExecutor | RayPipelin
 
 
 def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
-    """Have the units read again that were read when their files were others, and all be done
-    that comes after.
+    """Forget what was done for units whose files have changed, so that it is done again.
+
+    Unless every unit is done with then, all stages after the first are forgotten as well.
     """
     first, *later = (log_folder(folder, stage) for stage in stages)
     is_changed = False
@@ -54,7 +56,7 @@ def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
         done, record = first / "completions" / f"{number:05}", counts_path(folder, "filter", number)
         if done.exists():
             same = read_json(record)["inputs"] == [dataclasses.asdict(part) for part in unit]
-            # Not datasets, which are addresses
+            # Datasets are left out: their paths are addresses.
             files = [part.path for part in unit if os.path.exists(part.path)]
             if same and not any(os.stat(path).st_mtime > record.stat().st_mtime for path in files):
                 continue
@@ -70,12 +72,14 @@ def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
 
 
 def log_folder(folder: PartsFolder, stage: Stage) -> Path:
+    """Return the folder of a stage's logs, in which datatrove notes the tasks that are done."""
     return folder.work / "logs" / stage.name.replace(" ", "_")
 
 
 def build_executor(
     config: CleanConfig, folder: PartsFolder, stage: Stage, before: Executor | None
 ) -> Executor:
+    """Return datatrove's executor for a stage, to run after the executor `before`, if any."""
     logs = str(log_folder(folder, stage))
     workers = config.num_workers or -1
     if config.executor == "ray":
@@ -114,14 +118,15 @@ def clean(
     removed: PartsFolder | None,
     on_progress: Callable[[str, int, int], None],
 ) -> str | None:
-    """Run all stages, or submit them to Slurm. Returns None when the documents are published, and
-    else what was submitted.
+    """Run all stages, or submit them to Slurm.
 
-    `on_progress` is called with the stage's name, the tasks done with since the last call and all
-    tasks.
+    Return None once the documents are published. If there are jobs in Slurm's queue instead,
+    return a sentence that says so.
 
-    Raises DataError for documents that cannot be read, and for a process that dies; what is
-    finished is kept.
+    `on_progress` is called with the stage's name, the number of tasks finished since the last call,
+    and the number of all tasks.
+
+    Raise DataError if documents cannot be read, or a process dies; finished tasks are kept.
     """
     waiting = jobs_in_queue(folder)
     if waiting:
@@ -129,12 +134,12 @@ def clean(
             f"jobs {', '.join(waiting)} are in the queue still; run the same command again when"
             " they are done"
         )
-    if folder.finished() is not None:  # by a process that was at work until now
+    if folder.finished() is not None:  # another process has just finished it
         return None
     for each in (folder, removed):
         if each is not None and each.finished() is None:
             each.begin()
-    loguru.logger.remove()  # what datatrove logs is in the folder, a file a task
+    loguru.logger.remove()  # datatrove's logs go to the folder, one file for each task
     stages = build_stages(config, folder, removed)
     forget_changed(folder, stages)
     if config.executor == "slurm":
@@ -168,15 +173,16 @@ def clean(
 def run_local(
     executor: LocalPipelineExecutor, ranks: Sequence[int], num_workers: int, log: Path, out: str
 ) -> Iterator[int]:
-    """Run tasks of the executor on processes of this machine; yields each when it is done with.
+    """Run tasks of the executor on processes of this machine, and yield each once it is done.
 
-    datatrove's own pool waits for ever for a process that was killed, and shows all it logs.
+    It stands in for datatrove's own pool, which waits for ever for a process that was killed, and
+    shows everything that it logs. Raise DataError if a process dies.
     """
     if num_workers <= 1 or not can_have_processes():
         for rank in ranks:
             with log.open("a") as file, contextlib.redirect_stderr(Lines(file, "log")):
                 run_task(copy.deepcopy(executor), rank, out)
-            loguru.logger.remove()  # which is that of the file now closed
+            loguru.logger.remove()  # it writes to the file that is now closed
             yield rank
         return
     context = multiprocessing.get_context("forkserver")
@@ -199,20 +205,23 @@ def run_local(
 
 
 def start_process(log: Path) -> None:
+    """Set up a worker process: it ends with its parent, and its stderr goes to `log`."""
     end_with_parent()
     sys.stderr = log.open("a", buffering=1)
     clean_streams()
 
 
 def run_task(executor: LocalPipelineExecutor, rank: int, out: str) -> None:
+    """Run one task of the executor in this process."""
     allow_many_files()
     with explained(out):
         executor._run_for_rank(rank, local_rank=1)
 
 
 def allow_many_files() -> int:
-    """datatrove opens the hashes of all units at once. Returns how many files a process may have
-    open now.
+    """Allow this process as many open files as the system lets it have; return how many.
+
+    datatrove opens the hashes of all units at once.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -220,7 +229,7 @@ def allow_many_files() -> int:
 
 
 def check_number(num_units: int) -> None:
-    """Raises ConfigError for more units than datatrove can tell apart, or have open at once."""
+    """Raise ConfigError for more units than datatrove can tell apart, or have open at once."""
     most = min(MAX_TASKS, allow_many_files() - 64)
     if num_units > most:
         raise ConfigError(
@@ -230,6 +239,7 @@ def check_number(num_units: int) -> None:
 
 
 def connect_to_ray(address: str) -> None:
+    """Connect to a Ray cluster. Raise ConfigError if Ray is not installed, or not reached."""
     try:
         import ray
     except ImportError:
@@ -244,8 +254,10 @@ def connect_to_ray(address: str) -> None:
 
 
 def jobs_in_queue(folder: PartsFolder) -> list[str]:
-    """The jobs that were submitted for this folder, if any of them is not done: nothing in it
-    must be touched then.
+    """Return the Slurm jobs submitted for this folder if any of them is not done; else nothing.
+
+    While there are any, nothing in the folder must be touched. Raise ConfigError if jobs were
+    submitted and there is no squeue here to ask about them.
     """
     record = folder.work / JOBS
     if not record.exists():
@@ -261,12 +273,15 @@ def jobs_in_queue(folder: PartsFolder) -> list[str]:
             " squeue here to ask about them; run the command where they were submitted, or remove"
             f" {record}"
         ) from None
-    # Not 0 if it has forgotten them
+    # Its status is not 0 if it has forgotten the jobs.
     return jobs if queue.returncode == 0 and queue.stdout.strip() else []
 
 
 def submit(config: CleanConfig, folder: PartsFolder, stages: Sequence[Stage]) -> str:
-    """Submit every stage to Slurm, each to start when the one before has finished."""
+    """Submit every stage to Slurm, each to start once the one before has finished.
+
+    Return a sentence that says what was submitted. Raise ConfigError if Slurm does not take it.
+    """
     record = folder.work / JOBS
     before = ""
     if record.exists():

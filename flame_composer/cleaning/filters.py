@@ -1,4 +1,4 @@
-"""What decides on a document: datatrove's filters as the configuration has them, and the mask."""
+"""The filters that decide on a document, which are datatrove's, and the mask of personal data."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ SENTENCES = regex.compile(r"""(?:\p{Lu}\.|.)+?(?:[.?!…]+["'”’)\]]*(?=\s|$)
 
 
 class UnicodeTokenizer(WhitespaceTokenizer):
-    """Words by the default rules of Unicode (UAX #29) and sentences by their last character.
+    """A splitter into words by Unicode's default rules (UAX #29), and into sentences.
 
-    For any language that parts words with spaces, without a model, and 16 times as fast as the
-    spaCy tokenizers that datatrove has for each language.
+    A sentence ends after certain characters. This suits any language that separates words by
+    spaces, needs no model, and is 16 times as fast as the spaCy tokenizers that datatrove has for
+    each language.
     """
 
     def word_tokenize(self, text: str) -> list[str]:
@@ -49,7 +50,7 @@ class UnicodeTokenizer(WhitespaceTokenizer):
 
 
 class FastTextFile(FastTextLID):
-    """A fastText model out of a file of ours, where datatrove has addresses to download it from."""
+    """A fastText model read from a file, where datatrove would download it."""
 
     def __init__(self, path: str, languages: list[str]):
         super().__init__(languages)
@@ -66,9 +67,7 @@ class FastTextFile(FastTextLID):
 
 
 def build_filters(config: CleanConfig) -> dict[str, BaseFilter]:
-    """The filters that the configuration asks for, by its names for them, in the order in which
-    they are applied.
-    """
+    """Return the filters of a configuration by their keys in it, in the order of their use."""
     filters: dict[str, BaseFilter] = {}
     words = UnicodeTokenizer()
     if config.language is not None:
@@ -101,7 +100,7 @@ def build_quality_filter(
     section: GopherQualityConfig, words: UnicodeTokenizer
 ) -> GopherQualityFilter:
     limits = dataclasses.asdict(section)
-    # What it does, against what it is called
+    # datatrove's name for the limit says the opposite of what the limit does.
     limits["max_non_alpha_words_ratio"] = limits.pop("min_alpha_words_ratio")
     return GopherQualityFilter(**limits, language=words)
 
@@ -115,8 +114,9 @@ def build_c4_filter(section: C4Config, words: UnicodeTokenizer) -> C4QualityFilt
 
 
 def judge(name: str, step: BaseFilter, document: Document) -> tuple[bool, str]:
-    """Whether the step keeps the document, which it may change, and if not, why ("" where there
-    is one reason only).
+    """Return whether a filter keeps a document, and if not, why.
+
+    The reason is "" if the filter has only one. The filter may change the document.
     """
     result = step.filter(document)
     is_kept, reason = result if isinstance(result, tuple) else (bool(result), "")
@@ -128,6 +128,7 @@ def judge(name: str, step: BaseFilter, document: Document) -> tuple[bool, str]:
 
 
 def build_mask(config: CleanConfig) -> PIIFormatter | None:
+    """Return what replaces addresses in texts, or None if the configuration asks for none."""
     if config.pii is None:
         return None
     emails, ips = config.pii.emails, config.pii.ips
@@ -141,8 +142,9 @@ def build_mask(config: CleanConfig) -> PIIFormatter | None:
 
 
 def check_model(section: LanguageConfig) -> str:
-    """A hash of the model's file. Raises ConfigError unless it can be read and knows the
-    languages.
+    """Return a hash of the language model's file.
+
+    Raise ConfigError if it cannot be read, or does not know one of the languages.
     """
     if not os.path.isfile(section.model):
         raise ConfigError(

@@ -1,12 +1,11 @@
-"""Cleaned documents on disk: a folder of JSONL parts, one a task, published whole and accounted
-for.
+"""Cleaned documents on disk: a folder of JSONL parts, one for each task, published as a whole.
 
     out/manifest.json           what was done, where every document went, the parts; published last
     out/documents/00000.jsonl.zst ...
     out/.work/                  while a cleaning is unfinished: its plan, its parts so far, its logs
 
-Every file depends on the settings and the source alone: not on when, how often interrupted, or by
-how many it was made.
+The bytes of every file depend on the settings and the source alone: not on when it was made, by how
+many workers, or how often that was interrupted.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ from flame_composer.text.sources import Unit
 
 FORMAT = "flame_composer cleaned documents"
 VERSION = 1
-WORK = ".work"  # begins with a dot, so that whoever reads the folder passes it by
-LOCK = ".lock"  # whoever is at work holds it
+WORK = ".work"  # with a dot, so that whoever reads the folder ignores it
+LOCK = ".lock"  # held by the process that is at work
 DOCUMENTS = "documents"
-# In this order
+# In the order in which documents go through them.
 STEPS = ("language", "gopher_repetition", "gopher_quality", "c4", "exact_dedup", "minhash")
 
 
 @dataclass
 class Counts:
-    """Where documents went: documents == unreadable + empty + removed by each step + out, always
-    exactly.
+    """The numbers of documents, by where they went.
 
-    `removed` is by step and reason ("" if there is one only), `changed` by step.
+    At the end documents == unreadable + empty + removed by each step + out, exactly. `removed` is
+    by step and reason ("" if a step has only one), `changed` by step.
     """
 
     documents: int = 0
@@ -59,6 +58,7 @@ class Counts:
     characters_out: int = 0
 
     def add(self, other: Counts) -> None:
+        """Add the numbers of another part of the documents."""
         for name in ("documents", "unreadable", "empty", "out", "characters", "characters_out"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for step, reasons in other.removed.items():
@@ -67,10 +67,12 @@ class Counts:
 
     @property
     def balances(self) -> bool:
+        """Every document went somewhere."""
         removed = sum(sum(reasons.values()) for reasons in self.removed.values())
         return self.documents == self.unreadable + self.empty + removed + self.out
 
     def to_json(self) -> dict[str, Any]:
+        """Return the counts as they are written to a manifest."""
         return {
             **vars(self),
             "removed": {step: dict(reasons) for step, reasons in self.removed.items()},
@@ -79,13 +81,15 @@ class Counts:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Counts:
+        """Return the counts that `to_json` made `content` of."""
         removed = {step: Counter(reasons) for step, reasons in content["removed"].items()}
         return cls(**{**content, "removed": removed, "changed": Counter(content["changed"])})
 
 
 class PartWriter:
-    """Writes one part of documents; it is there, whole, once `commit` was called, and not if it
-    would hold nothing.
+    """A writer of one part of documents, which appears as a whole when `commit` is called.
+
+    A part without documents does not appear.
     """
 
     def __init__(self, path: Path):
@@ -101,6 +105,7 @@ class PartWriter:
         self.documents += 1
 
     def commit(self) -> None:
+        """Put the part in its place, if it holds any documents."""
         self.file.close()
         if self.documents:
             os.replace(self.temporary, self.path)
@@ -109,8 +114,9 @@ class PartWriter:
 
 
 def _create(path: Path) -> BinaryIO:
-    """A file to write to, compressed as the suffix before .tmp says; equal content gives equal
-    bytes.
+    """Return a new file to write to, compressed as the suffix before .tmp says.
+
+    Equal content gives equal bytes.
     """
     inner = path.with_suffix("").suffix
     if inner == ".zst":
@@ -127,7 +133,7 @@ def _create(path: Path) -> BinaryIO:
 
 
 class _Gzip(gzip.GzipFile):
-    """Without the name and the time that gzip puts in a file's head."""
+    """A gzip file without a name and a time in its header."""
 
     def __init__(self, file: BinaryIO):
         super().__init__("", "wb", 6, file, mtime=0)
@@ -139,7 +145,7 @@ class _Gzip(gzip.GzipFile):
 
 
 def read_part(path: Path) -> Iterator[tuple[str, str]]:
-    """The ids and texts in a .zst part, none if it is not there."""
+    """Yield the ids and texts in a .zst part, or nothing if it does not exist."""
     if not path.exists():
         return
     from pyarrow import input_stream
@@ -152,23 +158,21 @@ def read_part(path: Path) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class PartsFolder:
-    """A folder of parts in the making, or finished. `settings` is all that its bytes depend on
-    but the source, JSON values only; `versions` are those of the packages that do the work;
-    `key` is what a user calls the folder.
-    """
+    """A folder of parts, in the making or finished."""
 
-    key: str
+    key: str  # of the configuration, which names the folder
     out: str
-    settings: dict[str, Any]
-    versions: dict[str, str]
+    settings: dict[str, Any]  # what its bytes depend on beside the source, as JSON values
+    versions: dict[str, str]  # of the packages that do the work
     units: tuple[Unit, ...]
 
     @property
     def work(self) -> Path:
+        """The folder of what there is until the cleaning is finished."""
         return Path(self.out, WORK)
 
     def part(self, number: int, folder: str = DOCUMENTS) -> Path:
-        """Where a task writes its part while the cleaning is unfinished."""
+        """Return the path at which a task writes its part while the cleaning is unfinished."""
         compression = self.settings["compression"]
         return (
             self.work
@@ -177,11 +181,10 @@ class PartsFolder:
         )
 
     def finished(self) -> dict[str, Any] | None:
-        """The manifest if this very cleaning is already finished in the folder, None if there is
-        work to do.
+        """Return the manifest if this very cleaning is finished already, or None if it is not.
 
-        Raises ConfigError if the folder holds something else, and DataError if what is finished is
-        damaged.
+        Raise ConfigError if the folder holds anything else, and DataError if the finished cleaning
+        is damaged.
         """
         out = Path(self.out)
         if out.exists() and not out.is_dir():
@@ -221,7 +224,7 @@ class PartsFolder:
         return None
 
     def begin(self) -> None:
-        """Take possession of the folder, or go on with the cleaning that was interrupted in it."""
+        """Prepare the folder for work, or to go on with a cleaning that was interrupted in it."""
         plan = {
             "format": FORMAT,
             "version": VERSION,
@@ -230,22 +233,22 @@ class PartsFolder:
             "num_units": len(self.units),
         }
         if (self.work / "plan.json").exists() and self._read(self.work / "plan.json") != plan:
-            # The source has other units now, and what is there is numbered by the old ones
+            # The units of the source have changed, and the finished parts have the old numbers.
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        if Path(self.out, DOCUMENTS).exists():  # interrupted while it was published
+        if Path(self.out, DOCUMENTS).exists():  # it was interrupted while publishing
             os.rename(Path(self.out, DOCUMENTS), self.work / DOCUMENTS)
         publish_file(self.work / "plan.json", plan)
 
     def publish(self, counts: Counts) -> None:
-        """Put the parts in their place with one rename, then the manifest."""
+        """Put all parts in their place with one rename, then write the manifest."""
         assert counts.balances, counts
         here, there = self.work / DOCUMENTS, Path(self.out, DOCUMENTS)
         here.mkdir(exist_ok=True)
         for folder in (
             path for path in here.iterdir() if path.is_dir() and not any(path.iterdir())
         ):
-            folder.rmdir()  # of a step that removed nothing
+            folder.rmdir()  # its step removed nothing
         os.rename(here, there)
         paths = sorted(path for path in there.rglob("*") if path.is_file())
         manifest = {
@@ -293,7 +296,7 @@ class PartsFolder:
 
 
 def _is_whole(content: dict[str, Any], name: str) -> bool:
-    """Whether a manifest.json, or a plan.json, holds what is read from it."""
+    """Return whether a manifest.json or a plan.json holds all that is read from it."""
     kinds: dict[str, type] = {"settings": dict, "versions": dict}
     if name == "manifest.json":
         kinds |= {"inputs": str, "counts": dict, "parts": list}
@@ -323,11 +326,13 @@ def _are_counts(content: dict[str, Any]) -> bool:
 
 
 def publish_file(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(str(path), dump_json(content))
 
 
 def read_json(path: Path) -> Any:
+    """Return what a JSON file holds. Raise DataError if it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -338,11 +343,9 @@ def read_json(path: Path) -> Any:
 
 
 def inputs_of(units: Sequence[Unit]) -> str:
-    """The source in a few words that differ when its files, their sizes or what they are read as
-    do.
-    """
+    """Return a short text that changes with the source's files, their sizes or their formats."""
     sizes: dict[str, int] = {}
-    # Of files whose name alone did not tell earlier versions, which left this out
+    # Only formats that a file's name does not tell: earlier versions hashed no formats at all.
     formats: dict[str, str] = {}
     for part in (part for unit in units for part in unit):
         sizes[part.path] = sizes.get(part.path, 0) + part.num_bytes
@@ -353,7 +356,7 @@ def inputs_of(units: Sequence[Unit]) -> str:
 
 
 def _whole(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with those that there were not when they were written down."""
+    """Return settings with the defaults of those that earlier versions did not write."""
     return {"max_document_bytes": MAX_DOCUMENT_BYTES, **settings}
 
 

@@ -1,4 +1,4 @@
-"""Where documents went in a cleaning, as a table for people."""
+"""The report of a cleaning: a table that shows where its documents went."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = tuple[str, str, str, str, str]
 
 
 class Step(NamedTuple):
-    """What one step of a cleaning did, in numbers of documents."""
+    """The numbers of documents that one step of a cleaning removed and changed."""
 
     name: str
     removed: int
@@ -26,10 +26,10 @@ class Step(NamedTuple):
 
 
 def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
-    """Return a table with a row for each step and reason, a sentence, and a line of JSON.
+    """Return the lines of a report: a table, a sentence, and all numbers as one line of JSON.
 
-    Documents in = documents removed + documents out. `seconds` is what the cleaning took, where
-    that is known.
+    The table has a row for each step and reason; documents in = documents removed + documents out.
+    `seconds` is the time that the cleaning took, None if that is not known.
     """
     counts = Counts.from_json(manifest["counts"])
     kept = (

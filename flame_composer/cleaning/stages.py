@@ -1,6 +1,4 @@
-"""What is done to documents: datatrove's filters and deduplication between our reader and our
-parts, in stages.
-"""
+"""The stages of a cleaning: datatrove's filters and deduplication, from our reader to our parts."""
 
 from __future__ import annotations
 
@@ -46,21 +44,22 @@ from flame_composer.text.documents import read_documents
 
 Documents = Iterator[Document]
 
-FILTERED = "filtered"  # what the filters leave, where it is read again by the deduplication
+FILTERED = "filtered"  # what the filters leave, for the deduplication to read again
 EXACT_HASHES = "exact_hashes"
 FINDINGS = ("exact_found", "minhash_found", "minhash_clusters")
-MAX_FINDERS = 16  # tasks among which the hashes of all documents are divided
-MAX_TASKS = 65534  # what datatrove's priorities can tell apart
+MAX_FINDERS = 16  # tasks that share the hashes of all documents
+MAX_TASKS = 65534  # as many as datatrove's priorities can tell apart
 
 
-# Steps of a pipeline: called with what the step before yields, the task's number and the number of
-# tasks
+# Steps of a pipeline. Each is called with what the step before yields, the task's number and the
+# number of tasks.
 
 
 @dataclass
 class Aside:
-    """Keeps removed documents, if there is a folder for them, and counts them; what datatrove
-    calls an exclusion writer.
+    """A counter of removed documents, which keeps them if there is a folder for them.
+
+    datatrove calls it an exclusion writer.
     """
 
     folder: PartsFolder | None
@@ -83,7 +82,7 @@ class Aside:
         if self.writer is not None:
             self.writer.commit()
 
-    # Datatrove enters and leaves it only if there is something to remove
+    # datatrove enters and leaves it only if there is something to remove.
     def __enter__(self) -> Aside:
         return self
 
@@ -93,7 +92,7 @@ class Aside:
 
 @dataclass
 class Filter:
-    """Reads a work unit and yields what the filters leave of it."""
+    """The step that reads a work unit and yields the documents that the filters keep."""
 
     config: CleanConfig
     folder: PartsFolder
@@ -149,7 +148,7 @@ class Filter:
 
 @dataclass
 class Keep:
-    """Writes the documents down, to be read again, and passes them on."""
+    """The step that writes documents down, for `ReadAgain`, and passes them on."""
 
     folder: PartsFolder
 
@@ -163,7 +162,7 @@ class Keep:
 
 @dataclass
 class ReadAgain:
-    """Yields what `Keep` wrote."""
+    """The step that yields the documents which `Keep` wrote."""
 
     folder: PartsFolder
 
@@ -174,8 +173,10 @@ class ReadAgain:
 
 @dataclass
 class KeepFirst:
-    """Of each cluster that datatrove's MinhashDedupCluster has found, has its filter keep the
-    first document in source order, where datatrove would keep any.
+    """The step that keeps the first document, in source order, of each cluster.
+
+    The clusters are those that datatrove's MinhashDedupCluster has found. datatrove's own filter
+    would keep any one of them.
     """
 
     clusters: str
@@ -193,7 +194,7 @@ class KeepFirst:
 
 @dataclass
 class Finish:
-    """Masks what tells of persons, and writes the part that is published."""
+    """The step that masks personal data, and writes the part that is published."""
 
     folder: PartsFolder
     mask: PIIFormatter | None
@@ -221,7 +222,7 @@ class Finish:
 
 @dataclass
 class Publish:
-    """Adds up, and puts the finished folders in their places."""
+    """The step that adds up the counts, and publishes the finished folders."""
 
     folder: PartsFolder
     removed: PartsFolder | None
@@ -240,10 +241,12 @@ class Publish:
 
 
 def counts_path(folder: PartsFolder, stage: str, rank: int) -> Path:
+    """Return the path of the counts of one task of a stage."""
     return folder.work / "counts" / stage / f"{rank:05}.json"
 
 
 def filtered_path(folder: PartsFolder, rank: int) -> Path:
+    """Return the path of the documents that a task's filters have kept."""
     return folder.work / FILTERED / f"{rank:05}.jsonl.zst"
 
 
@@ -252,7 +255,7 @@ def filtered_path(folder: PartsFolder, rank: int) -> Path:
 
 @dataclass
 class Stage:
-    """A pipeline and the number of its tasks; a stage starts when the one before has finished."""
+    """A pipeline and the number of its tasks, which start once the stage before has finished."""
 
     name: str
     pipeline: list[Callable[..., Any]]
@@ -264,19 +267,20 @@ def text_of(document: Document) -> str:
 
 
 def earlier_first(document: Document) -> int:
-    """datatrove keeps the document of the highest priority: that of the first task."""
+    """Return a document's priority: the highest, which datatrove keeps, is the first unit's."""
     return MAX_TASKS + 1 - document.metadata["unit"]
 
 
 def build_stages(
     config: CleanConfig, folder: PartsFolder, removed: PartsFolder | None
 ) -> list[Stage]:
+    """Return the stages of a cleaning in order; the first reads the source, the last publishes."""
     num_units = len(folder.units)
     filters, mask = build_filters(config), build_mask(config)
     first = Stage("filter", [Filter(config, folder, removed, filters)], num_units)
     stages = [first]
     rereading: list[Callable[..., Any]] = [ReadAgain(folder)]
-    hashing = list(rereading)  # like it, but nothing is kept aside
+    hashing = list(rereading)  # the same, but it keeps no removed documents
     asides: list[Aside] = []
     if config.exact_dedup or config.minhash is not None:
         first.pipeline.append(Keep(folder))
@@ -330,4 +334,5 @@ def build_stages(
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the packages that the results depend on."""
     return {name: importlib.metadata.version(name) for name in ("datatrove", "regex")}

@@ -1,1 +1,1 @@
-"""A trained model as a Hugging Face folder with a model card."""
+"""The model card of a trained model, and its upload to the Hugging Face hub."""

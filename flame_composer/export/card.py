@@ -1,6 +1,4 @@
-"""A model that leaves the run it was trained in: the card that says what it is, and its upload
-to the Hugging Face hub.
-"""
+"""The model card of an exported model, and its upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -27,8 +25,8 @@ from flame_composer.model.work import count_parameters
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 
-CONFIG = "config.yaml"  # of the run, beside its checkpoints; without secrets
-MOST_BYTES = 1 << 20  # of it that are read
+CONFIG = "config.yaml"  # a run writes it beside its checkpoints, without secrets
+MOST_BYTES = 1 << 20  # a larger config.yaml is not read
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ log = logging.getLogger(__name__)
 def read_run_config(checkpoint: Checkpoint) -> str | None:
     """Return the resolved configuration that lies beside a checkpoint, or None if there is none.
 
-    A file of that name that is no run's configuration is named in a warning and counts as none.
+    If a file of that name is not the configuration of a run, warn of it and return None.
     """
     path = files.join(checkpoint.place.rpartition("/")[0] or ".", CONFIG)
     there = files.stat(path)
@@ -58,10 +56,11 @@ def read_run_config(checkpoint: Checkpoint) -> str | None:
 
 
 def _recipe(text: str | None) -> dict[str, Any]:
-    """Return a run's configuration, as far as the card tells of it. Raise ValueError for what is
-    none.
+    """Return a run's configuration from its text; an empty one if the text is None.
+
+    Raise ValueError if a section that the card needs does not hold keys and values.
     """
-    # Aliases that multiply are refused: they are small until somebody writes them out.
+    # Aliases that multiply are refused: they are small until they are expanded.
     require_shallow(text or "")
     recipe = (
         yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES))
@@ -85,9 +84,7 @@ def _recipe(text: str | None) -> dict[str, Any]:
 
 
 def _line(text: object) -> str:
-    """A text out of a checkpoint or a configuration as part of a line of the card, in which it
-    can begin no other.
-    """
+    """Return a text from a checkpoint or a configuration in a form that stays on one line."""
     return " ".join(
         "".join(letter if letter.isprintable() else " " for letter in str(text)).split()
     )
@@ -103,11 +100,11 @@ def model_card(
     which: str = "auto",
     tokenization: str | None = None,
 ) -> str:
-    """README.md of a model in `content`, a checkpoint's: what it is, how to load it, what it was
-    trained on and how.
+    """Return the README.md of a model: what it is, how to load it, and how it was trained.
 
-    `run_config` is what `read_run_config` found; `name` stands for the run's where that found
-    nothing; `which` are the weights, as in `model_in`; `tokenization` says what texts begin with.
+    `content` is the checkpoint that the model comes from. `run_config` is what `read_run_config`
+    returned, and `name` the model's name if that gives none. `which` says which weights the model
+    has, as in `model_in`. `tokenization` says what the tokenizer begins texts with.
     """
     recipe = _recipe(run_config)
     name = _line(recipe.get("run_name") or name)
@@ -137,7 +134,7 @@ def model_card(
 
 
 def _fenced(text: str) -> str:
-    """A block of YAML that no line of it can end."""
+    """Return a Markdown block of YAML, fenced so that no line of the text can end it."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}yaml\n{text}\n{fence}"
 
@@ -200,7 +197,7 @@ def _training(content: dict[str, Any], recipe: dict[str, Any], which: str) -> st
 
 
 def _size_of(place: str | None, index_sha256: str) -> str:
-    """What the dataset's manifest says, if it is still there and of this dataset."""
+    """Return the size of a dataset from its manifest, or "" if that is gone or another's."""
     if place is None or is_url(place):
         return ""
     try:
@@ -217,7 +214,7 @@ def _size_of(place: str | None, index_sha256: str) -> str:
 
 
 def _evaluation(content: dict[str, Any]) -> str:
-    """Of the run's last evaluation before the checkpoint, and the last scores in tasks."""
+    """Return the metrics of the last evaluation before the checkpoint, and the last task scores."""
     values = _kept(content, "JsonlLog", "last_evaluation")
     for task, scores in _kept(content, "TaskScores", "last").items():
         values |= {
@@ -237,14 +234,14 @@ def _evaluation(content: dict[str, Any]) -> str:
 
 
 def _kept(content: dict[str, Any], callback: str, name: str) -> dict[Any, Any]:
-    """Return what a callback kept in a checkpoint, or nothing."""
+    """Return what a callback kept under `name` in a checkpoint; empty if it kept nothing."""
     for key in ("state", "callbacks", callback, name):
         content = content.get(key) or {} if isinstance(content, dict) else {}
     return dict(content) if isinstance(content, dict) else {}
 
 
 def check_hub(repo: str) -> None:
-    """Raises ConfigError if nothing could be uploaded to `repo`, before any work is done for it."""
+    """Raise ConfigError if `repo` could not be uploaded to, before any work is done for that."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -259,18 +256,17 @@ def check_hub(repo: str) -> None:
         )
     try:
         HfApi().whoami()
-    except Exception as error:  # whatever the hub or the network makes of it
+    except Exception as error:  # the hub and the network raise errors of any kind
         raise ConfigError(
             f"push_to_hub={repo}: {constants.ENDPOINT} does not take the token: {one_line(error)}"
         ) from None
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads a folder as one commit, and returns its address. The repository is made if it is not
-    there.
+    """Upload a folder as one commit, and return the commit's address.
 
-    Raises ConfigError for one that everybody can read if it is to be `private`, StoreError if the
-    upload fails; the folder stays as it is.
+    The repository is made if it does not exist. Raise ConfigError if it is to be `private` and is
+    public, and StoreError if the upload fails; the folder is kept.
     """
     api = HfApi()
     try:
@@ -282,7 +278,7 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model")
     except ConfigError:
         raise
-    except Exception as error:  # whatever the hub or the network makes of it
+    except Exception as error:  # the hub and the network raise errors of any kind
         raise StoreError(
             f"push_to_hub={repo}: {one_line(error)}; {folder} is whole: hf upload {repo} {folder}"
         ) from None
