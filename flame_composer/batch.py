@@ -1,4 +1,4 @@
-"""What a batch is: its tensors, the labels that carry no loss, and how rows become one."""
+"""Batches: their tensors, the labels that carry no loss, and how rows become one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Batch = dict[str, torch.Tensor]
 
 
 def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
-    """`input_ids`, `labels` and `sequence_id` (the number of the token's document within its row),
-    all int64 [B, T]; `stream` (the number of the row's stream, int64 [B]) where the rows say so.
+    """Return a batch of rows: `input_ids`, `labels` and `sequence_id`, all int64 [B, T].
 
-    Labels are the tokens themselves: the model shifts them. The first one of a row, which nothing
-    comes before, is never a label; without `loss_across_documents` the first one of a document is
-    none, either.
+    `sequence_id` is the number of a token's document within its row. Rows that say which stream
+    they are of add `stream` (its number, int64 [B]).
+
+    Labels are the tokens themselves: the model shifts them. The first token of a row, before which
+    nothing comes, is never a label; without `loss_across_documents`, neither is the first one of a
+    document.
     """
     shape = len(rows), len(rows[0]["input_ids"])
     tokens, sequence_id = np.empty(shape, np.int64), np.empty(shape, np.int64)
@@ -38,7 +40,7 @@ def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool 
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """All tokens of a batch, and those that carry loss."""
+    """Return the number of all tokens of a batch, and of those that carry loss."""
     return {
         "total": batch["input_ids"].numel(),
         "loss_generating": int((batch["labels"] != IGNORE).sum()),

@@ -1,4 +1,4 @@
-"""What a user is told when something goes wrong: kinds of errors, in one line, without secrets."""
+"""Errors that users meet, told in one line without secrets."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ GOES_ON = "the same command goes on from what was saved last"
 
 
 class ConfigError(ValueError):
-    """A mistake in what the user asked for: one line with the place, the rule and the remedy.
-    Exit status 2.
+    """A mistake in what the user asked for. Exit status 2.
+
+    The message is one line with the place, the rule and the remedy.
     """
 
 
 class DataError(ValueError):
-    """Damaged or unusable data met while running: one line naming the file and the remedy. Exit
-    status 1.
+    """Damaged or unusable data met while running. Exit status 1.
+
+    The message is one line that names the file and the remedy.
     """
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on as it is: one line with the step, the cause and the remedy. Exit
-    status 1.
+    """A run that cannot go on as it is. Exit status 1.
+
+    The message is one line with the step, the cause and the remedy.
     """
 
 
@@ -35,10 +38,10 @@ class StoreError(DataError):
 
 
 class InvalidField(ConfigError):
-    """A field that breaks a rule: its full key (in `validate()` the name within the dataclass) and
-    the rule.
+    """A field that breaks a rule.
 
-    Whoever loaded the configuration adds where the value came from, and the value.
+    `name` is its full key, or within `validate()` its name in the dataclass. Whoever loaded the
+    configuration adds the value, and where it came from.
     """
 
     def __init__(self, name: str, rule: str):
@@ -48,8 +51,8 @@ class InvalidField(ConfigError):
 
 
 def one_line(error: BaseException) -> str:
-    """What others' exceptions say, as part of a line of ours."""
-    # Masked before it is cut, for half a secret would not be known again.
+    """Return what an exception of another library says, as part of a line of ours."""
+    # Masked before it is cut, for half a secret would not be recognized
     return masked(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
 
 
@@ -57,18 +60,18 @@ _SECRETS = tuple(
     (re.compile(pattern, re.IGNORECASE), shown)
     for pattern, shown in (
         # In an address: user:password before a host or a bucket. A secret key of AWS may hold
-        # slashes. What looks like a port is one, but for stores whose addresses have none.
+        # slashes. What looks like a port is one, except in stores' addresses, which have none.
         (r"(\b(?:s3|gs|gcs|az|abfss?|oci)://[^/\s:@]*):(?:(?!://)\S)*@", r"\1:***@"),
         (r"(://(?![^/\s:@]*:\d+(?:[/\s?#]|$))[^/\s:@]*):(?:(?!://)\S)*@", r"\1:***@"),
         (r"://[^/\s:@]+@", "://***@"),
-        # In the query of one: what signs it, or stands for a user.
+        # In the query of an address: what signs it, or identifies a user.
         (
             r"((?:[?&;#]|\\u0026)[\w.~-]*?(?:signature|credential|token|secret|passwo?r?d|pwd|auth"
             r"|(?<![a-z])sig|(?:api|access|secret|account|private)[_-]?key)[\w.~-]{0,40}=)"
             r"[^\s&\"'<>\\;]+?(?=:?(?:[\s&\"'<>\\;]|$))",
             r"\1***",
         ),
-        # Where it has a name.
+        # By its name, before it.
         (
             r"((?:secret|passwo?r?d|api_?key|access_?key|(?:auth|session|access)_?token)\w{0,40}"
             r"(?:=|[\"']:\s?)[\"']?)"
@@ -76,7 +79,7 @@ _SECRETS = tuple(
             r"\1***",
         ),
         (r"(\bbearer\s+|\bauthorization[\"']?\s?[:=]\s?[\"']?(?:\w+\s+)?)[\w.~+/=-]{8,}", r"\1***"),
-        # By its looks: of Hugging Face, AWS, GitHub, OpenAI, Slack and Google, and JSON web tokens.
+        # By its form: of Hugging Face, AWS, GitHub, OpenAI, Slack and Google, and JSON web tokens.
         (
             r"\b(?:hf_[a-z0-9]{30,}|(?-i:AKIA|ASIA)[A-Z0-9]{16}\b|gh[oprsu]_[a-z0-9]{30,}"
             r"|github_pat_\w{30,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)",
@@ -85,14 +88,13 @@ _SECRETS = tuple(
     )
 )
 
-_hidden: dict[str, str] = {}  # values, and what is shown in their place
+_hidden: dict[str, str] = {}  # from values to what is shown instead
 
 
 def hide(value: str, name: str) -> None:
-    """Have `masked` show `${name}` in place of a value out of the environment, however it is
-    quoted.
+    """Have `masked` show `${name}` instead of a value from the environment, however quoted.
 
-    What has fewer than four letters, or is a short number, is no secret, and would be found in
+    A value of fewer than four letters, or a short number, is not a secret, and would be found in
     other words.
     """
     lines = [
@@ -112,15 +114,18 @@ def hide(value: str, name: str) -> None:
             _hidden.setdefault(form, f"${{{name}}}")
 
 
-_SURE = 8  # letters: what is shorter is taken for a secret only where it is a word of its own
+_SURE = 8  # letters; a shorter value is hidden only where it is a word of its own
 
 
 def _is_number(text: str) -> bool:
+    """Return whether a text is a number."""
     return re.fullmatch(r"[+-]?[0-9._]+(e[+-]?[0-9]+)?", text) is not None
 
 
 @functools.lru_cache(maxsize=4)
 def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that finds any of these values in a text, the longest first."""
+
     def alone(value: str) -> str:
         word = len(value) < _SURE or _is_number(value)
         return rf"(?<!\w){re.escape(value)}(?!\w)" if word else re.escape(value)
@@ -129,9 +134,7 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def masked(text: str) -> str:
-    """Return `text` without what signs a person in: what was hidden, passwords in addresses, and
-    tokens.
-    """
+    """Return `text` without secrets: hidden values, passwords in addresses, and tokens."""
     if _hidden:
         text = _pattern(tuple(_hidden)).sub(lambda found: _hidden[found[0]], text)
     for pattern, shown in _SECRETS:
@@ -140,7 +143,7 @@ def masked(text: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """Return a value out of a configuration with every text in it `masked`."""
+    """Return a value from a configuration with every text in it `masked`."""
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, Mapping):

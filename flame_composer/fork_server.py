@@ -1,5 +1,6 @@
-"""Preloaded by multiprocessing's fork servers, which run no other code of ours: ends one with
-the process that started it.
+"""A module that fork servers preload to end with the process that started them.
+
+multiprocessing's fork servers run no other code of ours.
 """
 
 from flame_composer.processes import end_with_fork_server_owner

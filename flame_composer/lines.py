@@ -1,5 +1,4 @@
-"""The one place where lines leave a process: without secrets, and without what would steer a
-terminal.
+"""The one place where lines leave a process: without secrets or control sequences.
 
 `clean_streams` puts it between everything that writes to stdout and stderr (prints, log lines,
 warnings, tracebacks, progress bars, libraries) and the terminal, pipe or file behind them.
@@ -16,35 +15,34 @@ from typing import Any, TextIO
 
 from flame_composer.errors import DataError, hide, masked
 
-# Variables that hold what signs a person in, by their names.
+# Names of environment variables that hold credentials
 _SECRET_NAME = re.compile(
     r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)",
     re.IGNORECASE,
 )
-_SHORTEST_SECRET = 8  # letters; what is shorter would be found in other words
+_SHORTEST_SECRET = 8  # letters; a shorter one would be found in other words
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CURSOR_UP = re.compile(r"\n*(\x1b\[A)+")  # as tqdm writes it between bars
 _KEPT = "\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}"
 
 
 class Lines:
-    """A stream whose lines are cleaned as they are written; in all else it is the stream it was
-    made of.
+    """A stream whose lines are cleaned as they are written.
 
-    A terminal that was closed, or a full disk behind a redirection, does not end hours of work:
-    from then on lines go nowhere, and `lost` says why.
+    In all else it is the stream it was made of. A terminal that was closed, or a full disk behind a
+    redirection, does not end hours of work: from then on lines go nowhere, and `lost` says why.
     """
 
     def __init__(self, stream: TextIO, name: str):
-        """`name` is what the stream is called in a message."""
+        """Clean what goes to `stream`, which messages call `name`."""
         self.stream = stream
         self.name = name
         self.lost: OSError | None = None
-        self._in_line = False  # in the middle of a line that is no progress bar
+        self._in_line = False  # in the middle of a line other than a progress bar
         self._after_bar = False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "stream":  # of a copy that is not filled yet
+        if name == "stream":  # a copy that has no attributes yet
             raise AttributeError(name)
         return getattr(self.stream, name)
 
@@ -56,9 +54,7 @@ class Lines:
         return len(text)
 
     def clean_first(self) -> None:
-        """Clean what a library gets to see that has put a `write` of its own in place of this
-        stream's.
-        """
+        """Clean what reaches a library that has replaced this stream's `write` by its own."""
         theirs = self.__dict__.pop("write", None)
         if theirs is not None:
             self.__dict__["write"] = lambda text: theirs(self._clean(text))
@@ -74,8 +70,9 @@ class Lines:
             self._lose(error)
 
     def _clean(self, text: str) -> str:
-        """Return `text` as it may be shown. Only a progress bar may go back in its line, or up
-        to another's.
+        """Return `text` as it may be shown.
+
+        Only a progress bar may go back in its line, or up to another's.
         """
         if self._after_bar and _CURSOR_UP.fullmatch(text):
             return text
@@ -89,15 +86,16 @@ class Lines:
         return ("\r" if is_bar else "") + visible(body, _KEPT) + ("\r" if back else "")
 
     def _lose(self, error: OSError) -> None:
+        """Send everything nowhere from now on, because of an error."""
         if self.lost is not None:
             return
         self.lost = error
-        # What is left in its buffer would fail again when the process ends
+        # The rest of its buffer would fail again when the process ends
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
-        # Whoever has left wants no more
+        # A reader that has left needs no warning
         if not isinstance(error, BrokenPipeError) and self.name == "stdout":
             print(
                 f"warning: stdout: cannot be written to: {error.strerror}; the work goes on"
@@ -107,6 +105,7 @@ class Lines:
 
 
 def _write(stream: TextIO, text: str) -> None:
+    """Write a text, with escapes for what the stream cannot encode."""
     try:
         stream.write(text)
     except UnicodeEncodeError:
@@ -115,11 +114,10 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def clean_streams() -> None:
-    """Clean all that this process writes to stdout and stderr from now on. What is closed leads
-    nowhere.
+    """Clean all that this process writes to stdout and stderr from now on.
 
-    The values of variables such as AWS_SECRET_ACCESS_KEY or HF_TOKEN are shown by their names from
-    now on.
+    A stream that is closed leads nowhere. The values of variables such as AWS_SECRET_ACCESS_KEY or
+    HF_TOKEN are shown as the names of the variables.
     """
     for name, value in os.environ.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
@@ -127,7 +125,7 @@ def clean_streams() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # else the next file that is opened would be taken for it, and written into
+        except OSError:  # or the next file that is opened would get its number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -144,8 +142,9 @@ def clean_streams() -> None:
 
 
 def flush_streams() -> OSError | None:
-    """Write what is still in buffers. Return what kept lines from stdout, if anything but a
-    reader that left.
+    """Write what is still in buffers, and return the error that kept lines from stdout.
+
+    Return None if there was none, or if only a reader left.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -154,10 +153,10 @@ def flush_streams() -> OSError | None:
 
 
 def write_content(text: str) -> None:
-    """Write to stdout, at once and as it is, what a script was asked for. A terminal is not steered
-    by it.
+    """Write the text that a script was asked for to stdout, at once and as it is.
 
-    Raise DataError if it cannot be written.
+    Only for a terminal are control characters replaced, for they would steer it. Raise DataError if
+    the text cannot be written.
     """
     stream: TextIO = sys.stdout.stream if isinstance(sys.stdout, Lines) else sys.stdout
     try:
@@ -172,8 +171,10 @@ def write_content(text: str) -> None:
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Return `text` with pictures of its control characters, and with <U+200B> for all else that
-    would not be seen, or would move the cursor. Characters in `kept` stay as they are.
+    """Return `text` with control characters and the like made visible.
+
+    Control characters become pictures. What else would not be seen, or would move the cursor,
+    becomes its code, such as <U+200B>. Characters in `kept` stay as they are.
     """
     if text.isprintable():
         return text
@@ -183,4 +184,5 @@ def visible(text: str, kept: str = "") -> str:
 
 
 def _picture(code: int) -> str:
+    """Return what is shown in place of a character."""
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"<U+{code:04X}>"

@@ -1,10 +1,8 @@
-"""Processes that end together: a child with its parent, a rank with its launcher; what the loss of
-one is called.
+"""Processes that end together: a child with its parent, a rank with its launcher.
 
-Who is killed with SIGKILL can tell nobody. So it is the kernel that ends what they leave behind:
-Linux sends a process a signal of its choice when the thread that started it ends
-(PR_SET_PDEATHSIG). As that signal is SIGKILL here, it reaches processes that are stopped (SIGSTOP),
-too.
+A process killed with SIGKILL can tell nobody, so the kernel ends what it leaves behind: Linux sends
+a process a signal of its choice when the thread that started it ends (PR_SET_PDEATHSIG). That
+signal is SIGKILL here, for it reaches processes that are stopped (SIGSTOP), too.
 """
 
 from __future__ import annotations
@@ -38,31 +36,31 @@ PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 def end_with_parent() -> None:
-    """In a process that multiprocessing has started: end it when the process that asked for it
-    ends, and at nothing that a terminal sends.
+    """Have a process that multiprocessing started end when the process that asked for it ends.
 
-    Ctrl-C reaches every process of a terminal; the one in charge sees to the others. The kernel
-    ends this one at once; for a process of a fork server, whose parent that is, a thread does.
+    The kernel ends it at once. If it is of a fork server, that is its parent, and a thread ends it.
+    Ctrl-C, which reaches every process of a terminal, is left to the process in charge.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     when_parent_ends(signal.SIGKILL)
-    if not parent.is_alive():  # before the kernel was asked
+    if not parent.is_alive():  # it ended before the kernel was asked
         os._exit(1)
 
 
 def _follow(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this process when its parent ends."""
     parent.join()
     os._exit(1)
 
 
 @contextmanager
 def ending_children() -> Iterator[None]:
-    """Kill the processes that multiprocessing has started in the body if an exception leaves it.
+    """Kill the processes that multiprocessing starts in the body if an exception leaves it.
 
-    What they are in the middle of is not waited for.
+    They are not waited for, whatever they are doing.
     """
     others = set(multiprocessing.active_children())
     try:
@@ -74,26 +72,25 @@ def ending_children() -> Iterator[None]:
 
 
 def end_with_fork_server_owner() -> None:
-    """In a fork server: end it when the process that started it ends, and what it forks with it.
+    """Have a fork server, and what it forks, end when the process that started it ends.
 
-    A new process of the server takes up to seconds until it runs code of ours; who stops it
-    (SIGSTOP) before that would keep it for good.
+    A new process of the server takes up to seconds until it runs code of ours; if it were stopped
+    (SIGSTOP) before that, it would stay for good.
     """
-    when_parent_ends(signal.SIGKILL)  # if that has ended already, the server finds its pipe closed
+    when_parent_ends(signal.SIGKILL)  # if it already has, the server finds its pipe closed
     server = os.getpid()
 
     def follow_server() -> None:
-        if os.getppid() == server:  # not in what such a process forks itself
+        if os.getppid() == server:  # not in a process forked by one of the server's
             when_parent_ends(signal.SIGKILL)
 
     os.register_at_fork(after_in_child=follow_server)
 
 
 def end_with_launcher() -> None:
-    """In a rank: end it when the launcher that started it ends, `composer` or torchrun, whatever
-    ended that.
+    """Have a rank end when the launcher that started it ends, `composer` or torchrun.
 
-    Nobody else is followed: a shell, ssh or srun may end before what it has started.
+    No other parent is followed: a shell, ssh or srun may end before what it has started.
     """
     parent = os.getppid()
     if "LOCAL_RANK" in os.environ and _is_launcher(parent):
@@ -103,23 +100,27 @@ def end_with_launcher() -> None:
 
 
 def outlive_launcher() -> None:
-    """In a rank that has been told to end: save in peace even if the launcher does not wait for
-    it. Main thread only.
+    """Let a rank that was told to end save in peace, even if the launcher does not wait for it.
+
+    Must be called in the main thread.
     """
     when_parent_ends(0)
 
 
 def when_parent_ends(number: int) -> None:
-    """Choose the signal that this process gets when its parent ends, 0 for none. For each thread
-    apart.
+    """Choose the signal that this process gets when its parent ends, 0 for none.
+
+    It holds for the thread that calls it alone.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def lead_session() -> None:
-    """In the first process of a session on Linux: have its descendants end with it, at SIGTERM or
-    when its parent ends, and become its children if their own parents end before.
+    """Have the descendants of the first process in a session end with it, on Linux.
+
+    They end at SIGTERM, or when its parent ends. Those whose own parents end before become its
+    children.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: end_session(0))
@@ -127,23 +128,25 @@ def lead_session() -> None:
 
 
 def end_session(process: int) -> None:
-    """Kill the first process of a session, this one if 0, with all that it has started."""
+    """Kill the first process of a session, or this one if 0, and all that it has started."""
     os.killpg(process, signal.SIGKILL)
 
 
 def _is_launcher(process: int) -> bool:
+    """Return whether a process is a launcher."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:  # not Linux, or it has just ended
+    except OSError:  # not on Linux, or it has just ended
         return False
     return starts_ranks(command.split("\0"))
 
 
 def starts_ranks(command: list[str]) -> bool:
-    """Whether a command line is that of a launcher: itself, or Python's with its script or
-    module.
+    """Return whether a command line is that of a launcher.
+
+    It may be the launcher itself, or Python with the launcher's script or module.
     """
-    # What follows the first word that is no option belongs to the script.
+    # The first word that is not an option is the script; the rest are its arguments
     script = next(
         (i for i, word in enumerate(command[1:], 1) if word == "-m" or word[:1] != "-"), 0
     )
@@ -153,8 +156,9 @@ def starts_ranks(command: list[str]) -> bool:
 
 
 def loss_of(error: BaseException) -> str | None:
-    """Return one line for an error that came of another process's end: a loader process, or
-    another rank. None for others.
+    """Return one line for an error that came of the end of another process, or None.
+
+    That process is a loader process, or another rank.
     """
     text = " ".join(str(error).split())
     rank = os.environ.get("RANK")
@@ -176,8 +180,9 @@ def loss_of(error: BaseException) -> str | None:
 
 
 def can_have_processes() -> bool:
-    """Whether processes can be started that wait for one another, which takes a /dev/shm that
-    can be written to.
+    """Return whether processes that wait for one another can be started.
+
+    That takes a /dev/shm that can be written to.
     """
     try:
         multiprocessing.Lock()

@@ -1,8 +1,8 @@
-"""What a checkpoint has to hold before a run goes on from it: weights, moments, the clock,
-callbacks' state.
+"""Checks that a checkpoint holds all that a run needs to go on from it.
 
-Composer takes what is there and leaves out what is not, with status 0: a run would go on from
-random weights. All is looked at here before a checkpoint is chosen.
+That is weights, moments, the clock and the state of callbacks. Composer loads what is there, leaves
+out what is missing and ends with status 0, so that a run would go on from random weights.
+Everything is therefore looked at before a checkpoint is chosen.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ _CLOCK = (
     "sample_in_epoch",
     "token_in_epoch",
 )
-# Composer 0.19.1 and after
+# In Composer 0.19.1 and later
 _LATER_CLOCK = ("iteration", "epoch_in_iteration", "token_in_iteration")
 _WALL_CLOCK = ("total_wct", "iteration_wct", "epoch_wct", "batch_wct")
-# What decides where in the data a run goes on, by its name in the order that a checkpoint tells.
+# Settings that decide where in the data a run goes on: their names in the state of the dataset and
+# in the order that the checkpoint describes
 _LAYOUT = {
     "shuffle_seed": "train_data.shuffle_seed",
     "num_canonical_nodes": "train_data.num_canonical_nodes",
 }
-# The state of the callbacks that every run has.
+# The state of the callbacks that every run has
 _CALLBACKS: dict[str, dict[str, Any]] = {
     "JsonlLog": {"initial_evaluation": dict, "last_evaluation": dict},
     "RandomState": {"rng": list},
@@ -77,11 +78,12 @@ _MADE_FROM = {
 
 
 def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed:
-    """Return what a checkpoint must hold for this run; `hf_config` as from
-    `model.hf_config.new_hf_config`.
+    """Return what a checkpoint must hold for this run.
+
+    `hf_config` is as returned by `model.hf_config.new_hf_config`.
     """
     model = build_or_load(config.model, hf_config, empty=True)
-    prefix = "model."  # of the model within Composer's
+    prefix = "model."  # Composer's model holds ours under this name
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -99,6 +101,7 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
 
 
 def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
+    """Return the settings of the optimizer's groups, by whether they are of matrices."""
     common = {"betas": tuple(config.betas), "eps": config.eps, "amsgrad": False, "maximize": False}
     return {
         is_matrix: {**common, "weight_decay": decay_of(config, is_matrix=is_matrix)}
@@ -107,12 +110,11 @@ def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
 
 
 def check_content(content: Any, place: str, *, step: int | None, needed: Needed | None) -> None:
-    """Raise DataError, naming what is wrong, if `content` is not a training checkpoint's of this
-    package.
+    """Raise DataError, saying what is wrong, unless `content` is that of a training checkpoint.
 
-    `step`: which its name says it is of. `needed`: what a run has to find in it to go on from
-    there; without, it is enough that it holds a model. Raise OtherRun if it is one of another
-    model.
+    `step` is the step in the checkpoint's name. `needed` is what a run must find in it to go on
+    from there; if None, it is enough that the checkpoint holds a model. Raise OtherRun if it is a
+    checkpoint of another model.
     """
     try:
         weights, optimizers = parts_of(content)
@@ -138,11 +140,12 @@ def check_content(content: Any, place: str, *, step: int | None, needed: Needed 
         raise OtherRun(f"{place}: {error}") from None
     except Lack as error:
         raise DataError(f"{place}: not a checkpoint that can be used: {error}") from None
-    except Exception as error:  # whatever a content of any kind makes of what looks at it
+    except Exception as error:  # a content may be anything, and make our checks raise anything
         raise DataError(f"{place}: not a checkpoint that can be used: {one_line(error)}") from None
 
 
 def _check_clock(clock: dict[str, Any], step: int | None) -> None:
+    """Raise Lack unless the clock counts what Composer's does, and is at `step`."""
     counts = [*_CLOCK, *(name for name in _LATER_CLOCK if name in clock)]
     for name in counts:
         if not 0 <= part_at(clock, int, name) < 2**63:
@@ -157,7 +160,10 @@ def _check_clock(clock: dict[str, Any], step: int | None) -> None:
 
 
 def _check_epoch(clock: dict[str, Any]) -> None:
-    """What there was in this epoch is a part of what there was, and in the first epoch all."""
+    """Raise Lack if more was done in this epoch than in all.
+
+    In the first epoch both must be equal.
+    """
     for name in ("batch", "sample", "token"):
         of_epoch, all_of_it = clock[f"{name}_in_epoch"], clock[name]
         if of_epoch > all_of_it or (clock["epoch"] == 0 and of_epoch != all_of_it):
@@ -170,6 +176,7 @@ def _check_epoch(clock: dict[str, Any]) -> None:
 
 
 def _check_model(shapes: Shapes, needed: Needed) -> None:
+    """Raise Other unless the weights have the names and shapes of this run's model."""
     for name, shape in needed.weights.items():
         if name not in shapes:
             raise Other(f"it has no weights {name}, which this run's model has")
@@ -180,12 +187,13 @@ def _check_model(shapes: Shapes, needed: Needed) -> None:
             )
     more = next((name for name in shapes if name not in needed.weights), None)
     if more is not None:
-        raise Other(f"it has weights {more!a}, which this run's model has not")
+        raise Other(f"it has weights {more!a}, which this run's model lacks")
 
 
 def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) -> None:
-    """No training goes on from weights or moments that are no real numbers: it would save what
-    it makes of them first.
+    """Raise Lack for weights or moments that are infinite or not a number.
+
+    A run that went on from them would save what it makes of them before it ends.
     """
     states = [each[needed.optimizer]["state"] for each in optimizers]
     for names in needed.trained:
@@ -200,8 +208,10 @@ def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) ->
 
 
 def _require_numbers(path: str, parts: list[Any], *, squared: bool = False) -> None:
-    """A square may be infinite, as that of a finite gradient can be, but not below zero: its
-    root is taken.
+    """Raise Lack unless all values of the tensors are finite real numbers.
+
+    With `squared` they may be infinite, as the square of a finite gradient can be, but not below
+    zero, for their root is taken.
     """
     for tensor in sharded.tensors(parts):
         if not tensor.is_floating_point():
@@ -216,11 +226,11 @@ def _require_numbers(path: str, parts: list[Any], *, squared: bool = False) -> N
 
 
 def _check_rest(content: dict[str, Any]) -> None:
-    """Where the rows go on, random state, and what Composer takes whatever it is."""
+    """Raise Lack unless the place in the data, random state and other parts can be loaded."""
     for name in ("epoch", "sample_in_epoch"):
         if part_at(content, int, "state", "dataset_state", "train", name) < 0:
             raise Lack(f"its place in the data is {content['state']['dataset_state']['train']}")
-    for name, least in (("shuffle_seed", 0), ("num_canonical_nodes", 1)):  # which lay out the rows
+    for name, least in (("shuffle_seed", 0), ("num_canonical_nodes", 1)):  # they lay out the rows
         if part_at(content, int, "state", "dataset_state", "train", name) < least:
             raise Lack(
                 f"its state.dataset_state.train.{name} is"
@@ -245,7 +255,10 @@ def _check_rest(content: dict[str, Any]) -> None:
 
 
 def _check_place(state: dict[str, Any], needed: Needed) -> None:
-    """The place in the data is the clock's, in the order that the checkpoint says its rows had."""
+    """Raise Lack unless the place in the data is the clock's.
+
+    It must also be a place in the order of rows that the checkpoint says it was trained with.
+    """
     train, clock = state["dataset_state"]["train"], state["timestamp"]["Timestamp"]
     for name in ("epoch", "sample_in_epoch"):
         if train[name] != clock[name]:
@@ -264,17 +277,21 @@ def _check_place(state: dict[str, Any], needed: Needed) -> None:
 
 
 def _check_random(ranks: list[Any], path: str) -> None:
-    """Each rank's random state can be taken up: tried on generators that nobody draws from."""
+    """Raise Lack unless each rank's random state can be loaded.
+
+    It is tried on generators that nobody draws from.
+    """
     for state in ranks:
         try:
             random.Random().setstate(state["python"])
             np.random.RandomState().set_state(state["numpy"])
             torch.Generator().set_state(state["torch"])
-        except Exception as error:  # whatever a state of any kind makes them raise
+        except Exception as error:  # a state may be anything, and make them raise anything
             raise Lack(f"its {path} is no random state: {one_line(error)}") from None
 
 
 def _check_callbacks(content: dict[str, Any]) -> None:
+    """Raise Lack unless the callbacks that every run has left a state that can be loaded."""
     for callback, parts in _CALLBACKS.items():
         for name, kind in parts.items():
             part_at(content, kind, "state", "callbacks", callback, name)
@@ -294,12 +311,14 @@ def _check_callbacks(content: dict[str, Any]) -> None:
 
 
 def _averages(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the algorithms that average weights, by name, each with its average."""
     for name, kept in state.get("algorithms", ()):
         if name in ("EMA", "SWA") and kept.get("average") is not None:
             yield name, part_at(kept, dict, "average")
 
 
 def _check_averages(state: dict[str, Any], weights: dict[str, Any], shapes: Shapes) -> None:
+    """Raise Lack unless averaged weights have the names and shapes of the weights."""
     tensors = {
         name: part["part"] if isinstance(part, dict) else part for name, part in weights.items()
     }
@@ -308,4 +327,4 @@ def _check_averages(state: dict[str, Any], weights: dict[str, Any], shapes: Shap
     }
     for algorithm, average in _averages(state):
         if {name: sharded.shape([tensor]) for name, tensor in average.items()} != averaged:
-            raise Lack(f"its average of {algorithm} has not the names and shapes of its weights")
+            raise Lack(f"its average of {algorithm} lacks the names and shapes of its weights")

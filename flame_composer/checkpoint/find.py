@@ -1,4 +1,4 @@
-"""Finding the checkpoint that is meant: the newest one that is whole, the same on every rank."""
+"""A search for the newest checkpoint that is whole, the same one on every rank."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 
-# A file, or a folder of pieces. As it is written here and not otherwise (ba010.pt), so that no two
+# The name of a file, or of a folder of pieces. Leading zeros (ba010.pt) are refused, so that no two
 # names stand for the same step.
 _NAME = re.compile(r"ba(0|[1-9][0-9]{0,17})(\.pt)?")
-_WHOLE, _GONE = "whole", "gone"  # what a rank finds of a checkpoint, if it is not damage
+_WHOLE, _GONE = "whole", "gone"  # what a rank finds, other than damage
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 
 def step_of(place: str) -> int | None:
-    """Return the step that a checkpoint's name tells, or None for another name."""
+    """Return the step in a checkpoint's name, or None if it is not such a name."""
     match = _NAME.fullmatch(re.split(r"[/\\]", place)[-1])
     return int(match[1]) if match else None
 
 
 def has_head(place: str) -> bool:
-    """Whether `place` is a folder with the head of a checkpoint in pieces, whatever state that
-    is in.
+    """Return whether `place` is a folder with the head of a checkpoint in pieces.
+
+    The head may be damaged.
     """
     head = files.join(place, sharded.HEAD)
     return files.stat(head) is not None if is_url(place) else _is_there(head)
 
 
 def _is_there(path: str) -> bool:
-    """As `os.path.lexists`, but what this user may not see, or the disk does not answer for, is
-    there.
+    """Return whether a path exists, as `os.path.lexists` does.
+
+    A path counts as existing if this user may not see it, or the disk does not answer.
     """
     try:
         os.lstat(path)
@@ -57,16 +59,18 @@ def _is_there(path: str) -> bool:
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """Return the checkpoints in a folder, newest first, damaged ones included; not what was
-    never finished.
+    """Return the checkpoints in a folder, newest first.
+
+    Damaged ones are included, those that were never finished are not.
     """
     return [place for place in _named(folder) if place.endswith(".pt") or has_head(place)]
 
 
 def list_torsos(folder: str, before: int) -> list[str]:
-    """Return the checkpoints in pieces of steps `before` one that have pieces and no head.
+    """Return the checkpoints of steps before `before` that have pieces but no head.
 
-    A kill leaves them while one is deleted, or uploaded. A folder that holds anything else is none.
+    They are left by a kill while one is deleted, or uploaded. A folder that holds anything else is
+    not one.
     """
     torsos = []
     for place in _named(folder):
@@ -79,7 +83,7 @@ def list_torsos(folder: str, before: int) -> list[str]:
 
 
 def _named(folder: str) -> list[str]:
-    """Return what has a checkpoint's name in a folder, newest first."""
+    """Return all that has a checkpoint's name in a folder, newest first."""
     try:
         names = files.ls(folder) if is_url(folder) else os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -97,11 +101,11 @@ def _named(folder: str) -> list[str]:
 def look_at(
     place: str, staging: Path, needed: Callable[[], Needed] | None = None
 ) -> Checkpoint | None:
-    """Return the checkpoint at `place`, read and checked; None if it is no longer there.
+    """Return the checkpoint at `place` after reading and checking it; None if it is gone.
 
-    What is in an object store is copied to the local folder `staging`, anew. `needed` is what a run
-    has to find in it to go on from there. Raise DataError if it is damaged, or its content is not
-    what its name says; StoreError or ConfigError if the store does not answer.
+    One in an object store is copied to the local folder `staging` again. `needed` returns what a
+    run must find in it to go on from there. Raise DataError if it is damaged or is not of the step
+    in its name, StoreError or ConfigError if the store does not answer.
     """
     checkpoint = _fetched(place, staging)
     if checkpoint is not None:
@@ -113,13 +117,13 @@ def look_at(
 def find_newest(
     folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, shared: bool = False
 ) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole; a damaged one is named in a warning and passed
-    over.
+    """Return the newest checkpoint that is whole, the same one on every rank.
 
-    Every rank returns the same one: what one of them cannot read, none takes. `shared`: the ranks
-    of a machine have the same `staging`, and the first of them looks for all. Raise DataError if
-    there are checkpoints but none of them is whole (starting over would be a surprise), ConfigError
-    if those that are belong to another model.
+    A damaged one is named in a warning and passed over; what one rank cannot read, no rank takes.
+    With `shared`, the ranks of a machine have the same `staging`, and the first of them looks for
+    all. Return None if there are no checkpoints. Raise DataError if there are some but none is
+    whole (starting over would be a surprise), ConfigError if those that are whole belong to another
+    model.
     """
     checkpoints = _listed(folder)
     problems: dict[str, DataError] = {}
@@ -157,13 +161,13 @@ def find_newest(
 
 
 def _listed(folder: str) -> list[str]:
-    """The checkpoints that any rank sees in a folder, newest first."""
+    """Return the checkpoints that any rank sees in a folder, newest first."""
     places = {place for each in _agreed(lambda: list_checkpoints(folder)) for place in each}
     return sorted(places, key=lambda place: (step_of(place), place), reverse=True)
 
 
 def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> DataError | str:
-    """Return what is wrong with a checkpoint, as a value: other ranks have to be told."""
+    """Return what is wrong with a checkpoint, as a value that other ranks can be told."""
     try:
         return _GONE if look_at(place, staging, needed) is None else _WHOLE
     except StoreError:
@@ -175,7 +179,7 @@ def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> Dat
 
 
 def _agreed(answer: Callable[[], T]) -> list[T]:
-    """Return every rank's answer, first rank first; where one of them raises, all do."""
+    """Return every rank's answer, first rank first; if one of them raises, all do."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [answer()]
     mine: Any
@@ -194,14 +198,14 @@ def _agreed(answer: Callable[[], T]) -> list[T]:
 
 
 class _Failed(NamedTuple):
-    """What another rank raised, in a form that can be sent."""
+    """An error that another rank raised, in a form that can be sent."""
 
     is_config: bool
     message: str
 
 
 def _local(place: str, staging: Path) -> Path:
-    """The file that a checkpoint is read from."""
+    """Return the file that a checkpoint is read from."""
     there = staging / place.rpartition("/")[2] if is_url(place) else Path(place)
     return (
         there / sharded.HEAD
@@ -211,6 +215,7 @@ def _local(place: str, staging: Path) -> Path:
 
 
 def _fetched(place: str, staging: Path) -> Checkpoint | None:
+    """Return the checkpoint at `place`, copied here if it is in a store; None if it is gone."""
     if not is_url(place):
         return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
     copy = staging / place.rpartition("/")[2]
@@ -218,7 +223,7 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
     if is_file and files.stat(place) is None:
         return None
     staging.mkdir(parents=True, exist_ok=True)
-    # Of a checkpoint of the other kind
+    # An old copy, of a checkpoint of the other kind
     if (copy.is_dir() and not copy.is_symlink()) == is_file:
         remove_copy(copy)
     try:
@@ -227,7 +232,7 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
             return Checkpoint(place, copy)
         copy.mkdir(exist_ok=True)
         files.download(files.join(place, sharded.HEAD), copy / sharded.HEAD)
-        # By the names that pieces have, and not by those that the store lists.
+        # Pieces are known by the names they must have, not by those that the store lists.
         for name in map(sharded.name_of, range(read_head(place, copy / sharded.HEAD))):
             if files.stat(files.join(place, name)) is None:
                 raise DataError(
@@ -240,8 +245,9 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
 
 
 def remove_copy(copy: Path) -> None:
-    """Remove a local copy or what a killed run left, a file or a folder; what cannot be removed
-    is named.
+    """Remove a local copy, or what a killed run left: a file or a folder.
+
+    Warn of what cannot be removed.
     """
     try:
         if copy.is_dir() and not copy.is_symlink():
@@ -255,11 +261,10 @@ def remove_copy(copy: Path) -> None:
 def find_start(
     folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, autoresume: bool
 ) -> Checkpoint | None:
-    """Return the checkpoint that a run which saves in `folder` goes on from; None for a fresh
-    start.
+    """Return the checkpoint from which a run that saves in `folder` goes on; None to start afresh.
 
-    Every rank must call it. Raise ConfigError without `autoresume` if there are checkpoints, which
-    the run would overwrite; see `find_newest`.
+    Every rank must call it. Raise ConfigError if there are checkpoints but not `autoresume`, for
+    the run would overwrite them, and for the reasons that `find_newest` does.
     """
     if autoresume:
         return find_newest(folder, staging, needed, shared=True)
@@ -273,7 +278,7 @@ def find_start(
 
 
 def find_checkpoint(place: str, staging: Path) -> Checkpoint:
-    """Return `place` itself, or the newest whole checkpoint in it if it is a run's folder.
+    """Return the checkpoint at `place`, or the newest whole one in it if it is a run's folder.
 
     Raise ConfigError if there is none.
     """
@@ -297,8 +302,9 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
 
 
 def _refuse_sharded(place: str) -> None:
-    """Raise ConfigError for torch's distributed checkpoints: a folder each, of files for each
-    rank and one `.metadata`.
+    """Raise ConfigError for a distributed checkpoint of torch's.
+
+    That is a folder with files of each rank and one named `.metadata`.
     """
     for folder in (place, *(files.join(place, name) for name in files.ls(place))):
         if ".metadata" in files.ls(folder):

@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: those known to be whole, those kept, and those in the way."""
+"""A run's folder of checkpoints: which of them are whole, kept, deleted or set aside."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import Stat, is_url
 
-# After so long, looking at what lies in the folder goes on when the next checkpoint is saved
+# After so long, the rest of the folder is left to be looked at when the next checkpoint is saved
 VERIFY_SECONDS = 60
 
 log = logging.getLogger(__name__)
 
 
 class KeptCheckpoints:
-    """The checkpoints in a folder, the newest of which are kept.
+    """The checkpoints in a folder, of which the newest are kept.
 
-    Old ones are deleted once there are enough newer ones that are whole. One that the run saved,
-    or goes on from, is known to be; any other is read once, and a damaged one counts for nothing.
+    Old ones are deleted once there are enough newer ones that are whole. A checkpoint that the run
+    saved, or goes on from, is known to be whole; any other is read once, and does not count if it
+    is damaged.
     """
 
     def __init__(
@@ -43,24 +44,26 @@ class KeptCheckpoints:
         num_to_keep: int,
         needed: Callable[[], Needed] | None,
     ):
-        """Keep the newest `num_to_keep` in `folder`, or all if -1; `staging` and `needed` are
-        those of `SaveCheckpoints`.
+        """Keep the newest `num_to_keep` checkpoints in `folder`, or all if it is -1.
+
+        `staging` and `needed` are those of `SaveCheckpoints`.
         """
         self.folder = folder
         self.staging = staging
         self.num_to_keep = num_to_keep
         self.needed = needed
-        # As it was when that was found out
+        # Whether each is whole, and what its file was like when that was found out
         self._is_whole: dict[str, tuple[Stat | None, bool]] = {}
-        self._stays: set[str] = set()  # what could not be deleted
+        self._stays: set[str] = set()  # those that could not be deleted
 
     def make_way(self, place: str) -> None:
-        """Set aside what has a new checkpoint's name: a damaged one, or one of another run,
-        which may be all there is of it.
+        """Rename what has the name of a new checkpoint.
+
+        It is a damaged checkpoint, or one of another run, which may be all that is left of that.
         """
         is_file = files.stat(place) is not None
         if is_file and self._is_whole.get(place) == (_stat(place), True):
-            return  # this run saved the same before
+            return  # this run has saved the same one
         is_there = (is_file or has_head(place)) if is_url(place) else os.path.lexists(place)
         if not is_there:
             return
@@ -71,7 +74,7 @@ class KeptCheckpoints:
             number += 1
         try:
             files.move(place, aside)
-        except (ConfigError, StoreError) as error:  # some stores let nothing be deleted, on purpose
+        except (ConfigError, StoreError) as error:  # some stores forbid deleting
             log.warning("warning: %s: cannot be set aside and is replaced: %s", place, error)
         except OSError as error:
             raise DataError(
@@ -87,9 +90,7 @@ class KeptCheckpoints:
             )
 
     def delete_old(self) -> None:
-        """Delete what is older than the newest `num_to_keep` that are whole, of all that lies in
-        the folder.
-        """
+        """Delete the checkpoints that are older than the newest `num_to_keep` whole ones."""
         if self.num_to_keep <= 0:
             return
         until = time.monotonic() + VERIFY_SECONDS
@@ -115,10 +116,14 @@ class KeptCheckpoints:
             )
 
     def note(self, place: str, is_whole: bool) -> None:
+        """Note whether a checkpoint is whole, as it is now."""
         self._is_whole[place] = _stat(place), is_whole
 
     def _counts(self, place: str) -> bool:
-        """Whether it is whole; looked at if it has changed since that was known."""
+        """Return whether a checkpoint is whole.
+
+        It is looked at unless that is known, and it has not changed since.
+        """
         now = _stat(place)
         if place in self._is_whole and self._is_whole[place][0] == now:
             return self._is_whole[place][1]
@@ -140,6 +145,7 @@ class KeptCheckpoints:
         return is_whole
 
     def _delete(self, place: str) -> None:
+        """Delete a checkpoint; warn once if that cannot be done."""
         if place in self._stays:
             return
         try:
@@ -150,25 +156,28 @@ class KeptCheckpoints:
             log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
 
     def _remove(self, place: str) -> None:
+        """Delete a checkpoint in such an order that what a kill leaves is not taken for one."""
         if not is_url(place) and os.path.islink(place):
-            os.unlink(place)  # and not what it leads to, which may be another run's
+            os.unlink(place)  # not what it leads to, which may be another run's
         elif place.endswith(".pt"):
             files.delete(place)
         elif is_url(place):
-            files.delete(files.join(place, sharded.HEAD))  # first, so that what is left is none
+            files.delete(files.join(place, sharded.HEAD))  # first: the rest is not a checkpoint
             files.delete_folder(place)
         else:
-            # Which the next start clears away after a kill
+            # After a kill, the next start clears this away
             left = self.staging / f"unfinished-{Path(place).name}"
             os.rename(place, left)
             shutil.rmtree(left)
 
 
 def _stat(place: str) -> Stat | None:
+    """Return what is known of the file that makes a checkpoint whole."""
     return files.stat(place if place.endswith(".pt") else files.join(place, sharded.HEAD))
 
 
 def _is_taken(place: str) -> bool:
+    """Return whether there is something at a place."""
     if is_url(place):
         return bool(files.stat(place) or files.ls(place))
     return os.path.lexists(place)

@@ -1,4 +1,4 @@
-"""What a checkpoint has to hold of the optimizer: moments, steps and settings."""
+"""Checks of a checkpoint's optimizer state: moments, steps and settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.parts import NUMBER, PLAIN, Lack, Needed, Other, Shapes, part_at
 from flame_composer.errors import DataError
 
-# Settings of an optimizer that say how a step is computed, and not what it is.
+# Settings of an optimizer that change how a step is computed, but not its result
 _FREE = ("foreach", "fused")
 
 
 def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> None:
+    """Raise Lack or Other unless the optimizer's state is one that this run can load."""
     found = sorted(map(str, optimizers[0]))
     if not found:
         raise Lack("it holds no optimizer's state")
@@ -42,7 +43,7 @@ def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> No
         for state in states:
             if "step" not in state[name]:
                 raise Lack(f"it has no {path}.state.{name}.step")
-            # Below zero the next step divides by zero
+            # At -1, the next step would divide by zero
             if not 0 <= _number(state[name]["step"], f"{path}.state.{name}.step") < 2**53:
                 raise Lack(f"its {path}.state.{name}.step is {state[name]['step']}")
 
@@ -57,12 +58,15 @@ def _number(value: Any, path: str) -> float:
 
 
 def in_short(value: Any) -> str:
+    """Return a value as text for an error, or its type if it is not a plain value."""
     return f"{value!a}"[:100] if isinstance(value, PLAIN) else f"a {type(value).__name__}"
 
 
 def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) -> None:
-    """The optimizer has taken as many steps of every weight as of any other, and no more than the
-    clock has; moments are kept of steps that were taken.
+    """Raise Lack unless the optimizer's counts of steps agree.
+
+    They must be the same in all pieces, and for all weights unless some may have had no gradient in
+    a step. None is more than the clock's, and a weight without a step has no moments.
     """
     path = f"optimizers.{needed.optimizer}.state"
     states = [each[needed.optimizer]["state"] for each in optimizers]
@@ -92,10 +96,10 @@ def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) ->
 
 
 def check_pieces(content: dict[str, Any], place: str, *, may_be_behind: bool) -> str | None:
-    """Raise DataError for pieces of another step than their head's, in a checkpoint that does not
-    say which pieces are its own.
+    """Raise DataError if pieces are of another step than their head.
 
-    `may_be_behind`: the optimizer may have left out steps. Return the line that says that it did.
+    Only checkpoints that do not say which pieces are their own are checked. `may_be_behind` says
+    that the optimizer may have skipped steps; return a line that says so if it has, else None.
     """
     if "pieces" not in content or "fingerprints" in content:
         return None
@@ -112,12 +116,13 @@ def check_pieces(content: dict[str, Any], place: str, *, may_be_behind: bool) ->
 
 
 def _most_steps(optimizers: dict[str, Any]) -> int | None:
-    """Return None for no optimizer's state."""
+    """Return the most steps that an optimizer has taken of any weight; None if it has no state."""
     states = [state for optimizer in optimizers.values() for state in optimizer["state"].values()]
     return max((int(state["step"]) for state in states), default=None)
 
 
 def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
+    """Raise Lack or Other unless a group of the optimizer has this run's settings."""
     path = f"optimizers.{needed.optimizer}.param_groups"
     for name in part_at(group, list, "params"):
         if name not in shapes:
@@ -137,7 +142,7 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
 
 
 def _is_like(found: Any, value: Any, *, is_free: bool) -> bool:
-    """Whether a setting can take the place of `value`: a flag of it, another number of a number."""
+    """Return whether a setting can replace `value`: a number another, a flag only itself."""
     if is_free:
         return found is None or isinstance(found, bool)
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint's content: found by their path, or said to be missing."""
+"""Parts of a checkpoint's content, found by their path or reported as missing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class OtherRun(DataError):
-    """A whole checkpoint, but not of this run: of another model, or another optimizer."""
+    """A whole checkpoint of another run: of another model, or another optimizer."""
 
 
 class Needed(NamedTuple):
-    """What a run's checkpoints hold: the shapes of its weights, and an optimizer's state of those
-    it trains.
+    """The content of a run's checkpoints: its weights' shapes and its optimizer's state.
 
-    A weight with several names (a tied embedding) has its state under one of them. `settings` are
-    those of the optimizer's groups, by whether it is of matrices: the ones in a checkpoint take the
-    place of a run's own. `kinds` are the others that its groups have, as examples of their types.
+    A weight with several names (a tied embedding) has its state under one of them: each entry of
+    `trained` is the names of one weight that is trained. `settings` are those of the optimizer's
+    groups, by whether they are of matrices; settings in a checkpoint would replace a run's own.
+    `kinds` are the other settings of the groups, as examples of their types.
 
-    `skips_steps`: the optimizer may have taken fewer steps than the clock has. `other_order`: the
-    rows may have been in another order than the checkpoint says.
+    `skips_steps` says that the optimizer may have taken fewer steps than the clock counts,
+    `other_order` that the rows may have been in another order than the checkpoint says.
     """
 
     weights: Shapes
@@ -37,15 +37,15 @@ class Needed(NamedTuple):
 
 
 class Lack(Exception):
-    pass
+    """Something that a checkpoint lacks, or that cannot be used."""
 
 
 class Other(Exception):
-    pass
+    """A difference by which a checkpoint belongs to another run."""
 
 
 def part_at(tree: Any, kind: Any, *path: str) -> Any:
-    """Return what is at `path`; raise _Lack if nothing is, or something that is no `kind`."""
+    """Return what is at `path`; raise Lack if there is nothing, or it is not of the type `kind`."""
     for depth, name in enumerate(path, 1):
         if not isinstance(tree, dict) or name not in tree:
             raise Lack(f"it has no {'.'.join(path[:depth])}")
@@ -56,7 +56,7 @@ def part_at(tree: Any, kind: Any, *path: str) -> Any:
 
 
 def parts_of(content: Any) -> tuple[list[Any], list[Any]]:
-    """Return weights and optimizer state, each from all pieces, or of one that is not in pieces."""
+    """Return the weights and the optimizer state of each piece, or of the only one."""
     if not isinstance(content, dict):
         raise Lack(f"it holds a {type(content).__name__}")
     state = part_at(content, dict, "state")
@@ -68,6 +68,7 @@ def parts_of(content: Any) -> tuple[list[Any], list[Any]]:
 
 
 def shapes_of(parts: list[Any], path: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the whole tensors that are in pieces, by name."""
     if any(part.keys() != parts[0].keys() for part in parts):
         raise Lack(f"its pieces are not of the same {path}")
     shapes = {}

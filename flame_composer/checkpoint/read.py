@@ -1,5 +1,6 @@
-"""Reading a checkpoint: no code in it is run, and whatever is wrong with its files is one line
-that names it.
+"""A reader of checkpoints that runs no code in them.
+
+Whatever is wrong with their files is told in one line that names the file.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from flame_composer.checkpoint import sharded
 from flame_composer.errors import DataError, one_line
 from flame_composer.storage import files
 
-# What a checkpoint may hold besides tensors and plain Python values: the arrays in NumPy's random
-# state, times, versions.
+# Types that a checkpoint may hold besides tensors and plain values: arrays (in NumPy's random
+# state), times and versions
 _SAFE_GLOBALS: list[Any] = [
     np.ndarray,
     np.dtype,
@@ -41,17 +42,17 @@ _KINDS = {
 }
 
 
-# Bytes that all but the tensors would take if it were written out; a tokenizer takes some 50 MB
+# Most bytes that everything but the tensors may take if written out; a tokenizer takes some 50 MB
 MOST_TEXT = 1 << 30
-MOST_IN_KEY = 10_000  # parts of a key in a checkpoint; text or a number has none
+MOST_IN_KEY = 10_000  # most parts of a key; a text or a number has none
 
 
 class Checkpoint(NamedTuple):
-    """Where a checkpoint is, and the local file to read it from: the same, or a copy out of a
-    store.
+    """The place of a checkpoint, and the local file to read it from.
 
-    Of one in pieces, `place` is a folder and `file` its head, beside which the pieces lie.
-    `passed_over` are newer checkpoints in the same folder, which could not be used.
+    The file is the place itself, or a copy of what is in a store. If the checkpoint is in pieces,
+    `place` is a folder and `file` its head, beside which the pieces lie. `passed_over` are newer
+    checkpoints in the same folder that could not be used.
     """
 
     place: str
@@ -62,15 +63,15 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint's content, its tensors mapped from the file; no code in it is run.
 
-    One in pieces has a list of what they hold under `pieces`. Raise DataError if a file is missing,
-    truncated, altered (every part's CRC-32 is checked) or no plain file, or if it holds anything
-    but tensors and plain values.
+    If it is in pieces, their contents are a list under `pieces`. Raise DataError if a file is
+    missing, truncated, altered (every part's CRC-32 is checked) or not a plain file, or if it holds
+    anything but tensors and plain values.
     """
     return read_content(checkpoint, verify=True)
 
 
 def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
-    """As `read_checkpoint`; without `verify`, checksums that were checked before are not again."""
+    """Return what `read_checkpoint` does; without `verify`, checksums are not checked again."""
     place, file, _ = checkpoint
     content = _read_file(place, file, verify=verify)
     if file.name == sharded.HEAD:
@@ -83,7 +84,7 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
         )
         content["pieces"] = held
     elif isinstance(content, dict) and "pieces" in content:
-        # Who looked at its pieces would be content, and who loads it looks for no pieces.
+        # Checks of its pieces would pass, but whoever loads a file looks for no pieces.
         raise DataError(
             f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file"
         )
@@ -91,13 +92,13 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
 
 
 def _require_own(place: str, head: dict[str, Any], paths: list[Path]) -> None:
-    """Raise DataError for a piece that is not the one its checkpoint's head was saved with."""
-    if "fingerprints" not in head:  # of 2026-11-28 and before; see content.check_pieces
+    """Raise DataError for a piece that was not saved together with its checkpoint's head."""
+    if "fingerprints" not in head:  # until 2026-11-28; see optimizer_state.check_pieces
         return
     for number, path in enumerate(paths):
         try:
             is_own = head["fingerprints"][number] == sharded.fingerprint(path)
-        except Exception:  # whatever a head of any kind makes of what looks at it
+        except Exception:  # a head may be anything, and make this raise anything
             is_own = False
         if not is_own:
             raise DataError(
@@ -107,13 +108,12 @@ def _require_own(place: str, head: dict[str, Any], paths: list[Path]) -> None:
 
 
 def read_head(place: str, file: Path) -> int:
-    """Return how many pieces the checkpoint `place` has, by its head, which was copied to
-    `file`.
-    """
+    """Return how many pieces the checkpoint `place` has, from the copy `file` of its head."""
     return num_pieces(_read_file(place, file, verify=True), place)
 
 
 def num_pieces(head: Any, place: str) -> int:
+    """Return how many pieces a head says that its checkpoint has."""
     number = head.get("pieces") if isinstance(head, dict) else None
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise DataError(f"{place}: not the head of a checkpoint in pieces")
@@ -123,15 +123,16 @@ def num_pieces(head: Any, place: str) -> int:
 def read_for_composer(file: str | Path, map_location: str) -> Any:
     """Return the content of a file that was checked, in memory.
 
-    In place of Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a
+    It replaces Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a
     file that was replaced after it was checked would run its code.
     """
     assert map_location == "cpu"
-    file = Path(file).resolve()  # Composer hands a link of its own
+    file = Path(file).resolve()  # Composer passes a link that it made
     return _read_file(str(file), file, verify=False, mapped=False)
 
 
 def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> Any:
+    """Return the content of one file; raise DataError if it cannot be trusted."""
     try:
         _require_plain_file(place, file)
         if verify:
@@ -149,17 +150,15 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
     except pickle.UnpicklingError as error:
         what = f"it holds something other than tensors and plain values: {one_line(error)}"
         raise DataError(f"{place}: refused, {what}") from None
-    except Exception as error:  # whatever a damaged file makes zipfile, pickle or torch raise
+    except Exception as error:  # a damaged file may make its readers raise anything
         raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
 
 
 class _CheckedKeys(_weights_only_unpickler.Unpickler):
-    """torch's reader of pickles (2.7.0), but of no key that is a tuple of tuples of tuples without
-    end.
+    """torch's reader of pickles (2.7.0), without keys that are endlessly nested tuples.
 
-    Python looks at all of a key to put it in a dict: for ever where each tuple holds the one before
-    it twice, and until it has no stack left, which ends the process, where they lie in one another
-    deep enough.
+    Python looks at all of a key to put it in a dict. That takes for ever if each tuple holds the
+    one before it twice, and ends the process, for want of stack, if they are nested deeply enough.
     """
 
     def __init__(self, file: Any, *args: Any, **options: Any):
@@ -168,10 +167,11 @@ class _CheckedKeys(_weights_only_unpickler.Unpickler):
 
         def read(number: int) -> bytes:
             data = unchecked(number)
-            # Sets one item of a dict; or it is a piece of something else, which does no harm
+            # This opcode sets one item of a dict. A byte of something else may look the same, which
+            # does no harm.
             if data == b"s":
                 self._require_light(self.stack[-2:-1])
-            elif data in (b"u", b"R"):  # several items; what is made by a function, a dict perhaps
+            elif data in (b"u", b"R"):  # several items; a function's result, maybe a dict
                 self._require_light(self.stack[-1:] if data == b"R" else self.stack[::2])
             return data
 
@@ -191,6 +191,7 @@ class _CheckedKeys(_weights_only_unpickler.Unpickler):
 
 @contextlib.contextmanager
 def _checked_keys() -> Iterator[None]:
+    """Have torch read pickles with `_CheckedKeys`."""
     before = _weights_only_unpickler.Unpickler
     _weights_only_unpickler.Unpickler = _CheckedKeys  # type: ignore[misc]
     try:
@@ -200,12 +201,11 @@ def _checked_keys() -> Iterator[None]:
 
 
 def _size(part: Any, known: dict[int, int]) -> int:
-    """Return about how many bytes `part` takes written out, where what is held several times counts
-    as often.
+    """Return about how many bytes `part` takes written out, each time that it is held.
 
     Lists that hold one list twice, which holds another twice, and so on, are small in a pickle and
-    in memory, but whoever goes through them, or writes them as JSON, is busy for ever.
-    RecursionError for one in itself.
+    in memory, but going through them, or writing them as JSON, never ends. Raise RecursionError for
+    a list within itself.
     """
     if isinstance(part, str | bytes | bytearray):
         return 8 + len(part)
@@ -220,7 +220,7 @@ def _size(part: Any, known: dict[int, int]) -> int:
 
 
 def _require_plain_file(place: str, file: Path) -> None:
-    """Raise DataError for what would hang a reader, or never end, and for an empty file."""
+    """Raise DataError for an empty file, or one that would hang a reader or never end."""
     found = os.stat(file)
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something")
@@ -230,9 +230,10 @@ def _require_plain_file(place: str, file: Path) -> None:
 
 
 def _verify(place: str, file: Path) -> None:
+    """Raise DataError unless every part of a file matches its checksum."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-        # torch compresses nothing: what is read can be no larger than the file.
+        # torch compresses nothing, so that the parts cannot be larger than the file.
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise DataError(f"{place}: not a whole checkpoint: parts of it are compressed")
         if sum(part.file_size for part in parts) > file.stat().st_size:

@@ -33,10 +33,10 @@ from flame_composer.storage.local import create
 from flame_composer.storage.locks import is_own_folder
 from flame_composer.upstream.composer import load_checkpoints_with
 
-# Composer makes some of its algorithms anew from their text in a checkpoint, which it evaluates;
-# none of them is made so.
+# Composer rebuilds some of its algorithms by evaluating their text in a checkpoint. None is rebuilt
+# here.
 NEVER_EVALUATED = algorithms.__all__
-# Of what torch says of a file that it cannot write (2.7).
+# What torch (2.7) says of a file that it cannot write
 _CANNOT_WRITE = re.compile(
     "PytorchStreamWriter|Parent directory .* does not exist|open file failed"
 )
@@ -45,20 +45,19 @@ log = logging.getLogger(__name__)
 
 
 class SaveCheckpoints(Callback):
-    """Saves `ba<batch>.pt` every so many batches or seconds, and at the end; what has that name is
-    always whole.
+    """A callback that saves `ba<batch>.pt` regularly and at the end; it is always whole.
 
     Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two
     steps, so that a kill can leave a torso or a link to nothing. This one writes under a temporary
-    name, forces the bytes to disk and renames, or uploads them, which an object store shows when
-    all are there. There is no link: the newest is found by name. It saves at the end of a batch
-    only, never at the end of an epoch: there Composer's epoch counter and StreamingDataset's
-    disagree, and the next epoch would repeat the order of the last.
+    name, forces the bytes to disk and renames the file, or uploads it, which an object store shows
+    when all of it is there. There is no link: the newest checkpoint is found by name. It saves at
+    the end of a batch only, never at the end of an epoch: there Composer's epoch counter and
+    StreamingDataset's disagree, and the next epoch would repeat the order of the last.
 
-    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`: renamed when all
-    are there, or in an object store with its head (`sharded.HEAD`) put last.
+    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`. It is renamed
+    when all of them are there; in an object store its head (`sharded.HEAD`) is uploaded last.
 
-    `KeptCheckpoints` deletes old ones once there are enough newer ones that are whole.
+    `KeptCheckpoints` deletes old checkpoints once there are enough newer ones that are whole.
     """
 
     def __init__(
@@ -74,13 +73,13 @@ class SaveCheckpoints(Callback):
         needed: Callable[[], Needed] | None = None,
         train_log: Path | None = None,
     ):
-        """Keeps the newest `num_to_keep` in `folder`, a path or URL; all if -1. One of `batches`
-        and `seconds` says how often.
+        """Save every so many `batches` or `seconds`; one of the two must be given.
 
-        `staging` is a local folder for copies of what is in an object store. `start` is what
-        Composer loads (`load_path`): if that is the head of one in pieces, they are loaded after
-        it. `needed` is what a checkpoint must hold to be one of this run. `train_log` is a file
-        that has to be on disk before a checkpoint gets its name.
+        The newest `num_to_keep` checkpoints are kept in `folder`, a path or URL; all if it is -1.
+        `staging` is a local folder for copies of what is in an object store. `start` is the
+        checkpoint that Composer loads (`load_path`): if it is the head of one in pieces, they are
+        loaded after it. `needed` returns what a checkpoint must hold to be one of this run.
+        `train_log` is a file that must be on disk before a checkpoint gets its name.
         """
         self.folder = folder
         self.staging = staging if is_url(folder) else Path(folder)
@@ -90,18 +89,21 @@ class SaveCheckpoints(Callback):
         self.start = start
         self.kept = KeptCheckpoints(folder, self.staging, num_to_keep, needed)
         self.train_log = train_log
-        self.saved: str | None = None  # the newest
+        self.saved: str | None = None  # the newest checkpoint
         self._last_time = time.monotonic()
 
     def after_load(self, state: State, logger: Logger) -> None:
+        """Load the pieces of the checkpoint whose head Composer has loaded."""
         if self.start is not None and self.start.file.name == sharded.HEAD:
-            content = read_content(self.start, verify=False)  # that was done when it was chosen
+            content = read_content(
+                self.start, verify=False
+            )  # checksums were checked when it was chosen
             sharded.load(state, content["pieces"])
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Clears away what a killed run has left."""
+        """Clear away what a killed run has left."""
         self._last_time = time.monotonic()
-        dist.barrier()  # every rank has read what it goes on from
+        dist.barrier()  # until every rank has read what it goes on from
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
             for left in self.staging.glob("*ba*" if is_url(self.folder) else "unfinished-ba*"):
@@ -119,15 +121,17 @@ class SaveCheckpoints(Callback):
         dist.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if it is time, or if training ends here."""
         assert state.max_duration is not None
         if self._is_due(state.timestamp.batch.value) or state.timestamp >= state.max_duration:
             self.save(state)
 
     def _is_due(self, batch: int) -> bool:
+        """Return whether it is time to save, the same on every rank."""
         if self.batches is not None:
             return batch % self.batches == 0
         assert self.seconds is not None
-        # Clocks differ: the first rank's decides for all.
+        # Clocks differ, so the first rank's decides for all
         decision = [time.monotonic() - self._last_time >= self.seconds]
         dist.broadcast_object_list(decision, src=0)
         return decision[0]
@@ -157,20 +161,22 @@ class SaveCheckpoints(Callback):
         self._last_time = time.monotonic()
 
     def _flush_log(self) -> None:
-        """A restart must find the row of every step that its checkpoint has behind it, after a
-        power loss too.
+        """Force the log to disk.
+
+        After a power loss, too, a restart must find the row of every step up to its checkpoint's.
         """
         if self.train_log is not None and self.train_log.exists():
             flush(self.train_log)
             flush(self.train_log.parent)
 
     def _save_file(self, state: State, temporary: Path, place: str) -> None:
+        """Save a checkpoint in one file."""
         if dist.get_global_rank() != 0:
             save_checkpoint(state, str(temporary))
             return
         self.staging.mkdir(parents=True, exist_ok=True)
         with create(temporary) as file:
-            # By its descriptor: what others put under its name meanwhile is not written to
+            # Through its descriptor: others may put another file under its name meanwhile
             save_checkpoint(state, f"/proc/self/fd/{file.fileno()}")
             self.kept.make_way(place)
             if not os.path.samestat(os.lstat(temporary), os.fstat(file.fileno())):
@@ -183,6 +189,7 @@ class SaveCheckpoints(Callback):
                 os.replace(temporary, place)
 
     def _save_pieces(self, state: State, temporary: Path, place: str) -> None:
+        """Save a checkpoint in pieces."""
         is_first = dist.get_global_rank() == 0
         temporary.mkdir(parents=True, exist_ok=True)
         if not is_own_folder(temporary):
@@ -191,7 +198,7 @@ class SaveCheckpoints(Callback):
         if is_url(place):
             if is_first:
                 self.kept.make_way(place)
-                files.delete(files.join(place, sharded.HEAD))  # of one that could not be moved
+                files.delete(files.join(place, sharded.HEAD))  # if it could not be moved
             dist.barrier()
             for file in written:
                 if file.name == sharded.HEAD:
@@ -215,7 +222,7 @@ class SaveCheckpoints(Callback):
 
 @contextmanager
 def _saving(place: str) -> Iterator[None]:
-    """Raise TrainingError, with the checkpoint's name, if the disk does not take it."""
+    """Raise TrainingError, with the checkpoint's name, if it cannot be written to disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -231,9 +238,9 @@ def _saving(place: str) -> Iterator[None]:
 def find_start_of(
     config: TrainConfig, staging: Path, needed: Callable[[], Needed]
 ) -> Checkpoint | None:
-    """Return what a run goes on from, see `find_start`.
+    """Return the checkpoint that a run goes on from, or None; see `find_start`.
 
-    Every rank must call it, once all have met. `needed` is what its checkpoints have to hold.
+    Every rank must call it, once all have met. `needed` returns what its checkpoints must hold.
     """
     load_checkpoints_with(read_for_composer)
     if config.save_folder is None:
@@ -248,7 +255,7 @@ def build_saver(
     start: Checkpoint | None,
     needed: Callable[[], Needed],
 ) -> SaveCheckpoints | None:
-    """Return None for a run that saves nothing."""
+    """Return the callback that saves a run's checkpoints, or None if it saves none."""
     if config.save_folder is None:
         return None
     fsdp = config.parallelism.fsdp

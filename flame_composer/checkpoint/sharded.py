@@ -1,5 +1,6 @@
-"""A checkpoint in pieces: each rank saves its own share of a sharded model, and any number of
-ranks reads them.
+"""Checkpoints in pieces: each rank saves its share of a sharded model.
+
+Any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -30,18 +31,17 @@ HEAD = "state.pt"
 
 
 def name_of(number: int) -> str:
+    """Return the name of the file of a piece."""
     return f"piece{number}.pt"
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` is one that `name_of` gives."""
+    """Return whether `name` is one that `name_of` returns."""
     return re.fullmatch(r"piece(0|[1-9][0-9]{0,8})\.pt", name) is not None
 
 
 def fingerprint(file: Path) -> str:
-    """Return a hash of what a file holds, of the checksums that torch has put there for its
-    parts.
-    """
+    """Return a hash of a file's content, made of the checksums that torch put in it."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(file) as archive:
         for part in archive.infolist():
@@ -50,10 +50,10 @@ def fingerprint(file: Path) -> str:
 
 
 def save(state: State, folder: Path) -> list[Path]:
-    """Write this rank's piece, if it has one (of several replicas the first saves), and on the
-    first rank the head, which has the fingerprints of all pieces.
+    """Write this rank's piece, and on the first rank the head; return the files, the head last.
 
-    Every rank must call it. Returns the files that were written, the head last.
+    Of several replicas the first saves. The head has the fingerprints of all pieces. Every rank
+    must call it.
     """
     with _sharded(state):
         content = state.state_dict()
@@ -82,13 +82,13 @@ def save(state: State, folder: Path) -> list[Path]:
 
 
 def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
-    """Weights and optimizer state of `state`, sharded or not, from all pieces of a checkpoint, of
-    which it reads its share.
+    """Fill `state`, sharded or not, from all pieces of a checkpoint.
 
-    Raises DataError if they are of another model.
+    Each rank reads its share of weights and optimizer state. Raise DataError if they are of another
+    model.
     """
     with _sharded(state):
-        # What is there now, with its places and shapes: tensors are filled, all else is replaced.
+        # The present state gives places and shapes: its tensors are filled, all else is replaced.
         there = {"model": state.get_model_state_dict(), "optimizers": state.get_optim_state_dict()}
     try:
         there = _filled(there, pieces)
@@ -102,16 +102,16 @@ def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
 
 
 def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The model's whole tensors by name."""
+    """Return the model's whole tensors by name."""
     names = pieces[0]["model"]
     return {name: _whole([piece["model"][name] for piece in pieces]) for name in names}
 
 
 def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
-    """Return the shape of the tensor that `parts` are all pieces of, or that the one of them is.
+    """Return the shape of the tensor that `parts` are all the pieces of, or the only one is.
 
-    None if they are something else: pieces of several tensors, with rows missing or twice, or
-    tensors without values.
+    Return None if they are something else: pieces of several tensors, pieces with rows that are
+    missing or there twice, or tensors without values.
     """
     if isinstance(parts[0], torch.Tensor):
         return tuple(parts[0].shape) if _has_values(parts[0]) else None
@@ -135,7 +135,7 @@ def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def _sharded(state: State) -> Iterator[None]:
-    """While Composer hands out, of each tensor, what this rank holds."""
+    """Have Composer hand out what this rank holds of each tensor."""
     if state.fsdp_config is None:
         yield
         return
@@ -147,6 +147,7 @@ def _sharded(state: State) -> Iterator[None]:
 
 
 def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
+    """Return a tree of dicts and lists with every DTensor in it changed."""
     if isinstance(tree, DTensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -157,13 +158,14 @@ def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
 
 
 def _piece_of(tensor: DTensor) -> dict[str, Any]:
-    """FSDP2 cuts along the first dimension."""
+    """Return what this rank holds of a tensor, which FSDP2 cuts along its first dimension."""
     part = tensor.to_local().detach()
-    # Not all of a buffer it is in
+    # Cloned, for otherwise all of the buffer it is in would be saved
     return {"shape": list(tensor.shape), "start": _start(tensor), "part": part.cpu().clone()}
 
 
 def _start(tensor: DTensor) -> int:
+    """Return the row at which this rank's part of a tensor starts."""
     _, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
@@ -171,8 +173,9 @@ def _start(tensor: DTensor) -> int:
 
 
 def _has_values(tensor: Any) -> bool:
-    """Whether it is a plain tensor. One of the meta device is copied from without a word, and
-    nothing is copied.
+    """Return whether `tensor` is a plain tensor on the CPU.
+
+    Copying from one on the meta device raises nothing, and copies nothing.
     """
     return (
         isinstance(tensor, torch.Tensor)
@@ -188,10 +191,12 @@ def tensors(parts: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _is_piece(value: Any) -> bool:
+    """Return whether a value is a piece, as `_piece_of` makes them."""
     return isinstance(value, dict) and value.keys() == {"shape", "start", "part"}
 
 
 def _filled(there: Any, pieces: Sequence[Any]) -> Any:
+    """Return `there` with its tensors filled, and all else replaced, from the pieces."""
     if isinstance(there, torch.Tensor) and _is_piece(pieces[0]):
         mine = there.to_local() if isinstance(there, DTensor) else there
         if list(there.shape) != pieces[0]["shape"]:
@@ -227,6 +232,7 @@ def _copy(pieces: Sequence[dict[str, Any]], out: torch.Tensor, start: int) -> No
 
 
 def _whole(pieces: Sequence[Any]) -> torch.Tensor:
+    """Return the tensor that the pieces are of."""
     if not _is_piece(pieces[0]):
         return pieces[0]
     out = torch.empty(pieces[0]["shape"], dtype=pieces[0]["part"].dtype)

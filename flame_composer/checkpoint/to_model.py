@@ -1,7 +1,7 @@
 """The model and the tokenizer in a checkpoint, rebuilt from plain data.
 
 Nothing that a checkpoint names is looked up, run or written to. Composer's own functions for this
-take file names and keyword arguments out of it as they are.
+use the file names and keyword arguments in it as they are.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from flame_composer.text.tokenizer_files import write_files
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "model."  # that Composer's model puts before its names
+_PREFIX = "model."  # before the names in Composer's model
 
 
 def model_from(
     hf_state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], place: str
 ) -> PreTrainedModel:
-    """Return the model whose config is in `hf_state`, with these weights, exactly.
+    """Return the model whose config is in `hf_state`, with exactly these weights.
 
-    Raise DataError if the config is of no model that is known, or of another one than the weights.
+    Raise DataError if the config is not of a known model, or not of the one that the weights are
+    of.
     """
     if not all(isinstance(name, str) and _is_plain(tensor) for name, tensor in weights.items()):
         raise DataError(
@@ -71,8 +72,9 @@ def model_from(
 
 
 def _is_plain(tensor: object) -> bool:
-    """Whether it is a tensor whose numbers are all there: not sparse, quantized, complex or
-    without memory.
+    """Return whether it is a tensor with all its numbers in memory.
+
+    Sparse, quantized, complex and meta tensors are not.
     """
     return (
         isinstance(tensor, torch.Tensor)
@@ -86,6 +88,7 @@ def _is_plain(tensor: object) -> bool:
 def _require_same(
     made: Mapping[str, torch.Size], held: Mapping[str, torch.Size], place: str
 ) -> None:
+    """Raise DataError unless the weights `held` have the names and shapes of those `made`."""
     for name in {**made, **held}:
         if made.get(name) != held.get(name):
             has, makes = (
@@ -98,7 +101,7 @@ def _require_same(
 
 
 def tokenizer_from(hf_state: Mapping[str, Any], place: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer saved in `hf_state`. Raise DataError if none can be made of it."""
+    """Return the tokenizer saved in `hf_state`; raise DataError if none can be made of it."""
     saved = hf_state.get("tokenizer") if isinstance(hf_state, dict) else None
     if not isinstance(saved, dict) or not saved:
         raise DataError(f"{place}: holds no tokenizer; take another checkpoint")
@@ -115,11 +118,11 @@ def tokenizer_from(hf_state: Mapping[str, Any], place: str) -> PreTrainedTokeniz
 def load_model(
     place_or_id: str, tokenizer: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer, to be run, from a Hugging Face folder or id, a checkpoint, or the newest
-    checkpoint in a folder.
+    """Return a model and its tokenizer, ready to be run.
 
-    `tokenizer` is the folder or id of one to take instead. Raises ConfigError for one with tokens
-    that the model has not.
+    They come from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder.
+    `tokenizer` is the folder or id of another one to use. Raise ConfigError if that has tokens that
+    the model lacks.
     """
     path = Path(place_or_id)
     if (
@@ -136,7 +139,7 @@ def load_model(
         model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
         known = ends_in(place_or_id)
     if tokenizer is not None and known is not None:
-        note_ends(found, known)  # documents began as they did, whatever tokenizer is taken
+        note_ends(found, known)  # in training, whatever tokenizer is used now
     if vocab_size_of(found) > model.config.vocab_size:
         raise ConfigError(
             f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the"
@@ -146,8 +149,9 @@ def load_model(
 
 
 def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The Hugging Face model and tokenizer a training checkpoint holds, the weights exactly;
-    their average, if there is one.
+    """Return the Hugging Face model and tokenizer that a training checkpoint holds.
+
+    The weights are exactly those of the checkpoint, or their average if there is one.
     """
     return model_in(read_checkpoint(checkpoint), checkpoint)
 
@@ -155,11 +159,11 @@ def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTr
 def model_in(
     content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """As `load_from_checkpoint`, of what `read_checkpoint` returned.
+    """Return model and tokenizer, as `load_from_checkpoint` does, from a content that was read.
 
-    `model` are the weights that training goes on with, `ema` their exponential moving average,
-    which is what was evaluated; `auto` takes that where the run has one. Raises ConfigError for
-    `ema` without one.
+    `which` says which weights: `model` are those that training goes on with, `ema` their
+    exponential moving average, which is what was evaluated; `auto` takes that if the run has one.
+    Raise ConfigError for `ema` without one.
     """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
@@ -171,7 +175,7 @@ def model_in(
         behind = check_pieces(content, checkpoint.place, may_be_behind=True)
     except DataError:
         raise
-    except Exception:  # whatever a content of any kind makes of what looks at it
+    except Exception:  # a content may be anything, and make this raise anything
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging"
             " Face model"
@@ -188,8 +192,9 @@ def model_in(
 
 
 def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The exponential moving average of the weights, which is what was evaluated, if the run has
-    one.
+    """Return the exponential moving average of the weights, or nothing if the run has none.
+
+    It is what was evaluated.
     """
     return next(
         (kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {}
@@ -205,21 +210,21 @@ def save_hf_folder(
     max_shard_size: int = 5_000_000_000,
     card: str | None = None,
 ) -> None:
-    """Config, safetensors files of at most `max_shard_size` bytes, generation config and tokenizer
-    in a `new_folder`.
+    """Save a model and its tokenizer as a Hugging Face folder.
 
-    The generation config has the tokenizer's special tokens where the model names none; `card`
-    becomes README.md. Weights that are infinite or not a number, or become so in `dtype`, are named
-    in a warning.
+    It is a `new_folder` with the config, safetensors files of at most `max_shard_size` bytes, the
+    generation config and the tokenizer. The generation config has the tokenizer's special tokens
+    where the model names none; `card` becomes README.md. Warn of weights that are infinite or not a
+    number, or become so in `dtype`.
     """
     if model.generation_config is not None:
         for name, token in special_tokens(tokenizer).items():
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, token)
         if ends_of(tokenizer) is not None:
-            # What transformers begins a text with that is given nothing to go on from.
+            # transformers begins a text with it that has no prompt
             model.generation_config.bos_token_id = start_of(tokenizer)
-        # Transformers would make it anew, without them
+        # Otherwise transformers would make it anew, without them
         model.generation_config._from_model_config = False
     with new_folder(out) as folder:
         if card is not None:

@@ -1,4 +1,4 @@
-"""Uploading a checkpoint, through outages of some minutes."""
+"""Uploads of checkpoints, which survive outages of some minutes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from flame_composer.storage import files
 
 log = logging.getLogger(__name__)
 
-# Seconds between attempts to save a checkpoint, each of which tries several times
+# Seconds between attempts to upload a checkpoint, each of which makes several requests
 UPLOAD_WAITS = (2, 10, 60, 180)
 
-# No attempt begins later than so long after the first. At a store that hangs each takes three
-# minutes.
+# No attempt begins later than this after the first; if the store hangs, each takes three minutes
 UPLOAD_SECONDS = 260
 
 
 def upload_file(file: Path, place: str) -> None:
-    """An outage of some minutes, or credentials that are being renewed, need not end a run."""
+    """Upload a file, trying again for some minutes.
+
+    An outage, or credentials that are being renewed, need not end a run.
+    """
     begun = time.monotonic()
     for seconds in (*UPLOAD_WAITS, None):
         try:

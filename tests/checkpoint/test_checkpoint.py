@@ -650,7 +650,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         lambda content: content["state"]["algorithms"].append(
             ("EMA", {"average": {WEIGHT: torch.zeros(2)}})
         ),
-        "its average of EMA has not the names and shapes",
+        "its average of EMA lacks the names and shapes",
     ),
     "no tokenizer or config": (drop("state", "integrations"), "it has no state.integrations"),
 }
@@ -661,7 +661,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     ),
     "a weight too many": (
         put(torch.zeros(2), "state", "model", "more"),
-        "it has weights 'more', which this run's model has not",
+        "it has weights 'more', which this run's model lacks",
     ),
     "another shape": (
         put(torch.zeros(3), "state", "model", WEIGHT),
