@@ -1,1 +1,1 @@
-"""Rows of datasets in an order that can be resumed anywhere, fetched, shuffled and collated."""
+"""Loading of datasets' rows: fetched, shuffled, collated, and resumable at any place."""

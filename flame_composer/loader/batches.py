@@ -1,4 +1,4 @@
-"""Datasets to batches: checking a dataset before use, loading its rows, collating them."""
+"""Batches made of datasets' rows, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class EvalBatches(IterableDataset):
-    """Every row of a dataset exactly once, in batches, over any number of ranks and workers.
+    """Batches that hold every row of a dataset exactly once, for any number of ranks and workers.
 
-    Rank r reads rows r, r + world size, ...; where the rows do not divide, rows without labels fill
-    up, so that every rank has as many batches and a token-weighted mean is exact.
+    Rank r reads rows r, r + world size, and so on. If the rows do not divide evenly, rows without
+    labels fill the last batches, so that every rank has the same number of batches and a
+    token-weighted mean is exact.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class EvalBatches(IterableDataset):
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
 
     def __len__(self) -> int:
-        """Batches per rank."""
+        """Return the number of batches of each rank."""
         return math.ceil(self.num_rows / (self.world_size * self.batch_size))
 
     def __iter__(self) -> Iterator[Batch | Sent]:
@@ -70,10 +71,10 @@ class EvalBatches(IterableDataset):
 
 
 class Sent:
-    """A batch on its way from a loader process, through its pipe; what arrives is the batch.
+    """A batch to be sent through a loader process's pipe; it arrives as a plain `Batch`.
 
-    Left to itself torch puts every tensor into /dev/shm, of which there is little or none in a
-    container, and keeps a file open for each.
+    Left to itself, torch puts every tensor into /dev/shm, of which a container has little or none,
+    and keeps a file open for each.
     """
 
     def __init__(self, batch: Batch):
@@ -90,19 +91,20 @@ def _receive(arrays: dict[str, NDArray[Any]]) -> Batch:
 def collate_for_sending(
     rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool
 ) -> Batch | Sent:
-    """As `collate`; in a loader process, ready to be sent."""
+    """Return the batch that `collate` makes of the rows; in a loader process, ready to be sent."""
     batch = collate(rows, loss_across_documents=loss_across_documents)
     return batch if get_worker_info() is None else Sent(batch)
 
 
 def loader_processes(wanted: int) -> int:
-    """Return `wanted`, or 0 where none can be had: then this process loads the rows itself, the
-    same ones.
+    """Return `wanted`, or 0 with a warning if this machine can have no loader processes.
+
+    With 0, this process loads the rows itself, the same ones.
     """
     if wanted and not can_have_processes():
         log.warning(
-            "warning: there can be no loader processes without a /dev/shm that can be written to;"
-            " num_workers is 0, and loading is slower"
+            "warning: loader processes need a writable /dev/shm, which this machine does not have;"
+            " num_workers is set to 0, and loading is slower"
         )
         return 0
     return wanted
@@ -111,7 +113,10 @@ def loader_processes(wanted: int) -> int:
 def describe_order(
     datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """All that decides which rows are in which global batch: a run must not go on with another."""
+    """Return the settings that decide which rows are in which global batch.
+
+    A run must not be resumed with other ones.
+    """
     order: dict[str, Any] = {
         f"train_data{name and f'.streams.{name}'} (index.json)": dataset.manifest.index_sha256
         for name, dataset in datasets.items()
@@ -120,7 +125,7 @@ def describe_order(
         weight = stream.weight()
         order |= {f"train_data.streams.{name}.{kind}": value for kind, value in weight.items()}
     return order | {
-        "train_data.streams": ", ".join(config.streams) or None,  # they are numbered in this order
+        "train_data.streams": ", ".join(config.streams) or None,  # numbered in this order
         "train_data.batching_method": config.batching_method if config.streams else "random",
         "global_batch_size": global_batch_size,
         "train_data.shuffle": config.shuffle,
@@ -134,11 +139,11 @@ def describe_order(
 def build_train_loader(
     datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
 ) -> DataSpec:
-    """This rank's share of every global batch, shuffled with `seed` unless the config has one of
-    its own.
+    """Return a loader of this rank's share of every global batch.
 
-    Raises ConfigError if the datasets do not hold one global batch, or need a larger cache than
-    they may have.
+    Rows are shuffled with `shuffle_seed` of the config or, if there is none, with `seed`. Raises
+    ConfigError if the datasets do not hold one global batch, or need a larger cache than
+    `cache_limit`.
     """
     batch_size = global_batch_size // dist.get_world_size()
     weights = {name: stream.weight() for name, stream in config.streams.items()}
@@ -187,22 +192,21 @@ def build_train_loader(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=follow_parent,
-        # Its own: with the global one, every new epoch would draw from the model's random state.
+        # With the global generator, every new epoch would draw from the model's random state.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
 def follow_parent(_worker_id: int) -> None:
-    """In a loader process: the training process, which still needs the batch in hand, ends it, and
-    nobody else.
+    """Make this loader process end when the training process ends it or dies, and only then.
 
-    SIGTERM and Ctrl-C are often sent to the whole process group. When the training process was
-    killed, upstream's threads would keep this one alive for ever, with its memory and its share of
-    the shared memory.
+    SIGTERM and Ctrl-C are often sent to the whole process group, but the training process still
+    needs the batch in hand. And if the training process is killed, upstream's threads would keep
+    this process alive forever, with its memory and its share of the shared memory.
     """
-    # When it has been told to end, upstream's threads would have it wait until the training process
-    # loses patience: 5 s.
+    # Without this, upstream's threads would delay the end of this process until the training
+    # process loses patience, after 5 s.
     multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -226,10 +230,9 @@ def build_evaluator(
     eval_interval: Callable[[State, Event], bool] | None = None,
     until: Callable[[DataLoader], Any] | None = None,
 ) -> Evaluator:
-    """Every row of the dataset once (or its first `max_rows`), `batch_size` rows at a time on each
-    rank.
+    """Return an evaluator over every row of the dataset once, or over its first `max_rows`.
 
-    `until` wraps the loader in what can end it early.
+    Each rank reads `batch_size` rows at a time. `until` wraps the loader in one that can end early.
     """
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""The cache folder of a remote dataset: its index fetched, checked and put in its place."""
+"""The cache folder of a remote dataset, and the fetching of the dataset's index into it."""
 
 from __future__ import annotations
 
@@ -23,29 +23,32 @@ from flame_composer.storage.locks import claim_folder, is_own_folder
 
 log = logging.getLogger(__name__)
 
-# The folder, within a dataset's cache folder, of what has not been checked yet
+# The folder, within a dataset's cache folder, for files that have not been checked yet
 INCOMING = "incoming"
 
-UNITS = "units"  # that of all shards
+UNITS = "units"  # the folder of all shards
 
-MAX_INDEX_BYTES = 1 << 30  # some 3 million shards
+MAX_INDEX_BYTES = 1 << 30  # enough for some 3 million shards
 
 INDEX_TRIES = 3
 
 STALE_SECONDS = 3600.0
 
-ARRIVING = re.compile("[0-9a-f]{32}")  # what is fetched has such a name in INCOMING
+ARRIVING = re.compile("[0-9a-f]{32}")  # the names of files being fetched into INCOMING
 
 
 def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
-    """Download manifest.json and index.json of a remote dataset into its cache folder, and return
-    that folder.
+    """Download the manifest and index of a remote dataset, and return its cache folder.
 
     The folder is named after the index, so that another dataset put under the same address never
-    meets the old one's shards. Jobs of one machine share it: a shard appears in it whole. With
-    `exclusive`, for a job that deletes shards to keep within a limit, it is a folder of the job's
-    own, which a later job takes over. One that holds the whole dataset is read as it is: it may be
-    read-only, or another user's.
+    meets the old one's shards. The jobs of a machine share it, since shards appear in it whole. A
+    shared folder that holds the whole dataset is read as it is: it may be read-only, or another
+    user's.
+
+    With `exclusive`, for a job that deletes shards to keep within a limit, the folder is the job's
+    own, and a later job takes it over.
+
+    Raises ConfigError or DataError if the index cannot be had, is damaged, or cannot be written.
     """
     with tempfile.TemporaryDirectory() as temporary:
         for tries_left in reversed(range(INDEX_TRIES)):
@@ -70,8 +73,9 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
 
 
 def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
-    """Whether a cache holds this very index, and all shards of the right size. Their content is
-    checked when it is read.
+    """Return whether a cache holds this very index, and all shards with the right size.
+
+    The shards' content is checked when it is read.
     """
     try:
         for name in ("manifest.json", "index.json"):
@@ -89,8 +93,9 @@ def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    """Whether there is a file with this content. Whose it is is not known: no link is followed,
-    and no more is read than there should be.
+    """Return whether a file has this content.
+
+    The file may be anybody's, so no link is followed and no more is read than there should be.
     """
     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         return (
@@ -99,7 +104,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
-    # The node's first rank chooses the folder for all.
+    # The first rank of a node chooses the folder for all of its ranks.
     chosen = ""
     if dist.get_local_rank() == 0:
         chosen = claim_folder(shared) if exclusive else _own_cache(shared)
@@ -107,7 +112,7 @@ def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
     incoming = incoming_folder(folder)
     _sweep(incoming)
     for name in ("manifest.json", "index.json"):
-        # Ranks and jobs do this side by side, with the same bytes.
+        # Ranks and jobs may do this at the same time, all with the same bytes.
         whole = incoming / uuid.uuid4().hex
         whole.write_bytes((index / name).read_bytes())
         whole.replace(Path(folder, name))
@@ -115,8 +120,9 @@ def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
 
 
 def _own_cache(shared: Path) -> str:
-    """Return `shared`, made if need be, or a folder beside it for this user where it is somebody
-    else's, or a link: whose it is could have our files written elsewhere.
+    """Return `shared` or, if it is a link or somebody else's, a folder of this user's beside it.
+
+    The folder is made if need be. Somebody else could have our files written elsewhere.
     """
     shared.parent.mkdir(parents=True, exist_ok=True)
     for folder in (shared, shared.with_name(f"{shared.name}-user-{os.geteuid()}")):
@@ -125,23 +131,26 @@ def _own_cache(shared: Path) -> str:
         if is_own_folder(folder):
             return str(folder)
         log.warning(
-            "warning: %s belongs to another user, or is a link; what is fetched goes elsewhere",
+            "warning: %s belongs to another user, or is a link; another folder is used instead",
             folder,
         )
     raise PermissionError(errno.EACCES, "the folders for this dataset in it belong to another user")
 
 
 def incoming_folder(folder: str) -> Path:
-    """Return the folder of what has not been checked yet, made if need be. Raises
-    PermissionError if it is not ours.
+    """Return the folder for files that have not been checked yet, making it if need be.
+
+    Raises PermissionError if it is not ours.
     """
     make_own(folder, INCOMING, *([UNITS] if os.path.lexists(Path(folder, UNITS)) else []))
     return Path(folder, INCOMING)
 
 
 def make_own(folder: str, *names: str) -> None:
-    """Make these folders in a cache folder, if need be. Raise PermissionError unless they, and it,
-    are ours: through a link, shards would be written, and deleted, elsewhere.
+    """Make these folders in a cache folder, if they are not there.
+
+    Raises PermissionError unless they and the cache folder are ours, and none of them is a link:
+    through a link, shards would be written and deleted elsewhere.
     """
     for path in (Path(folder), *(Path(folder, name) for name in names)):
         with contextlib.suppress(FileExistsError):
@@ -157,7 +166,7 @@ def _download_index(remote: str, folder: str) -> Dataset:
             download(source, Path(folder, name), at_most=MAX_INDEX_BYTES)
         except FileNotFoundError:
             raise ConfigError(
-                f"{source}: there is none; check the address, and that the conversion has finished"
+                f"{source}: not found; check the address, and that the conversion has finished"
             ) from None
         except BadShard as problem:
             raise ConfigError(f"{source}: {problem}") from None
@@ -172,7 +181,7 @@ def _download_index(remote: str, folder: str) -> Dataset:
 
 
 def _sweep(incoming: Path) -> None:
-    """Delete what killed jobs left half fetched."""
+    """Delete the files that killed jobs left half fetched."""
     for path in incoming.iterdir():
         if not ARRIVING.fullmatch(path.name):
             continue
@@ -180,4 +189,4 @@ def _sweep(incoming: Path) -> None:
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
         except FileNotFoundError:
-            continue  # another rank's sweep, or whole by now
+            continue  # another rank has deleted it, or it is whole and moved by now

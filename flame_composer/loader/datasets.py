@@ -1,4 +1,4 @@
-"""Datasets opened: their manifest and index read and checked, before a row of them is."""
+"""The opening of a run's datasets, which are checked before any row of them is read."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def open_for_model(
     context_length: int | None = None,
     exclusive: bool = False,
 ) -> Dataset:
-    """Read manifest and index; refuse a dataset that is damaged, or made for another tokenizer or
+    """Return the dataset in `local`, or under `remote`, after checking that it fits the model.
+
+    A remote dataset is cached under `local` (or ~/.cache/flame_composer); see `fetch_index`, also
+    for `exclusive`. A warning is given if the model was trained on documents that began or ended
+    differently.
+
+    Raises ConfigError or DataError if the dataset is damaged, or was made for another tokenizer or
     `context_length`.
-
-    A remote dataset is cached under `local` (or ~/.cache/flame_composer), see `fetch_index`.
-
-    Raises ConfigError or DataError.
     """
     if remote is None:
         assert local is not None
@@ -42,9 +44,9 @@ def open_for_model(
     manifest = dataset.manifest
     if context_length is not None and manifest.context_length != context_length:
         raise ConfigError(
-            f"{dataset.place}: its rows are {manifest.context_length} tokens long, context_length"
-            f" is {context_length}; set context_length={manifest.context_length} or convert the"
-            " text again"
+            f"{dataset.place}: its rows are {manifest.context_length} tokens long, but"
+            f" context_length is {context_length}; set context_length={manifest.context_length} or"
+            " convert the text again"
         )
     check_tokenizer(dataset, fingerprint(tokenizer), tokenizer.name_or_path)
     known = ends_of(tokenizer)
@@ -60,7 +62,7 @@ def open_for_model(
 def _cache_folder(local: str | None) -> Path:
     try:
         return Path(local or CACHE).expanduser()
-    except RuntimeError as error:  # a user without a name, and no HOME
+    except RuntimeError as error:  # HOME is not set, and the user has no name to look it up by
         raise ConfigError(
             f"{local or CACHE}: {one_line(error)}; set local to the folder that is to hold the"
             " cache"
@@ -70,8 +72,9 @@ def _cache_folder(local: str | None) -> Path:
 def open_train_data(
     config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
 ) -> dict[str, Dataset]:
-    """The datasets of every stream by name, or the only one under "", each checked as by
-    `open_for_model`.
+    """Return the dataset of each stream by the stream's name, or the only dataset under "".
+
+    Each is opened and checked by `open_for_model`. Raises InvalidField if two are the same.
     """
     sources = {name: (stream.local, stream.remote) for name, stream in config.streams.items()}
     datasets: dict[str, Dataset] = {}
@@ -100,11 +103,11 @@ def begin_as_documents(
     *,
     pretrained: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer such that texts begin as the documents of `datasets` do.
+    """Return a tokenizer that begins texts as the documents of `datasets` begin.
 
-    It goes into checkpoints, exports and tasks. Where their manifests do not say, it is as it was.
-    Warns where the streams of a mixture differ, or where `pretrained`, the weights that training
-    begins from, was trained on something else.
+    It goes into checkpoints, exports and tasks. If the manifests do not say how documents begin,
+    `tokenizer` is returned unchanged. A warning is given if the streams of a mixture differ, or if
+    `pretrained`, the weights that training starts from, was trained on documents that differ.
     """
     ends = {
         f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends

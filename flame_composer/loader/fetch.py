@@ -1,6 +1,4 @@
-"""Fetching a remote dataset into a cache folder: its index, then its shards, none of it trusted
-before it is checked.
-"""
+"""The shards of a dataset: fetched into its cache folder if missing, and checked before use."""
 
 from __future__ import annotations
 
@@ -35,38 +33,41 @@ from flame_composer.errors import DataError, one_line
 from flame_composer.loader.cache import UNITS, incoming_folder, make_own
 from flame_composer.loader.reader import FIELDS, ShardReader, identify
 
-CHECKS = 3  # of a shard that somebody writes to while it is read
+CHECKS = 3  # tries at checking a shard that somebody writes to meanwhile
 
 log = logging.getLogger(__name__)
 
 
 class Shards(Stream):
-    """A dataset's shards as StreamingDataset reads them. One that is not in the folder is fetched,
-    checked, then put there.
+    """A dataset's shards in the form that StreamingDataset reads.
 
-    Upstream a shard is checked where it lies, so that a damaged one is taken for whole the next
-    time, and `remote` makes StreamingDataset refuse the folders of other jobs, dead ones included:
-    it is not told of one.
+    A shard that is not in the folder is fetched, checked, and only then put there. Upstream checks
+    it in its final place, so a damaged one is taken for whole the next time.
+
+    StreamingDataset is not told of the dataset's `remote`: with one, it refuses the folders of
+    other jobs, even of dead ones.
     """
 
     def __init__(self, dataset: Dataset, *, retries: int = 3, timeout: float = 60.0, **weight: Any):
-        """`timeout` in seconds for each try; `weight` is at most one of proportion, repeat and
-        choose.
+        """Fetch a shard in up to `retries` + 1 tries of `timeout` seconds each.
+
+        `weight` is at most one of proportion, repeat and choose.
         """
         super().__init__(local=dataset.folder, validate_hash=None, keep_zip=False, **weight)
         self.dataset = dataset
         self.files = {file.basename: file for file in dataset.files}
         self.numbers = {file.basename: number for number, file in enumerate(dataset.files)}
-        # Which file was found whole under each shard's name, as `identify` has it; `Rows` shares it
-        # among processes.
+        # The identity (see `identify`) of the file that was found whole under each shard's name.
+        # `Rows` puts memory that processes share in its place.
         self.whole: NDArray[np.uint64] = np.zeros((len(dataset.files), FIELDS), np.uint64)
         self.retries = retries
         self.timeout = timeout
         self.stop = threading.Event()
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:  # noqa: ARG002
-        """Return the shards' readers. They are made of what `read_index` has checked, not of
-        index.json read once more.
+        """Return the shards' readers, made from the index that `read_index` has checked.
+
+        Upstream would read index.json once more.
         """
         form = column_form(self.dataset.manifest.token_dtype, self.dataset.manifest.context_length)
         return [
@@ -93,14 +94,18 @@ class Shards(Stream):
         self.__dict__ = {**state, "stop": threading.Event()}
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        """Called for a shard that is not there; returns its path. Raises DataError."""
+        """Fetch a shard that is not there, as upstream asks for it, and return its path.
+
+        Raises DataError if it cannot be fetched.
+        """
         assert to_basename is None, "only the index has two names, and it is there"
         self.fetch(self.files[from_basename])
         return str(Path(self.local, from_basename))
 
     def fetch(self, file: ShardFile) -> None:
-        """Put a whole shard, fetched anew, in its place. Raises DataError that says what was
-        wrong the last time.
+        """Fetch a shard anew, check it, and put it in its place.
+
+        Raises DataError if every try fails, saying what was wrong with the last one.
         """
         path = Path(self.local, file.basename)
         if self.dataset.remote is None:
@@ -124,7 +129,7 @@ class Shards(Stream):
             except Exception as error:  # every store's client has exceptions of its own
                 what, remedy = (
                     f"shard cannot be fetched: {one_line(error)}",
-                    "the same command goes on when it can be",
+                    "run the same command again when it can be",
                 )
             finally:
                 if arrived is not None:
@@ -133,7 +138,10 @@ class Shards(Stream):
         raise DataError(f"{source}: {what} (tried {times}); {remedy}")
 
     def _wait_for(self, download: Callable[[], None]) -> None:
-        """Give up `download`, whatever its client thinks, when the time is over or the run ends."""
+        """Run `download`, or raise TimeoutError after `timeout` seconds or when the run ends.
+
+        The thread that downloads is then abandoned, whatever the store's client is doing in it.
+        """
         result: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def work() -> None:
@@ -154,8 +162,9 @@ class Shards(Stream):
         )
 
     def check(self, file: ShardFile) -> None:
-        """Make sure that a shard in the folder is whole; a bad one is fetched again if it can
-        be. Raises DataError.
+        """Make sure that a shard in the folder is whole, fetching a bad one again.
+
+        Raises DataError if it is bad and cannot be fetched.
         """
         path = Path(self.local, file.basename)
         try:
@@ -165,13 +174,15 @@ class Shards(Stream):
                 raise DataError(
                     f"{path}: damaged shard: {problem}; restore it from a copy, or convert again"
                 ) from None
-            # Else it has just made room for another, and is fetched when a row of it is read
+            # If it is not there, it was just deleted to make room for another shard, and will be
+            # fetched when a row of it is read
             if path.exists():
                 self.fetch(file)
 
     def _check_rows(self, path: Path, file: ShardFile) -> None:
-        """Raise BadShard for rows that are not of the form. The hash does not rule it out: the
-        index may be anybody's.
+        """Raise BadShard if the rows do not have the layout of this dataset's rows.
+
+        A right hash does not rule that out, since the index may be anybody's.
         """
         manifest = self.dataset.manifest
         ShardView(
@@ -182,13 +193,14 @@ class Shards(Stream):
         ).count()
 
     def _note(self, file: ShardFile, path: Path, moved_to: Path | None = None) -> None:
-        """Check a file and remember which one it was, after moving it to its place if that is
-        another. Raises BadShard.
+        """Check a shard's file, move it to `moved_to` if given, and remember which file it was.
+
+        Raises BadShard.
         """
         for _ in range(CHECKS):
             check_size(path, file)
             try:
-                # A fifo would be waited for
+                # O_NONBLOCK: the opening of a named pipe would wait for its writer
                 number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 opened = os.fdopen(number, "rb", buffering=0)
             except OSError as error:
@@ -201,10 +213,10 @@ class Shards(Stream):
                 if identify(after) != identify(before):
                     continue  # written to meanwhile
                 if moved_to is not None:
-                    # What is downloaded is for this user alone, and a cache may be for several
+                    # Downloads are readable by this user alone, but a cache may be for several
                     path.chmod(0o644)
                     path.replace(moved_to)
-                    after = os.fstat(opened.fileno())  # a new name changes one of the times
+                    after = os.fstat(opened.fileno())  # the move changes one of the file's times
                 self.whole[self.numbers[file.basename]] = identify(after)
                 return
         raise BadShard("is written to while it is read")

@@ -1,5 +1,6 @@
-"""Rows out of shards that stay open: upstream opens the file again for every row, which a
-network's file system is slow at.
+"""The reading of rows from shards whose files stay open.
+
+Upstream opens the file again for every row, which is slow on a network file system.
 """
 
 from __future__ import annotations
@@ -16,38 +17,38 @@ from streaming.base.format.mds.reader import MDSReader
 
 from flame_composer.dataset.mds import decode_row, read_offsets
 
-# More than shuffling reads from at once with its defaults, far fewer than a process may have
+# More files than shuffling reads at once with its defaults, far fewer than a process may have open
 MAX_OPEN = 64
 
 
-FIELDS = 5  # of what `identify` returns
+FIELDS = 5  # the number of integers that `identify` returns
 
 
 class Unchecked(Exception):
-    """A shard's file is another than the one that was checked, or was written to since."""
+    """A shard's file that is not the one that was checked, or was written to since."""
 
 
 def identify(found: os.stat_result) -> tuple[int, ...]:
-    """Return what tells a file and its state from every other: device, number, size, and the
-    times of its last changes, each as an unsigned 64-bit integer.
+    """Return numbers that tell a file in its present state from every other file and state.
+
+    They are its device, its inode number, its size and the times of its last changes, each as an
+    unsigned 64-bit integer.
     """
     fields = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return tuple(field & 0xFFFF_FFFF_FFFF_FFFF for field in fields)
 
 
 def state_of(found: os.stat_result) -> tuple[int, int, int]:
-    """Return what changes in an open file when it is written to: its size, and the times of its
-    last changes.
-    """
+    """Return what a write to an open file changes: its size and the times of its last changes."""
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class OpenShards:
-    """The shards' files read last, `limit` of them at most, and where their rows are."""
+    """The open files of the shards read last, at most `limit`, and where their rows begin."""
 
     def __init__(self, limit: int = MAX_OPEN):
         self.limit = limit
-        # The descriptor, where the rows begin, and the file's state
+        # By path: the descriptor, where the rows begin, and the file's state (see `state_of`)
         self.files: OrderedDict[str, tuple[int, NDArray[np.uint32], tuple[int, ...]]] = (
             OrderedDict()
         )
@@ -56,11 +57,11 @@ class OpenShards:
         return {"limit": self.limit, "files": OrderedDict()}
 
     def read(self, path: str, num_rows: int, row: int, whole: NDArray[np.uint64]) -> bytes:
-        """Return the bytes of a row of the file that was found `whole`, whichever other may lie
-        there by now.
+        """Return the bytes of a row of the shard's file that was found `whole` (see `identify`).
 
-        Raises Unchecked, or FileNotFoundError, by which StreamingDataset knows that it has to
-        fetch.
+        If that file is open, it is read even if another one lies at `path` by now. Raises Unchecked
+        if it was written to since, or if the file to be opened is another one. Raises
+        FileNotFoundError if there is no file, which makes StreamingDataset fetch it.
         """
         if path in self.files:
             self.files.move_to_end(path)
@@ -72,7 +73,7 @@ class OpenShards:
             self.forget(path)
             raise Unchecked(path)
         found = os.pread(descriptor, end - begin, begin)
-        # After the row was read: what is written to the file from now on is not in it.
+        # Looked at after the row was read: what is written to the file from now on is not in it.
         if state_of(os.fstat(descriptor)) != state:
             self.forget(path)
             raise Unchecked(path)
@@ -80,7 +81,7 @@ class OpenShards:
         return found
 
     def _open(self, path: str, num_rows: int, whole: NDArray[np.uint64]) -> None:
-        # A fifo would be waited for
+        # O_NONBLOCK: the opening of a named pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             found = os.fstat(descriptor)
@@ -93,13 +94,13 @@ class OpenShards:
         self.files[path] = descriptor, offsets, state_of(found)
 
     def forget(self, path: str) -> None:
-        """Close a file, so that the next row of it is read of whichever was checked last."""
+        """Close a file, so that its next row is read from the file that was checked last."""
         if path in self.files:
             os.close(self.files.pop(path)[0])
 
     def close(self, keep: int = 0, *, close: Callable[[int], None] = os.close) -> None:
-        # `close` is at hand when the interpreter ends, and `os` is gone
-        """All but the last `keep`."""
+        """Close all files but the `keep` read last."""
+        # An argument, since `os` may be gone when this is called at the interpreter's end
         while len(self.files) > keep:
             _, (descriptor, _, _) = self.files.popitem(last=False)
             close(descriptor)
@@ -109,10 +110,10 @@ class OpenShards:
 
 
 class ShardReader(MDSReader):
-    """A shard laid out as `mds.ShardWriter` says, which `read_index` has made sure of."""
+    """A reader of a shard in the layout of `mds.ShardWriter`, which `read_index` has checked."""
 
     opened: OpenShards
-    whole: NDArray[np.uint64]  # which file was checked, as `identify` has it
+    whole: NDArray[np.uint64]  # the identity of the file that was checked (see `identify`)
 
     @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -128,7 +129,7 @@ class ShardReader(MDSReader):
         try:
             return decode_row(row, self.dtype, self.context_length)
         except (ValueError, IndexError):
-            # Of a checked file: it was written to in a way that leaves its times as they were, as
-            # who has it mapped into memory can
+            # The file was checked, so it has been written to without a change of its times, which
+            # is possible through a memory map
             self.opened.forget(path)
             raise Unchecked(path) from None

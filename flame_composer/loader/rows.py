@@ -1,6 +1,4 @@
-"""Rows of datasets in an order that can be resumed, and does not depend on how many processes
-read them.
-"""
+"""Rows of datasets in a resumable order that does not depend on how many processes read them."""
 
 from __future__ import annotations
 
@@ -31,26 +29,29 @@ from flame_composer.upstream.streaming import (
 
 
 class Rows(StreamingDataset):
-    """StreamingDataset whose global batches do not depend on how many ranks and workers there are,
-    of checked shards.
+    """A StreamingDataset of checked shards whose global batches do not depend on the process count.
 
-    Upstream the order of an epoch is laid out for the processes that happen to be there: it pads
-    with repeated rows until it divides among them, so that the number of batches, the last ones'
-    rows, and with several streams all that follows, change with their number. Here it is laid out
-    in global batches, of which every process then takes its part.
+    Upstream lays out the order of an epoch for the ranks and workers that happen to be there. It
+    pads the order with repeated rows until it divides among them, so the number of batches, the
+    rows of the last ones and, with several streams, everything that follows change with the number
+    of processes. Here the order is laid out in global batches, and every process takes its part of
+    each.
     """
 
     def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
-        """`batch_size` is this rank's share of the global batch."""
+        """Open the datasets; `batch_size` is this rank's share of the global batch.
+
+        `options` are those of StreamingDataset.
+        """
         most_open = min(MAX_OPEN, allow_files() // 4)
         with own_shared_memory():
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
-        # Of all streams together: a process may have so many files and no more
+        # One for all streams, because the limit of open files is that of the process
         self.opened = OpenShards(most_open)
-        # Which files were found whole, known to all processes of the machine, so that each is
-        # hashed once.
+        # The identities of the files that were found whole, shared by all processes of the machine
+        # so that each file is hashed only once
         self._folder = cast(JobFolder, self._locals_shm).path
         self._memory = Memory(
             path_in(str(self._folder), "whole"), size=len(self.files) * FIELDS * 8
@@ -67,8 +68,8 @@ class Rows(StreamingDataset):
         self.batches_per_epoch = self.epoch_size // self.global_batch_size
         if self.batching_method != "random" and self.batches_per_epoch:
             try:
-                # Every stream has its share of a batch, or batches of its own; what does not come
-                # out even is left out.
+                # Each stream has its share of a batch, or batches of its own. Rows that do not
+                # fill a whole batch are left out.
                 self.batches_per_epoch = min(self.batches_per_epoch, len(self.lay_out(0)))
             except (ValueError, ArithmeticError) as error:
                 raise InvalidField(
@@ -78,8 +79,9 @@ class Rows(StreamingDataset):
         self.length = self.batches_per_epoch * batch_size
 
     def lay_out(self, epoch: int, sample_in_epoch: int = 0) -> NDArray[np.int64]:
-        """The row ids of an epoch's global batches, in order, from `sample_in_epoch` on:
-        [batches, global batch size].
+        """Return the row ids of an epoch's global batches, in order, from `sample_in_epoch` on.
+
+        The shape is [batches, global batch size].
         """
         order = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, sample_in_epoch)
         order = order.reshape(-1, self.global_batch_size)
@@ -87,18 +89,18 @@ class Rows(StreamingDataset):
 
     @staticmethod
     def _place(worker: World) -> int:
-        """The first row of a batch that is this rank's; its others are every num_ranks-th.
+        """Return the place of this rank's first row in a global batch.
 
-        Canonical nodes take turns in the order, so that with as many of them as machines, each
-        keeps to shards of its own.
+        The rank's other rows are every num_ranks-th one after it. Canonical nodes take turns in the
+        order, so with as many of them as machines, each machine keeps to shards of its own.
         """
         return worker.rank_of_node * worker.num_nodes + worker.node
 
     def limit_cache(self, limit: int, *, num_workers: int, prefetch_factor: int) -> None:
-        """Delete the shards that were used longest ago when all would take more than `limit` bytes.
+        """Keep the cache within `limit` bytes by deleting the shards that were used longest ago.
 
-        Raises InvalidField if shards would have to go while they are in use, and be fetched over
-        and over.
+        Raises InvalidField if shards would have to be deleted while they are in use, and be fetched
+        over and over.
         """
         minimum = self.smallest_cache(
             self._unique_rank_world, num_workers=num_workers, prefetch_factor=prefetch_factor
@@ -113,10 +115,10 @@ class Rows(StreamingDataset):
                 " bytes; a smaller train_data.shuffle_block_size needs less",
             )
         self.cache_limit = limit
-        self.opened.limit = 0  # a file that is deleted while it is open keeps its room on disk
+        self.opened.limit = 0  # a file deleted while it is open still takes up space on disk
 
     def smallest_cache(self, world: World, *, num_workers: int, prefetch_factor: int) -> int:
-        """Bytes of cache with which a machine of `world` deletes no shard while it is in use."""
+        """Return the bytes of cache with which a machine of `world` deletes no shard in use."""
         indexes = sum(stream.get_index_size() for stream in self.streams)
         largest = max(file.bytes for file in self.files)
         in_use, _ = self.bytes_in_use(
@@ -127,11 +129,11 @@ class Rows(StreamingDataset):
     def bytes_in_use(
         self, world: World, *, num_workers: int, prefetch_factor: int
     ) -> tuple[int, int]:
-        """Of one machine of `world`, in the first epoch: the most bytes of shards that it is in the
-        middle of reading at once, and the bytes of all that it reads.
+        """Return the bytes of shards in use at once, at most, and of all shards that are read.
 
-        A shard is in use from `predownload` rows before its first row is read until the last one
-        is, with loader processes that are as far apart as they can be.
+        Both are for one machine of `world` in the first epoch. A shard is in use from `predownload`
+        rows before its first row is read until its last one is, with loader processes that are as
+        far apart as they can be.
         """
         ranks = [
             World(
@@ -147,7 +149,7 @@ class Rows(StreamingDataset):
         batches = np.repeat(np.arange(len(order)), order.shape[1])
         used = np.unique(shards)
         first, last = np.empty(self.num_shards, np.int64), np.empty(self.num_shards, np.int64)
-        # Of several values for a shard, the last stays
+        # Where a shard occurs more than once, the last value assigned stays
         first[shards[::-1]], last[shards] = batches[::-1], batches
         assert self.predownload is not None
         ahead = math.ceil(self.predownload * world.num_ranks / self.global_batch_size)
@@ -159,11 +161,11 @@ class Rows(StreamingDataset):
         return int(change.cumsum().max()), int(sizes[used].sum())
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """This worker's row ids from `sample_in_epoch` on, in order; its batches are every
-        num_workers-th one.
+        """Return this worker's row ids from `sample_in_epoch` on, in order.
 
-        As upstream, one process of a machine lays out the epoch for all of them, but through a file
-        in the job's folder.
+        A worker takes every num_workers-th batch of its rank. As upstream, one process of a machine
+        lays out the epoch for all of them, but it passes the order on in a file in the job's
+        folder.
         """
         worker = self._unique_worker_world
         shared = self._folder / "epoch"
@@ -171,7 +173,8 @@ class Rows(StreamingDataset):
             batches_left = self.batches_per_epoch - math.ceil(
                 sample_in_epoch / self.global_batch_size
             )
-            # Of changed data there may be fewer batches than were taken: then the epoch is over.
+            # If the data has changed, there may be fewer batches than were taken already: then the
+            # epoch is over.
             order = (
                 self.lay_out(epoch, sample_in_epoch)[:batches_left]
                 if batches_left > 0
@@ -182,12 +185,12 @@ class Rows(StreamingDataset):
             except OSError as error:
                 raise DataError(
                     f"{shared}: cannot be written: {one_line(error)}; set TMPDIR to a folder on a"
-                    " disk with space, and the same command goes on"
+                    " disk with space, and run the same command again"
                 ) from None
             self._shared_barrier(worker.workers_per_node)
         else:
             self._shared_barrier(worker.workers_per_node)
-            is_over = shared.stat().st_size == 0  # which cannot be mapped
+            is_over = shared.stat().st_size == 0  # an empty file cannot be mapped
             order = np.empty(0, np.int64) if is_over else np.memmap(shared, np.int64, "r")
             order = order.reshape(-1, self.global_batch_size)
         ids = order[
@@ -204,8 +207,10 @@ class Rows(StreamingDataset):
             return super()._resume(world, epoch)
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on at the place in `obj`, in this run's order: upstream, the seed and the nodes that
-        a checkpoint was made with would take the place of those that were asked for.
+        """Continue at the place in `obj`, but in this run's order.
+
+        Upstream, the seed and the canonical nodes that a checkpoint was made with would replace
+        those that were asked for.
         """
         place = {
             "epoch": obj["epoch"],
@@ -218,11 +223,11 @@ class Rows(StreamingDataset):
             super().load_state_dict(place)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch a shard if it is not there. Raises DataError if it cannot be had and `blocking`;
-        else `get_item` will.
+        """Fetch a shard if it is not there.
 
-        Upstream a background thread dies of it, unheard: the epoch ends early, or workers wait for
-        one another for ever.
+        Raises DataError if it cannot be fetched and `blocking`; otherwise, `get_item` raises it
+        later. Upstream, the error silently ends a background thread: the epoch ends early, or
+        workers wait for one another forever.
         """
         if shard_id in self._failures:
             if blocking:
@@ -236,21 +241,22 @@ class Rows(StreamingDataset):
             self._failures[shard_id] = (
                 error if isinstance(error, DataError) else DataError(one_line(error))
             )
-            # Counts as prepared: the others find out for themselves
+            # Counts as prepared, so that nobody waits for it: others find out for themselves
             self._shard_states[shard_id] = _ShardState.LOCAL
             if blocking:
                 raise self._failures[shard_id] from None
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """A row; with several streams, it says under `stream` which of them it is of. Raises
-        DataError.
+        """Return a row; with several streams, its `stream` is the number of the stream it is from.
+
+        Raises DataError if it cannot be read.
         """
         shard_id, _ = self.spanner[sample_id]
         try:
             row = self._checked_item(sample_id, shard_id, retry)
         except (DataError, RuntimeError) as error:
             if hasattr(self, "_event"):
-                # Ends the background threads, which the process would wait for before it ends
+                # End the background threads, or the process would wait for them before it ends
                 self._event.set()
             raise error if isinstance(error, DataError) else DataError(one_line(error)) from None
         if self.num_streams > 1:
@@ -258,8 +264,9 @@ class Rows(StreamingDataset):
         return row
 
     def _checked_item(self, sample_id: int, shard_id: int, retry: int) -> Any:
-        """A row of a file that was found whole and is the same still; its shard is checked if
-        that is not known.
+        """Return a row from a file that was found whole and is unchanged since.
+
+        A shard of which this is not known is checked first.
         """
         for _ in range(1 + retry):
             try:
@@ -267,7 +274,7 @@ class Rows(StreamingDataset):
             except OSError as error:
                 raise DataError(
                     f"{error.filename or self.files[shard_id].basename}: cannot be read:"
-                    f" {error.strerror}; the same command goes on when it can be"
+                    f" {error.strerror}; run the same command again when it can be"
                 ) from None
             except Unchecked:
                 cast(Shards, self.streams[self.stream_per_shard[shard_id]]).check(
@@ -275,16 +282,16 @@ class Rows(StreamingDataset):
                 )
         path = f"{self.shards[shard_id].dirname}/{self.files[shard_id].basename}"
         raise DataError(
-            f"{path}: somebody writes to it while it is read; end that, and the same command"
-            " goes on"
+            f"{path}: another process writes to it while it is read; end that process, and run the"
+            " same command again"
         )
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        """The rows of `it` in order, each when its shard is there.
+        """Yield the row ids of `it` in order, each once its shard is there.
 
-        Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even where
-        every shard is there. With a limited cache rows wait for both of its threads: one that falls
-        behind would fetch again what was deleted after its last row.
+        Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even if
+        every shard is there. With a limited cache, rows do wait for both of upstream's threads: one
+        that falls behind would fetch shards again that were deleted after their last row.
         """
         while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
             sample_id = it.sample_ids[it.yield_index]

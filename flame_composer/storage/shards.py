@@ -53,7 +53,7 @@ def _no_file_larger_than(num_bytes: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise TooLong(f"more than {num_bytes:,} bytes long, must be that at most") from None
+            raise TooLong(f"longer than the {num_bytes:,} bytes it may have") from None
         raise
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

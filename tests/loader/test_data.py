@@ -341,8 +341,8 @@ def test_another_context_length(dataset):
     refused(
         dataset,
         ConfigError,
-        f"{dataset}: its rows are 32 tokens long, context_length is 64; set context_length=32 or "
-        "convert the text again",
+        f"{dataset}: its rows are 32 tokens long, but context_length is 64; set context_length=32"
+        " or convert the text again",
         context_length=64,
     )
     assert (

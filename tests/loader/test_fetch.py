@@ -527,7 +527,7 @@ def test_the_job_after_a_killed_one_takes_over_its_cache(jobs, expected, limit):
 
 def test_a_remote_that_is_not_there(tmp_path):
     message = (
-        f"{tmp_path}/nothing/manifest.json: there is none; check the address, and that the"
+        f"{tmp_path}/nothing/manifest.json: not found; check the address, and that the"
         " conversion has finished"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -666,7 +666,7 @@ def test_what_is_missing_in_a_store_is_named(s3, dataset, tmp_path):
         match=r"^s3://nobucket[^ ]*: there is no bucket 'nobucket' at http://.*; check its name",
     ):
         remote_of("s3://nobucket/any", tmp_path / "cache")
-    nothing = "there is none; check the address, and that the conversion has finished"
+    nothing = "not found; check the address, and that the conversion has finished"
     with pytest.raises(ConfigError, match=f"^s3://data/nothing/manifest.json: {nothing}$"):
         remote_of("s3://data/nothing/", tmp_path / "cache")
     remote = s3.upload(dataset, "unfinished")
@@ -679,7 +679,7 @@ def test_what_is_missing_in_a_store_is_named(s3, dataset, tmp_path):
 def test_another_tokenizer_or_context_length_in_a_store(s3, dataset, tmp_path):
     remote = s3.upload(dataset, "other")
     with pytest.raises(
-        ConfigError, match=f"^{remote}: its rows are 32 tokens long, context_length is 64; "
+        ConfigError, match=f"^{remote}: its rows are 32 tokens long, but context_length is 64; "
     ):
         remote_of(remote, tmp_path / "cache", context_length=64)
     with pytest.raises(ConfigError, match=f"^{remote}: was made with another tokenizer than "):

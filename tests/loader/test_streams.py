@@ -214,7 +214,7 @@ def test_streams_that_cannot_be(config_of, dataset, copy_of, tmp_path):
     config.streams["long"] = StreamConfig(local=str(tmp_path / "long/out"))
     with pytest.raises(
         ConfigError,
-        match=f"^{tmp_path}/long/out: its rows are 64 tokens long, context_length is 32",
+        match=f"^{tmp_path}/long/out: its rows are 64 tokens long, but context_length is 32",
     ):
         opened(config)
     make_dataset(tmp_path / "other", num_documents=20, tokenizer=byte_tokenizer(300))

@@ -277,7 +277,8 @@ def test_data_from_a_remote_is_cached_and_gives_the_same_run(
         ("train_data.local=./nowhere", "./nowhere: no such folder"),
         (
             "context_length=32",
-            ": its rows are 64 tokens long, context_length is 32; set context_length=64 or convert",
+            ": its rows are 64 tokens long, but context_length is 32; set context_length=64 or"
+            " convert",
         ),
         (
             "global_batch_size=256",
