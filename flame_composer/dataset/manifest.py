@@ -65,8 +65,8 @@ class Ledger:
 class UnitRecord:
     """The record of a committed work unit.
 
-    `inputs` are what it read, and `encoder` made its tokens (None for the tail unit).
-    `documents_hash` is a hash of its documents' hashes, in order.
+    `inputs` are the slices that it read, and `encoder` names what made its tokens (None for the
+    tail unit). `documents_hash` is a hash of its documents' hashes, in order.
     """
 
     name: str

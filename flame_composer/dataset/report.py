@@ -29,7 +29,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
-    """Return lines that describe the dataset; `tokenizer` names the one found to match it."""
+    """Return lines that describe the dataset; `tokenizer` names a tokenizer known to match it."""
     manifest = dataset.manifest
     totals, theirs = manifest.totals, manifest.tokenizer
     inputs = {part.path: part.num_bytes for unit in manifest.units for part in unit.inputs}

@@ -163,7 +163,7 @@ class DatasetWriter:
     def is_committed(self, number: int) -> bool:
         """Return whether the unit is there, whole, and made from the inputs as they are now.
 
-        A unit that is there but fails the other two conditions is deleted.
+        Otherwise, whatever is there of the unit is deleted, so that it is converted again.
         """
         folder = self._place("units", unit_name(number))
         there = files.find(folder)
@@ -246,7 +246,7 @@ class DatasetWriter:
             raise
 
     def _check_totals(self, totals: Ledger) -> None:
-        """Raise DataError if the dataset has no documents, or none that fill a row."""
+        """Raise DataError if the dataset has no documents, or too few tokens for a row."""
         assert totals.balances, totals
         assert totals.carried_in == totals.carried_out, totals
         assert totals.tokens_out == totals.rows * self.plan.context_length, totals
@@ -275,7 +275,7 @@ class DatasetWriter:
         return read_json(self._place("units", name, "unit.json"))
 
     def _delete_others(self, wanted: set[str]) -> None:
-        """Delete everything among the units that killed processes and earlier plans have left."""
+        """Delete what killed processes and earlier plans have left among the units."""
         folders = {name.split("/")[1] for name in wanted}
         for name in files.ls(self._place("units")):
             if name not in folders:

@@ -122,7 +122,8 @@ def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
 def _own_cache(shared: Path) -> str:
     """Return `shared` or, if it is a link or somebody else's, a folder of this user's beside it.
 
-    The folder is made if need be. Somebody else could have our files written elsewhere.
+    The folder is made if need be. A link, or the owner of a folder, could have our files written
+    elsewhere.
     """
     shared.parent.mkdir(parents=True, exist_ok=True)
     for folder in (shared, shared.with_name(f"{shared.name}-user-{os.geteuid()}")):

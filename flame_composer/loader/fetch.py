@@ -195,7 +195,7 @@ class Shards(Stream):
     def _note(self, file: ShardFile, path: Path, moved_to: Path | None = None) -> None:
         """Check a shard's file, move it to `moved_to` if given, and remember which file it was.
 
-        Raises BadShard.
+        Raises BadShard if it is damaged, or written to during each of `CHECKS` checks.
         """
         for _ in range(CHECKS):
             check_size(path, file)

@@ -118,7 +118,7 @@ class Rows(StreamingDataset):
         self.opened.limit = 0  # a file deleted while it is open still takes up space on disk
 
     def smallest_cache(self, world: World, *, num_workers: int, prefetch_factor: int) -> int:
-        """Return the bytes of cache with which a machine of `world` deletes no shard in use."""
+        """Return the bytes of cache that a machine of `world` needs to delete no shard in use."""
         indexes = sum(stream.get_index_size() for stream in self.streams)
         largest = max(file.bytes for file in self.files)
         in_use, _ = self.bytes_in_use(
@@ -129,7 +129,7 @@ class Rows(StreamingDataset):
     def bytes_in_use(
         self, world: World, *, num_workers: int, prefetch_factor: int
     ) -> tuple[int, int]:
-        """Return the bytes of shards in use at once, at most, and of all shards that are read.
+        """Return the most bytes of shards in use at once, and the bytes of all shards read.
 
         Both are for one machine of `world` in the first epoch. A shard is in use from `predownload`
         rows before its first row is read until its last one is, with loader processes that are as

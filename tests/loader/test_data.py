@@ -512,7 +512,7 @@ def test_a_shard_that_cannot_be_opened(dataset, copy_of):
     last_shard(folder).symlink_to(last_shard(folder))
     message = (
         f"^{re.escape(str(last_shard(folder)))}: cannot be read: Too many levels of symbolic links;"
-        " the same command"
+        " run the same command"
     )
     with pytest.raises(DataError, match=message):
         rows[rows.num_samples - 1]
