@@ -30,64 +30,64 @@ def panels(results: dict[str, Any]) -> Iterator[Panel]:
 
     A benchmark that did not run has no panel.
     """
-
-    def both(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> dict[str, list[float]]:
-        return {
-            name: [row[f"{model}_{key}"] * scale for row in rows] for model, name in NAMES.items()
-        }
-
     if "train" in results:
         rows = results["train"]["results"]
         contexts = [row["context_length"] for row in rows]
-        yield Panel(
-            "training step", "context", "tokens/s", both(rows, "tokens_per_second"), contexts
-        )
+        speeds = _by_model(rows, "tokens_per_second")
+        yield Panel("training step", "context", "tokens/s", speeds, contexts)
     if "growth" in results:
-        length, by_rows, by_layers = (
-            results["growth"][key] for key in ("context_length", "by_rows", "by_layers")
-        )
-        yield Panel(
-            "training step",
-            f"rows of {length}",
-            "tokens/s",
-            both(by_rows, "tokens_per_second"),
-            [row["rows"] for row in by_rows],
-        )
-        slowness = {
-            name: [1000 / speed for speed in speeds]
-            for name, speeds in both(by_layers, "tokens_per_second").items()
-        }
-        yield Panel(
-            "training step", "layers", "ms a token", slowness, [row["layers"] for row in by_layers]
-        )
+        yield from _growth_panels(results["growth"])
     if "decode" in results:
-        rows = results["decode"]["results"]
-        contexts = sorted({row["context_length"] for row in rows})
-        sizes = sorted({row["batch_size"] for row in rows})
-        per_token = {
-            f"{name}, {size} at a time": values
-            for size in sizes
-            for name, values in both(
-                [row for row in rows if row["batch_size"] == size], "milliseconds"
-            ).items()
-        }
-        yield Panel("decoding", "context", "ms a step", per_token, contexts)
-        kept = both(
-            [row for row in rows if row["batch_size"] == sizes[0]], "bytes_kept_per_sequence", 1e-6
-        )
-        yield Panel("decoding", "context", "MB kept of a sequence", kept, contexts)
+        yield from _decoding_panels(results["decode"]["results"])
     if "convert" in results and "data" in results:
-        convert, data = results["convert"], results["data"]
-        lines = {
-            "conversion": [1.0, convert["workers_over_one_after_start"] or float("nan")],
-            "loading": [
-                1.0,
-                data["two_workers_rows_per_second"] / data["one_worker_rows_per_second"],
-            ],
-        }
-        yield Panel(
-            "speed over one worker's", "workers", "times", lines, [1, convert["num_workers"]]
-        )
+        yield _workers_panel(results["convert"], results["data"])
+
+
+def _by_model(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> dict[str, list[float]]:
+    return {name: [row[f"{model}_{key}"] * scale for row in rows] for model, name in NAMES.items()}
+
+
+def _growth_panels(growth: dict[str, Any]) -> Iterator[Panel]:
+    by_rows, by_layers = growth["by_rows"], growth["by_layers"]
+    yield Panel(
+        "training step",
+        f"rows of {growth['context_length']}",
+        "tokens/s",
+        _by_model(by_rows, "tokens_per_second"),
+        [row["rows"] for row in by_rows],
+    )
+    slowness = {
+        name: [1000 / speed for speed in speeds]
+        for name, speeds in _by_model(by_layers, "tokens_per_second").items()
+    }
+    yield Panel(
+        "training step", "layers", "ms a token", slowness, [row["layers"] for row in by_layers]
+    )
+
+
+def _decoding_panels(rows: list[dict[str, Any]]) -> Iterator[Panel]:
+    contexts = sorted({row["context_length"] for row in rows})
+    by_size = {
+        size: [row for row in rows if row["batch_size"] == size]
+        for size in sorted({row["batch_size"] for row in rows})
+    }
+    per_token = {
+        f"{name}, {size} at a time": values
+        for size, timed in by_size.items()
+        for name, values in _by_model(timed, "milliseconds").items()
+    }
+    yield Panel("decoding", "context", "ms a step", per_token, contexts)
+    kept = _by_model(by_size[min(by_size)], "bytes_kept_per_sequence", 1e-6)
+    yield Panel("decoding", "context", "MB kept of a sequence", kept, contexts)
+
+
+def _workers_panel(convert: dict[str, Any], data: dict[str, Any]) -> Panel:
+    loading = data["two_workers_rows_per_second"] / data["one_worker_rows_per_second"]
+    lines = {
+        "conversion": [1.0, convert["workers_over_one_after_start"] or float("nan")],
+        "loading": [1.0, loading],
+    }
+    return Panel("speed over one worker's", "workers", "times", lines, [1, convert["num_workers"]])
 
 
 def draw(results: dict[str, Any]) -> bytes:
