@@ -5,23 +5,21 @@ Whatever is wrong with their files is told in one line that names the file.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import pickle
 import stat
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import _weights_only_unpickler
 
 from flame_composer.checkpoint import sharded
 from flame_composer.errors import DataError, one_line
 from flame_composer.storage import files
+from flame_composer.upstream.unpickling import checked_keys
 
 # Types that a checkpoint may hold besides tensors and plain values: arrays (in NumPy's random
 # state), times and versions
@@ -44,7 +42,6 @@ _KINDS = {
 
 # Most bytes that everything but the tensors may take if written out; a tokenizer takes some 50 MB
 MOST_TEXT = 1 << 30
-MOST_IN_KEY = 10_000  # most parts of a key; a text or a number has none
 
 
 class Checkpoint(NamedTuple):
@@ -137,7 +134,7 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
         _require_plain_file(place, file)
         if verify:
             _verify(place, file)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS), _checked_keys():
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), checked_keys():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if _size(content, {}) > MOST_TEXT:
             raise DataError(
@@ -152,52 +149,6 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
         raise DataError(f"{place}: refused, {what}") from None
     except Exception as error:  # a damaged file may make its readers raise anything
         raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
-
-
-class _CheckedKeys(_weights_only_unpickler.Unpickler):
-    """torch's reader of pickles (2.7.0), without keys that are endlessly nested tuples.
-
-    Python looks at all of a key to put it in a dict. That takes for ever if each tuple holds the
-    one before it twice, and ends the process, for want of stack, if they are nested deeply enough.
-    """
-
-    def __init__(self, file: Any, *args: Any, **options: Any):
-        super().__init__(file, *args, **options)
-        unchecked = self.read
-
-        def read(number: int) -> bytes:
-            data = unchecked(number)
-            # This opcode sets one item of a dict. A byte of something else may look the same, which
-            # does no harm.
-            if data == b"s":
-                self._require_light(self.stack[-2:-1])
-            elif data in (b"u", b"R"):  # several items; a function's result, maybe a dict
-                self._require_light(self.stack[-1:] if data == b"R" else self.stack[::2])
-            return data
-
-        self.read = read
-
-    def _require_light(self, keys: list[Any]) -> None:
-        for key in keys:
-            nested, number = [key], 0
-            while nested:
-                each = nested.pop()
-                if isinstance(each, tuple | list):
-                    number += len(each)
-                    nested += each
-                if number > MOST_IN_KEY:
-                    raise ValueError("a key of a dict in it has no end")
-
-
-@contextlib.contextmanager
-def _checked_keys() -> Iterator[None]:
-    """Have torch read pickles with `_CheckedKeys`."""
-    before = _weights_only_unpickler.Unpickler
-    _weights_only_unpickler.Unpickler = _CheckedKeys  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        _weights_only_unpickler.Unpickler = before  # type: ignore[misc]
 
 
 def _size(part: Any, known: dict[int, int]) -> int:

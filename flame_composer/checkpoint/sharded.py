@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flame_composer.errors import DataError
+from flame_composer.upstream.fsdp import first_row_of
 
 HEAD = "state.pt"
 """The file with all but weights and optimizer state; with it, a checkpoint is whole."""
@@ -161,15 +161,7 @@ def _piece_of(tensor: DTensor) -> dict[str, Any]:
     """Return what this rank holds of a tensor, which FSDP2 cuts along its first dimension."""
     part = tensor.to_local().detach()
     # Cloned, for otherwise all of the buffer it is in would be saved
-    return {"shape": list(tensor.shape), "start": _start(tensor), "part": part.cpu().clone()}
-
-
-def _start(tensor: DTensor) -> int:
-    """Return the row at which this rank's part of a tensor starts."""
-    _, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return offsets[0]
+    return {"shape": list(tensor.shape), "start": first_row_of(tensor), "part": part.cpu().clone()}
 
 
 def _has_values(tensor: Any) -> bool:
@@ -203,7 +195,7 @@ def _filled(there: Any, pieces: Sequence[Any]) -> Any:
             raise TypeError(
                 f"a tensor of shape {pieces[0]['shape']} where {list(there.shape)} is needed"
             )
-        _copy(pieces, mine, _start(there) if isinstance(there, DTensor) else 0)
+        _copy(pieces, mine, first_row_of(there) if isinstance(there, DTensor) else 0)
         return there
     if isinstance(there, dict):
         return {

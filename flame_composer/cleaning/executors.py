@@ -175,8 +175,10 @@ def run_local(
 ) -> Iterator[int]:
     """Run tasks of the executor on processes of this machine, and yield each once it is done.
 
-    It stands in for datatrove's own pool, which waits for ever for a process that was killed, and
-    shows everything that it logs. Raise DataError if a process dies.
+    Raise DataError if a process dies.
+
+    Upstream: datatrove 0.9, `LocalPipelineExecutor.run`, whose `_run_for_rank` is called here.
+    Mends: it waits for ever for a process that was killed, and shows everything that it logs.
     """
     if num_workers <= 1 or not can_have_processes():
         for rank in ranks:

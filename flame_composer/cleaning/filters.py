@@ -50,7 +50,11 @@ class UnicodeTokenizer(WhitespaceTokenizer):
 
 
 class FastTextFile(FastTextLID):
-    """A fastText model read from a file, where datatrove would download it."""
+    """A fastText model that is read from a file.
+
+    Upstream: datatrove 0.9, `FastTextLID.model`.
+    Mends: it downloads the model from an address of its own.
+    """
 
     def __init__(self, path: str, languages: list[str]):
         super().__init__(languages)

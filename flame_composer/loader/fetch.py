@@ -41,11 +41,12 @@ log = logging.getLogger(__name__)
 class Shards(Stream):
     """A dataset's shards in the form that StreamingDataset reads.
 
-    A shard that is not in the folder is fetched, checked, and only then put there. Upstream checks
-    it in its final place, so a damaged one is taken for whole the next time.
+    A shard that is not in the folder is fetched, checked, and only then put there.
 
-    StreamingDataset is not told of the dataset's `remote`: with one, it refuses the folders of
-    other jobs, even of dead ones.
+    Upstream: mosaicml-streaming 0.13.0, `Stream.get_shards`, `_download_file`.
+    Mends: it checks a shard in its final place, so that a damaged one is taken for whole the next
+    time. And with a `remote`, of which it is not told here, it refuses the folders of other jobs,
+    even of dead ones.
     """
 
     def __init__(self, dataset: Dataset, *, retries: int = 3, timeout: float = 60.0, **weight: Any):

@@ -1,7 +1,4 @@
-"""The reading of rows from shards whose files stay open.
-
-Upstream opens the file again for every row, which is slow on a network file system.
-"""
+"""The reading of rows from shards whose files stay open."""
 
 from __future__ import annotations
 
@@ -110,7 +107,12 @@ class OpenShards:
 
 
 class ShardReader(MDSReader):
-    """A reader of a shard in the layout of `mds.ShardWriter`, which `read_index` has checked."""
+    """A reader of a shard in the layout of `mds.ShardWriter`, which `read_index` has checked.
+
+    Upstream: mosaicml-streaming 0.13.0, `MDSReader.get_item`.
+    Mends: it opens the shard's file again for every row, which is slow on a network file system,
+    and reads whichever file lies there by then.
+    """
 
     opened: OpenShards
     whole: NDArray[np.uint64]  # the identity of the file that was checked (see `identify`)

@@ -31,11 +31,8 @@ from flame_composer.upstream.streaming import (
 class Rows(StreamingDataset):
     """A StreamingDataset of checked shards whose global batches do not depend on the process count.
 
-    Upstream lays out the order of an epoch for the ranks and workers that happen to be there. It
-    pads the order with repeated rows until it divides among them, so the number of batches, the
-    rows of the last ones and, with several streams, everything that follows change with the number
-    of processes. Here the order is laid out in global batches, and every process takes its part of
-    each.
+    The order of an epoch is laid out in global batches (`lay_out`), and every process takes its
+    part of each. docs/upstream.md lists what this class changes in StreamingDataset.
     """
 
     def __init__(self, datasets: Sequence[Shards], *, batch_size: int, **options: Any):
@@ -82,6 +79,11 @@ class Rows(StreamingDataset):
         """Return the row ids of an epoch's global batches, in order, from `sample_in_epoch` on.
 
         The shape is [batches, global batch size].
+
+        Upstream: mosaicml-streaming 0.13.0, `StreamingDataset._get_work`, `generate_work`.
+        Mends: it lays out an epoch for the ranks and workers that happen to be there, and repeats
+        rows until the order divides among them. So the number of batches, the rows of the last ones
+        and, with several streams, all that follows change with the number of processes.
         """
         order = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, sample_in_epoch)
         order = order.reshape(-1, self.global_batch_size)
@@ -209,8 +211,9 @@ class Rows(StreamingDataset):
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Continue at the place in `obj`, but in this run's order.
 
-        Upstream, the seed and the canonical nodes that a checkpoint was made with would replace
-        those that were asked for.
+        Upstream: mosaicml-streaming 0.13.0, `StreamingDataset.load_state_dict`, `_resume`.
+        Mends: the seed and the canonical nodes that a checkpoint was made with would replace those
+        that were asked for.
         """
         place = {
             "epoch": obj["epoch"],
@@ -226,8 +229,11 @@ class Rows(StreamingDataset):
         """Fetch a shard if it is not there.
 
         Raises DataError if it cannot be fetched and `blocking`; otherwise, `get_item` raises it
-        later. Upstream, the error silently ends a background thread: the epoch ends early, or
-        workers wait for one another forever.
+        later.
+
+        Upstream: mosaicml-streaming 0.13.0, `StreamingDataset.prepare_shard`.
+        Mends: its error silently ends a background thread. Then the epoch ends early, or workers
+        wait for one another forever.
         """
         if shard_id in self._failures:
             if blocking:
@@ -289,9 +295,12 @@ class Rows(StreamingDataset):
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         """Yield the row ids of `it` in order, each once its shard is there.
 
-        Upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even if
-        every shard is there. With a limited cache, rows do wait for both of upstream's threads: one
-        that falls behind would fetch shards again that were deleted after their last row.
+        With a limited cache, rows wait for both of the threads that look ahead: one that falls
+        behind would fetch shards again that were deleted after their last row.
+
+        Upstream: mosaicml-streaming 0.13.0, `StreamingDataset._each_sample_id`.
+        Mends: it waits 7 ms for a thread that looks ahead `predownload` rows at a time, even if
+        every shard is there.
         """
         while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
             sample_id = it.sample_ids[it.yield_index]

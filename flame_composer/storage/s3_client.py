@@ -116,8 +116,9 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
 def _stay(params: dict[str, Any], **_: Any) -> None:
     """Keep a HeadBucket request from being redirected.
 
-    botocore 1.44 sends it to learn a bucket's region when a server redirects. If it is redirected
-    as well, and no region is named, botocore asks again until Python's stack is full.
+    Upstream: botocore 1.44, `S3RegionRedirectorv2`.
+    Mends: it sends HeadBucket to learn a bucket's region when a server redirects. If that is
+    redirected as well, and no region is named, it asks again until Python's stack is full.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
 

@@ -50,7 +50,7 @@ class Ranges(io.RawIOBase):
 
 
 class _WrongAnswer(Exception):
-    """What is wrong with an answer, in a few words; the next answer may be right."""
+    """A wrong answer, and what is wrong with it; the next may be right."""
 
 
 def fetch(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def average_on_cpus() -> None:
@@ -42,3 +44,15 @@ def replicate_on_cpus() -> None:
 
     if given.__module__ == _fsdp_collectives.__name__:  # not done yet
         _fsdp_param_group.foreach_reduce = reduced  # type: ignore[assignment]
+
+
+def first_row_of(tensor: DTensor) -> int:
+    """Return where this rank's part of a sharded tensor begins, along the first dimension.
+
+    Upstream: torch 2.7.0, `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`.
+    Mends: DTensor has no public name for it.
+    """
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return offsets[0]

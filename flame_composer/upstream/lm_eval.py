@@ -160,7 +160,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def import_evaluate() -> Any:
     """Return Hugging Face's package `evaluate`, which tasks import.
 
-    Upstream: Python puts a script's folder first in `sys.path`.
+    Upstream: Python 3.11 puts a script's folder first in `sys.path`.
     Mends: recipes/evaluate.py would be imported in place of the package.
     """
     before = sys.path[:]
