@@ -5,6 +5,7 @@
 Runs the commands that a user would type, and shows them. Started again, it goes on where it ended.
 """
 
+import argparse
 import json
 import signal
 import subprocess
@@ -47,10 +48,9 @@ def main() -> int:
         "prompt=def read_lines(path):\n",
         "max_new_tokens=100",
     )
-    summary = {key: trained[key] for key in ("train_tokens", "eval_perplexity_initial")}
-    summary |= {"eval_perplexity": evaluated["perplexity"]}
-    summary |= {"tokens_per_second": trained["tokens_per_second"], "hf_folder": str(hf_folder)}
-    print(json.dumps({**summary, "checkpoint_folder": trained["checkpoint_folder"]}))
+    keys = ("train_tokens", "eval_perplexity_initial", "tokens_per_second", "checkpoint_folder")
+    summary = {key: trained[key] for key in keys} | {"eval_perplexity": evaluated["perplexity"]}
+    print(json.dumps({**summary, "hf_folder": str(hf_folder)}))
     return 1 if flush_streams() else 0
 
 
@@ -96,4 +96,5 @@ def step(*command: str) -> dict:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it takes none
     sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from flame_composer.config.rules import ScriptConfig, require, require_text
+from flame_composer.config.rules import ScriptConfig, require, require_png, require_text
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -195,6 +195,7 @@ class AllBenchmarksConfig(ScriptConfig):
 
     def validate(self) -> None:
         require_text(self, "plot")
+        require_png(self.plot, "plot")
         require(
             set(self.names) <= set(BENCHMARKS), "names", f"must be among {', '.join(BENCHMARKS)}"
         )

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from flame_composer.config.rules import require, require_seed, require_text
 from flame_composer.config.source import HubSourceConfig, require_apart
+from flame_composer.storage.filesystems import is_url
 
 
 def require_fraction(value: float, name: str) -> None:
@@ -293,6 +294,12 @@ class CleanConfig(HubSourceConfig):
     def validate(self) -> None:
         super().validate()
         require_text(self, "out", "removed_out")
+        for name in ("out", "removed_out"):
+            require(
+                not is_url(getattr(self, name) or ""),
+                name,
+                "must be a folder of this machine; copy it to an object store when it is whole",
+            )
         if self.removed_out is not None:
             require_apart(self.out, self.removed_out, "removed_out")
         steps = (
@@ -321,4 +328,4 @@ class CleanConfig(HubSourceConfig):
             " slurm.time=...",
         )
         if self.executor != "local":
-            self.require_absolute("out", "removed_out", urls=False)
+            self.require_absolute("out", "removed_out")

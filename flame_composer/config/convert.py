@@ -160,7 +160,7 @@ class ConvertConfig(HubSourceConfig):
             "cluster",
             "must be like tcp://host:8786",
         )
-        self.require_absolute("out", "val_out", urls=True)
+        self.require_absolute("out", "val_out")
 
 
 @dataclass

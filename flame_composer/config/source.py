@@ -71,13 +71,13 @@ class HubSourceConfig(SourceConfig):
             "must not be set together with split",
         )
 
-    def require_absolute(self, *outs: str, urls: bool) -> None:
+    def require_absolute(self, *outs: str) -> None:
         """Raise InvalidField for a relative path in `source` or in one of the keys `outs`."""
         for name in outs if self.split is not None else ("source", *outs):
             value = getattr(self, name) or []
             for path in [value] if isinstance(value, str) else value:
                 require(
-                    os.path.isabs(path) or (urls and is_url(path)),
+                    os.path.isabs(path) or is_url(path),
                     name,
                     "must be absolute where there is a cluster, whose workers have working folders"
                     " of their own",

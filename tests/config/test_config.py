@@ -731,6 +731,16 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for cluster in (SLURM, {"executor": "ray"})
     ),
     *(
+        (
+            CleanConfig,
+            {name: "s3://bucket/folder"},
+            name,
+            "must be a folder of this machine; copy it to an object store when it is whole",
+        )
+        for name in ("out", "removed_out")
+    ),
+    (AllBenchmarksConfig, {"plot": "costs.svg"}, "plot", "must be a file name ending in .png"),
+    *(
         (ConvertConfig, {name: ""}, name, EMPTY)
         for name in ("out", "val_out", "tokenizer", "text_column", "split", "name")
     ),
@@ -759,10 +769,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
             {"source": ["/s"], "out": "/o", "val_fraction": 0.1, "val_out": "/v", "cluster": DASK}
             | given,
             name,
-            (
-                "must be absolute where there is a cluster, whose workers have working folders of"
-                " their own"
-            ),
+            ABSOLUTE,
         )
         for name, given in (
             ("source", {"source": ["/s", "s"]}),

@@ -307,10 +307,13 @@ def test_missing_yaml_and_help(tmp_path: Path) -> None:
         == "error: yamls/gla_tiy.yaml: no such file; did you mean yamls/gla_tiny.yaml?\n"
     )
     for script in (*(ROOT / "recipes").glob("*.py"), *(ROOT / "convert").glob("*.py")):
-        if script.name != "quickstart.py":
-            process = check(run_script(script.relative_to(ROOT), "--help"))
-            given = r"RUNS \.\.\." if script.name == "report.py" else r"(\w+ )?\[file.yaml\]"
-            assert re.match(rf"usage: {script.name} {given} \[key=value ...\]", process.stdout)
+        process = check(run_script(script.relative_to(ROOT), "--help"))
+        runs = r"RUNS \.\.\. \[key=value \.\.\.\]"
+        keys = r"(\w+ )?\[file\.yaml\] \[key=value \.\.\.\]"
+        given = {"report.py": runs, "quickstart.py": r"\[-h\]"}.get(script.name, keys)
+        assert re.match(rf"usage: {script.name} {given}\n", process.stdout)
+    process = run_script("recipes/quickstart.py", "yamls/gla_tiny.yaml")
+    assert (process.returncode, process.stdout) == (2, "")
 
 
 @pytest.mark.parametrize("name", ["log_folder", "save_folder"])
