@@ -40,6 +40,9 @@ def mistral_tokenizer(folder: Path) -> Path:
 
     It is made from the SentencePiece model that mistral-common carries. Raise ConfigError if that
     package, or gigatoken, is not installed.
+
+    Upstream: gigatoken 0.10.0, `gigatoken._load.sentencepiece`.
+    Mends: neither package makes a tokenizer.json of the model by a public name.
     """
     missing = [
         name for name in ("mistral_common", "gigatoken") if importlib.util.find_spec(name) is None

@@ -29,6 +29,7 @@ from flame_composer.text.counts import require_counts
 from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.text.tokenizer import load_tokenizer, special_tokens, vocab_size_of
 from flame_composer.text.tokenizer_files import write_files
+from flame_composer.upstream.transformers import keep_generation_config
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +225,7 @@ def save_hf_folder(
         if ends_of(tokenizer) is not None:
             # transformers begins a text with it that has no prompt
             model.generation_config.bos_token_id = start_of(tokenizer)
-        # Otherwise transformers would make it anew, without them
-        model.generation_config._from_model_config = False
+        keep_generation_config(model)
     with new_folder(out) as folder:
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")

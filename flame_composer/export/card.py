@@ -12,7 +12,6 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from flame_composer.errors import ConfigError, DataError, StoreError, masked, on
 from flame_composer.model.work import count_parameters
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
+from flame_composer.upstream.omegaconf import load_yaml
 
 CONFIG = "config.yaml"  # a run writes it beside its checkpoints, without secrets
 MOST_BYTES = 1 << 20  # a larger config.yaml is not read
@@ -62,11 +62,7 @@ def _recipe(text: str | None) -> dict[str, Any]:
     """
     # Aliases that multiply are refused: they are small until they are expanded.
     require_shallow(text or "")
-    recipe = (
-        yaml.load(text, Loader=get_yaml_loader(max_yaml_expanded_nodes=MAX_YAML_NODES))
-        if text
-        else {}
-    )
+    recipe = load_yaml(text, lambda _, value: value, MAX_YAML_NODES) if text else {}
     sections = [("the file", recipe)]
     if isinstance(recipe, dict):
         sections += [(name, recipe.get(name) or {}) for name in ("model", "train_data")]

@@ -21,6 +21,7 @@ from flame_composer.batch import IGNORE
 from flame_composer.errors import InvalidField
 from flame_composer.model.work import count_work
 from flame_composer.upstream.composer import known_as_causal
+from flame_composer.upstream.transformers import block_names
 
 # fla models whose layers take no `cu_seqlens`: their state carries over from one document to the
 # next, and most of them do not report it.
@@ -59,7 +60,7 @@ class CausalLM(HuggingFaceModel):
                 shift_labels=True,
                 eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
             )
-        blocks = set(model._no_split_modules or ())
+        blocks = block_names(model)
         # Composer looks for these functions on its model's direct children. With them, FSDP gathers
         # each block separately, and activation checkpointing recomputes each separately.
         is_block: Any = lambda module: type(module).__name__ in blocks  # noqa: E731

@@ -23,6 +23,7 @@ from flame_composer.model.work import count_parameters
 from flame_composer.quantities import format_bytes
 from flame_composer.storage.files import is_plain_name, read_small
 from flame_composer.text.tokenizer import may_be_hub_id
+from flame_composer.upstream.transformers import generation_keys
 
 INDEX = "model.safetensors.index.json"
 SPARE_BYTES = 1 << 30  # buffers may take this much even if the weights are small
@@ -50,6 +51,7 @@ STEERING = frozenset(
         "gguf_file",
     }
 )
+
 # Keys that models read, although not every config class lists them as its own.
 DATA = frozenset(
     {
@@ -87,7 +89,7 @@ def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, An
     `known` are the keys of its own config class; those that all configs share are taken as well.
     """
     base = PretrainedConfig.__init__.__kwdefaults__ or {}
-    allowed = {*known, *base, *DATA, *PretrainedConfig._get_global_generation_defaults()} - _APART
+    allowed = {*known, *base, *DATA, *generation_keys()} - _APART
     keys = {key: _without_steering(value) for key, value in content.items() if key in allowed}
     dtype = content.get("dtype") or content.get("torch_dtype")
     return {**keys, "dtype": dtype} if dtype in _DTYPES else keys

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame_composer import cpu
@@ -164,7 +164,7 @@ def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
         if isinstance(model_type, str) and model_type in CONFIG_MAPPING
         else None
     )
-    if config_class not in AutoModelForCausalLM._model_mapping:
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
             f"{place}: its model_type {str(model_type)[:60]!r} is not a causal language model of"
             " fla or transformers, and code that comes with a model is never run; convert it to"

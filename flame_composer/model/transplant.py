@@ -34,6 +34,7 @@ from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.llama import Source, is_rotary_buffer
 from flame_composer.quantities import format_bytes
 from flame_composer.text.tokenizer import vocab_size_of
+from flame_composer.upstream.transformers import initialize, tied_names
 
 # Names of Llama's modules and, for each, of the GLA module that gets its tensors. `*` is the number
 # of a layer; the tensor's own name (weight, bias) is the same in both. Read in both directions.
@@ -201,7 +202,7 @@ def _ratio(width: int, hidden_size: int) -> float:
 
 def _entries(source: Source, model: PreTrainedModel, fresh: Collection[str]) -> list[Entry]:
     """Return an entry for each tensor of `model`, in its order, then for those that are dropped."""
-    tied = (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ()
+    tied = tied_names(model)
     copied, plan = set(), []
     for target, tensor in model.state_dict().items():
         if target in tied:
@@ -345,7 +346,7 @@ def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
         torch.manual_seed(
             int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
         )
-        model._init_weights(module)
+        initialize(model, module)
     tensor = getattr(module, kind).detach()
     module.to_empty(device="meta", recurse=False)
     return tensor

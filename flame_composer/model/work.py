@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from flame_composer.upstream.transformers import block_names
+
 
 class Work(NamedTuple):
     """The numbers of a model that decide its FLOPs per token."""
@@ -45,7 +47,7 @@ def count_work(model: PreTrainedModel) -> Work:
     heads = getattr(
         shape, "num_heads" if shape.model_type == "transformer" else "num_attention_heads", 0
     )
-    blocks = set(model._no_split_modules or ())
+    blocks = block_names(model)
     return Work(
         multiplied=count_parameters(model) - unused,
         softmax_heads=heads,

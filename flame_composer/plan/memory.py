@@ -14,6 +14,7 @@ from flame_composer.config.plan import PlanConfig
 from flame_composer.model.build import build_model
 from flame_composer.model.work import Work, count_parameters, count_work
 from flame_composer.plan.figures import Memory
+from flame_composer.upstream.transformers import block_names
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_size(hf_config: PretrainedConfig) -> Size:
     """
     with torch.device("meta"):
         model: Any = build_model(hf_config)
-    names = set(model._no_split_modules or ())
+    names = block_names(model)
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     kept = [sum(map(_kept_by, block.modules())) for block in blocks] or [0]
     sizes = [count_parameters(block) for block in blocks] or [0]

@@ -207,3 +207,12 @@ def only_errors() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def read_task(file: Any) -> dict[str, Any]:
+    """Return what a task's file says, without looking up the functions that it names.
+
+    Upstream: lm_eval 0.4.13, `lm_eval.tasks._yaml_loader.load_yaml`.
+    Mends: the harness has no public reader of a task's file and of the files it includes.
+    """
+    return _yaml_loader.load_yaml(file, resolve_func=False)

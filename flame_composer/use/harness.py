@@ -18,7 +18,6 @@ from jinja2 import TemplateError
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,7 +25,7 @@ from flame_composer.config.fields import nearest
 from flame_composer.config.written import require_shallow
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.ends import ends_of, start_of
-from flame_composer.upstream.lm_eval import WRITING, bars, no_foreign_code, only_errors
+from flame_composer.upstream.lm_eval import WRITING, bars, no_foreign_code, only_errors, read_task
 
 # Both are the harness's defaults: the seed of the examples shown before a question, and the number
 # of resamples for the standard error of a metric without a formula for it.
@@ -185,7 +184,7 @@ def _find(names: list[str], folder: str | None) -> TaskManager:
                 raise ConfigError(f"{file}: cannot be read as a task: it is not a file")
             try:
                 require_shallow(file.read_text(encoding="utf-8"))
-                load_yaml(file, resolve_func=False)
+                read_task(file)
             except Exception as error:  # the harness would skip such a file silently
                 raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None
         with only_errors():

@@ -325,6 +325,79 @@ def test_first_row_of():
     assert not [name for name in names if "global_offset" in name or "chunk_list" in name]
 
 
+# transformers
+
+
+def public_names(model: Any) -> set[str]:
+    return {name for name in dir(model) if not name.startswith("_")}
+
+
+def test_block_names():
+    """A model does not say which of its modules are its blocks."""
+    from transformers import PreTrainedModel
+
+    assert not [
+        name for name in public_names(PreTrainedModel) if "split" in name or "block" in name
+    ]
+
+
+def test_tied_names():
+    """A model does not say which of its tensors are others."""
+    from transformers import PreTrainedModel
+
+    tied = {name for name in public_names(PreTrainedModel) if "tie" in name}
+    assert tied <= {"tie_embeddings_and_encoder_decoder", "tie_weights"}
+
+
+def test_initialize():
+    """A part of a model is not filled as a new one's is, but by a private name."""
+    from transformers import PreTrainedModel
+
+    assert set(inspect.signature(PreTrainedModel.init_weights).parameters) == {"self"}
+
+
+def test_generation_keys():
+    """A config takes settings of sampling that its class does not list."""
+    from transformers import LlamaConfig, PretrainedConfig
+
+    assert "temperature" not in inspect.signature(PretrainedConfig).parameters
+    assert LlamaConfig(temperature=0.5).temperature == 0.5
+
+
+def test_keep_generation_config(tmp_path):
+    """What was set in a model's generation config is gone when a model is read and writes."""
+    code = f"""
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+config = LlamaConfig(
+    hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=32
+)
+model = LlamaForCausalLM(config)
+model.generation_config.pad_token_id = 7
+model.save_pretrained({str(tmp_path / "model")!r})
+model = LlamaForCausalLM.from_pretrained({str(tmp_path / "model")!r})
+model.config.temperature = 0.5
+model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=1)
+print(model.generation_config.pad_token_id)
+"""
+    assert forked(tmp_path, code).strip() == "None"
+
+
+def test_read_task():
+    """The harness reads a task's file by a private name only."""
+    from lm_eval import tasks
+
+    assert not [name for name in dir(tasks) if "yaml" in name.lower() and name[0] != "_"]
+
+
+def test_mistral_tokenizer():
+    """gigatoken converts a SentencePiece model by a private name only."""
+    import gigatoken
+
+    assert not [name for name in dir(gigatoken) if "sentencepiece" in name and name[0] != "_"]
+
+
 # mosaicml-streaming
 
 
