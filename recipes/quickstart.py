@@ -20,7 +20,8 @@ from flame_composer.processes import when_parent_ends
 DATA, RUN = Path("data/quickstart"), Path("runs/gla_tiny")
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
     clean_streams()
     corpus, tokenizer, hf_folder = DATA / "corpus.jsonl", DATA / "tokenizer", RUN / "hf"
     if not corpus.exists():
@@ -96,5 +97,4 @@ def step(*command: str) -> dict:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it takes none
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

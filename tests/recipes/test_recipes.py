@@ -438,7 +438,7 @@ def run_quickstart(folder: Path) -> dict[str, Any]:
         assert script["step"]("recipes/train.py", "--help") == {}  # as quickstart starts a command
         scope["step"] = step
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            assert scope["main"]() == 0
+            assert scope["main"]([]) == 0
     finally:
         os.chdir(here)
     assert len(results) == 6
