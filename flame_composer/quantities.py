@@ -1,6 +1,8 @@
-"""Bytes and seconds as people read them."""
+"""Bytes, seconds and tables as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def format_bytes(count: float) -> str:
@@ -18,3 +20,18 @@ def format_seconds(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} hours"
     return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def align(rows: Sequence[Sequence[str]], *, left: int = 0, gap: str = "  ") -> list[str]:
+    """Return the rows of a table as lines, with columns as wide as their widest cells.
+
+    The first `left` columns are aligned to the left, the others to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        gap.join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,10 +1,10 @@
-"""Bytes and seconds are written with the unit that suits them."""
+"""Bytes and seconds are written with the unit that suits them, and tables in columns."""
 
 from __future__ import annotations
 
 import pytest
 
-from flame_composer.quantities import format_bytes, format_seconds
+from flame_composer.quantities import align, format_bytes, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,13 @@ def test_bytes(count: int, text: str) -> None:
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_columns_are_as_wide_as_their_widest_cells() -> None:
+    rows = [("step", "documents", "left"), ("exact_dedup", "1,000", "7"), ("  short", "3", "")]
+    assert align(rows, left=1) == [
+        "step         documents  left",
+        "exact_dedup      1,000     7",
+        "  short              3",
+    ]
+    assert align(rows[:1], gap=" ") == ["step documents left"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from flame_composer.cleaning.parts import STEPS, Counts
-from flame_composer.quantities import format_seconds
+from flame_composer.quantities import align, format_seconds
 
 HEAD = ("step", "in", "removed", "changed", "out")
 
@@ -39,7 +39,7 @@ def report(manifest: dict[str, Any], seconds: float | None = None) -> list[str]:
     if seconds is not None:
         speed = counts.characters / seconds
         kept += f", in {format_seconds(seconds)}: {speed:,.0f} characters/s"
-    return [*_aligned([HEAD, *_rows(counts)]), kept, json.dumps(_summary(counts))]
+    return [*align([HEAD, *_rows(counts)], left=1), kept, json.dumps(_summary(counts))]
 
 
 def _steps(counts: Counts) -> Iterator[Step]:
@@ -64,14 +64,6 @@ def _rows(counts: Counts) -> Iterator[Row]:
             if reason:
                 yield f"  {reason}", "", f"{number:,}", "", ""
     assert left == counts.out, counts
-
-
-def _aligned(rows: list[Row]) -> Iterator[str]:
-    """Yield the rows as lines: the first column to the left, numbers to the right."""
-    first, *others = (max(map(len, cells)) for cells in zip(*rows, strict=True))
-    for name, *numbers in rows:
-        cells = (cell.rjust(width) for cell, width in zip(numbers, others, strict=True))
-        yield "  ".join([name.ljust(first), *cells])
 
 
 def _summary(counts: Counts) -> dict[str, Any]:

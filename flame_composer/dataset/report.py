@@ -17,7 +17,7 @@ from flame_composer.dataset.mds import Lengths
 from flame_composer.dataset.open import Dataset
 from flame_composer.dataset.survey import Row, Survey
 from flame_composer.lines import visible
-from flame_composer.quantities import format_bytes
+from flame_composer.quantities import align, format_bytes
 
 WIDTH = 100
 MAX_UNITS = 12
@@ -94,10 +94,7 @@ def ledger_table(dataset: Dataset) -> list[str]:
     cells = [[head[0] for head in heads], [head[1] for head in heads], *body, total]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
-    lines = [
-        gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
+    lines = align(cells, gap=gap)
     rule = "-" * max(map(len, lines))
     totals = dataset.manifest.totals
     return [
@@ -184,11 +181,7 @@ def histogram(
         ]
         for (low, high), number, bytes in zip(bins, numbers, sizes, strict=True)
     ]
-    widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(4)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [heads, *cells]
-    ]
+    lines = align([heads, *cells])
     bars = [bar(number / max(numbers)) for number in numbers]
     return [
         lines[0],

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from flame_composer.dataset.manifest import Manifest
+from flame_composer.quantities import align
 
 _COLUMNS = (
     "documents",
@@ -32,11 +33,7 @@ def totals_table(manifests: Sequence[Manifest]) -> str:
         lines.append(
             (manifest.split, *(f"{getattr(manifest.totals, column):,}" for column in _COLUMNS))
         )
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return "\n".join(align(lines))
 
 
 class Progress:

@@ -32,7 +32,7 @@ from flame_composer.model.build import meta_model
 from flame_composer.model.foreign import count_not_finite, read_json, warn_not_finite
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.llama import Source, is_rotary_buffer
-from flame_composer.quantities import format_bytes
+from flame_composer.quantities import align, format_bytes
 from flame_composer.text.tokenizer import vocab_size_of
 from flame_composer.upstream.transformers import initialize, tied_names
 
@@ -281,9 +281,7 @@ def describe(plan: list[Entry]) -> Iterator[str]:
         (fate, source, "->" if source and target else "", target, f"{count} x {shape}", reason)
         for (fate, source, target, shape, reason), count in kinds.items()
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from align(rows, left=len(rows[0]))
 
 
 def write_weights(
