@@ -310,7 +310,7 @@ def test_checked_keys(tmp_path, kind):
     code = f"""
 import signal, torch
 
-signal.alarm(10)
+signal.alarm(4)
 torch.load({str(tmp_path / "ba1.pt")!r}, weights_only=True)
 """
     (tmp_path / "code.py").write_text(code)
@@ -528,7 +528,7 @@ class Dies(PipelineStep):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    signal.alarm(15)
+    signal.alarm(8)
     LocalPipelineExecutor(
         [Dies()], tasks=2, workers=2, logging_dir={str(tmp_path / "logs")!r}
     ).run()
