@@ -140,12 +140,18 @@ def forget_the_end(folder: Path, name: str) -> None:
     """Leave the checkpoint of STEP and the log up to it, as a run that was killed then."""
     for path in (folder / name / "checkpoints").glob("ba*"):
         if path.stem != f"ba{STEP}":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     log = folder / name / "train_log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:STEP]))
     for path in (folder / name).iterdir():
         if path.name not in ("checkpoints", "train_log.jsonl"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def make(folder: Path) -> None:

@@ -274,6 +274,15 @@ def test_scripts(path):
         )
 
 
+def test_a_conditional_expression_chooses_a_value_and_no_effect():
+    for path in [*LIBRARY, *SCRIPTS, *sorted((ROOT / "tests").glob("**/*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_for_effect = isinstance(node, ast.Expr) and isinstance(
+                node.value, ast.IfExp | ast.BoolOp
+            )
+            assert not is_for_effect, f"{name_of(path)}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", LIBRARY + SCRIPTS, ids=name_of)
 def test_no_bare_except(path):
     bare = [

@@ -396,7 +396,10 @@ def test_a_store_that_cannot_be_used(folder, monkeypatch, capsys, key, environme
         "HOME": str(folder),
         **environment,
     }.items():
-        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name, raising=False)
     places = {"source": "source", "out": "out", key: place}
     before = files_under(folder)
     assert (

@@ -286,7 +286,10 @@ def test_a_cache_that_another_user_planted_leads_nowhere(dataset, copy_of, open_
         assert found.folder == str(cache / f"{name}-user-0")
         assert stream(found) == expected
         assert [path.name for path in victim.iterdir()] == ["0" * 32]
-        (cache / name).unlink() if (cache / name).is_symlink() else shutil.rmtree(cache / name)
+        if (cache / name).is_symlink():
+            (cache / name).unlink()
+        else:
+            shutil.rmtree(cache / name)
 
     own = remote_of(remote, cache)
     assert own.folder == str(cache / name)
@@ -310,7 +313,10 @@ def test_a_shard_that_is_bad_at_the_source_is_named(
 ):
     remote = copy_of(dataset)
     shard = shards_of(remote)[-1]
-    flip_a_bit(shard) if damage == "flipped" else shard.unlink()
+    if damage == "flipped":
+        flip_a_bit(shard)
+    else:
+        shard.unlink()
     found = remote_of(remote, tmp_path / "cache")
     began = time.monotonic()
     with pytest.raises(DataError) as caught:
@@ -592,12 +598,9 @@ def test_an_index_that_is_not_to_be_trusted_is_refused(
             {key: value}
         ),
     )
+    local, place = (str(tmp_path / "cache"), str(folder)) if remote else (str(folder), None)
     with pytest.raises(DataError, match=rf"^{folder}/\w+\.json: damaged: {re.escape(message)}"):
-        (
-            remote_of(folder, tmp_path / "cache")
-            if remote
-            else open_for_model(str(folder), None, tokenizer=byte_tokenizer())
-        )
+        open_for_model(local, place, tokenizer=byte_tokenizer())
     assert not (tmp_path / "cache").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -165,12 +166,9 @@ def test_a_store_that_hangs_in_its_answer(impatient, monkeypatch, tmp_path, name
     with hostile(lists_only(stuck_in_its_answer)) as server:
         point_to(server, monkeypatch)
         began = time.monotonic()
+        take = {"read": files.read, "download": partial(files.download, local=tmp_path / "copy")}
         with pytest.raises(StoreError, match=r"^s3://data/file: "):
-            (
-                files.read("s3://data/file")
-                if name == "read"
-                else files.download("s3://data/file", tmp_path / "copy")
-            )
+            take[name]("s3://data/file")
         assert (
             len([request for request in server.requests if request.startswith("GET /data/file")])
             <= s3_client.ATTEMPTS

@@ -453,7 +453,10 @@ def test_a_run_that_a_group_shares_says_whose_it_is(everybody_s: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, victim: Path, kind: str) -> None:
-    (tmp_path / ".lock").symlink_to(victim) if kind == "link" else os.mkfifo(tmp_path / ".lock")
+    if kind == "link":
+        (tmp_path / ".lock").symlink_to(victim)
+    else:
+        os.mkfifo(tmp_path / ".lock")
     with pytest.raises(
         ConfigError, match=rf"^{tmp_path}/\.lock: cannot be locked: is a link, or no file; remove"
     ):
