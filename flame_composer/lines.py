@@ -17,7 +17,8 @@ from flame_composer.errors import DataError, hide, masked
 
 # Names of environment variables that hold credentials
 _SECRET_NAME = re.compile(
-    r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)",
+    r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING"
+    r"|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)",
     re.IGNORECASE,
 )
 _SHORTEST_SECRET = 8  # letters; a shorter one would be found in other words

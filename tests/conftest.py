@@ -116,7 +116,8 @@ def short_wait_for_loader_processes() -> None:
     """A loader that is collected waits for each of its processes: 5 s by default, which some of
     them use up.
     """
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+    loading: Any = torch.utils.data._utils
+    loading.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -68,7 +68,8 @@ class Prover:
     @staticmethod
     def passes(item: pytest.Item, *, log: bool = False) -> bool:
         # As if another test of its module were next: the fixtures of the test alone are done with.
-        return all(report.passed for report in runtestprotocol(item, log=log, nextitem=item.parent))  # type: ignore[arg-type]
+        after: Any = item.parent
+        return all(report.passed for report in runtestprotocol(item, log=log, nextitem=after))
 
 
 def main(key: str = "", *tests: str) -> None:

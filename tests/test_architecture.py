@@ -274,6 +274,13 @@ def test_scripts(path):
         )
 
 
+def test_no_line_is_too_wide():
+    """Ruff lets those pass that end in a comment for a tool, or are one word."""
+    for path in [*LIBRARY, *SCRIPTS, *sorted((ROOT / "tests").glob("**/*.py"))]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{name_of(path)}:{number}"
+
+
 def test_a_conditional_expression_chooses_a_value_and_no_effect():
     for path in [*LIBRARY, *SCRIPTS, *sorted((ROOT / "tests").glob("**/*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -219,7 +219,8 @@ def test_progress_bars_are_drawn_as_before(monkeypatch):
     assert "\x1b[A" in plain.getvalue()
     assert out.getvalue() == plain.getvalue()
     hostile = io.StringIO()
-    with tqdm(total=1, file=Lines(hostile, "stderr"), desc="\x1b[2Jx\ry", ncols=40):  # pyright: ignore[reportArgumentType]
+    file: Any = Lines(hostile, "stderr")
+    with tqdm(total=1, file=file, desc="\x1b[2Jx\ry", ncols=40):
         pass
     assert "\x1b[2J" not in hostile.getvalue()
     assert "x\ry" not in hostile.getvalue()

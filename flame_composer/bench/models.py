@@ -69,7 +69,8 @@ def build_pair(
     # This is transformers' own model, without anything that `build_model` adds.
     llama = LlamaForCausalLM(llama_config(width))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return {"gla": gla.to(device, dtype), "llama": llama.to(device, dtype)}  # type: ignore[arg-type]
+    models: dict[str, Any] = {"gla": gla, "llama": llama}
+    return {name: model.to(device, dtype) for name, model in models.items()}
 
 
 def step(
@@ -369,7 +370,8 @@ def decode(
     """
     cache = copy.deepcopy(prompt)
     for tensor in tensors_in(cache.layers):
-        tensor.set_(tensor.repeat(batch_size, *[1] * (tensor.ndim - 1)))  # type: ignore[call-overload]
+        repeated: Any = tensor.repeat(batch_size, *[1] * (tensor.ndim - 1))
+        tensor.set_(repeated)
     first = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
 
     @torch.no_grad()

@@ -23,13 +23,14 @@ from flame_composer.upstream.unpickling import checked_keys
 
 # Types that a checkpoint may hold besides tensors and plain values: arrays (in NumPy's random
 # state), times and versions
+_reconstruct: Any = vars(np._core.multiarray)["_reconstruct"]  # type: ignore[attr-defined]
 _SAFE_GLOBALS: list[Any] = [
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
     datetime.timedelta,
     torch.torch_version.TorchVersion,
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
 ]
 _KINDS = {
     stat.S_IFDIR: "a folder",

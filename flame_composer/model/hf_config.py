@@ -28,7 +28,8 @@ _COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embedd
 # Rules for numbers, by the names of their keys: not every model checks them before it computes.
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
-        r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers)|n_(embd|head|inner|layer|positions)|sliding_window",
+        r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers)"
+        r"|n_(embd|head|inner|layer|positions)|sliding_window",
         lambda value: value >= 1,
         "must be 1 or more",
     ),

@@ -18,7 +18,8 @@ FEW_PARTS = 128  # so few are quick to build, and so allowed whatever the weight
 
 # Keys that count parts built one by one, and keys that divide a size.
 _PARTS = re.compile(
-    r"(\w+_)?(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers|(\w+_)?expert_num|depths?"
+    r"(\w+_)?(num|n)_(\w+_)?(layers?|experts?|blocks|stages|codebooks)|(encoder|decoder)_layers"
+    r"|(\w+_)?expert_num|depths?"
 )
 _HEADS = re.compile(r"(num|n)_(\w+_)?heads?|n_head_kv")
 

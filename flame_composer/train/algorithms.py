@@ -80,7 +80,9 @@ class Instant(NamedTuple):
 
     def is_before(self, batch: int, total: int) -> bool:
         """Return whether this point is reached once `batch` of `total` batches are done."""
-        return batch >= (self.batches if self.fraction is None else self.fraction * total)  # type: ignore[operator]
+        point = self.batches if self.fraction is None else self.fraction * total
+        assert point is not None
+        return batch >= point
 
 
 class EMA(Algorithm):

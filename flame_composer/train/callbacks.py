@@ -276,7 +276,8 @@ class FileLogger(Discreet, ComposerFileLogger):
         self._run_name = state.run_name  # type: ignore[assignment]
         try:
             Path(self.filename).parent.mkdir(parents=True, exist_ok=True)
-            self.file = Path(self.filename).open("a", buffering=self.buffer_size, encoding="utf-8")  # noqa: SIM115
+            path = Path(self.filename)
+            self.file = path.open("a", buffering=self.buffer_size, encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"{self.filename}: cannot be written to: {error.strerror}; set log_folder, or "

@@ -146,7 +146,8 @@ def test_a_kill_while_pieces_are_deleted_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             saver.kept.delete_old()
     assert list_checkpoints(str(folder)) == [str(folder / "ba3.pt"), str(folder / "ba2.pt")]
-    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=2).fit_start(None, None)  # pyright: ignore
+    nothing: Any = None
+    SaveCheckpoints(str(folder), folder, batches=1, num_to_keep=2).fit_start(nothing, nothing)
     assert {path.name for path in folder.iterdir()} == {"ba2.pt", "ba3.pt"}
 
 

@@ -226,15 +226,15 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         else:
             folders = []
         body = "".join(
-            f"<Contents><Key>{name}</Key><Size>9</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+            f"<Contents><Key>{name}</Key><Size>9</Size>"
+            "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
             for name in listed
         )
         body += "".join(
             f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders
         )
-        self.answer(
-            f"<ListBucketResult><KeyCount>{len(listed)}</KeyCount>{body}</ListBucketResult>".encode()
-        )
+        count = f"<KeyCount>{len(listed)}</KeyCount>"
+        self.answer(f"<ListBucketResult>{count}{body}</ListBucketResult>".encode())
 
     def answer(self, body: bytes | None) -> None:
         self.send_response(200 if body is not None else 404)

@@ -102,7 +102,10 @@ def test_shuffled_documents_are_all_there_in_an_order_of_their_own(lengths, bord
     documents = [[i] * length for i, length in enumerate(lengths)]
     borders = [0, *sorted(min(border, len(lengths)) for border in borders), len(lengths)]
     parts = [
-        Pieces(np.array(sum(documents[a:b], []), np.uint16), np.array(lengths[a:b], np.int64))  # noqa: RUF017
+        Pieces(
+            np.array([*itertools.chain.from_iterable(documents[a:b])], np.uint16),
+            np.array(lengths[a:b], np.int64),
+        )
         for a, b in itertools.pairwise(borders)
     ]
     result = shuffled(parts, [seed, 1])

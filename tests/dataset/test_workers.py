@@ -452,7 +452,8 @@ def test_killed_at_any_instant_with_any_number_of_workers(folder, store, num_kil
             victim = victim if victim == "all" else "leader"
             (os.killpg if victim == "all" else os.kill)(process.pid, signal.SIGKILL)
         _, err = process.communicate(timeout=60)
-        wait_until(lambda: not list(processes(process.pid)))  # noqa: B023  # who is left behind must not live on
+        # Who is left behind must not live on
+        wait_until(lambda pid=process.pid: not list(processes(pid)))
         if process.returncode == 0:
             check_finished(folder, name)
             attempt += 1

@@ -238,7 +238,9 @@ def test_no_name_becomes_a_line_of_the_card(trained: Any) -> None:
     for run_config, name in ((yaml.dump(recipe), "tiny"), (None, bad)):
         card = model_card(model, content, run_config, dtype="float32", name=name)
         clean = "x license: mit --- # Other [31m"
-        header, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()  # type: ignore[union-attr]
+        parts = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL)
+        assert parts
+        header, body = parts.groups()
         assert yaml.safe_load(header)["model_name"] == clean
         assert "license" not in yaml.safe_load(header)
         prose = body.partition("## Recipe")[0]

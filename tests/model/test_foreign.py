@@ -228,7 +228,9 @@ def test_a_checkpoint_without_config_or_tokenizer_or_with_others_is_refused(cont
         ("tokenizer.json", {"model": {}}),
     ):
         check(
-            lambda state: hf_state({"state": state})["tokenizer"][file].update(content=text),  # noqa: B023
+            lambda state, file=file, text=text: hf_state({"state": state})["tokenizer"][
+                file
+            ].update(content=text),
             "its tokenizer: .+",
         )
 

@@ -30,10 +30,8 @@ class Gradients(Callback):
         self.labels: list[list[int]] = []
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        parameters = [
-            parameter for parameter in state.model.parameters() if parameter.grad is not None
-        ]
-        self.seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))  # pyright: ignore
+        gradients = [parameter.grad for parameter in state.model.parameters()]
+        self.seen.append(torch.cat([each.flatten() for each in gradients if each is not None]))
         self.labels.append((state.batch["labels"] != -100).sum(dim=1).tolist())
 
 
