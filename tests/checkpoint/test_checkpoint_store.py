@@ -7,6 +7,7 @@ from __future__ import annotations
 import http.server
 import shutil
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,10 +83,16 @@ def test_an_upload_is_tried_again_until_the_store_takes_it(
     """The bucket is made while the upload waits; one that never comes is an error in the end."""
     (tmp_path / "file").write_bytes(b"weights")
     monkeypatch.setattr(upload, "UPLOAD_WAITS", (0.5,) * 60)
-    timer = threading.Timer(0.7, lambda: s3.client.create_bucket(Bucket="made-later"))
-    timer.start()
+
+    def make_bucket_once_it_is_missed() -> None:
+        while not caplog.messages:
+            time.sleep(0.01)
+        s3.client.create_bucket(Bucket="made-later")
+
+    maker = threading.Thread(target=make_bucket_once_it_is_missed, daemon=True)
+    maker.start()
     upload.upload_file(tmp_path / "file", "s3://made-later/ba1.pt")
-    timer.join()
+    maker.join()
     assert s3.client.get_object(Bucket="made-later", Key="ba1.pt")["Body"].read() == b"weights"
     assert caplog.messages[0].startswith(
         "warning: s3://made-later/ba1.pt: not saved yet: s3://made-later: there is no bucket"
