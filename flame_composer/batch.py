@@ -1,4 +1,4 @@
-"""Batches: their tensors, the labels that carry no loss, and how rows become one."""
+"""Batches: how rows become one, its tensors, and the labels that carry no loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Batch = dict[str, torch.Tensor]
 def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool = True) -> Batch:
     """Return a batch of rows: `input_ids`, `labels` and `sequence_id`, all int64 [B, T].
 
-    `sequence_id` is the number of a token's document within its row. Rows that say which stream
-    they are of add `stream` (its number, int64 [B]).
+    `sequence_id` is the number of a token's document within its row. If the rows say which stream
+    they come from, the batch also has `stream`, the number of each row's stream, int64 [B].
 
     Labels are the tokens themselves: the model shifts them. The first token of a row, before which
-    nothing comes, is never a label; without `loss_across_documents`, neither is the first one of a
-    document.
+    nothing comes, is never a label. Without `loss_across_documents`, the first token of a document
+    is not one either.
     """
     shape = len(rows), len(rows[0]["input_ids"])
     tokens, sequence_id = np.empty(shape, np.int64), np.empty(shape, np.int64)

@@ -13,35 +13,35 @@ GOES_ON = "the same command goes on from what was saved last"
 
 
 class ConfigError(ValueError):
-    """A mistake in what the user asked for. Exit status 2.
+    """The error for a mistake in what the user asked for; exit status 2.
 
     The message is one line with the place, the rule and the remedy.
     """
 
 
 class DataError(ValueError):
-    """Damaged or unusable data met while running. Exit status 1.
+    """The error for damaged or unusable data met while running; exit status 1.
 
     The message is one line that names the file and the remedy.
     """
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on as it is. Exit status 1.
+    """The error for a run that cannot continue as it is; exit status 1.
 
     The message is one line with the step, the cause and the remedy.
     """
 
 
 class StoreError(DataError):
-    """An object store that failed, after it was asked as often as is sensible."""
+    """The error for an object store that still failed after several attempts."""
 
 
 class InvalidField(ConfigError):
-    """A field that breaks a rule.
+    """The error for a field of a configuration that breaks a rule.
 
-    `name` is its full key, or within `validate()` its name in the dataclass. Whoever loaded the
-    configuration adds the value, and where it came from.
+    `name` is the field's full key, or within `validate()` its name in the dataclass. `config.load`
+    adds the value to the message, and where the value was given.
     """
 
     def __init__(self, name: str, rule: str):
@@ -51,27 +51,31 @@ class InvalidField(ConfigError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception of another library says, as part of a line of ours."""
-    # Masked before it is cut, for half a secret would not be recognized
+    """Return the message of another library's exception, fit to be part of one of our lines.
+
+    It is on one line, without secrets, and has at most 300 characters.
+    """
+    # Mask before cutting: half of a secret would not be recognized.
     return masked(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
 
 
 _SECRETS = tuple(
     (re.compile(pattern, re.IGNORECASE), shown)
     for pattern, shown in (
-        # In an address: user:password before a host or a bucket. A secret key of AWS may hold
-        # slashes. What looks like a port is one, except in stores' addresses, which have none.
+        # user:password before a host or a bucket in an address. A secret key of AWS may contain
+        # slashes. HOST:123 is taken for a host and port, except in stores' addresses, where there
+        # are no ports.
         (r"(\b(?:s3|gs|gcs|az|abfss?|oci)://[^/\s:@]*):(?:(?!://)\S)*@", r"\1:***@"),
         (r"(://(?![^/\s:@]*:\d+(?:[/\s?#]|$))[^/\s:@]*):(?:(?!://)\S)*@", r"\1:***@"),
         (r"://[^/\s:@]+@", "://***@"),
-        # In the query of an address: what signs it, or identifies a user.
+        # Signatures and credentials in the query of an address.
         (
             r"((?:[?&;#]|\\u0026)[\w.~-]*?(?:signature|credential|token|secret|passwo?r?d|pwd|auth"
             r"|(?<![a-z])sig|(?:api|access|secret|account|private)[_-]?key)[\w.~-]{0,40}=)"
             r"[^\s&\"'<>\\;]+?(?=:?(?:[\s&\"'<>\\;]|$))",
             r"\1***",
         ),
-        # By its name, before it.
+        # Values after a telling name, such as password=...
         (
             r"((?:secret|passwo?r?d|api_?key|access_?key|(?:auth|session|access)_?token)\w{0,40}"
             r"(?:=|[\"']:\s?)[\"']?)"
@@ -79,7 +83,8 @@ _SECRETS = tuple(
             r"\1***",
         ),
         (r"(\bbearer\s+|\bauthorization[\"']?\s?[:=]\s?[\"']?(?:\w+\s+)?)[\w.~+/=-]{8,}", r"\1***"),
-        # By its form: of Hugging Face, AWS, GitHub, OpenAI, Slack and Google, and JSON web tokens.
+        # Tokens known by their form: of Hugging Face, AWS, GitHub, OpenAI, Slack and Google, and
+        # JSON web tokens.
         (
             r"\b(?:hf_[a-z0-9]{30,}|(?-i:AKIA|ASIA)[A-Z0-9]{16}\b|gh[oprsu]_[a-z0-9]{30,}"
             r"|github_pat_\w{30,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
@@ -89,14 +94,14 @@ _SECRETS = tuple(
     )
 )
 
-_hidden: dict[str, str] = {}  # from values to what is shown instead
+_hidden: dict[str, str] = {}  # from a secret value to what is shown in its place
 
 
 def hide(value: str, name: str) -> None:
-    """Have `masked` show `${name}` instead of a value from the environment, however quoted.
+    """Make `masked` show `${name}` in place of an environment variable's value, however quoted.
 
-    A value of fewer than four letters, or a short number, is not a secret, and would be found in
-    other words.
+    Values of fewer than four characters, and short numbers, are not hidden: they are no secrets,
+    and would be found in other words.
     """
     lines = [
         value,
@@ -115,7 +120,7 @@ def hide(value: str, name: str) -> None:
             _hidden.setdefault(form, f"${{{name}}}")
 
 
-_SURE = 8  # letters; a shorter value is hidden only where it is a word of its own
+_SURE = 8  # characters; a shorter value is hidden only where it is a whole word
 
 
 def _is_number(text: str) -> bool:
@@ -125,7 +130,7 @@ def _is_number(text: str) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a pattern that finds any of these values in a text, the longest first."""
+    """Return a pattern that finds any of these values in a text, preferring longer ones."""
 
     def alone(value: str) -> str:
         word = len(value) < _SURE or _is_number(value)
@@ -135,7 +140,7 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def masked(text: str) -> str:
-    """Return `text` without secrets: hidden values, passwords in addresses, and tokens."""
+    """Return `text` with secrets replaced: values passed to `hide`, passwords and tokens."""
     if _hidden:
         text = _pattern(tuple(_hidden)).sub(lambda found: _hidden[found[0]], text)
     for pattern, shown in _SECRETS:
@@ -144,7 +149,7 @@ def masked(text: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """Return a value from a configuration with every text in it `masked`."""
+    """Return a value from a configuration with `masked` applied to every text in it."""
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, Mapping):

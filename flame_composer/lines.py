@@ -1,7 +1,7 @@
-"""The one place where lines leave a process: without secrets or control sequences.
+"""The one place where lines leave a process, without secrets or control sequences.
 
-`clean_streams` puts it between everything that writes to stdout and stderr (prints, log lines,
-warnings, tracebacks, progress bars, libraries) and the terminal, pipe or file behind them.
+Everything that writes to stdout or stderr (prints, log lines, warnings, tracebacks, progress bars,
+libraries) goes through a `Lines` object once `clean_streams` has been called.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any, TextIO
 
 from flame_composer.errors import DataError, hide, masked
 
-# Names of environment variables that hold credentials
+# Names of environment variables that hold credentials.
 _SECRET_NAME = re.compile(
     r"(.*_)?(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CONNECTION_STRING"
     r"|(API|SECRET|ACCESS|ACCOUNT|PRIVATE)_?KEY)",
     re.IGNORECASE,
 )
-_SHORTEST_SECRET = 8  # letters; a shorter one would be found in other words
+_SHORTEST_SECRET = 8  # characters; a shorter one would be found in other words
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_CURSOR_UP = re.compile(r"\n*(\x1b\[A)+")  # as tqdm writes it between bars
+_CURSOR_UP = re.compile(r"\n*(\x1b\[A)+")  # as tqdm writes between bars
 _KEPT = "\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}"
 
 
 class Lines:
-    """A stream whose lines are cleaned as they are written.
+    """A wrapper of a text stream that cleans lines as they are written.
 
-    In all else it is the stream it was made of. A terminal that was closed, or a full disk behind a
-    redirection, does not end hours of work: from then on lines go nowhere, and `lost` says why.
+    All other attributes are those of the stream. A closed terminal, or a full disk behind a
+    redirection, does not end hours of work: from then on lines are dropped, and `lost` holds the
+    error.
     """
 
     def __init__(self, stream: TextIO, name: str):
-        """Clean what goes to `stream`, which messages call `name`."""
+        """Wrap `stream`, which is called `name` in messages."""
         self.stream = stream
         self.name = name
         self.lost: OSError | None = None
@@ -43,7 +44,7 @@ class Lines:
         self._after_bar = False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "stream":  # a copy that has no attributes yet
+        if name == "stream":  # asked of a copy that has no attributes yet
             raise AttributeError(name)
         return getattr(self.stream, name)
 
@@ -55,7 +56,7 @@ class Lines:
         return len(text)
 
     def clean_first(self) -> None:
-        """Clean what reaches a library that has replaced this stream's `write` by its own."""
+        """Clean texts before they reach the `write` that a library has put in place of ours."""
         theirs = self.__dict__.pop("write", None)
         if theirs is not None:
             self.__dict__["write"] = lambda text: theirs(self._clean(text))
@@ -71,9 +72,9 @@ class Lines:
             self._lose(error)
 
     def _clean(self, text: str) -> str:
-        """Return `text` as it may be shown.
+        """Return `text` in the form in which it may be shown.
 
-        Only a progress bar may go back in its line, or up to another's.
+        Only progress bars may move the cursor back to the start of their line, or up to another.
         """
         if self._after_bar and _CURSOR_UP.fullmatch(text):
             return text
@@ -87,26 +88,26 @@ class Lines:
         return ("\r" if is_bar else "") + visible(body, _KEPT) + ("\r" if back else "")
 
     def _lose(self, error: OSError) -> None:
-        """Send everything nowhere from now on, because of an error."""
+        """Drop everything that is written from now on, because of `error`; warn about it once."""
         if self.lost is not None:
             return
         self.lost = error
-        # The rest of its buffer would fail again when the process ends
+        # Redirect the stream, or writing the rest of its buffer would fail again at exit.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
-        # A reader that has left needs no warning
+        # No warning if it was the reader that went away, as in `| head`.
         if not isinstance(error, BrokenPipeError) and self.name == "stdout":
             print(
-                f"warning: stdout: cannot be written to: {error.strerror}; the work goes on"
-                " without",
+                f"warning: stdout: cannot be written to: {error.strerror}; the work"
+                " continues without it",
                 file=sys.stderr,
             )
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write a text, with escapes for what the stream cannot encode."""
+    """Write a text, with escapes for characters that the stream cannot encode."""
     try:
         stream.write(text)
     except UnicodeEncodeError:
@@ -115,10 +116,10 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def clean_streams() -> None:
-    """Clean all that this process writes to stdout and stderr from now on.
+    """Clean everything that this process writes to stdout and stderr from now on.
 
-    A stream that is closed leads nowhere. The values of variables such as AWS_SECRET_ACCESS_KEY or
-    HF_TOKEN are shown as the names of the variables.
+    Lines for a closed stream are dropped. The values of environment variables such as
+    AWS_SECRET_ACCESS_KEY or HF_TOKEN are replaced by the variables' names.
     """
     for name, value in os.environ.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
@@ -126,7 +127,7 @@ def clean_streams() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # or the next file that is opened would get its number
+        except OSError:  # closed: the next file to be opened would get this number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -143,9 +144,9 @@ def clean_streams() -> None:
 
 
 def flush_streams() -> OSError | None:
-    """Write what is still in buffers, and return the error that kept lines from stdout.
+    """Flush both streams, and return the error that made stdout drop lines.
 
-    Return None if there was none, or if only a reader left.
+    Return None if there was none, or if the reader of stdout just went away.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -154,10 +155,10 @@ def flush_streams() -> OSError | None:
 
 
 def write_content(text: str) -> None:
-    """Write the text that a script was asked for to stdout, at once and as it is.
+    """Write the text that a script was asked to produce to stdout, at once and unchanged.
 
-    Only for a terminal are control characters replaced, for they would steer it. Raise DataError if
-    the text cannot be written.
+    Control characters are replaced only if stdout is a terminal, which they would control. Raise
+    DataError if the text cannot be written.
     """
     stream: TextIO = sys.stdout.stream if isinstance(sys.stdout, Lines) else sys.stdout
     try:
@@ -174,8 +175,8 @@ def write_content(text: str) -> None:
 def visible(text: str, kept: str = "") -> str:
     """Return `text` with control characters and the like made visible.
 
-    Control characters become pictures. What else would not be seen, or would move the cursor,
-    becomes its code, such as <U+200B>. Characters in `kept` stay as they are.
+    Control characters become Unicode's pictures of them. Other characters that are not printable
+    become their code, such as <U+200B>. Characters in `kept` stay as they are.
     """
     if text.isprintable():
         return text
@@ -185,5 +186,5 @@ def visible(text: str, kept: str = "") -> str:
 
 
 def _picture(code: int) -> str:
-    """Return what is shown in place of a character."""
+    """Return the visible form of the character with this code."""
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"<U+{code:04X}>"

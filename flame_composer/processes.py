@@ -36,10 +36,11 @@ PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 def end_with_parent() -> None:
-    """Have a process that multiprocessing started end when the process that asked for it ends.
+    """Make this process, started by multiprocessing, end when the process that asked for it ends.
 
-    The kernel ends it at once. If it is of a fork server, that is its parent, and a thread ends it.
-    Ctrl-C, which reaches every process of a terminal, is left to the process in charge.
+    The kernel kills it at once if that process is its parent. The parent of a process from a fork
+    server is the server, so a thread watches the process that asked. Ctrl-C, which reaches every
+    process of a terminal, is ignored here and left to that process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -58,9 +59,9 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 
 @contextmanager
 def ending_children() -> Iterator[None]:
-    """Kill the processes that multiprocessing starts in the body if an exception leaves it.
+    """Kill the processes that multiprocessing started in the body if the body raises.
 
-    They are not waited for, whatever they are doing.
+    They are killed without waiting, whatever they are doing.
     """
     others = set(multiprocessing.active_children())
     try:
@@ -72,25 +73,25 @@ def ending_children() -> Iterator[None]:
 
 
 def end_with_fork_server_owner() -> None:
-    """Have a fork server, and what it forks, end when the process that started it ends.
+    """Make a fork server, and the processes it forks, end when the process that started it ends.
 
-    A new process of the server takes up to seconds until it runs code of ours; if it were stopped
-    (SIGSTOP) before that, it would stay for good.
+    It may take a forked process seconds until it runs code of ours. If it were stopped (SIGSTOP)
+    before that, it would never end without this.
     """
-    when_parent_ends(signal.SIGKILL)  # if it already has, the server finds its pipe closed
+    when_parent_ends(signal.SIGKILL)  # if it has ended already, the server's pipe is closed
     server = os.getpid()
 
     def follow_server() -> None:
-        if os.getppid() == server:  # not in a process forked by one of the server's
+        if os.getppid() == server:  # not a process that was forked by one of these
             when_parent_ends(signal.SIGKILL)
 
     os.register_at_fork(after_in_child=follow_server)
 
 
 def end_with_launcher() -> None:
-    """Have a rank end when the launcher that started it ends, `composer` or torchrun.
+    """Make a rank end when the launcher that started it (`composer` or torchrun) ends.
 
-    No other parent is followed: a shell, ssh or srun may end before what it has started.
+    Other parents do not count: a shell, ssh or srun may end before what it has started.
     """
     parent = os.getppid()
     if "LOCAL_RANK" in os.environ and _is_launcher(parent):
@@ -100,7 +101,7 @@ def end_with_launcher() -> None:
 
 
 def outlive_launcher() -> None:
-    """Let a rank that was told to end save in peace, even if the launcher does not wait for it.
+    """Let this rank finish saving even if its launcher ends without waiting for it.
 
     Must be called in the main thread.
     """
@@ -108,19 +109,19 @@ def outlive_launcher() -> None:
 
 
 def when_parent_ends(number: int) -> None:
-    """Choose the signal that this process gets when its parent ends, 0 for none.
+    """Set the signal that the kernel sends this process when its parent ends, 0 for none.
 
-    It holds for the thread that calls it alone.
+    On systems other than Linux, do nothing. Only the calling thread is affected.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def lead_session() -> None:
-    """Have the descendants of the first process in a session end with it, on Linux.
+    """Make all descendants of this process, the first one of a session, end with it (Linux only).
 
-    They end at SIGTERM, or when its parent ends. Those whose own parents end before become its
-    children.
+    They all end when it gets SIGTERM, or when its parent ends. Descendants whose own parents end
+    earlier become its children.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: end_session(0))
@@ -128,12 +129,12 @@ def lead_session() -> None:
 
 
 def end_session(process: int) -> None:
-    """Kill the first process of a session, or this one if 0, and all that it has started."""
+    """Kill the process group led by `process`, or this process's own group if 0."""
     os.killpg(process, signal.SIGKILL)
 
 
 def _is_launcher(process: int) -> bool:
-    """Return whether a process is a launcher."""
+    """Return whether the process with this id is a launcher."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
     except OSError:  # not on Linux, or it has just ended
@@ -144,9 +145,9 @@ def _is_launcher(process: int) -> bool:
 def starts_ranks(command: list[str]) -> bool:
     """Return whether a command line is that of a launcher.
 
-    It may be the launcher itself, or Python with the launcher's script or module.
+    It may name the launcher itself, or Python with the launcher's script or module.
     """
-    # The first word that is not an option is the script; the rest are its arguments
+    # The first word that is not an option is the script; the words after it are its arguments.
     script = next(
         (i for i, word in enumerate(command[1:], 1) if word == "-m" or word[:1] != "-"), 0
     )
@@ -156,9 +157,9 @@ def starts_ranks(command: list[str]) -> bool:
 
 
 def loss_of(error: BaseException) -> str | None:
-    """Return one line for an error that came of the end of another process, or None.
+    """Return one line for an error caused by the end of a loader process or another rank.
 
-    That process is a loader process, or another rank.
+    Return None if the error has another cause. (The loss is that of a process.)
     """
     text = " ".join(str(error).split())
     rank = os.environ.get("RANK")
@@ -180,9 +181,9 @@ def loss_of(error: BaseException) -> str | None:
 
 
 def can_have_processes() -> bool:
-    """Return whether processes that wait for one another can be started.
+    """Return whether this machine can start processes that share multiprocessing's locks.
 
-    That takes a /dev/shm that can be written to.
+    Locks need a /dev/shm that can be written to.
     """
     try:
         multiprocessing.Lock()

@@ -16,7 +16,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in hours, minutes or seconds, the largest of which it has at least one."""
+    """Return a time in hours, minutes or seconds: the largest unit that it has at least one of."""
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} hours"
     return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} s"

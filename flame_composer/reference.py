@@ -92,7 +92,7 @@ def scripts() -> Iterator[tuple[str, type[ScriptConfig]]]:
 
 
 def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
-    # Either the class is imported, or the module that it is in.
+    # The script imports either the class or the module that defines it.
     module, _, name = ast.unparse(node).rpartition(".")
     place = f"{names[module]}.{name}" if module else names[name]
     module, _, name = place.rpartition(".")
@@ -102,7 +102,7 @@ def _class(node: ast.expr, names: dict[str, str]) -> type[ScriptConfig]:
 def page() -> str:
     """Return the whole of docs/configuration.md."""
     parts = [INTRODUCTION]
-    # The longest comes first; it is looked up most.
+    # The longest section comes first, since it is looked up most.
     for name, cls in sorted(scripts(), key=lambda item: item[1] is not TrainConfig):
         rows = [
             (f"`{key}`", _code(kind), "" if default is None else _code(default), doc)
@@ -162,9 +162,10 @@ def _code(text: str) -> str:
 
 
 def patches() -> Iterator[tuple[str, str, str]]:
-    """Yield the dotted name of each function and class whose docstring says what it mends.
+    """Yield the name, Upstream text and Mends text of each function or class that has them.
 
-    With it, what it changes of whom (Upstream) and why (Mends).
+    In their docstrings, `Upstream:` names the package, its version and what is patched, and
+    `Mends:` says why.
     """
     for path in sorted((ROOT / "flame_composer").glob("*/*.py")):
         room = ".".join(path.relative_to(ROOT / "flame_composer").with_suffix("").parts)

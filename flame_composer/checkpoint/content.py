@@ -1,8 +1,9 @@
-"""Checks that a checkpoint holds all that a run needs to go on from it.
+"""Checks that a checkpoint holds everything that a run needs to continue from it.
 
-That is weights, moments, the clock and the state of callbacks. Composer loads what is there, leaves
-out what is missing and ends with status 0, so that a run would go on from random weights.
-Everything is therefore looked at before a checkpoint is chosen.
+Everything is the weights, the optimizer's moments, the clock (Composer's Timestamp) and the state
+of the callbacks. Composer itself would load what is there and ignore what is missing, so that a run
+would silently continue from random weights. All of it is therefore checked before a checkpoint is
+chosen.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ _CLOCK = (
 # In Composer 0.19.1 and later
 _LATER_CLOCK = ("iteration", "epoch_in_iteration", "token_in_iteration")
 _WALL_CLOCK = ("total_wct", "iteration_wct", "epoch_wct", "batch_wct")
-# Settings that decide where in the data a run goes on: their names in the state of the dataset and
-# in the order that the checkpoint describes
+# Settings that decide where in the data a run continues: from their names in the dataset's state to
+# their names in the row order that the checkpoint describes
 _LAYOUT = {
     "shuffle_seed": "train_data.shuffle_seed",
     "num_canonical_nodes": "train_data.num_canonical_nodes",
@@ -101,7 +102,7 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
 
 
 def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
-    """Return the settings of the optimizer's groups, by whether they are of matrices."""
+    """Return the settings of the optimizer's parameter groups: matrices (True) and others."""
     common = {"betas": tuple(config.betas), "eps": config.eps, "amsgrad": False, "maximize": False}
     return {
         is_matrix: {**common, "weight_decay": decay_of(config, is_matrix=is_matrix)}
@@ -112,9 +113,9 @@ def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
 def check_content(content: Any, place: str, *, step: int | None, needed: Needed | None) -> None:
     """Raise DataError, saying what is wrong, unless `content` is that of a training checkpoint.
 
-    `step` is the step in the checkpoint's name. `needed` is what a run must find in it to go on
-    from there; if None, it is enough that the checkpoint holds a model. Raise OtherRun if it is a
-    checkpoint of another model.
+    `step` is the step in the checkpoint's name. `needed` is what the checkpoint must hold for a run
+    to continue from it; if None, it is enough that the checkpoint holds a model. Raise OtherRun if
+    it belongs to another model.
     """
     try:
         weights, optimizers = parts_of(content)
@@ -140,12 +141,12 @@ def check_content(content: Any, place: str, *, step: int | None, needed: Needed 
         raise OtherRun(f"{place}: {error}") from None
     except Lack as error:
         raise DataError(f"{place}: not a checkpoint that can be used: {error}") from None
-    except Exception as error:  # a content may be anything, and make our checks raise anything
+    except Exception as error:  # the content is untrusted: it can make the checks raise anything
         raise DataError(f"{place}: not a checkpoint that can be used: {one_line(error)}") from None
 
 
 def _check_clock(clock: dict[str, Any], step: int | None) -> None:
-    """Raise Lack unless the clock counts what Composer's does, and is at `step`."""
+    """Raise Lack unless the clock has all counts of Composer's Timestamp, and is at `step`."""
     counts = [*_CLOCK, *(name for name in _LATER_CLOCK if name in clock)]
     for name in counts:
         if not 0 <= part_at(clock, int, name) < 2**63:
@@ -160,9 +161,9 @@ def _check_clock(clock: dict[str, Any], step: int | None) -> None:
 
 
 def _check_epoch(clock: dict[str, Any]) -> None:
-    """Raise Lack if more was done in this epoch than in all.
+    """Raise Lack if the clock counts more within the epoch than within the whole run.
 
-    In the first epoch both must be equal.
+    In the first epoch the two counts must be equal.
     """
     for name in ("batch", "sample", "token"):
         of_epoch, all_of_it = clock[f"{name}_in_epoch"], clock[name]
@@ -193,7 +194,7 @@ def _check_model(shapes: Shapes, needed: Needed) -> None:
 def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) -> None:
     """Raise Lack for weights or moments that are infinite or not a number.
 
-    A run that went on from them would save what it makes of them before it ends.
+    A run that continued from them would save further damaged checkpoints before it ended.
     """
     states = [each[needed.optimizer]["state"] for each in optimizers]
     for names in needed.trained:
@@ -210,15 +211,15 @@ def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) ->
 def _require_numbers(path: str, parts: list[Any], *, squared: bool = False) -> None:
     """Raise Lack unless all values of the tensors are finite real numbers.
 
-    With `squared` they may be infinite, as the square of a finite gradient can be, but not below
-    zero, for their root is taken.
+    With `squared` they may be infinite, as the square of a finite gradient can be, but not
+    negative, because the optimizer takes their square root.
     """
     for tensor in sharded.tensors(parts):
         if not tensor.is_floating_point():
             raise Lack(f"its {path} is of type {str(tensor.dtype).removeprefix('torch.')}")
         if not tensor.numel():
             continue
-        least, most = (bound.item() for bound in tensor.aminmax())  # both NaN if there is one
+        least, most = (bound.item() for bound in tensor.aminmax())  # both are NaN if any value is
         if squared and least < 0:
             raise Lack(f"its {path} has values below zero")
         if not (least >= 0 if squared else math.isfinite(least) and math.isfinite(most)):
@@ -230,7 +231,8 @@ def _check_rest(content: dict[str, Any]) -> None:
     for name in ("epoch", "sample_in_epoch"):
         if part_at(content, int, "state", "dataset_state", "train", name) < 0:
             raise Lack(f"its place in the data is {content['state']['dataset_state']['train']}")
-    for name, least in (("shuffle_seed", 0), ("num_canonical_nodes", 1)):  # they lay out the rows
+    # These decide the order of the rows.
+    for name, least in (("shuffle_seed", 0), ("num_canonical_nodes", 1)):
         if part_at(content, int, "state", "dataset_state", "train", name) < least:
             raise Lack(
                 f"its state.dataset_state.train.{name} is"
@@ -255,14 +257,15 @@ def _check_rest(content: dict[str, Any]) -> None:
 
 
 def _check_place(state: dict[str, Any], needed: Needed) -> None:
-    """Raise Lack unless the place in the data is the clock's.
+    """Raise Lack unless the dataset's place in the data agrees with the clock.
 
-    It must also be a place in the order of rows that the checkpoint says it was trained with.
+    The settings of the dataset's row order must also be those that the checkpoint says it was
+    trained with.
     """
     train, clock = state["dataset_state"]["train"], state["timestamp"]["Timestamp"]
     for name in ("epoch", "sample_in_epoch"):
         if train[name] != clock[name]:
-            raise Lack(f"its clock's {name} is {clock[name]}, and {train[name]} its rows'")
+            raise Lack(f"its clock's {name} is {clock[name]}, but its rows' is {train[name]}")
     order = state["callbacks"]["SameData"]["order"]
     for name, key in _LAYOUT.items():
         is_known = order.get(key) is not None
@@ -279,19 +282,19 @@ def _check_place(state: dict[str, Any], needed: Needed) -> None:
 def _check_random(ranks: list[Any], path: str) -> None:
     """Raise Lack unless each rank's random state can be loaded.
 
-    It is tried on generators that nobody draws from.
+    It is loaded into generators that nothing else uses.
     """
     for state in ranks:
         try:
             random.Random().setstate(state["python"])
             np.random.RandomState().set_state(state["numpy"])
             torch.Generator().set_state(state["torch"])
-        except Exception as error:  # a state may be anything, and make them raise anything
-            raise Lack(f"its {path} is no random state: {one_line(error)}") from None
+        except Exception as error:  # the state is untrusted: loading it can raise anything
+            raise Lack(f"its {path} is not a random state: {one_line(error)}") from None
 
 
 def _check_callbacks(content: dict[str, Any]) -> None:
-    """Raise Lack unless the callbacks that every run has left a state that can be loaded."""
+    """Raise Lack unless each callback in `_CALLBACKS` left a state that can be loaded."""
     for callback, parts in _CALLBACKS.items():
         for name, kind in parts.items():
             part_at(content, kind, "state", "callbacks", callback, name)
@@ -311,14 +314,14 @@ def _check_callbacks(content: dict[str, Any]) -> None:
 
 
 def _averages(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the algorithms that average weights, by name, each with its average."""
+    """Yield the name and the averaged weights of each algorithm that keeps an average."""
     for name, kept in state.get("algorithms", ()):
         if name in ("EMA", "SWA") and kept.get("average") is not None:
             yield name, part_at(kept, dict, "average")
 
 
 def _check_averages(state: dict[str, Any], weights: dict[str, Any], shapes: Shapes) -> None:
-    """Raise Lack unless averaged weights have the names and shapes of the weights."""
+    """Raise Lack unless every average has the names and shapes of the weights that it averages."""
     tensors = {
         name: part["part"] if isinstance(part, dict) else part for name, part in weights.items()
     }

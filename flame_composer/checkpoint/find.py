@@ -25,22 +25,22 @@ from flame_composer.storage.filesystems import is_url
 # The name of a file, or of a folder of pieces. Leading zeros (ba010.pt) are refused, so that no two
 # names stand for the same step.
 _NAME = re.compile(r"ba(0|[1-9][0-9]{0,17})(\.pt)?")
-_WHOLE, _GONE = "whole", "gone"  # what a rank finds, other than damage
+_WHOLE, _GONE = "whole", "gone"  # what a rank may find, besides a damaged checkpoint
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 
 def step_of(place: str) -> int | None:
-    """Return the step in a checkpoint's name, or None if it is not such a name."""
+    """Return the step in a checkpoint's name, or None if the name is not that of a checkpoint."""
     match = _NAME.fullmatch(re.split(r"[/\\]", place)[-1])
     return int(match[1]) if match else None
 
 
 def has_head(place: str) -> bool:
-    """Return whether `place` is a folder with the head of a checkpoint in pieces.
+    """Return whether `place` is a folder that holds the head of a checkpoint in pieces.
 
-    The head may be damaged.
+    The head (`sharded.HEAD`) may be damaged.
     """
     head = files.join(place, sharded.HEAD)
     return files.stat(head) is not None if is_url(place) else _is_there(head)
@@ -49,7 +49,7 @@ def has_head(place: str) -> bool:
 def _is_there(path: str) -> bool:
     """Return whether a path exists, as `os.path.lexists` does.
 
-    A path counts as existing if this user may not see it, or the disk does not answer.
+    A path also counts as existing if this user may not look at it, or if the disk fails.
     """
     try:
         os.lstat(path)
@@ -61,16 +61,16 @@ def _is_there(path: str) -> bool:
 def list_checkpoints(folder: str) -> list[str]:
     """Return the checkpoints in a folder, newest first.
 
-    Damaged ones are included, those that were never finished are not.
+    Damaged ones are included; those whose saving was never finished are not.
     """
     return [place for place in _named(folder) if place.endswith(".pt") or has_head(place)]
 
 
 def list_torsos(folder: str, before: int) -> list[str]:
-    """Return the checkpoints of steps before `before` that have pieces but no head.
+    """Return the folders of steps before `before` that hold pieces of a checkpoint but no head.
 
-    They are left by a kill while one is deleted, or uploaded. A folder that holds anything else is
-    not one.
+    A kill leaves such a folder while a checkpoint is being deleted or uploaded. A folder that holds
+    anything besides pieces is not included.
     """
     torsos = []
     for place in _named(folder):
@@ -83,7 +83,7 @@ def list_torsos(folder: str, before: int) -> list[str]:
 
 
 def _named(folder: str) -> list[str]:
-    """Return all that has a checkpoint's name in a folder, newest first."""
+    """Return the entries of a folder that are named like checkpoints, newest first."""
     try:
         names = files.ls(folder) if is_url(folder) else os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -101,11 +101,11 @@ def _named(folder: str) -> list[str]:
 def look_at(
     place: str, staging: Path, needed: Callable[[], Needed] | None = None
 ) -> Checkpoint | None:
-    """Return the checkpoint at `place` after reading and checking it; None if it is gone.
+    """Return the checkpoint at `place` after reading and checking it, or None if it is gone.
 
-    One in an object store is copied to the local folder `staging` again. `needed` returns what a
-    run must find in it to go on from there. Raise DataError if it is damaged or is not of the step
-    in its name, StoreError or ConfigError if the store does not answer.
+    A checkpoint in an object store is first copied, anew, to the local folder `staging`. `needed`
+    returns what a checkpoint must hold for a run to continue from it. Raise DataError if it is
+    damaged or is not of the step in its name, and StoreError or ConfigError if the store fails.
     """
     checkpoint = _fetched(place, staging)
     if checkpoint is not None:
@@ -117,13 +117,12 @@ def look_at(
 def find_newest(
     folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, shared: bool = False
 ) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, the same one on every rank.
+    """Return the newest whole checkpoint, the same one on every rank, or None if there is none.
 
-    A damaged one is named in a warning and passed over; what one rank cannot read, no rank takes.
-    With `shared`, the ranks of a machine have the same `staging`, and the first of them looks for
-    all. Return None if there are no checkpoints. Raise DataError if there are some but none is
-    whole (starting over would be a surprise), ConfigError if those that are whole belong to another
-    model.
+    A damaged checkpoint is named in a warning and passed over, on all ranks if any rank cannot read
+    it. With `shared`, the ranks of a machine have the same `staging`, and the first of them checks
+    for all. Raise DataError if there are checkpoints but none is whole, because nobody would expect
+    the run to start over, and ConfigError if the whole ones belong to another model.
     """
     checkpoints = _listed(folder)
     problems: dict[str, DataError] = {}
@@ -161,25 +160,25 @@ def find_newest(
 
 
 def _listed(folder: str) -> list[str]:
-    """Return the checkpoints that any rank sees in a folder, newest first."""
+    """Return the checkpoints that at least one rank sees in a folder, newest first."""
     places = {place for each in _agreed(lambda: list_checkpoints(folder)) for place in each}
     return sorted(places, key=lambda place: (step_of(place), place), reverse=True)
 
 
 def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> DataError | str:
-    """Return what is wrong with a checkpoint, as a value that other ranks can be told."""
+    """Return `_WHOLE`, `_GONE` or the DataError that says what is wrong with a checkpoint."""
     try:
         return _GONE if look_at(place, staging, needed) is None else _WHOLE
     except StoreError:
         raise
     except DataError as error:
         if is_url(place):
-            remove_copy(staging / place.rpartition("/")[2])  # the next one may need the room
+            remove_copy(staging / place.rpartition("/")[2])  # the next copy may need the space
         return error
 
 
 def _agreed(answer: Callable[[], T]) -> list[T]:
-    """Return every rank's answer, first rank first; if one of them raises, all do."""
+    """Return the answers of all ranks, in order of rank; if one rank raises, all ranks do."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [answer()]
     mine: Any
@@ -198,14 +197,14 @@ def _agreed(answer: Callable[[], T]) -> list[T]:
 
 
 class _Failed(NamedTuple):
-    """An error that another rank raised, in a form that can be sent."""
+    """An error of one rank, in a form that can be sent to the others."""
 
     is_config: bool
     message: str
 
 
 def _local(place: str, staging: Path) -> Path:
-    """Return the file that a checkpoint is read from."""
+    """Return the local file of a checkpoint, which is its head's if it is in pieces."""
     there = staging / place.rpartition("/")[2] if is_url(place) else Path(place)
     return (
         there / sharded.HEAD
@@ -215,7 +214,7 @@ def _local(place: str, staging: Path) -> Path:
 
 
 def _fetched(place: str, staging: Path) -> Checkpoint | None:
-    """Return the checkpoint at `place`, copied here if it is in a store; None if it is gone."""
+    """Return the checkpoint at `place`, copied here from a store if need be; None if it is gone."""
     if not is_url(place):
         return Checkpoint(place, _local(place, staging)) if _is_there(place) else None
     copy = staging / place.rpartition("/")[2]
@@ -223,7 +222,7 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
     if is_file and files.stat(place) is None:
         return None
     staging.mkdir(parents=True, exist_ok=True)
-    # An old copy, of a checkpoint of the other kind
+    # Remove an old copy of the other kind: a folder where a file is due, or the reverse.
     if (copy.is_dir() and not copy.is_symlink()) == is_file:
         remove_copy(copy)
     try:
@@ -232,7 +231,7 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
             return Checkpoint(place, copy)
         copy.mkdir(exist_ok=True)
         files.download(files.join(place, sharded.HEAD), copy / sharded.HEAD)
-        # Pieces are known by the names they must have, not by those that the store lists.
+        # The pieces' names follow from their number: the store's listing is not relied upon.
         for name in map(sharded.name_of, range(read_head(place, copy / sharded.HEAD))):
             if files.stat(files.join(place, name)) is None:
                 raise DataError(
@@ -245,9 +244,9 @@ def _fetched(place: str, staging: Path) -> Checkpoint | None:
 
 
 def remove_copy(copy: Path) -> None:
-    """Remove a local copy, or what a killed run left: a file or a folder.
+    """Remove a local copy of a checkpoint, a file or a folder, whole or as a kill left it.
 
-    Warn of what cannot be removed.
+    If it cannot be removed, log a warning.
     """
     try:
         if copy.is_dir() and not copy.is_symlink():
@@ -261,10 +260,10 @@ def remove_copy(copy: Path) -> None:
 def find_start(
     folder: str, staging: Path, needed: Callable[[], Needed] | None = None, *, autoresume: bool
 ) -> Checkpoint | None:
-    """Return the checkpoint from which a run that saves in `folder` goes on; None to start afresh.
+    """Return the checkpoint that a run saving in `folder` resumes from, or None for a new run.
 
-    Every rank must call it. Raise ConfigError if there are checkpoints but not `autoresume`, for
-    the run would overwrite them, and for the reasons that `find_newest` does.
+    Every rank must call this. Raise ConfigError if there are checkpoints but `autoresume` is off,
+    because the run would overwrite them. Errors of `find_newest` are raised as well.
     """
     if autoresume:
         return find_newest(folder, staging, needed, shared=True)
@@ -278,7 +277,7 @@ def find_start(
 
 
 def find_checkpoint(place: str, staging: Path) -> Checkpoint:
-    """Return the checkpoint at `place`, or the newest whole one in it if it is a run's folder.
+    """Return the checkpoint at `place`, or the newest whole one if `place` is a run's folder.
 
     Raise ConfigError if there is none.
     """
@@ -302,9 +301,9 @@ def find_checkpoint(place: str, staging: Path) -> Checkpoint:
 
 
 def _refuse_sharded(place: str) -> None:
-    """Raise ConfigError for a distributed checkpoint of torch's.
+    """Raise ConfigError for a checkpoint in the format of torch.distributed.checkpoint.
 
-    That is a folder with files of each rank and one named `.metadata`.
+    Such a checkpoint is a folder with a file named `.metadata` and files from each rank.
     """
     for folder in (place, *(files.join(place, name) for name in files.ls(place))):
         if ".metadata" in files.ls(folder):

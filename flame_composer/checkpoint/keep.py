@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: which of them are whole, kept, deleted or set aside."""
+"""The checkpoints in a run's folder: the newest whole ones are kept, older ones deleted."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import Stat, is_url
 
-# After so long, the rest of the folder is left to be looked at when the next checkpoint is saved
+# Checking old checkpoints may take this long; the rest are checked at the next save.
 VERIFY_SECONDS = 60
 
 log = logging.getLogger(__name__)
 
 
 class KeptCheckpoints:
-    """The checkpoints in a folder, of which the newest are kept.
+    """The checkpoints in a folder, of which the newest whole ones are kept.
 
-    Old ones are deleted once there are enough newer ones that are whole. A checkpoint that the run
-    saved, or goes on from, is known to be whole; any other is read once, and does not count if it
-    is damaged.
+    Older ones are deleted once there are enough newer ones that are whole. A checkpoint that this
+    run saved or resumed from is known to be whole. Any other is read once to find out, and is not
+    counted if it is damaged.
     """
 
     def __init__(
@@ -46,24 +46,25 @@ class KeptCheckpoints:
     ):
         """Keep the newest `num_to_keep` checkpoints in `folder`, or all if it is -1.
 
-        `staging` and `needed` are those of `SaveCheckpoints`.
+        `staging` and `needed` are as in `SaveCheckpoints`.
         """
         self.folder = folder
         self.staging = staging
         self.num_to_keep = num_to_keep
         self.needed = needed
-        # Whether each is whole, and what its file was like when that was found out
+        # By checkpoint: its file's size and time when it was checked, and whether it is whole
         self._is_whole: dict[str, tuple[Stat | None, bool]] = {}
-        self._stays: set[str] = set()  # those that could not be deleted
+        self._stays: set[str] = set()  # checkpoints that could not be deleted
 
     def make_way(self, place: str) -> None:
-        """Rename what has the name of a new checkpoint.
+        """Rename whatever is at `place`, where a new checkpoint is about to be saved.
 
-        It is a damaged checkpoint, or one of another run, which may be all that is left of that.
+        It is a damaged checkpoint, or one of another run. It is not deleted, because it may be all
+        that is left of that run.
         """
         is_file = files.stat(place) is not None
         if is_file and self._is_whole.get(place) == (_stat(place), True):
-            return  # this run has saved the same one
+            return  # this run saved that checkpoint itself, so it may be replaced
         is_there = (is_file or has_head(place)) if is_url(place) else os.path.lexists(place)
         if not is_there:
             return
@@ -116,13 +117,13 @@ class KeptCheckpoints:
             )
 
     def note(self, place: str, is_whole: bool) -> None:
-        """Note whether a checkpoint is whole, as it is now."""
+        """Remember whether a checkpoint, in its present state, is whole."""
         self._is_whole[place] = _stat(place), is_whole
 
     def _counts(self, place: str) -> bool:
-        """Return whether a checkpoint is whole.
+        """Return whether a checkpoint is whole, and so counts as one of those to keep.
 
-        It is looked at unless that is known, and it has not changed since.
+        It is read and checked, unless it was before and has not changed since.
         """
         now = _stat(place)
         if place in self._is_whole and self._is_whole[place][0] == now:
@@ -145,7 +146,7 @@ class KeptCheckpoints:
         return is_whole
 
     def _delete(self, place: str) -> None:
-        """Delete a checkpoint; warn once if that cannot be done."""
+        """Delete a checkpoint, or warn, once, that it cannot be deleted."""
         if place in self._stays:
             return
         try:
@@ -156,28 +157,28 @@ class KeptCheckpoints:
             log.warning("warning: %s: an old checkpoint stays: %s", place, one_line(error))
 
     def _remove(self, place: str) -> None:
-        """Delete a checkpoint in such an order that what a kill leaves is not taken for one."""
+        """Delete a checkpoint; what a kill leaves behind is never mistaken for a checkpoint."""
         if not is_url(place) and os.path.islink(place):
-            os.unlink(place)  # not what it leads to, which may be another run's
+            os.unlink(place)  # only the link: its target may belong to another run
         elif place.endswith(".pt"):
             files.delete(place)
         elif is_url(place):
-            files.delete(files.join(place, sharded.HEAD))  # first: the rest is not a checkpoint
+            files.delete(files.join(place, sharded.HEAD))  # first: it makes it a checkpoint
             files.delete_folder(place)
         else:
-            # After a kill, the next start clears this away
+            # If a kill leaves this folder behind, the next start removes it.
             left = self.staging / f"unfinished-{Path(place).name}"
             os.rename(place, left)
             shutil.rmtree(left)
 
 
 def _stat(place: str) -> Stat | None:
-    """Return what is known of the file that makes a checkpoint whole."""
+    """Return the stat of a checkpoint's file, or of its head if it is in pieces; None if gone."""
     return files.stat(place if place.endswith(".pt") else files.join(place, sharded.HEAD))
 
 
 def _is_taken(place: str) -> bool:
-    """Return whether there is something at a place."""
+    """Return whether anything is at `place`."""
     if is_url(place):
         return bool(files.stat(place) or files.ls(place))
     return os.path.lexists(place)

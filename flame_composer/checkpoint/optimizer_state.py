@@ -16,7 +16,7 @@ _FREE = ("foreach", "fused")
 
 
 def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> None:
-    """Raise Lack or Other unless the optimizer's state is one that this run can load."""
+    """Raise Lack or Other unless this run can load the optimizer's state."""
     found = sorted(map(str, optimizers[0]))
     if not found:
         raise Lack("it holds no optimizer's state")
@@ -43,13 +43,13 @@ def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> No
         for state in states:
             if "step" not in state[name]:
                 raise Lack(f"it has no {path}.state.{name}.step")
-            # At -1, the next step would divide by zero
+            # At step -1, the next update would divide by zero.
             if not 0 <= _number(state[name]["step"], f"{path}.state.{name}.step") < 2**53:
                 raise Lack(f"its {path}.state.{name}.step is {state[name]['step']}")
 
 
 def _number(value: Any, path: str) -> float:
-    """Return the number that `value` is, or holds as a tensor without dimensions."""
+    """Return a number, or a tensor without dimensions, as a float; raise Lack for all else."""
     is_tensor = isinstance(value, torch.Tensor) and sharded.shape([value]) == ()
     number = value.item() if is_tensor else value
     if isinstance(number, bool) or not isinstance(number, NUMBER):
@@ -63,10 +63,11 @@ def in_short(value: Any) -> str:
 
 
 def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) -> None:
-    """Raise Lack unless the optimizer's counts of steps agree.
+    """Raise Lack unless the optimizer's step counts agree with one another and with the clock.
 
-    They must be the same in all pieces, and for all weights unless some may have had no gradient in
-    a step. None is more than the clock's, and a weight without a step has no moments.
+    A weight's count must be the same in all pieces, and the same for all weights unless some may
+    have had no gradient in a step. No count may exceed the clock's, and a weight whose count is 0
+    must have no moments.
     """
     path = f"optimizers.{needed.optimizer}.state"
     states = [each[needed.optimizer]["state"] for each in optimizers]
@@ -75,7 +76,7 @@ def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) ->
     if len({(type(step), getattr(step, "dtype", None)) for step in counted}) > 1:
         raise Lack(f"its {path} have steps of several types")
     most = max(map(float, counted), default=0)
-    # Earlier versions do not say whether every weight had a gradient in every step.
+    # Checkpoints of earlier versions do not say whether all weights had a gradient in every step.
     callbacks = state.get("callbacks")
     gradients = callbacks.get("Gradients") if isinstance(callbacks, dict) else None
     may_lag = not isinstance(gradients, dict) or gradients.get("passed_over") is not False
@@ -96,10 +97,11 @@ def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) ->
 
 
 def check_pieces(content: dict[str, Any], place: str, *, may_be_behind: bool) -> str | None:
-    """Raise DataError if pieces are of another step than their head.
+    """Raise DataError if the pieces of a checkpoint are of another step than its head.
 
-    Only checkpoints that do not say which pieces are their own are checked. `may_be_behind` says
-    that the optimizer may have skipped steps; return a line that says so if it has, else None.
+    Newer checkpoints are not checked here, because their head has the fingerprints of the pieces.
+    If the pieces are behind the head, and `may_be_behind` says that the optimizer may have skipped
+    steps, return a line that tells so. Return None if there is nothing to tell.
     """
     if "pieces" not in content or "fingerprints" in content:
         return None
@@ -116,13 +118,13 @@ def check_pieces(content: dict[str, Any], place: str, *, may_be_behind: bool) ->
 
 
 def _most_steps(optimizers: dict[str, Any]) -> int | None:
-    """Return the most steps that an optimizer has taken of any weight; None if it has no state."""
+    """Return the largest step count of any weight, or None if the optimizers have no state."""
     states = [state for optimizer in optimizers.values() for state in optimizer["state"].values()]
     return max((int(state["step"]) for state in states), default=None)
 
 
 def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
-    """Raise Lack or Other unless a group of the optimizer has this run's settings."""
+    """Raise Lack or Other unless a parameter group of the optimizer has this run's settings."""
     path = f"optimizers.{needed.optimizer}.param_groups"
     for name in part_at(group, list, "params"):
         if name not in shapes:
@@ -142,7 +144,10 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
 
 
 def _is_like(found: Any, value: Any, *, is_free: bool) -> bool:
-    """Return whether a setting can replace `value`: a number another, a flag only itself."""
+    """Return whether the setting `found` may replace `value`.
+
+    A number may replace another number. A flag or None may replace only itself, unless `is_free`.
+    """
     if is_free:
         return found is None or isinstance(found, bool)
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint's content, found by their path or reported as missing."""
+"""Parts of a checkpoint's content, looked up by path, and the errors for missing ones."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class OtherRun(DataError):
-    """A whole checkpoint of another run: of another model, or another optimizer."""
+    """The error for a whole checkpoint of another run: its model or optimizer is another."""
 
 
 class Needed(NamedTuple):
-    """The content of a run's checkpoints: its weights' shapes and its optimizer's state.
+    """The content that a run needs to find in a checkpoint.
 
-    A weight with several names (a tied embedding) has its state under one of them: each entry of
-    `trained` is the names of one weight that is trained. `settings` are those of the optimizer's
-    groups, by whether they are of matrices; settings in a checkpoint would replace a run's own.
-    `kinds` are the other settings of the groups, as examples of their types.
+    `weights` holds the shapes of the weights by name, and `optimizer` the class name of the
+    optimizer. Each entry of `trained` is the names of one trained weight: one with several names (a
+    tied embedding) has its optimizer state under one of them. `settings` holds the settings that
+    the optimizer's parameter groups must have, of matrices under True and of other parameters under
+    False, because settings in a checkpoint would replace the run's own. `kinds` holds the groups'
+    other settings, as examples of their types.
 
     `skips_steps` says that the optimizer may have taken fewer steps than the clock counts,
     `other_order` that the rows may have been in another order than the checkpoint says.
@@ -37,15 +39,15 @@ class Needed(NamedTuple):
 
 
 class Lack(Exception):
-    """Something that a checkpoint lacks, or that cannot be used."""
+    """The error for a part of a checkpoint that is missing or cannot be used."""
 
 
 class Other(Exception):
-    """A difference by which a checkpoint belongs to another run."""
+    """The error for a difference that shows that a checkpoint belongs to another run."""
 
 
 def part_at(tree: Any, kind: Any, *path: str) -> Any:
-    """Return what is at `path`; raise Lack if there is nothing, or it is not of the type `kind`."""
+    """Return the value at `path`; raise Lack if there is none or it is not of the type `kind`."""
     for depth, name in enumerate(path, 1):
         if not isinstance(tree, dict) or name not in tree:
             raise Lack(f"it has no {'.'.join(path[:depth])}")
@@ -56,7 +58,10 @@ def part_at(tree: Any, kind: Any, *path: str) -> Any:
 
 
 def parts_of(content: Any) -> tuple[list[Any], list[Any]]:
-    """Return the weights and the optimizer state of each piece, or of the only one."""
+    """Return two lists: the weights and the optimizer states, one of each for every piece.
+
+    A checkpoint in one file counts as one piece.
+    """
     if not isinstance(content, dict):
         raise Lack(f"it holds a {type(content).__name__}")
     state = part_at(content, dict, "state")
@@ -68,14 +73,14 @@ def parts_of(content: Any) -> tuple[list[Any], list[Any]]:
 
 
 def shapes_of(parts: list[Any], path: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the whole tensors that are in pieces, by name."""
+    """Return the shape of each whole tensor by name; raise Lack if the pieces do not make it."""
     if any(part.keys() != parts[0].keys() for part in parts):
         raise Lack(f"its pieces are not of the same {path}")
     shapes = {}
     for name in parts[0]:
         shape = sharded.shape([part[name] for part in parts])
         if shape is None:
-            raise Lack(f"its {path}.{name} is no whole tensor")
+            raise Lack(f"its {path}.{name} is not a whole tensor")
         shapes[name] = shape
     return shapes
 

@@ -1,6 +1,6 @@
-"""A reader of checkpoints that runs no code in them.
+"""A reader of checkpoints that never runs code in them.
 
-Whatever is wrong with their files is told in one line that names the file.
+If anything is wrong with a file, the error is one line that names it.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ _KINDS = {
 }
 
 
-# Most bytes that everything but the tensors may take if written out; a tokenizer takes some 50 MB
+# The most bytes that everything but the tensors may take when written out. A tokenizer takes about
+# 50 MB.
 MOST_TEXT = 1 << 30
 
 
 class Checkpoint(NamedTuple):
     """The place of a checkpoint, and the local file to read it from.
 
-    The file is the place itself, or a copy of what is in a store. If the checkpoint is in pieces,
-    `place` is a folder and `file` its head, beside which the pieces lie. `passed_over` are newer
-    checkpoints in the same folder that could not be used.
+    `file` is the place itself, or a local copy if that is in an object store. If the checkpoint is
+    in pieces, `place` is a folder, and `file` its head, which lies beside the pieces. `passed_over`
+    names newer checkpoints in the same folder that could not be used.
     """
 
     place: str
@@ -59,17 +60,17 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a checkpoint's content, its tensors mapped from the file; no code in it is run.
+    """Return a checkpoint's content, with its tensors memory-mapped; no code in it is run.
 
-    If it is in pieces, their contents are a list under `pieces`. Raise DataError if a file is
-    missing, truncated, altered (every part's CRC-32 is checked) or not a plain file, or if it holds
-    anything but tensors and plain values.
+    If the checkpoint is in pieces, their contents are a list under the key `pieces`. Raise
+    DataError if a file is missing, truncated, altered (every part's CRC-32 is checked) or not a
+    plain file, or if it holds anything but tensors and plain values.
     """
     return read_content(checkpoint, verify=True)
 
 
 def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
-    """Return what `read_checkpoint` does; without `verify`, checksums are not checked again."""
+    """Return what `read_checkpoint` returns; check the checksums only if `verify`."""
     place, file, _ = checkpoint
     content = _read_file(place, file, verify=verify)
     if file.name == sharded.HEAD:
@@ -82,7 +83,7 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
         )
         content["pieces"] = held
     elif isinstance(content, dict) and "pieces" in content:
-        # Checks of its pieces would pass, but whoever loads a file looks for no pieces.
+        # Its pieces may be whole, but what loads a single file would not look for them.
         raise DataError(
             f"{place}: not a whole checkpoint: the head of one in pieces, in place of one in a file"
         )
@@ -96,7 +97,7 @@ def _require_own(place: str, head: dict[str, Any], paths: list[Path]) -> None:
     for number, path in enumerate(paths):
         try:
             is_own = head["fingerprints"][number] == sharded.fingerprint(path)
-        except Exception:  # a head may be anything, and make this raise anything
+        except Exception:  # the head is untrusted: it can make this raise anything
             is_own = False
         if not is_own:
             raise DataError(
@@ -111,7 +112,7 @@ def read_head(place: str, file: Path) -> int:
 
 
 def num_pieces(head: Any, place: str) -> int:
-    """Return how many pieces a head says that its checkpoint has."""
+    """Return how many pieces a checkpoint has, according to its head; raise DataError if unsaid."""
     number = head.get("pieces") if isinstance(head, dict) else None
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise DataError(f"{place}: not the head of a checkpoint in pieces")
@@ -119,13 +120,13 @@ def num_pieces(head: Any, place: str) -> int:
 
 
 def read_for_composer(file: str | Path, map_location: str) -> Any:
-    """Return the content of a file that was checked, in memory.
+    """Return the content of a file that was checked before, read into memory.
 
-    It replaces Composer's `_torch_load_with_validation` (0.32.1), which reads with pickle alone: a
-    file that was replaced after it was checked would run its code.
+    This replaces Composer's `_torch_load_with_validation` (0.32.1), which unpickles without limits:
+    if the file was replaced since the check, code in it would run.
     """
     assert map_location == "cpu"
-    file = Path(file).resolve()  # Composer passes a link that it made
+    file = Path(file).resolve()  # Composer passes a symbolic link that it made
     return _read_file(str(file), file, verify=False, mapped=False)
 
 
@@ -148,16 +149,16 @@ def _read_file(place: str, file: Path, *, verify: bool, mapped: bool = True) -> 
     except pickle.UnpicklingError as error:
         what = f"it holds something other than tensors and plain values: {one_line(error)}"
         raise DataError(f"{place}: refused, {what}") from None
-    except Exception as error:  # a damaged file may make its readers raise anything
+    except Exception as error:  # a damaged file can make torch raise anything
         raise DataError(f"{place}: not a whole checkpoint: {one_line(error)}") from None
 
 
 def _size(part: Any, known: dict[int, int]) -> int:
-    """Return about how many bytes `part` takes written out, each time that it is held.
+    """Return about how many bytes `part` takes when written out, counting repeated objects again.
 
-    Lists that hold one list twice, which holds another twice, and so on, are small in a pickle and
-    in memory, but going through them, or writing them as JSON, never ends. Raise RecursionError for
-    a list within itself.
+    A list that holds one list twice, which holds another twice, and so on, is small in a pickle and
+    in memory, but iterating over all of it, or writing it as JSON, never ends. Raise RecursionError
+    for a list that contains itself.
     """
     if isinstance(part, str | bytes | bytearray):
         return 8 + len(part)
@@ -172,7 +173,7 @@ def _size(part: Any, known: dict[int, int]) -> int:
 
 
 def _require_plain_file(place: str, file: Path) -> None:
-    """Raise DataError for an empty file, or one that would hang a reader or never end."""
+    """Raise DataError for an empty file, or for one that is not a regular file, such as a pipe."""
     found = os.stat(file)
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something")
@@ -185,7 +186,7 @@ def _verify(place: str, file: Path) -> None:
     """Raise DataError unless every part of a file matches its checksum."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-        # torch compresses nothing, so that the parts cannot be larger than the file.
+        # torch never compresses, so the parts together cannot be larger than the file.
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise DataError(f"{place}: not a whole checkpoint: parts of it are compressed")
         if sum(part.file_size for part in parts) > file.stat().st_size:

@@ -33,10 +33,10 @@ from flame_composer.storage.local import create
 from flame_composer.storage.locks import is_own_folder
 from flame_composer.upstream.composer import load_checkpoints_with
 
-# Composer rebuilds some of its algorithms by evaluating their text in a checkpoint. None is rebuilt
-# here.
+# Names of Composer's algorithms. Composer rebuilds some of them from a checkpoint by calling `eval`
+# on text in it; the Trainer is told to rebuild none.
 NEVER_EVALUATED = algorithms.__all__
-# What torch (2.7) says of a file that it cannot write
+# The errors of torch (2.7) for a file that it cannot write.
 _CANNOT_WRITE = re.compile(
     "PytorchStreamWriter|Parent directory .* does not exist|open file failed"
 )
@@ -45,17 +45,21 @@ log = logging.getLogger(__name__)
 
 
 class SaveCheckpoints(Callback):
-    """A callback that saves `ba<batch>.pt` regularly and at the end; it is always whole.
+    """A callback that saves `ba<batch>.pt` regularly and at the end, whole or not at all.
 
     Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two
-    steps, so that a kill can leave a torso or a link to nothing. This one writes under a temporary
-    name, forces the bytes to disk and renames the file, or uploads it, which an object store shows
-    when all of it is there. There is no link: the newest checkpoint is found by name. It saves at
-    the end of a batch only, never at the end of an epoch: there Composer's epoch counter and
-    StreamingDataset's disagree, and the next epoch would repeat the order of the last.
+    steps, so that a kill can leave a partial file or a dangling link. This one writes under a
+    temporary name, forces the bytes to disk and renames the file. An upload to an object store
+    appears there only once it is complete. There is no link: the newest checkpoint is found by its
+    name.
 
-    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`. It is renamed
-    when all of them are there; in an object store its head (`sharded.HEAD`) is uploaded last.
+    Checkpoints are saved only at the end of a batch, never at the end of an epoch. There Composer's
+    epoch counter and StreamingDataset's disagree, and the next epoch would repeat the last one's
+    order.
+
+    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`. The folder gets
+    that name once all pieces are in it; in an object store its head (`sharded.HEAD`) is uploaded
+    last.
 
     `KeptCheckpoints` deletes old checkpoints once there are enough newer ones that are whole.
     """
@@ -73,13 +77,14 @@ class SaveCheckpoints(Callback):
         needed: Callable[[], Needed] | None = None,
         train_log: Path | None = None,
     ):
-        """Save every so many `batches` or `seconds`; one of the two must be given.
+        """Save a checkpoint every `batches` or every `seconds`; one of the two must be given.
 
-        The newest `num_to_keep` checkpoints are kept in `folder`, a path or URL; all if it is -1.
-        `staging` is a local folder for copies of what is in an object store. `start` is the
-        checkpoint that Composer loads (`load_path`): if it is the head of one in pieces, they are
-        loaded after it. `needed` returns what a checkpoint must hold to be one of this run.
-        `train_log` is a file that must be on disk before a checkpoint gets its name.
+        `folder`, a path or URL, keeps the newest `num_to_keep` checkpoints, or all if that is -1.
+        If it is a URL, checkpoints are written to the local folder `staging` before they are
+        uploaded. `start` is the checkpoint that Composer loads (`load_path`). If it is in pieces,
+        Composer loads only its head, and this callback then loads the pieces. `needed` returns what
+        a checkpoint must hold to be one of this run. `train_log` is a file that is forced to disk
+        before a checkpoint gets its name.
         """
         self.folder = folder
         self.staging = staging if is_url(folder) else Path(folder)
@@ -89,21 +94,21 @@ class SaveCheckpoints(Callback):
         self.start = start
         self.kept = KeptCheckpoints(folder, self.staging, num_to_keep, needed)
         self.train_log = train_log
-        self.saved: str | None = None  # the newest checkpoint
+        self.saved: str | None = None  # the newest checkpoint of this process
         self._last_time = time.monotonic()
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Load the pieces of the checkpoint whose head Composer has loaded."""
+        """Load the pieces of the checkpoint if Composer has loaded only its head."""
         if self.start is not None and self.start.file.name == sharded.HEAD:
             content = read_content(
                 self.start, verify=False
-            )  # checksums were checked when it was chosen
+            )  # its checksums were checked when it was chosen
             sharded.load(state, content["pieces"])
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Clear away what a killed run has left."""
+        """Delete what a killed run left behind."""
         self._last_time = time.monotonic()
-        dist.barrier()  # until every rank has read what it goes on from
+        dist.barrier()  # until every rank has read its checkpoint
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
             for left in self.staging.glob("*ba*" if is_url(self.folder) else "unfinished-ba*"):
@@ -121,23 +126,23 @@ class SaveCheckpoints(Callback):
         dist.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save if it is time, or if training ends here."""
+        """Save a checkpoint if one is due, or if training ends here."""
         assert state.max_duration is not None
         if self._is_due(state.timestamp.batch.value) or state.timestamp >= state.max_duration:
             self.save(state)
 
     def _is_due(self, batch: int) -> bool:
-        """Return whether it is time to save, the same on every rank."""
+        """Return whether a checkpoint is due; the answer is the same on every rank."""
         if self.batches is not None:
             return batch % self.batches == 0
         assert self.seconds is not None
-        # Clocks differ, so the first rank's decides for all
+        # Clocks differ, so the first rank decides for all.
         decision = [time.monotonic() - self._last_time >= self.seconds]
         dist.broadcast_object_list(decision, src=0)
         return decision[0]
 
     def save(self, state: State) -> None:
-        """Save now, unless this batch was saved already. Every rank must call it."""
+        """Save a checkpoint now, unless this batch has one. Every rank must call this."""
         in_pieces = self.in_pieces and state.fsdp_config is not None
         name = f"ba{state.timestamp.batch.value}" + ("" if in_pieces else ".pt")
         place = files.join(self.folder, name)
@@ -163,7 +168,7 @@ class SaveCheckpoints(Callback):
     def _flush_log(self) -> None:
         """Force the log to disk.
 
-        After a power loss, too, a restart must find the row of every step up to its checkpoint's.
+        A restart must find the row of every step up to its checkpoint, even after a power failure.
         """
         if self.train_log is not None and self.train_log.exists():
             flush(self.train_log)
@@ -176,7 +181,7 @@ class SaveCheckpoints(Callback):
             return
         self.staging.mkdir(parents=True, exist_ok=True)
         with create(temporary) as file:
-            # Through its descriptor: others may put another file under its name meanwhile
+            # By its descriptor, because others may put another file under its name meanwhile.
             save_checkpoint(state, f"/proc/self/fd/{file.fileno()}")
             self.kept.make_way(place)
             if not os.path.samestat(os.lstat(temporary), os.fstat(file.fileno())):
@@ -198,7 +203,7 @@ class SaveCheckpoints(Callback):
         if is_url(place):
             if is_first:
                 self.kept.make_way(place)
-                files.delete(files.join(place, sharded.HEAD))  # if it could not be moved
+                files.delete(files.join(place, sharded.HEAD))  # still there if not renamed
             dist.barrier()
             for file in written:
                 if file.name == sharded.HEAD:
@@ -222,7 +227,7 @@ class SaveCheckpoints(Callback):
 
 @contextmanager
 def _saving(place: str) -> Iterator[None]:
-    """Raise TrainingError, with the checkpoint's name, if it cannot be written to disk."""
+    """Raise TrainingError, naming the checkpoint, if the body cannot write it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -238,9 +243,10 @@ def _saving(place: str) -> Iterator[None]:
 def find_start_of(
     config: TrainConfig, staging: Path, needed: Callable[[], Needed]
 ) -> Checkpoint | None:
-    """Return the checkpoint that a run goes on from, or None; see `find_start`.
+    """Return the checkpoint that a run resumes from, or None for a new run; see `find_start`.
 
-    Every rank must call it, once all have met. `needed` returns what its checkpoints must hold.
+    Every rank must call this after `dist.initialize_dist`. `needed` returns what a checkpoint must
+    hold for this run.
     """
     load_checkpoints_with(read_for_composer)
     if config.save_folder is None:

@@ -1,6 +1,7 @@
-"""Checkpoints in pieces: each rank saves its share of a sharded model.
+"""Checkpoints in pieces, of which each rank saves its own share of a sharded model.
 
-Any number of ranks can read them.
+A checkpoint is a folder with one file per piece and a head (`HEAD`). Any number of ranks can read
+it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from flame_composer.errors import DataError
 from flame_composer.upstream.fsdp import first_row_of
 
 HEAD = "state.pt"
-"""The file with all but weights and optimizer state; with it, a checkpoint is whole."""
+"""The file with all but weights and optimizer state; written last, it completes a checkpoint."""
 
 
 def name_of(number: int) -> str:
-    """Return the name of the file of a piece."""
+    """Return the file name of the piece with this number."""
     return f"piece{number}.pt"
 
 
@@ -41,7 +42,7 @@ def is_name(name: str) -> bool:
 
 
 def fingerprint(file: Path) -> str:
-    """Return a hash of a file's content, made of the checksums that torch put in it."""
+    """Return a hash of a file's content, computed from the checksums that torch stored in it."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(file) as archive:
         for part in archive.infolist():
@@ -52,8 +53,8 @@ def fingerprint(file: Path) -> str:
 def save(state: State, folder: Path) -> list[Path]:
     """Write this rank's piece, and on the first rank the head; return the files, the head last.
 
-    Of several replicas the first saves. The head has the fingerprints of all pieces. Every rank
-    must call it.
+    If the model has several replicas, only the first one saves. The head holds the fingerprints of
+    all pieces. Every rank must call this.
     """
     with _sharded(state):
         content = state.state_dict()
@@ -82,13 +83,13 @@ def save(state: State, folder: Path) -> list[Path]:
 
 
 def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
-    """Fill `state`, sharded or not, from all pieces of a checkpoint.
+    """Load all pieces of a checkpoint into `state`, which may be sharded or not.
 
-    Each rank reads its share of weights and optimizer state. Raise DataError if they are of another
-    model.
+    Each rank reads its own share of the weights and optimizer state. Raise DataError if the pieces
+    are of another model.
     """
     with _sharded(state):
-        # The present state gives places and shapes: its tensors are filled, all else is replaced.
+        # The current state is the template: its tensors are filled in place, all else is replaced.
         there = {"model": state.get_model_state_dict(), "optimizers": state.get_optim_state_dict()}
     try:
         there = _filled(there, pieces)
@@ -102,16 +103,16 @@ def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
 
 
 def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return the model's whole tensors by name."""
+    """Return the model's tensors by name, each put together from its pieces."""
     names = pieces[0]["model"]
     return {name: _whole([piece["model"][name] for piece in pieces]) for name in names}
 
 
 def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
-    """Return the shape of the tensor that `parts` are all the pieces of, or the only one is.
+    """Return the shape of the tensor whose pieces are `parts`, or which is the only part.
 
-    Return None if they are something else: pieces of several tensors, pieces with rows that are
-    missing or there twice, or tensors without values.
+    Return None if they do not make exactly one tensor: if they are pieces of several tensors, if
+    rows are missing or occur twice, or if they have no values.
     """
     if isinstance(parts[0], torch.Tensor):
         return tuple(parts[0].shape) if _has_values(parts[0]) else None
@@ -135,7 +136,7 @@ def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def _sharded(state: State) -> Iterator[None]:
-    """Have Composer hand out what this rank holds of each tensor."""
+    """Make Composer's state dicts contain only this rank's part of each tensor, in the body."""
     if state.fsdp_config is None:
         yield
         return
@@ -147,7 +148,7 @@ def _sharded(state: State) -> Iterator[None]:
 
 
 def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
-    """Return a tree of dicts and lists with every DTensor in it changed."""
+    """Return a copy of a tree of dicts and lists, with `change` applied to every DTensor in it."""
     if isinstance(tree, DTensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -158,16 +159,16 @@ def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
 
 
 def _piece_of(tensor: DTensor) -> dict[str, Any]:
-    """Return what this rank holds of a tensor, which FSDP2 cuts along its first dimension."""
+    """Return this rank's piece of a tensor, which FSDP2 shards along its first dimension."""
     part = tensor.to_local().detach()
-    # Cloned, for otherwise all of the buffer it is in would be saved
+    # Cloned, because saving a view would save the whole buffer that it lies in.
     return {"shape": list(tensor.shape), "start": first_row_of(tensor), "part": part.cpu().clone()}
 
 
 def _has_values(tensor: Any) -> bool:
     """Return whether `tensor` is a plain tensor on the CPU.
 
-    Copying from one on the meta device raises nothing, and copies nothing.
+    Tensors on the meta device have no values, and copying from one silently copies nothing.
     """
     return (
         isinstance(tensor, torch.Tensor)
@@ -178,17 +179,17 @@ def _has_values(tensor: Any) -> bool:
 
 
 def tensors(parts: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the tensors that `parts` are, or that they hold as pieces of one."""
+    """Return the tensors in `parts`, each of which is a tensor itself or a piece that holds one."""
     return [part["part"] if _is_piece(part) else part for part in parts]
 
 
 def _is_piece(value: Any) -> bool:
-    """Return whether a value is a piece, as `_piece_of` makes them."""
+    """Return whether a value is a piece, as made by `_piece_of`."""
     return isinstance(value, dict) and value.keys() == {"shape", "start", "part"}
 
 
 def _filled(there: Any, pieces: Sequence[Any]) -> Any:
-    """Return `there` with its tensors filled, and all else replaced, from the pieces."""
+    """Return `there` with its tensors filled from the pieces, and everything else replaced."""
     if isinstance(there, torch.Tensor) and _is_piece(pieces[0]):
         mine = there.to_local() if isinstance(there, DTensor) else there
         if list(there.shape) != pieces[0]["shape"]:
@@ -211,7 +212,7 @@ def _filled(there: Any, pieces: Sequence[Any]) -> Any:
 
 @torch.no_grad()
 def _copy(pieces: Sequence[dict[str, Any]], out: torch.Tensor, start: int) -> None:
-    """Fill `out`, the rows from `start` of a tensor, with what the pieces hold of them."""
+    """Fill `out`, which holds a tensor's rows from `start` on, from the pieces of the tensor."""
     filled = 0
     for piece in pieces:
         part, offset = piece["part"], piece["start"]
@@ -224,7 +225,7 @@ def _copy(pieces: Sequence[dict[str, Any]], out: torch.Tensor, start: int) -> No
 
 
 def _whole(pieces: Sequence[Any]) -> torch.Tensor:
-    """Return the tensor that the pieces are of."""
+    """Return the whole tensor, put together from its pieces."""
     if not _is_piece(pieces[0]):
         return pieces[0]
     out = torch.empty(pieces[0]["shape"], dtype=pieces[0]["part"].dtype)

@@ -1,7 +1,7 @@
 """The model and the tokenizer in a checkpoint, rebuilt from plain data.
 
 Nothing that a checkpoint names is looked up, run or written to. Composer's own functions for this
-use the file names and keyword arguments in it as they are.
+would use file names and keyword arguments in the checkpoint unchecked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flame_composer.upstream.transformers import keep_generation_config
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "model."  # before the names in Composer's model
+_PREFIX = "model."  # the prefix of our names within Composer's model
 
 
 def model_from(
@@ -41,12 +41,11 @@ def model_from(
 ) -> PreTrainedModel:
     """Return the model whose config is in `hf_state`, with exactly these weights.
 
-    Raise DataError if the config is not of a known model, or not of the one that the weights are
-    of.
+    Raise DataError if the config is not of a known model, or does not match the weights.
     """
     if not all(isinstance(name, str) and _is_plain(tensor) for name, tensor in weights.items()):
         raise DataError(
-            f"{place}: its weights are no plain tensors by name; take another checkpoint"
+            f"{place}: its weights are not plain tensors by name; take another checkpoint"
         )
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     shapes = {name: tensor.shape for name, tensor in named.items()}
@@ -73,7 +72,7 @@ def model_from(
 
 
 def _is_plain(tensor: object) -> bool:
-    """Return whether it is a tensor with all its numbers in memory.
+    """Return whether `tensor` is an ordinary tensor with all its numbers in memory.
 
     Sparse, quantized, complex and meta tensors are not.
     """
@@ -89,7 +88,7 @@ def _is_plain(tensor: object) -> bool:
 def _require_same(
     made: Mapping[str, torch.Size], held: Mapping[str, torch.Size], place: str
 ) -> None:
-    """Raise DataError unless the weights `held` have the names and shapes of those `made`."""
+    """Raise DataError unless the weights `held` have the names and shapes of the model `made`."""
     for name in {**made, **held}:
         if made.get(name) != held.get(name):
             has, makes = (
@@ -122,8 +121,8 @@ def load_model(
     """Return a model and its tokenizer, ready to be run.
 
     They come from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder.
-    `tokenizer` is the folder or id of another one to use. Raise ConfigError if that has tokens that
-    the model lacks.
+    `tokenizer` is the folder or id of another tokenizer to use instead. Raise ConfigError if it has
+    more tokens than the model.
     """
     path = Path(place_or_id)
     if (
@@ -140,7 +139,7 @@ def load_model(
         model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
         known = ends_in(place_or_id)
     if tokenizer is not None and known is not None:
-        note_ends(found, known)  # in training, whatever tokenizer is used now
+        note_ends(found, known)  # how documents began in training, whatever tokenizer is used now
     if vocab_size_of(found) > model.config.vocab_size:
         raise ConfigError(
             f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the"
@@ -160,11 +159,11 @@ def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTr
 def model_in(
     content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return model and tokenizer, as `load_from_checkpoint` does, from a content that was read.
+    """Return the model and tokenizer in the `content` of a checkpoint that was already read.
 
-    `which` says which weights: `model` are those that training goes on with, `ema` their
-    exponential moving average, which is what was evaluated; `auto` takes that if the run has one.
-    Raise ConfigError for `ema` without one.
+    `which` selects the weights: `model` for those that training continues with, `ema` for their
+    exponential moving average, which evaluation used, and `auto` for the average if the run has
+    one. Raise ConfigError for `ema` if it has none.
     """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
@@ -176,7 +175,7 @@ def model_in(
         behind = check_pieces(content, checkpoint.place, may_be_behind=True)
     except DataError:
         raise
-    except Exception:  # a content may be anything, and make this raise anything
+    except Exception:  # the content is untrusted: it can make this raise anything
         raise DataError(
             f"{checkpoint.place}: not a training checkpoint of this package: it holds no Hugging"
             " Face model"
@@ -193,9 +192,9 @@ def model_in(
 
 
 def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the exponential moving average of the weights, or nothing if the run has none.
+    """Return the exponential moving average of the weights; empty if the run has none.
 
-    It is what was evaluated.
+    Evaluation used these weights.
     """
     return next(
         (kept["average"] or {} for name, kept in state.get("algorithms", ()) if name == "EMA"), {}
@@ -213,17 +212,17 @@ def save_hf_folder(
 ) -> None:
     """Save a model and its tokenizer as a Hugging Face folder.
 
-    It is a `new_folder` with the config, safetensors files of at most `max_shard_size` bytes, the
-    generation config and the tokenizer. The generation config has the tokenizer's special tokens
-    where the model names none; `card` becomes README.md. Warn of weights that are infinite or not a
-    number, or become so in `dtype`.
+    The folder appears whole or not at all (`new_folder`). It holds the config, safetensors files of
+    at most `max_shard_size` bytes, the generation config and the tokenizer. Where the model names
+    no special tokens, the generation config gets the tokenizer's. `card` becomes README.md. Weights
+    that are infinite or not a number, or become so in `dtype`, are named in a warning.
     """
     if model.generation_config is not None:
         for name, token in special_tokens(tokenizer).items():
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, token)
         if ends_of(tokenizer) is not None:
-            # transformers begins a text with it that has no prompt
+            # transformers begins a text with this token if there is no prompt.
             model.generation_config.bos_token_id = start_of(tokenizer)
         keep_generation_config(model)
     with new_folder(out) as folder:

@@ -1,4 +1,4 @@
-"""Uploads of checkpoints, which survive outages of some minutes."""
+"""Uploads of checkpoints that survive outages of a few minutes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from flame_composer.storage import files
 
 log = logging.getLogger(__name__)
 
-# Seconds between attempts to upload a checkpoint, each of which makes several requests
+# Seconds between attempts to upload a checkpoint. Each attempt makes several requests.
 UPLOAD_WAITS = (2, 10, 60, 180)
 
-# No attempt begins later than this after the first; if the store hangs, each takes three minutes
+# No attempt begins later than this after the first. If the store hangs, one takes three minutes.
 UPLOAD_SECONDS = 260
 
 
 def upload_file(file: Path, place: str) -> None:
-    """Upload a file, trying again for some minutes.
+    """Upload a file, and try again for a few minutes if that fails.
 
-    An outage, or credentials that are being renewed, need not end a run.
+    A short outage, or credentials that are being renewed, should not end a run.
     """
     begun = time.monotonic()
     for seconds in (*UPLOAD_WAITS, None):

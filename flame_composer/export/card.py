@@ -269,7 +269,7 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise ConfigError(
-                f"push_to_hub={repo}: is there and public; set hub_private=false, or name another"
+                f"push_to_hub={repo}: exists and is public; set hub_private=false, or name another"
             )
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model")
     except ConfigError:

@@ -257,7 +257,8 @@ def folder_of(path_or_id: str, files: list[str]) -> Path:
             folder = Path(snapshot_download(path_or_id, allow_patterns=files))
         except Exception as error:  # the hub and the network raise many kinds of errors
             raise ConfigError(
-                f"no such folder, and not to be had from the Hugging Face hub: {one_line(error)}"
+                "no such folder, and it cannot be fetched from the Hugging Face hub:"
+                f" {one_line(error)}"
             ) from None
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")

@@ -155,8 +155,8 @@ def _download(model_id: str) -> Path:
         )
     except Exception as error:  # the hub and the network raise many kinds of errors
         raise ConfigError(
-            f"model: {model_id}: no such folder, and not to be had from the Hugging Face hub: "
-            f"{one_line(error)}"
+            f"model: {model_id}: no such folder, and it cannot be fetched from the Hugging Face"
+            f" hub: {one_line(error)}"
         ) from None
 
 

@@ -287,12 +287,15 @@ def _get(fs: Any, path: str, place: str, local: Path, most: int | None) -> None:
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if size is not None and self.value > size:
-                raise StoreError(f"{place}: the store sends more than the {size:,} bytes it told")
+                raise StoreError(
+                    f"{place}: the store sends more than the {size:,} bytes it announced"
+                )
 
     fs.get_file(path, str(local), callback=Limit())
     if size is not None and local.stat().st_size != size:
         raise StoreError(
-            f"{place}: the store sends {local.stat().st_size:,} bytes, must be the {size:,} it told"
+            f"{place}: the store sends {local.stat().st_size:,} bytes, must be the {size:,} it"
+            " announced"
         )
 
 

@@ -77,7 +77,7 @@ def at(place: str) -> Iterator[tuple[Any, str]]:
         elif scheme in ("file", "local"):
             raise ConfigError(f"{place}: must be given as a path, without {scheme}://")
         elif scheme in NO_STORES:
-            raise ConfigError(f"{place}: {scheme}:// is no object store; give {MEANT}")
+            raise ConfigError(f"{place}: {scheme}:// is not an object store; give {MEANT}")
         else:
             if scheme == "http":
                 from flame_composer.storage.plain_http import warn_if_readable
@@ -164,6 +164,6 @@ def below(folder: str, path: str) -> str:
 def strange_name(folder: str, name: str) -> DataError:
     """Return the error for a store that lists something that is not the name of a file."""
     return DataError(
-        f"{folder}: the store lists {name[:200]!a} there, which is no name of a file in it; delete"
-        " that, or use another folder"
+        f"{folder}: the store lists {name[:200]!a} there, which is not the name of a file in it;"
+        " delete that, or use another folder"
     )

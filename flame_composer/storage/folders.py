@@ -179,7 +179,7 @@ def require_folder_inside(folder: Path, name: str, key: str) -> None:
     )
     if not stat.S_ISDIR(found.st_mode) or is_planted:
         raise ConfigError(
-            f"{key}: {path}: is a link, no folder, or another user's; remove it, or name another"
+            f"{key}: {path}: is a link, not a folder, or another user's; remove it, or name another"
             " folder"
         )
     require_safe(path, key)

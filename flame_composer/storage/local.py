@@ -30,7 +30,7 @@ def create(path: str | Path) -> BinaryIO:
             os.unlink(path)
         with suppress(FileExistsError):
             return os.fdopen(os.open(path, flags, 0o666), "wb")
-    raise FileExistsError(errno.EEXIST, "somebody else makes it again and again", str(path))
+    raise FileExistsError(errno.EEXIST, "another process keeps creating it", str(path))
 
 
 @contextmanager

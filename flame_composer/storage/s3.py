@@ -259,13 +259,13 @@ def _pages(client: Any, operation: str, path: str, **options: Any) -> Iterator[A
 def _file(path: str, size: Any, etag: str, modified: Any) -> Info:
     """Return the `info` of a file.
 
-    Raise StoreError if the store does not tell its size and date.
+    Raise StoreError if the store does not report its size and date.
     """
     is_size, is_date = isinstance(size, int) and size >= 0, isinstance(modified, datetime)
     if not is_size or not is_date:
         what = "size" if is_date else "date" if is_size else "size and date"
         raise StoreError(
-            f"s3://{path}: the store does not tell its {what}, as S3 does; check S3_ENDPOINT_URL"
+            f"s3://{path}: the store does not report its {what}, as S3 does; check S3_ENDPOINT_URL"
         )
     return {
         "name": path,

@@ -144,7 +144,7 @@ def explained(path: str) -> Iterator[Any]:
     # Raised by botocore for sizes, dates and XML that are malformed
     except (ResponseParserError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(
-            f"s3://{path}: {server} answers otherwise than S3 does:"
+            f"s3://{path}: {server} does not answer as S3 does:"
             f" {line_of(error)}; check S3_ENDPOINT_URL"
         ) from None
 

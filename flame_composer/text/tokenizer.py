@@ -134,7 +134,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
         what = (
             "not a tokenizer folder"
             if is_folder
-            else "no such folder, and not to be had from the Hugging Face hub"
+            else "no such folder, and it cannot be fetched from the Hugging Face hub"
         )
         raise ConfigError(f"tokenizer: {path_or_id}: {what}: {one_line(error)}") from None
     finally:

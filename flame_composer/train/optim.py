@@ -131,7 +131,7 @@ class Schedule(Callback):
                     f"the checkpoint was trained at other learning rates: step {batch + 1} of the"
                     f" {self.num_used} taken had {was:.6g}, and would have {would_be:.6g}:"
                     f" {listed}; set back what changed, start a new run_name, or set"
-                    " allow_schedule_change=true to go on all the same"
+                    " allow_schedule_change=true to continue anyway"
                 )
 
     def _check_algorithms(self, total_before: int) -> None:
@@ -147,7 +147,7 @@ class Schedule(Callback):
                         f"{key}: depends on the length of the run: step {batch + 1} of the"
                         f" {self.num_used} taken had {was}, and would have {would_be}: max_duration"
                         f" ({total_before}ba before, {self.plan.total}ba now); set it back, start a"
-                        " new run_name, or set allow_schedule_change=true to go on all the same"
+                        " new run_name, or set allow_schedule_change=true to continue anyway"
                     )
 
 

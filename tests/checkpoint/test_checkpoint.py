@@ -453,7 +453,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "a model that is a list": (put([1], "state", "model"), "its model is a list"),
     "a weight that is text": (
         put("x", "state", "model", WEIGHT),
-        f"its model.{WEIGHT} is no whole tensor",
+        f"its model.{WEIGHT} is not a whole tensor",
     ),
     "no optimizers": (drop("state", "optimizers"), "it has no optimizers"),
     "empty optimizers": (put({}, "state", "optimizers"), "it holds no optimizer's state"),
@@ -472,7 +472,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "a weight without values": (
         put(torch.zeros(32, device="meta"), "state", "model", WEIGHT),
-        f"its model.{WEIGHT} is no whole tensor",
+        f"its model.{WEIGHT} is not a whole tensor",
     ),
     "a moment without values": (
         put(torch.zeros(32, device="meta"), *MOMENTS, "exp_avg"),
@@ -480,7 +480,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "a weight of few values": (
         put(torch.zeros(32).to_sparse(), "state", "model", WEIGHT),
-        f"its model.{WEIGHT} is no whole tensor",
+        f"its model.{WEIGHT} is not a whole tensor",
     ),
     "a weight of whole numbers": (
         put(torch.ones(32, dtype=torch.int64), "state", "model", WEIGHT),
@@ -579,13 +579,13 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "a place further back": (
         put(8, *ROWS, "sample_in_epoch"),
-        "its clock's sample_in_epoch is 12, and 8 its rows'",
+        "its clock's sample_in_epoch is 12, but its rows' is 8",
     ),
     "a place beyond the data": (
         put(100_000, *ROWS, "sample_in_epoch"),
-        "its clock's sample_in_epoch is 12, and 100000 its rows'",
+        "its clock's sample_in_epoch is 12, but its rows' is 100000",
     ),
-    "another epoch": (put(1, *ROWS, "epoch"), "its clock's epoch is 0, and 1 its rows'"),
+    "another epoch": (put(1, *ROWS, "epoch"), "its clock's epoch is 0, but its rows' is 1"),
     "an epoch beyond the clock": (
         lambda content: [put(10**9, *path, "epoch")(content) for path in (CLOCK, ROWS)],
         "its clock's epoch is 1000000000, after 3 batches",

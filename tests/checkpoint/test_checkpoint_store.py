@@ -295,13 +295,14 @@ def test_a_listing_with_names_that_are_none_is_refused(
     hostile[f"/data/run/{name}"] = b"evil"
     hostile["/data/run/good"] = b"good"
     with pytest.raises(
-        DataError, match=r"^data/run: the store lists '.*' there, which is no name of a file in it"
+        DataError,
+        match=r"^data/run: the store lists '.*' there, which is not the name of a file in it",
     ):
         files.ls("s3://data/run")
     if ".." in name:
         with pytest.raises(
             DataError,
-            match=r"^data/run: the store lists '.*' there, which is no name of a file in it",
+            match=r"^data/run: the store lists '.*' there, which is not the name of a file in it",
         ):
             files.find("s3://data/run")
 

@@ -419,7 +419,7 @@ def test_a_public_repository_is_no_place_for_what_is_private(hub: Hub, folder: P
     hub.private = False
     with pytest.raises(
         ConfigError,
-        match=r"^push_to_hub=me/model: is there and public; set hub_private=false, or name ano",
+        match=r"^push_to_hub=me/model: exists and is public; set hub_private=false, or name ano",
     ):
         push_folder(folder, "me/model", private=True)
     assert hub.files == {}

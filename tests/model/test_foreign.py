@@ -289,7 +289,7 @@ def test_weights_that_are_not_there_are_refused(content, tmp_path, kind):
         "complex": lambda x: x.to(torch.complex64),
     }
     content["state"]["model"] = {name: change[kind](tensor) for name, tensor in weights.items()}
-    refused_checkpoint(saved(content, tmp_path), "its weights are no plain tensors by name")
+    refused_checkpoint(saved(content, tmp_path), "its weights are not plain tensors by name")
 
 
 def test_what_is_no_training_checkpoint_is_one_line(content, tmp_path):
@@ -994,6 +994,6 @@ def test_of_a_repository_only_known_files_are_fetched(folder, tmp_path, hub, mar
     ):
         with pytest.raises(
             ConfigError,
-            match=f"me/none: {what}.*no such folder, and not to be had from the Hugging Face hub",
+            match=f"me/none: {what}.*no such folder, and it cannot be fetched from the Hugging Face",
         ):
             load("me/none")

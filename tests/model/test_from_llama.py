@@ -889,7 +889,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path, source, monkeypatch):
     assert files_under(tmp_path / "out") == files_under(tmp_path / "same")
     with pytest.raises(
         ConfigError,
-        match=r"^model: other/llama: no such folder, and not to be had from the Hugging Face ",
+        match=r"^model: other/llama: no such folder, and it cannot be fetched from the Hugging",
     ):
         convert("other/llama", tmp_path / "other")
 

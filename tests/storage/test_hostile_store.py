@@ -506,7 +506,10 @@ def test_another_store_that_sends_more_or_less_than_it_told(monkeypatch, tmp_pat
     with pytest.raises(StoreError, match=r"^memory://hostile/file: 5 bytes long, must be 4 at mo"):
         files.download("memory://hostile/file", tmp_path / "copy", most=4)
     info = type(store).info
-    for told, problem in ((4, "sends more than the 4 bytes it told"), (6, "sends 5 bytes, must")):
+    for told, problem in (
+        (4, "sends more than the 4 bytes it announced"),
+        (6, "sends 5 bytes, must"),
+    ):
         with monkeypatch.context() as patch:
             lie = {"size": told}
             patch.setattr(type(store), "info", lambda *a, lie=lie, **o: info(*a, **o) | lie)
@@ -583,12 +586,12 @@ def test_pages_without_names_are_passed_over(monkeypatch):
 @pytest.mark.parametrize(
     ("taken_out", "put_in", "message"),
     [
-        (rb"<Size>\d+</Size>", b"", "does not tell its size, as S3 does; check S3_ENDPOINT_URL"),
-        (rb"<Size>", b"<Size>-", "does not tell its size, as S3 does; check S3_ENDPOINT_URL"),
-        (rb"<LastModified>.*</LastModified>", b"", "does not tell its date, as S3 does"),
-        (rb"<Size>\d+", b"<Size>many", "answers otherwise than S3 does: "),
-        (rb"<LastModified>2026", b"<LastModified>no", "answers otherwise than S3 does: "),
-        (rb"<Key>.*</Key>", b"", "answers otherwise than S3 does: "),
+        (rb"<Size>\d+</Size>", b"", "does not report its size, as S3 does; check S3_ENDPOINT_URL"),
+        (rb"<Size>", b"<Size>-", "does not report its size, as S3 does; check S3_ENDPOINT_URL"),
+        (rb"<LastModified>.*</LastModified>", b"", "does not report its date, as S3 does"),
+        (rb"<Size>\d+", b"<Size>many", "does not answer as S3 does: "),
+        (rb"<LastModified>2026", b"<LastModified>no", "does not answer as S3 does: "),
+        (rb"<Key>.*</Key>", b"", "does not answer as S3 does: "),
     ],
 )
 def test_a_listing_that_lacks_something_is_told_clearly(monkeypatch, taken_out, put_in, message):
@@ -613,10 +616,10 @@ def test_a_listing_that_lacks_something_is_told_clearly(monkeypatch, taken_out, 
 @pytest.mark.parametrize(
     ("taken_out", "message"),
     [
-        (b"Content-Length: 1\r\n", "the store does not tell its size, as S3 does"),
+        (b"Content-Length: 1\r\n", "the store does not report its size, as S3 does"),
         (
             b"Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n",
-            "the store does not tell its date, as S3 does",
+            "the store does not report its date, as S3 does",
         ),
     ],
 )
@@ -635,8 +638,8 @@ def test_a_scheme_that_is_no_object_store(scheme):
         with pytest.raises(ConfigError) as caught:
             use(f"{scheme}://source/a")
         assert str(caught.value) == (
-            f"{scheme}://source/a: {scheme}:// is no object store; give a path, or the URL of an"
-            " object store (s3://, gs://, az://, hdfs://, https:// and others)"
+            f"{scheme}://source/a: {scheme}:// is not an object store; give a path, or the URL of"
+            " an object store (s3://, gs://, az://, hdfs://, https:// and others)"
         )
 
 

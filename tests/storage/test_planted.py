@@ -174,7 +174,8 @@ def test_a_cleaning_does_not_work_in_a_folder_that_a_link_leads_to(
         shutil.rmtree(folder.work)
     (tmp_path / "out" / name).symlink_to(elsewhere)
     with pytest.raises(
-        ConfigError, match=rf"^out: {tmp_path}/out/{name}: is a link, no folder, or another user's;"
+        ConfigError,
+        match=rf"^out: {tmp_path}/out/{name}: is a link, not a folder, or another user's;",
     ):
         folder.finished()
     assert (elsewhere / "documents/mine").read_text() == SECRET
@@ -192,7 +193,7 @@ def test_a_cleaning_does_not_work_in_another_user_s_folder(everybody_s: Path) ->
     ours.chmod(0o777)
     plant_folder(ours / ".work", 0o755)
     with pytest.raises(
-        ConfigError, match=r"^out: .*/ours/\.work: is a link, no folder, or another"
+        ConfigError, match=r"^out: .*/ours/\.work: is a link, not a folder, or another"
     ):
         parts_folder(ours).finished()
 
@@ -207,7 +208,7 @@ def test_a_conversion_does_not_write_in_another_user_s_folder(
     if name:
         out.mkdir()
         (out / name).symlink_to(victim)
-        rule = f"{out}/{name}: is a link, no folder, or another user's;"
+        rule = f"{out}/{name}: is a link, not a folder, or another user's;"
     else:
         plant_folder(out)
         rule = f"{out}: belongs to user {OTHER}, this is 0, and everybody may write in it;"

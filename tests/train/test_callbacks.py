@@ -365,7 +365,7 @@ def test_another_order_is_refused_naming_what_changed(key):
         str(caught.value)
         == f"the checkpoint was trained on rows in another order: {key} ({ORDER[key]} before, other"
         " now); set back what changed, start a new run_name, or set allow_data_change=true to"
-        " go on all the same"
+        " continue anyway"
     )
     SameData(now, allow_change=True).load_state_dict({"order": ORDER})
 

@@ -219,7 +219,7 @@ def test_a_length_that_changes_a_rate_that_was_used_is_refused_with_the_reason(
         match=rf"^the checkpoint was trained at other learning rates: step \d+ of the {taken} "
         rf"taken had .*: max_duration \({before}ba before, {after}ba now\); set back what changed,"
         r" start a new "
-        "run_name, or set allow_schedule_change=true to go on all the same$",
+        "run_name, or set allow_schedule_change=true to continue anyway$",
     ):
         resumed(old, taken, new)
     old, new = schedules_of(name, warmup, decay, (before, after), allow_change=True)
