@@ -38,11 +38,11 @@ from flame_composer.storage.local import appearing, require_room
 
 # Requests in flight at a time: an object store is slow to answer, but answers many at once
 THREADS = 16
-# Most bytes of a config, an index or a tokenizer. None has a third of them, and reading one takes
-# 20 times as much memory
+# The most bytes of a config, an index or a tokenizer. Real ones have less than a third of that, and
+# reading one takes 20 times its size in memory.
 MOST_JSON = 1 << 27
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux's limits
-# Most bytes of a file that is read as a whole: the index of some 3 million shards
+# The most bytes of a file that is read as a whole: enough for the index of 3 million shards.
 MOST_READ = 1 << 30
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,7 +68,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def stat(place: str) -> Stat | None:
-    """Return what is known of a file; None if there is none, or if it is a folder."""
+    """Return a file's size, time and version, or None if there is none or it is a folder."""
     if not is_url(place):
         return local_stat(place) if os.path.isfile(place) else None
     with at(place) as (fs, path):
@@ -135,7 +135,7 @@ def glob(pattern: str) -> list[str]:
 def read(place: str, most: int = MOST_READ) -> bytes:
     """Return the content of a file.
 
-    Raise DataError if it has more than `most` bytes; no more than that is read.
+    Raise DataError if it has more than `most` bytes, without reading the rest.
     """
     if not is_url(place):
         with Path(place).open("rb") as file:
@@ -160,11 +160,11 @@ def _at_most(most: int, file: Any, place: str) -> bytes:
 def read_small(path: str | Path) -> bytes:
     """Return the content of a local JSON or text file that somebody else made.
 
-    Raise ValueError if it is not a file, or has more than `MOST_JSON` bytes (a file of holes can
-    have them without taking room on a disk).
+    Raise ValueError if it is not a file, or has more than `MOST_JSON` bytes (a sparse file can be
+    that large without taking space on a disk).
     """
     if not os.path.isfile(path):  # opening a pipe would wait for a writer
-        raise ValueError("is no file")
+        raise ValueError("is not a file")
     with Path(path).open("rb") as file:
         content = file.read(MOST_JSON + 1)
     if len(content) > MOST_JSON:
@@ -254,9 +254,8 @@ def retract_folder(place: str, last: str) -> None:
 def download(place: str, local: str | Path, most: int | None = None) -> None:
     """Copy a file to a local one, whole or not at all.
 
-    Raise StoreError if it has more than `most` bytes or does not fit on the disk, and as soon as a
-    store sends more than it has announced. A file of a remote dataset is fetched by
-    `shards.fetch_file`, and a checkpoint uploaded by `checkpoint.upload`.
+    Raise StoreError if it has more than `most` bytes, does not fit on the disk, or turns out larger
+    than the store announced. For files of a remote dataset, use `shards.fetch_file`.
     """
     temporary = Path(tempfile.mkstemp(dir=Path(local).parent, prefix=f".{Path(local).name}.")[1])
     try:
@@ -274,7 +273,7 @@ def download(place: str, local: str | Path, most: int | None = None) -> None:
 
 
 def _get(fs: Any, path: str, place: str, local: Path, most: int | None) -> None:
-    """Download a file from a store that fsspec knows to the local file `local`."""
+    """Download a file from a store that fsspec supports to the local file `local`."""
     from fsspec.callbacks import Callback
 
     size = fs.info(path).get("size")
@@ -309,7 +308,7 @@ def delete(place: str) -> None:
 
 
 def delete_folder(place: str) -> None:
-    """Delete all files below a folder, and the remains of uploads to it that were killed."""
+    """Delete all files below a folder, and in a store what unfinished uploads left there."""
     if not is_url(place):
         if os.path.isdir(place):
             shutil.rmtree(place)
@@ -335,9 +334,9 @@ def move(place: str, other: str) -> None:
 
 
 def abort_uploads(place: str) -> None:
-    """Free the storage of uploads to a folder that were killed.
+    """Free the storage of uploads to a folder that were never finished.
 
-    Must not be called while others upload to it.
+    Must not be called while anything is being uploaded to it.
     """
     if is_url(place):
         with at(place) as (fs, path):
@@ -346,7 +345,7 @@ def abort_uploads(place: str) -> None:
 
 
 def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Apply `do` to every item as `map` does, with many requests at a time; an error stops it."""
+    """Yield `do(item)` for every item in order, with many calls at a time; an error stops all."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield from pool.map(do, items)

@@ -1,4 +1,4 @@
-"""The filesystem that a place is on, and what it says of its files in our terms."""
+"""The filesystem that a place is on, with its information and errors in our own types."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 
-# Filesystems of fsspec that are not stores, but ways to look at files that are elsewhere
+# Filesystems of fsspec that are not stores, but views of files that are elsewhere.
 NO_STORES = frozenset(
     {
         "async_wrapper",
@@ -56,7 +56,7 @@ def is_url(place: str) -> bool:
 
 @contextmanager
 def at(place: str) -> Iterator[tuple[Any, str]]:
-    """Provide the filesystem of a URL and the path within it, with its errors in our terms."""
+    """Yield the filesystem of a URL and the path within it; raise its errors as our own types."""
     import fsspec
 
     scheme, _, path = place.partition("://")
@@ -98,7 +98,7 @@ def at(place: str) -> Iterator[tuple[Any, str]]:
         raise ConfigError(
             f"{place}: access denied: {one_line(error)}; check the credentials"
         ) from None
-    # Raised by clients that cannot do what is asked of a store
+    # Clients raise these for operations that they do not support.
     except (AttributeError, TypeError, NotImplementedError, RecursionError) as error:
         raise ConfigError(
             f"{place}: {scheme}:// cannot be used as an object store here: {one_line(error)}; give"
@@ -111,8 +111,8 @@ def at(place: str) -> Iterator[tuple[Any, str]]:
 def walk_folders(place: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the local folders below one, each with the names of its files.
 
-    A link to a folder is followed, but only the first one to each folder, and none that leads back
-    up: links in a circle, or several to folders with several more, would go on for ever.
+    A link to a folder is followed only if that folder has not been visited and is not above the
+    link. Otherwise links in a circle, or links to folders with more links, would never end.
     """
     followed = {os.path.realpath(place)}
     for folder, folders, names in os.walk(place, followlinks=True):
@@ -127,13 +127,13 @@ def walk_folders(place: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def local_stat(path: str) -> Stat:
-    """Return what is known of a local file."""
+    """Return the `Stat` of a local file."""
     found = os.stat(path)
     return Stat(found.st_size, found.st_mtime, None)
 
 
 def stat_of(info: dict[str, Any]) -> Stat:
-    """Return what a store says of a file, from the `info` that fsspec returns."""
+    """Return the `Stat` of a file in a store, from the `info` that fsspec returns."""
     names = ("version", "ETag", "etag", "generation", "mtime", "updated", "last_modified")
     version = next((str(info[name]) for name in names if info.get(name)), None)
     times = [

@@ -23,7 +23,7 @@ from flame_composer.storage.local import open_own
 def require_new(out: Path) -> None:
     """Raise ConfigError if `new_folder` could not make this folder.
 
-    Meant to be called before any work is done for it.
+    Call it before the work that is to fill the folder.
     """
     place = Path(os.path.realpath(out))
     if os.path.ismount(place):
@@ -42,11 +42,11 @@ def require_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Provide a folder to fill, which becomes `out` at the end.
+    """Yield a temporary folder to fill, which becomes `out` when the body ends.
 
-    It is removed if the end is not reached. The remains of an earlier conversion to `out` that was
-    killed are removed first. Raise ConfigError if `out` exists and is not an empty folder,
-    DataError if the disk is full or the like.
+    It is removed if the body raises. What an earlier, killed process left of it is removed first.
+    Raise ConfigError if `out` exists and is not an empty folder, and DataError if the disk is full
+    or fails.
     """
     require_new(out)
     place = Path(os.path.realpath(out))  # so that a link stays a link
@@ -62,14 +62,14 @@ def new_folder(out: Path) -> Iterator[Path]:
             with _locked(temporary):
                 yield temporary
                 for path in (*temporary.iterdir(), temporary):
-                    # Temporary files are for this user alone
+                    # Temporary files are readable by this user alone.
                     path.chmod(0o755 if path.is_dir() else 0o644)
                     flush(path)
                 os.replace(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:
-        # A tokenizer that cannot be written raises a plain Exception
+        # A tokenizer that cannot be written raises a plain Exception.
         if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
             raise DataError(f"{out}: cannot be written: {one_line(error)}") from None
         raise
@@ -78,9 +78,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 def private_folder() -> Path:
     """Return this user's folder in TMPDIR, which nobody else can enter; make it if need be.
 
-    TMPDIR may belong to everybody, and whoever comes first can put a folder or a link under any
-    name that can be guessed. So the folder has a random name, and is found again by its owner and
-    permissions. Raise ConfigError if none can be made.
+    TMPDIR may be shared, and another user could put a folder or a link under any name that can be
+    guessed. The folder therefore has a random name, and is found again by its owner and
+    permissions. Raise ConfigError if it cannot be made.
     """
     prefix = f"flame_composer-{os.geteuid()}-"
     try:
@@ -96,7 +96,7 @@ def private_folder() -> Path:
 
 
 def _is_private(path: Path) -> bool:
-    """Return whether this is a folder of the user's that nobody else can enter."""
+    """Return whether `path` is a folder of this user's that nobody else can enter."""
     try:
         found = path.lstat()
     except OSError:
@@ -108,7 +108,7 @@ def _is_private(path: Path) -> bool:
 def is_ours(found: os.stat_result, parent: Path) -> bool:
     """Return whether something found in the folder `parent` belongs to this process's user.
 
-    Some filesystems know that user under another id: NFS may know root as nobody.
+    Some filesystems map the user to another id: on NFS, root may appear as nobody.
     """
     if found.st_uid == os.geteuid():
         return True
@@ -124,9 +124,9 @@ def is_ours(found: os.stat_result, parent: Path) -> bool:
 def file_lock(path: Path) -> FileLock:
     """Return a lock on the file at `path`, which only its owner may open.
 
-    Anybody who could read the file could hold the lock. Raise OSError if the path is not a file.
+    Anybody who could read the file could also lock it. Raise OSError if the path is not a file.
     """
-    # The file is not made here: on a disk without flock, its existence is the lock
+    # Do not create the file here: on a disk without flock, its existence is the lock.
     with contextlib.suppress(FileNotFoundError, PermissionError):
         file = open_own(path, os.O_RDWR)
         try:
@@ -137,17 +137,17 @@ def file_lock(path: Path) -> FileLock:
 
 
 def close_to_others(file: int, found: os.stat_result) -> None:
-    """Take the permissions of all users but the owner from an open file."""
+    """Remove the permissions of everybody but the owner from an open file."""
     if stat.S_IMODE(found.st_mode) & 0o077:
-        with contextlib.suppress(OSError):  # another user's, or on a disk without permissions
+        with contextlib.suppress(OSError):  # another user's file, or a disk without permissions
             os.fchmod(file, 0o600)
 
 
 def require_safe(folder: Path, key: str) -> None:
     """Raise ConfigError if the folder is another user's and everybody may write in it.
 
-    What is planted there could make us write elsewhere, or stop us at any time. Root's folders, and
-    those in which only a group may write, are accepted.
+    Anybody could plant files there that make us write elsewhere or stop us. Root's folders, and
+    those that are writable only for a group, are accepted.
     """
     try:
         found = folder.stat()
@@ -162,10 +162,9 @@ def require_safe(folder: Path, key: str) -> None:
 
 
 def require_folder_inside(folder: Path, name: str, key: str) -> None:
-    """Raise ConfigError unless `name` in `folder` is safe to use as a folder of this package's.
+    """Raise ConfigError unless `name` in `folder` can safely be used as a folder.
 
-    It may not exist yet; it must not be a link or a file, or something that another user may have
-    put there.
+    It need not exist yet. It must not be a link or a file, or belong to another user.
     """
     path = folder / name
     try:
@@ -193,8 +192,8 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int = 0) -> Iterator[int]:
-    """Provide a descriptor of an open file or folder."""
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would be waited for
+    """Yield the descriptor of a file or folder, opened for reading."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # or opening a pipe would wait
     try:
         yield number
     finally:
@@ -202,10 +201,10 @@ def _opened(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 def _remove_left(folder: Path, *, owner: int) -> None:
-    """Remove the remains of a conversion that was killed.
+    """Remove the temporary folder that a killed process left behind, unless it is in use.
 
-    What is not a folder, belongs to another user or cannot be opened is left alone: anybody may
-    have put it there.
+    Anything that is not a folder, belongs to another user or cannot be opened is left alone,
+    because anybody may have put it there.
     """
     with contextlib.suppress(OSError):
         found = folder.lstat()
@@ -217,9 +216,9 @@ def _remove_left(folder: Path, *, owner: int) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder, until the end or until this process dies.
+    """Lock a folder in the body, and yield whether that succeeded.
 
-    Yield False if another process has it locked.
+    Yield False if another process has locked it. The lock also ends when this process dies.
     """
     with _opened(folder, os.O_DIRECTORY | os.O_NOFOLLOW) as number:
         try:
@@ -232,7 +231,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def explained(folder: str) -> Iterator[None]:
-    """Raise DataError, with the remedy, if a disk or store fails while work units are written."""
+    """Raise DataError, with a remedy, if a disk or store fails while the body writes work units."""
     remedy = (
         "when that is mended, run the same command again: it goes on from the last finished unit"
     )

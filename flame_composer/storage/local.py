@@ -13,15 +13,15 @@ from typing import BinaryIO
 
 from flame_composer.errors import StoreError
 
-# Tries to make a file in a folder where somebody else puts others under its name
+# Number of attempts to create a file while somebody else keeps putting files under its name.
 CREATE_TRIES = 16
 
 
 def create(path: str | Path) -> BinaryIO:
     """Make a new local file and open it for writing.
 
-    An existing file of that name is deleted first, and a link is not followed: in a folder of
-    several users, anyone can put a link under a name that can be guessed, and have another file
+    An existing file of that name is deleted first, and links are not followed. In a shared folder,
+    anyone could otherwise put a link under a name that can be guessed, and so have another file
     overwritten.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -35,7 +35,7 @@ def create(path: str | Path) -> BinaryIO:
 
 @contextmanager
 def appearing(path: str) -> Iterator[BinaryIO]:
-    """Open a file for writing that replaces `path` when it is whole."""
+    """Yield a new file to write, which replaces `path` once the body has ended without error."""
     temporary = f"{path}.tmp"
     with create(temporary) as file:
         yield file
@@ -45,7 +45,7 @@ def appearing(path: str) -> Iterator[BinaryIO]:
 def open_own(path: str | Path, flags: int) -> int:
     """Open a local file with the `flags` of `os.open`, and return its descriptor.
 
-    Raise OSError for a link, a pipe, a device or a folder; none of them is followed or waited for.
+    Raise OSError for a link, a pipe, a device or a folder, without following or waiting for it.
     """
     try:
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

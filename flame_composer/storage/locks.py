@@ -1,6 +1,6 @@
-"""Folders and file limits of one job among those of a machine.
+"""Folders that belong to one job on a machine, and the number of files that it may open.
 
-A folder belongs to a job until the last of its processes has ended.
+A folder belongs to a job until the last process of the job has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from flame_composer.errors import ConfigError
 from flame_composer.storage.folders import close_to_others, is_ours, private_folder
 
 CLAIM_SECONDS = 15.0
-# Files that a process must be able to open: shards, logs, shared memory, pipes to loaders
+# Numbers of files that a process must, and should, be able to open at once: shards, logs, shared
+# memory and pipes to loader processes.
 MIN_FILES = 64
 WANTED_FILES = 256
 
@@ -29,8 +30,8 @@ WANTED_FILES = 256
 def hold(path: str | Path) -> int | None:
     """Lock a file for this process and those it forks from now on, and return its descriptor.
 
-    Closing the descriptor unlocks the file. Return None if another job holds the lock, or if the
-    path is not a file of ours: in a folder of several users, anyone can put something under a name.
+    Closing the descriptor unlocks the file. Return None if another job holds the lock, or if
+    somebody else has put something there: in a shared folder, anyone can take a name first.
     """
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
@@ -51,20 +52,20 @@ def hold(path: str | Path) -> int | None:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Return whether this is a folder of this user's, and not a link to one.
+    """Return whether `path` is a folder of this user's, and not a link to one.
 
-    Nobody else can have put it there.
+    Only this user can have made such a folder.
     """
     found = path.lstat()
     return stat.S_ISDIR(found.st_mode) and is_ours(found, path.parent)
 
 
 def claim_folder(shared: Path) -> str:
-    """Return the first of the folders `shared`-1, `shared`-2, ... that no living job has.
+    """Return the first of the folders `shared`-1, `shared`-2, ... that no living job holds.
 
-    Folders that somebody else has put there are passed over. A job that was killed keeps its folder
-    until its loader processes have noticed, some seconds later: the job that takes its place waits
-    for them rather than begin with an empty cache.
+    Folders of other users are passed over. A killed job holds its folder until its loader processes
+    notice, some seconds later. The job that replaces it waits for that rather than start with an
+    empty cache.
     """
     shared.parent.mkdir(parents=True, exist_ok=True)
     give_up = time.monotonic() + CLAIM_SECONDS
@@ -83,10 +84,10 @@ def claim_folder(shared: Path) -> str:
 
 
 class JobFolder:
-    """A folder for the processes of this job alone, removed with the last of them.
+    """A folder for the processes of one job, removed when the last of them ends.
 
-    It lies in this user's private folder. Its lock is on the folder itself, which also keeps
-    systemd-tmpfiles from clearing it away in a long run.
+    It lies in this user's private folder. The lock is on the folder itself, which also keeps
+    systemd-tmpfiles from deleting it during a long run.
     """
 
     def __init__(self, path: str | None = None):
@@ -95,8 +96,7 @@ class JobFolder:
         while True:
             path = path or tempfile.mkdtemp(prefix="job-", dir=private_folder())
             self.path = Path(path)
-            # Before it is opened or locked, another job may take it for a dead job's and remove
-            # it.
+            # Until it is locked, another job may mistake it for that of a dead job, and remove it.
             with contextlib.suppress(FileNotFoundError):
                 lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -110,15 +110,18 @@ class JobFolder:
 
 
 def _leave(lock: int, path: Path | None, pid: int) -> None:
-    """Remove a job's folder, if it has a path, and its lock; do nothing in a forked process."""
-    if os.getpid() == pid:  # not in a process that was forked from it
+    """Release the lock of a job's folder, and remove the folder if `path` is given.
+
+    Do nothing unless this is the process `pid`, which took the lock.
+    """
+    if os.getpid() == pid:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
 def _sweep(private: Path) -> None:
-    """Remove the folders of jobs that were killed, so that nobody has to clean up by hand."""
+    """Remove the folders that killed jobs left behind."""
     for path in private.glob("job-*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -131,9 +134,9 @@ def _sweep(private: Path) -> None:
 
 
 def allow_files() -> int:
-    """Return how many files this process may have open, after asking for more if there are few.
+    """Return how many files this process may have open, after raising the limit if it is low.
 
-    Raise ConfigError if they are fewer than training takes.
+    Raise ConfigError if that is fewer than training needs.
     """
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:

@@ -1,4 +1,4 @@
-"""A warning about servers that are spoken to without encryption."""
+"""A warning about servers that are reached without encryption."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 log = logging.getLogger(__name__)
 
-_warned_of: set[str] = set()  # the servers
+_warned_of: set[str] = set()  # servers
 
 
 def warn_if_readable(server: str) -> None:
-    """Warn, once for each server, of an http address other than this machine's own.
+    """Warn, once for each server, about an http address other than this machine's own.
 
-    What is sent there can be read on the way.
+    Everything sent there can be read on the way.
     """
     address = urlsplit(server)
     host = (address.hostname or "").rstrip(".")

@@ -1,6 +1,7 @@
-"""S3 as an fsspec filesystem on boto3, with which StreamingDataset downloads as well.
+"""S3 as an fsspec filesystem on top of boto3.
 
-(s3fs needs a botocore that does not agree with it.)
+boto3 is what StreamingDataset downloads with. s3fs would be the usual choice, but it needs a
+version of botocore that conflicts with boto3's.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ SINGLE_PUT = 256 << 20  # bytes; larger files are sent in parts, several at a ti
 PART = 64 << 20
 # Bytes of a piece of a download, and pieces fetched at a time
 PIECE, PIECES = 8 << 20, 10
-# S3 lists 1,000 names a page, and now and then none. A listing that has more pages without a new
-# name in a row, more pages or more names than this does not end
+# S3 lists 1,000 names a page, and now and then an empty page. A listing with more empty pages in a
+# row, more pages or more names than these is taken to be endless.
 IDLE_PAGES, MOST_PAGES, MOST_NAMES = 100, 50_000, 10_000_000
 
 
 class S3FileSystem(AbstractFileSystem):
-    """The parts of a filesystem that `storage` needs.
+    """The parts of a filesystem for S3 that `storage` needs.
 
-    The `info` of a file has its `version` (the ETag) and the time when it was `modified`.
+    The `info` of a file has its `version` (the ETag) and the time at which it was `modified`.
     """
 
     protocol = "s3"
-    cachable = False  # it has no state worth keeping
+    cachable = False  # it has no state worth caching
 
     def info(self, path: str, **kwargs: Any) -> Info:
-        """Return what is known of a file, or of a folder that has files in it.
+        """Return the `info` of a file, or of a folder that has files in it.
 
         Raise FileNotFoundError if there is neither.
         """
@@ -81,7 +82,7 @@ class S3FileSystem(AbstractFileSystem):
         return files if detail else sorted(files)
 
     def _list(self, path: str, **options: Any) -> Iterator[Info]:
-        """Yield what a folder holds; with a `Delimiter`, not what the folders in it hold."""
+        """Yield all files below a folder; with a `Delimiter`, only its direct files and folders."""
         bucket, key = split(path)
         with explained(path) as client:
             prefix = f"{key}/" if key else ""
@@ -93,7 +94,7 @@ class S3FileSystem(AbstractFileSystem):
                     for item in page.get("CommonPrefixes", [])
                 )
                 for item in page.get("Contents", []):
-                    # Some tools mark an empty folder by such a key
+                    # Some tools create a key that ends with a slash to mark an empty folder.
                     if not item["Key"].endswith("/"):
                         yield _file(
                             f"{bucket}/{item['Key']}",
@@ -107,8 +108,7 @@ class S3FileSystem(AbstractFileSystem):
     ) -> Any:
         """Open a file for reading; with `block_size` 0, fetch just what is asked for.
 
-        Raise StoreError if it is not of the `version` that is asked for, or is replaced while it is
-        read.
+        Raise StoreError if it is not of the requested `version`, or is replaced while it is read.
         """
         assert mode == "rb", mode
         info = self.info(path)
@@ -151,7 +151,7 @@ class S3FileSystem(AbstractFileSystem):
     def get_file(
         self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any
     ) -> None:
-        """Download a file, but no more bytes than it was said to have.
+        """Download a file, but no more bytes than its size in the listing.
 
         Raise StoreError if it has more than `most` bytes, or more than the disk has free.
         """
@@ -188,17 +188,17 @@ class S3FileSystem(AbstractFileSystem):
             client.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key)
 
     def rm_file(self, path: str) -> None:
-        """Delete a file; one that does not exist is no error."""
+        """Delete a file; do nothing if it does not exist."""
         path = self._strip_protocol(path)
         bucket, key = split(path)
         with explained(path) as client:
             client.delete_object(Bucket=bucket, Key=key)
 
     def abort_uploads(self, path: str) -> None:
-        """Abort the uploads below `path` that never became whole.
+        """Abort the uploads below `path` that were never completed.
 
-        Their parts are invisible, but stored and paid for. A user who is not allowed to abort them
-        leaves them to the bucket's own rules.
+        Their parts are invisible, but are stored and paid for. If the user is not allowed to abort
+        them, they are left to the bucket's lifecycle rules.
         """
         path = self._strip_protocol(path)
         bucket, key = split(path)

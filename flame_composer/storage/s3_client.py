@@ -1,8 +1,8 @@
-"""Clients of S3 that have been tried on their bucket, with their failures in our terms.
+"""Clients of S3, each tried on its bucket before use, that raise our own errors.
 
-Credentials and region are found as boto3 finds them; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, names
-another S3 server. What the user has to put right is a ConfigError, what failed again and again a
-StoreError: one line, within seconds.
+boto3 finds the credentials and the region as usual; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, names
+another S3 server. A mistake that the user has to correct raises ConfigError; a request that failed
+in all its attempts raises StoreError. Both are one line, and come within seconds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from flame_composer.storage.plain_http import warn_if_readable
 from flame_composer.storage.s3_errors import code_of, line_of, why
 
 ATTEMPTS = 5  # for each request; botocore waits longer after each
-CONNECT_SECONDS, READ_SECONDS = 5, 30  # READ_SECONDS without a byte fail an attempt
-# For the first request to a bucket: a user who named a wrong endpoint is told within 15 seconds
+CONNECT_SECONDS, READ_SECONDS = 5, 30  # an attempt fails after READ_SECONDS without a byte
+# For the first request to a bucket, so that a wrong endpoint is reported within 15 seconds.
 FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
 MOST_ANSWER = 64 << 20  # bytes; a page of a listing has some 5 MB at most
 
@@ -28,9 +28,9 @@ _lock = threading.Lock()
 
 
 def connect(bucket: str) -> Any:
-    """Return a client to which `bucket` has answered.
+    """Return a client that has had an answer from `bucket`.
 
-    It is made anew if the environment has changed, and after a fork.
+    Clients are cached. A new one is made after a fork, or if the environment has changed.
     """
     environment = tuple(
         (name, value)
@@ -42,7 +42,7 @@ def connect(bucket: str) -> Any:
 
 
 def limit_answers() -> None:
-    """Have botocore read no more than MOST_ANSWER of an answer that it reads whole.
+    """Make botocore read at most MOST_ANSWER bytes of an answer that it reads as a whole.
 
     Upstream: botocore 1.44, `AWSResponse.content`.
     Mends: it takes all that a server sends into memory, until the system ends the process.
@@ -66,7 +66,7 @@ def limit_answers() -> None:
 
 @functools.lru_cache(maxsize=8)
 def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """Make a client and try it on `bucket`; `pid` and `environment` tell cached ones apart."""
+    """Return a client tried on `bucket`; `pid` and `environment` only distinguish cached ones."""
     from boto3 import Session
     from botocore.config import Config
     from botocore.exceptions import (
@@ -100,13 +100,13 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         try:
             first.list_objects_v2(Bucket=bucket, MaxKeys=1)
         except ClientError as error:
-            # A user who may not list the bucket may still be allowed to read or write in it
+            # A user who may not list the bucket may still be allowed to read or write in it.
             if code_of(error) != "AccessDenied":
                 raise why(error, bucket, server) from None
         except (ConnectionError, HTTPClientError, NoCredentialsError) as error:
             raise why(error, bucket, server, ConfigError) from None
         return make(ATTEMPTS, CONNECT_SECONDS, READ_SECONDS)
-    # An impossible profile, name or endpoint, or an answer that S3 would not give
+    # An invalid profile, bucket name or endpoint, or an answer that S3 would not give.
     except (BotoCoreError, ResponseParserError, ValueError) as error:
         if isinstance(error, (ConfigError, StoreError)):
             raise
@@ -125,7 +125,7 @@ def _stay(params: dict[str, Any], **_: Any) -> None:
 
 @contextmanager
 def explained(path: str) -> Iterator[Any]:
-    """Provide a client for the bucket of `path`, and raise its errors as ours."""
+    """Yield a client for the bucket of `path`; raise its errors as our own types."""
     from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -141,7 +141,7 @@ def explained(path: str) -> Iterator[Any]:
         raise why(error, path, server) from None
     except (ConfigError, StoreError):
         raise
-    # Raised by botocore for sizes, dates and XML that are malformed
+    # botocore raises these for malformed sizes, dates and XML.
     except (ResponseParserError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(
             f"s3://{path}: {server} does not answer as S3 does:"

@@ -1,4 +1,4 @@
-"""S3's errors, told to a user in one line each."""
+"""S3's errors, turned into our own types with one line for the user."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ CHANGED = {"412", "PreconditionFailed"}
 def why(
     error: Exception, path: str, server: str, failed: type[Exception] = StoreError
 ) -> Exception:
-    """Return the error that tells a user why a request for `path` failed.
+    """Return the error to raise for a request for `path` that failed with `error`.
 
-    That is a ConfigError if the user can put it right, a FileNotFoundError if there is no such
-    file, and an error of the type `failed` otherwise.
+    It is a ConfigError if the user can correct the cause, a FileNotFoundError if there is no such
+    file, and of the type `failed` otherwise.
     """
     from botocore.exceptions import (
         ClientError,
@@ -106,6 +106,6 @@ def code_of(error: Any) -> str:
 
 
 def line_of(error: Exception) -> str:
-    """Return what an error of botocore says, in at most 200 characters and without secrets."""
+    """Return the message of botocore's error, in at most 200 characters and without secrets."""
     line = masked(re.sub(r'( on| to the)? endpoint URL: "[^"]*"', "", " ".join(str(error).split())))
     return line.rstrip(".")[:200] or type(error).__name__

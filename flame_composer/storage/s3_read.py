@@ -1,4 +1,4 @@
-"""Bytes of S3's objects, checked to be the ones that were asked for."""
+"""Reading of bytes from objects in S3, with checks that they are the requested ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 1 << 20  # bytes of an answer read at a time
 
 
 class Ranges(io.RawIOBase):
-    """A file of which only what is asked for is fetched.
+    """A file in S3 of which only the bytes that are read are fetched.
 
     Reading raises StoreError if the file is no longer the one that was opened.
     """
@@ -50,7 +50,7 @@ class Ranges(io.RawIOBase):
 
 
 class _WrongAnswer(Exception):
-    """A wrong answer, and what is wrong with it; the next may be right."""
+    """The error for a wrong answer, after which asking again may help."""
 
 
 def fetch(
@@ -62,12 +62,12 @@ def fetch(
     etag: str = "",
     most: int | None = None,
 ) -> bytes:
-    """Return bytes `start` to `end` of an object, or all of it without `end`.
+    """Return bytes `start` to `end` (exclusive) of an object, or all of it without `end`.
 
-    Fewer bytes come back only where the object ends. `size` and `etag` are what was said of the
-    object before, if anything was. Raise StoreError if it is another one by now, if it has more
-    than `most` bytes, or if the server does not send just what was asked for, however often it is
-    asked.
+    Fewer bytes are returned only if the object ends before `end`. `size` and `etag` are those that
+    the store reported earlier, if it did. Raise StoreError if the object has been replaced since,
+    if it has more than `most` bytes, or if the server does not send exactly what was asked for in
+    any of several attempts.
     """
     from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
 
@@ -79,7 +79,7 @@ def fetch(
         for attempt in range(s3_client.ATTEMPTS):
             is_last = attempt + 1 == s3_client.ATTEMPTS
             answer = client.get_object(Bucket=bucket, Key=key, **options)
-            try:  # once an answer has begun, botocore does not try again
+            try:  # botocore does not retry once an answer has begun
                 _require_same(path, etag, answer.get("ETag") or "")
                 return _read(path, answer, start, end, size, most)
             except (HTTPClientError, IncompleteReadError, ResponseStreamingError):
@@ -100,7 +100,7 @@ def fetch(
 def _require_same(path: str, etag: str, found: str) -> None:
     """Raise StoreError if the answer is of another version of the object.
 
-    Servers that ignore `IfMatch` send one.
+    This happens with servers that ignore `IfMatch`.
     """
     known, now = (tag.removeprefix("W/").strip('"') for tag in (etag, found))
     if known and now and known != now:
@@ -117,10 +117,10 @@ def _read(
 ) -> bytes:
     """Return the bytes of an answer to a request of `fetch`.
 
-    Raise _WrongAnswer if they are not what was asked for, StoreError if no other answer can be
-    hoped for.
+    Raise _WrongAnswer if they are not what was asked for, and StoreError if asking again cannot
+    help.
     """
-    announced = answer.get("ContentLength")  # None if it comes in chunks
+    announced = answer.get("ContentLength")  # None if it is sent in chunks
     wanted = size if end is None else _length(path, answer, start, end, size)
     if wanted is None:
         wanted = announced
@@ -144,10 +144,10 @@ def _read(
 
 
 def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> int:
-    """Return how many bytes an answer has for the range from `start` to `end`."""
+    """Return how many bytes an answer must have for the range from `start` to `end`."""
     if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
         announced = answer.get("ContentLength")
-        # The whole file may be sent if it is no longer than the range
+        # A server may send the whole file if it is no longer than the range.
         if start == 0 and announced is not None and announced <= end and size in (None, announced):
             return int(announced)
         raise StoreError(
@@ -164,7 +164,7 @@ def _length(path: str, answer: Any, start: int, end: int, size: int | None) -> i
     wanted = end if total is None else min(end, total)
     if total is not None:  # some servers repeat what they were asked for, beyond the end
         last = min(last, total - 1)
-    is_end = total is None and first <= last < end  # possibly, for the total is unknown
+    is_end = total is None and first <= last < end  # it may be, as the total is unknown
     if size not in (None, total) or first != start or not (last == wanted - 1 or is_end):
         of = "" if size is None else f" of {size:,}"
         raise _WrongAnswer(f"sends {said}, must be bytes {start}-{end - 1}{of}")

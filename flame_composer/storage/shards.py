@@ -1,4 +1,4 @@
-"""Files of a remote dataset, fetched by the client that StreamingDataset would take."""
+"""Fetching of a remote dataset's files, with the client that StreamingDataset would use."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from flame_composer.storage.filesystems import is_url
 
 
 class TooLong(StoreError):
-    """A file of more bytes than it may have."""
+    """The error for a file that has more bytes than it may have."""
 
 
 def fetch_file(source: str, path: Path, *, most: int, is_alone: bool = False) -> None:
-    """Fetch a shard, an index or a manifest to `path`, where no file may be yet.
+    """Fetch a shard, an index or a manifest to `path`, where there must be no file yet.
 
-    Local files and those in S3 are fetched by `files.download`, as everywhere. Other stores are
-    not: to train from them, users install the packages that StreamingDataset asks for, not those of
-    fsspec. StreamingDataset's clients write whatever a store sends. They are stopped at `most`
-    bytes only if `is_alone`, when this process writes no other file meanwhile: the limit holds for
-    all its files.
+    Local files and those in S3 are fetched by `files.download`, as everywhere else. For other
+    stores StreamingDataset's clients are used, because users who train from them install the
+    packages that StreamingDataset asks for, not those of fsspec. These clients write whatever a
+    store sends. They can be stopped at `most` bytes only by a limit on all files of this process,
+    which is set if `is_alone`: if the process writes no other file meanwhile.
 
     Raise TooLong for a file of more than `most` bytes, FileNotFoundError, or whatever a store's
     client raises.
@@ -45,7 +45,7 @@ def fetch_file(source: str, path: Path, *, most: int, is_alone: bool = False) ->
 
 @contextmanager
 def _no_file_larger_than(num_bytes: int) -> Iterator[None]:
-    """Have the system refuse to let this process write files beyond a size."""
+    """Limit, in the body, the size of all files that this process writes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = num_bytes if soft == resource.RLIM_INFINITY else min(num_bytes, soft)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

@@ -1,4 +1,4 @@
-"""Composer 0.32.1: its question about every model, its checkpoints, and its device mesh."""
+"""Composer 0.32.1: how it recognizes causal models, reads checkpoints and builds device meshes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from composer.utils.parallelism import FSDP2Config
 
 @contextlib.contextmanager
 def known_as_causal() -> typing.Iterator[None]:
-    """Make Composer take a model for a causal language model without checking.
+    """Make Composer take any model for a causal language model, without checking, in the body.
 
     Upstream: composer 0.32.1, `composer.models.huggingface._is_registered_causal_lm`.
-    Mends: it imports every causal model of transformers to check, which takes 2 s.
+    Mends: to check, it imports every causal model of transformers, which takes 2 s.
     """
     asked = huggingface._is_registered_causal_lm
     huggingface._is_registered_causal_lm = lambda model: True  # noqa: ARG005
@@ -40,8 +40,8 @@ class Sharding(FSDP2Config):
     """An FSDP2Config that can ask for replicas of the sharded model.
 
     Upstream: composer 0.32.1, `FSDP2Config.data_parallel_replicate_degree`.
-    Mends: Composer builds the device mesh from it, and it is always None, whatever mesh the config
-    was given: all devices form one group of shards.
+    Mends: Composer builds the device mesh from this property, which is always None, whatever mesh
+    the config was given. All devices then form one group of shards.
     """
 
     replicas: int | None = None

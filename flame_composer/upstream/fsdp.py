@@ -34,7 +34,8 @@ def replicate_on_cpus() -> None:
     """Make FSDP2 work with replicas on CPUs, where streams have no events.
 
     Upstream: torch 2.7.0, `_fsdp_param_group.foreach_reduce`, which post_backward calls.
-    Mends: it keeps reduced gradients until an event has passed. CPUs have no events, and it fails.
+    Mends: it keeps reduced gradients until an event has passed, and fails on CPUs, which have no
+    events.
     """
     given = _fsdp_param_group.foreach_reduce
 
@@ -47,10 +48,10 @@ def replicate_on_cpus() -> None:
 
 
 def first_row_of(tensor: DTensor) -> int:
-    """Return where this rank's part of a sharded tensor begins, along the first dimension.
+    """Return the index of the first row of a sharded tensor that this rank holds.
 
     Upstream: torch 2.7.0, `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`.
-    Mends: DTensor has no public name for it.
+    Mends: DTensor has no public way to get this index.
     """
     _, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements

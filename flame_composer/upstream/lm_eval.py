@@ -1,4 +1,4 @@
-"""lm-evaluation-harness 0.4: tasks of others run no code, and no progress bar goes to a file."""
+"""lm-evaluation-harness 0.4: no code in others' tasks is run, no progress bar goes to a file."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ WRITING = frozenset(
     }
 )
 
-# Seconds of the processor for a text that a task's template makes, as nested loops may never end.
+# CPU seconds that a task's template may take to render a text, as nested loops may never end.
 TEMPLATE_SECONDS = 30
 
 
 @contextlib.contextmanager
 def no_foreign_code(task_code: bool = False) -> Iterator[None]:
-    """Run nothing in a task's file or data as code.
+    """Keep the harness, in the body, from running anything in a task's file or data as code.
 
-    Functions are an exception if `task_code` is set, and always those of the harness itself.
-    Templates see no more of Python than they need. Metrics that are code, on the hub or beside a
-    task, are not loaded. This release of `datasets` runs no code of a dataset but that in pickles,
-    which are not read.
+    Functions of the harness itself are always run, other functions only if `task_code` is set.
+    Templates run in a sandbox that gives them no more of Python than they need. Metrics that are
+    code, on the hub or beside a task, are not loaded. The only code in a dataset that this release
+    of `datasets` would run is that in pickles, which are not read.
 
     Upstream: lm_eval 0.4, `_yaml_loader._import_func_in_yml`, `utils.env`; evaluate, `load`;
     datasets, `load_dataset` and its reader of pickled frames.
-    Mends: functions, metrics, templates and pickles that a task's YAML names are all run.
+    Mends: all functions, metrics, templates and pickles that a task's YAML names are run.
     """
     templates = SandboxedEnvironment(
         loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
@@ -124,7 +124,7 @@ def _no_pickle(*_: Any) -> Any:
 
 
 class _Template(Template):
-    """A template that has `TEMPLATE_SECONDS` for a text.
+    """A template that gives up after `TEMPLATE_SECONDS` on one text.
 
     jinja2's sandbox only limits the length of a single range().
     """
@@ -161,7 +161,7 @@ def import_evaluate() -> Any:
     """Return Hugging Face's package `evaluate`, which tasks import.
 
     Upstream: Python 3.11 puts a script's folder first in `sys.path`.
-    Mends: recipes/evaluate.py would be imported in place of the package.
+    Mends: `import evaluate` in recipes/evaluate.py would import the script, not the package.
     """
     before = sys.path[:]
     sys.path[:] = [folder for folder in before if not Path(folder, "evaluate.py").is_file()]
@@ -210,7 +210,7 @@ def only_errors() -> Iterator[None]:
 
 
 def read_task(file: Any) -> dict[str, Any]:
-    """Return what a task's file says, without looking up the functions that it names.
+    """Return the content of a task's file, without looking up the functions that it names.
 
     Upstream: lm_eval 0.4.13, `lm_eval.tasks._yaml_loader.load_yaml`.
     Mends: the harness has no public reader of a task's file and of the files it includes.

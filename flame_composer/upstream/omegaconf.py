@@ -1,6 +1,6 @@
-"""OmegaConf 2.4.0: YAML that keeps what was written, and resolvers replaced for a while.
+"""OmegaConf 2.4.0: YAML that keeps scalars as they were written, and replaceable resolvers.
 
-Imports neither torch nor composer nor streaming: every configuration is read through here.
+Every configuration is read through this module, so it imports no torch, composer or streaming.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TAG = "tag:yaml.org,2002"
 def load_yaml(stream: Any, scalar: Callable[[str, Any], Any], max_nodes: int) -> Any:
     """Return the content of a YAML document, as OmegaConf reads it.
 
-    Each scalar without quotes that is not text to YAML becomes `scalar(text, value)`. A document of
-    more than `max_nodes` nodes raises yaml.YAMLError.
+    Each unquoted scalar that YAML does not take for text becomes `scalar(text, value)`. A document
+    of more than `max_nodes` nodes raises yaml.YAMLError.
 
     Upstream: omegaconf 2.4.0, `omegaconf._yaml.get_yaml_loader`; PyYAML 6.0, `yaml_constructors`.
     Mends: the text of a scalar is lost: 1.10 becomes the number 1.1, and no becomes false.
@@ -85,18 +85,17 @@ def _escaped(value: Any) -> Any:
         return [_escaped(each) for each in value]
     if not isinstance(value, str):
         return value
-    # OmegaConf takes two backslashes before an interpolation for one.
+    # OmegaConf reads two backslashes before an interpolation as one.
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return f"\\{text}" if text == MISSING else text
 
 
 @contextmanager
 def resolved_by(env: Callable[..., Any], decode: Callable[..., Any]) -> Iterator[None]:
-    """Make `env` and `decode` resolve ${oc.env:...} and ${oc.decode:...} for a while.
+    """Make `env` and `decode` resolve ${oc.env:...} and ${oc.decode:...} in the body.
 
-    Upstream: omegaconf 2.4.0, its own resolvers `oc.env` and `oc.decode`, which all of the process
-    shares.
-    Mends: a value does not say that it came from the environment, and may be secret.
+    Upstream: omegaconf 2.4.0, its own resolvers `oc.env` and `oc.decode`, which are global.
+    Mends: a resolved value does not show that it came from the environment and may be secret.
     """
     OmegaConf.register_resolver("oc.env", env, replace=True)
     OmegaConf.register_resolver("oc.decode", decode, replace=True)
@@ -111,8 +110,8 @@ def reason_of_failure(error: OmegaConfBaseException) -> str:
     """Return why an interpolation could not be resolved, in one line.
 
     Upstream: omegaconf 2.4.0, the message of InterpolationResolutionError.
-    Mends: it begins with the name of a Python class, and describes a mistake in the grammar in the
-    terms of its parser.
+    Mends: the message begins with the name of a Python class, and describes syntax errors in terms
+    of its parser.
     """
     told = str(error).splitlines()[0]
     if "GrammarParseError" in str(error):

@@ -21,9 +21,9 @@ from flame_composer.storage.locks import JobFolder
 class Memory:
     """Memory that a job's processes share through a file, in place of streaming's SharedMemory.
 
-    Streaming 0.13.0 takes names in /dev/shm that can be guessed, so that another user can take them
-    first. Containers may have little room there, or no such folder, and what killed jobs leave
-    stays there.
+    Streaming 0.13.0 uses names in /dev/shm that can be guessed, so that another user can take them
+    first. Containers may have little space there, or no such folder, and whatever a killed job
+    leaves there stays.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ def claim_shared_memory(
 ) -> tuple[str, JobFolder]:
     """Return the folder of this dataset's shared memory, the same for all ranks of a machine.
 
-    It takes the place of streaming's `get_shm_prefix`, which takes the first free number. Two jobs
-    can do so at once. Streaming also keeps open all that it has looked at, and never removes what
-    killed jobs left, so that after some hundred of them no file can be opened any more.
+    It replaces streaming's `get_shm_prefix`, which uses the first free number, so that two jobs can
+    choose the same one at once. Streaming also keeps open everything that it looked at, and never
+    removes what killed jobs left, so that after a few hundred of them no file can be opened.
     """
     folder = JobFolder() if world.is_local_leader else None
     path = dist.all_gather_object(str(folder.path) if folder else "")[
@@ -90,8 +90,8 @@ def own_shared_memory() -> Iterator[None]:
 
     Upstream: mosaicml-streaming 0.13.0, `get_shm_prefix`, `_get_path` and `SharedMemory` of
     streaming.base.dataset.
-    Mends: their names are small numbers in /dev/shm and /tmp. Other users can take them, two jobs
-    can take the same at once, and killed jobs leave them for good.
+    Mends: shared memory and locks have small numbers for names in /dev/shm and /tmp. Other users
+    can take them, two jobs can take the same one at once, and killed jobs leave them for good.
     """
     dataset, array = streaming.base.dataset, streaming.base.shared.array
     ours = [

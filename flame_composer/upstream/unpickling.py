@@ -1,4 +1,4 @@
-"""torch 2.7.0: its reading of pickles that nobody vouches for."""
+"""torch 2.7.0: its reader of untrusted pickles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import _weights_only_unpickler
 
-MOST_IN_KEY = 10_000  # most parts of a key; a text or a number has none
+MOST_IN_KEY = 10_000  # the most parts of a dict's key; a text or a number has none
 
 
 class CheckedKeys(_weights_only_unpickler.Unpickler):
@@ -20,8 +20,8 @@ class CheckedKeys(_weights_only_unpickler.Unpickler):
 
         def read(number: int) -> bytes:
             data = unchecked(number)
-            # This opcode sets one item of a dict. A byte of something else may look the same, which
-            # does no harm.
+            # This opcode sets one item of a dict. The same byte may occur in other data, which does no
+            # harm.
             if data == b"s":
                 self._require_light(self.stack[-2:-1])
             elif data in (b"u", b"R"):  # several items; a function's result, maybe a dict
@@ -49,8 +49,9 @@ def checked_keys() -> Iterator[None]:
     A pickle with such a key raises ValueError.
 
     Upstream: torch 2.7.0, `torch._weights_only_unpickler.Unpickler`.
-    Mends: Python looks at all of a key to put it in a dict. That takes for ever if each tuple holds
-    the one before it twice, and ends the process, for want of stack, if they are nested deeply.
+    Mends: to put a key in a dict, Python hashes all of it. That takes forever if each tuple holds
+    the one before it twice, and exhausts the stack, which ends the process, if the tuples are
+    deeply nested.
     """
     before = _weights_only_unpickler.Unpickler
     _weights_only_unpickler.Unpickler = CheckedKeys  # type: ignore[misc]

@@ -994,6 +994,6 @@ def test_of_a_repository_only_known_files_are_fetched(folder, tmp_path, hub, mar
     ):
         with pytest.raises(
             ConfigError,
-            match=f"me/none: {what}.*no such folder, and it cannot be fetched from the Hugging Face",
+            match=f"me/none: {what}.*no such folder, and it cannot be fetched from the Hugging",
         ):
             load("me/none")
