@@ -12,7 +12,8 @@
     convert     convert/to_mds.py against encode_batch_fast and MDSWriter
     all         all of these, as `make bench` runs them
 
-The last line is JSON: medians, medians of each turn's ratios, and `figures`, with stated bounds.
+The last line is JSON. It has the medians, the medians of the turns' ratios, and `figures` with
+their stated limits.
 """
 
 import json

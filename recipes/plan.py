@@ -1,12 +1,12 @@
 """Plan a run before anyone pays for it.
 
-Prints the size of the model and the run's steps, memory, time, cost, downloads and losses to
-preemption, and warns of what looks wrong.
+It prints the size of the model and the run's steps, memory, time, cost, downloads and losses to
+preemption, and warns of settings that look wrong.
 
     python recipes/plan.py yamls/gla_340m.yaml devices=8 device=h100 dataset_tokens=10_000_000_000
 
-Takes the keys of recipes/train.py and some of its own. Reads the dataset's manifest unless
-dataset_tokens is given. Starts nothing.
+It takes the keys of recipes/train.py and some of its own, and reads the dataset's manifest unless
+dataset_tokens is given. It starts nothing.
 """
 
 import json

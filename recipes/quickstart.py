@@ -2,7 +2,8 @@
 
     python recipes/quickstart.py
 
-Runs the commands that a user would type, and shows them. Started again, it goes on where it ended.
+It runs the commands that a user would type, and shows each. Started again, it continues where it
+was interrupted.
 """
 
 import argparse

@@ -13,8 +13,8 @@ from flame_composer.config.train import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
-    # The configuration has been read and checked by now. The slow imports come after that, so that
-    # a mistake in it is reported at once.
+    # The configuration has been read and checked before main is called. The slow imports are here,
+    # so that a mistake in the configuration is reported at once.
     from flame_composer.train.assemble import build_run, check, find_start
     from flame_composer.train.preemption import lock_folders
 
@@ -25,20 +25,20 @@ def main(config: TrainConfig) -> None:
     # devices, the tokenizer, the model's config, the algorithms, callbacks and loggers.
     parts = check(config)
 
-    # Until this process ends, no other one can train this run.
+    # Lock the run's folders, so that no other process can train this run until this one ends.
     locks = lock_folders(config.log_folder, config.save_folder)
 
     # All ranks meet and agree on the newest whole checkpoint; it is None if the run is new.
     start = find_start(config, parts)
 
     # Open the dataset, build the model and the optimizer, and hand them to Composer's Trainer with
-    # the callbacks that log, save and guard the run. All are as they were at that checkpoint.
+    # the callbacks that log, save and guard the run. Their state is that of the checkpoint, if any.
     training = build_run(config, parts, start)
 
-    # In here, SIGTERM or Ctrl-C lets the current batch finish, saves a checkpoint and ends the run.
+    # In this context, SIGTERM or Ctrl-C ends the run after the current batch has been saved.
     with training.going():
         # Print what is about to run, and save its configuration. This makes the folders of a new
-        # run, which could not be locked before.
+        # run, which could not be locked before: lock them now, without waiting.
         training.announce()
         locks = lock_folders(config.log_folder, config.save_folder, held=locks, seconds=0)
 

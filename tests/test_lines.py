@@ -294,8 +294,7 @@ def test_a_full_disk_behind_stdout_is_said_and_does_not_end_the_work(tmp_path):
     assert (
         process.stderr == "warning: stdout: cannot be written to: No space left on device; the work"
         " continues without it\nerror: stdout: cannot be written to: No space left on device; the"
-        " work"
-        " is done, but not all of its lines were shown\n"
+        " work is done, but not all of its lines were shown\n"
     )
     assert (tmp_path / "done").read_text() == "done\n"
     process = shell("SCRIPT max_new_tokens=1 > /dev/full", tmp_path)

@@ -31,7 +31,11 @@ class SizesConfig(ScriptConfig):
 
 @dataclass
 class BenchmarkConfig(SizesConfig):
-    """Time a training step of GLA against a Llama of the same size."""
+    """Time a training step of GLA against a Llama of the same size.
+
+    The benchmark growth does so at the first context length only, with more and more rows, and with
+    few and many layers.
+    """
 
     context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
     """Tokens per row, each a measurement of its own."""
@@ -75,7 +79,7 @@ class ConversionBenchmarkConfig(ScriptConfig):
     unit_size: int = 8388608
     """Size of a work unit, bytes of input."""
     num_workers: int = 2
-    """Number of processes that are compared with one."""
+    """Number of processes in the conversion that is compared with one by a single process."""
     repeats: int = 2
     """Number of conversions by each side; the two take turns. If it is more than one, a small
     conversion that does not count comes first.
@@ -166,7 +170,7 @@ class TrainerBenchmarkConfig(StartBenchmarkConfig):
 
 @dataclass
 class DataBenchmarkConfig(StartBenchmarkConfig):
-    """Time shards to batches against StreamingDataset, and a resumed epoch's first batch."""
+    """Time the way from shards to batches against StreamingDataset, and resuming mid-epoch."""
 
     epoch_rows: int = 10000000
     """Number of rows in the epoch whose last hundredth a run starts in."""
@@ -183,7 +187,7 @@ BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoi
 class AllBenchmarksConfig(ScriptConfig):
     """Run every benchmark in turn and show a table of the figures.
 
-    The exit status is 1 if a figure misses the stated one by more than a tenth.
+    The exit status is 1 if a figure misses its stated limit by more than a tenth.
     """
 
     paths = ("plot",)

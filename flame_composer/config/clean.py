@@ -218,8 +218,8 @@ class SlurmConfig:
     qos: str = "normal"
     """Quality of service."""
     activate: str | None = None
-    """Script that a job sources first to activate the Python environment; that of the environment
-    clean.py runs in if not set.
+    """Script that a job sources first, to activate the Python environment; if not set, that of the
+    environment in which clean.py runs.
     """
     max_array_size: int = 1001
     """Largest number of tasks that the cluster takes in one array job."""

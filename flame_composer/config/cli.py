@@ -35,7 +35,7 @@ LONGEST = 1500  # characters of an error; a longer one loses its middle, as its 
 EXIT_CONFIG = 2
 EXIT_DATA = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-# The most by which other processes of a machine meet a mistake before its first process does.
+# The longest time by which other processes of a machine find a mistake before the first one does.
 SECONDS_BEHIND = 20
 
 
@@ -140,7 +140,7 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
         print(f"interrupted{kept}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     finally:
-        # The exit status is settled, and SIGTERM must not change it while Python clears up.
+        # The exit status is settled: SIGTERM must not change it while Python shuts down.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
@@ -167,7 +167,7 @@ def _from_outside(error: Exception) -> str | None:
 
 
 def _name_user() -> None:
-    """Set LOGNAME if the user id has no name, for torch asks for the user's name.
+    """Set LOGNAME if the user id has no name, because torch asks for the user's name.
 
     Kubernetes and OpenShift run containers under such ids.
     """
@@ -178,10 +178,10 @@ def _name_user() -> None:
 
 
 def listen_to_signals() -> None:
-    """Handle SIGTERM and Ctrl-C as this module does.
+    """Install this module's handlers of SIGTERM and Ctrl-C.
 
-    Composer sets its own handlers when it is imported, and they end a process that should go on for
-    a while, or report why it ends.
+    Call it again after importing Composer, which installs its own. Those end the process at once,
+    although it may have work to finish, or an error to report.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
@@ -191,10 +191,10 @@ _told: list[int] = []  # exit statuses for the signals that have come; the first
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    """End the process by an exception, which closes what is open.
+    """End the process by an exception, so that everything open is closed.
 
-    The exit status is 143 for SIGTERM and 130 for Ctrl-C. Further signals are ignored, as a
-    launcher and a cluster may each send some, but a second Ctrl-C ends the process at once.
+    The exit status is 143 for SIGTERM and 130 for Ctrl-C. Further signals are ignored, because a
+    launcher and a cluster may each send some; but a second Ctrl-C ends the process at once.
     """
     _told.append(128 + number)
     if _told.count(EXIT_INTERRUPTED) > 1:

@@ -33,7 +33,7 @@ class TokenizerTrainConfig(SourceConfig):
     vocab_size: int = 32000
     """Number of tokens in the vocabulary, special tokens included."""
     min_frequency: int = 2
-    """Number of times that a pair must occur to be merged."""
+    """Number of times that a pair of tokens must occur to be merged into one."""
     max_bytes: int | None = None
     """Size of the sample to learn from, bytes, drawn from all over the source; the whole source if
     not set.
@@ -54,8 +54,8 @@ class TokenizerTrainConfig(SourceConfig):
         require(self.max_bytes is None or self.max_bytes > 0, "max_bytes", "must be more than 0")
 
 
-# The keys that the files written depend on, besides the tokenizer, the encoder, the context length
-# and the inputs themselves.
+# The keys that decide the bytes of the dataset, besides the tokenizer, the encoder, the context
+# length and the content of the inputs.
 CONVERSION_SETTINGS = (
     "source name split suffixes text_column add_bos add_eos "
     "max_document_bytes max_doc_length min_doc_length seed val_fraction shard_size unit_size"
@@ -117,7 +117,7 @@ class ConvertConfig(HubSourceConfig):
     """
 
     def settings(self) -> dict[str, Any]:
-        """Return the keys to record: the bytes written depend on no other key of this class."""
+        """Return the keys and values to record: all those that decide the bytes of the dataset."""
         return {name: getattr(self, name) for name in CONVERSION_SETTINGS}
 
     def validate(self) -> None:
@@ -183,7 +183,7 @@ class InspectConfig(ScriptConfig):
     """Show sample rows whole; otherwise the middle of long documents and of long rows is left out.
     """
     max_bytes: int | None = 1073741824
-    """Size of the evenly spread shards that histograms are taken from, bytes, about; null, or
+    """Approximate size of the sample of shards that histograms are made from, bytes; null, or
     verify=true, takes all shards.
     """
     verify: bool = False
@@ -267,7 +267,7 @@ class FromLlamaConfig(ScriptConfig):
     seed: int = 42
     """Seed of the tensors that are initialized anew."""
     max_shard_size: int = 2000000000
-    """Largest size of a file of weights, bytes; as much is in memory at a time."""
+    """Largest size of a file of weights, bytes; so much of them is in memory at a time."""
 
     def validate(self) -> None:
         require_text(self, "model", "config", "out", "tokenizer")

@@ -51,7 +51,7 @@ class StreamConfig(PlaceConfig):
     rows as all datasets together.
     """
     repeat: float | None = None
-    """Number of times that each row of this stream comes in an epoch; 0.5 takes every other row."""
+    """Number of times that an epoch has each row of this stream; 0.5 takes every other row."""
     choose: int | None = None
     """Number of rows that an epoch takes from this stream."""
 

@@ -37,9 +37,9 @@ class Given(NamedTuple):
 
 
 def layers_of(given: Sequence[Given]) -> list[dict[Any, Any]]:
-    """Return all that was given as nested dicts, to be merged in this order.
+    """Return all given values as a list of nested dicts, to be merged one after another.
 
-    In none of them does a value lie at the place of another one, or within it.
+    A value that replaces an earlier one, or lies within it, is in a later dict than that one.
     """
     layers: list[dict[Any, Any]] = []
     within: dict[tuple[Any, ...], int] = {}  # the last layer with a value at or within a place
@@ -60,9 +60,9 @@ def layers_of(given: Sequence[Given]) -> list[dict[Any, Any]]:
 
 
 def _places(place: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield the values within a dict at `place`, each with its own place.
+    """Yield the place and the value of each leaf of the nested dicts at `place`.
 
-    A value that is no dict, or an empty one, is yielded itself.
+    Anything but a dict, and an empty dict, is a leaf.
     """
     if not isinstance(value, dict) or not value:
         yield place, value
@@ -155,7 +155,10 @@ def _with_leaf(nested: Any, leaf: Any) -> Any:
 
 
 def leaves(cls: type, content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of `content` by full key, a single value for a list as a list of one."""
+    """Yield the full key and the value of each leaf of `content`.
+
+    A single value for a key that takes a list is yielded as a list of one.
+    """
     hints = hints_of(cls)
     for key, value in content.items():
         hint, full = hints[key], f"{prefix}{key}"

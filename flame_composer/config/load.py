@@ -104,7 +104,7 @@ def _given_by(cls: type[C], sources: Sequence[tuple[str, dict[Any, Any]]]) -> li
                     raise ConfigError(f"{origin}: {key}={show(value)}: must be bool")
                 given.append(Given(origin, key, value))
     except ConfigError:
-        _merge(cls, given)  # raises for an earlier mistake, as the first one is reported
+        _merge(cls, given)  # raises if an earlier value is wrong: the first mistake is reported
         raise
     return given
 
@@ -151,7 +151,7 @@ def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
 def _first_wrong(cls: type, given: Sequence[Given], *, alone: bool) -> int:
     """Return the index of the first value that cannot be merged, by bisection.
 
-    It is merged by itself if `alone`, otherwise after all values before it.
+    Each value is merged by itself if `alone`, and otherwise after all values before it.
     """
     right, wrong = 0, len(given)
     while wrong - right > 1:
@@ -228,7 +228,7 @@ def _unknown(
         name, value = next(iter(value.items()))
         whole += f".{name}"
     section, _, leaf = full.rpartition(".")
-    ours = {key.rpartition(".")[2] for key in known}  # names that others use for something else
+    ours = {key.rpartition(".")[2] for key in known}  # others may use these names differently
     for name, theirs in ((whole, whole), (whole, whole.rpartition(".")[2]), (full, leaf)):
         if theirs in elsewhere and (theirs == name or theirs not in ours):
             return name, f"; {elsewhere[theirs]}"

@@ -1,4 +1,4 @@
-"""Messages about values that are refused: one line, with the place, and without secrets."""
+"""Error messages about refused values: one line each, with the place, and without secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flame_composer.config.fields import ANY_NAME, SECTIONS, annotation_of, fiel
 from flame_composer.config.rules import ScriptConfig
 from flame_composer.errors import InvalidField
 
-MOST_SHOWN = 200  # letters of a value in an error
+MOST_SHOWN = 200  # characters of a value in an error
 
 
 def told_of(error: Exception) -> str:
@@ -66,7 +66,7 @@ def masked(text: str, origins: Mapping[str, tuple[str, Any]]) -> str:
     """Return `text` with the names of environment variables in place of their values."""
     for name in re.findall(r"oc\.env:([^,}$]+)", str(origins)):
         value = os.environ.get(name, "")
-        # Shorter values are no secrets, and would be found within words.
+        # Values of up to three characters are not secrets, and would be found within other words.
         text = text.replace(value, f"${{{name}}}") if len(value) > 3 else text
     return text
 

@@ -1,7 +1,8 @@
-"""The names that other trainers have for our keys, where spelling alone would not lead to them.
+"""Other trainers' names for our keys, and the remedy that an unknown-key error then gives.
 
-They are those of flame, torchtitan, LLM Foundry, Composer and Hugging Face's trainer. A name is
-looked up with its section first (`model.name`), then without (seq_len for `training.seq_len`).
+The trainers are flame, torchtitan, LLM Foundry, Composer and Hugging Face's. Names that are spelled
+almost like ours are found without this table. A name is looked up with its section first
+(`model.name`), then without it (`seq_len` for `training.seq_len`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ _TENSOR_PARALLEL = (
 
 
 def _remedies(ours: Mapping[str, str], reasons: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the text that follows `unknown key; `, by the name that others have for a key."""
+    """Return the text to put after `unknown key; `, by the other trainers' name for the key.
+
+    `ours` maps each of our keys to other names for it, separated by spaces. `reasons` maps such
+    names to the text itself, for keys that have no equivalent here.
+    """
     found = {name: reason for names, reason in reasons.items() for name in names.split()}
     return MappingProxyType(
         found
@@ -151,7 +156,7 @@ TRAINING = _remedies(
     },
 )
 
-# A plan also has keys for what otherwise only the launcher knows.
+# A plan has keys for machines as well, which in training only the launcher knows.
 PLANNING = MappingProxyType(
     {
         **TRAINING,

@@ -16,7 +16,8 @@ from flame_composer.config.train import TrainConfig
 class PlanConfig(TrainConfig):
     """Show what a run of recipes/train.py will take and cost, before anyone pays for it.
 
-    The file is that of the run, and so are all keys but the last, from devices on.
+    Give the run's own file and keys, and add the keys from `devices` on, which describe the
+    machines.
     """
 
     elsewhere = other_names.PLANNING
@@ -28,7 +29,7 @@ class PlanConfig(TrainConfig):
     ] = MISSING
     """Kind of device; h100 and h200 are SXM modules, a100 has 80 GB."""
     nodes: int = 1
-    """Number of machines, each with that many devices."""
+    """Number of machines, each with `devices` devices."""
     mfu: float = 0.4
     """Share of the devices' peak throughput that goes into the model's own FLOPs; an assumption
     until it has been measured.
@@ -46,10 +47,10 @@ class PlanConfig(TrainConfig):
     save_bandwidth: str = "1gb"
     """Bytes per second at which a checkpoint is written; an assumption."""
     preemption_hours: float | None = None
-    """Mean time between the moments at which machines are taken away, hours."""
+    """Mean time between preemptions (machines being taken away), hours."""
     restart_minutes: float = 10.0
-    """Time from such a moment to the next step, minutes: waiting for machines, starting, and
-    loading the checkpoint.
+    """Time from a preemption to the next step, minutes: waiting for machines, starting, and loading
+    the checkpoint.
     """
 
     def validate(self) -> None:

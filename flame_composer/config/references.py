@@ -16,17 +16,17 @@ from flame_composer.config.messages import masked, reason_of
 from flame_composer.errors import ConfigError, hide, without_secrets
 from flame_composer.upstream.omegaconf import dump_yaml, reason_of_failure, resolved_by
 
-# Characters of all values together once every ${key} is filled in.
+# The most characters of all values together, once every ${key} is filled in.
 MOST_FILLED_IN = 1 << 24
 
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([A-Za-z_][\w.-]*)[^:{}]*\}")
 
 
 def require_ends(merged: DictConfig, place: str) -> None:
-    """Raise ConfigError for texts that refer to one another so often that they grow without end.
+    """Raise ConfigError for texts whose references to one another would expand enormously.
 
-    Ten texts, each of which has the next one in it ten times, take longer than anybody waits. A
-    text that leads back to itself is reported when it is filled in.
+    Ten texts, each with ten references to the next one, expand to billions of characters. A text
+    that refers back to itself is reported later, when it is filled in.
     """
     content = OmegaConf.to_container(merged, resolve=False)
     known: dict[tuple[str, ...], int] = {}
@@ -61,7 +61,7 @@ def require_ends(merged: DictConfig, place: str) -> None:
 def unresolved(cls: type, merged: DictConfig, origins: Mapping[str, tuple[str, Any]]) -> str | None:
     """Return the message for the innermost key whose interpolation fails, or None if none does.
 
-    It never has the value of an environment variable in it.
+    The message never contains the value of an environment variable.
     """
     for key, (origin, value) in sorted(origins.items(), key=lambda item: -len(item[0])):
         if "${" not in str(value):
@@ -83,9 +83,10 @@ def unresolved(cls: type, merged: DictConfig, origins: Mapping[str, tuple[str, A
 
 
 def without_environment(merged: DictConfig) -> str:
-    """Return the configuration as YAML, resolved but for environment variables, without secrets.
+    """Return the configuration as YAML, resolved except for environment variables, and masked.
 
-    Environment variables may be secret; other secrets are, say, passwords in addresses.
+    The variables stay ${oc.env:...} because they may be secret. Masking removes other secrets, such
+    as passwords in addresses.
     """
     untyped = OmegaConf.create(OmegaConf.to_container(merged, resolve=False))
     assert isinstance(untyped, DictConfig)
@@ -110,7 +111,7 @@ def from_environment(name: str, *default: Any) -> Any:
 
 
 def decoded(text: str | None, _parent_: Any, _node_: Any) -> Any:
-    """Return the decoded `text`; if it is that of a variable, hide each text in the result."""
+    """Return the decoded `text`; hide each text in the result if it comes from the environment."""
     value = oc.decode(text, _parent_, _node_)
     for name in (name for name in os.environ if os.environ[name] == text):
         for part in _texts(value):

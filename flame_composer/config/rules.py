@@ -54,8 +54,8 @@ def require_duration(
 def require_text(config: object, *names: str) -> None:
     """Raise InvalidField for a text, or one in a list, that no file could have as its name.
 
-    That is one that is too long, has a NUL in it, or is empty. An empty one comes from a shell
-    variable that is not set; an optional key is left out by null.
+    Such a text is too long, contains a NUL, or is empty. An empty one usually comes from a shell
+    variable that is not set; to leave out an optional key, users write null.
     """
     for name in names:
         value = getattr(config, name)
@@ -123,7 +123,8 @@ def require_png(file: str | None, name: str) -> None:
 def is_text(value: str) -> bool:
     """Return whether a text can be encoded as UTF-8.
 
-    Python's texts for arguments that are no UTF-8 cannot, nor can half a surrogate pair from JSON.
+    Two kinds cannot: what Python makes of arguments that are not UTF-8, and half a surrogate pair
+    from JSON.
     """
     try:
         value.encode()
@@ -133,18 +134,18 @@ def is_text(value: str) -> bool:
 
 
 class ScriptConfig:
-    """Base of the configurations of scripts, with what is known about one beyond its values."""
+    """The base of all scripts' configurations, with what is known of one besides its values."""
 
-    # The key of the list that leading arguments without a key fill; then no YAML file is taken.
+    # The key of the list that takes leading arguments without `key=`; if set, no YAML file is read.
     positional = ""
-    # Whether a script that was stopped goes on from there when the same command is given again.
+    # Whether a script that was stopped continues from there when the same command is run again.
     goes_on = False
-    # The keys that hold paths (or URLs, or ids), in which `~` is expanded; sections have this, too.
+    # The keys that hold paths (or URLs, or ids), in which `~` is expanded. Sections have this, too.
     paths: tuple[str, ...] = ()
-    # The remedies for those who use other trainers' names for keys, by name (other_names.py).
+    # Remedies for unknown keys that are other trainers' names, by that name (other_names.py).
     elsewhere: Mapping[str, str] = MappingProxyType({})
     # The configuration as YAML, without the values of environment variables: safe to log and save.
     resolved_yaml: str = ""
-    # The place where each key was given and its value there; `place` is that of all other keys.
+    # Where each key was given, and its value there. All other keys are attributed to `place`.
     origins: Mapping[str, tuple[str, Any]] = MappingProxyType({})
     place: str = "command line"

@@ -26,7 +26,7 @@ class ModelConfig:
     """
     pretrained: str | None = None
     """Hugging Face folder or id whose weights training starts from; model.config may then only
-    repeat what its config says.
+    repeat values of that model's config.
     """
 
     def validate(self) -> None:
@@ -230,14 +230,14 @@ class WandbConfig:
 
 @dataclass
 class SpikeConfig:
-    """A lasting leap of the loss, which ends a run."""
+    """The rules by which a lasting leap of the loss ends a run."""
 
     window: int = 100
     """Number of steps whose median loss is taken as the usual loss."""
     factor: float = 2.0
     """Multiple of the usual loss above which a loss is too high."""
     patience: int = 10
-    """Number of consecutive steps with a loss too high after which the run ends."""
+    """Number of consecutive steps with too high a loss after which the run ends."""
 
     def validate(self) -> None:
         require(self.window > 0, "window", "must be 1 step or more")

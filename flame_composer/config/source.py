@@ -14,7 +14,7 @@ from flame_composer.storage.filesystems import is_url
 
 @dataclass
 class SourceConfig(ScriptConfig):
-    """Files of text."""
+    """The keys that name files of text."""
 
     source: list[str] = MISSING
     """Files, folders or globs of JSONL, Parquet or plain text; URLs (s3://bucket/folder) are taken,
@@ -43,7 +43,7 @@ class SourceConfig(ScriptConfig):
 
 @dataclass
 class HubSourceConfig(SourceConfig):
-    """Files of text, or Hugging Face datasets."""
+    """The keys that name files of text or Hugging Face datasets."""
 
     source: list[str] = MISSING
     """Files, folders or globs of JSONL or plain text, compressed (.gz, .zst, .bz2, .xz) or not, or

@@ -38,7 +38,7 @@ from flame_composer.config.sections import (
 from flame_composer.errors import ConfigError
 from flame_composer.storage.files import MAX_NAME_BYTES
 
-MAX_WANDB_ID_BYTES = 200  # W&B's own folders have longer names than their runs
+MAX_WANDB_ID_BYTES = 200  # W&B's folder names are longer than the ids of their runs
 
 
 class RunPlan(NamedTuple):
@@ -335,7 +335,8 @@ class TrainConfig(ScriptConfig):
     ) -> int | None:
         """Return `duration` in global batches, rounded up.
 
-        None if it needs the length of an epoch or of the run, and that is None.
+        Return None if `duration` is in epochs and `epoch_batches` is None, or a fraction of the run
+        and `run_batches` is None.
         """
         if match := DURATION.fullmatch(duration):
             count, unit = int(match[1]), match[2]

@@ -1,4 +1,7 @@
-"""Values as they were written: texts stay what they are in the file, numbers are what is meant."""
+"""Values of a YAML file or command line, kept as written where a key takes text.
+
+YAML would turn an unquoted 1.10 into the number 1.1, and no into false.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from flame_composer.config.fields import dataclass_of, hints_of, named_sections
 from flame_composer.errors import ConfigError
 from flame_composer.upstream.omegaconf import PYTHONS_NONE, load_yaml
 
-# OmegaConf's own limit is 10,000, which some thousand streams reach. Aliases that multiply without
-# end are still refused.
+# OmegaConf's own limit is 10,000, which about a thousand streams would reach. This one still
+# refuses aliases that multiply endlessly.
 MAX_YAML_NODES = 1_000_000
 MOST_LEVELS = 100  # of a YAML document
 MOST_LETTERS = 1 << 26
@@ -26,7 +29,7 @@ MOST_LETTERS = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A scalar without quotes: its text, and what YAML takes it for."""
+    """An unquoted scalar: its text, and the value that YAML reads it as."""
 
     text: str
     value: Any
@@ -41,8 +44,8 @@ def parse_yaml(stream: Any) -> Any:
 def require_shallow(stream: Any) -> None:
     """Raise ValueError for a YAML document that is nested too deeply or too large.
 
-    A file is left at its beginning. libyaml's loader recurses into lists and mappings, and 100,000
-    of them within one another crash the process.
+    Afterwards a file is again at its beginning. libyaml's loader is recursive: 100,000 nested lists
+    or mappings would crash the process.
     """
     text = stream if isinstance(stream, str) else stream.read(MOST_LETTERS + 1)
     if len(text) > MOST_LETTERS:
@@ -65,7 +68,7 @@ def as_it_stands(text: str) -> Written:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of `parse_yaml` as YAML understands it."""
+    """Return a value of `parse_yaml` with each `Written` in it replaced by YAML's value."""
     if isinstance(value, Written):
         return value.value
     if isinstance(value, dict):
@@ -120,9 +123,9 @@ def as_meant(hint: Any, value: Any, place: str, key: str = "") -> Any:
 
 
 def quote_it(value: Any, for_text: bool) -> str:
-    """Return the remedy for a third party's text key of which YAML made a number or a bool.
+    """Return the remedy for a text key that YAML read as a number or a bool, or '' otherwise.
 
-    '' for other mistakes.
+    The key is one of a third party's, whose type `as_meant` does not know.
     """
     return "; quote what is text" if for_text and isinstance(value, bool | int | float) else ""
 
@@ -171,7 +174,7 @@ def _misread(scalar: Written) -> bool:
 def _with_checked_default(text: str, shown: str) -> str:
     """Return `text`, or raise ConfigError if OmegaConf would change a default in it.
 
-    It would take that of `${oc.env:NAME,1.10}` for the number 1.1.
+    OmegaConf would read the default in `${oc.env:NAME,1.10}` as the number 1.1.
     """
     for default in re.findall(r"\$\{oc\.env:[^,{}]*,\s*([^'\"{}\[\],]*?)\s*\}", text):
         try:

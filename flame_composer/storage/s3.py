@@ -151,7 +151,7 @@ class S3FileSystem(AbstractFileSystem):
     def get_file(
         self, rpath: str, lpath: str, callback: Any = None, outfile: Any = None, **kwargs: Any
     ) -> None:
-        """Download a file, but no more bytes than its size in the listing.
+        """Download a file, but never more bytes than the store says that it has.
 
         Raise StoreError if it has more than `most` bytes, or more than the disk has free.
         """

@@ -1,4 +1,4 @@
-"""A run assembled from its data, its model and its callbacks, in the one order that works."""
+"""The assembly of a run from its data, its model and its callbacks, in an order that works."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Parts(NamedTuple):
     hf_config: PretrainedConfig | None
     extensions: Extensions
     needed: Callable[[], Needed]
-    """Returns what a checkpoint must hold for this run; computed once, at the first call."""
+    """Return what a checkpoint must hold for this run; it is computed at the first call only."""
 
 
 class Data(NamedTuple):
@@ -93,9 +93,9 @@ class Run:
 
     @contextmanager
     def going(self) -> Iterator[None]:
-        """Train in the body of this context: a signal ends it cleanly, and errors are explained.
+        """Guard the training in the body: a signal ends it cleanly, after saving.
 
-        Running out of memory becomes one line that names the keys to change.
+        Running out of memory becomes a one-line error that names the keys to change.
         """
         with self.stop.running(self.trainer), explained_memory(self.config):
             yield
@@ -113,7 +113,7 @@ class Run:
     def evaluation_is_due(self) -> bool:
         """Return whether to evaluate before the next step.
 
-        That is the case before the first step, or if a signal prevented the last evaluation.
+        It is due before the first step, and after a signal prevented the last evaluation.
         """
         is_first = self.trainer.state.timestamp.batch.value == 0
         return bool(self.trainer.state.evaluators) and (is_first or self.log.eval_missing)
@@ -151,13 +151,13 @@ def find_start(config: TrainConfig, parts: Parts) -> Checkpoint | None:
 
     It is the newest whole checkpoint in save_folder, the same on every rank.
     """
-    # Longer than the stall watchdog waits, whose message says more than a timeout does.
+    # Time out later than the stall watchdog, because its message says more.
     dist.initialize_dist(get_device(), timeout=(config.stall_timeout or DAY) + 60)
     return find_start_of(config, staging_of(config), parts.needed)
 
 
 def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Run:
-    """Return the run of `config`, ready to resume from the checkpoint `start` or, if None, begin.
+    """Return the run of `config`, ready to resume from `start`, or to begin if that is None.
 
     Raise ConfigError or DataError if the data, the model or the checkpoint does not fit.
     """
@@ -213,7 +213,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     """Return the training data of `config`, with its loader and its plan of steps.
 
-    The tokenizer in it begins and ends texts as the documents of that data do.
+    The tokenizer in the result begins texts as the documents of this data begin.
     """
     sets = open_train_data(
         config.train_data, tokenizer=tokenizer, context_length=config.context_length
@@ -240,7 +240,7 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
     )
     due = every(data.plan.eval_interval, data.plan.total)
     batch_size = config.eval_batch_size or config.microbatch_size
-    assert isinstance(batch_size, int)  # a rule of the configuration
+    assert isinstance(batch_size, int)  # the configuration requires it
     return [
         build_evaluator(
             rows,

@@ -45,7 +45,7 @@ def generation_keys() -> set[str]:
 
 
 def keep_generation_config(model: Any) -> None:
-    """Keep transformers from replacing a model's generation config, also once saved and read.
+    """Keep transformers from replacing a model's generation config, even after it is reloaded.
 
     Upstream: transformers 4.57.6, `GenerationConfig._from_model_config`.
     Mends: `generate` rebuilds the generation config of a new model and drops what was set in it.

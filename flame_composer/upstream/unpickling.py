@@ -20,8 +20,8 @@ class CheckedKeys(_weights_only_unpickler.Unpickler):
 
         def read(number: int) -> bytes:
             data = unchecked(number)
-            # This opcode sets one item of a dict. The same byte may occur in other data, which does no
-            # harm.
+            # This opcode sets one item of a dict. Other data may contain the same byte, which is
+            # harmless.
             if data == b"s":
                 self._require_light(self.stack[-2:-1])
             elif data in (b"u", b"R"):  # several items; a function's result, maybe a dict
