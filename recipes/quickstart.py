@@ -2,8 +2,7 @@
 
     python recipes/quickstart.py
 
-It runs the commands that a user would type, and shows each. Started again, it continues where it
-was interrupted.
+It shows and runs the commands that a user would type. If interrupted, run it again to continue.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""Charts of how cost grows, in one PNG, from a run of all benchmarks.
+"""Charts of how cost grows, in one PNG, from the results of all benchmarks.
 
-It grows with the context, rows, layers, the context that is decoded after, and workers.
+The charts show growth with the context length, rows, layers and workers, and of decoding with the
+length of the prompt.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Panel(NamedTuple):
 
 
 def panels(results: dict[str, Any]) -> Iterator[Panel]:
-    """Yield the panels for the results of recipes/benchmark.py, which are given by name.
+    """Yield the panels for `results`, the output of recipes/benchmark.py by benchmark.
 
-    A benchmark that did not run has no panel.
+    Benchmarks that are missing in it have no panel.
     """
     if "train" in results:
         rows = results["train"]["results"]

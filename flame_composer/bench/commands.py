@@ -23,7 +23,7 @@ from flame_composer.errors import DataError
 def quickstart_data(root: Path, config: StartBenchmarkConfig, folder: Path) -> list[str]:
     """Make a tokenizer and a dataset from Python files; return the arguments to train on it.
 
-    They are arguments of recipes/train.py, the first of which is yamls/gla_tiny.yaml.
+    The arguments are for recipes/train.py; the first is yamls/gla_tiny.yaml.
     """
     whole, _ = write_corpus((), (), round(config.megabytes * 1e6), folder)
     tokenizer, dataset = folder / "tokenizer", folder / "train"
@@ -59,7 +59,7 @@ def compare_trainers(
 ) -> tuple[dict[str, Any], list[Figure]]:
     """Time recipes/train.py against a bare loop over the same batches.
 
-    The loop is forward, backward and optimizer step, and nothing else.
+    The loop does nothing but forward, backward and optimizer steps.
     """
     arguments = [*quickstart_data(root, config, folder), f"max_duration={config.steps}ba"]
     log = folder / "run/train_log.jsonl"
@@ -85,9 +85,10 @@ def compare_trainers(
 def compare_readers(
     root: Path, config: DataBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """Time reading batches against StreamingDataset reading rows, and beginning mid-epoch.
+    """Time reading batches against StreamingDataset reading rows, and the start in mid-epoch.
 
-    The first batch near the end of an epoch is timed against the first one at its start.
+    For the latter, the time to a first batch near the end of an epoch is compared with that at its
+    beginning.
     """
     quickstart_data(root, config, folder)
     dataset = str(folder / "train")
@@ -147,7 +148,7 @@ def compare_starts(
 ) -> tuple[dict[str, Any], list[Figure]]:
     """Time the first step of recipes/train.py against the imports that it needs.
 
-    Also time its answers to --help and to a mistake, for which it needs none of them.
+    Also time its answers to --help and to a mistake, for which it imports none of those.
     """
     arguments = [*quickstart_data(root, config, folder), "max_duration=1ba"]
     script, log = str(root / "recipes/train.py"), folder / "run/train_log.jsonl"
@@ -203,9 +204,9 @@ def compare_starts(
 
 
 def run_each(script: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Run the named benchmarks of a script one after another, and print what they print.
+    """Run the named benchmarks of a script one after another, passing on their output.
 
-    Return what each says in its last line, by name. Raise DataError if one fails.
+    Return the JSON of each benchmark's last line, by name. Raise DataError if one fails.
     """
     results = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The benchmark of convert/to_mds.py against what most people write, in turns on one text."""
+"""The benchmark of convert/to_mds.py against a plain script, taking turns on the same text."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ BATCH = 1000  # documents that the baseline encodes in one call
 
 
 def mistral_tokenizer(folder: Path) -> Path:
-    """Write Mistral-7B's tokenizer into `folder`, a new one, and return the folder.
+    """Write Mistral-7B's tokenizer into the new folder `folder`, and return the folder.
 
     It is made from the SentencePiece model that mistral-common carries. Raise ConfigError if that
     package, or gigatoken, is not installed.
 
     Upstream: gigatoken 0.10.0, `gigatoken._load.sentencepiece`.
-    Mends: neither package makes a tokenizer.json of the model by a public name.
+    Mends: neither package has a public function that makes a tokenizer.json from the model.
     """
     missing = [
         name for name in ("mistral_common", "gigatoken") if importlib.util.find_spec(name) is None
@@ -75,9 +75,9 @@ def write_corpus(
 ) -> tuple[Path, Path]:
     """Write distinct documents from all over `source` to two files; return the files.
 
-    They are JSONL: one of about `max_bytes`, and one with the first tenth of it. If no source is
-    given, it is the Python files of the standard library and of the installed packages, real text
-    that every machine with this environment has. Raise ConfigError if the source holds no text.
+    The files are JSONL: one of about `max_bytes`, and one with the first tenth of that. Without a
+    source, the Python files of the standard library and of the installed packages are used, real
+    text that every machine with this environment has. Raise ConfigError if the source has no text.
     """
     if not source:
         source, suffixes = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")], (".py",)
@@ -101,9 +101,9 @@ def write_corpus(
 def convert_plainly(source: str, tokenizer_path: str, out: str, context_length: int) -> int:
     """Convert a corpus as most people would, and return the number of its tokens.
 
-    That is `encode_batch_fast`, an eos after each document, rows cut from the stream of tokens, and
-    MDSWriter. It does what a careful author would do, and no more: it decodes JSON and hashes
-    shards, but it has no documents' lengths, no splits and no resumption.
+    It uses `encode_batch_fast`, puts an eos after each document, cuts the tokens into rows and
+    writes them with MDSWriter. Like a careful author's script, it decodes JSON and hashes
+    shards, but it records no document lengths, makes no splits and cannot resume.
     """
     from streaming import MDSWriter
     from transformers import AutoTokenizer
@@ -238,9 +238,9 @@ def convert_in_turns(
 
 
 def summary(turns: Sequence[dict[str, tuple[Run, Run]]]) -> dict[str, Any]:
-    """Return the medians over all turns for each converter, its most memory, and ratios.
+    """Return each converter's median speeds and largest memory over all turns, and ratios of them.
 
-    A turn has for each converter its runs on a tenth of the corpus and on the whole.
+    A turn holds, for each converter, its runs on a tenth of the corpus and on the whole.
     """
     speeds = [{name: _speeds(*runs) for name, runs in turn.items()} for turn in turns]
     result: dict[str, Any] = {}
@@ -260,10 +260,10 @@ def summary(turns: Sequence[dict[str, tuple[Run, Run]]]) -> dict[str, Any]:
 
 
 def _speeds(tenth: Run, whole: Run) -> dict[str, float]:
-    """Return speeds with the start of the processes, and without it ("after_start").
+    """Return the speeds with and without the time that the processes take to start.
 
-    The start is taken out by counting only what the whole took beyond the tenth, which starts in
-    the same way.
+    Those without it ("after_start") count only what the whole corpus took beyond the tenth, whose
+    conversion starts in the same way.
     """
 
     def speed(tokens: int, seconds: float) -> float:

@@ -30,7 +30,7 @@ from flame_composer.processes import end_session, lead_session
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value, None if it was not measured, and the limit that it is said to keep."""
+    """A measured value, or None if it was not measured, and the limit stated for it."""
 
     name: str
     value: float | None
@@ -61,7 +61,7 @@ class Figure:
 
 
 def machine() -> dict[str, Any]:
-    """Return what to know about this machine: its processor, cores and load."""
+    """Return a description of this machine: its processor, cores and load."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -82,16 +82,16 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of the turns' ratios."""
+    """Return the median of the ratios of `above` to `below`, taken turn by turn."""
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 def interleaved(
     what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1
 ) -> dict[str, list[float]]:
-    """Call each of `what` in turn, and return the values that it returned, by name.
+    """Call the functions `what` in turns, and return the list of values of each, by name.
 
-    There are `repeats` turns, after `warm` others whose values are left out.
+    There are `repeats` turns, after `warm` others whose values are dropped.
     """
     values: dict[str, list[float]] = {name: [] for name in what}
     for _ in tqdm(range(warm + repeats), desc=title, disable=None):
@@ -123,8 +123,8 @@ def measure(command: Sequence[str], env: Mapping[str, str] = MappingProxyType({}
             "this benchmark needs Linux, which can hand over the processes that a command leaves"
             " behind"
         )
-    # It is run by another process, which has no other children, and which is small: the peak memory
-    # of a new process begins with that of the process that started it.
+    # Run it from a separate process that has no other children and is small: a new process starts
+    # with the peak memory of the one that forked it.
     code = "from flame_composer.bench.measure import run_and_count; run_and_count()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command],
@@ -155,7 +155,7 @@ def run_and_count() -> None:
 
     The last line of stderr is a JSON list of the first three fields of `Usage`.
     """
-    # Processes that are left behind are counted, and end if the benchmark is killed.
+    # Processes that the command leaves behind are counted, and end if the benchmark is killed.
     lead_session()
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])

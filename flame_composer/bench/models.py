@@ -20,7 +20,7 @@ from flame_composer.plan.memory import DEVICES
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Return the seconds that a call takes, with what it starts on a GPU."""
+    """Return the seconds that a call takes, including the work that it starts on a GPU."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -34,9 +34,9 @@ def seconds(run: Callable[[], Any]) -> float:
 def build_pair(
     hidden_size: int, num_layers: int, vocab_size: int, *, device: str = "cpu"
 ) -> dict[str, PreTrainedModel]:
-    """Return a GLA and a Hugging Face Llama of the same size, "gla" and "llama".
+    """Return a GLA and a Hugging Face Llama of the same size, under "gla" and "llama".
 
-    Llama's MLP is made as wide as it takes.
+    The width of Llama's MLP is chosen so that the numbers of parameters match.
     """
     cpu.enable()
     from fla.models import GLAConfig
@@ -229,7 +229,7 @@ def peak_of(name: str) -> float | None:
 def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Time the training step with more rows, and with fewer and more layers.
 
-    All are at the first context length; there are at most `batch_tokens` tokens in a step.
+    All steps are at the first of `context_lengths`, with at most `batch_tokens` tokens.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     context_length = config.context_lengths[0]
@@ -279,9 +279,10 @@ def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def _memory(name: str, config: BenchmarkConfig) -> int:
-    """Return the bytes that a token takes in a layer in training.
+    """Return the bytes of memory that each token takes per layer in training.
 
-    That is the peak of a step of 2048 tokens less that of 256, per token and layer.
+    They are the difference in peak memory between steps of 2048 and of 256 tokens, per token and
+    layer.
     """
     code = (
         "import sys; from flame_composer.bench.models import one_step; one_step(sys.argv[1],"
@@ -366,7 +367,7 @@ def decode(
 ) -> Callable[[], float]:
     """Return a function that decodes `batch_size` sequences and returns tokens per second.
 
-    All go on from the same prompt, whose cache is given; reading it is not counted.
+    All sequences continue the same prompt. Its cache is given, so reading it is not counted.
     """
     cache = copy.deepcopy(prompt)
     for tensor in tensors_in(cache.layers):

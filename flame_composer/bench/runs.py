@@ -75,8 +75,8 @@ def checkpoints(
 def training_state(config: CheckpointBenchmarkConfig) -> State:
     """Return the state of a run that has taken a step, so that its optimizer has moments.
 
-    It is a Trainer's, as only that makes one. `train.assemble.build_run` would want a dataset, a
-    tokenizer and a configuration, and nothing is trained here.
+    It comes from a bare Trainer. `train.assemble.build_run` would need a dataset, a tokenizer and a
+    configuration, and nothing is trained here.
     """
     model = build_pair(config.hidden_size, config.num_layers, config.vocab_size)["gla"]
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -134,7 +134,7 @@ def plain_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Any:
     """Return the loader that a run would have for a dataset, with epochs of `num_rows` rows.
 
-    To come to that number, rows are repeated or left out.
+    Rows are repeated or left out to reach that number.
     """
     dataset = open_dataset(folder)
     config = DataConfig(
@@ -169,7 +169,7 @@ def read_all_plainly(folder: str) -> float:
 def first_batch(folder: str, epoch_rows: float, at: float) -> float:
     """Return the seconds from opening a dataset to its first batch, at a fraction of an epoch.
 
-    `epoch_rows` is the number of rows in the epoch, `at` the fraction of them that are passed over.
+    `epoch_rows` is the number of rows in the epoch, and `at` the fraction of them that is skipped.
     """
     start = time.perf_counter()
     loader = rows_of(folder, num_rows=int(epoch_rows))

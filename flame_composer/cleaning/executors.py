@@ -1,7 +1,4 @@
-"""The ways to run the stages of a cleaning: on this machine, Slurm or Ray.
-
-All use datatrove's executors.
-"""
+"""Running the stages of a cleaning with datatrove's executors: on this machine, Slurm or Ray."""
 
 from __future__ import annotations
 
@@ -46,9 +43,9 @@ Executor: TypeAlias = LocalPipelineExecutor | SlurmPipelineExecutor | RayPipelin
 
 
 def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
-    """Forget what was done for units whose files have changed, so that it is done again.
+    """Forget the results for units whose files have changed, so that they are made again.
 
-    Unless every unit is done with then, all stages after the first are forgotten as well.
+    If any unit has changed or is not finished, the results of all later stages are forgotten, too.
     """
     first, *later = (log_folder(folder, stage) for stage in stages)
     is_changed = False
@@ -178,7 +175,7 @@ def run_local(
     Raise DataError if a process dies.
 
     Upstream: datatrove 0.9, `LocalPipelineExecutor.run`, whose `_run_for_rank` is called here.
-    Mends: it waits for ever for a process that was killed, and shows everything that it logs.
+    Mends: it waits forever for a process that was killed, and prints all of its log.
     """
     if num_workers <= 1 or not can_have_processes():
         for rank in ranks:
@@ -221,7 +218,7 @@ def run_task(executor: LocalPipelineExecutor, rank: int, out: str) -> None:
 
 
 def allow_many_files() -> int:
-    """Allow this process as many open files as the system lets it have; return how many.
+    """Raise this process's limit of open files as far as the system allows, and return it.
 
     datatrove opens the hashes of all units at once.
     """
@@ -256,10 +253,10 @@ def connect_to_ray(address: str) -> None:
 
 
 def jobs_in_queue(folder: PartsFolder) -> list[str]:
-    """Return the Slurm jobs submitted for this folder if any of them is not done; else nothing.
+    """Return the Slurm jobs submitted for this folder, or [] if all of them have ended.
 
-    While there are any, nothing in the folder must be touched. Raise ConfigError if jobs were
-    submitted and there is no squeue here to ask about them.
+    Until then, nothing in the folder may be touched. Raise ConfigError if jobs were submitted but
+    this machine has no squeue to ask about them.
     """
     record = folder.work / JOBS
     if not record.exists():
@@ -275,7 +272,7 @@ def jobs_in_queue(folder: PartsFolder) -> list[str]:
             " squeue here to ask about them; run the command where they were submitted, or remove"
             f" {record}"
         ) from None
-    # Its status is not 0 if it has forgotten the jobs.
+    # squeue fails once Slurm has forgotten the jobs.
     return jobs if queue.returncode == 0 and queue.stdout.strip() else []
 
 

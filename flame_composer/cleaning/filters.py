@@ -53,7 +53,7 @@ class FastTextFile(FastTextLID):
     """A fastText model that is read from a file.
 
     Upstream: datatrove 0.9, `FastTextLID.model`.
-    Mends: it downloads the model from an address of its own.
+    Mends: the original downloads the model from a fixed address.
     """
 
     def __init__(self, path: str, languages: list[str]):
@@ -104,7 +104,7 @@ def build_quality_filter(
     section: GopherQualityConfig, words: UnicodeTokenizer
 ) -> GopherQualityFilter:
     limits = dataclasses.asdict(section)
-    # datatrove's name for the limit says the opposite of what the limit does.
+    # datatrove's name for this limit says the opposite of what it does.
     limits["max_non_alpha_words_ratio"] = limits.pop("min_alpha_words_ratio")
     return GopherQualityFilter(**limits, language=words)
 
@@ -132,7 +132,7 @@ def judge(name: str, step: BaseFilter, document: Document) -> tuple[bool, str]:
 
 
 def build_mask(config: CleanConfig) -> PIIFormatter | None:
-    """Return what replaces addresses in texts, or None if the configuration asks for none."""
+    """Return datatrove's formatter that masks addresses, or None if nothing is to be masked."""
     if config.pii is None:
         return None
     emails, ips = config.pii.emails, config.pii.ips

@@ -168,11 +168,11 @@ class PartsFolder:
 
     @property
     def work(self) -> Path:
-        """The folder of what there is until the cleaning is finished."""
+        """The folder that holds all files until the cleaning is finished."""
         return Path(self.out, WORK)
 
     def part(self, number: int, folder: str = DOCUMENTS) -> Path:
-        """Return the path at which a task writes its part while the cleaning is unfinished."""
+        """Return the path to which a task writes its part until the cleaning is published."""
         compression = self.settings["compression"]
         return (
             self.work
@@ -224,7 +224,7 @@ class PartsFolder:
         return None
 
     def begin(self) -> None:
-        """Prepare the folder for work, or to go on with a cleaning that was interrupted in it."""
+        """Prepare the folder for a new cleaning, or to continue an interrupted one."""
         plan = {
             "format": FORMAT,
             "version": VERSION,

@@ -57,9 +57,9 @@ MAX_TASKS = 65534  # as many as datatrove's priorities can tell apart
 
 @dataclass
 class Aside:
-    """A counter of removed documents, which keeps them if there is a folder for them.
+    """A counter of removed documents, which also writes them to `folder` if that is set.
 
-    datatrove calls it an exclusion writer.
+    datatrove's name for this role is exclusion writer.
     """
 
     folder: PartsFolder | None
@@ -82,7 +82,7 @@ class Aside:
         if self.writer is not None:
             self.writer.commit()
 
-    # datatrove enters and leaves it only if there is something to remove.
+    # datatrove uses this context only if there is something to remove.
     def __enter__(self) -> Aside:
         return self
 
@@ -148,7 +148,7 @@ class Filter:
 
 @dataclass
 class Keep:
-    """The step that writes documents down, for `ReadAgain`, and passes them on."""
+    """The step that writes documents to disk, for `ReadAgain`, and passes them on."""
 
     folder: PartsFolder
 
@@ -175,8 +175,8 @@ class ReadAgain:
 class KeepFirst:
     """The step that keeps the first document, in source order, of each cluster.
 
-    The clusters are those that datatrove's MinhashDedupCluster has found. datatrove's own filter
-    would keep any one of them.
+    datatrove's MinhashDedupCluster finds the clusters. Its own filter would keep an arbitrary
+    document of each.
     """
 
     clusters: str

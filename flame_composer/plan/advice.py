@@ -14,7 +14,7 @@ MAX_LOST = 0.01  # goodput given up for want of the best interval
 
 
 def warnings(config: PlanConfig, plan: Plan) -> list[str]:
-    """Return the mistakes that people commonly make, one line for each that is in the plan."""
+    """Return a warning, of one line, for each common mistake that is in the plan."""
     return [
         *_memory_warnings(config, plan),
         *_training_warnings(config, plan),

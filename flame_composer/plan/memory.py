@@ -170,7 +170,7 @@ def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
 def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
     """Return the largest microbatch that fits into memory, or None if not even one row does.
 
-    It divides a device's share of the global batch.
+    Only sizes that divide a device's share of the global batch are considered.
     """
     batch, world = config.global_batch_size, config.devices * config.nodes
     divide = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
@@ -179,7 +179,7 @@ def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
 
 
 def device_memory(config: PlanConfig) -> int:
-    """Return the bytes of memory of one device; of one process's share of this machine on CPUs."""
+    """Return the memory of one device in bytes; on CPUs, one process's share of this machine's."""
     if config.device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // config.devices
     return DEVICES[config.device].memory

@@ -56,8 +56,8 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
 def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
     """Return all figures of the run of `config`, in bytes, seconds and tokens.
 
-    `supply` is None if the datasets cannot be read. Raise InvalidField if the run's length is given
-    in epochs then.
+    `supply` is None if the datasets cannot be read. Raise InvalidField if that is so and the run's
+    length is given in epochs.
     """
     epoch = supply.batches_per_epoch if supply else None
     steps = config.in_batches(config.max_duration, epoch)

@@ -1,6 +1,7 @@
-"""The data that a run has, found out without reading shards.
+"""The data of a run, worked out from manifests and indexes without reading shards.
 
-That is the tokens and batches of an epoch, what each machine reads of them, and the cache it needs.
+These are the tokens and batches of an epoch, the bytes that each machine reads, and the cache that
+it needs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from flame_composer.loader.fetch import Shards
 from flame_composer.loader.rows import Rows
 from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 
-# Up to this many rows the order is laid out as in training; of a larger dataset only so many rows
-# are, and the figures are scaled up.
+# The row order of an epoch is laid out as in training for up to this many rows. Of a larger dataset
+# only that many are laid out, and the figures are scaled up.
 MAX_ROWS = 16_000_000
 SHARD_BYTES = 64 << 20  # of an imagined dataset, as convert/to_mds.py writes them
 # Bytes of a row beside its tokens: its offset in the shard and the lengths of a few documents.
@@ -52,8 +53,8 @@ class Supply:
 def find_supply(config: PlanConfig) -> Supply | str:
     """Return the data of a run, or the reason why its datasets cannot be read.
 
-    Only manifests and indexes are read; with `dataset_tokens` set nothing is, and a dataset of that
-    size is imagined. Raise ConfigError if there is less than one global batch.
+    Only manifests and indexes are read. If `dataset_tokens` is set, nothing is read, and an
+    imaginary dataset of that size is used. Raise ConfigError if it is less than one global batch.
     """
     with tempfile.TemporaryDirectory() as folder:
         if config.dataset_tokens is not None:

@@ -37,7 +37,7 @@ def announce(
     """
     for destination in trainer.logger.destinations:
         if isinstance(destination, ProgressBarLogger):
-            # The bar would print some sixty lines of settings above itself.
+            # Otherwise the progress bar prints about sixty lines of settings above itself.
             destination.hparams_already_logged_to_console = True
     trainer.logger.log_hyperparameters(yaml.safe_load(resolved_yaml))
     if dist.get_global_rank() != 0:

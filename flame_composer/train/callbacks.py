@@ -35,9 +35,9 @@ from flame_composer.train.rows import appending, keep_rows, writing
 class EarlyStopper(Callback):
     """A callback that ends a run whose evaluation loss has stopped falling.
 
-    That is when it has not fallen by more than `min_delta` for more than `patience` batches. A run
-    that was ended in this way ends again at once if it is restarted. Composer's EarlyStopper
-    forgets the best loss at a restart, and tries to maximize a metric named LanguageCrossEntropy.
+    The run ends when the loss has not fallen by more than `min_delta` for more than `patience`
+    batches. If it is then restarted, it ends again at once. Composer's EarlyStopper forgets the
+    best loss at a restart, and would maximize the metric LanguageCrossEntropy.
     """
 
     def __init__(self, patience: str, min_delta: float = 0.0):
@@ -207,7 +207,7 @@ class HfExport(Callback):
         ):
             return
         out = self.folder / f"ba{batch}"
-        # Left from before a restart that took this step again, or by another run.
+        # An export of this step exists already, from before a restart or from another run.
         if (out / "config.json").is_file():
             shutil.rmtree(out)
         composer_model = causal_lm_of(state.model)
@@ -337,10 +337,10 @@ class MLFlowLogger(Discreet, ComposerMLFlowLogger):
         super().init(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Send MLflow all that is still queued; return no state.
+        """Send everything that is still queued to MLflow, and return an empty state.
 
-        MLflow thereby has every step up to the checkpoint. If the run is killed, it can lack only
-        later steps, which the restarted run takes again.
+        MLflow then has every step up to this checkpoint. If the run is killed, only later steps can
+        be missing, and the restarted run takes those again.
         """
         if self._enabled:
             import mlflow

@@ -36,9 +36,10 @@ def series(run: Run, key: str, smooth: int) -> Column:
 
 
 def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Return the means of every `width` consecutive values, from sums of 1, 2, 4, ... values.
+    """Return the means of every `width` consecutive values.
 
-    Fast, and unlike a cumulative sum it lets a huge value affect only the means that contain it.
+    They are made from sums of 1, 2, 4, ... values. This is fast and, unlike a cumulative sum, lets
+    a huge value affect only the means that contain it.
     """
     total, at = np.zeros(len(values) - width + 1), 0
     sums, size = values, 1
@@ -54,8 +55,8 @@ def _means(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 def thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Column:
     """Return the points of a line that can be seen, so that a long log is drawn quickly.
 
-    Of the values in one column of pixels these are the first, the smallest, the largest and the
-    last. A NaN leaves a gap only at the start or end of a column, or if it has nothing else.
+    In each column of pixels, the first, the smallest, the largest and the last value are kept. A
+    NaN leaves a gap only at the start or end of a column, or if the column has no other value.
     """
     if len(values) <= 4 * PIXELS:
         return steps, values

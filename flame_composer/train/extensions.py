@@ -71,7 +71,7 @@ def build_extensions(config: TrainConfig) -> Extensions:
 
 
 def find_class(section: str, name: str) -> type:
-    """Return the class that `section` offers under `name`, in any spelling of it."""
+    """Return the class that `section` offers under `name`, however that is spelled."""
     return next(
         value
         for module in _MODULES[section]
@@ -165,7 +165,7 @@ def in_words(hint: Any) -> str:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         names = [in_words(option) for option in options if not _is_object(option)]
-        # Sorted, as typing caches a union in the order in which anyone first wrote it.
+        # Sort them, because typing caches a union in the order in which it was first written.
         return " | ".join(sorted(names, key=lambda name: (name == "null", name)))
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, options))}"

@@ -63,7 +63,7 @@ class Gradients(Callback):
 
     def _is_bad(self, norm: float, state: State) -> bool:
         """Return whether the step must be skipped. Raise TrainingError if the run must end."""
-        # Each rank computed the norm itself, so all agree here: none may go on while another stops.
+        # Each rank computed the norm for itself. Agree on the result: all must stop, or none.
         is_bad = state.device.tensor_to_device(
             torch.tensor([not math.isfinite(norm)], dtype=torch.int64)
         )

@@ -66,10 +66,10 @@ class JsonlLog(Callback):
     ):
         """Log to `log_folder`, which gets `train_log.jsonl`.
 
-        `print_lines`: print progress about fifty times in a run, and at every evaluation.
-        `eval_due`: returns whether a step's row must have an evaluation; None if no row must. One
-        that a signal prevented is made up for after the restart.
-        `contributors`: callbacks that are asked for a part of every row.
+        `print_lines`: whether to print progress, about fifty times in a run and at evaluations.
+        `eval_due`: a function that returns whether a step's row must have an evaluation, or None if
+        the run has no evaluations. One that a signal prevented is made up for after the restart.
+        `contributors`: callbacks that each add a part to every row.
         """
         self.contributors = contributors
         self.path = log_folder / TRAIN_LOG

@@ -87,7 +87,7 @@ class Mixture(Callback):
 
 
 def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> list[Mixture]:
-    """Return the callback that counts the rows of every stream; none if there is one dataset."""
+    """Return a list of the callback that counts the streams' rows; empty for a single dataset."""
     if len(datasets) == 1:
         return []
     streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams

@@ -1,4 +1,4 @@
-"""The learning rate over a run, and the check that a resumed run would have had the same."""
+"""The learning rate over a run, and the check that a resumed run had the same rates so far."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
 class Schedule(Callback):
     """A callback that sets each batch's learning rate from its place in the run.
 
-    A restart therefore needs no saved state to go on with the right rates. (Composer's schedulers
+    A restart therefore needs no saved state to continue at the right rates. (Composer's schedulers
     step before the batch count does, so each batch trains at the rate meant for the one before.)
 
-    Checkpoints nevertheless record the settings that the rates came from, to be compared on resume.
-    A run may go on with other settings only if every step it has taken would have had the same rate
-    with them. A run with a constant rate, or with wsd before its decay, can be made longer; one
-    with a cosine cannot, because each of its rates depends on the length of the run. The algorithms
-    that depend on that length, `going_by_length` by configuration key, are compared likewise.
+    Checkpoints nevertheless record the settings that the rates came from, to compare them on
+    resume. A run may continue with other settings only if every step already taken would have had
+    the same rate. So a run with a constant rate, or with wsd before its decay, can be made longer.
+    One with a cosine cannot, because each of its rates depends on the length of the run.
+    `going_by_length` holds, by configuration key, the algorithms that depend on that length; their
+    effects are compared in the same way.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class Schedule(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ConfigError if this configuration would have changed a step already taken.
 
-        That is, if the step would have had another learning rate, if an algorithm would have
-        treated it differently, or if it lies beyond the end of the run.
+        It would if a step had had another learning rate, if an algorithm had acted differently on
+        it, or if it lay beyond the end of the run.
         """
         before, now, self.num_used = state["made_from"], self._made_from(), state["num_used"]
         if self.num_used > self.plan.total:
@@ -154,7 +155,8 @@ class Schedule(Callback):
 def build_schedule(config: TrainConfig, plan: RunPlan, algorithms: Sequence[Algorithm]) -> Schedule:
     """Return the learning rate schedule of a run.
 
-    On resume it also checks the `algorithms` that depend on the run's length: those with an `at`.
+    On resume it also checks those of the `algorithms` that depend on the run's length: those with a
+    method `at` (see `train.algorithms`).
     """
     keys = {spelled_alike(name): f"algorithms.{name}" for name in config.algorithms}
     by_length = {

@@ -71,7 +71,7 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         sharding = Sharding(
             reshard_after_forward=config.fsdp.sharding_strategy != "SHARD_GRAD_OP",
             mixed_precision=config.fsdp.mixed_precision,
-            # Composer loads only this form; flame_composer.checkpoint.sharded handles pieces.
+            # Composer loads only full state dicts; checkpoint.sharded loads pieces.
             state_dict_type="full",
         )
     if config.fsdp.sharding_strategy == "HYBRID_SHARD":

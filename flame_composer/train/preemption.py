@@ -1,4 +1,4 @@
-"""A clean end for a run at a signal, without losing a step, and locks against running it twice."""
+"""Clean endings of runs at a signal, without a lost step, and locks against running one twice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import file_lock, require_safe
 from flame_composer.train.announce import STARTS
 
-# The exit statuses that a rank may be asked for, in order of rising priority.
+# The exit statuses that signals may ask for, in order of rising priority; 0 is for no signal.
 WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LOCK_SECONDS = 60  # how long a run waits for its predecessor, which may still be saving
 
@@ -54,7 +54,7 @@ class Preemption(Callback):
         """
         self.saver = saver
         self.asked = 0  # exit status that a signal to this process asks for
-        self.status = 0  # the same, agreed on by all ranks
+        self.status = 0  # the exit status that all ranks have agreed on
         self._interrupts = 0
         self._over = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,7 +69,7 @@ class Preemption(Callback):
         if dist.get_global_rank() == 0:
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # os.write, because the signal may have interrupted a print.
-            with suppress(OSError):  # if nobody reads stderr any more
+            with suppress(OSError):  # nobody may be reading stderr any more
                 os.write(
                     2,
                     f"{signal.Signals(number).name}: finishing the current batch and saving"
@@ -99,7 +99,7 @@ class Preemption(Callback):
             close()
 
     def agree(self, state: State) -> None:
-        """Share with all ranks, as `status`, the exit status that a signal asked any of them for.
+        """Set `status`, on all ranks, to the exit status that a signal to any of them asked for.
 
         Ctrl-C outranks SIGTERM, because the launcher sends SIGTERM after a Ctrl-C.
         """
@@ -182,8 +182,8 @@ def lock_folders(
 ) -> dict[Path, FileLock | None]:
     """Lock both folders of a run with `lock_run`; return the locks by folder.
 
-    Both, because another run may save to the same folder. Locks that are already `held` are kept.
-    A save_folder in an object store cannot be locked.
+    Both are locked, because another run may save to the same folder. Locks in `held` are kept. A
+    save_folder in an object store cannot be locked.
     """
     places = [
         log_folder,
@@ -231,7 +231,7 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
 
 
 def _require_own(folder: Path) -> None:
-    """Raise ConfigError if this user cannot write the run's files, e.g. those of another user."""
+    """Raise ConfigError if this user cannot write the run's files, e.g. because of their owner."""
     names = ("", ".lock", TRAIN_LOG, STARTS, "config.yaml")
     for path in (folder / name for name in names):
         is_log = path.name in (TRAIN_LOG, STARTS)

@@ -1,4 +1,4 @@
-"""Two requirements on a resumed run: the random state it had, and the same data."""
+"""Two callbacks for resumed runs: one restores the random state, one insists on the same data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flame_composer.text.ends import describe as describe_ends
 class RandomState(Callback):
     """A callback that restores every rank's random state just before the first resumed batch.
 
-    Composer restores it only at the start of an epoch. As our dataset resumes in the middle of one,
-    dropout would go on there from a fresh seed. A run restarted on another number of devices has no
-    state to restore, and each rank goes on from its seed.
+    Composer restores it only at the start of an epoch. Our dataset resumes in the middle of one,
+    where dropout would otherwise continue from a fresh seed. A run restarted on another number of
+    devices has no state to restore, so each rank continues from its seed.
     """
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ class RandomState(Callback):
 class SameData(Callback):
     """A callback that refuses a checkpoint whose rows came in another order than this run's.
 
-    StreamingDataset remembers only a position: in another order it would repeat some rows and never
-    serve others.
+    A checkpoint holds only a position in the order of rows. In another order, some rows would be
+    repeated and others never used.
     """
 
     def __init__(self, order: dict[str, Any], *, allow_change: bool):

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise TrainingError, naming the file, if it cannot be written.
+    """Raise TrainingError, naming the file, if the body cannot write it.
 
     A row that was cut short is dropped by `keep_rows` at the next start.
     """
@@ -64,7 +64,7 @@ def keep_rows(
     The file is replaced atomically.
     """
     kept: dict[int, bytes] = {}
-    moved: set[int] = set()  # steps with several rows, or with one that follows a later step's
+    moved: set[int] = set()  # steps with several rows, or out of order
     max_step = 0
     lines: list[bytes] = []
     if os.path.lexists(path):

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def resumed_after(self) -> list[int]:
-        """The steps after which the run was resumed, in order, each once."""
+        """The steps after which the run was resumed, in order and without repetitions."""
         return sorted({start["step"] for start in self.starts if start["step"] > 0})
 
 

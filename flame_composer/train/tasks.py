@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Asked(Exception):
-    """Raised inside the harness to abandon an evaluation after a signal."""
+    """The exception that abandons the harness's evaluation after a signal."""
 
 
 class TaskScores(Callback):
@@ -134,7 +134,7 @@ def build_tasks(
     tokenizer: PreTrainedTokenizerFast,
     stop: Preemption,
 ) -> list[TaskScores]:
-    """Return the callback that takes scores in the `eval_tasks` of `config`; none if it has none.
+    """Return a list of the callback that scores `eval_tasks`; empty if the config has none.
 
     Raise ConfigError, before any training, if a task cannot be loaded or run.
     """
@@ -150,7 +150,7 @@ def build_tasks(
     interval = config.in_batches(wanted.interval, plan.per_epoch, plan.total)
     assert interval is not None
     batch_size = wanted.batch_size or config.microbatch_size
-    assert isinstance(batch_size, int)  # a rule of the configuration
+    assert isinstance(batch_size, int)  # the configuration requires it
     adapter = HarnessModel(model, tokenizer, batch_size=batch_size, precision=config.precision)
     check_fits(adapter, tasks)
     log_path = Path(config.log_folder, TRAIN_LOG)

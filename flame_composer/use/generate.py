@@ -124,7 +124,7 @@ def encode(
 
 
 class RequireNumbers(LogitsProcessor):
-    """A processor that raises DataError if scores are NaN or plus infinity.
+    """A processor that raises DataError if any score is NaN or plus infinity.
 
     Neither sampling nor taking the maximum makes sense for such scores.
     """
@@ -180,7 +180,7 @@ class Pieces:
 
 
 class StopTexts(StoppingCriteria):
-    """A criterion that ends each row when one of `texts` is complete in it.
+    """A criterion that ends each row once it contains one of `texts`.
 
     Transformers' own stop strings cannot match characters that are made of several tokens.
     """

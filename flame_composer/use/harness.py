@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, or of a local folder, scored on a model that is in memory.
 
-Importing this module needs that package (extra `eval`). The harness does the scoring, with its HF
-backend, which is given a model instead of a name.
+Importing this module needs lm-evaluation-harness (extra `eval`). It does the scoring with its own
+Hugging Face backend, which gets the model itself instead of a name.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def load_tasks(
 ) -> dict[str, Any]:
     """Load tasks, groups or tags with their data; return them as the harness's TaskDict.
 
-    Those in `folder` take precedence over the harness's own. Raise ConfigError if one does not
-    exist or cannot be loaded, and for tasks that run text of the model as code, need code from the
+    Tasks in `folder` take precedence over the harness's own. Raise ConfigError if a task does not
+    exist or cannot be loaded, and for tasks that run the model's output as code, need code from the
     hub or, without `task_code`, name Python functions outside the harness.
     """
     manager = _find(names, folder)
@@ -173,7 +173,7 @@ def load_tasks(
 def _find(names: list[str], folder: str | None) -> TaskManager:
     """Return a task manager that knows all `names`. Raise ConfigError if one does not exist.
 
-    It reads the folder alone if that is enough, because the harness's own tasks take seconds.
+    If `folder` has all of them, the harness's own tasks are not read, which would take seconds.
     """
     manager = None
     if folder is not None:
@@ -237,9 +237,9 @@ def score(
 
 
 def check_fits(model: HarnessModel, tasks: dict[str, Any]) -> None:
-    """Raise ConfigError for a task whose written text would leave no room for the question.
+    """Raise ConfigError for a task whose answers may be so long that no room is left for questions.
 
-    The harness gives up on such a task.
+    The harness could not score such a task.
     """
     for name, task in tasks["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
@@ -258,7 +258,7 @@ def check_fits(model: HarnessModel, tasks: dict[str, Any]) -> None:
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the finite numbers in the harness's results, by task or group and then by metric.
 
-    A metric's name ends with that of its filter, if it has one.
+    If a metric has a filter, the filter's name follows the metric's name.
     """
     return {
         name: {
