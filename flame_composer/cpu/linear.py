@@ -38,7 +38,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Either may be a transposed view.
 
     Upstream: torch 2.7.0, `torch.ops.mkldnn._linear_pointwise`.
-    Mends: F.linear does not compute large products through oneDNN, which is faster.
+    Mends: F.linear does not use oneDNN for large products, for which oneDNN is faster.
     """
     if _is_for_onednn(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

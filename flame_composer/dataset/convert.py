@@ -134,8 +134,8 @@ class _Unit:
 
     def _take(self, text: str) -> None:
         digest = document_hash(text)
-        # Sampled before the split is looked at: which documents are checked must not depend on
-        # which splits are committed already.
+        # Choose the sample before the split is known: which documents are checked must not depend
+        # on which splits are committed already.
         if self.reference is not None and (self._is_first or digest[-1] % SAMPLE == 0):
             self._sample.append(text)
         self._is_first = False

@@ -94,7 +94,7 @@ def inputs_of(units: Any) -> dict[str, str]:
 def is_newer(unit: Unit, committed: float) -> bool:
     """Return whether a local input file was written to, or deleted, after the time `committed`.
 
-    Objects in a store are not looked at: their versions tell.
+    Objects in a store are not checked here: their versions show whether they have changed.
     """
     paths = (part.path for part in unit if part.format != "dataset" and part.version is None)
     return any(found is None or found.modified > committed for found in map(stat, paths))

@@ -158,9 +158,9 @@ def histograms(dataset: Dataset, survey: Survey) -> list[str]:
 def histogram(
     counts: Lengths, size_name: str, name: str, *, of_size: str, whole: int | None = None
 ) -> list[str]:
-    """Return a histogram of `counts[n]` things of size n, with bins 1, 2-3, 4-7 and so on.
+    """Return a histogram as lines, where `counts[n]` is the number of things of size n.
 
-    The size `whole` has a bin of its own.
+    The bins are 1, 2-3, 4-7 and so on. The size `whole`, if given, has a bin of its own.
     """
     top = len(counts) - 1
     edges = [1 << i for i in range(top.bit_length())]

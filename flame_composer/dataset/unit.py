@@ -1,4 +1,4 @@
-"""The writing of one work unit: its shards and its record, then committed or discarded."""
+"""Writing of one work unit's shards and record, which are then committed or discarded."""
 
 from __future__ import annotations
 

@@ -87,9 +87,9 @@ class DatasetWriter:
         return private_folder() / name
 
     def only(self, number: int) -> DatasetWriter:
-        """Return a writer with the inputs of one unit only, which is all that its conversion needs.
+        """Return a copy of this writer with only the inputs that the conversion of one unit needs.
 
-        Sending the inputs of all units along with each unit would be quadratic.
+        Sending the inputs of all units with every unit would take quadratic time.
         """
         return dataclasses.replace(
             self, plan=dataclasses.replace(self.plan, units={number: self.plan.units[number]})

@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 
 def read_run_config(checkpoint: Checkpoint) -> str | None:
-    """Return the resolved configuration that lies beside a checkpoint, or None if there is none.
+    """Return the resolved configuration beside a checkpoint, or None if there is none.
 
-    If a file of that name is not the configuration of a run, warn of it and return None.
+    If the file is not the configuration of a run, log a warning and return None.
     """
     path = files.join(checkpoint.place.rpartition("/")[0] or ".", CONFIG)
     there = files.stat(path)
@@ -60,7 +60,7 @@ def _recipe(text: str | None) -> dict[str, Any]:
 
     Raise ValueError if a section that the card needs does not hold keys and values.
     """
-    # Aliases that multiply are refused: they are small until they are expanded.
+    # Refuse aliases that multiply: such a text is small until it is expanded.
     require_shallow(text or "")
     recipe = load_yaml(text, lambda _, value: value, MAX_YAML_NODES) if text else {}
     sections = [("the file", recipe)]
@@ -98,9 +98,9 @@ def model_card(
 ) -> str:
     """Return the README.md of a model: what it is, how to load it, and how it was trained.
 
-    `content` is the checkpoint that the model comes from. `run_config` is what `read_run_config`
-    returned, and `name` the model's name if that gives none. `which` says which weights the model
-    has, as in `model_in`. `tokenization` says what the tokenizer begins texts with.
+    `content` is the content of the checkpoint that the model comes from. `run_config` is what
+    `read_run_config` returned, and `name` the model's name if `run_config` has none. `which` says
+    which weights the model has, as in `model_in`; `tokenization` says how its texts begin.
     """
     recipe = _recipe(run_config)
     name = _line(recipe.get("run_name") or name)
@@ -237,7 +237,7 @@ def _kept(content: dict[str, Any], callback: str, name: str) -> dict[Any, Any]:
 
 
 def check_hub(repo: str) -> None:
-    """Raise ConfigError if `repo` could not be uploaded to, before any work is done for that."""
+    """Raise ConfigError if an upload to `repo` could not work; call it before the work for one."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 class EvalBatches(IterableDataset):
     """Batches that hold every row of a dataset exactly once, for any number of ranks and workers.
 
-    Rank r reads rows r, r + world size, and so on. If the rows do not divide evenly, rows without
-    labels fill the last batches, so that every rank has the same number of batches and a
-    token-weighted mean is exact.
+    Rank r reads rows r, r + world size, and so on. If the rows do not divide evenly, the last
+    batches are filled with rows without labels. Every rank thus has the same number of batches, and
+    a mean weighted by tokens stays exact.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class EvalBatches(IterableDataset):
 class Sent:
     """A batch to be sent through a loader process's pipe; it arrives as a plain `Batch`.
 
-    Left to itself, torch puts every tensor into /dev/shm, of which a container has little or none,
-    and keeps a file open for each.
+    By default, torch puts every tensor into /dev/shm, where containers have little or no space, and
+    keeps a file open for each.
     """
 
     def __init__(self, batch: Batch):
@@ -99,7 +99,7 @@ def collate_for_sending(
 def loader_processes(wanted: int) -> int:
     """Return `wanted`, or 0 with a warning if this machine can have no loader processes.
 
-    With 0, this process loads the rows itself, the same ones.
+    With 0, this process loads the same rows itself.
     """
     if wanted and not can_have_processes():
         log.warning(
@@ -115,7 +115,7 @@ def describe_order(
 ) -> dict[str, Any]:
     """Return the settings that decide which rows are in which global batch.
 
-    A run must not be resumed with other ones.
+    A run must not be resumed if any of them has changed.
     """
     order: dict[str, Any] = {
         f"train_data{name and f'.streams.{name}'} (index.json)": dataset.manifest.index_sha256
@@ -192,21 +192,21 @@ def build_train_loader(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=follow_parent,
-        # With the global generator, every new epoch would draw from the model's random state.
+        # Otherwise every new epoch would draw from the global random state, which the model uses.
         generator=torch.Generator(),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
 def follow_parent(_worker_id: int) -> None:
-    """Make this loader process end when the training process ends it or dies, and only then.
+    """Make this loader process end only when the training process ends it or dies.
 
     SIGTERM and Ctrl-C are often sent to the whole process group, but the training process still
-    needs the batch in hand. And if the training process is killed, upstream's threads would keep
+    needs the current batch. And if the training process is killed, streaming's threads would keep
     this process alive forever, with its memory and its share of the shared memory.
     """
-    # Without this, upstream's threads would delay the end of this process until the training
-    # process loses patience, after 5 s.
+    # Without this, streaming's threads would keep this process from ending until the training
+    # process kills it after 5 s.
     multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -232,7 +232,8 @@ def build_evaluator(
 ) -> Evaluator:
     """Return an evaluator over every row of the dataset once, or over its first `max_rows`.
 
-    Each rank reads `batch_size` rows at a time. `until` wraps the loader in one that can end early.
+    Each rank reads `batch_size` rows at a time. `until`, if given, takes the loader and returns one
+    that can end early.
     """
     rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(

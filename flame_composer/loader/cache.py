@@ -40,15 +40,16 @@ ARRIVING = re.compile("[0-9a-f]{32}")  # the names of files being fetched into I
 def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
     """Download the manifest and index of a remote dataset, and return its cache folder.
 
-    The folder is named after the index, so that another dataset put under the same address never
-    meets the old one's shards. The jobs of a machine share it, since shards appear in it whole. A
-    shared folder that holds the whole dataset is read as it is: it may be read-only, or another
-    user's.
+    The folder is named after the index's content, so that a new dataset under the same address is
+    never mixed with the old one's shards. The jobs of a machine can share it, since shards only
+    appear in it whole. A shared folder that already holds the whole dataset is only read: it may be
+    read-only, or another user's.
 
-    With `exclusive`, for a job that deletes shards to keep within a limit, the folder is the job's
-    own, and a later job takes it over.
+    With `exclusive`, the folder belongs to this job alone, which may then delete shards to keep
+    within a limit. A later job takes the folder over.
 
-    Raises ConfigError or DataError if the index cannot be had, is damaged, or cannot be written.
+    Raises ConfigError or DataError if the index cannot be fetched, is damaged, or cannot be
+    written.
     """
     with tempfile.TemporaryDirectory() as temporary:
         for tries_left in reversed(range(INDEX_TRIES)):
@@ -95,7 +96,7 @@ def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
 def _holds(path: Path, content: bytes) -> bool:
     """Return whether a file has this content.
 
-    The file may be anybody's, so no link is followed and no more is read than there should be.
+    The file may belong to anybody, so no link is followed and no more is read than expected.
     """
     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         return (
@@ -122,8 +123,8 @@ def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
 def _own_cache(shared: Path) -> str:
     """Return `shared` or, if it is a link or somebody else's, a folder of this user's beside it.
 
-    The folder is made if need be. A link, or the owner of a folder, could have our files written
-    elsewhere.
+    The folder is made if need be. Through a link, or another user's folder, our files could be
+    written elsewhere.
     """
     shared.parent.mkdir(parents=True, exist_ok=True)
     for folder in (shared, shared.with_name(f"{shared.name}-user-{os.geteuid()}")):

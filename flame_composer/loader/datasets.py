@@ -105,9 +105,9 @@ def begin_as_documents(
 ) -> PreTrainedTokenizerFast:
     """Return a tokenizer that begins texts as the documents of `datasets` begin.
 
-    It goes into checkpoints, exports and tasks. If the manifests do not say how documents begin,
-    `tokenizer` is returned unchanged. A warning is given if the streams of a mixture differ, or if
-    `pretrained`, the weights that training starts from, was trained on documents that differ.
+    Checkpoints, exports and tasks use this tokenizer. If the manifests do not say how documents
+    begin, `tokenizer` is returned unchanged. A warning is logged if the streams of a mixture
+    differ, or if documents began otherwise when `pretrained`, the model to start from, was trained.
     """
     ends = {
         f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends

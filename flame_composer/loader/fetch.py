@@ -33,7 +33,7 @@ from flame_composer.errors import DataError, one_line
 from flame_composer.loader.cache import UNITS, incoming_folder, make_own
 from flame_composer.loader.reader import FIELDS, ShardReader, identify
 
-CHECKS = 3  # tries at checking a shard that somebody writes to meanwhile
+CHECKS = 3  # number of attempts to check a shard that is being written to
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class Shards(Stream):
     A shard that is not in the folder is fetched, checked, and only then put there.
 
     Upstream: mosaicml-streaming 0.13.0, `Stream.get_shards`, `_download_file`.
-    Mends: it checks a shard in its final place, so that a damaged one is taken for whole the next
-    time. And with a `remote`, of which it is not told here, it refuses the folders of other jobs,
+    Mends: upstream checks a shard in its final place, so that the next job takes a damaged one for
+    whole. And if it is given a `remote` (here it is not), it refuses the folders of other jobs,
     even of dead ones.
     """
 
@@ -58,8 +58,8 @@ class Shards(Stream):
         self.dataset = dataset
         self.files = {file.basename: file for file in dataset.files}
         self.numbers = {file.basename: number for number, file in enumerate(dataset.files)}
-        # The identity (see `identify`) of the file that was found whole under each shard's name.
-        # `Rows` puts memory that processes share in its place.
+        # By shard, the identity (see `identify`) of the file that was found whole. `Rows` replaces
+        # this array by one in memory that processes share.
         self.whole: NDArray[np.uint64] = np.zeros((len(dataset.files), FIELDS), np.uint64)
         self.retries = retries
         self.timeout = timeout

@@ -1,4 +1,4 @@
-"""The reading of rows from shards whose files stay open."""
+"""Reading of rows from shards whose files stay open."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from streaming.base.format.mds.reader import MDSReader
 
 from flame_composer.dataset.mds import decode_row, read_offsets
 
-# More files than shuffling reads at once with its defaults, far fewer than a process may have open
+# More files than are read at once with the default shuffling, but far fewer than a process may have
+# open.
 MAX_OPEN = 64
 
 
@@ -22,13 +23,13 @@ FIELDS = 5  # the number of integers that `identify` returns
 
 
 class Unchecked(Exception):
-    """A shard's file that is not the one that was checked, or was written to since."""
+    """The error for a shard's file that is not the one that was checked, or has changed since."""
 
 
 def identify(found: os.stat_result) -> tuple[int, ...]:
-    """Return numbers that tell a file in its present state from every other file and state.
+    """Return numbers that differ for every file and every state of a file.
 
-    They are its device, its inode number, its size and the times of its last changes, each as an
+    They are the device, the inode number, the size and the times of the last changes, each as an
     unsigned 64-bit integer.
     """
     fields = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -36,7 +37,7 @@ def identify(found: os.stat_result) -> tuple[int, ...]:
 
 
 def state_of(found: os.stat_result) -> tuple[int, int, int]:
-    """Return what a write to an open file changes: its size and the times of its last changes."""
+    """Return an open file's size and the times of its last changes, which any write changes."""
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -56,9 +57,9 @@ class OpenShards:
     def read(self, path: str, num_rows: int, row: int, whole: NDArray[np.uint64]) -> bytes:
         """Return the bytes of a row of the shard's file that was found `whole` (see `identify`).
 
-        If that file is open, it is read even if another one lies at `path` by now. Raises Unchecked
-        if it was written to since, or if the file to be opened is another one. Raises
-        FileNotFoundError if there is no file, which makes StreamingDataset fetch it.
+        If that file is open, it is read even if another one is at `path` by now. Raises Unchecked
+        if it was written to since it was checked, or if another file would have to be opened.
+        Raises FileNotFoundError if there is no file, upon which StreamingDataset fetches it.
         """
         if path in self.files:
             self.files.move_to_end(path)
@@ -70,7 +71,7 @@ class OpenShards:
             self.forget(path)
             raise Unchecked(path)
         found = os.pread(descriptor, end - begin, begin)
-        # Looked at after the row was read: what is written to the file from now on is not in it.
+        # Compared after the row was read, so that any write before or during the read is noticed.
         if state_of(os.fstat(descriptor)) != state:
             self.forget(path)
             raise Unchecked(path)
@@ -110,8 +111,8 @@ class ShardReader(MDSReader):
     """A reader of a shard in the layout of `mds.ShardWriter`, which `read_index` has checked.
 
     Upstream: mosaicml-streaming 0.13.0, `MDSReader.get_item`.
-    Mends: it opens the shard's file again for every row, which is slow on a network file system,
-    and reads whichever file lies there by then.
+    Mends: upstream opens the shard's file again for every row, which is slow on a network file
+    system, and reads whatever file is there by then.
     """
 
     opened: OpenShards

@@ -45,7 +45,7 @@ class Rows(StreamingDataset):
             super().__init__(streams=datasets, batch_size=batch_size, **options)
         self.batch_size = self.global_batch_size = batch_size * dist.get_world_size()
         self.files = [file for dataset in datasets for file in dataset.dataset.files]
-        # One for all streams, because the limit of open files is that of the process
+        # All streams share it, because the limit of open files is one of the process.
         self.opened = OpenShards(most_open)
         # The identities of the files that were found whole, shared by all processes of the machine
         # so that each file is hashed only once
@@ -81,9 +81,9 @@ class Rows(StreamingDataset):
         The shape is [batches, global batch size].
 
         Upstream: mosaicml-streaming 0.13.0, `StreamingDataset._get_work`, `generate_work`.
-        Mends: it lays out an epoch for the ranks and workers that happen to be there, and repeats
-        rows until the order divides among them. So the number of batches, the rows of the last ones
-        and, with several streams, all that follows change with the number of processes.
+        Mends: upstream lays out an epoch for the present number of ranks and workers, and repeats
+        rows until the order divides among them. The number of batches, the rows in the last ones
+        and, with several streams, everything after them then depend on the number of processes.
         """
         order = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, sample_in_epoch)
         order = order.reshape(-1, self.global_batch_size)
@@ -94,15 +94,15 @@ class Rows(StreamingDataset):
         """Return the place of this rank's first row in a global batch.
 
         The rank's other rows are every num_ranks-th one after it. Canonical nodes take turns in the
-        order, so with as many of them as machines, each machine keeps to shards of its own.
+        order, so if there are as many as machines, each machine reads only shards of its own.
         """
         return worker.rank_of_node * worker.num_nodes + worker.node
 
     def limit_cache(self, limit: int, *, num_workers: int, prefetch_factor: int) -> None:
         """Keep the cache within `limit` bytes by deleting the shards that were used longest ago.
 
-        Raises InvalidField if shards would have to be deleted while they are in use, and be fetched
-        over and over.
+        Raises InvalidField if the limit is so low that shards in use would be deleted and fetched
+        again and again.
         """
         minimum = self.smallest_cache(
             self._unique_rank_world, num_workers=num_workers, prefetch_factor=prefetch_factor
@@ -133,9 +133,9 @@ class Rows(StreamingDataset):
     ) -> tuple[int, int]:
         """Return the most bytes of shards in use at once, and the bytes of all shards read.
 
-        Both are for one machine of `world` in the first epoch. A shard is in use from `predownload`
-        rows before its first row is read until its last one is, with loader processes that are as
-        far apart as they can be.
+        Both are for one machine of `world` in the first epoch. A shard is in use from the time at
+        which its first row is `predownload` rows ahead until its last row is read. Loader processes
+        are assumed to be as far apart as they can be.
         """
         ranks = [
             World(
@@ -165,9 +165,9 @@ class Rows(StreamingDataset):
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """Return this worker's row ids from `sample_in_epoch` on, in order.
 
-        A worker takes every num_workers-th batch of its rank. As upstream, one process of a machine
-        lays out the epoch for all of them, but it passes the order on in a file in the job's
-        folder.
+        A worker takes every num_workers-th batch of its rank. As in StreamingDataset, one process
+        of a machine lays out the epoch for all of them; here it passes the order on in a file in
+        the job's folder.
         """
         worker = self._unique_worker_world
         shared = self._folder / "epoch"
@@ -175,8 +175,8 @@ class Rows(StreamingDataset):
             batches_left = self.batches_per_epoch - math.ceil(
                 sample_in_epoch / self.global_batch_size
             )
-            # If the data has changed, there may be fewer batches than were taken already: then the
-            # epoch is over.
+            # If the data has changed, the epoch may have fewer batches than were taken already. It
+            # is over then.
             order = (
                 self.lay_out(epoch, sample_in_epoch)[:batches_left]
                 if batches_left > 0
@@ -212,8 +212,8 @@ class Rows(StreamingDataset):
         """Continue at the place in `obj`, but in this run's order.
 
         Upstream: mosaicml-streaming 0.13.0, `StreamingDataset.load_state_dict`, `_resume`.
-        Mends: the seed and the canonical nodes that a checkpoint was made with would replace those
-        that were asked for.
+        Mends: upstream would replace the configured seed and number of canonical nodes by those of
+        the checkpoint.
         """
         place = {
             "epoch": obj["epoch"],
@@ -232,8 +232,8 @@ class Rows(StreamingDataset):
         later.
 
         Upstream: mosaicml-streaming 0.13.0, `StreamingDataset.prepare_shard`.
-        Mends: its error silently ends a background thread. Then the epoch ends early, or workers
-        wait for one another forever.
+        Mends: an error in upstream's method silently ends a background thread. The epoch then ends
+        early, or workers wait for one another forever.
         """
         if shard_id in self._failures:
             if blocking:
@@ -247,7 +247,7 @@ class Rows(StreamingDataset):
             self._failures[shard_id] = (
                 error if isinstance(error, DataError) else DataError(one_line(error))
             )
-            # Counts as prepared, so that nobody waits for it: others find out for themselves
+            # Mark it as prepared, so that nobody waits for it: others meet the error themselves.
             self._shard_states[shard_id] = _ShardState.LOCAL
             if blocking:
                 raise self._failures[shard_id] from None
@@ -270,9 +270,9 @@ class Rows(StreamingDataset):
         return row
 
     def _checked_item(self, sample_id: int, shard_id: int, retry: int) -> Any:
-        """Return a row from a file that was found whole and is unchanged since.
+        """Return a row from a file that was found whole and has not changed since.
 
-        A shard of which this is not known is checked first.
+        If that is not known of the row's shard, the shard is checked first.
         """
         for _ in range(1 + retry):
             try:
@@ -295,12 +295,12 @@ class Rows(StreamingDataset):
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         """Yield the row ids of `it` in order, each once its shard is there.
 
-        With a limited cache, rows wait for both of the threads that look ahead: one that falls
+        With a limited cache, rows wait for both of the threads that look ahead. A thread that fell
         behind would fetch shards again that were deleted after their last row.
 
         Upstream: mosaicml-streaming 0.13.0, `StreamingDataset._each_sample_id`.
-        Mends: it waits 7 ms for a thread that looks ahead `predownload` rows at a time, even if
-        every shard is there.
+        Mends: upstream waits 7 ms for a thread that looks ahead `predownload` rows at a time, even
+        if every shard is there.
         """
         while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
             sample_id = it.sample_ids[it.yield_index]

@@ -119,7 +119,7 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
 def _no_code_of_its_own() -> typing.Iterator[None]:
     """Keep transformers from running the `custom_generate/generate.py` in a model's folder.
 
-    Up to 4.57 at least, it trusts code in a local folder even with `trust_remote_code=False`.
+    transformers (up to 4.57 at least) trusts such code even with `trust_remote_code=False`.
     """
 
     def none(*_: Any, **__: Any) -> None:
@@ -163,7 +163,7 @@ def build_or_load(
 
 @contextlib.contextmanager
 def quiet() -> typing.Iterator[None]:
-    """Silence transformers' own warnings where our messages already say what matters."""
+    """Silence transformers' own warnings in the body, where our messages say what matters."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:

@@ -29,7 +29,7 @@ _WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
 
 
 def causal_lm_of(model: torch.nn.Module) -> CausalLM:
-    """Return the model of a run, without the DistributedDataParallel that may be around it."""
+    """Return the model of a run, unwrapped if DistributedDataParallel is around it."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     return typing.cast(CausalLM, inner)
 

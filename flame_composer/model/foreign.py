@@ -1,8 +1,8 @@
 """Checks of a config and weights that somebody else wrote, made before a model is built.
 
 A config decides what is imported, downloaded and allocated. Therefore only keys that are known to
-be plain data are taken from it, and the size of its model is compared with the weights it came
-with.
+be plain data are taken from it, and the size of the model that it describes is compared with the
+weights that came with it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _without_steering(value: Any) -> Any:
 def numbers_in(tensors: Iterable[torch.Tensor]) -> int:
     """Return how many numbers the tensors hold in memory, counting shared memory once.
 
-    Their sizes do not tell: a tensor of any size can be a view of a few bytes.
+    A tensor's shape does not tell, because a tensor of any shape can be a view of a few bytes.
     """
     storages = {}
     for tensor in tensors:
@@ -223,7 +223,7 @@ def count_not_finite(tensor: torch.Tensor) -> int:
     """Return how many of a tensor's values are infinite or not a number."""
     if not tensor.is_floating_point():
         return 0
-    # torch.isfinite takes several times the tensor's memory, hence part by part.
+    # Part by part, because torch.isfinite takes several times the tensor's memory.
     return sum(int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(1 << 20))
 
 

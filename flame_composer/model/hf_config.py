@@ -64,8 +64,9 @@ def build_hf_config(
     does not have, a value of another type, a number that no model has, a vocabulary smaller than
     the tokenizer's and, with `to_run`, a model that this machine cannot run.
 
-    `read_back` is for keys that transformers wrote: some are null where the class has a number by
-    default, and the numbers are not checked here because the weights show if they are sensible.
+    `read_back` is for keys that transformers wrote. Some of these are null where the class has a
+    number by default. Their numbers are not checked here, because they are compared with the
+    weights later.
     """
     cpu.enable()
     keys = dict(model_config)
@@ -217,7 +218,7 @@ def in_one_line(error: Exception) -> str:
 def _type_of_default(parameter: inspect.Parameter | None) -> type | None:
     """Return the type of a parameter's default, or None if values of any type are allowed.
 
-    This stands in for a missing annotation. Token ids may be null or lists, whatever the default.
+    It serves where there is no annotation. Token ids may be null or lists, whatever the default.
     """
     if (
         parameter is None

@@ -37,7 +37,8 @@ from flame_composer.text.tokenizer import vocab_size_of
 from flame_composer.upstream.transformers import initialize, tied_names
 
 # Names of Llama's modules and, for each, of the GLA module that gets its tensors. `*` is the number
-# of a layer; the tensor's own name (weight, bias) is the same in both. Read in both directions.
+# of a layer; the tensor's own name (weight, bias) is the same in both. The table is used in both
+# directions.
 MODULES = {
     "model.embed_tokens": "model.embeddings",
     **{f"model.layers.*.self_attn.{name}": f"model.layers.*.attn.{name}" for name in PROJECTIONS},
@@ -65,7 +66,7 @@ FATES = ("copied", "fresh", "dropped")
 
 @dataclass(frozen=True)
 class Target:
-    """The GLA model that was asked for: its config keys, their file, and their prefix in it."""
+    """The GLA model to make: its config keys, the file they are in, and their prefix there."""
 
     place: str
     prefix: str
@@ -115,10 +116,10 @@ def plan_conversion(
 ) -> tuple[PreTrainedModel, list[Entry]]:
     """Return the GLA model, on the meta device, and an entry for each tensor of either model.
 
-    The config takes the keys of `target` and adds all that follows from the source. The projections
-    named in `fresh` are made anew although the source has them. Raise ConfigError for a key that
-    contradicts the source, for a tensor that does not fit, and for a tokenizer with more tokens
-    than the source's vocabulary.
+    The model's config has the keys of `target` and all keys that follow from the source. The
+    projections in `fresh` are initialised anew although the source has them. Raise ConfigError for
+    a key that contradicts the source, for a tensor that does not fit, and for a tokenizer with more
+    tokens than the source's vocabulary.
     """
     has = vocab_size_of(tokenizer)
     if has > source.config.vocab_size:
@@ -353,8 +354,8 @@ def make_fresh(model: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
 def build_generation_config(source: Source, hf_config: PretrainedConfig) -> GenerationConfig:
     """Return a generation config with the source's special tokens and sampling settings.
 
-    The sampling settings are taken only if the source samples, its cache settings never: GLA has
-    another kind of cache.
+    The sampling settings are taken only if the source samples. Its cache settings are never taken,
+    because GLA has another kind of cache.
     """
     settings = {
         key: getattr(hf_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")

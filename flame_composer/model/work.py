@@ -1,4 +1,4 @@
-"""The size of a model and its work for a token, which plans and benchmarks are computed from."""
+"""The size of a model and its FLOPs per token, from which plans and benchmarks are computed."""
 
 from __future__ import annotations
 

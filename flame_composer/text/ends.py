@@ -213,9 +213,10 @@ def begin_as_in_training(
 ) -> PreTrainedTokenizerFast:
     """Return a copy of the tokenizer with which texts begin as documents did in training.
 
-    `place` names the model. `add_bos`, if set, overrules how documents began. If neither is known,
-    the tokenizer itself is returned, and a warning says so; `otherwise` tells in it what follows
-    from that. Warns as well if `add_bos` or the tokenizer's template contradicts training.
+    `place` names the model. `add_bos`, if set, takes precedence over how documents began. If
+    neither is known, the tokenizer itself is returned with a warning, in which the text `otherwise`
+    says how texts then begin. Another warning is logged if `add_bos` or the tokenizer's template
+    contradicts training.
 
     Raises ConfigError if bos is to be added and the tokenizer has none.
     """

@@ -90,7 +90,7 @@ def _check_every_stream() -> None:
     """Make fsspec decompress bz2 and xz with `Streams`, which reports all damage.
 
     Upstream: fsspec 2026.6, `fsspec.compression.compr`, through which `datasets` reads files.
-    Mends: its readers end without an error at a stream that is damaged.
+    Mends: fsspec's readers end without an error at a damaged stream.
     """
     from fsspec.compression import register_compression
 

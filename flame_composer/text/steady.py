@@ -1,4 +1,4 @@
-"""Settings that make a text's tokens depend on chance or on other texts, switched off here."""
+"""Switching off tokenizer settings that make tokens depend on chance or on other texts."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ class SameData(Callback):
         if changed and not self.allow_change:
             raise ConfigError(
                 f"the checkpoint was trained on rows in another order: {', '.join(changed)}; set"
-                " back what changed, start a new run_name, or set allow_data_change=true to go on"
-                " all the same"
+                " back what changed, start a new run_name, or set allow_data_change=true to"
+                " continue anyway"
             )
         if ends is not None and self.ends not in (None, ends):
             warn(

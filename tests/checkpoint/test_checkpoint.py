@@ -618,7 +618,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "no random state": (drop(*CALLBACKS, "RandomState"), "it has no state.callbacks.RandomState"),
     "random state that is none": (
         put([1], *CALLBACKS, "RandomState", "rng"),
-        "its state.callbacks.RandomState.rng is no ",
+        "its state.callbacks.RandomState.rng is not a random state",
     ),
     "no schedule": (
         drop(*CALLBACKS, "Schedule", "num_used"),
