@@ -156,7 +156,7 @@ def starts_ranks(command: list[str]) -> bool:
     return any(Path(command[i]).name in LAUNCHERS for i in (0, script))
 
 
-def loss_of(error: BaseException) -> str | None:
+def lost_process(error: BaseException) -> str | None:
     """Return one line for an error caused by the end of a loader process or another rank.
 
     Return None if the error has another cause. (The loss is that of a process.)

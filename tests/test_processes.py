@@ -214,9 +214,13 @@ def test_a_child_that_has_not_begun_ends_with_its_fork_server(tmp_path: Path) ->
 
 def test_what_is_no_loss_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert processes.loss_of(RuntimeError("Connection reset by peer")) is None  # of what peer?
+    assert processes.lost_process(RuntimeError("Connection reset by peer")) is None  # of what peer?
     assert (
-        processes.loss_of(ValueError("DataLoader worker (pid 1) is killed by signal: Killed. "))
+        processes.lost_process(
+            ValueError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+        )
         is None
     )
-    assert processes.loss_of(RuntimeError("shape '[2]' is invalid for input of size 3")) is None
+    assert (
+        processes.lost_process(RuntimeError("shape '[2]' is invalid for input of size 3")) is None
+    )

@@ -66,20 +66,20 @@ def list_checkpoints(folder: str) -> list[str]:
     return [place for place in _named(folder) if place.endswith(".pt") or has_head(place)]
 
 
-def list_torsos(folder: str, before: int) -> list[str]:
+def list_leftovers(folder: str, before: int) -> list[str]:
     """Return the folders of steps before `before` that hold pieces of a checkpoint but no head.
 
     A kill leaves such a folder while a checkpoint is being deleted or uploaded. A folder that holds
     anything besides pieces is not included.
     """
-    torsos = []
+    leftovers = []
     for place in _named(folder):
         step = step_of(place)
         if step is not None and step < before and not place.endswith(".pt") and not has_head(place):
             names = files.ls(place)
             if names and all(map(sharded.is_name, names)):
-                torsos.append(place)
-    return torsos
+                leftovers.append(place)
+    return leftovers
 
 
 def _named(folder: str) -> list[str]:

@@ -13,7 +13,7 @@ from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.find import (
     has_head,
     list_checkpoints,
-    list_torsos,
+    list_leftovers,
     look_at,
     remove_copy,
     step_of,
@@ -107,7 +107,7 @@ class KeptCheckpoints:
                     oldest = step_of(place)
             if num_whole >= self.num_to_keep:
                 assert oldest is not None
-                for place in list_torsos(self.folder, before=oldest):
+                for place in list_leftovers(self.folder, before=oldest):
                     self._delete(place)
         except (ConfigError, DataError, OSError) as error:
             log.warning(

@@ -35,7 +35,7 @@ from flame_composer.upstream.composer import load_checkpoints_with
 
 # Names of Composer's algorithms. Composer rebuilds some of them from a checkpoint by calling `eval`
 # on text in it; the Trainer is told to rebuild none.
-NEVER_EVALUATED = algorithms.__all__
+ALL_ALGORITHMS = algorithms.__all__
 # The errors of torch (2.7) for a file that it cannot write.
 _CANNOT_WRITE = re.compile(
     "PytorchStreamWriter|Parent directory .* does not exist|open file failed"

@@ -160,7 +160,7 @@ def _from_outside(error: Exception) -> str | None:
             return f"{file}a disk cannot be written: {found.strerror}"
         if "PytorchStreamWriter failed writing file" in str(found):
             return "a checkpoint cannot be written; is the disk full?"
-        if (loss := processes.loss_of(found)) is not None:
+        if (loss := processes.lost_process(found)) is not None:
             return loss
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from flame_composer.errors import ConfigError, StoreError
 from flame_composer.storage.plain_http import warn_if_readable
-from flame_composer.storage.s3_errors import code_of, line_of, why
+from flame_composer.storage.s3_errors import code_of, explain, line_of
 
 ATTEMPTS = 5  # for each request; botocore waits longer after each
 CONNECT_SECONDS, READ_SECONDS = 5, 30  # an attempt fails after READ_SECONDS without a byte
@@ -102,9 +102,9 @@ def _client(bucket: str, pid: int, environment: tuple[tuple[str, str], ...]) -> 
         except ClientError as error:
             # A user who may not list the bucket may still be allowed to read or write in it.
             if code_of(error) != "AccessDenied":
-                raise why(error, bucket, server) from None
+                raise explain(error, bucket, server) from None
         except (ConnectionError, HTTPClientError, NoCredentialsError) as error:
-            raise why(error, bucket, server, ConfigError) from None
+            raise explain(error, bucket, server, ConfigError) from None
         return make(ATTEMPTS, CONNECT_SECONDS, READ_SECONDS)
     # An invalid profile, bucket name or endpoint, or an answer that S3 would not give.
     except (BotoCoreError, ResponseParserError, ValueError) as error:
@@ -136,9 +136,9 @@ def explained(path: str) -> Iterator[Any]:
         yield client
     except S3UploadFailedError as error:
         cause = error.__context__
-        raise why(cause if isinstance(cause, Exception) else error, path, server) from None
+        raise explain(cause if isinstance(cause, Exception) else error, path, server) from None
     except (BotoCoreError, ClientError) as error:
-        raise why(error, path, server) from None
+        raise explain(error, path, server) from None
     except (ConfigError, StoreError):
         raise
     # botocore raises these for malformed sizes, dates and XML.

@@ -36,7 +36,7 @@ MISSING = {"404", "NoSuchKey", "NotFound"}
 CHANGED = {"412", "PreconditionFailed"}
 
 
-def why(
+def explain(
     error: Exception, path: str, server: str, failed: type[Exception] = StoreError
 ) -> Exception:
     """Return the error to raise for a request for `path` that failed with `error`.

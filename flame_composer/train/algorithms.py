@@ -76,9 +76,9 @@ class Instant(NamedTuple):
     def is_reached(self, state: State) -> bool:
         """Return whether the run has reached this point."""
         assert state.max_duration is not None
-        return self.is_before(state.timestamp.batch.value, state.max_duration.value)
+        return self.is_past(state.timestamp.batch.value, state.max_duration.value)
 
-    def is_before(self, batch: int, total: int) -> bool:
+    def is_past(self, batch: int, total: int) -> bool:
         """Return whether this point is reached once `batch` of `total` batches are done."""
         point = self.batches if self.fraction is None else self.fraction * total
         assert point is not None
@@ -111,7 +111,7 @@ class EMA(Algorithm):
             self._trained = None
 
     def at(self, batch: int, total: int) -> str:
-        return "an average" if self.start.is_before(batch + 1, total) else "no average"
+        return "an average" if self.start.is_past(batch + 1, total) else "no average"
 
     def _update(self, state: State) -> None:
         weights = weights_of(state)
@@ -193,12 +193,12 @@ class SWA(Algorithm):
             self.done, self.average = True, None
 
     def at(self, batch: int, total: int) -> str:
-        ended = self.end.is_before(batch + 1, total)
+        ended = self.end.is_past(batch + 1, total)
         return (
             "its end"
             if ended
             else "an average"
-            if self.start.is_before(batch + 1, total)
+            if self.start.is_past(batch + 1, total)
             else "no average"
         )
 

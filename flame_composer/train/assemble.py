@@ -20,7 +20,7 @@ from flame_composer.checkpoint.content import needed_by
 from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint
 from flame_composer.checkpoint.save import (
-    NEVER_EVALUATED,
+    ALL_ALGORITHMS,
     SaveCheckpoints,
     build_saver,
     find_start_of,
@@ -193,7 +193,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         max_duration=f"{data.plan.total}ba",
         optimizers=build_optimizer(hf_model, config.optimizer),
         algorithms=parts.extensions.algorithms,
-        callbacks=in_order(
+        callbacks=build_callbacks(
             config, parts.extensions, data, [*counters], gradients, log, saver, stop
         ),
         loggers=parts.extensions.loggers,
@@ -204,7 +204,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         device_train_microbatch_size=config.microbatch_size,
         accumulate_train_batch_on_tokens=True,
         load_path=str(start.file) if start else None,
-        load_exclude_algorithms=NEVER_EVALUATED,
+        load_exclude_algorithms=ALL_ALGORITHMS,
         progress_bar=show_bar,
     )
     return Run(config, trainer, log, data.order, stop, start)
@@ -252,7 +252,7 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
     ]
 
 
-def in_order(
+def build_callbacks(
     config: TrainConfig,
     extensions: Extensions,
     data: Data,

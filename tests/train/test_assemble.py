@@ -45,20 +45,20 @@ def test_every_rule_of_the_order_is_kept(
         require_order(wrong)
 
 
-@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("build_callbacks", [True, False])
 def test_a_checkpoint_finds_the_row_of_its_step(
     dataset: Path,
     eval_dataset: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    in_order: bool,
+    build_callbacks: bool,
 ) -> None:
     """A run that ends between the log and the saver: in their order nothing is missing."""
     run = make_run(tmp_path, dataset, eval_dataset)
     callbacks = list(run.trainer.state.callbacks)
     i, j = place_of(callbacks, JsonlLog), place_of(callbacks, SaveCheckpoints)
     assert j == i + 1
-    pair = [callbacks[i], callbacks[j]] if in_order else [callbacks[j], callbacks[i]]
+    pair = [callbacks[i], callbacks[j]] if build_callbacks else [callbacks[j], callbacks[i]]
     run.trainer.state.callbacks = [
         *callbacks[:i],
         pair[0],
@@ -68,11 +68,11 @@ def test_a_checkpoint_finds_the_row_of_its_step(
     ]
     with pytest.raises(End):
         run.trainer.fit()
-    newest = tmp_path / f"checkpoints/ba{1 if in_order else 2}.pt"
+    newest = tmp_path / f"checkpoints/ba{1 if build_callbacks else 2}.pt"
     assert newest.exists()
     restarted = make_run(tmp_path, dataset, eval_dataset, load_path=newest)
     with caplog.at_level(logging.WARNING):
         restarted.trainer.fit()
     restarted.trainer.close()
     lost = [message for message in caplog.messages if "has no row for step 2" in message]
-    assert len(lost) == (0 if in_order else 1)
+    assert len(lost) == (0 if build_callbacks else 1)
