@@ -84,7 +84,7 @@ class DataConfig(PlaceConfig):
     """
     shuffle: bool = True
     """Shuffle the rows, in another order in every epoch."""
-    shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
+    shuffle_algo: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = "py1e"
     """Shuffle algorithm of StreamingDataset."""
     shuffle_seed: int | None = None
     """Seed of the row order; the seed of the run if not set."""

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming.base.shuffle import algos
 from streaming.base.world import World
 
 from flame_composer.batch import IGNORE, collate, count_tokens
@@ -136,6 +138,12 @@ def test_every_row_once_per_epoch_in_an_order_of_its_own(dataset, copy_of, all_r
         assert set(served) <= set(all_rows)
     assert first != second
     assert sorted(first[0]) != sorted(all_rows[:4]), "shuffled"
+
+
+def test_every_shuffle_that_is_offered_is_there():
+    """Of those that streaming 0.13 has; it gave up py1b, which ended a run with a traceback."""
+    offered = typing.get_args(typing.get_type_hints(DataConfig)["shuffle_algo"])
+    assert set(offered) == set(algos)
 
 
 def test_order_depends_on_the_seed_alone(dataset, copy_of):
