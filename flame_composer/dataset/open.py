@@ -91,6 +91,7 @@ def check_shards(dataset: Dataset) -> None:
 
     Only sizes are looked at: content is checked when it is read.
     """
+    assert dataset.folder, "a dataset that is only looked at where it is has no folder"
     there = files.find(dataset.folder)
     for file in dataset.files:
         found = there.get(file.basename)

@@ -296,6 +296,26 @@ def test_two_conversions_with_a_tokenizer_that_draws_lots_are_the_same(corpus, m
     open_for_model("one", None, tokenizer=load_tokenizer("tokenizer"), context_length=64)
 
 
+def test_a_finished_dataset_whose_totals_are_not_those_of_its_index_is_damaged(
+    corpus, monkeypatch, capsys
+):
+    arguments = ("source=source", "tokenizer=tokenizer", "context_length=64", "out=out")
+    arguments = (*arguments, "suffixes=[.py]")
+    assert run_here(monkeypatch, "to_mds", *arguments) == 0
+    path = corpus / "out" / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["totals"]["bytes"] += 1
+    manifest["units"][0]["ledger"]["bytes"] += 1
+    path.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert run_here(monkeypatch, "to_mds", *arguments) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(
+        "error: out/manifest.json: damaged: its totals (rows, shards, bytes)"
+    )
+    assert told.err.count("\n") == 1
+
+
 def test_skipping_what_cannot_be_read(corpus, monkeypatch, capsys):
     (corpus / "source" / "bad.py").write_bytes(b"caf\xe9")
     arguments = [

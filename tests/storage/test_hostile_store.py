@@ -204,6 +204,7 @@ def test_a_checkpoint_is_not_uploaded_for_longer_than_is_said(
 
 def test_the_waits_are_those_of_the_docs():
     assert (s3_client.ATTEMPTS, s3_client.READ_SECONDS) == (5, 30)
+    assert s3_client.MOST_ANSWER == 64 << 20
 
 
 # Servers that send something else than what was asked for
