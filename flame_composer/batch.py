@@ -43,8 +43,13 @@ def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool 
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """Return the number of all tokens of a batch, and of those that carry loss."""
+    """Return the number of all tokens of a batch, and of those that carry loss.
+
+    For a microbatch of a global batch without any such token (`is_void`), it is 1, so that the loss
+    of 0 can be divided by it.
+    """
+    number = int((batch["labels"] != IGNORE).sum())
     return {
         "total": batch["input_ids"].numel(),
-        "loss_generating": int((batch["labels"] != IGNORE).sum()),
+        "loss_generating": 1 if "is_void" in batch else number,
     }

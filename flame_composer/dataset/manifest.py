@@ -121,6 +121,12 @@ class Manifest:
         return self.kind == "sft"
 
     @property
+    def template(self) -> str | None:
+        """The chat template of tuning data, or None for other data."""
+        template = self.config.get("template")
+        return template if self.kind == "sft" and isinstance(template, str) else None
+
+    @property
     def ends(self) -> Ends | None:
         """The tokens that documents begin and end with, or None if the settings do not say."""
         return parse_ends(self.config, bos="add_bos", eos="add_eos")

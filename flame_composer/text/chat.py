@@ -6,6 +6,8 @@ Jinja's sandbox.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
 import re
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files
+from flame_composer.text.ends import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -301,6 +304,41 @@ def _require_known(text: str, tokenizer: PreTrainedTokenizerFast, name: str) -> 
                 f"template: {name}: its token {token} is not in the tokenizer"
                 f" {tokenizer.name_or_path}; take another template, or a tokenizer that has it"
             )
+
+
+def with_template(
+    tokenizer: PreTrainedTokenizerFast, templates: Mapping[str, str]
+) -> PreTrainedTokenizerFast:
+    """Return a copy of the tokenizer with the first of these templates as its chat template.
+
+    `templates` are by the name of the dataset that was made with them. A warning is logged if they
+    differ.
+    """
+    first, *others = templates
+    for name in others:
+        if templates[name] != templates[first]:
+            warn(
+                f"{name}: its examples have another chat template than those of {first}; the"
+                f" tokenizer is saved with that of {first}"
+            )
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = templates[first]
+    return made
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids of the tokens that end an answer.
+
+    They are the end of an answer in the tokenizer's chat template, if it has one, and eos.
+    """
+    found: list[int] = []
+    if tokenizer.chat_template is not None:
+        # A template without such a token leaves eos alone.
+        with contextlib.suppress(ConfigError):
+            template = load_template("tokenizer", tokenizer)
+            found.append(require_stop(template, tokenizer, "tokenizer"))
+    eos = tokenizer.eos_token_id
+    return found + ([eos] if eos is not None and eos not in found else [])
 
 
 class Refusal(DataError):
