@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -30,6 +30,8 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import quiet
 from flame_composer.text.ends import encode_prompt
 from flame_composer.text.tokenizer import explained_failure, special_tokens
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -303,7 +305,7 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+def in_batches(prompts: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield the prompts in lists of `size`; the last may be shorter."""
     rest = iter(prompts)
     while batch := list(itertools.islice(rest, size)):
