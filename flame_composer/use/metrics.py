@@ -213,7 +213,7 @@ def table(result: dict[str, Any]) -> str:
         name, program = full_name.removesuffix(")").split(" (")
         rows.setdefault(name, {})[program] = "-" if value is None else f"{value:.4f}"
     programs = (FACTORY, SACREBLEU, ROUGE_SCORE)
-    cells = [("", *programs)]
+    cells: list[tuple[str, ...]] = [("", *programs)]
     cells += [(name, *(found.get(each, "") for each in programs)) for name, found in rows.items()]
     notes = [f"{program}: {note}" for program, note in result["notes"].items()]
     return "\n".join([*align(cells, left=1), f"sacrebleu: {result['sacrebleu']}", *notes])

@@ -214,11 +214,10 @@ def test_sampling_is_as_the_keys_say(model: PreTrainedModel, tmp_path: Path) -> 
     greedy, same, sampled, other, top_k, top_p, short = made.values()
     assert greedy == same == top_k == top_p
     assert len({greedy, sampled, other}) == 3
-    assert all(
-        long["predict"].startswith(line["predict"]) and len(line["predict"]) <= len(long["predict"])
-        for long, line in zip(lines_of(greedy), lines_of(short), strict=True)
-    )
-    assert short != greedy
+    for long, line in zip(lines_of(greedy), lines_of(short), strict=True):
+        # A character that is not complete yet is read as U+FFFD
+        assert long["predict"].startswith(line["predict"].rstrip("\N{REPLACEMENT CHARACTER}"))
+        assert len(line["predict"]) < len(long["predict"])
 
 
 def test_max_examples_are_the_first_ones(model: PreTrainedModel, tmp_path: Path) -> None:
