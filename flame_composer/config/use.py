@@ -69,6 +69,14 @@ class EvaluateConfig(ScriptConfig):
     """Begin the texts of tasks with the tokenizer's bos token; if not set, they begin as documents
     did in training.
     """
+    apply_chat_template: bool = False
+    """Ask the questions of tasks in conversations, written by the tokenizer's chat template."""
+    fewshot_as_multiturn: bool = True
+    """With apply_chat_template, show the examples before a question as turns of the conversation;
+    false puts all of them into the turn of the question.
+    """
+    system_instruction: str | None = None
+    """Text that comes before each question of a task, in conversations as the system's message."""
 
     def validate(self) -> None:
         require_text(self, "model", "tokenizer", "plot")
@@ -108,6 +116,26 @@ class EvaluateConfig(ScriptConfig):
             "must be set together with task_path",
         )
         require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
+        require(
+            not self.apply_chat_template or bool(self.tasks),
+            "tasks",
+            "must be set with apply_chat_template",
+        )
+        require(
+            self.add_bos is None or not self.apply_chat_template,
+            "add_bos",
+            "must be null with apply_chat_template, which decides what texts begin with",
+        )
+        require(
+            self.fewshot_as_multiturn or self.apply_chat_template,
+            "fewshot_as_multiturn",
+            "must be true without apply_chat_template",
+        )
+        require(
+            self.system_instruction is None or bool(self.tasks),
+            "tasks",
+            "must be set with system_instruction",
+        )
         require(
             self.task_limit is None or self.task_limit > 0,
             "task_limit",
