@@ -247,19 +247,19 @@ def test_the_text_of_a_conversation_is_what_the_keys_say(
         (
             "{{ raise_exception('no user') }}",
             (),
-            "cannot be written: the tokenizer's chat template: no user",
+            "the tokenizer's chat template: no user",
         ),
         ("{{ 1 / 0 }}", (), "cannot be written: the tokenizer's chat template: division by zero"),
         ("{% for %}", (), "cannot be written: the tokenizer's chat template: "),
         (
             "{{ messages.__class__.__mro__ }}",
             (),
-            "cannot be written: the tokenizer's chat template: access to",
+            "the tokenizer's chat template: access to",
         ),
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}",
             ("system_instruction=be brief",),
-            "a question after system_instruction cannot be written: the tokenizer's chat template: no",
+            "a question after system_instruction cannot be written: the tokenizer's chat",
         ),
     ],
 )
