@@ -7,18 +7,16 @@ If the conversion is interrupted, the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import os
 import sys
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import ConvertConfig
+from flame_composer.dataset.convert import Conversion
+from flame_composer.dataset.finish import finish
 from flame_composer.dataset.manifest import Split
 from flame_composer.dataset.plan import Plan, plan_units
-from flame_composer.dataset.totals import Progress, totals_table
-from flame_composer.dataset.workers import Conversion, convert_units
 from flame_composer.dataset.writer import DatasetWriter
-from flame_composer.quantities import format_seconds
-from flame_composer.text.encoder import choose_encoder, require_installed
+from flame_composer.text.encoder import choose_encoder
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import (
@@ -51,44 +49,23 @@ def main(config: ConvertConfig) -> None:
     )
     settings["encoder"] = choose_encoder(config.encoder, tokenizer, begun)
 
-    unfinished: list[DatasetWriter] = []
-    for dataset in datasets:
-        manifest = dataset.finished()
-        if manifest is None:
-            unfinished.append(dataset)
-        else:
-            print(f"{dataset.out}: already finished, nothing to do")
-            print(totals_table([manifest]))
-    if not unfinished:
-        return
-    require_installed(settings["encoder"])
-    for dataset in unfinished:
-        dataset.begin()
+    def build_job(unfinished: tuple[DatasetWriter, ...]) -> Conversion:
+        return Conversion(
+            unfinished,
+            bare(tokenizer),
+            config.add_bos,
+            config.add_eos,
+            settings["encoder"],
+            "redo" if config.encoder == "auto" else "fail",
+            config.on_error,
+        )
 
-    conversion = Conversion(
-        tuple(unfinished),
-        bare(tokenizer),
-        config.add_bos,
-        config.add_eos,
-        settings["encoder"],
-        "redo" if config.encoder == "auto" else "fail",
-        config.on_error,
-    )
-    to_do = sorted(set().union(*(dataset.uncommitted() for dataset in unfinished)))
-    num_workers = config.num_workers or len(os.sched_getaffinity(0))
-    sizes = [sum(part.num_bytes for part in unit) for unit in units]
-    committed = sum(sizes) - sum(sizes[number] for number in to_do)
-    with Progress(sum(sizes), committed) as progress:
-        for warning in convert_units(
-            conversion, to_do, num_workers, progress.update, config.cluster
-        ):
-            progress.warn(warning)
-    manifests = [dataset.publish() for dataset in unfinished]
-    seconds = progress.seconds
-    print(totals_table(manifests))
-    print(
-        f"{progress.num_tokens:,} tokens in {format_seconds(seconds)}:"
-        f" {progress.num_tokens / seconds:,.0f} tokens/s ({settings['encoder']})"
+    finish(
+        datasets,
+        build_job,
+        encoder=settings["encoder"],
+        num_workers=config.num_workers,
+        cluster=config.cluster,
     )
 
 

@@ -25,6 +25,7 @@ from flame_composer.model.foreign import count_not_finite, numbers_in, require_s
 from flame_composer.model.hf_config import check_runs_here, read_back_hf_config
 from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import new_folder
+from flame_composer.text.chat import stop_ids
 from flame_composer.text.counts import require_counts
 from flame_composer.text.ends import ends_in, ends_of, note_ends, start_of
 from flame_composer.text.tokenizer import load_tokenizer, special_tokens, vocab_size_of
@@ -221,6 +222,11 @@ def save_hf_folder(
         for name, token in special_tokens(tokenizer).items():
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, token)
+        if tokenizer.chat_template is not None:
+            known: Any = model.generation_config.eos_token_id
+            before = known if isinstance(known, list) else [] if known is None else [known]
+            ids = list(dict.fromkeys([*stop_ids(tokenizer), *before]))
+            model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0] if ids else None
         if ends_of(tokenizer) is not None:
             # transformers begins a text with this token if there is no prompt.
             model.generation_config.bos_token_id = start_of(tokenizer)

@@ -123,7 +123,6 @@ class ConvertConfig(HubSourceConfig):
     def validate(self) -> None:
         super().validate()
         require_text(self, "out", "val_out", "tokenizer", "cluster")
-        require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
         require(
             (self.val_fraction > 0) == (self.val_out is not None),
@@ -132,35 +131,36 @@ class ConvertConfig(HubSourceConfig):
         )
         if self.val_out is not None:
             require_apart(self.out, self.val_out, "val_out")
-        smallest = 8 * self.context_length + 1024
-        require(
-            smallest <= self.shard_size < 2**32,
-            "shard_size",
-            f"must be at least {smallest} (one row) and less than {2**32} bytes",
-        )
-        require(self.unit_size > 0, "unit_size", "must be more than 0 bytes")
+        require_shards(self, smallest=8 * self.context_length + 1024)
         for name in ("max_doc_length", "min_doc_length"):
             length = getattr(self, name)
             require(
                 length is None or length > 0, name, "must be a positive number of tokens, or null"
             )
         require_seed(self.seed, "seed")
-        require(
-            self.num_workers is None or self.num_workers > 0,
-            "num_workers",
-            "must be 1 or more, or null",
-        )
         if self.cluster is not None:
-            self._check_cluster(self.cluster)
+            self.require_absolute("out", "val_out")
 
-    def _check_cluster(self, address: str) -> None:
-        require(self.num_workers is None, "num_workers", "must not be set together with cluster")
-        require(
-            bool(re.fullmatch(r"\w+://[^\s:]\S*:\d+", address)),
-            "cluster",
-            "must be like tcp://host:8786",
-        )
-        self.require_absolute("out", "val_out")
+
+def require_shards(config: Any, *, smallest: int) -> None:
+    """Raise InvalidField for the sizes and workers of a conversion unless they are possible.
+
+    A shard of `smallest` bytes holds one row.
+    """
+    require(config.context_length > 1, "context_length", "must be 2 tokens or more")
+    require(
+        smallest <= config.shard_size < 2**32,
+        "shard_size",
+        f"must be at least {smallest} (one row) and less than {2**32} bytes",
+    )
+    require(config.unit_size > 0, "unit_size", "must be more than 0 bytes")
+    is_number = config.num_workers is None or config.num_workers > 0
+    require(is_number, "num_workers", "must be 1 or more, or null")
+    if config.cluster is None:
+        return
+    require(config.num_workers is None, "num_workers", "must not be set together with cluster")
+    is_address = re.fullmatch(r"\w+://[^\s:]\S*:\d+", config.cluster) is not None
+    require(is_address, "cluster", "must be like tcp://host:8786")
 
 
 @dataclass

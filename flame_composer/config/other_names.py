@@ -188,6 +188,27 @@ CONVERSION = _remedies(
     },
 )
 
+TUNING_DATA = _remedies(
+    {
+        "source": "dataset data path input dataset_dir file_name",
+        "context_length": "cutoff_len seq_len max_seq_len max_seq_length max_length",
+        "out": "output output_dir tokenized_path",
+        "num_workers": "num_proc workers processes preprocessing_num_workers",
+        "tokenizer": "model model_name_or_path tokenizer_path",
+        "format": "formatting",
+        "train_on": "train_on_prompt mask_history train_on_inputs assistant_only_loss",
+        "too_long": "truncation cut",
+        "val_fraction": "val_size",
+        "val_datasets": "eval_dataset",
+        "template": "chat_template prompt_template",
+    },
+    {
+        "packing neat_packing": "examples are always packed, and never see one another",
+        "max_samples num_samples": "every example is taken; give a smaller file",
+        "bos_text eos_text": "the template says how an example begins and how answers end",
+    },
+)
+
 EXTENSIONS = MappingProxyType(
     {
         "loggers.wandb": "set wandb.project instead",

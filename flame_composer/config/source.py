@@ -73,15 +73,20 @@ class HubSourceConfig(SourceConfig):
 
     def require_absolute(self, *outs: str) -> None:
         """Raise InvalidField for a relative path in `source` or in one of the keys `outs`."""
-        for name in outs if self.split is not None else ("source", *outs):
-            value = getattr(self, name) or []
-            for path in [value] if isinstance(value, str) else value:
-                require(
-                    os.path.isabs(path) or is_url(path),
-                    name,
-                    "must be absolute where there is a cluster, whose workers have working folders"
-                    " of their own",
-                )
+        require_absolute(self, *(outs if self.split is not None else ("source", *outs)))
+
+
+def require_absolute(config: object, *names: str) -> None:
+    """Raise InvalidField for a relative path in one of these keys, for workers of a cluster."""
+    for name in names:
+        value = getattr(config, name) or []
+        for path in [value] if isinstance(value, str) else value:
+            require(
+                os.path.isabs(path) or is_url(path),
+                name,
+                "must be absolute where there is a cluster, whose workers have working folders of"
+                " their own",
+            )
 
 
 def require_apart(out: str, other: str, name: str) -> None:

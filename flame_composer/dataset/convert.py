@@ -1,9 +1,11 @@
-"""The conversion of one work unit: its documents are read once, split, encoded and committed."""
+"""The conversion of text: a unit's documents are read once, split, encoded and committed."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from flame_composer.dataset.manifest import Split, UnitRecord
@@ -13,12 +15,13 @@ from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage.folders import explained
 from flame_composer.text.documents import read_documents
-from flame_composer.text.encoder import HF
-from flame_composer.text.tokenizer import Encoder
+from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
+from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 HASH_KEY = b"flame_composer document"
 # Characters of text encoded in one call: enough to keep every core busy, without using much memory
 BATCH_CHARACTERS = 4 << 20
+OnProgress = Callable[[int, int, int], None]
 SAMPLE = 256  # one document in this many is also encoded by the reference
 
 
@@ -27,6 +30,88 @@ class EncoderMismatch(Exception):
 
     The message names the first token that differs.
     """
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The datasets to write, and how text is encoded for them.
+
+    `encoder` is the name that `encoder.choose_encoder` returned.
+    """
+
+    datasets: tuple[DatasetWriter, ...]
+    tokenizer: BareTokenizer
+    add_bos: bool
+    add_eos: bool
+    encoder: str
+    on_mismatch: Literal["fail", "redo"]
+    on_error: Literal["fail", "skip"]
+
+    def settings(self) -> Conversion:
+        """Return what all units share: everything but the datasets, which hold every unit's inputs.
+
+        The datasets that one unit needs come from `inputs`.
+        """
+        return dataclasses.replace(self, datasets=())
+
+    def inputs(self, number: int) -> tuple[DatasetWriter, ...]:
+        """Return the datasets with only what unit `number` needs."""
+        return tuple(dataset.only(number) for dataset in self.datasets)
+
+    def num_bytes(self, number: int) -> int:
+        """Return the size of a unit's input in bytes."""
+        return sum(part.num_bytes for part in self.datasets[0].plan.units[number])
+
+    def build_converter(self) -> UnitConverter:
+        """Return a converter of units, with the encoders it needs."""
+        return UnitConverter(self)
+
+
+class UnitConverter:
+    """A converter of units in the process that makes it, where it builds the encoders once."""
+
+    def __init__(self, conversion: Conversion):
+        self.conversion = conversion
+        ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
+        self.exact: Encoder = build_encoder(conversion.tokenizer, **ends)
+        require_installed(conversion.encoder)
+        self.fast = (
+            None
+            if conversion.encoder == HF
+            else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
+        )
+
+    def convert(
+        self, inputs: Sequence[DatasetWriter], number: int, on_progress: OnProgress
+    ) -> str | None:
+        """Convert and commit unit `number`, and return a warning or None.
+
+        The warning says that the unit had to be converted again with the slower encoder.
+        """
+        conversion = self.conversion
+        common = (inputs, number)
+        if self.fast is None:
+            convert_unit(*common, self.exact, conversion.on_error, on_progress)
+            return None
+        try:
+            convert_unit(
+                *common,
+                self.fast,
+                conversion.on_error,
+                on_progress,
+                encoder=conversion.encoder,
+                reference=self.exact,
+            )
+        except EncoderMismatch as mismatch:
+            if conversion.on_mismatch == "fail":
+                raise DataError(
+                    f"{mismatch} between {conversion.encoder} and {HF}; set encoder=auto or hf"
+                ) from None
+            convert_unit(*common, self.exact, conversion.on_error, on_progress)
+            return (
+                f"{mismatch} between {conversion.encoder} and {HF}; this unit was encoded with {HF}"
+            )
+        return None
 
 
 def document_hash(text: str) -> bytes:
@@ -150,7 +235,7 @@ class _Unit:
 
     def _write_batch(self) -> None:
         if self.reference is not None:
-            _check(self.encode, self.reference, self._sample, self.place)
+            check_encoder(self.encode, self.reference, self._sample, self.place)
             self._sample.clear()
         num_documents = num_tokens = 0
         for split, texts in self._texts.items():
@@ -169,7 +254,8 @@ class _Unit:
             self.on_progress(*counts)
 
 
-def _check(encode: Encoder, reference: Encoder, sample: Sequence[str], place: str) -> None:
+def check_encoder(encode: Encoder, reference: Encoder, sample: Sequence[str], place: str) -> None:
+    """Raise EncoderMismatch, which names `place`, if two encoders differ on one of these texts."""
     for text in sample:
         found, expected = encode([text])[0].tolist(), reference([text])[0].tolist()
         if found != expected:

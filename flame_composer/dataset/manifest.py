@@ -19,7 +19,9 @@ from flame_composer.text.ends import Ends, parse_ends
 from flame_composer.text.sources import Slice, Unit
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
-VERSION = 1
+Kind = Literal["text", "sft"]
+# The format version of each kind of dataset. A dataset of text is written as it always was.
+VERSIONS: dict[Kind, int] = {"text": 1, "sft": 2}
 
 Split = Literal["train", "val"]
 T = TypeVar("T")
@@ -29,7 +31,7 @@ T = TypeVar("T")
 class Ledger:
     """Counts that account for every token of a work unit or of a dataset.
 
-    tokens_in + carried_in == tokens_out + carried_out + dropped, always exactly.
+    tokens_in + carried_in + padding == tokens_out + carried_out + dropped, always exactly.
 
     - `carried_out`: tokens that did not fill a row of their unit. The tail unit counts them as
       `carried_in`.
@@ -39,6 +41,14 @@ class Ledger:
     - `documents_skipped`: documents that could not be read (`on_error=skip`); they have no tokens.
       Where there are two splits, the train split counts them.
     - `bytes`: the size of the shards.
+
+    Only tuning data has the other counts. There `documents` are the examples in the rows, and
+    `dropped` the tokens of those that are too long for a row.
+
+    - `padding`: the tokens that fill up rows behind the examples.
+    - `loss_tokens`: the tokens that carry loss.
+    - `documents_cut`: the examples whose prompts were cut to fit into a row.
+    - `left_out`: the number of examples that were left out, by the reason (`examples.REASONS`).
     """
 
     documents: int = 0
@@ -52,13 +62,27 @@ class Ledger:
     rows: int = 0
     shards: int = 0
     bytes: int = 0
+    padding: int = 0
+    loss_tokens: int = 0
+    documents_cut: int = 0
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Ledger) -> Ledger:
-        return Ledger(**{name: count + getattr(other, name) for name, count in vars(self).items()})
+        left_out = Counter(self.left_out) + Counter(other.left_out)
+        counts = {
+            name: count + getattr(other, name)
+            for name, count in vars(self).items()
+            if name != "left_out"
+        }
+        return Ledger(**counts, left_out=dict(sorted(left_out.items())))
 
     @property
     def balances(self) -> bool:
-        return self.tokens_in + self.carried_in == self.tokens_out + self.carried_out + self.dropped
+        given = self.tokens_in + self.carried_in + self.padding
+        return given == self.tokens_out + self.carried_out + self.dropped
+
+
+OF_TUNING = ("padding", "loss_tokens", "documents_cut", "left_out")  # counts of tuning data alone
 
 
 @dataclass(frozen=True)
@@ -89,11 +113,45 @@ class Manifest:
     units: tuple[UnitRecord, ...]
     totals: Ledger
     index_sha256: str
+    kind: Kind = "text"
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether the rows say which tokens carry loss."""
+        return self.kind == "sft"
+
+    @property
+    def template(self) -> str | None:
+        """The chat template of tuning data, or None for other data."""
+        template = self.config.get("template")
+        return template if self.kind == "sft" and isinstance(template, str) else None
 
     @property
     def ends(self) -> Ends | None:
         """The tokens that documents begin and end with, or None if the settings do not say."""
         return parse_ends(self.config, bos="add_bos", eos="add_eos")
+
+
+def record_json(record: UnitRecord, kind: Kind) -> dict[str, Any]:
+    """Return a unit's record as JSON values, as a dataset of this kind holds it."""
+    content = dataclasses.asdict(record)
+    if kind == "text":
+        content["ledger"] = _of_text(content["ledger"])
+    return content
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of manifest.json as JSON values."""
+    content = dataclasses.asdict(manifest)
+    content["units"] = [record_json(record, manifest.kind) for record in manifest.units]
+    if manifest.kind == "text":
+        del content["kind"]
+        content["totals"] = _of_text(content["totals"])
+    return content
+
+
+def _of_text(ledger: dict[str, Any]) -> dict[str, Any]:
+    return {name: count for name, count in ledger.items() if name not in OF_TUNING}
 
 
 def read_manifest(folder: str) -> Manifest:
@@ -125,11 +183,15 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     """
     content = parse_json(data, place)
     version = _take(content, "version", int, place)
-    if version != VERSION:
+    if version not in VERSIONS.values():
         raise DataError(
-            f"{place}: dataset format version {version}, but this flame_composer reads version"
-            f" {VERSION}; convert the text again or install the matching version"
+            f"{place}: dataset format version {version}, but this flame_composer reads versions"
+            f" {' and '.join(map(str, VERSIONS.values()))}; convert the text again or install the"
+            " matching version"
         )
+    kind: Kind = "text"
+    if version == VERSIONS["sft"]:
+        kind = _one_of(_take(content, "kind", str, place), ("sft",), place)
     units = tuple(parse_record(unit, place) for unit in _take(content, "units", list, place))
     tokenizer = _take(content, "tokenizer", dict, place)
     manifest = Manifest(
@@ -147,6 +209,7 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         units=units,
         totals=_ledger(_take(content, "totals", dict, place), place),
         index_sha256=_take(content, "index_sha256", str, place),
+        kind=kind,
     )
     if not 1 <= manifest.context_length < MAX_SHARD_BYTES:
         raise damaged(
@@ -178,8 +241,10 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
         )
     data = files.read(place)
     content = parse_json(data, place)
-    form = column_form(manifest.token_dtype, manifest.context_length)
-    row_bytes = form["column_sizes"][1]
+    form = column_form(
+        manifest.token_dtype, manifest.context_length, has_loss_mask=manifest.has_loss_mask
+    )
+    row_bytes = sum(filter(None, form["column_sizes"]))
     if _take(content, "version", int, place) != MDS_VERSION:
         raise damaged(place, f"'version' must be {MDS_VERSION}")
     shards: list[ShardFile] = []
@@ -294,13 +359,17 @@ def _one_of(value: str, allowed: tuple[Any, ...], place: str) -> Any:
 
 
 def _ledger(content: Any, place: str) -> Ledger:
-    # Datasets made before there was min_doc_length have no such count
-    counts = {"documents_short": 0, **content}
+    # Datasets made before there was min_doc_length have no such count, and only tuning data has the
+    # last ones.
+    counts = {"documents_short": 0, **dict.fromkeys(OF_TUNING, 0), "left_out": {}, **content}
+    left_out = _take(counts, "left_out", dict, place)
     return Ledger(
         **{
             field.name: _take(counts, field.name, int, place)
             for field in dataclasses.fields(Ledger)
-        }
+            if field.name != "left_out"
+        },
+        left_out={reason: _take(left_out, reason, int, place) for reason in left_out},
     )
 
 
@@ -309,7 +378,9 @@ def parse_record(content: Any, place: str) -> UnitRecord:
         Slice(
             path=_take(part, "path", str, place),
             format=_one_of(
-                _take(part, "format", str, place), ("jsonl", "parquet", "text", "dataset"), place
+                _take(part, "format", str, place),
+                ("jsonl", "json", "parquet", "text", "dataset"),
+                place,
             ),
             start=_take(part, "start", int, place),
             end=_take(part, "end", int, place),

@@ -5,7 +5,8 @@ without importing streaming, which takes seconds and hundreds of MB. A shard fil
 
     number of rows n, n + 1 offsets (of every row, and of the end): uint32 each
     the shard's configuration as JSON
-    the rows: size of doc_lengths (uint32), doc_lengths as `_sized` gives them, input_ids
+    the rows: size of doc_lengths (uint32), doc_lengths as `_sized` gives them, input_ids, and for
+    tuning data loss_mask, a bit for each token, the first token's the highest of the first byte
 
 Source: streaming/base/format/mds in mosaicml-streaming 0.13; see also docs/dataset_format.md.
 """
@@ -53,21 +54,36 @@ class ShardFile:
     rows: int
 
 
-def column_form(token_dtype: str, context_length: int) -> dict[str, Any]:
+def mask_bytes(context_length: int) -> int:
+    """Return the size of a row's loss mask in bytes."""
+    return -(-context_length // 8)
+
+
+def column_form(
+    token_dtype: str, context_length: int, *, has_loss_mask: bool = False
+) -> dict[str, Any]:
     """Return what index.json says about the columns of every shard of a dataset."""
-    return {
+    form: dict[str, Any] = {
         "format": "mds",
         "version": VERSION,
         "column_names": ["doc_lengths", "input_ids"],
         "column_sizes": [None, np.dtype(token_dtype).itemsize * context_length],
         "column_encodings": ["ndarray:uint32", f"ndarray:{token_dtype}:{context_length}"],
     }
+    if has_loss_mask:
+        size = mask_bytes(context_length)
+        form["column_names"].append("loss_mask")
+        form["column_sizes"].append(size)
+        form["column_encodings"].append(f"ndarray:uint8:{size}")
+    return form
 
 
-def shard_form(token_dtype: str, context_length: int, size_limit: int) -> dict[str, Any]:
+def shard_form(
+    token_dtype: str, context_length: int, size_limit: int, *, has_loss_mask: bool = False
+) -> dict[str, Any]:
     """Return the configuration stored in a shard: its columns, hashes and size limit in bytes."""
     return {
-        **column_form(token_dtype, context_length),
+        **column_form(token_dtype, context_length, has_loss_mask=has_loss_mask),
         "compression": None,
         "hashes": [HASH],
         "size_limit": size_limit,
@@ -93,11 +109,19 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, dtype: type[np.unsignedinteger], context_length: int, size_limit: int
+        self,
+        folder: Path,
+        dtype: type[np.unsignedinteger],
+        context_length: int,
+        size_limit: int,
+        *,
+        has_loss_mask: bool = False,
     ):
         folder.mkdir(parents=True)
         self.folder, self.dtype, self.size_limit = folder, np.dtype(dtype), size_limit
-        self.form = shard_form(self.dtype.name, context_length, size_limit)
+        self.form = shard_form(
+            self.dtype.name, context_length, size_limit, has_loss_mask=has_loss_mask
+        )
         self.form_json = json.dumps(self.form, sort_keys=True).encode()
         self.shards: list[dict[str, Any]] = []
         self._empty()
@@ -109,9 +133,12 @@ class ShardWriter:
     def write(self, rows: Rows) -> None:
         """Add rows; they reach the disk when a shard is full, or on `flush`."""
         assert rows.input_ids.dtype == self.dtype, rows.input_ids.dtype
-        for input_ids, doc_lengths in rows:
+        masks = None if rows.loss_mask is None else np.packbits(rows.loss_mask, axis=1)
+        for number, (input_ids, doc_lengths) in enumerate(rows):
             lengths = _sized(doc_lengths)
-            row = b"".join((len(lengths).to_bytes(4, "little"), lengths, input_ids.tobytes()))
+            mask = b"" if masks is None else masks[number].tobytes()
+            size = len(lengths).to_bytes(4, "little")
+            row = b"".join((size, lengths, input_ids.tobytes(), mask))
             if self.size + len(row) + 4 > self.size_limit:
                 self.flush()
             self.rows.append(row)
@@ -160,20 +187,30 @@ def read_offsets(descriptor: int, num_rows: int) -> NDArray[np.uint32]:
     return np.frombuffer(os.pread(descriptor, 4 * (num_rows + 1), 4), "<u4")
 
 
-def decode_row(row: bytes, dtype: np.dtype[Any], context_length: int) -> dict[str, NDArray[Any]]:
+def decode_row(
+    row: bytes, dtype: np.dtype[Any], context_length: int, *, has_loss_mask: bool = False
+) -> dict[str, NDArray[Any]]:
     """Return a row's columns: `doc_lengths` [pieces] and `input_ids` [context_length].
 
-    Raises ValueError or IndexError for a row that does not have the layout.
+    With `has_loss_mask`, there is `loss_mask`, bool [context_length], as well. Raises ValueError or
+    IndexError for a row that does not have the layout.
     """
     end = 4 + int.from_bytes(row[:4], "little")
     doc_lengths = np.frombuffer(row[5 + (1 << (row[4] & 3)) : end], "<u4")
+    mask = b""
+    if has_loss_mask:
+        row, mask = row[: -mask_bytes(context_length)], row[-mask_bytes(context_length) :]
     input_ids = np.frombuffer(row, dtype, offset=end)
     lengths = doc_lengths.tolist()  # faster than numpy for so few numbers
     if min(lengths) < 1 or sum(lengths) != len(input_ids):
         raise ValueError("the document lengths do not sum to the number of tokens")
     if len(input_ids) != context_length:
         raise ValueError("the number of tokens is not the context length")
-    return {"doc_lengths": doc_lengths, "input_ids": input_ids}
+    columns: dict[str, NDArray[Any]] = {"doc_lengths": doc_lengths, "input_ids": input_ids}
+    if has_loss_mask:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=context_length)
+        columns["loss_mask"] = bits.view(np.bool_)
+    return columns
 
 
 def check_size(path: Path, file: ShardFile) -> None:
@@ -203,7 +240,15 @@ def check_hash(path: Path, file: ShardFile) -> None:
 class ShardView:
     """The rows of a shard's file, read many at a time, without reading the whole file at once."""
 
-    def __init__(self, path: Path, *, num_rows: int, context_length: int, token_dtype: str):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_rows: int,
+        context_length: int,
+        token_dtype: str,
+        has_loss_mask: bool = False,
+    ):
         """Map the file and check the size of every row, without looking at the tokens.
 
         Raises BadShard if the file cannot be read, or its rows do not have the layout.
@@ -219,6 +264,8 @@ class ShardView:
         offsets = self.data[4 : 8 + 4 * num_rows].view(np.uint32).astype(np.int64)
         self.starts, sizes = offsets[:-1], np.diff(offsets)
         token_bytes = self.context_length * self.dtype.itemsize
+        self.mask_bytes = mask_bytes(context_length) if has_loss_mask else 0
+        token_bytes += self.mask_bytes
         smallest = 4 + 2 + 4 + token_bytes
         if (
             offsets[0] < 8 + 4 * num_rows
@@ -279,6 +326,15 @@ class ShardView:
         start = int(self.first_length[number] + 4 * self.num_pieces[number])
         tokens = self.data[start : start + self.context_length * self.dtype.itemsize].tobytes()
         return np.frombuffer(tokens, self.dtype), self._doc_lengths(number, number + 1)
+
+    def loss_mask(self, number: int) -> NDArray[np.bool_] | None:
+        """Return which tokens of a row carry loss, bool [context_length], or None for all."""
+        if not self.mask_bytes:
+            return None
+        start = int(self.first_length[number] + 4 * self.num_pieces[number])
+        start += self.context_length * self.dtype.itemsize
+        bits = np.unpackbits(self.data[start : start + self.mask_bytes], count=self.context_length)
+        return bits.view(np.bool_)
 
 
 def add(a: Lengths, b: Lengths) -> Lengths:

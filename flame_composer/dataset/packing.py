@@ -1,4 +1,8 @@
-"""Packing documents into rows of exactly `context_length` tokens, with their piece lengths."""
+"""Packing documents into rows of exactly `context_length` tokens, with their piece lengths.
+
+Documents of text are laid end to end and cut where rows end (`pack`). Examples for tuning stay
+whole, and rows are filled up with padding (`pack_whole`).
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,14 @@ class Rows:
     """Full rows of tokens, and the lengths of the document pieces in them.
 
     `input_ids` is [num_rows, context_length]. The piece lengths of row r are
-    `doc_lengths[splits[r]:splits[r + 1]]`.
+    `doc_lengths[splits[r]:splits[r + 1]]`. `loss_mask`, of the same shape as `input_ids`, says
+    which tokens carry loss; None for all.
     """
 
     input_ids: NDArray[np.unsignedinteger]
     doc_lengths: NDArray[np.int64]
     splits: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -100,3 +106,79 @@ def shuffled(parts: Sequence[Pieces], seed: Sequence[int]) -> Pieces:
     starts = np.cumsum(doc_lengths) - doc_lengths
     moved = [tokens[starts[i] : starts[i] + doc_lengths[i]] for i in order]
     return Pieces(np.concatenate([tokens[:0], *moved]), doc_lengths[order])
+
+
+def pack_whole(
+    examples: Sequence[NDArray[np.unsignedinteger]],
+    has_loss: Sequence[NDArray[np.bool_]],
+    context_length: int,
+    padding: int,
+    dtype: type[np.unsignedinteger],
+) -> tuple[Rows, int]:
+    """Pack whole examples into rows, and return the rows and the number of padding tokens in them.
+
+    The token `padding` fills up a row behind its examples; this is a document of its own, without
+    loss. A row's examples are in order, and rows are in the order of their first examples.
+
+    Args:
+        examples: the tokens of each example, at least one and at most `context_length`.
+        has_loss: for each example, which of its tokens carry loss.
+        context_length: tokens per row.
+        padding: the token that rows are filled up with.
+        dtype: the type of the rows' tokens.
+    """
+    lengths = np.fromiter(map(len, examples), np.int64, len(examples))
+    row_of = best_fit(lengths, context_length)
+    num_rows = int(row_of.max(initial=-1)) + 1
+    order = np.lexsort((np.arange(len(lengths)), row_of))
+    used = np.bincount(row_of, lengths, num_rows).astype(np.int64)
+    is_padded = used < context_length
+    input_ids = np.full(num_rows * context_length, padding, dtype)
+    loss_mask = np.zeros(num_rows * context_length, np.bool_)
+    # Where each example begins: after the examples before it, and the padding of the rows before
+    spare = np.cumsum(context_length - used) - (context_length - used)
+    starts = np.cumsum(lengths[order]) - lengths[order] + spare[row_of[order]]
+    for number, start in zip(order.tolist(), starts.tolist(), strict=True):
+        end = start + int(lengths[number])
+        input_ids[start:end] = examples[number]
+        loss_mask[start:end] = has_loss[number]
+    # The piece of padding comes behind the last example of its row.
+    ends = np.cumsum(np.bincount(row_of, minlength=num_rows))
+    doc_lengths = np.insert(lengths[order], ends[is_padded], (context_length - used)[is_padded])
+    splits = np.concatenate([[0], ends + np.cumsum(is_padded)]).astype(np.int64)
+    shape = num_rows, context_length
+    rows = Rows(input_ids.reshape(shape), doc_lengths, splits, loss_mask.reshape(shape))
+    return rows, int((context_length - used).sum())
+
+
+def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Return the number of the row that each document goes into, int64 [num_documents].
+
+    Documents are placed from the longest to the shortest, each into the row with the least space
+    that suffices, or into a new one (best-fit decreasing). Rows are numbered by their first
+    documents.
+    """
+    assert lengths.min(initial=1) > 0
+    assert lengths.max(initial=0) <= capacity
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0  # as bits: those for which there is a row
+    row_of = np.zeros(len(lengths), np.int64)
+    num_rows = 0
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[number])
+        suffice = spaces >> length
+        if suffice:
+            space = length + (suffice & -suffice).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                spaces ^= 1 << space
+        else:
+            space, row = capacity, num_rows
+            num_rows += 1
+        row_of[number] = row
+        if space > length:
+            by_space[space - length].append(row)
+            spaces |= 1 << (space - length)
+    first = np.full(num_rows, len(lengths), np.int64)
+    np.minimum.at(first, row_of, np.arange(len(lengths)))
+    return np.argsort(np.argsort(first))[row_of]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flame_composer.dataset.manifest import VERSION, Manifest, Split
+from flame_composer.dataset.manifest import VERSIONS, Kind, Manifest, Split
 from flame_composer.storage.files import dump_json, stat
 from flame_composer.text.sources import Slice, Unit, slice_files
 from flame_composer.text.tokenizer import TokenizerFingerprint
@@ -30,18 +30,19 @@ class Plan:
     context_length: int
     config: dict[str, Any]
     units: Sequence[Unit] | Mapping[int, Unit]
+    kind: Kind = "text"
 
 
-def plan_units(files: Sequence[str], unit_size: int) -> tuple[Unit, ...]:
+def plan_units(files: Sequence[str], unit_size: int, *, arrays: bool = False) -> tuple[Unit, ...]:
     """Return the files in order, grouped into work units of about `unit_size` bytes.
 
-    Large files are split. The units depend on the files alone (names, sizes, first bytes), never on
-    the number of workers.
+    Large files are split; with `arrays`, a file may hold one JSON array. The units depend on the
+    files alone (names, sizes, first bytes), never on the number of workers.
     """
     units: list[Unit] = []
     unit: list[Slice] = []
     num_bytes = 0
-    for part in slice_files(files, unit_size):
+    for part in slice_files(files, unit_size, arrays=arrays):
         if unit and num_bytes + part.num_bytes > unit_size:
             units.append(tuple(unit))
             unit, num_bytes = [], 0
@@ -56,14 +57,24 @@ def unit_name(number: int) -> str:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON values, with lists in place of tuples."""
-    return json.loads(dump_json({"version": VERSION, **dataclasses.asdict(plan)}))
+    content = {"version": VERSIONS[plan.kind], **dataclasses.asdict(plan)}
+    if plan.kind == "text":
+        del content["kind"]  # as such plans always were
+    return json.loads(dump_json(content))
 
 
 def plan_of(manifest: Manifest) -> dict[str, Any]:
     """Return the plan that a finished dataset was made by, as `plan_json` does."""
     units = tuple(record.inputs for record in manifest.units if record.name != TAIL)
     return plan_json(
-        Plan(manifest.split, manifest.tokenizer, manifest.context_length, manifest.config, units)
+        Plan(
+            manifest.split,
+            manifest.tokenizer,
+            manifest.context_length,
+            manifest.config,
+            units,
+            manifest.kind,
+        )
     )
 
 

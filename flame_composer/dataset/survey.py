@@ -118,6 +118,7 @@ def survey(
                     num_rows=file.rows,
                     context_length=dataset.manifest.context_length,
                     token_dtype=dataset.manifest.token_dtype,
+                    has_loss_mask=dataset.manifest.has_loss_mask,
                 )
                 lengths, counts = shard.count()
                 for row, within in wanted.get(number, []):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.dataset.manifest import Ledger, UnitRecord
+from flame_composer.dataset.manifest import Ledger, UnitRecord, record_json
 from flame_composer.dataset.mds import ShardWriter
-from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, shuffled
+from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, pack_whole, shuffled
 from flame_composer.dataset.plan import TAIL, unit_name
 from flame_composer.storage import files
 from flame_composer.storage.files import dump_json
+from flame_composer.text.loss_mask import Tokens
 from flame_composer.text.tokenizer import token_dtype
 
 if TYPE_CHECKING:
@@ -36,12 +37,21 @@ class UnitWriter:
         self.temporary = dataset.staging / f"{self.name}.{uuid.uuid4().hex}"
         self.final = files.join(dataset.out, "units", self.name)
         dtype = token_dtype(self.plan.tokenizer.vocab_size)
+        self.dtype = dtype
         self.tail = no_pieces(dtype)
         self.waiting = [no_pieces(dtype)]  # the unit's documents if a seed is to shuffle them
-        self.counts = {field.name: 0 for field in dataclasses.fields(Ledger)}
+        self.examples: list[Tokens] = []
+        self.counts = {
+            field.name: 0 for field in dataclasses.fields(Ledger) if field.name != "left_out"
+        }
+        self.left_out: dict[str, int] = {}
         self.hash = hashlib.blake2b(digest_size=16)
         self.mds = ShardWriter(
-            self.temporary, dtype, self.plan.context_length, self.plan.config["shard_size"]
+            self.temporary,
+            dtype,
+            self.plan.context_length,
+            self.plan.config["shard_size"],
+            has_loss_mask=self.plan.kind == "sft",
         )
 
     def write(self, tokens: NDArray[np.unsignedinteger], doc_lengths: NDArray[np.int64]) -> None:
@@ -71,12 +81,31 @@ class UnitWriter:
         self.mds.write(rows)
         self.counts["rows"] += len(rows)
 
+    def add_example(self, example: Tokens) -> None:
+        """Add an example, which is packed together with the others of the unit on `commit`."""
+        self.counts["documents"] += 1
+        self.counts["tokens_in"] += len(example.ids)
+        self.counts["loss_tokens"] += int(example.has_loss.sum())
+        self.examples.append(example)
+
+    def _pack_examples(self) -> None:
+        tokens = [example.ids for example in self.examples]
+        flags = [example.has_loss for example in self.examples]
+        padding = self.plan.config["padding_token"]
+        rows, self.counts["padding"] = pack_whole(
+            tokens, flags, self.plan.context_length, padding, self.dtype
+        )
+        self.mds.write(rows)
+        self.counts["rows"] += len(rows)
+
     def commit(self, encoder: str | None) -> UnitRecord:
         """Put the unit in its place, and return its record.
 
         `encoder` is the name of the encoder that made its tokens, None for the tail unit.
         """
-        if self.number is not None and self.plan.config["seed"] is not None:
+        if self.plan.kind == "sft":
+            self._pack_examples()
+        elif self.number is not None and self.plan.config["seed"] is not None:
             documents = shuffled(self.waiting, [self.plan.config["seed"], self.number])
             self._pack(documents.tokens, documents.doc_lengths)
         self.mds.flush()
@@ -87,7 +116,11 @@ class UnitWriter:
         self.counts["bytes"] = sum(shard["raw_data"]["bytes"] for shard in shards)
         inputs = () if self.number is None else self.plan.units[self.number]
         record = UnitRecord(
-            self.name, inputs, encoder, self.hash.hexdigest(), Ledger(**self.counts)
+            self.name,
+            inputs,
+            encoder,
+            self.hash.hexdigest(),
+            Ledger(**self.counts, left_out=dict(sorted(self.left_out.items()))),
         )
         assert record.ledger.balances, record
         if self.number is not None:
@@ -95,7 +128,7 @@ class UnitWriter:
         (self.temporary / "unit.json").write_bytes(
             dump_json(
                 {
-                    "record": dataclasses.asdict(record),
+                    "record": record_json(record, self.plan.kind),
                     "shards": shards,
                     "tail_doc_lengths": (
                         [] if self.number is None else self.tail.doc_lengths.tolist()

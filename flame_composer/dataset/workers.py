@@ -1,12 +1,11 @@
 """Conversion of work units by a pool of processes or by a Dask cluster.
 
-The units are handed out to workers, their progress and warnings are collected, and the death of a
+The units are handed out to workers, their progress and results are collected, and the death of a
 worker becomes an error.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import os
 import resource
@@ -16,18 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
-from typing import Any, Literal
+from typing import Any, Protocol
 
-from flame_composer.dataset.convert import EncoderMismatch, convert_unit
 from flame_composer.dataset.plan import unit_name
-from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import clean_streams
 from flame_composer.processes import can_have_processes, end_with_parent, ending_children
-from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
-from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 OnProgress = Callable[[int, int, int], None]
 
@@ -37,6 +31,7 @@ PRELOADED = [
     "flame_composer.fork_server",
     "flame_composer.config.cli",
     "flame_composer.config.convert",
+    "flame_composer.dataset.convert",
     "flame_composer.dataset.workers",
     "gigatoken",
     "tokenizers",
@@ -49,92 +44,37 @@ POLL_SECONDS = 0.5
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """The datasets to write, and how text is encoded for them.
+class Converter(Protocol):
+    """A converter of work units in the process that makes it."""
 
-    `encoder` is the name that `encoder.choose_encoder` returned.
-    """
+    def convert(self, inputs: Any, number: int, on_progress: OnProgress) -> Any:
+        """Do the work of unit `number`, and return its result, or None if there is none."""
 
-    datasets: tuple[DatasetWriter, ...]
-    tokenizer: BareTokenizer
-    add_bos: bool
-    add_eos: bool
-    encoder: str
-    on_mismatch: Literal["fail", "redo"]
-    on_error: Literal["fail", "skip"]
 
-    def settings(self) -> Conversion:
-        """Return what all units share: everything but the datasets, which hold every unit's inputs.
+class Job(Protocol):
+    """A job of one piece of work for each of a conversion's units."""
 
-        The datasets that one unit needs come from `unit`.
-        """
-        return dataclasses.replace(self, datasets=())
+    def settings(self) -> Job:
+        """Return what all units share, without what `inputs` gives."""
 
-    def unit(self, number: int) -> tuple[DatasetWriter, ...]:
-        """Return the datasets with only what unit `number` needs."""
-        return tuple(dataset.only(number) for dataset in self.datasets)
+    def inputs(self, number: int) -> Any:
+        """Return what the work of unit `number` needs besides the settings."""
 
     def num_bytes(self, number: int) -> int:
         """Return the size of a unit's input in bytes."""
-        return sum(part.num_bytes for part in self.datasets[0].plan.units[number])
 
-
-class UnitConverter:
-    """A converter of units in the process that makes it, where it builds the encoders once."""
-
-    def __init__(self, conversion: Conversion):
-        self.conversion = conversion
-        ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
-        self.exact: Encoder = build_encoder(conversion.tokenizer, **ends)
-        require_installed(conversion.encoder)
-        self.fast = (
-            None
-            if conversion.encoder == HF
-            else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
-        )
-
-    def convert(
-        self, datasets: Sequence[DatasetWriter], number: int, on_progress: OnProgress
-    ) -> str | None:
-        """Convert and commit unit `number`, and return a warning or None.
-
-        The warning says that the unit had to be converted again with the slower encoder.
-        """
-        conversion = self.conversion
-        common = (datasets, number)
-        if self.fast is None:
-            convert_unit(*common, self.exact, conversion.on_error, on_progress)
-            return None
-        try:
-            convert_unit(
-                *common,
-                self.fast,
-                conversion.on_error,
-                on_progress,
-                encoder=conversion.encoder,
-                reference=self.exact,
-            )
-        except EncoderMismatch as mismatch:
-            if conversion.on_mismatch == "fail":
-                raise DataError(
-                    f"{mismatch} between {conversion.encoder} and {HF}; set encoder=auto or hf"
-                ) from None
-            convert_unit(*common, self.exact, conversion.on_error, on_progress)
-            return (
-                f"{mismatch} between {conversion.encoder} and {HF}; this unit was encoded with {HF}"
-            )
-        return None
+    def build_converter(self) -> Converter:
+        """Return a converter, which may take seconds to make."""
 
 
 def convert_units(
-    conversion: Conversion,
+    job: Job,
     numbers: Sequence[int],
     num_workers: int,
     on_progress: OnProgress,
     cluster: str | None = None,
-) -> Iterator[str]:
-    """Convert and commit the units `numbers`, in any order, and yield warnings.
+) -> Iterator[Any]:
+    """Convert the units `numbers`, in any order, and yield the results that are not None.
 
     They are converted by `num_workers` processes or, with `cluster`, the address of a Dask
     scheduler, by its workers. Without a cluster, a single unit is converted in this process if it
@@ -147,30 +87,28 @@ def convert_units(
     Raises DataError if a process dies, ConfigError if the cluster cannot be used.
     """
     if cluster is not None:
-        yield from _convert_on_cluster(conversion, numbers, cluster, on_progress)
+        yield from _convert_on_cluster(job, numbers, cluster, on_progress)
         return
     if not numbers:
         return
-    if len(numbers) > 1 or any(conversion.num_bytes(number) > SMALL_INPUT for number in numbers):
+    if len(numbers) > 1 or any(job.num_bytes(number) > SMALL_INPUT for number in numbers):
         if can_have_processes():
-            yield from _convert_on_pool(
-                conversion, numbers, min(num_workers, len(numbers)), on_progress
-            )
+            yield from _convert_on_pool(job, numbers, min(num_workers, len(numbers)), on_progress)
             return
         yield (
             "worker processes need a writable /dev/shm, which this machine does not have;"
             " converting in this process"
         )
-    converter = UnitConverter(conversion)
+    converter = job.build_converter()
     for number in numbers:
-        warning = converter.convert(conversion.datasets, number, on_progress)
-        if warning is not None:
-            yield warning
+        result = converter.convert(job.inputs(number), number, on_progress)
+        if result is not None:
+            yield result
 
 
 def _convert_on_cluster(
-    conversion: Conversion, numbers: Sequence[int], cluster: str, on_progress: OnProgress
-) -> Iterator[str]:
+    job: Job, numbers: Sequence[int], cluster: str, on_progress: OnProgress
+) -> Iterator[Any]:
     try:
         from distributed import Client, KilledWorker
     except ImportError:
@@ -187,17 +125,17 @@ def _convert_on_cluster(
     with client:
         executor = client.get_executor()
         # Sent once to each worker, not once with each unit
-        sent = client.scatter(conversion.settings(), hash=False)
+        sent = client.scatter(job.settings(), hash=False)
         futures = {
-            executor.submit(_convert_alone, sent, conversion.unit(number), number): number
+            executor.submit(_convert_alone, sent, job.inputs(number), number): number
             for number in numbers
         }
         try:
             for future in as_completed(futures):
-                warning, news = future.result()
+                result, news = future.result()
                 on_progress(*news)
-                if warning is not None:
-                    yield warning
+                if result is not None:
+                    yield result
         except KilledWorker:
             raise DataError(
                 f"{cluster}: workers died again and again while they converted unit"
@@ -216,23 +154,23 @@ class _Lane:
     leaves (python/cpython#115634).
     """
 
-    def __init__(self, conversion: Conversion):
-        self.conversion = conversion
+    def __init__(self, job: Job):
+        self.job = job
         # Documents, tokens and bytes so far; only the worker process writes them
         self.counts = RawArray("q", 3)
         self.reported = [0, 0, 0]
         self.num_bytes = 0  # input bytes given to the worker process
         self.executor: ProcessPoolExecutor | None = None
 
-    def submit(self, number: int) -> Future[tuple[str | None, int]]:
+    def submit(self, number: int) -> Future[tuple[Any, int]]:
         if self.executor is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOADED)
             self.executor = ProcessPoolExecutor(
-                1, context, _start, (self.conversion.settings(), self.counts)
+                1, context, _start, (self.job.settings(), self.counts)
             )
-        self.num_bytes += self.conversion.num_bytes(number)
-        return self.executor.submit(_convert, self.conversion.unit(number), number)
+        self.num_bytes += self.job.num_bytes(number)
+        return self.executor.submit(_convert, self.job.inputs(number), number)
 
     def news(self) -> list[int]:
         """Return the documents, tokens and bytes counted since the last call."""
@@ -253,12 +191,12 @@ class _Lane:
 
 
 def _convert_on_pool(
-    conversion: Conversion, numbers: Sequence[int], num_workers: int, on_progress: OnProgress
-) -> Iterator[str]:
+    job: Job, numbers: Sequence[int], num_workers: int, on_progress: OnProgress
+) -> Iterator[Any]:
     waiting = iter(numbers)
-    idle = [_Lane(conversion) for _ in range(num_workers)]
+    idle = [_Lane(job) for _ in range(num_workers)]
     lanes = tuple(idle)
-    busy: dict[Future[tuple[str | None, int]], tuple[_Lane, int]] = {}
+    busy: dict[Future[tuple[Any, int]], tuple[_Lane, int]] = {}
     with _closing(lanes):
         while True:
             while idle and (number := next(waiting, None)) is not None:
@@ -273,7 +211,7 @@ def _convert_on_pool(
             for future in done:
                 lane, number = busy.pop(future)
                 try:
-                    warning, memory = future.result()
+                    result, memory = future.result()
                 except BrokenProcessPool:
                     raise DataError(
                         f"a worker process died while it converted unit {unit_name(number)} (short"
@@ -282,8 +220,8 @@ def _convert_on_pool(
                     ) from None
                 lane.renew(memory)
                 idle.append(lane)
-                if warning is not None:
-                    yield warning
+                if result is not None:
+                    yield result
 
 
 @contextmanager
@@ -303,20 +241,18 @@ def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
 _thread = threading.local()
 
 
-def _convert_alone(
-    conversion: Conversion, datasets: Sequence[DatasetWriter], number: int
-) -> tuple[str | None, list[int]]:
-    """Convert a unit; return a warning or None, and its number of documents, tokens and bytes."""
+def _convert_alone(job: Job, inputs: Any, number: int) -> tuple[Any, list[int]]:
+    """Convert a unit; return its result, and its number of documents, tokens and bytes."""
     # A worker already runs as many of these threads as it may use cores
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if getattr(_thread, "conversion", None) is not conversion:
-        _thread.conversion, _thread.converter = conversion, UnitConverter(conversion)
+    if getattr(_thread, "job", None) is not job:
+        _thread.job, _thread.converter = job, job.build_converter()
     counts = [0, 0, 0]
 
     def on_progress(*news: int) -> None:
         counts[:] = (total + count for total, count in zip(counts, news, strict=True))
 
-    return _thread.converter.convert(datasets, number, on_progress), counts
+    return _thread.converter.convert(inputs, number, on_progress), counts
 
 
 # In a process of the pool
@@ -325,24 +261,24 @@ def _convert_alone(
 _worker: dict[str, Any] = {}
 
 
-def _start(conversion: Conversion, counts: Any) -> None:
+def _start(job: Job, counts: Any) -> None:
     end_with_parent()
     clean_streams()
     # One core for each worker; the encoders read these when they start their first thread.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    _worker.update(conversion=conversion, counts=counts)
+    _worker.update(job=job, counts=counts)
 
 
-def _convert(datasets: Sequence[DatasetWriter], number: int) -> tuple[str | None, int]:
-    """Convert a unit; return a warning or None, and this process's peak memory in bytes."""
+def _convert(inputs: Any, number: int) -> tuple[Any, int]:
+    """Convert a unit; return its result, and this process's peak memory in bytes."""
     if "converter" not in _worker:
-        _worker["converter"] = UnitConverter(_worker["conversion"])
+        _worker["converter"] = _worker["job"].build_converter()
     counts = _worker["counts"]
 
     def on_progress(*news: int) -> None:
         for i, count in enumerate(news):
             counts[i] += count
 
-    warning = _worker["converter"].convert(datasets, number, on_progress)
+    result = _worker["converter"].convert(inputs, number, on_progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return warning, peak if sys.platform == "darwin" else peak << 10
+    return result, peak if sys.platform == "darwin" else peak << 10

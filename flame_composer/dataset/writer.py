@@ -4,6 +4,7 @@
     out/manifest.json       see `Manifest`
     out/units/000000/       one work unit: shard.00000.mds ..., unit.json, and the rest in tail.npy
     out/units/tail/         the rows made of the units' tails, in unit order
+    out/left_out.jsonl      of tuning data: the examples that were left out, also in each unit
     out/plan.json, out/tmp/ only while a conversion is unfinished
 
 An object store holds the same files, but no tmp/. A unit is made in a temporary local folder
@@ -24,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flame_composer.dataset.manifest import (
-    VERSION,
+    VERSIONS,
     Ledger,
     Manifest,
     damaged,
+    manifest_json,
     parse_record,
     read_json,
     read_manifest,
@@ -62,7 +63,10 @@ from flame_composer.storage.folders import (
 )
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.encoder import HF
+from flame_composer.text.examples import REASONS
 from flame_composer.text.tokenizer import token_dtype
+
+LEFT_OUT = "left_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,11 @@ class DatasetWriter:
         order = [names[number] for number in self._unit_order()]
         tails = files.each(lambda name: files.read(self._place("units", name, "tail.npy")), order)
         lengths = [np.array(units[name]["tail_doc_lengths"], np.int64) for name in order]
-        self._write_tail([np.load(io.BytesIO(tail)) for tail in tails], lengths)
+        pieces = [
+            Pieces(np.load(io.BytesIO(tail)), each)
+            for tail, each in zip(tails, lengths, strict=True)
+        ]
+        self._write_tail([piece for piece in pieces if len(piece.tokens)])
         units[TAIL] = self._read_unit(TAIL)
 
         shards = [
@@ -206,10 +214,14 @@ class DatasetWriter:
             for name in (*order, TAIL)
             for shard in units[name]["shards"]
         ]
+        left_out_files = (
+            [("units", name, LEFT_OUT) for name in order] if self.plan.kind == "sft" else []
+        )
         self._delete_others(
             {f"units/{name}/unit.json" for name in units}
             | {f"units/{name}/tail.npy" for name in names}
             | {shard["raw_data"]["basename"] for shard in shards}
+            | {"/".join(name) for name in left_out_files}
         )
         records = tuple(
             parse_record(unit["record"], self._place("units", name)) for name, unit in units.items()
@@ -218,7 +230,7 @@ class DatasetWriter:
         self._check_totals(totals)
         index = index_json(shards)
         manifest = Manifest(
-            version=VERSION,
+            version=VERSIONS[self.plan.kind],
             split=self.plan.split,
             tokenizer=self.plan.tokenizer,
             context_length=self.plan.context_length,
@@ -227,19 +239,23 @@ class DatasetWriter:
             units=records,
             totals=totals,
             index_sha256=hashlib.sha256(index).hexdigest(),
+            kind=self.plan.kind,
         )
-        files.write(self._place("manifest.json"), dump_json(dataclasses.asdict(manifest)))
+        if self.plan.kind == "sft":
+            left_out = files.each(lambda name: files.read(self._place(*name)), left_out_files)
+            files.write(self._place(LEFT_OUT), b"".join(left_out))
+        files.write(self._place("manifest.json"), dump_json(manifest_json(manifest)))
         files.write(self._place("index.json"), index)
         self._clean()
         return manifest
 
-    def _write_tail(self, tails: list[NDArray[Any]], doc_lengths: list[NDArray[np.int64]]) -> None:
+    def _write_tail(self, tails: list[Pieces]) -> None:
         """Write the tail unit, made of the tokens that filled no row of their own unit."""
         files.retract_folder(self._place("units", TAIL), "unit.json")
         writer = UnitWriter(self, None)
         try:
-            for tokens, lengths in zip(tails, doc_lengths, strict=True):
-                writer.carry(Pieces(tokens, lengths))
+            for tail in tails:
+                writer.carry(tail)
             writer.commit(None)
         except BaseException:
             writer.discard()
@@ -251,9 +267,15 @@ class DatasetWriter:
         assert totals.carried_in == totals.carried_out, totals
         assert totals.tokens_out == totals.rows * self.plan.context_length, totals
         if totals.documents == 0:
+            what = "documents" if self.plan.kind == "text" else "examples"
+            left_out = "".join(
+                f", {count} left out: {REASONS[reason]}"
+                for reason, count in totals.left_out.items()
+            )
             raise DataError(
-                f"{self.out}: no documents for the {self.plan.split} split "
-                f"({totals.documents_skipped} skipped); check source, or raise val_fraction"
+                f"{self.out}: no {what} for the {self.plan.split} split "
+                f"({totals.documents_skipped} skipped{left_out}); check source, or raise"
+                " val_fraction"
             )
         if totals.rows == 0:
             raise DataError(
@@ -264,7 +286,8 @@ class DatasetWriter:
 
     def _unit_order(self) -> list[int]:
         """Return the unit numbers in the dataset's order: shuffled if there is a seed."""
-        seed, number = self.plan.config["seed"], len(self.plan.units)
+        number = len(self.plan.units)
+        seed = self.plan.config["seed"] if self.plan.kind == "text" else None
         return (
             list(range(number))
             if seed is None
@@ -297,10 +320,17 @@ class DatasetWriter:
         here = plan_json(self.plan)
         if (
             not isinstance(there, dict)
-            or there.keys() != here.keys()
+            or there.keys() - {"kind"} != here.keys() - {"kind"}
             or not isinstance(there["config"], dict)
         ):
             raise damaged(self.out, "it holds no plan this version can read")
+        if there["version"] != here["version"]:
+            kinds = {number: kind for kind, number in VERSIONS.items()}
+            raise ConfigError(
+                f"out: {self.out}: holds a conversion of another kind"
+                f" ({kinds.get(there['version'], 'unknown')} there, {self.plan.kind} now); name"
+                " another out, or remove this folder"
+            )
         flat = []
         for plan in (there, here):
             # Plans made before documents had a size limit do not record one.

@@ -9,11 +9,12 @@ import multiprocessing.util
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from composer.core import DataSpec, Evaluator, Event, State
+from composer.core.data_spec import default_split_batch
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming.base.util import bytes_to_int
@@ -195,7 +196,28 @@ def build_train_loader(
         # Otherwise every new epoch would draw from the global random state, which the model uses.
         generator=torch.Generator(),
     )
-    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+    has_masks = any(dataset.manifest.has_loss_mask for dataset in datasets.values())
+    return DataSpec(
+        loader,
+        get_num_tokens_in_batch=count_tokens,
+        split_batch=split_noting_void if has_masks else None,
+    )
+
+
+def split_noting_void(batch: Batch, microbatch_size: int | float) -> Sequence[Batch]:
+    """Return the batch in microbatches; if no rank has a token with loss, they say so (`is_void`).
+
+    Composer divides by the number of those tokens.
+    """
+    parts = default_split_batch(batch, microbatch_size)
+    number = torch.tensor(sum(count_tokens(part)["loss_generating"] for part in parts))
+    if torch.cuda.is_available():
+        number = number.cuda()
+    dist.all_reduce(number)
+    if not number.item():
+        for part in parts:
+            part["is_void"] = torch.ones(len(part["input_ids"]), dtype=torch.bool)
+    return parts
 
 
 def follow_parent(_worker_id: int) -> None:

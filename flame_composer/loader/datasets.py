@@ -11,6 +11,7 @@ from flame_composer.config.data import DataConfig
 from flame_composer.dataset.open import Dataset, check_shards, check_tokenizer, open_dataset
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.loader.cache import fetch_index
+from flame_composer.text.chat import with_template
 from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.text.tokenizer import fingerprint
 
@@ -108,11 +109,35 @@ def begin_as_documents(
     Checkpoints, exports and tasks use this tokenizer. If the manifests do not say how documents
     begin, `tokenizer` is returned unchanged. A warning is logged if the streams of a mixture
     differ, or if documents began otherwise when `pretrained`, the model to start from, was trained.
+
+    Tuning data says nothing about documents: they begin as when `pretrained` was trained. But the
+    tokenizer gets the chat template of its examples.
     """
     ends = {
         f"train_data{name and f'.streams.{name}'}": dataset.manifest.ends
         for name, dataset in datasets.items()
+        if dataset.manifest.kind == "text"
     }
     before = {f"model.pretrained={pretrained}": ends_in(pretrained)} if pretrained else {}
-    chosen = choose_ends(ends, before)
-    return tokenizer if chosen is None else with_ends(tokenizer, chosen)
+    chosen = (
+        choose_ends(ends, before)
+        if ends
+        else next(filter(None, (*before.values(), ends_of(tokenizer))), None)
+    )
+    made = tokenizer if chosen is None else with_ends(tokenizer, chosen)
+    templates = {
+        f"train_data{name and f'.streams.{name}'}": dataset.manifest.template
+        for name, dataset in datasets.items()
+        if dataset.manifest.template is not None
+    }
+    return with_template(made, templates) if templates else made
+
+
+def require_apart(dataset: Dataset, *, varlen: bool) -> None:
+    """Raise InvalidField unless the examples of tuning data are kept apart."""
+    if dataset.manifest.kind == "sft" and not varlen:
+        raise InvalidField(
+            "varlen",
+            f"must be true: {dataset.place} holds examples to tune on, which must not see one"
+            " another",
+        )

@@ -70,7 +70,10 @@ class Shards(Stream):
 
         Upstream would read index.json once more.
         """
-        form = column_form(self.dataset.manifest.token_dtype, self.dataset.manifest.context_length)
+        manifest = self.dataset.manifest
+        form = column_form(
+            manifest.token_dtype, manifest.context_length, has_loss_mask=manifest.has_loss_mask
+        )
         return [
             ShardReader(
                 self.local,
@@ -191,6 +194,7 @@ class Shards(Stream):
             num_rows=file.rows,
             context_length=manifest.context_length,
             token_dtype=manifest.token_dtype,
+            has_loss_mask=manifest.has_loss_mask,
         ).count()
 
     def _note(self, file: ShardFile, path: Path, moved_to: Path | None = None) -> None:

@@ -126,11 +126,17 @@ class ShardReader(MDSReader):
     def context_length(self) -> int:
         return int(self.column_encodings[1].split(":")[2])
 
+    @property
+    def has_loss_mask(self) -> bool:
+        return len(self.column_encodings) > 2
+
     def get_item(self, idx: int) -> dict[str, Any]:
         path = f"{self.dirname}/{self.raw_data.basename}"
         row = self.opened.read(path, self.samples, idx, self.whole)
         try:
-            return decode_row(row, self.dtype, self.context_length)
+            return decode_row(
+                row, self.dtype, self.context_length, has_loss_mask=self.has_loss_mask
+            )
         except (ValueError, IndexError):
             # The file was checked, so it has been written to without a change of its times, which
             # is possible through a memory map

@@ -16,7 +16,7 @@ from streaming.base.world import World
 from flame_composer.config.data import StreamConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.dataset.manifest import (
-    VERSION,
+    VERSIONS,
     Ledger,
     Manifest,
 )
@@ -175,7 +175,7 @@ def _imagine(config: PlanConfig, folder: Path) -> Dataset:
         bytes=num_rows * row_bytes,
     )
     manifest = Manifest(
-        VERSION,
+        VERSIONS["text"],
         "train",
         TokenizerFingerprint("", vocab_size, None, None),
         config.context_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from flame_composer.text.formats import UTF8_BOM, other_kind
 from flame_composer.text.jsonl import InvalidRecord, columns, kind_of, text_of
 from flame_composer.text.sources import Slice, slice_files
 from flame_composer.text.unpacking import BLOCK, Compression, line_at, open_input, skip_line
+
+T = TypeVar("T")
 
 # Larger than real documents. The limit bounds memory: encoders take up to 180 bytes for each byte
 # of a text that cannot be cut.
@@ -97,7 +99,8 @@ def sample_texts(
             yield document.text
 
 
-def _open_part(part: Slice) -> AbstractContextManager[BinaryIO]:
+def open_part(part: Slice) -> AbstractContextManager[BinaryIO]:
+    """Open the file of a slice, for reading its decompressed content."""
     # Reading a small part must not fetch the many bytes after it.
     block_size = min(8 << 20, part.num_bytes + 65536)
     return open_input(part.path, part.compression, part.version, block_size)
@@ -106,7 +109,7 @@ def _open_part(part: Slice) -> AbstractContextManager[BinaryIO]:
 def _read_text(
     part: Slice, on_damage: Callable[[DataError], None], max_bytes: int
 ) -> Iterator[Document]:
-    with _open_part(part) as file:
+    with open_part(part) as file:
         data = bytearray()
         while len(data) <= max_bytes and (block := file.read(BLOCK)):
             data += block
@@ -125,8 +128,25 @@ def _read_text(
 def _read_jsonl(
     part: Slice, text_column: str, on_damage: Callable[[DataError], None], max_bytes: int
 ) -> Iterator[Document]:
+    for text, position in read_lines(
+        part, lambda line: text_of(line, text_column), on_damage, max_bytes
+    ):
+        yield Document(text, part.path, position)
+
+
+def read_lines(
+    part: Slice,
+    parse: Callable[[bytes | bytearray], T],
+    on_damage: Callable[[DataError], None],
+    max_bytes: int,
+) -> Iterator[tuple[T, int]]:
+    """Yield what `parse` makes of each line of a slice of JSON lines, and the line's position.
+
+    Empty lines are passed over. `on_damage` is called for a line that is longer than `max_bytes`,
+    and for one about which `parse` raises InvalidRecord.
+    """
     end = None if part.compression is not None else part.end
-    with _open_part(part) as file:
+    with open_part(part) as file:
         position = part.start
         if position > 0:
             file.seek(position - 1)
@@ -148,12 +168,12 @@ def _read_jsonl(
                 line = line.removeprefix(UTF8_BOM)
             if line and not line.isspace():
                 try:
-                    text = text_of(line, text_column)
+                    found = parse(line)
                 except InvalidRecord as error:
                     on_damage(DamagedRecord(part.path, start, part.compression, str(error)))
                 else:
                     del line
-                    yield Document(text, part.path, start)
+                    yield found, start
             position += length
 
 

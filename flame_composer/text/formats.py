@@ -12,7 +12,7 @@ from flame_composer.storage import files
 from flame_composer.text.jsonl import InvalidRecord, parse
 from flame_composer.text.unpacking import Compression, open_input, reading
 
-Format = Literal["jsonl", "parquet", "text", "dataset"]
+Format = Literal["jsonl", "json", "parquet", "text", "dataset"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -115,8 +115,10 @@ def format_by_suffix(path: str) -> Format:
     return "jsonl" if inner == ".json" else FORMATS.get(inner, "text")
 
 
-def detect(path: str, size: int) -> Kind:
+def detect(path: str, size: int, *, arrays: bool = False) -> Kind:
     """Return the format and compression of a file, from its name and its first bytes.
+
+    With `arrays`, a file may also hold one JSON array of records (format "json").
 
     Unmistakable bytes (compression, Parquet) are believed whatever the name says. Between JSON
     lines and plain text the name decides if it says anything, and the bytes only if it does not.
@@ -145,11 +147,11 @@ def detect(path: str, size: int) -> Kind:
             start = file.read(START)
         if PARQUET.match(start) or TAR.match(start):
             raise _unreadable_archive(path)
-    form, more = _format(path, name, start)
+    form, more = _format(path, name, start, arrays)
     return Kind(form, compression, "; ".join(filter(None, (doubt, more))))
 
 
-def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
+def _format(path: str, name: Name, start: bytes, arrays: bool) -> tuple[Format, str]:
     """Return the format of a file, and how its name disagrees ("" if it does not).
 
     `start` holds the file's first bytes, decompressed.
@@ -161,6 +163,8 @@ def _format(path: str, name: Name, start: bytes) -> tuple[Format, str]:
             "" if agrees else f"{_said(name)}, but is Parquet by its first bytes, and is read so",
         )
     shape = _shape(start)
+    if arrays and shape == "array" and name.format in ("json", "other", None):
+        return "json", ""
     if name.format == "parquet":
         if shape != "lines":
             return "parquet", ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flame_composer.errors import ConfigError, DataError
@@ -54,11 +54,11 @@ def read_texts(
         return  # a file without rows may have any column types, so do not check them
     _check_column(path, file.schema_arrow, text_column)
     row = sum(num_rows[: groups.start])
-    for value in _values(path, file, groups, text_column, row):
+    for value in _values(path, file, groups, [text_column], row):
         row += 1
         place = f"{path}: row {row}: column '{text_column}'"
         try:
-            text = value.as_py()
+            (text,) = (each.as_py() for each in value)
         except UnicodeDecodeError as error:
             on_damage(
                 DataError(
@@ -79,10 +79,7 @@ def _check_column(path: str, schema: Any, text_column: str) -> None:
     if not found:
         raise DataError(f"{path}: no column '{text_column}'; {columns(schema.names)}")
     if len(found) > 1:
-        raise ConfigError(
-            f"source: {path}: has {len(found)} columns named '{text_column}'; write it again with a"
-            " name for each, or name another column with text_column=..."
-        )
+        raise _doubled(path, text_column, len(found), "text_column")
     kind = schema.field(found[0]).type
     value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = (
@@ -98,14 +95,57 @@ def _check_column(path: str, schema: Any, text_column: str) -> None:
         )
 
 
-def _values(path: str, file: Any, groups: range, text_column: str, row: int) -> Iterator[Any]:
+def read_rows(
+    path: str,
+    version: str | None,
+    groups: range,
+    columns: Sequence[str],
+    on_damage: Callable[[DataError], None],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the values of each row in these row groups.
+
+    Only those of `columns` are read that the file has. Rows are numbered from 1 in the whole file.
+    `on_damage` is called for a row whose text is not UTF-8. Raises DataError if the file is
+    damaged, ConfigError if several of its columns have one of these names.
+    """
+    file = open_parquet(path, version)
+    names = file.schema_arrow.names
+    found = [name for name in columns if name in names]
+    for name in found:
+        if names.count(name) > 1:
+            raise _doubled(path, name, names.count(name), "columns")
+    row = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+    for values in _values(path, file, groups, found, row):
+        row += 1
+        try:
+            yield row, dict(zip(found, (each.as_py() for each in values), strict=True))
+        except UnicodeDecodeError as error:
+            on_damage(
+                DataError(
+                    f"{path}: row {row}: is not valid UTF-8 at byte {error.start} of a value; mend"
+                    " or remove the row"
+                )
+            )
+
+
+def _doubled(path: str, name: str, count: int, key: str) -> ConfigError:
+    return ConfigError(
+        f"source: {path}: has {count} columns named '{name}'; write it again with a name for each,"
+        f" or name another column with {key}=..."
+    )
+
+
+def _values(
+    path: str, file: Any, groups: range, columns: Sequence[str], row: int
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of these columns in each row of the groups; `row` rows come before them."""
     import pyarrow as pa
 
     for group in groups:
         about = file.metadata.row_group(group)
         long = about.total_byte_size // max(about.num_rows, 1)
         size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(long, 1)))
-        batches = file.iter_batches(batch_size=size, row_groups=[group], columns=[text_column])
+        batches = file.iter_batches(batch_size=size, row_groups=[group], columns=columns)
         while True:
             try:
                 batch = next(batches, None)
@@ -116,4 +156,4 @@ def _values(path: str, file: Any, groups: range, text_column: str, row: int) -> 
             if batch is None:
                 break
             row += len(batch)
-            yield from batch.column(text_column)
+            yield from zip(*map(batch.column, columns), strict=True)

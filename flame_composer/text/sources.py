@@ -34,9 +34,9 @@ class Slice:
     """A part of one input file.
 
     `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row
-    groups in Parquet and shards in a dataset. Plain text and compressed files are one slice, from
-    0 to the file's size. `num_bytes` is the slice's share of the file's size. `version` identifies
-    the content of a file in an object store, such as its ETag.
+    groups in Parquet and shards in a dataset. Plain text, JSON arrays and compressed files are one
+    slice, from 0 to the file's size. `num_bytes` is the slice's share of the file's size.
+    `version` identifies the content of a file in an object store, such as its ETag.
     """
 
     path: str
@@ -158,7 +158,7 @@ def slice_file(path: str, max_bytes: int) -> list[Slice]:
     return _slices(path, max_bytes)[0]
 
 
-def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
+def _slices(path: str, max_bytes: int, arrays: bool = False) -> tuple[list[Slice], str]:
     """Return the slices of a file, and the doubt about its format ("" if there is none)."""
     if hub.is_dataset(path):
         num_shards = hub.open_source(path).num_shards
@@ -169,7 +169,7 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
     if stat is None:
         raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
     size, version = stat.size, stat.version
-    kind, compression, doubt = detect(path, size)
+    kind, compression, doubt = detect(path, size, arrays=arrays)
     if kind == "jsonl" and compression is None:
         starts = range(0, size, max_bytes)
         sizes = [min(max_bytes, size - start) for start in starts]
@@ -190,12 +190,13 @@ def _slices(path: str, max_bytes: int) -> tuple[list[Slice], str]:
     return [Slice(path, kind, 0, size, size, version, compression)], doubt
 
 
-def slice_files(paths: Sequence[str], max_bytes: int) -> list[Slice]:
+def slice_files(paths: Sequence[str], max_bytes: int, *, arrays: bool = False) -> list[Slice]:
     """Return the slices of all files in order, and warn where a file's name and bytes disagree.
 
-    Files in an object store are looked at many at a time.
+    With `arrays`, a file may hold one JSON array of records. Files in an object store are looked at
+    many at a time.
     """
-    slices = functools.partial(_slices, max_bytes=max_bytes)
+    slices = functools.partial(_slices, max_bytes=max_bytes, arrays=arrays)
     each = files.each(slices, paths) if any(map(is_url, paths)) else map(slices, paths)
     found: list[Slice] = []
     doubts: dict[str, list[str]] = {}

@@ -28,7 +28,12 @@ from flame_composer.checkpoint.save import (
 from flame_composer.config.train import RunPlan, TrainConfig
 from flame_composer.dataset.open import Dataset
 from flame_composer.loader.batches import build_evaluator, build_train_loader, describe_order
-from flame_composer.loader.datasets import begin_as_documents, open_for_model, open_train_data
+from flame_composer.loader.datasets import (
+    begin_as_documents,
+    open_for_model,
+    open_train_data,
+    require_apart,
+)
 from flame_composer.model.build import build_or_load
 from flame_composer.model.causal_lm import CausalLM, check_microbatch_size
 from flame_composer.model.hf_config import new_hf_config
@@ -218,6 +223,8 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     sets = open_train_data(
         config.train_data, tokenizer=tokenizer, context_length=config.context_length
     )
+    for dataset in sets.values():
+        require_apart(dataset, varlen=config.varlen)
     tokenizer = begin_as_documents(tokenizer, sets, pretrained=config.model.pretrained)
     batches: dict[str, int] = {"global_batch_size": config.global_batch_size, "seed": config.seed}
     loader = build_train_loader(sets, config.train_data, **batches)
@@ -238,6 +245,7 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
         tokenizer=data.tokenizer,
         context_length=config.context_length,
     )
+    require_apart(rows, varlen=config.varlen)
     due = every(data.plan.eval_interval, data.plan.total)
     batch_size = config.eval_batch_size or config.microbatch_size
     assert isinstance(batch_size, int)  # the configuration requires it

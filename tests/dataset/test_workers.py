@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from flame_composer.dataset import workers
+from flame_composer.dataset.convert import Conversion
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.plan import Plan, plan_units
-from flame_composer.dataset.workers import Conversion, convert_units
+from flame_composer.dataset.workers import convert_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files

@@ -1,0 +1,344 @@
+"""The conversion of examples: those of a unit are read, masked, packed and committed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from flame_composer.dataset.convert import (
+    SAMPLE,
+    EncoderMismatch,
+    check_encoder,
+    document_hash,
+    split_of,
+)
+from flame_composer.dataset.examples import Example, OnError, read_examples
+from flame_composer.dataset.manifest import Split
+from flame_composer.dataset.unit import UnitWriter
+from flame_composer.dataset.workers import OnProgress
+from flame_composer.dataset.writer import LEFT_OUT, DatasetWriter
+from flame_composer.errors import DataError
+from flame_composer.storage.folders import explained
+from flame_composer.text.chat import Message, Template
+from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
+from flame_composer.text.examples import Conversation, Form, LeftOut, hash_of, prompt_of
+from flame_composer.text.loss_mask import Masker, Tokens, TrainOn
+from flame_composer.text.records import Record
+from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
+
+BATCH_CHARACTERS = 1 << 20  # characters of examples that are encoded together
+BEGINS = 80  # characters of a left-out example that are shown
+
+TooLong = Literal["fail", "drop", "cut_prompt"]
+
+
+class UnitInputs(NamedTuple):
+    """The inputs that one unit needs.
+
+    They are the datasets to write it to, the form of its records, and the examples to leave out, by
+    their number in the unit.
+    """
+
+    datasets: tuple[DatasetWriter, ...]
+    form: Form
+    left_out: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A job that converts examples into the units of one dataset or, with a split, of two.
+
+    `forms` and `left_out` are by the number of a unit. `stop` is the token that ends an answer, and
+    `encoder` the name that `encoder.choose_encoder` returned.
+    """
+
+    datasets: tuple[DatasetWriter, ...]
+    forms: Sequence[Form]
+    left_out: Mapping[int, Mapping[int, str]]
+    tokenizer: BareTokenizer
+    template: Template
+    stop: int
+    train_on: TrainOn
+    too_long: TooLong
+    encoder: str
+    on_mismatch: Literal["fail", "redo"]
+    on_error: OnError
+
+    def settings(self) -> Tuning:
+        """Return what all units share."""
+        return dataclasses.replace(self, datasets=(), forms=(), left_out={})
+
+    def inputs(self, number: int) -> UnitInputs:
+        """Return what unit `number` needs besides the settings."""
+        datasets = tuple(dataset.only(number) for dataset in self.datasets)
+        left_out = self.left_out.get(number, {})
+        return UnitInputs(datasets, self.forms[number], left_out)
+
+    def num_bytes(self, number: int) -> int:
+        """Return the size of a unit's input in bytes."""
+        return sum(part.num_bytes for part in self.datasets[0].plan.units[number])
+
+    def build_converter(self) -> TuningConverter:
+        """Return a converter of units, with the encoders it needs."""
+        return TuningConverter(self)
+
+
+class TuningConverter:
+    """A converter of units of examples in the process that makes it."""
+
+    def __init__(self, job: Tuning):
+        self.job = job
+        self.exact: Encoder = build_encoder(job.tokenizer, add_bos=False, add_eos=False)
+        require_installed(job.encoder)
+        self.fast = (
+            None
+            if job.encoder == HF
+            else build_fast_encoder(job.tokenizer, self.exact, add_bos=False, add_eos=False)
+        )
+        self.masker = Masker(
+            job.template, job.tokenizer, self.exact, stop=job.stop, train_on=job.train_on
+        )
+
+    def convert(self, inputs: UnitInputs, number: int, on_progress: OnProgress) -> str | None:
+        """Convert and commit unit `number`, and return a warning or None.
+
+        The warning says that the unit had to be converted again with the slower encoder.
+        """
+        if self.fast is None:
+            self._convert(inputs, number, on_progress, self.exact, HF)
+            return None
+        place = f"{inputs.datasets[0].plan.units[number][0].path}, unit {number}"
+        try:
+            checked = _checked(self.fast, self.exact, place)
+            self._convert(inputs, number, on_progress, checked, self.job.encoder)
+        except EncoderMismatch as mismatch:
+            found = f"{mismatch} between {self.job.encoder} and {HF}"
+            if self.job.on_mismatch == "fail":
+                raise DataError(f"{found}; set encoder=auto or hf") from None
+            self._convert(inputs, number, on_progress, self.exact, HF)
+            return f"{found}; this unit was encoded with {HF}"
+        return None
+
+    def _convert(
+        self,
+        inputs: UnitInputs,
+        number: int,
+        on_progress: OnProgress,
+        encode: Encoder,
+        encoder: str,
+    ) -> None:
+        with explained(" and ".join(dataset.out for dataset in inputs.datasets)):
+            missing = [each for each in inputs.datasets if not each.is_committed(number)]
+            if not missing:
+                return
+            self.masker.encode = encode
+            unit = _Unit(missing, number, self.masker, self.job.too_long, on_progress)
+            try:
+                unit.read(inputs.form, inputs.left_out, self.job.on_error)
+                for split, writer in unit.writers.items():
+                    unit.write_left_out(split)
+                    writer.commit(encoder)
+            except BaseException as error:
+                unit.discard()
+                if isinstance(error, MemoryError):
+                    raise DataError(
+                        f"{unit.place}: there is not enough memory; give fewer num_workers or a"
+                        " smaller unit_size, and run the same command again"
+                    ) from None
+                raise
+
+
+def _checked(fast: Encoder, exact: Encoder, place: str) -> Encoder:
+    """Return an encoder that compares `fast` with `exact` on the first text and a sample of others.
+
+    It raises EncoderMismatch where they differ.
+    """
+    is_first = True
+
+    def encode(texts: Sequence[str]) -> Any:
+        nonlocal is_first
+        sample = [text for text in texts if is_first or document_hash(text)[-1] % SAMPLE == 0]
+        check_encoder(fast, exact, sample[:1] if is_first else sample, place)
+        is_first = is_first and not texts
+        return fast(texts)
+
+    return encode
+
+
+class _Unit:
+    """A work unit being written to the datasets that lack it."""
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetWriter],
+        number: int,
+        masker: Masker,
+        too_long: TooLong,
+        on_progress: Callable[[int, int, int], None],
+    ):
+        self.plan = datasets[0].plan
+        self.parts = self.plan.units[number]
+        self.place = f"{self.parts[0].path}, unit {number}"
+        self.masker, self.too_long, self.on_progress = masker, too_long, on_progress
+        self.writers: dict[Split, UnitWriter] = {
+            each.plan.split: UnitWriter(each, number) for each in datasets
+        }
+        self._lines: dict[Split, list[str]] = {split: [] for split in self.writers}
+        self._waiting: list[tuple[Split, Record, Conversation]] = []
+        self._num_characters = 0
+        self._reported = [0, 0, 0]
+        pattern = self.masker.special
+        self._has_special = pattern.search if pattern is not None else lambda _: None
+
+    def read(self, form: Form, left_out: Mapping[int, str], on_error: OnError) -> None:
+        """Read the unit's examples, and hand their tokens to the writer of each split."""
+        skipped = 0
+
+        def skip(error: DataError) -> None:
+            nonlocal skipped
+            if on_error == "fail":
+                raise error
+            skipped += 1
+
+        number = 0
+        for example in read_examples(
+            self.parts, form, skip, self.plan.config["max_document_bytes"]
+        ):
+            if isinstance(example.found, LeftOut):
+                self._leave_out(self._rest, example.record, example.found)
+                continue
+            self._take(example, left_out.get(number, None))
+            number += 1
+        self._write_batch()
+        self._report(0, 0, sum(part.num_bytes for part in self.parts))
+        if self._rest in self.writers:
+            self.writers[self._rest].counts["documents_skipped"] = skipped
+
+    @property
+    def _rest(self) -> Split:
+        """The split that counts what has no conversation, and so no hash to choose a split by."""
+        return "train" if self.plan.config["val_fraction"] else self.plan.split
+
+    def _take(self, example: Example, reason: str | None) -> None:
+        conversation = example.found
+        assert not isinstance(conversation, LeftOut)
+        fraction = self.plan.config["val_fraction"]
+        split = self.plan.split
+        if fraction:
+            split = split_of(hash_of(prompt_of(conversation)), fraction)
+        if split not in self.writers:
+            return
+        if reason is not None:
+            self._leave_out(split, example.record, LeftOut(reason))
+            return
+        for message in conversation:
+            if found := self._has_special(message.content):
+                detail = f"the {message.role}'s has {found[0]}"
+                self._leave_out(split, example.record, LeftOut("special_token", detail))
+                return
+        self._waiting.append((split, example.record, conversation))
+        self._num_characters += sum(len(message.content) for message in conversation)
+        if self._num_characters >= BATCH_CHARACTERS:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        tokens = self.masker.tokens_of([conversation for _, _, conversation in self._waiting])
+        num_tokens = 0
+        for (split, record, conversation), found in zip(self._waiting, tokens, strict=True):
+            writer, fitting = self.writers[split], found
+            if isinstance(found, Tokens) and len(found.ids) > self.plan.context_length:
+                fitting = self._shortened(conversation, found, record)
+                if isinstance(fitting, Tokens):
+                    writer.counts["documents_cut"] += 1
+                else:
+                    writer.counts["tokens_in"] += len(found.ids)
+                    writer.counts["dropped"] += len(found.ids)
+            if isinstance(fitting, LeftOut):
+                self._leave_out(split, record, fitting)
+                continue
+            writer.hash.update(hash_of(conversation))
+            writer.add_example(fitting)
+            num_tokens += len(fitting.ids)
+        self._report(len(self._waiting), num_tokens, 0)
+        self._waiting.clear()
+        self._num_characters = 0
+
+    def _shortened(
+        self, conversation: Conversation, tokens: Tokens, record: Record
+    ) -> Tokens | LeftOut:
+        """Return an example that is too long with its prompts cut, or why it is left out."""
+        limit = self.plan.context_length
+        detail = f"{len(tokens.ids):,} tokens"
+        if self.too_long == "fail":
+            raise DataError(
+                f"{record.path}: the example at {_where(record)} has {detail}, more than"
+                f" context_length={limit:,}; set too_long=drop or cut_prompt, or give longer rows"
+            )
+        if self.too_long == "drop":
+            return LeftOut("too_long", detail)
+        found = cut_prompts(conversation, limit, self.masker)
+        return (
+            LeftOut("too_long", f"{detail}, even with its prompts cut") if found is None else found
+        )
+
+    def _leave_out(self, split: Split, record: Record, problem: LeftOut) -> None:
+        if split not in self.writers:
+            return
+        counts = self.writers[split].left_out
+        counts[problem.reason] = (counts.get(problem.reason, 0)) + 1
+        begins = json.dumps(record.values, ensure_ascii=False, default=str)[:BEGINS]
+        line = {
+            "path": record.path,
+            "position": record.position,
+            "reason": problem.reason,
+            "detail": problem.detail,
+            "begins": begins,
+        }
+        self._lines[split].append(json.dumps(line, ensure_ascii=True) + "\n")
+
+    def write_left_out(self, split: Split) -> None:
+        """Write the file of the examples that were left out beside the unit's shards."""
+        path = Path(self.writers[split].temporary, LEFT_OUT)
+        path.write_text("".join(self._lines[split]), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Delete what was written for the unit, and take back the progress reported for it."""
+        self._report(*(-count for count in self._reported))
+        for writer in self.writers.values():
+            writer.discard()
+
+    def _report(self, *counts: int) -> None:
+        self._reported = [sum(pair) for pair in zip(self._reported, counts, strict=True)]
+        self.on_progress(*counts)
+
+
+def _where(record: Record) -> str:
+    """Return words for the place of a record in its file."""
+    return f"position {record.position:,}"
+
+
+def cut_prompts(conversation: Conversation, limit: int, masker: Masker) -> Tokens | None:
+    """Return an example of at most `limit` tokens whose prompts are cut at their ends.
+
+    All prompts are cut to the same number of characters, the largest that makes the example fit.
+    System prompts and answers stay whole. None if the example does not fit even so.
+    """
+    longest = max(len(each.content) for each in conversation if each.role == "user")
+    low, high = 0, longest  # a length that fits, or 0, and one that does not
+    best: Tokens | None = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        shorter: list[Message] = [
+            each._replace(content=each.content[:middle]) if each.role == "user" else each
+            for each in conversation
+        ]
+        (found,) = masker.tokens_of([shorter])
+        if isinstance(found, Tokens) and len(found.ids) <= limit:
+            low, best = middle, found
+        else:
+            high = middle
+    return best

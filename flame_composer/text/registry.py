@@ -1,0 +1,168 @@
+"""LLaMA-Factory's registry of datasets, dataset_info.json, read as it is.
+
+It is data, not code: entries that would run a script are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flame_composer.errors import ConfigError
+from flame_composer.storage import files
+from flame_composer.text.examples import TAGS, Form, FormatName, form_of
+from flame_composer.text.hub import address
+
+FORMATS: dict[str, FormatName] = {
+    "alpaca": "alpaca",
+    "sharegpt": "sharegpt",
+    "openai": "messages",
+}
+OFFERED = [
+    "file_name",
+    "hf_hub_url",
+    "cloud_file_name",
+    "formatting",
+    "subset",
+    "split",
+    "columns",
+    "tags",
+]
+# Keys that LLaMA-Factory knows and that are not offered here, with the reason.
+NOT_OFFERED = {
+    "ms_hub_url": "only files and datasets of the Hugging Face hub are read",
+    "om_hub_url": "only files and datasets of the Hugging Face hub are read",
+    "script_url": "a script that comes with data is never run",
+    "ranking": "preference data is not offered",
+    "folder": "it is not offered; name the files with file_name",
+    "num_samples": "it is not offered: every example is taken",
+}
+NOT_OFFERED_COLUMNS = {
+    "tools": "tool calls are not offered",
+    "images": "only text is trained on",
+    "videos": "only text is trained on",
+    "audios": "only text is trained on",
+    "chosen": "preference data is not offered",
+    "rejected": "preference data is not offered",
+    "kto_tag": "preference data is not offered",
+}
+NOT_OFFERED_TAGS = {
+    "observation": "tool calls are not offered",
+    "function": "tool calls are not offered",
+}
+
+
+class Listed(NamedTuple):
+    """A dataset that a registry lists: its files, folders or addresses, and their form."""
+
+    name: str
+    source: str
+    is_hub: bool
+    form: Form
+
+
+def read_registry(path: str, names: Sequence[str]) -> list[Listed]:
+    """Return the datasets called `names` in the registry at `path`, a file or its folder.
+
+    Raise ConfigError if there is no such registry or dataset, and for a key that is unknown or not
+    offered.
+    """
+    file = Path(path, "dataset_info.json") if os.path.isdir(path) else Path(path)
+    try:
+        content = json.loads(files.read_small(file))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"registry: {file}: cannot be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"registry: {file}: must hold a JSON object with an entry per dataset")
+    found = []
+    for name in names:
+        if name not in content:
+            hint = _did_you_mean(name, content)
+            raise ConfigError(f"datasets: {file} lists no {name}{hint}")
+        found.append(_listed(name, content[name], file))
+    return found
+
+
+def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), 1)
+    listed = ", ".join(list(known)[:12])
+    return f"; did you mean {nearest[0]}?" if nearest else f"; there are {listed}"
+
+
+def _listed(name: str, entry: Any, file: Path) -> Listed:
+    place = f"registry: {file}: {name}: "
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{place}must be a JSON object")
+    _check_keys(entry, OFFERED, NOT_OFFERED, place)
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in FORMATS:
+        raise ConfigError(f"{place}formatting: must be {', '.join(FORMATS)}, not {formatting!r}")
+    given = {kind: _section(entry, kind, place) for kind in ("columns", "tags")}
+    columns = {key: value for key, value in given["columns"].items() if value is not None}
+    tags = {
+        key.removesuffix("_tag"): value for key, value in given["tags"].items() if value is not None
+    }
+    known_tags = [f"{tag}_tag" for tag in TAGS["sharegpt"]]
+    for kind, refused in (("columns", NOT_OFFERED_COLUMNS), ("tags", NOT_OFFERED_TAGS)):
+        for key, value in (columns if kind == "columns" else tags).items():
+            if key in refused:
+                raise ConfigError(f"{place}{kind}.{key}={value}: {refused[key]}")
+    for key in given["tags"]:
+        if key.removesuffix("_tag") not in TAGS["sharegpt"] or not key.endswith("_tag"):
+            raise ConfigError(f"{place}tags.{key}: unknown key{_did_you_mean(key, known_tags)}")
+    if not columns and formatting == "alpaca":
+        # As LLaMA-Factory has it: the other columns are read only if the registry names them
+        columns = {"prompt": "instruction", "query": "?input", "response": "output"}
+    form = form_of(FORMATS[formatting], columns, tags, place)
+    return Listed(name, *_source(entry, file, place), form)
+
+
+def _check_keys(
+    entry: Mapping[str, Any], offered: Sequence[str], refused: Mapping[str, str], place: str
+) -> None:
+    for key, value in entry.items():
+        if key in refused:
+            if value in (None, False):
+                continue
+            raise ConfigError(f"{place}{key}={value}: {refused[key]}")
+        if key not in offered:
+            raise ConfigError(f"{place}{key}: unknown key{_did_you_mean(key, offered)}")
+
+
+def _section(entry: Mapping[str, Any], kind: str, place: str) -> dict[str, Any]:
+    section = entry.get(kind, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{place}{kind}: must be a JSON object")
+    return section
+
+
+def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool]:
+    """Return the source of an entry, and whether it is a dataset of the Hugging Face hub."""
+    for key in ("hf_hub_url", "cloud_file_name", "file_name", "subset", "split"):
+        if key in entry and entry[key] is not None and not isinstance(entry[key], str):
+            raise ConfigError(f"{place}{key}: must be a string")
+    texts = {key: value for key, value in entry.items() if isinstance(value, str)}
+    if "hf_hub_url" in texts:
+        subset = texts.get("subset")
+        split = texts.get("split", "train")
+        return address(texts["hf_hub_url"], subset, split), True
+    for key in ("subset", "split"):
+        if key in texts and texts[key] != "train":
+            raise ConfigError(f"{place}{key}: goes with hf_hub_url; files have no {key}")
+    if "cloud_file_name" in texts:
+        return texts["cloud_file_name"], False
+    if "file_name" not in texts:
+        raise ConfigError(f"{place}file_name: must be set, or hf_hub_url")
+    path = os.path.normpath(os.path.join(file.parent, texts["file_name"]))
+    folder = os.path.join(os.path.realpath(file.parent), "")
+    if not os.path.realpath(path).startswith(folder):
+        raise ConfigError(
+            f"{place}file_name={texts['file_name']}: lies outside of the registry's folder; give it"
+            " as source"
+        )
+    return path, False
