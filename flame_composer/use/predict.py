@@ -18,10 +18,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.use import PredictConfig
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.dataset.open import Dataset
+from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.storage.folders import locked
 from flame_composer.storage.local import appearing, open_own
-from flame_composer.use.generate import build_sampling, continue_ids, in_batches, stop_ids
+from flame_composer.use.generate import build_sampling, continue_ids, ends_of_answers, in_batches
 
 PREDICTIONS, SETTINGS, METRICS = "predictions.jsonl", "settings.json", "metrics.json"
 MOST_IN_SETTINGS = 1 << 20  # bytes; a real file has a few hundred
@@ -70,6 +71,14 @@ def samples_in(
             if first > begin:
                 prompt, label = input_ids[begin:first].tolist(), input_ids[first:after].tolist()
                 yield Sample(row, piece, turn, prompt, label)
+
+
+def require_tuning_data(dataset: Dataset) -> None:
+    """Raise InvalidField unless the dataset holds examples, whose rows say what carries loss."""
+    if not dataset.manifest.has_loss_mask:
+        raise InvalidField(
+            "data", f"must be made by convert/to_sft.py: {dataset.place} holds text without answers"
+        )
 
 
 def samples_of(rows: Iterable[Mapping[str, NDArray[Any]]], *, turns: str) -> Iterator[Sample]:
@@ -237,7 +246,7 @@ def predict(
     as a whole, so that the file is the same however often it was begun. Raise DataError if there is
     no sample, or the file has other lines than these samples.
     """
-    stop = stop_ids(model, tokenizer)
+    stop = ends_of_answers(model, tokenizer)
     sampling = build_answer_sampling(config, tokenizer, stop)
     done, count = len(predictions.lines), 0
     with tqdm(total=num_rows, unit="row", disable=None) as bar:
@@ -258,7 +267,10 @@ def predict(
             bar.update(batch[-1].row - bar.n)
         bar.update(num_rows - bar.n)
     if count == 0:
-        raise DataError("data: no example has both a prompt and an answer; choose other data")
+        raise DataError(
+            "data: no example has an answer after a prompt without loss; convert the examples with"
+            " train_on=all or train_on=last"
+        )
     if count < done:
         raise DataError(
             f"{predictions.path}: holds {done:,} answers to {count:,} prompts; delete the folder,"

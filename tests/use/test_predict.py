@@ -22,7 +22,7 @@ from flame_composer.config.use import PredictConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
-from flame_composer.use.generate import continue_ids, stop_ids
+from flame_composer.use.generate import continue_ids, ends_of_answers
 from flame_composer.use.predict import (
     PREDICTIONS,
     SETTINGS,
@@ -123,7 +123,7 @@ def answer(
 ) -> bytes:
     config = config_of(out, *keys)
     tokenizer = byte_tokenizer()
-    settings = settings_of(config, model, data=data, stop=stop_ids(model, tokenizer))
+    settings = settings_of(config, model, data=data, stop=ends_of_answers(model, tokenizer))
     with open_predictions(config.out, settings) as predictions:
         predict(
             model,
@@ -170,7 +170,7 @@ def test_the_end_tokens_of_the_model_end_answers(model: PreTrainedModel, tmp_pat
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = [third, "no token", -1, 10**9, True]
     try:
-        assert stop_ids(model, tokenizer) == sorted({0, third})
+        assert ends_of_answers(model, tokenizer) == sorted({0, third})
         (cut,) = lines_of(answer(model, tmp_path / "cut", of=samples(1)))
     finally:
         model.generation_config.eos_token_id = before
@@ -322,7 +322,7 @@ def test_two_at_once_are_refused(model: PreTrainedModel, tmp_path: Path) -> None
 
 
 def test_no_example_to_answer(model: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^data: no example has both a prompt and an answer"):
+    with pytest.raises(DataError, match=r"^data: no example has an answer after a prompt"):
         answer(model, tmp_path, of=[])
 
 
