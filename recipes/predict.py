@@ -28,6 +28,7 @@ def main(config: PredictConfig) -> None:
         METRICS,
         open_predictions,
         predict,
+        require_free,
         require_tuning_data,
         samples_of,
         settings_of,
@@ -35,6 +36,7 @@ def main(config: PredictConfig) -> None:
 
     listen_to_signals()  # importing Composer replaced the handlers
     dist.initialize_dist(get_device())
+    require_free(config.out)
     model, tokenizer = load_model(config.model)
     dataset = open_for_model(config.data.local, config.data.remote, tokenizer=tokenizer)
     require_tuning_data(dataset)

@@ -77,7 +77,8 @@ def require_tuning_data(dataset: Dataset) -> None:
     """Raise InvalidField unless the dataset holds examples, whose rows say what carries loss."""
     if not dataset.manifest.has_loss_mask:
         raise InvalidField(
-            "data", f"must be made by convert/to_sft.py: {dataset.place} holds text without answers"
+            "data.local" if dataset.remote is None else "data.remote",
+            "must be a tuning dataset, made by convert/to_sft.py; it holds text without answers",
         )
 
 
@@ -161,6 +162,7 @@ def open_predictions(out: str, settings: dict[str, Any]) -> Iterator[Predictions
                     f"out={out}: another process writes answers there; wait for its end, or choose"
                     " another folder"
                 )
+            require_free(out)
             require_same(out, settings)
             if not (folder / SETTINGS).exists():
                 with appearing(str(folder / SETTINGS)) as new:
@@ -175,15 +177,27 @@ def open_predictions(out: str, settings: dict[str, Any]) -> Iterator[Predictions
         yield predictions
 
 
+def require_free(out: str) -> None:
+    """Raise ConfigError if the folder `out` holds files, but no answers."""
+    try:
+        there = sorted(os.listdir(out))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"out={out}: cannot be written to: {error.strerror}; choose another folder"
+        ) from None
+    others = [name for name in there if name != f"{SETTINGS}.tmp"]  # a kill may have left that
+    if others and SETTINGS not in others:
+        raise ConfigError(
+            f"out={out}: holds {others[0]}, but no {SETTINGS} of answers; choose another folder"
+        )
+
+
 def require_same(out: str, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the folder `out` records other settings, or holds other files."""
+    """Raise ConfigError if the folder `out` holds answers made with other settings."""
     path = Path(out, SETTINGS)
     if not path.exists():
-        there = sorted(set(os.listdir(out)) - {f"{SETTINGS}.tmp"})  # a kill may have left that
-        if there:
-            raise ConfigError(
-                f"out={out}: holds {there[0]}, but no {SETTINGS} of answers; choose another folder"
-            )
         return
     try:
         with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
