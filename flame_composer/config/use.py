@@ -110,17 +110,23 @@ class EvaluateConfig(ScriptConfig):
             "must be set together with plot",
         )
         require_tasks(self)
+        self._check_tasks()
         require(
-            self.task_path is None or bool(self.tasks),
-            "tasks",
-            "must be set together with task_path",
+            self.max_length is None or self.max_length > 1,
+            "max_length",
+            "must be 2 tokens or more, or null",
         )
-        require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
-        require(
-            not self.apply_chat_template or bool(self.tasks),
-            "tasks",
-            "must be set with apply_chat_template",
-        )
+
+    def _check_tasks(self) -> None:
+        needs_tasks = {
+            "task_path": self.task_path is not None,
+            "add_bos": self.add_bos is not None,
+            "apply_chat_template": self.apply_chat_template,
+            "system_instruction": self.system_instruction is not None,
+        }
+        for name, is_set in needs_tasks.items():
+            rule = f"must be set together with {name}"
+            require(bool(self.tasks) or not is_set, "tasks", rule)
         require(
             self.add_bos is None or not self.apply_chat_template,
             "add_bos",
@@ -132,19 +138,9 @@ class EvaluateConfig(ScriptConfig):
             "must be true without apply_chat_template",
         )
         require(
-            self.system_instruction is None or bool(self.tasks),
-            "tasks",
-            "must be set with system_instruction",
-        )
-        require(
             self.task_limit is None or self.task_limit > 0,
             "task_limit",
             "must be a positive number, or null",
-        )
-        require(
-            self.max_length is None or self.max_length > 1,
-            "max_length",
-            "must be 2 tokens or more, or null",
         )
 
 

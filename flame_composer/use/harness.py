@@ -52,7 +52,7 @@ class Chat(NamedTuple):
 
 def build_chat(config: EvaluateConfig) -> Chat:
     """Return how `config` wants questions to become conversations."""
-    return Chat(*(getattr(config, name) for name in Chat._fields))
+    return Chat(config.apply_chat_template, config.fewshot_as_multiturn, config.system_instruction)
 
 
 class HarnessModel(HFLM):

@@ -221,15 +221,19 @@ def settings_of(
 
     `seed`, `top_p` and `top_k` change nothing where the likeliest token is taken.
     """
-    names = ["turns", "batch_size", "max_new_tokens", "temperature", "max_examples"]
-    if config.temperature > 0:
-        names += ["top_p", "top_k", "seed"]
-    return {
+    settings = {
         "model": fingerprint_of(model),
         "data": data,
         "stop_ids": stop,
-        **{name: getattr(config, name) for name in names},
+        "turns": config.turns,
+        "batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "max_examples": config.max_examples,
+        "temperature": config.temperature,
     }
+    if config.temperature > 0:
+        settings |= {"top_p": config.top_p, "top_k": config.top_k, "seed": config.seed}
+    return settings
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:

@@ -472,9 +472,7 @@ def test_wrong_data_and_models(tuning: Tuning, corpus: Corpus, tmp_path: Path) -
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").write_text("")
     wrong = {
-        f"data.local={corpus.val}": (
-            f"command line: data.local={corpus.val}: must be a tuning dataset, made by convert/to_sft"
-        ),
+        f"data.local={corpus.val}": f"command line: data.local={corpus.val}: must be a tuning data",
         f"data.local={tmp_path}": f"{tmp_path}: no dataset made by convert/to_",
         f"data.local={tmp_path / 'none'}": f"{tmp_path / 'none'}: no such folder",
         f"model={tmp_path / 'none'}": f"{tmp_path / 'none'}: ",
