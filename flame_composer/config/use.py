@@ -118,15 +118,15 @@ class EvaluateConfig(ScriptConfig):
         )
 
     def _check_tasks(self) -> None:
-        needs_tasks = {
-            "task_path": self.task_path is not None,
-            "add_bos": self.add_bos is not None,
-            "apply_chat_template": self.apply_chat_template,
-            "system_instruction": self.system_instruction is not None,
-        }
-        for name, is_set in needs_tasks.items():
-            rule = f"must be set together with {name}"
-            require(bool(self.tasks) or not is_set, "tasks", rule)
+        require(
+            self.task_path is None or bool(self.tasks),
+            "tasks",
+            "must be set together with task_path",
+        )
+        require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
+        rule = "needs tasks"
+        require(not self.apply_chat_template or bool(self.tasks), "apply_chat_template", rule)
+        require(self.system_instruction is None or bool(self.tasks), "system_instruction", rule)
         require(
             self.add_bos is None or not self.apply_chat_template,
             "add_bos",

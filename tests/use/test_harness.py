@@ -291,8 +291,8 @@ def test_chat_templates_that_are_refused(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("apply_chat_template=true data.local=d", "must be set together with apply_chat_template"),
-        ("system_instruction=x data.local=d", "must be set together with system_instruction"),
+        ("apply_chat_template=true data.local=d", "apply_chat_template=true: needs tasks"),
+        ("system_instruction=x data.local=d", "system_instruction=x: needs tasks"),
         ("fewshot_as_multiturn=false tasks=choice", "must be true without apply_chat_template"),
         (
             "apply_chat_template=true add_bos=true tasks=choice",
