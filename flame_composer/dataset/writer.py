@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from flame_composer.dataset.ledger import Ledger
 from flame_composer.dataset.manifest import (
     VERSIONS,
-    Ledger,
     Manifest,
     damaged,
     manifest_json,

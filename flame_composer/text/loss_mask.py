@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.text.chat import Message, Template, TemplateRefuses
+from flame_composer.text.chat import ChatTemplate, Message, TemplateRefuses
 from flame_composer.text.examples import LeftOut
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, explained_failure, plain_copy
 
@@ -46,7 +46,7 @@ class Masker:
 
     def __init__(
         self,
-        template: Template,
+        template: ChatTemplate,
         tokenizer: BareTokenizer,
         encode: Encoder,
         *,
@@ -72,7 +72,8 @@ class Masker:
                 plans.append(problem)
                 continue
             plans.append((len(texts), turns))
-            texts += [text, *(turn.prompt for turn in turns if self._is_compared(turn))]  # type: ignore[list-item]
+            texts.append(text)
+            texts += [turn.prompt or "" for turn in turns if self._is_compared(turn)]
         tokens, lengths = self.encode(texts)
         ends = np.cumsum(lengths)
         found: list[Tokens | LeftOut] = []

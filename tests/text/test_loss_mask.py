@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer.text.chat import Message, Template, load_template, require_stop
+from flame_composer.text.chat import ChatTemplate, Message, load_template, require_stop
+from flame_composer.text.dataset_info import read_registry
 from flame_composer.text.examples import LeftOut, conversation_of
 from flame_composer.text.jsonl import InvalidRecord
 from flame_composer.text.loss_mask import Masker, Tokens, surfaces_of
-from flame_composer.text.registry import read_registry
 from flame_composer.text.tokenizer import bare, build_encoder, load_tokenizer
 from tests.data_fixtures import byte_tokenizer
 
@@ -77,10 +77,10 @@ def masker_for(template: str, tokenizer_name: str, train_on: str) -> Masker:
     return build_masker(found, tokenizer, train_on)
 
 
-def build_masker(template: Template, tokenizer: Any, train_on: str = "all") -> Masker:
+def build_masker(template: ChatTemplate, tokenizer: Any, train_on: Any = "all") -> Masker:
     stop = require_stop(template, tokenizer, "a template")
     encode = build_encoder(bare(tokenizer), add_bos=False, add_eos=False)
-    return Masker(template, bare(tokenizer), encode, stop=stop, train_on=train_on)  # type: ignore[arg-type]
+    return Masker(template, bare(tokenizer), encode, stop=stop, train_on=train_on)
 
 
 def ours(case: dict[str, Any], form: Any, train_on: str) -> Tokens | str:
