@@ -1,4 +1,4 @@
-"""Configurations of evaluate.py, generate.py and report.py: their keys, defaults and rules."""
+"""Configurations of evaluate, generate, predict and report.py: their keys, defaults and rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from flame_composer.config.data import EvalDataConfig
+from flame_composer.config.data import EvalDataConfig, PlaceConfig
 from flame_composer.config.rules import (
     ScriptConfig,
     require,
@@ -69,6 +69,14 @@ class EvaluateConfig(ScriptConfig):
     """Begin the texts of tasks with the tokenizer's bos token; if not set, they begin as documents
     did in training.
     """
+    apply_chat_template: bool = False
+    """Ask the questions of tasks in conversations, written by the tokenizer's chat template."""
+    fewshot_as_multiturn: bool = True
+    """With apply_chat_template, show the examples before a question as turns of the conversation;
+    false puts all of them into the turn of the question.
+    """
+    system_instruction: str | None = None
+    """Text that comes before each question of a task, in conversations as the system's message."""
 
     def validate(self) -> None:
         require_text(self, "model", "tokenizer", "plot")
@@ -102,21 +110,37 @@ class EvaluateConfig(ScriptConfig):
             "must be set together with plot",
         )
         require_tasks(self)
+        self._check_tasks()
+        require(
+            self.max_length is None or self.max_length > 1,
+            "max_length",
+            "must be 2 tokens or more, or null",
+        )
+
+    def _check_tasks(self) -> None:
         require(
             self.task_path is None or bool(self.tasks),
             "tasks",
             "must be set together with task_path",
         )
         require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
+        rule = "needs tasks"
+        require(not self.apply_chat_template or bool(self.tasks), "apply_chat_template", rule)
+        require(self.system_instruction is None or bool(self.tasks), "system_instruction", rule)
+        require(
+            self.add_bos is None or not self.apply_chat_template,
+            "add_bos",
+            "must be null with apply_chat_template, which decides what texts begin with",
+        )
+        require(
+            self.fewshot_as_multiturn or self.apply_chat_template,
+            "fewshot_as_multiturn",
+            "must be true without apply_chat_template",
+        )
         require(
             self.task_limit is None or self.task_limit > 0,
             "task_limit",
             "must be a positive number, or null",
-        )
-        require(
-            self.max_length is None or self.max_length > 1,
-            "max_length",
-            "must be 2 tokens or more, or null",
         )
 
 
@@ -176,10 +200,64 @@ class GenerateConfig(ScriptConfig):
             "must be more than 0, and finite",
         )
         require("" not in self.stop, "stop", "must not hold an empty text")
-        require(self.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
-        require(0 <= self.temperature < math.inf, "temperature", "must be 0 or more, and finite")
-        require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
-        require(self.top_k >= 0, "top_k", "must be 0 or more")
+        require_sampling(self)
+
+
+@dataclass
+class PredictConfig(ScriptConfig):
+    """Have a model answer the examples of a tuning dataset, and score the answers."""
+
+    paths = ("model", "out")
+    goes_on = True
+
+    model: str = MISSING
+    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
+    newest is taken; local or in an object store.
+    """
+    data: PlaceConfig = field(default_factory=PlaceConfig)
+    """Tuning dataset with the examples to answer, e.g. its held-out split."""
+    out: str = MISSING
+    """Folder for predictions.jsonl and metrics.json. If it holds part of them, the same command
+    goes on from there.
+    """
+    turns: Literal["last", "all"] = "last"
+    """Turns of an example to answer: the last one that the loss was taken on in training, or all of
+    them, each after the true answers before it.
+    """
+    batch_size: int = 8
+    """Number of prompts that are answered together."""
+    max_new_tokens: int = 512
+    """Largest number of tokens of an answer."""
+    temperature: float = 0.0
+    """Temperature of the sampling; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Total probability of the likeliest tokens, from which the next one is sampled."""
+    top_k: int = 0
+    """Number of likeliest tokens from which the next one is sampled; 0 for no such limit."""
+    max_examples: int | None = None
+    """Number of answers to write, from the beginning of the dataset; all if not set."""
+    seed: int = 42
+    """Seed of the sampling."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "out")
+        require("://" not in self.out, "out", "must be a local folder")
+        require_seed(self.seed, "seed")
+        require(self.batch_size > 0, "batch_size", "must be a positive number of prompts")
+        require_sampling(self)
+        require(
+            self.max_examples is None or self.max_examples > 0,
+            "max_examples",
+            "must be a positive number of answers, or null",
+        )
+
+
+def require_sampling(config: GenerateConfig | PredictConfig) -> None:
+    """Raise InvalidField for a bad `max_new_tokens`, `temperature`, `top_p` or `top_k`."""
+    require(config.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
+    require(0 <= config.temperature < math.inf, "temperature", "must be 0 or more, and finite")
+    require(0 < config.top_p <= 1, "top_p", "must be in (0, 1]")
+    require(config.top_k >= 0, "top_k", "must be 0 or more")
 
 
 @dataclass
