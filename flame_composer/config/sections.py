@@ -63,9 +63,8 @@ class LoraConfig:
         require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         require_text(self, "targets")
         require(len(self.targets) > 0, "targets", "must name a projection, or be default or all")
-        require(
-            len(set(self.targets)) == len(self.targets), "targets", "must not name one of them twice"
-        )
+        is_once = len(set(self.targets)) == len(self.targets)
+        require(is_once, "targets", "must not name one of them twice")
         require(
             len(self.targets) == 1 or not {"default", "all"} & set(self.targets),
             "targets",

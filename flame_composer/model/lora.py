@@ -29,7 +29,16 @@ NAME = "default"  # peft's name for the only adapter
 
 # Names of a block's part that mixes tokens, in the models of fla and transformers.
 _MIXERS = frozenset(
-    "attn self_attn attention self_attention linear_attn mixer mamba temporal_block".split()
+    [
+        "attn",
+        "self_attn",
+        "attention",
+        "self_attention",
+        "linear_attn",
+        "mixer",
+        "mamba",
+        "temporal_block",
+    ]
 )
 # Layers whose weights fla (0.5.2) reads without calling the layer, by model type: it would pass an
 # adapter by. (fla's MLPs do the same to down_proj, but can be told not to: see `add_adapters`.)
@@ -121,11 +130,7 @@ def _require_known(
     if found:
         return
     output = next(
-        (
-            name
-            for name, module in model.named_modules()
-            if module is model.get_output_embeddings()
-        ),
+        (name for name, module in model.named_modules() if module is model.get_output_embeddings()),
         "",
     )
     if ends_in(output, ending):
@@ -186,21 +191,14 @@ def add_adapters(model: PreTrainedModel, adapter: Adapter) -> None:
     fla's MLPs are told to call `down_proj` if that has an adapter, instead of computing it together
     with the activation. Raise ConfigError if peft is not installed.
     """
-    peft = _peft()
-    layers = projections(model)
-    settings: dict[str, Any] = {
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "target_modules": list(adapter.targets),
-        "fan_in_fan_out": any(isinstance(layers[name], Conv1D) for name in adapter.targets),
-    }
+    config = peft_config(adapter, model, adapter.targets)
     with warnings.catch_warnings():
         # Of layers that are set otherwise, in a model that has both kinds: peft corrects that.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
+        _peft().inject_adapter_in_model(config, model)
+    matrices = tuple(f".{matrix}.{NAME}.weight" for matrix in ("lora_A", "lora_B"))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith((f".lora_A.{NAME}.weight", f".lora_B.{NAME}.weight")))
+        parameter.requires_grad_(name.endswith(matrices))
     if adapter.train_embeddings:
         for layer in embeddings_of(model).values():
             layer.requires_grad_(True)
@@ -222,6 +220,35 @@ def _peft() -> Any:
     import peft
 
     return peft
+
+
+def peft_config(
+    adapter: Adapter,
+    model: PreTrainedModel,
+    targets: Sequence[str],
+    whole: Sequence[str] = (),
+) -> Any:
+    """Return the adapter as peft's LoraConfig.
+
+    `targets` are names of layers, or their endings; `whole` are those that are trained whole.
+    """
+    layers: list[Any] = [model.get_submodule(name) for name in adapter.targets]
+    kinds = [type(getattr(layer, "base_layer", layer)) for layer in layers]
+    return _peft().LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=adapter.base.place,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(targets),
+        modules_to_save=endings_of(whole) or None,
+        fan_in_fan_out=Conv1D in kinds,
+    )
+
+
+def peft_defaults() -> dict[str, Any]:
+    """Return the keys of peft's adapter_config.json with their defaults."""
+    return dict(_peft().LoraConfig().to_dict())
 
 
 def embeddings_of(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -68,8 +68,8 @@ def announce(
     parameters, trained = count_parameters(state.model), count_trained(state.model)
     of_which = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     print(
-        f"{state.run_name}: {parameters / 1e6:.1f} M parameters{of_which} on {dist.get_world_size()} x"
-        f" {state.device.name}, {state.max_duration.value:,} steps; logs in {log_folder}",
+        f"{state.run_name}: {parameters / 1e6:.1f} M parameters{of_which} on"
+        f" {dist.get_world_size()} x {state.device.name}, {state.max_duration.value:,} steps; logs in {log_folder}",
         flush=True,
     )
     if resumed_from is not None:
