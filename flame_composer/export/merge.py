@@ -37,7 +37,7 @@ def merge(model: PreTrainedModel, place: str, *, dtype: str) -> list[str]:
     a logit by more than BOUND (times the largest logit, if that is above 1).
     """
     device = "cpu" if cpu.missing(model.config) is None else "cuda"
-    model.float().to(device).eval()
+    model.float().to(torch.device(device)).eval()  # type: ignore[arg-type]
     adapted = _logits(model)
     merge_adapters(model)
     merged = _logits(model)

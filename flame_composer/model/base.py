@@ -17,6 +17,15 @@ class Base(NamedTuple):
     sha256: str
 
 
+def _sha256(file: Path) -> str:
+    """Return the hash of a file's content, of which little is in memory at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def identify_base(path_or_id: str) -> Base:
     """Return the place and hash of a Hugging Face model, of which all weights are read.
 
@@ -27,9 +36,7 @@ def identify_base(path_or_id: str) -> Base:
     digest = hashlib.sha256()
     try:
         for file in sorted([folder / "config.json", *weight_files(folder)]):
-            with file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            digest.update(f"{found}  {file.name}\n".encode())
+            digest.update(f"{_sha256(file)}  {file.name}\n".encode())
     except OSError as error:
         raise ConfigError(f"{path_or_id}: cannot be read: {one_line(error)}") from None
     is_local = Path(path_or_id).is_dir()

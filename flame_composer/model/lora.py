@@ -154,7 +154,7 @@ def ends_in(name: str, ending: str) -> bool:
 
 def endings_of(names: Iterable[str]) -> list[str]:
     """Return the different last parts of names; a number comes with the part before it."""
-    endings = {}
+    endings: dict[str, None] = {}
     for name in names:
         *_, before, last = ["", *name.split(".")]
         endings[f"{before}.{last}" if last.isdigit() and before else last] = None

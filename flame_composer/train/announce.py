@@ -69,7 +69,8 @@ def announce(
     of_which = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     print(
         f"{state.run_name}: {parameters / 1e6:.1f} M parameters{of_which} on"
-        f" {dist.get_world_size()} x {state.device.name}, {state.max_duration.value:,} steps; logs in {log_folder}",
+        f" {dist.get_world_size()} x {state.device.name}, {state.max_duration.value:,} steps;"
+        f" logs in {log_folder}",
         flush=True,
     )
     if resumed_from is not None:
