@@ -28,17 +28,15 @@ from flame_composer.upstream.transformers import block_names
 NAME = "default"  # peft's name for the only adapter
 
 # Names of a block's part that mixes tokens, in the models of fla and transformers.
-_MIXERS = frozenset(
-    [
-        "attn",
-        "self_attn",
-        "attention",
-        "self_attention",
-        "linear_attn",
-        "mixer",
-        "mamba",
-        "temporal_block",
-    ]
+_MIXERS = (
+    "attn",
+    "self_attn",
+    "attention",
+    "self_attention",
+    "linear_attn",
+    "mixer",
+    "mamba",
+    "temporal_block",
 )
 # Layers whose weights fla (0.5.2) reads without calling the layer, by model type: it would pass an
 # adapter by. (fla's MLPs do the same to down_proj, but can be told not to: see `add_adapters`.)
