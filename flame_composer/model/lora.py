@@ -204,6 +204,7 @@ def add_adapters(model: PreTrainedModel, adapter: Adapter) -> None:
         if getattr(module, "fuse_swiglu", False) and _has_adapter(module, "down_proj"):
             module.fuse_swiglu = False  # type: ignore[assignment]
     through_onednn(model)
+    model.train(model.training)  # the adapters, too, whose dropout would otherwise be on
 
 
 def _has_adapter(module: nn.Module, name: str) -> bool:

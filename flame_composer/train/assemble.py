@@ -149,6 +149,8 @@ def check(config: TrainConfig) -> Parts:
     check_microbatch_size(config.microbatch_size)
     tokenizer = load_tokenizer(config.tokenizer)
     hf_config = new_hf_config(config.model, tokenizer, config.context_length)
+    if config.lora is not None:  # the targets, before the base is hashed and loaded
+        build_adapter(config.lora, build_or_load(config.model, hf_config, empty=True), Base("", ""))
     base = functools.cache(functools.partial(identify_base, config.model.pretrained or ""))
     needed = functools.cache(functools.partial(needed_by, config, hf_config, base))
     return Parts(tokenizer, hf_config, build_extensions(config), base, needed)
