@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ GLA = {
 }
 
 
-def make_base(folder: Path, tokenizer: Path, *, seed: int = 0, **keys: object) -> Path:
+def make_base(
+    folder: Path, tokenizer: Path, config: dict[str, Any] | None = None, *, seed: int = 0
+) -> Path:
     """A model of random weights in a Hugging Face folder."""
     torch.manual_seed(seed)
     tokens = load_tokenizer(str(tokenizer))
-    model = build_model(build_hf_config({**GLA, **keys}, tokens, 64))
+    model = build_model(build_hf_config(config or GLA, tokens, 64))
     save_hf_folder(model, tokens, folder, dtype="float32")
     return folder
 

@@ -7,8 +7,9 @@ place is looked up.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flame_composer.model.lora import (
     add_adapters,
     embeddings_of,
     ends_in,
+    is_tied,
     passed_by_in,
     peft_defaults,
     projections,
@@ -42,6 +44,7 @@ BASE_SHA256 = "base_sha256"  # the base's hash, in the header of WEIGHTS if we w
 # others must have peft's default, because they would change what the weights mean.
 _KEYS = (
     "base_model_name_or_path",
+    "ensure_weight_tying",
     "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
@@ -87,12 +90,12 @@ def adapter_of(content: Any, place: str) -> Adapter | None:
 def _require_sound(adapter: Adapter, place: str) -> None:
     """Raise DataError unless the numbers and names of an adapter can be those of one."""
     rank, alpha, dropout, targets, train_embeddings, base = adapter
-    numbers = all(type(each) in (int, float) for each in (alpha, dropout))
+    is_number, is_share = (type(each) in (int, float) for each in (alpha, dropout))
     is_place = isinstance(base.place, str) and 0 < len(base.place) <= MAX_PATH_BYTES
     for name, holds in (
         ("rank", type(rank) is int and 1 <= rank <= MOST_RANK),
-        ("alpha", numbers and 0 < alpha < math.inf),
-        ("dropout", numbers and 0 <= dropout < 1),
+        ("alpha", is_number and 0 < alpha < math.inf),
+        ("dropout", is_share and 0 <= dropout < 1),
         ("targets", bool(targets) and all(isinstance(each, str) for each in targets)),
         ("train_embeddings", isinstance(train_embeddings, bool)),
         ("base", is_place and base.place.isprintable() and isinstance(base.sha256, str)),
@@ -110,27 +113,36 @@ def model_with(
     ConfigError if it is gone, is another one, or does not fit the adapter.
     """
     source = base or adapter.base.place
-    remedy = "give the model it was trained on as base=..."
-    try:
+    with _base_of(place):
         found = identify_base(source)
         if adapter.base.sha256 and found.sha256 != adapter.base.sha256:
             raise ConfigError(
                 f"{place}: its adapter was trained on another base than {source}, or that has"
                 f" changed since: sha256 {found.sha256[:12]}... now, and then"
-                f" {adapter.base.sha256[:12]!a}...; {remedy}"
+                f" {adapter.base.sha256[:12]!a}...; {_REMEDY}"
             )
         empty = meta_model(read_pretrained_config(source))
         _require_fit(adapter, weights, empty, place)
         model = load_pretrained(source)
+    add_adapters(model, adapter)
+    model.load_state_dict(dict(weights), strict=False)  # strict: the base's weights would be missed
+    return model
+
+
+_REMEDY = "give the model it was trained on as base=..."
+
+
+@contextlib.contextmanager
+def _base_of(place: str) -> Iterator[None]:
+    """Say in errors of the body that they are about the base of the adapter at `place`."""
+    try:
+        yield
     except (ConfigError, DataError) as error:
         if str(error).startswith(f"{place}: "):
             raise
         raise ConfigError(
-            f"{place}: the base of its adapter cannot be loaded: {one_line(error)}; {remedy}"
+            f"{place}: the base of its adapter cannot be loaded: {one_line(error)}; {_REMEDY}"
         ) from None
-    add_adapters(model, adapter)
-    model.load_state_dict(dict(weights), strict=False)  # strict: the base's weights would be missed
-    return model
 
 
 def _require_fit(
@@ -178,7 +190,8 @@ def read_adapter_folder(folder: Path, base: str | None) -> PreTrainedModel:
         )
     try:
         held, sha256 = _read_weights(folder / WEIGHTS)
-        empty = meta_model(read_pretrained_config(source))
+        with _base_of(place):
+            empty = meta_model(read_pretrained_config(source))
         adapter = Adapter(
             said.get("r"),  # type: ignore[arg-type]
             said.get("lora_alpha"),  # type: ignore[arg-type]
@@ -188,7 +201,7 @@ def read_adapter_folder(folder: Path, base: str | None) -> PreTrainedModel:
             Base(source, sha256),
         )
         _require_sound(adapter, str(folder / CONFIG))
-        return model_with(adapter, _our_names(held, adapter, empty), place, base)
+        return model_with(adapter, _our_names(held, adapter, empty, place), place, base)
     except DataError as error:
         raise ConfigError(one_line(error)) from None
 
@@ -237,11 +250,12 @@ def _targets_in(
 
 
 def _our_names(
-    held: Mapping[str, torch.Tensor], adapter: Adapter, empty: PreTrainedModel
+    held: Mapping[str, torch.Tensor], adapter: Adapter, empty: PreTrainedModel, place: str
 ) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors under the names that they have in a model with adapters.
 
-    A tied output layer is often stored once: it gets the weights of the embeddings.
+    Of a tied output layer and its embeddings, often one is stored: the other gets its weights.
+    Raise DataError if both are and differ.
     """
     named = {
         name.removeprefix(PREFIX).replace(".weight", f".{NAME}.weight")
@@ -249,11 +263,13 @@ def _our_names(
         else name.removeprefix(PREFIX): tensor
         for name, tensor in held.items()
     }
-    if adapter.train_embeddings:
-        layers = embeddings_of(empty)
-        weights = {name: layer.weight for name, layer in layers.items()}
-        if len({id(weight) for weight in weights.values()}) == 1:
-            first = next((f"{name}.weight" for name in weights if f"{name}.weight" in named), None)
-            if first is not None:
-                named |= {f"{name}.weight": named[first] for name in weights}
+    if adapter.train_embeddings and is_tied(empty):
+        names = [f"{name}.weight" for name in embeddings_of(empty)]
+        stored = [named[name] for name in names if name in named]
+        if any(not torch.equal(tensor, stored[0]) for tensor in stored):
+            raise DataError(
+                f"{place}: its adapter was trained with {' and '.join(names)} apart, but its base"
+                " has them tied; untie them in the base, as the program that made it did"
+            )
+        named |= dict.fromkeys(names, stored[0]) if stored else {}
     return named

@@ -18,6 +18,7 @@ from flame_composer.model.lora import (
     embeddings_of,
     endings_of,
     ends_in,
+    is_tied,
     merge_adapters,
     peft_config,
 )
@@ -104,6 +105,7 @@ def save_adapter_folder(
     config = peft_config(adapter, model, targets, embeddings)
     config.target_modules = targets  # peft makes a set of it, whose order changes
     config.inference_mode = True
+    config.ensure_weight_tying = bool(embeddings) and is_tied(model)
     with new_folder(out) as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
         config.save_pretrained(str(folder))

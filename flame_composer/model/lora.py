@@ -256,6 +256,11 @@ def embeddings_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if module in layers}
 
 
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the output layer has the weights of the input embeddings."""
+    return len({id(layer.weight) for layer in embeddings_of(model).values()}) == 1
+
+
 def trained_names(model: nn.Module) -> set[str]:
     """Return the names of the parameters that are trained; tied ones have several."""
     return {
