@@ -181,6 +181,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
     )
     adapter = build_adapters(config, hf_model, parts)
+    model = CausalLM(hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter)
     counters: list[Mixture | TaskScores] = [
         *build_mixture(data.loader, data.sets),
         *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),
@@ -196,10 +197,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     trainer = Trainer(
         run_name=config.run_name,
         seed=config.seed,
-        model=parallelism.recompute_blocks(
-            CausalLM(hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter),
-            config.parallelism,
-        ),
+        model=parallelism.recompute_blocks(model, config.parallelism),
         train_dataloader=data.loader,
         eval_dataloader=evaluators,
         max_duration=f"{data.plan.total}ba",
@@ -216,8 +214,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         device_train_microbatch_size=config.microbatch_size,
         accumulate_train_batch_on_tokens=True,
         load_path=str(start.file) if start else None,
-        # A checkpoint of adapters lacks the base's weights. That it has all others was checked.
-        load_strict_model_weights=adapter is None,
+        load_strict_model_weights=adapter is None,  # a checkpoint of adapters lacks the base
         load_exclude_algorithms=ALL_ALGORITHMS,
         progress_bar=show_bar,
     )

@@ -62,6 +62,21 @@ def test_what_a_run_trains_and_saves(lora_run: Path, base: Path) -> None:
     assert losses[-1] < losses[0] - 0.02
 
 
+def test_settings_of_a_run(corpus: Corpus, base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("lora.rank=3", "lora.alpha=6", "lora.dropout=0.2", "lora.targets=[q_proj,up_proj]")
+    keys = lora_keys(corpus, run, base, *more, "lora.train_embeddings=true", "max_duration=2ba")
+    check(run_script("recipes/train.py", *keys))
+    state = content_of(run)
+    adapter = state["integrations"]["huggingface"]["lora"]
+    assert (adapter["rank"], adapter["alpha"], adapter["dropout"]) == (3, 6.0, 0.2)
+    assert {name.rpartition(".")[2] for name in adapter["targets"]} == {"q_proj", "up_proj"}
+    shapes = {tuple(tensor.shape) for name, tensor in state["model"].items() if "lora_A" in name}
+    assert shapes == {(3, 32)}
+    whole = [name for name in state["model"] if ".lora_" not in name]
+    assert whole == ["model.model.embeddings.weight", "model.lm_head.weight"]
+
+
 def test_killed_twice_it_ends_bit_identical(
     corpus: Corpus, base: Path, lora_run: Path, tmp_path: Path
 ) -> None:
