@@ -81,16 +81,19 @@ _MADE_FROM = {
 
 
 def needed_by(
-    config: TrainConfig, hf_config: PretrainedConfig | None, base: Callable[[], Base]
+    config: TrainConfig,
+    hf_config: PretrainedConfig | None,
+    base: Callable[[], Base] | None = None,
 ) -> Needed:
     """Return what a checkpoint must hold for this run.
 
     `hf_config` is as returned by `model.hf_config.new_hf_config`; `base` returns the model that
-    adapters are trained on, and is called only if there are any.
+    adapters are trained on, and is needed only if there are any.
     """
     model = build_or_load(config.model, hf_config, empty=True)
     adapter = None
     if config.lora is not None:
+        assert base is not None
         with torch.device("meta"):
             adapter = build_adapter(config.lora, model, base())
             add_adapters(model, adapter)
