@@ -221,13 +221,14 @@ def test_the_text_of_a_conversation_is_what_the_keys_say(
         asked: list[list[int]] = []
         with monkeypatch.context() as patch:
             answer = adapter._loglikelihood_tokens
-            patch.setattr(
-                adapter,
-                "_loglikelihood_tokens",
-                lambda requests, **more: (
-                    asked.extend(each[1] for each in requests) or answer(requests, **more)  # noqa: B023
-                ),
-            )
+
+            def note(
+                requests: Any, *, asked: Any = asked, answer: Any = answer, **more: Any
+            ) -> Any:
+                asked.extend(each[1] for each in requests)
+                return answer(requests, **more)
+
+            patch.setattr(adapter, "_loglikelihood_tokens", note)
             harness.score(adapter, loaded, limit=1)
         found[name] = asked[0]
     texts = {name: tokenizer.decode(ids) for name, ids in found.items()}
