@@ -222,7 +222,9 @@ def test_the_text_of_a_conversation_is_what_the_keys_say(
         with monkeypatch.context() as patch:
             answer = adapter._loglikelihood_tokens
 
-            def note(requests: Any, answer: Any = answer, asked: Any = asked, **more: Any) -> Any:
+            def note(
+                requests: Any, *, asked: Any = asked, answer: Any = answer, **more: Any
+            ) -> Any:
                 asked.extend(each[1] for each in requests)
                 return answer(requests, **more)
 
