@@ -1,4 +1,4 @@
-"""Configurations of evaluate.py, generate.py and report.py: their keys, defaults and rules."""
+"""Configurations of evaluate, generate, predict and report.py: their keys, defaults and rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from flame_composer.config.data import EvalDataConfig
+from flame_composer.config.data import EvalDataConfig, PlaceConfig
 from flame_composer.config.rules import (
     ScriptConfig,
     require,
@@ -176,10 +176,64 @@ class GenerateConfig(ScriptConfig):
             "must be more than 0, and finite",
         )
         require("" not in self.stop, "stop", "must not hold an empty text")
-        require(self.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
-        require(0 <= self.temperature < math.inf, "temperature", "must be 0 or more, and finite")
-        require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
-        require(self.top_k >= 0, "top_k", "must be 0 or more")
+        require_sampling(self)
+
+
+@dataclass
+class PredictConfig(ScriptConfig):
+    """Have a model answer the examples of a tuning dataset, and score the answers."""
+
+    paths = ("model", "out")
+    goes_on = True
+
+    model: str = MISSING
+    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
+    newest is taken; local or in an object store.
+    """
+    data: PlaceConfig = field(default_factory=PlaceConfig)
+    """Tuning dataset with the examples to answer, e.g. its held-out split."""
+    out: str = MISSING
+    """Folder for predictions.jsonl and metrics.json. If it holds part of them, the same command
+    goes on from there.
+    """
+    turns: Literal["last", "all"] = "last"
+    """Turns of an example to answer: the last one that the loss was taken on in training, or all of
+    them, each after the true answers before it.
+    """
+    batch_size: int = 8
+    """Number of prompts that are answered together."""
+    max_new_tokens: int = 512
+    """Largest number of tokens of an answer."""
+    temperature: float = 0.0
+    """Temperature of the sampling; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Total probability of the likeliest tokens, from which the next one is sampled."""
+    top_k: int = 0
+    """Number of likeliest tokens from which the next one is sampled; 0 for no such limit."""
+    max_examples: int | None = None
+    """Number of answers to write, from the beginning of the dataset; all if not set."""
+    seed: int = 42
+    """Seed of the sampling."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "out")
+        require("://" not in self.out, "out", "must be a local folder")
+        require_seed(self.seed, "seed")
+        require(self.batch_size > 0, "batch_size", "must be a positive number of prompts")
+        require_sampling(self)
+        require(
+            self.max_examples is None or self.max_examples > 0,
+            "max_examples",
+            "must be a positive number of answers, or null",
+        )
+
+
+def require_sampling(config: GenerateConfig | PredictConfig) -> None:
+    """Raise InvalidField for a bad `max_new_tokens`, `temperature`, `top_p` or `top_k`."""
+    require(config.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
+    require(0 <= config.temperature < math.inf, "temperature", "must be 0 or more, and finite")
+    require(0 < config.top_p <= 1, "top_p", "must be in (0, 1]")
+    require(config.top_k >= 0, "top_k", "must be 0 or more")
 
 
 @dataclass

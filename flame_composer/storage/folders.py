@@ -59,7 +59,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         for left in there:
             _remove_left(left, owner=temporary.stat().st_uid)
         try:
-            with _locked(temporary):
+            with locked(temporary):
                 yield temporary
                 for path in (*temporary.iterdir(), temporary):
                     # Temporary files are readable by this user alone.
@@ -209,13 +209,13 @@ def _remove_left(folder: Path, *, owner: int) -> None:
     with contextlib.suppress(OSError):
         found = folder.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == owner:
-            with _locked(folder) as alone:
+            with locked(folder) as alone:
                 if alone:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Lock a folder in the body, and yield whether that succeeded.
 
     Yield False if another process has locked it. The lock also ends when this process dies.

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -25,16 +25,20 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from flame_composer.config.rules import is_text
-from flame_composer.config.use import GenerateConfig
+from flame_composer.config.use import GenerateConfig, PredictConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import quiet
 from flame_composer.text.ends import encode_prompt
 from flame_composer.text.tokenizer import explained_failure, special_tokens
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
-def build_sampling(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+def build_sampling(
+    config: GenerateConfig | PredictConfig, tokenizer: PreTrainedTokenizerFast
+) -> GenerationConfig:
     """Return transformers' generation config for the settings in `config`.
 
     It has no repetition penalty and no stop texts: `continue_prompts` applies them.
@@ -71,7 +75,37 @@ def continue_prompts(
     prompts or on their lengths. A linear attention model carries a state of fixed size from token
     to token.
     """
-    ids, mask = encode(tokenizer, prompts)
+    rows = encode(tokenizer, prompts)
+    pieces = [Pieces(tokenizer, row) for row in rows]
+    streamer = None if show is None else Streamer(pieces[0], show)
+    written = continue_ids(
+        model,
+        rows,
+        sampling,
+        repetition_penalty=repetition_penalty,
+        criteria=[StopTexts(tokenizer, rows, stop)] if stop else [],
+        streamer=streamer,
+    )
+    if streamer is not None:
+        return ["".join(streamer.shown)]
+    return ["".join(map(piece.add, row)) for piece, row in zip(pieces, written, strict=True)]
+
+
+def continue_ids(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    sampling: GenerationConfig,
+    *,
+    repetition_penalty: float = 1.0,
+    criteria: Sequence[StoppingCriteria] = (),
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """Return the token ids that the model writes after each of the `rows` of token ids.
+
+    A row that ends before others is filled up with the pad token. No row may be empty. `criteria`
+    end rows beside the eos tokens of `sampling`; a `streamer` is allowed for a single row only.
+    """
+    ids, mask = pad_left(rows, sampling.pad_token_id or 0)  # any token will do: it is masked
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] > limit:
         log.warning(
@@ -83,44 +117,49 @@ def continue_prompts(
     processors = LogitsProcessorList([RequireNumbers()])
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
-    read = [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
-    pieces = [Pieces(tokenizer, row) for row in read]
-    criteria = StoppingCriteriaList([StopTexts(tokenizer, read, stop)] if stop else [])
-    streamer = None if show is None else Streamer(pieces[0], show)
     with torch.inference_mode(), quiet():
         written = cast(Any, model).generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=sampling,
             logits_processor=processors,
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
             use_model_defaults=False,
         )
-    if streamer is not None:
-        return ["".join(streamer.shown)]
-    return [
-        "".join(map(piece.add, row[ids.shape[1] :].tolist()))
-        for piece, row in zip(pieces, written, strict=True)
-    ]
+    return written[:, ids.shape[1] :].tolist()
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, prompts: list[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prompts' token ids and attention mask, [B, T] each, padded on the left.
+def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[list[int]]:
+    """Return the token ids of each prompt.
 
     Each prompt begins as documents did in training. Special tokens that are written out in a prompt
     are encoded as such. An empty prompt becomes the token from which a document's first token is
     predicted.
     """
     with explained_failure():
-        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+
+
+def pad_left(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token ids of `rows` and their attention mask, [B, T] each, padded on the left."""
     length = max(map(len, rows))
-    padding = special_tokens(tokenizer)["pad_token_id"] or 0  # any token will do: it is masked
-    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
+    ids = torch.tensor([[padding] * (length - len(row)) + [*row] for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the tokens that end an answer, in ascending order.
+
+    They are the tokenizer's eos and those of the model's generation config, in which a template's
+    end-of-turn token stands. What is no token there is left out.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    known = [id for id in named if type(id) is int and 0 <= id < model.config.vocab_size]
+    eos = tokenizer.eos_token_id
+    return sorted({*known, *([] if eos is None else [eos])})
 
 
 class RequireNumbers(LogitsProcessor):
@@ -266,7 +305,7 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def in_batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+def in_batches(prompts: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield the prompts in lists of `size`; the last may be shorter."""
     rest = iter(prompts)
     while batch := list(itertools.islice(rest, size)):

@@ -30,6 +30,7 @@ from flame_composer.use.generate import (
     build_sampling,
     continue_prompts,
     encode,
+    pad_left,
     read_prompts,
 )
 from tests.conftest import GLA, LLAMA
@@ -163,7 +164,7 @@ def test_a_stop_text_is_found_in_whatever_tokens_it_comes(
 
 
 def test_prompts_as_tokens() -> None:
-    ids, mask = encode(byte_tokenizer(), ["", "<|endoftext|>q", "q9"])
+    ids, mask = pad_left(encode(byte_tokenizer(), ["", "<|endoftext|>q", "q9"]), 0)
     pair = byte_tokenizer()("q9").input_ids
     assert len(pair) == 2
     assert ids.tolist() == [[0, 0], [0, pair[0]], pair]

@@ -1,0 +1,68 @@
+"""Have a model answer the examples of a tuning dataset, and score its answers.
+
+python recipes/predict.py model=runs/sft_tiny/hf data.local=data/tune/val out=runs/sft_tiny/answers
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from flame_composer.config.cli import listen_to_signals, run
+from flame_composer.config.use import PredictConfig
+
+
+def main(config: PredictConfig) -> None:
+    from flame_composer.use.metrics import require_metrics, score, table
+
+    require_metrics()
+    from composer.utils import dist, get_device
+
+    from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.loader.datasets import open_for_model
+    from flame_composer.loader.fetch import Shards
+    from flame_composer.loader.rows import Rows
+    from flame_composer.storage.local import appearing
+    from flame_composer.use.generate import stop_ids
+    from flame_composer.use.predict import (
+        METRICS,
+        open_predictions,
+        predict,
+        samples_of,
+        settings_of,
+    )
+
+    listen_to_signals()  # importing Composer replaced the handlers
+    dist.initialize_dist(get_device())
+    model, tokenizer = load_model(config.model)
+    dataset = open_for_model(config.data.local, config.data.remote, tokenizer=tokenizer)
+    rows = Rows([Shards(dataset)], batch_size=1, shuffle=False)
+    settings = settings_of(
+        config,
+        model,
+        data=dataset.manifest.index_sha256,
+        stop=stop_ids(model, tokenizer),
+    )
+    samples = samples_of((rows[number] for number in range(rows.num_samples)), turns=config.turns)
+    with open_predictions(config.out, settings) as predictions:
+        predict(
+            get_device().module_to_device(model).eval(),
+            tokenizer,
+            samples,
+            predictions,
+            config,
+            num_rows=rows.num_samples,
+        )
+        result = score(predictions.pairs)
+        result["ended"] = sum(line["ended"] for line in predictions.lines)
+        with appearing(str(Path(config.out, METRICS))) as file:
+            file.write((json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    print(table(result))
+    print(
+        f"{result['examples']:,} answers, of which the model ended {result['ended']:,}; the others"
+        f" have max_new_tokens={config.max_new_tokens} tokens"
+    )
+    print(json.dumps({"model": config.model, "data": dataset.place, "out": config.out, **result}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, PredictConfig))
