@@ -34,6 +34,8 @@ COMMANDS = (
     " in the next"
 )
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
+
 log = logging.getLogger(__name__)
 
 
@@ -164,12 +166,17 @@ def _special_ids(
     """Return the ids of the tokens that must not come from a message's text.
 
     They are those that end an answer, special tokens, and added tokens that the template writes,
-    whether they are marked as special or not. The token for unknown text is not one of them.
+    whether they are marked as special or not. Tokens for spaces, for bytes and for unknown text,
+    which stand for what is written otherwise, are none of them.
     """
-    added = tokenizer.added_tokens_decoder.items()
-    found = {id for id, token in added if token.special or token.content.strip() in template}
-    blank = {id for id, token in added if not token.content.strip()}
-    return frozenset({*found, *stop} - blank - {tokenizer.unk_token_id})
+    found = {
+        id
+        for id, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip()
+        and not _BYTE.fullmatch(token.content)
+        and (token.special or token.content in template)
+    }
+    return frozenset({*found, *stop} - {tokenizer.unk_token_id})
 
 
 class Interruption(StoppingCriteria):
