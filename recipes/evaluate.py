@@ -21,7 +21,7 @@ def main(config: EvaluateConfig) -> None:
     from flame_composer.loader.batches import build_evaluator
     from flame_composer.loader.datasets import open_for_model
     from flame_composer.model.causal_lm import CausalLM
-    from flame_composer.text.ends import begin_as_in_training, describe_start, template_of
+    from flame_composer.text.ends import begin_as_in_training
     from flame_composer.text.tokenizer import token_bytes
     from flame_composer.train.charts import require_plot
     from flame_composer.train.parallelism import check_devices
@@ -45,16 +45,18 @@ def main(config: EvaluateConfig) -> None:
         )
     model, tokenizer = load_model(config.model, config.tokenizer)
     if config.tasks:
-        otherwise = "texts of tasks begin as its tokenizer's template has it"
-        reader = begin_as_in_training(
-            tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
-        )
+        reader, otherwise = tokenizer, "texts of tasks begin as its tokenizer's template has it"
+        if not config.apply_chat_template:
+            reader = begin_as_in_training(
+                tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
+            )
         adapter = harness.HarnessModel(
             get_device().module_to_device(model).eval(),
             reader,
             batch_size=config.batch_size,
             precision=config.precision,
             max_length=config.max_length,
+            chat=harness.build_chat(config),
         )
         harness.check_fits(adapter, tasks)
     sources = config.datasets or ({"": config.data} if config.data else {})
@@ -62,7 +64,6 @@ def main(config: EvaluateConfig) -> None:
         name: open_for_model(data.local, data.remote, tokenizer=tokenizer)
         for name, data in sources.items()
     }
-
     summary = {"model": config.model}
     results = {}
     for name, data in sources.items():
@@ -86,9 +87,9 @@ def main(config: EvaluateConfig) -> None:
             adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty()
         )
         if found is not None:
-            print(f"{harness.table(found)}\n{describe_start(reader, config.add_bos)}")
-            summary["tasks"] = harness.scores(found)
-            summary["texts_begin_with"] = reader.convert_ids_to_tokens(template_of(reader)[0])
+            line, facts = harness.describe_texts(adapter, config.add_bos)
+            print(f"{harness.table(found)}\n{line}")
+            summary |= {"tasks": harness.scores(found), **facts}
     if dist.get_global_rank() == 0:
         print(json.dumps(summary))
         if config.plot:

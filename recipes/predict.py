@@ -22,25 +22,33 @@ def main(config: PredictConfig) -> None:
     from flame_composer.loader.fetch import Shards
     from flame_composer.loader.rows import Rows
     from flame_composer.storage.local import appearing
-    from flame_composer.use.generate import stop_ids
+    from flame_composer.text.chat import with_template
+    from flame_composer.use.generate import ends_of_answers
     from flame_composer.use.predict import (
         METRICS,
         open_predictions,
         predict,
+        require_free,
+        require_tuning_data,
         samples_of,
         settings_of,
     )
 
     listen_to_signals()  # importing Composer replaced the handlers
     dist.initialize_dist(get_device())
+    require_free(config.out)
     model, tokenizer = load_model(config.model)
     dataset = open_for_model(config.data.local, config.data.remote, tokenizer=tokenizer)
+    require_tuning_data(dataset)
+    if dataset.manifest.template is not None:
+        # Answers end as they do in the examples, even those of a model that was not tuned on any.
+        tokenizer = with_template(tokenizer, {"data": dataset.manifest.template})
     rows = Rows([Shards(dataset)], batch_size=1, shuffle=False)
     settings = settings_of(
         config,
         model,
         data=dataset.manifest.index_sha256,
-        stop=stop_ids(model, tokenizer),
+        stop=ends_of_answers(model, tokenizer),
     )
     samples = samples_of((rows[number] for number in range(rows.num_samples)), turns=config.turns)
     with open_predictions(config.out, settings) as predictions:

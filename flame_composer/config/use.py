@@ -69,6 +69,14 @@ class EvaluateConfig(ScriptConfig):
     """Begin the texts of tasks with the tokenizer's bos token; if not set, they begin as documents
     did in training.
     """
+    apply_chat_template: bool = False
+    """Ask the questions of tasks in conversations, written by the tokenizer's chat template."""
+    fewshot_as_multiturn: bool = True
+    """With apply_chat_template, show the examples before a question as turns of the conversation;
+    false puts all of them into the turn of the question.
+    """
+    system_instruction: str | None = None
+    """Text that comes before each question of a task, in conversations as the system's message."""
 
     def validate(self) -> None:
         require_text(self, "model", "tokenizer", "plot")
@@ -102,21 +110,37 @@ class EvaluateConfig(ScriptConfig):
             "must be set together with plot",
         )
         require_tasks(self)
-        require(
-            self.task_path is None or bool(self.tasks),
-            "tasks",
-            "must be set together with task_path",
-        )
-        require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
-        require(
-            self.task_limit is None or self.task_limit > 0,
-            "task_limit",
-            "must be a positive number, or null",
-        )
+        self._check_tasks()
         require(
             self.max_length is None or self.max_length > 1,
             "max_length",
             "must be 2 tokens or more, or null",
+        )
+
+    def _check_tasks(self) -> None:
+        needs_tasks = {
+            "task_path": self.task_path is not None,
+            "add_bos": self.add_bos is not None,
+            "apply_chat_template": self.apply_chat_template,
+            "system_instruction": self.system_instruction is not None,
+        }
+        for name, is_set in needs_tasks.items():
+            rule = f"must be set together with {name}"
+            require(bool(self.tasks) or not is_set, "tasks", rule)
+        require(
+            self.add_bos is None or not self.apply_chat_template,
+            "add_bos",
+            "must be null with apply_chat_template, which decides what texts begin with",
+        )
+        require(
+            self.fewshot_as_multiturn or self.apply_chat_template,
+            "fewshot_as_multiturn",
+            "must be true without apply_chat_template",
+        )
+        require(
+            self.task_limit is None or self.task_limit > 0,
+            "task_limit",
+            "must be a positive number, or null",
         )
 
 

@@ -141,7 +141,9 @@ def take_census(
 ) -> list[Hashes]:
     """Return the hashes of every unit's examples, in the order of the units."""
     numbers = range(len(census.units))
-    found = dict(convert_units(census, numbers, num_workers, on_progress, cluster))
+    results = convert_units(census, numbers, num_workers, on_progress, cluster)
+    # Warnings are left out: the conversion that follows gives the same ones.
+    found = dict(each for each in results if not isinstance(each, str))
     return [found[number] for number in numbers]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from flame_composer.text.chat import Message
 from flame_composer.text.jsonl import InvalidRecord, kind_of
 
 FormatName = Literal["alpaca", "sharegpt", "messages", "prompt_completion"]
+HASH_KEY = b"flame_composer example"
 Conversation = tuple[Message, ...]
 
 # The columns of each format, under the names that LLaMA-Factory's registry has for them, and their
@@ -30,7 +31,15 @@ COLUMNS: dict[str, dict[str, str]] = {
     "prompt_completion": {"prompt": "prompt", "response": "completion", "system": "?system"},
 }
 # The keys and the roles of a message, under LLaMA-Factory's names without their ending `_tag`
+MESSAGE_TAGS = {
+    "role": "role",
+    "content": "content",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
 TAGS: dict[str, dict[str, str]] = {
+    "alpaca": {},
     "sharegpt": {
         "role": "from",
         "content": "value",
@@ -38,13 +47,8 @@ TAGS: dict[str, dict[str, str]] = {
         "assistant": "gpt",
         "system": "system",
     },
-    "messages": {
-        "role": "role",
-        "content": "content",
-        "user": "user",
-        "assistant": "assistant",
-        "system": "system",
-    },
+    "messages": MESSAGE_TAGS,
+    "prompt_completion": MESSAGE_TAGS,
 }
 
 REASONS = {
@@ -84,12 +88,35 @@ class Form:
     columns: Mapping[str, str]
     tags: Mapping[str, str]
 
+    @functools.cached_property
+    def roles(self) -> dict[str, str]:
+        """Our names for the roles of messages, by those in the records."""
+        return {self.tags[name]: name for name in ("user", "assistant", "system")}
+
+    @functools.cached_property
+    def role_key(self) -> str:
+        """The key of a message's role."""
+        return self.tags["role"]
+
+    @functools.cached_property
+    def content_key(self) -> str:
+        """The key of a message's content."""
+        return self.tags["content"]
+
+    @functools.cached_property
+    def readings(self) -> list[tuple[str, str]]:
+        """Our names for all columns of the format, and those in the records; "" if not read."""
+        return [
+            (name, self.columns[name].removeprefix("?") if name in self.columns else "")
+            for name in COLUMNS[self.format]
+        ]
+
     @property
     def names(self) -> list[str]:
         """The columns to read from a record."""
         return [name.removeprefix("?") for name in self.columns.values()]
 
-    @property
+    @functools.cached_property
     def required(self) -> list[str]:
         """The columns that every record must have."""
         return [name for name in self.columns.values() if not name.startswith("?")]
@@ -104,7 +131,7 @@ def form_of(
     """
     for kind, given, known in (
         ("columns", columns, COLUMNS[format]),
-        ("tags", tags, TAGS.get(format, {})),
+        ("tags", tags, TAGS[format]),
     ):
         for name, value in given.items():
             if name not in known:
@@ -119,7 +146,7 @@ def form_of(
         for name, value in COLUMNS[format].items()
         if not named or not value.startswith("?")
     }
-    return Form(format, defaults | named, TAGS.get(format, {}) | dict(tags))
+    return Form(format, defaults | named, TAGS[format] | dict(tags))
 
 
 def conversation_of(record: Mapping[str, Any], form: Form) -> Conversation:
@@ -135,9 +162,7 @@ def conversation_of(record: Mapping[str, Any], form: Form) -> Conversation:
             raise InvalidRecord(
                 f"no column '{name}'; its columns are: {listed} (name them with columns=...)"
             )
-    values = dict.fromkeys(COLUMNS[form.format]) | {
-        key: record.get(name.removeprefix("?")) for key, name in form.columns.items()
-    }
+    values = {name: record.get(column) if column else None for name, column in form.readings}
     messages = _READ[form.format](values, form)
     system = values["system"]
     if system is not None and not (messages and messages[0].role == "system"):
@@ -170,13 +195,13 @@ def _of_messages(values: Mapping[str, Any], form: Form) -> list[Message]:
     found = values["messages"]
     if not isinstance(found, list | tuple):
         raise LeftOut("not_text", f"its messages are {kind_of(found)}, not a list")
-    return [_message(each, form.tags) for each in found]
+    return [_message(each, form) for each in found]
 
 
-def _of_prompt_completion(values: Mapping[str, Any], _: Form) -> list[Message]:
+def _of_prompt_completion(values: Mapping[str, Any], form: Form) -> list[Message]:
     prompt, completion = values["prompt"], values["response"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return [_message(each, TAGS["messages"]) for each in (*prompt, *completion)]
+        return [_message(each, form) for each in (*prompt, *completion)]
     return _pair(prompt, completion)
 
 
@@ -195,18 +220,19 @@ def _pair(prompt: Any, answer: Any) -> list[Message]:
     ]
 
 
-def _message(value: Any, tags: Mapping[str, str]) -> Message:
+def _message(value: Any, form: Form) -> Message:
     if not isinstance(value, dict):
         raise LeftOut("not_text", f"a message is {kind_of(value)}, not an object")
-    role = value.get(tags["role"])
-    roles = {tags[name]: name for name in ("user", "assistant", "system")}
-    if not isinstance(role, str) or role not in roles:
-        raise LeftOut("roles", f"a message has the role {role!r:.60}, not {', '.join(roles)}")
-    loss = value.get("loss")
+    role = value.get(form.role_key)
+    if not isinstance(role, str) or role not in form.roles:
+        raise LeftOut("roles", f"a message has the role {role!r:.60}, not {', '.join(form.roles)}")
+    content = _text(value.get(form.content_key), "a message")
+    if "loss" not in value:
+        return Message(form.roles[role], content)
+    loss = value["loss"]
     if loss is not None and not isinstance(loss, bool):
         raise LeftOut("not_text", f"the loss of a message is {kind_of(loss)}, not true or false")
-    content = _text(value.get(tags["content"]), "a message")
-    return Message(roles[role], content, loss is not False)
+    return Message(form.roles[role], content, loss is not False)
 
 
 def _text(value: Any, what: str) -> str:
@@ -235,8 +261,9 @@ def _check_turns(messages: Sequence[Message]) -> None:
 
 def hash_of(messages: Sequence[Message]) -> bytes:
     """Return a hash of 16 bytes that depends on the roles and contents of the messages alone."""
-    content = json.dumps([(each.role, each.content) for each in messages], ensure_ascii=False)
-    return hashlib.blake2b(content.encode(), digest_size=16, key=b"flame_composer example").digest()
+    # Lengths make it plain where a content ends, whatever it holds.
+    parts = [f"{each.role} {len(each.content)} {each.content}" for each in messages]
+    return hashlib.blake2b("".join(parts).encode(), digest_size=16, key=HASH_KEY).digest()
 
 
 def prompt_of(messages: Sequence[Message]) -> Sequence[Message]:

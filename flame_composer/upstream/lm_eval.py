@@ -130,21 +130,32 @@ class _Template(Template):
     """
 
     def render(self, *args: Any, **values: Any) -> str:
-        if threading.current_thread() is not threading.main_thread():
+        with template_time():
             return super().render(*args, **values)
 
-        def give_up(*_: Any) -> None:
-            raise TemplateError(
-                f"a text takes more than {TEMPLATE_SECONDS} seconds; have it loop over less"
-            )
 
-        before = signal.signal(signal.SIGVTALRM, give_up)
-        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
-        try:
-            return super().render(*args, **values)
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
+@contextlib.contextmanager
+def template_time() -> Iterator[None]:
+    """Raise TemplateError if the body, which renders a text, takes `TEMPLATE_SECONDS` of the CPU.
+
+    There is no such limit outside the main thread, where Python handles no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: Any) -> None:
+        raise TemplateError(
+            f"a text takes more than {TEMPLATE_SECONDS} seconds; have it loop over less"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from flame_composer.config.rules import is_text
 from flame_composer.config.use import ChatConfig, GenerateConfig, PredictConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import quiet
+from flame_composer.text.chat import stop_ids
 from flame_composer.text.ends import encode_prompt
 from flame_composer.text.tokenizer import explained_failure, special_tokens
 
@@ -155,17 +156,16 @@ def pad_left(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor,
     return ids, mask
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def ends_of_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the tokens that end an answer, in ascending order.
 
-    They are the tokenizer's eos and those of the model's generation config, in which a template's
-    end-of-turn token stands. What is no token there is left out.
+    They are the end of an answer in the tokenizer's chat template, eos, and the eos tokens of the
+    model's generation config. Of those, what is no token of the model is left out.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     known = [id for id in named if type(id) is int and 0 <= id < model.config.vocab_size]
-    eos = tokenizer.eos_token_id
-    return sorted({*known, *([] if eos is None else [eos])})
+    return sorted({*known, *stop_ids(tokenizer)})
 
 
 class RequireNumbers(LogitsProcessor):

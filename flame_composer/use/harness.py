@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.utils import dist
@@ -22,16 +22,37 @@ from lm_eval.utils import make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.fields import nearest
+from flame_composer.config.use import EvaluateConfig
 from flame_composer.config.written import require_shallow
 from flame_composer.errors import ConfigError, DataError, one_line
-from flame_composer.text.ends import ends_of, start_of
-from flame_composer.upstream.lm_eval import WRITING, bars, no_foreign_code, only_errors, read_task
+from flame_composer.text.ends import describe_start, ends_of, start_of, template_of
+from flame_composer.upstream.lm_eval import (
+    WRITING,
+    bars,
+    no_foreign_code,
+    only_errors,
+    read_task,
+    template_time,
+)
 
 # Both are the harness's defaults: the seed of the examples shown before a question, and the number
 # of resamples for the standard error of a metric without a formula for it.
 FEWSHOT_SEED = 1234
 BOOTSTRAPS = 100000
 _DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+class Chat(NamedTuple):
+    """How questions become conversations; the fields are the harness's options of these names."""
+
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str | None = None
+
+
+def build_chat(config: EvaluateConfig) -> Chat:
+    """Return how `config` wants questions to become conversations."""
+    return Chat(config.apply_chat_template, config.fewshot_as_multiturn, config.system_instruction)
 
 
 class HarnessModel(HFLM):
@@ -48,13 +69,17 @@ class HarnessModel(HFLM):
         batch_size: int,
         precision: str = "fp32",
         max_length: int | None = None,
+        chat: Chat | None = None,
     ):
         """Wrap `model`, with a copy of `tokenizer`.
 
         A request may have at most `max_length` tokens; the default is the config's
         max_position_embeddings. Texts begin as the tokenizer's template says: as documents did in
-        training, if that is known.
+        training, if that is known. With the chat template of `chat`, which the tokenizer must have
+        or ConfigError is raised, they are what that template makes, and nothing comes before it.
         """
+        self.chat = Chat() if chat is None else chat
+        self.reader = tokenizer
         tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
         known = ends_of(tokenizer)
         self.has_bos = known is not None and known.bos
@@ -69,9 +94,12 @@ class HarnessModel(HFLM):
                 max_length=max_length,
                 mixed_precision_dtype=_DTYPES[precision],
                 prefix_token_id=None if known is None else start_of(tokenizer),
+                add_bos_token=False if self.chat.apply_chat_template else None,
             )
         self._rank, self._world_size = dist.get_global_rank(), dist.get_world_size()
         self.before_batch: Callable[[], None] = lambda: None
+        if self.chat.apply_chat_template:
+            _require_chat_template(self)
 
     def take(self, model: torch.nn.Module, before_batch: Callable[[], None]) -> None:
         """Replace the model with `model`, which may be the same one, wrapped by a trainer.
@@ -97,6 +125,22 @@ class HarnessModel(HFLM):
             add_special_tokens = False
         return super().tok_encode(string, add_special_tokens, **options)
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the tokenizer's chat template writes it.
+
+        As in the harness, the system message, which may be a task's description, is left out if the
+        template refuses it. Raise TemplateError if the template fails.
+        """
+        try:
+            return _written(self.tokenizer, chat_history, add_generation_prompt)
+        except TemplateError:
+            turns = [message for message in chat_history if message["role"] != "system"]
+            if turns == chat_history:
+                raise
+            return _written(self.tokenizer, turns, add_generation_prompt)
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods of whole texts, as the harness computes them.
 
@@ -116,6 +160,44 @@ class HarnessModel(HFLM):
     def _model_generate(self, *args: Any, **options: Any) -> torch.Tensor:
         self.before_batch()
         return super()._model_generate(*args, **options)
+
+
+def _require_chat_template(model: HarnessModel) -> None:
+    """Raise ConfigError if the tokenizer has no chat template, or one that does not work.
+
+    A template must take the system instruction, if there is one, and not leave it out.
+    """
+    if not model.reader.chat_template:
+        raise ConfigError(
+            "apply_chat_template: the model's tokenizer has no chat template; set it to false, or"
+            " set tokenizer to one that has a template"
+        )
+    system = model.chat.system_instruction
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        _written(model.reader, [*messages, {"role": "user", "content": "question"}])
+    except TemplateError as error:
+        what = "a question" if system is None else "a question after system_instruction"
+        raise ConfigError(f"apply_chat_template: {what} cannot be written: {error}") from None
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = True,
+) -> str:
+    """Return the messages as the tokenizer's chat template writes them; raise TemplateError."""
+    try:
+        with template_time():
+            written: Any = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+    except Exception as error:  # the template is code of somebody else's, in a sandbox
+        raise TemplateError(f"the tokenizer's chat template: {one_line(error)}") from None
+    return written
 
 
 def load_tasks(
@@ -219,7 +301,12 @@ def score(
     try:
         with no_foreign_code(), only_errors(), bars(show_bars):
             return evaluator.evaluate(
-                model, tasks, limit=limit, bootstrap_iters=bootstraps, log_samples=False
+                model,
+                tasks,
+                limit=limit,
+                bootstrap_iters=bootstraps,
+                log_samples=False,
+                **model.chat._asdict(),
             )
     except AssertionError as error:
         reason = (
@@ -274,3 +361,17 @@ def table(results: dict[str, Any]) -> str:
     """Return the harness's own table of its results."""
     groups = f"\n{make_table(results, 'groups')}" if results.get("groups") else ""
     return f"{make_table(results)}{groups}".rstrip()
+
+
+def describe_texts(model: HarnessModel, add_bos: bool | None) -> tuple[str, dict[str, Any]]:
+    """Return a line for the user about what texts begin with, and the same for programs.
+
+    `add_bos` is what the user set, or None.
+    """
+    begin = model.reader.convert_ids_to_tokens(template_of(model.reader)[0])
+    system = model.chat.system_instruction
+    facts: dict[str, Any] = {} if system is None else {"system_instruction": system}
+    if not model.chat.apply_chat_template:
+        return describe_start(model.reader, add_bos), {"texts_begin_with": begin, **facts}
+    line = "texts are conversations, as the tokenizer's chat template writes them"
+    return line, {**model.chat._asdict(), **facts}

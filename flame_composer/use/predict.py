@@ -18,10 +18,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.use import PredictConfig
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.dataset.open import Dataset
+from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.storage.folders import locked
 from flame_composer.storage.local import appearing, open_own
-from flame_composer.use.generate import build_sampling, continue_ids, in_batches, stop_ids
+from flame_composer.use.generate import build_sampling, continue_ids, ends_of_answers, in_batches
 
 PREDICTIONS, SETTINGS, METRICS = "predictions.jsonl", "settings.json", "metrics.json"
 MOST_IN_SETTINGS = 1 << 20  # bytes; a real file has a few hundred
@@ -70,6 +71,15 @@ def samples_in(
             if first > begin:
                 prompt, label = input_ids[begin:first].tolist(), input_ids[first:after].tolist()
                 yield Sample(row, piece, turn, prompt, label)
+
+
+def require_tuning_data(dataset: Dataset) -> None:
+    """Raise InvalidField unless the dataset holds examples, whose rows say what carries loss."""
+    if not dataset.manifest.has_loss_mask:
+        raise InvalidField(
+            "data.local" if dataset.remote is None else "data.remote",
+            "must be a tuning dataset, made by convert/to_sft.py; it holds text without answers",
+        )
 
 
 def samples_of(rows: Iterable[Mapping[str, NDArray[Any]]], *, turns: str) -> Iterator[Sample]:
@@ -152,6 +162,7 @@ def open_predictions(out: str, settings: dict[str, Any]) -> Iterator[Predictions
                     f"out={out}: another process writes answers there; wait for its end, or choose"
                     " another folder"
                 )
+            require_free(out)
             require_same(out, settings)
             if not (folder / SETTINGS).exists():
                 with appearing(str(folder / SETTINGS)) as new:
@@ -166,15 +177,27 @@ def open_predictions(out: str, settings: dict[str, Any]) -> Iterator[Predictions
         yield predictions
 
 
+def require_free(out: str) -> None:
+    """Raise ConfigError if the folder `out` holds files, but no answers."""
+    try:
+        there = sorted(os.listdir(out))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"out={out}: cannot be written to: {error.strerror}; choose another folder"
+        ) from None
+    others = [name for name in there if name != f"{SETTINGS}.tmp"]  # a kill may have left that
+    if others and SETTINGS not in others:
+        raise ConfigError(
+            f"out={out}: holds {others[0]}, but no {SETTINGS} of answers; choose another folder"
+        )
+
+
 def require_same(out: str, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the folder `out` records other settings, or holds other files."""
+    """Raise ConfigError if the folder `out` holds answers made with other settings."""
     path = Path(out, SETTINGS)
     if not path.exists():
-        there = sorted(set(os.listdir(out)) - {f"{SETTINGS}.tmp"})  # a kill may have left that
-        if there:
-            raise ConfigError(
-                f"out={out}: holds {there[0]}, but no {SETTINGS} of answers; choose another folder"
-            )
         return
     try:
         with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
@@ -198,15 +221,19 @@ def settings_of(
 
     `seed`, `top_p` and `top_k` change nothing where the likeliest token is taken.
     """
-    names = ["turns", "batch_size", "max_new_tokens", "temperature", "max_examples"]
-    if config.temperature > 0:
-        names += ["top_p", "top_k", "seed"]
-    return {
+    settings = {
         "model": fingerprint_of(model),
         "data": data,
         "stop_ids": stop,
-        **{name: getattr(config, name) for name in names},
+        "turns": config.turns,
+        "batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "max_examples": config.max_examples,
+        "temperature": config.temperature,
     }
+    if config.temperature > 0:
+        settings |= {"top_p": config.top_p, "top_k": config.top_k, "seed": config.seed}
+    return settings
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
@@ -237,7 +264,7 @@ def predict(
     as a whole, so that the file is the same however often it was begun. Raise DataError if there is
     no sample, or the file has other lines than these samples.
     """
-    stop = stop_ids(model, tokenizer)
+    stop = ends_of_answers(model, tokenizer)
     sampling = build_answer_sampling(config, tokenizer, stop)
     done, count = len(predictions.lines), 0
     with tqdm(total=num_rows, unit="row", disable=None) as bar:
@@ -258,7 +285,10 @@ def predict(
             bar.update(batch[-1].row - bar.n)
         bar.update(num_rows - bar.n)
     if count == 0:
-        raise DataError("data: no example has both a prompt and an answer; choose other data")
+        raise DataError(
+            "data: no example has an answer after a prompt without loss; convert the examples with"
+            " train_on=all or train_on=last"
+        )
     if count < done:
         raise DataError(
             f"{predictions.path}: holds {done:,} answers to {count:,} prompts; delete the folder,"

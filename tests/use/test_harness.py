@@ -140,6 +140,195 @@ def test_scores_are_those_of_the_harness_itself(
     assert ours == {task: {} for task in TASKS}
 
 
+CHAT = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}<|endoftext|>"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def with_template(model_folder: Path, folder: Path, template: str) -> Path:
+    """A copy of the model whose tokenizer has a chat template."""
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"apply_chat_template": True},
+        {"apply_chat_template": True, "fewshot_as_multiturn": False},
+        {"apply_chat_template": True, "system_instruction": "ne mi"},
+        {"system_instruction": "ne mi"},
+    ],
+)
+def test_conversations_are_those_of_the_harness_itself(
+    tasks: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+) -> None:
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    caplog.set_level(logging.ERROR)
+    model = with_template(model_folder, tmp_path / "model", CHAT)
+    keys = [f"{key}={str(value).lower()}" for key, value in options.items()]
+    evaluate = (
+        "recipes/evaluate.py",
+        f"model={model}",
+        "tasks=[choice,written]",
+        f"task_path={tasks}",
+        "max_length=400",
+    )
+    ours = last_json(run_script(*evaluate, *keys))
+    theirs = evaluator.evaluate(
+        HFLM(str(model), device="cpu", dtype="float32", batch_size=8, max_length=400),
+        TaskManager(include_path=str(tasks), include_defaults=False).load(["choice", "written"]),
+        **{"fewshot_as_multiturn": True, **options},
+    )
+    assert theirs is not None
+    for task, scores in ours["tasks"].items():
+        for key, value in theirs["results"][task].items():
+            if "," in key and value != "N/A":
+                assert scores[key.removesuffix(",none")] == pytest.approx(value, rel=1e-12), key
+    assert {key: ours[key] for key in options} == options
+
+
+def test_the_text_of_a_conversation_is_what_the_keys_say(
+    tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing comes before what the template writes, though documents began with bos."""
+    from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.use import harness
+
+    model = with_template(model_folder, tmp_path / "model", CHAT)
+    network, tokenizer = load_model(str(model))
+    tokenizer = with_ends(tokenizer, Ends(bos=True, eos=True))
+    found: dict[str, list[int]] = {}
+    for name, keys in {
+        "turns": ["apply_chat_template=true", "system_instruction=ne mi"],
+        "one turn": ["apply_chat_template=true", "fewshot_as_multiturn=false"],
+        "text": ["system_instruction=ne mi"],
+    }.items():
+        config = load(EvaluateConfig, ["model=m", "tasks=choice", *keys])
+        adapter = harness.HarnessModel(
+            network, tokenizer, batch_size=4, max_length=400, chat=harness.build_chat(config)
+        )
+        loaded = harness.load_tasks(["choice"], str(tasks), num_fewshot=1)
+        asked: list[list[int]] = []
+        with monkeypatch.context() as patch:
+            answer = adapter._loglikelihood_tokens
+            patch.setattr(
+                adapter,
+                "_loglikelihood_tokens",
+                lambda requests, **more: (
+                    asked.extend(each[1] for each in requests) or answer(requests, **more)  # noqa: B023
+                ),
+            )
+            harness.score(adapter, loaded, limit=1)
+        found[name] = asked[0]
+    texts = {name: tokenizer.decode(ids) for name, ids in found.items()}
+    assert texts["turns"].startswith("[system] ne mi<|endoftext|>[user] ")
+    assert texts["turns"].count("[user] ") == 2
+    assert texts["turns"].endswith("<|endoftext|>[assistant]")
+    assert texts["one turn"].startswith("[user] ")
+    assert texts["one turn"].count("[user] ") == 1
+    assert texts["text"].startswith("<|endoftext|>ne mi")
+    assert "[user]" not in texts["text"]
+
+
+@pytest.mark.parametrize(
+    ("template", "keys", "message"),
+    [
+        (None, (), "the model's tokenizer has no chat template; set it to false, or set tokenizer"),
+        (
+            "{{ raise_exception('no user') }}",
+            (),
+            "the tokenizer's chat template: no user",
+        ),
+        ("{{ 1 / 0 }}", (), "cannot be written: the tokenizer's chat template: division by zero"),
+        ("{% for %}", (), "cannot be written: the tokenizer's chat template: "),
+        (
+            "{{ messages.__class__.__mro__ }}",
+            (),
+            "the tokenizer's chat template: access to",
+        ),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+            ("system_instruction=be brief",),
+            "a question after system_instruction cannot be written: the tokenizer's chat",
+        ),
+    ],
+)
+def test_chat_templates_that_are_refused(
+    tasks: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    template: str | None,
+    keys: tuple[str, ...],
+    message: str,
+) -> None:
+    model = model_folder
+    if template is not None:
+        model = with_template(model_folder, tmp_path / "model", template)
+    process = run_script(
+        "recipes/evaluate.py",
+        f"model={model}",
+        "tasks=choice",
+        f"task_path={tasks}",
+        "apply_chat_template=true",
+        *keys,
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: apply_chat_template: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("apply_chat_template=true data.local=d", "must be set together with apply_chat_template"),
+        ("system_instruction=x data.local=d", "must be set together with system_instruction"),
+        ("fewshot_as_multiturn=false tasks=choice", "must be true without apply_chat_template"),
+        (
+            "apply_chat_template=true add_bos=true tasks=choice",
+            "must be null with apply_chat_template",
+        ),
+    ],
+)
+def test_keys_of_conversations_that_go_together(keys: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(EvaluateConfig, ["model=m", *keys.split()])
+
+
+def test_a_chat_template_that_fails_or_does_not_end_later(
+    tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.upstream import lm_eval
+    from flame_composer.use import harness
+
+    monkeypatch.setattr(lm_eval, "TEMPLATE_SECONDS", 0.3)
+    count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    for number, (what, problem) in enumerate(
+        {count: "a text takes more than 0.3 seconds", "{{ 1 / 0 }}": "division by zero"}.items()
+    ):
+        late = "{% if messages[0].content != 'question' %}" + what + "{% endif %}{{ messages }}"
+        model = with_template(model_folder, tmp_path / f"{number}", late)
+        adapter = harness.HarnessModel(
+            *load_model(str(model)), batch_size=1, chat=harness.Chat(apply_chat_template=True)
+        )
+        loaded = harness.load_tasks(["choice"], str(tasks), num_fewshot=0)
+        with pytest.raises(
+            DataError, match=f"templates fails: the tokenizer's chat template: {problem}"
+        ):
+            harness.score(adapter, loaded, limit=1)
+
+
 def test_two_ranks_share_the_questions(tasks: Path, model_folder: Path) -> None:
     keys = (
         f"model={model_folder}",

@@ -7,6 +7,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +23,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from flame_composer.checkpoint.to_model import save_hf_folder
 from flame_composer.config.load import load
 from flame_composer.config.use import PredictConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
-from flame_composer.use.generate import continue_ids, stop_ids
+from flame_composer.text.tokenizer import load_tokenizer
+from flame_composer.use.generate import continue_ids, ends_of_answers
+from flame_composer.use.metrics import score
 from flame_composer.use.predict import (
     PREDICTIONS,
     SETTINGS,
@@ -36,6 +45,7 @@ from flame_composer.use.predict import (
 )
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, words
+from tests.runs import ROOT, Corpus, Script, check, last_json, run_script
 
 # A message is its number of tokens, and whether they carry loss.
 messages = st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=6)
@@ -123,7 +133,7 @@ def answer(
 ) -> bytes:
     config = config_of(out, *keys)
     tokenizer = byte_tokenizer()
-    settings = settings_of(config, model, data=data, stop=stop_ids(model, tokenizer))
+    settings = settings_of(config, model, data=data, stop=ends_of_answers(model, tokenizer))
     with open_predictions(config.out, settings) as predictions:
         predict(
             model,
@@ -170,7 +180,7 @@ def test_the_end_tokens_of_the_model_end_answers(model: PreTrainedModel, tmp_pat
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = [third, "no token", -1, 10**9, True]
     try:
-        assert stop_ids(model, tokenizer) == sorted({0, third})
+        assert ends_of_answers(model, tokenizer) == sorted({0, third})
         (cut,) = lines_of(answer(model, tmp_path / "cut", of=samples(1)))
     finally:
         model.generation_config.eos_token_id = before
@@ -322,8 +332,173 @@ def test_two_at_once_are_refused(model: PreTrainedModel, tmp_path: Path) -> None
 
 
 def test_no_example_to_answer(model: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^data: no example has both a prompt and an answer"):
+    with pytest.raises(DataError, match=r"^data: no example has an answer after a prompt"):
         answer(model, tmp_path, of=[])
+
+
+@dataclass
+class Tuning:
+    """A model and the two splits of a tuning dataset, as the convert scripts make them."""
+
+    model: Path
+    train: Path
+    val: Path
+
+    def keys(self, out: Path, *keys: str) -> list[str]:
+        given = [f"model={self.model}", f"out={out}", "max_new_tokens=40", "batch_size=2"]
+        place = [] if any(key.startswith("data.") for key in keys) else [f"data.local={self.val}"]
+        named = {key.partition("=")[0] for key in keys}
+        return [*(each for each in given if each.partition("=")[0] not in named), *place, *keys]
+
+    def answer(self, out: Path, *keys: str) -> subprocess.CompletedProcess[str]:
+        return run_script("recipes/predict.py", *self.keys(out, *keys))
+
+
+@pytest.fixture(scope="module")
+def tuning(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Tuning:
+    folder = tmp_path_factory.mktemp("tuning")
+    made = Tuning(folder / "model", folder / "train", folder / "val")
+    with (folder / "examples.jsonl").open("w") as file:
+        for number in range(30):
+            turns = []
+            for turn in range(1 + number % 3):
+                text = words(1 + number % 4, 10 * number + turn)
+                turns += [
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": f"{text} é {turn}"},
+                ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    tokenizer = load_tokenizer(str(corpus.tokenizer))
+    torch.manual_seed(0)
+    config = build_hf_config({**GLA, "initializer_range": 0.2}, tokenizer, 512)
+    save_hf_folder(build_model(config), tokenizer, made.model, dtype="float32")
+    keys = (
+        f"source={folder / 'examples.jsonl'}",
+        "format=messages",
+        "template=alpaca",
+        f"tokenizer={corpus.tokenizer}",
+        "context_length=512",
+        f"out={made.train}",
+        "val_fraction=0.4",
+        f"val_out={made.val}",
+    )
+    check(run_script("convert/to_sft.py", *keys))
+    return made
+
+
+def test_the_script_answers_scores_and_tells(tuning: Tuning, tmp_path: Path) -> None:
+    found = last_json(tuning.answer(tmp_path / "last"))
+    lines = lines_of((tmp_path / "last" / PREDICTIONS).read_bytes())
+    written = json.loads((tmp_path / "last/metrics.json").read_text())
+    assert found == {
+        "model": str(tuning.model),
+        "data": str(tuning.val),
+        "out": str(tmp_path / "last"),
+        **written,
+    }
+    assert written["examples"] == len(lines) > 5
+    assert written["ended"] == sum(line["ended"] for line in lines)
+    pairs = [(line["predict"], line["label"]) for line in lines]
+    assert written["scores"] == score(pairs)["scores"]
+    answered = check(tuning.answer(tmp_path / "last"))
+    assert last_json(answered) == found, "nothing is left to do"
+    assert f"{len(lines)} answers, of which the model ended {written['ended']}" in answered.stdout
+    assert answered.stderr == ""
+    assert all(line["prompt"].endswith("### Response:\n") for line in lines)
+    assert all(line["label"].endswith("\n\n") for line in lines)
+
+    check(tuning.answer(tmp_path / "all", "turns=all"))
+    every = lines_of((tmp_path / "all" / PREDICTIONS).read_bytes())
+    assert {line["turn"] for line in every} == {0, 1, 2}
+    assert all(line["label"].endswith(f" é {line['turn']}\n\n") for line in every)
+    last = {(line["row"], line["piece"]): line for line in every}
+    assert [(line["turn"], line["prompt"], line["label"]) for line in last.values()] == [
+        (line["turn"], line["prompt"], line["label"]) for line in lines
+    ]
+
+
+def test_a_remote_dataset_is_streamed(tuning: Tuning, tmp_path: Path) -> None:
+    check(tuning.answer(tmp_path / "out", "max_examples=3"))
+    before = (tmp_path / "out" / PREDICTIONS).read_bytes()
+    cache = tmp_path / "cache"
+    remote = (f"data.local={cache}", f"data.remote={tuning.val}")
+    found = last_json(tuning.answer(tmp_path / "out", "max_examples=3", *remote))
+    assert (found["data"], found["examples"]) == (str(tuning.val), 3), "it is the same dataset"
+    assert (tmp_path / "out" / PREDICTIONS).read_bytes() == before
+    assert any(cache.rglob("*.mds"))
+
+
+@pytest.mark.parametrize("keys", [(), ("temperature=1", "turns=all")])
+def test_a_killed_run_goes_on_to_the_same_files(
+    tuning: Tuning, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    check(tuning.answer(tmp_path / "whole", *keys))
+    whole = (tmp_path / "whole" / PREDICTIONS).read_bytes()
+    file = tmp_path / "killed" / PREDICTIONS
+    for count in (1, 4, 7):
+        script = Script("recipes/predict.py", *tuning.keys(tmp_path / "killed", *keys))
+        while not file.exists() or file.read_bytes().count(b"\n") < count:
+            assert script.process.is_alive(), script.read("err")
+            time.sleep(0.002)
+        script.process.kill()
+        assert script.wait().returncode == -signal.SIGKILL, "it finished before it could be killed"
+        assert whole.startswith(file.read_bytes())
+        assert file.stat().st_size < len(whole)
+    result = check(tuning.answer(tmp_path / "killed", *keys))
+    assert file.read_bytes() == whole
+    assert (tmp_path / "killed/metrics.json").read_bytes() == (
+        tmp_path / "whole/metrics.json"
+    ).read_bytes()
+    assert result.stderr == ""
+
+
+def test_ctrl_c_keeps_what_was_written(tuning: Tuning, tmp_path: Path) -> None:
+    script = Script("recipes/predict.py", *tuning.keys(tmp_path / "out", "max_new_tokens=200"))
+    file = tmp_path / "out" / PREDICTIONS
+    while not file.exists() or not file.read_bytes():
+        assert script.process.is_alive(), script.read("err")
+        time.sleep(0.002)
+    assert script.process.pid is not None
+    os.kill(script.process.pid, signal.SIGINT)
+    process = script.wait()
+    assert process.returncode == 130
+    assert process.stderr == (
+        "interrupted; what was finished is kept, and the same command goes on from there\n"
+    )
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
+def test_wrong_data_and_models(tuning: Tuning, corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").write_text("")
+    wrong = {
+        f"data.local={corpus.val}": f"command line: data.local={corpus.val}: must be a tuning data",
+        f"data.local={tmp_path}": f"{tmp_path}: no dataset made by convert/to_",
+        f"data.local={tmp_path / 'none'}": f"{tmp_path / 'none'}: no such folder",
+        f"model={tmp_path / 'none'}": f"{tmp_path / 'none'}: ",
+        f"model={tuning.val}": f"{tuning.val}: ",
+        f"out={tmp_path / 'other'}": f"out={tmp_path / 'other'}: holds mine, but no settings.json",
+        f"out={tmp_path / 'other/mine/out'}": f"out={tmp_path / 'other/mine/out'}: cannot be",
+    }
+    for key, message in wrong.items():
+        process = tuning.answer(tmp_path / "out", key)
+        assert process.returncode == 2, process.stderr
+        (line,) = process.stderr.splitlines()
+        assert line.startswith(f"error: {message}"), line
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_chinese", None)
+    main = runpy.run_path(str(ROOT / "recipes/predict.py"))["main"]
+    keys = [f"model={tmp_path / 'none'}", "data.local=d", f"out={tmp_path / 'out'}"]
+    with pytest.raises(
+        ConfigError,
+        match=r"^metrics: rouge-chinese is not installed; pip install 'flame-composer\[metrics\]'$",
+    ):
+        main(load(PredictConfig, keys))
 
 
 @pytest.mark.parametrize(
