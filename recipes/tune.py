@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
             "max_new_tokens=40",
             "batch_size=50",
         )
-        for model, name in ((BASE, "answers_before"), (hf_folder, "answers"))
+        for model, name in ((BASE, "answers_before"), (hf_folder, "answers_after"))
     )
     keys = ("train_tokens", "eval_loss_initial", "eval_loss")
     rouge = {"rouge_l_initial": before["scores"][ROUGE], "rouge_l": after["scores"][ROUGE]}
