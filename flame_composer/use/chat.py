@@ -15,17 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCrite
 
 from flame_composer.config.use import ChatConfig
 from flame_composer.errors import ConfigError
-from flame_composer.text import chat
 from flame_composer.text.chat import Message, Refusal, load_template, render_for_answer
 from flame_composer.text.tokenizer import explained_failure
 from flame_composer.use.generate import (
     Pieces,
     Streamer,
     asked,
-    build_sampling,
+    build_answer_sampling,
     continue_ids,
+    ends_of_answers,
     row_length,
-    stop_ids,
 )
 
 COMMANDS = (
@@ -58,12 +57,9 @@ class Conversation:
             )
         self.model, self.tokenizer = model, tokenizer
         self.template = load_template("tokenizer", tokenizer)
-        self.stop = sorted({*chat.stop_ids(tokenizer), *stop_ids(model, tokenizer)})
+        self.stop = ends_of_answers(model, tokenizer)
         self.special = _special_ids(tokenizer, self.template.source, self.stop)
-        self.sampling = build_sampling(config, tokenizer)
-        self.sampling.eos_token_id = self.stop or None
-        if self.sampling.pad_token_id is None and self.stop:
-            self.sampling.pad_token_id = self.stop[0]
+        self.sampling = build_answer_sampling(config, tokenizer, self.stop)
         self.repetition_penalty = config.repetition_penalty
         self.system: str | None = None
         self.turns: list[Message] = []

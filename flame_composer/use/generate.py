@@ -57,6 +57,17 @@ def build_sampling(
     )
 
 
+def build_answer_sampling(
+    config: PredictConfig | ChatConfig, tokenizer: PreTrainedTokenizerFast, stop: list[int]
+) -> GenerationConfig:
+    """Return transformers' generation config for answers that end with a token in `stop`."""
+    sampling = build_sampling(config, tokenizer)
+    sampling.eos_token_id = stop or None
+    if sampling.pad_token_id is None and stop:
+        sampling.pad_token_id = stop[0]
+    return sampling
+
+
 def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
