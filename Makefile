@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 # Packages are compiled when they are first imported, and once: without this set, every process compiles all of torch again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup quickstart test test-faults test-keys lint docs bench clean
+.PHONY: help setup quickstart tune test test-faults test-keys lint docs bench clean
 
 help:
 	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
+	@echo "make tune        examples -> rows -> tuning of the quickstart's model -> export -> answers and their scores"
 	@echo "make test        run the tests"
 	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make test-keys   see every key's test fail while the key is forgotten (tests/keys.json)"
@@ -16,7 +17,7 @@ help:
 	@echo "make bench       time training, data, start-up, checkpoints, decoding and conversion, each against another"
 	@echo "make docs        write docs/configuration.md from the code"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
-	@echo "make clean       delete what the quickstart made (data/quickstart, runs/gla_tiny)"
+	@echo "make clean       delete what these made (data/quickstart, runs/gla_tiny, data/tune, runs/sft_tiny)"
 
 setup: $(VENV)/.done
 
@@ -28,6 +29,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python recipes/quickstart.py
+
+tune: setup
+	$(BIN)/python recipes/tune.py
 
 # Most of the time goes into imports, which keep one core busy: two tests at once, each on one core.
 test: setup
@@ -51,4 +55,4 @@ bench: setup
 	$(BIN)/python recipes/benchmark.py all
 
 clean:
-	rm -rf data/quickstart runs/gla_tiny
+	rm -rf data/quickstart runs/gla_tiny data/tune runs/sft_tiny

@@ -8,15 +8,19 @@ signal is SIGKILL here, for it reaches processes that are stopped (SIGSTOP), too
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -115,6 +119,30 @@ def when_parent_ends(number: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def run_and_show(*command: str) -> dict[str, Any]:
+    """Run a script, showing its command and output; return the JSON object in its last line.
+
+    Return {} if that holds none. The script gets SIGTERM if this process ends. Ctrl-C ends both; a
+    failed script ends this process with its exit status.
+    """
+    print("\n$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
+    last = ""
+    told = partial(when_parent_ends, signal.SIGTERM)
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=told
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                last = line
+        except KeyboardInterrupt:  # the script receives it, too
+            sys.exit(128 + signal.SIGINT)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return json.loads(last) if last.startswith("{") else {}
 
 
 def lead_session() -> None:

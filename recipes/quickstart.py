@@ -7,15 +7,12 @@ It shows and runs the commands that a user would type. If interrupted, run it ag
 
 import argparse
 import json
-import signal
-import subprocess
 import sys
 import sysconfig
-from functools import partial
 from pathlib import Path
 
 from flame_composer.lines import clean_streams, flush_streams
-from flame_composer.processes import when_parent_ends
+from flame_composer.processes import run_and_show
 
 DATA, RUN = Path("data/quickstart"), Path("runs/gla_tiny")
 
@@ -27,10 +24,10 @@ def main(arguments: list[str]) -> int:
     if not corpus.exists():
         write_corpus(corpus)
     if not tokenizer.exists():
-        step(
+        run_and_show(
             "convert/train_tokenizer.py", f"source={corpus}", f"out={tokenizer}", "vocab_size=4096"
         )
-    step(
+    run_and_show(
         "convert/to_mds.py",
         f"source={corpus}",
         f"tokenizer={tokenizer}",
@@ -39,11 +36,15 @@ def main(arguments: list[str]) -> int:
         "val_fraction=0.05",
         f"val_out={DATA / 'val'}",
     )
-    trained = step("recipes/train.py", "yamls/gla_tiny.yaml")
+    trained = run_and_show("recipes/train.py", "yamls/gla_tiny.yaml")
     if not hf_folder.exists():
-        step("convert/to_hf.py", f"checkpoint={trained['checkpoint_folder']}", f"out={hf_folder}")
-    evaluated = step("recipes/evaluate.py", f"model={hf_folder}", f"data.local={DATA / 'val'}")
-    step(
+        run_and_show(
+            "convert/to_hf.py", f"checkpoint={trained['checkpoint_folder']}", f"out={hf_folder}"
+        )
+    evaluated = run_and_show(
+        "recipes/evaluate.py", f"model={hf_folder}", f"data.local={DATA / 'val'}"
+    )
+    run_and_show(
         "recipes/generate.py",
         f"model={hf_folder}",
         "prompt=def read_lines(path):\n",
@@ -71,29 +72,6 @@ def write_corpus(path: Path) -> None:
             except UnicodeDecodeError:
                 continue  # a few files are in older encodings
     path.with_suffix(".tmp").replace(path)
-
-
-def step(*command: str) -> dict:
-    """Run a script, and return the JSON object in its last line, or {} if that holds none.
-
-    The script gets SIGTERM if this process ends. Ctrl-C ends both; a failed script ends this one.
-    """
-    print("\n$ python", *(f"'{part}'" if " " in part else part for part in command), flush=True)
-    last = ""
-    told = partial(when_parent_ends, signal.SIGTERM)
-    with subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, text=True, preexec_fn=told
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                last = line
-        except KeyboardInterrupt:  # the script receives it, too
-            sys.exit(128 + signal.SIGINT)
-    if process.returncode:
-        sys.exit(process.returncode)
-    return json.loads(last) if last.startswith("{") else {}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.warm"])
 
 
-def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> None:
+def _run(
+    command: list[str], output: str, env: dict[str, str], folder: Path, stdin: str | None
+) -> None:
     """In the forked process: what `python command...` does."""
     os.setpgid(0, 0)  # so that a signal to the whole group spares the tests
     # As for `python`; a process of a fork server has another default
@@ -70,6 +72,9 @@ def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> 
     os.environ.update(env)
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if stdin is not None:
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        sys.stdin = open(0)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
     os.chdir(folder)
@@ -81,13 +86,26 @@ def _run(command: list[str], output: str, env: dict[str, str], folder: Path) -> 
 
 
 class Script:
-    """A script that runs in a process of its own."""
+    """A script that runs in a process of its own, with the file `stdin` as its standard input."""
 
-    def __init__(self, *command: object, env: dict[str, str] | None = None, folder: Path = ROOT):
+    def __init__(
+        self,
+        *command: object,
+        env: dict[str, str] | None = None,
+        folder: Path = ROOT,
+        stdin: Path | None = None,
+    ):
         self.folder = tempfile.TemporaryDirectory()
         self.output = str(Path(self.folder.name, "std"))
         self.process = _FORKS.Process(
-            target=_run, args=(list(map(str, command)), self.output, env or {}, folder)
+            target=_run,
+            args=(
+                list(map(str, command)),
+                self.output,
+                env or {},
+                folder,
+                None if stdin is None else str(stdin),
+            ),
         )
         self.process.start()
 
@@ -150,9 +168,12 @@ class Ranks:
 
 
 def run_script(
-    *command: object, folder: Path = ROOT, env: dict[str, str] | None = None
+    *command: object,
+    folder: Path = ROOT,
+    env: dict[str, str] | None = None,
+    stdin: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    return Script(*command, folder=folder, env=env).wait()
+    return Script(*command, folder=folder, env=env, stdin=stdin).wait()
 
 
 def two_ranks(*command: object) -> list[subprocess.CompletedProcess[str]]:

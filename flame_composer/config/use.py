@@ -1,4 +1,4 @@
-"""Configurations of evaluate, generate, predict and report.py: their keys, defaults and rules."""
+"""Configurations of evaluate, generate, predict, chat and report.py: keys, defaults, rules."""
 
 from __future__ import annotations
 
@@ -260,7 +260,46 @@ class PredictConfig(ScriptConfig):
         )
 
 
-def require_sampling(config: GenerateConfig | PredictConfig) -> None:
+@dataclass
+class ChatConfig(ScriptConfig):
+    """Hold a conversation with a model in the terminal."""
+
+    paths = ("model",)
+
+    model: str = MISSING
+    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
+    newest is taken; local or in an object store. Its tokenizer must have a chat template.
+    """
+    system: str | None = None
+    """System prompt; the template's own, if it has one, if not set."""
+    max_new_tokens: int = 512
+    """Largest number of tokens of an answer."""
+    temperature: float = 0.8
+    """Temperature of the sampling; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Total probability of the likeliest tokens, from which the next one is sampled."""
+    top_k: int = 0
+    """Number of likeliest tokens from which the next one is sampled; 0 for no such limit."""
+    repetition_penalty: float = 1.0
+    """Factor by which tokens that the conversation already has become less likely, e.g. 1.2; 1 for
+    no difference.
+    """
+    seed: int = 42
+    """Seed of the sampling."""
+
+    def validate(self) -> None:
+        require_text(self, "model")
+        require(self.system != "", "system", "must not be empty; null is for none")
+        require_seed(self.seed, "seed")
+        require(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            "must be more than 0, and finite",
+        )
+        require_sampling(self)
+
+
+def require_sampling(config: GenerateConfig | PredictConfig | ChatConfig) -> None:
     """Raise InvalidField for a bad `max_new_tokens`, `temperature`, `top_p` or `top_k`."""
     require(config.max_new_tokens > 0, "max_new_tokens", "must be more than 0")
     require(0 <= config.temperature < math.inf, "temperature", "must be 0 or more, and finite")

@@ -342,7 +342,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 class Refusal(DataError):
-    """The error for a conversation that a person gave and the template does not render."""
+    """The error for a message of a person that cannot be put to a model."""
 
 
 def render_for_answer(template: ChatTemplate, messages: Sequence[Message]) -> str:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from flame_composer.config.rules import is_text
-from flame_composer.config.use import GenerateConfig, PredictConfig
+from flame_composer.config.use import ChatConfig, GenerateConfig, PredictConfig
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import quiet
 from flame_composer.text.chat import stop_ids
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def build_sampling(
-    config: GenerateConfig | PredictConfig, tokenizer: PreTrainedTokenizerFast
+    config: GenerateConfig | PredictConfig | ChatConfig, tokenizer: PreTrainedTokenizerFast
 ) -> GenerationConfig:
     """Return transformers' generation config for the settings in `config`.
 
@@ -55,6 +55,17 @@ def build_sampling(
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens, **special_tokens(tokenizer), **sampling
     )
+
+
+def build_answer_sampling(
+    config: PredictConfig | ChatConfig, tokenizer: PreTrainedTokenizerFast, stop: list[int]
+) -> GenerationConfig:
+    """Return transformers' generation config for answers that end with a token in `stop`."""
+    sampling = build_sampling(config, tokenizer)
+    sampling.eos_token_id = stop or None
+    if sampling.pad_token_id is None and stop:
+        sampling.pad_token_id = stop[0]
+    return sampling
 
 
 def continue_prompts(
@@ -77,6 +88,14 @@ def continue_prompts(
     to token.
     """
     rows = encode(tokenizer, prompts)
+    length, limit = max(map(len, rows)), row_length(model)
+    if limit is not None and length > limit:
+        log.warning(
+            "warning: a prompt has %s tokens, but the model was trained on rows of %s; the text it"
+            " writes may be worse",
+            f"{length:,}",
+            f"{limit:,}",
+        )
     pieces = [Pieces(tokenizer, row) for row in rows]
     streamer = None if show is None else Streamer(pieces[0], show)
     written = continue_ids(
@@ -107,14 +126,6 @@ def continue_ids(
     end rows beside the eos tokens of `sampling`; a `streamer` is allowed for a single row only.
     """
     ids, mask = pad_left(rows, sampling.pad_token_id or 0)  # any token will do: it is masked
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] > limit:
-        log.warning(
-            "warning: a prompt has %s tokens, but the model was trained on rows of %s; the text it"
-            " writes may be worse",
-            f"{ids.shape[1]:,}",
-            f"{limit:,}",
-        )
     processors = LogitsProcessorList([RequireNumbers()])
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
@@ -129,6 +140,12 @@ def continue_ids(
             use_model_defaults=False,
         )
     return written[:, ids.shape[1] :].tolist()
+
+
+def row_length(model: PreTrainedModel) -> int | None:
+    """Return the number of tokens of the rows that the model was trained on, or None if unknown."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if type(limit) is int else None
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[list[int]]:
@@ -251,14 +268,17 @@ class StopTexts(StoppingCriteria):
 class Streamer(BaseStreamer):
     """A streamer that shows the text `generate` writes, but not the prompt, which it gets first."""
 
-    def __init__(self, pieces: Pieces, show: Callable[[str], Any]):
-        self.pieces, self.show = pieces, show
+    def __init__(self, pieces: Pieces, show: Callable[[str], Any], hidden: Sequence[int] = ()):
+        """Decode with `pieces`, and leave out the tokens in `hidden`."""
+        self.pieces, self.show, self.hidden = pieces, show, hidden
         self.shown: list[str] = []
         self.is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         if not self.is_prompt:
             for token in value.flatten().tolist():
+                if token in self.hidden:
+                    continue
                 self.shown.append(self.pieces.add(token))
                 self.show(self.shown[-1])
         self.is_prompt = False
@@ -312,10 +332,11 @@ def in_batches(prompts: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def asked() -> Iterator[str]:
+def asked(prompt: Callable[[], str] = lambda: "> ") -> Iterator[str]:
     """Yield each line of standard input as a prompt, until it ends (Ctrl-D in a terminal).
 
-    Raise ConfigError if standard input is closed or is not UTF-8.
+    A terminal shows what `prompt` returns before each line. Raise ConfigError if standard input is
+    closed or is not UTF-8.
     """
     if sys.stdin is None:  # closed
         raise ConfigError(
@@ -323,7 +344,7 @@ def asked() -> Iterator[str]:
         )
     for number in itertools.count(1):
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input(prompt() if sys.stdin.isatty() else "")
         except EOFError:
             return
         except UnicodeDecodeError:

@@ -15,14 +15,19 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.config.use import PredictConfig
 from flame_composer.dataset.open import Dataset
 from flame_composer.errors import ConfigError, DataError, InvalidField
 from flame_composer.storage.folders import locked
 from flame_composer.storage.local import appearing, open_own
-from flame_composer.use.generate import build_sampling, continue_ids, ends_of_answers, in_batches
+from flame_composer.use.generate import (
+    build_answer_sampling,
+    continue_ids,
+    ends_of_answers,
+    in_batches,
+)
 
 PREDICTIONS, SETTINGS, METRICS = "predictions.jsonl", "settings.json", "metrics.json"
 MOST_IN_SETTINGS = 1 << 20  # bytes; a real file has a few hundred
@@ -294,17 +299,6 @@ def predict(
             f"{predictions.path}: holds {done:,} answers to {count:,} prompts; delete the folder,"
             " and run the same command again"
         )
-
-
-def build_answer_sampling(
-    config: PredictConfig, tokenizer: PreTrainedTokenizerFast, stop: list[int]
-) -> GenerationConfig:
-    """Return transformers' generation config for answers that end with a token in `stop`."""
-    sampling = build_sampling(config, tokenizer)
-    sampling.eos_token_id = stop or None
-    if sampling.pad_token_id is None and stop:
-        sampling.pad_token_id = stop[0]
-    return sampling
 
 
 def _require_same_place(sample: Sample, line: dict[str, Any], path: Path) -> None:

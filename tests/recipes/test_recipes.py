@@ -419,15 +419,15 @@ def commands_in(document: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line]
 
 
-def run_quickstart(folder: Path) -> dict[str, Any]:
-    """What recipes/quickstart.py ends with, each of its commands in a process forked from one
-    that has the imports.
+def run_steps(folder: Path, name: str) -> tuple[int, dict[str, Any]]:
+    """The number of commands that recipes/`name` runs, each in a process forked from one that has
+    the imports, and what it ends with.
     """
-    script = runpy.run_path(str(folder / "recipes/quickstart.py"))
+    script = runpy.run_path(str(folder / f"recipes/{name}"))
     scope = script["main"].__globals__
     results: list[dict[str, Any]] = []
 
-    def step(*command: str) -> dict[str, Any]:
+    def run(*command: str) -> dict[str, Any]:
         output = check(run_script(*command, folder=folder)).stdout.splitlines()
         results.append(json.loads(output[-1]) if output[-1].startswith("{") else {})
         return results[-1]
@@ -435,21 +435,21 @@ def run_quickstart(folder: Path) -> dict[str, Any]:
     here = Path.cwd()
     os.chdir(folder)
     try:
-        assert script["step"]("recipes/train.py", "--help") == {}  # as quickstart starts a command
-        scope["step"] = step
+        # As the script starts a command
+        assert script["run_and_show"]("recipes/train.py", "--help") == {}
+        scope["run_and_show"] = run
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             assert scope["main"]([]) == 0
     finally:
         os.chdir(here)
-    assert len(results) == 6
-    return json.loads(printed.getvalue().splitlines()[-1])
+    return len(results), json.loads(printed.getvalue().splitlines()[-1])
 
 
 def test_every_readme_command(tmp_path: Path) -> None:
-    """And of docs/evaluation.md, in a copy of the checkout with a shorter gla_tiny, in their
-    order; `make` targets by what make would run.
+    """And of docs/evaluation.md and docs/tuning.md, in a copy of the checkout with shorter runs, in
+    their order; `make` targets by what make would run.
     """
-    for name in ("recipes", "convert", "yamls", "flame_composer", "docs/tasks"):
+    for name in ("recipes", "convert", "yamls", "flame_composer", "docs/tasks", "docs/data"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -461,6 +461,15 @@ def test_every_readme_command(tmp_path: Path) -> None:
     content["eval_data"]["max_rows"] = 4
     content["model"]["config"] |= {"hidden_size": 64, "num_hidden_layers": 1}
     tiny.write_text(yaml.dump(content))
+    tuning = tmp_path / "yamls/sft_tiny.yaml"
+    content = yaml.safe_load(tuning.read_text()) | {"max_duration": "6ba", "global_batch_size": 2}
+    content |= {"microbatch_size": 1, "eval_interval": "6ba", "save_interval": "3ba"}
+    content["scheduler"]["warmup"] = "2ba"
+    tuning.write_text(yaml.dump(content))
+    script = tmp_path / "recipes/tune.py"
+    short = script.read_text().replace("LONGEST = 200", "LONGEST = 36")
+    short = short.replace("max_examples=100", "max_examples=4").replace("tokens=40", "tokens=4")
+    script.write_text(short)
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -473,7 +482,8 @@ def test_every_readme_command(tmp_path: Path) -> None:
             timeout=500,
         )
 
-    commands = [*commands_in("README.md"), *commands_in("docs/evaluation.md")]
+    pages = ("README.md", "docs/evaluation.md", "docs/tuning.md")
+    commands = [command for page in pages for command in commands_in(page)]
     commands = [
         [word.replace("max_duration=20ba", "max_duration=2ba") for word in command]
         for command in commands
@@ -481,11 +491,15 @@ def test_every_readme_command(tmp_path: Path) -> None:
     assert [command for command in commands if command[0] == "make"] == [
         ["make", "quickstart"],
         ["make", "test"],
+        ["make", "tune"],
+        ["make", "tune"],
     ]
+    assert "recipes/tune.py" in check(run(["make", "-n", "tune"])).stdout
     assert "recipes/quickstart.py" in check(run(["make", "-n", "quickstart"])).stdout
     assert "-m pytest" in check(run(["make", "-n", "test"])).stdout
 
-    quickstart = run_quickstart(tmp_path)
+    number, quickstart = run_steps(tmp_path, "quickstart.py")
+    assert number == 6
     assert set(quickstart) == {
         "train_tokens",
         "eval_perplexity_initial",
@@ -497,6 +511,19 @@ def test_every_readme_command(tmp_path: Path) -> None:
     assert quickstart["train_tokens"] == 6 * 2 * 512
     assert quickstart["eval_perplexity"] < quickstart["eval_perplexity_initial"]
     assert (tmp_path / quickstart["hf_folder"] / "model.safetensors").is_file()
+    number, tuned = run_steps(tmp_path, "tune.py")
+    assert number == 5
+    assert set(tuned) == {
+        "train_tokens",
+        "eval_loss_initial",
+        "eval_loss",
+        "rouge_l_initial",
+        "rouge_l",
+        "hf_folder",
+    }
+    assert tuned["train_tokens"] == 6 * 2 * 512
+    assert tuned["eval_loss"] < tuned["eval_loss_initial"]
+    assert (tmp_path / tuned["hf_folder"] / "chat_template.jinja").is_file()
     done = 0
     for command in commands:
         if command[0].startswith("DATA_REMOTE="):
@@ -512,10 +539,11 @@ def test_every_readme_command(tmp_path: Path) -> None:
                 in process.stderr
             )
         elif command[0] == "python":
-            check(run_script(*command[1:], folder=tmp_path))
+            few = ("max_examples=4", "max_new_tokens=4") * (command[1] == "recipes/predict.py")
+            check(run_script(*command[1:], *few, folder=tmp_path))
         elif command[0] == "composer":
             check(run(command))
         else:
             continue
         done += 1
-    assert done == len(commands) - 2
+    assert done == len(commands) - 4

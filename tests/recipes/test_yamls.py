@@ -7,13 +7,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from flame_composer import cpu
+from flame_composer.config.convert import ToHfConfig
 from flame_composer.config.load import load
+from flame_composer.config.sft import SftConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.build import build_model, load_pretrained
@@ -23,7 +26,8 @@ from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, read_log, run_script
 
-FILES = sorted((ROOT / "yamls").glob("*.yaml"))
+TUNING = sorted((ROOT / "yamls").glob("sft_*.yaml"))
+FILES = sorted({*(ROOT / "yamls").glob("*.yaml")} - {*TUNING})
 PARAMETERS = {
     "delta_net_340m": 341_594_112,
     "gated_deltanet_340m": 346_996_350,
@@ -82,6 +86,40 @@ def test_recipe(path: Path) -> None:
     if not path.stem.endswith("_tiny"):
         assert f"recipes/train.py yamls/{path.name}" in comment
         assert config.global_batch_size % (8 * config.microbatch_size) == 0, "eight GPUs"
+
+
+@pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
+def test_recipe_for_tuning(path: Path) -> None:
+    """It starts from a model that another recipe makes, and the commands in its comment are taken:
+    those that make its model and its data.
+    """
+    config = load(TrainConfig, [str(path)])
+    assert config.run_name == path.stem
+    assert config.varlen
+    assert not config.model.config
+    assert config.model.pretrained is not None
+    base = Path(config.model.pretrained).parts[1]
+    before = load(TrainConfig, [f"{ROOT}/yamls/{base}.yaml"])
+    assert (config.tokenizer, config.context_length) == (before.tokenizer, before.context_length)
+    assert config.plan(epoch_batches=1000).total >= 1000
+    if path.stem.endswith("_tiny"):
+        return
+    text = path.read_text().split("run_name")[0].replace("\\\n#", "")
+    assert f"recipes/train.py yamls/{path.name}" in text
+    assert config.global_batch_size % (8 * config.microbatch_size) == 0, "eight GPUs"
+    commands = [
+        shlex.split(line[1:]) for line in text.splitlines() if line.startswith("#   python")
+    ]
+    export, convert = (command[2:] for command in commands)
+    exported = load(ToHfConfig, export)
+    assert exported.out == config.model.pretrained
+    assert exported.checkpoint == before.save_folder
+    converted = load(SftConfig, convert)
+    assert converted.context_length == config.context_length
+    assert converted.tokenizer == config.tokenizer
+    assert config.eval_data is not None
+    assert converted.out == config.train_data.remote
+    assert converted.val_out == config.eval_data.remote
 
 
 @pytest.mark.parametrize("name", PAPER)
