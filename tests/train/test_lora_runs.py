@@ -65,7 +65,7 @@ def test_what_a_run_trains_and_saves(lora_run: Path, base: Path) -> None:
 def test_settings_of_a_run(corpus: Corpus, base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("lora.rank=3", "lora.alpha=6", "lora.dropout=0.2", "lora.targets=[q_proj,up_proj]")
-    keys = lora_keys(corpus, run, base, *more, "lora.train_embeddings=true", "max_duration=2ba")
+    keys = lora_keys(corpus, run, base, *more, "lora.train_embeddings=true", "max_duration=4ba")
     check(run_script("recipes/train.py", *keys))
     state = content_of(run)
     adapter = state["integrations"]["huggingface"]["lora"]
