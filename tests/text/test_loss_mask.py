@@ -303,13 +303,16 @@ def test_the_bytes_of_tokens_are_those_of_the_text(text: str) -> None:
     assert b"".join(surfaces[id] for id in ids) == text.encode()
 
 
+@pytest.mark.parametrize("name", ["endoftext", "spaces"])
 @settings(max_examples=50, deadline=None)
 @given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
-def test_places_by_bytes_and_by_offsets_are_the_same(turns: list[tuple[str, str]]) -> None:
+def test_places_by_bytes_and_by_offsets_are_the_same(
+    name: str, turns: list[tuple[str, str]]
+) -> None:
     """The slow way, for tokenizers that change a text, finds the same answers."""
-    tokenizer = load_tokenizer(str(RECORDED / "tokenizers/endoftext"))
-    masker = build_masker(load_template("chatml", tokenizer), tokenizer)
-    slow = build_masker(load_template("chatml", tokenizer), tokenizer)
+    tokenizer = load_tokenizer(str(RECORDED / "tokenizers" / name))
+    masker = build_masker(load_template("alpaca", tokenizer), tokenizer)
+    slow = build_masker(load_template("alpaca", tokenizer), tokenizer)
     slow.surfaces = None
     messages = [
         message
@@ -319,4 +322,6 @@ def test_places_by_bytes_and_by_offsets_are_the_same(turns: list[tuple[str, str]
     (one,), (other,) = masker.tokens_of([messages]), slow.tokens_of([messages])
     assert isinstance(one, Tokens)
     assert isinstance(other, Tokens)
+    data = masker.template.render(messages).text.encode()
+    assert masker._sizes(one.ids, data, masker.surfaces or ()) is not None, "the fast way is tried"
     assert np.array_equal(one.has_loss, other.has_loss)
