@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,6 +42,26 @@ class Turn(NamedTuple):
     prompt: str | None
 
 
+class Places(NamedTuple):
+    """The places in a text where its tokens start and end.
+
+    They are counted in bytes, or in characters where those are the same or bytes are not known.
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    is_bytes: bool
+
+    def at(self, text: str, character: int) -> int:
+        """Return the place of a character of the text."""
+        return len(text[:character].encode()) if self.is_bytes else character
+
+    def tokens_within(self, begin: int, end: int) -> tuple[int, int]:
+        """Return the first token with a part between two places, and the one after the last."""
+        first = self.ends.searchsorted(begin, side="right")
+        return int(first), int(self.starts.searchsorted(end, side="left"))
+
+
 class Masker:
     """A maker of tokens and their loss flags from conversations."""
 
@@ -61,8 +81,11 @@ class Masker:
         self.surfaces = surfaces_of(tokenizer)
         self.special = special_pattern(tokenizer)
         self.sizes = np.array([len(each) for each in self.surfaces or ()], np.int64)
+        self.has_space = np.array([each[:1] == b" " for each in self.surfaces or ()], np.bool_)
+        state = json.loads(tokenizer.serialized)
+        self.is_lossless = is_lossless(state)
         self.is_added = np.zeros(tokenizer.vocab_size, np.bool_)
-        for each in json.loads(tokenizer.serialized)["added_tokens"]:
+        for each in state["added_tokens"]:
             self.is_added[each["id"]] = not BYTE.fullmatch(each["content"])
 
     def tokens_of(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens | LeftOut]:
@@ -80,18 +103,18 @@ class Masker:
             texts += [turn.prompt or "" for turn in turns if self._is_compared(turn)]
         tokens, lengths = self.encode(texts)
         ends = np.cumsum(lengths)
+        of_texts = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        kept = [plan for plan in plans if not isinstance(plan, LeftOut)]
+        places = self._places([texts[n] for n, _ in kept], [of_texts[n] for n, _ in kept])
         found: list[Tokens | LeftOut] = []
         for plan in plans:
             if isinstance(plan, LeftOut):
                 found.append(plan)
                 continue
             number, turns = plan
-            of_texts = [
-                tokens[ends[i] - lengths[i] : ends[i]]
-                for i in range(number, number + 1 + sum(map(self._is_compared, turns)))
-            ]
+            place = next(places)
             try:
-                found.append(self._masked(texts[number], turns, of_texts))
+                found.append(self._masked(texts[number], turns, of_texts[number:], place))
             except LeftOut as problem:
                 found.append(problem)
         return found
@@ -159,69 +182,93 @@ class Masker:
             prompts.append(prompt)
         return spans, prompts
 
-    def _masked(self, text: str, turns: Sequence[Turn], of_texts: list[NDArray[Any]]) -> Tokens:
+    def _masked(
+        self,
+        text: str,
+        turns: Sequence[Turn],
+        of_texts: Sequence[NDArray[Any]],
+        place: Places | None,
+    ) -> Tokens:
+        """Return the tokens of a conversation with their loss flags.
+
+        `of_texts` begins with its tokens, followed by those of the prompts that they are compared
+        with. Raise LeftOut if its answers cannot be told by its tokens.
+        """
         ids = of_texts[0]
+        if place is None:
+            place = self._places_by_offsets(text, ids)
         prompts = iter(of_texts[1:])
-        starts, ends, at = self._places(text, ids)
         has_loss = np.full(len(ids), self.train_on == "prompt_too")
         for turn in turns:
             if not turn.is_trained and self.train_on != "prompt_too":
                 continue
-            begin, end = at(turn.begin), at(turn.end)
-            first = int(np.searchsorted(ends, begin, side="right"))
-            last = int(np.searchsorted(starts, end, side="left"))
+            begin, end = place.at(text, turn.begin), place.at(text, turn.end)
+            first, last = place.tokens_within(begin, end)
             has_loss[first:last] = turn.is_trained
             if self._is_compared(turn):
                 prompt = next(prompts)
                 is_seamless = len(prompt) == first and np.array_equal(prompt, ids[:first])
-                if not is_seamless or (last < len(ids) and starts[last] != end):
+                if not is_seamless or place.ends[last - 1] > end:
                     raise LeftOut("seam", f"at {text[max(turn.begin - 8, 0) : turn.begin + 8]!r}")
-            if turn.is_trained and self.stop not in ids[first:last]:
+            if turn.is_trained and self.stop not in ids[first:last].tolist():
                 raise LeftOut("no_end")
         has_loss[0] = False  # nothing comes before it that it could be predicted from
         return Tokens(ids, has_loss)
 
-    def _places(self, text: str, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], Any]:
-        """Return where tokens start and end in `text`, and a function from characters to places.
+    def _places(
+        self, texts: Sequence[str], of_texts: Sequence[NDArray[Any]]
+    ) -> Iterator[Places | None]:
+        """Yield where each text's tokens are in its bytes, or None if they are not its bytes.
 
-        Places are bytes if the tokens are the text's own bytes, and characters otherwise.
+        Texts are looked at together, which is several times as fast as one by one.
         """
-        if self.surfaces is not None:
-            data = text.encode()
-            sizes = self._sizes(ids, data, self.surfaces)
-            if sizes is not None:
-                ends = np.cumsum(sizes)
-                is_same = len(data) == len(text)
-                at = _itself if is_same else lambda character: len(text[:character].encode())
-                return ends - sizes, ends, at
+        if self.surfaces is None or not texts:
+            yield from [None] * len(texts)
+            return
+        ids = np.concatenate(of_texts)
+        lengths = np.fromiter(map(len, of_texts), np.int64, len(of_texts))
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        sizes = self.sizes[ids]
+        # Some tokenizers put a space before a text, and again behind each special token.
+        after = np.flatnonzero(self.is_added[ids]) + 1
+        begins = np.union1d(borders[:-1], after[after < len(ids)])
+        spaced = begins[self.has_space[ids[begins]]]
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        for number, text in enumerate(texts):
+            begin, end = borders[number : number + 2].tolist()
+            num_bytes = len(text) if text.isascii() else len(text.encode())
+            in_bytes = ends[begin : end + 1] - ends[begin]
+            if in_bytes[-1] != num_bytes:
+                first, last = np.searchsorted(spaced, (begin, end)).tolist()
+                of_text = sizes[begin:end].copy()
+                of_text[spaced[first:last] - begin] -= 1
+                in_bytes = np.concatenate([[0], np.cumsum(of_text)])
+            is_bytes = num_bytes != len(text)
+            place = Places(in_bytes[:-1], in_bytes[1:], is_bytes=is_bytes)
+            is_right = in_bytes[-1] == num_bytes and (
+                self.is_lossless or self._has_bytes(text, ids[begin:end], place)
+            )
+            yield place if is_right else None
+
+    def _has_bytes(self, text: str, ids: NDArray[Any], place: Places) -> bool:
+        """Return whether the tokens' bytes are those of the text at the places found for them."""
+        assert self.surfaces is not None
+        found = [self.surfaces[id] for id in ids.tolist()]
+        sizes = (place.ends - place.starts).tolist()
+        # Where a token has a byte less than its surface, the space before it was left out.
+        parts = [each[len(each) - size :] for each, size in zip(found, sizes, strict=True)]
+        return b"".join(parts) == text.encode()
+
+    def _places_by_offsets(self, text: str, ids: NDArray[Any]) -> Places:
+        """Return where tokens are in the characters of a text that they are not the bytes of."""
         with explained_failure():
             encoding = self.exact.encode(text, add_special_tokens=False)
         if encoding.ids != ids.tolist():
             raise LeftOut("seam", "the text is too long to find answers in its tokens")
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         # Tokens without text of their own stand at the end of the one before.
-        return np.maximum.accumulate(offsets[:, 0]), np.maximum.accumulate(offsets[:, 1]), _itself
-
-    def _sizes(
-        self, ids: NDArray[Any], data: bytes, surfaces: Sequence[bytes]
-    ) -> NDArray[np.int64] | None:
-        """Return how many bytes of `data` each token stands for, or None if they are not its bytes.
-
-        Tokenizers of Llama 2's kind put a space before a text, and again behind a special token.
-        """
-        found = list(map(surfaces.__getitem__, ids.tolist()))
-        if b"".join(found) == data:
-            return self.sizes[ids]
-        sizes = self.sizes[ids]
-        for place in (0, *(np.flatnonzero(self.is_added[ids]) + 1).tolist()):
-            if place < len(found) and found[place].startswith(b" "):
-                found[place] = found[place][1:]
-                sizes[place] -= 1
-        return sizes if b"".join(found) == data else None
-
-
-def _itself(character: int) -> int:
-    return character
+        starts, ends = np.maximum.accumulate(offsets, axis=0).T
+        return Places(starts, ends, is_bytes=False)
 
 
 def special_pattern(tokenizer: BareTokenizer) -> re.Pattern[str] | None:
@@ -234,6 +281,26 @@ def special_pattern(tokenizer: BareTokenizer) -> re.Pattern[str] | None:
     if not texts or tokenizer.split_special_tokens:
         return None
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+def is_lossless(state: dict[str, Any]) -> bool:
+    """Return whether a tokenizer, given as its JSON, drops and changes no part of a text.
+
+    Its tokens then have the bytes of a text if they have as many. It may put a space before a text.
+    """
+    normalizer, splitter = state["normalizer"], state["pre_tokenizer"]
+    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+    for step in steps:
+        is_space = step.get("pattern") == {"String": " "} and step.get("content") == "▁"
+        if step["type"] != "Prepend" and not (step["type"] == "Replace" and is_space):
+            return False
+    splits = (splitter or {}).get("pretokenizers", [splitter] if splitter else [])
+    for step in splits:
+        if step["type"] == "Split" and step["behavior"] == "Removed":
+            return False
+        if step["type"] not in ("ByteLevel", "Split", "Metaspace", "Digits"):
+            return False
+    return True
 
 
 def surfaces_of(tokenizer: BareTokenizer) -> list[bytes] | None:
@@ -260,6 +327,9 @@ def surfaces_of(tokenizer: BareTokenizer) -> list[bytes] | None:
     for added in state["added_tokens"]:
         if not BYTE.fullmatch(added["content"]):  # some tokenizers list byte tokens, too
             found[added["id"]] = added["content"].encode()
+    unknown = vocabulary.get(state["model"].get("unk_token"))
+    if unknown is not None:
+        found[unknown] = b""  # it stands for any character: such a text is looked at by offsets
     return found
 
 
