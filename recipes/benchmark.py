@@ -10,6 +10,7 @@
     start       the time to the first training step against the time of the imports
     checkpoint  saving and loading against torch.save and torch.load
     convert     convert/to_mds.py against encode_batch_fast and MDSWriter
+    examples    convert/to_sft.py against apply_chat_template and Dataset.map
     all         all of these, as `make bench` runs them
 
 The last line is JSON. It has the medians, the medians of the turns' ratios, and `figures` with
@@ -26,6 +27,7 @@ from typing import Any
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands, measure
 from flame_composer.bench.conversions import compare_conversions
+from flame_composer.bench.examples import compare_examples
 from flame_composer.bench.measure import Figure
 from flame_composer.config import bench as configs
 from flame_composer.config.cli import run_one_of
@@ -67,6 +69,7 @@ trainer = partial(compared, "trainer", commands.compare_trainers)
 data = partial(compared, "data", commands.compare_readers)
 start = partial(compared, "start", commands.compare_starts)
 convert = partial(compared, "convert", compare_conversions)
+examples = partial(compared, "examples", compare_examples)
 
 
 def run_all(config: configs.AllBenchmarksConfig) -> None:
@@ -94,6 +97,7 @@ if __name__ == "__main__":
                 "start": (start, configs.StartBenchmarkConfig),
                 "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
                 "convert": (convert, configs.ConversionBenchmarkConfig),
+                "examples": (examples, configs.ExamplesBenchmarkConfig),
                 "all": (run_all, configs.AllBenchmarksConfig),
             }
         )

@@ -97,6 +97,28 @@ class ConversionBenchmarkConfig(ScriptConfig):
 
 
 @dataclass
+class ExamplesBenchmarkConfig(ScriptConfig):
+    """Time convert/to_sft.py against apply_chat_template and Dataset.map."""
+
+    paths = ("folder",)
+
+    megabytes: float = 40
+    """Size of the corpus that the examples are made of, MB, drawn from the Python files of the
+    installed packages.
+    """
+    repeats: int = 2
+    """Number of turns, in each of which either side converts a tenth of the examples and all."""
+    folder: str | None = None
+    """Folder for the examples and the datasets, which are removed at the end; the system's
+    temporary folder if not set.
+    """
+
+    def validate(self) -> None:
+        require_text(self, "folder")
+        require_positive(self, "megabytes", "repeats")
+
+
+@dataclass
 class DecodeBenchmarkConfig(SizesConfig):
     """Time decoding with GLA against a Llama of the same size."""
 
@@ -180,7 +202,17 @@ class DataBenchmarkConfig(StartBenchmarkConfig):
         require_positive(self, "epoch_rows")
 
 
-BENCHMARKS = ("train", "growth", "decode", "trainer", "data", "start", "checkpoint", "convert")
+BENCHMARKS = (
+    "train",
+    "growth",
+    "decode",
+    "trainer",
+    "data",
+    "start",
+    "checkpoint",
+    "convert",
+    "examples",
+)
 
 
 @dataclass
