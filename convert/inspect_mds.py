@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import InspectConfig
-from flame_composer.dataset import report
+from flame_composer.dataset import report, sample_row
 from flame_composer.dataset.open import check_tokenizer, open_at
 from flame_composer.dataset.survey import choose_shards, spread, survey
 from flame_composer.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def main(config: InspectConfig) -> None:
     if found.num_read:
         show(report.histograms(dataset, found))
     for row in found.rows:
-        show(report.show_row(row, decode, whole=config.whole_rows))
+        show(sample_row.show_row(row, decode, whole=config.whole_rows))
     if config.plot is not None and found.num_read:
         report.draw(dataset, found, config.plot)
         show([f"{config.plot}: the lengths of document pieces"])

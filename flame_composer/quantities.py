@@ -35,3 +35,8 @@ def align(rows: Sequence[Sequence[str]], *, left: int = 0, gap: str = "  ") -> l
         ).rstrip()
         for row in rows
     ]
+
+
+def plural(count: int, name: str) -> str:
+    """Return a count with its name, which gets an "s" unless the count is 1."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"

@@ -43,7 +43,7 @@ def main(config: EvaluateConfig) -> None:
             num_fewshot=config.num_fewshot,
             task_code=config.task_code,
         )
-    model, tokenizer = load_model(config.model, config.tokenizer)
+    model, tokenizer = load_model(config.model, config.tokenizer, config.base)
     if config.tasks:
         reader, otherwise = tokenizer, "texts of tasks begin as its tokenizer's template has it"
         if not config.apply_chat_template:

@@ -25,7 +25,7 @@ def main(config: PlanConfig) -> None:
 
     found = find_supply(config)
     supply = None if isinstance(found, str) else found
-    size = read_size(planning.find_hf_config(config, supply))
+    size = read_size(planning.find_hf_config(config, supply), config.lora)
     plan = planning.draw_up(config, size, supply)
     wrong = warnings(config, plan)
     if isinstance(found, str):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,9 @@ from flame_composer.checkpoint.parts import (
 from flame_composer.config.sections import OptimizerConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, one_line
+from flame_composer.model.base import Base
 from flame_composer.model.build import build_or_load
+from flame_composer.model.lora import add_adapters, build_adapter, trained_names
 from flame_composer.model.optimizer import CLASS_NAMES, decay_of, settings_of
 
 _CLOCK = (
@@ -78,18 +80,31 @@ _MADE_FROM = {
 }
 
 
-def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed:
+def needed_by(
+    config: TrainConfig,
+    hf_config: PretrainedConfig | None,
+    base: Callable[[], Base] | None = None,
+) -> Needed:
     """Return what a checkpoint must hold for this run.
 
-    `hf_config` is as returned by `model.hf_config.new_hf_config`.
+    `hf_config` is as returned by `model.hf_config.new_hf_config`; `base` returns the model that
+    adapters are trained on, and is needed only if there are any.
     """
     model = build_or_load(config.model, hf_config, empty=True)
+    adapter = None
+    if config.lora is not None:
+        assert base is not None
+        with torch.device("meta"):
+            adapter = build_adapter(config.lora, model, base())
+            add_adapters(model, adapter)
     prefix = "model."  # Composer's model holds ours under this name
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(prefix + name)
-    weights = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    held = state.keys() if adapter is None else trained_names(model)
+    weights = {prefix + name: tuple(state[name].shape) for name in state if name in held}
     return Needed(
         weights,
         [tuple(each) for each in names.values()],
@@ -98,6 +113,7 @@ def needed_by(config: TrainConfig, hf_config: PretrainedConfig | None) -> Needed
         settings_of(config.optimizer, but=_settings(config.optimizer)[True]),
         config.on_nan == "skip" or config.precision == "amp_fp16",
         config.allow_data_change,
+        None if adapter is None else adapter.as_plain(),
     )
 
 
@@ -126,6 +142,7 @@ def check_content(content: Any, place: str, *, step: int | None, needed: Needed 
         part_at(content, dict, "state", "integrations", "huggingface")
         check_pieces(content, place, may_be_behind=needed is None or needed.skips_steps)
         if needed is not None:
+            _check_adapter(content["state"]["integrations"]["huggingface"], needed)
             _check_model(shapes, needed)
             check_optimizer(optimizers, shapes, needed)
             _check_epoch(content["state"]["timestamp"]["Timestamp"])
@@ -174,6 +191,32 @@ def _check_epoch(clock: dict[str, Any]) -> None:
             )
     if clock["epoch"] > clock["batch"]:
         raise Lack(f"its clock's epoch is {clock['epoch']}, after {clock['batch']} batches")
+
+
+def _check_adapter(held: dict[str, Any], needed: Needed) -> None:
+    """Raise Other unless the checkpoint has an adapter like this run's, or neither has one."""
+    ours, theirs = needed.adapter, held.get("lora")
+    if ours is None and theirs is None:
+        return
+    if ours is None or theirs is None:
+        has, trains = ("whole weights", "an adapter (lora)")[:: 1 if theirs is None else -1]
+        raise Other(f"it holds {has}, and this run trains {trains}")
+    base = {name: part_at(theirs, str, "base", name) for name in ("place", "sha256")}
+    if base["sha256"] != ours["base"]["sha256"]:
+        raise Other(
+            f"its adapter was trained on another base: {base['place'][:200]!a}, sha256"
+            f" {base['sha256'][:12]!a}..., and this run's model.pretrained={ours['base']['place']}"
+            f" has {ours['base']['sha256'][:12]!a}..."
+        )
+    for name, value in ours.items():
+        if name != "base" and theirs.get(name) != value:
+            found, own = in_short(theirs.get(name)), in_short(value)
+            is_list = isinstance(value, list)
+            raise Other(
+                f"its lora.{name} are others than this run's"
+                if is_list
+                else f"its lora.{name} is {found}, and this run's {own}"
+            )
 
 
 def _check_model(shapes: Shapes, needed: Needed) -> None:

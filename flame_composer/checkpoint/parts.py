@@ -25,6 +25,9 @@ class Needed(NamedTuple):
     False, because settings in a checkpoint would replace the run's own. `kinds` holds the groups'
     other settings, as examples of their types.
 
+    `adapter` describes the run's adapter (`model.lora.Adapter.as_plain`); None if it trains whole
+    weights.
+
     `skips_steps` says that the optimizer may have taken fewer steps than the clock counts,
     `other_order` that the rows may have been in another order than the checkpoint says.
     """
@@ -36,6 +39,7 @@ class Needed(NamedTuple):
     kinds: Mapping[str, Any]
     skips_steps: bool
     other_order: bool
+    adapter: Mapping[str, Any] | None = None
 
 
 class Lack(Exception):

@@ -94,7 +94,9 @@ def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
     try:
         there = _filled(there, pieces)
         (optimizer_state,) = there["optimizers"].values()
-        set_model_state_dict(state.model, there["model"], options=StateDictOptions(strict=True))
+        # A checkpoint of adapters lacks the base's weights.
+        is_whole = getattr(state.model, "adapter", None) is None
+        set_model_state_dict(state.model, there["model"], options=StateDictOptions(strict=is_whole))
         set_optimizer_state_dict(
             state.model, state.optimizers[0], optimizer_state, options=StateDictOptions(strict=True)
         )

@@ -1,7 +1,8 @@
 """The model and the tokenizer in a checkpoint, rebuilt from plain data.
 
-Nothing that a checkpoint names is looked up, run or written to. Composer's own functions for this
-would use file names and keyword arguments in the checkpoint unchecked.
+Nothing that a checkpoint names is looked up, run or written to, except that the base of an adapter
+is looked up (`checkpoint.adapter`). Composer's own functions for this would use file names and
+keyword arguments in the checkpoint unchecked.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flame_composer.checkpoint import adapter as adapters
 from flame_composer.checkpoint import sharded
 from flame_composer.checkpoint.find import find_checkpoint
 from flame_composer.checkpoint.optimizer_state import check_pieces
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.errors import ConfigError, DataError, InvalidField, one_line
 from flame_composer.model.build import build_model, load_pretrained, meta_model
 from flame_composer.model.foreign import count_not_finite, numbers_in, require_size, warn_not_finite
 from flame_composer.model.hf_config import check_runs_here, read_back_hf_config
@@ -38,10 +40,14 @@ _PREFIX = "model."  # the prefix of our names within Composer's model
 
 
 def model_from(
-    hf_state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], place: str
+    hf_state: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    place: str,
+    base: str | None = None,
 ) -> PreTrainedModel:
     """Return the model whose config is in `hf_state`, with exactly these weights.
 
+    If they are an adapter's, the model is its base (at `base`, if that is given) with the adapter.
     Raise DataError if the config is not of a known model, or does not match the weights.
     """
     if not all(isinstance(name, str) and _is_plain(tensor) for name, tensor in weights.items()):
@@ -49,6 +55,11 @@ def model_from(
             f"{place}: its weights are not plain tensors by name; take another checkpoint"
         )
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+    adapter = adapters.adapter_in(hf_state, place)
+    if adapter is not None:
+        return adapters.model_with(adapter, named, place, base)
+    if base is not None:
+        raise _no_adapter(place)
     shapes = {name: tensor.shape for name, tensor in named.items()}
     try:
         content = hf_state["model"]["config"]["content"]
@@ -70,6 +81,10 @@ def model_from(
         ) from None
     model.load_state_dict(named)
     return model
+
+
+def _no_adapter(place: str) -> InvalidField:
+    return InvalidField("base", f"must be null: {place} holds a whole model, and no adapter")
 
 
 def _is_plain(tensor: object) -> bool:
@@ -117,25 +132,32 @@ def tokenizer_from(hf_state: Mapping[str, Any], place: str) -> PreTrainedTokeniz
 
 
 def load_model(
-    place_or_id: str, tokenizer: str | None = None
+    place_or_id: str, tokenizer: str | None = None, base: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return a model and its tokenizer, ready to be run.
 
-    They come from a Hugging Face folder or id, a checkpoint, or the newest checkpoint in a folder.
-    `tokenizer` is the folder or id of another tokenizer to use instead. Raise ConfigError if it has
-    more tokens than the model.
+    They come from a Hugging Face folder or id, a folder of an adapter in peft's layout, a
+    checkpoint, or the newest checkpoint in a folder. `tokenizer` is the folder or id of another
+    tokenizer to use instead, and `base` that of an adapter's base, if it has moved. Raise
+    ConfigError if the tokenizer has more tokens than the model.
     """
     path = Path(place_or_id)
-    if (
+    if (path / adapters.CONFIG).is_file() and not (path / "config.json").is_file():
+        model = adapters.read_adapter_folder(path, base)
+        check_runs_here(model.config, place_or_id)
+        found, known = load_tokenizer(tokenizer or place_or_id), ends_in(place_or_id)
+    elif (
         is_url(place_or_id)
         or path.is_file()
         or (path.is_dir() and not (path / "config.json").is_file())
     ):
         with tempfile.TemporaryDirectory() as staging:
-            model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)))
+            model, its_own = load_from_checkpoint(find_checkpoint(place_or_id, Path(staging)), base)
             check_runs_here(model.config, place_or_id)
             found = its_own if tokenizer is None else load_tokenizer(tokenizer)
             known = ends_of(its_own)
+    elif base is not None:
+        raise _no_adapter(place_or_id)
     else:
         model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
         known = ends_in(place_or_id)
@@ -149,22 +171,28 @@ def load_model(
     return model, found
 
 
-def load_from_checkpoint(checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_from_checkpoint(
+    checkpoint: Checkpoint, base: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the Hugging Face model and tokenizer that a training checkpoint holds.
 
-    The weights are exactly those of the checkpoint, or their average if there is one.
+    The weights are exactly those of the checkpoint, or their average if there is one. `base` is
+    the base of its adapter, if that has moved.
     """
-    return model_in(read_checkpoint(checkpoint), checkpoint)
+    return model_in(read_checkpoint(checkpoint), checkpoint, base=base)
 
 
 def model_in(
-    content: dict[str, Any], checkpoint: Checkpoint, which: Literal["auto", "model", "ema"] = "auto"
+    content: dict[str, Any],
+    checkpoint: Checkpoint,
+    which: Literal["auto", "model", "ema"] = "auto",
+    base: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the model and tokenizer in the `content` of a checkpoint that was already read.
 
     `which` selects the weights: `model` for those that training continues with, `ema` for their
     exponential moving average, which evaluation used, and `auto` for the average if the run has
-    one. Raise ConfigError for `ema` if it has none.
+    one. `base` is as in `load_model`. Raise ConfigError for `ema` if it has none.
     """
     try:
         hf_state = content["state"]["integrations"]["huggingface"]
@@ -187,9 +215,8 @@ def model_in(
         raise ConfigError(
             f"weights=ema: {checkpoint.place}: holds no average of the weights; set weights=model"
         )
-    return model_from(hf_state, weights, checkpoint.place), tokenizer_from(
-        hf_state, checkpoint.place
-    )
+    model = model_from(hf_state, weights, checkpoint.place, base)
+    return model, tokenizer_from(hf_state, checkpoint.place)
 
 
 def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -211,11 +211,19 @@ class InspectConfig(ScriptConfig):
 class ToHfConfig(ScriptConfig):
     """Turn a training checkpoint into a Hugging Face folder with safetensors and the tokenizer."""
 
-    paths = ("checkpoint", "out")
+    paths = ("checkpoint", "base", "out")
 
     checkpoint: str = MISSING
     """Checkpoint file, or folder of checkpoints, of which the newest is taken; local or in an
     object store.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that the checkpoint's adapter (lora) was trained on,
+    if it is not where it was in training.
+    """
+    merge: bool | None = None
+    """Form of a checkpoint with an adapter. true, or not set: the whole model, in which the adapter
+    is merged. false: the adapter alone, in peft's layout. Must not be set for other checkpoints.
     """
     out: str = MISSING
     """Folder to write; must not exist or be empty."""
@@ -239,7 +247,7 @@ class ToHfConfig(ScriptConfig):
     """Make the repository private; an existing public repository is then refused."""
 
     def validate(self) -> None:
-        require_text(self, "checkpoint", "out", "push_to_hub")
+        require_text(self, "checkpoint", "base", "out", "push_to_hub")
         require("://" not in self.out, "out", "must be a local folder")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
 

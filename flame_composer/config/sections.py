@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from flame_composer.config.rules import require, require_duration, require_text
 
+MOST_RANK = 65536  # no layer has more inputs or outputs that a rank could be of use for
 MAX_SECONDS = 1e8  # three years; torch takes no timeout of some hundred years
 
 
@@ -37,6 +38,43 @@ class ModelConfig:
             " folder",
         )
         require_text(self, "pretrained")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters that are trained instead of the model's own weights (extra tune)."""
+
+    rank: int = 8
+    """Rank of each adapter: the product of two matrices that is added to a projection's weights."""
+    alpha: float = 16.0
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is set to 0 in training."""
+    targets: list[str] = field(default_factory=lambda: ["default"])
+    """Projections that get an adapter. default: those of attention, or of whatever mixes tokens.
+    all: every projection but the output layer. Or endings of their names, e.g. [q_proj,v_proj].
+    """
+    train_embeddings: bool = False
+    """Train the input embeddings and the output layer as well, as a whole."""
+
+    def validate(self) -> None:
+        require(1 <= self.rank <= MOST_RANK, "rank", f"must be in [1, {MOST_RANK}]")
+        require(0 < self.alpha < math.inf, "alpha", "must be more than 0, and finite")
+        require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        require_text(self, "targets")
+        require(len(self.targets) > 0, "targets", "must name a projection, or be default or all")
+        is_once = len(set(self.targets)) == len(self.targets)
+        require(is_once, "targets", "must not name one of them twice")
+        require(
+            len(self.targets) == 1 or not {"default", "all"} & set(self.targets),
+            "targets",
+            "must be default or all alone, or names only",
+        )
+        require(
+            importlib.util.find_spec("peft") is not None,
+            "targets",
+            "peft, which makes the adapters, is not installed; pip install 'flame-composer[tune]'",
+        )
 
 
 def require_tasks(config: EvalTasksConfig | Any) -> None:

@@ -28,6 +28,7 @@ from flame_composer.config.rules import (
 from flame_composer.config.sections import (
     MAX_SECONDS,
     EvalTasksConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
@@ -85,6 +86,10 @@ class TrainConfig(ScriptConfig):
     """Hugging Face tokenizer folder or id; must be the tokenizer that the dataset was made with."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters to train instead of the weights of model.pretrained (extra tune); all
+    weights are trained if not set.
+    """
     train_data: DataConfig = field(default_factory=DataConfig)
     """The dataset to train on."""
     eval_data: EvalDataConfig | None = None
@@ -167,6 +172,7 @@ class TrainConfig(ScriptConfig):
         self._check_devices(devices)
         self._check_evaluation()
         self._check_extensions()
+        self._check_lora()
         run_batches = self.in_batches(self.max_duration, None)
         warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
         if run_batches is not None and warmup is not None:
@@ -297,6 +303,15 @@ class TrainConfig(ScriptConfig):
                 "cannot gather what decoupled_adamw adds to it with parallelism.fsdp; set "
                 "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw",
             )
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        rule = "must be set with lora: adapters are added to weights that were trained before"
+        require(self.model.pretrained is not None, "model.pretrained", rule)
+        is_frozen = "layer_freezing" in in_use(self.algorithms)
+        rule = "must not be set together with lora, which freezes all layers but adapters"
+        require(not is_frozen, "algorithms.layer_freezing", rule)
 
     def plan(self, epoch_batches: int) -> RunPlan:
         """Return the durations of the run, for epochs of `epoch_batches` global batches.

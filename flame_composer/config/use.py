@@ -23,11 +23,15 @@ from flame_composer.config.sections import require_tasks
 class EvaluateConfig(ScriptConfig):
     """Evaluate a model: its loss and perplexity on datasets, and its scores in tasks."""
 
-    paths = ("model", "tokenizer", "plot", "task_path")
+    paths = ("model", "base", "tokenizer", "plot", "task_path")
 
     model: str = MISSING
-    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
-    newest is taken; local or in an object store.
+    """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
+    folder of checkpoints, of which the newest is taken; local or in an object store.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
+    was in training.
     """
     data: EvalDataConfig | None = None
     """Dataset to take loss and perplexity on."""
@@ -79,7 +83,7 @@ class EvaluateConfig(ScriptConfig):
     """Text that comes before each question of a task, in conversations as the system's message."""
 
     def validate(self) -> None:
-        require_text(self, "model", "tokenizer", "plot")
+        require_text(self, "model", "base", "tokenizer", "plot")
         require(self.batch_size > 0, "batch_size", "must be a positive number of rows")
         require(
             self.data is not None or bool(self.datasets or self.tasks),
@@ -118,15 +122,15 @@ class EvaluateConfig(ScriptConfig):
         )
 
     def _check_tasks(self) -> None:
-        needs_tasks = {
-            "task_path": self.task_path is not None,
-            "add_bos": self.add_bos is not None,
-            "apply_chat_template": self.apply_chat_template,
-            "system_instruction": self.system_instruction is not None,
-        }
-        for name, is_set in needs_tasks.items():
-            rule = f"must be set together with {name}"
-            require(bool(self.tasks) or not is_set, "tasks", rule)
+        require(
+            self.task_path is None or bool(self.tasks),
+            "tasks",
+            "must be set together with task_path",
+        )
+        require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
+        rule = "needs tasks"
+        require(not self.apply_chat_template or bool(self.tasks), "apply_chat_template", rule)
+        require(self.system_instruction is None or bool(self.tasks), "system_instruction", rule)
         require(
             self.add_bos is None or not self.apply_chat_template,
             "add_bos",
@@ -148,11 +152,15 @@ class EvaluateConfig(ScriptConfig):
 class GenerateConfig(ScriptConfig):
     """Continue a prompt, every prompt of a file, or what is typed."""
 
-    paths = ("model", "prompts")
+    paths = ("model", "base", "prompts")
 
     model: str = MISSING
-    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
-    newest is taken; local or in an object store.
+    """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
+    folder of checkpoints, of which the newest is taken; local or in an object store.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
+    was in training.
     """
     prompt: str | None = None
     """Text to continue. If neither it nor prompts is set, lines that are typed or piped in are
@@ -186,7 +194,7 @@ class GenerateConfig(ScriptConfig):
     """
 
     def validate(self) -> None:
-        require_text(self, "model", "prompts")
+        require_text(self, "model", "base", "prompts")
         require_seed(self.seed, "seed")
         require(
             self.prompt is None or self.prompts is None,

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from flame_composer.dataset.ledger import OF_TUNING, Ledger, text_counts
 from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
 from flame_composer.dataset.mds import VERSION as MDS_VERSION
 from flame_composer.errors import ConfigError, DataError
@@ -25,64 +26,6 @@ VERSIONS: dict[Kind, int] = {"text": 1, "sft": 2}
 
 Split = Literal["train", "val"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Counts that account for every token of a work unit or of a dataset.
-
-    tokens_in + carried_in + padding == tokens_out + carried_out + dropped, always exactly.
-
-    - `carried_out`: tokens that did not fill a row of their unit. The tail unit counts them as
-      `carried_in`.
-    - `dropped`: the tokens of the `documents_short`, and the last tokens of the dataset, which are
-      too few for a row.
-    - `documents_short`: those of the `documents` that are shorter than `min_doc_length`.
-    - `documents_skipped`: documents that could not be read (`on_error=skip`); they have no tokens.
-      Where there are two splits, the train split counts them.
-    - `bytes`: the size of the shards.
-
-    Only tuning data has the other counts. There `documents` are the examples in the rows, and
-    `dropped` the tokens of those that are too long for a row.
-
-    - `padding`: the tokens that fill up rows behind the examples.
-    - `loss_tokens`: the tokens that carry loss.
-    - `documents_cut`: the examples whose prompts were cut to fit into a row.
-    - `left_out`: the number of examples that were left out, by the reason (`examples.REASONS`).
-    """
-
-    documents: int = 0
-    documents_skipped: int = 0
-    documents_short: int = 0
-    tokens_in: int = 0
-    carried_in: int = 0
-    tokens_out: int = 0
-    carried_out: int = 0
-    dropped: int = 0
-    rows: int = 0
-    shards: int = 0
-    bytes: int = 0
-    padding: int = 0
-    loss_tokens: int = 0
-    documents_cut: int = 0
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def __add__(self, other: Ledger) -> Ledger:
-        left_out = Counter(self.left_out) + Counter(other.left_out)
-        counts = {
-            name: count + getattr(other, name)
-            for name, count in vars(self).items()
-            if name != "left_out"
-        }
-        return Ledger(**counts, left_out=dict(sorted(left_out.items())))
-
-    @property
-    def balances(self) -> bool:
-        given = self.tokens_in + self.carried_in + self.padding
-        return given == self.tokens_out + self.carried_out + self.dropped
-
-
-OF_TUNING = ("padding", "loss_tokens", "documents_cut", "left_out")  # counts of tuning data alone
 
 
 @dataclass(frozen=True)
@@ -123,8 +66,10 @@ class Manifest:
     @property
     def template(self) -> str | None:
         """The chat template of tuning data, or None for other data."""
-        template = self.config.get("template")
-        return template if self.kind == "sft" and isinstance(template, str) else None
+        if self.kind != "sft" or "template" not in self.config:
+            return None
+        template = self.config["template"]
+        return template if isinstance(template, str) else None
 
     @property
     def ends(self) -> Ends | None:
@@ -136,7 +81,7 @@ def record_json(record: UnitRecord, kind: Kind) -> dict[str, Any]:
     """Return a unit's record as JSON values, as a dataset of this kind holds it."""
     content = dataclasses.asdict(record)
     if kind == "text":
-        content["ledger"] = _of_text(content["ledger"])
+        content["ledger"] = text_counts(content["ledger"])
     return content
 
 
@@ -146,12 +91,8 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
     content["units"] = [record_json(record, manifest.kind) for record in manifest.units]
     if manifest.kind == "text":
         del content["kind"]
-        content["totals"] = _of_text(content["totals"])
+        content["totals"] = text_counts(content["totals"])
     return content
-
-
-def _of_text(ledger: dict[str, Any]) -> dict[str, Any]:
-    return {name: count for name, count in ledger.items() if name not in OF_TUNING}
 
 
 def read_manifest(folder: str) -> Manifest:

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import textwrap
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flame_composer.dataset.manifest import Ledger
+from flame_composer.dataset.ledger import OF_TUNING, Ledger
+from flame_composer.dataset.manifest import Manifest
 from flame_composer.dataset.mds import Lengths
 from flame_composer.dataset.open import Dataset
-from flame_composer.dataset.survey import Row, Survey
+from flame_composer.dataset.survey import Survey
+from flame_composer.dataset.totals import reason_in_words
 from flame_composer.lines import visible
-from flame_composer.quantities import align, format_bytes
+from flame_composer.quantities import align, format_bytes, plural
 
 WIDTH = 100
 MAX_UNITS = 12
 BAR = 40  # columns of the longest bar
-PIECES_SHOWN = (4, 2)  # document pieces shown of a row, from its beginning and its end
-LINES_SHOWN = (4, 3)  # lines shown of a piece
-
-Decode = Callable[[Sequence[int]], str]
 
 
 def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
@@ -34,9 +30,11 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
     totals, theirs = manifest.totals, manifest.tokenizer
     inputs = {part.path: part.num_bytes for unit in manifest.units for part in unit.inputs}
     sizes = sum(part.num_bytes for unit in manifest.units for part in unit.inputs)
+    is_text = manifest.kind == "text"
     documents = f"{totals.documents:,}"
     if totals.documents:
-        documents += f", {totals.tokens_in / totals.documents:,.0f} tokens each on average"
+        num_tokens = totals.tokens_in if is_text else totals.tokens_in - totals.dropped
+        documents += f", {num_tokens / totals.documents:,.0f} tokens each on average"
     if totals.documents_short:
         documents += f"; {totals.documents_short:,} of them were too short and were dropped"
     if totals.documents_skipped:
@@ -47,7 +45,8 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
             f"{totals.rows:,} of {manifest.context_length:,} tokens ({manifest.token_dtype}),"
             f" {format_bytes(totals.bytes)} in {plural(totals.shards, 'shard')}"
         ),
-        "documents": documents,
+        "documents" if is_text else "examples": documents,
+        **({} if is_text else _of_tuning(manifest)),
         "inputs": f"{plural(len(inputs), 'file')}, {format_bytes(sizes)}",
         "tokenizer": (
             f"{theirs.sha256[:12]}: {theirs.vocab_size:,} tokens, bos {_id(theirs.bos_token_id)},"
@@ -58,7 +57,7 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
             sorted({unit.encoder for unit in manifest.units if unit.encoder is not None})
         ),
         "settings": "  ".join(
-            f"{key}={_setting(value)}" for key, value in sorted(manifest.config.items())
+            f"{key}={_setting(value)}" for key, value in sorted(_shown(manifest).items())
         ),
     }
     lines = [visible(dataset.place)]
@@ -67,6 +66,23 @@ def describe(dataset: Dataset, tokenizer: str | None) -> list[str]:
             visible(fact), WIDTH, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13
         )
     return lines
+
+
+def _of_tuning(manifest: Manifest) -> dict[str, str]:
+    """Return what there is to say of tuning data alone."""
+    totals = manifest.totals
+    facts = {
+        "loss": f"{totals.loss_tokens:,} tokens, {totals.loss_tokens / totals.tokens_out:.1%}",
+        "padding": f"{totals.padding:,} tokens, {totals.padding / totals.tokens_out:.1%}",
+    }
+    if totals.documents_cut:
+        facts["cut"] = f"the prompts of {totals.documents_cut:,} examples"
+    if totals.left_out:
+        reasons = (
+            f"{count:,}: {reason_in_words(reason)}" for reason, count in totals.left_out.items()
+        )
+        facts["left out"] = "; ".join(reasons)
+    return facts
 
 
 def ledger_table(dataset: Dataset) -> list[str]:
@@ -97,6 +113,7 @@ def ledger_table(dataset: Dataset) -> list[str]:
     lines = align(cells, gap=gap)
     rule = "-" * max(map(len, lines))
     totals = dataset.manifest.totals
+    padding = "" if dataset.manifest.kind == "text" else f" + {totals.padding:,} of padding"
     return [
         "Ledger"
         + (
@@ -109,7 +126,8 @@ def ledger_table(dataset: Dataset) -> list[str]:
         *lines[2:-1],
         rule,
         lines[-1],
-        f"{totals.tokens_in:,} tokens in = {totals.tokens_out:,} out + {totals.dropped:,} dropped",
+        f"{totals.tokens_in:,} tokens in{padding} = {totals.tokens_out:,} out +"
+        f" {totals.dropped:,} dropped",
     ]
 
 
@@ -203,88 +221,17 @@ def quantile(counts: Lengths, fraction: float) -> int:
     return int(np.searchsorted(np.cumsum(counts), fraction * counts.sum())) if counts.any() else 0
 
 
-def show_row(row: Row, decode: Decode | None, *, whole: bool) -> list[str]:
-    """Return lines that show a row's document pieces, as text or, without `decode`, as token ids.
-
-    Unless `whole`, the middle of long pieces and of long lists of pieces is left out.
-    """
-    ends = np.cumsum(row.doc_lengths)
-    blocks: list[list[str]] = []
-    for number, (length, end) in enumerate(
-        zip(row.doc_lengths.tolist(), ends.tolist(), strict=True), 1
-    ):
-        ids = row.input_ids[end - length : end]
-        lines = _id_lines(ids) if decode is None else _text_lines(decode(ids.tolist()))
-        if not whole:
-            lines = _shorten(lines, LINES_SHOWN, "lines")
-        tokens = f"tokens {end - length + 1:,}-{end:,}" if length > 1 else f"token {end:,}"
-        blocks.append([_rule(f"├─ piece {number}: {tokens}"), *(f"│ {line}" for line in lines)])
-    if not whole and len(blocks) > sum(PIECES_SHOWN) + 1:
-        first, last = PIECES_SHOWN
-        left_out = row.doc_lengths[first : len(blocks) - last]
-        blocks[first : len(blocks) - last] = [
-            [_rule(f"├─ {len(left_out):,} pieces of {left_out.sum():,} tokens left out")]
-        ]
-    lines = [
-        f"Row {row.number:,}: {plural(len(row.doc_lengths), 'document piece')}, in"
-        f" {visible(row.shard)}"
-        + (" (token ids; tokenizer=... shows text)" if decode is None else "")
-    ]
-    lines += [line for block in blocks for line in block]
-    lines[1] = "┌" + lines[1][1:]
-    return [*lines, "└" + "─" * (WIDTH - 1)]
-
-
-def _rule(title: str) -> str:
-    return f"{title} ".ljust(WIDTH, "─")
-
-
-def _shorten(lines: list[str], shown: tuple[int, int], what: str) -> list[str]:
-    left_out = len(lines) - sum(shown)
-    if left_out <= 1:
-        return lines
-    return [*lines[: shown[0]], f"      ... {left_out:,} {what} left out ...", *lines[-shown[1] :]]
-
-
-def _id_lines(ids: NDArray[Any]) -> list[str]:
-    return textwrap.wrap(" ".join(map(str, ids.tolist())), WIDTH - 2)
-
-
-def _text_lines(text: str) -> list[str]:
-    """Return the text as lines that fit the width, with its own line ends made visible."""
-    return [
-        part for line in text.splitlines(keepends=True) for part in _fold(visible(line), WIDTH - 2)
-    ]
-
-
-def _fold(line: str, width: int) -> Iterator[str]:
-    """Yield the parts of a line, each at most `width` columns wide.
-
-    East Asian characters take two columns, combining characters none.
-    """
-    part, used = "", 0
-    for character in line:
-        columns = (
-            0
-            if unicodedata.combining(character)
-            else 2
-            if unicodedata.east_asian_width(character) in "WF"
-            else 1
-        )
-        if used + columns > width:
-            yield part
-            part, used = "", 0
-        part += character
-        used += columns
-    yield part
-
-
-def plural(count: int, name: str) -> str:
-    return f"{count:,} {name}{'' if count == 1 else 's'}"
-
-
 def _id(token_id: int | None) -> str:
     return "none" if token_id is None else str(token_id)
+
+
+def _shown(manifest: Manifest) -> dict[str, Any]:
+    """Return the settings to show: not the chat template, which may be long, but its hash."""
+    template = manifest.template
+    if template is None:
+        return manifest.config
+    digest = hashlib.sha256(template.encode()).hexdigest()[:12]
+    return {**manifest.config, "template": f"{len(template):,} characters, hash {digest}"}
 
 
 def _setting(value: Any) -> str:
@@ -320,6 +267,8 @@ def summary(dataset: Dataset, survey: Survey) -> dict[str, Any]:
         "bad_shards": survey.bad,
     }
     totals = dataclasses.asdict(manifest.totals)
+    if manifest.kind == "text":
+        totals = {name: count for name, count in totals.items() if name not in OF_TUNING}
     return {
         "data": dataset.place,
         "split": manifest.split,

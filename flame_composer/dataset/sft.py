@@ -13,13 +13,13 @@ from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.totals import Progress
 from flame_composer.dataset.tuning import Tuning
 from flame_composer.dataset.writer import DatasetWriter
-from flame_composer.text.chat import Template, load_template, require_stop
+from flame_composer.text.chat import ChatTemplate, load_template, require_stop
+from flame_composer.text.dataset_info import Listed, read_registry
 from flame_composer.text.encoder import choose_encoder
 from flame_composer.text.ends import ends_of, template_of
 from flame_composer.text.examples import Form, form_of
 from flame_composer.text.formats import COMPRESSIONS
 from flame_composer.text.hub import address
-from flame_composer.text.registry import Listed, read_registry
 from flame_composer.text.sources import Unit, find_files
 from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer, special_tokens
 
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     """
 
     tokenizer: PreTrainedTokenizerFast
-    template: Template
+    template: ChatTemplate
     stop: int
     padding: int
 

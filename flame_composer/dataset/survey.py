@@ -31,13 +31,14 @@ class Row:
     """A row, and the name of the shard that holds it.
 
     `number` is the row's number within the whole dataset. `input_ids` consist of document pieces
-    of `doc_lengths` tokens.
+    of `doc_lengths` tokens. `loss_mask` says which of them carry loss; None for all.
     """
 
     number: int
     shard: str
     input_ids: NDArray[np.unsignedinteger]
     doc_lengths: Lengths
+    loss_mask: NDArray[np.bool_] | None = None
 
 
 @dataclass
@@ -122,7 +123,8 @@ def survey(
                 )
                 lengths, counts = shard.count()
                 for row, within in wanted.get(number, []):
-                    found[row] = Row(row, file.basename, *shard.row(within))
+                    mask = shard.loss_mask(within)
+                    found[row] = Row(row, file.basename, *shard.row(within), mask)
             result.piece_lengths = add(result.piece_lengths, lengths)
             result.pieces_per_row = add(result.pieces_per_row, counts)
             result.num_read += 1

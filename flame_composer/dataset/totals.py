@@ -10,30 +10,61 @@ from tqdm import tqdm
 
 from flame_composer.dataset.manifest import Manifest
 from flame_composer.quantities import align
+from flame_composer.text.examples import REASONS
 
-_COLUMNS = (
-    "documents",
-    "documents_skipped",
-    "documents_short",
-    "tokens_in",
-    "tokens_out",
-    "dropped",
-    "rows",
-    "shards",
-    "bytes",
-)
+# The counts of a table, by the headings over them
+_TEXT = {
+    "documents": "documents",
+    "skipped": "documents_skipped",
+    "short": "documents_short",
+    "tokens in": "tokens_in",
+    "tokens out": "tokens_out",
+    "dropped": "dropped",
+    "rows": "rows",
+    "shards": "shards",
+    "bytes": "bytes",
+}
+_TUNING = {
+    "examples": "documents",
+    "skipped": "documents_skipped",
+    "cut": "documents_cut",
+    "tokens in": "tokens_in",
+    "with loss": "loss_tokens",
+    "padding": "padding",
+    "tokens out": "tokens_out",
+    "dropped": "dropped",
+    "rows": "rows",
+    "shards": "shards",
+    "bytes": "bytes",
+}
 
 
 def totals_table(manifests: Sequence[Manifest]) -> str:
-    """Return a table of the totals, one row per dataset: tokens in = tokens out + dropped."""
-    lines = [
-        ("split", *(column.replace("documents_", "").replace("_", " ") for column in _COLUMNS))
-    ]
+    """Return a table of the totals, one row per dataset, all of the same kind.
+
+    Tokens in and padding are tokens out and dropped. Of tuning data, the examples that were left
+    out follow, with the reasons.
+    """
+    columns = _TEXT if manifests[0].kind == "text" else _TUNING
+    lines = [("split", *columns)]
     for manifest in manifests:
-        lines.append(
-            (manifest.split, *(f"{getattr(manifest.totals, column):,}" for column in _COLUMNS))
-        )
-    return "\n".join(align(lines))
+        counts = (getattr(manifest.totals, name) for name in columns.values())
+        lines.append((manifest.split, *(f"{count:,}" for count in counts)))
+    return "\n".join([*align(lines), *map(left_out_line, manifests)]).rstrip()
+
+
+def left_out_line(manifest: Manifest) -> str:
+    """Return a line on the examples that were left out, or "" if there are none."""
+    left_out = manifest.totals.left_out
+    if not left_out:
+        return ""
+    reasons = (f"{count:,}: {reason_in_words(reason)}" for reason, count in left_out.items())
+    return f"left out of {manifest.split} (see left_out.jsonl): {'; '.join(reasons)}"
+
+
+def reason_in_words(reason: str) -> str:
+    """Return what is said of an example that is left out for this reason."""
+    return REASONS.get(reason, reason)  # a manifest may come from a later version
 
 
 class Progress:

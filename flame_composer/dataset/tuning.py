@@ -23,7 +23,7 @@ from flame_composer.dataset.workers import OnProgress
 from flame_composer.dataset.writer import LEFT_OUT, DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage.folders import explained
-from flame_composer.text.chat import Message, Template
+from flame_composer.text.chat import ChatTemplate, Message
 from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
 from flame_composer.text.examples import Conversation, Form, LeftOut, hash_of, prompt_of
 from flame_composer.text.loss_mask import Masker, Tokens, TrainOn
@@ -60,7 +60,7 @@ class Tuning:
     forms: Sequence[Form]
     left_out: Mapping[int, Mapping[int, str]]
     tokenizer: BareTokenizer
-    template: Template
+    template: ChatTemplate
     stop: int
     train_on: TrainOn
     too_long: TooLong

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.dataset.manifest import Ledger, UnitRecord, record_json
+from flame_composer.dataset.ledger import Ledger
+from flame_composer.dataset.manifest import UnitRecord, record_json
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, pack_whole, shuffled
 from flame_composer.dataset.plan import TAIL, unit_name

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from flame_composer.dataset.ledger import Ledger
 from flame_composer.dataset.manifest import (
     VERSIONS,
-    Ledger,
     Manifest,
     damaged,
     manifest_json,
@@ -267,15 +267,18 @@ class DatasetWriter:
         assert totals.carried_in == totals.carried_out, totals
         assert totals.tokens_out == totals.rows * self.plan.context_length, totals
         if totals.documents == 0:
-            what = "documents" if self.plan.kind == "text" else "examples"
+            if self.plan.kind == "text":
+                what, remedy = "documents", "check source, or raise val_fraction"
+            else:
+                what = "examples"
+                remedy = "remove this folder, and check format, columns and template"
             left_out = "".join(
                 f", {count} left out: {REASONS[reason]}"
                 for reason, count in totals.left_out.items()
             )
             raise DataError(
                 f"{self.out}: no {what} for the {self.plan.split} split "
-                f"({totals.documents_skipped} skipped{left_out}); check source, or raise"
-                " val_fraction"
+                f"({totals.documents_skipped} skipped{left_out}); {remedy}"
             )
         if totals.rows == 0:
             raise DataError(

@@ -20,6 +20,7 @@ from flame_composer.checkpoint.to_model import average_of
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
+from flame_composer.model.lora import Adapter, endings_of
 from flame_composer.model.work import count_parameters
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
@@ -95,18 +96,22 @@ def model_card(
     name: str,
     which: str = "auto",
     tokenization: str | None = None,
+    adapter: Adapter | None = None,
+    is_merged: bool = True,
 ) -> str:
     """Return the README.md of a model: what it is, how to load it, and how it was trained.
 
     `content` is the content of the checkpoint that the model comes from. `run_config` is what
     `read_run_config` returned, and `name` the model's name if `run_config` has none. `which` says
     which weights the model has, as in `model_in`; `tokenization` says how its texts begin.
+    `adapter` is the checkpoint's adapter, if it has one; without `is_merged`, the card is that of
+    the adapter alone.
     """
     recipe = _recipe(run_config)
     name = _line(recipe.get("run_name") or name)
     is_fla = type(model).__module__.startswith("fla.")
     header = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if is_merged else "peft",
         pipeline_tag="text-generation",
         tags=["flame-composer", model.config.model_type],
         model_name=name,
@@ -114,13 +119,10 @@ def model_card(
     parts = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        (
-            f"A {model.config.model_type} language model of {count_parameters(model):,} parameters,"
-            f" stored as {dtype}, pretrained with flame_composer."
-        ),
-        _how_to_load(is_fla, tokenization),
+        _what_it_is(model, dtype, adapter, is_merged=is_merged),
+        _how_to_load(is_fla, tokenization, None if is_merged else _load_adapter(adapter, is_fla)),
         "## Training",
-        _training(content, recipe, which),
+        _training(content, recipe, which) + _described(adapter),
         "## Evaluation",
         _evaluation(content),
         "## Recipe",
@@ -135,7 +137,52 @@ def _fenced(text: str) -> str:
     return f"{fence}yaml\n{text}\n{fence}"
 
 
-def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
+def _what_it_is(
+    model: PreTrainedModel, dtype: str, adapter: Adapter | None, *, is_merged: bool
+) -> str:
+    kind = model.config.model_type
+    if is_merged:
+        how = "pretrained" if adapter is None else "tuned"
+        return (
+            f"A {kind} language model of {count_parameters(model):,} parameters, stored as {dtype},"
+            f" {how} with flame_composer."
+        )
+    return (
+        f"An adapter (LoRA) for a {kind} language model, stored as {dtype}, tuned with"
+        " flame_composer."
+    )
+
+
+def _described(adapter: Adapter | None) -> str:
+    """Return lines about an adapter: its base, its numbers and what it is on."""
+    if adapter is None:
+        return ""
+    whole = ", and the embeddings whole" if adapter.train_embeddings else ""
+    return (
+        f"\n- adapter (LoRA): rank {adapter.rank}, alpha {adapter.alpha:g}, dropout"
+        f" {adapter.dropout:g}, on {len(adapter.targets)} projections"
+        f" ({_line(', '.join(endings_of(adapter.targets)))}){whole}"
+        f"\n- its base: {_line(adapter.base.place)}, sha256 {_line(adapter.base.sha256)}"
+    )
+
+
+def _load_adapter(adapter: Adapter | None, is_fla: bool) -> str:
+    """Return the lines of Python that load a model and its adapter with peft."""
+    assert adapter is not None
+    unfused = is_fla and "down_proj" in endings_of(adapter.targets)
+    return (
+        "from peft import PeftModel\n"
+        "\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{_line(adapter.base.place)}"'
+        + (", fuse_swiglu=False" if unfused else "")
+        + ")"
+        + ("  # fused, it would pass the adapter of down_proj by\n" if unfused else "\n")
+        + 'model = PeftModel.from_pretrained(model, "FOLDER or id")\n'
+    )
+
+
+def _how_to_load(is_fla: bool, tokenization: str | None, loads: str | None = None) -> str:
+    loads = loads or '\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER or id")\n'
     first = (
         "from flame_composer import cpu; cpu.enable()  # makes fla's models known to transformers,"
         " on any machine\n"
@@ -144,9 +191,8 @@ def _how_to_load(is_fla: bool, tokenization: str | None) -> str:
         "```python\n"
         + (first if is_fla else "")
         + "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER or id")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER or id")\n'
+        + loads
+        + 'tokenizer = AutoTokenizer.from_pretrained("FOLDER or id")\n'
         "```"
         + ("\n\nOn a GPU `import fla` does as the first line." if is_fla else "")
         + (f"\n\nWith `tokenizer(text)`, {tokenization}." if tokenization else "")

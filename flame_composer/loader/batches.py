@@ -147,18 +147,8 @@ def build_train_loader(
     `cache_limit`.
     """
     batch_size = global_batch_size // dist.get_world_size()
-    weights = {name: stream.weight() for name, stream in config.streams.items()}
-    shards = [
-        Shards(
-            dataset,
-            retries=config.download_retries,
-            timeout=config.download_timeout,
-            **weights.get(name, {}),
-        )
-        for name, dataset in datasets.items()
-    ]
     rows = Rows(
-        shards,
+        _shards(datasets, config),
         batch_size=batch_size,
         shuffle=config.shuffle,
         shuffle_algo=config.shuffle_algo,
@@ -202,6 +192,19 @@ def build_train_loader(
         get_num_tokens_in_batch=count_tokens,
         split_batch=split_noting_void if has_masks else None,
     )
+
+
+def _shards(datasets: Mapping[str, Dataset], config: DataConfig) -> list[Shards]:
+    weights = {name: stream.weight() for name, stream in config.streams.items()}
+    return [
+        Shards(
+            dataset,
+            retries=config.download_retries,
+            timeout=config.download_timeout,
+            **weights.get(name, {}),
+        )
+        for name, dataset in datasets.items()
+    ]
 
 
 def split_noting_void(batch: Batch, microbatch_size: int | float) -> Sequence[Batch]:

@@ -19,6 +19,7 @@ from transformers import (
 
 from flame_composer.batch import IGNORE
 from flame_composer.errors import InvalidField
+from flame_composer.model.lora import Adapter, trained_names
 from flame_composer.model.work import count_work
 from flame_composer.upstream.composer import known_as_causal
 from flame_composer.upstream.transformers import block_names
@@ -43,8 +44,19 @@ class CausalLM(HuggingFaceModel):
     transformers derives a block-diagonal mask from them.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, varlen: bool):
-        """Wrap `model`; raise InvalidField for `varlen` if it cannot keep documents apart."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        varlen: bool,
+        adapter: Adapter | None = None,
+    ):
+        """Wrap `model`; raise InvalidField for `varlen` if it cannot keep documents apart.
+
+        If `model` has adapters, `adapter` describes them. The state dict then holds the weights
+        that are trained, and no others.
+        """
         self.is_fla = type(model).__module__.startswith("fla.")
         if varlen and self.is_fla and model.config.model_type in _WITHOUT_VARLEN:
             raise InvalidField(
@@ -68,21 +80,29 @@ class CausalLM(HuggingFaceModel):
         self.varlen = varlen
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         self.work = count_work(model)
+        self.adapter = adapter
+        if adapter is not None:
+            # Taken down now, because a name must not leave checkpoints when its weight is frozen.
+            self._trained = frozenset(trained_names(self))
+            self.register_state_dict_post_hook(_keep_trained)
 
     def get_metadata(self) -> dict[str, Any]:
         """Return the config and the tokenizer's files in the form that a checkpoint holds.
+
+        If there is an adapter, its description is under the key `lora`.
 
         If there are several chat templates, transformers saves them in a folder, which Composer
         0.32 refuses. They are put into the tokenizer's config instead, where both find them.
         """
         tokenizer: Any = self.tokenizer
+        adapted = {} if self.adapter is None else {"lora": self.adapter.as_plain()}
         if not isinstance(tokenizer.chat_template, dict):
-            return super().get_metadata()
+            return super().get_metadata() | adapted
         saved: Any = copy.copy(tokenizer)
         saved.save_pretrained = functools.partial(tokenizer.save_pretrained, save_jinja_files=False)
         self.tokenizer = saved
         try:
-            return super().get_metadata()
+            return super().get_metadata() | adapted
         finally:
             self.tokenizer = tokenizer
 
@@ -133,6 +153,19 @@ class CausalLM(HuggingFaceModel):
         if is_void:
             outputs["loss"] = typing.cast(torch.Tensor, outputs["loss"]) * 0
         return outputs
+
+
+def _keep_trained(module: CausalLM, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Remove from a state dict what is not trained, unless Composer sends weights to all ranks.
+
+    For that Composer switches `should_save_peft_only` off. Its own filter goes by peft's wrapper,
+    and by the return value of `state_dict`, which DistributedDataParallel ignores.
+    """
+    if not module.should_save_peft_only:
+        return
+    for name in list(state):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in module._trained:
+            del state[name]
 
 
 def check_microbatch_size(size: int | str) -> None:

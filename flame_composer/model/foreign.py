@@ -260,11 +260,11 @@ def folder_of(path_or_id: str, files: list[str]) -> Path:
                 "no such folder, and it cannot be fetched from the Hugging Face hub:"
                 f" {one_line(error)}"
             ) from None
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
     if (folder / "adapter_config.json").exists():
         raise ConfigError(
             f"{path_or_id}: holds an adapter (adapter_config.json), for which another "
             "model would be loaded; merge it into its model, or delete that file"
         )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{path_or_id}: not a Hugging Face model folder: it has no config.json")
     return folder

@@ -11,8 +11,11 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from flame_composer.config.plan import PlanConfig
+from flame_composer.config.sections import LoraConfig
+from flame_composer.model.base import Base
 from flame_composer.model.build import build_model
-from flame_composer.model.work import Work, count_parameters, count_work
+from flame_composer.model.lora import add_adapters, build_adapter
+from flame_composer.model.work import Work, count_parameters, count_trained, count_work
 from flame_composer.plan.figures import Memory
 from flame_composer.upstream.transformers import block_names
 
@@ -53,6 +56,7 @@ class Size:
     """The sizes of a model that follow from its modules, read without memory for its weights."""
 
     parameters: int  # tied ones count once
+    trained: int  # parameters
     work: Work  # for one token
     largest_block: int  # parameters
     in_blocks: int  # parameters
@@ -64,14 +68,16 @@ class Size:
     linear_loss: bool  # head and loss are computed together, for a part of the tokens at a time
 
 
-def read_size(hf_config: PretrainedConfig) -> Size:
+def read_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> Size:
     """Return the sizes of the model that a config describes.
 
     `kept` is an estimate (docs/planning.md): it counts the inputs and outputs of every projection
-    and the outputs of every norm.
+    and the outputs of every norm. Raise InvalidField if the model lacks the targets of `lora`.
     """
     with torch.device("meta"):
         model: Any = build_model(hf_config)
+        if lora is not None:
+            add_adapters(model, build_adapter(lora, model, Base("", "")))
     names = block_names(model)
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     kept = [sum(map(_kept_by, block.modules())) for block in blocks] or [0]
@@ -80,6 +86,7 @@ def read_size(hf_config: PretrainedConfig) -> Size:
     shape = hf_config.get_text_config()
     return Size(
         parameters=count_parameters(model),
+        trained=count_trained(model),
         work=count_work(model),
         largest_block=max(sizes),
         in_blocks=sum(sizes),
@@ -120,7 +127,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         copies = gathered * copy_width
     else:  # autocast keeps copies of its own
         copies = size.work.multiplied * width if width < 4 else 0
-    gradients = 4 * size.parameters // shards
+    gradients = 4 * size.trained // shards
     if shards > 1:
         gradients += size.largest_block * copy_width  # of a block, before they are sharded
     elif world > 1:
@@ -144,7 +151,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         weights=4 * size.parameters // shards,
         copies=copies,
         gradients=gradients,
-        optimizer=8 * size.parameters // shards,
+        optimizer=8 * size.trained // shards,
         activations=tokens * kept * width,
         logits=(
             tokens

@@ -25,7 +25,7 @@ from flame_composer.plan.memory import (
 from flame_composer.plan.supply import Supply
 from flame_composer.text.tokenizer import load_tokenizer
 
-CHECKPOINT_BYTES = 12  # for each parameter: its value and AdamW's two moments, in fp32
+CHECKPOINT_BYTES = 12  # for each trained parameter: its value and AdamW's two moments, in fp32
 
 
 def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfig:
@@ -145,7 +145,7 @@ def _checkpoints(
 ) -> Checkpoints | None:
     if config.save_folder is None:
         return None
-    num_bytes = CHECKPOINT_BYTES * size.parameters
+    num_bytes = CHECKPOINT_BYTES * size.trained
     times = config.plan(epoch or 1)
     every: float | None = times.save_batches
     if times.save_seconds is not None:

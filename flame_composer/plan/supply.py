@@ -15,11 +15,8 @@ from streaming.base.world import World
 
 from flame_composer.config.data import StreamConfig
 from flame_composer.config.plan import PlanConfig
-from flame_composer.dataset.manifest import (
-    VERSIONS,
-    Ledger,
-    Manifest,
-)
+from flame_composer.dataset.ledger import Ledger
+from flame_composer.dataset.manifest import VERSIONS, Manifest
 from flame_composer.dataset.mds import ShardFile, index_entry, index_json, shard_form
 from flame_composer.dataset.open import Dataset, open_dataset
 from flame_composer.errors import ConfigError, DataError, InvalidField

@@ -73,7 +73,7 @@ class TemplateRefuses(Exception):
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """A chat template.
 
     `source` is its Jinja text, and `tokens` the texts of special tokens, by the names that
@@ -180,7 +180,7 @@ def load_template(
     *,
     add_bos: bool = False,
     default_system: str | None = None,
-) -> Template:
+) -> ChatTemplate:
     """Return the template called `name`: one of BUILT_IN, `tokenizer` for its own, or a file.
 
     `add_bos` and `default_system`, the system prompt of conversations without one, are for the
@@ -198,7 +198,7 @@ def load_template(
         )
     else:
         source = _of_tokenizer(tokenizer) if name == "tokenizer" else _in_file(name)
-    template = Template(source, _texts_of(tokenizer))
+    template = ChatTemplate(source, _texts_of(tokenizer))
     try:
         template._compiled  # noqa: B018
     except (TemplateError, RecursionError) as error:
@@ -254,7 +254,7 @@ def _texts_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     return {name: str(text) for name, text in found.items() if text is not None}
 
 
-def require_stop(template: Template, tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+def require_stop(template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, name: str) -> int:
     """Return the id of the token that ends an answer in this template.
 
     It is the first special token (or the eos token) after an answer's text in what a model is
@@ -345,7 +345,7 @@ class Refusal(DataError):
     """The error for a message of a person that cannot be put to a model."""
 
 
-def render_for_answer(template: Template, messages: Sequence[Message]) -> str:
+def render_for_answer(template: ChatTemplate, messages: Sequence[Message]) -> str:
     """Return the conversation as text up to where the assistant's next answer begins.
 
     Raise Refusal if the template does not render it.

@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.text.chat import Message, Template, TemplateRefuses
+from flame_composer.text.chat import ChatTemplate, Message, TemplateRefuses
 from flame_composer.text.examples import LeftOut
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, explained_failure, plain_copy
 
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
 TrainOn = Literal["all", "last", "prompt_too"]
 
 
@@ -46,7 +47,7 @@ class Masker:
 
     def __init__(
         self,
-        template: Template,
+        template: ChatTemplate,
         tokenizer: BareTokenizer,
         encode: Encoder,
         *,
@@ -60,6 +61,9 @@ class Masker:
         self.surfaces = surfaces_of(tokenizer)
         self.special = special_pattern(tokenizer)
         self.sizes = np.array([len(each) for each in self.surfaces or ()], np.int64)
+        self.is_added = np.zeros(tokenizer.vocab_size, np.bool_)
+        for each in json.loads(tokenizer.serialized)["added_tokens"]:
+            self.is_added[each["id"]] = not BYTE.fullmatch(each["content"])
 
     def tokens_of(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens | LeftOut]:
         """Return the tokens of each conversation, or why it is left out."""
@@ -72,7 +76,8 @@ class Masker:
                 plans.append(problem)
                 continue
             plans.append((len(texts), turns))
-            texts += [text, *(turn.prompt for turn in turns if self._is_compared(turn))]  # type: ignore[list-item]
+            texts.append(text)
+            texts += [turn.prompt or "" for turn in turns if self._is_compared(turn)]
         tokens, lengths = self.encode(texts)
         ends = np.cumsum(lengths)
         found: list[Tokens | LeftOut] = []
@@ -183,11 +188,12 @@ class Masker:
         """
         if self.surfaces is not None:
             data = text.encode()
-            if b"".join(map(self.surfaces.__getitem__, ids.tolist())) == data:
-                ends = np.cumsum(self.sizes[ids])
+            sizes = self._sizes(ids, data, self.surfaces)
+            if sizes is not None:
+                ends = np.cumsum(sizes)
                 is_same = len(data) == len(text)
                 at = _itself if is_same else lambda character: len(text[:character].encode())
-                return ends - self.sizes[ids], ends, at
+                return ends - sizes, ends, at
         with explained_failure():
             encoding = self.exact.encode(text, add_special_tokens=False)
         if encoding.ids != ids.tolist():
@@ -195,6 +201,23 @@ class Masker:
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         # Tokens without text of their own stand at the end of the one before.
         return np.maximum.accumulate(offsets[:, 0]), np.maximum.accumulate(offsets[:, 1]), _itself
+
+    def _sizes(
+        self, ids: NDArray[Any], data: bytes, surfaces: Sequence[bytes]
+    ) -> NDArray[np.int64] | None:
+        """Return how many bytes of `data` each token stands for, or None if they are not its bytes.
+
+        Tokenizers of Llama 2's kind put a space before a text, and again behind a special token.
+        """
+        found = list(map(surfaces.__getitem__, ids.tolist()))
+        if b"".join(found) == data:
+            return self.sizes[ids]
+        sizes = self.sizes[ids]
+        for place in (0, *(np.flatnonzero(self.is_added[ids]) + 1).tolist()):
+            if place < len(found) and found[place].startswith(b" "):
+                found[place] = found[place][1:]
+                sizes[place] -= 1
+        return sizes if b"".join(found) == data else None
 
 
 def _itself(character: int) -> int:
@@ -214,23 +237,29 @@ def special_pattern(tokenizer: BareTokenizer) -> re.Pattern[str] | None:
 
 
 def surfaces_of(tokenizer: BareTokenizer) -> list[bytes] | None:
-    """Return the bytes that each token of a byte-level tokenizer stands for, indexed by id.
+    """Return the bytes that each token stands for, indexed by id.
 
-    None for any other kind of tokenizer.
+    They are right for byte-level tokenizers and those of SentencePiece's kind; who uses them
+    compares them with a text. None for a tokenizer whose vocabulary is of another form.
     """
     state = json.loads(tokenizer.serialized)
     decoder = state["decoder"] or {"type": None}
-    if "ByteLevel" not in {step["type"] for step in decoder.get("decoders", [decoder])}:
-        return None
+    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
     vocabulary = state["model"].get("vocab")
     if not isinstance(vocabulary, dict):
         return None
     bytes_of = _bytes_by_character()
     found = [b""] * tokenizer.vocab_size
     for token, id in vocabulary.items():
-        found[id] = bytes(bytes_of.get(character, 0) for character in token)
+        if "ByteLevel" in kinds:
+            found[id] = bytes(bytes_of.get(character, 0) for character in token)
+        elif BYTE.fullmatch(token):
+            found[id] = bytes([int(token[3:5], 16)])
+        else:
+            found[id] = token.replace("▁", " ").encode()
     for added in state["added_tokens"]:
-        found[added["id"]] = added["content"].encode()
+        if not BYTE.fullmatch(added["content"]):  # some tokenizers list byte tokens, too
+            found[added["id"]] = added["content"].encode()
     return found
 
 

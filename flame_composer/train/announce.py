@@ -12,7 +12,7 @@ from composer.loggers import ProgressBarLogger
 from composer.utils import dist
 
 from flame_composer.errors import ConfigError, masked
-from flame_composer.model.work import count_parameters
+from flame_composer.model.work import count_parameters, count_trained
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.train.rows import appending, is_cut_short, writing
@@ -65,10 +65,12 @@ def announce(
         path = log_folder / STARTS
         with writing(path), appending(path) as starts:
             starts.write(("\n" if is_cut_short(path) else "") + json.dumps(start) + "\n")
-    parameters = count_parameters(state.model)
+    parameters, trained = count_parameters(state.model), count_trained(state.model)
+    of_which = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     print(
-        f"{state.run_name}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x"
-        f" {state.device.name}, {state.max_duration.value:,} steps; logs in {log_folder}",
+        f"{state.run_name}: {parameters / 1e6:.1f} M parameters{of_which} on"
+        f" {dist.get_world_size()} x {state.device.name}, {state.max_duration.value:,} steps;"
+        f" logs in {log_folder}",
         flush=True,
     )
     if resumed_from is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec, Evaluator
 from composer.utils import dist, get_device, reproducibility
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.checkpoint.content import needed_by
 from flame_composer.checkpoint.parts import Needed
@@ -34,10 +36,13 @@ from flame_composer.loader.datasets import (
     open_train_data,
     require_apart,
 )
+from flame_composer.model.base import Base, identify_base
 from flame_composer.model.build import build_or_load
-from flame_composer.model.causal_lm import CausalLM, check_microbatch_size
+from flame_composer.model.causal_lm import CausalLM, causal_lm_of, check_microbatch_size
 from flame_composer.model.hf_config import new_hf_config
+from flame_composer.model.lora import Adapter, add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
+from flame_composer.model.probe import require_gradients
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.train import parallelism
 from flame_composer.train.announce import announce
@@ -71,6 +76,8 @@ class Parts(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     hf_config: PretrainedConfig | None
     extensions: Extensions
+    base: Callable[[], Base]
+    """Return the place and hash of model.pretrained; its files are read at the first call only."""
     needed: Callable[[], Needed]
     """Return what a checkpoint must hold for this run; it is computed at the first call only."""
 
@@ -147,8 +154,11 @@ def check(config: TrainConfig) -> Parts:
     check_microbatch_size(config.microbatch_size)
     tokenizer = load_tokenizer(config.tokenizer)
     hf_config = new_hf_config(config.model, tokenizer, config.context_length)
-    needed = functools.cache(functools.partial(needed_by, config, hf_config))
-    return Parts(tokenizer, hf_config, build_extensions(config), needed)
+    if config.lora is not None:  # the targets, before the base is hashed and loaded
+        build_adapter(config.lora, build_or_load(config.model, hf_config, empty=True), Base("", ""))
+    base = functools.cache(functools.partial(identify_base, config.model.pretrained or ""))
+    needed = functools.cache(functools.partial(needed_by, config, hf_config, base))
+    return Parts(tokenizer, hf_config, build_extensions(config), base, needed)
 
 
 def find_start(config: TrainConfig, parts: Parts) -> Checkpoint | None:
@@ -175,6 +185,8 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     hf_model = build_or_load(
         config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
     )
+    adapter = build_adapters(config, hf_model, parts)
+    model = CausalLM(hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter)
     counters: list[Mixture | TaskScores] = [
         *build_mixture(data.loader, data.sets),
         *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),
@@ -190,9 +202,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     trainer = Trainer(
         run_name=config.run_name,
         seed=config.seed,
-        model=parallelism.recompute_blocks(
-            CausalLM(hf_model, data.tokenizer, varlen=config.varlen), config.parallelism
-        ),
+        model=parallelism.recompute_blocks(model, config.parallelism),
         train_dataloader=data.loader,
         eval_dataloader=evaluators,
         max_duration=f"{data.plan.total}ba",
@@ -209,10 +219,34 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         device_train_microbatch_size=config.microbatch_size,
         accumulate_train_batch_on_tokens=True,
         load_path=str(start.file) if start else None,
+        load_strict_model_weights=adapter is None,  # a checkpoint of adapters lacks the base
         load_exclude_algorithms=ALL_ALGORITHMS,
         progress_bar=show_bar,
     )
+    if adapter is not None:
+        require_gradients(
+            causal_lm_of(trainer.state.model),
+            context_length=config.context_length,
+            precision=config.precision,
+        )
     return Run(config, trainer, log, data.order, stop, start)
+
+
+def build_adapters(config: TrainConfig, model: PreTrainedModel, parts: Parts) -> Adapter | None:
+    """Add the adapters of `config.lora` to the model, and return them; None if there are none.
+
+    The first rank hashes the base for all. Every rank must call this.
+    """
+    if config.lora is None:
+        return None
+    base = [parts.base() if dist.get_global_rank() == 0 else None]
+    dist.broadcast_object_list(base, src=0)
+    assert base[0] is not None
+    adapter = build_adapter(config.lora, model, base[0])
+    on_meta = next(model.parameters()).is_meta
+    with torch.device("meta") if on_meta else contextlib.nullcontext():
+        add_adapters(model, adapter)
+    return adapter
 
 
 def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:

@@ -25,6 +25,7 @@ from flame_composer.config.extensions import whole_batches
 from flame_composer.config.rules import expand_path
 from flame_composer.errors import ConfigError, one_line
 from flame_composer.model.causal_lm import causal_lm_of
+from flame_composer.model.lora import merge_adapters
 from flame_composer.storage.plain_http import warn_if_readable
 from flame_composer.text.ends import encode_prompt
 from flame_composer.train.algorithms import as_evaluated
@@ -173,8 +174,8 @@ class Generate(Callback):
 class HfExport(Callback):
     """A callback that exports the model as Hugging Face folders named `ba<batch>`.
 
-    They hold the weights that evaluation uses: their average, if there is one. Each folder appears
-    only once it is complete.
+    They hold the weights that evaluation uses: their average, if there is one. Adapters are merged
+    into them. Each folder appears only once it is complete.
     """
 
     def __init__(
@@ -213,6 +214,8 @@ class HfExport(Callback):
         composer_model = causal_lm_of(state.model)
         with as_evaluated(state, logger):
             model = copy.deepcopy(cast(PreTrainedModel, composer_model.model))
+        if composer_model.adapter is not None:
+            merge_adapters(model)
         save_hf_folder(
             model, cast(PreTrainedTokenizerFast, composer_model.tokenizer), out, dtype=self.dtype
         )

@@ -45,7 +45,9 @@ class Gradients(Callback):
         self.passed_over = state.get("passed_over", True)  # earlier versions did not save it
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        everything = list(state.model.parameters())
+        everything = [
+            parameter for group in state.optimizers[0].param_groups for parameter in group["params"]
+        ]
         parameters = [parameter for parameter in everything if parameter.grad is not None]
         self.passed_over |= sum(each.requires_grad for each in parameters) < len(everything)
         norm = total_norm(parameters, state)

@@ -67,7 +67,12 @@ from flame_composer.config.sections import (
 )
 from flame_composer.config.source import HubSourceConfig, SourceConfig
 from flame_composer.config.train import TrainConfig
-from flame_composer.config.use import EvaluateConfig, GenerateConfig, ReportConfig
+from flame_composer.config.use import (
+    EvaluateConfig,
+    GenerateConfig,
+    PredictConfig,
+    ReportConfig,
+)
 from flame_composer.config.written import takes_text
 from flame_composer.errors import ConfigError, InvalidField
 
@@ -115,6 +120,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ConvertConfig: {"source": ["s"], "out": "o", "tokenizer": "t"},
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m"},
+    PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
     InspectConfig: {"data": "d"},
@@ -884,6 +890,20 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     (EvaluateConfig, {"task_limit": 0}, "task_limit", "must be a positive number, or null"),
     (EvaluateConfig, {"max_length": 1}, "max_length", "must be 2 tokens or more, or null"),
+    (EvaluateConfig, {"apply_chat_template": True}, "apply_chat_template", "needs tasks"),
+    (EvaluateConfig, {"system_instruction": "s"}, "system_instruction", "needs tasks"),
+    (
+        EvaluateConfig,
+        {"tasks": ["t"], "apply_chat_template": True, "add_bos": False},
+        "add_bos",
+        "must be null with apply_chat_template, which decides what texts begin with",
+    ),
+    (
+        EvaluateConfig,
+        {"tasks": ["t"], "fewshot_as_multiturn": False},
+        "fewshot_as_multiturn",
+        "must be true without apply_chat_template",
+    ),
     (EvalTasksConfig, {"tasks": []}, "tasks", "must name at least one task"),
     (EvalTasksConfig, {"task_path": ""}, "task_path", EMPTY),
     (EvalTasksConfig, {"interval": "10"}, "interval", FRACTION),
@@ -909,14 +929,28 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for x in (0.0, inf, nan)
     ),
     (GenerateConfig, {"stop": ["a", ""]}, "stop", "must not hold an empty text"),
-    *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
-    (GenerateConfig, {"max_new_tokens": 0}, "max_new_tokens", "must be more than 0"),
-    *(
-        (GenerateConfig, {"temperature": t}, "temperature", "must be 0 or more, and finite")
-        for t in (-0.1, nan, inf)
+    *((PredictConfig, {name: ""}, name, EMPTY) for name in ("model", "out")),
+    (PredictConfig, {"out": "s3://b/o"}, "out", "must be a local folder"),
+    (PredictConfig, {"batch_size": 0}, "batch_size", "must be a positive number of prompts"),
+    (
+        PredictConfig,
+        {"max_examples": 0},
+        "max_examples",
+        "must be a positive number of answers, or null",
     ),
-    *((GenerateConfig, {"top_p": p}, "top_p", "must be in (0, 1]") for p in (0.0, 1.01, nan)),
-    (GenerateConfig, {"top_k": -1}, "top_k", "must be 0 or more"),
+    *((PredictConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
+    *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
+    *(
+        (cls, {name: value}, name, rule)
+        for cls in (GenerateConfig, PredictConfig)
+        for name, values, rule in (
+            ("max_new_tokens", (0,), "must be more than 0"),
+            ("temperature", (-0.1, inf, nan), "must be 0 or more, and finite"),
+            ("top_p", (0.0, 1.01, nan), "must be in (0, 1]"),
+            ("top_k", (-1,), "must be 0 or more"),
+        )
+        for value in values
+    ),
     *(
         (cls, {"out": "s3://bucket/folder"}, "out", "must be a local folder")
         for cls in (ToHfConfig, FromLlamaConfig)
@@ -1365,6 +1399,7 @@ def test_reading_a_configuration_imports_nothing_heavy():
 
 # Text keys that hold no path; any other one is in its section's `paths`.
 NO_PATHS = {
+    "system_instruction",
     "run_name",
     "max_duration",
     "eval_interval",

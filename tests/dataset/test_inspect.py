@@ -26,11 +26,12 @@ from streaming.base.storage import CloudDownloader
 from flame_composer.config import cli
 from flame_composer.config.convert import InspectConfig
 from flame_composer.dataset import open as opening
-from flame_composer.dataset import report
+from flame_composer.dataset import report, sample_row
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.mds import ROWS_AT_ONCE, BadShard, ShardView, add
 from flame_composer.dataset.open import open_dataset
 from flame_composer.dataset.survey import (
+    Row,
     choose_shards,
     spread,
 )
@@ -218,8 +219,8 @@ def test_without_a_tokenizer_rows_are_ids(dataset, inspect):
 
 def test_text_that_would_not_be_seen_is_made_visible():
     text = "a\tb\r\n\x1b[31m\x7f zero\u200bwidth \u202e\u2028 数据 e\u0301\n"
-    lines = report.show_row(
-        report.Row(0, "s", np.zeros(1, np.uint16), np.array([1])), lambda _: text, whole=True
+    lines = sample_row.show_row(
+        Row(0, "s", np.zeros(1, np.uint16), np.array([1])), lambda _: text, whole=True
     )
     assert lines[2:-1] == [
         "│ a␉b␍␊",
@@ -231,15 +232,15 @@ def test_text_that_would_not_be_seen_is_made_visible():
 
 def test_long_rows_are_shortened_and_fit_the_width():
     ids, lengths = np.arange(2000, dtype=np.uint16), np.array([100] * 20)
-    lines = report.show_row(
-        report.Row(7, "s", ids, lengths), lambda ids: "数据 word\n" * len(ids), whole=False
+    lines = sample_row.show_row(
+        Row(7, "s", ids, lengths), lambda ids: "数据 word\n" * len(ids), whole=False
     )
     assert len(lines) < 70
     assert lines[1].startswith("┌─ piece 1: tokens 1-100 ─")
     assert "├─ 14 pieces of 1,400 tokens left out ".ljust(100, "─") in lines
     assert any(line.startswith("├─ piece 20: tokens 1,901-2,000 ─") for line in lines)
     assert sum("... 93 lines left out ..." in line for line in lines) == 6
-    whole = report.show_row(report.Row(7, "s", ids, lengths), lambda ids: "数" * 200, whole=True)
+    whole = sample_row.show_row(Row(7, "s", ids, lengths), lambda ids: "数" * 200, whole=True)
     assert not any("left out" in line for line in whole)
     assert [len(line) for line in whole[2:8]] == [2 + 49] * 4 + [2 + 4, 100]
 

@@ -207,7 +207,7 @@ def without_a_pool(monkeypatch) -> None:
     """
 
     def convert(conversion, numbers, num_workers, on_progress):
-        converter = workers.UnitConverter(conversion)
+        converter = conversion.build_converter()
         yield from filter(
             None,
             (converter.convert(conversion.datasets, number, on_progress) for number in numbers),

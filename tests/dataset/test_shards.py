@@ -20,12 +20,8 @@ import numpy as np
 import pytest
 
 from flame_composer.dataset.convert import convert_unit, document_hash, split_of
-from flame_composer.dataset.manifest import (
-    Ledger,
-    parse_manifest,
-    read_index,
-    read_manifest,
-)
+from flame_composer.dataset.ledger import Ledger
+from flame_composer.dataset.manifest import parse_manifest, read_index, read_manifest
 from flame_composer.dataset.mds import HASH
 from flame_composer.dataset.open import check_shards, open_dataset
 from flame_composer.dataset.plan import Plan, plan_units
@@ -630,8 +626,8 @@ def dataset_copy(tmp_path, finished) -> Path:
 
 MANIFEST_DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
     "version": (
-        lambda m: m.update(version=2),
-        "dataset format version 2, but this flame_composer reads version 1; convert",
+        lambda m: m.update(version=3),
+        "dataset format version 3, but this flame_composer reads versions 1 and 2; convert",
     ),
     "version type": (
         lambda m: m.update(version="1"),

@@ -180,7 +180,7 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_number_of_units(folder):
 
     def sent(datasets: list[DatasetWriter]) -> tuple[int, int]:
         whole = conversion(folder, datasets)
-        return len(pickle.dumps(whole.settings())), len(pickle.dumps((whole.unit(3), 3)))
+        return len(pickle.dumps(whole.settings())), len(pickle.dumps((whole.inputs(3), 3)))
 
     datasets = writers(folder, "sent")
     plan = datasets[0].plan
@@ -281,10 +281,10 @@ def test_a_conversion_imports_none_of_what_takes_seconds(folder):
         "import importlib, pickle, sys\nfrom flame_composer.dataset import workers\n"
         "for name in workers.PRELOADED: importlib.import_module(name)\n"
         "settings, unit = pickle.load(sys.stdin.buffer)\n"
-        "workers._worker.update(conversion=settings, counts=[0, 0, 0])\n"
+        "workers._worker.update(job=settings, counts=[0, 0, 0])\n"
         f"assert workers._convert(unit, 1)[0] is None\n{tell}"
     )
-    given = pickle.dumps((sent.settings(), sent.unit(1)))
+    given = pickle.dumps((sent.settings(), sent.inputs(1)))
     process = subprocess.run([sys.executable, "-c", worker], capture_output=True, input=given)
     assert (process.returncode, process.stderr) == (0, b"[]")
     assert all(dataset.is_committed(1) for dataset in datasets)

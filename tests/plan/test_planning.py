@@ -18,6 +18,7 @@ import torch
 from flame_composer.config.data import StreamConfig
 from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
+from flame_composer.config.sections import LoraConfig
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.batches import build_train_loader
 from flame_composer.loader.datasets import open_for_model
@@ -691,3 +692,19 @@ def test_a_plan_without_its_data(corpus: Corpus, tmp_path: Path) -> None:
         " give dataset_tokens"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_what_adapters_train() -> None:
+    """Gradients, optimizer and checkpoints are of the adapters, weights and FLOPs of all."""
+    keys = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 1000}
+    hf_config = build_hf_config({"model_type": "gla", **keys}, None, CONTEXT_LENGTH, to_run=False)
+    whole, adapted = (read_size(hf_config, lora) for lora in (None, LoraConfig(rank=2)))
+    assert whole.trained == whole.parameters
+    added = adapted.parameters - whole.parameters
+    assert adapted.trained == added
+    assert 0 < added < whole.parameters / 10
+    unused = 1000 * 64  # input embeddings are looked up, not multiplied
+    flops = 4 * (whole.parameters - unused) + 6 * added
+    assert adapted.work.flops_per_token(CONTEXT_LENGTH) == flops
+    both = LoraConfig(rank=2, train_embeddings=True)
+    assert read_size(hf_config, both).trained == added + 2 * unused

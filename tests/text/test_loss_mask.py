@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_composer.text.chat import Message, Template, load_template, require_stop
+from flame_composer.text.chat import ChatTemplate, Message, load_template, require_stop
+from flame_composer.text.dataset_info import read_registry
 from flame_composer.text.examples import LeftOut, conversation_of
 from flame_composer.text.jsonl import InvalidRecord
 from flame_composer.text.loss_mask import Masker, Tokens, surfaces_of
-from flame_composer.text.registry import read_registry
 from flame_composer.text.tokenizer import bare, build_encoder, load_tokenizer
 from tests.data_fixtures import byte_tokenizer
 
@@ -77,10 +77,10 @@ def masker_for(template: str, tokenizer_name: str, train_on: str) -> Masker:
     return build_masker(found, tokenizer, train_on)
 
 
-def build_masker(template: Template, tokenizer: Any, train_on: str = "all") -> Masker:
+def build_masker(template: ChatTemplate, tokenizer: Any, train_on: Any = "all") -> Masker:
     stop = require_stop(template, tokenizer, "a template")
     encode = build_encoder(bare(tokenizer), add_bos=False, add_eos=False)
-    return Masker(template, bare(tokenizer), encode, stop=stop, train_on=train_on)  # type: ignore[arg-type]
+    return Masker(template, bare(tokenizer), encode, stop=stop, train_on=train_on)
 
 
 def ours(case: dict[str, Any], form: Any, train_on: str) -> Tokens | str:
@@ -303,13 +303,16 @@ def test_the_bytes_of_tokens_are_those_of_the_text(text: str) -> None:
     assert b"".join(surfaces[id] for id in ids) == text.encode()
 
 
+@pytest.mark.parametrize("name", ["endoftext", "spaces"])
 @settings(max_examples=50, deadline=None)
 @given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
-def test_places_by_bytes_and_by_offsets_are_the_same(turns: list[tuple[str, str]]) -> None:
+def test_places_by_bytes_and_by_offsets_are_the_same(
+    name: str, turns: list[tuple[str, str]]
+) -> None:
     """The slow way, for tokenizers that change a text, finds the same answers."""
-    tokenizer = load_tokenizer(str(RECORDED / "tokenizers/endoftext"))
-    masker = build_masker(load_template("chatml", tokenizer), tokenizer)
-    slow = build_masker(load_template("chatml", tokenizer), tokenizer)
+    tokenizer = load_tokenizer(str(RECORDED / "tokenizers" / name))
+    masker = build_masker(load_template("alpaca", tokenizer), tokenizer)
+    slow = build_masker(load_template("alpaca", tokenizer), tokenizer)
     slow.surfaces = None
     messages = [
         message
@@ -319,4 +322,6 @@ def test_places_by_bytes_and_by_offsets_are_the_same(turns: list[tuple[str, str]
     (one,), (other,) = masker.tokens_of([messages]), slow.tokens_of([messages])
     assert isinstance(one, Tokens)
     assert isinstance(other, Tokens)
+    data = masker.template.render(messages).text.encode()
+    assert masker._sizes(one.ids, data, masker.surfaces or ()) is not None, "the fast way is tried"
     assert np.array_equal(one.has_loss, other.has_loss)

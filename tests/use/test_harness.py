@@ -221,13 +221,14 @@ def test_the_text_of_a_conversation_is_what_the_keys_say(
         asked: list[list[int]] = []
         with monkeypatch.context() as patch:
             answer = adapter._loglikelihood_tokens
-            patch.setattr(
-                adapter,
-                "_loglikelihood_tokens",
-                lambda requests, **more: (
-                    asked.extend(each[1] for each in requests) or answer(requests, **more)  # noqa: B023
-                ),
-            )
+
+            def note(
+                requests: Any, *, asked: Any = asked, answer: Any = answer, **more: Any
+            ) -> Any:
+                asked.extend(each[1] for each in requests)
+                return answer(requests, **more)
+
+            patch.setattr(adapter, "_loglikelihood_tokens", note)
             harness.score(adapter, loaded, limit=1)
         found[name] = asked[0]
     texts = {name: tokenizer.decode(ids) for name, ids in found.items()}
@@ -291,8 +292,8 @@ def test_chat_templates_that_are_refused(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("apply_chat_template=true data.local=d", "must be set together with apply_chat_template"),
-        ("system_instruction=x data.local=d", "must be set together with system_instruction"),
+        ("apply_chat_template=true data.local=d", "apply_chat_template=true: needs tasks"),
+        ("system_instruction=x data.local=d", "system_instruction=x: needs tasks"),
         ("fewshot_as_multiturn=false tasks=choice", "must be true without apply_chat_template"),
         (
             "apply_chat_template=true add_bos=true tasks=choice",

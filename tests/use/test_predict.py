@@ -410,6 +410,7 @@ def test_the_script_answers_scores_and_tells(tuning: Tuning, tmp_path: Path) -> 
     check(tuning.answer(tmp_path / "all", "turns=all"))
     every = lines_of((tmp_path / "all" / PREDICTIONS).read_bytes())
     assert {line["turn"] for line in every} == {0, 1, 2}
+    assert len(every) == sum(line["turn"] + 1 for line in lines)
     assert all(line["label"].endswith(f" é {line['turn']}\n\n") for line in every)
     last = {(line["row"], line["piece"]): line for line in every}
     assert [(line["turn"], line["prompt"], line["label"]) for line in last.values()] == [
