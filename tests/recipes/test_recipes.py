@@ -551,6 +551,7 @@ def test_every_readme_command(small: Small) -> None:
     assert done == len(commands) - 2
 
 
+@pytest.mark.timeout(1200)
 def test_every_command_of_tuning(small: Small) -> None:
     """Those of README.md's section and of docs/tuning.md, in their order, after what `make tune`
     runs.
