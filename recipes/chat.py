@@ -25,7 +25,7 @@ def main(config: ChatConfig) -> None:
 
     listen_to_signals()  # importing Composer replaced the handlers
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends the script quietly
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = load_model(config.model, base=config.base)
     conversation = Conversation(model, tokenizer, config)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(config.seed)

@@ -264,11 +264,16 @@ class PredictConfig(ScriptConfig):
 class ChatConfig(ScriptConfig):
     """Hold a conversation with a model in the terminal."""
 
-    paths = ("model",)
+    paths = ("model", "base")
 
     model: str = MISSING
-    """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
-    newest is taken; local or in an object store. Its tokenizer must have a chat template.
+    """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
+    folder of checkpoints, of which the newest is taken; local or in an object store. Its tokenizer
+    must have a chat template.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
+    was in training.
     """
     system: str | None = None
     """System prompt; the template's own, if it has one, if not set."""
@@ -288,7 +293,7 @@ class ChatConfig(ScriptConfig):
     """Seed of the sampling."""
 
     def validate(self) -> None:
-        require_text(self, "model")
+        require_text(self, "model", "base")
         require(self.system != "", "system", "must not be empty; null is for none")
         require_seed(self.seed, "seed")
         require(

@@ -189,7 +189,7 @@ def test_evaluate_and_generate_take_all_forms(
 def test_a_base_that_has_moved(
     corpus: Corpus, lora_run: Path, base: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """`base` says where it is now, to all three scripts; without it, a line says to give it."""
+    """`base` says where it is now, to all four scripts; without it, a line says to give it."""
     moved, gone = tmp_path / "moved", tmp_path / "gone"
     shutil.copytree(base, moved)
     checkpoints = tmp_path / "checkpoints"
@@ -199,8 +199,10 @@ def test_a_base_that_has_moved(
     torch.save(content, checkpoints / "ba20.pt")
     shutil.copytree(folder, tmp_path / "adapter")
     _change(tmp_path / "adapter", base_model_name_or_path=str(gone))
+    (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     out = tmp_path / "out"
     for command in (
+        ("recipes/chat.py", f"model={tmp_path / 'adapter'}"),
         ("recipes/generate.py", f"model={checkpoints}", "prompt=ka", "max_new_tokens=2"),
         ("recipes/generate.py", f"model={tmp_path / 'adapter'}", "prompt=ka", "max_new_tokens=2"),
         ("recipes/evaluate.py", f"model={checkpoints}", f"data.local={corpus.val}"),

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
+from flame_composer.text.examples import REASONS, conversation_of, form_of
 from tests.data_fixtures import streaming_dataset
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
@@ -410,11 +411,15 @@ def test_benchmark_compares_models_of_one_size() -> None:
         assert row["gla_over_llama"] == pytest.approx(ratio, rel=0.01)
 
 
-def commands_in(document: str) -> list[list[str]]:
+TUNING = "## Tune it to instructions"  # the section of README.md that docs/tuning.md goes on from
+
+
+def commands_in(text: str) -> list[list[str]]:
     """The lines of its bash blocks, as lists of words."""
-    blocks = (ROOT / document).read_text().split("```bash\n")[1:]
     lines = [
-        line for block in blocks for line in block.split("```")[0].replace("\\\n", "").splitlines()
+        line
+        for block in text.split("```bash\n")[1:]
+        for line in block.split("```")[0].replace("\\\n", "").splitlines()
     ]
     return [shlex.split(line) for line in lines if line]
 
@@ -445,61 +450,72 @@ def run_steps(folder: Path, name: str) -> tuple[int, dict[str, Any]]:
     return len(results), json.loads(printed.getvalue().splitlines()[-1])
 
 
-def test_every_readme_command(tmp_path: Path) -> None:
-    """And of docs/evaluation.md and docs/tuning.md, in a copy of the checkout with shorter runs, in
-    their order; `make` targets by what make would run.
+class Small(NamedTuple):
+    """A copy of the checkout with shorter runs, in which the quickstart has run: the number of its
+    commands, and what it ended with.
     """
-    for name in ("recipes", "convert", "yamls", "flame_composer", "docs/tasks", "docs/data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    tiny = tmp_path / "yamls/gla_tiny.yaml"
-    content = yaml.safe_load(tiny.read_text())
-    content |= {"max_duration": "6ba", "global_batch_size": 2, "microbatch_size": 1}
-    content |= {"eval_interval": "6ba", "save_interval": "3ba"}
-    content["scheduler"]["warmup"] = "2ba"
-    content["eval_data"]["max_rows"] = 4
-    content["model"]["config"] |= {"hidden_size": 64, "num_hidden_layers": 1}
-    tiny.write_text(yaml.dump(content))
-    tuning = tmp_path / "yamls/sft_tiny.yaml"
-    content = yaml.safe_load(tuning.read_text()) | {"max_duration": "6ba", "global_batch_size": 2}
-    content |= {"microbatch_size": 1, "eval_interval": "6ba", "save_interval": "3ba"}
-    content["scheduler"]["warmup"] = "2ba"
-    tuning.write_text(yaml.dump(content))
-    script = tmp_path / "recipes/tune.py"
-    short = script.read_text().replace("LONGEST = 200", "LONGEST = 36")
-    short = short.replace("max_examples=100", "max_examples=4").replace("tokens=40", "tokens=4")
-    script.write_text(short)
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    folder: Path
+    number: int
+    quickstart: dict[str, Any]
+
+    def start(self, *command: str) -> subprocess.CompletedProcess[str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return subprocess.run(
             command,
-            cwd=tmp_path,
+            cwd=self.folder,
             env={**os.environ, "PATH": path},
             capture_output=True,
             text=True,
             timeout=500,
         )
 
-    pages = ("README.md", "docs/evaluation.md", "docs/tuning.md")
-    commands = [command for page in pages for command in commands_in(page)]
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    folder = tmp_path_factory.mktemp("small")
+    for name in ("recipes", "convert", "yamls", "flame_composer", "docs/tasks", "docs/data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("gla_tiny", "sft_tiny"):
+        file = folder / f"yamls/{name}.yaml"
+        content = yaml.safe_load(file.read_text())
+        content |= {"max_duration": "6ba", "global_batch_size": 2, "microbatch_size": 1}
+        content |= {"eval_interval": "6ba", "save_interval": "3ba"}
+        content["scheduler"]["warmup"] = "2ba"
+        content["eval_data"]["max_rows"] = 4
+        if name == "gla_tiny":
+            content["model"]["config"] |= {"hidden_size": 64, "num_hidden_layers": 1}
+        file.write_text(yaml.dump(content))
+    tune = folder / "recipes/tune.py"
+    short = tune.read_text().replace("LONGEST = 200", "LONGEST = 36")
+    short = short.replace("max_examples=100", "max_examples=4").replace("tokens=40", "tokens=4")
+    tune.write_text(short)
+    return Small(folder, *run_steps(folder, "quickstart.py"))
+
+
+def test_every_readme_command(small: Small) -> None:
+    """And of docs/evaluation.md, in a copy of the checkout with a shorter gla_tiny, in their
+    order; `make` targets by what make would run. Those of tuning are in the next test.
+    """
+    before, _, after = (ROOT / "README.md").read_text().partition(TUNING)
+    after = after[after.index("\n## ") :]
+    pages = (before, after, (ROOT / "docs/evaluation.md").read_text())
     commands = [
         [word.replace("max_duration=20ba", "max_duration=2ba") for word in command]
-        for command in commands
+        for page in pages
+        for command in commands_in(page)
     ]
     assert [command for command in commands if command[0] == "make"] == [
         ["make", "quickstart"],
         ["make", "test"],
-        ["make", "tune"],
-        ["make", "tune"],
     ]
-    assert "recipes/tune.py" in check(run(["make", "-n", "tune"])).stdout
-    assert "recipes/quickstart.py" in check(run(["make", "-n", "quickstart"])).stdout
-    assert "-m pytest" in check(run(["make", "-n", "test"])).stdout
+    assert "recipes/quickstart.py" in check(small.start("make", "-n", "quickstart")).stdout
+    assert "-m pytest" in check(small.start("make", "-n", "test")).stdout
 
-    number, quickstart = run_steps(tmp_path, "quickstart.py")
-    assert number == 6
+    assert small.number == 6
+    quickstart = small.quickstart
     assert set(quickstart) == {
         "train_tokens",
         "eval_perplexity_initial",
@@ -510,8 +526,43 @@ def test_every_readme_command(tmp_path: Path) -> None:
     }
     assert quickstart["train_tokens"] == 6 * 2 * 512
     assert quickstart["eval_perplexity"] < quickstart["eval_perplexity_initial"]
-    assert (tmp_path / quickstart["hf_folder"] / "model.safetensors").is_file()
-    number, tuned = run_steps(tmp_path, "tune.py")
+    assert (small.folder / quickstart["hf_folder"] / "model.safetensors").is_file()
+    done = 0
+    for command in commands:
+        if command[0].startswith("DATA_REMOTE="):
+            # Its data is in an object store and its devices are GPUs: the answer here is that there
+            # is no GPU.
+            assert command[1:] == ["composer", "recipes/train.py", "yamls/gla_340m.yaml"]
+            process = Script(
+                *command[2:], env={"DATA_REMOTE": command[0].partition("=")[2]}, folder=small.folder
+            ).wait()
+            assert process.returncode == 2
+            assert (
+                "error: yamls/gla_340m.yaml: precision=amp_bf16: there is no GPU here"
+                in process.stderr
+            )
+        elif command[0] == "python":
+            check(run_script(*command[1:], folder=small.folder))
+        elif command[0] == "composer":
+            check(small.start(*command))
+        else:
+            continue
+        done += 1
+    assert done == len(commands) - 2
+
+
+@pytest.mark.timeout(1200)
+def test_every_command_of_tuning(small: Small) -> None:
+    """Those of README.md's section and of docs/tuning.md, in their order, after what `make tune`
+    runs.
+    """
+    _, _, section = (ROOT / "README.md").read_text().partition(TUNING)
+    pages = (section[: section.index("\n## ")], (ROOT / "docs/tuning.md").read_text())
+    commands = [command for page in pages for command in commands_in(page)]
+    assert [command for command in commands if command[0] != "python"] == [["make", "tune"]] * 2
+    assert "recipes/tune.py" in check(small.start("make", "-n", "tune")).stdout
+
+    number, tuned = run_steps(small.folder, "tune.py")
     assert number == 5
     assert set(tuned) == {
         "train_tokens",
@@ -523,27 +574,33 @@ def test_every_readme_command(tmp_path: Path) -> None:
     }
     assert tuned["train_tokens"] == 6 * 2 * 512
     assert tuned["eval_loss"] < tuned["eval_loss_initial"]
-    assert (tmp_path / tuned["hf_folder"] / "chat_template.jinja").is_file()
-    done = 0
-    for command in commands:
-        if command[0].startswith("DATA_REMOTE="):
-            # Its data is in an object store and its devices are GPUs: the answer here is that there
-            # is no GPU.
-            assert command[1:] == ["composer", "recipes/train.py", "yamls/gla_340m.yaml"]
-            process = Script(
-                *command[2:], env={"DATA_REMOTE": command[0].partition("=")[2]}, folder=tmp_path
-            ).wait()
-            assert process.returncode == 2
-            assert (
-                "error: yamls/gla_340m.yaml: precision=amp_bf16: there is no GPU here"
-                in process.stderr
-            )
-        elif command[0] == "python":
-            few = ("max_examples=4", "max_new_tokens=4") * (command[1] == "recipes/predict.py")
-            check(run_script(*command[1:], *few, folder=tmp_path))
-        elif command[0] == "composer":
-            check(run(command))
-        else:
-            continue
-        done += 1
-    assert done == len(commands) - 4
+    assert (small.folder / tuned["hf_folder"] / "chat_template.jinja").is_file()
+
+    fewer = {
+        "recipes/predict.py": ("max_examples=4", "max_new_tokens=4"),
+        "recipes/train.py": ("max_duration=2ba", "scheduler.warmup=1ba"),
+    }
+    assert len(commands) > 8
+    for _, *words in (command for command in commands if command[0] == "python"):
+        is_new_run = any(word.startswith("run_name=") for word in words)
+        is_short = words[0] == "recipes/predict.py" or is_new_run
+        more = fewer[words[0]] if is_short else ()
+        check(run_script(*words, *more, folder=small.folder))
+
+
+@pytest.mark.parametrize("name", ["alpaca", "sharegpt", "messages", "prompt_completion"])
+def test_the_examples_of_each_format_are_read(name: Any) -> None:
+    """docs/tuning.md shows one of each."""
+    page = (ROOT / "docs/tuning.md").read_text()
+    example = page.split(f"`format={name}` has")[1].split("```json\n")[1].split("```")[0]
+    turns = conversation_of(json.loads(example), form_of(name, {}, {}, ""))
+    assert [turn.role for turn in turns][-2:] == ["user", "assistant"]
+    assert "system" in [turn.role for turn in turns] or name not in ("alpaca", "messages")
+
+
+def test_every_reason_for_leaving_an_example_out_is_explained() -> None:
+    page = (ROOT / "docs/tuning.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*) \|$", page.split("### What is left out")[1], re.MULTILINE
+    )
+    assert dict(rows[: len(REASONS)]) == REASONS

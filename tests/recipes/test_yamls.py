@@ -114,6 +114,7 @@ def test_recipe_for_tuning(path: Path) -> None:
     exported = load(ToHfConfig, export)
     assert exported.out == config.model.pretrained
     assert exported.checkpoint == before.save_folder
+    assert (config.lora is not None) == ("lora" in path.stem)
     converted = load(SftConfig, convert)
     assert converted.context_length == config.context_length
     assert converted.tokenizer == config.tokenizer
