@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files
 from flame_composer.text.ends import warn
+from flame_composer.text.tokenizer import require_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -198,7 +199,15 @@ def load_template(
     """
     from flame_composer.upstream.jinja import template_limits
 
+    tokens = _texts_of(tokenizer)
     if name in BUILT_IN:
+        require_ends(tokenizer, add_bos=add_bos, add_eos=False)
+        if name == "alpaca" and "eos_token" not in tokens:
+            raise ConfigError(
+                f"template: {name}: ends answers with the eos token, which the tokenizer"
+                f" {tokenizer.name_or_path} lacks; take another template, or a tokenizer that has"
+                " one"
+            )
         source = _built_in(name, add_bos=add_bos, default_system=default_system)
     elif default_system is not None:
         raise ConfigError(
@@ -207,7 +216,7 @@ def load_template(
         )
     else:
         source = _of_tokenizer(tokenizer) if name == "tokenizer" else _in_file(name)
-    template = ChatTemplate(source, _texts_of(tokenizer))
+    template = ChatTemplate(source, tokens)
     try:
         with template_limits():
             template._compiled  # noqa: B018
