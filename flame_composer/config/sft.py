@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from flame_composer.config import other_names
 from flame_composer.config.convert import require_shards
 from flame_composer.config.rules import ScriptConfig, require, require_text
 from flame_composer.config.source import require_absolute, require_apart
+from flame_composer.storage.filesystems import is_url
 
 # The keys that decide the bytes of the dataset, besides what is found in the inputs.
 SFT_SETTINGS = (
@@ -159,8 +161,10 @@ class SftConfig(ScriptConfig):
         require(bool(self.source or self.registry), "source", rule)
         rule = "must not be set together with registry, which names the files"
         require(not (self.source and self.registry), "source", rule)
+        rule = "must name at least one dataset of the registry"
+        require(bool(self.datasets) or self.registry is None, "datasets", rule)
         rule = "must be set together with registry"
-        require(bool(self.datasets) == (self.registry is not None), "datasets", rule)
+        require(not self.datasets or self.registry is not None, "datasets", rule)
         require(not self.val_datasets or self.registry is not None, "val_datasets", rule)
         rule = "must not be set together with registry; name val_datasets"
         require(not (self.val_source and self.registry), "val_source", rule)
@@ -173,6 +177,15 @@ class SftConfig(ScriptConfig):
         require(self.name is None or self.split is not None, "split", rule)
         rule = "must not be set together with split"
         require(self.split is None or not self.suffixes, "suffixes", rule)
-        both = [each for each in self.source if each in self.val_source]
-        both += [each for each in self.datasets if each in self.val_datasets]
-        require(not both, "val_source", f"must not name what is trained on: {', '.join(both)}")
+        for name, val_name in (("source", "val_source"), ("datasets", "val_datasets")):
+            trained_on, held_out = ([*map(_place, getattr(self, key))] for key in (name, val_name))
+            both = [each for each in held_out if each in trained_on]
+            require(not both, val_name, f"must not name what is trained on: {', '.join(both)}")
+            for key, given in ((name, trained_on), (val_name, held_out)):
+                twice = [each for number, each in enumerate(given) if each in given[:number]]
+                require(not twice, key, f"must name nothing twice: {', '.join(twice)}")
+
+
+def _place(source: str) -> str:
+    """Return one spelling of a path."""
+    return source if is_url(source) else os.path.normpath(source)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flame_composer.config.sft import SftConfig
@@ -13,6 +16,7 @@ from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.totals import Progress
 from flame_composer.dataset.tuning import Tuning
 from flame_composer.dataset.writer import DatasetWriter
+from flame_composer.errors import ConfigError
 from flame_composer.text.chat import ChatTemplate, load_template, require_stop
 from flame_composer.text.dataset_info import Listed, read_registry
 from flame_composer.text.encoder import choose_encoder
@@ -20,6 +24,7 @@ from flame_composer.text.ends import ends_of, template_of
 from flame_composer.text.examples import Form, form_of
 from flame_composer.text.formats import COMPRESSIONS
 from flame_composer.text.hub import address
+from flame_composer.text.records import require_records
 from flame_composer.text.sources import Unit, find_files
 from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer, special_tokens
 
@@ -77,11 +82,20 @@ def find_examples(config: SftConfig, source: Sequence[str], datasets: Sequence[s
     else:
         listed = []
     found = Sources([], [], [])
+    key = "source" if source is config.source else "val_source"
+    seen: set[str] = set()  # of files that a folder and a glob both name, each is taken once
     for each in listed:
-        files = (
-            [each.source] if each.is_hub else find_files([each.source], config.suffixes or FOUND)
-        )
-        units = plan_units(files, config.unit_size, arrays=True)
+        with _named(f"registry: {each.name}" if each.name else key):
+            files = (
+                [each.source]
+                if each.is_hub
+                else find_files([each.source], config.suffixes, found_by=FOUND)
+            )
+            files = [file for file in files if each.name or file not in seen]
+            seen.update(files)
+            units = plan_units(files, config.unit_size, arrays=True)
+            for part in itertools.chain.from_iterable(units):
+                require_records(part)
         found.units.extend(units)
         found.forms.extend([each.form] * len(units))
         found.described.append(
@@ -95,6 +109,15 @@ def find_examples(config: SftConfig, source: Sequence[str], datasets: Sequence[s
             }
         )
     return found
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Have errors of the body about the key `source` name the key that was given instead."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub("^source(?=: )", key, str(error))) from None
 
 
 def load_parts(config: SftConfig) -> Parts:

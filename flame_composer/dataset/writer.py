@@ -272,6 +272,10 @@ class DatasetWriter:
             else:
                 what = "examples"
                 remedy = "remove this folder, and check format, columns and template"
+                if "too_long" in totals.left_out:
+                    remedy += ", or give longer rows"
+                if self.plan.config["val_fraction"]:
+                    remedy += ", or another val_fraction"
             left_out = "".join(
                 f", {count} left out: {REASONS[reason]}"
                 for reason, count in totals.left_out.items()

@@ -1,7 +1,7 @@
 """Chat templates: conversations as text, and which parts of the text are answers.
 
 A template is a Jinja text, as tokenizers of Hugging Face hold it. It is not trusted: it runs in
-Jinja's sandbox.
+Jinja's sandbox, with limits to what it takes (`upstream.jinja`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files
 from flame_composer.text.ends import warn
+from flame_composer.text.tokenizer import require_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,6 +49,9 @@ ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
 )
+# The longest text that a template may make, in characters: of a conversation without any, and for
+# each of its characters.
+TEXT_CHARACTERS, TIMES_LONGER = 1_000_000, 8
 
 
 class Message(NamedTuple):
@@ -106,22 +110,27 @@ class ChatTemplate:
         """Return the conversation as text.
 
         With `add_generation_prompt`, the text goes on to where an answer begins. Raise
-        TemplateRefuses if the template fails, or raises an exception of its own.
+        TemplateRefuses if the template fails, takes too much time or memory, or raises an exception
+        of its own. Of many conversations, render all within one `upstream.jinja.template_limits`.
         """
-        from jinja2 import TemplateError
+        from flame_composer.upstream.jinja import template_limits
 
-        template, begin, end = self._compiled
         turns = [{"role": each.role, "content": each.content} for each in messages]
         try:
-            text = template.render(
-                messages=turns,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.tokens,
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            with template_limits():
+                template, begin, end = self._compiled
+                text: str = template.render(
+                    messages=turns,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,
+                    documents=None,
+                    **self.tokens,
+                )
+        except Exception as error:  # the template is code of somebody else's, in a sandbox
             raise TemplateRefuses(one_line(error)) from None
+        longest = TEXT_CHARACTERS + TIMES_LONGER * sum(len(each.content) for each in messages)
+        if len(text) > longest:
+            raise TemplateRefuses(f"it makes a text of {len(text):,} characters")
         if begin not in text:
             return Rendered(text, [])
         parts: list[str] = []
@@ -137,7 +146,7 @@ class ChatTemplate:
 
 
 def _environment(begin: str, end: str) -> Any:
-    """Return the sandbox that templates are run in, as transformers sets it up.
+    """Return the sandbox that templates are run in, set up as that of transformers.
 
     It knows no date: a conversion would otherwise depend on the day it is made on. Templates that
     ask for one have a fixed date to fall back on.
@@ -145,7 +154,8 @@ def _environment(begin: str, end: str) -> Any:
     from jinja2 import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import CallBlock
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from flame_composer.upstream.jinja import Sandbox
 
     class Generation(Extension):
         """The tag `{% generation %}`, which puts marks around its body."""
@@ -166,7 +176,7 @@ def _environment(begin: str, end: str) -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
@@ -187,9 +197,17 @@ def load_template(
     templates that come with this package. Raise ConfigError if there is no such template, or if it
     is no Jinja text.
     """
-    from jinja2 import TemplateError
+    from flame_composer.upstream.jinja import template_limits
 
+    tokens = _texts_of(tokenizer)
     if name in BUILT_IN:
+        require_ends(tokenizer, add_bos=add_bos, add_eos=False)
+        if name == "alpaca" and "eos_token" not in tokens:
+            raise ConfigError(
+                f"template: {name}: ends answers with the eos token, which the tokenizer"
+                f" {tokenizer.name_or_path} lacks; take another template, or a tokenizer that has"
+                " one"
+            )
         source = _built_in(name, add_bos=add_bos, default_system=default_system)
     elif default_system is not None:
         raise ConfigError(
@@ -198,10 +216,11 @@ def load_template(
         )
     else:
         source = _of_tokenizer(tokenizer) if name == "tokenizer" else _in_file(name)
-    template = ChatTemplate(source, _texts_of(tokenizer))
+    template = ChatTemplate(source, tokens)
     try:
-        template._compiled  # noqa: B018
-    except (TemplateError, RecursionError) as error:
+        with template_limits():
+            template._compiled  # noqa: B018
+    except Exception as error:  # jinja makes Python of it, which may fail in any way
         line = getattr(error, "lineno", None)
         place = name if line is None else f"{name}: line {line}"
         raise ConfigError(f"template: {place}: is no Jinja template: {one_line(error)}") from None

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 from flame_composer.errors import ConfigError
 from flame_composer.storage import files
+from flame_composer.storage.filesystems import is_url
 from flame_composer.text.examples import TAGS, Form, FormatName, form_of
 from flame_composer.text.hub import address
+from flame_composer.text.tokenizer import may_be_hub_id
 
 FORMATS: dict[str, FormatName] = {
     "alpaca": "alpaca",
@@ -72,6 +74,10 @@ def read_registry(path: str, names: Sequence[str]) -> list[Listed]:
     offered.
     """
     file = Path(path, "dataset_info.json") if os.path.isdir(path) else Path(path)
+    if not file.exists():
+        raise ConfigError(
+            f"registry: {file}: no such file; give LLaMA-Factory's dataset_info.json, or its folder"
+        )
     try:
         content = json.loads(files.read_small(file))
     except (OSError, ValueError, RecursionError) as error:
@@ -88,6 +94,11 @@ def read_registry(path: str, names: Sequence[str]) -> list[Listed]:
     return found
 
 
+def _shown(value: Any) -> str:
+    """Return a value of the registry as it stands there, cut where it is long."""
+    return value[:100] if isinstance(value, str) else json.dumps(value)[:100]
+
+
 def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     nearest = difflib.get_close_matches(name, list(known), 1)
     listed = ", ".join(list(known)[:12])
@@ -100,8 +111,9 @@ def _listed(name: str, entry: Any, file: Path) -> Listed:
         raise ConfigError(f"{place}must be a JSON object")
     _check_keys(entry, OFFERED, NOT_OFFERED, place)
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in FORMATS:
-        raise ConfigError(f"{place}formatting: must be {', '.join(FORMATS)}, not {formatting!r}")
+    if not isinstance(formatting, str) or formatting not in FORMATS:
+        known = " or ".join(FORMATS)
+        raise ConfigError(f"{place}formatting={_shown(formatting)}: must be {known}")
     given = {kind: _section(entry, kind, place) for kind in ("columns", "tags")}
     columns = {key: value for key, value in given["columns"].items() if value is not None}
     tags = {
@@ -111,10 +123,13 @@ def _listed(name: str, entry: Any, file: Path) -> Listed:
     for kind, refused in (("columns", NOT_OFFERED_COLUMNS), ("tags", NOT_OFFERED_TAGS)):
         for key, value in (columns if kind == "columns" else tags).items():
             if key in refused:
-                raise ConfigError(f"{place}{kind}.{key}={value}: {refused[key]}")
-    for key in given["tags"]:
+                full = key if kind == "columns" else f"{key}_tag"
+                raise ConfigError(f"{place}{kind}.{full}={_shown(value)}: {refused[key]}")
+    for key, value in given["tags"].items():
         if key.removesuffix("_tag") not in TAGS["sharegpt"] or not key.endswith("_tag"):
             raise ConfigError(f"{place}tags.{key}: unknown key{_did_you_mean(key, known_tags)}")
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{place}tags.{key}={_shown(value)}: must be a string")
     if not columns and formatting == "alpaca":
         # As LLaMA-Factory has it: the other columns are read only if the registry names them
         columns = {"prompt": "instruction", "query": "?input", "response": "output"}
@@ -129,7 +144,7 @@ def _check_keys(
         if key in refused:
             if value in (None, False):
                 continue
-            raise ConfigError(f"{place}{key}={value}: {refused[key]}")
+            raise ConfigError(f"{place}{key}={_shown(value)}: {refused[key]}")
         if key not in offered:
             raise ConfigError(f"{place}{key}: unknown key{_did_you_mean(key, offered)}")
 
@@ -148,6 +163,10 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
             raise ConfigError(f"{place}{key}: must be a string")
     texts = {key: value for key, value in entry.items() if isinstance(value, str)}
     if "hf_hub_url" in texts:
+        if not may_be_hub_id(texts["hf_hub_url"]):
+            raise ConfigError(
+                f"{place}hf_hub_url={texts['hf_hub_url']}: must be the id of a Hugging Face dataset"
+            )
         subset = texts.get("subset")
         split = texts.get("split", "train")
         return address(texts["hf_hub_url"], subset, split), True
@@ -155,6 +174,12 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
         if key in texts and texts[key] != "train":
             raise ConfigError(f"{place}{key}: goes with hf_hub_url; files have no {key}")
     if "cloud_file_name" in texts:
+        # No path: the registry would then name files anywhere on this machine.
+        if not is_url(texts["cloud_file_name"]):
+            raise ConfigError(
+                f"{place}cloud_file_name={texts['cloud_file_name']}: must be a URL like"
+                " s3://bucket/file; files beside the registry are file_name"
+            )
         return texts["cloud_file_name"], False
     if "file_name" not in texts:
         raise ConfigError(f"{place}file_name: must be set, or hf_hub_url")
@@ -162,7 +187,9 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
     folder = os.path.join(os.path.realpath(file.parent), "")
     if not os.path.realpath(path).startswith(folder):
         raise ConfigError(
-            f"{place}file_name={texts['file_name']}: lies outside of the registry's folder; give it"
-            " as source"
+            f"{place}file_name={texts['file_name']}: must lie inside the registry's folder; give"
+            " what lies elsewhere as source"
         )
+    if not os.path.exists(path):
+        raise ConfigError(f"{place}file_name={texts['file_name']}: no such file or folder: {path}")
     return path, False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -135,10 +137,16 @@ def form_of(
     ):
         for name, value in given.items():
             if name not in known:
-                offered = ", ".join(known) or "none"
-                raise ConfigError(f"{place}{kind}.{name}: format={format} has {offered}")
-            if not isinstance(value, str) or not value:
-                raise ConfigError(f"{place}{kind}.{name}: must be the name in the records")
+                offered = f"has the {kind} {', '.join(known)}" if known else f"has no {kind}"
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                if ":" in name:  # what YAML makes of {prompt:content}
+                    hint = "; write a space after each colon, and put all between quotation marks"
+                raise ConfigError(f"{place}{kind}.{name}: format={format} {offered}{hint}")
+            if not isinstance(value, str) or not value.removeprefix("?"):
+                shown = json.dumps(value, default=str)
+                rule = "must be the name in the records, a text"
+                raise ConfigError(f"{place}{kind}.{name}={shown}: {rule}")
     named = {name: str(value) for name, value in columns.items()}
     # As in LLaMA-Factory, naming some columns leaves out the optional ones that are not named.
     defaults = {

@@ -173,10 +173,8 @@ def _format(path: str, name: Name, start: bytes, arrays: bool) -> tuple[Format, 
         return "jsonl", ""
     if name.format == "json":
         if shape in ("array", "object"):
-            raise ConfigError(
-                f"source: {path}: {_HINTS[shape]}, or name it .txt to read it as plain text, as it"
-                " is"
-            )
+            as_text = "" if arrays else ", or name it .txt to read it as plain text, as it is"
+            raise ConfigError(f"source: {path}: {_HINTS[shape]}{as_text}")
         return "jsonl", ""
     if name.format is None:
         if shape in ("array", "object"):

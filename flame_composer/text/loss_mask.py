@@ -90,17 +90,20 @@ class Masker:
 
     def tokens_of(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens | LeftOut]:
         """Return the tokens of each conversation, or why it is left out."""
+        from flame_composer.upstream.jinja import template_limits
+
         texts: list[str] = []
         plans: list[tuple[int, list[Turn]] | LeftOut] = []
-        for messages in conversations:
-            try:
-                text, turns = self.turns_of(messages)
-            except LeftOut as problem:
-                plans.append(problem)
-                continue
-            plans.append((len(texts), turns))
-            texts.append(text)
-            texts += [turn.prompt or "" for turn in turns if self._is_compared(turn)]
+        with template_limits():
+            for messages in conversations:
+                try:
+                    text, turns = self.turns_of(messages)
+                except LeftOut as problem:
+                    plans.append(problem)
+                    continue
+                plans.append((len(texts), turns))
+                texts.append(text)
+                texts += [turn.prompt or "" for turn in turns if self._is_compared(turn)]
         tokens, lengths = self.encode(texts)
         ends = np.cumsum(lengths)
         of_texts = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]

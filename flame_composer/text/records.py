@@ -38,14 +38,9 @@ def read_records(
     """Yield the records of `part` in order; of Parquet files, only these columns are read.
 
     `on_damage` is called for each record that cannot be read, with a DataError that names its
-    place; the record is skipped if that call returns. Any other damage is raised at once. Raises
-    ConfigError for plain text, which holds no records.
+    place; the record is skipped if that call returns. Any other damage is raised at once.
     """
-    if part.format == "text":
-        raise ConfigError(
-            f"source: {part.path}: is plain text, which holds no examples; give JSON lines, a JSON"
-            " array (.json) or Parquet"
-        )
+    assert part.format != "text", part.path
     if part.format == "jsonl":
         for values, position in read_lines(part, _object, on_damage, max_record_bytes):
             yield Record(values, part.path, position)
@@ -60,6 +55,15 @@ def read_records(
         rows = enumerate(hub.read_shard(part.path, part.start), 1)
     for row, values in rows:
         yield Record(values, part.path, row)
+
+
+def require_records(part: Slice) -> None:
+    """Raise ConfigError if the file is plain text, which holds no records."""
+    if part.format == "text":
+        raise ConfigError(
+            f"source: {part.path}: is plain text, which holds no examples; give JSON lines, a JSON"
+            " array (.json) or Parquet"
+        )
 
 
 def _object(line: bytes | bytearray) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text import hub
-from flame_composer.text.formats import COMPRESSIONS, FORMATS, FOUND, Format, detect
+from flame_composer.text.formats import COMPRESSIONS, FOUND, Format, detect
 from flame_composer.text.parquet import open_parquet
 from flame_composer.text.unpacking import Compression, reading
 
@@ -51,15 +51,17 @@ class Slice:
 Unit = tuple[Slice, ...]
 
 
-def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str]:
+def find_files(
+    sources: Sequence[str], suffixes: Sequence[str] = (), *, found_by: Sequence[str] = FOUND
+) -> list[str]:
     """Return the files that `sources` name, each once.
 
     A source is a file, a folder or a glob, as a path or a URL. Files come in the order of the
     sources, and sorted by path within each source.
 
     - A file is taken whatever its name.
-    - A folder is searched recursively for files that end in one of `suffixes`, or in a known suffix
-      (`FOUND`) if there are none. Names that begin with a dot are left out.
+    - A folder is searched recursively for files that end in one of `suffixes`, or of `found_by`,
+      the known ones, if there are none. Names that begin with a dot are left out.
     - A glob takes every file it matches, whatever its suffix.
 
     Folders and globs leave out the marker files of Hadoop and Spark (`_SUCCESS`, `.crc`), and their
@@ -67,8 +69,9 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = ()) -> list[str
 
     Raises ConfigError if a source is missing or has nothing to read.
     """
-    wanted = tuple(suffixes) or FOUND
-    named = ", ".join(suffixes or FORMATS) + (
+    wanted = tuple(suffixes or found_by)
+    plain = [each for each in found_by if not each.endswith(tuple(COMPRESSIONS))]
+    named = ", ".join(suffixes or plain) + (
         "" if suffixes else f" (or compressed, {', '.join(COMPRESSIONS)})"
     )
     paths: dict[str, None] = {}

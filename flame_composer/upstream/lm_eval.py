@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +17,13 @@ import lm_eval.api.task
 import lm_eval.models.huggingface
 import lm_eval.utils
 from datasets.packaged_modules.pandas import pandas as pickled_frames
-from jinja2 import BaseLoader, StrictUndefined, Template, TemplateError
+from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.tasks import _yaml_loader
 from tqdm import tqdm
 
 from flame_composer.errors import ConfigError
+from flame_composer.upstream.jinja import template_limits
 
 # The generation settings that a task may have. transformers has more, some of which lead to code.
 WRITING = frozenset(
@@ -49,9 +48,6 @@ WRITING = frozenset(
         "no_repeat_ngram_size",
     }
 )
-
-# CPU seconds that a task's template may take to render a text, as nested loops may never end.
-TEMPLATE_SECONDS = 30
 
 
 @contextlib.contextmanager
@@ -124,38 +120,11 @@ def _no_pickle(*_: Any) -> Any:
 
 
 class _Template(Template):
-    """A template that gives up after `TEMPLATE_SECONDS` on one text.
-
-    jinja2's sandbox only limits the length of a single range().
-    """
+    """A template that gives up on a text that takes too much time or memory."""
 
     def render(self, *args: Any, **values: Any) -> str:
-        with template_time():
+        with template_limits():
             return super().render(*args, **values)
-
-
-@contextlib.contextmanager
-def template_time() -> Iterator[None]:
-    """Raise TemplateError if the body, which renders a text, takes `TEMPLATE_SECONDS` of the CPU.
-
-    There is no such limit outside the main thread, where Python handles no signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def give_up(*_: Any) -> None:
-        raise TemplateError(
-            f"a text takes more than {TEMPLATE_SECONDS} seconds; have it loop over less"
-        )
-
-    before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager

@@ -26,13 +26,13 @@ from flame_composer.config.use import EvaluateConfig
 from flame_composer.config.written import require_shallow
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.ends import describe_start, ends_of, start_of, template_of
+from flame_composer.upstream.jinja import template_limits
 from flame_composer.upstream.lm_eval import (
     WRITING,
     bars,
     no_foreign_code,
     only_errors,
     read_task,
-    template_time,
 )
 
 # Both are the harness's defaults: the seed of the examples shown before a question, and the number
@@ -188,7 +188,7 @@ def _written(
 ) -> str:
     """Return the messages as the tokenizer's chat template writes them; raise TemplateError."""
     try:
-        with template_time():
+        with template_limits():
             written: Any = tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,

@@ -195,6 +195,23 @@ for _ in lm_eval.api.task.tqdm(range(3)):
     assert "3/3" in check(run_script(tmp_path / "code.py")).stderr
 
 
+def test_template_limits():
+    """The sandbox counts neither time nor memory: a text of 100 MB in 6 turns of a loop."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    doubled = "{% set n = namespace(x='x' * 100) %}{% for i in range(6) %}{% set n.x = n.x * 10 %}"
+    template = ImmutableSandboxedEnvironment().from_string(doubled + "{% endfor %}{{ n.x }}")
+    assert len(template.render()) == 10**8
+
+
+def test_sandbox():
+    """jinja2 computes a number of a million digits."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    found = ImmutableSandboxedEnvironment().from_string("{{ 10 ** (10 ** 6) % 7 }}").render()
+    assert found == str(pow(10, 10**6, 7))
+
+
 def test_load_yaml():
     """OmegaConf keeps nothing of what was written, and its private loader is still there."""
     from omegaconf import _yaml

@@ -27,7 +27,7 @@ from flame_composer.config.use import ChatConfig
 from flame_composer.errors import ConfigError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
-from flame_composer.text.chat import CHATML, Message, Refusal, Template
+from flame_composer.text.chat import CHATML, ChatTemplate, Message, Refusal
 from flame_composer.use.chat import Conversation, Interruption, hold, read_messages
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, llama_tokenizer
@@ -56,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A model that has learnt KNOWN; it never ends its answer to `count`."""
-    template = Template(CHATML, {})
+    template = ChatTemplate(CHATML, {})
     texts = [template.render([Message(*each) for each in turns]).text for turns in KNOWN]
     texts[-1] = texts[-1].removesuffix("<|im_end|>\n")
     rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]

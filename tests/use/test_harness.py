@@ -310,10 +310,10 @@ def test_a_chat_template_that_fails_or_does_not_end_later(
     tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flame_composer.checkpoint.to_model import load_model
-    from flame_composer.upstream import lm_eval
+    from flame_composer.upstream import jinja
     from flame_composer.use import harness
 
-    monkeypatch.setattr(lm_eval, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(jinja, "TEMPLATE_SECONDS", 0.3)
     count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     for number, (what, problem) in enumerate(
         {count: "a text takes more than 0.3 seconds", "{{ 1 / 0 }}": "division by zero"}.items()
@@ -518,10 +518,10 @@ def test_a_template_that_does_not_end_is_given_up(
 ) -> None:
     """The sandbox takes a range of 90,000, and another one within."""
     from flame_composer.checkpoint.to_model import load_model
-    from flame_composer.upstream import lm_eval
+    from flame_composer.upstream import jinja
     from flame_composer.use import harness
 
-    monkeypatch.setattr(lm_eval, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(jinja, "TEMPLATE_SECONDS", 0.3)
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
     count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     seen = "{% if text == '" + words(2 + 9, 1) + "' %}" + count + "{% endif %}{{text}}"
