@@ -855,8 +855,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (ConvertConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
     *(
         (EvaluateConfig, {name: ""}, name, EMPTY)
-        for name in ("model", "tokenizer", "plot", "task_path")
+        for name in ("model", "base", "tokenizer", "plot", "task_path")
     ),
+    (GenerateConfig, {"base": ""}, "base", EMPTY),
+    (ToHfConfig, {"base": ""}, "base", EMPTY),
     (EvaluateConfig, {"batch_size": 0}, "batch_size", ROWS),
     (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks"),
     (
@@ -1407,6 +1409,7 @@ NO_PATHS = {
     "entity",
     "group",
     "tags",
+    "targets",
     "tasks",
     "prompt",
     "stop",
