@@ -140,6 +140,6 @@ def compare_examples(
     }
     name = "examples: tokens per CPU-second over apply_chat_template and map"
     return result, [
-        Figure(name, over_whole, at_least=5),
-        Figure("examples: the same after the start of the processes", over),
+        Figure(f"{name}, after start", over, at_least=5),
+        Figure(f"{name}, with it", over_whole),
     ]

@@ -8,7 +8,6 @@ place is looked up.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,8 @@ from flame_composer.storage.files import MAX_PATH_BYTES
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in peft's folders
 BASE_SHA256 = "base_sha256"  # the base's hash, in the header of WEIGHTS if we wrote it
+
+MOST_ALPHA = 1e30  # an alpha may be an integer, and larger than any float
 
 # Keys of adapter_config.json that are taken, checked, or of no consequence for the model. All
 # others must have peft's default, because they would change what the weights mean.
@@ -94,7 +95,7 @@ def _require_sound(adapter: Adapter, place: str) -> None:
     is_place = isinstance(base.place, str) and 0 < len(base.place) <= MAX_PATH_BYTES
     for name, holds in (
         ("rank", type(rank) is int and 1 <= rank <= MOST_RANK),
-        ("alpha", is_number and 0 < alpha < math.inf),
+        ("alpha", is_number and 0 < alpha < MOST_ALPHA),
         ("dropout", is_share and 0 <= dropout < 1),
         ("targets", bool(targets) and all(isinstance(each, str) for each in targets)),
         ("train_embeddings", isinstance(train_embeddings, bool)),

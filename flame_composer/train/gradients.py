@@ -45,11 +45,10 @@ class Gradients(Callback):
         self.passed_over = state.get("passed_over", True)  # earlier versions did not save it
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        everything = [
-            parameter for group in state.optimizers[0].param_groups for parameter in group["params"]
-        ]
-        parameters = [parameter for parameter in everything if parameter.grad is not None]
-        self.passed_over |= sum(each.requires_grad for each in parameters) < len(everything)
+        parameters = [each for each in state.model.parameters() if each.grad is not None]
+        # Those that adapters leave frozen from the start are not the optimizer's.
+        to_train = sum(len(group["params"]) for group in state.optimizers[0].param_groups)
+        self.passed_over |= sum(each.requires_grad for each in parameters) < to_train
         norm = total_norm(parameters, state)
         self.norm = value = norm.item()
         logger.log_metrics({"grad_norm": value})

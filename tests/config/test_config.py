@@ -58,6 +58,7 @@ from flame_composer.config.rules import ScriptConfig, require_duration
 from flame_composer.config.sections import (
     EvalTasksConfig,
     FsdpConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
@@ -106,6 +107,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     OptimizerConfig: {},
     SchedulerConfig: {},
     SpikeConfig: {},
+    LoraConfig: {},
     FsdpConfig: {},
     ParallelismConfig: {},
     TrainConfig: {
@@ -439,6 +441,33 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
             "must be a number of seconds more than 0 and no more than 100000000, or null",
         )
         for s in (0.0, -1.0, nan, inf)
+    ),
+    *((LoraConfig, {"rank": rank}, "rank", "must be in [1, 65536]") for rank in (0, -1, 65537)),
+    *(
+        (LoraConfig, {"alpha": alpha}, "alpha", "must be more than 0, and finite")
+        for alpha in (0.0, -1.0, inf, nan)
+    ),
+    *(
+        (LoraConfig, {"dropout": dropout}, "dropout", "must be in [0, 1)")
+        for dropout in (1.0, -0.1, nan)
+    ),
+    (LoraConfig, {"targets": []}, "targets", "must name a projection, or be default or all"),
+    (LoraConfig, {"targets": [""]}, "targets", EMPTY),
+    (LoraConfig, {"targets": ["o", "o"]}, "targets", "must not name one of them twice"),
+    *(
+        (
+            LoraConfig,
+            {"targets": [name, "q_proj"]},
+            "targets",
+            "must be default or all alone, or names only",
+        )
+        for name in ("default", "all")
+    ),
+    (
+        TrainConfig,
+        {"lora": LoraConfig()},
+        "model.pretrained",
+        "must be set with lora: adapters are added to weights that were trained before",
     ),
     (SpikeConfig, {"window": 0}, "window", "must be 1 step or more"),
     (SpikeConfig, {"patience": 0}, "patience", "must be 1 step or more"),
@@ -832,8 +861,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (ConvertConfig, {"unit_size": 0}, "unit_size", "must be more than 0 bytes"),
     *(
         (EvaluateConfig, {name: ""}, name, EMPTY)
-        for name in ("model", "tokenizer", "plot", "task_path")
+        for name in ("model", "base", "tokenizer", "plot", "task_path")
     ),
+    (GenerateConfig, {"base": ""}, "base", EMPTY),
+    (ToHfConfig, {"base": ""}, "base", EMPTY),
     (EvaluateConfig, {"batch_size": 0}, "batch_size", ROWS),
     (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks"),
     (
@@ -1413,6 +1444,7 @@ NO_PATHS = {
     "entity",
     "group",
     "tags",
+    "targets",
     "tasks",
     "prompt",
     "stop",
