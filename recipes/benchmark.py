@@ -13,8 +13,7 @@
     examples    convert/to_sft.py against apply_chat_template and Dataset.map
     all         all of these, as `make bench` runs them
 
-The last line is JSON. It has the medians, the medians of the turns' ratios, and `figures` with
-their stated limits.
+The last line is JSON: medians, medians of the turns' ratios, and `figures` with their limits.
 """
 
 import json
@@ -36,18 +35,10 @@ from flame_composer.train import charts
 ROOT = Path(__file__).parent.parent
 
 
-def report(name: str, result: dict, figures: list[Figure]) -> None:
-    for figure in figures:
-        print(figure.line(), flush=True)
-    shown = {"figures": [vars(figure) for figure in figures]}
-    print(json.dumps({"benchmark": name, **measure.machine(), **result, **shown}))
-
-
 def timed(name: str, config: Any) -> None:
-    from flame_composer.bench import models
+    from flame_composer.bench.models import decoding, growth, training
 
-    times = {"train": models.training, "growth": models.growth, "decode": models.decoding}
-    report(name, *times[name](config))
+    measure.report(name, *{"train": training, "growth": growth, "decode": decoding}[name](config))
 
 
 train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
@@ -57,12 +48,12 @@ def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
     from flame_composer.bench import runs
 
     with measure.workplace(config.folder) as folder:
-        report("checkpoint", *runs.checkpoints(config, folder))
+        measure.report("checkpoint", *runs.checkpoints(config, folder))
 
 
 def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
     with measure.workplace(config.folder) as folder:
-        report(name, *compare(ROOT, config, folder))
+        measure.report(name, *compare(ROOT, config, folder))
 
 
 trainer = partial(compared, "trainer", commands.compare_trainers)
@@ -77,8 +68,8 @@ def run_all(config: configs.AllBenchmarksConfig) -> None:
         charts.require_plot(config.plot)
     results = commands.run_each(Path(__file__), config.names or configs.BENCHMARKS)
     figures = [Figure(**each) for result in results.values() for each in result["figures"]]
-    lines = [figure.line() for figure in figures]
-    print("", *lines, json.dumps({"benchmark": "all", "results": results}), sep="\n")
+    print("", *(figure.line() for figure in figures), sep="\n")
+    print(json.dumps({"benchmark": "all", "results": results}))
     if config.plot:
         benchmark_charts.write(results, config.plot)
     if missed := [figure.name for figure in figures if figure.is_missed()]:

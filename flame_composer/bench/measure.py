@@ -60,6 +60,14 @@ class Figure:
         return "short" if self.is_missed(slack=0) else "reached"
 
 
+def report(name: str, result: dict[str, Any], figures: Sequence[Figure]) -> None:
+    """Print the figures of a benchmark, and all that it measured as a line of JSON."""
+    for figure in figures:
+        print(figure.line(), flush=True)
+    shown = {"figures": [vars(figure) for figure in figures]}
+    print(json.dumps({"benchmark": name, **machine(), **result, **shown}))
+
+
 def machine() -> dict[str, Any]:
     """Return a description of this machine: its processor, cores and load."""
     model = next(

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from streaming import StreamingDataset
 
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands as benchmark
-from flame_composer.bench import conversions
+from flame_composer.bench import conversions, examples
 from flame_composer.bench import measure as measuring
 from flame_composer.bench import models as timing
 from flame_composer.bench import runs as run_timing
@@ -41,6 +42,7 @@ from flame_composer.config.bench import (
     ConversionBenchmarkConfig,
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
+    ExamplesBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
@@ -328,7 +330,7 @@ def test_which_benchmark():
     assert (
         wrong.stderr
         == "error: command line: convrt: must be one of train, growth, decode, trainer, data,"
-        " start, checkpoint, convert, all, or a YAML file; did you mean convert?\n"
+        " start, checkpoint, convert, examples, all, or a YAML file; did you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
@@ -486,6 +488,29 @@ def test_conversions_are_timed_as_the_keys_say(commands, corpora, tmp_path):
     ] * 2
 
 
+def test_examples_are_timed_as_the_keys_say(monkeypatch, corpora, tmp_path):
+    """Both sides convert a tenth and all, and agree on the tokens."""
+    monkeypatch.setattr(examples, "write_corpus", corpus_of_words)
+    config = ExamplesBenchmarkConfig(megabytes=0.5, repeats=1)
+    commands = noted(monkeypatch, examples, "measure", examples.measure)
+    result, figures = examples.compare_examples(ROOT, config, tmp_path)
+    assert len(commands) == 4
+    assert result["tokens"] > 1000
+    assert figures[0].at_least == 5
+    assert figures[0].value == result["ours_over_plain_after_start"]
+    assert CORPORA == [500_000]
+
+
+CORPORA: list[int] = []
+
+
+def corpus_of_words(_: Any, __: Any, max_bytes: int, folder: Path) -> tuple[Path, Path]:
+    """A corpus and its tenth, of which conversations are made."""
+    CORPORA.append(max_bytes)
+    whole = write_jsonl(folder / "whole.jsonl", [words(1500, number) for number in range(20)])
+    return whole, write_jsonl(folder / "tenth.jsonl", [words(1500, number) for number in range(2)])
+
+
 @pytest.mark.parametrize(
     ("name", "config", "module", "function"),
     [
@@ -494,6 +519,7 @@ def test_conversions_are_timed_as_the_keys_say(commands, corpora, tmp_path):
         ("start", StartBenchmarkConfig, benchmark, "compare_starts"),
         ("checkpoint", CheckpointBenchmarkConfig, run_timing, "checkpoints"),
         ("convert", ConversionBenchmarkConfig, conversions, "compare_conversions"),
+        ("examples", ExamplesBenchmarkConfig, examples, "compare_examples"),
     ],
 )
 def test_where_files_are_put(monkeypatch, tmp_path, name, config, module, function):
