@@ -180,7 +180,7 @@ class _Unit:
         too_long: TooLong,
         on_progress: Callable[[int, int, int], None],
     ):
-        self.plan = datasets[0].plan
+        self.plan, self.out = datasets[0].plan, datasets[0].out
         self.parts = self.plan.units[number]
         self.place = f"{self.parts[0].path}, unit {number}"
         self.masker, self.too_long, self.on_progress = masker, too_long, on_progress
@@ -276,7 +276,8 @@ class _Unit:
         if self.too_long == "fail":
             raise DataError(
                 f"{record.path}: the example at {_where(record)} has {detail}, more than"
-                f" context_length={limit:,}; set too_long=drop or cut_prompt, or give longer rows"
+                f" context_length={limit:,}; set too_long=drop or cut_prompt, or give longer rows,"
+                f" and remove the unfinished {self.out} first"
             )
         if self.too_long == "drop":
             return LeftOut("too_long", detail)

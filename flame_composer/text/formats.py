@@ -118,7 +118,8 @@ def format_by_suffix(path: str) -> Format:
 def detect(path: str, size: int, *, arrays: bool = False) -> Kind:
     """Return the format and compression of a file, from its name and its first bytes.
 
-    With `arrays`, a file may also hold one JSON array of records (format "json").
+    With `arrays`, only records are looked for: a file may also hold one JSON array of them (format
+    "json"), and JSON lines are recognized whatever the file's ending, unless it is .txt.
 
     Unmistakable bytes (compression, Parquet) are believed whatever the name says. Between JSON
     lines and plain text the name decides if it says anything, and the bytes only if it does not.
@@ -163,8 +164,8 @@ def _format(path: str, name: Name, start: bytes, arrays: bool) -> tuple[Format, 
             "" if agrees else f"{_said(name)}, but is Parquet by its first bytes, and is read so",
         )
     shape = _shape(start)
-    if arrays and shape == "array" and name.format in ("json", "other", None):
-        return "json", ""
+    if arrays and shape in ("array", "lines") and name.format in ("json", "other", None):
+        return ("json" if shape == "array" else "jsonl"), ""
     if name.format == "parquet":
         if shape != "lines":
             return "parquet", ""

@@ -416,7 +416,7 @@ WRONG: dict[str, Wrong] = {
         ["context_length=64"],
         1,
         "a.jsonl: the example at position 0 has {number} tokens, more than context_length=64; set"
-        " too_long=drop or cut_prompt, or give longer rows",
+        " too_long=drop or cut_prompt, or give longer rows, and remove the unfinished out first",
     ),
     "all too long": examples(
         no_answers(words(200, 1)),
