@@ -14,6 +14,7 @@ import pytest
 
 from tests import earlier
 from tests.data_fixtures import files_under
+from tests.runs import ROOT, check, run_script
 
 
 @pytest.fixture
@@ -78,3 +79,28 @@ def test_what_is_read_from_it(
     folder: Path, read: dict[str, Any], key: str, use: Callable[[Path], Any]
 ) -> None:
     assert_as_then(use(folder), read[key], read)
+
+
+def test_the_same_examples_make_the_same_tuning_data(tmp_path: Path) -> None:
+    """Of format version 2, as the first version that knew it made it."""
+    folder = Path(shutil.copytree(ROOT / "tests/fixtures", tmp_path / "fixtures")) / "tuning"
+    for name in ("train", "val"):
+        shutil.rmtree(folder / name)
+    check(
+        run_script(
+            ROOT / "convert/to_sft.py",
+            "source=examples.jsonl",
+            "format=messages",
+            "template=chatml",
+            "tokenizer=../llama_factory/tokenizers/endoftext",
+            "context_length=96",
+            "too_long=cut_prompt",
+            "unit_size=1500",
+            "val_fraction=0.2",
+            "encoder=hf",
+            "out=train",
+            "val_out=val",
+            folder=folder,
+        )
+    )
+    assert files_under(folder) == files_under(ROOT / "tests/fixtures/tuning")
