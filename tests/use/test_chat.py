@@ -27,7 +27,7 @@ from flame_composer.config.use import ChatConfig
 from flame_composer.errors import ConfigError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
-from flame_composer.text.chat import CHATML, Message, Refusal, Template
+from flame_composer.text.chat import CHATML, ChatTemplate, Message, Refusal
 from flame_composer.use.chat import Conversation, Interruption, hold, read_messages
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, llama_tokenizer
@@ -56,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A model that has learnt KNOWN; it never ends its answer to `count`."""
-    template = Template(CHATML, {})
+    template = ChatTemplate(CHATML, {})
     texts = [template.render([Message(*each) for each in turns]).text for turns in KNOWN]
     texts[-1] = texts[-1].removesuffix("<|im_end|>\n")
     rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
@@ -224,6 +224,7 @@ def test_ctrl_d_ends_the_session(folder: Path) -> None:
 def test_a_cut_answer_stays_in_the_history(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     conversation = begin(model, tokenizer, "max_new_tokens=100000")
     shown: list[str] = []
 
@@ -238,7 +239,7 @@ def test_a_cut_answer_stays_in_the_history(
     assert answer.startswith("la")
     assert len(shown) == 6
     assert conversation.turns == [Message("user", "count"), Message("assistant", answer)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
     def show_twice(_: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
