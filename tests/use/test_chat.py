@@ -241,11 +241,13 @@ def test_a_cut_answer_stays_in_the_history(
     assert conversation.turns == [Message("user", "count"), Message("assistant", answer)]
     assert signal.getsignal(signal.SIGINT) is before
 
-    def show_twice(_: str) -> None:
+    def interrupt_twice(_: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        hold(conversation, iter(["count"]), show_twice)
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        conversation.answer("count", interrupt_twice, interruption)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_answer_is_the_text_before_the_token_that_ends_it(
