@@ -197,8 +197,8 @@ class Interruption(StoppingCriteria):
         self.has_come = True
 
     def __call__(self, input_ids: torch.LongTensor, *_: Any, **__: Any) -> torch.BoolTensor:
-        done: Any = torch.full((len(input_ids),), self.has_come, device=input_ids.device)
-        return done
+        is_done: Any = torch.full((len(input_ids),), self.has_come, device=input_ids.device)
+        return is_done
 
 
 def read_messages() -> Iterator[str]:

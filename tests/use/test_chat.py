@@ -224,6 +224,7 @@ def test_ctrl_d_ends_the_session(folder: Path) -> None:
 def test_a_cut_answer_stays_in_the_history(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     conversation = begin(model, tokenizer, "max_new_tokens=100000")
     shown: list[str] = []
 
@@ -238,13 +239,15 @@ def test_a_cut_answer_stays_in_the_history(
     assert answer.startswith("la")
     assert len(shown) == 6
     assert conversation.turns == [Message("user", "count"), Message("assistant", answer)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
-    def show_twice(_: str) -> None:
+    def interrupt_twice(_: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        hold(conversation, iter(["count"]), show_twice)
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        conversation.answer("count", interrupt_twice, interruption)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_answer_is_the_text_before_the_token_that_ends_it(
