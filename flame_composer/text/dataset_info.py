@@ -24,6 +24,11 @@ FORMATS: dict[str, FormatName] = {
     "sharegpt": "sharegpt",
     "openai": "messages",
 }
+DEFAULT_COLUMNS = {
+    "alpaca": {"prompt": "instruction", "query": "?input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+    "openai": {"messages": "conversations"},
+}
 OFFERED = [
     "file_name",
     "hf_hub_url",
@@ -43,6 +48,7 @@ NOT_OFFERED = {
     "folder": "it is not offered; name the files with file_name",
     "num_samples": "it is not offered: every example is taken",
 }
+AFTER_HF_HUB = ("ms_hub_url", "om_hub_url", "script_url")
 NOT_OFFERED_COLUMNS = {
     "tools": "tool calls are not offered",
     "images": "only text is trained on",
@@ -109,6 +115,8 @@ def _listed(name: str, entry: Any, file: Path) -> Listed:
     place = f"registry: {file}: {name}: "
     if not isinstance(entry, dict):
         raise ConfigError(f"{place}must be a JSON object")
+    if entry.get("hf_hub_url") is not None:  # which LLaMA-Factory then takes, too
+        entry = {key: value for key, value in entry.items() if key not in AFTER_HF_HUB}
     _check_keys(entry, OFFERED, NOT_OFFERED, place)
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in FORMATS:
@@ -126,13 +134,16 @@ def _listed(name: str, entry: Any, file: Path) -> Listed:
                 full = key if kind == "columns" else f"{key}_tag"
                 raise ConfigError(f"{place}{kind}.{full}={_shown(value)}: {refused[key]}")
     for key, value in given["tags"].items():
+        if value is None and key.removesuffix("_tag") in NOT_OFFERED_TAGS:
+            continue
         if key.removesuffix("_tag") not in TAGS["sharegpt"] or not key.endswith("_tag"):
             raise ConfigError(f"{place}tags.{key}: unknown key{_did_you_mean(key, known_tags)}")
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{place}tags.{key}={_shown(value)}: must be a string")
-    if not columns and formatting == "alpaca":
-        # As LLaMA-Factory has it: the other columns are read only if the registry names them
-        columns = {"prompt": "instruction", "query": "?input", "response": "output"}
+    # As LLaMA-Factory has it: other columns are read only if the registry names them.
+    columns = columns or DEFAULT_COLUMNS[formatting]
+    if formatting == "openai":
+        tags = tags or TAGS["sharegpt"]
     form = form_of(FORMATS[formatting], columns, tags, place)
     return Listed(name, *_source(entry, file, place), form)
 
@@ -190,6 +201,4 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
             f"{place}file_name={texts['file_name']}: must lie inside the registry's folder; give"
             " what lies elsewhere as source"
         )
-    if not os.path.exists(path):
-        raise ConfigError(f"{place}file_name={texts['file_name']}: no such file or folder: {path}")
     return path, False

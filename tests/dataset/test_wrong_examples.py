@@ -639,8 +639,10 @@ WRONG: dict[str, Wrong] = {
     "a path in place of an id": entry(
         "hf_hub_url=/etc: must be the id of a Hugging Face dataset", hf_hub_url="/etc"
     ),
-    "a file that is not there": entry(
-        "file_name=b.jsonl: no such file or folder: b.jsonl", file_name="b.jsonl"
+    "a file that is not there": registry(
+        "registry: mine: b.jsonl: no such file or folder",
+        {"mine": {"file_name": "b.jsonl"}},
+        "datasets=[mine]",
     ),
     "no file": entry("file_name: must be set, or hf_hub_url", formatting="alpaca"),
     "unknown formatting": entry(
