@@ -131,8 +131,8 @@ class SftConfig(ScriptConfig):
         return bool(self.val_source or self.val_datasets)
 
     def validate(self) -> None:
-        self._check_sources()
         require_text(self, "out", "val_out", "tokenizer", "template", "registry", "cluster")
+        self._check_sources()
         is_built_in = self.template in ("chatml", "alpaca")
         rule = "only goes with template=chatml or alpaca; another template says it itself"
         require(self.default_system is None or is_built_in, "default_system", rule)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from flame_composer.config import bench, data, plan, sections, use
 from flame_composer.config import clean as clean_config
 from flame_composer.config import convert as convert_config
+from flame_composer.config import sft as sft_config
 from flame_composer.config import source as source_config
 from flame_composer.config import train as train_config
 from flame_composer.config.bench import (
@@ -66,6 +67,7 @@ from flame_composer.config.sections import (
     SpikeConfig,
     WandbConfig,
 )
+from flame_composer.config.sft import SftConfig
 from flame_composer.config.source import HubSourceConfig, SourceConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import (
@@ -86,6 +88,7 @@ CLASSES = [
         train_config,
         convert_config,
         clean_config,
+        sft_config,
         use,
         plan,
         bench,
@@ -120,6 +123,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     },
     TokenizerTrainConfig: {"source": ["s"], "out": "o"},
     ConvertConfig: {"source": ["s"], "out": "o", "tokenizer": "t"},
+    SftConfig: {"source": ["s"], "format": "alpaca", "out": "o", "tokenizer": "t"},
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m"},
     PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
@@ -182,7 +186,169 @@ ABSOLUTE = (
 
 # Class, what is given beside GIVEN, the field at fault, the rule. Values on both sides of every
 # border.
+OF_REGISTRY: dict[str, Any] = {"source": [], "format": None, "registry": "r", "datasets": ["d"]}
 BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
+    *(
+        (SftConfig, {name: [""]}, name, EMPTY)
+        for name in ("source", "val_source", "datasets", "val_datasets")
+    ),
+    *(
+        (SftConfig, {name: ""}, name, EMPTY)
+        for name in [
+            "out",
+            "val_out",
+            "tokenizer",
+            "template",
+            "registry",
+            "cluster",
+            "split",
+            "name",
+        ]
+    ),
+    *((SftConfig, {name: ""}, name, EMPTY) for name in ("split", "name")),
+    (
+        SftConfig,
+        {"source": []},
+        "source",
+        "must name at least one file, folder or glob (or set registry and datasets)",
+    ),
+    (
+        SftConfig,
+        {"registry": "r"},
+        "source",
+        "must not be set together with registry, which names the files",
+    ),
+    (
+        SftConfig,
+        OF_REGISTRY | {"datasets": []},
+        "datasets",
+        "must name at least one dataset of the registry",
+    ),
+    *(
+        (SftConfig, {name: ["d"]}, name, "must be set together with registry")
+        for name in ("datasets", "val_datasets")
+    ),
+    (
+        SftConfig,
+        OF_REGISTRY | {"val_source": ["v"]},
+        "val_source",
+        "must not be set together with registry; name val_datasets",
+    ),
+    (
+        SftConfig,
+        {"format": None},
+        "format",
+        "must say what form the examples have: alpaca, sharegpt, messages, prompt_completion",
+    ),
+    *(
+        (
+            SftConfig,
+            OF_REGISTRY | {name: value},
+            name,
+            "must not be set together with registry, which says it",
+        )
+        for name, value in {
+            "format": "alpaca",
+            "columns": {"prompt": "p"},
+            "tags": {"role": "r"},
+            "split": "train",
+            "name": "n",
+            "suffixes": [".jl"],
+        }.items()
+    ),
+    (SftConfig, {"name": "n"}, "split", "must be set together with name, e.g. split=train"),
+    (
+        SftConfig,
+        {"split": "train", "suffixes": [".jl"]},
+        "suffixes",
+        "must not be set together with split",
+    ),
+    (
+        SftConfig,
+        {"val_source": ["./s", "v"], "val_out": "v"},
+        "val_source",
+        "must not name what is trained on: s",
+    ),
+    (
+        SftConfig,
+        OF_REGISTRY | {"val_datasets": ["d"], "val_out": "v"},
+        "val_datasets",
+        "must not name what is trained on: d",
+    ),
+    (SftConfig, {"source": ["a", "s/", "./s"]}, "source", "must name nothing twice: s"),
+    (
+        SftConfig,
+        OF_REGISTRY | {"datasets": ["d", "d"]},
+        "datasets",
+        "must name nothing twice: d",
+    ),
+    *(
+        (
+            SftConfig,
+            {name: value, "template": template},
+            name,
+            "only goes with template=chatml or alpaca; another template says it itself",
+        )
+        for name, value in {"default_system": "", "add_bos": False}.items()
+        for template in ("tokenizer", "own.jinja")
+    ),
+    *(
+        (SftConfig, {"val_fraction": x, "val_out": "v"}, "val_fraction", "must be in [0, 1)")
+        for x in (-0.1, 1.0, float("nan"))
+    ),
+    (
+        SftConfig,
+        {"val_fraction": 0.1, "val_source": ["v"], "val_out": "v"},
+        "val_fraction",
+        "must be 0 with val_source or val_datasets",
+    ),
+    *(
+        (
+            SftConfig,
+            given,
+            "val_out",
+            "must be set together with val_fraction, val_source or val_datasets",
+        )
+        for given in (
+            {"val_out": "v"},
+            {"val_fraction": 0.1},
+            {"val_source": ["v"]},
+            OF_REGISTRY | {"val_datasets": ["v"]},
+        )
+    ),
+    *(
+        (
+            SftConfig,
+            {"val_fraction": 0.1, "val_out": val_out},
+            "val_out",
+            "must be a folder beside out=o, neither the same nor inside the other",
+        )
+        for val_out in ("o", "./o/", "o/v")
+    ),
+    (SftConfig, {"max_document_bytes": 0}, "max_document_bytes", "must be more than 0 bytes"),
+    (
+        SftConfig,
+        {"shard_size": 9 * 2048 + 1023},
+        "shard_size",
+        "must be at least 19456 (one row) and less than 4294967296 bytes",
+    ),
+    (SftConfig, {"cluster": "host:8786"}, "cluster", f"must be like {DASK}"),
+    *(
+        (
+            SftConfig,
+            {"source": ["/s"], "out": "/o", "cluster": DASK} | given,
+            name,
+            "must be absolute where there is a cluster, whose workers have working folders of their"
+            " own",
+        )
+        for name, given in {
+            "source": {"source": ["/s", "s"]},
+            "val_source": {"val_source": ["s"], "val_out": "/v"},
+            "registry": OF_REGISTRY,
+            "out": {"out": "o"},
+            "val_out": {"val_fraction": 0.1, "val_out": "v"},
+        }.items()
+    ),
     (
         ModelConfig,
         {"config": {}},
@@ -618,7 +784,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         AllBenchmarksConfig,
         {"names": ["train", "strat"]},
         "names",
-        "must be among train, growth, decode, trainer, data, start, checkpoint, convert",
+        "must be among train, growth, decode, trainer, data, start, checkpoint, convert, examples",
     ),
     (ReportConfig, {"runs": []}, "runs", "must name at least one run's folder, e.g. runs/gla_tiny"),
     (ReportConfig, {"out": ""}, "out", EMPTY),
@@ -1127,6 +1293,14 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (TrainConfig, {"scheduler": SchedulerConfig(warmup="10ba")}),
     (TrainConfig, {"max_duration": "1ep", "scheduler": SchedulerConfig(warmup="10ba")}),
     (TokenizerTrainConfig, {"vocab_size": 257, "min_frequency": 1, "max_bytes": 1}),
+    (SftConfig, OF_REGISTRY | {"val_datasets": ["v"], "val_out": "v"}),
+    (SftConfig, {"val_source": ["v"], "val_out": "v", "split": "train", "name": "n"}),
+    (SftConfig, {"val_fraction": 0.1, "val_out": "v", "shard_size": 19456}),
+    (SftConfig, {"source": ["a/set"], "split": "train", "out": "/o", "cluster": DASK}),
+    *(
+        (SftConfig, {"template": name, "default_system": "", "add_bos": False})
+        for name in ("alpaca", "chatml")
+    ),
     (ConvertConfig, {"val_fraction": 0.1, "val_out": "o2"}),
     (ConvertConfig, {"val_fraction": 0.1, "out": "s3://b/o", "val_out": "s3://b/o2"}),
     (
@@ -1449,6 +1623,10 @@ NO_PATHS = {
     "prompt",
     "stop",
     "text_column",
+    "format",
+    "default_system",
+    "datasets",
+    "val_datasets",
     "suffixes",
     "eos_token",
     "split",

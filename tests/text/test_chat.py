@@ -138,7 +138,8 @@ def test_the_texts_of_the_templates(qwen: PreTrainedTokenizerFast) -> None:
         tokenizer = copied(qwen, None)
         tokenizer.bos_token = "<|im_start|>"
         tokenizer.eos_token = "<|endoftext|>"
-        assert load_template(name, tokenizer, **more).render(messages).text == text  # type: ignore[arg-type]
+        options: Any = more
+        assert load_template(name, tokenizer, **options).render(messages).text == text
 
 
 def test_a_conversation_cannot_hold_the_marks_of_answers(qwen: PreTrainedTokenizerFast) -> None:
@@ -153,7 +154,8 @@ def test_a_conversation_cannot_hold_the_marks_of_answers(qwen: PreTrainedTokeniz
 
 def test_a_template_can_be_sent_to_another_process(qwen: PreTrainedTokenizerFast) -> None:
     template = load_template("alpaca", qwen)
-    assert pickle.loads(pickle.dumps(template)).render(ANSWERED) == template.render(ANSWERED)  # noqa: S301
+    received = pickle.loads(pickle.dumps(template))  # noqa: S301
+    assert received.render(ANSWERED) == template.render(ANSWERED)
 
 
 HOSTILE = {
