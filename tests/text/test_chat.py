@@ -138,7 +138,8 @@ def test_the_texts_of_the_templates(qwen: PreTrainedTokenizerFast) -> None:
         tokenizer = copied(qwen, None)
         tokenizer.bos_token = "<|im_start|>"
         tokenizer.eos_token = "<|endoftext|>"
-        assert load_template(name, tokenizer, **more).render(messages).text == text  # type: ignore[arg-type]
+        template = load_template(name, tokenizer, **more)  # type: ignore[arg-type]
+        assert template.render(messages).text == text
 
 
 def test_a_conversation_cannot_hold_the_marks_of_answers(qwen: PreTrainedTokenizerFast) -> None:
