@@ -138,8 +138,8 @@ def test_the_texts_of_the_templates(qwen: PreTrainedTokenizerFast) -> None:
         tokenizer = copied(qwen, None)
         tokenizer.bos_token = "<|im_start|>"
         tokenizer.eos_token = "<|endoftext|>"
-        options: Any = more
-        assert load_template(name, tokenizer, **options).render(messages).text == text
+        template = load_template(name, tokenizer, **more)  # type: ignore[arg-type]
+        assert template.render(messages).text == text
 
 
 def test_a_conversation_cannot_hold_the_marks_of_answers(qwen: PreTrainedTokenizerFast) -> None:
