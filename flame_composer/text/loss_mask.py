@@ -19,6 +19,7 @@ from flame_composer.text.examples import LeftOut
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, explained_failure, plain_copy
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
+LAST_CHARACTERS = 40  # of an answer, that a template must write
 TrainOn = Literal["all", "last", "prompt_too"]
 
 
@@ -32,11 +33,13 @@ class Tokens(NamedTuple):
 class Turn(NamedTuple):
     """An answer within a conversation's text.
 
-    `begin` and `end` are its first character and the one after its last. `prompt` is the text
-    before it as the template renders it by itself, or None if the template marks answers.
+    `begin` and `end` are its first character and the one after its last; the template ends it
+    behind `written`. `prompt` is the text before it as the template renders it by itself, or None
+    if the template marks answers.
     """
 
     begin: int
+    written: int
     end: int
     is_trained: bool
     prompt: str | None
@@ -150,8 +153,16 @@ class Masker:
             detail = f"it marks {len(spans)} parts of {len(answers)} answers"
             raise LeftOut("template", detail)
         return text, [
-            Turn(*span, trained, prompt)
-            for span, trained, prompt in zip(spans, is_trained, prompts, strict=True)
+            Turn(
+                begin,
+                written_to(messages[number].content, text, begin, end) if trained else begin,
+                end,
+                trained,
+                prompt,
+            )
+            for number, (begin, end), trained, prompt in zip(
+                answers, spans, is_trained, prompts, strict=True
+            )
         ]
 
     def _spans_by_prompts(
@@ -213,8 +224,10 @@ class Masker:
                 is_seamless = len(prompt) == first and np.array_equal(prompt, ids[:first])
                 if not is_seamless or place.ends[last - 1] > end:
                     raise LeftOut("seam", f"at {text[max(turn.begin - 8, 0) : turn.begin + 8]!r}")
-            if turn.is_trained and self.stop not in ids[first:last].tolist():
-                raise LeftOut("no_end")
+            if turn.is_trained:
+                behind, _ = place.tokens_within(place.at(text, turn.written), end)
+                if self.stop not in ids[behind:last].tolist():
+                    raise LeftOut("no_end")
         has_loss[0] = False  # nothing comes before it that it could be predicted from
         return Tokens(ids, has_loss)
 
@@ -272,6 +285,19 @@ class Masker:
         # Tokens without text of their own stand at the end of the one before.
         starts, ends = np.maximum.accumulate(offsets, axis=0).T
         return Places(starts, ends, is_bytes=False)
+
+
+def written_to(answer: str, text: str, begin: int, end: int) -> int:
+    """Return the character of a text behind an answer, which the template writes from `begin` on.
+
+    Templates may write it otherwise than it is, without the thoughts it begins with, for example.
+    Raise LeftOut if the end of its last line is not between `begin` and `end`: it is cut then.
+    """
+    last = answer.strip().splitlines()[-1][-LAST_CHARACTERS:]
+    found = text.find(last, begin, end)
+    if found < 0:
+        raise LeftOut("template", f"it changes or leaves out the end of an answer: {last!a}")
+    return found + len(last)
 
 
 def special_pattern(tokenizer: BareTokenizer) -> re.Pattern[str] | None:

@@ -325,3 +325,32 @@ def test_places_by_bytes_and_by_offsets_are_the_same(
     text = masker.template.render(messages).text
     assert list(masker._places([text], [one.ids])) != [None], "the fast way is tried"
     assert np.array_equal(one.has_loss, other.has_loss)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("m.content[:30] + eos_token", "template"),
+        ("m.content|upper if loop.index > 2 else m.content + eos_token", "template"),
+        ("eos_token + m.content if loop.last else m.content + eos_token", "no_end"),
+        ("m.content.split('</think>')[-1] + eos_token", None),
+        ("m.content|trim + eos_token", None),
+    ],
+)
+def test_answers_are_whole_up_to_their_end(written: str, reason: str | None) -> None:
+    """A template that only writes the short answers whole is found out by the example."""
+    tokenizer = byte_tokenizer()
+    body = f"{{% generation %}}{{{{ {written} }}}}{{% endgeneration %}}"
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        f"{body}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    )
+    masker = build_masker(ChatTemplate(source, {"eos_token": "<|endoftext|>"}), tokenizer)
+    answers = "<think>One.</think>It is one.", " A longer answer than some others are.\nTwo "
+    turns = [
+        Message(role, content)
+        for answer in answers
+        for role, content in (("user", "How many?"), ("assistant", answer))
+    ]
+    (found,) = masker.tokens_of([turns])
+    assert (found.reason if isinstance(found, LeftOut) else None) == reason
