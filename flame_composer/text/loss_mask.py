@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from flame_composer.text.chat import ChatTemplate, Message, TemplateRefuses
 from flame_composer.text.examples import LeftOut
+from flame_composer.text.special_texts import SpecialTexts
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, explained_failure, plain_copy
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
@@ -82,7 +83,7 @@ class Masker:
         self.stop, self.train_on = stop, train_on
         self.exact = plain_copy(tokenizer)
         self.surfaces = surfaces_of(tokenizer)
-        self.special = special_pattern(tokenizer)
+        self.special = SpecialTexts(tokenizer, self.exact.normalizer, stop)
         self.sizes = np.array([len(each) for each in self.surfaces or ()], np.int64)
         self.has_space = np.array([each[:1] == b" " for each in self.surfaces or ()], np.bool_)
         state = json.loads(tokenizer.serialized)
@@ -293,23 +294,12 @@ def written_to(answer: str, text: str, begin: int, end: int) -> int:
     Templates may write it otherwise than it is, without the thoughts it begins with, for example.
     Raise LeftOut if the end of its last line is not between `begin` and `end`: it is cut then.
     """
-    last = answer.strip().splitlines()[-1][-LAST_CHARACTERS:]
+    last = answer.strip().splitlines()[-1]
+    last = (last.rpartition("</think>")[2].strip() or last)[-LAST_CHARACTERS:]
     found = text.find(last, begin, end)
     if found < 0:
         raise LeftOut("template", f"it changes or leaves out the end of an answer: {last!a}")
     return found + len(last)
-
-
-def special_pattern(tokenizer: BareTokenizer) -> re.Pattern[str] | None:
-    """Return a pattern that finds special tokens written out in a text, or None if there are none.
-
-    The tokenizer would take them for the tokens themselves: an answer could end in its middle.
-    """
-    added = json.loads(tokenizer.serialized)["added_tokens"]
-    texts = [token["content"] for token in added if token["special"] and token["content"]]
-    if not texts or tokenizer.split_special_tokens:
-        return None
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
 def is_lossless(state: dict[str, Any]) -> bool:
