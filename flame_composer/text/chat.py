@@ -102,7 +102,8 @@ class ChatTemplate:
         try:
             with template_limits():
                 template, marks = self._compiled
-                marks.renew(repr(messages))
+                if self.has_marks:
+                    marks.renew("".join(each.content for each in messages))
                 text: str = template.render(
                     messages=turns,
                     add_generation_prompt=add_generation_prompt,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 from typing import NamedTuple
 
@@ -25,6 +24,9 @@ class TemplateRefuses(Exception):
 BEGIN, END = "\ue000", "\ue001"  # a mark begins with; its hash and its part's number follow
 
 
+MARK = re.compile(rf"([{BEGIN}{END}])([0-9a-f]{{32}})\.([0-9]+);")
+
+
 class Marks:
     """The marks around the generated parts of a text, and how many parts have got them."""
 
@@ -37,7 +39,9 @@ class Marks:
         They are the same whenever the conversation is rendered. A template that prints a piece of a
         mark would otherwise make another text each time.
         """
-        self.digest = hashlib.blake2b(conversation.encode(), digest_size=16).hexdigest()
+        self.digest = hashlib.blake2b(
+            conversation.encode(errors="surrogatepass"), digest_size=16
+        ).hexdigest()
         self.count = 0
 
     def put(self, part: str) -> str:
@@ -53,14 +57,20 @@ class Marks:
         """
         if not self.count:
             return Rendered(text, [])
-        pieces = re.split(rf"([{BEGIN}{END}]){self.digest}\.([0-9]+);", text)
-        texts = pieces[::3]
-        found = list(zip(pieces[1::3], pieces[2::3], strict=True))
+        places = [each for each in MARK.finditer(text) if each[2] == self.digest]
+        found = [(each[1], each[3]) for each in places]
         if found != [(mark, str(part)) for part in range(self.count) for mark in (BEGIN, END)]:
             raise TemplateRefuses(
                 "a part within {% generation %} is changed, moved, left out, written twice or"
                 " within another"
             )
-        ends = list(itertools.accumulate(map(len, texts)))
-        spans = list(zip(ends[0:-1:2], ends[1::2], strict=True))
-        return Rendered("".join(texts), spans)
+        texts: list[str] = []
+        ends: list[int] = []
+        start = length = 0
+        for each in places:
+            texts.append(text[start : each.start()])
+            length += len(texts[-1])
+            ends.append(length)
+            start = each.end()
+        spans = list(zip(ends[0::2], ends[1::2], strict=True))
+        return Rendered("".join((*texts, text[start:])), spans)
