@@ -191,8 +191,6 @@ class _Unit:
         self._waiting: list[tuple[Split, Record, Conversation]] = []
         self._num_characters = 0
         self._reported = [0, 0, 0]
-        pattern = self.masker.special
-        self._has_special = pattern.search if pattern is not None else lambda _: None
 
     def read(self, form: Form, left_out: Mapping[int, str], on_error: OnError) -> None:
         """Read the unit's examples, and hand their tokens to the writer of each split."""
@@ -236,7 +234,7 @@ class _Unit:
             self._leave_out(split, example.record, LeftOut(reason))
             return
         for message in conversation:
-            if found := self._has_special(message.content):
+            if found := self.masker.special.search(message.content):
                 detail = f"the {message.role}'s has {found[0]}"
                 self._leave_out(split, example.record, LeftOut("special_token", detail))
                 return

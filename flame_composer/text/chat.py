@@ -11,7 +11,6 @@ import copy
 import functools
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.storage import files
 from flame_composer.text.ends import warn
+from flame_composer.text.marks import Marks, Rendered, TemplateRefuses
 from flame_composer.text.tokenizer import require_ends
 
 if TYPE_CHECKING:
@@ -62,20 +62,6 @@ class Message(NamedTuple):
     loss: bool = True
 
 
-class Rendered(NamedTuple):
-    """A conversation as text, and the parts of it within generation marks.
-
-    `spans` holds the first character of each part and the one after its last.
-    """
-
-    text: str
-    spans: list[tuple[int, int]]
-
-
-class TemplateRefuses(Exception):
-    """The error for a conversation that a template does not render; the message says why."""
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template.
@@ -88,13 +74,10 @@ class ChatTemplate:
     tokens: Mapping[str, str]
 
     @functools.cached_property
-    def _compiled(self) -> tuple[Any, str, str]:
-        """The compiled template, and the marks around a generated part.
-
-        The marks are random, so that no conversation can hold them.
-        """
-        begin, end = f"\ue000{secrets.token_hex(8)}", f"\ue001{secrets.token_hex(8)}"
-        return _environment(begin, end).from_string(self.source), begin, end
+    def _compiled(self) -> tuple[Any, Marks]:
+        """The compiled template, and the marks that it puts around generated parts."""
+        marks = Marks()
+        return _environment(marks).from_string(self.source), marks
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "tokens": self.tokens}  # what is compiled is not sent
@@ -118,7 +101,8 @@ class ChatTemplate:
         turns = [{"role": each.role, "content": each.content} for each in messages]
         try:
             with template_limits():
-                template, begin, end = self._compiled
+                template, marks = self._compiled
+                marks.renew(repr(messages))
                 text: str = template.render(
                     messages=turns,
                     add_generation_prompt=add_generation_prompt,
@@ -131,25 +115,18 @@ class ChatTemplate:
         longest = TEXT_CHARACTERS + TIMES_LONGER * sum(len(each.content) for each in messages)
         if len(text) > longest:
             raise TemplateRefuses(f"it makes a text of {len(text):,} characters")
-        if begin not in text:
-            return Rendered(text, [])
-        parts: list[str] = []
-        spans: list[tuple[int, int]] = []
-        length = 0
-        for part in text.split(begin):
-            inner, _, outer = part.rpartition(end)
-            if parts:
-                spans.append((length, length + len(inner)))
-            parts += inner, outer
-            length += len(inner) + len(outer)
-        return Rendered("".join(parts), spans)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TemplateRefuses("it makes half of a surrogate pair") from None
+        return marks.taken_out(text)
 
 
-def _environment(begin: str, end: str) -> Any:
+def _environment(marks: Marks) -> Any:
     """Return the sandbox that templates are run in, set up as that of transformers.
 
-    It knows no date: a conversion would otherwise depend on the day it is made on. Templates that
-    ask for one have a fixed date to fall back on.
+    It knows no date, and nothing random: a conversion would otherwise depend on when it is made.
+    Templates that ask for a date have a fixed one to fall back on.
     """
     from jinja2 import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -168,7 +145,7 @@ def _environment(begin: str, end: str) -> Any:
             return CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
         def _marked(self, caller: Any) -> str:
-            return f"{begin}{caller()}{end}"
+            return marks.put(caller())
 
     def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
@@ -179,6 +156,7 @@ def _environment(begin: str, end: str) -> Any:
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
+    del environment.filters["random"], environment.globals["lipsum"]
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     return environment

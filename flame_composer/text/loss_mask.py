@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from flame_composer.text.chat import ChatTemplate, Message, TemplateRefuses
 from flame_composer.text.examples import LeftOut
+from flame_composer.text.special_texts import SpecialTexts
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, explained_failure, plain_copy
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
+LAST_CHARACTERS = 40  # of an answer, that a template must write
 TrainOn = Literal["all", "last", "prompt_too"]
 
 
@@ -32,11 +34,13 @@ class Tokens(NamedTuple):
 class Turn(NamedTuple):
     """An answer within a conversation's text.
 
-    `begin` and `end` are its first character and the one after its last. `prompt` is the text
-    before it as the template renders it by itself, or None if the template marks answers.
+    `begin` and `end` are its first character and the one after its last; the template ends it
+    behind `written`. `prompt` is the text before it as the template renders it by itself, or None
+    if the template marks answers.
     """
 
     begin: int
+    written: int
     end: int
     is_trained: bool
     prompt: str | None
@@ -79,7 +83,7 @@ class Masker:
         self.stop, self.train_on = stop, train_on
         self.exact = plain_copy(tokenizer)
         self.surfaces = surfaces_of(tokenizer)
-        self.special = special_pattern(tokenizer)
+        self.special = SpecialTexts(tokenizer, self.exact.normalizer, stop)
         self.sizes = np.array([len(each) for each in self.surfaces or ()], np.int64)
         self.has_space = np.array([each[:1] == b" " for each in self.surfaces or ()], np.bool_)
         state = json.loads(tokenizer.serialized)
@@ -150,8 +154,16 @@ class Masker:
             detail = f"it marks {len(spans)} parts of {len(answers)} answers"
             raise LeftOut("template", detail)
         return text, [
-            Turn(*span, trained, prompt)
-            for span, trained, prompt in zip(spans, is_trained, prompts, strict=True)
+            Turn(
+                begin,
+                written_to(messages[number].content, text, begin, end) if trained else begin,
+                end,
+                trained,
+                prompt,
+            )
+            for number, (begin, end), trained, prompt in zip(
+                answers, spans, is_trained, prompts, strict=True
+            )
         ]
 
     def _spans_by_prompts(
@@ -213,8 +225,10 @@ class Masker:
                 is_seamless = len(prompt) == first and np.array_equal(prompt, ids[:first])
                 if not is_seamless or place.ends[last - 1] > end:
                     raise LeftOut("seam", f"at {text[max(turn.begin - 8, 0) : turn.begin + 8]!r}")
-            if turn.is_trained and self.stop not in ids[first:last].tolist():
-                raise LeftOut("no_end")
+            if turn.is_trained:
+                behind, _ = place.tokens_within(place.at(text, turn.written), end)
+                if self.stop not in ids[behind:last].tolist():
+                    raise LeftOut("no_end")
         has_loss[0] = False  # nothing comes before it that it could be predicted from
         return Tokens(ids, has_loss)
 
@@ -274,16 +288,18 @@ class Masker:
         return Places(starts, ends, is_bytes=False)
 
 
-def special_pattern(tokenizer: BareTokenizer) -> re.Pattern[str] | None:
-    """Return a pattern that finds special tokens written out in a text, or None if there are none.
+def written_to(answer: str, text: str, begin: int, end: int) -> int:
+    """Return the character of a text behind an answer, which the template writes from `begin` on.
 
-    The tokenizer would take them for the tokens themselves: an answer could end in its middle.
+    Templates may write it otherwise than it is, without the thoughts it begins with, for example.
+    Raise LeftOut if the end of its last line is not between `begin` and `end`: it is cut then.
     """
-    added = json.loads(tokenizer.serialized)["added_tokens"]
-    texts = [token["content"] for token in added if token["special"] and token["content"]]
-    if not texts or tokenizer.split_special_tokens:
-        return None
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    last = answer.strip().splitlines()[-1]
+    last = (last.rpartition("</think>")[2].strip() or last)[-LAST_CHARACTERS:]
+    found = text.find(last, begin, end)
+    if found < 0:
+        raise LeftOut("template", f"it changes or leaves out the end of an answer: {last!a}")
+    return found + len(last)
 
 
 def is_lossless(state: dict[str, Any]) -> bool:

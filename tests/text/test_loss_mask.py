@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from flame_composer.text.chat import ChatTemplate, Message, load_template, require_stop
 from flame_composer.text.dataset_info import read_registry
@@ -93,7 +95,6 @@ def ours(case: dict[str, Any], form: Any, train_on: str) -> Tokens | str:
         return problem.reason
     except InvalidRecord:
         return "unreadable"
-    assert masker.special is not None
     if any(masker.special.search(message.content) for message in conversation):
         return "special_token"
     (found,) = masker.tokens_of([conversation])
@@ -325,3 +326,64 @@ def test_places_by_bytes_and_by_offsets_are_the_same(
     text = masker.template.render(messages).text
     assert list(masker._places([text], [one.ids])) != [None], "the fast way is tried"
     assert np.array_equal(one.has_loss, other.has_loss)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("m.content[:30] + eos_token", "template"),
+        ("m.content|upper if loop.index > 2 else m.content + eos_token", "template"),
+        ("eos_token + m.content if 'One.' in m.content else m.content + eos_token", "no_end"),
+        ("m.content.split('</think>')[-1] + eos_token", None),
+        ("m.content|trim + eos_token", None),
+    ],
+)
+def test_answers_are_whole_up_to_their_end(written: str, reason: str | None) -> None:
+    """A template that only writes the short answers whole is found out by the example."""
+    tokenizer = byte_tokenizer()
+    body = f"{{% generation %}}{{{{ {written} }}}}{{% endgeneration %}}"
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        f"{body}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    )
+    masker = build_masker(ChatTemplate(source, {"eos_token": "<|endoftext|>"}), tokenizer)
+    answers = "<think>One.</think>It is one.", " A longer answer than some others are.\nTwo "
+    turns = [
+        Message(role, content)
+        for answer in answers
+        for role, content in (("user", "How many?"), ("assistant", answer))
+    ]
+    (found,) = masker.tokens_of([turns])
+    assert (found.reason if isinstance(found, LeftOut) else None) == reason
+
+
+@pytest.mark.parametrize(
+    ("special", "normalized", "normalizer", "text"),
+    [
+        (False, False, None, "<|end|>"),
+        (False, True, None, "<|end|>"),
+        (True, True, normalizers.Lowercase(), "<|END|>"),
+        (True, True, normalizers.NFKC(), "<|ｅｎｄ|>"),
+        (True, True, normalizers.Replace("-", ""), "<|e-nd|>"),
+    ],
+)
+def test_an_answer_cannot_end_in_its_middle(
+    special: bool, normalized: bool, normalizer: Any, text: str
+) -> None:
+    """An end that is no special token, or that the tokenizer finds in other letters, is found."""
+    backend = Tokenizer.from_str(byte_tokenizer().backend_tokenizer.to_str())
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    token = AddedToken("<|end|>", special=special, normalized=normalized)
+    (backend.add_special_tokens if special else backend.add_tokens)([token])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}: {% endif %}{% endfor %}"
+    )
+    masker = build_masker(ChatTemplate(source, {}), tokenizer)
+    ids = tokenizer(f"a {text} b").input_ids
+    assert masker.stop in ids
+    assert masker.special.search(f"a {text} b") is not None
+    assert masker.special.search("a <|e|> b") is None

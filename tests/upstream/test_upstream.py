@@ -210,6 +210,8 @@ def test_sandbox():
 
     found = ImmutableSandboxedEnvironment().from_string("{{ 10 ** (10 ** 6) % 7 }}").render()
     assert found == str(pow(10, 10**6, 7))
+    rounded = ImmutableSandboxedEnvironment().from_string("{{ 1|round(10 ** 4, 'ceil') }}")
+    assert rounded.render() == "1.0"  # by way of a number of 10,000 digits
 
 
 def test_load_yaml():

@@ -1,0 +1,66 @@
+"""Marks that a template puts around what an assistant generates, and that are taken out again."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from typing import NamedTuple
+
+
+class Rendered(NamedTuple):
+    """A conversation as text, and the parts of it within generation marks.
+
+    `spans` holds the first character of each part and the one after its last.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class TemplateRefuses(Exception):
+    """The error for a conversation that a template does not render; the message says why."""
+
+
+BEGIN, END = "\ue000", "\ue001"  # a mark begins with; its hash and its part's number follow
+
+
+class Marks:
+    """The marks around the generated parts of a text, and how many parts have got them."""
+
+    def __init__(self) -> None:
+        self.digest, self.count = "", 0
+
+    def renew(self, conversation: str) -> None:
+        """Take marks that the conversation cannot hold, as they are made of its hash.
+
+        They are the same whenever the conversation is rendered. A template that prints a piece of a
+        mark would otherwise make another text each time.
+        """
+        self.digest = hashlib.blake2b(conversation.encode(), digest_size=16).hexdigest()
+        self.count = 0
+
+    def put(self, part: str) -> str:
+        """Return the part with marks around it."""
+        around = f"{self.digest}.{self.count};"
+        self.count += 1
+        return f"{BEGIN}{around}{part}{END}{around}"
+
+    def taken_out(self, text: str) -> Rendered:
+        """Return the text without marks, and where the marked parts are.
+
+        Raise TemplateRefuses unless all of them are there in their order, each once and whole.
+        """
+        if not self.count:
+            return Rendered(text, [])
+        pieces = re.split(rf"([{BEGIN}{END}]){self.digest}\.([0-9]+);", text)
+        texts = pieces[::3]
+        found = list(zip(pieces[1::3], pieces[2::3], strict=True))
+        if found != [(mark, str(part)) for part in range(self.count) for mark in (BEGIN, END)]:
+            raise TemplateRefuses(
+                "a part within {% generation %} is changed, moved, left out, written twice or"
+                " within another"
+            )
+        ends = list(itertools.accumulate(map(len, texts)))
+        spans = list(zip(ends[0:-1:2], ends[1::2], strict=True))
+        return Rendered("".join(texts), spans)
