@@ -30,6 +30,7 @@ from flame_composer.config.bench import (
     ConversionBenchmarkConfig,
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
+    ExamplesBenchmarkConfig,
     SizesConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
@@ -71,6 +72,7 @@ from flame_composer.config.sft import SftConfig
 from flame_composer.config.source import HubSourceConfig, SourceConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import (
+    ChatConfig,
     EvaluateConfig,
     GenerateConfig,
     PredictConfig,
@@ -126,6 +128,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     SftConfig: {"source": ["s"], "format": "alpaca", "out": "o", "tokenizer": "t"},
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m"},
+    ChatConfig: {"model": "m"},
     PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
@@ -134,6 +137,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ReportConfig: {"runs": ["r"]},
     AllBenchmarksConfig: {},
     ConversionBenchmarkConfig: {},
+    ExamplesBenchmarkConfig: {},
     **{
         cls: {}
         for cls in (
@@ -1137,9 +1141,26 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     *((PredictConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
+    *((ChatConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
+    *((ChatConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
+    (ChatConfig, {"system": ""}, "system", "must not be empty; null is for none"),
+    *(
+        (
+            ChatConfig,
+            {"repetition_penalty": x},
+            "repetition_penalty",
+            "must be more than 0, and finite",
+        )
+        for x in (0, inf, nan)
+    ),
+    (ExamplesBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
+    *(
+        (ExamplesBenchmarkConfig, {name: 0}, name, "must be more than 0")
+        for name in ("megabytes", "repeats")
+    ),
     *(
         (cls, {name: value}, name, rule)
-        for cls in (GenerateConfig, PredictConfig)
+        for cls in (GenerateConfig, PredictConfig, ChatConfig)
         for name, values, rule in (
             ("max_new_tokens", (0,), "must be more than 0"),
             ("temperature", (-0.1, inf, nan), "must be 0 or more, and finite"),
@@ -1625,6 +1646,7 @@ NO_PATHS = {
     "text_column",
     "format",
     "default_system",
+    "system",
     "datasets",
     "val_datasets",
     "suffixes",
