@@ -18,7 +18,7 @@ from flame_composer.dataset.tuning import Tuning
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError
 from flame_composer.text.chat import ChatTemplate, load_template, require_stop
-from flame_composer.text.dataset_info import Listed, read_registry
+from flame_composer.text.dataset_info import Listed, read_registry, require_inside
 from flame_composer.text.encoder import choose_encoder
 from flame_composer.text.ends import ends_of, template_of
 from flame_composer.text.examples import Form, form_of
@@ -92,6 +92,9 @@ def find_examples(config: SftConfig, source: Sequence[str], datasets: Sequence[s
                 else find_files([each.source], config.suffixes, found_by=FOUND)
             )
             files = [file for file in files if each.name or file not in seen]
+            if each.folder is not None:
+                for file in files:  # a folder may hold links
+                    require_inside(file, each.folder, f"registry: {each.name}: {file}")
             seen.update(files)
             units = plan_units(files, config.unit_size, arrays=True)
             for part in itertools.chain.from_iterable(units):

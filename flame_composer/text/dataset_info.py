@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text.examples import TAGS, Form, FormatName, form_of
@@ -65,12 +65,16 @@ NOT_OFFERED_TAGS = {
 
 
 class Listed(NamedTuple):
-    """A dataset that a registry lists: its files, folders or addresses, and their form."""
+    """A dataset that a registry lists: its file, folder or address, and the form of its records.
+
+    `folder` is that of the registry, in which the files must lie; None if they are elsewhere.
+    """
 
     name: str
     source: str
     is_hub: bool
     form: Form
+    folder: str | None = None
 
 
 def read_registry(path: str, names: Sequence[str]) -> list[Listed]:
@@ -145,7 +149,9 @@ def _listed(name: str, entry: Any, file: Path) -> Listed:
     if formatting == "openai":
         tags = tags or TAGS["sharegpt"]
     form = form_of(FORMATS[formatting], columns, tags, place)
-    return Listed(name, *_source(entry, file, place), form)
+    source, is_hub = _source(entry, file, place)
+    is_elsewhere = is_hub or is_url(source)
+    return Listed(name, source, is_hub, form, None if is_elsewhere else str(file.parent))
 
 
 def _check_keys(
@@ -195,10 +201,28 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
     if "file_name" not in texts:
         raise ConfigError(f"{place}file_name: must be set, or hf_hub_url")
     path = os.path.normpath(os.path.join(file.parent, texts["file_name"]))
+<<<<<<< HEAD
     folder = os.path.join(os.path.realpath(file.parent), "")
     if not os.path.realpath(path).startswith(folder):
         raise ConfigError(
             f"{place}file_name={texts['file_name']}: must lie inside the registry's folder; give"
             " what lies elsewhere as source"
         )
+=======
+    require_inside(path, str(file.parent), f"{place}file_name={texts['file_name'][:200]}")
+    if not os.path.exists(path):
+        raise ConfigError(f"{place}file_name={texts['file_name']}: no such file or folder: {path}")
+>>>>>>> 70728cf69665daf9590ba993129c4e24771fef25
     return path, False
+
+
+def require_inside(path: str, folder: str, place: str) -> None:
+    """Raise ConfigError, which begins with `place`, if a path leads out of a registry's folder."""
+    try:
+        is_inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+    except ValueError as error:  # a name with NUL, or with half of a surrogate pair
+        raise ConfigError(f"{place}: is no name of a file: {one_line(error)}") from None
+    if not is_inside:
+        raise ConfigError(
+            f"{place}: must lie inside the registry's folder; give what lies elsewhere as source"
+        )

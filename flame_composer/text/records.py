@@ -94,7 +94,7 @@ def _read_array(
 
 def _elements(file: BinaryIO, path: str, max_bytes: int) -> Iterator[Any]:
     """Yield the elements of a JSON array in order. Raises DataError if it is damaged."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(parse_int=_whole_number).raw_decode
     text = _Text(file, path)
     text.require("[", "it does not begin with [")
     number = 0
@@ -124,6 +124,14 @@ def _elements(file: BinaryIO, path: str, max_bytes: int) -> Iterator[Any]:
     text.fill(1)
     if text.skip() < len(text.buffer):
         raise text.damaged("something follows its array")
+
+
+def _whole_number(digits: str) -> int | float:
+    """Return a number; as a float if it has more digits than `int` takes, as `jsonl.parse` does."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 class _Text:

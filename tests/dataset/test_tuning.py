@@ -479,3 +479,15 @@ def check_same(place: str, whole: Path) -> None:
     assert found == files_under(whole)
     if not is_url(place):
         check_ledger(read_manifest(f"{place}/train"), Path(place, "train"))
+
+
+def test_a_number_of_many_digits_in_an_array(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """Python's parser refuses it; in JSON lines, too, it is a number like any other."""
+    (tmp_path / "a.json").write_text(f'[{json.dumps(example(1))[:-1]}, "id": {"9" * 5000}}}]')
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.json").read_text()[1:-1] + "\n")
+    for name in ("a.json", "a.jsonl"):
+        arguments = common(source, f"out={tmp_path}/{name}.out", "num_workers=1")
+        arguments[0] = f"source={tmp_path}/{name}"
+        assert convert(monkeypatch, *arguments) == 0
+    tokens = [next(rows_of(tmp_path / f"{name}.out"))[0] for name in ("a.json", "a.jsonl")]
+    assert np.array_equal(*tokens)

@@ -103,6 +103,13 @@ def registry(message: str, content: Any, *arguments: str) -> Wrong:
     )
 
 
+def linked(folder: Path) -> None:
+    """A registry with a folder in which a link leads to a file elsewhere."""
+    (folder / "r.json").write_text(json.dumps({"mine": {"file_name": "in"}}))
+    (folder / "in").mkdir()
+    (folder / "in/a.jsonl").symlink_to("/etc/hostname")
+
+
 def saved(name: str, **tokens: str | None) -> Callable[[Path], Any]:
     """A tokenizer with other special tokens."""
 
@@ -584,6 +591,20 @@ WRONG: dict[str, Wrong] = {
         file_name="a.jsonl",
         formatting="sharegpt",
         tags={"user_tg": "human"},
+    ),
+    "a name with NUL": entry(
+        "file_name=a\N{SYMBOL FOR NULL}b: is no name of a file: embedded null byte",
+        file_name="a\0b",
+    ),
+    "half of a surrogate pair as a name": entry(
+        "file_name=<U+D800>: is no name of a file: 'utf-8' codec can't encode character '\\ud800'"
+        " in position {number}: surrogates not allowed",
+        file_name="\ud800",
+    ),
+    "a link out of the registry's folder": entry("", file_name="in")._replace(
+        message="registry: mine: in/a.jsonl: must lie inside the registry's folder; give what lies"
+        " elsewhere as source",
+        prepare=linked,
     ),
     "a tag that is a number": entry(
         "tags.user_tag=3: must be a string",
