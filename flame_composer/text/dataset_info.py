@@ -201,18 +201,9 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
     if "file_name" not in texts:
         raise ConfigError(f"{place}file_name: must be set, or hf_hub_url")
     path = os.path.normpath(os.path.join(file.parent, texts["file_name"]))
-<<<<<<< HEAD
-    folder = os.path.join(os.path.realpath(file.parent), "")
-    if not os.path.realpath(path).startswith(folder):
-        raise ConfigError(
-            f"{place}file_name={texts['file_name']}: must lie inside the registry's folder; give"
-            " what lies elsewhere as source"
-        )
-=======
     require_inside(path, str(file.parent), f"{place}file_name={texts['file_name'][:200]}")
     if not os.path.exists(path):
         raise ConfigError(f"{place}file_name={texts['file_name']}: no such file or folder: {path}")
->>>>>>> 70728cf69665daf9590ba993129c4e24771fef25
     return path, False
 
 
