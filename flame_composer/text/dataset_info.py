@@ -202,8 +202,6 @@ def _source(entry: Mapping[str, Any], file: Path, place: str) -> tuple[str, bool
         raise ConfigError(f"{place}file_name: must be set, or hf_hub_url")
     path = os.path.normpath(os.path.join(file.parent, texts["file_name"]))
     require_inside(path, str(file.parent), f"{place}file_name={texts['file_name'][:200]}")
-    if not os.path.exists(path):
-        raise ConfigError(f"{place}file_name={texts['file_name']}: no such file or folder: {path}")
     return path, False
 
 
