@@ -65,10 +65,10 @@ def main(config: PredictConfig) -> None:
         with appearing(str(Path(config.out, METRICS))) as file:
             file.write((json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     print(table(result))
-    print(
-        f"{result['examples']:,} answers, of which the model ended {result['ended']:,}; the others"
-        f" have max_new_tokens={config.max_new_tokens} tokens"
-    )
+    ended = f"{result['examples']:,} answers, of which the model ended {result['ended']:,}"
+    if result["ended"] < result["examples"]:
+        ended += f"; the others have max_new_tokens={config.max_new_tokens} tokens"
+    print(ended)
     print(json.dumps({"model": config.model, "data": dataset.place, "out": config.out, **result}))
 
 

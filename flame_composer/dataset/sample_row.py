@@ -33,7 +33,10 @@ def show_row(row: Row, decode: Decode | None, *, whole: bool) -> list[str]:
         zip(row.doc_lengths.tolist(), ends.tolist(), strict=True), 1
     ):
         lines = _piece_lines(row, end - length, end, decode)
-        if not whole:
+        # A piece of examples that carries no loss at all is what fills up the row.
+        if row.loss_mask is not None and not row.loss_mask[end - length : end].any():
+            lines = ["│ padding"]
+        elif not whole:
             lines = _shorten(lines, LINES_SHOWN, "lines")
         tokens = f"tokens {end - length + 1:,}-{end:,}" if length > 1 else f"token {end:,}"
         blocks.append([_rule(f"├─ piece {number}: {tokens}"), *lines])
@@ -73,7 +76,7 @@ def _shorten(lines: list[str], shown: tuple[int, int], what: str) -> list[str]:
     left_out = len(lines) - sum(shown)
     if left_out <= 1:
         return lines
-    note = f"│       ... {left_out:,} {what} left out ..."
+    note = f"│       ... {left_out:,} {what} left out (whole_rows=true shows them) ..."
     return [*lines[: shown[0]], note, *lines[-shown[1] :]]
 
 

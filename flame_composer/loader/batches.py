@@ -162,7 +162,8 @@ def build_train_loader(
         what = "; ".join(dataset.place for dataset in datasets.values())
         raise ConfigError(
             f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
-            f"(global_batch_size={global_batch_size})"
+            f"(global_batch_size={global_batch_size}); set a smaller global_batch_size, or give"
+            " more data"
         )
     if config.cache_limit is not None:
         rows.limit_cache(

@@ -90,7 +90,8 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], share: float) -> 
     if rows.batches_per_epoch == 0:
         raise ConfigError(
             f"{', '.join(dataset.place for dataset in datasets.values())}: holds {rows.epoch_size}"
-            f" rows, fewer than one global batch (global_batch_size={config.global_batch_size})"
+            f" rows, fewer than one global batch (global_batch_size={config.global_batch_size});"
+            " set a smaller global_batch_size, or give more data"
         )
     rank_batch = max(1, config.global_batch_size // (config.devices * config.nodes))
     rows.predownload = data.predownload or 8 * rank_batch  # as StreamingDataset has it

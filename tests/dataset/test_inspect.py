@@ -239,10 +239,22 @@ def test_long_rows_are_shortened_and_fit_the_width():
     assert lines[1].startswith("┌─ piece 1: tokens 1-100 ─")
     assert "├─ 14 pieces of 1,400 tokens left out ".ljust(100, "─") in lines
     assert any(line.startswith("├─ piece 20: tokens 1,901-2,000 ─") for line in lines)
-    assert sum("... 93 lines left out ..." in line for line in lines) == 6
+    note = "... 93 lines left out (whole_rows=true shows them) ..."
+    assert sum(note in line for line in lines) == 6
     whole = sample_row.show_row(Row(7, "s", ids, lengths), lambda ids: "数" * 200, whole=True)
     assert not any("left out" in line for line in whole)
     assert [len(line) for line in whole[2:8]] == [2 + 49] * 4 + [2 + 4, 100]
+
+
+def test_what_fills_up_a_row_of_examples_is_named():
+    ids, lengths, mask = np.zeros(8, np.uint16), np.array([3, 5]), np.arange(8) == 2
+    for whole in (False, True):
+        lines = sample_row.show_row(
+            Row(0, "s", ids, lengths, mask), lambda ids: "<pad>" * len(ids), whole=whole
+        )
+        assert lines[2:4] == ["│ <pad><pad>", "┃ <pad>"]
+        assert lines[4].startswith("├─ piece 2: tokens 4-8 ─")
+        assert lines[5:-1] == ["│ padding"]
 
 
 def test_long_rows_are_shown_whole_if_asked_for(inspect, tmp_path):

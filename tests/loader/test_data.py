@@ -279,7 +279,8 @@ def test_too_few_rows_for_a_batch(dataset, copy_of, all_rows):
     folder = copy_of(dataset)
     message = (
         f"{folder}: holds {len(all_rows)} rows, fewer than one global batch"
-        f" (global_batch_size={len(all_rows) + 1})"
+        f" (global_batch_size={len(all_rows) + 1}); set a smaller global_batch_size, or give more"
+        " data"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         loader_of(folder, global_batch_size=len(all_rows) + 1)

@@ -553,11 +553,12 @@ def test_every_readme_command(small: Small) -> None:
 
 @pytest.mark.timeout(1200)
 def test_every_command_of_tuning(small: Small) -> None:
-    """Those of README.md's section and of docs/tuning.md, in their order, after what `make tune`
-    runs.
+    """Those of README.md's section, of docs/tuning.md and of the walk for users of LLaMA-Factory,
+    in their order, after what `make tune` runs.
     """
     _, _, section = (ROOT / "README.md").read_text().partition(TUNING)
-    pages = (section[: section.index("\n## ")], (ROOT / "docs/tuning.md").read_text())
+    docs = [ROOT / "docs" / name for name in ("tuning.md", "migrating-from-llama-factory.md")]
+    pages = (section[: section.index("\n## ")], *(path.read_text() for path in docs))
     commands = [command for page in pages for command in commands_in(page)]
     assert [command for command in commands if command[0] != "python"] == [["make", "tune"]] * 2
     assert "recipes/tune.py" in check(small.start("make", "-n", "tune")).stdout
