@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ from flame_composer.dataset.plan import (
 )
 from flame_composer.dataset.unit import UnitWriter
 from flame_composer.errors import ConfigError, DataError
+from flame_composer.lines import visible
 from flame_composer.storage import files
 from flame_composer.storage.files import dump_json
 from flame_composer.storage.filesystems import is_url
@@ -282,7 +284,7 @@ class DatasetWriter:
             )
             raise DataError(
                 f"{self.out}: no {what} for the {self.plan.split} split "
-                f"({totals.documents_skipped} skipped{left_out}); {remedy}"
+                f"({totals.documents_skipped} skipped{left_out}{self._first_detail()}); {remedy}"
             )
         if totals.rows == 0:
             raise DataError(
@@ -290,6 +292,15 @@ class DatasetWriter:
                 f" one row of context_length={self.plan.context_length}; remove this folder and"
                 " give more text or shorter rows"
             )
+
+    def _first_detail(self) -> str:
+        """Return what exactly was wrong with the first example that was left out, for an error."""
+        for number in range(len(self.plan.units) if self.plan.kind == "sft" else 0):
+            lines = files.read(self._place("units", unit_name(number), LEFT_OUT)).splitlines()
+            details = (json.loads(line)["detail"] for line in lines)
+            if detail := next(filter(None, details), ""):
+                return f"; the first: {visible(detail)[:200]}"
+        return ""
 
     def _unit_order(self) -> list[int]:
         """Return the unit numbers in the dataset's order: shuffled if there is a seed."""

@@ -427,26 +427,27 @@ WRONG: dict[str, Wrong] = {
     ),
     "all too long": examples(
         no_answers(words(200, 1)),
-        "out: no examples for the train split (0 skipped, 4 left out: it is longer than a row);"
-        f" {NOTHING}, or give longer rows",
+        "out: no examples for the train split (0 skipped, 4 left out: it is longer than a row;"
+        f" the first: 1,122 tokens); {NOTHING}, or give longer rows",
         "too_long=drop",
     ),
     "all too long without their prompts": examples(
         no_answers(words(200, 1)),
-        "out: no examples for the train split (0 skipped, 4 left out: it is longer than a row);"
-        f" {NOTHING}, or give longer rows",
+        "out: no examples for the train split (0 skipped, 4 left out: it is longer than a row;"
+        f" the first: 1,122 tokens, even with its prompts cut); {NOTHING}, or give longer rows",
         "too_long=cut_prompt",
     ),
     "all left out": examples(
         [*no_answers(""), {"instruction": "", "output": "b"}, {"instruction": "a", "output": None}],
         "out: no examples for the train split (0 skipped, 4 left out: an answer is empty, 1 left"
-        f" out: a prompt is empty, 1 left out: a message is not text); {NOTHING}",
+        f" out: a prompt is empty, 1 left out: a message is not text; the first: an"
+        f" answer is null, not a string); {NOTHING}",
     ),
     "all of another role": Wrong(
         ["source=b.jsonl", "format=messages"],
         1,
-        f"out: no examples for the train split (0 skipped, 1 left out: its roles are out of turn);"
-        f" {NOTHING}",
+        "out: no examples for the train split (0 skipped, 1 left out: its roles are out of turn; the"
+        f" first: a message has the role 'human', not user, assistant, system); {NOTHING}",
         lambda folder: write_lines(
             folder / "b.jsonl", [{"messages": [{"role": "human", "content": "a"}]}]
         ),
