@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,7 @@ def folder_of(path_or_id: str, files: list[str]) -> Path:
     no config.json, or if it holds an adapter.
     """
     folder = Path(path_or_id)
-    if not folder.is_dir():
+    if not os.path.isdir(path_or_id):  # Path's own raises for a name that is too long
         if not may_be_hub_id(path_or_id):
             raise ConfigError(
                 f"{path_or_id}: no such folder; give a Hugging Face model folder or id"

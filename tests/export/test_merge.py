@@ -251,6 +251,7 @@ FIRST = "base_model.model.model.layers.0.attn.q_proj.lora_A.weight"
         (lambda f: _change(f, lora_alpha=float("nan")), "its adapter's alpha cannot be right"),
         (lambda f: _change(f, lora_dropout=1.5), "its adapter's dropout cannot be right"),
         (lambda f: _change(f, base_model_name_or_path=None), "names no base_model_name_or_path"),
+        (lambda f: _change(f, base_model_name_or_path="a" * 300), "cannot be fetched from the"),
         (
             lambda f: _change(f, base_model_name_or_path="/no"),
             "cannot be loaded: /no: no such fold",
