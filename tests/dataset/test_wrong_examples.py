@@ -446,8 +446,8 @@ WRONG: dict[str, Wrong] = {
     "all of another role": Wrong(
         ["source=b.jsonl", "format=messages"],
         1,
-        "out: no examples for the train split (0 skipped, 1 left out: its roles are out of turn; the"
-        f" first: a message has the role 'human', not user, assistant, system); {NOTHING}",
+        "out: no examples for the train split (0 skipped, 1 left out: its roles are out of turn;"
+        f" the first: a message has the role 'human', not user, assistant, system); {NOTHING}",
         lambda folder: write_lines(
             folder / "b.jsonl", [{"messages": [{"role": "human", "content": "a"}]}]
         ),
