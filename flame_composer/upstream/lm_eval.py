@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -176,6 +179,36 @@ def bars(show: bool) -> Iterator[None]:
     finally:
         for module in modules:
             module.tqdm = tqdm
+
+
+_children_end = False  # whether SIGTERM ends children at once
+
+
+@contextlib.contextmanager
+def ending_pools() -> Iterator[None]:
+    """Have SIGTERM end the processes that the body forks at once, without a handler of ours.
+
+    Upstream: lm-eval 0.4.13, `api.metrics.bootstrap_stderr`.
+    Mends: it ends a pool of processes by SIGTERM, and then waits for them. With a handler in
+        Python, a process can miss the signal just before it waits for a lock, and never ends.
+    """
+    global _children_end
+    _reset_in_children()
+    _children_end = True
+    try:
+        yield
+    finally:
+        _children_end = False
+
+
+@functools.cache
+def _reset_in_children() -> None:
+    os.register_at_fork(after_in_child=_end_at_once)
+
+
+def _end_at_once() -> None:
+    if _children_end:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

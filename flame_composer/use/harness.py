@@ -30,6 +30,7 @@ from flame_composer.upstream.jinja import template_limits
 from flame_composer.upstream.lm_eval import (
     WRITING,
     bars,
+    ending_pools,
     no_foreign_code,
     only_errors,
     read_task,
@@ -299,7 +300,7 @@ def score(
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     try:
-        with no_foreign_code(), only_errors(), bars(show_bars):
+        with no_foreign_code(), only_errors(), ending_pools(), bars(show_bars):
             return evaluator.evaluate(
                 model,
                 tasks,

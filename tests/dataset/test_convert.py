@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from flame_composer.config.cli import run
 from flame_composer.config.convert import ConvertConfig, TokenizerTrainConfig
-from flame_composer.dataset import workers
+from flame_composer.dataset import finish, workers
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.open import check_shards, open_dataset
 from flame_composer.dataset.writer import DatasetWriter
@@ -227,7 +227,7 @@ def test_what_keys_make_of_documents(corpus, monkeypatch):
     ]
     convert_units, processes = workers.convert_units, []
     monkeypatch.setattr(
-        workers, "convert_units", lambda *given: processes.append(given[2]) or convert_units(*given)
+        finish, "convert_units", lambda *given: processes.append(given[2]) or convert_units(*given)
     )
     assert run_here(monkeypatch, "to_mds", *arguments, "num_workers=3", "out=plain") == 0
     assert run_here(monkeypatch, "to_mds", *arguments, *keys, "out=keys") == 0

@@ -38,7 +38,7 @@ from flame_composer.text.ends import (
 )
 from flame_composer.text.steady import MARK
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
-from flame_composer.use.generate import encode
+from flame_composer.use.generate import encode, pad_left
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
 
 EOS = "<|endoftext|>"
@@ -200,7 +200,7 @@ def test_prompts_begin_as_documents_did() -> None:
 
 def test_a_tokenizer_that_has_no_special_tokens() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
-    ids, mask = encode(bare, ["fox", "the fox"])
+    ids, mask = pad_left(encode(bare, ["fox", "the fox"]), 0)
     assert mask[0].tolist()[:1] == [0]
     assert ids[0].tolist()[-mask[0].sum() :] == bare("fox").input_ids
     with pytest.raises(

@@ -565,3 +565,23 @@ def test_product():
         torch.nn.functional.linear(x, weight)
     assert not [event.key for event in profile.key_averages() if "mkldnn" in event.key]
     assert torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "").shape == (512, 512)
+
+
+def test_ending_pools(tmp_path):
+    """lm-eval ends its pool by SIGTERM, which a handler in Python may take too late."""
+    code = """
+import inspect, os, signal
+from lm_eval.api.metrics import bootstrap_stderr
+from flame_composer.upstream.lm_eval import ending_pools
+assert "mp.Pool" in inspect.getsource(bootstrap_stderr)
+signal.signal(signal.SIGTERM, lambda *_: None)
+def child():
+    if not (pid := os.fork()):
+        os._exit(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+before = child()
+with ending_pools():
+    within = child()
+print(before, within, child())
+"""
+    assert forked(tmp_path, code).split() == ["0", "1", "0"]
