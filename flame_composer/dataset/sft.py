@@ -154,8 +154,12 @@ def _begins_with_bos(config: SftConfig, tokenizer: PreTrainedTokenizerFast) -> b
 
 
 def hash_examples(config: SftConfig, sources: Sources) -> list[Hashes]:
-    """Return the hashes of every unit's examples."""
-    if not sources.units:
+    """Return the hashes of every unit's examples, or an empty list if nobody asks for them.
+
+    Without them every example is kept, also those that occur twice.
+    """
+    is_asked_for = config.duplicates == "drop" or config.has_val_source
+    if not sources.units or not is_asked_for:
         return []
     census = Census(sources.units, sources.forms, config.on_error, config.max_document_bytes)
     with Progress(sources.num_bytes, 0) as progress:
