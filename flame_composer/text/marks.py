@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import itertools
 from typing import NamedTuple
 
 
@@ -22,9 +22,6 @@ class TemplateRefuses(Exception):
 
 
 BEGIN, END = "\ue000", "\ue001"  # a mark begins with; its hash and its part's number follow
-
-
-MARK = re.compile(rf"([{BEGIN}{END}])([0-9a-f]{{32}})\.([0-9]+);")
 
 
 class Marks:
@@ -57,20 +54,21 @@ class Marks:
         """
         if not self.count:
             return Rendered(text, [])
-        places = [each for each in MARK.finditer(text) if each[2] == self.digest]
-        found = [(each[1], each[3]) for each in places]
-        if found != [(mark, str(part)) for part in range(self.count) for mark in (BEGIN, END)]:
+        # Split by the hash, each piece but the first begins with the rest of a mark (".0;"), and each
+        # but the last ends with the beginning of one.
+        piece, *others = text.split(self.digest)
+        texts: list[str] = []
+        found: list[tuple[str, str]] = []
+        for other in others:
+            number, _, after = other.partition(";")
+            found.append((piece[-1:], number))
+            texts.append(piece[:-1])
+            piece = after
+        if found != [(mark, f".{part}") for part in range(self.count) for mark in (BEGIN, END)]:
             raise TemplateRefuses(
                 "a part within {% generation %} is changed, moved, left out, written twice or"
                 " within another"
             )
-        texts: list[str] = []
-        ends: list[int] = []
-        start = length = 0
-        for each in places:
-            texts.append(text[start : each.start()])
-            length += len(texts[-1])
-            ends.append(length)
-            start = each.end()
+        ends = list(itertools.accumulate(map(len, texts)))
         spans = list(zip(ends[0::2], ends[1::2], strict=True))
-        return Rendered("".join((*texts, text[start:])), spans)
+        return Rendered("".join((*texts, piece)), spans)
