@@ -54,8 +54,8 @@ class Marks:
         """
         if not self.count:
             return Rendered(text, [])
-        # Of the pieces between the hashes, each but the first begins with the rest of a mark (".0;"),
-        # and each but the last ends with the beginning of one.
+        # Between the hashes, each piece but the first begins with the rest of a mark (".0;"), and
+        # each but the last ends with the beginning of one.
         piece, *others = text.split(self.digest)
         texts: list[str] = []
         found: list[tuple[str, str]] = []
