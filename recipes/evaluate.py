@@ -8,6 +8,7 @@
 
 import json
 import sys
+from functools import partial
 
 from flame_composer.config.cli import listen_to_signals, run
 from flame_composer.config.sections import ParallelismConfig
@@ -60,10 +61,8 @@ def main(config: EvaluateConfig) -> None:
         )
         harness.check_fits(adapter, tasks)
     sources = config.datasets or ({"": config.data} if config.data else {})
-    datasets = {
-        name: open_for_model(data.local, data.remote, tokenizer=tokenizer)
-        for name, data in sources.items()
-    }
+    opened = partial(open_for_model, tokenizer=tokenizer, varlen=config.varlen)
+    datasets = {name: opened(data.local, data.remote) for name, data in sources.items()}
     summary = {"model": config.model}
     results = {}
     for name, data in sources.items():

@@ -19,7 +19,7 @@ from flame_composer.config.sections import MOST_RANK
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.model.base import Base, identify_base
 from flame_composer.model.build import load_pretrained, meta_model
-from flame_composer.model.foreign import opened, read_json
+from flame_composer.model.foreign import count_not_finite, opened, read_json
 from flame_composer.model.hf_config import read_pretrained_config
 from flame_composer.model.lora import (
     NAME,
@@ -165,6 +165,12 @@ def _require_fit(
         add_adapters(empty, adapter)
     state = empty.state_dict()
     made = {name: state[name].shape for name in state if name in trained_names(empty)}
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or count_not_finite(tensor):
+            raise DataError(
+                f"{place}: its adapter's {str(name)[:100]!a} holds no finite numbers everywhere: it"
+                " is damaged, or its training diverged; take another one"
+            )
     for name in {**made, **weights}:
         has, needs = weights[name].shape if name in weights else None, made.get(name)
         if has != needs:

@@ -165,7 +165,7 @@ def require_shards(config: Any, *, smallest: int) -> None:
 
 @dataclass
 class InspectConfig(ScriptConfig):
-    """Show the content of a dataset made by convert/to_mds.py, and check that it is whole."""
+    """Show the content of a dataset made by to_mds.py or to_sft.py, and check that it is whole."""
 
     paths = ("data", "tokenizer", "plot")
 

@@ -37,7 +37,7 @@ class PlaceConfig:
         require(
             self.address != (None, None),
             "local",
-            "must name a dataset folder made by convert/to_mds.py (or set remote)",
+            "must name a dataset folder made by convert/to_mds.py or to_sft.py (or set remote)",
         )
         require_text(self, "local", "remote")
 
@@ -121,7 +121,8 @@ class DataConfig(PlaceConfig):
         require(
             bool(self.streams) or self.address != (None, None),
             "local",
-            "must name a dataset folder made by convert/to_mds.py (or set remote, or streams)",
+            "must name a dataset folder made by convert/to_mds.py or to_sft.py (or set remote, or"
+            " streams)",
         )
         for name in ("local", "remote"):
             require(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from flame_composer.dataset.manifest import Split, UnitRecord
 from flame_composer.dataset.plan import unit_name
@@ -67,18 +68,56 @@ class Conversion:
         return UnitConverter(self)
 
 
+class Encoders:
+    """The encoders of a conversion: the tokenizer's own and, if there is one, a faster one."""
+
+    def __init__(
+        self,
+        tokenizer: BareTokenizer,
+        encoder: str,
+        on_mismatch: Literal["fail", "redo"],
+        *,
+        add_bos: bool,
+        add_eos: bool,
+    ):
+        ends: dict[str, bool] = {"add_bos": add_bos, "add_eos": add_eos}
+        self.encoder, self.on_mismatch = encoder, on_mismatch
+        self.exact: Encoder = build_encoder(tokenizer, **ends)
+        require_installed(encoder)
+        self.fast = None if encoder == HF else build_fast_encoder(tokenizer, self.exact, **ends)
+
+    def run(self, convert: Callable[[Encoder, str, Encoder | None], object]) -> str | None:
+        """Call `convert` with an encoder, its name and a reference, and return a warning or None.
+
+        It is called with the fast encoder, which it compares with the reference, if there is one.
+        If that raises EncoderMismatch, it is called again with the exact one, which the warning
+        says.
+        """
+        if self.fast is None:
+            convert(self.exact, HF, None)
+            return None
+        try:
+            convert(self.fast, self.encoder, self.exact)
+        except EncoderMismatch as mismatch:
+            found = f"{mismatch} between {self.encoder} and {HF}"
+            if self.on_mismatch == "fail":
+                raise DataError(f"{found}; set encoder=auto or hf") from None
+            convert(self.exact, HF, None)
+            return f"{found}; this unit was encoded with {HF}"
+        return None
+
+
 class UnitConverter:
     """A converter of units in the process that makes it, where it builds the encoders once."""
 
     def __init__(self, conversion: Conversion):
-        self.conversion = conversion
-        ends: dict[str, bool] = {"add_bos": conversion.add_bos, "add_eos": conversion.add_eos}
-        self.exact: Encoder = build_encoder(conversion.tokenizer, **ends)
-        require_installed(conversion.encoder)
-        self.fast = (
-            None
-            if conversion.encoder == HF
-            else build_fast_encoder(conversion.tokenizer, self.exact, **ends)
+        self.on_error = conversion.on_error
+        self.encoders = Encoders(
+            conversion.tokenizer,
+            conversion.encoder,
+            conversion.on_mismatch,
+            add_bos=conversion.add_bos,
+            add_eos=conversion.add_eos,
         )
 
     def convert(
@@ -88,30 +127,41 @@ class UnitConverter:
 
         The warning says that the unit had to be converted again with the slower encoder.
         """
-        conversion = self.conversion
-        common = (inputs, number)
-        if self.fast is None:
-            convert_unit(*common, self.exact, conversion.on_error, on_progress)
-            return None
-        try:
-            convert_unit(
-                *common,
-                self.fast,
-                conversion.on_error,
+        return self.encoders.run(
+            lambda encode, name, reference: convert_unit(
+                inputs,
+                number,
+                encode,
+                self.on_error,
                 on_progress,
-                encoder=conversion.encoder,
-                reference=self.exact,
+                encoder=name,
+                reference=reference,
             )
-        except EncoderMismatch as mismatch:
-            if conversion.on_mismatch == "fail":
-                raise DataError(
-                    f"{mismatch} between {conversion.encoder} and {HF}; set encoder=auto or hf"
-                ) from None
-            convert_unit(*common, self.exact, conversion.on_error, on_progress)
-            return (
-                f"{mismatch} between {conversion.encoder} and {HF}; this unit was encoded with {HF}"
-            )
-        return None
+        )
+
+
+class Discardable(Protocol):
+    """A unit being written, which can be discarded; `place` names it in errors."""
+
+    place: str
+
+    def discard(self) -> None:
+        """Delete what was written."""
+
+
+@contextmanager
+def discarded_on_error(unit: Discardable) -> Iterator[None]:
+    """Discard the unit if the body raises. Raises DataError if there is too little memory."""
+    try:
+        yield
+    except BaseException as error:
+        unit.discard()
+        if isinstance(error, MemoryError):
+            raise DataError(
+                f"{unit.place}: there is not enough memory to encode it; give fewer num_workers or"
+                " a smaller unit_size, and run the same command again"
+            ) from None
+        raise
 
 
 def document_hash(text: str) -> bytes:
@@ -155,18 +205,9 @@ def convert_unit(
     if not missing:
         return []
     unit = _Unit(missing, number, encode, reference, on_progress)
-    try:
-        with explained(" and ".join(dataset.out for dataset in missing)):
-            unit.read(on_error)
-            return [writer.commit(encoder) for writer in unit.writers.values()]
-    except BaseException as error:
-        unit.discard()
-        if isinstance(error, MemoryError):
-            raise DataError(
-                f"{unit.place}: there is not enough memory to encode it; give fewer num_workers or"
-                " a smaller unit_size, and run the same command again"
-            ) from None
-        raise
+    with discarded_on_error(unit), explained(" and ".join(dataset.out for dataset in missing)):
+        unit.read(on_error)
+        return [writer.commit(encoder) for writer in unit.writers.values()]
 
 
 class _Unit:

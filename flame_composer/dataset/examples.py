@@ -58,6 +58,11 @@ def read_examples(
                     on_damage(DataError(f"{part.path}: {kind} {record.position}: {reason}"))
 
 
+def new_digest() -> Any:
+    """Return an empty digest of examples, to be updated with their hashes."""
+    return hashlib.blake2b(digest_size=16)
+
+
 class Hashes(NamedTuple):
     """The hashes of a unit's examples in order, uint8 [num_examples, 16] each.
 
@@ -67,6 +72,13 @@ class Hashes(NamedTuple):
 
     messages: NDArray[np.uint8]
     prompts: NDArray[np.uint8]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the unit's examples, as `new_digest` makes it of their hashes in order."""
+        digest = new_digest()
+        digest.update(self.messages.tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

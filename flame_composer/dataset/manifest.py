@@ -66,10 +66,7 @@ class Manifest:
     @property
     def template(self) -> str | None:
         """The chat template of tuning data, or None for other data."""
-        if self.kind != "sft" or "template" not in self.config:
-            return None
-        template = self.config["template"]
-        return template if isinstance(template, str) else None
+        return self.config["template"] if self.kind == "sft" else None
 
     @property
     def ends(self) -> Ends | None:
@@ -102,12 +99,10 @@ def read_manifest(folder: str) -> Manifest:
     """
     path = files.join(folder, "manifest.json")
     if files.stat(path) is None:
-        what = (
-            "an unfinished conversion (run the same convert/to_mds.py command again to finish it)"
-        )
+        what = "an unfinished conversion (run the same command of convert/ again to finish it)"
         is_folder = os.path.isdir(folder) or files.ls(folder)
         other = (
-            "no dataset made by convert/to_mds.py (manifest.json is missing)"
+            "no dataset made by convert/to_mds.py or to_sft.py (manifest.json is missing)"
             if is_folder
             else "no such folder"
         )
@@ -166,7 +161,20 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         and whole.tokens_out == whole.rows * manifest.context_length
     ):
         raise damaged(place, "its token ledger does not balance")
+    if kind == "sft":
+        _check_tuning(manifest, place)
     return manifest
+
+
+def _check_tuning(manifest: Manifest, place: str) -> None:
+    """Raise DataError unless the manifest says of tuning data what training needs to know."""
+    _take(manifest.config, "template", str, place)
+    for name in ("stop_token", "padding_token"):
+        if _take(manifest.config, name, int, place) >= manifest.tokenizer.vocab_size:
+            raise damaged(place, f"'{name}' must be one of the tokenizer's")
+    totals = manifest.totals
+    if not totals.rows <= totals.loss_tokens <= totals.tokens_in - totals.dropped:
+        raise damaged(place, f"{totals.loss_tokens:,} tokens with loss cannot be right")
 
 
 def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
@@ -178,7 +186,7 @@ def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
     place = files.join(folder, "index.json")
     if files.stat(place) is None:
         raise DataError(
-            f"{place}: missing; run the same convert/to_mds.py command again to finish the dataset"
+            f"{place}: missing; run the same command of convert/ again to finish the dataset"
         )
     data = files.read(place)
     content = parse_json(data, place)

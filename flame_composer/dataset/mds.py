@@ -34,6 +34,7 @@ SHARD_NAME = re.compile(r"units/[A-Za-z0-9_-]+/shard\.[0-9]+\.mds")
 MAX_SHARD_BYTES = 2**32  # offsets within a shard are uint32
 HASH = "xxh64"  # hash of every shard, to be given to StreamingDataset(validate_hash=...)
 VERSION = 2  # of MDS
+MASKS_AT_ONCE = 1 << 24  # tokens whose loss masks are in memory at once
 ROWS_AT_ONCE = 1024  # rows whose document lengths are in memory at once, however large the shard
 
 
@@ -310,16 +311,39 @@ class ShardView:
             raise BadShard("it holds an empty document piece")
         return lengths
 
-    def count(self) -> tuple[Lengths, Lengths]:
-        """Return the number of document pieces of each length, and of rows of each piece count.
+    def count(self) -> tuple[Lengths, Lengths, int]:
+        """Return how many document pieces have each length, rows each piece count, and loss tokens.
 
-        The first array is indexed by length in tokens, the second by the number of pieces.
+        The first array is indexed by length in tokens, the second by the number of pieces; the last
+        number is 0 if there are no loss masks. All rows are checked, with their masks.
         """
         counts = np.zeros(1, np.int64)
-        for first in range(0, len(self.starts), ROWS_AT_ONCE):
-            end = min(first + ROWS_AT_ONCE, len(self.starts))
-            counts = add(counts, np.bincount(self._doc_lengths(first, end)))
-        return counts, np.bincount(self.num_pieces)
+        num_loss_tokens = 0
+        # A mask takes a byte for each token while it is looked at
+        step = max(1, min(ROWS_AT_ONCE, MASKS_AT_ONCE // self.context_length))
+        for first in range(0, len(self.starts), step if self.mask_bytes else ROWS_AT_ONCE):
+            end = min(first + (step if self.mask_bytes else ROWS_AT_ONCE), len(self.starts))
+            lengths = self._doc_lengths(first, end)
+            counts = add(counts, np.bincount(lengths))
+            if self.mask_bytes:
+                num_loss_tokens += self._count_loss(first, end, lengths)
+        return counts, np.bincount(self.num_pieces), num_loss_tokens
+
+    def _count_loss(self, first: int, end: int, lengths: Lengths) -> int:
+        """Return the number of tokens that carry loss in rows `first` to `end` (exclusive).
+
+        Raises BadShard if an example would be predicted from another one, or a row has no loss.
+        """
+        masks = np.stack([self._mask_bits(row) for row in range(first, end)])
+        begins = np.cumsum(lengths) - lengths  # of the pieces, in rows that are laid end to end
+        wrong = masks.reshape(-1)[begins].astype(bool)
+        if wrong.any():
+            row = first + int(begins[wrong.argmax()]) // self.context_length
+            raise BadShard(f"the first token of a document in its row {row:,} carries loss")
+        has_loss = masks.any(axis=1)
+        if not has_loss.all():
+            raise BadShard(f"no token of its row {first + int(has_loss.argmin()):,} carries loss")
+        return int(masks.sum(dtype=np.int64))
 
     def row(self, number: int) -> tuple[NDArray[np.unsignedinteger], Lengths]:
         """Return the tokens and the document lengths of a row."""
@@ -329,12 +353,12 @@ class ShardView:
 
     def loss_mask(self, number: int) -> NDArray[np.bool_] | None:
         """Return which tokens of a row carry loss, bool [context_length], or None for all."""
-        if not self.mask_bytes:
-            return None
+        return self._mask_bits(number).view(np.bool_) if self.mask_bytes else None
+
+    def _mask_bits(self, number: int) -> NDArray[np.uint8]:
         start = int(self.first_length[number] + 4 * self.num_pieces[number])
         start += self.context_length * self.dtype.itemsize
-        bits = np.unpackbits(self.data[start : start + self.mask_bytes], count=self.context_length)
-        return bits.view(np.bool_)
+        return np.unpackbits(self.data[start : start + self.mask_bytes], count=self.context_length)
 
 
 def add(a: Lengths, b: Lengths) -> Lengths:

@@ -99,7 +99,7 @@ def check_shards(dataset: Dataset) -> None:
             what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
             raise DataError(
                 f"{files.join(dataset.folder, file.basename)}: shard is {what}; restore it from a"
-                f" copy, or delete {dataset.folder} and run convert/to_mds.py again"
+                f" copy, or delete {dataset.folder} and convert again"
             )
 
 

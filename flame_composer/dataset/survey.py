@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flame_composer.dataset.manifest import damaged
 from flame_composer.dataset.mds import (
     BadShard,
     Lengths,
@@ -54,6 +55,7 @@ class Survey:
     rows: list[Row] = field(default_factory=list)
     num_read: int = 0
     num_verified: int = 0
+    num_loss_tokens: int = 0
     bad: dict[str, str] = field(default_factory=dict)
 
 
@@ -94,7 +96,7 @@ def survey(
 
     Calls `on_progress` with the size in bytes of every shard read, and `on_bad` with the name of
     a bad shard and what is wrong with it. At most one remote shard at a time is on disk, and no
-    shard is in memory as a whole.
+    shard is in memory as a whole. Raises DataError as `_require_loss` does.
     """
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row in rows:
@@ -121,20 +123,32 @@ def survey(
                     token_dtype=dataset.manifest.token_dtype,
                     has_loss_mask=dataset.manifest.has_loss_mask,
                 )
-                lengths, counts = shard.count()
+                lengths, counts, num_loss_tokens = shard.count()
                 for row, within in wanted.get(number, []):
                     mask = shard.loss_mask(within)
                     found[row] = Row(row, file.basename, *shard.row(within), mask)
             result.piece_lengths = add(result.piece_lengths, lengths)
             result.pieces_per_row = add(result.pieces_per_row, counts)
+            result.num_loss_tokens += num_loss_tokens
             result.num_read += 1
         except BadShard as problem:
             result.bad[file.basename] = str(problem)
             on_bad(file.basename, str(problem))
         if number in shards:
             on_progress(file.bytes)
+    _require_loss(dataset, result)
     result.rows = [found[row] for row in rows if row in found]
     return result
+
+
+def _require_loss(dataset: Dataset, result: Survey) -> None:
+    """Raise DataError if all shards were read, and have another number of tokens with loss."""
+    stated = dataset.manifest.totals.loss_tokens
+    if result.num_read == len(dataset.files) and result.num_loss_tokens != stated:
+        raise damaged(
+            f"{dataset.place.rstrip('/')}/manifest.json",
+            f"{result.num_loss_tokens:,} tokens of the rows carry loss, and it says {stated:,}",
+        )
 
 
 @contextmanager

@@ -11,24 +11,25 @@ from typing import Any, Literal, NamedTuple
 
 from flame_composer.dataset.convert import (
     SAMPLE,
-    EncoderMismatch,
+    Encoders,
     check_encoder,
+    discarded_on_error,
     document_hash,
     split_of,
 )
-from flame_composer.dataset.examples import Example, OnError, read_examples
+from flame_composer.dataset.examples import Example, OnError, new_digest, read_examples
 from flame_composer.dataset.manifest import Split
+from flame_composer.dataset.plan import unit_name
 from flame_composer.dataset.unit import UnitWriter
 from flame_composer.dataset.workers import OnProgress
 from flame_composer.dataset.writer import LEFT_OUT, DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage.folders import explained
 from flame_composer.text.chat import ChatTemplate, Message
-from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
 from flame_composer.text.examples import Conversation, Form, LeftOut, hash_of, prompt_of
 from flame_composer.text.loss_mask import Masker, Tokens, TrainOn
 from flame_composer.text.records import Record
-from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
+from flame_composer.text.tokenizer import BareTokenizer, Encoder
 
 BATCH_CHARACTERS = 1 << 20  # characters of examples that are encoded together
 BEGINS = 80  # characters of a left-out example that are shown
@@ -40,28 +41,32 @@ class UnitInputs(NamedTuple):
     """The inputs that one unit needs.
 
     They are the datasets to write it to, the form of its records, and the examples to leave out, by
-    their number in the unit.
+    their number in the unit. `digest` is that of the examples that this was decided by, or None if
+    they were not looked at.
     """
 
     datasets: tuple[DatasetWriter, ...]
     form: Form
     left_out: Mapping[int, str]
+    digest: str | None
 
 
 @dataclass(frozen=True)
 class Tuning:
     """A job that converts examples into the units of one dataset or, with a split, of two.
 
-    `forms` and `left_out` are by the number of a unit. `stop` is the token that ends an answer, and
-    `encoder` the name that `encoder.choose_encoder` returned.
+    `forms`, `left_out` and `digests` are by the number of a unit. `stop` is the token that ends an
+    answer, and `encoder` the name that `encoder.choose_encoder` returned.
     """
 
     datasets: tuple[DatasetWriter, ...]
     forms: Sequence[Form]
     left_out: Mapping[int, Mapping[int, str]]
+    digests: Sequence[str]
     tokenizer: BareTokenizer
     template: ChatTemplate
     stop: int
+    context_length: int
     train_on: TrainOn
     too_long: TooLong
     encoder: str
@@ -70,13 +75,14 @@ class Tuning:
 
     def settings(self) -> Tuning:
         """Return what all units share."""
-        return dataclasses.replace(self, datasets=(), forms=(), left_out={})
+        return dataclasses.replace(self, datasets=(), forms=(), left_out={}, digests=())
 
     def inputs(self, number: int) -> UnitInputs:
         """Return what unit `number` needs besides the settings."""
         datasets = tuple(dataset.only(number) for dataset in self.datasets)
         left_out = self.left_out.get(number, {})
-        return UnitInputs(datasets, self.forms[number], left_out)
+        digest = self.digests[number] if self.digests else None
+        return UnitInputs(datasets, self.forms[number], left_out, digest)
 
     def num_bytes(self, number: int) -> int:
         """Return the size of a unit's input in bytes."""
@@ -92,15 +98,16 @@ class TuningConverter:
 
     def __init__(self, job: Tuning):
         self.job = job
-        self.exact: Encoder = build_encoder(job.tokenizer, add_bos=False, add_eos=False)
-        require_installed(job.encoder)
-        self.fast = (
-            None
-            if job.encoder == HF
-            else build_fast_encoder(job.tokenizer, self.exact, add_bos=False, add_eos=False)
+        self.encoders = Encoders(
+            job.tokenizer, job.encoder, job.on_mismatch, add_bos=False, add_eos=False
         )
         self.masker = Masker(
-            job.template, job.tokenizer, self.exact, stop=job.stop, train_on=job.train_on
+            job.template,
+            job.tokenizer,
+            self.encoders.exact,
+            stop=job.stop,
+            train_on=job.train_on,
+            longest=job.context_length,
         )
 
     def convert(self, inputs: UnitInputs, number: int, on_progress: OnProgress) -> str | None:
@@ -108,20 +115,13 @@ class TuningConverter:
 
         The warning says that the unit had to be converted again with the slower encoder.
         """
-        if self.fast is None:
-            self._convert(inputs, number, on_progress, self.exact, HF)
-            return None
-        place = f"{inputs.datasets[0].plan.units[number][0].path}, unit {number}"
-        try:
-            checked = _checked(self.fast, self.exact, place)
-            self._convert(inputs, number, on_progress, checked, self.job.encoder)
-        except EncoderMismatch as mismatch:
-            found = f"{mismatch} between {self.job.encoder} and {HF}"
-            if self.job.on_mismatch == "fail":
-                raise DataError(f"{found}; set encoder=auto or hf") from None
-            self._convert(inputs, number, on_progress, self.exact, HF)
-            return f"{found}; this unit was encoded with {HF}"
-        return None
+        place = f"{inputs.datasets[0].plan.units[number][0].path}, unit {unit_name(number)}"
+
+        def convert(encode: Encoder, name: str, reference: Encoder | None) -> None:
+            checked = encode if reference is None else _checked(encode, reference, place)
+            self._convert(inputs, number, on_progress, checked, name)
+
+        return self.encoders.run(convert)
 
     def _convert(
         self,
@@ -131,25 +131,18 @@ class TuningConverter:
         encode: Encoder,
         encoder: str,
     ) -> None:
-        with explained(" and ".join(dataset.out for dataset in inputs.datasets)):
+        outs = " and ".join(dataset.out for dataset in inputs.datasets)
+        with explained(outs):
             missing = [each for each in inputs.datasets if not each.is_committed(number)]
-            if not missing:
-                return
-            self.masker.encode = encode
-            unit = _Unit(missing, number, self.masker, self.job.too_long, on_progress)
-            try:
-                unit.read(inputs.form, inputs.left_out, self.job.on_error)
-                for split, writer in unit.writers.items():
-                    unit.write_left_out(split)
-                    writer.commit(encoder)
-            except BaseException as error:
-                unit.discard()
-                if isinstance(error, MemoryError):
-                    raise DataError(
-                        f"{unit.place}: there is not enough memory; give fewer num_workers or a"
-                        " smaller unit_size, and run the same command again"
-                    ) from None
-                raise
+        if not missing:
+            return
+        self.masker.encode = encode
+        unit = _Unit(missing, number, self.masker, self.job.too_long, on_progress)
+        with discarded_on_error(unit), explained(outs):
+            unit.read(inputs, self.job.on_error)
+            for split, writer in unit.writers.items():
+                unit.write_left_out(split)
+                writer.commit(encoder)
 
 
 def _checked(fast: Encoder, exact: Encoder, place: str) -> Encoder:
@@ -182,7 +175,7 @@ class _Unit:
     ):
         self.plan, self.out = datasets[0].plan, datasets[0].out
         self.parts = self.plan.units[number]
-        self.place = f"{self.parts[0].path}, unit {number}"
+        self.place = f"{self.parts[0].path}, unit {unit_name(number)}"
         self.masker, self.too_long, self.on_progress = masker, too_long, on_progress
         self.writers: dict[Split, UnitWriter] = {
             each.plan.split: UnitWriter(each, number) for each in datasets
@@ -192,9 +185,13 @@ class _Unit:
         self._num_characters = 0
         self._reported = [0, 0, 0]
 
-    def read(self, form: Form, left_out: Mapping[int, str], on_error: OnError) -> None:
-        """Read the unit's examples, and hand their tokens to the writer of each split."""
+    def read(self, inputs: UnitInputs, on_error: OnError) -> None:
+        """Read the unit's examples, and hand their tokens to the writer of each split.
+
+        Raises DataError if they are not those of the census.
+        """
         skipped = 0
+        digest = new_digest()
 
         def skip(error: DataError) -> None:
             nonlocal skipped
@@ -204,14 +201,21 @@ class _Unit:
 
         number = 0
         for example in read_examples(
-            self.parts, form, skip, self.plan.config["max_document_bytes"]
+            self.parts, inputs.form, skip, self.plan.config["max_document_bytes"]
         ):
             if isinstance(example.found, LeftOut):
                 self._leave_out(self._rest, example.record, example.found)
                 continue
-            self._take(example, left_out.get(number, None))
+            if inputs.digest is not None:
+                digest.update(hash_of(example.found))
+            self._take(example, inputs.left_out.get(number))
             number += 1
         self._write_batch()
+        if inputs.digest not in (None, digest.hexdigest()):
+            raise DataError(
+                f"{self.place}: was changed while it was converted; remove the unfinished"
+                f" {self.out}, and run the same command again"
+            )
         self._report(0, 0, sum(part.num_bytes for part in self.parts))
         if self._rest in self.writers:
             self.writers[self._rest].counts["documents_skipped"] = skipped

@@ -25,6 +25,7 @@ def open_for_model(
     tokenizer: PreTrainedTokenizerFast,
     context_length: int | None = None,
     exclusive: bool = False,
+    varlen: bool = True,
 ) -> Dataset:
     """Return the dataset in `local`, or under `remote`, after checking that it fits the model.
 
@@ -33,7 +34,7 @@ def open_for_model(
     differently.
 
     Raises ConfigError or DataError if the dataset is damaged, or was made for another tokenizer or
-    `context_length`.
+    `context_length`, and InvalidField for examples to tune on unless `varlen` keeps them apart.
     """
     if remote is None:
         assert local is not None
@@ -48,6 +49,12 @@ def open_for_model(
             f"{dataset.place}: its rows are {manifest.context_length} tokens long, but"
             f" context_length is {context_length}; set context_length={manifest.context_length} or"
             " convert the text again"
+        )
+    if manifest.kind == "sft" and not varlen:
+        raise InvalidField(
+            "varlen",
+            f"must be true: {dataset.place} holds examples to tune on, which must not see one"
+            " another",
         )
     check_tokenizer(dataset, fingerprint(tokenizer), tokenizer.name_or_path)
     known = ends_of(tokenizer)
@@ -71,7 +78,11 @@ def _cache_folder(local: str | None) -> Path:
 
 
 def open_train_data(
-    config: DataConfig, *, tokenizer: PreTrainedTokenizerFast, context_length: int | None = None
+    config: DataConfig,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    context_length: int | None = None,
+    varlen: bool = True,
 ) -> dict[str, Dataset]:
     """Return the dataset of each stream by the stream's name, or the only dataset under "".
 
@@ -86,6 +97,7 @@ def open_train_data(
             tokenizer=tokenizer,
             context_length=context_length,
             exclusive=config.cache_limit is not None,
+            varlen=varlen,
         )
         for other, before in datasets.items():
             if before.manifest.index_sha256 == dataset.manifest.index_sha256:
@@ -131,13 +143,3 @@ def begin_as_documents(
         if dataset.manifest.template is not None
     }
     return with_template(made, templates) if templates else made
-
-
-def require_apart(dataset: Dataset, *, varlen: bool) -> None:
-    """Raise InvalidField unless the examples of tuning data are kept apart."""
-    if dataset.manifest.kind == "sft" and not varlen:
-        raise InvalidField(
-            "varlen",
-            f"must be true: {dataset.place} holds examples to tune on, which must not see one"
-            " another",
-        )

@@ -168,7 +168,8 @@ def conversation_of(record: Mapping[str, Any], form: Form) -> Conversation:
         if name not in record:
             listed = ", ".join(list(record)[:20]) or "none"
             raise InvalidRecord(
-                f"no column '{name}'; its columns are: {listed} (name them with columns=...)"
+                f"no column '{name}'; its columns are: {listed} (name them with"
+                " columns=..., or leave such records out with on_error=skip)"
             )
     values = {name: record.get(column) if column else None for name, column in form.readings}
     messages = _READ[form.format](values, form)

@@ -7,8 +7,7 @@ same tokens in training as when it is used.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 
 from flame_composer.text.chat import ChatTemplate, Message, TemplateRefuses
 from flame_composer.text.examples import LeftOut
+from flame_composer.text.marks import Rendered
 from flame_composer.text.special_texts import SpecialTexts
+from flame_composer.text.surfaces import BYTE, is_lossless, surfaces_of
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, explained_failure, plain_copy
 
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's token for a byte
 LAST_CHARACTERS = 40  # of an answer, that a template must write
 TrainOn = Literal["all", "last", "prompt_too"]
 
@@ -77,8 +77,14 @@ class Masker:
         *,
         stop: int,
         train_on: TrainOn,
+        longest: int | None = None,
     ):
-        """Use `encode` for texts; `stop` is the token that ends an answer in this template."""
+        """Use `encode` for texts; `stop` is the token that ends an answer in this template.
+
+        Of an example with more than `longest` tokens no answer is looked for, and no flag is set:
+        it does not fit into a row.
+        """
+        self.longest = longest
         self.template, self.encode = template, encode
         self.stop, self.train_on = stop, train_on
         self.exact = plain_copy(tokenizer)
@@ -96,64 +102,89 @@ class Masker:
         """Return the tokens of each conversation, or why it is left out."""
         from flame_composer.upstream.jinja import template_limits
 
-        texts: list[str] = []
-        plans: list[tuple[int, list[Turn]] | LeftOut] = []
+        rendered: list[Rendered | LeftOut] = []
         with template_limits():
             for messages in conversations:
                 try:
-                    text, turns = self.turns_of(messages)
+                    rendered.append(self._render(messages))
                 except LeftOut as problem:
-                    plans.append(problem)
+                    rendered.append(problem)
+        texts = [each.text for each in rendered if isinstance(each, Rendered)]
+        of_texts = self._encode_each(texts)
+        places = self._places(texts, of_texts)
+        ids = iter(of_texts)
+        found: list[Tokens | LeftOut] = []
+        with template_limits():
+            for messages, each in zip(conversations, rendered, strict=True):
+                if isinstance(each, LeftOut):
+                    found.append(each)
                     continue
-                plans.append((len(texts), turns))
-                texts.append(text)
-                texts += [turn.prompt or "" for turn in turns if self._is_compared(turn)]
+                try:
+                    found.append(self._example(messages, each, next(ids), next(places)))
+                except LeftOut as problem:
+                    found.append(problem)
+        return found
+
+    def _encode_each(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
         tokens, lengths = self.encode(texts)
         ends = np.cumsum(lengths)
-        of_texts = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        kept = [plan for plan in plans if not isinstance(plan, LeftOut)]
-        places = self._places([texts[n] for n, _ in kept], [of_texts[n] for n, _ in kept])
-        found: list[Tokens | LeftOut] = []
-        for plan in plans:
-            if isinstance(plan, LeftOut):
-                found.append(plan)
-                continue
-            number, turns = plan
-            place = next(places)
-            try:
-                found.append(self._masked(texts[number], turns, of_texts[number:], place))
-            except LeftOut as problem:
-                found.append(problem)
-        return found
+        return [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def _example(
+        self,
+        messages: Sequence[Message],
+        rendered: Rendered,
+        ids: NDArray[np.unsignedinteger],
+        place: Places | None,
+    ) -> Tokens:
+        """Return a rendered conversation as tokens; raise LeftOut if it cannot be trained on."""
+        if self.longest is not None and len(ids) > self.longest:
+            return Tokens(ids, np.zeros(len(ids), np.bool_))
+        turns = self._turns(messages, rendered)
+        prompts = [turn.prompt or "" for turn in turns if self._is_compared(turn)]
+        of_prompts = self._encode_each(prompts) if prompts else []
+        return self._masked(rendered.text, turns, ids, of_prompts, place)
 
     def _is_compared(self, turn: Turn) -> bool:
         return turn.is_trained and turn.prompt is not None and self.train_on != "prompt_too"
 
-    def turns_of(self, messages: Sequence[Message]) -> tuple[str, list[Turn]]:
-        """Return the text of a conversation and the answers in it.
-
-        Raise LeftOut if the template does not render it, if its answers cannot be told from its
-        prompts, or if none of them is trained on.
-        """
+    def _is_trained(self, messages: Sequence[Message]) -> dict[int, bool]:
+        """Return whether each answer is trained on, by its place in the conversation."""
         answers = [number for number, each in enumerate(messages) if each.role == "assistant"]
-        is_trained = [
-            messages[number].loss and (self.train_on != "last" or number == answers[-1])
+        return {
+            number: messages[number].loss and (self.train_on != "last" or number == answers[-1])
             for number in answers
-        ]
-        if not any(is_trained):
+        }
+
+    def _render(self, messages: Sequence[Message]) -> Rendered:
+        """Return a conversation as text.
+
+        Raise LeftOut if the template does not render it, or if no answer of it is trained on.
+        """
+        if not any(self._is_trained(messages).values()):
             raise LeftOut("no_loss")
         try:
-            text, spans = self.template.render(messages)
-            if self.template.has_marks:
-                prompts: list[str | None] = [None] * len(spans)
-            else:
-                spans, prompts = self._spans_by_prompts(messages, text, answers, is_trained)
+            return self.template.render(messages)
         except TemplateRefuses as error:
             raise LeftOut("template", str(error)) from None
-        if len(spans) != len(answers):
-            detail = f"it marks {len(spans)} parts of {len(answers)} answers"
+
+    def _turns(self, messages: Sequence[Message], rendered: Rendered) -> list[Turn]:
+        """Return the answers in a conversation's text.
+
+        Raise LeftOut if they cannot be told from the prompts.
+        """
+        text, spans = rendered
+        is_trained = self._is_trained(messages)
+        prompts: list[str | None] = [None] * len(spans)
+        if not self.template.has_marks:
+            try:
+                spans, prompts = self._spans_by_prompts(messages, text, is_trained)
+            except TemplateRefuses as error:
+                raise LeftOut("template", str(error)) from None
+        if len(spans) != len(is_trained):
+            detail = f"it marks {len(spans)} parts of {len(is_trained)} answers"
             raise LeftOut("template", detail)
-        return text, [
+        return [
             Turn(
                 begin,
                 written_to(messages[number].content, text, begin, end) if trained else begin,
@@ -161,8 +192,8 @@ class Masker:
                 trained,
                 prompt,
             )
-            for number, (begin, end), trained, prompt in zip(
-                answers, spans, is_trained, prompts, strict=True
+            for (number, trained), (begin, end), prompt in zip(
+                is_trained.items(), spans, prompts, strict=True
             )
         ]
 
@@ -170,8 +201,7 @@ class Masker:
         self,
         messages: Sequence[Message],
         text: str,
-        answers: Sequence[int],
-        is_trained: Sequence[bool],
+        is_trained: Mapping[int, bool],
     ) -> tuple[list[tuple[int, int]], list[str | None]]:
         """Return where answers are in `text`, told by what the template renders before each.
 
@@ -180,7 +210,7 @@ class Masker:
         """
         spans: list[tuple[int, int]] = []
         prompts: list[str | None] = []
-        for number, trained in zip(answers, is_trained, strict=True):
+        for number, trained in is_trained.items():
             if not trained and self.train_on != "prompt_too":
                 spans.append((0, 0))
                 prompts.append(None)
@@ -201,18 +231,18 @@ class Masker:
         self,
         text: str,
         turns: Sequence[Turn],
-        of_texts: Sequence[NDArray[Any]],
+        ids: NDArray[np.unsignedinteger],
+        of_prompts: Sequence[NDArray[Any]],
         place: Places | None,
     ) -> Tokens:
         """Return the tokens of a conversation with their loss flags.
 
-        `of_texts` begins with its tokens, followed by those of the prompts that they are compared
-        with. Raise LeftOut if its answers cannot be told by its tokens.
+        `of_prompts` are the tokens of the prompts that are compared with them. Raise LeftOut if its
+        answers cannot be told by its tokens.
         """
-        ids = of_texts[0]
         if place is None:
             place = self._places_by_offsets(text, ids)
-        prompts = iter(of_texts[1:])
+        prompts = iter(of_prompts)
         has_loss = np.full(len(ids), self.train_on == "prompt_too")
         for turn in turns:
             if not turn.is_trained and self.train_on != "prompt_too":
@@ -300,66 +330,3 @@ def written_to(answer: str, text: str, begin: int, end: int) -> int:
     if found < 0:
         raise LeftOut("template", f"it changes or leaves out the end of an answer: {last!a}")
     return found + len(last)
-
-
-def is_lossless(state: dict[str, Any]) -> bool:
-    """Return whether a tokenizer, given as its JSON, drops and changes no part of a text.
-
-    Its tokens then have the bytes of a text if they have as many. It may put a space before a text.
-    """
-    normalizer, splitter = state["normalizer"], state["pre_tokenizer"]
-    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    for step in steps:
-        is_space = step.get("pattern") == {"String": " "} and step.get("content") == "▁"
-        if step["type"] != "Prepend" and not (step["type"] == "Replace" and is_space):
-            return False
-    splits = (splitter or {}).get("pretokenizers", [splitter] if splitter else [])
-    for step in splits:
-        if step["type"] == "Split" and step["behavior"] == "Removed":
-            return False
-        if step["type"] not in ("ByteLevel", "Split", "Metaspace", "Digits"):
-            return False
-    return True
-
-
-def surfaces_of(tokenizer: BareTokenizer) -> list[bytes] | None:
-    """Return the bytes that each token stands for, indexed by id.
-
-    They are right for byte-level tokenizers and those of SentencePiece's kind; who uses them
-    compares them with a text. None for a tokenizer whose vocabulary is of another form.
-    """
-    state = json.loads(tokenizer.serialized)
-    decoder = state["decoder"] or {"type": None}
-    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
-    vocabulary = state["model"].get("vocab")
-    if not isinstance(vocabulary, dict):
-        return None
-    bytes_of = _bytes_by_character()
-    found = [b""] * tokenizer.vocab_size
-    for token, id in vocabulary.items():
-        if "ByteLevel" in kinds:
-            found[id] = bytes(bytes_of.get(character, 0) for character in token)
-        elif BYTE.fullmatch(token):
-            found[id] = bytes([int(token[3:5], 16)])
-        else:
-            found[id] = token.replace("▁", " ").encode()
-    for added in state["added_tokens"]:
-        if not BYTE.fullmatch(added["content"]):  # some tokenizers list byte tokens, too
-            found[added["id"]] = added["content"].encode()
-    unknown = vocabulary.get(state["model"].get("unk_token"))
-    if unknown is not None:
-        found[unknown] = b""  # it stands for any character: such a text is looked at by offsets
-    return found
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
-
-    Source: GPT-2's `bytes_to_unicode`: printable bytes stand for themselves, and the others are the
-    characters from 256 on, in order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + number): byte for number, byte in enumerate(others)
-    }

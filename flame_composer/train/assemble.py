@@ -34,7 +34,6 @@ from flame_composer.loader.datasets import (
     begin_as_documents,
     open_for_model,
     open_train_data,
-    require_apart,
 )
 from flame_composer.model.base import Base, identify_base
 from flame_composer.model.build import build_or_load
@@ -255,10 +254,11 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     The tokenizer in the result begins texts as the documents of this data begin.
     """
     sets = open_train_data(
-        config.train_data, tokenizer=tokenizer, context_length=config.context_length
+        config.train_data,
+        tokenizer=tokenizer,
+        context_length=config.context_length,
+        varlen=config.varlen,
     )
-    for dataset in sets.values():
-        require_apart(dataset, varlen=config.varlen)
     tokenizer = begin_as_documents(tokenizer, sets, pretrained=config.model.pretrained)
     batches: dict[str, int] = {"global_batch_size": config.global_batch_size, "seed": config.seed}
     loader = build_train_loader(sets, config.train_data, **batches)
@@ -278,8 +278,8 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
         config.eval_data.remote,
         tokenizer=data.tokenizer,
         context_length=config.context_length,
+        varlen=config.varlen,
     )
-    require_apart(rows, varlen=config.varlen)
     due = every(data.plan.eval_interval, data.plan.total)
     batch_size = config.eval_batch_size or config.microbatch_size
     assert isinstance(batch_size, int)  # the configuration requires it

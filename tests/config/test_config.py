@@ -176,7 +176,7 @@ FRACTION = (
     "must be a whole number followed by ba, tok, sp or ep, or a fraction of the run like 0.05dur,"
     " e.g. 1000ba"
 )
-NEEDS_DATA = "must name a dataset folder made by convert/to_mds.py (or set remote)"
+NEEDS_DATA = "must name a dataset folder made by convert/to_mds.py or to_sft.py (or set remote)"
 NAME = "must be letters, digits, '.', '_' and '-' (it names folders)"
 SEED = "must be in [0, 2**32)"
 ROWS = "must be a positive number of rows"

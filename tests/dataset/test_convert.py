@@ -629,7 +629,7 @@ BAD_INPUT = {
         1,
         (
             "out/units/000000/shard.00000.mds: shard is 100 bytes long, must be {size}; restore "
-            "it from a copy, or delete out and run convert/to_mds.py again"
+            "it from a copy, or delete out and convert again"
         ),
     ),
     "too little": (

@@ -156,7 +156,7 @@ def test_every_row_is_read_as_streaming_reads_it(
         context_length=context_length,
         token_dtype=dtype,
     )
-    lengths, pieces = shard.count()
+    lengths, pieces, _ = shard.count()
     np.testing.assert_array_equal(
         lengths, np.bincount(np.concatenate([row["doc_lengths"] for row in rows]))
     )
@@ -435,17 +435,17 @@ NOT_A_DATASET = {
     "no dataset": (
         lambda f: (f / "manifest.json").unlink(),
         2,
-        "DATA: no dataset made by convert/to_mds.py (manifest.json is missing)",
+        "DATA: no dataset made by convert/to_mds.py or to_sft.py (manifest.json is missing)",
     ),
     "unfinished": (
         unfinished,
         2,
-        "DATA: an unfinished conversion (run the same convert/to_mds.py command again",
+        "DATA: an unfinished conversion (run the same command of convert/ again",
     ),
     "no index": (
         lambda f: (f / "index.json").unlink(),
         1,
-        "DATA/index.json: missing; run the same convert/to_mds.py command",
+        "DATA/index.json: missing; run the same command of convert/",
     ),
     "index": (
         tampered_index,

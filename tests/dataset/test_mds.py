@@ -4,6 +4,7 @@ reader reads them.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -29,15 +30,21 @@ def written_by_both(
     dtype: type[np.unsignedinteger],
     context_length: int,
     size_limit: int,
+    *,
+    has_loss_mask: bool = False,
 ) -> int:
     """The number of shards that documents of these `lengths`, a list for each call, make;
     asserts that both agree.
     """
-    ours = ShardWriter(folder / "ours", dtype, context_length, size_limit)
+    ours = ShardWriter(
+        folder / "ours", dtype, context_length, size_limit, has_loss_mask=has_loss_mask
+    )
     columns = {
         "input_ids": f"ndarray:{np.dtype(dtype).name}:{context_length}",
         "doc_lengths": "ndarray:uint32",
     }
+    if has_loss_mask:
+        columns["loss_mask"] = f"ndarray:uint8:{-(-context_length // 8)}"
     theirs = MDSWriter(
         columns=columns, out=str(folder / "theirs"), hashes=[HASH], size_limit=size_limit
     )
@@ -46,9 +53,15 @@ def written_by_both(
     for call in lengths:
         tokens = rng.integers(0, np.iinfo(dtype).max, sum(call), dtype=dtype, endpoint=True)
         rows, tail = pack(tokens, np.array(call, np.int64), context_length, tail)
+        if has_loss_mask:
+            flags = rng.random(rows.input_ids.shape) < 0.5
+            rows = dataclasses.replace(rows, loss_mask=flags)
         ours.write(rows)
-        for input_ids, doc_lengths in rows:
-            theirs.write({"input_ids": input_ids, "doc_lengths": doc_lengths.astype(np.uint32)})
+        for number, (input_ids, doc_lengths) in enumerate(rows):
+            row = {"input_ids": input_ids, "doc_lengths": doc_lengths.astype(np.uint32)}
+            if rows.loss_mask is not None:
+                row["loss_mask"] = np.packbits(rows.loss_mask[number])
+            theirs.write(row)
     ours.flush()
     theirs.finish()
     (folder / "theirs" / "index.json").unlink()
@@ -65,7 +78,11 @@ def written_by_both(
         )
         for row in range(len(plain)):
             for name, value in plain[row].items():
-                np.testing.assert_array_equal(fast[row][name], value, strict=True)
+                found = fast[row][name]
+                if name == "loss_mask":  # as flags, of which the last byte may hold fewer than 8
+                    assert len(found) == context_length
+                    found = np.packbits(found)
+                np.testing.assert_array_equal(found, value, strict=True)
     return len(ours.shards)
 
 
@@ -75,11 +92,15 @@ def written_by_both(
     st.sampled_from([np.uint16, np.uint32]),
     st.integers(2, 40),
     st.integers(1024 + 8 * 40, 4096),
+    st.booleans(),
 )
-@example([], np.uint16, 2, 2048)
-def test_bytes_are_those_of_streaming(lengths, dtype, context_length, size_limit):
+@example([], np.uint16, 2, 2048, False)
+def test_bytes_are_those_of_streaming(lengths, dtype, context_length, size_limit, has_loss_mask):
+    """`written_by_both` asserts it."""
     with tempfile.TemporaryDirectory() as folder:
-        written_by_both(Path(folder), lengths, dtype, context_length, size_limit)
+        written_by_both(
+            Path(folder), lengths, dtype, context_length, size_limit, has_loss_mask=has_loss_mask
+        )
 
 
 @pytest.mark.parametrize("pieces", [1, 255, 256, 65535, 65536])

@@ -343,7 +343,7 @@ def test_a_failure_publishes_nothing_and_the_next_run_goes_on_from_there(tmp_pat
     assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(
         ConfigError,
-        match=r"out: an unfinished conversion \(run the same convert/to_mds.py command again",
+        match=r"out: an unfinished conversion \(run the same command of convert/ again",
     ):
         read_manifest(str(tmp_path / "out"))
 
@@ -689,7 +689,8 @@ def test_no_manifest(tmp_path):
     with pytest.raises(ConfigError, match=r"/nothing: no such folder$"):
         read_manifest(str(tmp_path / "nothing"))
     with pytest.raises(
-        ConfigError, match=r": no dataset made by convert/to_mds.py \(manifest.json is missing\)$"
+        ConfigError,
+        match=r": no dataset made by convert/to_mds.py or to_sft.py \(manifest.json is missing\)$",
     ):
         read_manifest(str(tmp_path))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,14 +23,17 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from flame_composer.config.cli import run
+from flame_composer.config.convert import InspectConfig
 from flame_composer.config.sft import SftConfig
 from flame_composer.dataset.manifest import Manifest, read_manifest
-from flame_composer.dataset.mds import ShardView
+from flame_composer.dataset.mds import BadShard, ShardView, ShardWriter
 from flame_composer.dataset.open import open_dataset
-from flame_composer.dataset.packing import best_fit, pack_whole
+from flame_composer.dataset.packing import Rows, best_fit, pack_whole
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
-from flame_composer.text.tokenizer import load_tokenizer
+from flame_composer.text.chat import ChatTemplate, Message, load_template
+from flame_composer.text.loss_mask import Masker, Tokens
+from flame_composer.text.tokenizer import bare, build_encoder, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words
 from tests.dataset.test_convert import ROOT, load_script
 from tests.s3 import BUCKET
@@ -491,3 +495,123 @@ def test_a_number_of_many_digits_in_an_array(source: Path, tmp_path: Path, monke
         assert convert(monkeypatch, *arguments) == 0
     tokens = [next(rows_of(tmp_path / f"{name}.out"))[0] for name in ("a.json", "a.jsonl")]
     assert np.array_equal(*tokens)
+
+
+def test_inputs_that_change_between_census_and_conversion_are_noticed(
+    source: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """What is left out was decided by what the inputs were: it would hit other examples."""
+    from flame_composer.dataset import sft
+
+    path = write_lines(tmp_path / "a.jsonl", [example(i) for i in (1, 2, 1, 3)])
+    take = sft.take_census
+
+    def take_and_change(*given: Any) -> Any:
+        found = take(*given)
+        write_lines(path, [example(i) for i in (1, 2, 3, 3)])
+        return found
+
+    monkeypatch.setattr(sft, "take_census", take_and_change)
+    arguments = common(source, f"out={tmp_path}/out", f"source={path}")
+    assert convert(monkeypatch, *arguments) == 1
+    assert capsys.readouterr().err == (
+        f"error: {path}, unit 000000: was changed while it was converted; remove the unfinished"
+        f" {tmp_path}/out, and run the same command again\n"
+    )
+    assert not (tmp_path / "out/index.json").exists()
+
+
+def lying(masks: list[list[int]]) -> Rows:
+    """Two rows of 16 tokens, of a document of 6 and one of 10 each, with these loss masks."""
+    tokens = np.arange(32, dtype=np.uint16).reshape(2, 16)
+    loss_mask = np.zeros((2, 16), np.bool_)
+    for row, places in zip(loss_mask, masks, strict=True):
+        row[places] = True
+    return Rows(tokens, np.array([6, 10, 6, 10]), np.array([0, 2, 4]), loss_mask)
+
+
+@pytest.mark.parametrize(
+    ("masks", "problem"),
+    [
+        ([[3, 8], [6]], "the first token of a document in its row 1 carries loss"),
+        ([[0], [7]], "the first token of a document in its row 0 carries loss"),
+        ([[5, 15], []], "no token of its row 1 carries loss"),
+        ([[1, 7], [5, 15]], None),
+    ],
+)
+def test_masks_that_cannot_be_right_are_bad_shards(
+    tmp_path: Path, masks: list[list[int]], problem: str | None
+) -> None:
+    """An example must not be predicted from another one, and a row without loss is none."""
+    writer = ShardWriter(tmp_path / "shards", np.uint16, 16, 1 << 20, has_loss_mask=True)
+    writer.write(lying(masks))
+    writer.flush()
+    view = ShardView(
+        tmp_path / "shards/shard.00000.mds",
+        num_rows=2,
+        context_length=16,
+        token_dtype="uint16",
+        has_loss_mask=True,
+    )
+    if problem is None:
+        assert view.count()[2] == 4
+        return
+    with pytest.raises(BadShard, match=f"^{problem}$"):
+        view.count()
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda m: m["config"].pop("template"), "'template' must be a string"),
+        (lambda m: m["config"].update(template=7), "'template' must be a string"),
+        (lambda m: m["config"].update(padding_token=-5), "'padding_token' must be a whole number"),
+        (lambda m: m["config"].update(stop_token=400), "'stop_token' must be one of the token"),
+        (lambda m: more_loss(m, 1), "tokens of the rows carry loss, and it says"),
+        (lambda m: more_loss(m, 10**9), "tokens with loss cannot be right"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_damaged(
+    source: Path, tmp_path: Path, monkeypatch, capsys, edit: Any, problem: str
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [example(i) for i in range(20)])
+    arguments = common(source, f"out={tmp_path}/out", f"source={tmp_path}/a.jsonl")
+    assert convert(monkeypatch, *arguments) == 0
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["inspect_mds.py", f"data={tmp_path}/out", "verify=true"])
+    assert run(load_script("inspect_mds").main, InspectConfig) == 1
+    assert re.fullmatch(
+        rf"error: {re.escape(str(path))}: damaged: .*{re.escape(problem)}.*\n",
+        capsys.readouterr().err,
+    )
+
+
+def more_loss(manifest: dict[str, Any], count: int) -> None:
+    for ledger in (manifest["totals"], manifest["units"][0]["ledger"]):
+        ledger["loss_tokens"] += count
+
+
+def test_of_what_is_far_too_long_no_answer_is_looked_for(source: Path) -> None:
+    """A template without marks is rendered once for each answer: that is quadratic."""
+    tokenizer = load_tokenizer(str(source / "tokenizer"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    template = load_template("tokenizer", tokenizer)
+    encode = build_encoder(bare(tokenizer), add_bos=False, add_eos=False)
+    masker = Masker(template, bare(tokenizer), encode, stop=0, train_on="all", longest=64)
+    renders: list[int] = []
+    render = ChatTemplate.render
+    turns = [Message(role, "ab") for _ in range(200) for role in ("user", "assistant")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ChatTemplate, "render", lambda *a, **k: (renders.append(1), render(*a, **k))[1]
+        )
+        (found,) = masker.tokens_of([turns])
+    assert isinstance(found, Tokens)
+    assert (len(found.ids) > 64, found.has_loss.any(), len(renders)) == (True, False, 1)

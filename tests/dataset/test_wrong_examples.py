@@ -223,13 +223,13 @@ WRONG: dict[str, Wrong] = {
         ["columns={prompt: question, response: output}"],
         1,
         "a.jsonl:1: no column 'question'; its columns are: instruction, output, input (name them"
-        " with columns=...)",
+        " with columns=..., or leave such records out with on_error=skip)",
     ),
     "another format": Wrong(
         ["format=messages"],
         1,
         "a.jsonl:1: no column 'messages'; its columns are: instruction, output, input (name them"
-        " with columns=...)",
+        " with columns=..., or leave such records out with on_error=skip)",
     ),
     # Files
     "missing file": Wrong(
@@ -290,7 +290,7 @@ WRONG: dict[str, Wrong] = {
         "b.json",
         '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]',
         ": element 2: no column 'output'; its columns are: instruction (name them with"
-        " columns=...)",
+        " columns=..., or leave such records out with on_error=skip)",
     ),
     "malformed Parquet": damaged(
         "b.parquet",

@@ -281,6 +281,16 @@ FIRST = "base_model.model.model.layers.0.attn.q_proj.lora_A.weight"
             lambda f: _tensors(f, lambda t: t.update({"more": torch.ones(1)})),
             "'more' is [1], and mu",
         ),
+        (
+            lambda f: _tensors(f, lambda t: t[FIRST].view(-1)[3:4].fill_(float("nan"))),
+            "lora_A.default.weight' holds no finite numbers everywhere: it is damaged",
+        ),
+        (
+            lambda f: _tensors(
+                f, lambda t: t.update({FIRST: torch.ones(8, 32, dtype=torch.int64)})
+            ),
+            "lora_A.default.weight' holds no finite numbers everywhere: it is damaged",
+        ),
     ],
 )
 def test_folders_that_are_not_an_adapter(

@@ -399,7 +399,7 @@ def test_a_truncated_shard_is_found_at_once(dataset, copy_of):
         folder,
         DataError,
         f"{shard}: shard is {size - 1} bytes long, must be {size}; restore it from a copy, or"
-        f" delete {folder} and run convert/to_mds.py again",
+        f" delete {folder} and convert again",
     )
 
 

@@ -19,7 +19,8 @@ from flame_composer.text.chat import ChatTemplate, Message, load_template, requi
 from flame_composer.text.dataset_info import read_registry
 from flame_composer.text.examples import LeftOut, conversation_of
 from flame_composer.text.jsonl import InvalidRecord
-from flame_composer.text.loss_mask import Masker, Tokens, surfaces_of
+from flame_composer.text.loss_mask import Masker, Tokens
+from flame_composer.text.surfaces import surfaces_of
 from flame_composer.text.tokenizer import bare, build_encoder, load_tokenizer
 from tests.data_fixtures import byte_tokenizer
 

@@ -254,6 +254,24 @@ def test_microbatches_of_a_void_batch_say_so(tuning: Path) -> None:
     assert loader.get_num_tokens_in_batch(parts[0], token_type="loss_generating") == 1
 
 
+def test_evaluation_keeps_examples_apart(corpus: Corpus, tuning: Path, tmp_path: Path) -> None:
+    """The loss of examples that see one another is a wrong number: it is refused."""
+    run = tmp_path / "run"
+    more = ("max_duration=1ba", "scheduler.warmup=0ba", "eval_data=null")
+    check(Script("recipes/train.py", *keys(corpus, tuning, run, *more)).wait())
+    result = run_script(
+        "recipes/evaluate.py",
+        f"model={run}/checkpoints",
+        f"data.local={tuning}/val",
+        "varlen=false",
+    )
+    assert result.returncode == 2
+    assert result.stderr.endswith(
+        f"varlen=false: must be true: {tuning}/val holds examples to tune on, which must not see"
+        " one another\n"
+    )
+
+
 @pytest.mark.parametrize("where", ["train_data", "eval_data"])
 def test_examples_that_would_see_one_another_are_refused(
     corpus: Corpus, tuning: Path, tmp_path: Path, where: str
