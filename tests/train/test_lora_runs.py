@@ -89,10 +89,37 @@ def test_killed_twice_it_ends_bit_identical(
     assert sha256(base) == before
 
 
-@pytest.mark.faults
-@pytest.mark.skipif(
+FAULTS = pytest.mark.skipif(
     "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes minutes: make test-faults"
 )
+
+
+@FAULTS
+@pytest.mark.faults
+def test_adapters_in_a_compiled_model(corpus: Corpus, tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    base = make_base(tmp_path / "base", corpus.tokenizer, config)
+    more = ("max_duration=6ba", "lora.dropout=0")
+    for name, keys in (("plain", ()), ("compiled", ("parallelism.compile=true",))):
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{name}_code")}
+        given = lora_keys(corpus, tmp_path / name, base, *more, *keys)
+        check(run_script("recipes/train.py", *given, env=env))
+    assert list(tmp_path.glob("compiled_code/**/*.py"))
+    plain, compiled = (
+        [row["loss"] for row in read_log(tmp_path / name)] for name in ("plain", "compiled")
+    )
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@FAULTS
+@pytest.mark.faults
 def test_10_kills(corpus: Corpus, base: Path, tmp_path: Path) -> None:
     """With dropout, an average of the weights and trained embeddings, at random instants."""
     before = sha256(base)
