@@ -69,6 +69,11 @@ class Manifest:
         return self.config["template"] if self.kind == "sft" else None
 
     @property
+    def train_on(self) -> str | None:
+        """The tokens of tuning data that carry loss (see config/sft.py), or None for other data."""
+        return self.config["train_on"] if self.kind == "sft" else None
+
+    @property
     def ends(self) -> Ends | None:
         """The tokens that documents begin and end with, or None if the settings do not say."""
         return parse_ends(self.config, bos="add_bos", eos="add_eos")
@@ -169,6 +174,7 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 def _check_tuning(manifest: Manifest, place: str) -> None:
     """Raise DataError unless the manifest says of tuning data what training needs to know."""
     _take(manifest.config, "template", str, place)
+    _one_of(_take(manifest.config, "train_on", str, place), ("all", "last", "prompt_too"), place)
     for name in ("stop_token", "padding_token"):
         if _take(manifest.config, name, int, place) >= manifest.tokenizer.vocab_size:
             raise damaged(place, f"'{name}' must be one of the tokenizer's")

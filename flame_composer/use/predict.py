@@ -79,11 +79,19 @@ def samples_in(
 
 
 def require_tuning_data(dataset: Dataset) -> None:
-    """Raise InvalidField unless the dataset holds examples, whose rows say what carries loss."""
-    if not dataset.manifest.has_loss_mask:
+    """Raise InvalidField unless the dataset holds examples whose answers alone carry loss."""
+    manifest = dataset.manifest
+    key = "data.local" if dataset.remote is None else "data.remote"
+    if not manifest.has_loss_mask:
         raise InvalidField(
-            "data.local" if dataset.remote is None else "data.remote",
+            key,
             "must be a tuning dataset, made by convert/to_sft.py; it holds text without answers",
+        )
+    if manifest.train_on == "prompt_too":
+        raise InvalidField(
+            key,
+            "was made with train_on=prompt_too, so that answers cannot be told from prompts;"
+            " convert the held-out examples with train_on=all or last",
         )
 
 

@@ -472,7 +472,23 @@ def test_ctrl_c_keeps_what_was_written(tuning: Tuning, tmp_path: Path) -> None:
 def test_wrong_data_and_models(tuning: Tuning, corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").write_text("")
+    prompts_too = tmp_path / "prompts"
+    check(
+        run_script(
+            "convert/to_sft.py",
+            f"source={tuning.val.parent / 'examples.jsonl'}",
+            "format=messages",
+            "template=alpaca",
+            f"tokenizer={corpus.tokenizer}",
+            "context_length=512",
+            "train_on=prompt_too",
+            f"out={prompts_too}",
+        )
+    )
     wrong = {
+        f"data.local={prompts_too}": (
+            f"command line: data.local={prompts_too}: was made with train_on=prompt_too, so that"
+        ),
         f"data.local={corpus.val}": f"command line: data.local={corpus.val}: must be a tuning data",
         f"data.local={tmp_path}": f"{tmp_path}: no dataset made by convert/to_",
         f"data.local={tmp_path / 'none'}": f"{tmp_path / 'none'}: no such folder",
