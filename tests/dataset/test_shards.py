@@ -761,8 +761,8 @@ def test_a_damaged_shard_is_named(dataset_copy, damage):
         "missing" if damage == "missing" else f"{shard.stat().st_size} bytes long, must be {size}"
     )
     message = (
-        f"{shard}: shard is {found}; restore it from a copy, or delete {dataset_copy} and run"
-        " convert/to_mds.py again"
+        f"{shard}: shard is {found}; restore it from a copy, or delete {dataset_copy} and convert"
+        " again"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         check_shards(open_dataset(str(dataset_copy)))
