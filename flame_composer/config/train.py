@@ -144,6 +144,10 @@ class TrainConfig(ScriptConfig):
     what it was doing. null for never. Saving a checkpoint, with its upload, counts as one step of
     progress.
     """
+    deterministic: bool = True
+    """On GPUs, compute what repeats to the last bit: keep the choices of Triton's kernels with the
+    run, and use the deterministic forms of cuBLAS and torch. false lets every start choose anew.
+    """
     allow_data_change: bool = False
     """Resume from a checkpoint even if the data or its order has changed since the run began."""
     allow_schedule_change: bool = False

@@ -5,6 +5,9 @@ fla computes in Triton kernels, which neither import nor run without a GPU drive
 is given a CPU tensor then runs in plain PyTorch (`flame_composer.cpu.operations`); CUDA tensors
 still take fla's own kernels. Configs, parameter names and checkpoints are the same on both.
 
+With TRITON_INTERPRET=1 in the environment, fla's own kernels run in Triton's interpreter instead:
+any model of fla, very slowly, to compare with.
+
 There is no CPU version of fla's softmax attention (flash-attn) and of fla's other models, except
 Mamba, which has a plain PyTorch version of its own. `missing` reports what needs a GPU.
 """
@@ -57,6 +60,14 @@ def enable() -> None:
         # fla warns at import that flash-attn is missing, but GLA does not use it.
         warnings.filterwarnings("ignore", "Flash Attention is not installed", ImportWarning)
         importlib.import_module("fla")
+    # transformers >= 4.52 reads the docstring of every registered config, and fla's BitNetConfig
+    # has none.
+    bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
+    bitnet.__doc__ = bitnet.__doc__ or ""
+    if interprets():
+        loss = importlib.import_module("fla.modules.fused_cross_entropy").FusedCrossEntropyLoss
+        loss.forward = _interpreted_loss
+        return
     _register_backend()
     for module, name, make in REPLACEMENTS:
         owner = importlib.import_module(module)
@@ -66,10 +77,11 @@ def enable() -> None:
         original = getattr(owner, name)
         if not hasattr(original, "cpu_version"):
             setattr(owner, name, _by_device(original, make))
-    # transformers >= 4.52 reads the docstring of every registered config, and fla's BitNetConfig
-    # has none.
-    bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
-    bitnet.__doc__ = bitnet.__doc__ or ""
+
+
+def interprets() -> bool:
+    """Return whether Triton's interpreter runs kernels here, in place of a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 
 
 def missing(hf_config: Any) -> tuple[str, str] | None:
@@ -77,7 +89,8 @@ def missing(hf_config: Any) -> tuple[str, str] | None:
 
     Return None if the model can be trained on a CPU.
     """
-    if not type(hf_config).__module__.startswith("fla.") or hf_config.model_type == "mamba":
+    is_fla = type(hf_config).__module__.startswith("fla.")
+    if not is_fla or hf_config.model_type == "mamba" or interprets():
         return None
     if hf_config.model_type != "gla":
         return (
@@ -131,6 +144,26 @@ def install_stub_driver() -> None:
 
     if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):
         driver.set_active(NoGPU())
+
+
+def _interpreted_loss(loss: Any, logits: Tensor, target: Tensor) -> Tensor:
+    """Compute what `FusedCrossEntropyLoss.forward` does, which refuses tensors on a CPU."""
+    from fla.modules.fused_cross_entropy import cross_entropy_loss
+
+    losses, _ = cross_entropy_loss(
+        logits,
+        target,
+        label_smoothing=loss.label_smoothing,
+        logit_scale=loss.logit_scale,
+        lse_square_scale=loss.lse_square_scale,
+        logit_softcapping=loss.logit_softcapping,
+        ignore_index=loss.ignore_index,
+        inplace_backward=loss.inplace_backward,
+    )
+    if loss.reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if loss.reduction == "sum" else total / (target != loss.ignore_index).sum()
 
 
 def _on_cpu(*args: Any, **kwargs: Any) -> bool:

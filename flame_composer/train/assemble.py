@@ -48,18 +48,27 @@ from flame_composer.train.announce import announce
 from flame_composer.train.extensions import Extensions, build_extensions
 from flame_composer.train.gradients import Gradients, build_gradients
 from flame_composer.train.guards import build_watchers, explained_memory
+from flame_composer.train.kernels import (
+    PinnedKernels,
+    build_kernels,
+    make_deterministic,
+    naming_what_differs,
+    warn_of_layers,
+)
 from flame_composer.train.log import JsonlLog, build_log, every
 from flame_composer.train.mixture import Mixture, build_mixture
 from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
 from flame_composer.train.resume import RandomState, SameData
 from flame_composer.train.tasks import TaskScores, build_tasks
+from flame_composer.upstream.ranks import keep_buckets
 
 DAY = 86400  # seconds
 
 # Pairs of callbacks whose order matters: at the same event, the first class must be called before
 # the second, for the reason given.
 ORDER: tuple[tuple[type[Callback], type[Callback], str], ...] = (
+    (PinnedKernels, JsonlLog, "the choices behind a row are on disk before it"),
     (Mixture, JsonlLog, "a row of the log contains its step's counts of each stream"),
     (TaskScores, JsonlLog, "a row of the log contains its step's scores"),
     (Gradients, JsonlLog, "a row of the log contains its step's gradient norm"),
@@ -108,7 +117,11 @@ class Run:
 
         Running out of memory becomes a one-line error that names the keys to change.
         """
-        with self.stop.running(self.trainer), explained_memory(self.config):
+        with (
+            self.stop.running(self.trainer),
+            explained_memory(self.config),
+            naming_what_differs(),
+        ):
             yield
 
     def announce(self) -> None:
@@ -150,6 +163,8 @@ def check(config: TrainConfig) -> Parts:
     ConfigError for the first problem found.
     """
     parallelism.check_devices(config.parallelism, precision=config.precision)
+    if config.deterministic:
+        make_deterministic()
     check_microbatch_size(config.microbatch_size)
     tokenizer = load_tokenizer(config.tokenizer)
     hf_config = new_hf_config(config.model, tokenizer, config.context_length)
@@ -176,6 +191,8 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     Raise ConfigError or DataError if the data, the model or the checkpoint does not fit.
     """
     reproducibility.seed_all(config.seed)
+    keep_buckets()
+    kernels = build_kernels(config, resumes=start is not None)
     data = build_data(config, parts.tokenizer)
     saver = build_saver(config, staging_of(config), data.plan, start, parts.needed)
     stop = Preemption(saver)
@@ -185,6 +202,8 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
     )
     adapter = build_adapters(config, hf_model, parts)
+    if config.deterministic:
+        warn_of_layers(hf_model)
     model = CausalLM(hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter)
     counters: list[Mixture | TaskScores] = [
         *build_mixture(data.loader, data.sets),
@@ -208,7 +227,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         optimizers=build_optimizer(hf_model, config.optimizer),
         algorithms=parts.extensions.algorithms,
         callbacks=build_callbacks(
-            config, parts.extensions, data, [*counters], gradients, log, saver, stop
+            config, parts.extensions, data, [*kernels, *counters], gradients, log, saver, stop
         ),
         loggers=parts.extensions.loggers,
         device=get_device(),
