@@ -130,17 +130,7 @@ class Ranks:
     def __init__(
         self, number: int, *keys: str, env: dict[str, str] | None = None, folder: Path = ROOT
     ):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        env = {
-            **(env or {}),
-            "WORLD_SIZE": f"{number}",
-            "LOCAL_WORLD_SIZE": f"{number}",
-            "NODE_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": f"{port}",
-        }
+        env = {**(env or {}), **meeting(number)}
         self.scripts = [
             Script(
                 ROOT / "recipes/train.py",
@@ -178,18 +168,31 @@ def run_script(
 
 def two_ranks(*command: object) -> list[subprocess.CompletedProcess[str]]:
     """What each of two processes that work together comes to, first rank first."""
+    return run_ranks(2, *command)
+
+
+def run_ranks(number: int, *command: object) -> list[subprocess.CompletedProcess[str]]:
+    """What each of `number` processes that work together comes to, first rank first."""
+    env = meeting(number)
+    ranks = [
+        Script(*command, env={**env, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+        for rank in range(number)
+    ]
+    return [check(rank.wait()) for rank in ranks]
+
+
+def meeting(ranks: int) -> dict[str, str]:
+    """The environment in which that many ranks meet; RANK and LOCAL_RANK are to be added."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+    return {
+        "WORLD_SIZE": f"{ranks}",
+        "LOCAL_WORLD_SIZE": f"{ranks}",
         "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": f"{port}",
     }
-    ranks = [Script(*command, env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    return [check(rank.wait()) for rank in ranks]
 
 
 def check(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

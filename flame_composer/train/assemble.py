@@ -53,7 +53,6 @@ from flame_composer.train.kernels import (
     build_kernels,
     make_deterministic,
     naming_what_differs,
-    warn_of_layers,
 )
 from flame_composer.train.log import JsonlLog, build_log, every
 from flame_composer.train.mixture import Mixture, build_mixture
@@ -61,7 +60,6 @@ from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
 from flame_composer.train.resume import RandomState, SameData
 from flame_composer.train.tasks import TaskScores, build_tasks
-from flame_composer.upstream.ranks import keep_buckets
 
 DAY = 86400  # seconds
 
@@ -191,8 +189,6 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     Raise ConfigError or DataError if the data, the model or the checkpoint does not fit.
     """
     reproducibility.seed_all(config.seed)
-    keep_buckets()
-    kernels = build_kernels(config, resumes=start is not None)
     data = build_data(config, parts.tokenizer)
     saver = build_saver(config, staging_of(config), data.plan, start, parts.needed)
     stop = Preemption(saver)
@@ -202,13 +198,12 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
     )
     adapter = build_adapters(config, hf_model, parts)
-    if config.deterministic:
-        warn_of_layers(hf_model)
     model = CausalLM(hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter)
     counters: list[Mixture | TaskScores] = [
         *build_mixture(data.loader, data.sets),
         *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),
     ]
+    kernels = build_kernels(config, hf_model, resumes=start is not None)
     gradients = build_gradients(config)
     log = build_log(
         config,

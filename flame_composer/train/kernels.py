@@ -143,13 +143,19 @@ class PinnedKernels(Callback):
         self.written = count
 
 
-def build_kernels(config: TrainConfig, *, resumes: bool) -> list[PinnedKernels]:
+def build_kernels(
+    config: TrainConfig, model: torch.nn.Module, *, resumes: bool
+) -> list[PinnedKernels]:
     """Return the callback that keeps the choices of kernels, if there are any to keep.
 
-    `resumes`: whether the run goes on from a checkpoint. Every rank must call this after
-    `dist.initialize_dist`.
+    Say which layers of the model cannot be deterministic here. `resumes`: whether the run goes on
+    from a checkpoint. Every rank must call this after `dist.initialize_dist`.
     """
-    if config.deterministic and (torch.cuda.is_available() or interprets()):
+    if not config.deterministic:
+        return []
+    if torch.cuda.is_available() and dist.get_global_rank() == 0:
+        warn_of_layers(model)
+    if torch.cuda.is_available() or interprets():
         return [PinnedKernels(config.save_folder, resumes=resumes)]
     return []
 
@@ -184,8 +190,6 @@ def make_deterministic() -> None:
 
 def warn_of_layers(model: torch.nn.Module) -> None:
     """Say which layers of fla add up numbers in an order that changes from run to run on a GPU."""
-    if not torch.cuda.is_available() or dist.get_global_rank() != 0:
-        return
     layers = {type(module).__name__: type(module).__module__ for module in model.modules()}
     for name, module in sorted(layers.items()):
         uses_flash = getattr(sys.modules.get(module), "flash_attn_func", None) is not None
@@ -222,8 +226,8 @@ def naming_what_differs() -> Iterator[None]:
 
 
 def _in_words(machine: dict[str, str]) -> str:
-    device, *versions = machine.items()
-    return f"{device[1]} ({', '.join(f'{name} {version}' for name, version in versions)})"
+    versions = [f"{name} {machine[name]}" for name in sorted(machine) if name != "device"]
+    return f"{machine['device']} ({', '.join(versions)})"
 
 
 def _read(place: str) -> list[dict[str, Any]] | None:

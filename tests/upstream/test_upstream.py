@@ -27,7 +27,7 @@ from streaming.base.util import clean_stale_shared_memory
 from streaming.base.world import World
 
 from flame_composer.reference import patches
-from tests.runs import ROOT, check, run_script, two_ranks
+from tests.runs import ROOT, check, run_ranks, run_script, two_ranks
 
 
 def forked(tmp_path: Path, code: str) -> str:
@@ -121,6 +121,62 @@ except RuntimeError as error:
     (tmp_path / "code.py").write_text(code)
     for rank in two_ranks(tmp_path / "code.py"):
         assert rank.stdout.split() in (["6.0"], ["refused"]), "the mean is 3"
+
+
+def test_keep_buckets(tmp_path):
+    """Three ranks add up gradients in another order from a process's second step on."""
+    code = """
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+ranks = torch.nn.parallel.DistributedDataParallel(model)
+torch.manual_seed(dist.get_rank())
+batch = torch.randn(32, 64)
+steps = []
+for _ in range(2):
+    model.zero_grad()
+    ranks(batch).square().mean().backward()
+    steps.append(torch.cat([each.grad.flatten() for each in model.parameters()]))
+print(torch.equal(*steps))
+"""
+    (tmp_path / "code.py").write_text(code)
+    assert [rank.stdout for rank in run_ranks(3, tmp_path / "code.py")] == ["False\n"] * 3
+
+
+def test_store_of_all_ranks():
+    """torch has no public name for it."""
+    import torch.distributed as dist
+
+    assert "get_default_store" not in dir(dist)
+    assert "get_default_store" not in dir(dist.distributed_c10d)
+
+
+def test_choose_by():
+    """Triton's autotuner asks nobody, and its cache is of this process alone."""
+    from triton import Config
+    from triton.runtime.autotuner import Autotuner
+
+    assert "cache_results" not in inspect.signature(Autotuner.__init__).parameters
+    candidates = [Config({"BLOCK": 16}), Config({"BLOCK": 32})]
+    (one, other) = (
+        Autotuner(Kernel(), ["x"], candidates, ["x"], None, None, do_bench=lambda *_, **__: [0.0])
+        for _ in range(2)
+    )
+    one.run(1)
+    assert list(one.cache) == [(1,)]
+    assert other.cache == {}
+
+
+class Kernel:
+    @staticmethod
+    def fn(x):
+        pass
+
+    def run(self, x, BLOCK, **_):
+        pass
 
 
 def test_replicate_on_cpus(tmp_path):

@@ -1,0 +1,32 @@
+"""recipes/train.py on fla's own kernels in Triton's interpreter, tuned by clocks that are noise.
+
+    TRITON_INTERPRET=1 python -m tests.train.noisy_kernels yamls/gla_tiny.yaml [key=value ...]
+
+On a GPU, the candidates of a kernel are timed, and which one is the fastest changes from process to
+process. Here each is given a random time.
+"""
+
+import random
+import runpy
+import sys
+from typing import Any
+
+from triton.runtime import driver
+
+from flame_composer.cpu.enable import install_stub_driver
+
+
+def main() -> None:
+    install_stub_driver()
+    clock = random.SystemRandom()
+
+    def timed(_kernel: Any, *, quantiles: tuple[float, ...], **_: Any) -> list[float]:
+        return [clock.random()] * len(quantiles)
+
+    driver.active.get_benchmarker = lambda: timed
+    sys.argv = ["recipes/train.py", *sys.argv[1:]]
+    runpy.run_path("recipes/train.py", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
