@@ -336,7 +336,11 @@ class Interpreted:
 
     def finish(self) -> str:
         """What all ranks print to stderr when they have ended well."""
-        said = [process.communicate(timeout=900)[1] for process in self.processes]
+        try:
+            said = [process.communicate(timeout=900)[1] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
         assert [process.returncode for process in self.processes] == [0] * len(said), said
         return "".join(said)
 
@@ -361,6 +365,7 @@ SMALL = (
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 @SLOW
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
@@ -388,6 +393,7 @@ def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 @SLOW
 def test_genuine_kernels_and_those_of_a_cpu_train_alike(corpus: Corpus, tmp_path: Path) -> None:
     """Packed documents, microbatches, evaluation, checkpoints either way, and generation."""
@@ -433,6 +439,8 @@ def assert_alike(run: Path, other: Path) -> None:
     assert len(ours) == len(theirs) == 6
     for mine, yours in zip(ours, theirs, strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
-            assert mine.get(key) == pytest.approx(yours.get(key), rel=1e-5), key
+            assert (mine.get(key) is None) == (yours.get(key) is None)
+            if mine.get(key) is not None:
+                assert mine[key] == pytest.approx(yours[key], rel=1e-5), key
         assert mine["batch_hash"] == yours["batch_hash"]
     assert any("eval_loss" in row for row in ours)
