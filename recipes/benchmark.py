@@ -12,6 +12,7 @@
     convert     convert/to_mds.py against encode_batch_fast and MDSWriter
     examples    convert/to_sft.py against apply_chat_template and Dataset.map
     all         all of these, as `make bench` runs them
+    gpu         what is to be known of a machine with a GPU, as `make gpu` runs it
 
 The last line is JSON: medians, medians of the turns' ratios, and `figures` with their limits.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flame_composer.bench import charts as benchmark_charts
-from flame_composer.bench import commands, measure
+from flame_composer.bench import commands, gpu, measure
 from flame_composer.bench.conversions import compare_conversions
 from flame_composer.bench.examples import compare_examples
 from flame_composer.bench.measure import Figure
@@ -76,6 +77,17 @@ def run_all(config: configs.AllBenchmarksConfig) -> None:
         sys.exit(f"missed by more than a tenth: {', '.join(missed)}")
 
 
+def check_gpu(config: configs.GpuBenchmarkConfig) -> None:
+    gpu.require_device(config)
+    with measure.workplace(config.folder) as folder:
+        found, is_well = gpu.check_all(config, folder)
+        gpu.write_report(found, folder, Path(config.out))
+    print(Path(config.out, "gpu.md").read_text())
+    print(json.dumps({"benchmark": "gpu", **found}))
+    if not is_well:
+        sys.exit(f"some parts failed; their output is in {config.out}")
+
+
 if __name__ == "__main__":
     sys.exit(
         run_one_of(
@@ -89,6 +101,7 @@ if __name__ == "__main__":
                 "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
                 "convert": (convert, configs.ConversionBenchmarkConfig),
                 "examples": (examples, configs.ExamplesBenchmarkConfig),
+                "gpu": (check_gpu, configs.GpuBenchmarkConfig),
                 "all": (run_all, configs.AllBenchmarksConfig),
             }
         )

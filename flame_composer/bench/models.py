@@ -217,13 +217,19 @@ def mfu(result: dict[str, Any]) -> Iterator[Figure]:
     yield Figure("training step on a GPU: model FLOP/s over a bf16 GEMM's", over)
 
 
-def peak_of(name: str) -> float | None:
-    """Return the peak FLOP/s in bfloat16 of the GPU that CUDA calls `name`, or None if unknown."""
+def device_of(name: str) -> str | None:
+    """Return the name in DEVICES of the GPU that CUDA calls `name`, or None if it has none."""
     words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
     found = [kind for kind in DEVICES if kind.split("_")[0] in words]
     if "pcie" in words and f"{found[0] if found else ''}_pcie" in DEVICES:
-        return DEVICES[f"{found[0]}_pcie"].peak
-    return DEVICES[found[0]].peak if found else None
+        return f"{found[0]}_pcie"
+    return found[0] if found else None
+
+
+def peak_of(name: str) -> float | None:
+    """Return the peak FLOP/s in bfloat16 of the GPU that CUDA calls `name`, or None if unknown."""
+    device = device_of(name)
+    return None if device is None else DEVICES[device].peak
 
 
 def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
@@ -301,7 +307,8 @@ def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure
 
     It is timed at each context length with each number of sequences.
     """
-    models = build_pair(config.hidden_size, config.num_layers, config.vocab_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = build_pair(config.hidden_size, config.num_layers, config.vocab_size, device=device)
     for model in models.values():
         model.eval()
     rows, figures = [], []

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from composer import Trainer
 from composer.core import State
+from composer.utils import get_device
 from streaming import Stream, StreamingDataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -86,7 +87,7 @@ def training_state(config: CheckpointBenchmarkConfig) -> State:
     return Trainer(
         model=CausalLM(model, plain_tokenizer(config.vocab_size), varlen=False),
         optimizers=optimizer,
-        device="cpu",
+        device=get_device(),
         progress_bar=False,
         max_duration="1ba",
     ).state
@@ -194,7 +195,9 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
     hf_model = build_model(build_hf_config(config.model.config, tokenizer, config.context_length))
-    model = CausalLM(hf_model, tokenizer, varlen=config.varlen)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = CausalLM(hf_model, tokenizer, varlen=config.varlen).to(device)
+    in_precision = torch.autocast(device, torch.bfloat16, enabled=config.precision == "amp_bf16")
     sets = open_train_data(
         config.train_data, tokenizer=tokenizer, context_length=config.context_length
     )
@@ -210,8 +213,10 @@ def bare_loop(config_file: str, *overrides: str) -> None:
         optimizer.zero_grad(set_to_none=True)
         for first in range(0, config.global_batch_size, microbatch_size):
             rows = slice(first, first + microbatch_size)
-            part = {name: values[rows] for name, values in batch.items()}
-            (model(part)["loss"] * (microbatch_size / config.global_batch_size)).backward()
+            part = {name: values[rows].to(device) for name, values in batch.items()}
+            with in_precision:
+                loss = model(part)["loss"]
+            (loss * (microbatch_size / config.global_batch_size)).backward()
         if config.optimizer.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
         optimizer.step()

@@ -1,11 +1,12 @@
 """recipes/train.py on fla's own kernels in Triton's interpreter, tuned by clocks that are noise.
 
-    TRITON_INTERPRET=1 python -m tests.train.noisy_kernels yamls/gla_tiny.yaml [key=value ...]
+    TRITON_INTERPRET=1 NOISE=1 python -m tests.train.noisy_kernels yamls/X.yaml [key=value ...]
 
 On a GPU, the candidates of a kernel are timed, and which one is the fastest changes from process to
-process. Here each is given a random time.
+process. Here each is given a random time, drawn from the seed NOISE.
 """
 
+import os
 import random
 import runpy
 import sys
@@ -18,7 +19,7 @@ from flame_composer.cpu.enable import install_stub_driver
 
 def main() -> None:
     install_stub_driver()
-    clock = random.SystemRandom()
+    clock = random.Random(int(os.environ["NOISE"]))
 
     def timed(_kernel: Any, *, quantiles: tuple[float, ...], **_: Any) -> list[float]:
         return [clock.random()] * len(quantiles)

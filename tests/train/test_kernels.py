@@ -7,6 +7,7 @@ times by which a GPU's candidates win.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -316,7 +317,12 @@ def test_three_ranks_go_on_bit_for_bit(corpus: Corpus, tmp_path: Path) -> None:
 
 
 class Interpreted:
-    """recipes/train.py on fla's own kernels, interpreted and tuned by noise, on some ranks."""
+    """recipes/train.py on fla's own kernels, interpreted and tuned by noise, on some ranks.
+
+    Every start and every rank finds others the fastest.
+    """
+
+    starts = itertools.count()
 
     def __init__(self, ranks: int, *keys: str):
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -326,7 +332,9 @@ class Interpreted:
             subprocess.Popen(
                 [sys.executable, "-m", "tests.train.noisy_kernels", *keys],
                 cwd=ROOT,
-                env=env | ({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if ranks > 1 else {}),
+                env=env
+                | {"NOISE": f"{next(self.starts)}"}
+                | ({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if ranks > 1 else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -354,8 +362,12 @@ class Interpreted:
             process.communicate()
 
 
+# Heads that are wider than a tile, so that its size decides how sums are split
 SMALL = (
     "model.config.num_hidden_layers=1",
+    "model.config.hidden_size=128",
+    "model.config.num_heads=1",
+    "model.config.expand_k=1.0",
     "max_duration=5ba",
     "scheduler.warmup=1ba",
     "save_interval=2ba",

@@ -1,0 +1,344 @@
+"""The parts of `make gpu`, each of which answers one question on a machine with a GPU.
+
+A part is a function of a `Site`, called in a process of its own, that returns its answers. On a
+machine without a GPU they can be rehearsed: the same commands on smaller models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flame_composer.bench.conversions import mistral_tokenizer, write_corpus
+from flame_composer.bench.measure import measure, median
+from flame_composer.bench.models import device_of
+from flame_composer.errors import DataError
+from flame_composer.plan.memory import DEVICES
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = {"gla": "num_heads=2", "llama": "num_attention_heads=2", "gated_deltanet": "num_heads=2"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a part found out: a number or a word, and how it is to be read."""
+
+    question: str
+    answer: float | str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The folder that all parts work in, and whether this is a rehearsal without a GPU."""
+
+    folder: Path
+    is_rehearsal: bool
+
+    def keys(self, recipe: str, run: str, *more: str) -> list[str]:
+        """Return the arguments of recipes/train.py for a short run of `recipe` on our own data."""
+        rows, steps = (4, 4) if self.is_rehearsal else (32, 12)
+        return [
+            f"yamls/{recipe}.yaml",
+            f"tokenizer={self.folder}/data/tokenizer",
+            f"train_data.local={self.folder}/data/train",
+            "train_data.remote=null",
+            "train_data.cache_limit=null",
+            "eval_data=null",
+            f"run_name={run}",
+            f"log_folder={self.folder}/{run}",
+            "save_folder=null",
+            "progress_bar=false",
+            "scheduler.warmup=0ba",
+            f"max_duration={steps}ba",
+            f"global_batch_size={rows}",
+            *(self._small(recipe) if self.is_rehearsal else ()),
+            *more,
+        ]
+
+    def _small(self, recipe: str) -> list[str]:
+        import yaml
+
+        kind = yaml.safe_load((ROOT / f"yamls/{recipe}.yaml").read_text())["model"]["config"]
+        return [
+            "precision=fp32",
+            "parallelism.fsdp=null",
+            "context_length=128",
+            "microbatch_size=2",
+            "train_data.num_workers=0",
+            "model.config.hidden_size=64",
+            "model.config.num_hidden_layers=1",
+            f"model.config.{SMALL[kind['model_type']]}",
+            *(["model.config.head_dim=32"] if kind["model_type"] == "gated_deltanet" else []),
+        ]
+
+    def log(self, run: str) -> list[dict[str, Any]]:
+        """Return the rows of a run's log without what depends on the clock."""
+        rows = [json.loads(line) for line in (self.folder / run / "train_log.jsonl").open()]
+        return [{key: row[key] for key in row if key != "throughput"} for row in rows]
+
+
+def run(*command: str) -> str:
+    """Run a script of this repository to its end; return its stdout, or raise DataError."""
+    return measure([sys.executable, *command]).output
+
+
+def data(site: Site) -> list[Answer]:
+    """Make the tokenizer and the rows that the other parts train on, timing the conversion."""
+    folder = site.folder / "data"
+    folder.mkdir()
+    corpus, _ = write_corpus((), (), 400_000 if site.is_rehearsal else 24_000_000, folder)
+    tokenizer = mistral_tokenizer(folder / "tokenizer")
+    start = time.perf_counter()
+    run(
+        str(ROOT / "convert/to_mds.py"),
+        f"source={corpus}",
+        f"tokenizer={tokenizer}",
+        f"out={folder}/train",
+        f"context_length={128 if site.is_rehearsal else 2048}",
+    )
+    seconds = time.perf_counter() - start
+    tokens = json.loads((folder / "train/manifest.json").read_text())["totals"]["tokens_out"]
+    return [
+        Answer("tokens to train on", tokens),
+        Answer("conversion with its start, all cores", round(tokens / seconds), "tokens/s"),
+    ]
+
+
+def tests(_: Site) -> list[Answer]:
+    """Run the tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    *before, last = done.stdout.strip().splitlines() or [""]
+    print(*before, last, done.stderr, sep="\n")
+    if done.returncode:
+        raise DataError(f"tests of GPUs: {last}")
+    return [Answer("tests marked gpu", last.strip("= "))]
+
+
+def parity(site: Site) -> list[Answer]:
+    """Compare the CPU kernels with the compiled ones: loss, logits and gradients of a GLA model.
+
+    Triton multiplies fp32 matrices in TF32 unless it is told otherwise, so errors are of its size.
+    """
+    from flame_composer.bench.models import build_pair
+
+    width = 64 if site.is_rehearsal else 256
+    device = "cpu" if site.is_rehearsal else "cuda"
+    tokens = torch.randint(0, 512, (2, 300), generator=torch.Generator().manual_seed(0))
+    found = []
+    for where in ("cpu", device):
+        model: Any = build_pair(width, num_layers=2, vocab_size=512)["gla"]
+        model.to(where)
+        batch = tokens.to(where)
+        output = model(input_ids=batch, labels=batch, use_cache=False)
+        with torch.no_grad():
+            logits = model(input_ids=batch, use_cache=False).logits
+        output.loss.backward()
+        gradients = [each.grad.cpu() for each in model.parameters()]
+        found.append((output.loss.detach().cpu(), logits.cpu(), gradients))
+
+    def error(ours: Any, theirs: Any) -> float:
+        return float(f"{(ours - theirs).norm() / theirs.norm():.2g}")
+
+    (loss, logits, gradients), (other_loss, other_logits, other_gradients) = found
+    worst = max(map(error, gradients, other_gradients))
+    return [
+        Answer("CPU kernels against compiled ones, loss", error(loss, other_loss), "relative"),
+        Answer("CPU kernels against compiled ones, logits", error(logits, other_logits), "norm"),
+        Answer("CPU kernels against compiled ones, worst gradient", worst, "norm"),
+    ]
+
+
+def train(site: Site, recipe: str, run_name: str, *more: str) -> int:
+    """Train in this process; return the most bytes of the GPU that torch had in use, or 0."""
+    sys.argv = ["recipes/train.py", *site.keys(recipe, run_name, *more)]
+    try:
+        runpy.run_path(str(ROOT / "recipes/train.py"), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise DataError(f"recipes/train.py yamls/{recipe}.yaml: status {end.code}") from None
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def warm(site: Site, recipe: str) -> list[Answer]:
+    """Compile the kernels of a recipe, which Triton keeps for the parts that are timed."""
+    if site.is_rehearsal and recipe in NO_CPU_FORM:
+        return [Answer(f"{recipe}: compiling", "not rehearsed: it has no CPU form")]
+    start = time.perf_counter()
+    train(site, recipe, f"warm_{recipe}", "max_duration=1ba")
+    return [
+        Answer(f"{recipe}: to the end of its first step", round(time.perf_counter() - start), "s")
+    ]
+
+
+def speed(site: Site, recipe: str) -> list[Answer]:
+    """Train at the recipe's shapes: tokens/s, MFU, and the planner's memory against torch's."""
+    device = "h100" if site.is_rehearsal else device_of(torch.cuda.get_device_name())
+    planned = None if device is None else plan(site, recipe, device)
+    if site.is_rehearsal and recipe in NO_CPU_FORM:
+        return [Answer(f"{recipe}: training", "not rehearsed: it has no CPU form")]
+    used = train(site, recipe, f"speed_{recipe}")
+    rows = [json.loads(line) for line in (site.folder / f"speed_{recipe}/train_log.jsonl").open()]
+    rate = median([row["throughput"] for row in rows[2:]])
+    (site.folder / f"{recipe}.rate").write_text(f"{rate}")
+    answers = [Answer(f"{recipe}: training", round(rate), "tokens/s")]
+    if site.is_rehearsal:
+        return answers
+    answers.append(Answer(f"{recipe}: most memory that torch had in use", used, "bytes"))
+    if planned is None or device is None:
+        return [*answers, Answer(f"{recipe}: MFU", "this GPU is not in the planner's list")]
+    memory = planned["memory"]
+    process = memory["parts"].get("process", 0)  # it is not in torch's books
+    over = (memory["total"] - process) / used
+    mfu = rate * planned["flops_per_token"] / DEVICES[device].peak
+    return [
+        *answers,
+        Answer(f"{recipe}: MFU", round(mfu, 3)),
+        Answer(f"{recipe}: the planner's memory over torch's", round(over, 3)),
+    ]
+
+
+def plan(site: Site, recipe: str, device: str) -> dict[str, Any]:
+    """Return what recipes/plan.py says of a part's run."""
+    more = ["devices=1", f"device={device}"]
+    if site.is_rehearsal:  # for a GPU all the same
+        more += ["precision=amp_bf16"]
+    command = [str(ROOT / "recipes/plan.py"), *site.keys(recipe, "plan"), *more]
+    return json.loads(run(*command).splitlines()[-1])
+
+
+def auto(site: Site) -> list[Answer]:
+    """Train with microbatch_size=auto, which a CPU cannot."""
+    if site.is_rehearsal:
+        return [Answer("microbatch_size=auto", "not rehearsed: memory is tried out on a GPU only")]
+    used = train(
+        site,
+        "gla_340m",
+        "auto",
+        "parallelism.fsdp=null",
+        "microbatch_size=auto",
+        "max_duration=4ba",
+    )
+    return [Answer("microbatch_size=auto: most memory in use", used, "bytes")]
+
+
+def benchmark(name: str, *keys: str) -> list[Answer]:
+    """Run a benchmark of recipes/benchmark.py, and return its figures."""
+    output = run(str(ROOT / "recipes/benchmark.py"), name, *keys)
+    print(output)
+    figures = json.loads(output.splitlines()[-1])["figures"]
+    return [
+        Answer(each["name"], "not measured" if each["value"] is None else each["value"])
+        for each in figures
+    ]
+
+
+def resume(site: Site) -> list[Answer]:
+    """Kill a run by SIGKILL and SIGTERM, and compare it with one that nothing disturbs."""
+    steps = {"max_duration": "8ba", "save_interval": "2ba"}
+    more = [f"{key}={value}" for key, value in steps.items()]
+    if not site.is_rehearsal:
+        more.append("model.config.num_hidden_layers=2")
+
+    def start(name: str, *keys: str) -> subprocess.Popen[bytes]:
+        place = f"save_folder={site.folder}/{name}/checkpoints"
+        given = site.keys("gla_340m", name, place, *more, *keys)
+        return subprocess.Popen([sys.executable, str(ROOT / "recipes/train.py"), *given], cwd=ROOT)
+
+    def finish(process: subprocess.Popen[bytes], status: int = 0) -> None:
+        if process.wait() != status:
+            raise DataError(f"a run ended with status {process.returncode}, not {status}")
+
+    def wait_for(name: str, process: subprocess.Popen[bytes], step: int) -> None:
+        log = site.folder / name / "train_log.jsonl"
+        while not log.exists() or log.read_text().count("\n") < step:
+            if process.poll() is not None:
+                raise DataError(f"a run ended with status {process.returncode} before step {step}")
+            time.sleep(0.01)
+
+    finish(start("whole"))
+    kept = site.folder / "whole/checkpoints/kernels.json"
+    (site.folder / "killed/checkpoints").mkdir(parents=True)
+    if kept.exists():  # the choices of the run that nothing disturbs, from the first step on
+        shutil.copy(kept, site.folder / "killed/checkpoints")
+    for number, step, status in (
+        (signal.SIGKILL, 3, -signal.SIGKILL),
+        (signal.SIGTERM, 5, 128 + signal.SIGTERM),
+    ):
+        process = start("killed")
+        wait_for("killed", process, step)
+        process.send_signal(number)
+        finish(process, status)
+    finish(start("killed"))
+    is_same = site.log("killed") == site.log("whole")
+    for name in ("free", "free_again"):
+        finish(start(name, "deterministic=false"))
+    differs = site.log("free") != site.log("free_again")
+    if not is_same:
+        raise DataError("after SIGKILL and SIGTERM, the run logged other bits than undisturbed")
+    return [
+        Answer("after SIGKILL and SIGTERM, with pinned kernels", "bit for bit the undisturbed run"),
+        Answer("two runs with deterministic=false", "differ" if differs else "are the same"),
+    ]
+
+
+def convert(site: Site) -> list[Answer]:
+    """Compare the rate of conversion with what the GPU trains on."""
+    found = benchmark("convert", f"megabytes={1 if site.is_rehearsal else 40}", "repeats=1")
+    with contextlib.suppress(FileNotFoundError):
+        rate = float((site.folder / "gla_340m.rate").read_text())
+        found.append(Answer("gla_340m on one GPU trains on", round(rate), "tokens/s"))
+    return found
+
+
+def decode(site: Site) -> list[Answer]:
+    sizes = ("hidden_size=64", "num_layers=1", "context_lengths=[32,64]", "batch_sizes=[1]")
+    return benchmark("decode", *(sizes if site.is_rehearsal else ()))
+
+
+def save(site: Site) -> list[Answer]:
+    sizes = ("hidden_size=64", "num_layers=1", "repeats=1")
+    full = ("hidden_size=1024", "num_layers=24", "vocab_size=32000")
+    return benchmark("checkpoint", *(sizes if site.is_rehearsal else full))
+
+
+def trainer(site: Site) -> list[Answer]:
+    return benchmark("trainer", *(("megabytes=1", "repeats=1", "steps=4") * site.is_rehearsal))
+
+
+NO_CPU_FORM = ("gated_deltanet_340m",)
+RECIPES = ("gla_340m", "transformer_340m", "gated_deltanet_340m")
+PARTS: dict[str, Callable[[Site], list[Answer]]] = {
+    "data": data,
+    "tests": tests,
+    "parity": parity,
+    **{f"warm_{recipe}": partial(warm, recipe=recipe) for recipe in RECIPES},
+    **{f"speed_{recipe}": partial(speed, recipe=recipe) for recipe in RECIPES},
+    "auto": auto,
+    "save": save,
+    "trainer": trainer,
+    "decode": decode,
+    "resume": resume,
+    "convert": convert,
+}
+
+
+def main() -> None:
+    """Run the part that sys.argv names, and write its answers to a file of its folder."""
+    name, folder, is_rehearsal = sys.argv[1:]
+    answers = PARTS[name](Site(Path(folder), is_rehearsal == "rehearsal"))
+    Path(folder, f"{name}.json").write_text(json.dumps([vars(answer) for answer in answers]))
