@@ -77,17 +77,6 @@ def run_all(config: configs.AllBenchmarksConfig) -> None:
         sys.exit(f"missed by more than a tenth: {', '.join(missed)}")
 
 
-def check_gpu(config: configs.GpuBenchmarkConfig) -> None:
-    gpu.require_device(config)
-    with measure.workplace(config.folder) as folder:
-        found, is_well = gpu.check_all(config, folder)
-        gpu.write_report(found, folder, Path(config.out))
-    print(Path(config.out, "gpu.md").read_text())
-    print(json.dumps({"benchmark": "gpu", **found}))
-    if not is_well:
-        sys.exit(f"some parts failed; their output is in {config.out}")
-
-
 if __name__ == "__main__":
     sys.exit(
         run_one_of(
@@ -101,7 +90,7 @@ if __name__ == "__main__":
                 "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
                 "convert": (convert, configs.ConversionBenchmarkConfig),
                 "examples": (examples, configs.ExamplesBenchmarkConfig),
-                "gpu": (check_gpu, configs.GpuBenchmarkConfig),
+                "gpu": (gpu.check, configs.GpuBenchmarkConfig),
                 "all": (run_all, configs.AllBenchmarksConfig),
             }
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flame_composer.bench.measure import machine
+from flame_composer.bench.measure import machine, workplace
 from flame_composer.config.bench import GPU_PARTS, GpuBenchmarkConfig
 from flame_composer.errors import ConfigError
 from flame_composer.processes import end_session
@@ -42,6 +42,21 @@ STAGES: tuple[dict[str, int], ...] = (
     {"resume": 120, "convert": 90},
 )
 PART = "from flame_composer.bench.gpu_parts import main; main()"
+
+
+def check(config: GpuBenchmarkConfig) -> None:
+    """Run all parts and show what they found; exit with status 1 if one failed.
+
+    Raise ConfigError if there is no GPU, unless this is a rehearsal.
+    """
+    require_device(config)
+    with workplace(config.folder) as folder:
+        found, is_well = check_all(config, folder)
+        write_report(found, folder, Path(config.out))
+    print(Path(config.out, "gpu.md").read_text())
+    print(json.dumps({"benchmark": "gpu", **found}))
+    if not is_well:
+        sys.exit(f"some parts failed; what they printed is in {config.out}")
 
 
 def check_all(config: GpuBenchmarkConfig, folder: Path) -> tuple[dict[str, Any], bool]:

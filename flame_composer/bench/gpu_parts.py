@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from flame_composer.bench.conversions import mistral_tokenizer, write_corpus
+from flame_composer.bench.devices import device_of
 from flame_composer.bench.measure import measure, median
-from flame_composer.bench.models import device_of
 from flame_composer.errors import DataError
 from flame_composer.plan.memory import DEVICES
 

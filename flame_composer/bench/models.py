@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flame_composer import cpu
+from flame_composer.bench.devices import peak_of
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
 from flame_composer.config.bench import BenchmarkConfig, DecodeBenchmarkConfig
 from flame_composer.model.build import build_model
 from flame_composer.model.work import count_parameters, count_work
-from flame_composer.plan.memory import DEVICES
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -215,21 +215,6 @@ def mfu(result: dict[str, Any]) -> Iterator[Figure]:
         )
     yield Figure("training step on a GPU: MFU, bf16, of the data sheet's peak", share)
     yield Figure("training step on a GPU: model FLOP/s over a bf16 GEMM's", over)
-
-
-def device_of(name: str) -> str | None:
-    """Return the name in DEVICES of the GPU that CUDA calls `name`, or None if it has none."""
-    words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
-    found = [kind for kind in DEVICES if kind.split("_")[0] in words]
-    if "pcie" in words and f"{found[0] if found else ''}_pcie" in DEVICES:
-        return f"{found[0]}_pcie"
-    return found[0] if found else None
-
-
-def peak_of(name: str) -> float | None:
-    """Return the peak FLOP/s in bfloat16 of the GPU that CUDA calls `name`, or None if unknown."""
-    device = device_of(name)
-    return None if device is None else DEVICES[device].peak
 
 
 def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:

@@ -33,8 +33,9 @@ from flame_composer.bench.conversions import (
     summary,
     write_corpus,
 )
+from flame_composer.bench.devices import peak_of
 from flame_composer.bench.measure import Figure, Usage, measure
-from flame_composer.bench.models import mfu, peak_of
+from flame_composer.bench.models import mfu
 from flame_composer.config.bench import (
     AllBenchmarksConfig,
     BenchmarkConfig,
