@@ -131,6 +131,10 @@ class TrainConfig(ScriptConfig):
     """
     save_num_checkpoints_to_keep: int = 3
     """Number of newest checkpoints to keep; -1 keeps all."""
+    save_async: bool = True
+    """Train on while a checkpoint is written and uploaded: training waits only until the state is
+    copied to host memory, which must hold it once more. false waits until the checkpoint is whole.
+    """
     autoresume: bool = True
     """Resume from the newest complete checkpoint in save_folder, if there is one."""
     on_nan: Literal["stop", "skip"] = "stop"
