@@ -25,7 +25,7 @@ from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint, read_content, read_for_composer
 from flame_composer.checkpoint.sharded import Share
 from flame_composer.checkpoint.snapshot import HostMemory
-from flame_composer.checkpoint.write import CheckpointFiles
+from flame_composer.checkpoint.write import CheckpointFiles, saving
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.errors import ConfigError, one_line
 from flame_composer.storage import files
@@ -167,7 +167,8 @@ class SaveCheckpoints(Callback):
         if place == (self._under_way[0] if self._under_way else self.saved):
             return
         self._wait_for_the_one_before(state.timestamp.batch.value)
-        share = sharded.share_of(state) if in_pieces else _whole(state)
+        with saving(place):
+            share = sharded.share_of(state) if in_pieces else _whole(state)
         if self.memory is None:
             # Pieces are copied: views would be saved with the whole buffers that they lie in.
             share = HostMemory().copy(share) if in_pieces else share

@@ -69,7 +69,7 @@ class CheckpointFiles:
         """Write a checkpoint in one file, on the first rank."""
         if share.content is None:
             return
-        with _saving(place):
+        with saving(place):
             self._flush_log()
             self.staging.mkdir(parents=True, exist_ok=True)
             with create(temporary) as file:
@@ -96,7 +96,7 @@ class CheckpointFiles:
         written: list[Path] = []
 
         def write_piece() -> tuple[int, str] | None:
-            with _saving(place):
+            with saving(place):
                 temporary.mkdir(parents=True, exist_ok=True)
                 if not is_own_folder(temporary):
                     raise OSError(errno.EEXIST, f"{temporary} is a link, or another user's")
@@ -111,7 +111,7 @@ class CheckpointFiles:
         def finish() -> None:
             if share.content is None:
                 return
-            with _saving(place):
+            with saving(place):
                 self._flush_log()
                 sharded.write_head(share, temporary, fingerprints)
                 self.kept.make_way(place)
@@ -134,19 +134,19 @@ class CheckpointFiles:
         """Upload a checkpoint in pieces, its head last, and delete the local files."""
 
         def upload() -> None:
-            with _saving(place):
+            with saving(place):
                 for file in written:
                     upload_file(file, files.join(place, file.name))
 
         def upload_head() -> None:
             if share.content is not None:
-                with _saving(place):
+                with saving(place):
                     upload_file(temporary / sharded.HEAD, files.join(place, sharded.HEAD))
                 self._keep(place)
 
         def clear() -> None:
             if dist.get_local_rank() == 0:
-                with _saving(place):
+                with saving(place):
                     shutil.rmtree(temporary)
 
         for step in (upload, upload_head, clear):
@@ -168,7 +168,7 @@ class CheckpointFiles:
 
 
 @contextmanager
-def _saving(place: str) -> Iterator[None]:
+def saving(place: str) -> Iterator[None]:
     """Raise TrainingError, naming the checkpoint, if the body cannot write it."""
     try:
         yield
