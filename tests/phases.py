@@ -50,7 +50,7 @@ class Torn:
 
 
 def counted(function: Callable[..., Any], number: int, then: Callable[..., Any]) -> Any:
-    """`function`, in whose place `then` is called the `number`th time (each time if 0), and with it.
+    """`function`, in whose place `then` is called the `number`th time, or each time if 0.
 
     Only what the thread that writes checkpoints does counts, if `function` is not of this package.
     """
@@ -82,7 +82,7 @@ def during(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 
 def torn(save: Callable[..., Any], content: Any, file: Any) -> None:
-    save(content, Torn(open(file, "wb") if isinstance(file, Path) else file))  # noqa: SIM115
+    save(content, Torn(file.open("wb") if isinstance(file, Path) else file))
 
 
 def slow(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.errors import ConfigError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
-from flame_composer.upstream.composer import load_checkpoints_with
+from flame_composer.upstream.composer import load_checkpoints_with, remember_environment
 
 # Names of Composer's algorithms. Composer rebuilds some of them from a checkpoint by calling `eval`
 # on text in it; the Trainer is told to rebuild none.
@@ -176,7 +176,9 @@ class SaveCheckpoints(Callback):
             self.saved = place
         else:
             gather = self._gather or dist.all_gather_object
-            share = self.memory.copy(share)
+            # The config and the tokenizer's files: the same object in each state.
+            constant = share.content and share.content["state"]["integrations"].get("huggingface")
+            share = self.memory.copy(share, constant)
             self._under_way = (
                 place,
                 self._background.submit(self.files.write, share, place, gather),
@@ -277,6 +279,7 @@ def build_saver(
     """Return the callback that saves a run's checkpoints, or None if it saves none."""
     if config.save_folder is None:
         return None
+    remember_environment()
     fsdp = config.parallelism.fsdp
     return SaveCheckpoints(
         config.save_folder,

@@ -26,14 +26,15 @@ class HostMemory:
         self._places: list[torch.Tensor] = []  # bytes, by tensor
 
     @torch.no_grad()
-    def copy(self, tree: Any) -> Any:
+    def copy(self, tree: Any, constant: Any = None) -> Any:
         """Return a copy of a tree of dicts, lists and tuples that nothing else refers to.
 
         Its tensors lie in this memory, so the copy made before must no longer be in use. Tensors
         that share their values in the tree do so in the copy. All that is no tensor is copied as
-        `copy.deepcopy` does.
+        `copy.deepcopy` does, except for the part `constant` of the tree, which is never changed and
+        may be large.
         """
-        found = {id(tensor): tensor for tensor in _tensors(tree)}
+        found = {id(tensor): tensor for tensor in _tensors(tree, constant)}
         distinct = {_values_of(tensor): tensor for tensor in found.values()}
         places = self._take(
             [tensor.numel() * tensor.element_size() for tensor in distinct.values()],
@@ -46,9 +47,8 @@ class HostMemory:
         if self._pinned:
             torch.cuda.current_stream().synchronize()  # type: ignore[no-untyped-call]
         # deepcopy takes what it finds in its memo for copies that it has made.
-        return copy.deepcopy(
-            tree, {number: copies[_values_of(tensor)] for number, tensor in found.items()}
-        )
+        known = {number: copies[_values_of(tensor)] for number, tensor in found.items()}
+        return copy.deepcopy(tree, {**known, id(constant): constant})
 
     @property
     def size(self) -> int:
@@ -64,16 +64,13 @@ class HostMemory:
         return self._places
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield all tensors in a tree of dicts, lists and tuples."""
+def _tensors(tree: Any, left_out: Any) -> Iterator[torch.Tensor]:
+    """Yield all tensors in a tree of dicts, lists and tuples, but for a part of it."""
     if isinstance(tree, torch.Tensor):
         yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
+    elif isinstance(tree, dict | list | tuple) and tree is not left_out:
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value, left_out)
 
 
 def _values_of(tensor: torch.Tensor) -> tuple[Any, ...]:

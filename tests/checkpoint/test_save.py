@@ -1,10 +1,11 @@
-"""Checkpoints that are written while training goes on: what is in them, and when they are there."""
+"""Checkpoints that are written in the background: what is in them, and when they are there."""
 
 from __future__ import annotations
 
-import re
+import copy
+import io
+import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.checkpoint import write
+from flame_composer.checkpoint import snapshot
 from flame_composer.checkpoint.agree import agreed
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.checkpoint.snapshot import HostMemory
@@ -51,7 +52,7 @@ def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
     elif isinstance(ours, np.ndarray):
         if ours.dtype != theirs.dtype or not np.array_equal(ours, theirs):
             yield f"{path}: another array"
-    elif ours != theirs and not (ours != ours and theirs != theirs):  # noqa: PLR0124
+    elif ours != theirs and not (ours != ours and theirs != theirs):
         yield f"{path}: {ours!r} and {theirs!r}"
 
 
@@ -134,3 +135,148 @@ def test_a_name_appears_when_the_checkpoint_is_whole(
     saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["ba4.pt"]
     assert saver.saved == str(tmp_path / "ba4.pt")
+
+
+def test_what_prevented_a_checkpoint_is_raised_once_and_the_next_is_saved(
+    state_at: Callable[[int], Any], tmp_path: Path
+) -> None:
+    saver = saver_in(tmp_path)
+    (tmp_path / "unfinished-ba4.pt").mkdir()
+    saver.save(state_at(4))
+    with pytest.raises(TrainingError, match=r"ba4\.pt: cannot be saved: ") as caught:
+        saver.save(state_at(5))
+    assert "\n" not in str(caught.value)
+    assert not saver.has_failed()
+    saver.save(state_at(5))
+    saver.wait()
+    assert (tmp_path / "ba5.pt").is_file()
+
+
+def test_a_run_that_ends_for_another_reason_has_its_last_checkpoint(
+    state_at: Callable[[int], Any],
+    tmp_path: Path,
+    held: Held,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saver = saver_in(tmp_path)
+    saver.save(state_at(4))
+    threading.Timer(0.2, held.go.set).start()
+    saver.close(SimpleNamespace(), SimpleNamespace())  # pyright: ignore
+    assert (tmp_path / "ba4.pt").is_file()
+    (tmp_path / "unfinished-ba5.pt").mkdir()
+    saver.save(state_at(5))
+    saver.close(SimpleNamespace(), SimpleNamespace())  # pyright: ignore
+    (line,) = caplog.messages
+    assert line.startswith(
+        f"warning: the last checkpoint was not saved: {tmp_path}/ba5.pt: cannot be saved: "
+    )
+
+
+TENSORS: list[Callable[[], torch.Tensor]] = [
+    lambda: torch.randn(3, 4),
+    lambda: torch.randn(5, 6).t(),
+    lambda: torch.randn(4, 6)[:, ::2],
+    lambda: torch.randn(7).to(torch.bfloat16),
+    lambda: torch.tensor(3.5, dtype=torch.float64),
+    lambda: torch.empty(0, 3),
+    lambda: torch.tensor([True, False]),
+    lambda: torch.arange(1000),
+    lambda: torch.randn(1).expand(4),
+]
+LEAVES = st.sampled_from(TENSORS).map(lambda make: make()) | st.integers() | st.text(max_size=3)
+TREES = st.recursive(
+    LEAVES,
+    lambda below: (
+        st.lists(below, max_size=4)
+        | st.tuples(below, below)
+        | st.dictionaries(st.text(max_size=3), below, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(first=TREES, second=TREES, slab=st.sampled_from([1, 4096, 1 << 30]))
+def test_a_copy_is_the_same_and_nobody_elses(first: Any, second: Any, slab: int) -> None:
+    memory = HostMemory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "SLAB", slab)
+        for tree in (first, first, second, [first, second, first]):
+            before = copy.deepcopy(tree)
+            found = memory.copy(tree)
+            file, plain = io.BytesIO(), io.BytesIO()
+            torch.save(found, file)
+            torch.save(copy.deepcopy(found), plain)
+            for tensor in snapshot._tensors(tree, None):
+                if tensor.dtype != torch.bool and tensor.numel() and 0 not in tensor.stride():
+                    tensor.add_(1)
+            assert list(differences(dense(found), dense(before))) == []
+            assert file.tell() < plain.tell() + 4096, "no more is saved than the values"
+
+
+def dense(tree: Any) -> Any:
+    """The tree with tensors that have gaps, or values several times, laid out anew."""
+    if isinstance(tree, torch.Tensor):
+        return torch.empty_like(tree).copy_(tree)
+    if isinstance(tree, dict):
+        return {key: dense(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(dense, tree))
+    return tree
+
+
+def test_memory_is_taken_once_and_shared_values_are_copied_once() -> None:
+    weight = torch.randn(100, 100)
+    state = {"tied": weight, "other": weight.detach(), "row": weight[1], "text": ["constant"]}
+    memory = HostMemory()
+    first = memory.copy(state, state["text"])
+    assert first["tied"].data_ptr() == first["other"].data_ptr() != weight.data_ptr()
+    assert first["text"] is state["text"]
+    assert memory.size == 4 * (100 * 100 + 100)
+    second = memory.copy(state)
+    assert second["tied"].data_ptr() == first["tied"].data_ptr()
+    assert second["text"] is not state["text"]
+    grown = memory.copy({**state, "more": torch.ones(3)})
+    assert torch.equal(grown["tied"], weight)
+    assert memory.size == 4 * (100 * 100 + 100 + 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "other"),
+    [
+        (StoreError("s3://x: gone"), (StoreError, "s3://x: gone")),
+        (TrainingError("ba4.pt: cannot be saved"), (TrainingError, "ba4.pt: cannot be saved")),
+        (InvalidField("key", "rule"), (ConfigError, "key: rule")),
+        (KeyError("x"), (TrainingError, "another rank failed: 'x'")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_one_rank_raises_all_raise(
+    error: Exception, other: tuple[type[Exception], str]
+) -> None:
+    ranks = threading.Barrier(3)
+    said: dict[int, Any] = {}
+    raised: dict[int, Exception] = {}
+
+    def run(rank: int) -> None:
+        def gather(mine: Any) -> list[Any]:
+            said[rank] = pickle.dumps(mine)
+            ranks.wait(30)
+            return [pickle.loads(said[number]) for number in range(3)]  # noqa: S301
+
+        def answer() -> int:
+            if rank == 1:
+                raise error
+            return rank
+
+        try:
+            agreed(gather, answer)
+        except Exception as caught:
+            raised[rank] = caught
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert raised[1] is error
+    assert [(type(raised[rank]), str(raised[rank])) for rank in (0, 2)] == [other, other]
