@@ -3,7 +3,8 @@
     python tests/phases.py PHASE NUMBER [file.yaml] [key=value ...]
 
 PHASE `slow` makes every checkpoint take a second and a half to write. Any other kills the process
-with SIGKILL at that point of its checkpoint with this NUMBER, counted from 1 in every process.
+with SIGKILL at that point of its checkpoint with this NUMBER, counted from 1 in every process. With
+PHASE_RANK in the environment, this happens on the rank with that number only.
 """
 
 from __future__ import annotations
@@ -96,15 +97,18 @@ def arrange(phase: str, number: int) -> None:
     elif phase == "copying":
         copy = snapshot.HostMemory.copy
 
-        def copy_half(function: Any, self: Any, tree: Any) -> None:
-            snapshot._laid_out_as = counted(snapshot._laid_out_as, 9, before)  # type: ignore[assignment]
-            function(self, tree)
+        def copy_half(function: Any, self: Any, *args: Any) -> None:
+            part = "_laid_out_as"
+            setattr(snapshot, part, counted(getattr(snapshot, part), 9, before))
+            function(self, *args)
 
         snapshot.HostMemory.copy = counted(copy, number, copy_half)  # type: ignore[method-assign]
     elif phase == "writing":
         torch.save = counted(torch.save, number, torn)  # type: ignore[assignment]
     elif phase == "forcing":  # the log is forced to disk before, and the folder after it
         os.fsync = counted(os.fsync, 4 * number - 1, before)  # type: ignore[assignment]
+    elif phase == "renaming":  # a folder of pieces
+        os.rename = counted(os.rename, number, before)
     elif phase in ("naming", "named"):
         os.replace = counted(os.replace, number, before if phase == "naming" else after)
     elif phase in ("uploading", "uploaded"):
@@ -119,5 +123,6 @@ def arrange(phase: str, number: int) -> None:
 if __name__ == "__main__":
     _, what, which, *keys = sys.argv
     sys.argv = [str(ROOT / "recipes/train.py"), *keys]
-    arrange(what, int(which))
+    if os.environ.get("PHASE_RANK") in (None, os.environ.get("RANK")):
+        arrange(what, int(which))
     runpy.run_path(sys.argv[0], run_name="__main__")

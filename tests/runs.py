@@ -123,12 +123,17 @@ class Script:
 
 
 class Ranks:
-    """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that
-    have imported everything.
+    """recipes/train.py, or `command`, on `number` ranks, as the launcher starts them, but of
+    processes that have imported everything.
     """
 
     def __init__(
-        self, number: int, *keys: str, env: dict[str, str] | None = None, folder: Path = ROOT
+        self,
+        number: int,
+        *keys: str,
+        env: dict[str, str] | None = None,
+        folder: Path = ROOT,
+        command: tuple[object, ...] = (ROOT / "recipes/train.py",),
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -143,7 +148,7 @@ class Ranks:
         }
         self.scripts = [
             Script(
-                ROOT / "recipes/train.py",
+                *command,
                 *keys,
                 env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
                 folder=folder,

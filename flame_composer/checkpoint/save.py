@@ -218,6 +218,10 @@ class SaveCheckpoints(Callback):
         except Exception as error:
             log.warning("warning: the last checkpoint was not saved: %s", one_line(error))
 
+    def is_saving(self) -> bool:
+        """Return whether a checkpoint is being written in the background at this moment."""
+        return self._under_way is not None and not self._under_way[1].done()
+
     def has_failed(self) -> bool:
         """Return whether something has prevented the checkpoint under way; `wait` then raises it.
 
