@@ -99,7 +99,7 @@ def step_meanwhile(saver: SaveCheckpoints, state: State, step: Callable[[], None
     """Return the median seconds of the training steps that begin while a checkpoint is written."""
     saver.saved = None
     saver.save(state)
-    took = []
+    took: list[float] = []
     while not took or saver.is_saving():
         took.append(seconds(step))
     saver.wait()

@@ -97,7 +97,7 @@ class SaveCheckpoints(Callback):
         self.kept = KeptCheckpoints(folder, self.staging, num_to_keep, needed)
         self.files = CheckpointFiles(folder, self.staging, self.kept, train_log)
         self.saved: str | None = None  # the newest checkpoint of this process
-        self.memory = HostMemory() if in_background else None
+        self.memory = HostMemory(pins=True) if in_background else None
         self._background = ThreadPoolExecutor(1, "save")
         self._under_way: tuple[str, Future[None]] | None = None
         self._gather: Gather | None = None  # among the threads of all ranks

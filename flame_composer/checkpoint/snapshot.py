@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from flame_composer.errors import TrainingError, one_line
+from flame_composer.quantities import format_bytes
+
 SLAB = 1 << 30  # bytes of host memory that are allocated at once; torch rounds them up to 2^n
 ALIGNMENT = 512  # bytes; for the GPU's copy engines and the CPU's vectors
 
@@ -16,11 +19,12 @@ class HostMemory:
     """Host memory for one copy of a state, kept from one copy to the next.
 
     Memory that a process touches for the first time costs several times what copying into it does,
-    and pinning it even more. For tensors on a GPU the memory is pinned, so that the copies run at
-    the full speed of the bus.
+    and pinning it even more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pins: bool = False):
+        """Pin the memory of tensors on a GPU if `pins`: copies run at the bus's full speed then."""
+        self.pins = pins
         self._sizes: list[int] = []
         self._pinned = False
         self._places: list[torch.Tensor] = []  # bytes, by tensor
@@ -38,12 +42,12 @@ class HostMemory:
         distinct = {_values_of(tensor): tensor for tensor in found.values()}
         places = self._take(
             [tensor.numel() * tensor.element_size() for tensor in distinct.values()],
-            pinned=any(tensor.is_cuda for tensor in distinct.values()),
+            pinned=self.pins and any(tensor.is_cuda for tensor in distinct.values()),
         )
         copies = {}
         for (values, tensor), place in zip(distinct.items(), places, strict=True):
             copies[values] = _laid_out_as(tensor, place)
-            copies[values].copy_(tensor, non_blocking=True)
+            copies[values].copy_(tensor, non_blocking=self._pinned)
         if self._pinned:
             torch.cuda.current_stream().synchronize()  # type: ignore[no-untyped-call]
         # deepcopy takes what it finds in its memo for copies that it has made.
@@ -59,7 +63,13 @@ class HostMemory:
         """Return room for tensors of these sizes in bytes, the same as before where they fit."""
         if sizes != self._sizes or pinned != self._pinned:
             self._places = []  # before more is allocated
-            self._places = list(_carve(sizes, pinned=pinned))
+            try:
+                self._places = list(_carve(sizes, pinned=pinned))
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"no room for a copy of the state, {format_bytes(sum(sizes))} of host memory:"
+                    f" {one_line(error)}; set save_async=false, which makes none"
+                ) from None
             self._sizes, self._pinned = sizes, pinned
         return self._places
 

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,6 +113,8 @@ class CheckpointFiles:
                 return
             with saving(place):
                 self._flush_log()
+                if not is_url(place):
+                    _require_all(temporary, fingerprints, place)
                 sharded.write_head(share, temporary, fingerprints)
                 self.kept.make_way(place)
                 if is_url(place):
@@ -165,6 +167,17 @@ class CheckpointFiles:
         """Count a checkpoint as whole, and delete those that are no longer kept because of it."""
         self.kept.note(place, True)
         self.kept.delete_old()
+
+
+def _require_all(folder: Path, numbers: Iterable[int], place: str) -> None:
+    """Raise TrainingError unless the pieces of all ranks are in this folder."""
+    for name in map(sharded.name_of, numbers):
+        if not (folder / name).exists():
+            raise TrainingError(
+                f"{place}: cannot be saved: {name} is on another machine; save_folder must be one"
+                " that all machines share, or in an object store; or set"
+                " parallelism.fsdp.state_dict_type=full"
+            )
 
 
 @contextmanager

@@ -145,8 +145,8 @@ class TrainConfig(ScriptConfig):
     """Limits beyond which a loss that leaps up and stays there ends the run; none if not set."""
     stall_timeout: float | None = 1800
     """Time without progress after which the run is ended, seconds; the error names the rank and
-    what it was doing. null for never. Saving a checkpoint, with its upload, counts as one step of
-    progress.
+    what it was doing. null for never. Waiting for a checkpoint, with its upload, counts as one step
+    of progress.
     """
     allow_data_change: bool = False
     """Resume from a checkpoint even if the data or its order has changed since the run began."""

@@ -162,7 +162,9 @@ def _checkpoints(
         number=number,
         bytes_kept=None if kept is None else kept * num_bytes,
         host_bytes=_host_bytes(config, num_bytes),
-        notice_seconds=time and time.seconds_per_step + (1 + config.save_async) * seconds,
+        notice_seconds=(
+            None if time is None else time.seconds_per_step + (1 + config.save_async) * seconds
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from flame_composer.checkpoint import snapshot
 from flame_composer.checkpoint.agree import agreed
 from flame_composer.checkpoint.save import SaveCheckpoints
+from flame_composer.checkpoint.sharded import Share
 from flame_composer.checkpoint.snapshot import HostMemory
 from flame_composer.errors import ConfigError, InvalidField, StoreError, TrainingError
 
@@ -172,6 +174,19 @@ def test_a_run_that_ends_for_another_reason_has_its_last_checkpoint(
     )
 
 
+def test_pieces_on_a_disk_of_another_machine_are_no_checkpoint(tmp_path: Path) -> None:
+    """With a save_folder that every machine has for itself."""
+    saver = saver_in(tmp_path)
+    answers = iter([(1, "fingerprint"), None])
+    with pytest.raises(TrainingError, match=r"ba4: cannot be saved: piece1\.pt is on another mach"):
+        saver.files.write(
+            Share({"state": {}}, {"model": {}}, 0, 2),
+            str(tmp_path / "ba4"),
+            lambda mine: [mine, next(answers)],
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished-ba4"]
+
+
 TENSORS: list[Callable[[], torch.Tensor]] = [
     lambda: torch.randn(3, 4),
     lambda: torch.randn(5, 6).t(),
@@ -222,6 +237,18 @@ def dense(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(map(dense, tree))
     return tree
+
+
+def test_a_state_that_does_not_fit_twice_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "SLAB", 1 << 60)
+    big = torch.empty(1).expand(1 << 52)  # a tensor of 18 PB, of a single value
+    with pytest.raises(TrainingError) as caught:
+        HostMemory().copy({"big": big})
+    assert re.fullmatch(
+        r"no room for a copy of the state, 18,?\d* [TP]B of host memory: .*can't allocate memory.*;"
+        r" set save_async=false, which makes none",
+        str(caught.value),
+    )
 
 
 def test_memory_is_taken_once_and_shared_values_are_copied_once() -> None:
