@@ -123,17 +123,22 @@ class Script:
 
 
 class Ranks:
-    """recipes/train.py on `number` ranks, as the launcher starts them, but of processes that
-    have imported everything.
+    """recipes/train.py, or `command`, on `number` ranks, as the launcher starts them, but of
+    processes that have imported everything.
     """
 
     def __init__(
-        self, number: int, *keys: str, env: dict[str, str] | None = None, folder: Path = ROOT
+        self,
+        number: int,
+        *keys: str,
+        env: dict[str, str] | None = None,
+        folder: Path = ROOT,
+        command: tuple[object, ...] = (ROOT / "recipes/train.py",),
     ):
         env = {**(env or {}), **meeting(number)}
         self.scripts = [
             Script(
-                ROOT / "recipes/train.py",
+                *command,
                 *keys,
                 env=env | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
                 folder=folder,

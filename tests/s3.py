@@ -58,12 +58,14 @@ class S3:
 
 class Relay(socketserver.ThreadingTCPServer):
     """A line to the server that breaks: it cuts the next `num_cuts` answers after a megabyte,
-    and is gone after `cut`.
+    and is gone after `cut`. It takes `rate` bytes per second on the way to the server.
     """
 
-    def __init__(self, endpoint: str):
+    def __init__(self, endpoint: str, rate: float = float("inf")):
         super().__init__(("127.0.0.1", 0), _Connection)
         host, port = endpoint.removeprefix("http://").split(":")
+        self.rate = rate
+        self.last_upload = 0.0  # when a full block of one was on its way, by time.monotonic()
         self.target, self.num_cuts, self.is_cut = (host, int(port)), 0, False
         self.endpoint = "http://{}:{}".format(*self.server_address)
         self.thread = threading.Thread(target=self.serve_forever, args=[0.05])
@@ -105,6 +107,9 @@ class _Connection(socketserver.BaseRequestHandler):
                             return
                     if not block:
                         return
+                    if source is not server and len(block) == 1 << 16:
+                        self.server.last_upload = time.monotonic()
+                        time.sleep(len(block) / self.server.rate)
                     (self.request if source is server else server).sendall(block)
 
 

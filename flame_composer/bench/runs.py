@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import build_pair, seconds
+from flame_composer.bench.saving import stalls
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.config.bench import CheckpointBenchmarkConfig
@@ -47,7 +48,7 @@ Call = Callable[[], Any]
 def checkpoints(
     config: CheckpointBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """Time how a run saves and reads its state, each against PyTorch's own way.
+    """Time how a run saves and reads its state, against PyTorch's own way, and what it waits for.
 
     torch.save writes the same tensors, forced to disk as a run's are.
     """
@@ -60,9 +61,11 @@ def checkpoints(
         {name: partial(seconds, run) for name, run in timed.items()}, config.repeats, "checkpoint"
     )
     result = {f"{name}_seconds": round(median(values), 3) for name, values in found.items()}
-    return {"bytes": plain.stat().st_size, **result}, [
+    stalled, figures = stalls(state, folder, config.repeats)
+    return {"bytes": plain.stat().st_size, **result, **stalled}, [
+        *figures,
         Figure(
-            "checkpoint: training waits, over torch.save and fsync",
+            "checkpoint: save_async=false waits, over torch.save and fsync",
             ratio(found["save"], found["torch_save"]),
             at_most=1.1,
         ),

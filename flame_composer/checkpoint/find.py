@@ -10,11 +10,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
 
 from composer.utils import dist
 
 from flame_composer.checkpoint import sharded
+from flame_composer.checkpoint.agree import agreed
 from flame_composer.checkpoint.content import check_content
 from flame_composer.checkpoint.parts import Needed, OtherRun
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head
@@ -26,7 +26,6 @@ from flame_composer.storage.filesystems import is_url
 # names stand for the same step.
 _NAME = re.compile(r"ba(0|[1-9][0-9]{0,17})(\.pt)?")
 _WHOLE, _GONE = "whole", "gone"  # what a rank may find, besides a damaged checkpoint
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,10 @@ def find_newest(
     problems: dict[str, DataError] = {}
     for place in checkpoints:
         looks = dist.get_local_rank() == 0 or not shared
-        found = _agreed(functools.partial(_look, place, staging, needed) if looks else lambda: None)
+        found = agreed(
+            dist.all_gather_object,
+            functools.partial(_look, place, staging, needed) if looks else lambda: None,
+        )
         problem = next((each for each in found if isinstance(each, DataError)), None)
         if problem is None and _GONE in found and _WHOLE in found:
             problem = DataError(
@@ -161,7 +163,11 @@ def find_newest(
 
 def _listed(folder: str) -> list[str]:
     """Return the checkpoints that at least one rank sees in a folder, newest first."""
-    places = {place for each in _agreed(lambda: list_checkpoints(folder)) for place in each}
+    places = {
+        place
+        for each in agreed(dist.all_gather_object, lambda: list_checkpoints(folder))
+        for place in each
+    }
     return sorted(places, key=lambda place: (step_of(place), place), reverse=True)
 
 
@@ -175,32 +181,6 @@ def _look(place: str, staging: Path, needed: Callable[[], Needed] | None) -> Dat
         if is_url(place):
             remove_copy(staging / place.rpartition("/")[2])  # the next copy may need the space
         return error
-
-
-def _agreed(answer: Callable[[], T]) -> list[T]:
-    """Return the answers of all ranks, in order of rank; if one rank raises, all ranks do."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [answer()]
-    mine: Any
-    failed = None
-    try:
-        mine = answer()
-    except (ConfigError, DataError) as error:
-        mine, failed = _Failed(isinstance(error, ConfigError), str(error)), error
-    answers = dist.all_gather_object(mine)
-    if failed is not None:
-        raise failed
-    for each in answers:
-        if isinstance(each, _Failed):
-            raise (ConfigError if each.is_config else DataError)(each.message)
-    return answers
-
-
-class _Failed(NamedTuple):
-    """An error of one rank, in a form that can be sent to the others."""
-
-    is_config: bool
-    message: str
 
 
 def _local(place: str, staging: Path) -> Path:

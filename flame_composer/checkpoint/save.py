@@ -1,45 +1,45 @@
-"""A callback that saves checkpoints, each of them whole or not at all."""
+"""A callback that saves checkpoints while training goes on, each of them whole or not at all."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from composer import algorithms
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
-from composer.utils.checkpoint import save_checkpoint
+from composer.utils import dist, reproducibility
 
 from flame_composer.checkpoint import sharded
+from flame_composer.checkpoint.agree import Gather
 from flame_composer.checkpoint.find import find_start, remove_copy, step_of
 from flame_composer.checkpoint.keep import KeptCheckpoints
 from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint, read_content, read_for_composer
-from flame_composer.checkpoint.upload import upload_file
+from flame_composer.checkpoint.sharded import Share
+from flame_composer.checkpoint.snapshot import HostMemory
+from flame_composer.checkpoint.write import CheckpointFiles, saving
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
-from flame_composer.errors import GOES_ON, TrainingError
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
-from flame_composer.storage.folders import flush
-from flame_composer.storage.local import create
-from flame_composer.storage.locks import is_own_folder
-from flame_composer.upstream.composer import load_checkpoints_with
+from flame_composer.upstream.composer import load_checkpoints_with, remember_environment
 
 # Names of Composer's algorithms. Composer rebuilds some of them from a checkpoint by calling `eval`
 # on text in it; the Trainer is told to rebuild none.
 ALL_ALGORITHMS = algorithms.__all__
-# The errors of torch (2.7) for a file that it cannot write.
-_CANNOT_WRITE = re.compile(
-    "PytorchStreamWriter|Parent directory .* does not exist|open file failed"
-)
+# A save that is due is worth a line if it had to wait longer than this for the one before, seconds.
+WORTH_A_LINE = 1.0
+
+# One rank's upload may take hours longer than another's; stall_timeout ends what hangs.
+GROUP_TIMEOUT = timedelta(days=1)
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +48,19 @@ class SaveCheckpoints(Callback):
     """A callback that saves `ba<batch>.pt` regularly and at the end, whole or not at all.
 
     Composer's own CheckpointSaver writes under the final name and moves its `latest` link in two
-    steps, so that a kill can leave a partial file or a dangling link. This one writes under a
-    temporary name, forces the bytes to disk and renames the file. An upload to an object store
-    appears there only once it is complete. There is no link: the newest checkpoint is found by its
+    steps, so that a kill can leave a partial file or a dangling link. `CheckpointFiles` gives a
+    checkpoint its name once it is whole. There is no link: the newest checkpoint is found by its
     name.
+
+    In the background, training waits only until each rank has copied its share of the state to host
+    memory. A thread of every rank then writes and uploads it. One checkpoint is saved at a time: if
+    another is due before that, training waits. What prevented a checkpoint is raised by `wait`.
 
     Checkpoints are saved only at the end of a batch, never at the end of an epoch. There Composer's
     epoch counter and StreamingDataset's disagree, and the next epoch would repeat the last one's
     order.
 
-    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`. The folder gets
-    that name once all pieces are in it; in an object store its head (`sharded.HEAD`) is uploaded
-    last.
+    A sharded model can be saved in pieces, one per rank, in a folder `ba<batch>`.
 
     `KeptCheckpoints` deletes old checkpoints once there are enough newer ones that are whole.
     """
@@ -73,6 +74,7 @@ class SaveCheckpoints(Callback):
         seconds: float | None = None,
         num_to_keep: int,
         in_pieces: bool = False,
+        in_background: bool = False,
         start: Checkpoint | None = None,
         needed: Callable[[], Needed] | None = None,
         train_log: Path | None = None,
@@ -93,8 +95,12 @@ class SaveCheckpoints(Callback):
         self.in_pieces = in_pieces
         self.start = start
         self.kept = KeptCheckpoints(folder, self.staging, num_to_keep, needed)
-        self.train_log = train_log
+        self.files = CheckpointFiles(folder, self.staging, self.kept, train_log)
         self.saved: str | None = None  # the newest checkpoint of this process
+        self.memory = HostMemory(pins=True) if in_background else None
+        self._background = ThreadPoolExecutor(1, "save")
+        self._under_way: tuple[str, Future[None]] | None = None
+        self._gather: Gather | None = None  # among the threads of all ranks
         self._last_time = time.monotonic()
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -108,6 +114,8 @@ class SaveCheckpoints(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Delete what a killed run left behind."""
         self._last_time = time.monotonic()
+        if self.memory is not None and self._gather is None:
+            self._gather = _meet_in_background()
         dist.barrier()  # until every rank has read its checkpoint
         if dist.get_local_rank() == 0:
             self.staging.mkdir(parents=True, exist_ok=True)
@@ -128,8 +136,14 @@ class SaveCheckpoints(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save a checkpoint if one is due, or if training ends here."""
         assert state.max_duration is not None
-        if self._is_due(state.timestamp.batch.value) or state.timestamp >= state.max_duration:
+        is_last = state.timestamp >= state.max_duration
+        if self._is_due(state.timestamp.batch.value) or is_last:
             self.save(state)
+        if is_last:
+            self.wait()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.settle()
 
     def _is_due(self, batch: int) -> bool:
         """Return whether a checkpoint is due; the answer is the same on every rank."""
@@ -142,102 +156,107 @@ class SaveCheckpoints(Callback):
         return decision[0]
 
     def save(self, state: State) -> None:
-        """Save a checkpoint now, unless this batch has one. Every rank must call this."""
+        """Save a checkpoint now, unless this batch has one. Every rank must call this.
+
+        In the background, return once it is copied; `wait` then waits until it is whole. Raise what
+        prevented the checkpoint before it.
+        """
         in_pieces = self.in_pieces and state.fsdp_config is not None
         name = f"ba{state.timestamp.batch.value}" + ("" if in_pieces else ".pt")
         place = files.join(self.folder, name)
-        if place == self.saved:
+        if place == (self._under_way[0] if self._under_way else self.saved):
             return
-        with _saving(place):
-            if dist.get_global_rank() == 0:
-                self._flush_log()
-            temporary = self.staging / f"unfinished-{name}"
-            if in_pieces:
-                self._save_pieces(state, temporary, place)
-            else:
-                self._save_file(state, temporary, place)
-            if dist.get_global_rank() == 0 and not is_url(place):
-                flush(Path(self.folder))
-        if dist.get_global_rank() == 0:
-            self.kept.note(place, True)
-            self.kept.delete_old()
-        dist.barrier()
-        self.saved = place
+        self._wait_for_the_one_before(state.timestamp.batch.value)
+        with saving(place):
+            share = sharded.share_of(state) if in_pieces else _whole(state)
+        if self.memory is None:
+            # Pieces are copied: views would be saved with the whole buffers that they lie in.
+            share = HostMemory().copy(share) if in_pieces else share
+            self.files.write(share, place, dist.all_gather_object)
+            self.saved = place
+        else:
+            gather = self._gather or dist.all_gather_object
+            # The config and the tokenizer's files: the same object in each state.
+            constant = share.content and share.content["state"]["integrations"].get("huggingface")
+            share = self.memory.copy(share, constant)
+            self._under_way = (
+                place,
+                self._background.submit(self.files.write, share, place, gather),
+            )
         self._last_time = time.monotonic()
 
-    def _flush_log(self) -> None:
-        """Force the log to disk.
-
-        A restart must find the row of every step up to its checkpoint, even after a power failure.
-        """
-        if self.train_log is not None and self.train_log.exists():
-            flush(self.train_log)
-            flush(self.train_log.parent)
-
-    def _save_file(self, state: State, temporary: Path, place: str) -> None:
-        """Save a checkpoint in one file."""
-        if dist.get_global_rank() != 0:
-            save_checkpoint(state, str(temporary))
+    def _wait_for_the_one_before(self, batch: int) -> None:
+        """Wait for the checkpoint under way, and say so if that took long."""
+        if self._under_way is None:
             return
-        self.staging.mkdir(parents=True, exist_ok=True)
-        with create(temporary) as file:
-            # By its descriptor, because others may put another file under its name meanwhile.
-            save_checkpoint(state, f"/proc/self/fd/{file.fileno()}")
-            self.kept.make_way(place)
-            if not os.path.samestat(os.lstat(temporary), os.fstat(file.fileno())):
-                raise OSError(errno.EEXIST, f"somebody else has put another file at {temporary}")
-            if is_url(place):
-                upload_file(temporary, place)
-                temporary.unlink()
-            else:
-                flush(temporary)
-                os.replace(temporary, place)
+        place, since = self._under_way[0], time.monotonic()
+        self.wait()
+        waited = time.monotonic() - since
+        if waited > WORTH_A_LINE and dist.get_global_rank() == 0:
+            log.warning(
+                "warning: step %d: training waited %.1f s for %s to be saved, before it could save"
+                " the next checkpoint; raise save_interval if it is often so",
+                batch,
+                waited,
+                place,
+            )
 
-    def _save_pieces(self, state: State, temporary: Path, place: str) -> None:
-        """Save a checkpoint in pieces."""
-        is_first = dist.get_global_rank() == 0
-        temporary.mkdir(parents=True, exist_ok=True)
-        if not is_own_folder(temporary):
-            raise OSError(errno.EEXIST, f"{temporary} is a link, or another user's")
-        written = sharded.save(state, temporary)
-        if is_url(place):
-            if is_first:
-                self.kept.make_way(place)
-                files.delete(files.join(place, sharded.HEAD))  # still there if not renamed
-            dist.barrier()
-            for file in written:
-                if file.name == sharded.HEAD:
-                    continue
-                upload_file(file, files.join(place, file.name))
-            dist.barrier()
-            if is_first:
-                upload_file(written[-1], files.join(place, sharded.HEAD))
-            dist.barrier()
-            if dist.get_local_rank() == 0:
-                shutil.rmtree(temporary)
-        else:
-            for file in written:
-                flush(file)
-            dist.barrier()
-            if is_first:
-                flush(temporary)
-                self.kept.make_way(place)
-                os.rename(temporary, place)
+    def wait(self) -> None:
+        """Wait until the checkpoint under way, if any, is whole; raise what prevented it."""
+        if self._under_way is not None:
+            place, written = self._under_way
+            try:
+                written.result()
+            finally:
+                self._under_way = None
+            self.saved = place
+
+    def settle(self) -> None:
+        """Wait until the checkpoint under way, if any, is whole, or log what prevented it."""
+        try:
+            self.wait()
+        except Exception as error:
+            log.warning("warning: the last checkpoint was not saved: %s", one_line(error))
+
+    def is_saving(self) -> bool:
+        """Return whether a checkpoint is being written in the background at this moment."""
+        return self._under_way is not None and not self._under_way[1].done()
+
+    def has_failed(self) -> bool:
+        """Return whether something has prevented the checkpoint under way; `wait` then raises it.
+
+        A rank may know this earlier than others.
+        """
+        if self._under_way is None:
+            return False
+        _, written = self._under_way
+        return written.done() and written.exception() is not None
 
 
-@contextmanager
-def _saving(place: str) -> Iterator[None]:
-    """Raise TrainingError, naming the checkpoint, if the body cannot write it."""
+def _whole(state: State) -> Share:
+    """Return this rank's share of a checkpoint in one file. Every rank must call this."""
+    if state.fsdp_config is not None:
+        torch.cuda.empty_cache()  # weights are gathered, which takes memory
+    content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+    return Share(content if dist.get_global_rank() == 0 else None)
+
+
+def _meet_in_background() -> Gather:
+    """Return a function that gathers objects of all ranks, in whatever thread they call it.
+
+    It has a group of its own, as operations of two threads in one group would be mixed up. Every
+    rank must call this. Raise ConfigError if the ranks cannot meet over gloo.
+    """
+    if dist.get_world_size() == 1:
+        return lambda each: [each]
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and not _CANNOT_WRITE.search(str(error)):
-            raise
-        disk = next(
-            (each for each in (error, error.__context__) if isinstance(each, OSError)), error
-        )
-        reason = disk.strerror if isinstance(disk, OSError) else "is the disk full?"
-        raise TrainingError(f"{place}: cannot be saved: {reason}; {GOES_ON}") from None
+        group: Any = torch.distributed.new_group(timeout=GROUP_TIMEOUT, backend="gloo")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"save_async: ranks cannot meet over gloo: {one_line(error)}; name the network"
+            " interface to the other machines (GLOO_SOCKET_IFNAME), or set save_async=false"
+        ) from None
+    return partial(dist.all_gather_object, group=group)
 
 
 def find_start_of(
@@ -264,6 +283,7 @@ def build_saver(
     """Return the callback that saves a run's checkpoints, or None if it saves none."""
     if config.save_folder is None:
         return None
+    remember_environment()
     fsdp = config.parallelism.fsdp
     return SaveCheckpoints(
         config.save_folder,
@@ -272,6 +292,7 @@ def build_saver(
         seconds=plan.save_seconds,
         num_to_keep=config.save_num_checkpoints_to_keep,
         in_pieces=fsdp is not None and fsdp.state_dict_type == "sharded",
+        in_background=config.save_async,
         start=start,
         needed=needed,
         train_log=Path(config.log_folder, TRAIN_LOG),

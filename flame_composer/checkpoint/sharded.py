@@ -12,19 +12,22 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.core import State
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
 
 from flame_composer.errors import DataError
+from flame_composer.storage.folders import flush
 from flame_composer.upstream.fsdp import first_row_of
 
 HEAD = "state.pt"
@@ -50,36 +53,65 @@ def fingerprint(file: Path) -> str:
     return digest.hexdigest()
 
 
-def save(state: State, folder: Path) -> list[Path]:
-    """Write this rank's piece, and on the first rank the head; return the files, the head last.
+class Share(NamedTuple):
+    """All that one rank writes of a checkpoint, in pieces or in one file."""
 
-    If the model has several replicas, only the first one saves. The head holds the fingerprints of
-    all pieces. Every rank must call this.
+    content: dict[str, Any] | None = None  # of the head, or of the only file; on the first rank
+    piece: dict[str, Any] | None = None  # None on ranks whose piece another replica has as well
+    number: int = 0  # of the piece
+    pieces: int = 0  # in the checkpoint; 0 if it is in one file
+
+
+def share_of(state: State) -> Share:
+    """Return this rank's share of a checkpoint in pieces, whose tensors are those of the state.
+
+    If the model has several replicas, only the first one saves. Every rank must call this.
     """
-    with _sharded(state):
-        content = state.state_dict()
-    tensors = {kind: _map(_piece_of, content.pop(kind)) for kind in ("model", "optimizers")}
-    random_state = reproducibility.get_rng_state()  # of all ranks
+    with _without(state.serialized_attributes, "model", "optimizers"):
+        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+    (optimizer,) = state.optimizers
     assert state.fsdp_config is not None
     mesh = state.fsdp_config.device_mesh
     assert mesh is not None
     *replica, number = mesh.get_coordinate() or [0]
-    files, mine = [], None
+    piece = None
     if not any(replica):
-        files.append(folder / name_of(number))
-        torch.save(tensors, files[-1])
-        mine = number, fingerprint(files[-1])
-    written = dict(each for each in dist.all_gather_object(mine) if each is not None)
-    if dist.get_global_rank() == 0:
-        head = {
-            "state": content,
-            "rng": random_state,
-            "pieces": mesh.shape[-1],
-            "fingerprints": [written[number] for number in range(mesh.shape[-1])],
+        # Not by Composer, which copies all tensors to memory that is allocated anew each time.
+        weights = get_model_state_dict(state.model)
+        moments = get_optimizer_state_dict(state.model, optimizer)
+        piece = {
+            "model": _map(_piece_of, weights),
+            "optimizers": {type(optimizer).__qualname__: _map(_piece_of, moments)},
         }
-        files.append(folder / HEAD)
-        torch.save(head, files[-1])
-    return files
+    is_first = dist.get_global_rank() == 0
+    return Share(content if is_first else None, piece, number, mesh.shape[-1])
+
+
+def write_piece(share: Share, folder: Path) -> Path | None:
+    """Write this rank's piece and force it to disk; return its file, or None if it has no piece."""
+    if share.piece is None:
+        return None
+    file = folder / name_of(share.number)
+    _write(share.piece, file)
+    return file
+
+
+def write_head(share: Share, folder: Path, fingerprints: dict[int, str]) -> Path:
+    """Write the head, with the `fingerprints` of all pieces, and force it to disk."""
+    assert share.content is not None
+    head = {
+        **share.content,
+        "pieces": share.pieces,
+        "fingerprints": [fingerprints[number] for number in range(share.pieces)],
+    }
+    _write(head, folder / HEAD)
+    return folder / HEAD
+
+
+def _write(content: dict[str, Any], file: Path) -> None:
+    """Write a new file and force it to disk."""
+    torch.save(content, file)
+    flush(file)
 
 
 def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
@@ -137,6 +169,17 @@ def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
 
 
 @contextlib.contextmanager
+def _without(names: list[str], *left_out: str) -> Iterator[None]:
+    """Leave names out of a list in the body."""
+    before = list(names)
+    names[:] = [name for name in names if name not in left_out]
+    try:
+        yield
+    finally:
+        names[:] = before
+
+
+@contextlib.contextmanager
 def _sharded(state: State) -> Iterator[None]:
     """Make Composer's state dicts contain only this rank's part of each tensor, in the body."""
     if state.fsdp_config is None:
@@ -163,8 +206,7 @@ def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
 def _piece_of(tensor: DTensor) -> dict[str, Any]:
     """Return this rank's piece of a tensor, which FSDP2 shards along its first dimension."""
     part = tensor.to_local().detach()
-    # Cloned, because saving a view would save the whole buffer that it lies in.
-    return {"shape": list(tensor.shape), "start": first_row_of(tensor), "part": part.cpu().clone()}
+    return {"shape": list(tensor.shape), "start": first_row_of(tensor), "part": part}
 
 
 def _has_values(tensor: Any) -> bool:

@@ -41,9 +41,7 @@ class PlanConfig(TrainConfig):
     dataset_tokens: int | None = None
     """Number of tokens in the training data; read from its manifest if not set and there is one."""
     save_seconds: float | None = None
-    """Measured time that training waits for a checkpoint, seconds; takes the place of
-    save_bandwidth.
-    """
+    """Measured time until a checkpoint is whole, seconds; takes the place of save_bandwidth."""
     save_bandwidth: str = "1gb"
     """Bytes per second at which a checkpoint is written; an assumption."""
     preemption_hours: float | None = None

@@ -205,10 +205,11 @@ class FsdpConfig:
     """Arithmetic of gradients with precision=amp_bf16. PURE: computed and reduced in bf16.
     DEFAULT: computed in bf16 and reduced in fp32. FULL: neither in bf16. Weights stay fp32.
     """
-    state_dict_type: Literal["full", "sharded"] = "full"
-    """Form of checkpoints. full: one file, which the first rank gathers and writes. sharded: a
-    folder with a piece from every rank, for which save_folder must be shared by all machines or
-    be in an object store. Either is read by any number of devices, with or without fsdp.
+    state_dict_type: Literal["full", "sharded"] = "sharded"
+    """Form of checkpoints. sharded: a folder with a piece from every rank, for which save_folder
+    must be shared by all machines or be in an object store. full: one file, for which the first
+    rank gathers all weights and optimizer state. Either is read by any number of devices, with or
+    without fsdp.
     """
 
     def validate(self) -> None:

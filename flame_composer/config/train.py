@@ -131,6 +131,10 @@ class TrainConfig(ScriptConfig):
     """
     save_num_checkpoints_to_keep: int = 3
     """Number of newest checkpoints to keep; -1 keeps all."""
+    save_async: bool = True
+    """Train on while a checkpoint is written and uploaded: training waits only until the state is
+    copied to host memory, which must hold it once more. false waits until the checkpoint is whole.
+    """
     autoresume: bool = True
     """Resume from the newest complete checkpoint in save_folder, if there is one."""
     on_nan: Literal["stop", "skip"] = "stop"
@@ -141,8 +145,8 @@ class TrainConfig(ScriptConfig):
     """Limits beyond which a loss that leaps up and stays there ends the run; none if not set."""
     stall_timeout: float | None = 1800
     """Time without progress after which the run is ended, seconds; the error names the rank and
-    what it was doing. null for never. Saving a checkpoint, with its upload, counts as one step of
-    progress.
+    what it was doing. null for never. Waiting for a checkpoint, with its upload, counts as one step
+    of progress.
     """
     deterministic: bool = True
     """On GPUs, compute what repeats to the last bit: keep the choices of Triton's kernels with the

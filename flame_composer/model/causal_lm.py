@@ -80,6 +80,7 @@ class CausalLM(HuggingFaceModel):
         self.varlen = varlen
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         self.work = count_work(model)
+        self._metadata: dict[str, Any] | None = None
         self.adapter = adapter
         if adapter is not None:
             # Taken down now, because a name must not leave checkpoints when its weight is frozen.
@@ -89,7 +90,16 @@ class CausalLM(HuggingFaceModel):
     def get_metadata(self) -> dict[str, Any]:
         """Return the config and the tokenizer's files in the form that a checkpoint holds.
 
-        If there is an adapter, its description is under the key `lora`.
+        If there is an adapter, its description is under the key `lora`. All of it is read once,
+        when the first checkpoint is saved: training waits for it, and none of it changes in a run.
+        The same object is returned each time.
+        """
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        return self._metadata
+
+    def _read_metadata(self) -> dict[str, Any]:
+        """Return what `get_metadata` returns.
 
         If there are several chat templates, transformers saves them in a folder, which Composer
         0.32 refuses. They are put into the tokenizer's config instead, where both find them.

@@ -75,6 +75,8 @@ class Checkpoints:
     every_steps: float | None
     number: int | None
     bytes_kept: int | None
+    host_bytes: int  # of a machine's memory that hold the copy from which a checkpoint is written
+    notice_seconds: float | None  # from SIGTERM until a checkpoint of the current step is whole
 
 
 @dataclass(frozen=True)

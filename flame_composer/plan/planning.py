@@ -153,13 +153,34 @@ def _checkpoints(
     number = None if every is None else math.ceil(steps / max(every, 1))
     keep = config.save_num_checkpoints_to_keep
     kept = number if keep == -1 else keep if number is None else min(keep, number)
+    # A save may have begun just before SIGTERM, and the current step is saved after it.
+    seconds = config.save_seconds or num_bytes / bytes_to_int(config.save_bandwidth)
     return Checkpoints(
         bytes=num_bytes,
-        save_seconds=config.save_seconds or num_bytes / bytes_to_int(config.save_bandwidth),
+        save_seconds=seconds,
         every_steps=every,
         number=number,
         bytes_kept=None if kept is None else kept * num_bytes,
+        host_bytes=_host_bytes(config, num_bytes),
+        notice_seconds=(
+            None if time is None else time.seconds_per_step + (1 + config.save_async) * seconds
+        ),
     )
+
+
+def _host_bytes(config: PlanConfig, num_bytes: int) -> int:
+    """Return the bytes of a machine's memory that hold its share of a checkpoint's `num_bytes`."""
+    if not config.save_async:
+        return 0
+    fsdp = config.parallelism.fsdp
+    is_sharded = config.device != "cpu" or config.parallelism.cpu_fsdp
+    if fsdp is None or not is_sharded or fsdp.state_dict_type == "full":
+        return num_bytes
+    replicas = 1
+    if fsdp.sharding_strategy == "HYBRID_SHARD":
+        replicas = fsdp.replicas or config.nodes
+    # Only the first replica saves.
+    return num_bytes // max(1, config.nodes // replicas)
 
 
 def _preemption(

@@ -60,7 +60,14 @@ def _checkpoint_rows(saved: Checkpoints) -> Rows:
     kept = saved.bytes_kept
     more = "" if kept is None else f", {format_bytes(kept)} for those that are kept"
     each = f"{format_bytes(saved.bytes)}, {saved.save_seconds:.3g} s to save"
-    return [("checkpoint", each + more)]
+    rows = [("checkpoint", each + more)]
+    if saved.host_bytes:
+        copy = f"{format_bytes(saved.host_bytes)} of each machine's memory, to write it from"
+        rows.append(("copy in memory", copy))
+    if saved.notice_seconds is not None:
+        until = f"{format_seconds(saved.notice_seconds)} from SIGTERM until all is saved, at most"
+        rows.append(("notice needed", until))
+    return rows
 
 
 def _preemption_rows(preempted: Preemption) -> Rows:

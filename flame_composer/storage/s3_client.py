@@ -24,7 +24,7 @@ CONNECT_SECONDS, READ_SECONDS = 5, 30  # an attempt fails after READ_SECONDS wit
 FIRST_ATTEMPTS, FIRST_SECONDS = 2, 5
 MOST_ANSWER = 64 << 20  # bytes; a page of a listing has some 5 MB at most
 
-_lock = threading.Lock()
+_locks: dict[int, threading.Lock] = {}  # by process
 
 
 def connect(bucket: str) -> Any:
@@ -37,7 +37,9 @@ def connect(bucket: str) -> Any:
         for name, value in sorted(os.environ.items())
         if name.startswith(("AWS_", "S3_"))
     )
-    with _lock:  # using clients is thread-safe, making them is not
+    # Using clients is thread-safe, making them is not. A process that is forked has a lock of its
+    # own: another thread, which is not in it, may hold its parent's at that moment.
+    with _locks.setdefault(os.getpid(), threading.Lock()):
         return _client(bucket, os.getpid(), environment)
 
 

@@ -55,6 +55,7 @@ class Preemption(Callback):
         self.saver = saver
         self.asked = 0  # exit status that a signal to this process asks for
         self.status = 0  # the exit status that all ranks have agreed on
+        self._cannot_save = False  # on some rank
         self._interrupts = 0
         self._over = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,8 +86,9 @@ class Preemption(Callback):
     def running(self, trainer: Trainer) -> Iterator[None]:
         """Heed signals in the body of this context, then ignore them and close `trainer`.
 
-        After an error the trainer does not wait for the other ranks, as closing it usually does:
-        they may not have met the error.
+        A checkpoint that is being saved becomes whole before the trainer is closed, also after an
+        error. After an error the trainer does not wait for the other ranks, as closing it usually
+        does: they may not have met the error.
         """
         close = trainer.close
         try:
@@ -96,19 +98,25 @@ class Preemption(Callback):
             raise
         finally:
             self._over = True
+            if self.saver is not None:
+                self.saver.settle()  # while the stall watchdog still watches
             close()
 
     def agree(self, state: State) -> None:
         """Set `status`, on all ranks, to the exit status that a signal to any of them asked for.
 
-        Ctrl-C outranks SIGTERM, because the launcher sends SIGTERM after a Ctrl-C.
+        Ctrl-C outranks SIGTERM, because the launcher sends SIGTERM after a Ctrl-C. The ranks also
+        learn whether one of them knows of a checkpoint that could not be saved.
         """
+        cannot_save = self.saver is not None and self.saver.has_failed()
         if dist.get_world_size() == 1:
-            self.status = self.asked
+            self.status, self._cannot_save = self.asked, cannot_save
             return
-        weight = state.device.tensor_to_device(torch.tensor([WEIGHTS.index(self.asked)]))
-        dist.all_reduce(weight, reduce_operation="MAX")
-        self.status = WEIGHTS[int(weight.item())]
+        known = torch.tensor([WEIGHTS.index(self.asked), int(cannot_save)])
+        known = state.device.tensor_to_device(known)
+        dist.all_reduce(known, reduce_operation="MAX")
+        weight, failed = known.tolist()
+        self.status, self._cannot_save = WEIGHTS[weight], bool(failed)
 
     def until_asked(self, batches: Any) -> UntilAsked:
         """Return an evaluation's `batches`, cut off when a signal comes."""
@@ -125,10 +133,13 @@ class Preemption(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self.agree(state)  # an evaluation may have been cut short
+        if self._cannot_save and self.saver is not None:
+            self.saver.wait()  # raises the same error on all ranks
         if self.status:
             processes.outlive_launcher()  # the signal may have reached another rank only
             if self.saver is not None:
                 self.saver.save(state)
+                self.saver.wait()
             self._stop(state)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:

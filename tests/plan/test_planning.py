@@ -38,6 +38,7 @@ from flame_composer.plan.memory import (
     read_size,
 )
 from flame_composer.plan.supply import Supply, find_supply
+from flame_composer.plan.table import describe
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, Script, check, last_json, run_script
@@ -530,6 +531,27 @@ def test_what_checkpoints_take() -> None:
     saved = drawn_up("gla_340m", *keys).checkpoints
     assert saved.save_seconds == saved.bytes / 2**29
     assert saved.bytes_kept == 2 * saved.bytes
+
+
+def test_what_saving_in_the_background_takes() -> None:
+    """Of the memory of each machine, and of the notice: a save may have just begun."""
+
+    def saved(*more: str) -> Any:
+        keys = ("dataset_tokens=2_000_000_000", "save_seconds=30", "tokens_per_second=524288")
+        return drawn_up("gla_340m", *keys, "global_batch_size=256", *more).checkpoints
+
+    whole = saved()
+    assert (whole.host_bytes, whole.notice_seconds) == (whole.bytes, 61)
+    waited_for = saved("save_async=false")
+    assert (waited_for.host_bytes, waited_for.notice_seconds) == (0, 31)
+    sharded = ("nodes=4", "parallelism.fsdp={}")
+    assert saved(*sharded).host_bytes == whole.bytes // 4
+    assert saved(*sharded, "parallelism.fsdp.state_dict_type=full").host_bytes == whole.bytes
+    hybrid = ("parallelism.fsdp.sharding_strategy=HYBRID_SHARD",)
+    assert saved(*sharded, *hybrid).host_bytes == whole.bytes
+    assert saved(*sharded, *hybrid, "parallelism.fsdp.replicas=2").host_bytes == whole.bytes // 2
+    lines = describe(drawn_up("gla_340m", "dataset_tokens=2_000_000_000"), [])
+    assert sum(line.startswith(("copy in memory  ", "notice needed   ")) for line in lines) == 2
 
 
 # Warnings

@@ -14,13 +14,15 @@ import shutil
 import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from composer.utils import checkpoint as composer_checkpoint
+import torch
 
+from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.cleaning.parts import PartsFolder, PartWriter, read_part
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError, TrainingError
@@ -367,9 +369,9 @@ def test_a_checkpoint_is_not_written_through_a_link(
 ) -> None:
     """However late it is put there: before the file is made, or while it is written."""
     run = make_run(tmp_path, dataset, eval_dataset, total=2)
-    saver = next(each for each in run.trainer.state.callbacks if hasattr(each, "_save_file"))
+    saver = next(each for each in run.trainer.state.callbacks if isinstance(each, SaveCheckpoints))
     planted = run.checkpoints / "unfinished-ba1.pt"
-    save, write = saver._save_file, composer_checkpoint._write_checkpoint_file
+    save, write = saver.files._write_file, torch.save
 
     def plant(*_: object) -> None:
         if saver.saved is None:
@@ -380,16 +382,17 @@ def test_a_checkpoint_is_not_written_through_a_link(
         plant()
         save(*given)
 
-    def plant_during(*given: Any) -> None:
-        plant()
-        write(*given)
+    def plant_during(*given: Any, **more: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            plant()
+        write(*given, **more)
 
     if when == "before":
-        monkeypatch.setattr(saver, "_save_file", plant_before)
+        monkeypatch.setattr(saver.files, "_write_file", plant_before)
         run.trainer.fit()
         assert stat.S_ISREG((run.checkpoints / "ba1.pt").lstat().st_mode)
     else:
-        monkeypatch.setattr(composer_checkpoint, "_write_checkpoint_file", plant_during)
+        monkeypatch.setattr(torch, "save", plant_during)
         with pytest.raises(TrainingError, match=r"ba1\.pt: cannot be saved: somebody else has put"):
             run.trainer.fit()
         assert not (run.checkpoints / "ba1.pt").exists()

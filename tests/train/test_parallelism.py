@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from flame_composer.checkpoint.content import needed_by
-from flame_composer.checkpoint.find import find_checkpoint, find_newest
+from flame_composer.checkpoint.find import find_checkpoint, find_newest, step_of
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.checkpoint.sharded import HEAD, _copy, _whole, load, name_of
 from flame_composer.checkpoint.to_model import load_from_checkpoint, load_model
@@ -35,7 +36,7 @@ from flame_composer.train.parallelism import check_devices
 from flame_composer.upstream import fsdp
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
-from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, two_ranks
+from tests.runs import ROOT, Corpus, Ranks, Script, check, last_json, read_log, two_ranks
 from tests.s3 import S3
 
 SHARDED = (
@@ -279,6 +280,60 @@ def test_every_strategy_trains_the_same(
     assert len(list((run / "checkpoints/ba12").glob("piece*.pt"))) == 2, (
         "four ranks are two replicas of two shards"
     )
+
+
+def killed_in(
+    run: Path, keys: list[str], phase: str, rank: int, names: Callable[[], list[str]], s3: S3
+) -> None:
+    """Start two ranks, one of which is killed in a phase of its second checkpoint."""
+    before = max((step_of(name) or 0 for name in names()), default=0)
+    env = {**s3.env, "PHASE_RANK": f"{rank}"}
+    # The first rank writes a piece and a head, and uploads them.
+    number = 3 if phase in ("writing", "uploading", "uploaded") and rank == 0 else 2
+    ranks = Ranks(2, *keys, env=env, command=(ROOT / "tests/phases.py", phase, number))
+    killed, other = (ranks.scripts[number].wait() for number in (rank, 1 - rank))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert other.returncode == 1, other.stderr
+    assert "Traceback" not in other.stderr
+    after = max(step_of(name) or 0 for name in names())
+    assert before < after, "the first checkpoint is there"
+
+
+def test_a_sharded_run_is_killed_in_every_phase_of_a_save(
+    corpus: Corpus, sharded: Path, s3_server: S3, tmp_path: Path
+) -> None:
+    """Whichever rank it is; the other ends by itself, though its pieces may be on their way."""
+    run = tmp_path / "killed"
+    keys = corpus.keys(run, *SHARDED, "save_interval=1ba")
+
+    def names() -> list[str]:
+        return [path.parent.name for path in (run / "checkpoints").glob("ba*/state.pt")]
+
+    for phase, rank in (("copying", 1), ("writing", 1), ("writing", 0), ("renaming", 0)):
+        killed_in(run, keys, phase, rank, names, s3_server)
+    Ranks(2, *keys).finish()
+    assert read_log(run) == read_log(sharded)
+    assert_equal(weights(run, "ba12"), weights(sharded, "ba12"))
+
+
+@slow
+@pytest.mark.faults
+def test_a_sharded_run_is_killed_in_every_phase_of_an_upload(
+    corpus: Corpus, sharded: Path, s3_server: S3, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed_uploading"
+    place = f"save_folder=s3://data/{run.name}"
+    keys = corpus.keys(run, *SHARDED, "save_interval=1ba", place)
+
+    def names() -> list[str]:
+        found = s3_server.keys(run.name)
+        return [name.split("/")[0] for name in found if name.endswith("/state.pt")]
+
+    for phase, rank in (("uploading", 1), ("uploaded", 1), ("uploading", 0), ("deleting", 0)):
+        killed_in(run, keys, phase, rank, names, s3_server)
+    Ranks(2, *keys, env=s3_server.env).finish()
+    assert read_log(run) == read_log(sharded)
+    assert max(step_of(name) or 0 for name in names()) == 12
 
 
 @slow

@@ -73,6 +73,22 @@ class Runs:
         return Path.touch, (self.marker,)
 
 
+def test_remember_environment(tmp_path):
+    """Composer looks up each time what cannot change."""
+    code = """
+from composer.core import state
+from flame_composer.upstream.composer import remember_environment
+
+looked_up = state.get_composer_env_dict
+print(looked_up() == looked_up(), looked_up() is looked_up())
+for _ in range(2):
+    remember_environment()
+print(state.get_composer_env_dict() is state.get_composer_env_dict())
+print(state.get_composer_env_dict() == looked_up())
+"""
+    assert forked(tmp_path, code).split() == ["True", "False", "True", "True"]
+
+
 def test_load_checkpoints_with(tmp_path):
     """Composer's own reading runs what is pickled in a checkpoint."""
     import torch
