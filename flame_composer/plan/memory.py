@@ -40,7 +40,11 @@ DEVICES = {
     "b200": Device(2250e12, 180_000_000_000),
     "l40s": Device(362e12, 48_000_000_000),
     "l4": Device(121e12, 24_000_000_000),
+    "a10": Device(125e12, 24_000_000_000),
+    "rtx3090": Device(71e12, 24_000_000_000),
     "rtx4090": Device(165e12, 24_000_000_000),
+    "rtx5090": Device(209.5e12, 32_000_000_000),
+    "rtx_pro_6000": Device(503.8e12, 96_000_000_000),
 }
 
 # Bytes of CUDA's context, libraries and communication buffers: assumed, not computed.
