@@ -93,10 +93,10 @@ def _shortened(keys: dict[str, Any]) -> Any:
     A hybrid of several kinds of layers keeps all of them.
     """
     given = dict(keys)
-    config = CONFIG_MAPPING[given.pop("model_type")](**given)
-    if getattr(config, "attn", None) is None:
-        config.num_hidden_layers = min(2, config.num_hidden_layers)
-    return config
+    hf_config = CONFIG_MAPPING[given.pop("model_type")](**given)
+    if getattr(hf_config, "attn", None) is None:
+        hf_config.num_hidden_layers = min(2, hf_config.num_hidden_layers)
+    return hf_config
 
 
 @contextmanager
