@@ -6,7 +6,8 @@ preemption, and warns of settings that look wrong.
     python recipes/plan.py yamls/gla_340m.yaml devices=8 device=h100 dataset_tokens=10_000_000_000
 
 It takes the keys of recipes/train.py and some of its own, and reads the dataset's manifest unless
-dataset_tokens is given. It starts nothing.
+dataset_tokens is given. It compiles the kernels of fla's models for the device, which takes half a
+minute the first time (kernels=none leaves it out), and starts nothing.
 """
 
 import json
@@ -40,9 +41,11 @@ def main(config: PlanConfig) -> None:
     if kernels is not None:
         wrong.extend(kernels.warnings(config.device, hf_config))
     print("\n".join(describe(plan, wrong)))
+    content = plan.to_json(wrong)
     if kernels is not None:
         print(f"kernels: {kernels.line()}")
-    print(json.dumps(plan.to_json(wrong) | {"kernels": kernels and kernels.to_json()}))
+        content["kernels"] = kernels.to_json()
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

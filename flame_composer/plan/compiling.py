@@ -96,7 +96,6 @@ def judge(
 
 def _compile(task: _Task, limit: int, every: bool, connection: Connection) -> None:
     end_with_parent()
-    os.nice(5)
     nowhere = os.open(os.devnull, os.O_WRONLY)  # for what the compiler itself writes
     for stream in (1, 2):
         os.dup2(nowhere, stream)

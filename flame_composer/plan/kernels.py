@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from signal import SIGKILL
@@ -140,15 +141,21 @@ def compiler(config: PlanConfig) -> Iterator[Compiler | None]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env={name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"},
             preexec_fn=partial(when_parent_ends, SIGKILL),
         )
         try:
             found = Compiler(process, errors, GPUS[config.device])
-            found.send(asdict(found.gpu))
+            with suppress(BrokenPipeError):
+                found.send(asdict(found.gpu))
             yield found
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):  # closing writes what was not taken
+                    pipe.close()
 
 
 class Compiler:
@@ -173,7 +180,8 @@ class Compiler:
 
         if not type(hf_config).__module__.startswith("fla."):
             return None
-        self.send({"steps": _steps(config, hf_config), "every": config.kernels == "every"})
+        with suppress(BrokenPipeError):  # it has ended, and says why below
+            self.send({"steps": _steps(config, hf_config), "every": config.kernels == "every"})
         verdicts: list[Verdict] = []
         assert self.process.stdout is not None
         with tqdm(desc="compiling", unit="kernel", disable=None) as bar:
