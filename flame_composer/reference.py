@@ -34,7 +34,7 @@ UPSTREAM = """# Patches of other packages
 
 Made from the code by `make docs`. Each patch has a test in `tests/upstream` that fails when the
 patch is no longer needed. Patches are in `flame_composer/upstream/`, except subclasses, which are
-where they are used. The patches of fla and Triton are in `flame_composer/cpu/enable.py`.
+where they are used. What makes fla run on a CPU is in `flame_composer/cpu/enable.py`.
 """
 
 EXTENSIONS = """### algorithms, callbacks, loggers

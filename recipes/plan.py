@@ -6,7 +6,8 @@ preemption, and warns of settings that look wrong.
     python recipes/plan.py yamls/gla_340m.yaml devices=8 device=h100 dataset_tokens=10_000_000_000
 
 It takes the keys of recipes/train.py and some of its own, and reads the dataset's manifest unless
-dataset_tokens is given. It starts nothing.
+dataset_tokens is given. It compiles the kernels of fla's models for the device, which takes half a
+minute the first time (kernels=none leaves it out), and starts nothing.
 """
 
 import json
@@ -17,24 +18,34 @@ from flame_composer.config.plan import PlanConfig
 
 
 def main(config: PlanConfig) -> None:
-    from flame_composer.plan import planning
-    from flame_composer.plan.advice import warnings
-    from flame_composer.plan.memory import read_size
-    from flame_composer.plan.supply import find_supply
-    from flame_composer.plan.table import describe
+    from flame_composer.plan.kernels import compiler
 
-    found = find_supply(config)
-    supply = None if isinstance(found, str) else found
-    size = read_size(planning.find_hf_config(config, supply), config.lora)
-    plan = planning.draw_up(config, size, supply)
-    wrong = warnings(config, plan)
-    if isinstance(found, str):
-        wrong.append(
-            "the training data cannot be read, so the plan leaves it out; give dataset_tokens"
-            f" ({found})"
-        )
+    with compiler(config) as started:  # it imports what it needs while this process does
+        from flame_composer.plan import planning
+        from flame_composer.plan.advice import warnings
+        from flame_composer.plan.memory import read_size
+        from flame_composer.plan.supply import find_supply
+        from flame_composer.plan.table import describe
+
+        found = find_supply(config)
+        supply = None if isinstance(found, str) else found
+        hf_config = planning.find_hf_config(config, supply)
+        plan = planning.draw_up(config, read_size(hf_config, config.lora), supply)
+        wrong = warnings(config, plan)
+        if isinstance(found, str):
+            wrong.append(
+                "the training data cannot be read, so the plan leaves it out; give dataset_tokens"
+                f" ({found})"
+            )
+        kernels = started.check(config, hf_config) if started else None
+    if kernels is not None:
+        wrong.extend(kernels.warnings(config.device, hf_config))
     print("\n".join(describe(plan, wrong)))
-    print(json.dumps(plan.to_json(wrong)))
+    content = plan.to_json(wrong)
+    if kernels is not None:
+        print(f"kernels: {kernels.line()}")
+        content["kernels"] = kernels.to_json()
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def export(folder: Path) -> None:
 
 
 def plan(folder: Path) -> dict[str, Any]:
-    keys = run_keys("sharded", "global_batch_size=16", "devices=8", "device=h100")
+    keys = run_keys("sharded", "global_batch_size=16", "devices=8", "device=h100", "kernels=none")
     return last_json(run_script(ROOT / "recipes/plan.py", *keys, folder=folder, env=ONE_THREAD))
 
 

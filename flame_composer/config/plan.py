@@ -25,9 +25,14 @@ class PlanConfig(TrainConfig):
     devices: int = MISSING
     """Number of GPUs in a machine, or of processes on CPUs."""
     device: Literal[
-        "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "rtx4090", "cpu"
-    ] = MISSING
+        "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "a10", "rtx3090",
+        "rtx4090", "rtx5090", "rtx_pro_6000", "cpu"
+    ] = MISSING  # fmt: skip
     """Kind of device; h100 and h200 are SXM modules, a100 has 80 GB."""
+    kernels: Literal["one", "every", "none"] = "one"
+    """Which configurations of an fla model's kernels are compiled for the device: of each kernel
+    one that fits, every one (packed and not), or none.
+    """
     nodes: int = 1
     """Number of machines, each with `devices` devices."""
     mfu: float = 0.4

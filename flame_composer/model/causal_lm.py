@@ -26,7 +26,7 @@ from flame_composer.upstream.transformers import block_names
 
 # fla models whose layers take no `cu_seqlens`: their state carries over from one document to the
 # next, and most of them do not report it.
-_WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
+WITHOUT_VARLEN = ("abc", "lightnet", "linear_attn", "mamba", "mamba2", "samba")
 
 
 def causal_lm_of(model: torch.nn.Module) -> CausalLM:
@@ -58,7 +58,7 @@ class CausalLM(HuggingFaceModel):
         that are trained, and no others.
         """
         self.is_fla = type(model).__module__.startswith("fla.")
-        if varlen and self.is_fla and model.config.model_type in _WITHOUT_VARLEN:
+        if varlen and self.is_fla and model.config.model_type in WITHOUT_VARLEN:
             raise InvalidField(
                 "varlen",
                 f"fla's {model.config.model_type} cannot keep documents apart; set varlen=false to "

@@ -657,3 +657,101 @@ with ending_pools():
 print(before, within, child())
 """
     assert forked(tmp_path, code).split() == ["0", "1", "0"]
+
+
+# Without a GPU: each shows what the stack does by itself on such a machine.
+
+NO_GPU = pytest.mark.skipif(
+    "__import__('torch').cuda.is_available()", reason="shows what is missing without one"
+)
+
+
+@NO_GPU
+def test_claim_device():
+    """torch tells of no device that is not there."""
+    import torch
+
+    assert torch.cuda.device_count() == 0
+    with pytest.raises((RuntimeError, AssertionError), match=r"NVIDIA|CUDA"):
+        torch.cuda.get_device_capability()
+
+
+@NO_GPU
+def test_claim_gpu():
+    """fla has decided, without a GPU, for the configurations of one with little shared memory."""
+    from flame_composer import cpu
+
+    cpu.enable()
+    from fla.ops.gla import chunk
+    from fla.utils import IS_NVIDIA, check_shared_mem
+
+    assert not IS_NVIDIA
+    assert not check_shared_mem()
+    assert chunk.BK_LIST == [16, 32]
+
+
+@NO_GPU
+def test_noted_launches():
+    """A launch without a GPU fails, and tells nothing of what would have been compiled."""
+    import torch
+
+    from flame_composer import cpu
+
+    cpu.enable()
+    from fla.ops.utils.cumsum import chunk_local_cumsum_vector
+
+    with pytest.raises(RuntimeError, match="a Triton kernel was called on a machine without a GPU"):
+        chunk_local_cumsum_vector(torch.empty(1, 64, 2, 32, device="meta"), chunk_size=64)
+
+
+def test_compiled_shared_memory():
+    """Triton compiles no kernel that is not launched, unless it is given its private form."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from flame_composer import cpu
+
+    cpu.enable()
+    from fla.ops.utils.cumsum import chunk_local_cumsum_vector_kernel as kernel
+
+    with pytest.raises(AssertionError):
+        triton.compile(kernel.fn.fn, target=GPUTarget("cuda", 90, 32))
+
+
+def test_prepare_to_compile():
+    """Triton hashes its own compiler when it first compiles, not before."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler.compiler import triton_key
+
+    assert triton_key.cache_parameters()["typed"] is False
+    assert "get_ptxas_version" in inspect.getsource(CUDABackend.hash)
+    before = triton_key.cache_info().misses
+    triton_key.__wrapped__()
+    assert triton_key.cache_info().misses == before, "it is done again in each process"
+
+
+FAKE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    weight = torch.empty(2, device="cuda").requires_grad_()
+    print(weight.device, flush=True)
+    weight.exp()
+"""
+
+
+@NO_GPU
+def test_pretendedcuda(tmp_path):
+    """A fake CUDA tensor kills its process once it needs a gradient; autocast passes meta by."""
+    import torch
+
+    (tmp_path / "fake.py").write_text(FAKE)
+    process = run_script(tmp_path / "fake.py")
+    assert process.stdout == "cuda:0\n"
+    assert process.returncode != 0
+    x = torch.empty(2, 2, device="meta")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert (x @ x).dtype == x.dtype
+    finally:
+        torch.set_autocast_enabled("cuda", False)

@@ -1,0 +1,114 @@
+"""Kernels compiled for a GPU that is not there, in processes that may die of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from flame_composer.errors import one_line
+from flame_composer.processes import end_with_parent
+from flame_composer.upstream.triton import Launch, compiled_shared_memory, prepare_to_compile
+
+
+@dataclass
+class Verdict:
+    """What came of compiling a launch; numbers are of configurations, or bytes of a block."""
+
+    kernel: str
+    uses: list[str]
+    configurations: int
+    compiled: int = 0
+    fit: int = 0
+    least: int | None = None  # shared memory of the configuration that asks for least
+    most: int | None = None
+    smallest: str = ""  # that configuration
+    errors: dict[str, int] = field(default_factory=dict)  # how many do not compile, by the reason
+
+    def add(self, configuration: str, shared: int | None, error: str, limit: int) -> None:
+        """Count one configuration: its bytes of shared memory, or why it does not compile."""
+        if shared is None:
+            self.errors[error] = self.errors.get(error, 0) + 1
+            return
+        self.compiled += 1
+        self.fit += shared <= limit
+        if self.least is None or shared < self.least:
+            self.least, self.smallest = shared, configuration
+        self.most = max(shared, self.most or 0)
+
+
+class _Task:
+    """A launch whose configurations are compiled one after the other in a process of their own."""
+
+    def __init__(self, launch: Launch, uses: list[str]):
+        self.variants = sorted(launch.variants, key=lambda variant: variant.size)
+        self.verdict = Verdict(launch.kernel, uses, len(self.variants))
+        self.done = 0  # configurations
+
+
+def judge(
+    launches: Sequence[tuple[Launch, list[str]]],
+    limit: int,
+    *,
+    every: bool,
+    report: Callable[[Verdict], Any],
+) -> None:
+    """Compile the launches for the claimed GPU, whose blocks have `limit` bytes of shared memory.
+
+    Those of a launch's configurations that ask for little are tried first; without `every` no more
+    are tried once one compiles and fits. The compiler's own failed assertions end its process, so
+    each launch has a process; as many run at once as there are cores. `report` gets each verdict.
+    """
+    prepare_to_compile()
+    context = multiprocessing.get_context("fork")
+    waiting = [_Task(launch, uses) for launch, uses in reversed(launches)]
+    running: dict[Any, tuple[_Task, Any]] = {}
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            task = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process: Any = context.Process(target=_compile, args=(task, limit, every, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = task, process
+        for connection in wait(list(running)):
+            task, process = running[connection]
+            shared: int | None
+            error: str
+            try:
+                shared, error = typing.cast(Connection, connection).recv()
+            except EOFError:
+                del running[connection]
+                process.join()
+                if process.exitcode == 0:
+                    report(task.verdict)
+                    continue
+                shared, error = None, f"the compiler's process ended with {process.exitcode}"
+                waiting.append(task)
+            variant = task.variants[task.done]
+            task.verdict.add(_text(variant.configuration), shared, error, limit)
+            task.done += 1
+
+
+def _compile(task: _Task, limit: int, every: bool, connection: Connection) -> None:
+    end_with_parent()
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # for what the compiler itself writes
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    for variant in task.variants[task.done :]:
+        try:
+            shared = compiled_shared_memory(variant)
+        except Exception as error:  # Triton's compiler raises many kinds
+            connection.send((None, f"{type(error).__name__}: {one_line(error)}"))
+            continue
+        connection.send((shared, ""))
+        if shared <= limit and not every:
+            break
+
+
+def _text(configuration: tuple[tuple[str, Any], ...]) -> str:
+    return " ".join(f"{name}={value}" for name, value in configuration)

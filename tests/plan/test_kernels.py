@@ -1,0 +1,250 @@
+"""Kernels noted, compiled and judged for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import unittest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flame_composer.config.load import load
+from flame_composer.config.plan import PlanConfig
+from flame_composer.model.hf_config import build_hf_config
+from flame_composer.plan.compiling import Verdict
+from flame_composer.plan.kernels import GPUS, SHARED_MEMORY, Checked, compiler
+from flame_composer.plan.memory import DEVICES
+from flame_composer.upstream.cuda import PretendedCuda
+from tests import compile_table
+from tests.runs import ROOT, last_json, run_script
+
+
+def plan_config(name: str, device: str, *keys: str) -> PlanConfig:
+    return load(PlanConfig, [f"{ROOT}/yamls/{name}.yaml", "devices=1", f"device={device}", *keys])
+
+
+# What passes for a GPU
+
+
+@pytest.fixture
+def autocast_lists(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The lists by which torch tests its own, without what else its tests import."""
+    name = "torch.testing._internal.common_utils"
+    stand_in = types.SimpleNamespace(TEST_WITH_ROCM=False, TestCase=unittest.TestCase)
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    return importlib.import_module("torch.testing._internal.autocast_test_lists").AutocastTestLists
+
+
+# Of torch's lists: what no model calls, and an entry that does not fit its own list.
+NOT_CALLED = re.compile(r"_convolution|cudnn_.*|.*_cell|nll_loss2d|chain_matmul|linalg_.*|einsum")
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_cuda(autocast_lists: Any, half: torch.dtype) -> None:
+    checked = 0
+    owners = {"torch": torch, "nn": torch.nn.functional, "methods": torch.Tensor}
+    with PretendedCuda():
+        lists = autocast_lists(torch.device("cuda"))
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", half)
+        try:
+            for owner, kind in itertools.product(owners, ("fp16", "fp32")):
+                for name, args, *keywords in getattr(lists, f"{owner}_{kind}", ()):
+                    if NOT_CALLED.fullmatch(name):
+                        continue
+                    result = getattr(owners[owner], name)(*args, **(keywords or [{}])[0])
+                    assert result.dtype == (half if kind == "fp16" else torch.float32), name
+                    checked += 1
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", torch.float16)
+    assert checked > 60
+
+
+def test_what_has_no_values_passes_for_cuda() -> None:
+    with PretendedCuda():
+        made = torch.zeros(3, device="cuda")
+        assert (made.device.type, made.is_cuda) == ("cuda", True)
+        index = torch.tensor([2, 0])
+        assert (index.device.type, index.tolist()) == ("cpu", [2, 0])
+        assert made[index].is_cuda
+        assert (made * torch.tensor([1, 2, 3])).is_cuda
+    assert made.is_meta
+
+
+# Launches
+
+
+FOLLOW = """
+import json, sys
+from flame_composer.plan.kernels import GPUS
+from flame_composer.upstream.cuda import claim_device
+from flame_composer.upstream.triton import claim_gpu
+
+gpu = GPUS[sys.argv[1]]
+claim_gpu(gpu.capability, gpu.shared_memory, gpu.multiprocessors)
+claim_device(gpu.capability)
+from flame_composer import cpu
+cpu.enable()
+from flame_composer.plan.compiling import judge
+from flame_composer.plan.launches import Steps, follow
+
+model = {"vocab_size": 512, "num_hidden_layers": 4} | json.loads(sys.argv[2])
+followed = follow(Steps(model, 2, 256, (True,), "bfloat16", "bfloat16", None))
+family = [each for each in followed.launches if each[0].kernel == sys.argv[3]][:1]
+verdicts = []
+judge(family, gpu.shared_memory, every=True, report=verdicts.append)
+print(json.dumps({
+    "failures": followed.failures,
+    "kernels": sorted({launch.kernel for launch, _ in followed.launches}),
+    "uses": sorted({use for _, uses in followed.launches for use in uses}),
+    "configurations": [dict(v.configuration) for launch, _ in family for v in launch.variants],
+    "types": json.loads(family[0][0].variants[0].specialization)["signature"],
+    "verdicts": [vars(verdict) for verdict in verdicts],
+}))
+"""
+
+
+def followed(device: str, model: dict[str, Any], kernel: str, folder: Path) -> dict[str, Any]:
+    """What `follow` finds for a small model, and all configurations of a kernel's first launch.
+
+    In a process of its own: what fla takes its GPU for is decided when it is imported.
+    """
+    (folder / "follow.py").write_text(FOLLOW)
+    process = subprocess.run(
+        [sys.executable, folder / "follow.py", device, json.dumps(model), kernel],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_a_family_of_kernels_on_two_architectures(tmp_path: Path) -> None:
+    """All its configurations compile, and which there are depends on the architecture."""
+    model = {"model_type": "gla", "hidden_size": 256, "num_heads": 2}
+    h100, a10 = (
+        followed(device, model, "chunk_local_cumsum_vector_kernel", tmp_path)
+        for device in ("h100", "a10")
+    )
+    for found in (h100, a10):
+        assert found["failures"] == {}
+        assert found["uses"] == ["evaluation", "generation", "training, packed"]
+        assert {"chunk_gla_bwd_kernel_intra", "fused_recurrent_fwd_kernel"} < set(found["kernels"])
+        assert (found["types"]["s"], found["types"]["cu_seqlens"]) == ("*bf16", "*i64")
+        (verdict,) = found["verdicts"]
+        assert verdict["uses"] == ["training, packed", "evaluation"]
+        assert verdict["compiled"] == verdict["configurations"] == len(found["configurations"])
+        assert verdict["errors"] == {}
+        assert 0 < verdict["least"] < verdict["most"]
+        assert verdict["fit"] == verdict["configurations"]
+    assert h100["kernels"] == a10["kernels"]
+    sizes = [{each["BS"] for each in found["configurations"]} for found in (h100, a10)]
+    assert sizes == [{32, 64}, {16, 32}], "fla's BS_LIST for much and for little shared memory"
+    assert a10["verdicts"][0]["least"] < h100["verdicts"][0]["least"]
+
+
+def test_a_head_that_is_too_large_for_an_architecture(tmp_path: Path) -> None:
+    """Softmax attention over heads of 256 channels, whose tiles fla does not divide further."""
+    model = {"model_type": "forgetting_transformer", "hidden_size": 256, "num_heads": 1}
+    found = followed("a10", model, "parallel_attn_fwd_kernel", tmp_path)
+    (verdict,) = (Verdict(**each) for each in found["verdicts"])
+    assert (verdict.fit, verdict.compiled) == (0, verdict.configurations)
+    assert verdict.least is not None
+    assert verdict.least > 99 << 10
+    hf_config = build_hf_config({**model, "vocab_size": 512}, None, 256, to_run=False)
+    (line,) = Checked(GPUS["a10"], [verdict], {}).warnings("a10", hf_config)
+    assert re.fullmatch(
+        r"no configuration of parallel_attn_fwd_kernel \(training, packed.*\) fits a10 \(sm_86\):"
+        r" the least, num_warps=\d num_stages=\d, asks for 104.2 KB of shared memory a block, and"
+        r" there are 99; give the model more heads, or take another device",
+        line,
+    )
+
+
+# What a plan says
+
+
+def test_every_gpu_has_its_architecture() -> None:
+    assert set(GPUS) == set(DEVICES)
+    assert {gpu.capability for gpu in GPUS.values()} == set(SHARED_MEMORY)
+
+
+def test_no_kernels_are_compiled_unless_asked_for() -> None:
+    with compiler(plan_config("gla_tiny", "h100", "kernels=none")) as started:
+        assert started is None
+    with compiler(plan_config("gla_tiny", "cpu")) as started:
+        assert started is None
+    with compiler(plan_config("gla_tiny", "h100")) as started:
+        assert started is not None
+        assert started.process.poll() is None
+    assert started.process.poll() is not None, "it ends with the plan"
+
+
+def test_a_head_that_no_kernel_takes_is_named() -> None:
+    """With the reason, the remedy and what fla has there, and no traceback."""
+    process = run_script(
+        "recipes/plan.py",
+        f"{ROOT}/yamls/gated_deltanet_340m.yaml",
+        "devices=1",
+        "device=a10",
+        "dataset_tokens=10_000_000_000",
+        "model.config.head_dim=512",
+        "model.config.hidden_size=64",
+        "model.config.num_heads=1",
+        "model.config.vocab_size=512",
+    )
+    plan = last_json(process)
+    refused = [line for line in plan["warnings"] if "head dimension larger than 256" in line]
+    assert len(refused) == 3, plan["warnings"]
+    assert refused[0].startswith("training, packed: fla refuses it on a GPU")
+    assert plan["kernels"]["failures"].keys() == {"training, packed", "evaluation", "generation"}
+    assert all(verdict["fit"] for verdict in plan["kernels"]["verdicts"])
+    assert f"{len(plan['kernels']['verdicts'])} launches have a configuration" in process.stdout
+
+
+def test_what_does_not_fit_is_told_in_one_line() -> None:
+    hf_config = build_hf_config(
+        {"model_type": "gla", "vocab_size": 512, "num_heads": 1}, None, 64, to_run=False
+    )
+    large, broken = Verdict("large", ["training, packed"], 2), Verdict("broken", ["generation"], 1)
+    for stages in (2, 3):
+        large.add(f"BK=128 num_stages={stages}", stages * 60 << 10, "", 99 << 10)
+    broken.add("BK=16", None, "PTXASError: no", 99 << 10)
+    lines = Checked(GPUS["a10"], [large, large, broken], {}).warnings("a10", hf_config)
+    assert lines == [
+        "no configuration of large (training, packed) fits a10 (sm_86): the least, BK=128"
+        " num_stages=2, asks for 120 KB of shared memory a block, and there are 99; give the model"
+        " a smaller expand_k or expand_v, or more num_heads, or take another device",
+        "no configuration of broken (generation) compiles for a10 (sm_86): PTXASError: no; take"
+        " another device or model",
+    ]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(14400)
+@pytest.mark.skipif(
+    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes an hour: make test-faults"
+)
+def test_every_recipe_fits_every_architecture(tmp_path: Path) -> None:
+    """The table of docs/gpu.md."""
+    results = tmp_path / "results.jsonl"
+    compile_table.compile_all(results, False, compile_table.recipes())
+    rows = list(compile_table.read(results))
+    assert len(rows) == len(compile_table.recipes()) * len(SHARED_MEMORY)
+    for row in rows:
+        where = row["recipe"], row["capability"]
+        assert row["verdicts"], where
+        assert all(verdict["fit"] for verdict in row["verdicts"]), where
+        assert set(row["failures"]) <= compile_table.REFUSED.get(row["recipe"], set()), where
