@@ -362,17 +362,19 @@ class Interpreted:
             process.communicate()
 
 
-# Heads that are wider than a tile, so that its size decides how sums are split
+# A head is wider than a tile, so that a tile's size decides how sums are split
 SMALL = (
     "model.config.num_hidden_layers=1",
-    "model.config.hidden_size=128",
+    "model.config.hidden_size=64",
     "model.config.num_heads=1",
     "model.config.expand_k=1.0",
-    "max_duration=5ba",
-    "scheduler.warmup=1ba",
+    "global_batch_size=2",
+    "microbatch_size=1",
+    "max_duration=4ba",
+    "scheduler.warmup=0ba",
     "save_interval=2ba",
     "eval_interval=4ba",
-    "eval_data.max_rows=3",
+    "eval_data.max_rows=1",
 )
 
 
@@ -409,7 +411,7 @@ def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
 @SLOW
 def test_genuine_kernels_and_those_of_a_cpu_train_alike(corpus: Corpus, tmp_path: Path) -> None:
     """Packed documents, microbatches, evaluation, checkpoints either way, and generation."""
-    keys = (*SMALL, "eval_interval=2ba", "max_duration=6ba", "varlen=true")
+    keys = (*SMALL, "eval_interval=2ba", "varlen=true")
     genuine, ours = tmp_path / "genuine", tmp_path / "ours"
     started = Interpreted(1, *corpus.keys(genuine, *keys))
     check(Script("recipes/train.py", *corpus.keys(ours, *keys)).wait())
@@ -428,7 +430,7 @@ def test_genuine_kernels_and_those_of_a_cpu_train_alike(corpus: Corpus, tmp_path
     assert_alike(crossed["ours_on"], ours)
     command = [
         "recipes/generate.py",
-        f"model={genuine}/checkpoints/ba6.pt",
+        f"model={genuine}/checkpoints/ba4.pt",
         "prompt=kat loman",
         "temperature=0",
         "max_new_tokens=12",
@@ -448,7 +450,7 @@ def test_genuine_kernels_and_those_of_a_cpu_train_alike(corpus: Corpus, tmp_path
 
 def assert_alike(run: Path, other: Path) -> None:
     ours, theirs = read_log(run), read_log(other)
-    assert len(ours) == len(theirs) == 6
+    assert len(ours) == len(theirs) == 4
     for mine, yours in zip(ours, theirs, strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
             assert (mine.get(key) is None) == (yours.get(key) is None)
