@@ -92,6 +92,8 @@ class Checked:
         where = f"{verdict.kernel} ({', '.join(verdict.uses)})"
         if verdict.least is None:
             reason = max(verdict.errors, key=lambda error: verdict.errors[error])
+            if self.gpu.capability == 120:
+                reason += " (triton 3.3.0 cannot multiply matrices there: triton issue 6087)"
             return (
                 f"no configuration of {where} compiles for {there}: {reason}; take another device"
                 " or model"
