@@ -25,8 +25,8 @@ class PlanConfig(TrainConfig):
     devices: int = MISSING
     """Number of GPUs in a machine, or of processes on CPUs."""
     device: Literal[
-        "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "a10", "rtx3090",
-        "rtx4090", "rtx5090", "rtx_pro_6000", "cpu"
+        "a100", "a100_40gb", "h100", "h100_pcie", "h200", "b200", "l40s", "l4", "a10", "rtx4090",
+        "rtx5090", "cpu"
     ] = MISSING  # fmt: skip
     """Kind of device; h100 and h200 are SXM modules, a100 has 80 GB."""
     kernels: Literal["one", "every", "none"] = "one"

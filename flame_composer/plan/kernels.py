@@ -52,7 +52,6 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
         "a100": Gpu(80, 108),
         "a100_40gb": Gpu(80, 108),
         "a10": Gpu(86, 72),
-        "rtx3090": Gpu(86, 82),
         "l40s": Gpu(89, 142),
         "l4": Gpu(89, 58),
         "rtx4090": Gpu(89, 128),
@@ -61,7 +60,6 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
         "h200": Gpu(90, 132),
         "b200": Gpu(100, 148),
         "rtx5090": Gpu(120, 170),
-        "rtx_pro_6000": Gpu(120, 188),
     }
 )
 _SIZES = ("head_dim", "expand_k", "expand_v", "expand_ratio", "num_slots", "state_size")
@@ -94,6 +92,8 @@ class Checked:
         where = f"{verdict.kernel} ({', '.join(verdict.uses)})"
         if verdict.least is None:
             reason = max(verdict.errors, key=lambda error: verdict.errors[error])
+            if self.gpu.capability == 120:
+                reason += " (triton 3.3.0 cannot multiply matrices there: triton issue 6087)"
             return (
                 f"no configuration of {where} compiles for {there}: {reason}; take another device"
                 " or model"

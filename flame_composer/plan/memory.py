@@ -30,8 +30,8 @@ class Device:
 
 # From NVIDIA's data sheets, in TFLOPS: A100 (312); and with sparsity, which doubles the peak: H100
 # (SXM 1979, PCIe 1513), H200 (1979), HGX B200 (36 PFLOPS for eight), L40S (733), L4 (242), A10
-# (250). Of RTX cards from the whitepapers of their architectures, accumulating in fp32: RTX 3090
-# (71), 4090 (165.2), 5090 (209.5), PRO 6000 Blackwell (503.8).
+# (250). Of RTX cards from the whitepapers of their architectures, accumulating in fp32: RTX 4090
+# (165.2), 5090 (209.5).
 DEVICES = {
     "a100": Device(312e12, 80_000_000_000),
     "a100_40gb": Device(312e12, 40_000_000_000),
@@ -42,10 +42,8 @@ DEVICES = {
     "l40s": Device(362e12, 48_000_000_000),
     "l4": Device(121e12, 24_000_000_000),
     "a10": Device(125e12, 24_000_000_000),
-    "rtx3090": Device(71e12, 24_000_000_000),
     "rtx4090": Device(165e12, 24_000_000_000),
     "rtx5090": Device(209.5e12, 32_000_000_000),
-    "rtx_pro_6000": Device(503.8e12, 96_000_000_000),
 }
 
 # Bytes of CUDA's context, libraries and communication buffers: assumed, not computed.

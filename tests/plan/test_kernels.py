@@ -246,5 +246,7 @@ def test_every_recipe_fits_every_architecture(tmp_path: Path) -> None:
     for row in rows:
         where = row["recipe"], row["capability"]
         assert row["verdicts"], where
-        assert all(verdict["fit"] for verdict in row["verdicts"]), where
+        fits = all(verdict["fit"] for verdict in row["verdicts"])
+        multiplies = row["recipe"] != "mamba2_340m"  # whose kernels are norms and convolutions
+        assert fits == (row["capability"] != compile_table.NOT_FOR or not multiplies), where
         assert set(row["failures"]) <= compile_table.REFUSED.get(row["recipe"], set()), where
