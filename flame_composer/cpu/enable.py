@@ -15,7 +15,9 @@ import importlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -133,7 +135,22 @@ def install_stub_driver() -> None:
         driver.set_active(NoGPU())
 
 
+_own_kernels = ContextVar("own_kernels", default=False)
+
+
+@contextmanager
+def own_kernels() -> Iterator[None]:
+    """Let fla take its own code for CPU tensors, too, in the body; see `cpu.launches`."""
+    token = _own_kernels.set(True)
+    try:
+        yield
+    finally:
+        _own_kernels.reset(token)
+
+
 def _on_cpu(*args: Any, **kwargs: Any) -> bool:
+    if _own_kernels.get():
+        return False
     return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type == "cpu"
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes used on each device, by part, at the peak: in the backward pass of the loss."""
+    """Bytes used on each device, by part, at the peak of a training step."""
 
     weights: int
-    copies: int  # of the weights, in the precision that is computed with
+    copies: int  # of the weights, gathered or in the precision that is computed with
     gradients: int
+    buffers: int  # that gradients are reduced in
     optimizer: int
     activations: int
     logits: int  # with their copies in the loss
     process: int
+    counted: bool  # by torch's own books; else estimated by formula
 
     def parts(self) -> dict[str, int]:
         """Return the bytes of each part by the name that people are shown."""
@@ -25,6 +27,7 @@ class Memory:
             "weights": self.weights,
             "copies for computing": self.copies,
             "gradients": self.gradients,
+            "reduced gradients": self.buffers,
             "optimizer": self.optimizer,
             "activations": self.activations,
             "logits and loss": self.logits,

@@ -111,7 +111,7 @@ def _kept_by(module: torch.nn.Module) -> int:
 def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
     """Return the bytes used on each device, by part, at the peak of a training step."""
     is_cpu = config.device == "cpu"
-    fsdp = config.parallelism.fsdp if not is_cpu or config.parallelism.cpu_fsdp else None
+    fsdp = config.parallelism.fsdp if is_sharded(config) else None
     world = config.devices * config.nodes
     replicas = (
         (fsdp.replicas or config.nodes) if fsdp and fsdp.sharding_strategy == "HYBRID_SHARD" else 1
@@ -128,10 +128,11 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
     else:  # autocast keeps copies of its own
         copies = size.work.multiplied * width if width < 4 else 0
     gradients = 4 * size.trained // shards
+    buffers = 0
     if shards > 1:
-        gradients += size.largest_block * copy_width  # of a block, before they are sharded
+        buffers = size.largest_block * copy_width  # of a block, before they are sharded
     elif world > 1:
-        gradients *= 2  # DistributedDataParallel copies them into buckets
+        buffers = gradients  # DistributedDataParallel copies them into buckets
     tokens = microbatch_size * config.context_length
     kept = size.kept
     work = size.work
@@ -151,6 +152,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         weights=4 * size.parameters // shards,
         copies=copies,
         gradients=gradients,
+        buffers=buffers,
         optimizer=8 * size.trained // shards,
         activations=tokens * kept * width,
         logits=(
@@ -159,8 +161,20 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
             * _bytes_per_logit(size, is_cpu, width)
             // (8 if size.linear_loss else 1)
         ),
-        process=CPU_PROCESS if is_cpu else GPU_PROCESS,
+        process=process_memory(config),
+        counted=False,
     )
+
+
+def is_sharded(config: PlanConfig) -> bool:
+    """Return whether FSDP2 shards the model on these devices."""
+    on_cpu = config.device == "cpu" and not config.parallelism.cpu_fsdp
+    return config.parallelism.fsdp is not None and not on_cpu
+
+
+def process_memory(config: PlanConfig) -> int:
+    """Return the bytes that a process takes beside tensors: a constant for each kind of device."""
+    return CPU_PROCESS if config.device == "cpu" else GPU_PROCESS
 
 
 def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
