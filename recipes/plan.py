@@ -17,17 +17,25 @@ from flame_composer.config.plan import PlanConfig
 
 
 def main(config: PlanConfig) -> None:
-    from flame_composer.plan import planning
-    from flame_composer.plan.advice import warnings
-    from flame_composer.plan.memory import read_size
-    from flame_composer.plan.supply import find_supply
-    from flame_composer.plan.table import describe
+    from flame_composer.plan.counting import counting
 
-    found = find_supply(config)
-    supply = None if isinstance(found, str) else found
-    size = read_size(planning.find_hf_config(config, supply), config.lora)
-    plan = planning.draw_up(config, size, supply)
+    with counting() as counter:  # it starts while the lines below import
+        from flame_composer.plan import planning
+        from flame_composer.plan.advice import warnings
+        from flame_composer.plan.fitting import count_or_estimate
+        from flame_composer.plan.memory import read_size
+        from flame_composer.plan.supply import find_supply
+        from flame_composer.plan.table import describe
+
+        found = find_supply(config)
+        supply = None if isinstance(found, str) else found
+        hf_config = planning.find_hf_config(config, supply)
+        size = read_size(hf_config, config.lora)
+        count, why_not = count_or_estimate(config, hf_config, size, counter)
+        plan = planning.draw_up(config, size, supply, count)
     wrong = warnings(config, plan)
+    if why_not is not None:
+        wrong.append(f"memory is estimated by formula, because no step can be counted: {why_not}")
     if isinstance(found, str):
         wrong.append(
             "the training data cannot be read, so the plan leaves it out; give dataset_tokens"

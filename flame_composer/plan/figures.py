@@ -127,6 +127,7 @@ class Plan:
         content["memory"] = {
             "parts": self.memory.parts(),
             "total": self.memory.total,
+            "counted": self.memory.counted,
             "device": content.pop("device_memory"),
         }
         return {**content, "warnings": warnings}

@@ -109,7 +109,10 @@ def _kept_by(module: torch.nn.Module) -> int:
 
 
 def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
-    """Return the bytes used on each device, by part, at the peak of a training step."""
+    """Return the bytes used on each device, by part, at the peak of a training step, by formula.
+
+    It is for a model whose steps torch cannot count here (`plan.step`).
+    """
     is_cpu = config.device == "cpu"
     fsdp = config.parallelism.fsdp if is_sharded(config) else None
     world = config.devices * config.nodes
@@ -186,17 +189,6 @@ def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
     if is_cpu or width == 4:
         return 16
     return 3 * width if size.fused_loss else 2 * width + 10
-
-
-def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
-    """Return the largest microbatch that fits into memory, or None if not even one row does.
-
-    Only sizes that divide a device's share of the global batch are considered.
-    """
-    batch, world = config.global_batch_size, config.devices * config.nodes
-    divide = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
-    there = FILL * device_memory(config)
-    return max((rows for rows in divide if memory(config, size, rows).total <= there), default=None)
 
 
 def device_memory(config: PlanConfig) -> int:

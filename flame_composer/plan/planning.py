@@ -14,14 +14,9 @@ from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
 from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
+from flame_composer.plan.fitting import Count, largest_microbatch
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
-from flame_composer.plan.memory import (
-    DEVICES,
-    Size,
-    device_memory,
-    largest_microbatch,
-    memory,
-)
+from flame_composer.plan.memory import DEVICES, Size, device_memory
 from flame_composer.plan.supply import Supply
 from flame_composer.text.tokenizer import load_tokenizer
 
@@ -53,11 +48,12 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
     return build_hf_config(keys, tokenizer, config.context_length, to_run=False)
 
 
-def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
+def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count) -> Plan:
     """Return all figures of the run of `config`, in bytes, seconds and tokens.
 
-    `supply` is None if the datasets cannot be read. Raise InvalidField if that is so and the run's
-    length is given in epochs.
+    `supply` is None if the datasets cannot be read. `count` returns the memory of a step with a
+    number of rows at a time. Raise InvalidField if there is no supply and the run's length is given
+    in epochs.
     """
     epoch = supply.batches_per_epoch if supply else None
     steps = config.in_batches(config.max_duration, epoch)
@@ -69,7 +65,7 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
     tokens_per_step = config.global_batch_size * config.context_length
     tokens = steps * tokens_per_step
     flops_per_token = size.work.flops_per_token(config.context_length)
-    fits = largest_microbatch(config, size)
+    fits = largest_microbatch(config, count)
     microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else fits or 1
     time = _time(config, steps, flops_per_token)
     checkpoints = _checkpoints(config, size, steps, epoch, time)
@@ -89,7 +85,7 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
         tokens_per_parameter=tokens / size.parameters,
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
-        memory=memory(config, size, microbatch),
+        memory=count(microbatch),
         device_memory=device_memory(config),
         warmup_steps=config.in_batches(config.scheduler.warmup, epoch, steps),
         data=_data(config, supply, steps) if supply else None,

@@ -80,7 +80,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.largest_microbatch_size is not None:
         fits = f"up to microbatch_size={plan.largest_microbatch_size} fits"
     parts = {**plan.memory.parts(), "together": plan.memory.total}
+    how = "counted by torch" if plan.memory.counted else "estimated by formula"
     return [
-        f"memory of a device ({format_bytes(plan.device_memory)}; {fits}), estimated",
-        *(f"  {name:16}{format_bytes(count):>12}" for name, count in parts.items()),
+        f"memory of a device ({format_bytes(plan.device_memory)}; {fits}), {how}",
+        *(f"  {name:20}{format_bytes(count):>12}" for name, count in parts.items()),
     ]
