@@ -43,7 +43,7 @@ def counting() -> Iterator[Callable[[PlanConfig, PretrainedConfig, int], Memory]
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(
-            [sys.executable, "-c", COMMAND],
+            [sys.executable, "-P", "-c", COMMAND],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
@@ -64,11 +64,12 @@ def _ask(
     hf_config: PretrainedConfig,
     rows: int,
 ) -> Memory:
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         pickle.dump((config, hf_config, rows), process.stdin)
         process.stdin.flush()
-        answer = pickle.load(process.stdout)
+        answer = pickle.load(process.stdout)  # noqa: S301 (of our own process)
     except (BrokenPipeError, EOFError):
         status = process.wait()
         said.seek(0)
@@ -98,7 +99,7 @@ def serve() -> None:
     cpu.enable()  # before the config of a model of fla is read
     while True:
         try:
-            question: Any = pickle.load(sys.stdin.buffer)
+            question: Any = pickle.load(sys.stdin.buffer)  # noqa: S301 (of our own process)
         except EOFError:
             return
         try:

@@ -39,6 +39,11 @@ class Memory:
         """The bytes of all parts together."""
         return sum(self.parts().values())
 
+    @property
+    def tensors(self) -> int:
+        """The bytes of all parts but the process, which are those of tensors."""
+        return self.total - self.process
+
 
 @dataclass(frozen=True)
 class Data:
@@ -63,6 +68,8 @@ class Time:
     seconds_per_step: float
     seconds: float
     cost: float | None
+    mfu: float | None  # None if the speed was measured
+    mfu_source: str | None  # None if the speed or the MFU was given
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ FILL = 0.9  # share of a device's memory that can be used; the rest is lost to f
 class Size:
     """The sizes of a model that follow from its modules, read without memory for its weights."""
 
+    model_type: str
     parameters: int  # tied ones count once
     trained: int  # parameters
     work: Work  # for one token
@@ -85,6 +86,7 @@ def read_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> Si
     is_fla = type(model).__module__.startswith("fla.")
     shape = hf_config.get_text_config()
     return Size(
+        model_type=hf_config.model_type,
         parameters=count_parameters(model),
         trained=count_trained(model),
         work=count_work(model),

@@ -19,6 +19,7 @@ from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PretrainedConfig
 
 from flame_composer.batch import IGNORE
@@ -80,6 +81,8 @@ def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Me
             stack.enter_context(attention_as_on_gpus())
             stack.enter_context(offloading_as_on_gpus())
         stack.enter_context(_ranks(config.devices * config.nodes))
+        # An exception ends recomputation early, and fake tensors then stay referred to from C++.
+        stack.enter_context(set_checkpoint_early_stop(False))
         batch = _batch(rows, config.context_length)
         fakes = Fakes()
         model = _build(config, hf_config, fakes)

@@ -22,6 +22,7 @@ def describe(plan: Plan, warnings: list[str]) -> list[str]:
         ("training FLOPs", f"{plan.flops:.3g}"),
         *(_data_rows(plan.data) if plan.data else []),
         ("time", _time(plan.time)),
+        *(_mfu_rows(plan.time) if plan.time else []),
         *(_checkpoint_rows(plan.checkpoints) if plan.checkpoints else []),
         *(_preemption_rows(plan.preemption) if plan.preemption else []),
     ]
@@ -54,6 +55,15 @@ def _time(time: Time | None) -> str:
     cost = "" if time.cost is None else f", cost {time.cost:,.2f}"
     speed = f"{time.seconds_per_step:.3g} s a step, {time.tokens_per_second:,.0f} tokens/s"
     return f"{format_seconds(time.seconds)}, {speed}{cost}"
+
+
+def _mfu_rows(time: Time) -> Rows:
+    if time.mfu_source is None or time.mfu is None:
+        return []
+    return [
+        ("assumed", f"{time.mfu:.0%} of the peak (mfu), until you have measured it:"),
+        ("", time.mfu_source),
+    ]
 
 
 def _checkpoint_rows(saved: Checkpoints) -> Rows:

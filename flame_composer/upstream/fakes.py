@@ -53,15 +53,15 @@ def _broadcast_size(tensors: list[Tensor]) -> int:
 
 # AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE of torch's autocast_mode.h: what models compute
 # in fp32 under autocast on a GPU. On a CPU most of it stays in half precision.
-_IN_FP32 = (
-    "exp expm1 log log10 log2 log1p reciprocal rsqrt pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar"
-    " softplus layer_norm group_norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss"
-    " huber_loss mse_loss binary_cross_entropy_with_logits dist logsumexp"
-).split()
-_TO_FP32 = (
-    "prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm"
-    " sum sum.dim_IntList"
-).split()
+_IN_FP32 = """
+    exp expm1 log log10 log2 log1p reciprocal rsqrt pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar
+    softplus layer_norm group_norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss
+    huber_loss mse_loss binary_cross_entropy_with_logits dist logsumexp
+"""
+_TO_FP32 = """
+    prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm
+    sum sum.dim_IntList
+"""
 
 
 @contextmanager
@@ -71,9 +71,9 @@ def autocast_as_on_gpus() -> Iterator[None]:
     Upstream: torch 2.7.0, the `AutocastCPU` kernels of ATen/autocast_mode.cpp.
     Mends: its rules for CPUs are others, so that a step on CPU tensors would keep other bytes.
     """
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+    library = torch.library.Library("aten", "IMPL")
     for names, wrap in ((_IN_FP32, _on_fp32), (_TO_FP32, _giving_fp32)):
-        for name in names:
+        for name in names.split():
             base, _, overload = name.partition(".")
             operation = getattr(getattr(torch.ops.aten, base), overload or "default")
             library.impl(operation, wrap(operation), "AutocastCPU")
