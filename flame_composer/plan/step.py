@@ -19,7 +19,6 @@ from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PretrainedConfig
 
 from flame_composer.batch import IGNORE
@@ -39,6 +38,7 @@ from flame_composer.upstream.fakes import (
     attention_as_on_gpus,
     autocast_as_on_gpus,
     offloading_as_on_gpus,
+    recomputing_of_fakes,
 )
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 
@@ -68,8 +68,11 @@ def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Me
     """Return the bytes on each device, by part, at the peak of a step with `rows` rows at a time.
 
     The process must be one that trains nothing: it gets a process group with ranks that do not
-    exist. Raise whatever the model raises if it cannot run without a GPU.
+    exist. Raise whatever the model raises if it cannot run without a GPU, and ValueError if fla's
+    activations are offloaded: its functions then seem to keep them.
     """
+    if config.parallelism.activation_cpu_offload and type(hf_config).__module__.startswith("fla."):
+        raise ValueError("what a model of fla offloads cannot be told from what it keeps")
     with ExitStack() as stack:
         # The trackers warn of every module that recomputation hides from them, torch of operations
         # that are replaced.
@@ -81,8 +84,7 @@ def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Me
             stack.enter_context(attention_as_on_gpus())
             stack.enter_context(offloading_as_on_gpus())
         stack.enter_context(_ranks(config.devices * config.nodes))
-        # An exception ends recomputation early, and fake tensors then stay referred to from C++.
-        stack.enter_context(set_checkpoint_early_stop(False))
+        stack.enter_context(recomputing_of_fakes())
         batch = _batch(rows, config.context_length)
         fakes = Fakes()
         model = _build(config, hf_config, fakes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +12,11 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from composer.distributed import activation_checkpointing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.utils._pytree import tree_leaves
 
 # Real tensors are computed with for real as long as they are small: token ids, offsets, masks.
@@ -72,11 +76,13 @@ def autocast_as_on_gpus() -> Iterator[None]:
     Mends: its rules for CPUs are others, so that a step on CPU tensors would keep other bytes.
     """
     library = torch.library.Library("aten", "IMPL")
-    for names, wrap in ((_IN_FP32, _on_fp32), (_TO_FP32, _giving_fp32)):
-        for name in names.split():
-            base, _, overload = name.partition(".")
-            operation = getattr(getattr(torch.ops.aten, base), overload or "default")
-            library.impl(operation, wrap(operation), "AutocastCPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for names, wrap in ((_IN_FP32, _on_fp32), (_TO_FP32, _giving_fp32)):
+            for name in names.split():
+                base, _, overload = name.partition(".")
+                operation = getattr(getattr(torch.ops.aten, base), overload or "default")
+                library.impl(operation, wrap(operation), "AutocastCPU")
     try:
         yield
     finally:
@@ -165,4 +171,18 @@ def offloading_as_on_gpus() -> Iterator[None]:
         )
 
     with patch.object(checkpoint_wrapper, "save_on_cpu", away):
+        yield
+
+
+@contextmanager
+def recomputing_of_fakes() -> Iterator[None]:
+    """Make Composer's activation checkpointing recompute blocks in a way that fake tensors survive.
+
+    Both ways keep the same: the inputs of each block, and of one block what it keeps.
+
+    Upstream: composer 0.32.1, `activation_checkpointing.CheckpointImpl.NO_REENTRANT`.
+    Mends: with torch 2.7.0 it makes C++ hold fake tensors that custom autograd functions save.
+    """
+    ways = types.SimpleNamespace(NO_REENTRANT=CheckpointImpl.REENTRANT)
+    with patch.object(activation_checkpointing, "CheckpointImpl", ways):
         yield

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -78,6 +77,7 @@ ON_CPU = ("devices=1", "device=cpu")
         ("gla_tiny", ()),
         ("gla_tiny", ("global_batch_size=16",)),
         ("gla_tiny", ("varlen=false", "model.config.vocab_size=16384")),
+        ("gla_tiny", ("parallelism.activation_checkpointing=true",)),
         ("transformer_tiny", ()),
         ("transformer_tiny", ("parallelism.activation_checkpointing=true",)),
     ],
@@ -126,7 +126,7 @@ def test_parts_of_strategies_are_those_of_arithmetic(counted: Counted) -> None:
     assert shard.optimizer == pytest.approx(8 * N / 8, rel=0.01)
     full = counted("gla_340m", 1, FEW, "parallelism.fsdp.sharding_strategy=FULL_SHARD")
     # What is outside the blocks stays gathered, in bf16.
-    assert 2 * (N - size.in_blocks) <= full.copies < shard.copies <= 2.2 * N
+    assert 2 * (N - size.in_blocks) <= full.copies < shard.copies <= 2.5 * N
     replicas = "parallelism.fsdp.replicas=4"
     hybrid = counted(
         "gla_340m", 1, FEW, "parallelism.fsdp.sharding_strategy=HYBRID_SHARD", replicas
@@ -147,8 +147,9 @@ def test_every_recipe_is_counted_as_on_a_gpu(counted: Counted, name: str) -> Non
     one, two, four = (counted(name, rows, FEW) for rows in (4, 8, 16))
     assert two.total - one.total > 0
     assert four.total - two.total == pytest.approx(2 * (two.total - one.total), rel=0.02)
-    half = counted(name, 4, FEW, "precision=fp32")
-    assert 1.4 < half.activations / one.activations < 2.2
+    if "delta" not in name:  # the kernels of the delta rule refuse fp32
+        single = counted(name, 4, FEW, "precision=fp32")
+        assert 1.4 < single.activations / one.activations < 2.2
 
 
 def test_less_is_kept_when_it_is_recomputed(counted: Counted) -> None:
@@ -173,17 +174,15 @@ def test_the_largest_microbatch_is_one_that_was_counted(counted: Counted) -> Non
     assert len(set(asked)) <= 5
 
 
-def test_a_model_that_cannot_be_counted_is_estimated(counted: Counted) -> None:
-    """flash-attn is not here, and fla's transformer asks for it."""
-    config = config_of("gla_340m", FEW, "model.config.model_type=transformer", "varlen=true")
+def test_a_model_that_cannot_be_counted_is_estimated() -> None:
+    config = config_of("gla_340m", FEW, "parallelism.activation_cpu_offload=true")
     hf_config = find_hf_config(config, None)
     size = read_size(hf_config)
 
-    def counter(_: PlanConfig, __: Any, rows: int) -> Memory:
-        raise CannotCount(f"{rows} rows")
-
-    count, reason = count_or_estimate(config, hf_config, size, counter)
-    assert reason == "1 rows"
+    with counting() as counter:
+        count, reason = count_or_estimate(config, hf_config, size, counter)
+    assert reason is not None
+    assert "what a model of fla offloads cannot be told" in reason
     assert count(3) == estimate(config, size)(3)
     assert not count(3).counted
 
