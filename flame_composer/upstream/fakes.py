@@ -160,8 +160,7 @@ def offloading_as_on_gpus() -> Iterator[None]:
     """Make activations that are offloaded to the machine's memory leave the device that is counted.
 
     Upstream: torch 2.7.0, `checkpoint_wrapper.save_on_cpu`.
-    Mends: it moves tensors to the CPU, where fake ones are already, and pins them, which needs a
-    GPU.
+    Mends: it moves tensors to the CPU, which is where fake ones are already, so that they count.
     """
 
     def away(pin_memory: bool = False, device_type: str = "cuda") -> Any:  # noqa: ARG001
