@@ -56,9 +56,12 @@ def _index_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Yield each module of fla that holds a function of `fla.ops.utils.index`, its name and it."""
     from fla.ops.utils import index
 
-    found = {name: each for name, each in vars(index).items() if name.startswith("prepare_")}
+    found: dict[str, Any] = {
+        name: each for name, each in vars(index).items() if name.startswith("prepare_")
+    }
     plain = {name: each for name, each in found.items() if not hasattr(each, "fn")}  # no kernels
-    for module in list(sys.modules.values()):
+    modules: list[Any] = list(sys.modules.values())
+    for module in modules:
         if getattr(module, "__name__", "").startswith("fla."):
             for name, function in plain.items():
                 if vars(module).get(name) is function:

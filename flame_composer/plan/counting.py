@@ -8,14 +8,15 @@ starts while the one that asks is still importing.
 from __future__ import annotations
 
 import functools
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from flame_composer.config.plan import PlanConfig
@@ -66,19 +67,22 @@ def _ask(
 ) -> Memory:
     assert process.stdin is not None
     assert process.stdout is not None
+    question = {"config": asdict(config), "model": hf_config.to_dict(), "rows": rows}
     try:
-        pickle.dump((config, hf_config, rows), process.stdin)
+        process.stdin.write(json.dumps(question).encode() + b"\n")
         process.stdin.flush()
-        answer = pickle.load(process.stdout)  # noqa: S301 (of our own process)
-    except (BrokenPipeError, EOFError):
+    except BrokenPipeError:
+        pass  # it has ended, so there is no answer
+    line = process.stdout.readline()
+    if not line:
         status = process.wait()
         said.seek(0)
         last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
-        raise CannotCount(f"its process ended with status {status}: {last}") from None
+        raise CannotCount(f"its process ended with status {status}: {last}")
+    answer = json.loads(line)
     if isinstance(answer, str):
         raise CannotCount(answer)
-    assert isinstance(answer, Memory)
-    return answer
+    return Memory(**answer)
 
 
 def serve() -> None:
@@ -91,20 +95,22 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints
     import torch
+    from omegaconf import OmegaConf
+    from transformers import AutoConfig
 
     from flame_composer import cpu
     from flame_composer.plan.step import count_step
 
     torch.set_num_threads(1)
     cpu.enable()  # before the config of a model of fla is read
-    while True:
+    for line in sys.stdin:
+        question = json.loads(line)
+        plain = OmegaConf.merge(OmegaConf.structured(PlanConfig), question["config"])
+        config: Any = OmegaConf.to_object(plain)
         try:
-            question: Any = pickle.load(sys.stdin.buffer)  # noqa: S301 (of our own process)
-        except EOFError:
-            return
-        try:
-            answer: Memory | str = count_step(*question)
+            hf_config = AutoConfig.for_model(**question["model"])
+            answer: Any = asdict(count_step(config, hf_config, question["rows"]))
         except Exception as error:  # a model's own code may raise anything
             answer = f"{type(error).__name__}: {one_line(error)}"
-        pickle.dump(answer, answers)
+        answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
