@@ -18,11 +18,14 @@ from flame_composer.config.plan import PlanConfig
 
 
 def main(config: PlanConfig) -> None:
+    from flame_composer.plan.counting import counting
     from flame_composer.plan.kernels import compiler
 
-    with compiler(config) as started:  # it imports what it needs while this process does
+    # Both start while the lines below import
+    with compiler(config) as started, counting() as counter:
         from flame_composer.plan import planning
         from flame_composer.plan.advice import warnings
+        from flame_composer.plan.fitting import count_or_estimate
         from flame_composer.plan.memory import read_size
         from flame_composer.plan.supply import find_supply
         from flame_composer.plan.table import describe
@@ -30,14 +33,18 @@ def main(config: PlanConfig) -> None:
         found = find_supply(config)
         supply = None if isinstance(found, str) else found
         hf_config = planning.find_hf_config(config, supply)
-        plan = planning.draw_up(config, read_size(hf_config, config.lora), supply)
-        wrong = warnings(config, plan)
-        if isinstance(found, str):
-            wrong.append(
-                "the training data cannot be read, so the plan leaves it out; give dataset_tokens"
-                f" ({found})"
-            )
+        size = read_size(hf_config, config.lora)
+        count, why_not = count_or_estimate(config, hf_config, size, counter)
+        plan = planning.draw_up(config, size, supply, count)
         kernels = started.check(config, hf_config) if started else None
+    wrong = warnings(config, plan)
+    if why_not is not None:
+        wrong.append(f"memory is estimated by formula, because no step can be counted: {why_not}")
+    if isinstance(found, str):
+        wrong.append(
+            "the training data cannot be read, so the plan leaves it out; give dataset_tokens"
+            f" ({found})"
+        )
     if kernels is not None:
         wrong.extend(kernels.warnings(config.device, hf_config))
     print("\n".join(describe(plan, wrong)))

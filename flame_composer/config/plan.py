@@ -35,9 +35,10 @@ class PlanConfig(TrainConfig):
     """
     nodes: int = 1
     """Number of machines, each with `devices` devices."""
-    mfu: float = 0.4
-    """Share of the devices' peak throughput that goes into the model's own FLOPs; an assumption
-    until it has been measured.
+    mfu: float | None = None
+    """Share of the devices' peak throughput that goes into the model's own FLOPs, in (0, 1]; if not
+    set, what was published for the kind of model (docs/planning.md), an assumption until it has
+    been measured.
     """
     tokens_per_second: float | None = None
     """Measured throughput of the whole run, tokens per second; takes the place of mfu."""
@@ -60,7 +61,8 @@ class PlanConfig(TrainConfig):
         for name, most in (("devices", 1000), ("nodes", 100_000)):
             require(0 < getattr(self, name) <= most, name, f"must be in [1, {most}]")
         # Far beyond any real value; within these bounds no figure becomes infinite.
-        require(1e-6 <= self.mfu <= 1, "mfu", "must be in [1e-06, 1]")
+        mfu_is_valid = self.mfu is None or 1e-6 <= self.mfu <= 1
+        require(mfu_is_valid, "mfu", "must be in [1e-06, 1], or null")
         for name in ("tokens_per_second", "save_seconds", "preemption_hours"):
             value = getattr(self, name)
             require(

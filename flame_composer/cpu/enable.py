@@ -18,7 +18,9 @@ import importlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -166,7 +168,22 @@ def _interpreted_loss(loss: Any, logits: Tensor, target: Tensor) -> Tensor:
     return total if loss.reduction == "sum" else total / (target != loss.ignore_index).sum()
 
 
+_own_kernels = ContextVar("own_kernels", default=False)
+
+
+@contextmanager
+def own_kernels() -> Iterator[None]:
+    """Let fla take its own code for CPU tensors, too, in the body; see `cpu.launches`."""
+    token = _own_kernels.set(True)
+    try:
+        yield
+    finally:
+        _own_kernels.reset(token)
+
+
 def _on_cpu(*args: Any, **kwargs: Any) -> bool:
+    if _own_kernels.get():
+        return False
     return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type == "cpu"
 
 

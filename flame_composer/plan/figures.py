@@ -9,15 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes used on each device, by part, at the peak: in the backward pass of the loss."""
+    """Bytes used on each device, by part, at the peak of a training step."""
 
     weights: int
-    copies: int  # of the weights, in the precision that is computed with
+    copies: int  # of the weights, gathered or in the precision that is computed with
     gradients: int
+    buffers: int  # that gradients are reduced in
     optimizer: int
     activations: int
     logits: int  # with their copies in the loss
     process: int
+    counted: bool  # by torch's own books; else estimated by formula
 
     def parts(self) -> dict[str, int]:
         """Return the bytes of each part by the name that people are shown."""
@@ -25,6 +27,7 @@ class Memory:
             "weights": self.weights,
             "copies for computing": self.copies,
             "gradients": self.gradients,
+            "reduced gradients": self.buffers,
             "optimizer": self.optimizer,
             "activations": self.activations,
             "logits and loss": self.logits,
@@ -35,6 +38,11 @@ class Memory:
     def total(self) -> int:
         """The bytes of all parts together."""
         return sum(self.parts().values())
+
+    @property
+    def tensors(self) -> int:
+        """The bytes of all parts but the process, which are those of tensors."""
+        return self.total - self.process
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class Time:
     seconds_per_step: float
     seconds: float
     cost: float | None
+    mfu: float | None  # None if the speed was measured
+    mfu_source: str | None  # None if the speed or the MFU was given
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ class Plan:
         content["memory"] = {
             "parts": self.memory.parts(),
             "total": self.memory.total,
+            "counted": self.memory.counted,
             "device": content.pop("device_memory"),
         }
         return {**content, "warnings": warnings}

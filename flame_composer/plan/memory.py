@@ -58,6 +58,7 @@ FILL = 0.9  # share of a device's memory that can be used; the rest is lost to f
 class Size:
     """The sizes of a model that follow from its modules, read without memory for its weights."""
 
+    model_type: str
     parameters: int  # tied ones count once
     trained: int  # parameters
     work: Work  # for one token
@@ -88,6 +89,7 @@ def read_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> Si
     is_fla = type(model).__module__.startswith("fla.")
     shape = hf_config.get_text_config()
     return Size(
+        model_type=hf_config.model_type,
         parameters=count_parameters(model),
         trained=count_trained(model),
         work=count_work(model),
@@ -112,9 +114,12 @@ def _kept_by(module: torch.nn.Module) -> int:
 
 
 def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
-    """Return the bytes used on each device, by part, at the peak of a training step."""
+    """Return the bytes used on each device, by part, at the peak of a training step, by formula.
+
+    It is for a model whose steps torch cannot count here (`plan.step`).
+    """
     is_cpu = config.device == "cpu"
-    fsdp = config.parallelism.fsdp if not is_cpu or config.parallelism.cpu_fsdp else None
+    fsdp = config.parallelism.fsdp if is_sharded(config) else None
     world = config.devices * config.nodes
     replicas = (
         (fsdp.replicas or config.nodes) if fsdp and fsdp.sharding_strategy == "HYBRID_SHARD" else 1
@@ -131,10 +136,11 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
     else:  # autocast keeps copies of its own
         copies = size.work.multiplied * width if width < 4 else 0
     gradients = 4 * size.trained // shards
+    buffers = 0
     if shards > 1:
-        gradients += size.largest_block * copy_width  # of a block, before they are sharded
+        buffers = size.largest_block * copy_width  # of a block, before they are sharded
     elif world > 1:
-        gradients *= 2  # DistributedDataParallel copies them into buckets
+        buffers = gradients  # DistributedDataParallel copies them into buckets
     tokens = microbatch_size * config.context_length
     kept = size.kept
     work = size.work
@@ -154,6 +160,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         weights=4 * size.parameters // shards,
         copies=copies,
         gradients=gradients,
+        buffers=buffers,
         optimizer=8 * size.trained // shards,
         activations=tokens * kept * width,
         logits=(
@@ -162,8 +169,20 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
             * _bytes_per_logit(size, is_cpu, width)
             // (8 if size.linear_loss else 1)
         ),
-        process=CPU_PROCESS if is_cpu else GPU_PROCESS,
+        process=process_memory(config),
+        counted=False,
     )
+
+
+def is_sharded(config: PlanConfig) -> bool:
+    """Return whether FSDP2 shards the model on these devices."""
+    on_cpu = config.device == "cpu" and not config.parallelism.cpu_fsdp
+    return config.parallelism.fsdp is not None and not on_cpu
+
+
+def process_memory(config: PlanConfig) -> int:
+    """Return the bytes that a process takes beside tensors: a constant for each kind of device."""
+    return CPU_PROCESS if config.device == "cpu" else GPU_PROCESS
 
 
 def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
@@ -175,17 +194,6 @@ def _bytes_per_logit(size: Size, is_cpu: bool, width: int) -> int:
     if is_cpu or width == 4:
         return 16
     return 3 * width if size.fused_loss else 2 * width + 10
-
-
-def largest_microbatch(config: PlanConfig, size: Size) -> int | None:
-    """Return the largest microbatch that fits into memory, or None if not even one row does.
-
-    Only sizes that divide a device's share of the global batch are considered.
-    """
-    batch, world = config.global_batch_size, config.devices * config.nodes
-    divide = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
-    there = FILL * device_memory(config)
-    return max((rows for rows in divide if memory(config, size, rows).total <= there), default=None)
 
 
 def device_memory(config: PlanConfig) -> int:

@@ -14,14 +14,10 @@ from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
 from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
+from flame_composer.plan.fitting import Count, largest_microbatch
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
-from flame_composer.plan.memory import (
-    DEVICES,
-    Size,
-    device_memory,
-    largest_microbatch,
-    memory,
-)
+from flame_composer.plan.memory import DEVICES, Size, device_memory
+from flame_composer.plan.speed import assumed_mfu
 from flame_composer.plan.supply import Supply
 from flame_composer.text.tokenizer import load_tokenizer
 
@@ -53,11 +49,12 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
     return build_hf_config(keys, tokenizer, config.context_length, to_run=False)
 
 
-def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
+def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count) -> Plan:
     """Return all figures of the run of `config`, in bytes, seconds and tokens.
 
-    `supply` is None if the datasets cannot be read. Raise InvalidField if that is so and the run's
-    length is given in epochs.
+    `supply` is None if the datasets cannot be read. `count` returns the memory of a step with a
+    number of rows at a time. Raise InvalidField if there is no supply and the run's length is given
+    in epochs.
     """
     epoch = supply.batches_per_epoch if supply else None
     steps = config.in_batches(config.max_duration, epoch)
@@ -69,9 +66,9 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
     tokens_per_step = config.global_batch_size * config.context_length
     tokens = steps * tokens_per_step
     flops_per_token = size.work.flops_per_token(config.context_length)
-    fits = largest_microbatch(config, size)
+    fits = largest_microbatch(config, count)
     microbatch = config.microbatch_size if isinstance(config.microbatch_size, int) else fits or 1
-    time = _time(config, steps, flops_per_token)
+    time = _time(config, size, steps)
     checkpoints = _checkpoints(config, size, steps, epoch, time)
     return Plan(
         run_name=config.run_name,
@@ -89,7 +86,7 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None) -> Plan:
         tokens_per_parameter=tokens / size.parameters,
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
-        memory=memory(config, size, microbatch),
+        memory=count(microbatch),
         device_memory=device_memory(config),
         warmup_steps=config.in_batches(config.scheduler.warmup, epoch, steps),
         data=_data(config, supply, steps) if supply else None,
@@ -122,14 +119,18 @@ def _data(config: PlanConfig, supply: Supply, steps: int) -> Data:
     )
 
 
-def _time(config: PlanConfig, steps: int, flops_per_token: int) -> Time | None:
+def _time(config: PlanConfig, size: Size, steps: int) -> Time | None:
     world = config.devices * config.nodes
     tokens_per_step = config.global_batch_size * config.context_length
-    speed = config.tokens_per_second
+    speed, mfu, source = config.tokens_per_second, None, None
     if speed is None:
         if config.device == "cpu":
             return None
-        speed = DEVICES[config.device].peak * config.mfu * world / flops_per_token
+        mfu = config.mfu
+        if mfu is None:
+            mfu, source = assumed_mfu(size.model_type, size.work)
+        peak = DEVICES[config.device].peak * world
+        speed = peak * mfu / size.work.flops_per_token(config.context_length)
     seconds = steps * tokens_per_step / speed
     price = config.price_per_hour
     return Time(
@@ -137,6 +138,8 @@ def _time(config: PlanConfig, steps: int, flops_per_token: int) -> Time | None:
         seconds_per_step=tokens_per_step / speed,
         seconds=seconds,
         cost=None if price is None else seconds / 3600 * world * price,
+        mfu=mfu,
+        mfu_source=source,
     )
 
 

@@ -22,6 +22,7 @@ def describe(plan: Plan, warnings: list[str]) -> list[str]:
         ("training FLOPs", f"{plan.flops:.3g}"),
         *(_data_rows(plan.data) if plan.data else []),
         ("time", _time(plan.time)),
+        *(_mfu_rows(plan.time) if plan.time else []),
         *(_checkpoint_rows(plan.checkpoints) if plan.checkpoints else []),
         *(_preemption_rows(plan.preemption) if plan.preemption else []),
     ]
@@ -56,6 +57,15 @@ def _time(time: Time | None) -> str:
     return f"{format_seconds(time.seconds)}, {speed}{cost}"
 
 
+def _mfu_rows(time: Time) -> Rows:
+    if time.mfu_source is None or time.mfu is None:
+        return []
+    return [
+        ("assumed", f"{time.mfu:.0%} of the peak (mfu), until you have measured it:"),
+        ("", time.mfu_source),
+    ]
+
+
 def _checkpoint_rows(saved: Checkpoints) -> Rows:
     kept = saved.bytes_kept
     more = "" if kept is None else f", {format_bytes(kept)} for those that are kept"
@@ -87,7 +97,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.largest_microbatch_size is not None:
         fits = f"up to microbatch_size={plan.largest_microbatch_size} fits"
     parts = {**plan.memory.parts(), "together": plan.memory.total}
+    how = "counted by torch" if plan.memory.counted else "estimated by formula"
     return [
-        f"memory of a device ({format_bytes(plan.device_memory)}; {fits}), estimated",
-        *(f"  {name:16}{format_bytes(count):>12}" for name, count in parts.items()),
+        f"memory of a device ({format_bytes(plan.device_memory)}; {fits}), {how}",
+        *(f"  {name:20}{format_bytes(count):>12}" for name, count in parts.items()),
     ]

@@ -42,6 +42,7 @@ from flame_composer.model.hf_config import new_hf_config
 from flame_composer.model.lora import Adapter, add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.model.probe import require_gradients
+from flame_composer.model.sharding import recompute_blocks
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.train import parallelism
 from flame_composer.train.announce import announce
@@ -215,7 +216,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     trainer = Trainer(
         run_name=config.run_name,
         seed=config.seed,
-        model=parallelism.recompute_blocks(model, config.parallelism),
+        model=recompute_blocks(model, config.parallelism),
         train_dataloader=data.loader,
         eval_dataloader=evaluators,
         max_duration=f"{data.plan.total}ba",

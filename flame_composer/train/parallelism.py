@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from composer.distributed.activation_checkpointing import apply_ac, generate_composer_model_check_fn
-from composer.models import ComposerModel
 from composer.utils import dist
 
 from flame_composer.config.sections import ParallelismConfig
 from flame_composer.errors import InvalidField
-from flame_composer.upstream.composer import Sharding
+from flame_composer.model.sharding import sharding_of
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 from flame_composer.upstream.inductor import compile_in_private
 from flame_composer.upstream.ranks import keep_buckets
@@ -68,27 +65,6 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         average_on_cpus()
         replicate_on_cpus()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental", UserWarning)
-        sharding = Sharding(
-            reshard_after_forward=config.fsdp.sharding_strategy != "SHARD_GRAD_OP",
-            mixed_precision=config.fsdp.mixed_precision,
-            # Composer loads only full state dicts; checkpoint.sharded loads pieces.
-            state_dict_type="full",
-        )
-    if config.fsdp.sharding_strategy == "HYBRID_SHARD":
-        sharding.replicas = (
-            config.fsdp.replicas or dist.get_world_size() // dist.get_local_world_size()
-        )
+    nodes = dist.get_world_size() // dist.get_local_world_size()
+    sharding = sharding_of(config.fsdp, num_nodes=nodes)
     return {"fsdp": sharding}
-
-
-def recompute_blocks(model: ComposerModel, config: ParallelismConfig) -> ComposerModel:
-    """Return the model with its blocks' activations recomputed or offloaded, as `config` says.
-
-    The names of its weights do not change.
-    """
-    if config.activation_checkpointing or config.activation_cpu_offload:
-        chosen = generate_composer_model_check_fn(model)
-        apply_ac(model, config.activation_checkpointing, config.activation_cpu_offload, chosen)
-    return model

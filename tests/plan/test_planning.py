@@ -28,15 +28,16 @@ from flame_composer.model.hf_config import build_hf_config
 from flame_composer.plan import planning
 from flame_composer.plan.advice import warnings
 from flame_composer.plan.figures import Memory
+from flame_composer.plan.fitting import estimate, largest_microbatch
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
 from flame_composer.plan.memory import (
     CPU_PROCESS,
     DEVICES,
     Size,
-    largest_microbatch,
     memory,
     read_size,
 )
+from flame_composer.plan.speed import assumed_mfu
 from flame_composer.plan.supply import Supply, find_supply
 from flame_composer.plan.table import describe
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA, make_dataset
@@ -64,11 +65,13 @@ def drawn_up(name: str, *keys: str, **where: Any) -> Any:
     config = plan_config(name, *keys, **where)
     found = find_supply(config)
     assert not isinstance(found, str), found
-    return planning.draw_up(config, size_of(config), found)
+    size = size_of(config)
+    return planning.draw_up(config, size, found, estimate(config, size))
 
 
 def warned_of(config: PlanConfig, found: Supply) -> list[str]:
-    return warnings(config, planning.draw_up(config, size_of(config), found))
+    size = size_of(config)
+    return warnings(config, planning.draw_up(config, size, found, estimate(config, size)))
 
 
 # The model
@@ -199,6 +202,20 @@ def test_the_340m_recipe_by_hand() -> None:
     assert measured.accumulation_steps == 2
 
 
+def test_what_is_assumed_of_speed_says_where_it_is_from() -> None:
+    """The published speed of GLA-340M is what the plan makes of it, per H100."""
+    gla = drawn_up("gla_340m", "dataset_tokens=2_000_000_000").time
+    assert gla.tokens_per_second == pytest.approx(8 * 87_000, rel=0.01)
+    assert (gla.mfu, gla.mfu_source.endswith("/issues/94")) == (0.18, True)
+    llama = drawn_up("transformer_340m", "dataset_tokens=2_000_000_000").time
+    assert (llama.mfu, "llm-foundry" in llama.mfu_source) == (0.4, True)
+    given = drawn_up("gla_340m", "dataset_tokens=2_000_000_000", "mfu=0.3").time
+    assert (given.mfu, given.mfu_source) == (0.3, None)
+    work = size_of(plan_config("gla_340m")).work
+    others = {kind: assumed_mfu(kind, work) for kind in ("hgrn2", "gsa", "mamba2", "rwkv7")}
+    assert all(0 < each.mfu < 0.25 and each.source for each in others.values())
+
+
 def test_every_device_has_its_figures() -> None:
     hints = typing.get_type_hints(PlanConfig)["device"]
     assert set(typing.get_args(hints)) == {*DEVICES, "cpu"}
@@ -218,7 +235,7 @@ def test_sharding_spreads_what_it_says() -> None:
     block = (N - outside) // 24
     grad_op = parts_of()
     assert (grad_op.weights, grad_op.optimizer) == (4 * N // 8, 8 * N // 8)
-    assert grad_op.gradients == 4 * N // 8 + 2 * block
+    assert (grad_op.gradients, grad_op.buffers) == (4 * N // 8, 2 * block)
     assert grad_op.copies == 2 * N
     full = parts_of("parallelism.fsdp.sharding_strategy=FULL_SHARD", "nodes=2")
     assert (full.weights, full.copies) == (
@@ -238,8 +255,9 @@ def test_sharding_spreads_what_it_says() -> None:
     in_fp32 = parts_of("parallelism.fsdp.mixed_precision=FULL")
     assert in_fp32.copies == 4 * N
     none = parts_of("parallelism.fsdp=null")
-    assert (none.weights, none.gradients, none.optimizer) == (4 * N, 2 * 4 * N, 8 * N)
-    assert parts_of("parallelism.fsdp=null", devices=1).gradients == 4 * N
+    assert (none.weights, none.gradients, none.optimizer) == (4 * N, 4 * N, 8 * N)
+    assert none.buffers == 4 * N
+    assert parts_of("parallelism.fsdp=null", devices=1).buffers == 0
 
 
 def test_activations_follow_tokens_and_what_is_kept_of_them() -> None:
@@ -261,12 +279,12 @@ def test_activations_follow_tokens_and_what_is_kept_of_them() -> None:
 def test_largest_microbatch_is_the_largest_that_fits_and_divides() -> None:
     config = plan_config("gla_340m")
     size = size_of(config)
-    rows = largest_microbatch(config, size)
+    rows = largest_microbatch(config, estimate(config, size))
     assert rows is not None
     assert 256 // 8 % rows == 0
     assert memory(config, size, rows).total <= 0.9 * 80e9 < memory(config, size, 2 * rows).total
     seven = plan_config("gla_7b_continual", device="l4", devices=1)
-    assert largest_microbatch(seven, size_of(seven)) is None
+    assert largest_microbatch(seven, estimate(seven, size_of(seven))) is None
 
 
 MEASURE = """import resource, runpy, sys
@@ -406,18 +424,20 @@ def test_a_remote_dataset_is_downloaded(dataset: Path, tmp_path: Path) -> None:
     config = small(dataset, *keys)
     found = find_supply(config)
     assert isinstance(found, Supply)
-    plan = planning.draw_up(config, size_of(config), found)
+    size = size_of(config)
+    count = estimate(config, size)
+    plan = planning.draw_up(config, size, found, count)
     assert plan.data.downloaded_by_a_node == found.bytes
     assert not (tmp_path / "cache").exists(), "a plan leaves nothing behind"
     plan = planning.draw_up(
-        small(dataset, *keys, "train_data.cache_limit=10kb"), size_of(config), found
+        small(dataset, *keys, "train_data.cache_limit=10kb"), size, found, count
     )
     assert plan.data.downloaded_by_a_node == 2 * found.bytes, (
         "what was deleted is fetched again in the next epoch"
     )
     assert plan.data.epochs == 2
     local = planning.draw_up(
-        small(dataset), size_of(config), dataclasses.replace(found, is_remote=False)
+        small(dataset), size, dataclasses.replace(found, is_remote=False), count
     )
     assert local.data.downloaded_by_a_node == 0
 

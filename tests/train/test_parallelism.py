@@ -31,6 +31,7 @@ from flame_composer.errors import DataError, InvalidField
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
+from flame_composer.model.sharding import recompute_blocks
 from flame_composer.train import parallelism
 from flame_composer.train.parallelism import check_devices
 from flame_composer.upstream import fsdp
@@ -108,7 +109,7 @@ def test_every_block_is_wrapped(key, wrapper):
     config = build_hf_config({**GLA, "num_hidden_layers": 3}, byte_tokenizer(), CONTEXT_LENGTH)
     model = CausalLM(build_model(config), byte_tokenizer(), varlen=True)
     names = list(model.state_dict())
-    parallelism.recompute_blocks(model, ParallelismConfig(**{key: True}))
+    recompute_blocks(model, ParallelismConfig(**{key: True}))
     assert sum(isinstance(module, wrapper) for module in model.modules()) == 3
     assert list(model.state_dict()) == names
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from streaming import MDSWriter, StreamingDataset
@@ -25,8 +27,23 @@ from streaming.base.batching import generate_work
 from streaming.base.dataset import _Iterator
 from streaming.base.util import clean_stale_shared_memory
 from streaming.base.world import World
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
 from flame_composer.reference import patches
+from flame_composer.upstream.books import Books
+from flame_composer.upstream.fakes import (
+    Fakes,
+    attention_as_on_gpus,
+    autocast_as_on_gpus,
+    offloading_as_on_gpus,
+)
 from tests.runs import ROOT, check, run_ranks, run_script, two_ranks
 
 
@@ -755,3 +772,163 @@ def test_pretendedcuda(tmp_path):
         assert (x @ x).dtype == x.dtype
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+def test_fakes():
+    """torch's own mode gives up when a value is asked for."""
+    real = torch.tensor([0, 1])
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.zeros(2).sum().item()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DynamicOutputShapeException):
+        real.nonzero()
+    with Fakes():
+        assert torch.ones(2).sum().item() == 0
+        assert real.nonzero().tolist() == [[1]]
+        assert isinstance(real + torch.ones(2), FakeTensor)
+
+
+def test_autocast_as_on_gpus():
+    half = torch.ones(2, 2, dtype=torch.bfloat16)
+
+    def dtypes():
+        with torch.autocast("cpu", torch.bfloat16):
+            return {F.softplus(half).dtype, half.exp().dtype, half.cumsum(0).dtype}
+
+    before = dtypes()
+    assert torch.bfloat16 in before
+    with autocast_as_on_gpus():
+        assert dtypes() == {torch.float32}
+    assert dtypes() == before
+
+
+def test_attention_as_on_gpus():
+    with Fakes():
+        query = torch.ones(1, 2, 128, 64, dtype=torch.bfloat16, requires_grad=True)
+        mask = torch.ones(1, 1, 128, 128, dtype=torch.bool)
+
+        def kind(**keys):
+            return F.scaled_dot_product_attention(query, query, query, **keys).grad_fn.name()
+
+        assert not {"Efficient", "Flash"} & set(kind(attn_mask=mask).split("Attention"))
+        with attention_as_on_gpus():
+            assert "EfficientAttention" in kind(attn_mask=mask)
+            assert "FlashAttention" in kind(is_causal=True)
+
+
+def test_offloading_as_on_gpus():
+    """Offloaded tensors are on a CPU, and so are fake ones that stay."""
+
+    def peak():
+        with Fakes():
+            y = x = torch.ones(1000, requires_grad=True)
+            books = Books()
+            with books:
+                with checkpoint_wrapper.save_on_cpu(pin_memory=True):
+                    for _ in range(8):
+                        y = y.exp()
+                y.sum().backward()
+            assert x.grad.shape == x.shape
+        return books.peak["Total"]
+
+    kept = peak()
+    with offloading_as_on_gpus():
+        assert peak() < kept / 2
+
+
+COUNT = """
+import contextlib
+from flame_composer.config.load import load
+from flame_composer.config.plan import PlanConfig
+from flame_composer.plan import planning, step
+
+keys = ["devices=1", "device=cpu", "dataset_tokens=10000000", "context_length=128"]
+keys.append("parallelism.activation_checkpointing=true")
+config = load(PlanConfig, ["yamls/gla_tiny.yaml", *keys])
+hf_config = planning.find_hf_config(config, None)
+mended = step.count_step(config, hf_config, 8).activations
+step.recomputing_of_fakes = contextlib.nullcontext
+print(step.count_step(config, hf_config, 8).activations / mended)
+"""
+
+
+def test_recomputing_of_fakes(tmp_path):
+    """Without it, what fla's functions save in a recomputed block stays to the end of the step."""
+    assert float(forked(tmp_path, COUNT).splitlines()[-1]) > 1.5
+
+
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from flame_composer.upstream.books import ShardedBooks
+from flame_composer.upstream.fakes import Fakes
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+mesh = init_device_mesh("cpu", (4,))
+for kind in (FSDPMemTracker, ShardedBooks):
+    with Fakes():
+        model = torch.nn.Sequential(torch.nn.Linear(8, 32))
+        fully_shard(model, mesh=mesh)
+        books = kind(model)
+        books.vocab_size = 32
+        with books:
+            model(torch.ones(3, 8)).exp().sum().backward()
+    found = books.get_tracker_snapshot("peak")[torch.device("cpu")]
+    print(found["Total"], found.get("Logits"))
+dist.destroy_process_group()
+"""
+
+
+def test_shardedbooks(tmp_path):
+    theirs, ours = (line.split() for line in forked(tmp_path, SHARDED).splitlines())
+    assert theirs[0] == ours[0]
+    assert (theirs[1], int(ours[1]) > 0) == ("None", True)
+
+
+def test_books():
+    peaks = []
+    for kind in (MemTracker, Books):
+        with Fakes():
+            model = torch.nn.Linear(8, 32)
+            books = kind()
+            books.vocab_size = 32
+            books.track_external(model)
+            with books:
+                model(torch.ones(3, 8)).exp().sum().backward()
+        peaks.append(books.get_tracker_snapshot("peak")[torch.device("cpu")])
+    theirs, ours = peaks
+    assert theirs["Total"] == ours["Total"]
+    assert "Logits" not in theirs
+    assert ours["Logits"] > 0
+
+
+LAUNCH = """
+import torch
+from flame_composer import cpu
+cpu.enable()
+from fla.ops.delta_rule import chunk_delta_rule
+from flame_composer.cpu.launches import without_launches
+from flame_composer.upstream.fakes import Fakes
+
+def states():
+    q, k, v = (torch.ones(1, 128, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    beta = torch.ones(1, 128, 2, dtype=torch.bfloat16)
+    return chunk_delta_rule(q, k, v, beta, cu_seqlens=offsets)[0].shape
+
+offsets = torch.tensor([0, 100, 128])
+try:
+    states()
+except Exception as error:
+    print(type(error).__name__)
+with without_launches(), Fakes():
+    print(tuple(states()))
+"""
+
+
+def test_without_launches(tmp_path):
+    error, shape = forked(tmp_path, LAUNCH).splitlines()
+    assert error.endswith("Error")
+    assert shape == "(1, 128, 2, 64)"
