@@ -331,7 +331,7 @@ def test_which_benchmark():
     assert (
         wrong.stderr
         == "error: command line: convrt: must be one of train, growth, decode, trainer, data,"
-        " start, checkpoint, convert, examples, all, or a YAML file; did you mean convert?\n"
+        " start, checkpoint, convert, examples, gpu, all, or a YAML file; did you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)

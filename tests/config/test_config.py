@@ -24,6 +24,7 @@ from flame_composer.config import sft as sft_config
 from flame_composer.config import source as source_config
 from flame_composer.config import train as train_config
 from flame_composer.config.bench import (
+    GPU_PARTS,
     AllBenchmarksConfig,
     BenchmarkConfig,
     CheckpointBenchmarkConfig,
@@ -31,6 +32,7 @@ from flame_composer.config.bench import (
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
     ExamplesBenchmarkConfig,
+    GpuBenchmarkConfig,
     SizesConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
@@ -136,6 +138,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     BenchmarkConfig: {},
     ReportConfig: {"runs": ["r"]},
     AllBenchmarksConfig: {},
+    GpuBenchmarkConfig: {},
     ConversionBenchmarkConfig: {},
     ExamplesBenchmarkConfig: {},
     **{
@@ -789,6 +792,14 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         {"names": ["train", "strat"]},
         "names",
         "must be among train, growth, decode, trainer, data, start, checkpoint, convert, examples",
+    ),
+    (GpuBenchmarkConfig, {"out": ""}, "out", EMPTY),
+    (GpuBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
+    (
+        GpuBenchmarkConfig,
+        {"names": ["save", "sped"]},
+        "names",
+        f"must be among {', '.join(GPU_PARTS)}",
     ),
     (ReportConfig, {"runs": []}, "runs", "must name at least one run's folder, e.g. runs/gla_tiny"),
     (ReportConfig, {"out": ""}, "out", EMPTY),

@@ -206,7 +206,9 @@ def test_a_head_that_no_kernel_takes_is_named() -> None:
         "model.config.vocab_size=512",
     )
     plan = last_json(process)
-    refused = [line for line in plan["warnings"] if "head dimension larger than 256" in line]
+    said = [line for line in plan["warnings"] if "head dimension larger than 256" in line]
+    assert said[0].startswith("memory is estimated by formula, because no step can be counted")
+    refused = said[1:]
     assert len(refused) == 3, plan["warnings"]
     assert refused[0].startswith("training, packed: fla refuses it on a GPU")
     assert plan["kernels"]["failures"].keys() == {"training, packed", "evaluation", "generation"}
@@ -235,7 +237,8 @@ def test_what_does_not_fit_is_told_in_one_line() -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(14400)
 @pytest.mark.skipif(
-    "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes an hour: make test-faults"
+    os.environ.get("FLAME_COMPOSER_FAULTS") != "table",
+    reason="takes an hour: FLAME_COMPOSER_FAULTS=table pytest -m faults tests/plan/test_kernels.py",
 )
 def test_every_recipe_fits_every_architecture(tmp_path: Path) -> None:
     """The table of docs/gpu.md."""

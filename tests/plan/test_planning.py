@@ -614,7 +614,7 @@ WARNINGS = [
     (("nodes=2", "train_data.num_canonical_nodes=2"), []),
     (
         ("save_interval=1ba",),
-        ["save_interval=1ba: saving takes 9[0-9]% of the time; save less often"],
+        ["save_interval=1ba: saving takes [89][0-9]% of the time; save less often"],
     ),
     (
         ("save_folder=null", "preemption_hours=1"),

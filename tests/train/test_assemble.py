@@ -68,6 +68,9 @@ def test_a_checkpoint_finds_the_row_of_its_step(
     ]
     with pytest.raises(End):
         run.trainer.fit()
+    saver = callbacks[j]
+    assert isinstance(saver, SaveCheckpoints)
+    saver.wait()
     newest = tmp_path / f"checkpoints/ba{1 if build_callbacks else 2}.pt"
     assert newest.exists()
     restarted = make_run(tmp_path, dataset, eval_dataset, load_path=newest)

@@ -93,9 +93,7 @@ def launch(tuner: Any, size: int = 8, dtype: type = np.float32) -> int:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A save_folder; the store is that of a process of its own."""
-    dist.initialize_dist(get_device())
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(kernels, "store_of_all_ranks", lambda: store)
+    restart(monkeypatch)
     yield tmp_path
     choose_by(None)
 

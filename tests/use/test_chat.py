@@ -191,11 +191,13 @@ class Terminal:
         just before it waits for a line. What the script shows is read, or it could not end.
         """
         ends = time.monotonic() + 120
+        answers = select.poll()  # unlike select.select, it takes descriptors over 1023
+        answers.register(self.side, select.POLLIN)
         while self.process.poll() is None:
             assert time.monotonic() < ends, self.shown[-500:]
             try:
                 self.type(typed)
-                while select.select([self.side], [], [], 5)[0]:
+                while answers.poll(5000):
                     os.read(self.side, 4096)
             except OSError:  # it has ended
                 break
