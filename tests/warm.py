@@ -2,6 +2,7 @@
 (tests/runs.py), it is not done again.
 """
 
+import torch
 from composer.utils.collect_env import get_composer_env_dict
 
 from flame_composer import cpu
@@ -21,5 +22,6 @@ from flame_composer.train import (
 from flame_composer.use import generate, harness  # noqa: F401  # noqa: F401
 from flame_composer.use import perplexity as evaluate  # noqa: F401
 
-cpu.enable()  # imports fla
-get_composer_env_dict()  # what every checkpoint says of the machine
+if not torch.cuda.is_available():  # else CUDA would begin here, and a fork cannot use it
+    cpu.enable()  # imports fla
+    get_composer_env_dict()  # what every checkpoint says of the machine

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 from flame_composer.bench.measure import machine, workplace
 from flame_composer.config.bench import GPU_PARTS, GpuBenchmarkConfig
 from flame_composer.errors import ConfigError
-from flame_composer.processes import end_session
 
 LIMIT = 530  # seconds, for all parts together
 
@@ -26,11 +28,12 @@ LIMIT = 530  # seconds, for all parts together
 STAGES: tuple[dict[str, int], ...] = (
     {"data": 60},
     {
-        "warm_gla_340m": 150,
-        "warm_transformer_340m": 90,
-        "warm_gated_deltanet_340m": 150,
-        "tests": 150,
-        "parity": 90,
+        "warm_gla_340m": 300,
+        "warm_transformer_340m": 120,
+        "warm_gated_deltanet_340m": 300,
+        "plan": 180,
+        "tests": 300,
+        "parity": 180,
     },
     {"speed_gla_340m": 75},
     {"speed_transformer_340m": 75},
@@ -52,7 +55,6 @@ def check(config: GpuBenchmarkConfig) -> None:
     require_device(config)
     with workplace(config.folder) as folder:
         found, is_well = check_all(config, folder)
-        write_report(found, folder, Path(config.out))
     print(Path(config.out, "gpu.md").read_text())
     print(json.dumps({"benchmark": "gpu", **found}))
     if not is_well:
@@ -66,6 +68,13 @@ def check_all(config: GpuBenchmarkConfig, folder: Path) -> tuple[dict[str, Any],
     takes too long, does not keep others from running.
     """
     started = time.monotonic()
+    found: dict[str, Any] = {
+        **machine(),
+        "device": _device(),
+        "commit": _commit(),
+        **_versions(),
+        "rehearsal": config.rehearse,
+    }
     wanted = set(config.names or GPU_PARTS)
     results: dict[str, Any] = {}
     with tqdm(total=len(wanted), desc="make gpu", disable=None) as bar:
@@ -75,17 +84,17 @@ def check_all(config: GpuBenchmarkConfig, folder: Path) -> tuple[dict[str, Any],
             for batch in filter(None, batches):
                 left = None if config.rehearse else LIMIT - (time.monotonic() - started)
                 results |= run_parts(batch, folder, config.rehearse, left)
+                seconds = round(time.monotonic() - started)
+                found |= {"seconds": seconds, "parts": results}
+                write_report(found, folder, Path(config.out))  # lest a later end loses it
                 bar.update(len(batch))
-    shown = {**machine(), "device": _device(), "seconds": round(time.monotonic() - started)}
-    return {**shown, **_versions(), "rehearsal": config.rehearse, "parts": results}, all(
-        "problem" not in result for result in results.values()
-    )
+    return found, all("problem" not in result for result in results.values())
 
 
 def run_parts(
     limits: dict[str, int], folder: Path, is_rehearsal: bool, left: float | None
 ) -> dict[str, Any]:
-    """Run parts at the same time; return for each its seconds, and its answers or its problem.
+    """Run parts at the same time; return for each its answers or its problem.
 
     `left`: the seconds that are left for everything, or None for no limit at all.
     """
@@ -111,17 +120,25 @@ def run_parts(
             try:
                 process.wait(ends)
             except subprocess.TimeoutExpired:
-                end_session(process.pid)
+                end_all_of_session(process.pid)
                 process.wait()
-                results[name] = {"problem": f"not done after {limits[name]} s"}
+                took = round(time.monotonic() - started)
+                results[name] = {"problem": f"not done after {took} s"}
                 continue
-            took = round(time.monotonic() - started, 1)
-            results[name] = {"seconds": took, **_read(name, folder, process.returncode)}
+            results[name] = _read(name, folder, process.returncode)
     finally:
         for process in processes.values():
             if process.poll() is None:
-                end_session(process.pid)
+                end_all_of_session(process.pid)
     return results
+
+
+def end_all_of_session(leader: int) -> None:
+    """Kill every process of the session that `leader` leads, whatever group it is in."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == leader:
+                process.kill()
 
 
 def _read(name: str, folder: Path, status: int) -> dict[str, Any]:
@@ -154,7 +171,7 @@ def write_report(found: dict[str, Any], folder: Path, out: Path) -> None:
 def _table(found: dict[str, Any]) -> Sequence[str]:
     versions = ", ".join(f"{name} {found[name]}" for name in _versions())
     what = "Rehearsed without a GPU: no figure here is one of a GPU" if found["rehearsal"] else ""
-    where = f"{found['device']}, {found['cores']} cores, {versions}"
+    where = f"{found['device']}, {found['cores']} cores, commit {found['commit']}, {versions}"
     lines = [
         f"{where}; {found['seconds']} s. {what}".strip(),
         "",
@@ -175,6 +192,15 @@ def _device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, or "unknown" if it is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _versions() -> dict[str, str]:

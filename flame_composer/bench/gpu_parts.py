@@ -27,6 +27,8 @@ from flame_composer.bench.devices import device_of
 from flame_composer.bench.measure import measure, median
 from flame_composer.errors import DataError
 from flame_composer.plan.memory import DEVICES
+from flame_composer.processes import lead_session
+from flame_composer.train.kernels import KERNELS
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = {"gla": "num_heads=2", "llama": "num_attention_heads=2", "gated_deltanet": "num_heads=2"}
@@ -52,7 +54,7 @@ class Site:
         """Return the arguments of recipes/train.py for a short run of `recipe` on our own data."""
         rows, steps = (4, 4) if self.is_rehearsal else (32, 12)
         return [
-            f"yamls/{recipe}.yaml",
+            str(ROOT / f"yamls/{recipe}.yaml"),
             f"tokenizer={self.folder}/data/tokenizer",
             f"train_data.local={self.folder}/data/train",
             "train_data.remote=null",
@@ -60,7 +62,8 @@ class Site:
             "eval_data=null",
             f"run_name={run}",
             f"log_folder={self.folder}/{run}",
-            "save_folder=null",
+            f"save_folder={self.folder}/{run}/checkpoints",
+            "save_interval=1000ba",
             "progress_bar=false",
             "scheduler.warmup=0ba",
             f"max_duration={steps}ba",
@@ -84,6 +87,14 @@ class Site:
             f"model.config.{SMALL[kind['model_type']]}",
             *(["model.config.head_dim=32"] if kind["model_type"] == "gated_deltanet" else []),
         ]
+
+    def take_choices(self, run: str, other: str) -> None:
+        """Give a run the choices of kernels that another one has kept, if it has any."""
+        kept = self.folder / run / "checkpoints" / KERNELS
+        if kept.exists():
+            folder = self.folder / other / "checkpoints"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(kept, folder)
 
     def log(self, run: str) -> list[dict[str, Any]]:
         """Return the rows of a run's log without what depends on the clock."""
@@ -125,7 +136,7 @@ def tests(_: Site) -> list[Answer]:
     *before, last = done.stdout.strip().splitlines() or [""]
     print(*before, last, done.stderr, sep="\n")
     if done.returncode:
-        raise DataError(f"tests of GPUs: {last}")
+        raise DataError(f"tests of GPUs: {last or done.stderr.strip()}")
     return [Answer("tests marked gpu", last.strip("= "))]
 
 
@@ -187,10 +198,9 @@ def warm(site: Site, recipe: str) -> list[Answer]:
 
 def speed(site: Site, recipe: str) -> list[Answer]:
     """Train at the recipe's shapes: tokens/s, MFU, and the planner's memory against torch's."""
-    device = "h100" if site.is_rehearsal else device_of(torch.cuda.get_device_name())
-    planned = None if device is None else plan(site, recipe, device)
     if site.is_rehearsal and recipe in NO_CPU_FORM:
         return [Answer(f"{recipe}: training", "not rehearsed: it has no CPU form")]
+    site.take_choices(f"warm_{recipe}", f"speed_{recipe}")
     used = train(site, recipe, f"speed_{recipe}")
     rows = [json.loads(line) for line in (site.folder / f"speed_{recipe}/train_log.jsonl").open()]
     rate = median([row["throughput"] for row in rows[2:]])
@@ -199,40 +209,48 @@ def speed(site: Site, recipe: str) -> list[Answer]:
     if site.is_rehearsal:
         return answers
     answers.append(Answer(f"{recipe}: most memory that torch had in use", used, "bytes"))
-    if planned is None or device is None:
-        return [*answers, Answer(f"{recipe}: MFU", "this GPU is not in the planner's list")]
+    device = device_of(torch.cuda.get_device_name())
+    planned_for = site.folder / f"{recipe}.plan"
+    if device is None or not planned_for.exists():
+        return [*answers, Answer(f"{recipe}: MFU", "the part plan has no answer for this GPU")]
+    planned = json.loads(planned_for.read_text())
     memory = planned["memory"]
     process = memory["parts"].get("process", 0)  # it is not in torch's books
     over = (memory["total"] - process) / used
+    how = "counted" if memory["counted"] else "by formula"
     mfu = rate * planned["flops_per_token"] / DEVICES[device].peak
     return [
         *answers,
         Answer(f"{recipe}: MFU", round(mfu, 3)),
-        Answer(f"{recipe}: the planner's memory over torch's", round(over, 3)),
+        Answer(f"{recipe}: the planner's memory over torch's", round(over, 3), how),
     ]
 
 
-def plan(site: Site, recipe: str, device: str) -> dict[str, Any]:
-    """Return what recipes/plan.py says of a part's run."""
-    more = ["devices=1", f"device={device}"]
+def plan(site: Site) -> list[Answer]:
+    """Draw up a plan of each timed run, for what they measure to be compared with."""
+    device = "h100" if site.is_rehearsal else device_of(torch.cuda.get_device_name())
+    if device is None:
+        return [Answer("plan", "this GPU is not in the planner's list")]
+    more = ["devices=1", f"device={device}", "kernels=none"]
     if site.is_rehearsal:  # for a GPU all the same
         more += ["precision=amp_bf16"]
-    command = [str(ROOT / "recipes/plan.py"), *site.keys(recipe, "plan"), *more]
-    return json.loads(run(*command).splitlines()[-1])
+    answers = []
+    for recipe in RECIPES:
+        said = run(str(ROOT / "recipes/plan.py"), *site.keys(recipe, "plan"), *more)
+        planned = json.loads(said.splitlines()[-1])
+        (site.folder / f"{recipe}.plan").write_text(json.dumps(planned))
+        size = planned["largest_microbatch_size"] or "none fits"
+        answers.append(Answer(f"{recipe}: largest microbatch by plan", size, "rows"))
+    return answers
 
 
 def auto(site: Site) -> list[Answer]:
     """Train with microbatch_size=auto, which a CPU cannot."""
     if site.is_rehearsal:
         return [Answer("microbatch_size=auto", "not rehearsed: memory is tried out on a GPU only")]
-    used = train(
-        site,
-        "gla_340m",
-        "auto",
-        "parallelism.fsdp=null",
-        "microbatch_size=auto",
-        "max_duration=4ba",
-    )
+    keys = ("parallelism.fsdp=null", "microbatch_size=auto", "max_duration=3ba")
+    site.take_choices("warm_gla_340m", "auto")
+    used = train(site, "gla_340m", "auto", "global_batch_size=128", *keys)
     return [Answer("microbatch_size=auto: most memory in use", used, "bytes")]
 
 
@@ -271,10 +289,10 @@ def resume(site: Site) -> list[Answer]:
             time.sleep(0.01)
 
     finish(start("whole"))
-    kept = site.folder / "whole/checkpoints/kernels.json"
-    (site.folder / "killed/checkpoints").mkdir(parents=True)
-    if kept.exists():  # the choices of the run that nothing disturbs, from the first step on
-        shutil.copy(kept, site.folder / "killed/checkpoints")
+    kept = site.folder / "whole/checkpoints" / KERNELS
+    if not kept.exists() and not site.is_rehearsal:
+        raise DataError("the run that nothing disturbs has kept no choices of kernels")
+    site.take_choices("whole", "killed")  # from the first step on
     for number, step, status in (
         (signal.SIGKILL, 3, -signal.SIGKILL),
         (signal.SIGTERM, 5, 128 + signal.SIGTERM),
@@ -285,14 +303,13 @@ def resume(site: Site) -> list[Answer]:
         finish(process, status)
     finish(start("killed"))
     is_same = site.log("killed") == site.log("whole")
-    for name in ("free", "free_again"):
-        finish(start(name, "deterministic=false"))
-    differs = site.log("free") != site.log("free_again")
+    finish(start("free", "deterministic=false"))
+    differs = site.log("free") != site.log("whole")
     if not is_same:
         raise DataError("after SIGKILL and SIGTERM, the run logged other bits than undisturbed")
     return [
         Answer("after SIGKILL and SIGTERM, with pinned kernels", "bit for bit the undisturbed run"),
-        Answer("two runs with deterministic=false", "differ" if differs else "are the same"),
+        Answer("with deterministic=false", "other bits" if differs else "the same bits"),
     ]
 
 
@@ -312,7 +329,7 @@ def decode(site: Site) -> list[Answer]:
 
 def save(site: Site) -> list[Answer]:
     sizes = ("hidden_size=64", "num_layers=1", "repeats=1")
-    full = ("hidden_size=1024", "num_layers=24", "vocab_size=32000")
+    full = ("hidden_size=1024", "num_layers=24", "vocab_size=32000", "repeats=1")
     return benchmark("checkpoint", *(sizes if site.is_rehearsal else full))
 
 
@@ -326,6 +343,7 @@ PARTS: dict[str, Callable[[Site], list[Answer]]] = {
     "data": data,
     "tests": tests,
     "parity": parity,
+    "plan": plan,
     **{f"warm_{recipe}": partial(warm, recipe=recipe) for recipe in RECIPES},
     **{f"speed_{recipe}": partial(speed, recipe=recipe) for recipe in RECIPES},
     "auto": auto,
@@ -339,6 +357,7 @@ PARTS: dict[str, Callable[[Site], list[Answer]]] = {
 
 def main() -> None:
     """Run the part that sys.argv names, and write its answers to a file of its folder."""
+    lead_session()  # so that nothing of it stays on the GPU
     name, folder, is_rehearsal = sys.argv[1:]
     answers = PARTS[name](Site(Path(folder), is_rehearsal == "rehearsal"))
     Path(folder, f"{name}.json").write_text(json.dumps([vars(answer) for answer in answers]))

@@ -73,16 +73,19 @@ def stalls(state: State, folder: Path, repeats: int) -> tuple[dict[str, Any], li
 
 
 def copier(state: State) -> Callable[[], None]:
-    """Return a function that copies all tensors of a state to memory that is already there."""
+    """Return a function that copies all tensors of a state to host memory that is already there.
+
+    The memory is pinned for tensors of a GPU.
+    """
     (optimizer,) = state.optimizers
     model = cast(CausalLM, state.model).model
     there = [*model.state_dict().values()]
     there += [each for values in optimizer.state.values() for each in values.values()]
-    copies = [torch.empty_like(tensor) for tensor in there]
+    copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=each.is_cuda) for each in there]
 
     def copy() -> None:
         for tensor, to in zip(there, copies, strict=True):
-            to.copy_(tensor)
+            to.copy_(tensor, non_blocking=True)
 
     return copy
 
@@ -109,8 +112,10 @@ def step_meanwhile(saver: SaveCheckpoints, state: State, step: Callable[[], None
 def train(state: State) -> None:
     """Compute the gradients of one row of random tokens."""
     model = cast(CausalLM, state.model)
-    ids = torch.randint(0, model.model.config.vocab_size, (1, TOKENS))
-    labels = torch.cat([torch.full((1, 1), -100), ids[:, 1:]], dim=1)
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.model.config.vocab_size, (1, TOKENS), device=device)
+    labels = ids.clone()
+    labels[:, 0] = -100
     model({"input_ids": ids, "labels": labels})["loss"].backward()
 
 

@@ -212,11 +212,11 @@ class SaveCheckpoints(Callback):
             self.saved = place
 
     def settle(self) -> None:
-        """Wait until the checkpoint under way, if any, is whole, or log what prevented it."""
+        """Wait until the checkpoint under way, if any, is whole; log what may have prevented it."""
         try:
             self.wait()
         except Exception as error:
-            log.warning("warning: the last checkpoint was not saved: %s", one_line(error))
+            log.warning("warning: the last checkpoint may not be saved: %s", one_line(error))
 
     def is_saving(self) -> bool:
         """Return whether a checkpoint is being written in the background at this moment."""

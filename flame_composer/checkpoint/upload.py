@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flame_composer.errors import ConfigError, StoreError
@@ -19,14 +21,19 @@ UPLOAD_SECONDS = 260
 
 
 def upload_file(file: Path, place: str) -> None:
-    """Upload a file, and try again for a few minutes if that fails.
+    """Upload a file, and try again for a few minutes if that fails."""
+    try_for_minutes(partial(files.put, file, place), place)
+
+
+def try_for_minutes(upload: Callable[[], None], place: str) -> None:
+    """Call `upload`, which uploads to `place`, and call it again for a few minutes if it fails.
 
     A short outage, or credentials that are being renewed, should not end a run.
     """
     begun = time.monotonic()
     for seconds in (*UPLOAD_WAITS, None):
         try:
-            files.put(file, place)
+            upload()
             return
         except (StoreError, ConfigError) as error:
             if seconds is None or time.monotonic() - begun + seconds > UPLOAD_SECONDS:

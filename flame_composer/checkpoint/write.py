@@ -148,8 +148,8 @@ class CheckpointFiles:
 
         def clear() -> None:
             if dist.get_local_rank() == 0:
-                with saving(place):
-                    shutil.rmtree(temporary)
+                # Machines that share this folder clear it at the same time
+                shutil.rmtree(temporary, ignore_errors=True)
 
         for step in (upload, upload_head, clear):
             agreed(gather, step)

@@ -219,6 +219,7 @@ GPU_PARTS = (
     "data",
     "tests",
     "parity",
+    "plan",
     "warm_gla_340m",
     "warm_transformer_340m",
     "warm_gated_deltanet_340m",

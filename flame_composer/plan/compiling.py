@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import typing
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from flame_composer.errors import one_line
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.processes import end_with_parent
 from flame_composer.upstream.triton import Launch, compiled_shared_memory, prepare_to_compile
+
+CANNOT_KEEP = "what is compiled cannot be kept"
 
 
 @dataclass
@@ -62,6 +65,7 @@ def judge(
     Those of a launch's configurations that ask for little are tried first; without `every` no more
     are tried once one compiles and fits. The compiler's own failed assertions end its process, so
     each launch has a process; as many run at once as there are cores. `report` gets each verdict.
+    Raise ConfigError if what is compiled cannot be kept.
     """
     prepare_to_compile()
     context = multiprocessing.get_context("fork")
@@ -89,6 +93,8 @@ def judge(
                     continue
                 shared, error = None, f"the compiler's process ended with {process.exitcode}"
                 waiting.append(task)
+            if shared is None and error.startswith(CANNOT_KEEP):
+                raise ConfigError(f"{error}; set TRITON_CACHE_DIR to a folder with room")
             variant = task.variants[task.done]
             task.verdict.add(_text(variant.configuration), shared, error, limit)
             task.done += 1
@@ -102,6 +108,11 @@ def _compile(task: _Task, limit: int, every: bool, connection: Connection) -> No
     for variant in task.variants[task.done :]:
         try:
             shared = compiled_shared_memory(variant)
+        except OSError as error:
+            is_cache = error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+            kind = CANNOT_KEEP if is_cache else type(error).__name__
+            connection.send((None, f"{kind}: {one_line(error)}"))
+            continue
         except Exception as error:  # Triton's compiler raises many kinds
             connection.send((None, f"{type(error).__name__}: {one_line(error)}"))
             continue

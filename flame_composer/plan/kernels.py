@@ -125,6 +125,10 @@ class Checked:
         }
 
 
+# Variables of the environment that would change what is compiled
+NOT_OF_A_PLAN = ("TRITON_INTERPRET", "FLA_CACHE_MODE", "FLA_CONFIG_DIR")
+
+
 @contextmanager
 def compiler(config: PlanConfig) -> Iterator[Compiler | None]:
     """Start a process that claims to have the device, and imports fla while this one goes on.
@@ -141,7 +145,10 @@ def compiler(config: PlanConfig) -> Iterator[Compiler | None]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"},
+            env={
+                **{name: each for name, each in os.environ.items() if name not in NOT_OF_A_PLAN},
+                "CUDA_VISIBLE_DEVICES": "",
+            },
             preexec_fn=partial(when_parent_ends, SIGKILL),
         )
         try:

@@ -177,8 +177,10 @@ def _host_bytes(config: PlanConfig, num_bytes: int) -> int:
         return 0
     fsdp = config.parallelism.fsdp
     is_sharded = config.device != "cpu" or config.parallelism.cpu_fsdp
-    if fsdp is None or not is_sharded or fsdp.state_dict_type == "full":
+    if fsdp is None or not is_sharded:
         return num_bytes
+    if fsdp.state_dict_type == "full":
+        return 2 * num_bytes  # gathered, and copied
     replicas = 1
     if fsdp.sharding_strategy == "HYBRID_SHARD":
         replicas = fsdp.replicas or config.nodes

@@ -13,6 +13,7 @@ from composer.utils import dist
 
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import TrainingError
+from flame_composer.upstream.ranks import settle_buckets
 
 MAX_SKIPPED = 10  # consecutive steps that may be skipped
 
@@ -43,6 +44,9 @@ class Gradients(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
         self.passed_over = state.get("passed_over", True)  # earlier versions did not save it
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        settle_buckets(state.model)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         parameters = [each for each in state.model.parameters() if each.grad is not None]

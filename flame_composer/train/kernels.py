@@ -15,6 +15,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,15 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from flame_composer.checkpoint.agree import agreed
+from flame_composer.checkpoint.upload import try_for_minutes
 from flame_composer.config.train import TrainConfig
 from flame_composer.cpu.enable import interprets
 from flame_composer.errors import GOES_ON, ConfigError, DataError, TrainingError, one_line
 from flame_composer.storage import files
+from flame_composer.storage.filesystems import is_url
+from flame_composer.storage.folders import flush
+from flame_composer.storage.local import appearing
 from flame_composer.upstream.autotuner import choose_by
 from flame_composer.upstream.ranks import store_of_all_ranks
 
@@ -67,20 +74,13 @@ class PinnedKernels(Callback):
             for kernel, key, config in machine["chosen"]
         }
         self.store = store_of_all_ranks()
-        self.written = 0  # choices in the store that the file has, too
+        self.written = -1  # choices in the store that the file has, too; a first write is due
 
     def _read(self, *, resumes: bool) -> list[dict[str, Any]]:
         """Return the content of the file, the same on every rank; say so if it is of no use."""
-        answer: list[Any] = [None]
-        if dist.get_global_rank() == 0 and self.place is not None:
-            try:
-                answer = [_read(self.place)]
-            except DataError as error:
-                answer = [error]
-        dist.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], DataError):
-            raise answer[0]
-        kept: list[dict[str, Any]] = answer[0] or []
+        place = self.place if dist.get_global_rank() == 0 else None
+        answers = agreed(dist.all_gather_object, lambda: _read(place) if place else None)
+        kept = answers[0] or []
         others = [machine["on"] for machine in kept]
         if resumes and self.machine not in others and dist.get_global_rank() == 0:
             before = f"were tuned on {_in_words(others[-1])}" if others else "have no record here"
@@ -127,20 +127,29 @@ class PinnedKernels(Callback):
         count = self.store.add("kernels", 0)
         if count == self.written:
             return
-        for number in range(self.written + 1, count + 1):
+        self._chosen_on(self.machine)
+        for number in range(max(0, self.written) + 1, count + 1):
             on, *choice = json.loads(self.store.get(f"kernels/{number}"))
-            machine = next((each for each in self.kept if each["on"] == on), None)
-            if machine is None:
-                machine = {"on": on, "chosen": []}
-                self.kept.append(machine)
-            if choice not in machine["chosen"]:
-                machine["chosen"].append(choice)
+            chosen = self._chosen_on(on)
+            if choice not in chosen:
+                chosen.append(choice)
+        content = files.dump_json({"format": FORMAT, "kernels": self.kept})
         try:
-            files.write(self.place, files.dump_json({"format": FORMAT, "kernels": self.kept}))
+            _write(self.place, content)
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise TrainingError(f"{self.place}: cannot be written: {reason}; {GOES_ON}") from None
+        except (ConfigError, DataError) as error:
+            raise TrainingError(f"{one_line(error)}; {GOES_ON}") from None
         self.written = count
+
+    def _chosen_on(self, on: dict[str, str]) -> list[Any]:
+        """Return the list of choices made on a machine, which may be empty."""
+        machine = next((each for each in self.kept if each["on"] == on), None)
+        if machine is None:
+            machine = {"on": on, "chosen": []}
+            self.kept.append(machine)
+        return machine["chosen"]
 
 
 def build_kernels(
@@ -228,6 +237,18 @@ def naming_what_differs() -> Iterator[None]:
 def _in_words(machine: dict[str, str]) -> str:
     versions = [f"{name} {machine[name]}" for name in sorted(machine) if name != "device"]
     return f"{machine['device']} ({', '.join(versions)})"
+
+
+def _write(place: str, content: bytes) -> None:
+    """Write a file, whole or not at all, and force it to disk; in a store, try for minutes."""
+    if is_url(place):
+        try_for_minutes(partial(files.write, place, content), place)
+        return
+    with appearing(place) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    flush(Path(place).parent)
 
 
 def _read(place: str) -> list[dict[str, Any]] | None:

@@ -12,7 +12,6 @@ from flame_composer.errors import InvalidField
 from flame_composer.model.sharding import sharding_of
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 from flame_composer.upstream.inductor import compile_in_private
-from flame_composer.upstream.ranks import keep_buckets
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
@@ -59,7 +58,6 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
     Call it after `dist.initialize_dist`: the number of replicas depends on the world size.
     """
     if not is_sharded(config):
-        keep_buckets()
         return None
     assert config.fsdp is not None
     if not torch.cuda.is_available():

@@ -71,4 +71,4 @@ def choose_by(choices: Choices | None) -> None:
         return chosen
 
     # A property of the class comes before the attribute of an autotuner made earlier
-    Autotuner.cache = property(cache, lambda _, __: None)
+    Autotuner.cache = property(cache, lambda tuner, new: vars(tuner).update(cache=new))

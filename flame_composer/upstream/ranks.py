@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from torch.distributed import Reducer, Store, distributed_c10d
+import torch
+from torch.distributed import Store, distributed_c10d
+from torch.nn.parallel import DistributedDataParallel
 
 
-def keep_buckets() -> None:
-    """Make plain data parallelism keep the buckets of gradients that it begins with.
+def settle_buckets(model: torch.nn.Module) -> None:
+    """Lay out the gradients of plain data parallelism for good, before the first step.
+
+    Every rank must call this, once the model is wrapped. A model that is not wrapped in
+    DistributedDataParallel is left alone.
 
     Upstream: torch 2.7.0, `Reducer._rebuild_buckets`, which DistributedDataParallel calls.
-    Mends: after a process's first step, it lays out gradients anew in the order in which they
+    Mends: after a process's first step, it lays out gradients anew, in the order in which they
     arrived. Where a gradient lies decides in which order three or more ranks add it up, so that the
     first step after a restart differed in its last bits from the same step of a run that went on.
+    Here a step whose gradients are zero comes first, so that every real step has the same layout.
     """
-    Reducer._rebuild_buckets = lambda _: False  # type: ignore[method-assign,assignment]
+    if not isinstance(model, DistributedDataParallel):
+        return
+    trained = [each for each in model.parameters() if each.requires_grad]
+    # What is added last is differentiated first: gradients arrive from the last layer to the first
+    nothing = sum((each * 0).sum() for each in trained)
+    assert isinstance(nothing, torch.Tensor)
+    model.reducer.prepare_for_forward()
+    model.reducer.prepare_for_backward([])
+    nothing.backward()
+    for each in trained:
+        each.grad = None
+    is_laid_out = model.reducer._rebuild_buckets()
+    assert is_laid_out
 
 
 def store_of_all_ranks() -> Store:

@@ -81,7 +81,8 @@ def test_what_was_found_is_kept(tmp_path: Path) -> None:
 
 
 def test_problems_are_in_the_table() -> None:
-    found = {"device": "A", "cores": 2, "seconds": 3, "rehearsal": False, **gpu._versions()}
+    found = {"device": "A", "cores": 2, "commit": "c", "seconds": 3, "rehearsal": False}
+    found |= gpu._versions()
     parts = {"data": {"problem": "a | b"}, "save": {"answers": [{**ANSWER}]}}
     *_, first, second = gpu._table({**found, "parts": parts})
     assert first == "| data | | **failed**: a / b |"

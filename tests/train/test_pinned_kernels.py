@@ -41,7 +41,7 @@ from flame_composer.train.kernels import (
 )
 from flame_composer.upstream.autotuner import choose_by
 from flame_composer.upstream.ranks import store_of_all_ranks
-from tests.runs import ROOT, Corpus, Ranks, Script, check, meeting, read_log
+from tests.runs import ROOT, Corpus, Ranks, Script, check, meeting, read_log, run_ranks
 
 SLOW = pytest.mark.skipif(
     "FLAME_COMPOSER_FAULTS" not in os.environ, reason="interprets kernels: make test-faults"
@@ -140,6 +140,17 @@ def test_a_restart_takes_what_was_chosen(folder: Path, monkeypatch: pytest.Monke
     restart(monkeypatch)
     begin(folder, resumes=True)
     assert [launch(tuner(16), size) for size in (8, 9, 10)] == [32, 32, 64]
+    choose_by(None)
+    assert launch(later) == 64, "as if nothing had been kept"
+
+
+def test_a_run_without_tuned_kernels_has_a_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(folder).write()
+    restart(monkeypatch)
+    begin(folder, resumes=True)
+    assert not caplog.messages
 
 
 def test_the_first_rank_to_tune_decides(folder: Path) -> None:
@@ -312,6 +323,53 @@ def test_three_ranks_go_on_bit_for_bit(corpus: Corpus, tmp_path: Path) -> None:
     Ranks(3, *corpus.keys(run, *keys), env=env).kill_after(run / "train_log.jsonl", 4)
     Ranks(3, *corpus.keys(run, *keys), env=env).finish()
     assert read_log(run) == read_log(whole)
+
+
+SETTLED = """
+import torch
+import torch.distributed as dist
+from flame_composer.upstream.ranks import settle_buckets
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+layers = torch.nn.ModuleList([torch.nn.Linear(512, 512) for _ in range(40)])
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x, depth):
+        for layer in self.layers[:depth]:
+            x = layer(x)
+        return x.square().mean()
+
+ranks = torch.nn.parallel.DistributedDataParallel(Model())
+settle_buckets(ranks)
+assert all(each.grad is None for each in layers.parameters())
+torch.manual_seed(dist.get_rank())
+batch = torch.randn(4, 512)
+steps = []
+for _ in range(2):
+    ranks.zero_grad()
+    ranks(batch, 40).backward()
+    steps.append(torch.cat([each.grad.flatten() for each in layers.parameters()]))
+print(torch.equal(*steps), len(ranks._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")))
+try:
+    for _ in range(2):
+        ranks(batch, 39).backward()
+except RuntimeError as error:
+    print("finished reduction in the prior iteration" in str(error))
+"""
+
+
+def test_gradients_are_laid_out_before_the_first_step(tmp_path: Path) -> None:
+    """In several buckets, whose sums begin before the last gradient is there; and an idle weight,
+    which torch would not add up, is still an error.
+    """
+    (tmp_path / "code.py").write_text(SETTLED)
+    for rank in run_ranks(3, tmp_path / "code.py"):
+        assert rank.stdout.split() == ["True", "3", "True"]
 
 
 class Interpreted:

@@ -156,7 +156,7 @@ except RuntimeError as error:
         assert rank.stdout.split() in (["6.0"], ["refused"]), "the mean is 3"
 
 
-def test_keep_buckets(tmp_path):
+def test_settle_buckets(tmp_path):
     """Three ranks add up gradients in another order from a process's second step on."""
     code = """
 import torch
