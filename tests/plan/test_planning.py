@@ -566,7 +566,7 @@ def test_what_saving_in_the_background_takes() -> None:
     assert (waited_for.host_bytes, waited_for.notice_seconds) == (0, 31)
     sharded = ("nodes=4", "parallelism.fsdp={}")
     assert saved(*sharded).host_bytes == whole.bytes // 4
-    assert saved(*sharded, "parallelism.fsdp.state_dict_type=full").host_bytes == whole.bytes
+    assert saved(*sharded, "parallelism.fsdp.state_dict_type=full").host_bytes == 2 * whole.bytes
     hybrid = ("parallelism.fsdp.sharding_strategy=HYBRID_SHARD",)
     assert saved(*sharded, *hybrid).host_bytes == whole.bytes
     assert saved(*sharded, *hybrid, "parallelism.fsdp.replicas=2").host_bytes == whole.bytes // 2

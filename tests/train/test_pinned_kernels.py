@@ -419,14 +419,15 @@ class Interpreted:
             process.communicate()
 
 
-# A head is wider than a tile, so that a tile's size decides how sums are split
+# A head is wider than a tile, so that a tile's size decides how sums are split. A microbatch has
+# more than 64 tokens, for which fla takes chunks.
 SMALL = (
     "model.config.num_hidden_layers=1",
     "model.config.hidden_size=64",
     "model.config.num_heads=1",
     "model.config.expand_k=1.0",
-    "global_batch_size=2",
-    "microbatch_size=1",
+    "global_batch_size=4",
+    "microbatch_size=2",
     "max_duration=4ba",
     "scheduler.warmup=0ba",
     "save_interval=2ba",
