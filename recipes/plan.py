@@ -25,7 +25,6 @@ def main(config: PlanConfig) -> None:
     with compiler(config) as started, counting() as counter:
         from flame_composer.plan import planning
         from flame_composer.plan.advice import warnings
-        from flame_composer.plan.fitting import count_or_estimate
         from flame_composer.plan.memory import read_size
         from flame_composer.plan.supply import find_supply
         from flame_composer.plan.table import describe
@@ -34,8 +33,7 @@ def main(config: PlanConfig) -> None:
         supply = None if isinstance(found, str) else found
         hf_config = planning.find_hf_config(config, supply)
         size = read_size(hf_config, config.lora)
-        count, why_not = count_or_estimate(config, hf_config, size, counter)
-        plan = planning.draw_up(config, size, supply, count)
+        plan, why_not = planning.count_and_draw_up(config, hf_config, size, supply, counter)
         kernels = started.check(config, hf_config) if started else None
     wrong = warnings(config, plan)
     if why_not is not None:

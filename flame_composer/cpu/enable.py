@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from flame_composer.cpu.linear import keep_signals_off_the_heap
+from flame_composer.cpu.losses import genuine_cross_entropy_forward
 from flame_composer.cpu.operations import OPERATIONS, REPLACEMENTS
 
 TESTED_FLA = "0.5."
@@ -68,7 +69,7 @@ def enable() -> None:
     bitnet.__doc__ = bitnet.__doc__ or ""
     if interprets():
         loss = importlib.import_module("fla.modules.fused_cross_entropy").FusedCrossEntropyLoss
-        loss.forward = _interpreted_loss
+        loss.forward = genuine_cross_entropy_forward
         return
     _register_backend()
     for module, name, make in REPLACEMENTS:
@@ -146,26 +147,6 @@ def install_stub_driver() -> None:
 
     if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):
         driver.set_active(NoGPU())
-
-
-def _interpreted_loss(loss: Any, logits: Tensor, target: Tensor) -> Tensor:
-    """Compute what `FusedCrossEntropyLoss.forward` does, which refuses tensors on a CPU."""
-    from fla.modules.fused_cross_entropy import cross_entropy_loss
-
-    losses, _ = cross_entropy_loss(
-        logits,
-        target,
-        label_smoothing=loss.label_smoothing,
-        logit_scale=loss.logit_scale,
-        lse_square_scale=loss.lse_square_scale,
-        logit_softcapping=loss.logit_softcapping,
-        ignore_index=loss.ignore_index,
-        inplace_backward=loss.inplace_backward,
-    )
-    if loss.reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if loss.reduction == "sum" else total / (target != loss.ignore_index).sum()
 
 
 _own_kernels = ContextVar("own_kernels", default=False)

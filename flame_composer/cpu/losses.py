@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,12 +42,18 @@ def cross_entropy_loss(
     return losses + z_losses, z_losses.detach()
 
 
-def cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
+def cross_entropy_forward(
+    self: Any,
+    input: Tensor,
+    target: Tensor,
+    compute: Callable[..., tuple[Tensor, Tensor]] = cross_entropy_loss,
+) -> Any:
     """Stand in for `FusedCrossEntropyLoss.forward`, which refuses CPU tensors before it dispatches.
 
-    `self` is the FusedCrossEntropyLoss, whose settings are used.
+    `self` is the FusedCrossEntropyLoss, whose settings are used. `compute` returns the losses and
+    z-losses of tokens.
     """
-    losses, z_losses = cross_entropy_loss(
+    losses, z_losses = compute(
         input,
         target,
         self.label_smoothing,
@@ -60,6 +68,14 @@ def cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
         count = (target != self.ignore_index).sum()
         losses, z_losses = losses / count, z_losses / count
     return (losses, z_losses) if self.return_z_loss else losses
+
+
+def genuine_cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Any:
+    """Compute `FusedCrossEntropyLoss.forward` by fla's own kernels, for tensors of any device."""
+    from fla.modules.fused_cross_entropy import cross_entropy_loss as genuine
+
+    in_place = functools.partial(genuine, inplace_backward=self.inplace_backward)
+    return cross_entropy_forward(self, input, target, in_place)
 
 
 def fused_linear_cross_entropy_forward(

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from transformers import PretrainedConfig
-
 from flame_composer.config.plan import PlanConfig
-from flame_composer.plan.counting import CannotCount
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.memory import FILL, Size, device_memory, memory
 
@@ -18,24 +15,6 @@ Count = Callable[[int], Memory]  # of a step with so many rows at a time
 def estimate(config: PlanConfig, size: Size) -> Count:
     """Return the function that estimates the memory of a step by formula."""
     return functools.partial(memory, config, size)
-
-
-def count_or_estimate(
-    config: PlanConfig,
-    hf_config: PretrainedConfig,
-    size: Size,
-    counter: Callable[[PlanConfig, PretrainedConfig, int], Memory],
-) -> tuple[Count, str | None]:
-    """Return the function that counts the memory of a step, and None.
-
-    If `counter` cannot count this model, return the one that estimates, and the reason.
-    """
-    count = functools.cache(functools.partial(counter, config, hf_config))
-    try:
-        count(1)
-    except CannotCount as reason:
-        return estimate(config, size), str(reason)
-    return count, None
 
 
 def largest_microbatch(config: PlanConfig, count: Count) -> int | None:

@@ -5,7 +5,9 @@ It has the run's size, steps, memory, time, cost, checkpoints and goodput when p
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 from streaming.base.util import bytes_to_int
 from transformers import PretrainedConfig
@@ -13,8 +15,9 @@ from transformers import PretrainedConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
-from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
-from flame_composer.plan.fitting import Count, largest_microbatch
+from flame_composer.plan.counting import CannotCount
+from flame_composer.plan.figures import Checkpoints, Data, Memory, Plan, Preemption, Time
+from flame_composer.plan.fitting import Count, estimate, largest_microbatch
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
 from flame_composer.plan.memory import DEVICES, Size, device_memory
 from flame_composer.plan.speed import assumed_mfu
@@ -47,6 +50,24 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
     elif "vocab_size" not in keys:
         tokenizer = load_tokenizer(config.tokenizer)
     return build_hf_config(keys, tokenizer, config.context_length, to_run=False)
+
+
+def count_and_draw_up(
+    config: PlanConfig,
+    hf_config: PretrainedConfig,
+    size: Size,
+    supply: Supply | None,
+    counter: Callable[[PlanConfig, PretrainedConfig, int], Memory],
+) -> tuple[Plan, str | None]:
+    """Return the figures of a run whose steps `counter` counts, and None.
+
+    If it cannot count one of them, return figures with all memory estimated, and the reason.
+    """
+    count = functools.cache(functools.partial(counter, config, hf_config))
+    try:
+        return draw_up(config, size, supply, count), None
+    except CannotCount as reason:
+        return draw_up(config, size, supply, estimate(config, size)), str(reason)
 
 
 def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count) -> Plan:

@@ -257,7 +257,7 @@ def _read(place: str) -> list[dict[str, Any]] | None:
         if files.stat(place) is None:
             return None
         content = json.loads(files.read(place))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{place}: damaged: it is not JSON; {REMEDY}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{place}: it is not of format {FORMAT}; {REMEDY}")

@@ -17,9 +17,9 @@ from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
 from flame_composer.plan.counting import CannotCount, counting
 from flame_composer.plan.figures import Memory
-from flame_composer.plan.fitting import count_or_estimate, estimate, largest_microbatch
+from flame_composer.plan.fitting import estimate, largest_microbatch
 from flame_composer.plan.memory import read_size
-from flame_composer.plan.planning import find_hf_config
+from flame_composer.plan.planning import count_and_draw_up, find_hf_config
 from tests.conftest import make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Script, check, last_json, run_script
@@ -180,11 +180,29 @@ def test_a_model_that_cannot_be_counted_is_estimated() -> None:
     size = read_size(hf_config)
 
     with counting() as counter:
-        count, reason = count_or_estimate(config, hf_config, size, counter)
+        plan, reason = count_and_draw_up(config, hf_config, size, None, counter)
     assert reason is not None
     assert "what a model of fla offloads cannot be told" in reason
-    assert count(3) == estimate(config, size)(3)
-    assert not count(3).counted
+    assert plan.memory == estimate(config, size)(plan.microbatch_size)
+    assert not plan.memory.counted
+
+
+def test_a_count_that_fails_on_the_way_is_an_estimate() -> None:
+    """Not a part of one: the largest microbatch is estimated, too."""
+    config = config_of("gla_340m", FEW)
+    hf_config = find_hf_config(config, None)
+    size = read_size(hf_config)
+    estimated = estimate(config, size)
+
+    def counter(_: object, __: object, rows: int) -> Memory:
+        if rows > 1:
+            raise CannotCount("killed")
+        return estimated(rows)
+
+    plan, reason = count_and_draw_up(config, hf_config, size, None, counter)
+    assert reason == "killed"
+    assert plan.memory == estimated(plan.microbatch_size)
+    assert plan.largest_microbatch_size == largest_microbatch(config, estimated)
 
 
 def test_a_process_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,7 @@ def test_a_run_without_a_record_says_so(folder: Path, caplog: pytest.LogCaptureF
     ("content", "problem"),
     [
         ("{", "damaged: it is not JSON"),
+        ("[" * 100_000, "damaged: it is not JSON"),
         ("[]", "it is not of format 1"),
         ('{"format": 2, "kernels": []}', "it is not of format 1"),
         ('{"format": 1}', "damaged: kernels must be choices of machines"),
