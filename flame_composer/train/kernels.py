@@ -257,6 +257,10 @@ def _read(place: str) -> list[dict[str, Any]] | None:
         if files.stat(place) is None:
             return None
         content = json.loads(files.read(place))
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror}; {REMEDY}") from None
+    except (ConfigError, DataError):  # of the store
+        raise
     except (ValueError, RecursionError):
         raise DataError(f"{place}: damaged: it is not JSON; {REMEDY}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -6,6 +6,7 @@ times by which a GPU's candidates win.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
 import json
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, DataError, TrainingError
+from flame_composer.storage import files
 from flame_composer.train import kernels
 from flame_composer.train.kernels import (
     FORMAT,
@@ -231,6 +233,18 @@ def test_a_damaged_record_is_named(folder: Path, content: str, problem: str) -> 
     line = str(caught.value)
     assert line.startswith(f"{folder / KERNELS}: {problem}")
     assert line.endswith("; restore it from a copy, or delete it: kernels are then tuned anew")
+
+
+def test_a_record_that_cannot_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(_: str) -> bytes:  # as for a user who is not root
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (folder / KERNELS).write_text("{}")
+    monkeypatch.setattr(files, "read", denied)
+    with pytest.raises(DataError, match=r"kernels.json: cannot be read: Permission denied; restor"):
+        begin(folder, resumes=True)
 
 
 def test_a_record_that_cannot_be_written_ends_the_run(folder: Path) -> None:
