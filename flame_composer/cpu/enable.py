@@ -6,7 +6,7 @@ is given a CPU tensor then runs in plain PyTorch (`flame_composer.cpu.operations
 still take fla's own kernels. Configs, parameter names and checkpoints are the same on both.
 
 With TRITON_INTERPRET=1 in the environment, fla's own kernels run in Triton's interpreter instead:
-any model of fla, very slowly, to compare with.
+very slowly, to compare with, and for any model whose kernels the interpreter can run.
 
 There is no CPU version of fla's softmax attention (flash-attn) and of fla's other models, except
 Mamba, which has a plain PyTorch version of its own. `missing` reports what needs a GPU.
