@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 from triton.runtime.autotuner import Autotuner, Config
@@ -72,3 +73,24 @@ def choose_by(choices: Choices | None) -> None:
 
     # A property of the class comes before the attribute of an autotuner made earlier
     Autotuner.cache = property(cache, lambda tuner, new: vars(tuner).update(cache=new))
+
+
+def try_the_smallest_only() -> None:
+    """Make every kernel take the candidate that asks for least, without timing any other.
+
+    Upstream: triton 3.3.0, `Autotuner.prune_configs`.
+    Mends: hundreds of candidates are compiled and timed, for minutes, where any of them will do.
+    """
+    prune = Autotuner.prune_configs
+    if prune.__module__ != Autotuner.__module__:
+        return  # done before
+
+    def smallest(tuner: Autotuner, kwargs: dict[str, Any]) -> list[Config]:
+        return [min(prune(tuner, kwargs), key=_size)]
+
+    Autotuner.prune_configs = smallest  # type: ignore[method-assign]
+
+
+def _size(config: Config) -> tuple[int, int, int]:
+    sizes = [value for value in config.kwargs.values() if type(value) is int]
+    return math.prod(sizes), config.num_stages, config.num_warps

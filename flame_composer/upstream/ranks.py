@@ -11,7 +11,8 @@ def settle_buckets(model: torch.nn.Module) -> None:
     """Lay out the gradients of plain data parallelism for good, before the first step.
 
     Every rank must call this, once the model is wrapped. A model that is not wrapped in
-    DistributedDataParallel is left alone.
+    DistributedDataParallel is left alone, and so is one in which DistributedDataParallel looks for
+    idle weights (as with layer_freezing): it never lays its gradients out anew.
 
     Upstream: torch 2.7.0, `Reducer._rebuild_buckets`, which DistributedDataParallel calls.
     Mends: after a process's first step, it lays out gradients anew, in the order in which they
@@ -19,7 +20,7 @@ def settle_buckets(model: torch.nn.Module) -> None:
     first step after a restart differed in its last bits from the same step of a run that went on.
     Here a step whose gradients are zero comes first, so that every real step has the same layout.
     """
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
         return
     trained = [each for each in model.parameters() if each.requires_grad]
     # What is added last is differentiated first: gradients arrive from the last layer to the first

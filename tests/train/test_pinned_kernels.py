@@ -41,7 +41,7 @@ from flame_composer.train.kernels import (
     naming_what_differs,
     warn_of_layers,
 )
-from flame_composer.upstream.autotuner import choose_by
+from flame_composer.upstream.autotuner import choose_by, try_the_smallest_only
 from flame_composer.upstream.ranks import store_of_all_ranks
 from tests.runs import ROOT, Corpus, Ranks, Script, check, meeting, read_log, run_ranks
 
@@ -114,6 +114,17 @@ def restart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_pins_another_process_chooses_otherwise():
     assert launch(tuner(32)) == 32
     assert launch(tuner(64)) == 64
+
+
+def test_the_smallest_is_taken_where_any_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    monkeypatch.setattr(Autotuner, "prune_configs", Autotuner.prune_configs)  # restored at the end
+    for _ in range(2):
+        try_the_smallest_only()
+    candidates = tuner(64)
+    assert launch(candidates) == 16
+    assert len(candidates.configs_timings) == 1, "no other is timed"
 
 
 def test_a_restart_takes_what_was_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +340,23 @@ def test_every_rank_meets_at_one_store() -> None:
     assert store_of_all_ranks().get("here") == b"yes"
 
 
-def test_three_ranks_go_on_bit_for_bit(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        (
+            "algorithms.layer_freezing.freeze_start=0.6",
+            "algorithms.layer_freezing.freeze_level=0.5",
+        ),
+    ],
+    ids=["all", "freezing"],
+)
+def test_three_ranks_go_on_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     """With plain data parallelism, whose sums over three ranks depend on how gradients lie."""
     keys = ("global_batch_size=6", "microbatch_size=1", "max_duration=8ba", "save_interval=3ba")
+    keys += more
     env = {"OMP_NUM_THREADS": "1"}
     whole, run = tmp_path / "whole", tmp_path / "run"
     Ranks(3, *corpus.keys(whole, *keys), env=env).finish()
