@@ -30,6 +30,13 @@ LINEAR = {
     "gsa": Assumed(0.22, f"26,958 tokens/s on an H100 with about 1.3 B parameters: {TABLE}"),
     "gated_deltanet": Assumed(0.17, "no figure is known to us; taken as that of delta_net"),
 }
+# By this package itself, docs/gpu.md; the models above are larger, or were trained by others, with
+# larger microbatches.
+SMALL = 500_000_000  # multiplied parameters
+SMALL_GLA = Assumed(0.1, "gla_340m at 49,697 tokens/s on an H200, 8 rows at a time: docs/gpu.md")
+SMALL_SOFTMAX = Assumed(
+    0.2, "transformer_340m at 76,102 tokens/s on an H200, 8 rows at a time: docs/gpu.md"
+)
 # mamba_ssm, whose kernels fla's Mamba models need to be fast, is not among the requirements.
 SLOW = Assumed(0.05, "no figure is known to us; fla computes it by steps of PyTorch")
 SOFTMAX = Assumed(0.4, f"MPT of 1 to 7 B parameters on 8 H100: {FOUNDRY}")
@@ -40,6 +47,9 @@ def assumed_mfu(model_type: str, work: Work) -> Assumed:
     """Return the utilisation that a model of this type is assumed to reach on any GPU."""
     if model_type in ("mamba", "mamba2"):
         return SLOW
+    is_small = work.multiplied < SMALL
     if work.softmax_heads and model_type not in LINEAR:
-        return SOFTMAX
+        return SMALL_SOFTMAX if is_small else SOFTMAX
+    if model_type == "gla" and is_small:
+        return SMALL_GLA
     return LINEAR.get(model_type, OTHERS)

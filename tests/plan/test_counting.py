@@ -221,5 +221,5 @@ def test_the_script_says_how_memory_is_known() -> None:
     plan = last_json(process)
     assert plan["memory"]["counted"] is True
     assert "fits), counted by torch\n" in process.stdout
-    assert "assumed         18% of the peak (mfu), until you have measured it:" in process.stdout
-    assert plan["time"]["mfu"] == 0.18
+    assert "assumed         10% of the peak (mfu), until you have measured it:" in process.stdout
+    assert plan["time"]["mfu"] == 0.1
