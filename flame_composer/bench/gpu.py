@@ -28,21 +28,22 @@ LIMIT = 530  # seconds, for all parts together
 STAGES: tuple[dict[str, int], ...] = (
     {"data": 60},
     {
-        "warm_gla_340m": 300,
+        "warm_gla_340m": 240,
         "warm_transformer_340m": 120,
-        "warm_gated_deltanet_340m": 300,
+        "warm_gated_deltanet_340m": 240,
         "plan": 180,
-        "tests": 300,
-        "parity": 180,
+        "tests": 240,
+        "parity": 120,
     },
     {"speed_gla_340m": 75},
     {"speed_transformer_340m": 75},
     {"speed_gated_deltanet_340m": 75},
-    {"auto": 60},
+    {"rows": 60},
+    {"resume": 200, "convert": 90},
     {"save": 60},
-    {"trainer": 75},
     {"decode": 60},
-    {"resume": 120, "convert": 90},
+    {"trainer": 75},
+    {"auto": 60},
 )
 PART = "from flame_composer.bench.gpu_parts import main; main()"
 

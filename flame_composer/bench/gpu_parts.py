@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,87 +22,13 @@ import torch
 
 from flame_composer.bench.conversions import mistral_tokenizer, write_corpus
 from flame_composer.bench.devices import device_of
-from flame_composer.bench.measure import measure, median
+from flame_composer.bench.gpu_site import ROOT, Answer, Site, run
+from flame_composer.bench.measure import median
 from flame_composer.errors import DataError
 from flame_composer.plan.memory import DEVICES
 from flame_composer.processes import lead_session
 from flame_composer.train.kernels import KERNELS
-
-ROOT = Path(__file__).parent.parent.parent
-SMALL = {"gla": "num_heads=2", "llama": "num_attention_heads=2", "gated_deltanet": "num_heads=2"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a part found out: a number or a word, and how it is to be read."""
-
-    question: str
-    answer: float | str
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Site:
-    """The folder that all parts work in, and whether this is a rehearsal without a GPU."""
-
-    folder: Path
-    is_rehearsal: bool
-
-    def keys(self, recipe: str, run: str, *more: str) -> list[str]:
-        """Return the arguments of recipes/train.py for a short run of `recipe` on our own data."""
-        rows, steps = (4, 4) if self.is_rehearsal else (32, 12)
-        return [
-            str(ROOT / f"yamls/{recipe}.yaml"),
-            f"tokenizer={self.folder}/data/tokenizer",
-            f"train_data.local={self.folder}/data/train",
-            "train_data.remote=null",
-            "train_data.cache_limit=null",
-            "eval_data=null",
-            f"run_name={run}",
-            f"log_folder={self.folder}/{run}",
-            f"save_folder={self.folder}/{run}/checkpoints",
-            "save_interval=1000ba",
-            "progress_bar=false",
-            "scheduler.warmup=0ba",
-            f"max_duration={steps}ba",
-            f"global_batch_size={rows}",
-            *(self._small(recipe) if self.is_rehearsal else ()),
-            *more,
-        ]
-
-    def _small(self, recipe: str) -> list[str]:
-        import yaml
-
-        kind = yaml.safe_load((ROOT / f"yamls/{recipe}.yaml").read_text())["model"]["config"]
-        return [
-            "precision=fp32",
-            "parallelism.fsdp=null",
-            "context_length=128",
-            "microbatch_size=2",
-            "train_data.num_workers=0",
-            "model.config.hidden_size=64",
-            "model.config.num_hidden_layers=1",
-            f"model.config.{SMALL[kind['model_type']]}",
-            *(["model.config.head_dim=32"] if kind["model_type"] == "gated_deltanet" else []),
-        ]
-
-    def take_choices(self, run: str, other: str) -> None:
-        """Give a run the choices of kernels that another one has kept, if it has any."""
-        kept = self.folder / run / "checkpoints" / KERNELS
-        if kept.exists():
-            folder = self.folder / other / "checkpoints"
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(kept, folder)
-
-    def log(self, run: str) -> list[dict[str, Any]]:
-        """Return the rows of a run's log without what depends on the clock."""
-        rows = [json.loads(line) for line in (self.folder / run / "train_log.jsonl").open()]
-        return [{key: row[key] for key in row if key != "throughput"} for row in rows]
-
-
-def run(*command: str) -> str:
-    """Run a script of this repository to its end; return its stdout, or raise DataError."""
-    return measure([sys.executable, *command]).output
+from flame_composer.upstream.autotuner import choose_by
 
 
 def data(site: Site) -> list[Answer]:
@@ -130,9 +54,12 @@ def data(site: Site) -> list[Answer]:
 
 
 def tests(_: Site) -> list[Answer]:
-    """Run the tests that need a GPU."""
+    """Run the tests that need a GPU, of the modules that have any: importing all takes long."""
+    paths = [str(path) for path in ROOT.glob("tests/*/test_*.py") if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *sorted(paths)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     *before, last = done.stdout.strip().splitlines() or [""]
     print(*before, last, done.stderr, sep="\n")
     if done.returncode:
@@ -146,7 +73,9 @@ def parity(site: Site) -> list[Answer]:
     Triton multiplies fp32 matrices in TF32 unless it is told otherwise, so errors are of its size.
     """
     from flame_composer.bench.models import build_pair
+    from flame_composer.upstream.autotuner import try_the_smallest_only
 
+    try_the_smallest_only()
     width = 64 if site.is_rehearsal else 256
     device = "cpu" if site.is_rehearsal else "cuda"
     tokens = torch.randint(0, 512, (2, 300), generator=torch.Generator().manual_seed(0))
@@ -254,6 +183,60 @@ def auto(site: Site) -> list[Answer]:
     return [Answer("microbatch_size=auto: most memory in use", used, "bytes")]
 
 
+def rows(site: Site) -> list[Answer]:
+    """Time forward and backward alone, by rows of a microbatch, and the host's share of it.
+
+    A share near 1 means that the GPU waits for Python to launch its kernels.
+    """
+    import yaml
+
+    from flame_composer import cpu
+    from flame_composer.model.build import build_model
+    from flame_composer.train.kernels import PinnedKernels
+
+    cpu.enable()
+    from fla.models import GLAConfig
+
+    keys = yaml.safe_load((ROOT / "yamls/gla_340m.yaml").read_text())["model"]["config"]
+    length, counts, device = 2048, (8, 32), "cuda"
+    if site.is_rehearsal:
+        keys |= {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2}
+        length, counts, device = 128, (1, 2), "cpu"
+    model: Any = build_model(GLAConfig(**keys))
+    model.to(device, torch.bfloat16)
+    choose_by(PinnedKernels(str(site.folder / "warm_gla_340m/checkpoints"), resumes=False))
+    found = []
+    for count in counts:
+        tokens = torch.randint(0, keys["vocab_size"], (1, count * length), device=device)
+        starts = torch.arange(0, count * length + 1, length, device=device)
+
+        def steps(number: int, tokens: Any = tokens, starts: Any = starts) -> None:
+            for _ in range(number):
+                model(
+                    input_ids=tokens, labels=tokens, cu_seqlens=starts, use_cache=False
+                ).loss.backward()
+                model.zero_grad()
+
+        steps(2)
+        _synchronize()
+        start = time.perf_counter()
+        steps(5)
+        launched = time.perf_counter()
+        _synchronize()
+        seconds = time.perf_counter() - start
+        name = f"gla_340m, forward and backward of {count} rows"
+        found += [
+            Answer(name, round(5 * count * length / seconds), "tokens/s"),
+            Answer(f"{name}: the host's share", round((launched - start) / seconds, 2)),
+        ]
+    return found
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def benchmark(name: str, *keys: str) -> list[Answer]:
     """Run a benchmark of recipes/benchmark.py, and return its figures."""
     output = run(str(ROOT / "recipes/benchmark.py"), name, *keys)
@@ -288,6 +271,7 @@ def resume(site: Site) -> list[Answer]:
                 raise DataError(f"a run ended with status {process.returncode} before step {step}")
             time.sleep(0.01)
 
+    site.take_choices("warm_gla_340m", "whole")  # its kernels are tuned for the same shapes
     finish(start("whole"))
     kept = site.folder / "whole/checkpoints" / KERNELS
     if not kept.exists() and not site.is_rehearsal:
@@ -346,6 +330,7 @@ PARTS: dict[str, Callable[[Site], list[Answer]]] = {
     "plan": plan,
     **{f"warm_{recipe}": partial(warm, recipe=recipe) for recipe in RECIPES},
     **{f"speed_{recipe}": partial(speed, recipe=recipe) for recipe in RECIPES},
+    "rows": rows,
     "auto": auto,
     "save": save,
     "trainer": trainer,

@@ -226,6 +226,7 @@ GPU_PARTS = (
     "speed_gla_340m",
     "speed_transformer_340m",
     "speed_gated_deltanet_340m",
+    "rows",
     "auto",
     "save",
     "trainer",

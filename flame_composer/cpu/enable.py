@@ -117,7 +117,7 @@ def missing(hf_config: Any) -> tuple[str, str] | None:
 def install_stub_driver() -> None:
     """Give Triton a driver that answers queries but launches nothing, if no GPU driver is active.
 
-    Triton 3.3 asks the driver for a benchmarker when a kernel is decorated. Without a driver,
+    Triton asks the driver for a benchmarker when a kernel is decorated. Without a driver,
     importing fla fails.
     """
     from triton.backends import backends
@@ -139,13 +139,22 @@ def install_stub_driver() -> None:
         def get_benchmarker(self) -> Callable[..., Any]:
             return lambda kernel, *, quantiles, **_: [0.0] * len(quantiles)
 
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty  # for launchers, of which there are none
+
         def get_current_device(self) -> int:
             raise RuntimeError(
                 "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no"
                 " CPU version of this operation (it covers GLA models; other fla models need a GPU)"
             )
 
-    if driver.active is driver.default and not any(b.driver.is_active() for b in backends.values()):
+    if any(each.driver.is_active() for each in backends.values()):
+        return
+    try:
+        is_claimed = isinstance(driver.active, DriverBase)  # Triton 3.3 has a proxy there at first
+    except RuntimeError:  # later ones have nothing there at first, and look for a GPU
+        is_claimed = False
+    if not is_claimed:
         driver.set_active(NoGPU())
 
 

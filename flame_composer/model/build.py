@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import typing
 from typing import Any
 
@@ -22,6 +23,18 @@ from flame_composer.model.hf_config import (
     read_pretrained_config,
 )
 from flame_composer.text.counts import require_counts
+from flame_composer.upstream.triton import compile_candidates_together, drives_gpu
+
+
+def enable_kernels() -> None:
+    """Make fla's models run here, and their kernels compile on all cores where there is a GPU.
+
+    Ranks of one machine share its cores. Calling it again changes nothing.
+    """
+    cpu.enable()
+    if drives_gpu():
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        compile_candidates_together(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
@@ -30,7 +43,7 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     Raise ConfigError if the config's numbers do not make a model, for example if the number of
     heads is not a multiple of the number of key and value heads.
     """
-    cpu.enable()
+    enable_kernels()
     heads, kv_heads = (
         getattr(hf_config, f"num_{name}_heads", None) for name in ("attention", "key_value")
     )

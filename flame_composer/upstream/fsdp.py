@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch.distributed import ReduceOp
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -19,12 +21,14 @@ def average_on_cpus() -> None:
     given = _fsdp_collectives._get_gradient_divide_factors
 
     def divide_factors(
-        shards: Any, replicas: Any, reduce_dtype: torch.dtype, device_type: str = ""
+        shards: Any, replicas: Any, reduce_dtype: torch.dtype, device_type: str = "", *more: Any
     ) -> Any:
+        answer = given(shards, replicas, reduce_dtype, device_type, *more)
         if device_type != "cpu":
-            return given(shards, replicas, reduce_dtype, device_type)
-        ranks = shards.size() * (replicas.size() if replicas is not None else 1)
-        return 1.0, float(ranks)
+            return answer
+        ranks = math.prod(group.size() for group in (shards, replicas) if group is not None)
+        # Later versions of torch also return how to reduce, in the two steps
+        return 1.0, float(ranks), *(ReduceOp.SUM for _ in answer[2:])
 
     if given.__module__ == _fsdp_collectives.__name__:  # not done yet
         _fsdp_collectives._get_gradient_divide_factors = divide_factors  # type: ignore[assignment]

@@ -1,24 +1,33 @@
-"""triton 3.3.0 without a GPU: a driver that claims one, launches that are noted, compiling."""
+"""triton 3.3.0's compiler: a driver that claims a GPU, launches that are noted, compiling."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.compiler.compiler import make_backend, triton_key
-from triton.runtime import driver
+from triton.compiler.compiler import make_backend
+from triton.runtime import cache, driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from flame_composer.processes import end_with_parent
+
 MAX_TENSOR_MEMORY = 512  # columns, on sm_100 (triton.compiler.CompiledKernel)
+PATIENCE = 300  # seconds that one configuration may take to compile, which takes a few
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,9 @@ def claim_gpu(capability: int, shared_memory: int, multiprocessors: int) -> None
         def get_active_torch_device(self) -> torch.device:  # type: ignore[override]
             return torch.device("cuda", 0)
 
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
         def get_current_device(self) -> int:
             return 0
 
@@ -110,31 +122,134 @@ def noted_launches() -> Iterator[list[Launch]]:
     tuned: dict[str, Variant] | None = None
     names: set[str] = set()
 
-    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        function, text = fn.jit_function, compile["specialization_data"]
-        variant = Variant(function, text, _configuration(function, json.loads(text), names))
+    def note(variant: Variant) -> None:
         if tuned is None:
-            launches.append(Launch(fn.name, (variant,)))
+            launches.append(Launch(variant.function.fn.__name__, (variant,)))
         else:
             tuned.setdefault(variant.key, variant)
-        return True  # do not compile or launch it
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal tuned, names
         self.cache.clear()
-        tuned, names = {}, {name for config in self.configs for name in config.kwargs}
+        self.cache_results = False  # of later versions, which keep times on disk
+        tuned, names = {}, _tuned_names(self.configs)
         try:
             tune(self, *args, **kwargs)
             launches.append(Launch(self.base_fn.__name__, tuple(tuned.values())))
         finally:
             tuned, names = None, set()
 
-    tune, hook = Autotuner.run, JITFunction.cache_hook
-    Autotuner.run, JITFunction.cache_hook = run, staticmethod(note)  # type: ignore[assignment]
+    tune = Autotuner.run
+    Autotuner.run = run  # type: ignore[method-assign]
     try:
-        yield launches
+        with _noting(note, lambda: names):
+            yield launches
     finally:
-        Autotuner.run, JITFunction.cache_hook = tune, hook
+        Autotuner.run = tune  # type: ignore[method-assign]
+
+
+@contextmanager
+def _noting(note: Callable[[Variant], None], names: Callable[[], set[str]]) -> Iterator[None]:
+    """Call `note` in place of compiling and launching; `names` returns those of tuned arguments."""
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        function, text = fn.jit_function, compile["specialization_data"]
+        note(Variant(function, text, _configuration(function, json.loads(text), names())))
+        return True  # do not compile or launch it
+
+    if hasattr(triton, "knobs"):  # since Triton 3.4
+        owner, name, hook_there = triton.knobs.runtime, "jit_cache_hook", hook
+    else:
+        owner, name, hook_there = JITFunction, "cache_hook", staticmethod(hook)
+    before = getattr(owner, name)
+    setattr(owner, name, hook_there)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _tuned_names(candidates: Sequence[Any]) -> set[str]:
+    return {name for config in candidates for name in config.kwargs}
+
+
+def drives_gpu() -> bool:
+    """Return whether Triton has a GPU: a real one, which no other driver claims to be."""
+    return torch.cuda.is_available() and type(driver.active).__module__.startswith("triton.")
+
+
+def compile_candidates_together(workers: int) -> None:
+    """Make an autotuner compile its candidates in `workers` processes before it times the first.
+
+    They are forked, keep what they compile in Triton's cache, and never touch the GPU. What they
+    could not compile, the autotuner tries by itself.
+
+    Upstream: triton 3.3.0, `Autotuner._bench`, `JITFunction.cache_hook`.
+    Mends: an autotuner compiles its candidates one by one, on one core: hundreds before the first
+    step of a model of fla, which takes minutes on a new machine.
+    """
+    bench = Autotuner._bench
+    if bench.__module__ != Autotuner.__module__:
+        return  # done before
+
+    def compile_all_first(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
+        nonlocal workers
+        candidates = self.prune_configs(meta)
+        if workers > 1 and len(candidates) > 1 and config is candidates[0]:
+            target = driver.active.get_current_target()
+            if not _compile_in_processes(_variants(self, candidates, args, meta), target, workers):
+                workers = 1
+        return bench(self, *args, config=config, **meta)
+
+    Autotuner._bench = compile_all_first  # type: ignore[method-assign]
+
+
+def _variants(
+    tuner: Any, candidates: Sequence[Any], args: tuple[Any, ...], meta: dict[str, Any]
+) -> list[Variant]:
+    """Return the variants of a launch that this process has not loaded yet."""
+    noted: list[Variant] = []
+    with _noting(noted.append, lambda: _tuned_names(candidates)):
+        for config in candidates:
+            with suppress(Exception):  # the autotuner will meet it, too
+                tuner.fn.run(*args, **{**meta, **config.all_kwargs(), "warmup": True})
+    return noted
+
+
+def _compile_in_processes(variants: Sequence[Variant], target: GPUTarget, workers: int) -> bool:
+    """Compile variants into Triton's cache; return False if the compiler hangs."""
+    prepare_to_compile()
+    context = multiprocessing.get_context("fork")
+    waiting = sorted(variants, key=lambda variant: variant.size)  # the largest takes longest
+    running: dict[Any, tuple[Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            variant = waiting.pop()
+            variant.function.cache_key  # noqa: B018 (computed once, not in each process)
+            process = context.Process(target=_compile_for, args=(variant, target), daemon=True)
+            with warnings.catch_warnings():  # of threads, which the child has none of
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+            running[process.sentinel] = process, time.monotonic()
+        for sentinel in wait(list(running), timeout=1):
+            running.pop(sentinel)[0].join()
+        if any(time.monotonic() - started > PATIENCE for _, started in running.values()):
+            for process, _ in running.values():
+                process.kill()
+                process.join()
+            return False
+    return True
+
+
+def _compile_for(variant: Variant, target: GPUTarget) -> None:
+    end_with_parent()
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # for what the compiler itself writes
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    claim_gpu(int(target.arch), 0, 0)
+    with suppress(Exception):
+        variant.function.preload(variant.specialization)
+    os._exit(0)  # without what the parent does at its end
 
 
 def prepare_to_compile() -> None:
@@ -144,7 +259,9 @@ def prepare_to_compile() -> None:
     Mends: a process hashes all of Triton's compiler, and asks ptxas for its version, before it
     compiles or looks into the cache: half a second in each.
     """
-    triton_key()
+    from triton.compiler import compiler
+
+    (compiler if hasattr(compiler, "triton_key") else cache).triton_key()  # since Triton 3.4
     make_backend(driver.active.get_current_target()).hash()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from flame_composer import cpu
 from flame_composer.cpu import operations
 from flame_composer.cpu.enable import _by_device
+from flame_composer.upstream.autotuner import try_the_smallest_only
 
 cpu.enable()
 
@@ -99,6 +100,7 @@ def test_model_agrees_with_the_triton_kernels(name):
     "name", ["like_340m", "like_7b", "packed", "extreme_gates", "short_sequence"]
 )
 def test_cpu_and_cuda_agree(name):
+    try_the_smallest_only()
     case = MAKE_FIXTURES.MODELS[name]
     model = make_model(case["config"], case.get("gates"))
     on_cpu = MAKE_FIXTURES.run_model(case, model)

@@ -636,13 +636,14 @@ class Dies(PipelineStep):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))  # with its manager
     signal.alarm(8)
     LocalPipelineExecutor(
         [Dies()], tasks=2, workers=2, logging_dir={str(tmp_path / "logs")!r}
     ).run()
 """
     (tmp_path / "code.py").write_text(code)
-    assert run_script(tmp_path / "code.py").returncode in (-signal.SIGALRM, 128 + signal.SIGALRM)
+    assert run_script(tmp_path / "code.py").returncode == -signal.SIGKILL
 
 
 def test_product():
@@ -705,6 +706,35 @@ def test_claim_gpu():
     assert not IS_NVIDIA
     assert not check_shared_mem()
     assert chunk.BK_LIST == [16, 32]
+
+
+def test_try_the_smallest_only():
+    """An autotuner times every candidate, unless a kernel's own author says otherwise."""
+    from triton import Config
+    from triton.runtime.autotuner import Autotuner
+
+    candidates = [Config({"SIZE": size}) for size in (16, 32)]
+    tuner = Autotuner(Kernel(), ["x"], candidates, ["x"], None, None, do_bench=print)
+    assert tuner.prune_configs({}) == candidates
+
+
+def test_compile_candidates_together():
+    """An autotuner compiles each candidate when it times it, in its own process."""
+    from triton.runtime.autotuner import Autotuner
+
+    assert "config: self._bench(*args, config=config, **kwargs)" in inspect.getsource(Autotuner.run)
+    assert "self.fn.run(" in inspect.getsource(Autotuner._bench)
+
+
+@NO_GPU
+def test_drives_gpu():
+    """torch may be told that there is a GPU, and Triton has a driver that is none of its own."""
+    from triton.runtime import driver
+
+    from flame_composer import cpu
+
+    cpu.enable()
+    assert not type(driver.active).__module__.startswith("triton.")
 
 
 @NO_GPU
