@@ -81,7 +81,8 @@ class Checkpoints:
     """
 
     bytes: int  # of one checkpoint
-    save_seconds: float
+    save_seconds: float  # until it is whole
+    wait_seconds: float  # of those, what training waits
     every_steps: float | None
     number: int | None
     bytes_kept: int | None

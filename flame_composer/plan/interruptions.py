@@ -17,23 +17,30 @@ def best_interval(save: float, between: float) -> float:
     return math.sqrt(2 * save * between) * (1 + math.sqrt(x) / 3 + x / 9) - save
 
 
-def goodput(interval: float, save: float, restart: float, between: float) -> float:
+def goodput(
+    interval: float, save: float, restart: float, between: float, behind: float = 0.0
+) -> float:
     """Return the share of time that counts when a run is killed at random.
 
-    All times are in seconds: `interval` between checkpoints, `save` for one of them, `restart` from
-    a kill to the next step, `between` two kills on average. This is equation 20 of Daly 2006.
+    All times are in seconds: `interval` between checkpoints, `save` that training waits for one,
+    `restart` from a kill to the next step, `between` two kills on average, and `behind` from the
+    moment that training goes on until the checkpoint is whole. This is equation 20 of Daly 2006.
+    There `behind` is 0; a kill within it costs one more interval, which is the same as a restart
+    that takes so much longer: no checkpoint is whole in that time of a start, and all later ones
+    are late by it.
     """
-    exponent = (restart + interval + save) / between
+    late = restart + behind
+    exponent = (late + interval + save) / between
     if exponent > 500:
         return 0.0
-    return interval / (
-        between * math.exp(restart / between) * math.expm1((interval + save) / between)
-    )
+    return interval / (between * math.exp(late / between) * math.expm1((interval + save) / between))
 
 
-def goodput_with_notice(interval: float, save: float, restart: float, between: float) -> float:
+def goodput_with_notice(
+    interval: float, save: float, restart: float, between: float, behind: float = 0.0
+) -> float:
     """Return the share of time that counts when each interruption is announced.
 
-    It then costs a save and the restart, but no training is lost. Arguments as in `goodput`.
+    It then costs a whole save and the restart, but no training is lost. Arguments as in `goodput`.
     """
-    return interval / (interval + save) * between / (between + save + restart)
+    return interval / (interval + save) * between / (between + save + behind + restart)

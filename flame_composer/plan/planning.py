@@ -25,6 +25,7 @@ from flame_composer.plan.supply import Supply
 from flame_composer.text.tokenizer import load_tokenizer
 
 CHECKPOINT_BYTES = 12  # for each trained parameter: its value and AdamW's two moments, in fp32
+COPY = 4e9  # bytes a second that a process copies into its machine's memory: an assumption
 
 
 def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfig:
@@ -182,6 +183,9 @@ def _checkpoints(
     return Checkpoints(
         bytes=num_bytes,
         save_seconds=seconds,
+        wait_seconds=(
+            min(seconds, _copied(config, num_bytes) / COPY) if config.save_async else seconds
+        ),
         every_steps=every,
         number=number,
         bytes_kept=None if kept is None else kept * num_bytes,
@@ -190,6 +194,14 @@ def _checkpoints(
             None if time is None else time.seconds_per_step + (1 + config.save_async) * seconds
         ),
     )
+
+
+def _copied(config: PlanConfig, num_bytes: int) -> int:
+    """Return the bytes that one process copies for a save in the background."""
+    fsdp = config.parallelism.fsdp
+    held = _host_bytes(config, num_bytes)
+    is_whole = fsdp is None or fsdp.state_dict_type == "full"
+    return held if is_whole else held // config.devices
 
 
 def _host_bytes(config: PlanConfig, num_bytes: int) -> int:
@@ -215,15 +227,19 @@ def _preemption(
     if config.preemption_hours is None or time is None or checkpoints is None:
         return None
     between, restart = 3600 * config.preemption_hours, 60 * config.restart_minutes
-    save, step = checkpoints.save_seconds, time.seconds_per_step
-    best = best_interval(save, between)
+    wait, step = checkpoints.wait_seconds, time.seconds_per_step
+    behind = checkpoints.save_seconds - wait
+    best = max(best_interval(wait, between), behind)  # one save at a time
     every = checkpoints.every_steps
+
+    def share(interval: float) -> float:
+        waits = max(wait, checkpoints.save_seconds - interval)  # for the save before it, too
+        return goodput(interval, waits, restart, between, behind)
+
     return Preemption(
         best_save_interval=f"{max(1, round(best / step))}ba",
         best_save_seconds=best,
-        goodput=goodput(best, save, restart, between),
-        goodput_as_configured=(
-            None if every is None else goodput(every * step, save, restart, between)
-        ),
-        goodput_with_notice=goodput_with_notice(best, save, restart, between),
+        goodput=share(best),
+        goodput_as_configured=None if every is None else share(every * step),
+        goodput_with_notice=goodput_with_notice(best, wait, restart, between, behind),
     )

@@ -71,6 +71,8 @@ def _checkpoint_rows(saved: Checkpoints) -> Rows:
     more = "" if kept is None else f", {format_bytes(kept)} for those that are kept"
     each = f"{format_bytes(saved.bytes)}, {saved.save_seconds:.3g} s to save"
     rows = [("checkpoint", each + more)]
+    if saved.wait_seconds < saved.save_seconds:
+        rows.append(("training waits", f"{saved.wait_seconds:.2g} s for each, while it is copied"))
     if saved.host_bytes:
         copy = f"{format_bytes(saved.host_bytes)} of each machine's memory, to write it from"
         rows.append(("copy in memory", copy))

@@ -503,28 +503,23 @@ def test_the_best_interval_is_the_best(save: float, between: float) -> None:
     assert expected < goodput_with_notice(best, save, 600, between) < 1
 
 
-def test_goodput_is_what_a_simulation_comes_to() -> None:
+@pytest.mark.parametrize("behind", [0.0, 400.0])
+def test_goodput_is_what_a_simulation_comes_to(behind: float) -> None:
     """An hour between kills, 2 minutes to save, 5 to come back; also kills while it is saving or
-    coming back.
+    coming back. A checkpoint counts once it is whole, some time after training went on.
     """
     interval, save, restart, between = 600.0, 120.0, 300.0, 3600.0
     chance = random.Random(0)
     clock = done = 0.0
-    left = chance.expovariate(1 / between)
-    for _ in range(40_000):
-        needed = interval + save
-        while left < needed:
-            clock += left
-            left = chance.expovariate(1 / between)
-            while left < restart:
-                clock += left
-                left = chance.expovariate(1 / between)
-            clock += restart
-            left -= restart
-        clock += needed
-        left -= needed
-        done += interval
-    assert goodput(interval, save, restart, between) == pytest.approx(done / clock, rel=0.02)
+    for _ in range(60_000):
+        left = chance.expovariate(1 / between)
+        clock += left
+        if left < restart:
+            continue
+        whole = (left - restart - behind) // (interval + save)
+        done += max(0.0, whole) * interval
+    expected = goodput(interval, save, restart, between, behind)
+    assert expected == pytest.approx(done / clock, rel=0.02)
 
 
 def test_hopeless_preemption() -> None:
@@ -542,10 +537,25 @@ def test_preemption_in_a_plan() -> None:
     plan = drawn_up("gla_340m", *keys, "save_interval=5000ba")
     preempted = plan.preemption
     assert plan.time.seconds_per_step == 1
-    assert preempted.best_save_interval == f"{round(best_interval(30, 7200))}ba"
-    assert preempted.goodput_as_configured == goodput(5000, 30, 600, 7200) < preempted.goodput
+    wait = plan.checkpoints.bytes / 8 / 4e9  # each of 8 devices copies its share
+    assert plan.checkpoints.wait_seconds == pytest.approx(wait)
+    assert preempted.best_save_interval == f"{round(best_interval(wait, 7200))}ba"
+    as_configured = goodput(5000, wait, 600, 7200, 30 - wait)
+    assert preempted.goodput_as_configured == pytest.approx(as_configured)
+    assert as_configured < preempted.goodput
     by_clock = drawn_up("gla_340m", *keys, "save_interval=10min", "restart_minutes=5")
-    assert by_clock.preemption.goodput_as_configured == goodput(600, 30, 300, 7200)
+    as_configured = goodput(600, wait, 300, 7200, 30 - wait)
+    assert by_clock.preemption.goodput_as_configured == pytest.approx(as_configured)
+    slow = drawn_up("gla_340m", *keys, "save_interval=10ba").preemption
+    assert slow.goodput_as_configured == pytest.approx(goodput(10, 20, 600, 7200, 30 - wait))
+
+
+def test_preemption_in_a_plan_that_waits_for_saves() -> None:
+    keys = ("preemption_hours=2", "save_seconds=30", "tokens_per_second=524288", "save_async=false")
+    plan = drawn_up("gla_340m", "dataset_tokens=2_000_000_000", *keys, "save_interval=5000ba")
+    assert plan.checkpoints.wait_seconds == 30
+    assert plan.preemption.best_save_interval == f"{round(best_interval(30, 7200))}ba"
+    assert plan.preemption.goodput_as_configured == goodput(5000, 30, 600, 7200)
 
 
 def test_what_checkpoints_take() -> None:
