@@ -1,4 +1,4 @@
-"""Turn text into MDS shards of tokenized, packed rows.
+"""Turn text, or tokens that others have made, into MDS shards of tokenized, packed rows.
 
     python convert/to_mds.py source=DIR out=DIR tokenizer=DIR [key=value ...]
 
@@ -14,9 +14,10 @@ from flame_composer.config.convert import ConvertConfig
 from flame_composer.dataset.convert import Conversion
 from flame_composer.dataset.finish import finish
 from flame_composer.dataset.manifest import Split
-from flame_composer.dataset.plan import Plan, plan_units
+from flame_composer.dataset.plan import Plan, group, plan_units
 from flame_composer.dataset.writer import DatasetWriter
-from flame_composer.text.encoder import choose_encoder
+from flame_composer.text import token_files
+from flame_composer.text.encoder import GIVEN, choose_encoder
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import (
@@ -29,14 +30,20 @@ from flame_composer.text.tokenizer import (
 
 
 def main(config: ConvertConfig) -> None:
-    if config.split is None:
+    if config.split is not None:
+        files = [address(source, config.name, config.split) for source in config.source]
+    elif config.token_dtype is None:
         files = find_files(config.source, config.suffixes)
     else:
-        files = [address(source, config.name, config.split) for source in config.source]
-    units = plan_units(files, config.unit_size)
+        files = find_files(config.source, config.suffixes, found_by=token_files.FOUND)
+    units = plan_units(files, config.unit_size) if config.token_dtype is None else ()
     import_transformers_without_torch()
     tokenizer = load_tokenizer(config.tokenizer)
     require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
+    if config.token_dtype is not None:
+        vocabulary = token_files.vocabulary_of(tokenizer, config.token_dtype)
+        parts = token_files.slice_tokens(files, vocabulary, config.unit_size)
+        units = group(parts, config.unit_size)
     outs: dict[Split, str] = {"train": config.out} | (
         {} if config.val_out is None else {"val": config.val_out}
     )
@@ -47,7 +54,9 @@ def main(config: ConvertConfig) -> None:
     begun = next(
         (name for dataset in datasets if (name := dataset.begun_encoder()) is not None), None
     )
-    settings["encoder"] = choose_encoder(config.encoder, tokenizer, begun)
+    settings["encoder"] = (
+        GIVEN if config.token_dtype else choose_encoder(config.encoder, tokenizer, begun)
+    )
 
     def build_job(unfinished: tuple[DatasetWriter, ...]) -> Conversion:
         return Conversion(

@@ -76,6 +76,11 @@ class ConvertConfig(HubSourceConfig):
     """
     tokenizer: str = MISSING
     """Hugging Face tokenizer folder or id."""
+    token_dtype: Literal["uint8", "uint16", "int32", "uint32"] | None = None
+    """Type of the tokens in `source`, if it names files of tokens that others have made with this
+    tokenizer: .npy, in which each document ends with eos (OLMo's have no header), or Megatron's
+    .bin with its .idx beside it.
+    """
     context_length: int = 2048
     """Tokens per row."""
     add_bos: bool = False
@@ -118,11 +123,18 @@ class ConvertConfig(HubSourceConfig):
 
     def settings(self) -> dict[str, Any]:
         """Return the keys and values to record: all those that decide the bytes of the dataset."""
-        return {name: getattr(self, name) for name in CONVERSION_SETTINGS}
+        settings = {name: getattr(self, name) for name in CONVERSION_SETTINGS}
+        if self.token_dtype is not None:
+            del settings["text_column"]  # without a meaning here
+            settings["token_dtype"] = self.token_dtype
+        return settings
 
     def validate(self) -> None:
         super().validate()
         require_text(self, "out", "val_out", "tokenizer", "cluster")
+        if self.token_dtype is not None:
+            require(self.split is None, "token_dtype", "must not be set together with split")
+            require(self.encoder == "auto", "encoder", "must not be set together with token_dtype")
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
         require(
             (self.val_fraction > 0) == (self.val_out is not None),

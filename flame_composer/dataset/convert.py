@@ -7,7 +7,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flame_composer.dataset.manifest import Split, UnitRecord
 from flame_composer.dataset.plan import unit_name
@@ -16,7 +19,15 @@ from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage.folders import explained
 from flame_composer.text.documents import read_documents
-from flame_composer.text.encoder import HF, build_fast_encoder, require_installed
+from flame_composer.text.encoder import (
+    GIVEN,
+    HF,
+    build_fast_encoder,
+    join_given,
+    require_installed,
+)
+from flame_composer.text.sources import Slice
+from flame_composer.text.token_files import Vocabulary, read_tokens
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 HASH_KEY = b"flame_composer document"
@@ -82,9 +93,14 @@ class Encoders:
     ):
         ends: dict[str, bool] = {"add_bos": add_bos, "add_eos": add_eos}
         self.encoder, self.on_mismatch = encoder, on_mismatch
-        self.exact: Encoder = build_encoder(tokenizer, **ends)
+        self.fast: Encoder | None = None
+        if encoder == GIVEN:
+            self.exact: Any = join_given(tokenizer, **ends)
+            return
+        self.exact = build_encoder(tokenizer, **ends)
         require_installed(encoder)
-        self.fast = None if encoder == HF else build_fast_encoder(tokenizer, self.exact, **ends)
+        if encoder != HF:
+            self.fast = build_fast_encoder(tokenizer, self.exact, **ends)
 
     def run(self, convert: Callable[[Encoder, str, Encoder | None], object]) -> str | None:
         """Call `convert` with an encoder, its name and a reference, and return a warning or None.
@@ -94,7 +110,7 @@ class Encoders:
         says.
         """
         if self.fast is None:
-            convert(self.exact, HF, None)
+            convert(self.exact, self.encoder, None)
             return None
         try:
             convert(self.fast, self.encoder, self.exact)
@@ -164,9 +180,10 @@ def discarded_on_error(unit: Discardable) -> Iterator[None]:
         raise
 
 
-def document_hash(text: str) -> bytes:
-    """Return a hash of 16 bytes that depends on the text alone."""
-    return hashlib.blake2b(text.encode(), digest_size=16, key=HASH_KEY).digest()
+def document_hash(document: str | NDArray[np.integer]) -> bytes:
+    """Return a hash of 16 bytes that depends on a document's text alone, or on its tokens."""
+    data = document.encode() if isinstance(document, str) else document.astype("<u4").tobytes()
+    return hashlib.blake2b(data, digest_size=16, key=HASH_KEY).digest()
 
 
 def split_of(digest: bytes, val_fraction: float) -> Split:
@@ -227,7 +244,7 @@ class _Unit:
         self.place = f"{self.parts[0].path}, unit {unit_name(number)}"
         self.encode, self.reference, self.on_progress = encode, reference, on_progress
         self.writers = {each.plan.split: UnitWriter(each, number) for each in datasets}
-        self._texts: dict[Split, list[str]] = {split: [] for split in self.writers}
+        self._texts: dict[Split, list[Any]] = {split: [] for split in self.writers}
         self._sample: list[str] = []  # texts to be encoded by the reference as well
         self._is_first = True
         self._num_characters = self._num_bytes = 0  # in the current batch
@@ -243,14 +260,29 @@ class _Unit:
                 raise error
             skipped += 1
 
-        column, most = self.plan.config["text_column"], self.plan.config["max_document_bytes"]
         for part in self.parts:
-            for document in read_documents(part, column, skip, most):
-                self._take(document.text)
+            for document in self._documents(part, skip):
+                self._take(document)
             self._num_bytes += part.num_bytes
         self._write_batch()
         if "train" in self.writers:
             self.writers["train"].counts["documents_skipped"] = skipped
+
+    def _documents(
+        self, part: Slice, skip: Callable[[DataError], None]
+    ) -> Iterator[str | NDArray[np.integer]]:
+        """Yield the texts of a slice's documents, or their tokens if it has those."""
+        config = self.plan.config
+        most = config["max_document_bytes"]
+        if "token_dtype" in config:
+            tokenizer = self.plan.tokenizer
+            assert tokenizer.eos_token_id is not None
+            known = Vocabulary(config["token_dtype"], tokenizer.vocab_size, tokenizer.eos_token_id)
+            for tokens in read_tokens(part, known, skip, most):
+                yield tokens.tokens
+            return
+        for document in read_documents(part, config["text_column"], skip, most):
+            yield document.text
 
     def discard(self) -> None:
         """Delete what was written for the unit, and take back the progress reported for it."""
@@ -258,11 +290,12 @@ class _Unit:
         for writer in self.writers.values():
             writer.discard()
 
-    def _take(self, text: str) -> None:
+    def _take(self, text: str | NDArray[np.integer]) -> None:
         digest = document_hash(text)
         # Choose the sample before the split is known: which documents are checked must not depend
         # on which splits are committed already.
         if self.reference is not None and (self._is_first or digest[-1] % SAMPLE == 0):
+            assert isinstance(text, str)
             self._sample.append(text)
         self._is_first = False
         split = split_of(digest, self.plan.config["val_fraction"])

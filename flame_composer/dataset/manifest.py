@@ -334,7 +334,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
             path=_take(part, "path", str, place),
             format=_one_of(
                 _take(part, "format", str, place),
-                ("jsonl", "json", "parquet", "text", "dataset"),
+                ("jsonl", "json", "parquet", "text", "dataset", "tokens", "megatron"),
                 place,
             ),
             start=_take(part, "start", int, place),

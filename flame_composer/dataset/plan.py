@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,15 @@ def plan_units(files: Sequence[str], unit_size: int, *, arrays: bool = False) ->
     Large files are split; with `arrays`, a file may hold one JSON array. The units depend on the
     files alone (names, sizes, first bytes), never on the number of workers.
     """
+    return group(slice_files(files, unit_size, arrays=arrays), unit_size)
+
+
+def group(parts: Iterable[Slice], unit_size: int) -> tuple[Unit, ...]:
+    """Return slices of files in order, grouped into work units of about `unit_size` bytes."""
     units: list[Unit] = []
     unit: list[Slice] = []
     num_bytes = 0
-    for part in slice_files(files, unit_size, arrays=arrays):
+    for part in parts:
         if unit and num_bytes + part.num_bytes > unit_size:
             units.append(tuple(unit))
             unit, num_bytes = [], 0

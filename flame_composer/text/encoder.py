@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flame_composer.errors import ConfigError, one_line
 from flame_composer.text.tokenizer import (
@@ -49,6 +50,26 @@ PROBES = (
 )
 
 
+def join_given(
+    tokenizer: PreTrainedTokenizerFast | BareTokenizer, *, add_bos: bool, add_eos: bool
+) -> Callable[[Sequence[NDArray[Any]]], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]:
+    """Return what `tokenizer.build_encoder` returns, but for documents that are tokens already."""
+    tokenizer = bare(tokenizer)
+    before, after = require_ends(tokenizer, add_bos=add_bos, add_eos=add_eos)
+    dtype = token_dtype(tokenizer.vocab_size)
+    ends = np.array(before, dtype), np.array(after, dtype)
+
+    def join(documents: Sequence[NDArray[Any]]) -> Any:
+        parts = [np.zeros(0, dtype)]
+        for each in documents:
+            parts += (ends[0], each, ends[1])
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+        joined = np.concatenate(parts, dtype=dtype, casting="unsafe")
+        return joined, lengths + len(before) + len(after)
+
+    return join
+
+
 def choose_encoder(
     wanted: Literal["auto", "gigatoken", "hf"],
     tokenizer: PreTrainedTokenizerFast,
@@ -80,7 +101,7 @@ def choose_encoder(
 
 def require_installed(name: str) -> None:
     """Raise ConfigError if this encoder is a version of gigatoken that is not the one installed."""
-    if name not in (HF, _installed()):
+    if name not in (HF, GIVEN, _installed()):
         raise ConfigError(
             f"encoder: this conversion was begun with {name}, and {_installed() or 'none'} is"
             f" installed; pip install {name.replace(' ', '==')}, or remove the folder"
@@ -161,3 +182,4 @@ def _trouble(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 HF = "hf"  # the encoder of the tokenizers package, which every other encoder must agree with
+GIVEN = "given"  # no encoder: the source has tokens that others have made

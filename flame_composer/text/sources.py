@@ -33,10 +33,11 @@ UNCOMMITTED = "_temporary"
 class Slice:
     """A part of one input file.
 
-    `start` and `end` are byte offsets in JSONL (a record belongs to the slice it starts in), row
-    groups in Parquet and shards in a dataset. Plain text, JSON arrays and compressed files are one
-    slice, from 0 to the file's size. `num_bytes` is the slice's share of the file's size.
-    `version` identifies the content of a file in an object store, such as its ETag.
+    `start` and `end` are byte offsets in JSONL and in arrays of tokens (a record belongs to the
+    slice it starts in), row groups in Parquet, documents in Megatron's files and shards in a
+    dataset. Plain text, JSON arrays and compressed files are one slice, from 0 to the file's size.
+    `num_bytes` is the slice's share of the file's size. `version` identifies the content of a
+    file in an object store, such as its ETag.
     """
 
     path: str
@@ -72,7 +73,9 @@ def find_files(
     wanted = tuple(suffixes or found_by)
     plain = [each for each in found_by if not each.endswith(tuple(COMPRESSIONS))]
     named = ", ".join(suffixes or plain) + (
-        "" if suffixes else f" (or compressed, {', '.join(COMPRESSIONS)})"
+        ""
+        if suffixes or plain == list(found_by)
+        else f" (or compressed, {', '.join(COMPRESSIONS)})"
     )
     paths: dict[str, None] = {}
     for source in sources:

@@ -1,0 +1,156 @@
+"""convert/to_mds.py on tokens that others have made: the rows of the text they were made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flame_composer.dataset.manifest import read_manifest
+from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_jsonl
+from tests.runs import Script, check, run_script
+from tests.text.test_token_files import write_array, write_megatron
+
+TEXTS = [words(1 + i * 7 % 60, i) for i in range(300)] + [""]
+EOS = 0  # of byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, text, and its tokens as three kinds of files."""
+    folder = tmp_path_factory.mktemp("given")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_jsonl(folder / "text.jsonl", TEXTS)
+    documents = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.text.test_token_files.EOS", EOS)
+        write_array(folder / "raw.npy", documents, "uint16")
+        write_array(folder / "whole.npy", documents, "uint32", header=True)
+        write_megatron(folder / "megatron.bin", documents, "int32")
+    return folder
+
+
+def convert(folder: Path, source: str, out: Path, *keys: str) -> Path:
+    given = (f"source={folder}/{source}", f"tokenizer={folder}/tokenizer", f"out={out}")
+    check(run_script("convert/to_mds.py", *given, "context_length=32", "num_workers=1", *keys))
+    return out
+
+
+def rows_of(place: Path) -> list[tuple[list[int], list[int]]]:
+    return [
+        (row["input_ids"].tolist(), row["doc_lengths"].tolist()) for row in streaming_dataset(place)
+    ]
+
+
+FILES = [("raw.npy", "uint16"), ("whole.npy", "uint32"), ("megatron.bin", "int32")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), FILES)
+@pytest.mark.parametrize("ends", [(), ("add_bos=true",), ("add_eos=false", "max_doc_length=9")])
+def test_the_same_rows_as_from_text(
+    folder: Path, tmp_path: Path, name: str, dtype: str, ends: tuple[str, ...]
+) -> None:
+    text = convert(folder, "text.jsonl", tmp_path / "text", *ends)
+    tokens = convert(folder, name, tmp_path / "tokens", f"token_dtype={dtype}", *ends)
+    assert rows_of(tokens) == rows_of(text)
+    ours, theirs = (read_manifest(str(place)) for place in (tokens, text))
+    assert ours.totals.documents == theirs.totals.documents == len(TEXTS)
+    assert ours.totals.tokens_in == theirs.totals.tokens_in
+    assert ours.tokenizer == theirs.tokenizer
+    assert ours.config["token_dtype"] == dtype
+    assert {record.encoder for record in ours.units} == {"given", None}
+    assert "token_dtype" not in theirs.config, "manifests of text are as they always were"
+
+
+def test_units_and_splits_lose_nothing(folder: Path, tmp_path: Path) -> None:
+    """The bytes depend neither on the number of workers nor on a run that stopped in the middle."""
+    keys = ("token_dtype=uint16", "unit_size=900", "val_fraction=0.3", "seed=7")
+    given = (f"source={folder}/raw.npy", f"tokenizer={folder}/tokenizer", "context_length=32")
+    outs = [tmp_path / name for name in ("one", "two", "stopped")]
+    for out, number in zip(outs, (1, 2, 1), strict=True):
+        more = (f"out={out}", f"val_out={out}.val", f"num_workers={number}")
+        if out.name == "stopped":
+            script = Script("convert/to_mds.py", *given, *keys, *more)
+            while len(list(out.glob("units/*/unit.json"))) < 3 and script.process.is_alive():
+                pass
+            script.process.kill()
+            script.wait()
+            assert not (out / "index.json").exists()
+        check(run_script("convert/to_mds.py", *given, *keys, *more))
+    for out in outs[1:]:
+        assert files_under(out) == files_under(outs[0])
+        assert files_under(Path(f"{out}.val")) == files_under(Path(f"{outs[0]}.val"))
+    manifests = [read_manifest(str(outs[0])), read_manifest(f"{outs[0]}.val")]
+    assert len(manifests[0].units) > 10
+    assert sum(each.totals.documents for each in manifests) == len(TEXTS)
+    tokens = np.fromfile(folder / "raw.npy", "<u2")
+    assert sum(each.totals.tokens_in for each in manifests) == len(tokens)
+    for each in manifests:
+        totals = each.totals
+        assert totals.tokens_in == totals.tokens_out + totals.dropped
+
+
+def test_it_is_shown_like_any_other(folder: Path, tmp_path: Path) -> None:
+    shown = run_script(
+        "convert/inspect_mds.py",
+        f"data={convert(folder, 'raw.npy', tmp_path / 'out', 'token_dtype=uint16')}",
+        f"tokenizer={folder}/tokenizer",
+        "verify=true",
+        "row_numbers=[0]",
+        "whole_rows=true",
+    )
+    check(shown)
+    assert TEXTS[0] in shown.stdout
+
+
+WRONG = {
+    "token_dtype=uint64": "token_dtype=uint64: must be one of",
+    "token_dtype=uint16 split=train": "token_dtype=uint16: must not be set together with split",
+    "token_dtype=uint16 encoder=hf": "encoder=hf: must not be set together with token_dtype",
+    "token_dtype=uint32": "raw.npy: token 0 is",
+    "token_dtyp=uint16": "did you mean token_dtype?",
+    "token_dtype=uint16 source=[{folder}]": "a.bin: there is no",
+    "token_dtype=uint16 source=[{folder}/tokenizer]": (
+        "this folder holds no file ending in .npy, .bin; name the endings"
+    ),
+}
+
+
+@pytest.mark.parametrize("keys", WRONG)
+def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, keys: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / "a.bin").write_bytes(b"\0" * 10)
+    out = tmp_path / "out"
+    given = keys.format(folder=source).split()
+    default = [] if "source=" in keys else [f"source={source}/raw.npy"]
+    answer = run_script(
+        "convert/to_mds.py", *default, f"tokenizer={folder}/tokenizer", f"out={out}", *given
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert WRONG[keys] in answer.stderr
+    assert not out.exists()
+
+
+def test_a_tokenizer_without_eos_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = tmp_path / "tokenizer" / name
+        if path.exists():
+            content = {k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}
+            path.write_text(json.dumps(content))
+    answer = run_script(
+        "convert/to_mds.py",
+        f"source={folder}/raw.npy",
+        f"tokenizer={tmp_path}/tokenizer",
+        f"out={tmp_path}/out",
+        "token_dtype=uint16",
+        "add_eos=false",
+    )
+    assert answer.returncode == 2
+    assert "tokenizer: it has no eos token, by which documents end" in answer.stderr
