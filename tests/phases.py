@@ -2,9 +2,10 @@
 
     python tests/phases.py PHASE NUMBER [file.yaml] [key=value ...]
 
-PHASE `slow` makes every checkpoint take a second and a half to write. Any other kills the process
-with SIGKILL at that point of its checkpoint with this NUMBER, counted from 1 in every process. With
-PHASE_RANK in the environment, this happens on the rank with that number only.
+PHASE `slow` makes every checkpoint take a second and a half to write, or until there is a file
+named as in the environment's UNTIL. Any other kills the process with SIGKILL at that point of its
+checkpoint with this NUMBER, counted from 1 in every process. With PHASE_RANK in the environment,
+this happens on the rank with that number only.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ def torn(save: Callable[..., Any], content: Any, file: Any) -> None:
 
 
 def slow(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    time.sleep(1.5)
+    until, patience = os.environ.get("UNTIL"), 60.0
+    while until is not None and not Path(until).exists() and patience > 0:
+        time.sleep(0.01)
+        patience -= 0.01
+    time.sleep(1.5 if until is None else 0)
     function(*args, **kwargs)
 
 

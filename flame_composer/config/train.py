@@ -106,6 +106,10 @@ class TrainConfig(ScriptConfig):
     """Start attention state anew at every document; false lets it run across the documents of a
     row.
     """
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the training loss, where Z normalizes the softmax, which keeps logits
+    from drifting; OLMo 2 has 1e-5. It is part of the loss that is logged, except in evaluation.
+    """
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -211,6 +215,8 @@ class TrainConfig(ScriptConfig):
             rule = f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}"
             require(is_time, "stall_timeout", f"{rule}, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
+        is_weight = 0 <= self.z_loss < math.inf
+        require(is_weight, "z_loss", "must be 0 or more, and finite; OLMo 2 has 1e-5")
         rule = "must be a local folder (save_folder and data can be remote)"
         require("://" not in self.log_folder, "log_folder", rule)
         keep = self.save_num_checkpoints_to_keep

@@ -51,8 +51,12 @@ class CausalLM(HuggingFaceModel):
         *,
         varlen: bool,
         adapter: Adapter | None = None,
+        z_loss: float = 0.0,
     ):
         """Wrap `model`; raise InvalidField for `varlen` if it cannot keep documents apart.
+
+        `z_loss` is the weight of `z_loss` in the training loss; raise InvalidField if the model
+        gives no logits to compute it from.
 
         If `model` has adapters, `adapter` describes them. The state dict then holds the weights
         that are trained, and no others.
@@ -63,6 +67,12 @@ class CausalLM(HuggingFaceModel):
                 "varlen",
                 f"fla's {model.config.model_type} cannot keep documents apart; set varlen=false to "
                 "let its state carry over from one document of a row to the next",
+            )
+        if z_loss and getattr(model.config, "fuse_linear_cross_entropy", False):
+            raise InvalidField(
+                "z_loss",
+                "needs the logits, which model.config.fuse_linear_cross_entropy=true does not make;"
+                " set that to false",
             )
         with known_as_causal():
             super().__init__(
@@ -78,6 +88,7 @@ class CausalLM(HuggingFaceModel):
         is_block: Any = lambda module: type(module).__name__ in blocks  # noqa: E731
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = is_block
         self.varlen = varlen
+        self.z_loss = z_loss
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         self.work = count_work(model)
         self._metadata: dict[str, Any] | None = None
@@ -126,7 +137,8 @@ class CausalLM(HuggingFaceModel):
     def forward(self, batch: dict[str, torch.Tensor]) -> Any:
         """Return the model's output: logits [B, T, V], and the loss if the batch has labels.
 
-        The loss is the mean over labels that are not -100, or 0 if all of them are -100.
+        The loss is the mean over labels that are not -100, or 0 if all of them are -100. In
+        training, `z_loss` is added to it.
         `input_ids`, `labels` and `sequence_id` (the number of a document in its row) are [B, T]. A
         row's first label is always -100, so that when rows are laid end to end no row has to
         predict the first token of the next.
@@ -160,9 +172,23 @@ class CausalLM(HuggingFaceModel):
                 ignore_index=IGNORE,
                 label_smoothing=smoothing,
             )
+        if self.z_loss and self.training and labels is not None:
+            assert outputs.logits is not None
+            outputs["loss"] = outputs["loss"] + self.z_loss * z_loss(outputs.logits, labels)
         if is_void:
             outputs["loss"] = typing.cast(torch.Tensor, outputs["loss"]) * 0
         return outputs
+
+
+def z_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean of log(Z)^2 over labels that are not -100, where Z normalizes the softmax.
+
+    `logits` are [B, T, V] and `labels` [B, T]; those of each position are for the next one. Keeping
+    log(Z) near 0 keeps logits from drifting (Chowdhery et al. 2022, section 5).
+    """
+    log_z = logits[:, :-1].float().logsumexp(dim=-1)
+    has_label = labels[:, 1:] != IGNORE
+    return (log_z.square() * has_label).sum() / has_label.sum()
 
 
 def _keep_trained(module: CausalLM, state: dict[str, Any], prefix: str, _: Any) -> None:

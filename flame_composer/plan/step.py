@@ -132,7 +132,7 @@ def _build(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes) -> Cau
         if config.lora is not None:
             add_adapters(inner, build_adapter(config.lora, inner, Base("", "")))
     tokenizer: Any = None  # it is not asked for anything
-    model = CausalLM(inner, tokenizer, varlen=config.varlen)
+    model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss)
     recompute_blocks(model, config.parallelism)
     model.train()
     return model

@@ -199,7 +199,9 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
     )
     adapter = build_adapters(config, hf_model, parts)
-    model = CausalLM(hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter)
+    model = CausalLM(
+        hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter, z_loss=config.z_loss
+    )
     counters: list[Mixture | TaskScores] = [
         *build_mixture(data.loader, data.sets),
         *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),

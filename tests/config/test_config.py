@@ -615,6 +615,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         )
         for s in (0.0, -1.0, nan, inf)
     ),
+    *(
+        (TrainConfig, {"z_loss": z}, "z_loss", "must be 0 or more, and finite; OLMo 2 has 1e-5")
+        for z in (-1e-5, nan, inf)
+    ),
     *((LoraConfig, {"rank": rank}, "rank", "must be in [1, 65536]") for rank in (0, -1, 65537)),
     *(
         (LoraConfig, {"alpha": alpha}, "alpha", "must be more than 0, and finite")

@@ -452,6 +452,37 @@ def test_smoothed_labels_are_trained_on_and_not_evaluated(name):
     assert model(batch).loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", TINY)
+def test_z_loss_is_trained_on_and_not_evaluated(name, smoothing):
+    model = tiny(name)
+    batch = batch_of(ROWS)
+    batch["labels"][0, 5:9] = -100
+    model.label_smoothing = smoothing
+    plain = model(batch).loss
+    logits = model({key: batch[key] for key in ("input_ids", "sequence_id")}).logits
+    log_z = logits[:, :-1].double().logsumexp(dim=-1)[batch["labels"][:, 1:] != -100]
+    model.z_loss = 0.3
+    loss = model(batch).loss
+    assert loss.item() == pytest.approx((plain + 0.3 * log_z.square().mean()).item(), rel=1e-6)
+    loss.backward()
+    assert all(torch.isfinite(each.grad).all() for each in model.parameters())
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert model(empty).loss.item() == 0.0
+    model.eval()
+    model.label_smoothing = 0.0
+    evaluated = model(batch).loss.item()
+    model.z_loss = 0.0
+    assert evaluated == model(batch).loss.item()
+
+
+def test_z_loss_needs_logits():
+    with pytest.warns(UserWarning, match="fuse_linear_cross_entropy"):  # of precision
+        config = hf_config(GLA, fuse_cross_entropy=False, fuse_linear_cross_entropy=True)
+    with pytest.raises(InvalidField, match=r"z_loss: needs the logits, which model\.config\.fuse_"):
+        CausalLM(build_model(config), byte_tokenizer(), varlen=True, z_loss=1e-5)
+
+
 def test_flops_count_what_a_token_is_multiplied_with():
     model = tiny("llama")
     matrices = 4 * 32 * 32 + 3 * 32 * 64 + VOCABULARY * 32

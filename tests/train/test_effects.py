@@ -5,6 +5,7 @@ steps.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import runpy
 from collections.abc import Iterator
@@ -163,3 +164,16 @@ def test_a_spike_is_what_its_keys_say() -> None:
     config = config_with(loss_spike=SpikeConfig(window=7, factor=3.0, patience=2))
     guard = next(each for each in build_watchers(config) if isinstance(each, SpikeGuard))
     assert (guard.losses.maxlen, guard.config.factor, guard.config.patience) == (7, 3.0, 2)
+
+
+def test_z_loss_is_part_of_what_is_trained_on(corpus: Corpus, tmp_path: Path) -> None:
+    """At first a model gives each of 400 tokens the same chance, so that Z is about 400."""
+    keys = ("max_duration=1ba", "scheduler.warmup=0ba", "eval_data=null")
+    losses = {}
+    for weight in (0, 0.5):
+        run = tmp_path / f"{weight}"
+        corpus.train_run(run, *keys, f"z_loss={weight}")
+        losses[weight] = read_log(run)[0]["loss"]
+    log_z = math.log(400)
+    assert losses[0] == pytest.approx(log_z, rel=0.1)
+    assert losses[0.5] - losses[0] == pytest.approx(0.5 * log_z**2, rel=0.1)

@@ -71,8 +71,9 @@ def test_a_run_that_is_killed_in_every_phase_of_a_save_ends_bit_identical(
 def test_sigterm_while_a_checkpoint_is_written_loses_nothing(
     corpus: Corpus, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "stopped"
-    script = Script(PHASES, "slow", 0, *corpus.keys(run, "save_interval=10ba"))
+    run, until = tmp_path / "stopped", tmp_path / "stop"
+    keys = corpus.keys(run, "save_interval=10ba")
+    script = Script(PHASES, "slow", 0, *keys, env={"UNTIL": str(until)})
     log = run / "train_log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 11:
         assert script.process.is_alive(), script.read("err")
@@ -80,6 +81,7 @@ def test_sigterm_while_a_checkpoint_is_written_loses_nothing(
     assert (run / "checkpoints/unfinished-ba10.pt").exists(), "it trains on meanwhile"
     assert script.process.pid is not None
     os.kill(script.process.pid, signal.SIGTERM)
+    until.touch()
     process = script.wait()
     assert process.returncode == 143, process.stderr
     steps = len(read_log(run))
