@@ -41,9 +41,9 @@ def convert(folder: Path, source: str, out: Path, *keys: str) -> Path:
 
 
 def rows_of(place: Path) -> list[tuple[list[int], list[int]]]:
-    return [
-        (row["input_ids"].tolist(), row["doc_lengths"].tolist()) for row in streaming_dataset(place)
-    ]
+    dataset = streaming_dataset(place)  # by number: going through it keeps hundreds of files open
+    rows = (dataset[number] for number in range(len(dataset)))
+    return [(row["input_ids"].tolist(), row["doc_lengths"].tolist()) for row in rows]
 
 
 FILES = [("raw.npy", "uint16"), ("whole.npy", "uint32"), ("megatron.bin", "int32")]
