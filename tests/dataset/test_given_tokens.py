@@ -41,7 +41,7 @@ def convert(folder: Path, source: str, out: Path, *keys: str) -> Path:
 
 
 def rows_of(place: Path) -> list[tuple[list[int], list[int]]]:
-    dataset = streaming_dataset(place)  # by number: going through it keeps hundreds of files open
+    dataset = streaming_dataset(place)
     rows = (dataset[number] for number in range(len(dataset)))
     return [(row["input_ids"].tolist(), row["doc_lengths"].tolist()) for row in rows]
 
