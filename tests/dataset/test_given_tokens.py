@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from flame_composer.dataset.manifest import read_manifest
-from tests.data_fixtures import byte_tokenizer, files_under, streaming_dataset, words, write_jsonl
+from flame_composer.dataset.mds import ShardView
+from flame_composer.dataset.open import open_dataset
+from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 from tests.runs import Script, check, run_script
 from tests.text.test_token_files import write_array, write_megatron
 
@@ -41,9 +43,22 @@ def convert(folder: Path, source: str, out: Path, *keys: str) -> Path:
 
 
 def rows_of(place: Path) -> list[tuple[list[int], list[int]]]:
-    dataset = streaming_dataset(place)
-    rows = (dataset[number] for number in range(len(dataset)))
-    return [(row["input_ids"].tolist(), row["doc_lengths"].tolist()) for row in rows]
+    """The tokens and document lengths of every row."""
+    dataset = open_dataset(str(place))
+    manifest = dataset.manifest
+    found = []
+    for file in dataset.files:
+        view = ShardView(
+            place / file.basename,
+            num_rows=file.rows,
+            context_length=manifest.context_length,
+            token_dtype=manifest.token_dtype,
+            has_loss_mask=False,
+        )
+        for number in range(file.rows):
+            tokens, lengths = view.row(number)[:2]
+            found.append((tokens.tolist(), lengths.tolist()))
+    return found
 
 
 FILES = [("raw.npy", "uint16"), ("whole.npy", "uint32"), ("megatron.bin", "int32")]
