@@ -134,7 +134,9 @@ class ConvertConfig(HubSourceConfig):
         require_text(self, "out", "val_out", "tokenizer", "cluster")
         if self.token_dtype is not None:
             require(self.split is None, "token_dtype", "must not be set together with split")
-            require(self.encoder == "auto", "encoder", "must not be set together with token_dtype")
+            rule = "must not be set together with token_dtype"
+            require(self.encoder == "auto", "encoder", rule)
+            require(self.text_column == "text", "text_column", rule)
         require(0 <= self.val_fraction < 1, "val_fraction", "must be in [0, 1)")
         require(
             (self.val_fraction > 0) == (self.val_out is not None),

@@ -199,9 +199,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
     )
     adapter = build_adapters(config, hf_model, parts)
-    model = CausalLM(
-        hf_model, data.tokenizer, varlen=config.varlen, adapter=adapter, z_loss=config.z_loss
-    )
+    model = wrap(config, hf_model, data.tokenizer, adapter)
     counters: list[Mixture | TaskScores] = [
         *build_mixture(data.loader, data.sets),
         *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),
@@ -246,6 +244,16 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
             precision=config.precision,
         )
     return Run(config, trainer, log, data.order, stop, start)
+
+
+def wrap(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    adapter: Adapter | None,
+) -> CausalLM:
+    """Return the model as Composer trains it."""
+    return CausalLM(model, tokenizer, varlen=config.varlen, adapter=adapter, z_loss=config.z_loss)
 
 
 def build_adapters(config: TrainConfig, model: PreTrainedModel, parts: Parts) -> Adapter | None:

@@ -964,6 +964,21 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         (ConvertConfig, {name: ""}, name, EMPTY)
         for name in ("out", "val_out", "tokenizer", "text_column", "split", "name")
     ),
+    (
+        ConvertConfig,
+        {"token_dtype": "uint16", "split": "train"},
+        "token_dtype",
+        "must not be set together with split",
+    ),
+    *(
+        (
+            ConvertConfig,
+            {"token_dtype": "uint16", name: value},
+            name,
+            "must not be set together with token_dtype",
+        )
+        for name, value in (("encoder", "hf"), ("text_column", "body"))
+    ),
     (ConvertConfig, {"name": "n"}, "split", "must be set together with name, e.g. split=train"),
     (
         ConvertConfig,
@@ -1680,6 +1695,7 @@ NO_PATHS = {
     "fresh",
     "push_to_hub",
     "names",
+    "token_dtype",
 }
 
 
