@@ -18,6 +18,7 @@ from flame_composer.dataset.plan import Plan, group, plan_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.text import token_files
 from flame_composer.text.encoder import GIVEN, choose_encoder
+from flame_composer.text.given_tokens import vocabulary_of
 from flame_composer.text.hub import address
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import (
@@ -41,7 +42,7 @@ def main(config: ConvertConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
     if config.token_dtype is not None:
-        vocabulary = token_files.vocabulary_of(tokenizer, config.token_dtype)
+        vocabulary = vocabulary_of(tokenizer, config.token_dtype)
         parts = token_files.slice_tokens(files, vocabulary, config.unit_size)
         units = group(parts, config.unit_size)
     outs: dict[Split, str] = {"train": config.out} | (

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from filelock import FileLock
 from streaming import StreamingDataset
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
+from flame_composer.dataset.mds import ShardView
+from flame_composer.dataset.open import open_dataset
 from flame_composer.text.bpe import train_bpe
 
 TEXTS = [
@@ -98,6 +101,24 @@ def streaming_dataset(local: Path | str, **options: Any) -> StreamingDataset:
     """
     with FileLock(Path(tempfile.gettempdir(), "flame_composer.lock")):
         return StreamingDataset(local=str(local), shuffle=False, batch_size=1, **options)
+
+
+def rows_in(place: Path) -> Iterator[tuple[ShardView, int]]:
+    """This package's view of each row's shard, and the row's number in it, in order. Unlike
+    Streaming's view, it keeps no files open.
+    """
+    dataset = open_dataset(str(place))
+    manifest = dataset.manifest
+    for file in dataset.files:
+        view = ShardView(
+            place / file.basename,
+            num_rows=file.rows,
+            context_length=manifest.context_length,
+            token_dtype=manifest.token_dtype,
+            has_loss_mask=manifest.kind == "sft",
+        )
+        for number in range(file.rows):
+            yield view, number
 
 
 # What a foreign file may hold in place of what belongs there

@@ -26,8 +26,9 @@ from flame_composer.text.encoder import (
     join_given,
     require_installed,
 )
+from flame_composer.text.given_tokens import Vocabulary
 from flame_composer.text.sources import Slice
-from flame_composer.text.token_files import Vocabulary, read_tokens
+from flame_composer.text.token_files import read_tokens
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
 HASH_KEY = b"flame_composer document"

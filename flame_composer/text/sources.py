@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import glob
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import ConfigError
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text import hub
 from flame_composer.text.formats import COMPRESSIONS, FOUND, Format, detect
 from flame_composer.text.parquet import open_parquet
-from flame_composer.text.unpacking import Compression, reading
+from flame_composer.text.unpacking import Compression, stat_of
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Marker files that Hadoop and Spark leave beside the parts of a table, and their folder for parts
 # that were never committed.
@@ -171,9 +172,7 @@ def _slices(path: str, max_bytes: int, arrays: bool = False) -> tuple[list[Slice
         return [
             Slice(path, "dataset", shard, shard + 1, max_bytes) for shard in range(num_shards)
         ], ""
-    stat = reading(path, files.stat)
-    if stat is None:
-        raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+    stat = stat_of(path)
     size, version = stat.size, stat.version
     kind, compression, doubt = detect(path, size, arrays=arrays)
     if kind == "jsonl" and compression is None:
@@ -196,6 +195,11 @@ def _slices(path: str, max_bytes: int, arrays: bool = False) -> tuple[list[Slice
     return [Slice(path, kind, 0, size, size, version, compression)], doubt
 
 
+def of_each(paths: Sequence[str], look_at: Callable[[str], T]) -> Iterable[T]:
+    """Return what `look_at` returns for each file in order; for many at a time in a store."""
+    return files.each(look_at, paths) if any(map(is_url, paths)) else map(look_at, paths)
+
+
 def slice_files(paths: Sequence[str], max_bytes: int, *, arrays: bool = False) -> list[Slice]:
     """Return the slices of all files in order, and warn where a file's name and bytes disagree.
 
@@ -203,10 +207,9 @@ def slice_files(paths: Sequence[str], max_bytes: int, *, arrays: bool = False) -
     many at a time.
     """
     slices = functools.partial(_slices, max_bytes=max_bytes, arrays=arrays)
-    each = files.each(slices, paths) if any(map(is_url, paths)) else map(slices, paths)
     found: list[Slice] = []
     doubts: dict[str, list[str]] = {}
-    for path, (parts, doubt) in zip(paths, each, strict=True):
+    for path, (parts, doubt) in zip(paths, of_each(paths, slices), strict=True):
         found += parts
         if doubt:
             doubts.setdefault(doubt, []).append(path)

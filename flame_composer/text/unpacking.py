@@ -143,6 +143,14 @@ def reading(path: str, read: Callable[[str], T]) -> T:
         raise DataError(f"{path}: cannot be read: {reason(error)}") from None
 
 
+def stat_of(path: str) -> files.Stat:
+    """Return a file's size, time and version; raise DataError if it is not there."""
+    stat = reading(path, files.stat)
+    if stat is None:
+        raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+    return stat
+
+
 def reason(error: Exception) -> str:
     """Return the first line of an exception's message, for exceptions of other packages."""
     if isinstance(error, OSError) and error.strerror:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -195,7 +195,8 @@ def compile_candidates_together(workers: int) -> None:
     def compile_all_first(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
         nonlocal workers
         candidates = self.prune_configs(meta)
-        if workers > 1 and len(candidates) > 1 and config is candidates[0]:
+        may_fork = workers > 1 and not multiprocessing.current_process().daemon
+        if may_fork and len(candidates) > 1 and config is candidates[0]:
             target = driver.active.get_current_target()
             if not _compile_in_processes(_variants(self, candidates, args, meta), target, workers):
                 workers = 1
@@ -217,7 +218,12 @@ def _variants(
 
 
 def _compile_in_processes(variants: Sequence[Variant], target: GPUTarget, workers: int) -> bool:
-    """Compile variants into Triton's cache; return False if the compiler hangs."""
+    """Compile variants into Triton's cache.
+
+    Return False if the compiler hangs, if no process can be started, or if the GPU is not NVIDIA's.
+    """
+    if target.backend != "cuda":
+        return False
     prepare_to_compile()
     context = multiprocessing.get_context("fork")
     waiting = sorted(variants, key=lambda variant: variant.size)  # the largest takes longest
@@ -229,16 +235,23 @@ def _compile_in_processes(variants: Sequence[Variant], target: GPUTarget, worker
             process = context.Process(target=_compile_for, args=(variant, target), daemon=True)
             with warnings.catch_warnings():  # of threads, which the child has none of
                 warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
+                try:
+                    process.start()
+                except OSError:  # too little memory, or too many processes
+                    return _end(running)
             running[process.sentinel] = process, time.monotonic()
         for sentinel in wait(list(running), timeout=1):
             running.pop(sentinel)[0].join()
         if any(time.monotonic() - started > PATIENCE for _, started in running.values()):
-            for process, _ in running.values():
-                process.kill()
-                process.join()
-            return False
+            return _end(running)
     return True
+
+
+def _end(running: Mapping[Any, tuple[Any, float]]) -> bool:
+    for process, _ in running.values():
+        process.kill()
+        process.join()
+    return False
 
 
 def _compile_for(variant: Variant, target: GPUTarget) -> None:

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from flame_composer.dataset.manifest import read_manifest
-from flame_composer.dataset.mds import ShardView
-from flame_composer.dataset.open import open_dataset
-from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
+from tests.data_fixtures import byte_tokenizer, files_under, rows_in, words, write_jsonl
 from tests.runs import Script, check, run_script
+from tests.s3 import BUCKET, S3
 from tests.text.test_token_files import write_array, write_megatron
 
 TEXTS = [words(1 + i * 7 % 60, i) for i in range(300)] + [""]
@@ -44,21 +43,8 @@ def convert(folder: Path, source: str, out: Path, *keys: str) -> Path:
 
 def rows_of(place: Path) -> list[tuple[list[int], list[int]]]:
     """The tokens and document lengths of every row."""
-    dataset = open_dataset(str(place))
-    manifest = dataset.manifest
-    found = []
-    for file in dataset.files:
-        view = ShardView(
-            place / file.basename,
-            num_rows=file.rows,
-            context_length=manifest.context_length,
-            token_dtype=manifest.token_dtype,
-            has_loss_mask=False,
-        )
-        for number in range(file.rows):
-            tokens, lengths = view.row(number)[:2]
-            found.append((tokens.tolist(), lengths.tolist()))
-    return found
+    rows = (view.row(number) for view, number in rows_in(place))
+    return [(tokens.tolist(), lengths.tolist()) for tokens, lengths in rows]
 
 
 FILES = [("raw.npy", "uint16"), ("whole.npy", "uint32"), ("megatron.bin", "int32")]
@@ -109,6 +95,23 @@ def test_units_and_splits_lose_nothing(folder: Path, tmp_path: Path) -> None:
         assert totals.tokens_in == totals.tokens_out + totals.dropped
 
 
+@pytest.mark.parametrize(("name", "dtype"), FILES)
+def test_in_a_store(folder: Path, tmp_path: Path, s3: S3, name: str, dtype: str) -> None:
+    """Read from a bucket and written to one, by several units."""
+    for path in folder.glob(f"{Path(name).stem}.*"):
+        s3.client.upload_file(str(path), BUCKET, f"{tmp_path.name}/{path.name}")
+    keys = (f"tokenizer={folder}/tokenizer", "context_length=32", "num_workers=1")
+    keys = (*keys, f"token_dtype={dtype}", "unit_size=4000")
+    place = f"s3://{BUCKET}/{tmp_path.name}"
+    for source, out in ((folder, tmp_path), (place, place)):
+        given = (f"source={source}/{name}", f"out={out}/out", *keys)
+        check(run_script("convert/to_mds.py", *given, env=s3.env))
+    ours, theirs = read_manifest(str(tmp_path / "out")), read_manifest(f"{place}/out")
+    assert len(ours.units) > 2
+    assert ours.index_sha256 == theirs.index_sha256
+    assert ours.totals == theirs.totals
+
+
 def test_it_is_shown_like_any_other(folder: Path, tmp_path: Path) -> None:
     shown = run_script(
         "convert/inspect_mds.py",
@@ -129,6 +132,10 @@ WRONG = {
     "token_dtype=uint32": "raw.npy: token 0 is",
     "token_dtyp=uint16": "did you mean token_dtype?",
     "token_dtype=uint16 source=[{folder}]": "a.bin: there is no",
+    "token_dtype=uint16 source=[{folder}/text.jsonl]": (
+        "text.jsonl: with token_dtype, names must end in .npy or .bin; unpack it first"
+    ),
+    "token_dtype=uint16 text_column=body": "text_column=body: must not be set together with",
     "token_dtype=uint16 source=[{folder}/tokenizer]": (
         "this folder holds no file ending in .npy, .bin; name the endings"
     ),
@@ -150,6 +157,30 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, keys: str) -> N
     assert answer.stderr.count("\n") == 1
     assert WRONG[keys] in answer.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_wrong_token_in_the_middle_is_one_line(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
+    """Behind what is looked at before anything runs, and in a process of its own."""
+    tokens = np.full(3 << 20, 5, "<u2")
+    tokens[99::100] = EOS
+    tokens[-7] = 60_000
+    tokens.tofile(tmp_path / "a.npy")
+    keys = (f"source={tmp_path}/a.npy", f"tokenizer={folder}/tokenizer", f"out={tmp_path}/out")
+    more = ("token_dtype=uint16", "unit_size=1000000", f"num_workers={workers}", "on_error=skip")
+    answer = run_script("convert/to_mds.py", *keys, *more)
+    assert answer.returncode == 2
+    last = answer.stderr.splitlines()[-1]
+    assert last.startswith(f"error: tokenizer: {tmp_path}/a.npy: token 3,145,721 is 60000, and the")
+    assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "out/index.json").exists()
+    tokens[-7] = 5
+    tokens.tofile(tmp_path / "a.npy")
+    check(run_script("convert/to_mds.py", *keys, *more))
+    # And the eos that the last document lacks
+    assert read_manifest(str(tmp_path / "out")).totals.tokens_in == len(tokens) + 1
 
 
 def test_a_tokenizer_without_eos_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -27,14 +27,13 @@ from flame_composer.config.convert import InspectConfig
 from flame_composer.config.sft import SftConfig
 from flame_composer.dataset.manifest import Manifest, read_manifest
 from flame_composer.dataset.mds import BadShard, ShardView, ShardWriter
-from flame_composer.dataset.open import open_dataset
 from flame_composer.dataset.packing import Rows, best_fit, pack_whole
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.text.chat import ChatTemplate, Message, load_template
 from flame_composer.text.loss_mask import Masker, Tokens
 from flame_composer.text.tokenizer import bare, build_encoder, load_tokenizer
-from tests.data_fixtures import byte_tokenizer, files_under, words
+from tests.data_fixtures import byte_tokenizer, files_under, rows_in, words
 from tests.dataset.test_convert import ROOT, load_script
 from tests.s3 import BUCKET
 
@@ -101,18 +100,8 @@ def common(folder: Path, *more: str) -> list[str]:
 
 def rows_of(place: Path) -> Iterator[tuple[Any, Any, Any]]:
     """The tokens, document lengths and loss mask of every row."""
-    dataset = open_dataset(str(place))
-    manifest = dataset.manifest
-    for file in dataset.files:
-        view = ShardView(
-            place / file.basename,
-            num_rows=file.rows,
-            context_length=manifest.context_length,
-            token_dtype=manifest.token_dtype,
-            has_loss_mask=True,
-        )
-        for number in range(file.rows):
-            yield *view.row(number), view.loss_mask(number)
+    for view, number in rows_in(place):
+        yield *view.row(number), view.loss_mask(number)
 
 
 def examples_of(place: Path) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:

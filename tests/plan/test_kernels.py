@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 import types
 import unittest
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 
 from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
@@ -23,6 +27,7 @@ from flame_composer.model.hf_config import build_hf_config
 from flame_composer.plan.compiling import Verdict
 from flame_composer.plan.kernels import GPUS, SHARED_MEMORY, Checked, compiler
 from flame_composer.plan.memory import DEVICES
+from flame_composer.upstream import triton
 from flame_composer.upstream.cuda import PretendedCuda
 from tests import compile_table
 from tests.runs import ROOT, last_json, run_script
@@ -317,3 +322,21 @@ def test_candidates_are_compiled_together_before_one_is_timed(tmp_path: Path) ->
     )
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.split() == ["4"]
+
+
+def test_a_compiler_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are ended, and the autotuner compiles by itself from then on."""
+    monkeypatch.setattr(triton, "PATIENCE", 0.5)
+    monkeypatch.setattr(triton, "prepare_to_compile", lambda: None)
+    monkeypatch.setattr(triton, "_compile_for", lambda *_: time.sleep(60))
+    variant: Any = types.SimpleNamespace(size=(1,), function=types.SimpleNamespace(cache_key=""))
+    target = GPUTarget("cuda", 90, 32)
+    assert not triton._compile_in_processes([variant] * 3, target, 2)
+    assert multiprocessing.active_children() == []
+
+    def no_process(_: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", no_process)
+    assert not triton._compile_in_processes([variant], target, 2)
+    assert not triton._compile_in_processes([variant], GPUTarget("hip", "gfx942", 64), 2)

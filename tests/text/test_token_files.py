@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame_composer.errors import ConfigError, DataError
-from flame_composer.text import token_files
-from flame_composer.text.token_files import (
-    DTYPES,
-    INDEX,
-    INDEX_DTYPES,
-    Vocabulary,
-    read_tokens,
-    slice_tokens,
-)
+from flame_composer.text import megatron, token_files
+from flame_composer.text.given_tokens import DTYPES, Vocabulary
+from flame_composer.text.megatron import INDEX, INDEX_DTYPES
+from flame_composer.text.token_files import read_tokens, slice_tokens
 
 EOS = 3
 KNOWN = Vocabulary("uint16", 1000, EOS)
@@ -169,6 +166,19 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda f: write_array(f / "a.npy", [[5] * (1 << 20)]),
         r"none of its first 1,048,576 tokens is eos \(3\), which ends documents",
     ),
+    "a little without eos": (
+        lambda f: changed(write_array(f / "a.npy", [[5, 6, 7]]), lambda data: data[:-2]),
+        r"tokenizer: .*a.npy: none of its first 3 tokens is eos \(3\)",
+    ),
+    "another name": (
+        lambda f: write_array(f / "a.npy.gz", DOCUMENTS),
+        "source: .*a.npy.gz: with token_dtype, names must end in .npy or .bin; unpack it first",
+    ),
+    "no tokens": (lambda f: write_array(f / "a.npy", [], header=True), "none of its first 0 tok"),
+    "no tokens in megatron's": (
+        lambda f: changed(write_megatron(f / "a.bin", DOCUMENTS), lambda _: b""),
+        "a.bin: damaged: it is empty; fetch the file again, or remove it",
+    ),
     "all eos": (
         lambda f: write_array(f / "a.npy", [[5], []] * 900),
         r"token_dtype: .*: 67% of its first 2,700 tokens are eos \(3\)",
@@ -233,6 +243,42 @@ def test_a_token_that_does_not_exist_is_named_wherever_it_is(tmp_path: Path) -> 
     (part,) = slice_tokens([str(path)], KNOWN, 1 << 30)
     with pytest.raises(ConfigError, match="token 2,000,000 is 1000, and the tokenizer has 1,000"):
         list(read_tokens(part, KNOWN, fail, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:40],
+        lambda data: data[:18] + b"\xff" * 16 + data[34:],
+        lambda data: data[:18] + b"\xff" * 7 + b"\x0f" + data[26:],
+        lambda data: data[:-16] + b"\xff" * 16,
+        lambda data: data[:34] + b"\xff" * 16 + data[50:],
+        lambda data: data[:34] + data[38:42] + data[34:38] + data[42:],
+    ],
+)
+def test_an_index_that_changes_is_an_error(tmp_path: Path, change: Any) -> None:
+    path = write_megatron(tmp_path / "a.bin", DOCUMENTS)
+    parts = slice_tokens([str(path)], KNOWN, 7)
+    changed(path.with_suffix(".idx"), change)
+    with pytest.raises(DataError, match="was changed while it was read"):
+        [list(read_tokens(part, KNOWN, fail, 1 << 20)) for part in parts]
+
+
+def test_only_a_share_of_an_index_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file with many documents, a unit reads its own."""
+    path = write_megatron(tmp_path / "a.bin", [[5] * 9] * 100_000)
+    part = slice_tokens([str(path)], KNOWN, 20_000)[50]
+    read = []
+    opened = megatron.open_input
+
+    @contextlib.contextmanager
+    def counted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with opened(*args, **kwargs) as file:
+            yield SimpleNamespace(seek=file.seek, read=lambda n: read.append(n) or file.read(n))
+
+    monkeypatch.setattr(megatron, "open_input", counted)
+    assert len(list(read_tokens(part, KNOWN, fail, 1 << 20))) == 1000
+    assert sum(read) < 20_000 + 13_000
 
 
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
