@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.text.sources import Slice
 from flame_composer.text.tokenizer import vocab_size_of
+from flame_composer.text.unpacking import BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Borders = Literal["eos", "csv"]
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "int32": "<i4", "uint32": "<u4"}
 
 
@@ -61,6 +64,103 @@ def require_known(path: str, tokens: NDArray[Any], first: int, vocabulary: Vocab
         f"tokenizer: {path}: token {first + at:,} is {int(tokens[at])}, and the tokenizer has"
         f" {vocabulary.size:,}; give the tokenizer and the token_dtype that it was made with"
     )
+
+
+def beside(part: Slice) -> str | None:
+    """Return the file that says where a slice's documents are, if there is one beside it."""
+    endings = {"megatron": (".bin", ".idx"), "bordered": (".npy", ".csv.gz")}
+    if part.format not in endings:
+        return None
+    ending, other = endings[part.format]
+    return f"{part.path.removesuffix(ending)}{other}"
+
+
+@dataclass
+class Ranges:
+    """Documents in order, put into ranges of at most `most` bytes; a longer one is alone in its.
+
+    The first document of the range that is open is number `first`, at byte `begin`. `seen`
+    documents are known, up to byte `last`.
+    """
+
+    most: int
+    first: int = 0
+    begin: int = 0
+    seen: int = 0
+    last: int = 0
+
+    def closed(self, ends: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """Take the ends of the next documents, and yield the ranges that they close.
+
+        Each is the number of its first document, that of the next range's, and its size in bytes.
+        """
+        at = 0
+        while True:
+            next_one = int(np.searchsorted(ends, self.begin + self.most, side="right"))
+            if next_one == len(ends):
+                break
+            if self.seen + next_one == self.first:
+                next_one += 1
+            end = int(ends[next_one - 1]) if next_one else self.last
+            yield self.first, self.seen + next_one, end - self.begin
+            self.first, self.begin, at = self.seen + next_one, end, next_one
+            if at == len(ends):
+                break
+        self.seen += len(ends)
+        if len(ends):
+            self.last = int(ends[-1])
+
+    def rest(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the range that is still open, if it has documents."""
+        if self.first < self.seen:
+            yield self.first, self.seen, self.last - self.begin
+
+
+def read_bordered(
+    file: BinaryIO,
+    part: Slice,
+    header: int,
+    first: int,
+    lengths: Iterable[int],
+    vocabulary: Vocabulary,
+    on_damage: Callable[[DataError], None],
+    max_bytes: int,
+) -> Iterator[TokenDocument]:
+    """Yield the documents of a slice whose lengths are known, as `token_files.read_tokens` does.
+
+    `file` has the tokens behind `header` bytes, of which those of the slice begin with number
+    `first`. An eos at a document's end is left out.
+    """
+    item = vocabulary.item
+    file.seek(header + first * item)
+    left = part.num_bytes
+    tokens = np.zeros(0, DTYPES[vocabulary.dtype])  # those read, from number `first` on
+    for length in lengths:
+        if length * item > max_bytes:
+            yield from whole(part.path, (), first, length, item, max_bytes, on_damage)
+            left -= max(0, length - len(tokens)) * item
+            file.seek(header + (first + max(length, len(tokens))) * item)
+        elif length > len(tokens):
+            missing = (length - len(tokens)) * item
+            if missing > left:
+                raise changed(part)
+            size = min(max(BLOCK // item * item, missing), left)
+            data = file.read(size)
+            if len(data) != size:
+                raise changed(part)
+            left -= size
+            more = np.frombuffer(data, DTYPES[vocabulary.dtype])
+            require_known(part.path, more, first + len(tokens), vocabulary)
+            tokens = np.concatenate([tokens, more])
+        if length * item <= max_bytes:
+            document = tokens[:length]
+            if length and document[-1] == vocabulary.eos:
+                document = document[:-1]
+            yield TokenDocument(document, part.path, first)
+        tokens = tokens[length:]
+        first += length
+    if left or len(tokens):
+        raise changed(part)
 
 
 def whole(
