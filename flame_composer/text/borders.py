@@ -25,6 +25,7 @@ from flame_composer.text.unpacking import BLOCK, open_input, reason, stat_of
 
 PACKED_BLOCK = 1 << 17  # bytes of the packed file read at a time
 MOST_ROW = 1 << 16  # bytes: a row has two numbers, an id and a path
+TOO_LONG = f"is longer than {MOST_ROW:,} bytes"
 DIGITS = 18  # more do not fit into 64 bits
 GZIP = 31  # zlib's number for a gzip stream
 COMMA, BREAK, RETURN, QUOTE = b',\n\r"'
@@ -109,8 +110,9 @@ def slice_borders(
             " token_borders=eos"
         ) from None
     if end != total:
+        last = f"row {ranges.seen:,}: is the last one and ends at token {end:,}"
         raise DataError(
-            f"{name}: row {ranges.seen:,}: is the last one and ends at token {end:,}, but"
+            f"{name}: {last if ranges.seen else 'has no rows'}, but"
             f" {path} has {total:,} tokens of {vocabulary.dtype}; fetch both again, give the"
             " token_dtype that it was made with, or token_borders=eos"
         )
@@ -204,9 +206,11 @@ def _unpack(file: BinaryIO, place: Place) -> Iterator[tuple[Place, bytes]]:
         if not is_open:
             data = data.lstrip(b"\0")  # padding, as some writers leave it behind a stream
         if at_end:
-            if is_open or not unpacked:
+            if is_open or not packed:
                 raise EOFError("it ends in the middle of a stream" if packed else "it is empty")
             return
+        if not data:
+            continue
         before = Place(packed - len(data), unpacked, unpacker.copy(), is_open)
         block = unpacker.decompress(data, BLOCK)
         is_open = not unpacker.eof
@@ -238,7 +242,7 @@ def _parse(blocks: Iterator[bytes], place: int) -> Iterator[Rows]:
         end = int(breaks[-1]) + 1 if len(breaks) else 0
         rest = data[end:]
         if len(rest) > MOST_ROW:
-            raise WrongRow(number + len(breaks) + 1, f"is longer than {MOST_ROW:,} bytes")
+            raise WrongRow(number + len(breaks) + 1, TOO_LONG)
         if rest and not block:
             raise WrongRow(number + len(breaks) + 1, "has a quote that is not closed")
         if end:
@@ -249,6 +253,9 @@ def _parse(blocks: Iterator[bytes], place: int) -> Iterator[Rows]:
 
 def _rows_of(data: NDArray[np.uint8], breaks: NDArray[np.int64], place: int, number: int) -> Rows:
     places = np.concatenate([np.zeros(1, np.int64), breaks + 1])
+    too_long = np.diff(places) > MOST_ROW
+    if too_long.any():
+        raise WrongRow(number + int(too_long.argmax()) + 1, TOO_LONG)
     begins = places[:-1]
     starts, after = _numbers(data, begins)
     is_right = (after > begins) & (after - begins <= DIGITS) & (data[after] == COMMA)

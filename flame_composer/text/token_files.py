@@ -114,8 +114,8 @@ def _begin(path: str, stat: files.Stat, vocabulary: Vocabulary) -> tuple[int, ND
         )
     if start.startswith(LFS_POINTER):
         raise DataError(
-            f"{path}: damaged: it is a pointer that git-lfs left (git lfs pull gets the file); fetch"
-            " the file again"
+            f"{path}: damaged: it is a pointer that git-lfs left (git lfs pull gets the file);"
+            " fetch the file again"
         )
     _require_type(path, start[header:], vocabulary)
     usable = (len(start) - header) // vocabulary.item
@@ -142,8 +142,8 @@ def _require_type(path: str, data: bytes, vocabulary: Vocabulary) -> None:
             )
     dtype = np.dtype(DTYPES[vocabulary.dtype])
     tokens = np.frombuffer(data, dtype, min(len(data) // dtype.itemsize, LOOKED_AT))
-    swapped = tokens.astype(dtype.newbyteorder(">")).view(dtype)
-    if (tokens >= vocabulary.size).any() and (swapped < vocabulary.size).all():
+    is_wrong = (tokens >= vocabulary.size).any()
+    if is_wrong and (tokens.byteswap() < vocabulary.size).all():
         raise ConfigError(
             f"token_dtype: {path}: its tokens are big-endian, and must be little-endian; write it"
             f" again, as numpy.fromfile(..., '>{dtype.str[1:]}').astype('{dtype.str}').tofile(...)"

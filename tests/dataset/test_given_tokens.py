@@ -13,6 +13,7 @@ from flame_composer.dataset.manifest import read_manifest
 from tests.data_fixtures import byte_tokenizer, files_under, rows_in, words, write_jsonl
 from tests.runs import Script, check, run_script
 from tests.s3 import BUCKET, S3
+from tests.text.test_token_borders import table, write_borders
 from tests.text.test_token_files import write_array, write_megatron
 
 TEXTS = [words(1 + i * 7 % 60, i) for i in range(300)] + [""]
@@ -21,7 +22,7 @@ EOS = 0  # of byte_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, text, and its tokens as three kinds of files."""
+    """A folder with a tokenizer, text, and its tokens as five kinds of files."""
     folder = tmp_path_factory.mktemp("given")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -32,6 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_array(folder / "raw.npy", documents, "uint16")
         write_array(folder / "whole.npy", documents, "uint32", header=True)
         write_megatron(folder / "megatron.bin", documents, "int32")
+        write_array(folder / "bordered.npy", documents, "uint16")
+    write_borders(folder / "bordered.npy", table([len(each) + 1 for each in documents]))
+    # Without an eos: only the borders tell where documents are
+    flat = [token for each in documents for token in each]
+    np.array(flat, "<u2").tofile(folder / "plain.npy")
+    write_borders(folder / "plain.npy", table([len(each) for each in documents]))
     return folder
 
 
@@ -47,30 +54,42 @@ def rows_of(place: Path) -> list[tuple[list[int], list[int]]]:
     return [(tokens.tolist(), lengths.tolist()) for tokens, lengths in rows]
 
 
-FILES = [("raw.npy", "uint16"), ("whole.npy", "uint32"), ("megatron.bin", "int32")]
+FILES = [
+    ("raw.npy", "uint16", "eos"),
+    ("whole.npy", "uint32", "eos"),
+    ("megatron.bin", "int32", "eos"),
+    ("bordered.npy", "uint16", "csv"),
+    ("plain.npy", "uint16", "csv"),
+]
 
 
-@pytest.mark.parametrize(("name", "dtype"), FILES)
+@pytest.mark.parametrize(("name", "dtype", "borders"), FILES)
 @pytest.mark.parametrize("ends", [(), ("add_bos=true",), ("add_eos=false", "max_doc_length=9")])
 def test_the_same_rows_as_from_text(
-    folder: Path, tmp_path: Path, name: str, dtype: str, ends: tuple[str, ...]
+    folder: Path, tmp_path: Path, name: str, dtype: str, borders: str, ends: tuple[str, ...]
 ) -> None:
     text = convert(folder, "text.jsonl", tmp_path / "text", *ends)
-    tokens = convert(folder, name, tmp_path / "tokens", f"token_dtype={dtype}", *ends)
+    keys = (f"token_dtype={dtype}", f"token_borders={borders}", *ends)
+    tokens = convert(folder, name, tmp_path / "tokens", *keys)
     assert rows_of(tokens) == rows_of(text)
     ours, theirs = (read_manifest(str(place)) for place in (tokens, text))
     assert ours.totals.documents == theirs.totals.documents == len(TEXTS)
     assert ours.totals.tokens_in == theirs.totals.tokens_in
     assert ours.tokenizer == theirs.tokenizer
     assert ours.config["token_dtype"] == dtype
+    assert ours.config.get("token_borders", "eos") == borders
     assert {record.encoder for record in ours.units} == {"given", None}
     assert "token_dtype" not in theirs.config, "manifests of text are as they always were"
 
 
-def test_units_and_splits_lose_nothing(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "borders"), [("raw.npy", "eos"), ("plain.npy", "csv")])
+def test_units_and_splits_lose_nothing(
+    folder: Path, tmp_path: Path, name: str, borders: str
+) -> None:
     """The bytes depend neither on the number of workers nor on a run that stopped in the middle."""
     keys = ("token_dtype=uint16", "unit_size=900", "val_fraction=0.3", "seed=7")
-    given = (f"source={folder}/raw.npy", f"tokenizer={folder}/tokenizer", "context_length=32")
+    keys = (*keys, f"token_borders={borders}")
+    given = (f"source={folder}/{name}", f"tokenizer={folder}/tokenizer", "context_length=32")
     outs = [tmp_path / name for name in ("one", "two", "stopped")]
     for out, number in zip(outs, (1, 2, 1), strict=True):
         more = (f"out={out}", f"val_out={out}.val", f"num_workers={number}")
@@ -88,20 +107,22 @@ def test_units_and_splits_lose_nothing(folder: Path, tmp_path: Path) -> None:
     manifests = [read_manifest(str(outs[0])), read_manifest(f"{outs[0]}.val")]
     assert len(manifests[0].units) > 10
     assert sum(each.totals.documents for each in manifests) == len(TEXTS)
-    tokens = np.fromfile(folder / "raw.npy", "<u2")
+    tokens = np.fromfile(folder / "raw.npy", "<u2")  # with the eos that each document gets
     assert sum(each.totals.tokens_in for each in manifests) == len(tokens)
     for each in manifests:
         totals = each.totals
         assert totals.tokens_in == totals.tokens_out + totals.dropped
 
 
-@pytest.mark.parametrize(("name", "dtype"), FILES)
-def test_in_a_store(folder: Path, tmp_path: Path, s3: S3, name: str, dtype: str) -> None:
+@pytest.mark.parametrize(("name", "dtype", "borders"), FILES)
+def test_in_a_store(
+    folder: Path, tmp_path: Path, s3: S3, name: str, dtype: str, borders: str
+) -> None:
     """Read from a bucket and written to one, by several units."""
     for path in folder.glob(f"{Path(name).stem}.*"):
         s3.client.upload_file(str(path), BUCKET, f"{tmp_path.name}/{path.name}")
     keys = (f"tokenizer={folder}/tokenizer", "context_length=32", "num_workers=1")
-    keys = (*keys, f"token_dtype={dtype}", "unit_size=4000")
+    keys = (*keys, f"token_dtype={dtype}", f"token_borders={borders}", "unit_size=4000")
     place = f"s3://{BUCKET}/{tmp_path.name}"
     for source, out in ((folder, tmp_path), (place, place)):
         given = (f"source={source}/{name}", f"out={out}/out", *keys)
@@ -126,6 +147,9 @@ def test_it_is_shown_like_any_other(folder: Path, tmp_path: Path) -> None:
 
 
 WRONG = {
+    "token_borders=csv": "token_borders=csv: must be set together with token_dtype",
+    "token_dtype=uint16 token_borders=eod": "token_borders=eod: must be one of eos, csv",
+    "token_dtype=uint16 token_borders=csv": "raw.npy: there is no",
     "token_dtype=uint64": "token_dtype=uint64: must be one of",
     "token_dtype=uint16 split=train": "token_dtype=uint16: must not be set together with split",
     "token_dtype=uint16 encoder=hf": "encoder=hf: must not be set together with token_dtype",
