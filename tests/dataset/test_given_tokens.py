@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.plan import is_newer
+from flame_composer.errors import StoreError
+from flame_composer.text.given_tokens import Vocabulary
+from flame_composer.text.token_files import read_tokens, slice_tokens
 from tests.data_fixtures import byte_tokenizer, files_under, rows_in, words, write_jsonl
 from tests.runs import Script, check, run_script
 from tests.s3 import BUCKET, S3
 from tests.text.test_token_borders import table, write_borders
-from tests.text.test_token_files import write_array, write_megatron
+from tests.text.test_token_files import fail, write_array, write_megatron
 
 TEXTS = [words(1 + i * 7 % 60, i) for i in range(300)] + [""]
 EOS = 0  # of byte_tokenizer
@@ -133,6 +141,63 @@ def test_in_a_store(
     assert ours.totals == theirs.totals
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "borders"), [("megatron.bin", "int32", "eos"), ("plain.npy", "uint16", "csv")]
+)
+def test_what_says_where_documents_are_is_pinned(
+    folder: Path, tmp_path: Path, s3: S3, name: str, dtype: str, borders: Any
+) -> None:
+    """Another .idx or .csv.gz in a store is noticed, though it fits the same tokens."""
+    place = f"s3://{BUCKET}/{tmp_path.name}"
+    ending = {"eos": ".idx", "csv": ".csv.gz"}[borders]
+    beside = folder / f"{Path(name).stem}{ending}"
+    for path in (folder / name, beside):
+        s3.client.upload_file(str(path), BUCKET, f"{tmp_path.name}/{path.name}")
+    known = Vocabulary(dtype, 400, EOS)
+    parts = slice_tokens([f"{place}/{name}"], known, 1 << 20, borders)
+    keys = (f"source={place}/{name}", f"tokenizer={folder}/tokenizer", "context_length=32")
+    keys = (*keys, "num_workers=1", f"token_dtype={dtype}", f"token_borders={borders}")
+    keys = (*keys, "unit_size=4000", f"out={tmp_path}/out")
+    check(run_script("convert/to_mds.py", *keys, env=s3.env))
+    check(run_script("convert/to_mds.py", *keys, env=s3.env))
+
+    # The first border between two documents is a token later
+    data = beside.read_bytes()
+    if borders == "csv":
+        first, second, rest = gzip.decompress(data).decode().split("\r\n", 2)
+        end = int(first.split(",")[1])
+        moved = f"0,{end + 1},a,b,1\r\n{end + 1},{second.split(',')[1]},a,b,1\r\n{rest}"
+        data = gzip.compress(moved.encode())
+    else:
+        count = int(np.frombuffer(data, "<u8", 1, 18)[0])
+        numbers = np.frombuffer(data, np.uint8).copy()
+        numbers[34:42].view("<i4")[:] += np.array([1, -1], "<i4")
+        numbers[34 + 4 * count + 8 :][:8].view("<i8")[:] += 4
+        data = numbers.tobytes()
+    s3.client.put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/{beside.name}", Body=data)
+    assert slice_tokens([f"{place}/{name}"], known, 1 << 20, borders) != parts
+    with pytest.raises(StoreError, match=f"{beside.name}: has been replaced since it was looked"):
+        [list(read_tokens(part, known, fail, 1 << 20)) for part in parts]
+    answer = run_script("convert/to_mds.py", *keys, env=s3.env)
+    assert answer.returncode == 2
+    assert "holds a conversion with other settings: inputs" in answer.stderr
+
+
+def test_borders_that_change_on_a_disk_are_read_again(folder: Path, tmp_path: Path) -> None:
+    """A unit that is committed is converted again where its .csv.gz is newer than it."""
+    for name in ("plain.npy", "plain.csv.gz"):
+        shutil.copy(folder / name, tmp_path / name)
+    (part,) = slice_tokens(
+        [f"{tmp_path}/plain.npy"], Vocabulary("uint16", 400, EOS), 1 << 30, "csv"
+    )
+    now = time.time()
+    assert not is_newer((part,), now + 100)
+    os.utime(tmp_path / "plain.csv.gz", (now + 200, now + 200))
+    assert is_newer((part,), now + 100)
+    (tmp_path / "plain.csv.gz").unlink()
+    assert is_newer((part,), now + 1000)
+
+
 def test_it_is_shown_like_any_other(folder: Path, tmp_path: Path) -> None:
     shown = run_script(
         "convert/inspect_mds.py",
@@ -148,7 +213,7 @@ def test_it_is_shown_like_any_other(folder: Path, tmp_path: Path) -> None:
 
 WRONG = {
     "token_borders=csv": "token_borders=csv: must be set together with token_dtype",
-    "token_dtype=uint16 token_borders=eod": "token_borders=eod: must be one of eos, csv",
+    "token_dtype=uint16 token_borders=eod": "token_borders=eod: must be one of ['eos', 'csv']",
     "token_dtype=uint16 token_borders=csv": "raw.npy: there is no",
     "token_dtype=uint64": "token_dtype=uint64: must be one of",
     "token_dtype=uint16 split=train": "token_dtype=uint16: must not be set together with split",
