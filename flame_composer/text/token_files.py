@@ -8,8 +8,8 @@ decides what is put around them.
 
 from __future__ import annotations
 
-import io
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +36,12 @@ from flame_composer.text.unpacking import BLOCK, open_input, reading, stat_of
 
 FOUND = (".npy", ".bin")
 NUMPY = b"\x93NUMPY"
+# What NumPy writes into headers of arrays of numbers: their type, Fortran's order or not, the shape
+HEADER = re.compile(
+    r"\s*\{\s*'descr'\s*:\s*'([<>|=][a-zA-Z][0-9]{1,2})'\s*,\s*'fortran_order'\s*:\s*(?:True|False)"
+    r"\s*,\s*'shape'\s*:\s*\(([0-9, ]*)\)\s*,?\s*\}\s*"
+)
+MOST_HEADER = 4096  # bytes
 LOOKED_AT = 1 << 20  # tokens at the beginning of a file, by which it is judged before anything runs
 MOST_EOS = 0.25  # of those tokens: documents of three tokens are no documents
 
@@ -169,30 +175,37 @@ def _slices_of_array(
 
 
 def _header(path: str, start: bytes, size: int, vocabulary: Vocabulary) -> int:
-    """Return the number of bytes before the first token: 0 for a file without NumPy's header."""
+    """Return the number of bytes before the first token: 0 for a file without NumPy's header.
+
+    The header is not given to NumPy, which evaluates it as Python: that takes any depth of brackets
+    to a crash.
+    """
     if not start.startswith(NUMPY):
         return 0
-    file = io.BytesIO(start)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            version, np.lib.format.read_array_header_2_0
+    length = _header_size(start[:12])
+    content = start[: min(length, MOST_HEADER)]
+    match = HEADER.fullmatch(content[10 if start[6:7] == b"\1" else 12 :].decode("latin-1"))
+    if match is None or not b"\1" <= start[6:7] <= b"\3":
+        raise DataError(
+            f"{path}: damaged: its NumPy header cannot be read, or is not that of numbers:"
+            f" {content[10:60]!a}; fetch the file again"
         )
-        shape, _, dtype = read(file)
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: its NumPy header cannot be read: {error}") from None
-    if len(shape) != 1 or dtype != np.dtype(DTYPES[vocabulary.dtype]):
+    dtype, shape = match.groups()
+    wanted = DTYPES[vocabulary.dtype]
+    count = re.fullmatch(r"([0-9]{1,15}),?", shape)
+    if dtype not in (wanted, wanted.replace("<u1", "|u1")) or count is None:
+        name = next((name for name, spelt in DTYPES.items() if spelt == dtype), dtype)
         raise ConfigError(
-            f"token_dtype: {path}: is an array of {dtype} with shape {shape} by its header, and"
-            f" must be one of {vocabulary.dtype} with one dimension"
+            f"token_dtype: {path}: is an array of {name} with shape ({shape[:40]}) by its header,"
+            f" and must be one of {vocabulary.dtype} with one dimension"
         )
-    expected = file.tell() + shape[0] * vocabulary.item
+    expected = length + int(count[1]) * vocabulary.item
     if size != expected:
         raise DataError(
             f"{path}: damaged: it has {size:,} bytes, and must have {expected:,} by its header;"
             " fetch the file again"
         )
-    return file.tell()
+    return length
 
 
 def _require_eos(path: str, tokens: NDArray[Any], vocabulary: Vocabulary) -> None:
@@ -275,6 +288,6 @@ def _header_size(start: bytes) -> int:
     """Return the size of NumPy's header, from the first 12 bytes of a file that may have one."""
     if not start.startswith(NUMPY):
         return 0
-    if start[6] == 1:
+    if start[6:7] == b"\1":
         return 10 + int.from_bytes(start[8:10], "little")
     return 12 + int.from_bytes(start[8:12], "little")
