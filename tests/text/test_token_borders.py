@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
+import re
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.text import borders, given_tokens
 from flame_composer.text.given_tokens import Vocabulary
 from flame_composer.text.token_files import read_tokens, slice_tokens
+from tests.text import time_tokens
 from tests.text.test_token_files import DOCUMENTS, EOS, KNOWN, fail, write_array
 
 ID = "2b7f6a"
@@ -353,6 +358,73 @@ def test_an_array_that_shrinks_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match="was changed while it was read"):
         list(read_tokens(part, KNOWN, fail, 1 << 20))
+
+
+class Web(SimpleHTTPRequestHandler):
+    """A web server that answers ranges, as OLMo's does, or ignores them."""
+
+    ranges = True
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        content = path.read_bytes()
+        size, part = len(content), content
+        if self.ranges and asked:
+            part = content[int(asked[1]) : int(asked[2]) + 1]
+        self.send_response(206 if part is not content else 200)
+        if part is not content:
+            self.send_header("Content-Range", f"bytes {asked[1]}-{asked[2]}/{size}")
+        self.end(part, zlib.crc32(content))
+        if self.command == "GET":
+            self.wfile.write(part)
+
+    do_HEAD = do_GET
+
+    def end(self, part: bytes, tag: int) -> None:
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{tag:x}"')
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_from_a_web_server(tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OLMo publishes its files; the .csv.gz that was looked at is the one that is read."""
+    monkeypatch.setattr(Web, "ranges", ranges)
+    # fsspec takes a small file whole
+    documents = [[5] * 9] * 10_000 if ranges else [[5] * 999] * 4000
+    path = write_bordered(tmp_path / "a.npy", documents)
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Web, directory=str(tmp_path))
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.05])
+        thread.start()
+        try:
+            place: Any = "http://{}:{}/a.npy".format(*server.server_address)
+            parts = slice_tokens([place], KNOWN, 50_000, "csv")
+            if not ranges:
+                with pytest.raises(DataError, match="its server ignores ranges; copy the file"):
+                    [list(read_tokens(part, KNOWN, fail, 1 << 20)) for part in parts]
+                return
+            assert read(place, max_bytes=50_000) == read(path)
+            write_borders(path, table([9, *[10] * 9998, 11]))
+            with pytest.raises(StoreError, match=r"a\.csv\.gz: has been replaced since"):
+                list(read_tokens(parts[0], KNOWN, fail, 1 << 20))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_what_reading_takes_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/benchmarks.md names the command."""
+    found = time_tokens.main(0.2, 1)
+    assert list(found) == ["ours eos", "ours csv", "theirs eos", "theirs csv"]
+    assert capsys.readouterr().out.count("million tokens per CPU-second") == 4
 
 
 def test_borders_are_not_for_megatrons_files(tmp_path: Path) -> None:
