@@ -22,7 +22,7 @@ DTYPES = {"uint8": "<u1", "uint16": "<u2", "int32": "<i4", "uint32": "<u4"}
 
 
 class TokenDocument(NamedTuple):
-    """A document's tokens without eos, and the number of its first token in its file."""
+    """A document's tokens without bos and eos, and the number of its first token in its file."""
 
     tokens: NDArray[np.integer]
     path: str
@@ -30,11 +30,15 @@ class TokenDocument(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What tokens in a file must be: the name of their type, those that exist, and eos."""
+    """What tokens in a file must be: the name of their type, those that exist, eos and bos.
+
+    `bos` is None where documents cannot be told to begin with it.
+    """
 
     dtype: str
     size: int
     eos: int
+    bos: int | None = None
 
     @property
     def item(self) -> int:
@@ -51,7 +55,13 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, dtype: str) -> Vocabulary:
         raise ConfigError(
             "tokenizer: it has no eos token, by which documents end in files of tokens; give it one"
         )
-    return Vocabulary(dtype, vocab_size_of(tokenizer), tokenizer.eos_token_id)
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    return Vocabulary(dtype, vocab_size_of(tokenizer), eos, bos_of(bos, eos))
+
+
+def bos_of(bos: int | None, eos: int) -> int | None:
+    """Return the bos by which a document's beginning is known; None if it may be another's eos."""
+    return None if bos == eos else bos
 
 
 def require_known(path: str, tokens: NDArray[Any], first: int, vocabulary: Vocabulary) -> None:
@@ -137,7 +147,7 @@ def read_bordered(
     tokens = np.zeros(0, DTYPES[vocabulary.dtype])  # those read, from number `first` on
     for length in lengths:
         if length * item > max_bytes:
-            yield from whole(part.path, (), first, length, item, max_bytes, on_damage)
+            yield from whole(part.path, (), first, length, vocabulary, max_bytes, on_damage)
             left -= max(0, length - len(tokens)) * item
             file.seek(header + (first + max(length, len(tokens))) * item)
         elif length > len(tokens):
@@ -156,7 +166,9 @@ def read_bordered(
             document = tokens[:length]
             if length and document[-1] == vocabulary.eos:
                 document = document[:-1]
-            yield TokenDocument(document, part.path, first)
+            yield from whole(
+                part.path, (document,), first, length, vocabulary, max_bytes, on_damage
+            )
         tokens = tokens[length:]
         first += length
     if left or len(tokens):
@@ -168,12 +180,12 @@ def whole(
     pieces: Sequence[NDArray[Any]],
     first: int,
     held: int,
-    item: int,
+    vocabulary: Vocabulary,
     max_bytes: int,
     on_damage: Callable[[DataError], None],
 ) -> Iterator[TokenDocument]:
-    """Yield a document made of its pieces, unless it is too long to be kept."""
-    if held * item > max_bytes:
+    """Yield a document made of its pieces, without bos, unless it is too long to be kept."""
+    if held * vocabulary.item > max_bytes:
         on_damage(
             DataError(
                 f"{path}: the document from token {first:,} on has {held:,} tokens, which are more"
@@ -182,7 +194,10 @@ def whole(
             )
         )
         return
-    yield TokenDocument(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), path, first)
+    tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    if vocabulary.bos is not None and len(tokens) and tokens[0] == vocabulary.bos:
+        tokens = tokens[1:]
+    yield TokenDocument(tokens, path, first)
 
 
 def changed(part: Slice) -> DataError:

@@ -2,8 +2,8 @@
 
 A raw file (.npy) holds tokens end to end, little-endian, with NumPy's header or without, and every
 document ends with eos, or where a .csv.gz beside it says. In Megatron's files, the .idx says where
-documents begin. Documents are read without their eos, as text is, so that the conversion alone
-decides what is put around them.
+documents begin. Documents are read without their bos and eos, as text is, so that the conversion
+alone decides what is put around them.
 """
 
 from __future__ import annotations
@@ -249,7 +249,9 @@ def _read_array(
                 if start is not None:
                     pieces.append(tokens[begin:end])
                     first, length = (start - header) // item, held + end - begin
-                    yield from whole(part.path, pieces, first, length, item, max_bytes, on_damage)
+                    yield from whole(
+                        part.path, pieces, first, length, vocabulary, max_bytes, on_damage
+                    )
                 pieces, held, begin = [], 0, end + 1
                 start = position + begin * item
                 if start >= part.end:
@@ -266,7 +268,7 @@ def _read_array(
             raise changed(part)
         if start is not None and held:
             first = (start - header) // item
-            yield from whole(part.path, pieces, first, held, item, max_bytes, on_damage)
+            yield from whole(part.path, pieces, first, held, vocabulary, max_bytes, on_damage)
 
 
 def _read_bordered_array(

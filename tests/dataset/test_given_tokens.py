@@ -18,7 +18,14 @@ from flame_composer.dataset.plan import is_newer
 from flame_composer.errors import StoreError
 from flame_composer.text.given_tokens import Vocabulary
 from flame_composer.text.token_files import read_tokens, slice_tokens
-from tests.data_fixtures import byte_tokenizer, files_under, rows_in, words, write_jsonl
+from tests.data_fixtures import (
+    byte_tokenizer,
+    files_under,
+    llama_tokenizer,
+    rows_in,
+    words,
+    write_jsonl,
+)
 from tests.runs import Script, check, run_script
 from tests.s3 import BUCKET, S3
 from tests.text.test_token_borders import table, write_borders
@@ -88,6 +95,25 @@ def test_the_same_rows_as_from_text(
     assert ours.config.get("token_borders", "eos") == borders
     assert {record.encoder for record in ours.units} == {"given", None}
     assert "token_dtype" not in theirs.config, "manifests of text are as they always were"
+
+
+@pytest.mark.parametrize("ends", [(), ("add_bos=true",)])
+def test_a_bos_in_the_tokens_is_not_put_there_twice(tmp_path: Path, ends: tuple[str, ...]) -> None:
+    """Nor does it stay where documents begin with none: the manifest would not say so."""
+    tokenizer = llama_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    documents = [tokenizer(text).input_ids for text in TEXTS]
+    assert {each[0] for each in documents} == {tokenizer.bos_token_id}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.text.test_token_files.EOS", tokenizer.eos_token_id)
+        write_array(tmp_path / "a.npy", documents, "uint16")
+        write_megatron(tmp_path / "a.bin", documents, "uint16")
+    write_borders(tmp_path / "a.npy", table([len(each) + 1 for each in documents]))
+    text = rows_of(convert(tmp_path, "text.jsonl", tmp_path / "text", *ends))
+    for name, borders in (("a.npy", "eos"), ("a.npy", "csv"), ("a.bin", "eos")):
+        keys = ("token_dtype=uint16", f"token_borders={borders}", *ends)
+        assert rows_of(convert(tmp_path, name, tmp_path / f"{name}.{borders}", *keys)) == text
 
 
 @pytest.mark.parametrize(("name", "borders"), [("raw.npy", "eos"), ("plain.npy", "csv")])
@@ -248,17 +274,24 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, keys: str) -> N
     assert not out.exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "borders"), [(1, "eos"), (2, "eos"), (2, "csv")])
 def test_a_wrong_token_in_the_middle_is_one_line(
-    folder: Path, tmp_path: Path, workers: int
+    folder: Path, tmp_path: Path, workers: int, borders: str
 ) -> None:
     """Behind what is looked at before anything runs, and in a process of its own."""
     tokens = np.full(3 << 20, 5, "<u2")
     tokens[99::100] = EOS
     tokens[-7] = 60_000
     tokens.tofile(tmp_path / "a.npy")
+    write_borders(tmp_path / "a.npy", table([100] * (len(tokens) // 100) + [len(tokens) % 100]))
     keys = (f"source={tmp_path}/a.npy", f"tokenizer={folder}/tokenizer", f"out={tmp_path}/out")
-    more = ("token_dtype=uint16", "unit_size=1000000", f"num_workers={workers}", "on_error=skip")
+    more = (
+        "token_dtype=uint16",
+        f"token_borders={borders}",
+        "unit_size=1000000",
+        f"num_workers={workers}",
+        "on_error=skip",
+    )
     answer = run_script("convert/to_mds.py", *keys, *more)
     assert answer.returncode == 2
     last = answer.stderr.splitlines()[-1]
