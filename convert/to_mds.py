@@ -43,7 +43,7 @@ def main(config: ConvertConfig) -> None:
     require_ends(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
     if config.token_dtype is not None:
         vocabulary = vocabulary_of(tokenizer, config.token_dtype)
-        parts = token_files.slice_tokens(files, vocabulary, config.unit_size)
+        parts = token_files.slice_tokens(files, vocabulary, config.unit_size, config.token_borders)
         units = group(parts, config.unit_size)
     outs: dict[Split, str] = {"train": config.out} | (
         {} if config.val_out is None else {"val": config.val_out}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import multiprocessing
 import os
 import resource
@@ -36,6 +35,7 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.lines import Lines, clean_streams
 from flame_composer.processes import can_have_processes, end_with_parent, ending_children
 from flame_composer.storage.folders import explained
+from flame_composer.text.sources import slice_json
 
 JOBS = "slurm_jobs.json"
 
@@ -52,7 +52,7 @@ def forget_changed(folder: PartsFolder, stages: Sequence[Stage]) -> None:
     for number, unit in enumerate(folder.units):
         done, record = first / "completions" / f"{number:05}", counts_path(folder, "filter", number)
         if done.exists():
-            same = read_json(record)["inputs"] == [dataclasses.asdict(part) for part in unit]
+            same = read_json(record)["inputs"] == [slice_json(part) for part in unit]
             # Datasets are left out: their paths are addresses.
             files = [part.path for part in unit if os.path.exists(part.path)]
             if same and not any(os.stat(path).st_mtime > record.stat().st_mtime for path in files):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import struct
 from collections import Counter
@@ -41,6 +40,7 @@ from flame_composer.cleaning.parts import (
 from flame_composer.config.clean import CleanConfig
 from flame_composer.errors import DataError
 from flame_composer.text.documents import read_documents
+from flame_composer.text.sources import slice_json
 
 Documents = Iterator[Document]
 
@@ -120,7 +120,7 @@ class Filter:
             aside.commit()
         counts.removed = {name: aside.reasons for name, aside in asides.items()}
         record = {
-            "inputs": [dataclasses.asdict(part) for part in self.folder.units[rank]],
+            "inputs": [slice_json(part) for part in self.folder.units[rank]],
             "counts": counts.to_json(),
         }
         publish_file(counts_path(self.folder, "filter", rank), record)

@@ -81,6 +81,10 @@ class ConvertConfig(HubSourceConfig):
     tokenizer: .npy, in which each document ends with eos (OLMo's have no header), or Megatron's
     .bin with its .idx beside it.
     """
+    token_borders: Literal["eos", "csv"] = "eos"
+    """What ends documents in .npy files of tokens. eos: every eos. csv: the rows of the .csv.gz
+    beside each file, as Dolma's tokenizer writes it.
+    """
     context_length: int = 2048
     """Tokens per row."""
     add_bos: bool = False
@@ -127,11 +131,16 @@ class ConvertConfig(HubSourceConfig):
         if self.token_dtype is not None:
             del settings["text_column"]  # without a meaning here
             settings["token_dtype"] = self.token_dtype
+        if self.token_borders != "eos":
+            settings["token_borders"] = self.token_borders
         return settings
 
     def validate(self) -> None:
         super().validate()
         require_text(self, "out", "val_out", "tokenizer", "cluster")
+        is_csv = self.token_borders == "csv"
+        rule = "must be set together with token_dtype"
+        require(not is_csv or self.token_dtype is not None, "token_borders", rule)
         if self.token_dtype is not None:
             require(self.split is None, "token_dtype", "must not be set together with split")
             rule = "must not be set together with token_dtype"

@@ -26,7 +26,7 @@ from flame_composer.text.encoder import (
     join_given,
     require_installed,
 )
-from flame_composer.text.given_tokens import Vocabulary
+from flame_composer.text.given_tokens import Vocabulary, bos_of
 from flame_composer.text.sources import Slice
 from flame_composer.text.token_files import read_tokens
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
@@ -277,8 +277,10 @@ class _Unit:
         most = config["max_document_bytes"]
         if "token_dtype" in config:
             tokenizer = self.plan.tokenizer
-            assert tokenizer.eos_token_id is not None
-            known = Vocabulary(config["token_dtype"], tokenizer.vocab_size, tokenizer.eos_token_id)
+            eos = tokenizer.eos_token_id
+            assert eos is not None
+            bos = bos_of(tokenizer.bos_token_id, eos)
+            known = Vocabulary(config["token_dtype"], tokenizer.vocab_size, eos, bos)
             for tokens in read_tokens(part, known, skip, most):
                 yield tokens.tokens
             return

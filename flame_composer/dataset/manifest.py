@@ -17,7 +17,7 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files
 from flame_composer.text.encoder import HF
 from flame_composer.text.ends import Ends, parse_ends
-from flame_composer.text.sources import Slice, Unit
+from flame_composer.text.sources import Slice, Unit, slice_json
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
 Kind = Literal["text", "sft"]
@@ -82,6 +82,7 @@ class Manifest:
 def record_json(record: UnitRecord, kind: Kind) -> dict[str, Any]:
     """Return a unit's record as JSON values, as a dataset of this kind holds it."""
     content = dataclasses.asdict(record)
+    content["inputs"] = [slice_json(part) for part in record.inputs]
     if kind == "text":
         content["ledger"] = text_counts(content["ledger"])
     return content
@@ -334,7 +335,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
             path=_take(part, "path", str, place),
             format=_one_of(
                 _take(part, "format", str, place),
-                ("jsonl", "json", "parquet", "text", "dataset", "tokens", "megatron"),
+                ("jsonl", "json", "parquet", "text", "dataset", "tokens", "bordered", "megatron"),
                 place,
             ),
             start=_take(part, "start", int, place),
@@ -342,6 +343,7 @@ def parse_record(content: Any, place: str) -> UnitRecord:
             num_bytes=_take(part, "num_bytes", int, place),
             version=None if part.get("version") is None else _take(part, "version", str, place),
             compression=_take_compression(part, place),
+            beside=_take(part, "beside", str, place) if "beside" in part else None,
         )
         for part in _take(content, "inputs", list, place)
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 from flame_composer.dataset.manifest import VERSIONS, Kind, Manifest, Split
 from flame_composer.storage.files import dump_json, stat
-from flame_composer.text.sources import Slice, Unit, slice_files
+from flame_composer.text.given_tokens import beside
+from flame_composer.text.sources import Slice, Unit, slice_files, slice_json
 from flame_composer.text.tokenizer import TokenizerFingerprint
 
 
@@ -63,6 +64,8 @@ def unit_name(number: int) -> str:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON values, with lists in place of tuples."""
     content = {"version": VERSIONS[plan.kind], **dataclasses.asdict(plan)}
+    assert not isinstance(plan.units, Mapping), "a worker has no whole plan"
+    content["units"] = [[slice_json(part) for part in unit] for unit in plan.units]
     if plan.kind == "text":
         del content["kind"]  # as such plans always were
     return json.loads(dump_json(content))
@@ -95,6 +98,8 @@ def inputs_of(units: Any) -> dict[str, str]:
         sizes[part["path"]] = sizes.get(part["path"], 0) + part["num_bytes"]
         if "version" in part and part["version"] is not None:
             versions[part["path"]] = part["version"]
+        if "beside" in part:
+            versions[f"beside {part['path']}"] = part["beside"]
         formats[part["path"]] = part["format"]
     digest = hashlib.sha256(dump_json([list(sizes.items()), versions])).hexdigest()
     digest_of_formats = hashlib.sha256(dump_json(formats)).hexdigest()
@@ -112,7 +117,8 @@ def is_newer(unit: Unit, committed: float) -> bool:
 
     Objects in a store are not checked here: their versions show whether they have changed.
     """
-    paths = (part.path for part in unit if part.format != "dataset" and part.version is None)
+    parts = [part for part in unit if part.format != "dataset" and part.version is None]
+    paths = [part.path for part in parts] + [name for name in map(beside, parts) if name]
     return any(found is None or found.modified > committed for found in map(stat, paths))
 
 

@@ -187,14 +187,17 @@ def read_start(place: str, num_bytes: int) -> bytes:
 def open_file(place: str, version: str | None = None, block_size: int = 8 << 20) -> BinaryIO:
     """Open a file for reading in any order.
 
-    About `block_size` bytes are fetched at a time; with 0, just what is asked for. In S3, raise
-    StoreError if the file is not of this `version`, or is replaced while it is read.
+    About `block_size` bytes are fetched at a time; with 0, just what is asked for. In a store,
+    raise StoreError if the file is not of this `version`; in S3, also if it is replaced while it is
+    read.
     """
     if not is_url(place):
         return Path(place).open("rb")
     with at(place) as (fs, path):
         if fs.protocol == "s3":
             return cast(BinaryIO, fs.open(path, "rb", block_size=block_size, version=version))
+        if version is not None and stat_of(fs.info(path)).version != version:
+            raise StoreError(f"{place}: has been replaced since it was looked at")
         # fsspec's own readline is slow
         return cast(BinaryIO, io.BufferedReader(fs.open(path, "rb"), 1 << 20))
 

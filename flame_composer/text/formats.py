@@ -12,7 +12,7 @@ from flame_composer.storage import files
 from flame_composer.text.jsonl import InvalidRecord, parse
 from flame_composer.text.unpacking import Compression, open_input, reading
 
-Format = Literal["jsonl", "json", "parquet", "text", "dataset", "tokens", "megatron"]
+Format = Literal["jsonl", "json", "parquet", "text", "dataset", "tokens", "bordered", "megatron"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",

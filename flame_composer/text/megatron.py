@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +14,19 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files
 from flame_composer.text.given_tokens import (
     DTYPES,
+    Ranges,
     TokenDocument,
     Vocabulary,
     changed,
+    read_bordered,
     require_known,
-    whole,
 )
 from flame_composer.text.sources import Slice
 from flame_composer.text.unpacking import BLOCK, open_input, reading
 
 INDEX = b"MMIDIDX\x00\x00"
 HEADER = 34  # bytes of an index before its numbers
+AT_A_TIME = 1 << 17  # numbers of an index
 MOST_SEQUENCES = 1 << 48  # beyond which there are no positions in a file
 # The numbers that Megatron's index has for types (megatron/core/datasets/indexed_dataset.py, DType)
 INDEX_DTYPES = {1: "uint8", 4: "int32", 8: "uint16"}
@@ -63,57 +67,102 @@ def _read_header(path: str, start: bytes, vocabulary: Vocabulary) -> Header:
     return Header(sequences, borders)
 
 
-def _lengths_of(path: str, size: int, vocabulary: Vocabulary) -> NDArray[np.int64]:
-    """Return the number of tokens of each document in a .bin file of `size` bytes.
+def slice_index(path: str, stat: files.Stat, vocabulary: Vocabulary, max_bytes: int) -> list[Slice]:
+    """Return a .bin file in slices of its documents.
 
-    Raise DataError if its index does not say where each of its tokens belongs.
+    Raise ConfigError if it has no index, or one of another type, and DataError if the index does
+    not say where each of its tokens belongs. The index is read in blocks: it may have gigabytes.
     """
     name = _index_of(path)
-    if files.stat(name) is None:
+    found = files.stat(name)
+    if found is None:
         raise ConfigError(
             f"source: {path}: there is no {name}, which says where documents begin; a raw file"
             " whose documents end with eos must be named .npy"
         )
-    with open_input(name, None) as file:
-        data = file.read()
-    header = _read_header(path, data, vocabulary)
-    damage = f"{name}: damaged: %s; fetch the file again"
-    sequences = header.sequences
-    if len(data) not in (header.size, header.size + sequences):
-        raise DataError(damage % f"it has {len(data):,} bytes, and must have {header.size:,}")
-    sizes = np.frombuffer(data, "<i4", sequences, HEADER).astype(np.int64)
-    pointers = np.frombuffer(data, "<i8", sequences, HEADER + 4 * sequences)
-    borders = np.frombuffer(data, "<i8", header.borders, HEADER + 12 * sequences)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    if (
-        (sizes < 0).any()
-        or not np.array_equal(pointers, ends[:-1] * vocabulary.item)
-        or ends[-1] * vocabulary.item != size
-        or len(borders) == 0
-        or borders[0] != 0
-        or borders[-1] != sequences
-        or (np.diff(borders) < 0).any()
-    ):
-        raise DataError(damage % f"its documents are not the {size:,} bytes of {path}")
-    return np.diff(ends[borders])
-
-
-def slice_index(path: str, stat: files.Stat, vocabulary: Vocabulary, max_bytes: int) -> list[Slice]:
-    lengths = _lengths_of(path, stat.size, vocabulary)
+    with open_input(name, None, found.version, BLOCK) as file:
+        header = _read_header(path, file.read(HEADER), vocabulary)
+    if found.size not in (header.size, header.size + header.sequences):
+        raise DataError(
+            f"{name}: damaged: it has {found.size:,} bytes, and must have {header.size:,}; fetch"
+            " the file again"
+        )
     start = reading(path, lambda path: files.read_start(path, BLOCK))
     usable = len(start) // vocabulary.item
     tokens = np.frombuffer(start, DTYPES[vocabulary.dtype], usable)
     require_known(path, tokens, 0, vocabulary)
-    found: list[Slice] = []
-    ends = np.cumsum(lengths) * vocabulary.item
-    first = 0
-    while first < len(ends):
-        begin = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, begin + max_bytes, side="right")))
-        num_bytes = int(ends[last - 1]) - begin
-        found.append(Slice(path, "megatron", first, last, num_bytes, stat.version))
-        first = last
-    return found
+    ranges = Ranges(max_bytes)
+    parts: list[Slice] = []
+
+    def add(first: int, last: int, num_bytes: int) -> None:
+        parts.append(
+            Slice(path, "megatron", first, last, num_bytes, stat.version, beside=found.version)
+        )
+
+    try:
+        for ends in _ends(name, found.version, header, vocabulary.item, stat.size):
+            for each in ranges.closed(ends):
+                add(*each)
+    except _WrongIndex:
+        raise DataError(
+            f"{name}: damaged: its documents are not the {stat.size:,} bytes of {path}; fetch the"
+            " file again"
+        ) from None
+    for each in ranges.rest():
+        add(*each)
+    return parts
+
+
+class _WrongIndex(Exception):
+    """An index that does not fit its tokens."""
+
+
+def _ends(
+    name: str, version: str | None, header: Header, item: int, size: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yield where documents end, in bytes, some of them at a time.
+
+    Raise _WrongIndex unless the sequences follow one another up to `size`, and the documents too.
+    """
+    num_sequences = header.sequences
+    with ExitStack() as stack:
+
+        def numbers(kind: str, count: int, at: int) -> Iterator[NDArray[np.int64]]:
+            file = stack.enter_context(open_input(name, None, version, BLOCK))
+            file.seek(at)
+            for first in range(0, count, AT_A_TIME):
+                length = min(AT_A_TIME, count - first) * np.dtype(kind).itemsize
+                data = file.read(length)
+                if len(data) != length:
+                    raise _WrongIndex
+                yield np.frombuffer(data, kind).astype(np.int64)
+
+        sizes = numbers("<i4", num_sequences, HEADER)
+        pointers = numbers("<i8", num_sequences, HEADER + 4 * num_sequences)
+        borders = numbers("<i8", header.borders, HEADER + 12 * num_sequences)
+        border = seen = end = 0
+        waiting = next(borders, np.ones(1, np.int64))
+        if waiting[0] != 0:
+            raise _WrongIndex
+        waiting = waiting[1:]
+        for some, starts in zip(sizes, pointers, strict=True):
+            ends = np.concatenate([[end], end + np.cumsum(some) * item])
+            if (some < 0).any() or not np.array_equal(starts, ends[:-1]):
+                raise _WrongIndex
+            next_seen = seen + len(some)
+            while True:
+                if len(waiting) == 0:
+                    waiting = next(borders, waiting)
+                if (np.diff(waiting, prepend=border) < 0).any():
+                    raise _WrongIndex
+                num = int(np.searchsorted(waiting, next_seen, side="right"))
+                if num == 0:
+                    break
+                yield ends[waiting[:num] - seen]
+                border, waiting = int(waiting[num - 1]), waiting[num:]
+            seen, end = next_seen, int(ends[-1])
+        if end != size or border != num_sequences or len(waiting):
+            raise _WrongIndex
 
 
 def _read_part(part: Slice, vocabulary: Vocabulary) -> tuple[int, NDArray[np.int64]]:
@@ -122,7 +171,7 @@ def _read_part(part: Slice, vocabulary: Vocabulary) -> tuple[int, NDArray[np.int
     Only the slice's share of the index is read.
     """
     count = part.end - part.start
-    with open_input(_index_of(part.path), None, block_size=BLOCK) as file:
+    with open_input(_index_of(part.path), None, part.beside, BLOCK) as file:
 
         def numbers(kind: str, how_many: int, at: int) -> NDArray[np.int64]:
             file.seek(at)
@@ -155,20 +204,18 @@ def read_index(
     max_bytes: int,
 ) -> Iterator[TokenDocument]:
     """Yield the documents of a slice, as `token_files.read_tokens` does."""
-    item = vocabulary.item
     position, lengths = _read_part(part, vocabulary)
+    one_by_one = itertools.chain.from_iterable(
+        lengths[first : first + AT_A_TIME].tolist() for first in range(0, len(lengths), AT_A_TIME)
+    )
     with open_input(part.path, None, part.version, min(8 << 20, part.num_bytes + BLOCK)) as file:
-        for length in lengths.tolist():
-            first = position // item
-            pieces: list[NDArray[Any]] = []
-            if length * item <= max_bytes:
-                file.seek(position)
-                data = file.read(length * item)
-                if len(data) != length * item:
-                    raise changed(part)
-                tokens = np.frombuffer(data, DTYPES[vocabulary.dtype])
-                require_known(part.path, tokens, first, vocabulary)
-                ends_with_eos = len(tokens) and tokens[-1] == vocabulary.eos
-                pieces.append(tokens[:-1] if ends_with_eos else tokens)
-            yield from whole(part.path, pieces, first, length, item, max_bytes, on_damage)
-            position += length * item
+        yield from read_bordered(
+            file,
+            part,
+            0,
+            position // vocabulary.item,
+            one_by_one,
+            vocabulary,
+            on_damage,
+            max_bytes,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import logging
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flame_composer.errors import ConfigError
 from flame_composer.storage import files
@@ -35,10 +36,11 @@ class Slice:
     """A part of one input file.
 
     `start` and `end` are byte offsets in JSONL and in arrays of tokens (a record belongs to the
-    slice it starts in), row groups in Parquet, documents in Megatron's files and shards in a
-    dataset. Plain text, JSON arrays and compressed files are one slice, from 0 to the file's size.
-    `num_bytes` is the slice's share of the file's size. `version` identifies the content of a
-    file in an object store, such as its ETag.
+    slice it starts in), row groups in Parquet, documents in Megatron's files, bytes of the unpacked
+    .csv.gz where that has the borders of an array's documents, and shards in a dataset. Plain text,
+    JSON arrays and compressed files are one slice, from 0 to the file's size. `num_bytes` is the
+    slice's share of the file's size. `version` identifies the content of a file in an object store,
+    such as its ETag, and `beside` that of the file beside it which says where documents are.
     """
 
     path: str
@@ -48,6 +50,15 @@ class Slice:
     num_bytes: int
     version: str | None = None
     compression: Compression | None = None
+    beside: str | None = None
+
+
+def slice_json(part: Slice) -> dict[str, Any]:
+    """Return a slice as JSON values; `beside` is there only if there is such a file."""
+    content = dataclasses.asdict(part)
+    if part.beside is None:
+        del content["beside"]
+    return content
 
 
 Unit = tuple[Slice, ...]

@@ -133,6 +133,12 @@ def _explained(path: str, compression: Compression | None) -> Iterator[None]:
                 " again with a smaller one"
             ) from None
         raise DataError(f"{path}: damaged: {reason(error)}; fetch the file again") from None
+    except ValueError as error:
+        if "support range requests" not in str(error):  # fsspec's words, of a web server
+            raise
+        raise DataError(
+            f"{path}: cannot be read: its server ignores ranges; copy the file to this machine"
+        ) from None
 
 
 def reading(path: str, read: Callable[[str], T]) -> T:

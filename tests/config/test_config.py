@@ -970,6 +970,12 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         "token_dtype",
         "must not be set together with split",
     ),
+    (
+        ConvertConfig,
+        {"token_borders": "csv"},
+        "token_borders",
+        "must be set together with token_dtype",
+    ),
     *(
         (
             ConvertConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,58 @@ WRONG: dict[str, tuple[Any, str]] = {
         ),
         "damaged: its NumPy header cannot be read",
     ),
+    **{
+        f"a header of {name}": (
+            lambda f, text=text: changed(
+                write_array(f / "a.npy", DOCUMENTS, header=True),
+                lambda d: d[:8] + len(text).to_bytes(2, "little") + text + d[128:],
+            ),
+            "damaged: its NumPy header cannot be read, or is not that of numbers: ",
+        )
+        for name, text in {
+            "brackets": b"[" * 9000,
+            "signs": b"-" * 9000 + b"1",
+            "sums": b"1j+" * 3000 + b"1",
+            "a list as a key": b"{[]: 1}",
+            "an open string": b"{'descr':'''",
+            "spaces": b" " * 60_000,
+            "objects": b"{'descr': '|O', 'fortran_order': False, 'shape': (198,), }",
+            "fields": b"{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (198,), }",
+            "fewer than none": b"{'descr': '<u2', 'fortran_order': False, 'shape': (-198,), }",
+        }.items()
+    },
+    "a header that is cut": (
+        lambda f: changed(write_array(f / "a.npy", DOCUMENTS), lambda _: b"\x93NUMPY"),
+        "damaged: its NumPy header cannot be read",
+    ),
+    "a header of another order": (
+        lambda f: (np.save(f / "a.npy", np.arange(9, dtype=">u2")), f / "a.npy")[1],
+        "is an array of >u2 with shape .9,. by its header, and must be one of uint16",
+    ),
+    "two dimensions": (
+        lambda f: (np.save(f / "a.npy", np.ones((3, 3), "<u2")), f / "a.npy")[1],
+        "is an array of uint16 with shape .3, 3. by its header, and must be one of uint16 with one",
+    ),
+    "big-endian": (
+        lambda f: changed(
+            write_array(f / "a.npy", DOCUMENTS), lambda d: np.frombuffer(d, ">u2").astype("<u2")
+        ),
+        "token_dtype: .*a.npy: its tokens are big-endian, and must be little-endian; write",
+    ),
+    "too wide": (
+        lambda f: write_array(f / "a.npy", DOCUMENTS, "uint32"),
+        "token_dtype: .*a.npy: its first 198 tokens are uint32 and not uint16: read as that, every"
+        " second one would be 0 or less; set token_dtype=uint32",
+    ),
+    "a pointer": (
+        lambda f: changed(
+            write_array(f / "a.npy", DOCUMENTS),
+            lambda _: (
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+            ),
+        ),
+        "damaged: it is a pointer that git-lfs left",
+    ),
     "no index": (
         lambda f: (write_megatron(f / "a.bin", DOCUMENTS), (f / "a.idx").unlink())[0],
         "source: .*a.bin: there is no .*a.idx, which says where documents begin; a raw file whose",
@@ -279,6 +332,64 @@ def test_only_a_share_of_an_index_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(megatron, "open_input", counted)
     assert len(list(read_tokens(part, KNOWN, fail, 1 << 20))) == 1000
     assert sum(read) < 20_000 + 13_000
+
+
+def test_an_index_is_read_in_blocks(tmp_path: Path) -> None:
+    """That of 50 million documents, a gigabyte, takes 15 MB."""
+    count = 1_000_000
+    path = write_megatron(tmp_path / "a.bin", DOCUMENTS)
+    content = path.with_suffix(".idx").read_bytes()
+    sizes, numbers = np.full(count, 1000, "<i4"), np.arange(count + 1, dtype="<i8")
+    counts = np.array([count, count + 1], "<u8").tobytes()
+    parts = (content[:18], counts, sizes.tobytes(), (numbers[:-1] * 2000).tobytes())
+    path.with_suffix(".idx").write_bytes(b"".join((*parts, numbers.tobytes())))
+    with path.open("wb") as file:
+        file.truncate(count * 2000)  # without taking space on a disk
+    tracemalloc.start()
+    try:
+        found = slice_tokens([str(path)], KNOWN, 64 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert sum(part.end - part.start for part in found) == count
+    assert len(found) == -(-count // ((64 << 20) // 2000))
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=40),
+    at_a_time=st.integers(1, 9),
+    max_bytes=st.integers(1, 60),
+)
+def test_an_index_in_blocks_of_any_size(
+    lengths: list[list[int]],
+    at_a_time: int,
+    max_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Documents of any number of sequences, which may be empty, as may be the documents."""
+    folder = tmp_path_factory.mktemp("index")
+    sizes = np.array([size for each in lengths for size in each], "<i4")
+    tokens = np.arange(10, 10 + sizes.sum(), dtype="<u2")
+    if len(tokens) == 0:
+        return
+    tokens.tofile(folder / "a.bin")
+    pointers = (np.cumsum(sizes) - sizes).astype("<i8") * 2
+    borders = np.cumsum([0, *map(len, lengths)]).astype("<i8")
+    counts = np.array([len(sizes), len(borders)], "<u8")
+    parts = (np.uint64(1), np.uint8(8), counts, sizes, pointers, borders)
+    (folder / "a.idx").write_bytes(INDEX + b"".join(part.tobytes() for part in parts))
+    expected = np.split(tokens, np.cumsum([sum(each) for each in lengths])[:-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron, "AT_A_TIME", at_a_time)
+        found = read(folder / "a.bin", max_bytes=max_bytes)
+        assert found == [each.tolist() for each in expected]
+        index = (folder / "a.idx").read_bytes()
+        end = len(index)
+        for change in (borders[-1] + 1, borders[-1] - 1, -1):
+            wrong = index[: end - 8] + np.int64(change).tobytes()
+            (folder / "a.idx").write_bytes(wrong)
+            with pytest.raises(DataError, match="damaged: its documents are not the"):
+                slice_tokens([str(folder / "a.bin")], KNOWN, max_bytes)
 
 
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
