@@ -52,7 +52,8 @@ def follow(config: PlanConfig, hf_config: PretrainedConfig) -> Followed:
 
     short = _shortened(hf_config)
     both = config.kernels == "every" and short.model_type not in WITHOUT_VARLEN
-    runs = [replace(config, varlen=varlen) for varlen in ((True, False) if both else (config.varlen,))]
+    kinds = (True, False) if both else (config.varlen,)
+    runs = [replace(config, varlen=varlen) for varlen in kinds]
     for run in runs:
         note(f"training, {'packed' if run.varlen else 'not packed'}", _train, run, short)
     for run in runs:

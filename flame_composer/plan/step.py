@@ -1,4 +1,4 @@
-"""A step of a run without memory or devices, in which nothing is computed; counted by torch's books.
+"""A step of a run without memory or devices, in which nothing is computed, and its memory.
 
 The run's own model, optimizer and strategy take steps on tensors that have a shape but no content.
 torch's `FSDPMemTracker` and `MemTracker` count what is alive at every moment.
@@ -196,7 +196,7 @@ def _train(
     rows = batch["input_ids"].shape[0]
     accumulates = config.global_batch_size > rows * config.devices * config.nodes
     for _ in range(2):
-        outputs, loss = forward(config, model, batch)
+        _outputs, loss = forward(config, model, batch)
         (loss * 1.0).backward()
         if not accumulates:
             optimizer.step()

@@ -127,8 +127,8 @@ def without_launches() -> Iterator[None]:
 def noted_launches() -> Iterator[list[Launch]]:
     """Note launches of kernels in the body instead of making them; yield the list they go to.
 
-    What kernels would write stays as it was. Fake tensors need `fakes_as_on_gpus`. An autotuner hands on all its configurations each
-    time, whatever it found before. Needs `claim_gpu`.
+    What kernels would write stays as it was. An autotuner hands on all its configurations each
+    time, whatever it found before. Needs `claim_gpu`, and fake tensors `fakes_as_on_gpus`.
 
     Upstream: triton 3.3.0, `JITFunction.cache_hook`, `Autotuner.run`, `Autotuner.cache`.
     Mends: there is no public way to know what an autotuned kernel would be compiled to without
