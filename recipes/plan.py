@@ -18,11 +18,9 @@ from flame_composer.config.plan import PlanConfig
 
 
 def main(config: PlanConfig) -> None:
-    from flame_composer.plan.counting import counting
-    from flame_composer.plan.kernels import compiler
+    from flame_composer.plan.child import child_for
 
-    # Both start while the lines below import
-    with compiler(config) as started, counting() as counter:
+    with child_for(config.device) as child:  # it starts while the lines below import
         from flame_composer.plan import planning
         from flame_composer.plan.advice import warnings
         from flame_composer.plan.memory import read_size
@@ -33,8 +31,8 @@ def main(config: PlanConfig) -> None:
         supply = None if isinstance(found, str) else found
         hf_config = planning.find_hf_config(config, supply)
         size = read_size(hf_config, config.lora)
-        plan, why_not = planning.count_and_draw_up(config, hf_config, size, supply, counter)
-        kernels = started.check(config, hf_config) if started else None
+        plan, why_not = planning.count_and_draw_up(config, hf_config, size, supply, child.count)
+        kernels = child.check(config, hf_config)
     wrong = warnings(config, plan)
     if why_not is not None:
         wrong.append(f"memory is estimated by formula, because no step can be counted: {why_not}")

@@ -66,7 +66,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def compile_all(path: Path, every: bool, names: list[str]) -> None:
-    from flame_composer.plan.kernels import compiler
+    from flame_composer.plan.child import child_for
     from flame_composer.plan.planning import find_hf_config
 
     done = {(row["recipe"], row["device"], row["every"]) for row in read(path)}
@@ -74,11 +74,10 @@ def compile_all(path: Path, every: bool, names: list[str]) -> None:
         missing = [name for name in names if (name, device, every) not in done]
         if not missing:
             continue
-        with compiler(plan_config(missing[0], device, every)) as started:
-            assert started is not None
+        with child_for(device) as child:
             for name in missing:
                 config = plan_config(name, device, every)
-                checked = started.check(config, find_hf_config(config, None))
+                checked = child.check(config, find_hf_config(config, None))
                 assert checked is not None
                 row = {"recipe": name, "device": device, "every": every, **checked.to_json()}
                 with path.open("a") as file:

@@ -1,14 +1,15 @@
 """fla's own code for GPUs, run on tensors that have no memory: everything but its kernels.
 
 Around every kernel, fla allocates what the kernel fills, and keeps what the backward pass needs.
-With `without_launches` and fake tensors all of that happens as on a GPU, and only the kernels do
-not run. So the memory of a training step can be counted on any machine (`plan.step`).
+With `code_for_gpus` and fake tensors all of that happens as on a GPU; whether a kernel is noted
+or skipped is up to `upstream.triton`. So a step can be followed on any machine (`plan.step`).
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,36 +22,30 @@ from flame_composer.cpu.losses import genuine_cross_entropy_forward
 
 
 @contextmanager
-def without_launches() -> Iterator[None]:
-    """Make fla run as on a GPU in the body, without launching a kernel; `cpu.enable` comes first.
+def code_for_gpus(shared_memory: int) -> Iterator[None]:
+    """Make fla run in the body as on a GPU with `shared_memory` bytes a block.
 
-    The results hold nothing. Offsets of documents (`cu_seqlens`) must be real tensors, because the
-    sizes of buffers depend on them.
+    It launches its kernels, which the caller has to see to. The results hold nothing. Offsets of
+    documents (`cu_seqlens`) must be real tensors, because the sizes of buffers depend on them.
+    `cpu.enable` comes first.
 
-    Upstream: fla 0.5.2 and Triton 3.3.0, `JITFunction.run`, `Autotuner.run`, `Heuristics.run`,
-    `fla.ops.utils.index.prepare_...` and `FusedCrossEntropyLoss.forward`.
-    Mends: a launch needs a GPU, offsets must be read although tensors are fake, and the loss
-    refuses tensors of other devices.
+    Upstream: fla 0.5.2, `fla.ops.utils.index.prepare_...`, `FusedCrossEntropyLoss.forward` and
+    `fla.utils._device.get_all_max_shared_mem`.
+    Mends: offsets must be read although tensors are fake, the loss refuses tensors of other
+    devices, and the shared memory of their device is not found.
     """
     from fla.modules.fused_cross_entropy import FusedCrossEntropyLoss
-    from triton.runtime.autotuner import Autotuner, Heuristics
-    from triton.runtime.jit import JITFunction
+    from fla.utils import _device
 
-    launchers = {JITFunction, Autotuner, Heuristics, *Autotuner.__subclasses__()}
+    every = defaultdict[Any, int](lambda: shared_memory)  # for any device index, and None
     with ExitStack() as stack:
         stack.enter_context(own_kernels())
-        for launcher in launchers:
-            if "run" in vars(launcher):
-                stack.enter_context(patch.object(launcher, "run", _nothing))
+        stack.enter_context(patch.object(_device, "get_all_max_shared_mem", lambda: every))
         for module, name, function in list(_index_functions()):
             stack.enter_context(patch.object(module, name, _on_real_tensors(function)))
         loss = patch.object(FusedCrossEntropyLoss, "forward", genuine_cross_entropy_forward)
         stack.enter_context(loss)
         yield
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _index_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
-from flame_composer.plan.counting import CannotCount
+from flame_composer.plan.child import CannotCount
 from flame_composer.plan.figures import Checkpoints, Data, Memory, Plan, Preemption, Time
 from flame_composer.plan.fitting import Count, estimate, largest_microbatch
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice

@@ -1,4 +1,4 @@
-"""A training step of a run, counted by torch's own books: no memory, no devices, nothing computed.
+"""A step of a run without memory or devices, in which nothing is computed, and its memory.
 
 The run's own model, optimizer and strategy take steps on tensors that have a shape but no content.
 torch's `FSDPMemTracker` and `MemTracker` count what is alive at every moment.
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 
 from flame_composer.batch import IGNORE
 from flame_composer.config.plan import PlanConfig
-from flame_composer.cpu.launches import without_launches
+from flame_composer.cpu.launches import code_for_gpus
 from flame_composer.model.base import Base
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
@@ -31,16 +31,19 @@ from flame_composer.model.lora import add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.model.sharding import recompute_blocks, sharding_of
 from flame_composer.plan.figures import Memory
+from flame_composer.plan.kernels import GPUS
 from flame_composer.plan.memory import is_sharded, process_memory
 from flame_composer.upstream.books import COPIES, LOGITS, Books, ShardedBooks
 from flame_composer.upstream.fakes import (
     Fakes,
     attention_as_on_gpus,
     autocast_as_on_gpus,
+    fakes_as_on_gpus,
     offloading_as_on_gpus,
     recomputing_of_fakes,
 )
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
+from flame_composer.upstream.triton import without_launches
 
 # Tokens of a document, no multiple of the kernels' chunks: each document ends in a short one.
 DOCUMENT = 500
@@ -67,40 +70,49 @@ PARTS = {
 def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Memory:
     """Return the bytes on each device, by part, at the peak of a step with `rows` rows at a time.
 
-    The process must be one that trains nothing: it gets a process group with ranks that do not
-    exist. Raise whatever the model raises if it cannot run without a GPU, and ValueError if fla's
-    activations are offloaded: its functions then seem to keep them.
+    The process must be one that trains nothing (`plan.child`). Raise whatever the model raises if
+    it cannot run without a GPU, and ValueError if fla's activations are offloaded: its functions
+    then seem to keep them.
     """
     if config.parallelism.activation_cpu_offload and type(hf_config).__module__.startswith("fla."):
         raise ValueError("what a model of fla offloads cannot be told from what it keeps")
+    with as_on_device(config) as fakes, without_launches():
+        model = build_for_run(config, hf_config, fakes)
+        batch = make_batch(rows, config.context_length)
+        with fakes:
+            optimizer = build_optimizer(model, config.optimizer)
+            books = ShardedBooks(model.model, optimizer) if is_sharded(config) else Books()
+            books.vocab_size = model.config.get_text_config().vocab_size
+            if isinstance(books, Books):
+                books.track_external(model)
+            with books:
+                _make_state(model, optimizer)
+                _train(config, books, model, optimizer, batch)
+            peak = books.peak
+    return _memory(config, model, peak)
+
+
+@contextmanager
+def as_on_device(config: PlanConfig) -> Iterator[Fakes]:
+    """Make models run in the body as on the devices of the run, on the fake tensors of the mode.
+
+    Kernels are launched, which the caller has to see to. There is a process group, with ranks that
+    do not exist.
+    """
     with ExitStack() as stack:
         # The trackers warn of every module that recomputation hides from them, torch of operations
         # that are replaced.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         if config.device != "cpu":
-            stack.enter_context(without_launches())
+            stack.enter_context(code_for_gpus(GPUS[config.device].shared_memory))
+            stack.enter_context(fakes_as_on_gpus())
             stack.enter_context(autocast_as_on_gpus())
             stack.enter_context(attention_as_on_gpus())
             stack.enter_context(offloading_as_on_gpus())
         stack.enter_context(_ranks(config.devices * config.nodes))
         stack.enter_context(recomputing_of_fakes())
-        batch = _batch(rows, config.context_length)
-        fakes = Fakes()
-        model = _build(config, hf_config, fakes)
-        if is_sharded(config):
-            _shard(config, model, fakes)
-        stack.enter_context(fakes)
-        optimizer = build_optimizer(model, config.optimizer)
-        books = ShardedBooks(model.model, optimizer) if is_sharded(config) else Books()
-        books.vocab_size = model.config.get_text_config().vocab_size
-        if isinstance(books, Books):
-            books.track_external(model)
-        with books:
-            _make_state(model, optimizer)
-            _train(config, books, model, optimizer, batch)
-        peak = books.peak
-    return _memory(config, model, peak)
+        yield Fakes()
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def _ranks(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _batch(rows: int, context_length: int) -> dict[str, torch.Tensor]:
+def make_batch(rows: int, context_length: int) -> dict[str, torch.Tensor]:
     """Return a batch as `flame_composer.batch.collate` makes it, of real tensors."""
     input_ids = torch.ones(rows, context_length, dtype=torch.int64)
     labels = input_ids.clone()
@@ -125,16 +137,24 @@ def _batch(rows: int, context_length: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _build(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes) -> CausalLM:
-    """Return the model of the run, whose weights have no memory."""
+def build_inner(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes) -> Any:
+    """Return the Hugging Face model of the run, with its adapters, whose weights are fakes."""
     with fakes:
         inner: Any = build_model(hf_config)
         if config.lora is not None:
             add_adapters(inner, build_adapter(config.lora, inner, Base("", "")))
+    return inner
+
+
+def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes) -> CausalLM:
+    """Return the model as the run trains it: wrapped, sharded and recomputed."""
     tokenizer: Any = None  # it is not asked for anything
+    inner = build_inner(config, hf_config, fakes)
     model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss)
     recompute_blocks(model, config.parallelism)
     model.train()
+    if is_sharded(config):
+        _shard(config, model, fakes)
     return model
 
 
@@ -175,17 +195,24 @@ def _train(
     """
     rows = batch["input_ids"].shape[0]
     accumulates = config.global_batch_size > rows * config.devices * config.nodes
-    dtype = AUTOCAST.get(config.precision)
     for _ in range(2):
-        with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
-            outputs = model(batch)
-            loss = model.loss(outputs, batch)
+        _outputs, loss = forward(config, model, batch)
         (loss * 1.0).backward()
         if not accumulates:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         books.reset_mod_stats()
     optimizer.step()
+
+
+def forward(
+    config: PlanConfig, model: CausalLM, batch: dict[str, torch.Tensor]
+) -> tuple[Any, torch.Tensor]:
+    """Return the outputs and the loss of a batch, in the precision of the run."""
+    dtype = AUTOCAST.get(config.precision)
+    with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
+        outputs = model(batch)
+        return outputs, model.loss(outputs, batch)
 
 
 def _memory(config: PlanConfig, model: nn.Module, peak: dict[str, int]) -> Memory:

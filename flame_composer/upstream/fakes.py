@@ -55,6 +55,27 @@ def _broadcast_size(tensors: list[Tensor]) -> int:
         return max(each.numel() for each in tensors)
 
 
+@contextmanager
+def fakes_as_on_gpus() -> Iterator[None]:
+    """Give fake tensors addresses, and make them say that they are on a GPU.
+
+    The address is that within a tensor's storage, as if storages began at 0: what matters is
+    whether it is aligned.
+
+    Upstream: torch 2.7.0, `FakeTensor.data_ptr` and `is_cuda`.
+    Mends: a fake tensor has no address, by which Triton chooses how a kernel is compiled.
+    """
+
+    def address(tensor: Tensor) -> int:
+        return tensor.storage_offset() * tensor.element_size()
+
+    with (
+        patch.object(FakeTensor, "data_ptr", address),
+        patch.object(FakeTensor, "is_cuda", True),
+    ):
+        yield
+
+
 # AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE of torch's autocast_mode.h: what models compute
 # in fp32 under autocast on a GPU. On a CPU most of it stays in half precision.
 _IN_FP32 = """

@@ -10,10 +10,11 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler.compiler import make_backend
 from triton.runtime import cache, driver
-from triton.runtime.autotuner import Autotuner
+from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
 from flame_composer.processes import end_with_parent
@@ -108,11 +109,26 @@ def claim_gpu(capability: int, shared_memory: int, multiprocessors: int) -> None
 
 
 @contextmanager
+def without_launches() -> Iterator[None]:
+    """Make a launch of any kernel do nothing in the body.
+
+    Upstream: triton 3.3.0, `JITFunction.run`, `Autotuner.run` and `Heuristics.run`.
+    Mends: a launch needs a GPU.
+    """
+    launchers = {JITFunction, Autotuner, Heuristics, *Autotuner.__subclasses__()}
+    with ExitStack() as stack:
+        for launcher in launchers:
+            if "run" in vars(launcher):
+                stack.enter_context(patch.object(launcher, "run", lambda *_, **__: None))
+        yield
+
+
+@contextmanager
 def noted_launches() -> Iterator[list[Launch]]:
     """Note launches of kernels in the body instead of making them; yield the list they go to.
 
     What kernels would write stays as it was. An autotuner hands on all its configurations each
-    time, whatever it found before. Needs `claim_gpu`.
+    time, whatever it found before. Needs `claim_gpu`, and fake tensors `fakes_as_on_gpus`.
 
     Upstream: triton 3.3.0, `JITFunction.cache_hook`, `Autotuner.run`, `Autotuner.cache`.
     Mends: there is no public way to know what an autotuned kernel would be compiled to without
