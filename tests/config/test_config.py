@@ -1066,7 +1066,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (GenerateConfig, {"base": ""}, "base", EMPTY),
     (ToHfConfig, {"base": ""}, "base", EMPTY),
     (EvaluateConfig, {"batch_size": 0}, "batch_size", ROWS),
-    (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks"),
+    (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks, or suite"),
     (
         EvaluateConfig,
         {"datasets": {"a": EvalDataConfig(local="e")}},
@@ -1121,8 +1121,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     (EvaluateConfig, {"task_limit": 0}, "task_limit", "must be a positive number, or null"),
     (EvaluateConfig, {"max_length": 1}, "max_length", "must be 2 tokens or more, or null"),
-    (EvaluateConfig, {"apply_chat_template": True}, "apply_chat_template", "needs tasks"),
-    (EvaluateConfig, {"system_instruction": "s"}, "system_instruction", "needs tasks"),
+    (EvaluateConfig, {"apply_chat_template": True}, "apply_chat_template", "needs tasks or suite"),
+    (EvaluateConfig, {"system_instruction": "s"}, "system_instruction", "needs tasks or suite"),
     (
         EvaluateConfig,
         {"tasks": ["t"], "apply_chat_template": True, "add_bos": False},
