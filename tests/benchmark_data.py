@@ -104,13 +104,12 @@ def row_of(path: str, i: int) -> dict[str, Any]:
 
 def splits_of_suites(suites: tuple[str, ...]) -> list[Any]:
     """Every split that the suites read, by the harness's own settings."""
-    from lm_eval.tasks import TaskManager
-
-    from flame_composer.config.suites import STEREOSET, SUITES
+    from flame_composer.config.suites import FOLDERS, STEREOSET, SUITES
     from flame_composer.upstream.lm_eval import settings_of
     from flame_composer.use.task_data import splits_of
+    from flame_composer.use.tasks import find
 
-    manager = TaskManager()
+    manager = find(list(FOLDERS), None)
     return [
         split
         for suite in suites

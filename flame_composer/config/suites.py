@@ -61,6 +61,22 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
 }
 
 
+# The folders of lm_eval/tasks that hold these tasks; to read them all takes seconds.
+FOLDERS = {
+    "mmlu": "mmlu/default",
+    "hellaswag": "hellaswag",
+    "piqa": "piqa",
+    "winogrande": "winogrande",
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "lambada_openai": "lambada",
+    "ceval-valid": "ceval",
+    "cmmlu": "cmmlu",
+    "bbq": "bbq",
+    "crows_pairs_english": "crows_pairs",
+}
+
+
 def tasks_of(suite: str | None) -> list[str]:
     """Return the names of the tasks of a suite; none for None."""
     return [] if suite is None else [benchmark.task for benchmark in SUITES[suite]]

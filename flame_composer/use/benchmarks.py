@@ -18,10 +18,9 @@ from flame_composer.config.suites import STEREOSET, SUITES, shots_of, tasks_of
 from flame_composer.config.use import EvaluateConfig
 from flame_composer.quantities import align
 from flame_composer.text.ends import begin_as_in_training
-from flame_composer.use import harness, stereoset
+from flame_composer.use import harness, stereoset, tasks
 from flame_composer.use.stereoset_data import Example, read_examples
 from flame_composer.use.task_data import TaskData
-from flame_composer.use.tasks import load_tasks
 
 HEAD = ("benchmark", "metric", "score", "stderr", "chance", "shots")
 
@@ -47,7 +46,7 @@ def load(config: EvaluateConfig) -> Asked:
         names.remove(STEREOSET)
     if not names:
         return Asked(None, examples)
-    tasks = load_tasks(
+    loaded = tasks.load_tasks(
         names,
         config.task_path,
         num_fewshot=config.num_fewshot,
@@ -55,7 +54,7 @@ def load(config: EvaluateConfig) -> Asked:
         shots=shots_of(config.suite),
         data=data,
     )
-    return Asked(tasks, examples)
+    return Asked(loaded, examples)
 
 
 def build_adapter(
@@ -132,17 +131,13 @@ def rows_of(
             "benchmark": benchmark.name,
             "metric": metric,
             "score": scores[benchmark.task].get(metric),
-            "stderr": scores[benchmark.task].get(_error_of(metric)),
+            "stderr": scores[benchmark.task].get(f"{metric}_stderr"),
             "chance": chance,
             "shots": _shots(benchmark.task, shots, asked),
         }
         for benchmark in SUITES[suite]
         for metric, chance in benchmark.metrics.items()
     ]
-
-
-def _error_of(metric: str) -> str:
-    return f"{metric}_stderr"
 
 
 def _shots(task: str, shots: dict[str, int], asked: Asked) -> int:
@@ -165,7 +160,8 @@ def _shown(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.2f}" if math.fabs(value) >= 10 else f"{value:.4f}"
+        size = math.fabs(value)
+        return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1e5 else f"{value:.3g}"
     return str(value)
 
 

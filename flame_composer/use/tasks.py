@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from flame_composer.config.fields import nearest
+from flame_composer.config.suites import FOLDERS
 from flame_composer.config.written import require_shallow
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.upstream.lm_eval import (
@@ -22,6 +24,8 @@ from flame_composer.upstream.lm_eval import (
     settings_of,
 )
 from flame_composer.use.task_data import TaskData, splits_of
+
+TASKS = Path(lm_eval.tasks.__file__).parent
 
 
 def load_tasks(
@@ -43,7 +47,7 @@ def load_tasks(
     and for tasks that run the model's output as code, need code from the hub or, without
     `task_code`, name Python functions outside the harness. Raise DataError for damaged files.
     """
-    manager = _find(names, folder)
+    manager = find(names, folder)
     for name in names:
         entry = manager.task_index[name]
         if (entry.cfg or {}).get("unsafe_code"):
@@ -66,8 +70,10 @@ def load_tasks(
         raise
     # A task's own code, its data, the hub and the network may raise anything.
     except Exception as error:
+        remedy = "; without a network, set data_root to a folder that has the data"
         raise ConfigError(
             f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}"
+            f"{remedy if isinstance(error, ConnectionError) else ''}"
         ) from None
     asked_as = {
         task.task_name: name
@@ -117,10 +123,11 @@ def _check(name: str, task: Any) -> None:
             )
 
 
-def _find(names: list[str], folder: str | None) -> TaskManager:
+def find(names: list[str], folder: str | None) -> TaskManager:
     """Return a task manager that knows all `names`. Raise ConfigError if one does not exist.
 
-    If `folder` has all of them, the harness's own tasks are not read, which would take seconds.
+    If `folder` has all of them, the harness's own tasks are not read, which would take seconds; of
+    the harness's, only those of our suites are, if these are all.
     """
     manager = None
     if folder is not None:
@@ -136,6 +143,10 @@ def _find(names: list[str], folder: str | None) -> TaskManager:
                 raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None
         with only_errors():
             manager = TaskManager(include_path=folder, include_defaults=False)
+    elif set(names) <= FOLDERS.keys():
+        places = [TASKS / place for place in dict.fromkeys(FOLDERS[name] for name in names)]
+        with only_errors():
+            manager = TaskManager(include_path=places, include_defaults=False)
     if manager is None or not set(names) <= set(manager.all_tasks):
         with only_errors():
             manager = TaskManager(include_path=folder)
