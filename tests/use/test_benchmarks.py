@@ -560,12 +560,17 @@ def test_wrong_keys(keys: str, message: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_task_twice_and_a_task_of_a_suite_within_a_group(root: Path) -> None:
     from flame_composer.use.task_data import TaskData
-    from flame_composer.use.tasks import load_tasks
+    from flame_composer.use.tasks import TASKS, load_tasks
 
     with pytest.raises(
         ConfigError, match="cannot be loaded: Duplicate task 'mmlu_anatomy': found in"
     ):
-        load_tasks(["mmlu", "mmlu_anatomy"], None, num_fewshot=0, data=TaskData(str(root)))
+        load_tasks(
+            ["mmlu", "mmlu_anatomy"],
+            str(TASKS / "mmlu/default"),
+            num_fewshot=0,
+            data=TaskData(str(root)),
+        )
 
 
 # What texts begin with
@@ -613,7 +618,9 @@ def test_scores_begin_as_documents_did(
         for name, task in loaded["tasks"].items()
         if name in FOLDERS or name in ("mmlu_anatomy", "ceval-valid_law", "cmmlu_arts")
     }
-    harness.score(model, {"tasks": loaded["tasks"], "groups": {}, "group_map": {}}, limit=2)
+    harness.score(
+        model, {"tasks": loaded["tasks"], "groups": {}, "group_map": {}}, limit=4, bootstraps=0
+    )
     harnessed = len(asked)
     stereoset.score(model, read_examples(data, None))
     special = set(tokenizer.convert_tokens_to_ids(["<s>", "</s>"]))
