@@ -243,12 +243,12 @@ def _as_card_says(folder: str, name: str | None, which: str) -> list[list[str]]:
         content = yaml.safe_load(head)
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return []
-    configs = content.get("configs") if isinstance(content, dict) else None
+    listed = content.get("configs") if isinstance(content, dict) else None
     patterns = []
-    for config in configs if isinstance(configs, list) else []:
-        if isinstance(config, dict) and config.get("config_name") == (name or "default"):
-            listed = config.get("data_files")
-            for each in listed if isinstance(listed, list) else []:
+    for entry in listed if isinstance(listed, list) else []:
+        if isinstance(entry, dict) and entry.get("config_name") == (name or "default"):
+            splits = entry.get("data_files")
+            for each in splits if isinstance(splits, list) else []:
                 if isinstance(each, dict) and each.get("split") == which:
                     path = each.get("path")
                     patterns += path if isinstance(path, list) else [path]
