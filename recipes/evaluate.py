@@ -4,6 +4,7 @@
 
     python recipes/evaluate.py model=runs/gla_tiny/hf data.local=data/quickstart/val block_size=128
     python recipes/evaluate.py model=runs/gla_tiny/hf tasks=piqa,lambada_openai
+    python recipes/evaluate.py model=runs/gla_tiny/hf suite=base data_root=benchmarks
 """
 
 import json
@@ -22,7 +23,6 @@ def main(config: EvaluateConfig) -> None:
     from flame_composer.loader.batches import build_evaluator
     from flame_composer.loader.datasets import open_for_model
     from flame_composer.model.causal_lm import CausalLM
-    from flame_composer.text.ends import begin_as_in_training
     from flame_composer.text.tokenizer import token_bytes
     from flame_composer.train.charts import require_plot
     from flame_composer.train.parallelism import check_devices
@@ -33,33 +33,14 @@ def main(config: EvaluateConfig) -> None:
     if config.plot:
         require_plot(config.plot)
     dist.initialize_dist(get_device())
-    if config.tasks:
-        from flame_composer import cpu
-        from flame_composer.use import harness
+    if config.has_tasks:
+        from flame_composer.use import benchmarks
 
-        cpu.enable()
-        tasks = harness.load_tasks(
-            config.tasks,
-            config.task_path,
-            num_fewshot=config.num_fewshot,
-            task_code=config.task_code,
-        )
+        asked = benchmarks.load(config)
     model, tokenizer = load_model(config.model, config.tokenizer, config.base)
-    if config.tasks:
-        reader, otherwise = tokenizer, "texts of tasks begin as its tokenizer's template has it"
-        if not config.apply_chat_template:
-            reader = begin_as_in_training(
-                tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
-            )
-        adapter = harness.HarnessModel(
-            get_device().module_to_device(model).eval(),
-            reader,
-            batch_size=config.batch_size,
-            precision=config.precision,
-            max_length=config.max_length,
-            chat=harness.build_chat(config),
-        )
-        harness.check_fits(adapter, tasks)
+    if config.has_tasks:
+        move = get_device().module_to_device
+        adapter = benchmarks.build_adapter(config, model, tokenizer, asked, move)
     sources = config.datasets or ({"": config.data} if config.data else {})
     opened = partial(open_for_model, tokenizer=tokenizer, varlen=config.varlen)
     datasets = {name: opened(data.local, data.remote) for name, data in sources.items()}
@@ -81,14 +62,8 @@ def main(config: EvaluateConfig) -> None:
     elif results:
         summary["datasets"] = results
 
-    if config.tasks:
-        found = harness.score(
-            adapter, tasks, limit=config.task_limit, show_bars=sys.stderr.isatty()
-        )
-        if found is not None:
-            line, facts = harness.describe_texts(adapter, config.add_bos)
-            print(f"{harness.table(found)}\n{line}")
-            summary |= {"tasks": harness.scores(found), **facts}
+    if config.has_tasks:
+        summary |= benchmarks.score(config, adapter, asked)
     if dist.get_global_rank() == 0:
         print(json.dumps(summary))
         if config.plot:

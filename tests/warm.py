@@ -19,7 +19,7 @@ from flame_composer.train import (
     parallelism,  # noqa: F401
     preemption,  # noqa: F401
 )
-from flame_composer.use import generate, harness  # noqa: F401  # noqa: F401
+from flame_composer.use import benchmarks, generate  # noqa: F401
 from flame_composer.use import perplexity as evaluate  # noqa: F401
 
 if not torch.cuda.is_available():  # else CUDA would begin here, and a fork cannot use it

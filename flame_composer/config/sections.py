@@ -77,8 +77,11 @@ class LoraConfig:
         )
 
 
-def require_tasks(config: EvalTasksConfig | Any) -> None:
-    """Raise InvalidField for bad `tasks`, `task_path`, `task_code` or `num_fewshot`."""
+def require_tasks(config: EvalTasksConfig | Any, suite: str | None = None) -> None:
+    """Raise InvalidField for bad `tasks`, `task_path`, `task_code` or `num_fewshot`.
+
+    A `suite` needs the harness, too.
+    """
     require_text(config, "task_path")
     require(len(set(config.tasks)) == len(config.tasks), "tasks", "must not name a task twice")
     require(
@@ -92,8 +95,8 @@ def require_tasks(config: EvalTasksConfig | Any) -> None:
         "must be 0 or more, or null",
     )
     require(
-        not config.tasks or importlib.util.find_spec("lm_eval") is not None,
-        "tasks",
+        not (config.tasks or suite) or importlib.util.find_spec("lm_eval") is not None,
+        "tasks" if config.tasks else "suite",
         "lm-evaluation-harness is not installed; pip install 'flame-composer[eval]'",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,13 +18,14 @@ from flame_composer.config.rules import (
     require_text,
 )
 from flame_composer.config.sections import require_tasks
+from flame_composer.config.suites import STEREOSET, tasks_of
 
 
 @dataclass
 class EvaluateConfig(ScriptConfig):
     """Evaluate a model: its loss and perplexity on datasets, and its scores in tasks."""
 
-    paths = ("model", "base", "tokenizer", "plot", "task_path")
+    paths = ("model", "base", "tokenizer", "plot", "task_path", "data_root")
 
     model: str = MISSING
     """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
@@ -55,6 +57,15 @@ class EvaluateConfig(ScriptConfig):
     """PNG file for a chart of perplexity over the length of the context."""
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-evaluation-harness (extra eval), e.g. [piqa,lambada_openai]."""
+    suite: Literal["base", "chinese", "bias"] | None = None
+    """Benchmarks that people quote together, each with its usual number of examples, beside tasks:
+    base (MMLU, HellaSwag, PIQA, WinoGrande, ARC, LAMBADA), chinese (C-Eval, CMMLU) or bias (BBQ,
+    CrowS-Pairs, StereoSet).
+    """
+    data_root: str | None = None
+    """Folder from which all tasks' data is read instead of the Hugging Face hub, laid out as
+    docs/benchmarks_data.md says; no network is used.
+    """
     task_path: str | None = None
     """Folder of your own tasks, YAML files in the harness's form; they take precedence over the
     harness's tasks of the same name.
@@ -62,7 +73,8 @@ class EvaluateConfig(ScriptConfig):
     task_code: bool = False
     """Run the Python functions that task files in task_path name with !function."""
     num_fewshot: int | None = None
-    """Number of examples shown before each question; each task's own number if not set."""
+    """Number of examples shown before each question; each task's or suite's own number if not set.
+    """
     task_limit: int | None = None
     """Number of documents to take from the beginning of each task; all if not set."""
     max_length: int | None = None
@@ -83,12 +95,12 @@ class EvaluateConfig(ScriptConfig):
     """Text that comes before each question of a task, in conversations as the system's message."""
 
     def validate(self) -> None:
-        require_text(self, "model", "base", "tokenizer", "plot")
+        require_text(self, "model", "base", "tokenizer", "plot", "data_root")
         require(self.batch_size > 0, "batch_size", "must be a positive number of rows")
         require(
-            self.data is not None or bool(self.datasets or self.tasks),
+            self.data is not None or bool(self.datasets) or self.has_tasks,
             "data",
-            "must be set (data.local=...), or tasks",
+            "must be set (data.local=...), or tasks, or suite",
         )
         require(
             self.data is None or not self.datasets,
@@ -113,7 +125,7 @@ class EvaluateConfig(ScriptConfig):
             "block_size",
             "must be set together with plot",
         )
-        require_tasks(self)
+        require_tasks(self, suite=self.suite)
         self._check_tasks()
         require(
             self.max_length is None or self.max_length > 1,
@@ -121,20 +133,48 @@ class EvaluateConfig(ScriptConfig):
             "must be 2 tokens or more, or null",
         )
 
+    @property
+    def has_tasks(self) -> bool:
+        """Whether there is a suite, or there are tasks."""
+        return bool(self.tasks or self.suite)
+
     def _check_tasks(self) -> None:
+        require(self.data_root is None or self.has_tasks, "data_root", "needs tasks or suite")
         require(
-            self.task_path is None or bool(self.tasks),
-            "tasks",
-            "must be set together with task_path",
+            self.data_root is None or "://" not in self.data_root,
+            "data_root",
+            "must be a local folder",
         )
-        require(self.add_bos is None or bool(self.tasks), "tasks", "must be set with add_bos")
-        rule = "needs tasks"
-        require(not self.apply_chat_template or bool(self.tasks), "apply_chat_template", rule)
-        require(self.system_instruction is None or bool(self.tasks), "system_instruction", rule)
+        require(
+            self.data_root is None or os.path.isdir(self.data_root),
+            "data_root",
+            "no such folder; make it, with a folder for each dataset, as docs/benchmarks_data.md"
+            " says",
+        )
+        require(
+            self.task_path is None or self.has_tasks,
+            "tasks",
+            "must be set together with task_path, or suite",
+        )
+        require(
+            self.add_bos is None or self.has_tasks,
+            "tasks",
+            "must be set with add_bos, or suite",
+        )
+        rule = "needs tasks or suite"
+        require(not self.apply_chat_template or self.has_tasks, "apply_chat_template", rule)
+        require(self.system_instruction is None or self.has_tasks, "system_instruction", rule)
         require(
             self.add_bos is None or not self.apply_chat_template,
             "add_bos",
             "must be null with apply_chat_template, which decides what texts begin with",
+        )
+        names = [*self.tasks, *tasks_of(self.suite)]
+        require(
+            STEREOSET not in names or not (self.apply_chat_template or self.system_instruction),
+            "apply_chat_template" if self.apply_chat_template else "system_instruction",
+            "must not be set with stereoset, whose sentences are no answers; name other tasks with"
+            " tasks=[...]",
         )
         require(
             self.fewshot_as_multiturn or self.apply_chat_template,

@@ -142,7 +142,8 @@ def build_tasks(
     if wanted is None:
         return []
     # Imported only here: lm-evaluation-harness is an optional extra.
-    from flame_composer.use.harness import HarnessModel, check_fits, load_tasks
+    from flame_composer.use.harness import HarnessModel, check_fits
+    from flame_composer.use.tasks import load_tasks
 
     tasks = load_tasks(
         wanted.tasks, wanted.task_path, num_fewshot=wanted.num_fewshot, task_code=wanted.task_code

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import datasets
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
+import lm_eval.tasks._factory
 import lm_eval.utils
 from datasets.packaged_modules.pandas import pandas as pickled_frames
 from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
-from lm_eval.tasks import _yaml_loader
+from lm_eval.api.task import ConfigurableTask, TaskConfig
+from lm_eval.tasks import TaskManager, _yaml_loader
 from tqdm import tqdm
 
 from flame_composer.errors import ConfigError
@@ -54,8 +56,12 @@ WRITING = frozenset(
 
 
 @contextlib.contextmanager
-def no_foreign_code(task_code: bool = False) -> Iterator[None]:
+def no_foreign_code(
+    task_code: bool = False, load: Callable[..., Any] | None = None
+) -> Iterator[None]:
     """Keep the harness, in the body, from running anything in a task's file or data as code.
+
+    With `load`, tasks get their data from it instead of `datasets.load_dataset`.
 
     Functions of the harness itself are always run, other functions only if `task_code` is set.
     Templates run in a sandbox that gives them no more of Python than they need. Metrics that are
@@ -84,7 +90,7 @@ def no_foreign_code(task_code: bool = False) -> Iterator[None]:
             )
         return import_function(name, folder)
 
-    load_dataset = datasets.load_dataset
+    load_dataset = load or datasets.load_dataset
 
     def load_into_own_cache(*args: Any, **options: Any) -> Any:
         if options.get("cache_dir") is not None:
@@ -229,3 +235,35 @@ def read_task(file: Any) -> dict[str, Any]:
     Mends: the harness has no public reader of a task's file and of the files it includes.
     """
     return _yaml_loader.load_yaml(file, resolve_func=False)
+
+
+class _Planned(ConfigurableTask):
+    """A task that has its settings and no data."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = TaskConfig(**config)
+
+
+def settings_of(manager: TaskManager, names: list[str], task_code: bool) -> dict[str, Any]:
+    """Return the settings of the tasks of these names, groups and tags, by the tasks' names.
+
+    Their data is not read. Tasks that are classes in Python are built as always.
+
+    Upstream: lm_eval 0.4.13, `lm_eval.tasks._factory.ConfigurableTask`.
+    Mends: the harness reads a task's data when it builds the task, so that it stops at the first
+        file that is missing.
+    """
+    with (
+        no_foreign_code(task_code, _no_data),
+        only_errors(),
+        _replaced(lm_eval.tasks._factory, "ConfigurableTask", _Planned),
+    ):
+        tasks = manager.load(names)["tasks"]
+    return {name: task.config for name, task in tasks.items()}
+
+
+def _no_data(path: str, *_: Any, **__: Any) -> Any:
+    raise ConfigError(
+        f"data_root: a task is Python code that reads {path} by itself; leave out the task, or"
+        " data_root"
+    )

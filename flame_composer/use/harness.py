@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +16,18 @@ from composer.utils import dist
 from jinja2 import TemplateError
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flame_composer.config.fields import nearest
 from flame_composer.config.use import EvaluateConfig
-from flame_composer.config.written import require_shallow
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text.ends import describe_start, ends_of, start_of, template_of
 from flame_composer.upstream.jinja import template_limits
 from flame_composer.upstream.lm_eval import (
-    WRITING,
     bars,
     ending_pools,
     no_foreign_code,
     only_errors,
-    read_task,
 )
 
 # Both are the harness's defaults: the seed of the examples shown before a question, and the number
@@ -84,6 +78,8 @@ class HarnessModel(HFLM):
         tokenizer = copy.deepcopy(tokenizer)  # the harness adds a padding token to it
         known = ends_of(tokenizer)
         self.has_bos = known is not None and known.bos
+        # Whether documents were shown with nothing before them, not even an eos.
+        self.starts_bare = known is not None and not known.bos and not known.eos
         self.puts_start = False  # whether the harness itself puts a token before each text
         # The harness warns about every option that has no meaning for a model in memory.
         with only_errors():
@@ -154,6 +150,25 @@ class HarnessModel(HFLM):
         finally:
             self.puts_start = False
 
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each request's tokens after those before them.
+
+        If training showed nothing before a document, a text's first token cannot be predicted from
+        anything; the others are predicted from it.
+        """
+        if not self.starts_bare:
+            return super()._loglikelihood_tokens(requests, *args, **options)
+        start = [self.prefix_token_id]
+        shifted = [
+            (text, answer[:1], answer[1:]) if before == start else (text, before, answer)
+            for text, before, answer in requests
+        ]
+        scored = [each for each in shifted if each[2]]
+        found = iter(super()._loglikelihood_tokens(scored, *args, **options) if scored else [])
+        return [next(found) if each[2] else (0.0, True) for each in shifted]
+
     def _model_call(self, *args: Any, **options: Any) -> torch.Tensor:
         self.before_batch()
         return super()._model_call(*args, **options)
@@ -199,89 +214,6 @@ def _written(
     except Exception as error:  # the template is code of somebody else's, in a sandbox
         raise TemplateError(f"the tokenizer's chat template: {one_line(error)}") from None
     return written
-
-
-def load_tasks(
-    names: list[str], folder: str | None, *, num_fewshot: int | None, task_code: bool = False
-) -> dict[str, Any]:
-    """Load tasks, groups or tags with their data; return them as the harness's TaskDict.
-
-    Tasks in `folder` take precedence over the harness's own. Raise ConfigError if a task does not
-    exist or cannot be loaded, and for tasks that run the model's output as code, need code from the
-    hub or, without `task_code`, name Python functions outside the harness.
-    """
-    manager = _find(names, folder)
-    loaded: Any = {}
-    for name in names:
-        entry = manager.task_index[name]
-        if (entry.cfg or {}).get("unsafe_code"):
-            raise ConfigError(
-                f"tasks: {name}: runs what the model writes as code, which is refused here"
-            )
-    try:
-        with no_foreign_code(task_code), only_errors():
-            loaded = manager.load(list(names))
-    except ConfigError:
-        raise
-    # A task's own code, its data, the hub and the network may raise anything.
-    except Exception as error:
-        raise ConfigError(
-            f"tasks: {', '.join(names)}: cannot be loaded: {one_line(error)}"
-        ) from None
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(
-                f"tasks: {name}: runs what the model writes as code, which is refused here"
-            )
-        for key in task.get_config("generation_kwargs") or {}:
-            if key not in WRITING:
-                raise ConfigError(
-                    f"tasks: {name}: its generation_kwargs have {str(key)[:60]!r}, which is not"
-                    f" allowed; only {', '.join(sorted(WRITING))} are"
-                )
-        for metric, function in getattr(task, "_metric_fn_list", {}).items():
-            if function is None:
-                raise ConfigError(
-                    f"tasks: {name}: the harness has no metric {metric}, and code for it is never"
-                    " downloaded"
-                )
-        # As in the harness, a task that sets num_fewshot to 0 keeps it.
-        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-    return loaded
-
-
-def _find(names: list[str], folder: str | None) -> TaskManager:
-    """Return a task manager that knows all `names`. Raise ConfigError if one does not exist.
-
-    If `folder` has all of them, the harness's own tasks are not read, which would take seconds.
-    """
-    manager = None
-    if folder is not None:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"task_path={folder}: no such folder")
-        for file in sorted(Path(folder).rglob("*.yaml")):
-            if not file.is_file():  # opening a pipe would wait for a writer
-                raise ConfigError(f"{file}: cannot be read as a task: it is not a file")
-            try:
-                require_shallow(file.read_text(encoding="utf-8"))
-                read_task(file)
-            except Exception as error:  # the harness would skip such a file silently
-                raise ConfigError(f"{file}: cannot be read as a task: {one_line(error)}") from None
-        with only_errors():
-            manager = TaskManager(include_path=folder, include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        with only_errors():
-            manager = TaskManager(include_path=folder)
-    for name in names:
-        if name not in manager.task_index:
-            where = "the harness" if folder is None else f"{folder} and the harness"
-            raise ConfigError(
-                f"tasks: {name}: no such task in {where}{nearest(name, manager.all_tasks)}"
-            )
-    return manager
 
 
 def score(

@@ -1072,7 +1072,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (GenerateConfig, {"base": ""}, "base", EMPTY),
     (ToHfConfig, {"base": ""}, "base", EMPTY),
     (EvaluateConfig, {"batch_size": 0}, "batch_size", ROWS),
-    (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks"),
+    (EvaluateConfig, {"data": None}, "data", "must be set (data.local=...), or tasks, or suite"),
     (
         EvaluateConfig,
         {"datasets": {"a": EvalDataConfig(local="e")}},
@@ -1115,7 +1115,34 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         (cls, {"tasks": ["t"], "num_fewshot": -1}, "num_fewshot", "must be 0 or more, or null")
         for cls in (EvaluateConfig, EvalTasksConfig)
     ),
-    (EvaluateConfig, {"task_path": "p"}, "tasks", "must be set together with task_path"),
+    (EvaluateConfig, {"task_path": "p"}, "tasks", "must be set together with task_path, or suite"),
+    (EvaluateConfig, {"data_root": ""}, "data_root", EMPTY),
+    (EvaluateConfig, {"data_root": "."}, "data_root", "needs tasks or suite"),
+    (
+        EvaluateConfig,
+        {"data_root": "s3://b/d", "suite": "base"},
+        "data_root",
+        "must be a local folder",
+    ),
+    (
+        EvaluateConfig,
+        {"data_root": "nowhere", "tasks": ["t"]},
+        "data_root",
+        "no such folder; make it, with a folder for each dataset, as docs/benchmarks_data.md says",
+    ),
+    *(
+        (
+            EvaluateConfig,
+            {**more, "suite": "bias"},
+            name,
+            "must not be set with stereoset, whose sentences are no answers; name other tasks with"
+            " tasks=[...]",
+        )
+        for name, more in (
+            ("apply_chat_template", {"apply_chat_template": True}),
+            ("system_instruction", {"system_instruction": "s"}),
+        )
+    ),
     *(
         (
             cls,
@@ -1127,8 +1154,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     (EvaluateConfig, {"task_limit": 0}, "task_limit", "must be a positive number, or null"),
     (EvaluateConfig, {"max_length": 1}, "max_length", "must be 2 tokens or more, or null"),
-    (EvaluateConfig, {"apply_chat_template": True}, "apply_chat_template", "needs tasks"),
-    (EvaluateConfig, {"system_instruction": "s"}, "system_instruction", "needs tasks"),
+    (EvaluateConfig, {"apply_chat_template": True}, "apply_chat_template", "needs tasks or suite"),
+    (EvaluateConfig, {"system_instruction": "s"}, "system_instruction", "needs tasks or suite"),
     (
         EvaluateConfig,
         {"tasks": ["t"], "apply_chat_template": True, "add_bos": False},
@@ -1394,6 +1421,7 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
         {"data": None, "datasets": {name: EvalDataConfig(local=name) for name in "ab"}},
     ),
     (EvaluateConfig, {"data": None, "tasks": ["t"], "num_fewshot": 0, "task_limit": 1}),
+    (EvaluateConfig, {"data": None, "suite": "bias", "data_root": ".", "add_bos": True}),
     (EvalTasksConfig, {"interval": "1ba", "limit": 1, "batch_size": 1, "num_fewshot": 0}),
     (InspectConfig, {"rows": 0, "row_numbers": [0], "max_bytes": 1, "plot": "a.PNG"}),
     (InspectConfig, {"max_bytes": None}),
@@ -1661,6 +1689,7 @@ def test_reading_a_configuration_imports_nothing_heavy():
 
 # Text keys that hold no path; any other one is in its section's `paths`.
 NO_PATHS = {
+    "suite",
     "system_instruction",
     "run_name",
     "max_duration",

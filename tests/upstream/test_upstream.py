@@ -499,6 +499,23 @@ def test_read_task():
     assert not [name for name in dir(tasks) if "yaml" in name.lower() and name[0] != "_"]
 
 
+def test_settings_of(tmp_path):
+    """The harness reads a task's data when it builds the task."""
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n"
+        "test_split: test\n"
+    )
+    code = f"""
+from lm_eval.tasks import TaskManager
+
+try:
+    TaskManager(include_path={str(tmp_path)!r}, include_defaults=False).load(["own"])
+except FileNotFoundError:
+    print("reads")
+"""
+    assert "reads" in forked(tmp_path, code)
+
+
 def test_mistral_tokenizer():
     """gigatoken converts a SentencePiece model by a private name only."""
     import gigatoken

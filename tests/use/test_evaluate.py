@@ -245,7 +245,7 @@ def test_half_precision_needs_a_gpu(undisturbed: Path) -> None:
 
 def test_nothing_to_evaluate_on_and_no_such_data(undisturbed: Path, tmp_path: Path) -> None:
     for keys, message in (
-        ((), "error: command line: data: must be set (data.local=...), or tasks\n"),
+        ((), "error: command line: data: must be set (data.local=...), or tasks, or suite\n"),
         (("datasets.a.local=./nowhere",), "error: ./nowhere: no such folder\n"),
         (("data.local=./nowhere",), "error: ./nowhere: no such folder\n"),
         (

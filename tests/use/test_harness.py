@@ -203,6 +203,7 @@ def test_the_text_of_a_conversation_is_what_the_keys_say(
     """Nothing comes before what the template writes, though documents began with bos."""
     from flame_composer.checkpoint.to_model import load_model
     from flame_composer.use import harness
+    from flame_composer.use.tasks import load_tasks
 
     model = with_template(model_folder, tmp_path / "model", CHAT)
     network, tokenizer = load_model(str(model))
@@ -217,7 +218,7 @@ def test_the_text_of_a_conversation_is_what_the_keys_say(
         adapter = harness.HarnessModel(
             network, tokenizer, batch_size=4, max_length=400, chat=harness.build_chat(config)
         )
-        loaded = harness.load_tasks(["choice"], str(tasks), num_fewshot=1)
+        loaded = load_tasks(["choice"], str(tasks), num_fewshot=1)
         asked: list[list[int]] = []
         with monkeypatch.context() as patch:
             answer = adapter._loglikelihood_tokens
@@ -312,6 +313,7 @@ def test_a_chat_template_that_fails_or_does_not_end_later(
     from flame_composer.checkpoint.to_model import load_model
     from flame_composer.upstream import jinja
     from flame_composer.use import harness
+    from flame_composer.use.tasks import load_tasks
 
     monkeypatch.setattr(jinja, "TEMPLATE_SECONDS", 0.3)
     count = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
@@ -323,7 +325,7 @@ def test_a_chat_template_that_fails_or_does_not_end_later(
         adapter = harness.HarnessModel(
             *load_model(str(model)), batch_size=1, chat=harness.Chat(apply_chat_template=True)
         )
-        loaded = harness.load_tasks(["choice"], str(tasks), num_fewshot=0)
+        loaded = load_tasks(["choice"], str(tasks), num_fewshot=0)
         with pytest.raises(
             DataError, match=f"templates fails: the tokenizer's chat template: {problem}"
         ):
@@ -452,7 +454,7 @@ class _Marker:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(tasks: Path, tmp_path: Path, name: str) -> None:
-    from flame_composer.use.harness import load_tasks
+    from flame_composer.use.tasks import load_tasks
 
     content, message = REFUSED[name]
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
@@ -520,6 +522,7 @@ def test_a_template_that_does_not_end_is_given_up(
     from flame_composer.checkpoint.to_model import load_model
     from flame_composer.upstream import jinja
     from flame_composer.use import harness
+    from flame_composer.use.tasks import load_tasks
 
     monkeypatch.setattr(jinja, "TEMPLATE_SECONDS", 0.3)
     (tmp_path / "data.jsonl").write_bytes((tasks / "data.jsonl").read_bytes())
@@ -536,8 +539,8 @@ def test_a_template_that_does_not_end_is_given_up(
         )
     problem = "a text takes more than 0.3 seconds; have it loop over less$"
     with pytest.raises(ConfigError, match=rf"^tasks: first: cannot be loaded: {problem}"):
-        harness.load_tasks(["first"], str(tmp_path), num_fewshot=0)
-    loaded = harness.load_tasks(["second"], str(tmp_path), num_fewshot=0)
+        load_tasks(["first"], str(tmp_path), num_fewshot=0)
+    loaded = load_tasks(["second"], str(tmp_path), num_fewshot=0)
     model = harness.HarnessModel(*load_model(str(model_folder)), batch_size=1)
     with pytest.raises(
         DataError, match=rf"^tasks: second: one of their templates fails: {problem}"
@@ -554,7 +557,8 @@ def test_code_that_writes_text_is_not_run_for_a_task(
     trusted, like any argument.
     """
     from flame_composer.checkpoint.to_model import load_model
-    from flame_composer.use.harness import HarnessModel, load_tasks, score
+    from flame_composer.use.harness import HarnessModel, score
+    from flame_composer.use.tasks import load_tasks
 
     code = tmp_path / "folder" / "custom_generate"
     code.mkdir(parents=True)
@@ -595,7 +599,7 @@ def test_code_that_writes_text_is_not_run_for_a_task(
     "FLAME_COMPOSER_FAULTS" not in os.environ, reason="reads thousands of tasks: make test-faults"
 )
 def test_a_task_that_is_not_there(tasks: Path) -> None:
-    from flame_composer.use.harness import load_tasks
+    from flame_composer.use.tasks import load_tasks
 
     for name, folder, message in (
         (
@@ -620,7 +624,7 @@ def test_a_task_that_is_not_there(tasks: Path) -> None:
 
 
 def test_folders_that_hold_no_tasks(tmp_path: Path) -> None:
-    from flame_composer.use.harness import load_tasks
+    from flame_composer.use.tasks import load_tasks
 
     (tmp_path / "broken.yaml").write_text("task: [")
     for name in ("pipe", "deep"):
@@ -753,13 +757,13 @@ def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
     corpus: Corpus, tasks: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which the scores do not depend on; nor do they have to on the number of examples."""
-    from flame_composer.use import harness
+    from flame_composer.use import tasks as scored
 
     sizes: list[int] = []
     asked: list[Any] = []
-    load_tasks = harness.load_tasks
+    load_tasks = scored.load_tasks
     monkeypatch.setattr(
-        harness,
+        scored,
         "load_tasks",
         lambda *names, **more: asked.append(more) or load_tasks(*names, **more),
     )
@@ -801,10 +805,8 @@ def test_requests_go_through_the_model_as_many_at_a_time_as_the_keys_say(
             )
         )
         assert max(sizes) == 3
-        assert asked == [
-            {"num_fewshot": 3, "task_code": False},
-            {"num_fewshot": 1, "task_code": False},
-        ]
+        keys = ("num_fewshot", "task_code")
+        assert [[each[key] for key in keys] for each in asked] == [[3, False], [1, False]]
     finally:
         hook.remove()
 
