@@ -1,7 +1,7 @@
 """Rows that repeat themselves: finding them, and leaving them out of the loss.
 
 A sequence of a few tokens that is repeated over and over teaches a model nothing, and can make its
-loss leap. OLMo 2 therefore leaves such rows out (OLMo et al. 2025, section 3.1; OLMo-core's
+loss leap. OLMo 2 therefore leaves such rows out (OLMo et al. 2025, arXiv:2501.00656; OLMo-core's
 `InstanceFilterConfig`). The row is streamed as any other, so that neither the order of rows nor the
 place to resume at depends on the filter.
 """
