@@ -346,6 +346,11 @@ def _check_callbacks(content: dict[str, Any]) -> None:
     # Absent from checkpoints up to 2026-11-29
     if callbacks["Schedule"]["made_from"].get("scheduler.t_max") is not None:
         part_at(callbacks["Schedule"]["made_from"], int, "scheduler.t_max")
+    if "SameLoss" in callbacks:
+        part_at(callbacks["SameLoss"], dict, "settings")
+    if "LeftOut" in callbacks:
+        for name in ("left_out", "seen"):
+            part_at(callbacks["LeftOut"], int, name)
     step, num_used = (
         content["state"]["timestamp"]["Timestamp"]["batch"],
         callbacks["Schedule"]["num_used"],
