@@ -42,7 +42,12 @@ from flame_composer.errors import DataError, one_line
 from flame_composer.model.base import Base
 from flame_composer.model.build import build_or_load
 from flame_composer.model.lora import add_adapters, build_adapter, trained_names
-from flame_composer.model.optimizer import CLASS_NAMES, decay_of, settings_of
+from flame_composer.model.optimizer import (
+    CLASS_NAMES,
+    decay_of,
+    settings_by_weight,
+    settings_of,
+)
 
 _CLOCK = (
     "epoch",
@@ -104,6 +109,8 @@ def needed_by(
             names.setdefault(id(parameter), []).append(prefix + name)
     state = model.state_dict()
     held = state.keys() if adapter is None else trained_names(model)
+    base_width = config.model.mup_base_width
+    own = settings_by_weight(model, config.optimizer, base_width) if base_width else {}
     weights = {prefix + name: tuple(state[name].shape) for name in state if name in held}
     return Needed(
         weights,
@@ -114,6 +121,7 @@ def needed_by(
         config.on_nan == "skip" or config.precision == "amp_fp16",
         config.allow_data_change,
         None if adapter is None else adapter.as_plain(),
+        {prefix + name: settings for name, settings in own.items()},
     )
 
 

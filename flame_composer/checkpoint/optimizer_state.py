@@ -13,6 +13,8 @@ from flame_composer.errors import DataError
 
 # Settings of an optimizer that change how a step is computed, but not its result
 _FREE = ("foreach", "fused")
+# The factors of muP in a group that names none
+_NO_FACTORS = {"lr_factor": 1.0, "gradient_factor": 1.0}
 
 
 def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> None:
@@ -126,10 +128,12 @@ def _most_steps(optimizers: dict[str, Any]) -> int | None:
 def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
     """Raise Lack or Other unless a parameter group of the optimizer has this run's settings."""
     path = f"optimizers.{needed.optimizer}.param_groups"
+    group = {**_NO_FACTORS, **group} if isinstance(group, dict) else group
     for name in part_at(group, list, "params"):
         if name not in shapes:
             raise Lack(f"its {path} name {str(name)[:100]!a}, which it has no weights of")
-        for setting, value in needed.settings[len(shapes[name]) >= 2].items():
+        expected = {**_NO_FACTORS, **needed.settings[len(shapes[name]) >= 2]}
+        for setting, value in {**expected, **needed.own_settings.get(name, {})}.items():
             if setting not in group and value is not False:
                 raise Lack(f"its {path} have no {setting}")
             found = group.get(setting, False)

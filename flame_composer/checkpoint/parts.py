@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flame_composer.checkpoint import sharded
@@ -23,7 +24,8 @@ class Needed(NamedTuple):
     tied embedding) has its optimizer state under one of them. `settings` holds the settings that
     the optimizer's parameter groups must have, of matrices under True and of other parameters under
     False, because settings in a checkpoint would replace the run's own. `kinds` holds the groups'
-    other settings, as examples of their types.
+    other settings, as examples of their types. `own_settings` holds, by the name of a weight,
+    settings that differ from those, which muP gives it.
 
     `adapter` describes the run's adapter (`model.lora.Adapter.as_plain`); None if it trains whole
     weights.
@@ -40,6 +42,7 @@ class Needed(NamedTuple):
     skips_steps: bool
     other_order: bool
     adapter: Mapping[str, Any] | None = None
+    own_settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 class Lack(Exception):

@@ -91,7 +91,7 @@ def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Me
         if is_sharded(config):
             _shard(config, model, fakes)
         stack.enter_context(fakes)
-        optimizer = build_optimizer(model, config.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, config.model.mup_base_width)
         books = ShardedBooks(model.model, optimizer) if is_sharded(config) else Books()
         books.vocab_size = model.config.get_text_config().vocab_size
         if isinstance(books, Books):
