@@ -138,9 +138,10 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
                 raise Lack(f"its {path} have no {setting}")
             found = group.get(setting, False)
             if (tuple(found) if isinstance(found, list) else found) != value:
+                key = " (model.mup_base_width)" if setting in _NO_FACTORS else ""
                 raise Other(
                     f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
-                    f" {setting}={value}"
+                    f" {setting}={value}{key}"
                 )
     for setting, value in needed.kinds.items():
         if setting in group and not _is_like(group[setting], value, is_free=setting in _FREE):
