@@ -381,10 +381,12 @@ def wide(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_with_it_is_another_and_its_rates_are_the_schedules(
-    corpus: Corpus, wide: Path, tmp_path: Path
+    corpus: Corpus, tmp_path: Path
 ) -> None:
-    corpus.train_run(tmp_path / "plain", *WITH_MUP[1:])
-    ours, theirs = read_log(wide), read_log(tmp_path / "plain")
+    wide, plain = tmp_path / "wide", tmp_path / "plain"
+    corpus.train_run(wide, *WITH_MUP)
+    corpus.train_run(plain, *WITH_MUP[1:])
+    ours, theirs = read_log(wide), read_log(plain)
     assert [row["batch_hash"] for row in ours] == [row["batch_hash"] for row in theirs]
     assert [row["learning_rate"] for row in ours] == [row["learning_rate"] for row in theirs]
     assert all(row["loss"] != other["loss"] for row, other in zip(ours, theirs, strict=True))
