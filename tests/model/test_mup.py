@@ -29,7 +29,7 @@ from flame_composer.model.sharding import recompute_blocks
 from flame_composer.train.gradients import scale_gradients
 from flame_composer.train.optim import Schedule
 from tests.data_fixtures import byte_tokenizer
-from tests.runs import Corpus, Ranks, Script, check, last_json, read_log, run_script
+from tests.runs import ROOT, Corpus, Ranks, Script, check, last_json, read_log, run_script
 
 BASE, WIDTHS = 64, (64, 128, 256, 512)
 VOCAB, LENGTH = 256, 80  # longer than what fla computes step by step
@@ -143,8 +143,8 @@ def slopes(name: str, *, with_mup: bool, **changes: Any) -> dict[str, float]:
     ],
 )
 def test_coordinate_check(name: str, changes: dict[str, Any]) -> None:
-    """Yang et al. 2022, appendix D.1: with muP a few steps change what every module returns by as
-    much at every width, and without by more, the wider the model.
+    """As Yang et al. 2022 check an implementation: with muP a few steps change what every module
+    returns by as much at every width, and without by more, the wider the model.
 
     Logits, and the gates that come out of 16 channels, are no wider in a wider model. The share of
     their change that is by chance falls as 1 / sqrt(width), and none may grow.
@@ -450,6 +450,7 @@ def test_what_is_exported_is_an_ordinary_model(corpus: Corpus, wide: Path, tmp_p
     folder = tmp_path / "hf"
     checkpoint = f"checkpoint={wide / 'checkpoints'}"
     check(run_script("convert/to_hf.py", checkpoint, f"out={folder}", "dtype=float32"))
+    enable_kernels()
     plain: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert "mup" not in (folder / "config.json").read_text()
     state = torch.load(wide / "checkpoints/ba12.pt", weights_only=False)["state"]["model"]
@@ -480,3 +481,22 @@ def test_frozen_layers(corpus: Corpus, tmp_path: Path) -> None:
     corpus.killed_run(again, *WITH_MUP, frozen, after_step=9)
     corpus.train_run(again, *WITH_MUP, frozen)
     assert_same_log(again, run)
+
+
+def test_the_commands_of_the_page(corpus: Corpus, tmp_path: Path) -> None:
+    """docs/mup.md on a smaller corpus, with fewer and shorter steps."""
+    blocks = (ROOT / "docs/mup.md").read_text().split("```bash\n")[1:]
+    commands = [line.split() for block in blocks for line in block.split("```")[0].splitlines()]
+    assert [command[1] for command in commands] == ["recipes/train.py"] * 3 + ["convert/to_hf.py"]
+    for python, script, *keys in commands:
+        assert python == "python"
+        keys = [key.replace("runs/", f"{tmp_path}/runs/") for key in keys]
+        if script == "recipes/train.py":
+            run = tmp_path / "runs" / keys[1].removeprefix("run_name=")
+            keys = [*keys[:1], *corpus.keys(run, *keys)[1:], "max_duration=4ba", *keys[1:]]
+        check(run_script(script, *keys))
+    hidden = "model.layers.0.mlp.up_proj.weight"
+    enable_kernels()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/wide/hf").state_dict()
+    assert plain[hidden].std().item() == pytest.approx(0.02 / 2, rel=0.1)
+    assert plain["model.norm.weight"].mean().item() == pytest.approx(1 / 4, rel=0.1)
