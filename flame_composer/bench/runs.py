@@ -209,7 +209,7 @@ def bare_loop(config_file: str, *overrides: str) -> None:
     )
     num_steps = config.plan(epoch_batches=10**9).total
     batches: list[Any] = list(islice(loader.dataloader, num_steps))
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, config.model.mup_base_width)
     microbatch_size = cast(int, config.microbatch_size)
 
     def step(batch: Any) -> None:

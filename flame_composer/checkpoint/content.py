@@ -42,7 +42,13 @@ from flame_composer.errors import DataError, one_line
 from flame_composer.model.base import Base
 from flame_composer.model.build import build_or_load
 from flame_composer.model.lora import add_adapters, build_adapter, trained_names
-from flame_composer.model.optimizer import CLASS_NAMES, decay_of, kinds_of, settings_of
+from flame_composer.model.optimizer import (
+    CLASS_NAMES,
+    decay_of,
+    kinds_of,
+    settings_by_weight,
+    settings_of,
+)
 
 _CLOCK = (
     "epoch",
@@ -104,6 +110,8 @@ def needed_by(
             names.setdefault(id(parameter), []).append(prefix + name)
     state = model.state_dict()
     held = state.keys() if adapter is None else trained_names(model)
+    base_width = config.model.mup_base_width
+    own = settings_by_weight(model, config.optimizer, base_width) if base_width else {}
     weights = {prefix + name: tuple(state[name].shape) for name in state if name in held}
     kinds = kinds_of(model)
     settings = {kind: _settings(config.optimizer, kind) for kind in KINDS}
@@ -111,7 +119,7 @@ def needed_by(
         weights,
         [tuple(each) for each in names.values()],
         CLASS_NAMES[config.optimizer.name],
-        {prefix + name: settings[kind] for name, kind in kinds.items()},
+        {prefix + name: settings[kind] | own.get(name, {}) for name, kind in kinds.items()},
         settings_of(config.optimizer, but=settings["matrices"]),
         config.on_nan == "skip" or config.precision == "amp_fp16",
         config.allow_data_change,

@@ -13,6 +13,13 @@ from flame_composer.errors import DataError
 
 # Settings of an optimizer that change how a step is computed, but not its result
 _FREE = ("foreach", "fused")
+# The factors of muP in a group that names none
+_NO_FACTORS = {"lr_factor": 1.0, "gradient_factor": 1.0}
+# The keys of the configuration that settings come from, to name them
+_KEYS = {
+    "weight_decay": " (optimizer.weight_decay, optimizer.decay)",
+    **dict.fromkeys(_NO_FACTORS, " (model.mup_base_width)"),
+}
 
 
 def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> None:
@@ -126,20 +133,21 @@ def _most_steps(optimizers: dict[str, Any]) -> int | None:
 def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
     """Raise Lack or Other unless a parameter group of the optimizer has this run's settings."""
     path = f"optimizers.{needed.optimizer}.param_groups"
+    group = {**_NO_FACTORS, **group} if isinstance(group, dict) else group
     for name in part_at(group, list, "params"):
         if name not in shapes:
             raise Lack(f"its {path} name {str(name)[:100]!a}, which it has no weights of")
         if name not in needed.settings:
             raise Lack(f"its {path} name {name!a}, which is not trained")
-        for setting, value in needed.settings[name].items():
+        for setting, value in {**_NO_FACTORS, **needed.settings[name]}.items():
             if setting not in group and value is not False:
                 raise Lack(f"its {path} have no {setting}")
             found = group.get(setting, False)
             if (tuple(found) if isinstance(found, list) else found) != value:
-                keys = " (optimizer.weight_decay, optimizer.decay)" * (setting == "weight_decay")
+                key = _KEYS.get(setting, "")
                 raise Other(
                     f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
-                    f" {setting}={value}{keys}"
+                    f" {setting}={value}{key}"
                 )
     for setting, value in needed.kinds.items():
         if setting in group and not _is_like(group[setting], value, is_free=setting in _FREE):

@@ -14,6 +14,7 @@ from flame_composer.config.rules import require, require_duration, require_text
 
 MOST_RANK = 65536  # no layer has more inputs or outputs that a rank could be of use for
 KINDS = ("matrices", "embeddings", "vectors")  # of parameters; see model/optimizer.py
+MOST_WIDTH = 2**20  # of a model, in channels
 MAX_SECONDS = 1e8  # three years; torch takes no timeout of some hundred years
 
 
@@ -31,6 +32,11 @@ class ModelConfig:
     """Hugging Face folder or id whose weights training starts from; model.config may then only
     repeat values of that model's config.
     """
+    mup_base_width: int | None = None
+    """Width (hidden_size) of the model for which optimizer.lr and initializer_range were tuned; a
+    new model of another width is initialised and trained by muP, so that they suit it as well
+    (docs/mup.md). null for neither.
+    """
 
     def validate(self) -> None:
         require(
@@ -40,6 +46,11 @@ class ModelConfig:
             " folder",
         )
         require_text(self, "pretrained")
+        if self.mup_base_width is not None:
+            is_width = 0 < self.mup_base_width <= MOST_WIDTH
+            require(is_width, "mup_base_width", f"must be in [1, {MOST_WIDTH}], or null")
+            rule = "must be null with model.pretrained (and lora): it is about initial weights"
+            require(self.pretrained is None, "mup_base_width", rule)
 
 
 @dataclass

@@ -225,6 +225,9 @@ class TrainConfig(ScriptConfig):
             rule = f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}"
             require(is_time, "stall_timeout", f"{rule}, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
+        is_adam = self.model.mup_base_width is None or self.optimizer.name != "lamb"
+        rule = "must be adamw or decoupled_adamw with model.mup_base_width: there are no rules for"
+        require(is_adam, "optimizer.name", f"{rule} lamb, which scales each update by the weight")
         is_weight = 0 <= self.z_loss < math.inf
         require(is_weight, "z_loss", "must be 0 or more, and finite; OLMo 2 has 1e-5")
         if self.repetition_filter is not None:

@@ -22,6 +22,7 @@ from flame_composer.model.hf_config import (
     in_one_line,
     read_pretrained_config,
 )
+from flame_composer.model.mup import scale_weights
 from flame_composer.text.counts import require_counts
 from flame_composer.upstream.triton import compile_candidates_together, drives_gpu
 
@@ -161,7 +162,8 @@ def build_or_load(
     """Build a new model from `hf_config`, or load `config.pretrained` if `hf_config` is None.
 
     With `empty`, the model is on the meta device and has no memory for weights: for a rank that
-    receives its share of them from rank 0.
+    receives its share of them from rank 0. The weights of a new model are scaled if
+    `config.mup_base_width` is set.
     """
     if hf_config is None:
         assert config.pretrained is not None
@@ -171,7 +173,10 @@ def build_or_load(
             return model
         hf_config = read_pretrained_config(config.pretrained)
     with torch.device("meta") if empty else contextlib.nullcontext():
-        return build_model(hf_config)
+        model = build_model(hf_config)
+    if config.mup_base_width is not None:
+        scale_weights(model, config.mup_base_width)
+    return model
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from flame_composer.config.sections import ModelConfig
 from flame_composer.config.written import quote_it
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_left_out
+from flame_composer.model.mup import require_rules
 from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
 
 # Keys that every model understands, even if its config class leaves them to the base class.
@@ -190,7 +191,11 @@ def new_hf_config(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context_length: int
 ) -> PretrainedConfig | None:
     """Return the config of a new model, or None if `config.pretrained` brings its own."""
-    return None if config.pretrained else build_hf_config(config.config, tokenizer, context_length)
+    if config.pretrained:
+        return None
+    hf_config = build_hf_config(config.config, tokenizer, context_length)
+    require_rules(config, hf_config)
+    return hf_config
 
 
 def read_pretrained_config(path_or_id: str) -> PretrainedConfig:

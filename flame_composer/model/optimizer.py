@@ -9,6 +9,7 @@ import torch
 from composer.optim import DecoupledAdamW
 
 from flame_composer.config.sections import OptimizerConfig
+from flame_composer.model.mup import Factors, weights_with_factors
 
 CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "Lamb"}
 
@@ -37,13 +38,33 @@ def decay_of(config: OptimizerConfig, kind: str) -> float:
     return config.weight_decay if kind in config.decay else 0.0
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _own_settings(config: OptimizerConfig, factors: Factors, weight_decay: float) -> dict[str, Any]:
+    """Return the settings of a group whose weights have `factors`; `weight_decay` is without them.
+
+    AdamW's decay is lr x weight_decay. What a smaller lr takes from it, weight_decay gives back, so
+    that the decay is the same at every width (microsoft/mup's MuAdamW; Wang & Aitchison 2024). The
+    decay of DecoupledAdamW does not depend on the group's lr.
+    """
+    is_coupled = config.name == "adamw"
+    return {
+        "lr_factor": factors.lr,
+        "gradient_factor": factors.gradient,
+        "weight_decay": weight_decay / factors.lr if is_coupled else weight_decay,
+    }
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, mup_base_width: int | None = None
+) -> torch.optim.Optimizer:
     """Return an optimizer that decays the kinds of parameters in `config.decay`, and no others.
 
     Its first group is what is decayed, its second the rest; a group without parameters is left out.
     The optimizers are AdamW (Loshchilov & Hutter 2019), whose decay is lr x weight_decay;
     DecoupledAdamW (composer.optim), the same with a decay of lr / peak lr x weight_decay; and LAMB
     (You et al. 2020, from torch_optimizer).
+
+    With `mup_base_width`, weights that muP trains otherwise are in groups of their own, which hold
+    the factors of the learning rate (`lr_factor`) and of the gradient (`gradient_factor`).
     """
     kinds = kinds_of(model)
     trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
@@ -55,6 +76,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
         for decays in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
+    if mup_base_width is not None:
+        groups = _divided(groups, model, config, mup_base_width)
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "decoupled_adamw":
         return DecoupledAdamW(groups, **common)
@@ -63,6 +86,36 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
 
         return Lamb(groups, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
+
+
+def _divided(
+    groups: list[dict[str, Any]], model: torch.nn.Module, config: OptimizerConfig, base_width: int
+) -> list[dict[str, Any]]:
+    """Return the groups divided by the factors of muP, first those that train as without it."""
+    factors = {id(weight): each for _, weight, each in weights_with_factors(model, base_width)}
+    plain, others = [], []
+    for group in groups:
+        kinds: dict[Factors | None, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"]:
+            kinds.setdefault(factors.get(id(parameter)), []).append(parameter)
+        for kind, parameters in kinds.items():
+            if kind is None:
+                plain.append({**group, "params": parameters})
+                continue
+            own = _own_settings(config, kind, group["weight_decay"])
+            others.append({**group, "params": parameters, "lr": config.lr * kind.lr, **own})
+    return plain + others
+
+
+def settings_by_weight(
+    model: torch.nn.Module, config: OptimizerConfig, base_width: int
+) -> dict[str, dict[str, Any]]:
+    """Return the settings that muP gives the groups of some weights, by the weights' names."""
+    kinds = kinds_of(model)
+    return {
+        name: _own_settings(config, factors, decay_of(config, kinds[name]))
+        for name, _, factors in weights_with_factors(model, base_width)
+    }
 
 
 def settings_of(config: OptimizerConfig, *, but: Collection[str] = ()) -> dict[str, Any]:

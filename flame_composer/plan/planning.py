@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
+from flame_composer.model.mup import require_rules
 from flame_composer.plan.child import CannotCount
 from flame_composer.plan.figures import Checkpoints, Data, Memory, Plan, Preemption, Time
 from flame_composer.plan.fitting import Count, estimate, largest_microbatch
@@ -50,7 +51,9 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
         keys["vocab_size"] = supply.vocab_size
     elif "vocab_size" not in keys:
         tokenizer = load_tokenizer(config.tokenizer)
-    return build_hf_config(keys, tokenizer, config.context_length, to_run=False)
+    hf_config = build_hf_config(keys, tokenizer, config.context_length, to_run=False)
+    require_rules(config.model, hf_config)
+    return hf_config
 
 
 def count_and_draw_up(

@@ -80,7 +80,7 @@ def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Me
         model = build_for_run(config, hf_config, fakes)
         batch = make_batch(rows, config.context_length)
         with fakes:
-            optimizer = build_optimizer(model, config.optimizer)
+            optimizer = build_optimizer(model, config.optimizer, config.model.mup_base_width)
             books = ShardedBooks(model.model, optimizer) if is_sharded(config) else Books()
             books.vocab_size = model.config.get_text_config().vocab_size
             if isinstance(books, Books):

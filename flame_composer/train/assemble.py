@@ -218,7 +218,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         train_dataloader=data.loader,
         eval_dataloader=evaluators,
         max_duration=f"{data.plan.total}ba",
-        optimizers=build_optimizer(hf_model, config.optimizer),
+        optimizers=build_optimizer(hf_model, config.optimizer, config.model.mup_base_width),
         algorithms=parts.extensions.algorithms,
         callbacks=build_callbacks(
             config, parts.extensions, data, [*kernels, *counters], gradients, log, saver, stop

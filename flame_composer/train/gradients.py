@@ -53,6 +53,7 @@ class Gradients(Callback):
         # Those that adapters leave frozen from the start are not the optimizer's.
         to_train = sum(len(group["params"]) for group in state.optimizers[0].param_groups)
         self.passed_over |= sum(each.requires_grad for each in parameters) < to_train
+        scale_gradients(state.optimizers[0])
         norm = total_norm(parameters, state)
         self.norm = value = norm.item()
         logger.log_metrics({"grad_norm": value})
@@ -89,6 +90,14 @@ class Gradients(Callback):
         if dist.get_global_rank() == 0:
             print(f"step {step}: the gradient is not finite; skipped", file=sys.stderr, flush=True)
         return True
+
+
+def scale_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Multiply gradients by the `gradient_factor` of their group, which muP sets, if it has one."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("gradient_factor", 1.0) != 1.0 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(group["gradient_factor"])
 
 
 def total_norm(parameters: list[torch.nn.Parameter], state: State) -> torch.Tensor:

@@ -73,7 +73,7 @@ class Schedule(Callback):
         rate = self.peak * rate_factor(self.config, state.timestamp.batch.value, self.plan)
         self.num_used = state.timestamp.batch.value + 1
         for group in state.optimizers[0].param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"] if "lr_factor" in group else rate
 
     def _made_from(self) -> dict[str, Any]:
         """Return the settings that determine the rates, by key; durations are in batches."""

@@ -365,6 +365,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         "must be set (e.g. model.config.model_type=gla), or model.pretrained must name a folder",
     ),
     (ModelConfig, {"pretrained": ""}, "pretrained", EMPTY),
+    (ModelConfig, {"mup_base_width": 0}, "mup_base_width", "must be in [1, 1048576], or null"),
     *((cls, {"local": None}, "local", NEEDS_DATA) for cls in (EvalDataConfig, StreamConfig)),
     (DataConfig, {"local": None}, "local", NEEDS_DATA.replace("remote)", "remote, or streams)")),
     *(

@@ -241,6 +241,28 @@ WRONG: dict[str, str] = {
         "model.config.model_type: neither fla nor transformers has such a model; give gla, for"
         " example"
     ),
+    # muP: tests/model/test_mup.py has the models that it has no rules for.
+    "model.mup_base_width=0": "must be in [1, 1048576], or null",
+    "model.mup_base_width=-64": "must be in [1, 1048576], or null",
+    "model.mup_base_width=2000000000": "must be in [1, 1048576], or null",
+    "model.mup_base_width=64.5": "must be int | None",
+    "model.mup_base_width=gla": "must be int | None",
+    "model.mup_base_with=64": (
+        "model.mup_base_with: unknown key; did you mean model.mup_base_width?"
+    ),
+    "mup_base_width=64": "mup_base_width: unknown key; did you mean model.mup_base_width?",
+    "model.mup_base_width=64 model.pretrained=p": (
+        "must be null with model.pretrained (and lora): it is about initial weights"
+    ),
+    "model.mup_base_width=64 model.pretrained=p lora.rank=8": (
+        "must be null with model.pretrained (and lora): it is about initial weights"
+    ),
+    "optimizer.name=lamb model.mup_base_width=64": (
+        "must be adamw or decoupled_adamw with model.mup_base_width: there are no rules for lamb"
+    ),
+    "model.config.use_short_conv=true model.mup_base_width=16": (
+        "must be left out with model.mup_base_width, which has no rules for it (docs/mup.md)"
+    ),
     "model=gla": "must hold keys and values; its keys are model.config, model.pretrained",
     "tokenizer=./nowhere": "tokenizer: ./nowhere: no such folder",
     # What this machine cannot do.
