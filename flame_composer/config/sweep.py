@@ -156,16 +156,17 @@ def read_sweep(cls: type[S], argv: list[str]) -> S:
             " give devices=N for trials of N processes"
         )
     file, arguments = split_arguments(argv)
-    given = [(argument, argument.partition("=")[0]) for argument in arguments]
-    axes = tuple(axis for argument in arguments if (axis := read_axis(argument)))
-    _check_places(file, [key for _, key in given], axes)
+    given = [(argument.partition("=")[0], read_axis(argument)) for argument in arguments]
+    _check_places(file, given)
+    axes = tuple(axis for _, axis in given if axis is not None)
     tried = {axis.key for axis in axes}
     first = [file] if file else []
-    of_all = [*first, *(argument for argument, key in given if key not in tried)]
+    fixed = {each: key for each, (key, _) in zip(arguments, given, strict=True) if key not in tried}
+    of_all = [*first, *fixed]
     config = load(cls, [*of_all, *arguments_of(axes, [axis.extremes()[0] for axis in axes])])
     own = sweep_keys()
     config.axes = axes
-    config.shared = (*first, *(each for each, key in given if key not in tried and key not in own))
+    config.shared = (*first, *(each for each, key in fixed.items() if key not in own))
     _check_axes(config)
     combinations = to_check(axes, config.search == "grid")
     for number, values in enumerate(combinations, 1):
@@ -185,7 +186,7 @@ def run_name(config: SweepConfig, name: str) -> str:
     return f"{Path(config.sweep_folder).name}-{name}"
 
 
-def _check_places(file: str | None, keys: list[str], axes: tuple[Axis, ...]) -> None:
+def _check_places(file: str | None, given: list[tuple[str, Axis | None]]) -> None:
     """Raise ConfigError for keys that are given where they cannot be."""
     own = sweep_keys()
     for key in read_yaml(file) if file else ():
@@ -193,22 +194,20 @@ def _check_places(file: str | None, keys: list[str], axes: tuple[Axis, ...]) -> 
             raise ConfigError(
                 f"{file}: {key}: is a key of the sweep, not of the run: give it as an argument"
             )
-    for axis in axes:
-        top = axis.key.partition(".")[0]
-        if top in own or axis.key in ITS_OWN:
+    for number, (key, axis) in enumerate(given):
+        if axis is None:
+            continue
+        top, shown = key.partition(".")[0], f"command line: {key}={axis.shown()}"
+        if top in own or key in ITS_OWN:
             whose = "the sweep's own" if top in own else "set by the sweep for each trial"
-            raise ConfigError(
-                f"command line: {axis.key}={axis.shown()}: must have one value, as it is {whose}"
-            )
-        within = [key for key in keys if key == axis.key or key.startswith(f"{axis.key}.")]
-        around = [other.key for other in axes if axis.key.startswith(f"{other.key}.")]
-        if len(within) > 1 or around:
-            other = around[0] if around else next((k for k in within if k != axis.key), axis.key)
-            raise ConfigError(
-                f"command line: {axis.key}={axis.shown()}: {other} is given, too; give values to"
-                " try in one place"
-            )
-    if "log_folder" in keys:
+            raise ConfigError(f"{shown}: must have one value, as it is {whose}")
+        # A value before the axis is replaced by it, as arguments replace one another.
+        for later, _ in given[number + 1 :]:
+            if f"{later}.".startswith(f"{key}.") or f"{key}.".startswith(f"{later}."):
+                raise ConfigError(
+                    f"{shown}: {later} is given after it; give values to try in one place"
+                )
+    if any(key == "log_folder" for key, _ in given):
         raise ConfigError(
             "command line: log_folder: each trial's is in the sweep's folder; give sweep_folder=..."
         )

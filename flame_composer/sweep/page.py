@@ -19,7 +19,7 @@ from flame_composer.sweep.trials import folder_of
 from flame_composer.train.charts import DPI, SIZE, document, html_table, series, thinned
 from flame_composer.train.run_log import Run, read_run
 
-SMOOTH = 10  # steps of which the mean is drawn
+SMOOTH, SHARE = 10, 20  # the mean is drawn of so many steps, or of this part of a shorter run
 MOST_NAMED = 12  # curves; of more, the legend names the best
 TICKS_APART = 10  # a numeric axis whose ends are further apart by this factor is logarithmic
 
@@ -114,8 +114,10 @@ def curves(config: SweepConfig, outcome: Outcome, key: str) -> bytes | None:
         for place, (trial, result) in enumerate(outcome.ranked)
         if result.same_as is None and (run := _run(config, trial)) is not None
     ]
+    longest = max((run.num_rows for _, _, run in drawn), default=0)
+    smooth = max(min(SMOOTH, longest // SHARE), 1)
     for place, trial, run in reversed(drawn):
-        steps, values = thinned(*series(run, key, SMOOTH))
+        steps, values = thinned(*series(run, key, smooth))
         if len(values):
             named = trial.name if place < MOST_NAMED else None
             marker = "o" if key == "eval_loss" else None
@@ -125,7 +127,7 @@ def curves(config: SweepConfig, outcome: Outcome, key: str) -> bytes | None:
             )  # fmt: skip
     if not axes.lines:
         return None
-    mean = f" (mean of {SMOOTH})" if key == "loss" else ""
+    mean = f" (mean of {smooth})" if key == "loss" and smooth > 1 else ""
     return _finished(figure, axes, "step", f"{key.replace('_', ' ')}{mean}", reverse=True)
 
 
