@@ -41,11 +41,14 @@ def check_trials(configs: Mapping[str, SweepConfig]) -> None:
 def _check(configs: Mapping[str, SweepConfig], theirs: Connection) -> None:
     processes.end_with_parent()
     # Slow, and large
+    from flame_composer.model.build import build_or_load
     from flame_composer.train.assemble import check
 
     for name, config in configs.items():
         try:
-            check(config)
+            parts = check(config)
+            # Some sizes that do not fit together are found only when a model is built.
+            build_or_load(config.model, parts.hf_config, empty=True)
         except (ConfigError, DataError) as error:
             said = explain(config, error) if isinstance(error, InvalidField) else str(error)
             theirs.send(f"trial {name}: {said}")

@@ -417,7 +417,7 @@ def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
         (["search=tpe", "trials=2", "seed=int(1,2.5)"], "the ends of int must be whole numbers"),
         (["search=tpe", "trials=2", "seed=uniform(1,2)"], "seed=1.0: must be int"),
         (["search=tpe", "trials=2", "optimizer.lr=loguniform(0,1)"], "must begin above 0"),
-        (["search=tpe", "trials=2", "optimizer.lr=uniform(-1,1)"], "trial 1 of 2 (lr_-1.0)"),
+        (["search=tpe", "trials=2", "optimizer.lr=uniform(-1,1)"], "lr=-1.0: must be more"),
         (["search=[grid,tpe]"], "must have one value, as it is the sweep's own"),
         (["run_name=[a,b]"], "must have one value, as it is set by the sweep for each trial"),
         (["seed=[1,2]", "seed=3"], "seed is given after it; give values to try in one place"),
@@ -459,7 +459,7 @@ def test_keys_of_the_sweep_are_not_the_runs(tmp_path: Path) -> None:
     [
         (["optimizer.lr=[1e-3,1.0]"], ["lr_0.001", "lr_1.0"]),
         (["optimizer.lr=[1e-5]", "seed=[1,2]"], ["seed_1", "seed_2"]),
-        (["max_duration=[6ba,8ba]"], ["max_duration_6ba", "max_duration_8ba"]),
+        (["max_duration=[60ba,80ba]"], ["max_duration_60ba", "max_duration_80ba"]),
         (
             ["train_data.num_workers=[0,1]", "eval_data.num_workers=[2]"],
             ["train_data.num_workers_0", "train_data.num_workers_1"],
