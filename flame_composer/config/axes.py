@@ -176,15 +176,13 @@ def name_of(axes: Sequence[Axis], values: Sequence[str]) -> str:
     lasts = [axis.key.rpartition(".")[2] for axis in axes]
     said, exact = [], True
     for axis, last, value in zip(axes, lasts, values, strict=True):
-        if len(axis.values) == 1:
-            continue  # the same in every trial
         label = axis.key if lasts.count(last) > 1 else last
         text = re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_")
         exact = exact and text == value
         said.append(re.sub(r"[^A-Za-z0-9.]+", "_", label).strip("_") + f"_{text}")
     name = "-".join(said)
     if exact and len(name) <= LONGEST_NAME:
-        return name or "only"
+        return name
     digest = hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:8]
     return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
