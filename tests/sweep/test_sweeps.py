@@ -25,7 +25,8 @@ from flame_composer.config.axes import name_of, read_axis
 from flame_composer.config.sweep import SweepConfig, read_sweep
 from flame_composer.errors import ConfigError
 from flame_composer.sweep import record, search
-from flame_composer.sweep.trials import Result, Trial
+from flame_composer.sweep.driving import Sweep
+from flame_composer.sweep.trials import Result, Trial, folder_of, write_result
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
 WARM = "tests/sweep/warm.py"
@@ -268,6 +269,34 @@ def test_a_suggestion_depends_on_the_seed_the_number_and_the_results() -> None:
     assert len(search.choose(config, 3, pruned)) == 2
 
 
+def test_the_first_trials_of_tpe_are_random() -> None:
+    config = read(*TPE, "random_trials=3", "seed=int(1,1000)")
+    drawn = read("search=random", "trials=5", *TPE[3:], "seed=int(1,1000)")
+    known = known_of(config, [3.0, 2.0, 5.0])
+    for number in range(3):
+        assert search.choose(config, number, known) == search.choose(drawn, number, [])
+    assert search.choose(config, 3, known) != search.choose(drawn, 3, [])
+
+
+def test_a_trial_sees_what_parallel_lets_it(tmp_path: Path) -> None:
+    def begun(*more: str) -> Sweep:
+        sweep = Sweep(read(*TPE, f"sweep_folder={tmp_path}", *more), ROOT / "recipes/train.py")
+        sweep.refresh()
+        return sweep
+
+    assert set(begun().trials) == {0}
+    sweep = begun("parallel=3")
+    assert set(sweep.trials) == {0, 1, 2}
+    write_result(folder_of(sweep.config, sweep.trials[1]), Result("finished", 2.0, 6))
+    assert (tmp_path / sweep.trials[1].name / "result.json").is_file()
+    assert set(begun("parallel=3").trials) == {0, 1, 2}, "trial 3 waits for trial 0"
+    write_result(folder_of(sweep.config, sweep.trials[0]), Result("finished", 3.0, 6))
+    again = begun("parallel=3")
+    assert set(again.trials) == {0, 1, 2, 3, 4}
+    ours = [(again.trials[0], again.results[0])]
+    assert again.trials[3].values == search.choose(again.config, 3, ours)
+
+
 def test_random_values_are_within_their_ranges_and_rounded() -> None:
     config = read(
         "search=random",
@@ -310,15 +339,15 @@ def test_a_bad_trial_is_pruned(corpus: Corpus, tmp_path: Path) -> None:
     """It is stopped some steps after the evaluation that decides, which alone is its result."""
     folder = tmp_path / "pruned"
     axes = ("optimizer.lr=[1e-2,2e-2,1e-5]", "max_duration=300ba", "eval_interval=20ba")
-    rule = ("prune=median", "prune_trials=2", "prune_warmup=1", "save_interval=500ba")
+    rule = ("prune=median", "prune_trials=2", "prune_warmup=2", "save_interval=500ba")
     process = check(run(corpus, folder, *axes, *rule))
     trials = results_of(folder)
     assert [trial["state"] for trial in trials] == ["finished", "finished", "pruned"]
     rows = read_log(folder / "lr_1e-05")
-    at_40 = next(row for row in rows if row["current_steps"] == 40)
-    assert (trials[2]["step"], trials[2]["metric"]) == (40, at_40["eval_loss"])
+    at_60 = next(row for row in rows if row["current_steps"] == 60)
+    assert (trials[2]["step"], trials[2]["metric"]) == (60, at_60["eval_loss"])
     assert len(rows) < 300
-    assert "pruned after step 40: eval loss" in process.stdout
+    assert "pruned after step 60: eval loss" in process.stdout
     assert json.loads(process.stdout.splitlines()[-1])["pruned"] == 1
     again = check(run(corpus, folder, *axes, *rule))
     assert results_of(folder) == trials
