@@ -16,11 +16,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -143,6 +143,24 @@ def run_and_show(*command: str) -> dict[str, Any]:
     if process.returncode:
         sys.exit(process.returncode)
     return json.loads(last) if last.startswith("{") else {}
+
+
+def start_child(command: Sequence[str], out: BinaryIO, err: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start a command that gets SIGTERM when this process ends, however it ends.
+
+    Its output goes to the two files. Call it in the main thread: the kernel's signal comes when the
+    thread that started the process ends.
+    """
+    parent = os.getpid()
+
+    def follow() -> None:
+        when_parent_ends(signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the kernel was asked
+            os._exit(128 + signal.SIGTERM)
+
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, preexec_fn=follow
+    )
 
 
 def lead_session() -> None:

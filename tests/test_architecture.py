@@ -124,7 +124,7 @@ GROUPS = (
     {"loader", "checkpoint", "use"},
     {"export", "plan"},
     {"train"},
-    {"bench", "reference"},
+    {"bench", "sweep", "reference"},
 )
 FLOORS = {room: floor for floor, rooms in enumerate(GROUPS) for room in rooms}
 LIGHT = ("config", "text", "dataset")  # a bad YAML fails in well under a second

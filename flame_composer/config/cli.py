@@ -39,9 +39,16 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 SECONDS_BEHIND = 20
 
 
-def run(main: Callable[[C], None], cls: type[C]) -> int:
-    """Call `main` with the configuration that sys.argv gives, and return the exit status."""
-    return _run(main, cls, Path(sys.argv[0]).name, sys.argv[1:])
+def run(
+    main: Callable[[C], None],
+    cls: type[C],
+    read: Callable[[type[C], list[str]], C] | None = None,
+) -> int:
+    """Call `main` with the configuration that sys.argv gives, and return the exit status.
+
+    `read` makes the configuration of the arguments, as `load` does if none is given.
+    """
+    return _run(main, cls, Path(sys.argv[0]).name, sys.argv[1:], read)
 
 
 def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfig]]]) -> int:
@@ -68,9 +75,15 @@ def run_one_of(mains: Mapping[str, tuple[Callable[[Any], None], type[ScriptConfi
     return _run(*mains[name], f"{script} {name}", argv)
 
 
-def _run(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) -> int:
+def _run(
+    main: Callable[[C], None],
+    cls: type[C],
+    script: str,
+    argv: list[str],
+    read: Callable[[type[C], list[str]], C] | None = None,
+) -> int:
     clean_streams()
-    status = _answer(main, cls, script, argv)
+    status = _answer(main, cls, script, argv, read)
     if (lost := flush_streams()) is None or status:
         return status
     _say(
@@ -88,7 +101,13 @@ def _say(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str]) -> int:
+def _answer(
+    main: Callable[[C], None],
+    cls: type[C],
+    script: str,
+    argv: list[str],
+    read: Callable[[type[C], list[str]], C] | None,
+) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         print(help_text(cls, script))
         return 0
@@ -98,7 +117,7 @@ def _answer(main: Callable[[C], None], cls: type[C], script: str, argv: list[str
     listen_to_signals()
     processes.end_with_launcher()
     try:
-        config = load(cls, argv)
+        config = (read or load)(cls, argv)
         try:
             main(config)
         except Exception as error:

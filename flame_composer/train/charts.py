@@ -189,10 +189,6 @@ def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
     Nothing is loaded from elsewhere, and names are escaped so that none is read as HTML.
     """
     head, lines = table(runs)
-    cells = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in lines
-    )
     notes = "\n".join(
         f"<p>{html.escape(visible(f'{label}: {note}.'))}</p>"
         for run, label in zip(runs, labels(runs), strict=True)
@@ -204,7 +200,25 @@ def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in pictures.items()
     )
-    title = html.escape(", ".join(labels(runs)))
+    body = f"{html_table(head, lines)}\n{notes}\n{charts}"
+    return document(", ".join(labels(runs)), body)
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML; its cells are text, of which nothing is read as HTML."""
+    cells = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(visible(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f"""<div><table>
+<tr>{"".join(f"<th>{html.escape(visible(name))}</th>" for name in head)}</tr>
+{cells}
+</table></div>"""
+
+
+def document(title: str, body: str) -> str:
+    """Return a page of HTML, which loads nothing, with a title (text) and a body (HTML)."""
+    title = html.escape(visible(title))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -217,17 +231,13 @@ body {{
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; }}
 th, td {{ border-bottom: 1px solid #ccc; padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 img {{ max-width: 100%; }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
-<div><table>
-<tr>{"".join(f"<th>{html.escape(name)}</th>" for name in head)}</tr>
-{cells}
-</table></div>
-{notes}
-{charts}
+{body}
 </body>
 </html>
 """

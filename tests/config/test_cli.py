@@ -48,6 +48,7 @@ from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
 from flame_composer.config.rules import ScriptConfig
 from flame_composer.config.sections import WandbConfig
+from flame_composer.config.sweep import SweepConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import EvaluateConfig, GenerateConfig, ReportConfig
 from flame_composer.config.written import as_meant, parse_yaml
@@ -74,6 +75,7 @@ SCRIPTS: list[type[ScriptConfig]] = [
     CleanConfig,
     PlanConfig,
     ReportConfig,
+    SweepConfig,
 ]
 BASE = """
 run_name: base

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.config import bench, data, plan, sections, use
+from flame_composer.config import bench, data, plan, sections, sweep, use
 from flame_composer.config import clean as clean_config
 from flame_composer.config import convert as convert_config
 from flame_composer.config import sft as sft_config
@@ -73,6 +73,7 @@ from flame_composer.config.sections import (
 )
 from flame_composer.config.sft import SftConfig
 from flame_composer.config.source import HubSourceConfig, SourceConfig
+from flame_composer.config.sweep import SweepConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.use import (
     ChatConfig,
@@ -96,6 +97,8 @@ CLASSES = [
         sft_config,
         use,
         plan,
+        sweep,
+        sweep,
         bench,
     )
     for value in vars(module).values()
@@ -170,6 +173,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     WandbConfig: {"project": "p"},
 }
 GIVEN[PlanConfig] = GIVEN[TrainConfig] | {"devices": 2, "device": "h100"}
+GIVEN[SweepConfig] = GIVEN[TrainConfig]
 NO_STEP = dict.fromkeys(("gopher_repetition", "gopher_quality", "c4", "minhash", "pii")) | {
     "exact_dedup": False
 }
@@ -864,6 +868,60 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         "global_batch_size",
         "must be a multiple of devices x microbatch_size = 4 x 4 = 16",
     ),
+    *(
+        (SweepConfig, {name: value}, name, f"must be {least} or more")
+        for name, value, least in (
+            ("random_trials", 0, 1),
+            ("metric_steps", 0, 1),
+            ("prune_warmup", -1, 0),
+            ("prune_trials", 0, 1),
+            ("parallel", 0, 1),
+        )
+    ),
+    *(
+        (SweepConfig, {"devices": number}, "devices", "must be in [1, 1000], or null")
+        for number in (0, 1001)
+    ),
+    *(
+        (
+            SweepConfig,
+            {"search": search, "trials": number},
+            "trials",
+            f"must be a number in [1, 1000] with search={search}",
+        )
+        for search in ("random", "tpe")
+        for number in (None, 0, 1001)
+    ),
+    (
+        SweepConfig,
+        {"trials": 2},
+        "trials",
+        "must be left out with search=grid, whose trials are all combinations",
+    ),
+    (SweepConfig, {"search_seed": -1}, "search_seed", "must be in [0, 2**32)"),
+    (SweepConfig, {"metric": "eval_loss"}, "metric", "needs an evaluation; set eval_data"),
+    (SweepConfig, {"prune": "median"}, "prune", "needs an evaluation; set eval_data"),
+    (
+        SweepConfig,
+        {"autoresume": False},
+        "autoresume",
+        "must be true: a trial goes on from its checkpoint when the sweep is started again",
+    ),
+    (
+        SweepConfig,
+        {"retry_failed": True, "search": "tpe", "trials": 2},
+        "retry_failed",
+        "must be false with search=tpe or prune, where later trials depend on earlier ones",
+    ),
+    (SweepConfig, {"sweep_folder": ""}, "sweep_folder", EMPTY),
+    (SweepConfig, {"sweep_folder": "s3://a/b"}, "sweep_folder", "must be a local folder"),
+    (
+        SweepConfig,
+        {"sweep_folder": "a/{b}"},
+        "sweep_folder",
+        "must hold no braces, which Composer would fill in; write ${run_name} for the name of the"
+        " run",
+    ),
     (AllBenchmarksConfig, {"plot": ""}, "plot", EMPTY),
     (
         AllBenchmarksConfig,
@@ -1512,6 +1570,8 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
         },
     ),
     (PlanConfig, {"devices": 1, "nodes": 2}),
+    (SweepConfig, {"search": "random", "trials": 1, "devices": 1, "retry_failed": True}),
+    (SweepConfig, {"search": "tpe", "trials": 1000, "prune_warmup": 0, "metric": "loss"}),
     (ReportConfig, {"smooth": 1, "out": "o"}),
     (
         ConversionBenchmarkConfig,
@@ -1807,6 +1867,8 @@ NO_PATHS = {
     "push_to_hub",
     "names",
     "token_dtype",
+    "metric",
+    "prune",
 }
 
 

@@ -590,6 +590,36 @@ def test_every_command_of_tuning(small: Small) -> None:
         check(run_script(*words, *more, folder=small.folder))
 
 
+@pytest.mark.timeout(1200)
+def test_every_command_of_ablations(small: Small) -> None:
+    """Its trials are forked (tests/sweep/warm.py), and those of the search are fewer."""
+    page = (ROOT / "docs/ablations.md").read_text()
+    commands = commands_in(page)
+    assert shlex.split((ROOT / "README.md").read_text().split("### Compare configurations")[1])[
+        1:6
+    ] == ["python", "recipes/sweep.py", *commands[0][2:5]]
+    ends = []
+    for program, script, *words in commands:
+        if program == "pip":
+            assert [script, *words] == ["install", "-c", "constraints.txt", "-e", ".[sweep]"]
+            continue
+        assert (program, script) == ("python", "recipes/sweep.py")
+        fewer = [word.replace("trials=20", "trials=3") for word in words]
+        fewer = [word.replace("eval_interval=20ba", "eval_interval=2ba") for word in fewer]
+        process = run_script(
+            ROOT / "tests/sweep/warm.py",
+            *fewer,
+            folder=small.folder,
+            env={"OMP_NUM_THREADS": "1"},
+        )
+        ends.append(json.loads(check(process).stdout.splitlines()[-1]))
+    assert [end["num_trials"] for end in ends] == [6, 3, 4]
+    assert ends[2]["pruned"] == 1
+    layout = page.split("runs/sweeps/gla_tiny/\n")[1].split("```")[0]
+    for name in re.findall(r"[\w.-]+\.(?:json|html|txt)", layout):
+        assert list((small.folder / "runs/sweeps/gla_tiny").rglob(name)), name
+
+
 @pytest.mark.parametrize("name", ["alpaca", "sharegpt", "messages", "prompt_completion"])
 def test_the_examples_of_each_format_are_read(name: Any) -> None:
     """docs/tuning.md shows one of each."""

@@ -1,0 +1,1 @@
+"""Sweeps: runs of several configurations, started, watched, pruned, shared and compared."""

@@ -1,0 +1,56 @@
+"""A check of every trial's model, tokenizer and devices, before the first trial starts.
+
+It needs what a run imports, hundreds of megabytes, so it is done in a process that then ends: the
+sweep's own stays small beside its trials.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+from flame_composer import processes
+from flame_composer.config.messages import explain
+from flame_composer.config.sweep import SweepConfig
+from flame_composer.errors import ConfigError, DataError, InvalidField, TrainingError
+
+
+def check_trials(configs: Mapping[str, SweepConfig]) -> None:
+    """Check the configurations as recipes/train.py does before it reads data.
+
+    Raise ConfigError for the first that is wrong, with the name of its trial.
+    """
+    forks = multiprocessing.get_context("fork")
+    ours, theirs = forks.Pipe(duplex=False)
+    with processes.ending_children():
+        process = forks.Process(target=_check, args=(configs, theirs))
+        process.start()
+        theirs.close()
+        try:
+            problem: str | None = ours.recv()
+        except EOFError:
+            process.join()
+            how = f"it ended with status {process.exitcode}"
+            raise TrainingError(f"the check of the trials did not finish: {how}") from None
+        process.join()
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _check(configs: Mapping[str, SweepConfig], theirs: Connection) -> None:
+    processes.end_with_parent()
+    # Slow, and large
+    from flame_composer.model.build import build_or_load
+    from flame_composer.train.assemble import check
+
+    for name, config in configs.items():
+        try:
+            parts = check(config)
+            # Some sizes that do not fit together are found only when a model is built.
+            build_or_load(config.model, parts.hf_config, empty=True)
+        except (ConfigError, DataError) as error:
+            said = explain(config, error) if isinstance(error, InvalidField) else str(error)
+            theirs.send(f"trial {name}: {said}")
+            return
+    theirs.send(None)

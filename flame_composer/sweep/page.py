@@ -1,0 +1,151 @@
+"""The page of a sweep: its table, the loss over each axis, the curves of all trials."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flame_composer.config.axes import Axis
+from flame_composer.config.sweep import SweepConfig
+from flame_composer.errors import ConfigError, DataError
+from flame_composer.lines import visible
+from flame_composer.sweep.results import Outcome, table
+from flame_composer.sweep.trials import folder_of
+from flame_composer.train.charts import DPI, SIZE, document, html_table, series, thinned
+from flame_composer.train.run_log import Run, read_run
+
+SMOOTH, SHARE = 10, 20  # the mean is drawn of so many steps, or of this part of a shorter run
+MOST_NAMED = 12  # curves; of more, the legend names the best
+TICKS_APART = 10  # a numeric axis whose ends are further apart by this factor is logarithmic
+
+
+def write_page(config: SweepConfig, outcome: Outcome) -> Path:
+    """Write report.html into the sweep's folder, and return its path."""
+    pictures = {
+        f"{config.result().replace('_', ' ')} over {axis.key}": over(config, outcome, number)
+        for number, axis in enumerate(config.axes)
+        if len(axis.extremes()) > 1
+    }
+    pictures["training loss of all trials"] = curves(config, outcome, "loss")
+    if config.eval_data is not None:
+        pictures["evaluation loss of all trials"] = curves(config, outcome, "eval_loss")
+    rows = table(config, outcome)
+    body = [html_table(rows[0], rows[1:])]
+    if outcome.best is not None:
+        best = html.escape(visible(outcome.content["command"]))
+        body.append(f"<p>The best trial's values in a run of their own:</p>\n<pre>{best}</pre>")
+    for title, png in pictures.items():
+        shown = html.escape(visible(title))
+        if png is not None:
+            data = base64.b64encode(png).decode()
+            body.append(f'<h2>{shown}</h2>\n<img alt="{shown}" src="data:image/png;base64,{data}">')
+    path = Path(config.sweep_folder, "report.html")
+    try:
+        path.write_text(document(Path(config.sweep_folder).name, "\n".join(body)), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
+
+
+def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
+    """Return a chart of the metric over the values of one axis as a PNG, or None without values.
+
+    Each point is a trial. On a numeric axis a line joins the best at each value.
+    """
+    from matplotlib.figure import Figure
+
+    axis = config.axes[number]
+    points = [
+        (trial.values[number], result.metric, result.state)
+        for trial, result in outcome.ranked
+        if result.metric is not None
+    ]
+    if not points:
+        return None
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    places, names = _places(axis, [value for value, _, _ in points])
+    for state, color in (("finished", "C0"), ("pruned", "0.6")):
+        chosen = [
+            (place, metric)
+            for place, (_, metric, of) in zip(places, points, strict=True)
+            if of == state
+        ]
+        if chosen:
+            axes.plot(*zip(*chosen, strict=True), "o", color=color, label=state)
+    best: dict[float, float] = {}
+    for place, (_, metric, state) in zip(places, points, strict=True):
+        if state == "finished":
+            best[place] = min(metric, best.get(place, metric))
+    if names is None and axis.values and best:
+        axes.plot(*zip(*sorted(best.items()), strict=True), color="C0", linewidth=1)
+    if names is not None:
+        axes.set_xticks(range(len(names)), [visible(name) for name in names])
+    elif 0 < TICKS_APART * min(places) <= max(places) or axis.kind == "loguniform":
+        axes.set_xscale("log")
+    return _finished(figure, axes, visible(axis.key), config.result().replace("_", " "))
+
+
+def _places(axis: Axis, values: list[str]) -> tuple[list[float], list[str] | None]:
+    """Return the places of values on an axis, and the places' names if they are no numbers."""
+    if axis.has_numbers():
+        return [float(value) for value in values], None
+    return [float(axis.values.index(value)) for value in values], list(axis.values)
+
+
+def curves(config: SweepConfig, outcome: Outcome, key: str) -> bytes | None:
+    """Return a chart of a key of all trials' logs over steps as a PNG, or None without values.
+
+    Better trials are drawn darker, and over worse ones.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(outcome.ranked), 2)))
+    drawn = [
+        (place, trial, run)
+        for place, (trial, result) in enumerate(outcome.ranked)
+        if result.same_as is None and (run := _run(config, trial)) is not None
+    ]
+    longest = max((run.num_rows for _, _, run in drawn), default=0)
+    smooth = max(min(SMOOTH, longest // SHARE), 1)
+    for place, trial, run in reversed(drawn):
+        steps, values = thinned(*series(run, key, smooth))
+        if len(values):
+            named = trial.name if place < MOST_NAMED else None
+            marker = "o" if key == "eval_loss" else None
+            axes.plot(
+                steps, values, color=shades[place], linewidth=1.2, marker=marker, markersize=3,
+                label=named, zorder=3 + len(drawn) - place,
+            )  # fmt: skip
+    if not axes.lines:
+        return None
+    mean = f" (mean of {smooth})" if key == "loss" and smooth > 1 else ""
+    return _finished(figure, axes, "step", f"{key.replace('_', ' ')}{mean}", reverse=True)
+
+
+def _run(config: SweepConfig, trial: Any) -> Run | None:
+    try:
+        return read_run(str(folder_of(config, trial)))
+    except (ConfigError, DataError):  # it failed before its first step
+        return None
+
+
+def _finished(figure: Any, axes: Any, across: str, up: str, reverse: bool = False) -> bytes:
+    axes.set(xlabel=across, ylabel=up)
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1 and reverse:
+        handles, labels = handles[::-1], labels[::-1]
+    for text in axes.legend(handles, labels, frameon=False, fontsize="small").get_texts():
+        text.set_parse_math(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,127 @@
+"""What a sweep was begun with, in sweep.json: other trials are not mixed into it unnoticed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flame_composer.config.axes import ITS_OWN
+from flame_composer.config.sweep import SweepConfig, sweep_keys
+from flame_composer.errors import ConfigError, DataError
+from flame_composer.sweep.trials import write_whole
+
+RECORD = "sweep.json"
+VERSION = 1
+# Keys of the sweep that change how trials are run, not what comes of them.
+FREE_SWEEP = ("sweep_folder", "on_failure", "retry_failed")
+# Keys of the run that change nothing in its losses.
+FREE_RUN = (
+    *ITS_OWN,
+    "loggers",
+    "save_async",
+    "save_interval",
+    "save_num_checkpoints_to_keep",
+    "stall_timeout",
+    "tensorboard",
+    "train_data.num_workers",
+    "train_data.prefetch_factor",
+    "wandb",
+)
+
+
+def describe(config: SweepConfig) -> dict[str, Any]:
+    """Return what sweep.json holds: the search, the axes, and what all trials have in common."""
+    content = yaml.safe_load(config.resolved_yaml)
+    own = sweep_keys()
+    covered = [key for axis in config.axes for key in axis.covers]
+    left_out = (*covered, *FREE_RUN, *own)
+    base = {
+        key: value
+        for key, value in _flat("", {**content})
+        if not any(key == each or key.startswith(f"{each}.") for each in left_out)
+    }
+    search = {key: content[key] for key in own if key not in FREE_SWEEP}
+    if not config.is_ordered():
+        del search["parallel"]
+    if config.search == "tpe":
+        search["optuna"] = importlib.metadata.version("optuna")
+    axes = {axis.key: list(axis.values) if axis.values else axis.shown() for axis in config.axes}
+    return {"version": VERSION, "search": search, "axes": axes, "base": base}
+
+
+def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read(folder: str) -> dict[str, Any] | None:
+    """Return the content of a sweep's record, or None if the sweep is new."""
+    path = Path(folder, RECORD)
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise DataError(
+            f"{path}: damaged, or of another version; give another sweep_folder, or restore it"
+        )
+    return content
+
+
+def write(folder: str, content: dict[str, Any]) -> None:
+    write_whole(Path(folder, RECORD), content)
+
+
+def require_same(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ConfigError, which names what changed, unless trials are only added.
+
+    Values can be added to the lists of a grid, and trials to a search.
+    """
+    search, space = now["search"], now["search"]["search"]
+    for key in dict.fromkeys([*before["search"], *search]):
+        old, new = before["search"].get(key), search.get(key)
+        grows = key == "trials" and space == before["search"]["search"] and old and new >= old
+        if old != new and not grows:
+            _refuse(folder, key, old, new)
+    can_grow = space == "grid" and search["prune"] is None
+    for key in dict.fromkeys([*before["axes"], *now["axes"]]):
+        old, new = before["axes"].get(key), now["axes"].get(key)
+        if old is None or new is None:
+            shown = "an axis" if old is None else "not an axis"
+            raise ConfigError(
+                f"{folder}: {key}: is {shown} now, but was {'not one' if old is None else 'one'}"
+                f" when this sweep began; {REMEDY}"
+            )
+        grows = can_grow and isinstance(old, list) and set(old) <= set(new)
+        if old != new and not grows:
+            _refuse(folder, key, old, new)
+    for key in dict.fromkeys([*before["base"], *now["base"]]):
+        old, new = before["base"].get(key), now["base"].get(key)
+        if old != new:
+            _refuse(folder, key, old, new)
+
+
+REMEDY = "give another sweep_folder, or the values that it began with"
+
+
+def _refuse(folder: str, key: str, old: Any, new: Any) -> None:
+    raise ConfigError(
+        f"{folder}: {key}: is {_shown(new)} now, but was {_shown(old)} when this sweep began;"
+        f" {REMEDY}"
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

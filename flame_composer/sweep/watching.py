@@ -1,0 +1,166 @@
+"""One trial's process: started, watched, pruned by its evaluations, stopped when the sweep is."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flame_composer import processes
+from flame_composer.config.sweep import SweepConfig
+from flame_composer.sweep import trials
+from flame_composer.sweep.search import pruned_at
+from flame_composer.sweep.trials import Result, Trial, folder_of
+
+POLL_SECONDS = 0.25
+LINE_SECONDS = 30.0  # between two lines of progress where stdout is no terminal
+MOST_STARTS = 3  # of a trial that gets no further between two of them
+
+
+def command_of(config: SweepConfig, trial: Trial, script: Path) -> list[str]:
+    """Return the command that trains a trial: by python, or by the launcher for several devices."""
+    launcher = ["-m", "composer.cli.launcher", "-n", str(config.devices)]
+    first = [sys.executable, *([] if config.devices is None else launcher)]
+    return [*first, str(script), *trials.arguments(config, trial)]
+
+
+def run_trial(
+    config: SweepConfig, trial: Trial, script: Path, others: Sequence[dict[int, float]]
+) -> Result:
+    """Train a trial until it ends or is pruned, and return its result.
+
+    `others` holds the evaluations of the trials that it is compared with. A process that a signal
+    ended is started again, as long as it gets further.
+    """
+    folder, tries = folder_of(config, trial), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        rows = trials.rows_of(folder)
+        if (result := _pruned(config, rows, others)) is not None:
+            return result
+        said_before = _size(folder / trials.ERRORS)
+        with (
+            (folder / trials.OUTPUT).open("ab") as out,
+            (folder / trials.ERRORS).open("ab") as err,
+        ):
+            process = processes.start_child(command_of(config, trial, script), out, err)
+        status = _watch(config, folder, process, others)
+        after = trials.rows_of(folder)
+        if (result := _pruned(config, after, others)) is not None:
+            return result
+        if status == 0:
+            return trials.outcome(after, config.result(), config.metric_steps)
+        if status > 0 and status - 128 not in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+            return Result("failed", reason=_reason(folder / trials.ERRORS, said_before, status))
+        tries = tries + 1 if len(after) <= len(rows) else 1
+        if tries == MOST_STARTS:
+            how = f"its process was ended by a signal (status {status})"
+            return Result("failed", reason=f"{how} {tries} times without a further step")
+
+
+def _pruned(
+    config: SweepConfig, rows: list[dict[str, Any]], others: Sequence[dict[int, float]]
+) -> Result | None:
+    """Return the result of a trial if it is pruned, or None; at its last step it never is."""
+    if config.prune is None or not rows:
+        return None
+    own = trials.evaluations(rows)
+    own.pop(rows[-1].get("total_steps"), None)
+    step = pruned_at(own, others, warmup=config.prune_warmup, needed=config.prune_trials)
+    if step is None:
+        return None
+    reason = None if own[step] < float("inf") else "its eval_loss is not a finite number"
+    if reason is not None:
+        return Result("failed", step=step, reason=reason)
+    return Result("pruned", own[step], step)
+
+
+def _watch(
+    config: SweepConfig,
+    folder: Path,
+    process: subprocess.Popen[bytes],
+    others: Sequence[dict[int, float]],
+) -> int:
+    """Wait for a trial's process, showing how far it is, and return its exit status.
+
+    It gets SIGTERM, and time to save, when the trial is pruned or this process is stopped.
+    """
+    progress, size, judged, told = Progress(), -1, 0, False
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if (now := _size(folder / trials.TRAIN_LOG)) == size:
+                continue
+            size = now
+            if not (last := trials.last_rows(folder)):
+                continue
+            progress.show(last)
+            newest = max(trials.evaluations(last), default=0)
+            if config.prune is None or newest <= judged or told:
+                continue
+            judged = newest
+            if _pruned(config, trials.rows_of(folder), others) is not None:
+                process.terminate()
+                told = True
+    except BaseException:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+        raise
+    finally:
+        progress.end()
+    return process.returncode
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _reason(errors: Path, start: int, status: int) -> str:
+    """Return the last line that a process wrote to `errors`, from byte `start` on."""
+    with errors.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.strip() for line in lines if line.strip()]
+    its_own = [line for line in said if line.startswith("error: ")]
+    last = (its_own or said)[-1:]
+    return last[0].removeprefix("error: ") if last else f"it ended with status {status}"
+
+
+class Progress:
+    """How far a trial is: on a terminal in a line that is overwritten, else a line now and then."""
+
+    def __init__(self) -> None:
+        self.on_terminal = sys.stdout.isatty()
+        self.width = 0
+        self.shown = time.monotonic()
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        """Show the step and losses of the last row."""
+        if not self.on_terminal and time.monotonic() - self.shown < LINE_SECONDS:
+            return
+        self.shown = time.monotonic()
+        last = rows[-1]
+        line = f"  step {last['current_steps']:,} of {last.get('total_steps', 0):,}"
+        line += f"  loss {trials.number_of(last.get('loss')):.4f}"
+        evaluated = trials.evaluations(rows)
+        if evaluated:
+            line += f"  eval loss {evaluated[max(evaluated)]:.4f}"
+        if self.on_terminal:
+            print(f"\r{line.ljust(self.width)}", end="", flush=True)
+            self.width = len(line)
+        else:
+            print(line, flush=True)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self.width:
+            print(f"\r{' ' * self.width}\r", end="", flush=True)
+            self.width = 0

@@ -1,0 +1,540 @@
+"""recipes/sweep.py: real sweeps of tiny runs. tests/sweep/warm.py forks the trials, except where a
+test says otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flame_composer.config.axes import name_of, read_axis
+from flame_composer.config.sweep import SweepConfig, read_sweep
+from flame_composer.errors import ConfigError
+from flame_composer.sweep import record, search
+from flame_composer.sweep.driving import Sweep
+from flame_composer.sweep.trials import Result, Trial, folder_of, write_result
+from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
+
+WARM = "tests/sweep/warm.py"
+ENV = {"OMP_NUM_THREADS": "1"}  # as several trials may run on few cores
+SHORT = ("max_duration=6ba", "eval_interval=2ba", "save_interval=2ba", "scheduler.warmup=1ba")
+GRID = ("optimizer.lr=[1e-3,1e-2]", "optimizer.weight_decay=[0,0.1]")
+NAMES = [f"lr_{lr}-weight_decay_{decay}" for lr in ("0.001", "0.01") for decay in ("0", "0.1")]
+
+
+def keys(corpus: Corpus, folder: Path, *more: str) -> list[str]:
+    """The arguments of a sweep of tiny runs in `folder`."""
+    given = corpus.keys(folder, *SHORT, "run_name=tiny", f"sweep_folder={folder}", *more)
+    places = (f"run_name={folder.name}", "log_folder=", "save_folder=")
+    return [key for key in given if not key.startswith(places)]
+
+
+def start(corpus: Corpus, folder: Path, *more: str) -> Script:
+    return Script(WARM, *keys(corpus, folder, *more), env=ENV)
+
+
+def run(corpus: Corpus, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return start(corpus, folder, *more).wait()
+
+
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "results.json").read_text())["trials"]
+
+
+def starts_of(folder: Path) -> dict[str, list[int]]:
+    """The steps after which each trial was started, by its name."""
+    return {
+        path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("*/starts.jsonl"))
+    }
+
+
+def read(*arguments: str) -> SweepConfig:
+    return read_sweep(SweepConfig, ["yamls/gla_tiny.yaml", *arguments])
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished grid of four trials, and what was printed."""
+    folder = tmp_path_factory.mktemp("sweeps") / "whole"
+    return folder, check(run(corpus, folder, *GRID)).stdout
+
+
+def test_a_grid_ends_in_a_table_json_and_a_page(whole: tuple[Path, str], corpus: Corpus) -> None:
+    folder, printed = whole
+    trials = results_of(folder)
+    assert [trial["name"] for trial in trials] == NAMES
+    assert [trial["values"] for trial in trials] == [
+        {"optimizer.lr": lr, "optimizer.weight_decay": decay}
+        for lr in (1e-3, 1e-2)
+        for decay in (0, 0.1)
+    ]
+    for trial in trials:
+        rows = read_log(folder / trial["name"])
+        assert trial["state"] == "finished"
+        assert (trial["metric"], trial["step"]) == (rows[-1]["eval_loss"], 6)
+    ranked = sorted(trials, key=lambda trial: trial["metric"])
+
+    lines = printed.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("trial  "))
+    assert lines[head].split() == ["trial", "lr", "weight_decay", "eval_loss", "step", "state"]
+    for line, trial in zip(lines[head + 1 :], ranked, strict=False):
+        values = [f"{value}" for value in trial["values"].values()]
+        shown = [f"{trial['number'] + 1}", *values, f"{trial['metric']:.4f}", "6", "finished"]
+        assert line.split() == shown
+    summary = json.loads(lines[-1])
+    assert summary["best"] == ranked[0]["name"]
+    assert [summary[key] for key in ("num_trials", "finished", "pruned", "failed")] == [4, 4, 0, 0]
+    assert summary["files"]["results"] == str(folder / "results.json")
+
+    page = (folder / "report.html").read_text()
+    cells = re.findall(r"<td>(.*?)</td>", page)
+    assert cells[::6] == [f"{trial['number'] + 1}" for trial in ranked]
+    assert f"<pre>{summary['command']}</pre>" in page
+    charts = re.findall(r'<img alt="(.*?)" src="data:image/png;base64,(.*?)">', page)
+    assert [title for title, _ in charts] == [
+        "eval loss over optimizer.lr",
+        "eval loss over optimizer.weight_decay",
+        "training loss of all trials",
+        "evaluation loss of all trials",
+    ]
+    for _, png in charts:
+        picture = Image.open(io.BytesIO(base64.b64decode(png)))
+        assert len(set(picture.convert("L").getdata())) > 20  # something is drawn
+
+
+def test_the_command_of_the_best_trial_gives_its_losses(
+    whole: tuple[Path, str], corpus: Corpus, tmp_path: Path
+) -> None:
+    folder, printed = whole
+    summary = json.loads(printed.splitlines()[-1])
+    words = shlex.split(summary["command"])
+    assert words[:2] == ["python", "recipes/train.py"]
+    places = (f"log_folder={tmp_path}", f"save_folder={tmp_path}/checkpoints")
+    check(Script(*words[1:], *places, env=ENV).wait())
+    assert read_log(tmp_path) == read_log(folder / summary["best"])
+
+
+def test_names_of_runs_begin_with_the_sweeps(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    for name in NAMES:
+        assert f"run_name: whole-{name}\n" in (folder / name / "config.yaml").read_text()
+        assert (folder / name / "checkpoints/ba6.pt").is_file()
+
+
+def test_started_again_it_repeats_nothing(whole: tuple[Path, str], corpus: Corpus) -> None:
+    folder, printed = whole
+    before = starts_of(folder)
+    assert before == {name: [0] for name in NAMES}
+    again = last_json(run(corpus, folder, *GRID))
+    assert again == json.loads(printed.splitlines()[-1])
+    assert starts_of(folder) == before
+
+
+def test_a_grid_can_grow_and_nothing_else_can_change(
+    whole: tuple[Path, str], corpus: Corpus, tmp_path: Path
+) -> None:
+    folder, _ = whole
+    other = tmp_path / "grown"
+    check(run(corpus, other, "optimizer.lr=[1e-3]", "optimizer.weight_decay=[0.1]"))
+    check(run(corpus, other, *GRID))
+    assert starts_of(other) == starts_of(folder)
+    assert results_of(other) == results_of(folder)
+    for wrong, said in (
+        (["optimizer.lr=[1e-2]", GRID[1]], "optimizer.lr: is [0.01] now, but was [0.001, 0.01]"),
+        ([GRID[0]], "optimizer.weight_decay: is not an axis now, but was one"),
+        ([*GRID, "seed=[1,2]"], "seed: is an axis now, but was not one"),
+        ([*GRID, "optimizer.eps=1e-6"], "optimizer.eps: is 1e-06 now, but was 1e-08"),
+        ([*GRID, "prune=median"], "prune: is median now, but was null"),
+    ):
+        process = run(corpus, folder, *wrong)
+        assert process.returncode == 2
+        assert f"error: {folder}: {said} when this sweep began; give another" in process.stderr
+    check(run(corpus, folder, *GRID, "save_num_checkpoints_to_keep=1"))
+
+
+def test_stopped_and_started_again_it_goes_on(
+    whole: tuple[Path, str], corpus: Corpus, tmp_path: Path
+) -> None:
+    """SIGTERM to the sweep alone: the trial's process saves, and both end."""
+    folder = tmp_path / "whole"
+    script = start(corpus, folder, *GRID)
+    log = folder / NAMES[1] / "train_log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 1:
+        assert script.process.is_alive(), script.read("err")
+        time.sleep(0.002)
+    assert script.process.pid is not None
+    os.kill(script.process.pid, signal.SIGTERM)
+    stopped = script.wait()
+    assert stopped.returncode == 143, stopped.stderr
+    assert "saved" in (folder / NAMES[1] / "errors.txt").read_text()
+    done = log.read_text().count("\n")
+    assert not (folder / NAMES[2]).exists()
+    again = check(run(corpus, folder, *GRID))
+    assert f"{folder}: 4 trials, 1 done\n" in again.stdout
+    assert starts_of(folder)[NAMES[1]] == [0, done]
+    assert results_of(folder) == results_of(whole[0])
+    for name in NAMES:
+        assert read_log(folder / name) == read_log(whole[0] / name)
+
+
+def test_two_processes_share_a_sweep(
+    whole: tuple[Path, str], corpus: Corpus, tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole"
+    both = [start(corpus, folder, *GRID) for _ in range(2)]
+    ended = [check(script.wait()) for script in both]
+    assert starts_of(folder) == {name: [0] for name in NAMES}
+    ran = [re.findall(r"^trial \d of 4: (\S+)$", process.stdout, re.M) for process in ended]
+    assert sorted(ran[0] + ran[1]) == NAMES
+    assert ran[0]
+    assert ran[1]
+    assert last_json(ended[0]) == last_json(ended[1])
+    assert results_of(folder) == results_of(whole[0])
+
+
+TPE = ("search=tpe", "trials=5", "random_trials=2", "optimizer.lr=loguniform(1e-4,1e-1)")
+
+
+def test_tpe(corpus: Corpus, tmp_path: Path) -> None:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    folder = tmp_path / "tpe"
+    axes = (*TPE, "optimizer.weight_decay=[0,0.1]")
+    summary = last_json(run(corpus, folder, *axes))
+    trials = results_of(folder)
+    assert [trial["number"] for trial in trials] == [0, 1, 2, 3, 4]
+    config = read_sweep(SweepConfig, keys(corpus, folder, *axes))
+    known: list[tuple[Trial, Result]] = []
+    for number, trial in enumerate(trials):
+        chosen = Trial.of(config, number, search.choose(config, number, known))
+        assert chosen.name == trial["name"]
+        assert [float(value) for value in chosen.values] == list(trial["values"].values())
+        assert (
+            f"lr: {trial['values']['optimizer.lr']}\n"
+            in (folder / trial["name"] / "config.yaml").read_text()
+        )
+        known.append((chosen, Result(trial["state"], trial["metric"], trial["step"])))
+
+    journal = JournalStorage(JournalFileBackend(str(folder / "optuna.log")))
+    study = optuna.load_study(study_name="tpe", storage=journal)
+    assert study.best_trial.user_attrs["name"] == summary["best"]
+    assert [trial.value for trial in study.trials] == [trial["metric"] for trial in trials]
+
+    more = last_json(run(corpus, folder, *axes, "trials=6"))
+    assert results_of(folder)[:5] == trials
+    assert more["num_trials"] == 6
+    fewer = run(corpus, folder, *axes, "trials=4")
+    assert fewer.returncode == 2
+    assert "trials: is 4 now, but was 6 when this sweep began" in fewer.stderr
+
+
+def known_of(config: SweepConfig, metrics: Sequence[float]) -> list[tuple[Trial, Result]]:
+    known: list[tuple[Trial, Result]] = []
+    for number, metric in enumerate(metrics):
+        values = search.choose(config, number, known)
+        known.append((Trial.of(config, number, values), Result("finished", metric, 6)))
+    return known
+
+
+def test_a_suggestion_depends_on_the_seed_the_number_and_the_results() -> None:
+    config = read(*TPE, "seed=int(1,1000)")
+    known = known_of(config, [3.0, 2.0, 5.0])
+    suggested = search.choose(config, 3, known)
+    assert suggested == search.choose(config, 3, known)
+    assert suggested != search.choose(config, 4, known)
+    better = [(trial, Result("finished", -r.metric, 6)) for trial, r in known if r.metric]
+    assert suggested != search.choose(config, 3, better)
+    other = read(*TPE, "seed=int(1,1000)", "search_seed=1")
+    assert suggested != search.choose(other, 3, known)
+    failed = [*known[:2], (known[2][0], Result("failed", reason="it did"))]
+    assert search.choose(config, 3, failed) == suggested  # the worst of all, as before
+    pruned = [*known[:2], (known[2][0], Result("pruned", 5.0, 2))]
+    assert len(search.choose(config, 3, pruned)) == 2
+
+
+def test_the_first_trials_of_tpe_are_random() -> None:
+    config = read(*TPE, "random_trials=3", "seed=int(1,1000)")
+    drawn = read("search=random", "trials=5", *TPE[3:], "seed=int(1,1000)")
+    known = known_of(config, [3.0, 2.0, 5.0])
+    for number in range(3):
+        assert search.choose(config, number, known) == search.choose(drawn, number, [])
+    assert search.choose(config, 3, known) != search.choose(drawn, 3, [])
+
+
+def test_a_trial_sees_what_parallel_lets_it(tmp_path: Path) -> None:
+    def begun(*more: str) -> Sweep:
+        sweep = Sweep(read(*TPE, f"sweep_folder={tmp_path}", *more), ROOT / "recipes/train.py")
+        sweep.refresh()
+        return sweep
+
+    assert set(begun().trials) == {0}
+    sweep = begun("parallel=3")
+    assert set(sweep.trials) == {0, 1, 2}
+    write_result(folder_of(sweep.config, sweep.trials[1]), Result("finished", 2.0, 6))
+    assert (tmp_path / sweep.trials[1].name / "result.json").is_file()
+    assert set(begun("parallel=3").trials) == {0, 1, 2}, "trial 3 waits for trial 0"
+    write_result(folder_of(sweep.config, sweep.trials[0]), Result("finished", 3.0, 6))
+    again = begun("parallel=3")
+    assert set(again.trials) == {0, 1, 2, 3, 4}
+    ours = [(again.trials[0], again.results[0])]
+    assert again.trials[3].values == search.choose(again.config, 3, ours)
+
+
+def test_random_values_are_within_their_ranges_and_rounded() -> None:
+    config = read(
+        "search=random",
+        "trials=9",
+        "optimizer.lr=loguniform(1e-4,1e-1)",
+        "optimizer.weight_decay=uniform(0,0.1)",
+        "seed=int(3,5)",
+        "optimizer.name=[adamw,lamb]",
+    )
+    drawn = [search.choose(config, number, []) for number in range(200)]
+    rates = [float(values[0]) for values in drawn]
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    assert sum(rate < 3.16e-3 for rate in rates) in range(70, 130)
+    assert all(0 <= float(values[1]) <= 0.1 for values in drawn)
+    assert {values[2] for values in drawn} == {"3", "4", "5"}
+    assert {values[3] for values in drawn} == {"adamw", "lamb"}
+    for values in drawn:
+        assert len(re.sub(r"e.*|[.]|^0[.]0*", "", values[0])) <= 4
+        assert repr(float(values[0])) == values[0]
+    other = read("search=random", "trials=1", "seed=int(1,100000)", "search_seed=1")
+    same = read("search=random", "trials=1", "seed=int(1,100000)")
+    assert search.choose(other, 0, []) != search.choose(same, 0, [])
+
+
+def test_a_trial_of_the_same_values_is_not_trained_again(corpus: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "same"
+    axes = ("search=random", "trials=4", "optimizer.lr=[1e-3,1e-2]")
+    check(run(corpus, folder, *axes))
+    first: dict[float, dict[str, Any]] = {}
+    for trial in results_of(folder):
+        rate = trial["values"]["optimizer.lr"]
+        known = first.setdefault(rate, trial)
+        if known is not trial:
+            assert (trial["same_as"], trial["metric"]) == (known["name"], known["metric"])
+    assert set(starts_of(folder)) == {trial["name"] for trial in first.values()}
+    assert len(first) < 4
+
+
+def test_a_bad_trial_is_pruned(corpus: Corpus, tmp_path: Path) -> None:
+    """It is stopped some steps after the evaluation that decides, which alone is its result."""
+    folder = tmp_path / "pruned"
+    axes = ("optimizer.lr=[1e-2,2e-2,1e-5]", "max_duration=300ba", "eval_interval=20ba")
+    rule = ("prune=median", "prune_trials=2", "prune_warmup=2", "save_interval=500ba")
+    process = check(run(corpus, folder, *axes, *rule))
+    trials = results_of(folder)
+    assert [trial["state"] for trial in trials] == ["finished", "finished", "pruned"]
+    rows = read_log(folder / "lr_1e-05")
+    at_60 = next(row for row in rows if row["current_steps"] == 60)
+    assert (trials[2]["step"], trials[2]["metric"]) == (60, at_60["eval_loss"])
+    assert len(rows) < 300
+    assert "pruned after step 60: eval loss" in process.stdout
+    assert json.loads(process.stdout.splitlines()[-1])["pruned"] == 1
+    again = check(run(corpus, folder, *axes, *rule))
+    assert results_of(folder) == trials
+    assert "trial 3" not in again.stdout
+
+
+def test_where_a_trial_is_pruned() -> None:
+    others = [{2: 1.0, 4: 1.0}, {2: 3.0, 4: 3.0}, {2: 2.0}]
+    own = {2: 2.5, 4: 2.5, 6: 9.0}
+    assert search.pruned_at(own, others, warmup=0, needed=3) == 2
+    assert search.pruned_at(own, others, warmup=1, needed=3) is None
+    assert search.pruned_at(own, others, warmup=1, needed=2) == 4
+    assert search.pruned_at({2: 2.0, 4: 2.0}, others, warmup=0, needed=2) is None
+
+
+def test_a_trial_that_fails_is_a_line_with_its_reason(corpus: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "failed"
+    axes = ("optimizer.lr=[1e30,1e-2]", "optimizer.grad_clip_norm=null")
+    process = run(corpus, folder, *axes)
+    assert process.returncode == 1
+    bad, good = results_of(folder)
+    assert (bad["state"], good["state"]) == ("failed", "finished")
+    assert "nan" in bad["reason"].lower() or "finite" in bad["reason"], bad
+    assert f"  failed: {bad['reason']}\n" in process.stdout
+    assert "1 of 2 trials failed: lr_1e30" in process.stderr
+    first = starts_of(folder)
+    assert run(corpus, folder, *axes).returncode == 1
+    assert starts_of(folder) == first
+    stopped = run(corpus, tmp_path / "stopped", *axes, "on_failure=stop")
+    assert stopped.returncode == 1
+    assert "the sweep stops here, as on_failure=stop" in stopped.stderr
+    assert not (tmp_path / "stopped/lr_0.01").exists()
+    again = run(corpus, folder, *axes, "retry_failed=true")
+    assert again.returncode == 1
+    assert "trial 1 of 2: lr_1e30" in again.stdout
+    assert "trial 2 of 2" not in again.stdout
+
+
+def test_without_evaluation_the_training_loss_is_the_result(corpus: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "loss"
+    process = check(run(corpus, folder, "optimizer.lr=[1e-2]", "metric=loss", "metric_steps=3"))
+    (trial,) = results_of(folder)
+    losses = [row["loss"] for row in read_log(folder / trial["name"])]
+    assert trial["metric"] == pytest.approx(sum(losses[-3:]) / 3, rel=1e-12)
+    assert json.loads(process.stdout.splitlines()[-1])["metric"] == "loss"
+
+
+def test_processes_of_their_own_and_the_launcher(corpus: Corpus, tmp_path: Path) -> None:
+    """As a user starts it, for a trial of two processes."""
+    folder = tmp_path / "two"
+    done = subprocess.run(
+        [sys.executable, "recipes/sweep.py", *keys(corpus, folder, "devices=2", "seed=[1]")],
+        cwd=ROOT,
+        env={**os.environ, **ENV},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    summary = last_json(done)
+    assert summary["command"].startswith("composer -n 2 recipes/train.py yamls/gla_tiny.yaml ")
+    assert "on 2 x cpu" in (folder / "seed_1/output.txt").read_text()
+    assert results_of(folder)[0]["state"] == "finished"
+
+
+def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    folder = tmp_path / "wrong"
+    process = run(corpus, folder, "seed=[1,2]", "model.config.num_heads=[2,3]")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: trial seed_1-num_heads_3: ")
+    assert process.stderr.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "a sweep needs values to try; give a list, e.g. 'optimizer.lr=[1e-3,2e-3]'"),
+        (["optimizer.lr=[]"], "must hold at least one value to try"),
+        (["optimizer.lr=[1e-3,0.001]"], "0.001 must be given once, not twice"),
+        (["optimizer.lr=[a,b]"], "optimizer.lr=a: must be float"),
+        (["optimizer.lr=[1e-3,b]"], "trial 2 of 2 (lr_b): command line: optimizer.lr=b"),
+        (["seed=[1,2]", "optimizer.lr=[1,-1]"], "trial 2 of 4 (seed_1-lr_-1): command line"),
+        (["optimiser.lr=[1,2]"], "optimiser: unknown key; did you mean optimizer?"),
+        (["learning_rate=[1,2]"], "learning_rate: unknown key; did you mean optimizer.lr?"),
+        (["optimizer.lr=[1,2"], "cannot be read"),
+        (["optimizer.lr=[1: 2: 3]"], "cannot be read"),
+        (["optimizer.betas=[[0.9,0.95],0.9]"], "must all be lists"),
+        (["optimizer.lr=loguniform(1e-4,1e-2)"], "a grid takes lists; give search=tpe or"),
+        (["search=tpe", "seed=[1,2]"], "trials: must be a number in [1, 1000] with search=tpe"),
+        (["trials=4", "seed=[1,2]"], "trials=4: must be left out with search=grid"),
+        (["search=tpe", "trials=2", "seed=normal(0,1)"], "a range must be loguniform(1e-4,1e-2)"),
+        (["search=tpe", "trials=2", "seed=int(3,1)"], "two numbers, the lower one first"),
+        (["search=tpe", "trials=2", "seed=int(1,x)"], "two numbers, the lower one first"),
+        (["search=tpe", "trials=2", "seed=int(1,2.5)"], "the ends of int must be whole numbers"),
+        (["search=tpe", "trials=2", "seed=uniform(1,2)"], "seed=1.0: must be int"),
+        (["search=tpe", "trials=2", "optimizer.lr=loguniform(0,1)"], "must begin above 0"),
+        (["search=tpe", "trials=2", "optimizer.lr=uniform(-1,1)"], "lr=-1.0: must be more"),
+        (["search=[grid,tpe]"], "must have one value, as it is the sweep's own"),
+        (["run_name=[a,b]"], "must have one value, as it is set by the sweep for each trial"),
+        (["seed=[1,2]", "seed=3"], "seed is given after it; give values to try in one place"),
+        (["seed=[1,2]", "seed=[3,4]"], "seed is given after it; give values to try in one place"),
+        (["model.config=[{num_heads: 2},{num_heads: 4}]", "model.config.num_heads=2"], "after it"),
+        (["seed=[1,2]", "log_folder=x"], "log_folder: each trial's is in the sweep's folder"),
+        (["seed=[1,2]", "autoresume=false"], "autoresume=false: must be true"),
+        (["seed=[1,2]", "sweep_folder=s3://a/b"], "sweep_folder=s3://a/b: must be a local folder"),
+        (["seed=[1,2]", "eval_data=null", "prune=median"], "prune=median: needs an evaluation"),
+        (["seed=[1,2]", "prune=median", "retry_failed=true"], "retry_failed=true: must be false"),
+        ([f"seed={[*range(1001)]}"], "the grid has 1,001 trials, and may have 1,000"),
+        (["seed=[1,2]", "devices=3"], "must be a multiple of devices x microbatch_size = 3 x 8"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_are_answered_in_a_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*arguments)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_is_not_started_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="a sweep starts the launcher itself; run it with python"):
+        read("seed=[1,2]")
+
+
+def test_keys_of_the_sweep_are_not_the_runs(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text((ROOT / "yamls/gla_tiny.yaml").read_text() + "search: tpe\n")
+    with pytest.raises(ConfigError, match="search: is a key of the sweep, not of the run"):
+        read_sweep(SweepConfig, [str(file), "seed=[1,2]"])
+    process = run_script("recipes/train.py", "yamls/gla_tiny.yaml", "seed=[1,2]")
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["optimizer.lr=[1e-3,1.0]"], ["lr_0.001", "lr_1.0"]),
+        (["optimizer.lr=[1e-5]", "seed=[1,2]"], ["lr_1e-05-seed_1", "lr_1e-05-seed_2"]),
+        (["max_duration=[60ba,80ba]"], ["max_duration_60ba", "max_duration_80ba"]),
+        (
+            ["train_data.num_workers=[0,1]", "eval_data.num_workers=[2]"],
+            [f"train_data.num_workers_{n}-eval_data.num_workers_2" for n in (0, 1)],
+        ),
+        (
+            ["optimizer.betas=[[0.9,0.95],[0.9,0.99]]"],
+            ["betas_0.9_0.95-e9141c8d", "betas_0.9_0.99-a610657c"],
+        ),
+    ],
+)
+def test_names_say_the_values(arguments: list[str], names: list[str]) -> None:
+    assert list(read(*arguments).to_check) == names
+
+
+def test_long_and_odd_names_stay_apart() -> None:
+    values = [f"/data/{'long' * 40}/{number}" for number in (1, 2)] + ["a b", "a_b", "a/b"]
+    axis = read_axis(f"tokenizer={json.dumps(values)}")
+    assert axis is not None
+    names = [name_of([axis], [value]) for value in values]
+    assert len(set(names)) == 5
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name) for name in names)
+
+
+def test_values_are_taken_as_written() -> None:
+    for argument, values in (
+        ("model.config.a=[1e-3, '1', \"x\", true, null, 1_000]", '0.001 "1" x true null 1000'),
+        ("run_name=[1.10,no]", "1.10 no"),
+        ("algorithms=[{},{ema: {half_life: 10ba}}]", None),
+    ):
+        axis = read_axis(argument)
+        assert axis is not None
+        assert axis.values == (
+            tuple(values.split()) if values else ("{}", "{ema: {half_life: 10ba}}")
+        )
+    config = read("seed=3", "seed=[1,2]", "sweep_folder=s", "varlen=false")
+    assert config.shared == ("yamls/gla_tiny.yaml", "varlen=false")
+    assert [each.seed for each in config.to_check.values()] == [1, 2]
+    for argument in ("optimizer.lr=1e-3", "wandb.tags=[a,b]", "optimizer.betas=[0.9,0.95]"):
+        assert read_axis(argument) is None
+
+
+def test_what_a_sweep_began_with_is_compared_but_for_what_changes_no_loss() -> None:
+    before = record.describe(read("seed=[1,2]"))
+    for free in ("train_data.num_workers=2", "save_interval=9ba", "stall_timeout=9", "wandb=null"):
+        record.require_same("s", before, record.describe(read("seed=[1,2]", free)))
+    for key, value in (("global_batch_size", "16"), ("varlen", "false"), ("metric_steps", "3")):
+        with pytest.raises(ConfigError, match=f"s: {key}: is {value} now, but was"):
+            record.require_same("s", before, record.describe(read("seed=[1,2]", f"{key}={value}")))
+    assert not any(key.startswith("seed") for key in before["base"])
