@@ -9,7 +9,6 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-import torch
 from composer.utils import dist
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -73,7 +72,7 @@ def build_adapter(
         reader = begin_as_in_training(
             tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
         )
-    placed: torch.nn.Module = to_device(model)
+    placed: Any = to_device(model)
     adapter = harness.HarnessModel(
         placed.eval(),
         reader,

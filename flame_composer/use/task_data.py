@@ -244,7 +244,7 @@ def _as_card_says(folder: str, name: str | None, which: str) -> list[list[str]]:
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return []
     listed = content.get("configs") if isinstance(content, dict) else None
-    patterns = []
+    patterns: list[Any] = []
     for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, dict) and entry.get("config_name") == (name or "default"):
             splits = entry.get("data_files")
