@@ -268,7 +268,8 @@ def test_what_is_missing_of_stereoset_is_named_with_the_rest(tmp_path: Path) -> 
         benchmarks.load(config)
     assert (
         "4 files missing, in it: oskarvanderwal/bbq/All/test.jsonl;"
-        " jannalu/crows_pairs_multilingual/english/test.jsonl; McGill-NLP/stereoset/{intrasentence,intersentence}/validation.jsonl"
+        " jannalu/crows_pairs_multilingual/english/test.jsonl;"
+        " McGill-NLP/stereoset/{intrasentence,intersentence}/validation.jsonl"
     ) in str(caught.value)
 
 
