@@ -9,7 +9,6 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-import torch
 from composer.utils import dist
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,7 +18,7 @@ from flame_composer.config.use import EvaluateConfig
 from flame_composer.quantities import align
 from flame_composer.text.ends import begin_as_in_training
 from flame_composer.use import harness, stereoset, tasks
-from flame_composer.use.stereoset_data import Example, read_examples
+from flame_composer.use.stereoset_data import Example, read_examples, wanted_of
 from flame_composer.use.task_data import TaskData
 
 HEAD = ("benchmark", "metric", "score", "stderr", "chance", "shots")
@@ -40,21 +39,21 @@ def load(config: EvaluateConfig) -> Asked:
     cpu.enable()
     names = list(dict.fromkeys([*tasks_of(config.suite), *config.tasks]))
     data = None if config.data_root is None else TaskData(config.data_root)
-    examples = None
-    if STEREOSET in names:
-        examples = read_examples(data, config.task_limit)
-        names.remove(STEREOSET)
-    if not names:
-        return Asked(None, examples)
-    loaded = tasks.load_tasks(
-        names,
-        config.task_path,
-        num_fewshot=config.num_fewshot,
-        task_code=config.task_code,
-        shots=shots_of(config.suite),
-        data=data,
-    )
-    return Asked(loaded, examples)
+    with_stereoset = STEREOSET in names
+    names = [name for name in names if name != STEREOSET]
+    if data is not None and with_stereoset and names:
+        data.also = wanted_of(data)
+    loaded = None
+    if names:
+        loaded = tasks.load_tasks(
+            names,
+            config.task_path,
+            num_fewshot=config.num_fewshot,
+            task_code=config.task_code,
+            shots=shots_of(config.suite),
+            data=data,
+        )
+    return Asked(loaded, read_examples(data, config.task_limit) if with_stereoset else None)
 
 
 def build_adapter(
@@ -73,7 +72,7 @@ def build_adapter(
         reader = begin_as_in_training(
             tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
         )
-    placed: torch.nn.Module = to_device(model)
+    placed: Any = to_device(model)
     adapter = harness.HarnessModel(
         placed.eval(),
         reader,

@@ -45,17 +45,18 @@ def read_examples(data: TaskData | None, limit: int | None) -> list[Example]:
     """
     if data is None:
         return _from_hub(limit)
-    for place in RELEASED:
-        path = os.path.join(data.root, place)
-        if is_file(path):
-            return _from_released(path, limit)
-    splits = {kind: Split(DATASET, kind, SPLIT) for kind in KINDS}
-    try:
-        data.find(splits.values())
-    except ConfigError as error:
-        raise ConfigError(f"{error}; or put the authors' dev.json at {path}") from None
+    released = _released_in(data.root)
+    if released is not None:
+        return _from_released(released, limit)
+    splits = wanted_of(data)
+    if not data.files.keys() >= set(splits):
+        try:
+            data.find(splits)
+        except ConfigError as error:
+            place = os.path.join(data.root, RELEASED[-1])
+            raise ConfigError(f"{error}; or put the authors' dev.json at {place}") from None
     examples = []
-    for kind, split in splits.items():
+    for kind, split in zip(KINDS, splits, strict=True):
         of_kind: list[Example] = []
         for path in data.files[split]:
             for place, row in rows_of(path):
@@ -64,6 +65,19 @@ def read_examples(data: TaskData | None, limit: int | None) -> list[Example]:
             raise DataError(f"{data.files[split][0]}: has no rows; copy it again")
         examples += of_kind[:limit]
     return examples
+
+
+def wanted_of(data: TaskData) -> list[Split]:
+    """Return the splits that are read from `data`: none if it has the authors' file."""
+    if _released_in(data.root) is not None:
+        return []
+    return [Split(DATASET, kind, SPLIT) for kind in KINDS]
+
+
+def _released_in(root: str) -> str | None:
+    """Return the path of the authors' file, or None if it is not there."""
+    places = (os.path.join(root, place) for place in RELEASED)
+    return next((place for place in places if is_file(place)), None)
 
 
 def _from_hub(limit: int | None) -> list[Example]:

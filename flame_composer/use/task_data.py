@@ -69,15 +69,16 @@ class TaskData:
         """Take files from the folder `root`."""
         self.root = root
         self.files: dict[Split, list[str]] = {}
+        self.also: list[Split] = []  # what is looked for with the next splits
 
     def find(self, wanted: Iterable[Split]) -> None:
-        """Find the files of all these splits, of which `load` then reads some.
+        """Find the files of all these splits, and of those in `also`; `load` then reads some.
 
         Raise ConfigError if any are missing, which it names all, or if it is not clear which ones
         are meant.
         """
         missing = []
-        for split in dict.fromkeys(wanted):
+        for split in dict.fromkeys([*wanted, *self.also]):
             self.files[split] = _files_of(self.root, split)
             if not self.files[split]:
                 missing.append(split)
@@ -244,7 +245,7 @@ def _as_card_says(folder: str, name: str | None, which: str) -> list[list[str]]:
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return []
     listed = content.get("configs") if isinstance(content, dict) else None
-    patterns = []
+    patterns: list[Any] = []
     for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, dict) and entry.get("config_name") == (name or "default"):
             splits = entry.get("data_files")

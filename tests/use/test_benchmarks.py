@@ -260,6 +260,19 @@ def test_all_that_is_missing_is_named_before_there_is_a_model(tmp_path: Path) ->
         assert place in line
 
 
+def test_what_is_missing_of_stereoset_is_named_with_the_rest(tmp_path: Path) -> None:
+    from flame_composer.use import benchmarks
+
+    config = load(EvaluateConfig, ["model=m", "suite=bias", f"data_root={tmp_path}"])
+    with pytest.raises(ConfigError) as caught:
+        benchmarks.load(config)
+    assert (
+        "4 files missing, in it: oskarvanderwal/bbq/All/test.jsonl;"
+        " jannalu/crows_pairs_multilingual/english/test.jsonl;"
+        " McGill-NLP/stereoset/{intrasentence,intersentence}/validation.jsonl"
+    ) in str(caught.value)
+
+
 def test_some_that_are_missing(root: Path, tmp_path: Path) -> None:
     from flame_composer.use.task_data import TaskData
 
