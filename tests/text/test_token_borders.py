@@ -102,6 +102,26 @@ def test_the_documents_that_eos_ends(
         assert read(path, "csv", known, max_bytes) == read(path, "eos", known)
 
 
+def test_many_files_are_in_their_order(tmp_path: Path) -> None:
+    """They are looked at many at a time, and the first one that is wrong is named."""
+    paths = [
+        str(write_bordered(tmp_path / f"{number}.npy", [[5, 10 + number]] * 2000))
+        for number in range(20)
+    ]
+    parts = slice_tokens(paths, KNOWN, 2000, "csv")
+    assert [part.path for part in parts[:: len(parts) // 20]] == paths
+    tokens = [
+        document.tokens.tolist()
+        for part in parts
+        for document in read_tokens(part, KNOWN, fail, 1 << 20)
+    ]
+    assert tokens == [[5, 10 + number] for number in range(20) for _ in range(2000)]
+    for number in (7, 13):
+        write_borders(Path(paths[number]), "0,9\n")
+    with pytest.raises(DataError, match=r"/7\.csv\.gz: row 1: is the last one and ends at token 9"):
+        slice_tokens(paths, KNOWN, 2000, "csv")
+
+
 def test_documents_need_no_eos(tmp_path: Path) -> None:
     """Nor is an eos within one its end, and one may have no tokens."""
     documents = [[5, 6], [7, EOS, 8], [], [EOS], [9, 9, EOS], list(range(10, 60))]
