@@ -83,6 +83,7 @@ def _run(
     read: Callable[[type[C], list[str]], C] | None = None,
 ) -> int:
     clean_streams()
+    _told.clear()
     status = _answer(main, cls, script, argv, read)
     if (lost := flush_streams()) is None or status:
         return status
@@ -112,7 +113,6 @@ def _answer(
         print(help_text(cls, script))
         return 0
     config = None
-    _told.clear()
     _name_user()
     listen_to_signals()
     processes.end_with_launcher()

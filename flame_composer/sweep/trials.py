@@ -61,7 +61,7 @@ def arguments(config: SweepConfig, trial: Trial) -> list[str]:
     if config.save_folder is None:
         saved = "null"
     elif "://" in config.save_folder:
-        saved = f"{config.save_folder.rstrip('/')}/{trial.name}"
+        saved = f"{config.save_folder.rstrip('/')}/{run_name(config, trial.name)}"
     else:
         saved = str(folder / "checkpoints")
     return [

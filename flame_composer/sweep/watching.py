@@ -69,7 +69,7 @@ def _pruned(
     if config.prune is None or not rows:
         return None
     own = trials.evaluations(rows)
-    own.pop(rows[-1].get("total_steps"), None)
+    own.pop(rows[-1].get("total_steps", -1), None)
     step = pruned_at(own, others, warmup=config.prune_warmup, needed=config.prune_trials)
     if step is None:
         return None

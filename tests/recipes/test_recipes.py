@@ -595,9 +595,8 @@ def test_every_command_of_ablations(small: Small) -> None:
     """Its trials are forked (tests/sweep/warm.py), and those of the search are fewer."""
     page = (ROOT / "docs/ablations.md").read_text()
     commands = commands_in(page)
-    assert shlex.split((ROOT / "README.md").read_text().split("### Compare configurations")[1])[
-        1:6
-    ] == ["python", "recipes/sweep.py", *commands[0][2:5]]
+    section = (ROOT / "README.md").read_text().split("### Compare configurations")[1]
+    assert shlex.split(section.split("```")[1]) == commands[0]
     ends = []
     for program, script, *words in commands:
         if program == "pip":
@@ -614,7 +613,7 @@ def test_every_command_of_ablations(small: Small) -> None:
         )
         ends.append(json.loads(check(process).stdout.splitlines()[-1]))
     assert [end["num_trials"] for end in ends] == [6, 3, 4]
-    assert ends[2]["pruned"] == 1
+    assert ends[2]["pruned"] in (1, 2)  # that of 1e-5, and perhaps that of 1e-3
     layout = page.split("runs/sweeps/gla_tiny/\n")[1].split("```")[0]
     for name in re.findall(r"[\w.-]+\.(?:json|html|txt)", layout):
         assert list((small.folder / "runs/sweeps/gla_tiny").rglob(name)), name

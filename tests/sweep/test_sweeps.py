@@ -27,6 +27,7 @@ from flame_composer.errors import ConfigError
 from flame_composer.sweep import record, search
 from flame_composer.sweep.driving import Sweep
 from flame_composer.sweep.trials import Result, Trial, folder_of, write_result
+from flame_composer.sweep.trials import arguments as arguments_for
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
 WARM = "tests/sweep/warm.py"
@@ -481,6 +482,21 @@ def test_keys_of_the_sweep_are_not_the_runs(tmp_path: Path) -> None:
         read_sweep(SweepConfig, [str(file), "seed=[1,2]"])
     process = run_script("recipes/train.py", "yamls/gla_tiny.yaml", "seed=[1,2]")
     assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "saved"),
+    [
+        ("s3://bucket/runs/", "s3://bucket/runs/s-seed_1"),
+        ("null", "null"),
+        ("runs/mine", "some/s/seed_1/checkpoints"),
+    ],
+)
+def test_where_a_trial_saves(given: str, saved: str) -> None:
+    config = read("seed=[1,2]", "sweep_folder=some/s", f"save_folder={given}")
+    arguments = arguments_for(config, Trial.of(config, 0, ("1",)))
+    assert arguments[-2] == f"save_folder={saved}"
+    assert "run_name=s-seed_1" in arguments
 
 
 @pytest.mark.parametrize(

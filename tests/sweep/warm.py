@@ -63,7 +63,8 @@ def start_forked(command: Sequence[str], out: BinaryIO, err: BinaryIO) -> Forked
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         _parents.extend((sys.stdout, sys.stderr))  # which close 1 and 2 when they are collected
-        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+        sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
         sys.argv = list(command[1:])
         runpy.run_path(command[1], run_name="__main__")
         status = 0
