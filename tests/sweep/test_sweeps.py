@@ -339,16 +339,16 @@ def test_a_trial_of_the_same_values_is_not_trained_again(corpus: Corpus, tmp_pat
 def test_a_bad_trial_is_pruned(corpus: Corpus, tmp_path: Path) -> None:
     """It is stopped some steps after the evaluation that decides, which alone is its result."""
     folder = tmp_path / "pruned"
-    axes = ("optimizer.lr=[1e-2,2e-2,1e-5]", "max_duration=300ba", "eval_interval=20ba")
+    axes = ("optimizer.lr=[1e-2,2e-2,1e-5]", "max_duration=150ba", "eval_interval=10ba")
     rule = ("prune=median", "prune_trials=2", "prune_warmup=2", "save_interval=500ba")
     process = check(run(corpus, folder, *axes, *rule))
     trials = results_of(folder)
     assert [trial["state"] for trial in trials] == ["finished", "finished", "pruned"]
     rows = read_log(folder / "lr_1e-05")
-    at_60 = next(row for row in rows if row["current_steps"] == 60)
-    assert (trials[2]["step"], trials[2]["metric"]) == (60, at_60["eval_loss"])
-    assert len(rows) < 300
-    assert "pruned after step 60: eval loss" in process.stdout
+    at_30 = next(row for row in rows if row["current_steps"] == 30)
+    assert (trials[2]["step"], trials[2]["metric"]) == (30, at_30["eval_loss"])
+    assert len(rows) < 150
+    assert "pruned after step 30: eval loss" in process.stdout
     assert json.loads(process.stdout.splitlines()[-1])["pruned"] == 1
     again = check(run(corpus, folder, *axes, *rule))
     assert results_of(folder) == trials
