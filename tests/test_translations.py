@@ -18,6 +18,7 @@ from tests.pages import PAGES, ROOT, Block, anchors_of, blocks_of, is_heading
 
 TRANSLATIONS = [path for path in PAGES if path.name.endswith(".zh.md")]
 CJK, CLOSED = r"\u4e00-\u9fff", "，。、；：？！（）“”"
+UNTRANSLATED = "this is not translated"  # unless it is a quotation
 # The word for each thing, and those that others have for it
 TERMS = {
     "token": ("词元", "令牌", "词符"),
@@ -193,10 +194,11 @@ def faults_of(block: Block) -> Iterator[str]:
         (rf"[{CJK}`)][,;:!?]|[{CJK}]\.|[{CJK}]\(|\)[{CJK}]", "Chinese has full-width punctuation"),
         (rf"[{CLOSED}] | [{CLOSED}]", "no space beside full-width punctuation"),
         (r"\*", "emphasis that is not read as such: put punctuation outside of the asterisks"),
-        (r"[A-Za-z]+(?:['’,]?[ ,]+[A-Za-z]+){4,}", "this is not translated"),
+        (r"[A-Za-z]+(?:['’,]?[ ,]+[A-Za-z]+){4,}", UNTRANSLATED),
     ):
-        if match := re.search(pattern, text):
-            yield f"{rule}: {text[max(0, match.start() - 15) : match.end() + 15]!r}"
+        said = re.sub("“[^”]*”", "“”", text) if rule == UNTRANSLATED else text
+        if match := re.search(pattern, said):
+            yield f"{rule}: {said[max(0, match.start() - 15) : match.end() + 15]!r}"
     for term, others in TERMS.items():
         for other in others:
             if re.search(rf"(?<![A-Za-z_-]){other}s?(?![A-Za-z_-])", text, re.IGNORECASE):
