@@ -179,8 +179,7 @@ def translated(link: str, path: Path) -> str:
     if not anchor:
         return new
     anchors, others = (anchors_of(each.read_text(encoding="utf-8")) for each in (chinese, page))
-    place = others.index(anchor)
-    return f"{new}#{anchors[place] if place < len(anchors) else anchor}"
+    return f"{new}#{dict(zip(others, anchors, strict=False)).get(anchor, anchor)}"
 
 
 def faults_of(block: Block) -> Iterator[str]:
