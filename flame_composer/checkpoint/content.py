@@ -36,13 +36,13 @@ from flame_composer.checkpoint.parts import (
     parts_of,
     shapes_of,
 )
-from flame_composer.config.sections import OptimizerConfig
+from flame_composer.config.sections import KINDS, OptimizerConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, one_line
 from flame_composer.model.base import Base
 from flame_composer.model.build import build_or_load
 from flame_composer.model.lora import add_adapters, build_adapter, trained_names
-from flame_composer.model.optimizer import CLASS_NAMES, decay_of, settings_of
+from flame_composer.model.optimizer import CLASS_NAMES, decay_of, kinds_of, settings_of
 
 _CLOCK = (
     "epoch",
@@ -105,25 +105,24 @@ def needed_by(
     state = model.state_dict()
     held = state.keys() if adapter is None else trained_names(model)
     weights = {prefix + name: tuple(state[name].shape) for name in state if name in held}
+    kinds = kinds_of(model)
+    settings = {kind: _settings(config.optimizer, kind) for kind in KINDS}
     return Needed(
         weights,
         [tuple(each) for each in names.values()],
         CLASS_NAMES[config.optimizer.name],
-        _settings(config.optimizer),
-        settings_of(config.optimizer, but=_settings(config.optimizer)[True]),
+        {prefix + name: settings[kind] for name, kind in kinds.items()},
+        settings_of(config.optimizer, but=settings["matrices"]),
         config.on_nan == "skip" or config.precision == "amp_fp16",
         config.allow_data_change,
         None if adapter is None else adapter.as_plain(),
     )
 
 
-def _settings(config: OptimizerConfig) -> dict[bool, dict[str, Any]]:
-    """Return the settings of the optimizer's parameter groups: matrices (True) and others."""
+def _settings(config: OptimizerConfig, kind: str) -> dict[str, Any]:
+    """Return the settings of the optimizer's group of parameters of a kind (`kinds_of`)."""
     common = {"betas": tuple(config.betas), "eps": config.eps, "amsgrad": False, "maximize": False}
-    return {
-        is_matrix: {**common, "weight_decay": decay_of(config, is_matrix=is_matrix)}
-        for is_matrix in (True, False)
-    }
+    return {**common, "weight_decay": decay_of(config, kind)}
 
 
 def check_content(content: Any, place: str, *, step: int | None, needed: Needed | None) -> None:
@@ -344,6 +343,14 @@ def _check_callbacks(content: dict[str, Any]) -> None:
     callbacks = content["state"]["callbacks"]
     for name, kind in _MADE_FROM.items():
         part_at(callbacks["Schedule"]["made_from"], kind, name)
+    # Absent from checkpoints up to 2026-11-29
+    if callbacks["Schedule"]["made_from"].get("scheduler.t_max") is not None:
+        part_at(callbacks["Schedule"]["made_from"], int, "scheduler.t_max")
+    if "SameLoss" in callbacks:
+        part_at(callbacks["SameLoss"], dict, "settings")
+    if "LeftOut" in callbacks:
+        for name in ("left_out", "seen"):
+            part_at(callbacks["LeftOut"], int, name)
     step, num_used = (
         content["state"]["timestamp"]["Timestamp"]["batch"],
         callbacks["Schedule"]["num_used"],

@@ -129,14 +129,17 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
     for name in part_at(group, list, "params"):
         if name not in shapes:
             raise Lack(f"its {path} name {str(name)[:100]!a}, which it has no weights of")
-        for setting, value in needed.settings[len(shapes[name]) >= 2].items():
+        if name not in needed.settings:
+            raise Lack(f"its {path} name {name!a}, which is not trained")
+        for setting, value in needed.settings[name].items():
             if setting not in group and value is not False:
                 raise Lack(f"its {path} have no {setting}")
             found = group.get(setting, False)
             if (tuple(found) if isinstance(found, list) else found) != value:
+                keys = " (optimizer.weight_decay, optimizer.decay)" * (setting == "weight_decay")
                 raise Other(
                     f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
-                    f" {setting}={value}"
+                    f" {setting}={value}{keys}"
                 )
     for setting, value in needed.kinds.items():
         if setting in group and not _is_like(group[setting], value, is_free=setting in _FREE):

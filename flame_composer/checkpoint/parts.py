@@ -20,10 +20,10 @@ class Needed(NamedTuple):
 
     `weights` holds the shapes of the weights by name, and `optimizer` the class name of the
     optimizer. Each entry of `trained` is the names of one trained weight: one with several names (a
-    tied embedding) has its optimizer state under one of them. `settings` holds the settings that
-    the optimizer's parameter groups must have, of matrices under True and of other parameters under
-    False, because settings in a checkpoint would replace the run's own. `kinds` holds the groups'
-    other settings, as examples of their types.
+    tied embedding) has its optimizer state under one of them. `settings` holds, by a parameter's
+    name, the settings that the optimizer's group of it must have, because settings in a checkpoint
+    would replace the run's own. `kinds` holds the groups' other settings, as examples of their
+    types.
 
     `adapter` describes the run's adapter (`model.lora.Adapter.as_plain`); None if it trains whole
     weights.
@@ -35,7 +35,7 @@ class Needed(NamedTuple):
     weights: Shapes
     trained: Sequence[tuple[str, ...]]
     optimizer: str
-    settings: Mapping[bool, Mapping[str, Any]]
+    settings: Mapping[str, Mapping[str, Any]]
     kinds: Mapping[str, Any]
     skips_steps: bool
     other_order: bool

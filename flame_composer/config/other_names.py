@@ -1,7 +1,7 @@
 """Other trainers' names for our keys, and the remedy that an unknown-key error then gives.
 
-The trainers are flame, torchtitan, LLM Foundry, Composer and Hugging Face's. Names that are spelled
-almost like ours are found without this table. A name is looked up with its section first
+The trainers are flame, torchtitan, LLM Foundry, Composer, Hugging Face's and OLMo's. Names that are
+spelled almost like ours are found without this table. A name is looked up with its section first
 (`model.name`), then without it (`seq_len` for `training.seq_len`).
 """
 
@@ -70,6 +70,7 @@ TRAINING = _remedies(
             " init_from"
         ),
         "on_nan": "skip_nan_inf",
+        "optimizer.decay": "decay_norm_and_bias decay_embeddings no_decay_norm_and_bias",
         "optimizer.betas": "beta1 beta2 adam_beta1 adam_beta2",
         "optimizer.eps": "adam_epsilon epsilon",
         "optimizer.grad_clip_norm": (
@@ -86,6 +87,10 @@ TRAINING = _remedies(
         "parallelism.fsdp.replicas": "data_parallel_replicate_degree dp_replicate num_replicas",
         "parallelism.fsdp.sharding_strategy": "fsdp_reshard_after_forward reshard_after_forward",
         "precision": "bf16 fp16 dtype",
+        "repetition_filter": "instance_filter instance_filter_config",
+        "repetition_filter.max_count": "repetition_max_count",
+        "repetition_filter.max_period": "repetition_max_period",
+        "repetition_filter.min_period": "repetition_min_period",
         "run_name or model.config.model_type": "type",
         "run_name, or train_data.local for data": "name",
         "run_name, save_folder or log_folder": "path dump_folder output_dir",
@@ -98,6 +103,7 @@ TRAINING = _remedies(
         "scheduler.decay": "decay_ratio",
         "scheduler.min_lr_ratio": "lr_min min_lr alpha_f eta_min",
         "scheduler.name": "decay_type lr_scheduler_type lr_schedule optimizer.scheduler",
+        "scheduler.t_max": "T_max",
         "scheduler.warmup": "warmup_steps t_warmup num_warmup_steps warmup_ratio",
         "seed": "global_seed random_seed",
         "stall_timeout": "train_timeout_seconds dist_timeout ddp_timeout",

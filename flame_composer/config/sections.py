@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from flame_composer.config.fields import nearest
 from flame_composer.config.rules import require, require_duration, require_text
 
 MOST_RANK = 65536  # no layer has more inputs or outputs that a rank could be of use for
+KINDS = ("matrices", "embeddings", "vectors")  # of parameters; see model/optimizer.py
 MAX_SECONDS = 1e8  # three years; torch takes no timeout of some hundred years
 
 
@@ -145,7 +147,12 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Term added to the denominator of an update, for numerical stability."""
     weight_decay: float = 0.01
-    """Weight decay of matrices and embeddings; norms and biases are never decayed."""
+    """Weight decay of the kinds of parameters in `decay`; all others have none."""
+    decay: list[str] = field(default_factory=lambda: ["matrices", "embeddings"])
+    """Kinds of parameters that are decayed. embeddings: those of the input, also where the output
+    layer shares them. matrices: all else of two or more dimensions. vectors: norms, biases and the
+    like. OLMo 2 decays [matrices,vectors].
+    """
     grad_clip_norm: float | None = 1.0
     """Largest global norm of the gradient, to which it is clipped; null for no clipping."""
 
@@ -154,11 +161,21 @@ class OptimizerConfig:
         require(all(0 <= beta < 1 for beta in self.betas), "betas", "must both be in [0, 1)")
         require(0 < self.eps < math.inf, "eps", "must be more than 0, and finite")
         require(0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite")
+        self._check_decay()
         require(
             self.grad_clip_norm is None or 0 < self.grad_clip_norm < math.inf,
             "grad_clip_norm",
             "must be more than 0 and finite, or null",
         )
+
+    def _check_decay(self) -> None:
+        allowed = ", ".join(KINDS)
+        for kind in self.decay:
+            close = nearest(kind, list(KINDS))
+            require(kind in KINDS, "decay", f"must name only {allowed}, not {kind!r}{close}")
+        rule = f"must name one of {allowed}; to decay nothing, set optimizer.weight_decay=0"
+        require(len(self.decay) > 0, "decay", rule)
+        require(len(set(self.decay)) == len(self.decay), "decay", "must not name a kind twice")
 
 
 @dataclass
@@ -178,14 +195,71 @@ class SchedulerConfig:
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
     """Shape of the decay of wsd."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end of the run, as a fraction of optimizer.lr; it does not apply to
-    constant.
+    """Learning rate at the end of the run (or at t_max), as a fraction of optimizer.lr; it does not
+    apply to constant.
+    """
+    t_max: str | None = None
+    """Length at which cosine or linear would reach min_lr_ratio, in ba, tok, sp or ep, if the run
+    is to end earlier on the way; max_duration if not set. OLMo 2 trains on 4T tokens of a cosine
+    of 5T.
     """
 
     def validate(self) -> None:
         require_duration(self.decay, "decay", fraction=True, zero=True)
         require_duration(self.warmup, "warmup", fraction=True, zero=True)
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "must be in [0, 1]")
+        if self.t_max is not None:
+            has_end = self.name in ("cosine", "linear")
+            rule = "must be null with constant and wsd; only cosine and linear can end beyond a run"
+            require(has_end, "t_max", rule)
+            require_duration(self.t_max, "t_max")
+
+    def check_lengths(
+        self, max_duration: str, total: int, warmup: int, decay: int | None, t_max: int | None
+    ) -> None:
+        """Raise InvalidField unless the parts of the schedule fit a run of `total` batches.
+
+        All lengths are in global batches; `decay` and `t_max` may be unknown. `max_duration` is the
+        length of the run as it was given.
+        """
+        require(
+            warmup <= total,
+            "scheduler.warmup",
+            f"must not be longer than the run: {warmup} batches of {total}"
+            f" (max_duration={max_duration})",
+        )
+        require(
+            self.name != "wsd" or decay is None or warmup + decay <= total,
+            "scheduler.decay",
+            f"must leave room for the warmup: {decay} and {warmup} batches of {total}",
+        )
+        require(
+            t_max is None or t_max >= total,
+            "scheduler.t_max",
+            f"must not end before the run: {t_max} batches of {total}"
+            f" (max_duration={max_duration})",
+        )
+
+
+@dataclass
+class RepetitionConfig:
+    """The rule by which rows that repeat themselves are left out of the loss."""
+
+    min_period: int = 1
+    """Smallest number of tokens in a sequence that is repeated."""
+    max_period: int = 13
+    """Largest number of tokens in a sequence that is repeated."""
+    max_count: int = 32
+    """Number of times in a row at which a sequence is too much: a row that has one so often, or
+    more often, is left out.
+    """
+
+    def validate(self) -> None:
+        require(self.min_period > 0, "min_period", "must be 1 token or more")
+        rule = f"must be min_period ({self.min_period}) or more"
+        require(self.max_period >= self.min_period, "max_period", rule)
+        rule = "must be 2 or more: a sequence that occurs once is not repeated"
+        require(self.max_count > 1, "max_count", rule)
 
 
 @dataclass

@@ -32,6 +32,7 @@ from flame_composer.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
+    RepetitionConfig,
     SchedulerConfig,
     SpikeConfig,
     WandbConfig,
@@ -43,7 +44,10 @@ MAX_WANDB_ID_BYTES = 200  # W&B's folder names are longer than the ids of their 
 
 
 class RunPlan(NamedTuple):
-    """The durations of a run in global batches; saving may go by seconds instead."""
+    """The durations of a run in global batches; saving may go by seconds instead.
+
+    `t_max` is where the learning rate would end, None if that is the end of the run.
+    """
 
     total: int
     per_epoch: int
@@ -52,6 +56,7 @@ class RunPlan(NamedTuple):
     eval_interval: int
     save_batches: int | None
     save_seconds: int | None
+    t_max: int | None = None
 
 
 @dataclass
@@ -110,6 +115,10 @@ class TrainConfig(ScriptConfig):
     """Weight of log(Z)^2 in the training loss, where Z normalizes the softmax, which keeps logits
     from drifting; OLMo 2 has 1e-5. It is part of the loss that is logged, except in evaluation.
     """
+    repetition_filter: RepetitionConfig | None = None
+    """Leave rows that repeat themselves out of the loss, as OLMo 2 does ({} for its numbers); none
+    are if not set. Evaluation counts them.
+    """
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -160,8 +169,8 @@ class TrainConfig(ScriptConfig):
     """Resume from a checkpoint even if the data or its order has changed since the run began."""
     allow_schedule_change: bool = False
     """Resume from a checkpoint even if, with this configuration, steps already taken would have had
-    another learning rate, or an algorithm that depends on the length of the run would be at
-    another point.
+    another learning rate or another loss (z_loss, repetition_filter), or an algorithm that depends
+    on the length of the run would be at another point.
     """
     log_folder: str = "runs/${run_name}"
     """Folder for train_log.jsonl, which has a row for every step, and for the resolved config."""
@@ -189,7 +198,8 @@ class TrainConfig(ScriptConfig):
         warmup = self.in_batches(self.scheduler.warmup, None, run_batches)
         if run_batches is not None and warmup is not None:
             decay = self.in_batches(self.scheduler.decay, None, run_batches)
-            self._check_schedule(run_batches, warmup, decay)
+            t_max = self.in_batches(self.scheduler.t_max, None)
+            self.scheduler.check_lengths(self.max_duration, run_batches, warmup, decay, t_max)
 
     def _check_names(self) -> None:
         is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.run_name) is not None
@@ -217,6 +227,11 @@ class TrainConfig(ScriptConfig):
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
         is_weight = 0 <= self.z_loss < math.inf
         require(is_weight, "z_loss", "must be 0 or more, and finite; OLMo 2 has 1e-5")
+        if self.repetition_filter is not None:
+            least = self.repetition_filter.min_period * self.repetition_filter.max_count
+            rule = f"leaves nothing out: {least} tokens or more that repeat do not fit into a row"
+            fits = least <= self.context_length
+            require(fits, "repetition_filter", f"{rule} of context_length={self.context_length}")
         rule = "must be a local folder (save_folder and data can be remote)"
         require("://" not in self.log_folder, "log_folder", rule)
         keep = self.save_num_checkpoints_to_keep
@@ -263,19 +278,6 @@ class TrainConfig(ScriptConfig):
             trained_on = [self.train_data, *self.train_data.streams.values()]
             is_other = self.eval_data.address not in [data.address for data in trained_on]
             require(is_other, "eval_data.local", "must not be a dataset that is trained on")
-
-    def _check_schedule(self, total: int, warmup: int, decay: int | None) -> None:
-        require(
-            warmup <= total,
-            "scheduler.warmup",
-            f"must not be longer than the run: {warmup} batches of {total}"
-            f" (max_duration={self.max_duration})",
-        )
-        require(
-            self.scheduler.name != "wsd" or decay is None or warmup + decay <= total,
-            "scheduler.decay",
-            f"must leave room for the warmup: {decay} and {warmup} batches of {total}",
-        )
 
     def _check_extensions(self) -> None:
         for section, given in (
@@ -341,7 +343,8 @@ class TrainConfig(ScriptConfig):
         assert warmup is not None
         assert decay is not None
         assert eval_interval is not None
-        self._check_schedule(total, warmup, decay)
+        t_max = self.in_batches(self.scheduler.t_max, epoch_batches)
+        self.scheduler.check_lengths(self.max_duration, total, warmup, decay, t_max)
         by_clock = TIME.fullmatch(self.save_interval)
         return RunPlan(
             total,
@@ -353,6 +356,7 @@ class TrainConfig(ScriptConfig):
                 None if by_clock else self.in_batches(self.save_interval, epoch_batches, total)
             ),
             save_seconds=int(by_clock[1]) * SECONDS[by_clock[2]] if by_clock else None,
+            t_max=t_max,
         )
 
     def world_size(self) -> str:
@@ -360,13 +364,15 @@ class TrainConfig(ScriptConfig):
         return os.environ.get("WORLD_SIZE", "1")
 
     def in_batches(
-        self, duration: str, epoch_batches: int | None, run_batches: int | None = None
+        self, duration: str | None, epoch_batches: int | None, run_batches: int | None = None
     ) -> int | None:
         """Return `duration` in global batches, rounded up.
 
-        Return None if `duration` is in epochs and `epoch_batches` is None, or a fraction of the run
-        and `run_batches` is None.
+        Return None if `duration` is None, in epochs and `epoch_batches` is None, or a fraction of
+        the run and `run_batches` is None.
         """
+        if duration is None:
+            return None
         if match := DURATION.fullmatch(duration):
             count, unit = int(match[1]), match[2]
             if unit == "ep":

@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flame_composer.batch import IGNORE, Batch, collate, count_tokens
 from flame_composer.config.data import DataConfig, EvalDataConfig
+from flame_composer.config.sections import RepetitionConfig
 from flame_composer.dataset.open import Dataset
 from flame_composer.errors import ConfigError
 from flame_composer.loader.fetch import Shards
+from flame_composer.loader.repetition import leave_out
 from flame_composer.loader.rows import Rows
 from flame_composer.processes import can_have_processes, end_with_parent
 
@@ -90,10 +92,18 @@ def _receive(arrays: dict[str, NDArray[Any]]) -> Batch:
 
 
 def collate_for_sending(
-    rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool
+    rows: list[dict[str, NDArray[Any]]],
+    *,
+    loss_across_documents: bool,
+    repetition: RepetitionConfig | None,
 ) -> Batch | Sent:
-    """Return the batch that `collate` makes of the rows; in a loader process, ready to be sent."""
+    """Return the batch that `collate` makes of the rows; in a loader process, ready to be sent.
+
+    Rows that repeat themselves have no labels, if `repetition` says what those are.
+    """
     batch = collate(rows, loss_across_documents=loss_across_documents)
+    if repetition is not None:
+        batch = leave_out(batch, repetition)
     return batch if get_worker_info() is None else Sent(batch)
 
 
@@ -138,14 +148,21 @@ def describe_order(
 
 
 def build_train_loader(
-    datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
+    datasets: Mapping[str, Dataset],
+    config: DataConfig,
+    *,
+    global_batch_size: int,
+    seed: int,
+    repetition: RepetitionConfig | None = None,
 ) -> DataSpec:
     """Return a loader of this rank's share of every global batch.
 
-    Rows are shuffled with `shuffle_seed` of the config or, if there is none, with `seed`. Raises
-    ConfigError if the datasets do not hold one global batch, or need a larger cache than
-    `cache_limit`.
+    Rows are shuffled with `shuffle_seed` of the config or, if there is none, with `seed`. Those
+    that repeat themselves are left out of the loss if `repetition` is given. Raises ConfigError if
+    the datasets do not hold one global batch, need a larger cache than `cache_limit`, or hold
+    padding, which `repetition` would take for tokens that repeat.
     """
+    may_be_void = _may_be_void(datasets, repetition)
     batch_size = global_batch_size // dist.get_world_size()
     rows = Rows(
         _shards(datasets, config),
@@ -158,13 +175,7 @@ def build_train_loader(
         predownload=config.predownload,
         batching_method=config.batching_method,
     )
-    if rows.batches_per_epoch == 0:
-        what = "; ".join(dataset.place for dataset in datasets.values())
-        raise ConfigError(
-            f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
-            f"(global_batch_size={global_batch_size}); set a smaller global_batch_size, or give"
-            " more data"
-        )
+    _require_a_batch(rows, datasets, global_batch_size)
     if config.cache_limit is not None:
         rows.limit_cache(
             bytes_to_int(config.cache_limit),
@@ -173,7 +184,9 @@ def build_train_loader(
         )
     num_workers = loader_processes(config.num_workers)
     across = config.loss_across_documents
-    collated = functools.partial(collate_for_sending, loss_across_documents=across)
+    collated = functools.partial(
+        collate_for_sending, loss_across_documents=across, repetition=repetition
+    )
     loader = DataLoader(
         rows,
         batch_size=batch_size,
@@ -187,12 +200,36 @@ def build_train_loader(
         # Otherwise every new epoch would draw from the global random state, which the model uses.
         generator=torch.Generator(),
     )
-    has_masks = any(dataset.manifest.has_loss_mask for dataset in datasets.values())
     return DataSpec(
         loader,
         get_num_tokens_in_batch=count_tokens,
-        split_batch=split_noting_void if has_masks else None,
+        split_batch=split_noting_void if may_be_void else None,
     )
+
+
+def _require_a_batch(rows: Rows, datasets: Mapping[str, Dataset], global_batch_size: int) -> None:
+    """Raise ConfigError if the datasets do not hold one global batch."""
+    if rows.batches_per_epoch == 0:
+        what = "; ".join(dataset.place for dataset in datasets.values())
+        raise ConfigError(
+            f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
+            f"(global_batch_size={global_batch_size}); set a smaller global_batch_size, or give"
+            " more data"
+        )
+
+
+def _may_be_void(datasets: Mapping[str, Dataset], repetition: RepetitionConfig | None) -> bool:
+    """Return whether there may be batches without a token that carries loss.
+
+    Raises ConfigError if `repetition` is given with examples to tune on.
+    """
+    has_masks = [each.place for each in datasets.values() if each.manifest.has_loss_mask]
+    if has_masks and repetition is not None:
+        raise ConfigError(
+            f"repetition_filter: {has_masks[0]} holds examples to tune on, whose rows are filled up"
+            " with one token that repeats; set repetition_filter=null"
+        )
+    return bool(has_masks) or repetition is not None
 
 
 def _shards(datasets: Mapping[str, Dataset], config: DataConfig) -> list[Shards]:

@@ -56,10 +56,10 @@ from flame_composer.train.kernels import (
     naming_what_differs,
 )
 from flame_composer.train.log import JsonlLog, build_log, every
-from flame_composer.train.mixture import Mixture, build_mixture
+from flame_composer.train.mixture import LeftOut, Mixture, build_left_out, build_mixture
 from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
-from flame_composer.train.resume import RandomState, SameData
+from flame_composer.train.resume import RandomState, SameData, build_same_loss
 from flame_composer.train.tasks import TaskScores, build_tasks
 
 DAY = 86400  # seconds
@@ -69,6 +69,7 @@ DAY = 86400  # seconds
 ORDER: tuple[tuple[type[Callback], type[Callback], str], ...] = (
     (PinnedKernels, JsonlLog, "the choices behind a row are on disk before it"),
     (Mixture, JsonlLog, "a row of the log contains its step's counts of each stream"),
+    (LeftOut, JsonlLog, "a row of the log contains its step's count of rows left out"),
     (TaskScores, JsonlLog, "a row of the log contains its step's scores"),
     (Gradients, JsonlLog, "a row of the log contains its step's gradient norm"),
     (JsonlLog, SaveCheckpoints, "the row of a step is on disk before its checkpoint"),
@@ -200,10 +201,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     )
     adapter = build_adapters(config, hf_model, parts)
     model = wrap(config, hf_model, data.tokenizer, adapter)
-    counters: list[Mixture | TaskScores] = [
-        *build_mixture(data.loader, data.sets),
-        *build_tasks(config, data.plan, hf_model, data.tokenizer, stop),
-    ]
+    counters = build_counters(config, data, hf_model, stop)
     kernels = build_kernels(config, hf_model, resumes=start is not None)
     gradients = build_gradients(config)
     log = build_log(
@@ -286,7 +284,9 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     )
     tokenizer = begin_as_documents(tokenizer, sets, pretrained=config.model.pretrained)
     batches: dict[str, int] = {"global_batch_size": config.global_batch_size, "seed": config.seed}
-    loader = build_train_loader(sets, config.train_data, **batches)
+    loader = build_train_loader(
+        sets, config.train_data, repetition=config.repetition_filter, **batches
+    )
     order = describe_order(sets, config.train_data, **batches)
     rows: Any = loader.dataloader
     return Data(
@@ -319,6 +319,17 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
     ]
 
 
+def build_counters(
+    config: TrainConfig, data: Data, model: PreTrainedModel, stop: Preemption
+) -> list[Mixture | LeftOut | TaskScores]:
+    """Return the callbacks that add to every row of the log, besides the gradients'."""
+    return [
+        *build_mixture(data.loader, data.sets),
+        *build_left_out(config),
+        *build_tasks(config, data.plan, model, data.tokenizer, stop),
+    ]
+
+
 def build_callbacks(
     config: TrainConfig,
     extensions: Extensions,
@@ -334,6 +345,7 @@ def build_callbacks(
         *counters,
         RandomState(),
         SameData(data.order, allow_change=config.allow_data_change),
+        build_same_loss(config),
         build_schedule(config, data.plan, extensions.algorithms),
         gradients,
         *build_watchers(config),

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 ROW = (
     *("current_steps", "total_steps", "loss", "grad_norm", "learning_rate", "epoch", "percentage"),
     *("num_tokens", "throughput", "eval_loss", "eval_perplexity", "tasks", "batch_hash", "streams"),
+    "left_out",
 )
 
 
@@ -48,7 +49,8 @@ class JsonlLog(Callback):
     (of this step), epoch, percentage, num_tokens (seen so far), throughput (tokens per second over
     all devices in this step; null if the clock was set back). Some rows have more: eval_loss and
     eval_perplexity on steps that evaluate, tasks on steps that take scores, batch_hash if asked
-    for, and streams (rows, tokens and share of each) if there are several.
+    for, streams (rows, tokens and share of each) if there are several, and left_out (rows, tokens
+    and share so far) with a repetition_filter.
 
     A row is written before the checkpoint of its step. A restart therefore finds every row up to
     its checkpoint, and drops the later ones, whose steps it takes again.

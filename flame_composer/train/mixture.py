@@ -1,4 +1,4 @@
-"""Rows and tokens that a run on several streams has taken from each of them."""
+"""Rows and tokens that a run has taken from each of its streams, and those it left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
+from flame_composer.config.train import TrainConfig
 from flame_composer.dataset.open import Dataset
+from flame_composer.loader.repetition import LEFT_OUT
 from flame_composer.loader.rows import Rows
 
 
@@ -84,6 +86,50 @@ class Mixture(Callback):
                 for what, value in values.items()
             }
         )
+
+
+class LeftOut(Callback):
+    """A callback that counts the rows that `repetition_filter` left out of the loss.
+
+    It counts those of all ranks. The counts are saved in checkpoints, so they survive restarts. At
+    every step they go to the loggers as left_out/rows, tokens and share, and into the step's row of
+    the log.
+    """
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+        self.left_out = self.seen = 0  # rows so far
+
+    def counts(self) -> dict[str, float]:
+        """Return the rows and tokens left out so far, and their share of all rows."""
+        return {
+            "rows": self.left_out,
+            "tokens": self.left_out * self.context_length,
+            "share": round(self.left_out / max(1, self.seen), 6),
+        }
+
+    def part_of_row(self) -> dict[str, Any]:
+        """Return `left_out`: the rows, tokens and share that were left out of the loss so far."""
+        return {"left_out": self.counts()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left_out": self.left_out, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left_out, self.seen = int(state["left_out"]), int(state["seen"])
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        rows = state.batch[LEFT_OUT].cpu()
+        counts = state.device.tensor_to_device(torch.tensor([int(rows.sum()), len(rows)]))
+        dist.all_reduce(counts)
+        left_out, seen = counts.tolist()
+        self.left_out, self.seen = self.left_out + left_out, self.seen + seen
+        logger.log_metrics({f"left_out/{what}": value for what, value in self.counts().items()})
+
+
+def build_left_out(config: TrainConfig) -> list[LeftOut]:
+    """Return a list of the callback that counts rows left out; empty if none can be."""
+    return [] if config.repetition_filter is None else [LeftOut(config.context_length)]
 
 
 def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> list[Mixture]:

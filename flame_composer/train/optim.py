@@ -20,14 +20,15 @@ def rate_factor(config: SchedulerConfig, batch: int, plan: RunPlan) -> float:
     """Return the learning rate of the batch after `batch` earlier ones, as a fraction of the peak.
 
     It rises linearly from 0 during warmup, then follows the named shape and reaches `min_lr_ratio`
-    at the end of the run; `constant` stays at 1.
+    at the end of the run, or at `t_max`, which may lie beyond it; `constant` stays at 1.
     """
     if batch < plan.warmup:
         return batch / plan.warmup
     is_wsd = config.name == "wsd"
     name = config.decay_shape if is_wsd else config.name
     start = max(plan.warmup, plan.total - plan.decay) if is_wsd else plan.warmup
-    progress = max(0, batch - start) / max(1, plan.total - start)
+    end = plan.total if plan.t_max is None else plan.t_max
+    progress = max(0, batch - start) / max(1, end - start)
     shape = {
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
         "linear": 1 - progress,
@@ -46,7 +47,8 @@ class Schedule(Callback):
     Checkpoints nevertheless record the settings that the rates came from, to compare them on
     resume. A run may continue with other settings only if every step already taken would have had
     the same rate. So a run with a constant rate, or with wsd before its decay, can be made longer.
-    One with a cosine cannot, because each of its rates depends on the length of the run.
+    One with a cosine cannot, because each of its rates depends on the length of the run, unless
+    `scheduler.t_max` gives the cosine a length of its own.
     `going_by_length` holds, by configuration key, the algorithms that depend on that length; their
     effects are compared in the same way.
     """
@@ -83,6 +85,7 @@ class Schedule(Callback):
             "scheduler.decay": self.plan.decay,
             "scheduler.decay_shape": self.config.decay_shape,
             "scheduler.min_lr_ratio": self.config.min_lr_ratio,
+            "scheduler.t_max": self.plan.t_max,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +97,9 @@ class Schedule(Callback):
         It would if a step had had another learning rate, if an algorithm had acted differently on
         it, or if it lay beyond the end of the run.
         """
-        before, now, self.num_used = state["made_from"], self._made_from(), state["num_used"]
+        # Checkpoints up to 2026-11-29 have no t_max.
+        before = {"scheduler.t_max": None, **state["made_from"]}
+        now, self.num_used = self._made_from(), state["num_used"]
         if self.num_used > self.plan.total:
             raise ConfigError(
                 f"max_duration: comes to {self.plan.total}ba, but the checkpoint has already taken"
@@ -119,6 +124,7 @@ class Schedule(Callback):
             total=before["max_duration"],
             warmup=before["scheduler.warmup"],
             decay=before["scheduler.decay"],
+            t_max=before["scheduler.t_max"],
         )
         for batch in range(self.num_used):
             was = before["optimizer.lr"] * rate_factor(config, batch, plan)
@@ -172,8 +178,5 @@ def build_schedule(config: TrainConfig, plan: RunPlan, algorithms: Sequence[Algo
 
 
 def _in_words(key: str, value: Any) -> str:
-    return (
-        f"{value}ba"
-        if key in ("max_duration", "scheduler.warmup", "scheduler.decay")
-        else str(value)
-    )
+    durations = ("max_duration", "scheduler.warmup", "scheduler.decay", "scheduler.t_max")
+    return f"{value}ba" if key in durations and value is not None else str(value)

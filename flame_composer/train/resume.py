@@ -1,13 +1,16 @@
-"""Two callbacks for resumed runs: one restores the random state, one insists on the same data."""
+"""Callbacks for resumed runs: they restore random state, and insist on the same data and loss."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
+from flame_composer.config.sections import RepetitionConfig
+from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError
 from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.text.ends import describe as describe_ends
@@ -73,3 +76,42 @@ class SameData(Callback):
                 f"the checkpoint was trained on documents that {describe_ends(ends)}; "
                 f"now they {describe_ends(self.ends)}"
             )
+
+
+class SameLoss(Callback):
+    """A callback that refuses a checkpoint that was trained on another loss than this run's.
+
+    `settings` are those that decide the loss of a row, by configuration key.
+    """
+
+    def __init__(self, settings: dict[str, Any], *, allow_change: bool):
+        self.settings = settings
+        self.allow_change = allow_change
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ConfigError if a setting is another; checkpoints up to 2026-11-29 have no state."""
+        before = state["settings"]
+        changed = [
+            f"{key} ({before.get(key)} before, {value} now)"
+            for key, value in self.settings.items()
+            if before.get(key) != value
+        ]
+        if changed and not self.allow_change:
+            raise ConfigError(
+                f"the checkpoint was trained on another loss: {', '.join(changed)}; set back what"
+                " changed, start a new run_name, or set allow_schedule_change=true to continue"
+                " anyway"
+            )
+
+
+def build_same_loss(config: TrainConfig) -> SameLoss:
+    """Return the callback that keeps `z_loss` and `repetition_filter` as they are in a run."""
+    repetition = config.repetition_filter
+    settings: dict[str, Any] = {"z_loss": config.z_loss}
+    for field in dataclasses.fields(RepetitionConfig):
+        key = f"repetition_filter.{field.name}"
+        settings[key] = None if repetition is None else getattr(repetition, field.name)
+    return SameLoss(settings, allow_change=config.allow_schedule_change)

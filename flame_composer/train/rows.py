@@ -81,7 +81,9 @@ def keep_rows(
         if row["current_steps"] > last_step:
             continue
         if evaluation is not None and row["current_steps"] == last_step:
-            after = {key: row.pop(key) for key in ("batch_hash", "streams") if key in row}
+            after = {
+                key: row.pop(key) for key in ("batch_hash", "streams", "left_out") if key in row
+            }
             line = json.dumps(row | evaluation | after).encode()
         step = row["current_steps"]
         if step < max_step or (step == max_step and not several):

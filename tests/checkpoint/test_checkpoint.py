@@ -455,6 +455,14 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         put("x", "state", "model", WEIGHT),
         f"its model.{WEIGHT} is not a whole tensor",
     ),
+    "settings of the loss that are text": (
+        put("x", *CALLBACKS, "SameLoss", "settings"),
+        "its settings is a str",
+    ),
+    "a t_max that is text": (
+        put("x", *CALLBACKS, "Schedule", "made_from", "scheduler.t_max"),
+        "its scheduler.t_max is a str",
+    ),
     "no optimizers": (drop("state", "optimizers"), "it has no optimizers"),
     "empty optimizers": (put({}, "state", "optimizers"), "it holds no optimizer's state"),
     "no moments": (

@@ -86,7 +86,8 @@ model:
 train_data: {local: data}
 """
 OPTIMIZER_KEYS = ", ".join(
-    f"optimizer.{name}" for name in ("name", "lr", "betas", "eps", "weight_decay", "grad_clip_norm")
+    f"optimizer.{name}"
+    for name in ("name", "lr", "betas", "eps", "weight_decay", "decay", "grad_clip_norm")
 )
 MODEL_KEYS = "model.config, model.pretrained"
 

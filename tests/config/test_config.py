@@ -66,6 +66,7 @@ from flame_composer.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
+    RepetitionConfig,
     SchedulerConfig,
     SpikeConfig,
     WandbConfig,
@@ -113,6 +114,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     StreamConfig: {"local": "d"},
     OptimizerConfig: {},
     SchedulerConfig: {},
+    RepetitionConfig: {},
     SpikeConfig: {},
     LoraConfig: {},
     FsdpConfig: {},
@@ -618,6 +620,77 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *(
         (TrainConfig, {"z_loss": z}, "z_loss", "must be 0 or more, and finite; OLMo 2 has 1e-5")
         for z in (-1e-5, nan, inf)
+    ),
+    (
+        OptimizerConfig,
+        {"decay": ["matrices", "vector"]},
+        "decay",
+        "must name only matrices, embeddings, vectors, not 'vector'; did you mean vectors?",
+    ),
+    (
+        OptimizerConfig,
+        {"decay": ["biases?"]},
+        "decay",
+        "must name only matrices, embeddings, vectors, not 'biases?'",
+    ),
+    (
+        OptimizerConfig,
+        {"decay": []},
+        "decay",
+        "must name one of matrices, embeddings, vectors; to decay nothing, set"
+        " optimizer.weight_decay=0",
+    ),
+    (
+        OptimizerConfig,
+        {"decay": ["vectors", "vectors"]},
+        "decay",
+        "must not name a kind twice",
+    ),
+    *(
+        (
+            SchedulerConfig,
+            {"name": name, "t_max": "20ba"},
+            "t_max",
+            "must be null with constant and wsd; only cosine and linear can end beyond a run",
+        )
+        for name in ("constant", "wsd")
+    ),
+    *(
+        (SchedulerConfig, {"t_max": duration}, "t_max", WHOLE)
+        for duration in ("", "5e12tok", "1.25dur", "0.5dur", "T")
+    ),
+    (SchedulerConfig, {"t_max": "0ba"}, "t_max", "must be more than 0"),
+    *(
+        (
+            TrainConfig,
+            {"scheduler": SchedulerConfig(t_max=t_max)},
+            "scheduler.t_max",
+            "must not end before the run: 9 batches of 10 (max_duration=10ba)",
+        )
+        for t_max in ("9ba", "72sp")
+    ),
+    (RepetitionConfig, {"min_period": 0}, "min_period", "must be 1 token or more"),
+    (
+        RepetitionConfig,
+        {"max_period": 2, "min_period": 3},
+        "max_period",
+        "must be min_period (3) or more",
+    ),
+    *(
+        (
+            RepetitionConfig,
+            {"max_count": count},
+            "max_count",
+            "must be 2 or more: a sequence that occurs once is not repeated",
+        )
+        for count in (1, 0, -32)
+    ),
+    (
+        TrainConfig,
+        {"context_length": 31, "repetition_filter": RepetitionConfig()},
+        "repetition_filter",
+        "leaves nothing out: 32 tokens or more that repeat do not fit into a row of"
+        " context_length=31",
     ),
     *((LoraConfig, {"rank": rank}, "rank", "must be in [1, 65536]") for rank in (0, -1, 65537)),
     *(
@@ -1590,6 +1663,7 @@ def test_saving_goes_by_batches_or_by_the_clock(interval, batches, seconds):
     [
         ({"warmup": "2ep"}, "scheduler.warmup"),
         ({"warmup": "41ba"}, "scheduler.warmup"),
+        ({"t_max": "39ba"}, "scheduler.t_max"),
         ({"name": "wsd", "warmup": "0.5dur", "decay": "21ba"}, "scheduler.decay"),
     ],
 )
@@ -1663,6 +1737,7 @@ NO_PATHS = {
     "interval",
     "warmup",
     "decay",
+    "t_max",
     "cache_limit",
     "save_bandwidth",
     "project",

@@ -41,6 +41,17 @@ WRONG: dict[str, str] = {
     ),
     "optimizer.beta=[0.9,0.95]": "optimizer.beta: unknown key; did you mean optimizer.betas?",
     "scheduler.min_lr=0.1": "scheduler.min_lr: unknown key; did you mean scheduler.min_lr_ratio?",
+    "scheduler.tmax=20ba": "scheduler.tmax: unknown key; did you mean scheduler.t_max?",
+    "optimizer.decay_embeddings=false": (
+        "optimizer.decay_embeddings: unknown key; did you mean optimizer.decay?"
+    ),
+    "data.instance_filter.repetition_max_count=32": (
+        "data.instance_filter.repetition_max_count: unknown key; did you mean"
+        " repetition_filter.max_count?"
+    ),
+    "repetition_filter.maximum=13": (
+        "repetition_filter.maximum: unknown key; the keys of repetition_filter are "
+    ),
     "scheduler.nme=cosine": "scheduler.nme: unknown key; did you mean scheduler.name?",
     "train_data.remot=s3://b/d": "train_data.remot: unknown key; did you mean train_data.remote?",
     "train_data.streams.web.propotion=1": (
@@ -88,6 +99,18 @@ WRONG: dict[str, str] = {
     "optimizer.lr=-1": "must be more than 0, and finite",
     "optimizer.grad_clip_norm=0": "must be more than 0 and finite, or null",
     "scheduler.min_lr_ratio=2": "must be in [0, 1]",
+    "optimizer.decay=[norms]": (
+        "optimizer.decay=['norms']: must name only matrices, embeddings, vectors, not 'norms'"
+    ),
+    "optimizer.decay=null": "optimizer.decay=null: must be list[str]",
+    "scheduler.t_max=9ba": (
+        "scheduler.t_max=9ba: must not end before the run: 9 batches of 10 (max_duration=10ba)"
+    ),
+    "scheduler.t_max=1.25dur": (
+        "scheduler.t_max=1.25dur: must be a whole number followed by ba, tok, sp or ep"
+    ),
+    "repetition_filter=true": "must hold keys and values; its keys are repetition_filter.min_peri",
+    "repetition_filter.max_count=many": "must be int",
     "context_length=1": "must be 2 tokens or more",
     "train_data.cache_limit=lots": (
         "must be a number of bytes, or one with kb, mb, gb, tb or pb, e.g. 100gb"
@@ -97,6 +120,10 @@ WRONG: dict[str, str] = {
     "scheduler.warmup=11ba": (
         "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"
     ),
+    "scheduler.t_max=20ba scheduler.name=wsd": (
+        "must be null with constant and wsd; only cosine and linear can end beyond a run"
+    ),
+    "repetition_filter.max_period=0": "must be min_period (1) or more",
     "eval_data.local=data": "must not be a dataset that is trained on",
     "train_data.streams.web.local=x": (
         "base.yaml: train_data.local=data: must be null with streams, which each have their own"

@@ -37,7 +37,12 @@ from tests.data_fixtures import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 400
-TINY = {"gla": GLA, "llama": LLAMA}
+TINY = {
+    "gla": GLA,
+    "llama": LLAMA,
+    "olmo": {**LLAMA, "model_type": "olmo", "pad_token_id": None},
+    "olmo2": {**LLAMA, "model_type": "olmo2", "pad_token_id": None},
+}
 
 
 def hf_config(config: dict[str, Any], **changes: Any) -> Any:
