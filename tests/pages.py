@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -50,7 +51,7 @@ def block_of(kind: str, line: int, token: Token) -> Block:
         for child in children
     )
     links = tuple(
-        str(child.attrs["src" if child.type == "image" else "href"])
+        unquote(str(child.attrs["src" if child.type == "image" else "href"]))
         for child in children
         if child.type in ("link_open", "image")
     )
