@@ -4,7 +4,6 @@ run, and settings of the loss that stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +267,10 @@ def test_a_run_is_stopped_and_made_longer_and_its_settings_stay(
 
 def test_a_sharded_run_decays_the_same(corpus: Corpus, olmo: str, tmp_path: Path) -> None:
     sharded = ("parallelism.cpu_fsdp=true", "parallelism.fsdp.state_dict_type=sharded")
-    keys: Callable[..., list[str]] = lambda run, *more: corpus.keys(run, olmo, *RUN, *KEYS, *more)  # noqa: E731
+
+    def keys(run: Path, *more: str) -> list[str]:
+        return corpus.keys(run, olmo, *RUN, *KEYS, *more)
+
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     corpus.train_run(alone, olmo, *RUN, *KEYS, "optimizer.eps=0.01", "max_duration=5ba")
     Ranks(2, *keys(ranks, *sharded, "optimizer.eps=0.01", "max_duration=4ba")).finish()
