@@ -37,9 +37,9 @@ from tests.data_fixtures import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 400
-TINY = {
-    "gla": GLA,
-    "llama": LLAMA,
+TINY = {"gla": GLA, "llama": LLAMA}
+MODELS: dict[str, dict[str, Any]] = {
+    **TINY,
     "olmo": {**LLAMA, "model_type": "olmo", "pad_token_id": None},
     "olmo2": {**LLAMA, "model_type": "olmo2", "pad_token_id": None},
 }
@@ -51,7 +51,9 @@ def hf_config(config: dict[str, Any], **changes: Any) -> Any:
 
 def tiny(name: str, *, varlen: bool = True, **changes: Any) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(build_model(hf_config(TINY[name], **changes)), byte_tokenizer(), varlen=varlen)
+    return CausalLM(
+        build_model(hf_config(MODELS[name], **changes)), byte_tokenizer(), varlen=varlen
+    )
 
 
 def batch_of(doc_lengths: list[list[int]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -313,7 +315,7 @@ def test_offsets_and_positions(rows):
 ROWS = [[5, 1, 20, 6], [32], [1, 31]]
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_document_sees_itself_only(name, batch_size):
     """Whatever is written in one document, the logits of every other are the same, and its own
@@ -340,7 +342,7 @@ def test_a_document_sees_itself_only(name, batch_size):
             assert not torch.isclose(after[inside], before[inside], atol=1e-4).all(dim=-1).any()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_document_alone_has_the_same_logits(name):
     model = tiny(name).eval()
     batch = batch_of(ROWS)
@@ -356,7 +358,7 @@ def test_a_document_alone_has_the_same_logits(name):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 def test_without_varlen_state_runs_across_documents_of_a_row_not_across_rows(name):
     model = tiny(name, varlen=False).eval()
     batch = batch_of([[5, 27], [32]])
@@ -373,7 +375,7 @@ def test_without_varlen_state_runs_across_documents_of_a_row_not_across_rows(nam
 
 
 @pytest.mark.parametrize("varlen", [True, False])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 def test_loss_is_the_cross_entropy_of_the_logits(name, varlen):
     model = tiny(name, varlen=varlen)
     batch = batch_of(ROWS)
@@ -396,7 +398,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(name, varlen):
         )
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 def test_microbatches_give_one_loss_and_gradient(name):
     """Weighted by their tokens, as Composer's Trainer weights them; norm-wise relative error
     below 1e-5.
