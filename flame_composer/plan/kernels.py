@@ -48,6 +48,8 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
         "rtx5090": Gpu(120, 170),
     }
 )
+# How a verdict's error begins if the machine ended the compiler, twice: nothing is known then.
+ENDED_HERE = "the compiler was ended here"
 _SIZES = ("head_dim", "expand_k", "expand_v", "expand_ratio", "num_slots", "state_size")
 
 
@@ -60,7 +62,7 @@ class Checked:
     failures: dict[str, str]
 
     def warnings(self, device: str, hf_config: PretrainedConfig) -> list[str]:
-        """Return a line for each kernel of which no configuration fits, and for each failure."""
+        """Return a line for each kernel of which no configuration is known to fit, and failure."""
         lines: dict[str, str] = {}
         for verdict in self.verdicts:
             if not verdict.fit:
@@ -76,6 +78,12 @@ class Checked:
     def _misfit(self, verdict: Verdict, device: str, hf_config: PretrainedConfig) -> str:
         there = f"{device} (sm_{self.gpu.capability})"
         where = f"{verdict.kernel} ({', '.join(verdict.uses)})"
+        unknown = [error for error in verdict.errors if error.startswith(ENDED_HERE)]
+        if unknown:
+            return (
+                f"whether {where} fits {there} is not known: {unknown[0]}; plan again when more"
+                " memory is free, or give kernels=none"
+            )
         if verdict.least is None:
             reason = max(verdict.errors, key=lambda error: verdict.errors[error])
             if self.gpu.capability == 120:

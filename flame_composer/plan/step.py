@@ -151,6 +151,9 @@ def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes)
     tokenizer: Any = None  # it is not asked for anything
     inner = build_inner(config, hf_config, fakes)
     model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss)
+    if config.lora is not None:
+        # Blocks that `recomputing_of_fakes` recomputes have gradients only if their input has one.
+        inner.enable_input_require_grads()
     recompute_blocks(model, config.parallelism)
     model.train()
     if is_sharded(config):

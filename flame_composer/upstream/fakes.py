@@ -67,7 +67,7 @@ def fakes_as_on_gpus() -> Iterator[None]:
     """
 
     def address(tensor: Tensor) -> int:
-        return tensor.storage_offset() * tensor.element_size()
+        return int(tensor.storage_offset()) * tensor.element_size()
 
     with (
         patch.object(FakeTensor, "data_ptr", address),

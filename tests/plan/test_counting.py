@@ -6,16 +6,18 @@ allocation and release of a tensor.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
-from flame_composer.plan.counting import CannotCount, counting
+from flame_composer.plan.child import CannotCount, child_for
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.fitting import estimate, largest_microbatch
 from flame_composer.plan.memory import read_size
@@ -50,12 +52,13 @@ with open(out, "w") as file:
 
 @pytest.fixture(scope="module")
 def counted() -> Iterator[Counted]:
-    """A function that counts a step of a recipe, in one process for all tests of this module."""
-    with counting() as counter:
+    """A function that counts a step of a recipe, in one process a device for this module."""
+    with ExitStack() as stack:
+        child = functools.cache(lambda device: stack.enter_context(child_for(device)))
 
         def count(name: str, rows: int, *keys: str) -> Memory:
             config = config_of(name, *keys)
-            return counter(config, find_hf_config(config, None), rows)
+            return child(config.device).count(config, find_hf_config(config, None), rows)
 
         yield count
 
@@ -179,8 +182,8 @@ def test_a_model_that_cannot_be_counted_is_estimated() -> None:
     hf_config = find_hf_config(config, None)
     size = read_size(hf_config)
 
-    with counting() as counter:
-        plan, reason = count_and_draw_up(config, hf_config, size, None, counter)
+    with child_for(config.device) as child:
+        plan, reason = count_and_draw_up(config, hf_config, size, None, child.count)
     assert reason is not None
     assert "what a model of fla offloads cannot be told" in reason
     assert plan.memory == estimate(config, size)(plan.microbatch_size)
@@ -205,12 +208,19 @@ def test_a_count_that_fails_on_the_way_is_an_estimate() -> None:
     assert plan.largest_microbatch_size == largest_microbatch(config, estimated)
 
 
-def test_a_process_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flame_composer.plan.counting.COMMAND", "raise SystemExit('no torch')")
+def test_a_process_that_dies_says_so_and_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("gla_340m", FEW)
     hf_config = find_hf_config(config, None)
-    with counting() as counter, pytest.raises(CannotCount, match="status 1: no torch"):
-        counter(config, hf_config, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("flame_composer.plan.child.COMMAND", "raise SystemExit('no torch')")
+        with child_for("h100") as child:
+            with pytest.raises(CannotCount, match="status 1: no torch"):
+                child.count(config, hf_config, 1)
+            patched.setattr("flame_composer.plan.child.COMMAND", "print('half', end='')")
+            with pytest.raises(CannotCount, match="status 0: it gave no reason"):
+                child.count(config, hf_config, 1)
+            patched.undo()
+            assert child.count(config, hf_config, 1).counted
 
 
 def test_the_script_says_how_memory_is_known() -> None:

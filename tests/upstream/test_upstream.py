@@ -42,6 +42,7 @@ from flame_composer.upstream.fakes import (
     Fakes,
     attention_as_on_gpus,
     autocast_as_on_gpus,
+    fakes_as_on_gpus,
     offloading_as_on_gpus,
 )
 from tests.runs import ROOT, check, run_ranks, run_script, two_ranks
@@ -702,7 +703,7 @@ NO_GPU = pytest.mark.skipif(
 
 
 @NO_GPU
-def test_claim_device():
+def test_claimed_device():
     """torch tells of no device that is not there."""
     import torch
 
@@ -957,8 +958,9 @@ import torch
 from flame_composer import cpu
 cpu.enable()
 from fla.ops.delta_rule import chunk_delta_rule
-from flame_composer.cpu.launches import without_launches
+from flame_composer.cpu.launches import code_for_gpus
 from flame_composer.upstream.fakes import Fakes
+from flame_composer.upstream.triton import without_launches
 
 def states():
     q, k, v = (torch.ones(1, 128, 2, 64, dtype=torch.bfloat16) for _ in range(3))
@@ -970,12 +972,37 @@ try:
     states()
 except Exception as error:
     print(type(error).__name__)
-with without_launches(), Fakes():
-    print(tuple(states()))
+with code_for_gpus(0), Fakes():
+    try:
+        states()
+    except Exception as error:
+        print(type(error).__name__)
+    with without_launches():
+        print(tuple(states()))
 """
 
 
-def test_without_launches(tmp_path):
-    error, shape = forked(tmp_path, LAUNCH).splitlines()
+def test_code_for_gpus(tmp_path):
+    error, _, shape = forked(tmp_path, LAUNCH).splitlines()
     assert error.endswith("Error")
     assert shape == "(1, 128, 2, 64)"
+
+
+def test_without_launches(tmp_path):
+    """By itself, fla launches kernels in the middle of its functions."""
+    _, error, shape = forked(tmp_path, LAUNCH).splitlines()
+    assert error.endswith("Error")
+    assert shape == "(1, 128, 2, 64)"
+
+
+def test_fakes_as_on_gpus():
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        rows = torch.empty(4, 3)
+    assert not rows.is_cuda
+    with fakes_as_on_gpus():
+        assert (rows.data_ptr(), rows[1].data_ptr(), rows.is_cuda) == (0, 12, True)
+    with pytest.warns(UserWarning, match="data pointer"):
+        rows.data_ptr()
