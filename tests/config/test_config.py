@@ -98,7 +98,6 @@ CLASSES = [
         use,
         plan,
         sweep,
-        sweep,
         bench,
     )
     for value in vars(module).values()
