@@ -213,19 +213,19 @@ class Exchange:
         if isinstance(event, PromptScores):
             pieces, start = Pieces(self.service.preparation.tokenizer, []), 0
             for score in event.scores:
-                for index in event.indices:
+                for index in event.numbers:
                     self.choices[index].scores.append(score._replace(start=start))
                 start += len(pieces.add(score.id))
             return None
-        choice, written = self.choices[event.index], event.written
-        before = len(self.jobs[event.index // self.asked.n].echo)
+        choice, written = self.choices[event.number], event.written
+        before = len(self.jobs[event.number // self.asked.n].echo)
         scores = [score._replace(start=score.start + before) for score in written.scores]
         part = Choice(written.text, scores, written.finish)
         choice.text += part.text
         choice.scores += part.scores
         choice.finish = part.finish
-        self.num_tokens[event.index] = event.num_tokens
-        return event.index, part
+        self.num_tokens[event.number] = event.num_tokens
+        return event.number, part
 
     @property
     def is_done(self) -> bool:

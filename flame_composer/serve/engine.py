@@ -27,7 +27,7 @@ class Row:
     """One of the answers to a prompt."""
 
     job: Job
-    index: int  # of the answer in its request
+    number: int  # of the answer in its request
     sampler: Sampler
     answer: Answer
     tokens: list[int] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Row:
 class Piece(NamedTuple):
     """A part of an answer, and how many tokens the answer has so far."""
 
-    index: int
+    number: int  # of the answer in its request
     written: Written
     num_tokens: int
 
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 class PromptScores(NamedTuple):
     """The log probabilities of a prompt's tokens, each given those before it."""
 
-    indices: list[int]  # of the answers to this prompt
+    numbers: list[int]  # of the answers to this prompt
     scores: list[TokenScore]
 
 
@@ -240,7 +240,7 @@ class Engine:
         caches: list[Any] = []
         for job, scores in read:
             if job.score_prompt:
-                job.deliver(PromptScores([row.index for row in job.rows], job.scores))
+                job.deliver(PromptScores([row.number for row in job.rows], job.scores))
             for row in job.rows:
                 if job.max_tokens == 0:
                     self._end(row, row.answer.end("length"))
@@ -292,13 +292,13 @@ class Engine:
             if written.finish is not None:
                 return self._end(row, written)
             if written.text or written.scores:
-                job.deliver(Piece(row.index, written, len(row.tokens)))
+                job.deliver(Piece(row.number, written, len(row.tokens)))
         except Exception as error:
             self._fail_with(job, error)
 
     def _end(self, row: Row, written: Written) -> None:
         row.is_done = True
-        row.job.deliver(Piece(row.index, written, len(row.tokens)))
+        row.job.deliver(Piece(row.number, written, len(row.tokens)))
 
     def _fail(self, job: Job, status: int, message: str) -> None:
         job.is_gone, job.cache = True, None

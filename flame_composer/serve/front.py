@@ -40,7 +40,8 @@ class Front:
                 status = message["status"]
             await send(message)
 
-        scope["state"] = state = {}
+        state: dict[str, Any] = {}
+        scope["state"] = state
         app = self._refusal(scope) or self.app
         try:
             await app(scope, receive, note)
@@ -61,14 +62,14 @@ class Front:
 
     def _refusal(self, scope: Any) -> Any:
         """Return the response to a request that is not let through, or None."""
-        headers = Headers(scope=scope)
+        asked = Headers(scope=scope)
         if self.expected is None:
-            host = headers.get("host", "")
+            host = asked.get("host", "")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
             if name.lower() not in LOOPBACK:
                 return error(403, "without an API key, only this machine's own names are served")
             return None
-        given = headers.get("authorization", "").encode("latin-1")
+        given = asked.get("authorization", "").encode("latin-1")
         if scope["path"] in OPEN or hmac.compare_digest(given, self.expected):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
