@@ -66,7 +66,7 @@ def main(config: ServeConfig) -> None:
         max_new_tokens=config.max_new_tokens,
         vocab_size=model.config.vocab_size,
     )
-    name = config.served_name or Path(config.model.rstrip("/")).name
+    name = config.served_name or Path(config.model.rstrip("/")).name or "model"
     service = Service(
         name, engine, preparation, limits, config.max_body_bytes, config.request_seconds
     )

@@ -241,11 +241,12 @@ class Engine:
         for job, scores in read:
             if job.score_prompt:
                 job.deliver(PromptScores([row.number for row in job.rows], job.scores))
+            likeliest, [is_fine] = int(scores.argmax(-1)), are_numbers(scores)
             for row in job.rows:
                 if job.max_tokens == 0:
                     self._end(row, row.answer.end("length"))
                 elif not job.is_gone:
-                    self._take(row, scores)
+                    self._take(row, scores, likeliest, is_fine)
             left = [row for row in job.rows if not (row.is_done or job.is_gone)]
             if left:
                 joining += left
@@ -257,21 +258,21 @@ class Engine:
     def _write_tokens(self) -> None:
         """Write a token of every row."""
         scores = self.states.step([row.tokens[-1] for row in self.rows])
-        likeliest = scores.argmax(-1).tolist()
+        likeliest, fine = scores.argmax(-1).tolist(), are_numbers(scores)
         for number, row in enumerate(self.rows):
             if not row.job.is_gone:
-                self._take(row, scores[number : number + 1], likeliest[number])
+                self._take(row, scores[number : number + 1], likeliest[number], fine[number])
 
-    def _take(self, row: Row, scores: torch.Tensor, likeliest: int | None = None) -> None:
-        """Choose the next token of a row, given its scores [1, V], and deliver its text."""
+    def _take(self, row: Row, scores: torch.Tensor, likeliest: int, is_fine: bool) -> None:
+        """Choose the next token of a row, given its scores [1, V], and deliver its text.
+
+        `likeliest` is the token with the highest score; `is_fine` if all scores are numbers.
+        """
         job = row.job
         try:
-            if (torch.isnan(scores) | torch.isposinf(scores)).any():
+            if not is_fine:
                 raise DataError("the model's scores for the next token are not numbers")
-            if row.sampler.is_plain and likeliest is not None:
-                token = likeliest
-            else:
-                token = row.sampler.choose(scores)
+            token = likeliest if row.sampler.is_plain else row.sampler.choose(scores)
             row.sampler.note(token)
             now = time.monotonic()
             first = not row.tokens
@@ -317,6 +318,12 @@ class Engine:
         self.states = States(self.model, joined=self.abilities.joined)
         for job in {row.job for row in rows if not row.job.is_gone}:
             self._fail_with(job, error)
+
+
+def are_numbers(scores: torch.Tensor) -> list[bool]:
+    """Return for each row of [B, V] whether its scores are numbers, or minus infinity."""
+    found: list[bool] = (scores < torch.inf).all(-1).tolist()
+    return found
 
 
 def score(scores: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenScore]:

@@ -35,6 +35,9 @@ class Preparation:
         """Prepare for requests to `model`; raise ConfigError for a template that is no template."""
         self.device, self.tokenizer, self.blocked = model.device, tokenizer, blocked
         self.max_prompt_tokens = max_prompt_tokens
+        # A tokenizer's file may set padding or truncation, which the first call takes back. Later
+        # calls change nothing, and so may come from several threads.
+        tokenizer("x", add_special_tokens=False, verbose=False)
         # A state that grows may also have a last position. A state of a fixed size has none.
         self.context_length = None if abilities.joined else row_length(model)
         self.ends_of_answers = ends_of_answers(model, tokenizer)
