@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.config import bench, data, plan, sections, use
+from flame_composer.config import bench, data, plan, sections, serve, use
 from flame_composer.config import clean as clean_config
 from flame_composer.config import convert as convert_config
 from flame_composer.config import sft as sft_config
@@ -94,6 +94,7 @@ CLASSES = [
         convert_config,
         clean_config,
         sft_config,
+        serve,
         use,
         plan,
         bench,

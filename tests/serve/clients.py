@@ -29,8 +29,9 @@ class Server:
         *keys: str,
         env: dict[str, str] | None = None,
         script: Path | str = "recipes/serve.py",
+        port: int = 0,
     ):
-        self.script = Script(script, f"model={model}", "port=0", *keys, env=env)
+        self.script = Script(script, f"model={model}", f"port={port}", *keys, env=env)
         deadline = time.monotonic() + 300
         while " is served at " not in self.script.read("out"):
             assert self.script.process.is_alive(), self.script.read("err")

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -491,9 +492,9 @@ def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def strict(made: Any, folder: Path) -> Server:
-    """A server with little room and a key, which the last test that uses it ends."""
-    return Server(
+def strict(made: Any, folder: Path) -> Iterator[Server]:
+    """A server with little room and a key."""
+    server = Server(
         folder,
         "served_name=little",
         "host=0.0.0.0",
@@ -501,12 +502,15 @@ def strict(made: Any, folder: Path) -> Server:
         "max_rows=1",
         "max_waiting=1",
         "max_new_tokens=100000",
-        "request_seconds=8",
         "blocked=[forbidden,禁]",
         "add_bos=true",
-        "drain_seconds=1",
         env={"SERVE_KEY": KEY},
     )
+    yield server
+    ended = server.end()
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert KEY not in ended.stderr
 
 
 def test_a_key(strict: Server) -> None:
@@ -575,17 +579,21 @@ def test_too_many_requests(strict: Server) -> None:
     strict.wait_for("flame_rows", 0)
 
 
-def test_a_request_that_takes_too_long(strict: Server) -> None:
-    asked = {"prompt": "x", "max_tokens": 90000, "logit_bias": {"0": -100}}
-    status, _, answer = strict.ask(asked)
-    assert (status, b"longer than 8 seconds" in answer) == (504, True)
-    strict.wait_for("flame_rows", 0)
+def test_a_request_that_takes_too_long(made: Any, folder: Path) -> None:
+    server = Server(folder, "request_seconds=1", "max_new_tokens=3000")
+    asked = {"prompt": "x", "max_tokens": 3000, "logit_bias": {"0": -100}}
+    status, _, answer = server.ask(asked)
+    assert (status, b"longer than 1 seconds" in answer) == (504, True)
+    assert b"longer than 1 seconds" in server.ask({**asked, "stream": True})[2]
+    server.wait_for("flame_rows", 0)
+    assert server.end().returncode == 0
 
 
-def test_the_end_finishes_what_is_under_way(strict: Server) -> None:
+def test_the_end_finishes_what_is_under_way(made: Any, folder: Path) -> None:
     """Up to a limit; what is not finished then is told so, and the status is 0."""
+    server = Server(folder, "drain_seconds=1", "max_new_tokens=100000")
     asked = {"prompt": "x", "max_tokens": 90000, "stream": True, "logit_bias": {"0": -100}}
-    connection = strict.post(asked)
+    connection = server.post(asked)
     assert b" 200 " in connection.recv(20)
     lines: list[bytes] = []
 
@@ -596,16 +604,58 @@ def test_the_end_finishes_what_is_under_way(strict: Server) -> None:
     listener = threading.Thread(target=listen)
     listener.start()
     started = time.monotonic()
-    ended = strict.end()
+    ended = server.end()
     listener.join(60)
     connection.close()
     assert ended.returncode == 0, ended.stderr
-    assert time.monotonic() - started > 1
+    assert 1 < time.monotonic() - started < 25
     assert b"the server ends before the answer does" in b"".join(lines)[-400:]
     assert "Traceback" not in ended.stderr
-    assert KEY not in ended.stderr
     with pytest.raises(ConnectionRefusedError):
-        strict.raw(b"")
+        server.raw(b"")
+
+
+def test_the_server_is_what_the_keys_say(made: Any, folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Server(
+        folder,
+        "served_name=little",
+        "host=0.0.0.0",
+        "api_key_env=SERVE_KEY",
+        "add_bos=true",
+        "max_rows=2",
+        "max_waiting=3",
+        "max_prompt_tokens=400",
+        "max_new_tokens=30",
+        "prefill_tokens=1",
+        "max_body_bytes=3000",
+        "blocked=[forbidden]",
+        env={"SERVE_KEY": KEY},
+        port=port,
+    )
+    assert server.url == f"http://0.0.0.0:{port}/v1"
+    assert server.ask(path="/v1/models", Authorization="")[0] == 401
+    long = {"prompt": [5] * 400, "max_tokens": 1}
+    connection, read = server.post(long), [0.0]
+    while read[-1] < 400:
+        read.append(server.gauge("flame_prompt_tokens_total"))
+    assert any(0 < each < 400 for each in read), "it is read in pieces"
+    connection.close()
+    plain = server.ask({"prompt": "def", "model": "little"})
+    tokens = len(made[1]("def").input_ids)
+    assert json.loads(plain[2])["usage"]["prompt_tokens"] == tokens + 1
+    for asked, status, part in (
+        ({"prompt": [5] * 401}, 400, "401 tokens, and this server takes 400"),
+        ({"prompt": "x", "max_tokens": 31}, 400, "in [0, 30]"),
+        ({"prompt": "x", "n": 3}, 400, "in [1, 2]"),
+        ({"prompt": ["x"] * 4}, 400, "3 prompts at most"),
+        ({"prompt": "Forbidden!"}, 400, "blocked"),
+        ({"prompt": "x" * 3000}, 413, "3,000 bytes"),
+    ):
+        found, _, answer = server.ask(asked)
+        assert (found, part in json.loads(answer)["error"]["message"]) == (status, True), answer
+    assert server.end().returncode == 0
 
 
 def test_the_end_lets_an_answer_end(made: Any, folder: Path) -> None:
