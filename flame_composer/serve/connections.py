@@ -62,6 +62,11 @@ class Connection(H11Protocol):
     """A connection that is cut if the client neither sends nor reads for too long.
 
     There is a limit to their number, too: each takes memory, and a file of the process.
+
+    Upstream: uvicorn 0.54, `protocols.http.h11_impl.H11Protocol`, which waits for ever for the head
+        of a request and for a client to read.
+    Mends: whoever sends half a request, or reads nothing, would hold a connection until the process
+        has no more files.
     """
 
     _deadline: asyncio.TimerHandle | None = None
