@@ -320,7 +320,7 @@ def test_characters_of_bytes_and_unknown_ones_are_text(model: PreTrainedModel) -
     for text in ("a\nb", "\u4e2d\u6587 \U0001f525", "a < b > c", "<unk>"):
         require_plain(conversation.tokenizer, conversation.special, text)
     with pytest.raises(Refusal, match=r"^</s> is a special token of the tokenizer, not text; "):
-        conversation._require_plain("a </s> b")
+        require_plain(conversation.tokenizer, conversation.special, "a </s> b")
 
 
 def test_a_long_conversation_says_so_once(
