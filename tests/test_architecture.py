@@ -122,7 +122,7 @@ GROUPS = (
     {"text", "config"},
     {"cleaning", "dataset", "model"},
     {"loader", "checkpoint", "use"},
-    {"export", "plan"},
+    {"export", "plan", "serve"},
     {"train"},
     {"bench", "sweep", "reference"},
 )

@@ -37,7 +37,7 @@ class SweepConfig(TrainConfig):
     the sweep's. The same command goes on with a sweep that was stopped, and shares one that runs.
     """
 
-    paths = (*TrainConfig.paths, "sweep_folder")
+    paths = (*TrainConfig.paths, "sweep_folder")  # type: ignore[assignment]
 
     search: Literal["grid", "random", "tpe"] = "grid"
     """Choice of the trials: all combinations, random ones, or those that a model of the earlier

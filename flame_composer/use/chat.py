@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any
 
@@ -58,7 +58,7 @@ class Conversation:
         self.model, self.tokenizer = model, tokenizer
         self.template = load_template("tokenizer", tokenizer)
         self.stop = ends_of_answers(model, tokenizer)
-        self.special = _special_ids(tokenizer, self.template.source, self.stop)
+        self.special = special_ids(tokenizer, self.template.source, self.stop)
         self.sampling = build_answer_sampling(config, tokenizer, self.stop)
         self.repetition_penalty = config.repetition_penalty
         self.system: str | None = None
@@ -81,7 +81,7 @@ class Conversation:
         Raise Refusal if the tokenizer or the template does not take it.
         """
         if text is not None:
-            self._require_plain(text)
+            require_plain(self.tokenizer, self.special, text)
             render_for_answer(self.template, [Message("system", text), Message("user", "?")])
         self.system = text
 
@@ -92,7 +92,7 @@ class Conversation:
         token that ends it, and after the token being written when `interruption` has come. Raise
         Refusal, and keep nothing, if the tokenizer or the template does not take the message.
         """
-        self._require_plain(text)
+        require_plain(self.tokenizer, self.special, text)
         system = [] if self.system is None else [Message("system", self.system)]
         turns = [*self.turns, Message("user", text)]
         rendered = render_for_answer(self.template, [*system, *turns])
@@ -114,7 +114,7 @@ class Conversation:
         )
         written = "".join(streamer.shown)
         # A model may spell a special token in letters; read again, it would be the token itself.
-        found = self._find_special(written)
+        found = find_special(self.tokenizer, self.special, written)
         kept = written if found is None else written[: found[0]]
         self.turns = [*turns, Message("assistant", kept)]
         return written
@@ -131,32 +131,36 @@ class Conversation:
             f"{limit:,}",
         )
 
-    def _require_plain(self, text: str) -> None:
-        """Raise Refusal for a text in which the tokenizer would find special tokens.
 
-        Such a text could end its own turn, and go on as the system prompt or as an answer.
-        """
-        found = self._find_special(text)
-        if found is not None:
-            start, end = found
-            raise Refusal(
-                f"{text[start:end]} is a special token of the tokenizer, not text; write the"
-                " message without it"
-            )
-
-    def _find_special(self, text: str) -> tuple[int, int] | None:
-        """Return the first and the last place of the first special token in a text, if any."""
-        with explained_failure():
-            encoding = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-        for id, place in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
-            if id in self.special:
-                return place
-        return None
+def find_special(
+    tokenizer: PreTrainedTokenizerFast, special: Collection[int], text: str
+) -> tuple[int, int] | None:
+    """Return the first and the last place of the first token in `special` in a text, if any."""
+    with explained_failure():
+        encoding = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+    for id, place in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
+        if id in special:
+            return place
+    return None
 
 
-def _special_ids(
+def require_plain(tokenizer: PreTrainedTokenizerFast, special: Collection[int], text: str) -> None:
+    """Raise Refusal for a message in which the tokenizer would find a token in `special`.
+
+    Such a message could end its own turn, and go on as the system prompt or as an answer.
+    """
+    found = find_special(tokenizer, special, text)
+    if found is not None:
+        start, end = found
+        raise Refusal(
+            f"{text[start:end]} is a special token of the tokenizer, not text; write the"
+            " message without it"
+        )
+
+
+def special_ids(
     tokenizer: PreTrainedTokenizerFast, template: str, stop: list[int]
 ) -> frozenset[int]:
     """Return the ids of the tokens that must not come from a message's text.

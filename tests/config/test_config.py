@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.config import bench, data, plan, sections, sweep, use
+from flame_composer.config import bench, data, plan, sections, serve, sweep, use
 from flame_composer.config import clean as clean_config
 from flame_composer.config import convert as convert_config
 from flame_composer.config import sft as sft_config
@@ -71,6 +71,7 @@ from flame_composer.config.sections import (
     SpikeConfig,
     WandbConfig,
 )
+from flame_composer.config.serve import ServeConfig
 from flame_composer.config.sft import SftConfig
 from flame_composer.config.source import HubSourceConfig, SourceConfig
 from flame_composer.config.sweep import SweepConfig
@@ -95,6 +96,7 @@ CLASSES = [
         convert_config,
         clean_config,
         sft_config,
+        serve,
         use,
         plan,
         sweep,
@@ -135,6 +137,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     EvaluateConfig: {"model": "m", "data": EvalDataConfig(local="d")},
     GenerateConfig: {"model": "m"},
     ChatConfig: {"model": "m"},
+    ServeConfig: {"model": "m"},
     PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
@@ -1337,6 +1340,43 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((ChatConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((ChatConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
+    *((ServeConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
+    (ServeConfig, {"served_name": ""}, "served_name", "must not be empty"),
+    (ServeConfig, {"host": ""}, "host", "must not be empty; 0.0.0.0 is for all addresses"),
+    *((ServeConfig, {"port": port}, "port", "must be in [0, 65535]") for port in (-1, 2**16)),
+    *(
+        (ServeConfig, {name: 0}, name, "must be 1 or more")
+        for name in (
+            "max_rows",
+            "max_waiting",
+            "max_prompt_tokens",
+            "max_new_tokens",
+            "prefill_tokens",
+        )
+    ),
+    (ServeConfig, {"max_body_bytes": 999}, "max_body_bytes", "must be 1000 bytes or more"),
+    *(
+        (ServeConfig, {"request_seconds": x}, "request_seconds", "must be more than 0, and finite")
+        for x in (0, inf, nan)
+    ),
+    *(
+        (ServeConfig, {"drain_seconds": x}, "drain_seconds", "must be 0 or more, and finite")
+        for x in (-1, inf, nan)
+    ),
+    (ServeConfig, {"blocked": ["a", ""]}, "blocked", "must not hold an empty text"),
+    (
+        ServeConfig,
+        {"host": "0.0.0.0"},
+        "api_key_env",
+        "must be set to serve at another address than 127.0.0.1: anyone who can reach it could use"
+        " the model",
+    ),
+    (
+        ServeConfig,
+        {"api_key_env": "NOWHERE_SET"},
+        "api_key_env",
+        "names an environment variable that is not set",
+    ),
     (ChatConfig, {"system": ""}, "system", "must not be empty; null is for none"),
     *(
         (
@@ -1662,6 +1702,22 @@ def test_tasks_need_the_harness(monkeypatch, cls):
         cls(**GIVEN[cls] | {"tasks": ["t"]}).validate()
 
 
+def test_a_server_needs_its_packages(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidField, match=r"pip install 'flame-composer\[serve\]'$"):
+        ServeConfig(model="m").validate()
+
+
+@pytest.mark.parametrize("key", ["short", "x" * 15, "x" * 20 + " ", "ключ" * 5, "x" * 20 + "\n"])
+def test_an_api_key_that_is_none(monkeypatch, key):
+    monkeypatch.setenv("SERVE_KEY", key)
+    with pytest.raises(InvalidField, match="must have 16 characters or more") as refused:
+        ServeConfig(model="m", api_key_env="SERVE_KEY").validate()
+    assert key not in str(refused.value)
+    monkeypatch.setenv("SERVE_KEY", "x" * 16)
+    ServeConfig(model="m", host="0.0.0.0", api_key_env="SERVE_KEY").validate()
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_global_batch_divides_among_devices(monkeypatch, devices):
     monkeypatch.setenv("WORLD_SIZE", str(devices))
@@ -1868,6 +1924,10 @@ NO_PATHS = {
     "token_dtype",
     "metric",
     "prune",
+    "served_name",
+    "host",
+    "api_key_env",
+    "blocked",
 }
 
 

@@ -5,6 +5,7 @@ Then delete the patch, its test, and its row of docs/upstream.md (`make docs`).
 
 from __future__ import annotations
 
+import asyncio
 import bz2
 import inspect
 import lzma
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import uvicorn
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from streaming import MDSWriter, StreamingDataset
@@ -35,8 +37,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from flame_composer.reference import patches
+from flame_composer.serve import connections
 from flame_composer.upstream.books import Books
 from flame_composer.upstream.fakes import (
     Fakes,
@@ -1006,3 +1011,33 @@ def test_fakes_as_on_gpus():
         assert (rows.data_ptr(), rows[1].data_ptr(), rows.is_cuda) == (0, 12, True)
     with pytest.warns(UserWarning, match="data pointer"):
         rows.data_ptr()
+
+
+def test_connection(monkeypatch):
+    """Uvicorn waits for ever for the rest of a request's head."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+
+    async def is_left_open(protocol):
+        config = uvicorn.Config(lambda: None, lifespan="off", ws="none", log_config=None)
+        config.load()
+        state = ServerState()
+        listening = await asyncio.get_running_loop().create_server(
+            lambda: protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        )
+        reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+        try:
+            writer.write(b"GET / HTTP/1.1\r\n")
+            await asyncio.wait_for(reader.read(1), 2)
+        except asyncio.TimeoutError:
+            return True
+        except ConnectionResetError:
+            return False
+        finally:
+            for each in list(state.connections):
+                each.transport.abort()
+            writer.close()
+            listening.close()
+        return False
+
+    assert asyncio.run(is_left_open(H11Protocol))
+    assert not asyncio.run(is_left_open(connections.Connection))

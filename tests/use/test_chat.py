@@ -29,7 +29,13 @@ from flame_composer.errors import ConfigError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.text.chat import CHATML, ChatTemplate, Message, Refusal
-from flame_composer.use.chat import Conversation, Interruption, hold, read_messages
+from flame_composer.use.chat import (
+    Conversation,
+    Interruption,
+    hold,
+    read_messages,
+    require_plain,
+)
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, llama_tokenizer
 from tests.runs import ROOT, check, run_script
@@ -312,9 +318,9 @@ def test_characters_of_bytes_and_unknown_ones_are_text(model: PreTrainedModel) -
     )
     conversation = begin(model, tokenizer)
     for text in ("a\nb", "\u4e2d\u6587 \U0001f525", "a < b > c", "<unk>"):
-        conversation._require_plain(text)
+        require_plain(conversation.tokenizer, conversation.special, text)
     with pytest.raises(Refusal, match=r"^</s> is a special token of the tokenizer, not text; "):
-        conversation._require_plain("a </s> b")
+        require_plain(conversation.tokenizer, conversation.special, "a </s> b")
 
 
 def test_a_long_conversation_says_so_once(

@@ -1,0 +1,1 @@
+"""A server: many requests share one model, over HTTP."""

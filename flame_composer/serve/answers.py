@@ -1,0 +1,155 @@
+"""The answers of OpenAI's API: whole, in parts as they are written, and errors."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from flame_composer.serve.protocol import Request
+from flame_composer.serve.writing import TokenScore
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> Any:
+    """Return an error in OpenAI's form."""
+    kind = _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def to_json(content: Any) -> bytes:
+    """Return `content` as JSON."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def to_event(content: Any) -> bytes:
+    """Return `content` as a server-sent event."""
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+@dataclass
+class Choice:
+    """What has been written of one answer; `offset` is the number of characters sent before it."""
+
+    text: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    finish: str | None = None
+    offset: int = 0
+
+
+class Form:
+    """The form of the answers to one request."""
+
+    def __init__(self, request: Request, model: str, tokenizer: PreTrainedTokenizerFast):
+        """Begin an answer by the model of the name `model`."""
+        self.request, self.tokenizer = request, tokenizer
+        kind = "chat.completion" if request.is_chat else "text_completion"
+        self.head = {
+            "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.chunk_head = {**self.head}
+        if request.is_chat:
+            self.chunk_head["object"] = "chat.completion.chunk"
+
+    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+        """Return the whole answer."""
+        made = []
+        for index, choice in enumerate(choices):
+            content: dict[str, Any] = {"text": choice.text}
+            if self.request.is_chat:
+                message = {"role": "assistant", "content": choice.text, "refusal": None}
+                content = {"message": message}
+            made.append(self._choice(index, content, choice))
+        return {**self.head, "choices": made, "usage": usage}
+
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """Return the part that begins an answer in a conversation."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, Choice())
+
+    def chunk(self, index: int, part: Choice) -> dict[str, Any]:
+        """Return a part of an answer."""
+        content: dict[str, Any] = {"text": part.text}
+        if self.request.is_chat:
+            content = {"delta": {"content": part.text} if part.text else {}}
+        return self._chunk(index, content, part)
+
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """Return the part that ends an answer with its counts of tokens."""
+        return {**self.chunk_head, "choices": [], "usage": usage}
+
+    def _chunk(self, index: int, content: dict[str, Any], part: Choice) -> dict[str, Any]:
+        made = {**self.chunk_head, "choices": [self._choice(index, content, part)]}
+        return {**made, "usage": None} if self.request.include_usage else made
+
+    def _choice(self, index: int, content: dict[str, Any], part: Choice) -> dict[str, Any]:
+        logprobs = None
+        if self.request.num_top is not None:
+            logprobs = self._of_chat(part) if self.request.is_chat else self._of_text(part)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": part.finish}
+
+    def _of_text(self, part: Choice) -> dict[str, Any]:
+        """Return log probabilities in the form of /v1/completions."""
+        return {
+            "tokens": [self._text(score.id) for score in part.scores],
+            "token_logprobs": [score.logprob for score in part.scores],
+            "top_logprobs": [
+                None if score.logprob is None else self._top(score) for score in part.scores
+            ],
+            "text_offset": [part.offset + score.start for score in part.scores],
+        }
+
+    def _top(self, score: TokenScore) -> dict[str, float]:
+        """Return the likeliest tokens by their texts; of two with the same text, the likelier."""
+        found: dict[str, float] = {}
+        for id, logprob in score.top:
+            found.setdefault(self._text(id), logprob)
+        return found
+
+    def _of_chat(self, part: Choice) -> dict[str, Any]:
+        """Return log probabilities in the form of /v1/chat/completions."""
+        found = []
+        for score in part.scores:
+            top = [self._entry(id, logprob) for id, logprob in score.top]
+            found.append({**self._entry(score.id, score.logprob), "top_logprobs": top})
+        return {"content": found, "refusal": None}
+
+    def _entry(self, id: int, logprob: float | None) -> dict[str, Any]:
+        text = self._text(id)
+        is_whole = "\N{REPLACEMENT CHARACTER}" not in self.tokenizer.decode([id])
+        return {
+            "token": text,
+            "logprob": logprob,
+            "bytes": list(text.encode()) if is_whole else None,
+        }
+
+    def _text(self, id: int) -> str:
+        """Return a token's text, or its name if it is only a part of a character."""
+        text = self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            return str(self.tokenizer.convert_ids_to_tokens(id))
+        return text
+
+
+def usage_of(prompt_tokens: int, written_tokens: int) -> dict[str, int]:
+    """Return counts of tokens in OpenAI's form."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written_tokens,
+        "total_tokens": prompt_tokens + written_tokens,
+    }

@@ -1,0 +1,78 @@
+"""What stands before the endpoints: who may ask, from where, and a line of log for each request."""
+
+from __future__ import annotations
+
+import hmac
+import sys
+import time
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from flame_composer.lines import visible
+from flame_composer.serve.app import CLIENT_LEFT, error
+from flame_composer.serve.metrics import Metrics
+
+OPEN = ("/health",)  # to all who can reach the server
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Front:
+    """An ASGI application that lets requests through to another, and logs them without texts.
+
+    With an API key, requests must bring it. Without one, they must be addressed to this machine by
+    a name of its own: a page in a browser could otherwise reach the server under a name that its
+    author made point here.
+    """
+
+    def __init__(self, app: Any, key: str | None, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+        self.expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        started, status = time.monotonic(), CLIENT_LEFT
+
+        async def note(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        state: dict[str, Any] = {}
+        scope["state"] = state
+        app = self._refusal(scope) or self.app
+        try:
+            await app(scope, receive, note)
+        finally:
+            self.metrics.note_request(status)
+            tokens = ""
+            if "tokens" in state:
+                read, written = state["tokens"]()
+                tokens = f" {read}+{written} tokens"
+            path = visible(scope["path"])[:60]
+            seconds = time.monotonic() - started
+            print(
+                f"{time.strftime('%H:%M:%S')} {scope['method']} {path} {status}{tokens}"
+                f" {seconds:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _refusal(self, scope: Any) -> Any:
+        """Return the response to a request that is not let through, or None."""
+        asked = Headers(scope=scope)
+        if self.expected is None:
+            host = asked.get("host", "")
+            name = host if host.endswith("]") else host.rpartition(":")[0] or host
+            if name.lower() not in LOOPBACK:
+                return error(403, "without an API key, only this machine's own names are served")
+            return None
+        given = asked.get("authorization", "").encode("latin-1")
+        if scope["path"] in OPEN or hmac.compare_digest(given, self.expected):
+            return None
+        headers = {"WWW-Authenticate": "Bearer"}
+        return error(
+            401, "the API key is missing or wrong", headers=headers, code="invalid_api_key"
+        )

@@ -1,0 +1,146 @@
+"""From a request to the jobs of the engine: tokens, where answers end, and what is refused."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.serve.engine import Event, Job, Row
+from flame_composer.serve.protocol import BadRequest, Request
+from flame_composer.serve.sampling import Sampler
+from flame_composer.serve.states import Abilities
+from flame_composer.serve.writing import Answer, BlockedTexts
+from flame_composer.text.chat import Refusal, load_template, render_for_answer
+from flame_composer.text.ends import encode_prompt
+from flame_composer.text.tokenizer import explained_failure
+from flame_composer.use.chat import require_plain, special_ids
+from flame_composer.use.generate import ends_of_answers, row_length
+
+
+class Preparation:
+    """What is known of the model when a request comes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        abilities: Abilities,
+        *,
+        max_prompt_tokens: int,
+        blocked: BlockedTexts,
+    ):
+        """Prepare for requests to `model`; raise ConfigError for a template that is no template."""
+        self.device, self.tokenizer, self.blocked = model.device, tokenizer, blocked
+        self.max_prompt_tokens = max_prompt_tokens
+        # A tokenizer's file may set padding or truncation, which the first call takes back. Later
+        # calls change nothing, and so may come from several threads.
+        tokenizer("x", add_special_tokens=False, verbose=False)
+        # A state that grows may also have a last position. A state of a fixed size has none.
+        self.context_length = None if abilities.joined else row_length(model)
+        self.ends_of_answers = ends_of_answers(model, tokenizer)
+        eos = tokenizer.eos_token_id
+        self.ends_of_texts = [] if eos is None else [eos]
+        self.template = None
+        if tokenizer.chat_template is not None:
+            self.template = load_template("tokenizer", tokenizer)
+            self.special = special_ids(tokenizer, self.template.source, self.ends_of_answers)
+
+    def render(self, request: Request) -> str:
+        """Return the conversation of a request as text, up to where the next answer begins.
+
+        Call it in the main thread, where a template's time and memory are limited.
+        """
+        if self.template is None:
+            raise BadRequest(
+                "messages: this model has no chat template; use /v1/completions", "messages"
+            )
+        try:
+            for message in request.messages:
+                require_plain(self.tokenizer, self.special, message.content)
+            return render_for_answer(self.template, request.messages)
+        except (Refusal, ConfigError, DataError) as error:
+            raise BadRequest(f"messages: {one_line(error)}", "messages") from None
+
+    def jobs(
+        self, request: Request, rendered: str | None, deliver: Callable[[Event], None]
+    ) -> list[Job]:
+        """Return a job for each prompt of a request, or one for its `rendered` conversation.
+
+        Answers are numbered through: those to the first prompt come first. The first answer to
+        each prompt is drawn with the request's seed, the next with the one after it, and so on.
+        """
+        prompts = request.prompts if rendered is None else [rendered]
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        jobs = []
+        for number, prompt in enumerate(prompts):
+            ids = self._encode(prompt, is_whole=rendered is not None)
+            job = Job(
+                ids,
+                self._max_tokens(request, len(ids)),
+                self._ends(request),
+                request.num_top,
+                request.echo and request.num_top is not None,
+                deliver,
+            )
+            for copy in range(request.n):
+                own = (seed + copy + 2**63) % 2**64 - 2**63
+                sampler = Sampler(request.settings, ids, own, self.device)
+                answer = Answer(self.tokenizer, ids, request.stop, self.blocked)
+                job.rows.append(Row(job, number * request.n + copy, sampler, answer))
+            if request.echo:
+                job.echo = prompt if isinstance(prompt, str) else answer.pieces.prompt
+            jobs.append(job)
+        return jobs
+
+    def _encode(self, prompt: str | list[int], *, is_whole: bool) -> list[int]:
+        """Return a prompt's tokens; `is_whole` if its template already wrote how it begins."""
+        if isinstance(prompt, list):
+            self._require_length(len(prompt))
+            self._require_unblocked(self.tokenizer.decode(prompt))
+            return prompt
+        self._require_unblocked(prompt)
+        try:
+            with explained_failure():
+                ids: list[int] = (
+                    self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+                    if is_whole
+                    else encode_prompt(self.tokenizer, prompt)
+                )
+        except (ConfigError, DataError) as error:
+            raise BadRequest(one_line(error), "prompt") from None
+        if not ids:
+            raise BadRequest("messages: the chat template makes no text of them", "messages")
+        self._require_length(len(ids))
+        return ids
+
+    def _require_length(self, length: int) -> None:
+        limit = self.max_prompt_tokens
+        if self.context_length is not None:
+            limit = min(limit, self.context_length - 1)
+        if length > limit:
+            raise BadRequest(
+                f"the prompt has {length:,} tokens, and this server takes {limit:,}",
+                code="context_length_exceeded",
+            )
+
+    def _require_unblocked(self, text: str) -> None:
+        if self.blocked.find(text) is not None:
+            raise BadRequest("the prompt holds a text that is blocked here", code="content_filter")
+
+    def _max_tokens(self, request: Request, length: int) -> int:
+        if self.context_length is None:
+            return request.max_tokens
+        return min(request.max_tokens, self.context_length - length)
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        """Return the tokens that end an answer, among them stop texts that are special tokens.
+
+        Special tokens make no text in which they could be found.
+        """
+        ends = self.ends_of_answers if request.is_chat else self.ends_of_texts
+        special = self.tokenizer.added_tokens_decoder.items()
+        named = [id for id, token in special if token.special and token.content in request.stop]
+        return frozenset({*ends, *named})

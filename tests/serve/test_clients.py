@@ -1,0 +1,121 @@
+"""Clients that docs/serving.md names: its own commands, and lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import runpy
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import GLA
+from tests.data_fixtures import words
+from tests.runs import ROOT, last_json, run_script
+from tests.serve.clients import Server
+from tests.serve.test_serve import make
+from tests.use.test_harness import write_task
+
+PAGE = (ROOT / "docs/serving.md").read_text()
+TASKS = ["served_choice", "served_text", "served_written"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clients") / "hf"
+    make(folder, GLA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    server = Server(folder, "max_new_tokens=80")
+    yield server
+    assert server.end().returncode == 0
+
+
+def test_the_commands_of_the_page(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = PAGE.replace("http://127.0.0.1:8000", server.url.removesuffix("/v1"))
+    curl = next(block for block in here.split("```bash\n")[1:] if block.startswith("curl"))
+    curl = curl.partition("```")[0].replace("curl ", "curl -sf ")
+    shown = subprocess.run(["bash", "-c", curl], capture_output=True, check=True).stdout
+    assert json.loads(shown)["usage"]["completion_tokens"] > 0
+    script = tmp_path / "client.py"
+    script.write_text(here.split("```python\n")[1].partition("```")[0])
+    runpy.run_path(str(script))
+    assert len(capsys.readouterr().out) > 10
+
+
+def test_the_harness_scores_as_evaluate_does(
+    server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By local-completions: loss on answers, on whole texts, and texts that are written."""
+    from lm_eval import evaluator
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    caplog.set_level(logging.ERROR)
+    with (tmp_path / "data.jsonl").open("w") as data:
+        for i in range(6):
+            choices = [f" {words(1 + j * i % 4, 7 * i + j)}" for j in range(3)]
+            row = {"text": words(2 + 9 * i % 50, i), "choices": choices, "answer": i % 3}
+            data.write(json.dumps(row) + "\n")
+    write_task(
+        tmp_path,
+        TASKS[0],
+        output_type="multiple_choice",
+        doc_to_text="{{text}}",
+        doc_to_choice="choices",
+        doc_to_target="answer",
+        fewshot_split="test",
+        num_fewshot=2,
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+    )
+    write_task(
+        tmp_path,
+        TASKS[1],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    )
+    write_task(
+        tmp_path,
+        TASKS[2],
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{text[:3]}}",
+        generation_kwargs={"max_gen_toks": 3, "until": ["\n"]},
+        metric_list=[{"metric": "exact_match"}],
+    )
+    ours = last_json(
+        run_script(
+            "recipes/evaluate.py",
+            f"model={folder}",
+            f"tasks=[{','.join(TASKS)}]",
+            f"task_path={tmp_path}",
+            "batch_size=4",
+        )
+    )["tasks"]
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    theirs = evaluator.evaluate(
+        LocalCompletionsAPI(
+            base_url=f"{server.url}/completions",
+            model="hf",
+            tokenizer=str(folder),
+            tokenizer_backend="huggingface",
+            batch_size=4,
+            max_length=512,
+        ),
+        TaskManager(include_path=str(tmp_path), include_defaults=False).load(TASKS),
+    )
+    assert theirs is not None
+    for task in TASKS:
+        for key, value in theirs["results"][task].items():
+            if "," in key and value != "N/A":
+                assert ours[task][key.removesuffix(",none")] == pytest.approx(value, rel=1e-5), key

@@ -1,0 +1,315 @@
+"""The parts of the server: states, the engine and its failures, the text of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from flame_composer.errors import ConfigError, DataError
+from flame_composer.model.build import build_model
+from flame_composer.model.hf_config import build_hf_config
+from flame_composer.serve import inbox as inboxes
+from flame_composer.serve import protocol
+from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Job, Piece
+from flame_composer.serve.inbox import Inbox
+from flame_composer.serve.metrics import Metrics
+from flame_composer.serve.prepare import Preparation
+from flame_composer.serve.protocol import Limits
+from flame_composer.serve.states import Abilities, describe, probe
+from flame_composer.serve.writing import Answer, BlockedTexts
+from tests.conftest import GLA, LLAMA
+from tests.data_fixtures import byte_tokenizer, words
+from tests.serve.clients import Server
+
+LIMITS = Limits(max_rows=8, max_waiting=8, max_new_tokens=1000, vocab_size=300)
+
+
+def tiny(architecture: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = build_hf_config({**architecture, "initializer_range": 0.2}, byte_tokenizer(), 512)
+    return build_model(config).eval()
+
+
+def with_positions() -> PreTrainedModel:
+    """A model that looks at how much it has seen, as those with rotary embeddings do."""
+    model = tiny(GLA)
+    forward = model.forward
+
+    def looking(input_ids: Any, past_key_values: Any, **options: Any) -> Any:
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        output = forward(input_ids=input_ids, past_key_values=past_key_values, **options)
+        places = seen + torch.arange(input_ids.shape[1])[-output.logits.shape[1] :]
+        output.logits = output.logits * (1 + 0.1 * torch.sin(places))[None, :, None]
+        return output
+
+    model.forward = looking  # type: ignore[method-assign]
+    return model
+
+
+MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}
+
+
+def test_what_states_allow_is_found_out() -> None:
+    assert probe(tiny(GLA)) == Abilities(joined=True, in_pieces=True)
+    assert probe(tiny({**GLA, "use_short_conv": True})) == Abilities(True, True)
+    assert probe(tiny(MAMBA)) == Abilities(joined=True, in_pieces=False)
+    assert probe(tiny(LLAMA)) == Abilities(joined=False, in_pieces=True)
+    assert probe(with_positions()).joined is False
+    assert "take turns" in describe(Abilities(False, True), 8)
+    assert "reads a prompt whole" in describe(Abilities(True, False), 8)
+
+
+def test_a_model_that_cannot_be_served_is_refused() -> None:
+    falcon = {"model_type": "falcon_mamba", "num_hidden_layers": 1, "hidden_size": 32}
+    with pytest.raises(ConfigError, match=r"falcon_mamba: cannot be served: .*generate.py may run"):
+        probe(tiny(falcon))
+    broken = tiny(GLA)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="take an earlier checkpoint"):
+        probe(broken)
+
+
+class Bench:
+    """An engine with a thread, and what came of the jobs it was given."""
+
+    def __init__(self, model: PreTrainedModel, **options: Any):
+        abilities = probe(model)
+        given = {"max_rows": 4, "max_waiting": 8, "prefill_tokens": 32, **options}
+        self.engine = Engine(model, abilities, Metrics(), **given)
+        self.preparation = Preparation(
+            model,
+            byte_tokenizer(),
+            abilities,
+            max_prompt_tokens=500,
+            blocked=BlockedTexts([]),
+        )
+        self.events: dict[int, list[Event]] = {}
+        self.ended = threading.Condition()
+
+    def jobs(self, prompt: Any, **options: Any) -> list[Job]:
+        content = {"prompt": prompt, "max_tokens": 12, "temperature": 0, **options}
+        request = protocol.parse_completion(content, "m", LIMITS)
+        number = len(self.events)
+        self.events[number] = []
+
+        def deliver(event: Event) -> None:
+            with self.ended:
+                self.events[number].append(event)
+                self.ended.notify_all()
+
+        return self.preparation.jobs(request, None, deliver)
+
+    def submit(self, prompt: Any, **options: Any) -> int:
+        jobs = self.jobs(prompt, **options)
+        self.engine.submit(jobs)
+        return len(self.events) - 1
+
+    def result(self, number: int) -> str | Failure:
+        """The text of a job with one answer, or why it failed."""
+
+        def last() -> Any:
+            events = self.events[number]
+            return events[-1] if events else None
+
+        def is_done() -> bool:
+            event = last()
+            is_end = isinstance(event, Piece) and event.written.finish is not None
+            return is_end or isinstance(event, Failure)
+
+        with self.ended:
+            assert self.ended.wait_for(is_done, 120)
+        if isinstance(last(), Failure):
+            return last()
+        return "".join(e.written.text for e in self.events[number] if isinstance(e, Piece))
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(tiny(GLA))
+    bench.engine.start()
+    yield bench
+    bench.engine.close("the test has ended")
+    assert bench.engine.gauges() == {"rows": 0, "rows_reading": 0, "waiting": 0}
+
+
+def test_a_model_that_reads_prompts_whole_writes_the_same() -> None:
+    model = tiny(MAMBA)
+    alone, together = (Bench(model, max_rows=rows) for rows in (1, 4))
+    prompts, found = [words(size, size) for size in (3, 30, 60, 9)], []
+    for bench in (alone, together):
+        bench.engine.start()
+        numbers = [bench.submit(prompt) for prompt in prompts]
+        found.append([bench.result(number) for number in numbers])
+        bench.engine.close("done")
+    assert found[0] == found[1]
+    assert len(set(map(str, found[0]))) == 4
+
+
+def test_scores_that_are_no_numbers_disturb_nobody(bench: Bench) -> None:
+    with torch.no_grad():
+        bench.engine.model.get_input_embeddings().weight[7] = float("nan")
+    good = [bench.submit(words(5, seed)) for seed in range(3)]
+    bad = bench.submit([5, 7, 5])
+    failure = bench.result(bad)
+    assert isinstance(failure, Failure)
+    assert (failure.status, "are not numbers" in failure.message) == (500, True)
+    assert all(isinstance(bench.result(number), str) for number in good)
+
+
+def test_a_failure_of_the_model_is_told_and_does_not_last(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = bench.result(bench.submit("def"))
+    forward, calls = bench.engine.model.forward, []
+
+    def fail(**options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+        return forward(**options)
+
+    fail.__signature__ = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(bench.engine.model, "_supports_logits_to_keep", lambda: True)
+    monkeypatch.setattr(bench.engine.model, "forward", fail)
+    failure = bench.result(bench.submit("def"))
+    assert failure == Failure(500, "the model failed; see the server's log")
+    assert "out of memory" in caplog.text
+    assert bench.result(bench.submit("def")) == before
+
+
+def test_no_more_wait_than_may() -> None:
+    bench = Bench(tiny(GLA), max_waiting=3)
+    bench.submit(["a", "b"])
+    with pytest.raises(Full):
+        bench.submit(["c", "d"])
+    bench.submit("e")
+    assert bench.engine.gauges()["waiting"] == 3
+    bench.engine.is_draining = True
+    with pytest.raises(Closed):
+        bench.submit("f")
+
+
+def test_the_end_fails_what_is_left() -> None:
+    bench = Bench(tiny(GLA))
+    bench.engine.start()
+    numbers = [bench.submit("x", max_tokens=1000, logit_bias={"0": -100}) for _ in range(6)]
+    bench.engine.close("over")
+    assert [bench.result(number) for number in numbers] == [Failure(503, "over")] * 6
+
+
+def test_prompts_take_turns() -> None:
+    """A short prompt is read while a long one still is."""
+    bench = Bench(tiny(GLA))
+    order: list[int] = []
+    for size in (400, 300, 8):
+        [job] = bench.jobs([5] * size, max_tokens=1)
+        deliver = job.deliver
+        job.deliver = lambda event, size=size, then=deliver: (order.append(size), then(event))
+        bench.engine.submit([job])
+    bench.engine.start()
+    for number in range(3):
+        bench.result(number)
+    bench.engine.close("done")
+    assert order == [8, 300, 400]
+
+
+def written(text: str, stop: list[str], blocked: list[str]) -> tuple[str, str, list[str]]:
+    """What is shown of a text that a model writes, the reason of its end, and the pieces."""
+    tokenizer = byte_tokenizer()
+    answer = Answer(tokenizer, [5], stop, BlockedTexts(blocked))
+    shown: list[str] = []
+    for token in tokenizer(text, add_special_tokens=False).input_ids:
+        part = answer.add(token, None)
+        shown.append(part.text)
+        if part.finish is not None:
+            return "".join(shown), part.finish, shown
+    part = answer.end("length")
+    return "".join([*shown, part.text]), str(part.finish), shown
+
+
+def test_the_end_of_a_text() -> None:
+    """Of many texts of two letters: cut before the first stop text, whatever the tokens are."""
+    draw = random.Random(0)
+    for _ in range(300):
+        text = "".join(draw.choices("abé", k=30))
+        stop = ["".join(draw.choices("abé", k=draw.randint(1, 5))) for _ in range(2)]
+        places = [text.find(each) for each in stop if each in text]
+        shown, finish, _ = written(text, stop, [])
+        if places:
+            ends = min(text.find(each) + len(each) for each in stop if each in text)
+            assert finish == "stop"
+            # A token may hold two stop texts; the first to end decides when there is one a token
+            assert shown == text[: min(places)] or len(shown) <= ends
+            assert not any(each in shown for each in stop)
+        else:
+            assert (shown, finish) == (text, "length")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "finish"),
+    [
+        ("It is a Secret, they say", "It is a ", "content_filter"),
+        ("It is secretly so", "It is secretly so", "length"),
+        ("It is a secret", "It is a ", "content_filter"),
+        ("nosecret", "nosecret", "length"),
+        ("这是禁止的", "这是", "content_filter"),
+        ("a secret END", "a ", "content_filter"),
+        ("a sec END secret", "a sec ", "stop"),
+    ],
+)
+def test_blocked_texts_are_not_shown(text: str, shown: str, finish: str) -> None:
+    found = written(text, ["END"], ["secret", "禁止"])
+    assert found[:2] == (shown, finish)
+
+
+def test_a_slow_reader_takes_no_memory() -> None:
+    async def read() -> None:
+        inbox = Inbox()
+        for number in range(inboxes.MOST_EVENTS + 10):
+            inbox.deliver(Failure(500, f"{number}"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.1)
+        assert await inbox.get() == Failure(503, "the answer is read too slowly")
+
+    asyncio.run(read())
+
+
+def test_connections_do_not_wait_for_ever(tmp_path: Path) -> None:
+    """One that sends half a head, or nothing, or reads nothing, is cut; its row is free."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tiny(GLA).save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    hurried = tmp_path / "serve.py"
+    hurried.write_text(
+        "import runpy\n"
+        "from flame_composer.serve import connections\n"
+        "connections.HEAD_SECONDS = connections.READ_SECONDS = 1\n"
+        'runpy.run_path("recipes/serve.py", run_name="__main__")\n'
+    )
+    server = Server(tmp_path / "hf", script=hurried)
+    for sent in (b"", b"GET /health HTTP/1.1\r\nHost: 127.", b"\x16\x03\x01"):
+        connection = server.raw(sent)
+        connection.settimeout(60)
+        assert connection.recv(1000)[:12] in (b"", b"HTTP/1.1 400")
+        connection.close()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(server.address)
+    asked = {"prompt": "x", "n": 8, "max_tokens": 2000, "logprobs": 20, "stream": True}
+    slow.sendall(server.request({**asked, "logit_bias": {"0": -100}}))
+    server.wait_for("flame_rows", 8)
+    server.wait_for("flame_rows", 0)
+    assert server.gauge("flame_written_tokens_total") < 16000, "it was cut"
+    slow.close()
+    assert server.end().returncode == 0
