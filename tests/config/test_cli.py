@@ -91,7 +91,7 @@ OPTIMIZER_KEYS = ", ".join(
     f"optimizer.{name}"
     for name in ("name", "lr", "betas", "eps", "weight_decay", "decay", "grad_clip_norm")
 )
-MODEL_KEYS = "model.config, model.mup_base_width, model.pretrained"
+MODEL_KEYS = "model.config, model.pretrained, model.mup_base_width"
 
 
 @pytest.fixture(autouse=True)

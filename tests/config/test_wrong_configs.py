@@ -263,7 +263,8 @@ WRONG: dict[str, str] = {
     "model.config.use_short_conv=true model.mup_base_width=16": (
         "must be left out with model.mup_base_width, which has no rules for it (docs/mup.md)"
     ),
-    "model=gla": "must hold keys and values; its keys are model.config, model.pretrained",
+    "model=gla": "must hold keys and values; its keys are "
+    "model.config, model.pretrained, model.mup_base_width",
     "tokenizer=./nowhere": "tokenizer: ./nowhere: no such folder",
     # What this machine cannot do.
     **(
