@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from composer import Trainer
 from composer.loggers import ProgressBarLogger
@@ -18,6 +21,8 @@ from flame_composer.storage.filesystems import is_url
 from flame_composer.train.rows import appending, is_cut_short, writing
 
 STARTS = "starts.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 def announce(
@@ -73,6 +78,7 @@ def announce(
         f" logs in {log_folder}",
         flush=True,
     )
+    _warn_of_padding(state.model)
     if resumed_from is not None:
         time = state.timestamp
         print(
@@ -80,3 +86,24 @@ def announce(
             f" row {time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen",
             flush=True,
         )
+
+
+def _warn_of_padding(model: Any) -> None:
+    """Warn of a token that the model takes for padding, and the tokenizer does not.
+
+    An embedding gives its padding token no gradient. Many of transformers' config classes name one
+    by default, which in another tokenizer is an ordinary token.
+    """
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Embedding) or not module.weight.requires_grad:
+            continue
+        token = module.padding_idx
+        if token is not None and token != model.tokenizer.pad_token_id:
+            log.warning(
+                "warning: model.config.pad_token_id: the model takes token %s (%r) for padding, and"
+                " the tokenizer does not: its embedding is never trained; for a new run, set"
+                " model.config.pad_token_id=null",
+                token,
+                model.tokenizer.convert_ids_to_tokens(token),
+            )
+            return

@@ -284,3 +284,22 @@ def test_a_sharded_run_decays_the_same(corpus: Corpus, olmo: str, tmp_path: Path
         "optimizer.decay=[matrices,embeddings]",
     )
     assert read_log(default)[-1]["loss"] != pytest.approx(losses[0][-1], rel=1e-4)
+
+
+def test_a_token_that_is_taken_for_padding_is_named(
+    corpus: Corpus, olmo: str, tmp_path: Path
+) -> None:
+    """The config class of OLMo 2 names token 1."""
+
+    def warnings(*keys: str) -> list[str]:
+        run = tmp_path / f"run{len(keys)}"
+        process = run_script(
+            "recipes/train.py", *corpus.keys(run, olmo, *RUN, "max_duration=1ba", *keys)
+        )
+        assert process.returncode == 0
+        return [line for line in process.stderr.splitlines() if "padding" in line]
+
+    (line,) = warnings()
+    assert line.startswith("warning: model.config.pad_token_id: the model takes token 1 (")
+    assert line.endswith("for a new run, set model.config.pad_token_id=null")
+    assert warnings("model.config.pad_token_id=null") == []
