@@ -95,7 +95,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path, name: str, sto
         os.killpg(launcher.pid, signal.SIGSTOP)
     launcher.kill()
     launcher.wait()
-    wait_until(lambda: not any(map(runs, ranks)), 5)
+    wait_until(lambda: not any(map(runs, ranks)))
 
 
 @pytest.mark.parametrize(

@@ -268,13 +268,16 @@ class SeqLengthWarmup(algorithms.SeqLengthWarmup):
         if event == Event.INIT:
             return super().apply(event, state, logger)
         assert state.max_duration is not None
-        streams = state.batch.pop("stream", None)  # one number per row, which cannot be cut
+        of_rows = {  # one number per row, which cannot be cut
+            key: state.batch.pop(key)
+            for key, value in [*state.batch.items()]
+            if isinstance(value, torch.Tensor) and value.ndim == 1
+        }
         if not self._activated:
             self._activate_model(state, logger)
         length = self.length(state.timestamp.batch.value, state.max_duration.value)
         state.batch = set_batch_sequence_length(state.batch, length)
-        if streams is not None:
-            state.batch["stream"] = streams
+        state.batch.update(of_rows)
         logger.log_metrics({"seq_length_warmup/curr_seq_len": length})
         return None
 

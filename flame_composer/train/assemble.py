@@ -345,7 +345,7 @@ def build_callbacks(
         *counters,
         RandomState(),
         SameData(data.order, allow_change=config.allow_data_change),
-        build_same_loss(config),
+        build_same_loss(config, extensions.algorithms),
         build_schedule(config, data.plan, extensions.algorithms),
         gradients,
         *build_watchers(config),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
-from composer.core import Callback, State
+from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
@@ -14,6 +15,7 @@ from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError
 from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.text.ends import describe as describe_ends
+from flame_composer.train.algorithms import LabelSmoothing
 
 
 class RandomState(Callback):
@@ -87,17 +89,30 @@ class SameLoss(Callback):
     def __init__(self, settings: dict[str, Any], *, allow_change: bool):
         self.settings = settings
         self.allow_change = allow_change
+        self.is_compared = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raise ConfigError if a setting is another; checkpoints up to 2026-11-29 have no state."""
-        before = state["settings"]
+        """Raise ConfigError if a setting is another than in the checkpoint, if that has it."""
+        self._compare(state["settings"])
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Raise ConfigError if a checkpoint that records no loss was trained without ours.
+
+        Checkpoints up to 2026-11-29 record none, and know neither a z_loss nor a filter.
+        """
+        if state.timestamp.batch.value > 0 and not self.is_compared:
+            filters = [key for key in self.settings if key.startswith("repetition_filter.")]
+            self._compare({**dict.fromkeys(filters), "z_loss": 0.0})
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        self.is_compared = True
         changed = [
-            f"{key} ({before.get(key)} before, {value} now)"
+            f"{key} ({before[key]} before, {value} now)"
             for key, value in self.settings.items()
-            if before.get(key) != value
+            if key in before and before[key] != value
         ]
         if changed and not self.allow_change:
             raise ConfigError(
@@ -107,10 +122,16 @@ class SameLoss(Callback):
             )
 
 
-def build_same_loss(config: TrainConfig) -> SameLoss:
-    """Return the callback that keeps `z_loss` and `repetition_filter` as they are in a run."""
+def build_same_loss(config: TrainConfig, algorithms: Sequence[Algorithm]) -> SameLoss:
+    """Return the callback that keeps in a run what decides the loss of a row."""
     repetition = config.repetition_filter
-    settings: dict[str, Any] = {"z_loss": config.z_loss}
+    smoothings = (each.smoothing for each in algorithms if isinstance(each, LabelSmoothing))
+    settings: dict[str, Any] = {
+        "z_loss": config.z_loss,
+        "varlen": config.varlen,
+        "train_data.loss_across_documents": config.train_data.loss_across_documents,
+        "algorithms.label_smoothing.smoothing": next(smoothings, None),
+    }
     for field in dataclasses.fields(RepetitionConfig):
         key = f"repetition_filter.{field.name}"
         settings[key] = None if repetition is None else getattr(repetition, field.name)

@@ -242,7 +242,8 @@ def _as_card_says(folder: str, name: str | None, which: str) -> list[list[str]]:
         head = text.split("---\n")[1] if text.startswith("---\n") else ""
         require_shallow(head)
         content = yaml.safe_load(head)
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+    # Tags that do not fit their values end in any of the last ones.
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return []
     listed = content.get("configs") if isinstance(content, dict) else None
     patterns: list[Any] = []

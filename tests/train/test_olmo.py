@@ -4,11 +4,14 @@ run, and settings of the loss that stay as they are.
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composer.core import Timestamp
+from composer.loggers import Logger
 
 from flame_composer.checkpoint.content import needed_by
 from flame_composer.config.load import load
@@ -219,6 +222,24 @@ def test_settings_of_the_loss_that_are_not_known_are_not_compared() -> None:
     with pytest.raises(ConfigError, match=r"another loss: z_loss \(0\.2 before, 0\.1 now\)"):
         loss.load_state_dict({"settings": {"z_loss": 0.2}})
     SameLoss({"z_loss": 0.1}, allow_change=True).load_state_dict({"settings": {"z_loss": 0.2}})
+    SameLoss({"z_loss": 0.1, "varlen": True}, allow_change=False).load_state_dict(
+        {"settings": {"z_loss": 0.1}}
+    )
+
+
+@pytest.mark.parametrize("key", ["z_loss", "repetition_filter.max_count"])
+def test_a_checkpoint_of_earlier_versions_was_trained_without(key: str) -> None:
+    state: Any = types.SimpleNamespace(timestamp=Timestamp(batch=3))
+    known: dict[str, Any] = {"z_loss": 0.0, "repetition_filter.max_count": None, "varlen": False}
+    SameLoss(known, allow_change=False).after_load(state, Logger(state))
+    loss = SameLoss({**known, key: 32}, allow_change=False)
+    with pytest.raises(ConfigError, match=rf"another loss: {key} \((0\.0|None) before, 32 now\)"):
+        loss.after_load(state, Logger(state))
+    loss = SameLoss({**known, key: 32}, allow_change=False)
+    loss.load_state_dict({"settings": {**known, key: 32}})
+    loss.after_load(state, Logger(state))
+    new: Any = types.SimpleNamespace(timestamp=Timestamp())
+    SameLoss({**known, key: 32}, allow_change=False).after_load(new, Logger(new))
 
 
 # Runs
@@ -250,6 +271,12 @@ def test_a_run_is_stopped_and_made_longer_and_its_settings_stay(
     line = refused("max_duration=8ba", "optimizer.decay=[matrices,embeddings]")
     assert line.startswith(f"error: {run}/checkpoints: none of its 3 checkpoints is of this run: ")
     assert "(optimizer.weight_decay, optimizer.decay); set back what changed" in line
+    for key, line in {
+        "varlen=false": "varlen (True before, False now)",
+        "train_data.loss_across_documents=false": "loss_across_documents (True before, False now)",
+        "algorithms.label_smoothing.smoothing=0.2": "smoothing (None before, 0.2 now)",
+    }.items():
+        assert f"{line}; set back what changed" in refused("max_duration=8ba", key)
     line = refused("max_duration=8ba", "z_loss=0.01")
     assert "another loss: z_loss (0.001 before, 0.01 now); set back what changed" in line
     assert "scheduler.t_max (12ba before, 13ba now)" in refused(
