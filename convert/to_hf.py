@@ -66,8 +66,8 @@ def main(config: ToHfConfig) -> None:
         save_hf_folder(model, tokenizer, out, dtype=config.dtype, max_shard_size=size, card=card)
         number = f"{count_parameters(model):,}"
         print(f"{checkpoint.place} -> {out}: {number} parameters as {config.dtype}")
-        print("load it with: from flame_composer import cpu; cpu.enable()")
-        print(f"              AutoModelForCausalLM.from_pretrained({str(out)!r})")
+        first = "from flame_composer import cpu; cpu.enable()\n" if publish.needs_fla(model) else ""
+        print(f"load it with: {first}AutoModelForCausalLM.from_pretrained({str(out)!r})")
     if config.push_to_hub is not None:
         print(
             f"uploaded: {publish.push_folder(out, config.push_to_hub, private=config.hub_private)}"

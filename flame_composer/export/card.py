@@ -109,7 +109,7 @@ def model_card(
     """
     recipe = _recipe(run_config)
     name = _line(recipe.get("run_name") or name)
-    is_fla = type(model).__module__.startswith("fla.")
+    is_fla = needs_fla(model)
     header = ModelCardData(
         library_name="transformers" if is_merged else "peft",
         pipeline_tag="text-generation",
@@ -164,6 +164,11 @@ def _described(adapter: Adapter | None) -> str:
         f" ({_line(', '.join(endings_of(adapter.targets)))}){whole}"
         f"\n- its base: {_line(adapter.base.place)}, sha256 {_line(adapter.base.sha256)}"
     )
+
+
+def needs_fla(model: object) -> bool:
+    """Return whether transformers knows the model only once fla is imported."""
+    return type(model).__module__.startswith("fla.")
 
 
 def _load_adapter(adapter: Adapter | None, is_fla: bool) -> str:

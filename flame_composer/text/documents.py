@@ -122,7 +122,9 @@ def _read_text(
         # The decoder counts its offset from after the byte-order mark.
         offset = error.start + (len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0)
         problem = f"{part.path}: not valid UTF-8 at byte {offset}{other_kind(bytes(data[:512]))}"
-        on_damage(DataError(f"{problem}; convert the file to UTF-8 or remove it"))
+        tokens = "set token_dtype if it holds tokens (docs/corpora.md), or "
+        remedy = tokens if part.path.endswith((".npy", ".bin")) else ""
+        on_damage(DataError(f"{problem}; {remedy}convert the file to UTF-8 or remove it"))
 
 
 def _read_jsonl(

@@ -143,9 +143,10 @@ def _require_type(path: str, data: bytes, vocabulary: Vocabulary) -> None:
         most = (vocabulary.size - 1) >> 8 * vocabulary.item  # of the upper half
         is_wider = item > vocabulary.item and most < 8 and len(wide) >= 16
         if is_wider and (wide < vocabulary.size).all():
+            bound = f"at most {most}" if most else "0"
             raise ConfigError(
                 f"token_dtype: {path}: its first {len(wide):,} tokens are {name} and not"
-                f" {vocabulary.dtype}: read as that, every second one would be {most} or less; set"
+                f" {vocabulary.dtype}: read as that, every second one would be {bound}; set"
                 f" token_dtype={name}"
             )
     dtype = np.dtype(DTYPES[vocabulary.dtype])

@@ -294,6 +294,13 @@ def test_text_that_is_not_utf8(tmp_path):
         texts_of(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize("name", ["a.npy", "a.bin"])
+def test_tokens_that_are_taken_for_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xe9\x01")
+    with pytest.raises(DataError, match=r"at byte 0; set token_dtype if it holds tokens \(docs"):
+        texts_of(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

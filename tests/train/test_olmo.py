@@ -330,3 +330,16 @@ def test_a_token_that_is_taken_for_padding_is_named(
     assert line.startswith("warning: model.config.pad_token_id: the model takes token 1 (")
     assert line.endswith("for a new run, set model.config.pad_token_id=null")
     assert warnings("model.config.pad_token_id=null") == []
+
+
+def test_rows_that_repeat_are_left_out_while_rows_become_longer(
+    corpus: Corpus, olmo: str, tmp_path: Path
+) -> None:
+    """Sequence length warmup cuts all that a batch has for each token, and nothing else."""
+    warmup = "algorithms.seq_length_warmup={duration: 0.5, min_seq_length: 8}"
+    keys = (*RUN, warmup, "repetition_filter.max_count=8", "max_duration=4ba", "save_folder=null")
+    corpus.train_run(tmp_path / "run", olmo, *keys)
+    assert [row["left_out"]["rows"] for row in read_log(tmp_path / "run")] == sorted(
+        row["left_out"]["rows"] for row in read_log(tmp_path / "run")
+    )
+    assert len(read_log(tmp_path / "run")) == 4

@@ -343,6 +343,16 @@ def test_what_the_card_names_is_found_last(tmp_path: Path) -> None:
         found_in(tmp_path, PIQA, "out", "validation")
 
 
+@pytest.mark.parametrize(
+    "head", ["a: !!bool maybe", "a: !!timestamp x", "a: !!int ''", "- [[", "{"]
+)
+def test_a_card_that_cannot_be_read_names_nothing(tmp_path: Path, head: str) -> None:
+    (tmp_path / PIQA).mkdir(parents=True)
+    (tmp_path / PIQA / "README.md").write_text(f"---\n{head}\n---\n")
+    with pytest.raises(ConfigError, match="1 file missing"):
+        found_in(tmp_path, PIQA, None, "validation")
+
+
 def test_links_as_the_hub_leaves_them(tmp_path: Path) -> None:
     rows = [row_of(PIQA, i) for i in range(ROWS)]
     write_rows(tmp_path / "blobs/abc", rows)
