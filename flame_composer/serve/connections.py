@@ -6,6 +6,8 @@ import asyncio
 import math
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flame_composer.errors import InvalidField, one_line
+from flame_composer.quantities import plural
 
 if TYPE_CHECKING:
     from flame_composer.serve.engine import Engine
@@ -22,6 +25,7 @@ HEAD_SECONDS = 30  # for the head of a request to arrive
 READ_SECONDS = 60  # for a client to read what was sent to it
 MOST_CONNECTIONS = 500
 _AFTER_DRAINING = 5  # seconds for the last words of a request
+_LAST_WORDS = 1  # the same, if the server is to end at once
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -113,10 +117,12 @@ class Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """A server that ends quietly at SIGTERM and Ctrl-C, and at once at a second Ctrl-C."""
+    """A server that ends quietly at SIGTERM and Ctrl-C; a second Ctrl-C makes it hurry."""
+
+    hurries = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.hurries = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
 
@@ -152,6 +158,10 @@ def serve(
         engine.close("the server has ended")
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 async def _serve(
     server: uvicorn.Server,
     listener: socket.socket,
@@ -166,8 +176,21 @@ async def _serve(
         while not server.should_exit:
             await asyncio.sleep(0.05)
         engine.is_draining = True
-        await asyncio.sleep(drain_seconds)
+        gauges = engine.gauges()
+        if count := sum(gauges.values()):
+            _say(
+                f"ending: {plural(count, 'answer')} under way, for which there"
+                f" {'is' if drain_seconds == 1 else 'are'} {drain_seconds:g} s; Ctrl-C (again)"
+                " ends at once"
+            )
+        end = time.monotonic() + drain_seconds
+        while time.monotonic() < end and not server.hurries:
+            await asyncio.sleep(0.05)
+        if count := sum(engine.gauges().values()):
+            _say(f"{plural(count, 'answer')} ended before the end")
         await asyncio.to_thread(engine.close, "the server ends before the answer does")
+        await asyncio.sleep(_LAST_WORDS)
+        server.force_exit = server.hurries
 
     draining = asyncio.create_task(drain())
     await server.serve(sockets=[listener])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -613,6 +615,34 @@ def test_the_end_finishes_what_is_under_way(made: Any, folder: Path) -> None:
     assert "Traceback" not in ended.stderr
     with pytest.raises(ConnectionRefusedError):
         server.raw(b"")
+
+
+def test_a_second_ctrl_c_ends_it_at_once(made: Any, folder: Path) -> None:
+    """What is under way is told so, in the form of an error."""
+    server = Server(folder, "drain_seconds=300", "max_new_tokens=100000")
+    asked = {"prompt": "x", "max_tokens": 90000, "logit_bias": {"0": -100}}
+    connection = server.post(asked)
+    server.wait_for("flame_rows", 1)
+    pid = server.script.process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while "ending: 1 answer under way" not in server.script.read("err"):
+        assert time.monotonic() < deadline, server.script.read("err")
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGINT)
+    answer = b""
+    while part := connection.recv(1 << 16):
+        answer += part
+    connection.close()
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert b" 503 " in head.splitlines()[0]
+    message = json.loads(content)["error"]["message"]
+    assert message == "the server ends before the answer does"
+    ended = server.script.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert "1 answer ended before the end" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_the_server_is_what_the_keys_say(made: Any, folder: Path) -> None:
