@@ -163,7 +163,7 @@ def _say(line: str) -> None:
 
 
 async def _serve(
-    server: uvicorn.Server,
+    server: _Server,
     listener: socket.socket,
     engine: Engine,
     drain_seconds: float,

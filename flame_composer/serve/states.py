@@ -125,7 +125,10 @@ def probe(model: PreTrainedModel) -> Abilities:
 
 def describe(abilities: Abilities, max_rows: int) -> str:
     """Return a line for the user that says how requests share the model."""
-    how = f"up to {max_rows} answers are written at a time, a token of all in each step"
+    how = (
+        f"up to {max_rows} answers are written together (this model's states can be joined), each"
+        " step a token of all"
+    )
     if not abilities.joined:
         how = (
             "this model's states cannot be rows of one batch (they grow, or depend on positions):"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from composer import Trainer
+from composer.core import State
 from composer.loggers import ProgressBarLogger
 from composer.utils import dist
 
@@ -70,6 +71,20 @@ def announce(
         path = log_folder / STARTS
         with writing(path), appending(path) as starts:
             starts.write(("\n" if is_cut_short(path) else "") + json.dumps(start) + "\n")
+    _print_model(state, log_folder)
+    _warn_of_padding(state.model)
+    if resumed_from is not None:
+        time = state.timestamp
+        print(
+            f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value},"
+            f" row {time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen",
+            flush=True,
+        )
+
+
+def _print_model(state: State, log_folder: Path) -> None:
+    """Print what trains, on how many devices, and for how long."""
+    assert state.max_duration is not None
     parameters, trained = count_parameters(state.model), count_trained(state.model)
     of_which = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     print(
@@ -78,12 +93,10 @@ def announce(
         f" logs in {log_folder}",
         flush=True,
     )
-    _warn_of_padding(state.model)
-    if resumed_from is not None:
-        time = state.timestamp
+    factors = {group.get("lr_factor", 1.0) for group in state.optimizers[0].param_groups}
+    for factor in sorted(factors - {1.0}):
         print(
-            f"resuming from {resumed_from}: step {time.batch.value:,}, epoch {time.epoch.value},"
-            f" row {time.sample_in_epoch.value:,} of it, {time.token.value:,} tokens seen",
+            f"muP: matrices in layers train at {factor:.4g} times the learning rate that is logged",
             flush=True,
         )
 

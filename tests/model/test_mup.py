@@ -384,8 +384,10 @@ def test_a_run_with_it_is_another_and_its_rates_are_the_schedules(
     corpus: Corpus, tmp_path: Path
 ) -> None:
     wide, plain = tmp_path / "wide", tmp_path / "plain"
-    corpus.train_run(wide, *WITH_MUP)
-    corpus.train_run(plain, *WITH_MUP[1:])
+    said = check(Script("recipes/train.py", *corpus.keys(wide, *WITH_MUP)).wait()).stdout
+    assert "\nmuP: matrices in layers train at 0.5 times the learning rate that is logged\n" in said
+    said = check(Script("recipes/train.py", *corpus.keys(plain, *WITH_MUP[1:])).wait()).stdout
+    assert "muP" not in said
     ours, theirs = read_log(wide), read_log(plain)
     assert [row["batch_hash"] for row in ours] == [row["batch_hash"] for row in theirs]
     assert [row["learning_rate"] for row in ours] == [row["learning_rate"] for row in theirs]
