@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
+from flame_composer.serve import engine as engines
 from flame_composer.serve import inbox as inboxes
 from flame_composer.serve import protocol
 from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Job, Piece
@@ -25,7 +26,7 @@ from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.metrics import Metrics
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import Limits
-from flame_composer.serve.states import Abilities, describe, probe
+from flame_composer.serve.states import Abilities, States, describe, probe
 from flame_composer.serve.writing import Answer, BlockedTexts
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, words
@@ -186,6 +187,64 @@ def test_a_failure_of_the_model_is_told_and_does_not_last(
     assert failure == Failure(500, "the model failed; see the server's log")
     assert "out of memory" in caplog.text
     assert bench.result(bench.submit("def")) == before
+
+
+def test_a_prompt_that_cannot_join_fails_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, with a line of log; what is being written goes on."""
+    copied = engines.copies
+
+    def copies(cache: Any, number: int) -> list[Any]:
+        if number > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copied(cache, number)
+
+    monkeypatch.setattr(engines, "copies", copies)
+    before = bench.result(bench.submit("def"))
+    good = bench.submit("def", max_tokens=12)
+    failure = bench.result(bench.submit("def", n=3))
+    assert failure == Failure(500, "the model failed; see the server's log")
+    assert caplog.text.count("OutOfMemoryError: CUDA out of memory") == 1
+    assert bench.result(good) == before
+    # And so does all that joins at once, if the states cannot be put together
+    monkeypatch.setattr(engines, "copies", copied)
+    with monkeypatch.context() as within:
+        within.setattr(States, "join", lambda *_: copies(None, 2))
+        assert bench.result(bench.submit("def", n=3)) == failure
+    assert bench.result(bench.submit("def")) == before
+
+
+def test_a_failure_that_cannot_be_delivered_disturbs_nobody(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Event) -> None:
+        raise RuntimeError("nobody is there")
+
+    [job] = bench.jobs("def")
+    job.deliver = fail
+    bench.engine.submit([job])
+    assert isinstance(bench.result(bench.submit("def")), str)
+    assert "not delivered: nobody is there" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_thread_has_failed_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tiny(GLA))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr(bench.engine, "_write_tokens", fail)
+    monkeypatch.setattr(bench.engine, "_fail_all", fail)
+    numbers = [bench.submit("def") for _ in range(6)]
+    bench.engine.start()
+    assert [bench.result(number) for number in numbers] == [
+        Failure(503, "the server failed; see its log")
+    ] * 6
+    bench.engine.close("over")
+    with pytest.raises(Closed):
+        bench.submit("def")
 
 
 def test_no_more_wait_than_may() -> None:
