@@ -142,8 +142,9 @@ class Endpoints:
         service = self.service
         content = protocol.parse_json(await read_body(request, service.max_body_bytes))
         asked = parse(content, service.name, service.limits)
-        rendered = service.preparation.render(asked) if asked.is_chat else None
-        inbox = Inbox()
+        inbox, rendered = Inbox(), None
+        if asked.is_chat:
+            rendered = await asyncio.to_thread(service.preparation.render, asked)
         jobs = await asyncio.to_thread(service.preparation.jobs, asked, rendered, inbox.deliver)
         try:
             service.engine.submit(jobs)
