@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -142,23 +143,59 @@ class Endpoints:
         service = self.service
         content = protocol.parse_json(await read_body(request, service.max_body_bytes))
         asked = parse(content, service.name, service.limits)
-        inbox, rendered = Inbox(), None
-        if asked.is_chat:
-            rendered = await asyncio.to_thread(service.preparation.render, asked)
-        jobs = await asyncio.to_thread(service.preparation.jobs, asked, rendered, inbox.deliver)
+        inbox, deadline = Inbox(), time.monotonic() + service.request_seconds
         try:
-            service.engine.submit(jobs)
+            with service.engine.room_for(max(1, len(asked.prompts))):
+                jobs = await self._prepared(request, asked, inbox, deadline)
+                service.engine.submit(jobs)
         except Full:
             return error(
                 429, "too many requests are waiting; try again later", headers={"Retry-After": "1"}
             )
         except Closed:
             return error(503, "the server is about to end", headers={"Retry-After": "10"})
-        exchange = Exchange(service, asked, jobs, inbox)
+        exchange = Exchange(service, asked, jobs, inbox, deadline)
         request.state.tokens = exchange.count
         if asked.stream:
             return Streamed(exchange)
         return await exchange.whole(request.receive)
+
+    async def _prepared(
+        self, request: Request, asked: protocol.Request, inbox: Inbox, deadline: float
+    ) -> list[Job]:
+        """Return the jobs of a request, or raise BadRequest, if only as the client has left.
+
+        They are prepared in threads, for that may take seconds.
+        """
+        preparation, has_ended = self.service.preparation, threading.Event()
+        jobs: list[Job] = []
+
+        async def prepare() -> None:
+            rendered = None
+            if asked.is_chat:
+                rendered = await asyncio.to_thread(preparation.render, asked)
+            jobs.extend(
+                await asyncio.to_thread(
+                    preparation.jobs,
+                    asked,
+                    rendered,
+                    inbox.deliver,
+                    lambda: not has_ended.is_set(),
+                )
+            )
+
+        try:
+            if not await first_of(prepare(), until_left(request.receive), deadline):
+                raise BadRequest("the client left", status=CLIENT_LEFT)
+        except asyncio.TimeoutError:
+            raise BadRequest(_too_long(self.service.request_seconds), status=504) from None
+        finally:
+            has_ended.set()
+        return jobs
+
+
+def _too_long(seconds: float) -> str:
+    return f"the answer took longer than {seconds:g} seconds"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -191,14 +228,19 @@ class Exchange:
     """A request under way, and what has come of it."""
 
     def __init__(
-        self, service: Service, asked: protocol.Request, jobs: Sequence[Job], inbox: Inbox
+        self,
+        service: Service,
+        asked: protocol.Request,
+        jobs: Sequence[Job],
+        inbox: Inbox,
+        deadline: float,  # of time.monotonic
     ):
         self.service, self.asked, self.jobs, self.inbox = service, asked, jobs, inbox
         tokenizer = service.preparation.tokenizer
         self.form = Form(asked, service.name, tokenizer)
         self.choices = [Choice(row.job.echo) for job in jobs for row in job.rows]
         self.num_tokens = [0] * len(self.choices)
-        self.deadline = time.monotonic() + service.request_seconds
+        self.deadline = deadline
 
     def count(self) -> tuple[int, int]:
         """Return the numbers of tokens of the prompts, and of those written."""
@@ -248,8 +290,7 @@ class Exchange:
             if not await first_of(collect(), until_left(receive), self.deadline):
                 return error(CLIENT_LEFT, "the client left")
         except asyncio.TimeoutError:
-            seconds = self.service.request_seconds
-            return error(504, f"the answer took longer than {seconds:g} seconds")
+            return error(504, _too_long(self.service.request_seconds))
         finally:
             self.give_up()
         usage = usage_of(*self.count())
@@ -276,8 +317,7 @@ class Streamed(Response):
         except BadRequest as refusal:
             await self._part(send, refusal.status, refusal.message)
         except asyncio.TimeoutError:
-            seconds = exchange.service.request_seconds
-            await self._part(send, 504, f"the answer took longer than {seconds:g} seconds")
+            await self._part(send, 504, _too_long(exchange.service.request_seconds))
         finally:
             exchange.give_up()
 

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class Engine:
         self.rows: list[Row] = []
         self.states = States(model, joined=abilities.joined)
         self._changed = threading.Condition()
+        self._preparing = 0  # jobs
         self._closing: str | None = None
         self.is_draining = False  # takes nothing new, and finishes the rest
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -122,16 +124,36 @@ class Engine:
         """Start the thread."""
         self._thread.start()
 
+    @contextmanager
+    def room_for(self, jobs: int) -> Iterator[None]:
+        """Have no more requests prepared, in the body, than may be written or wait.
+
+        Raise Full if there is no room for so many jobs, and Closed as `submit` does.
+        """
+        with self._changed:
+            self._require_room(jobs)
+            if self._preparing + jobs > self.max_waiting + self.max_rows:
+                raise Full
+            self._preparing += jobs
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._preparing -= jobs
+
+    def _require_room(self, jobs: int) -> None:
+        if self.is_draining or self._closing is not None:
+            raise Closed
+        if len(self.waiting) + jobs > self.max_waiting:
+            raise Full
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have the jobs done, all of them or none.
 
         Raise Full if too many are waiting, and Closed once the engine ends or has failed.
         """
         with self._changed:
-            if self.is_draining or self._closing is not None:
-                raise Closed
-            if len(self.waiting) + len(jobs) > self.max_waiting:
-                raise Full
+            self._require_room(len(jobs))
             self.waiting += jobs
             self._changed.notify()
 

@@ -71,16 +71,21 @@ class Preparation:
             raise BadRequest(f"messages: {one_line(error)}", "messages") from None
 
     def jobs(
-        self, request: Request, rendered: str | None, deliver: Callable[[Event], None]
+        self,
+        request: Request,
+        rendered: str | None,
+        deliver: Callable[[Event], None],
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> list[Job]:
         """Return a job for each prompt of a request, or one for its `rendered` conversation.
 
         Answers are numbered through: those to the first prompt come first. The first answer to
         each prompt is drawn with the request's seed, the next with the one after it, and so on.
+        Stop early, with fewer jobs or rows, once the request `is_wanted` no more.
         """
         prompts = request.prompts if rendered is None else [rendered]
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        jobs = []
+        jobs: list[Job] = []
         for number, prompt in enumerate(prompts):
             ids = self._encode(prompt, is_whole=rendered is not None)
             job = Job(
@@ -91,9 +96,12 @@ class Preparation:
                 request.echo and request.num_top is not None,
                 deliver,
             )
+            distinct = dict.fromkeys(ids)
             for copy in range(request.n):
+                if not is_wanted():
+                    return jobs
                 own = (seed + copy + 2**63) % 2**64 - 2**63
-                sampler = Sampler(request.settings, ids, own, self.device)
+                sampler = Sampler(request.settings, distinct, own, self.device)
                 answer = Answer(self.tokenizer, ids, request.stop, self.blocked)
                 job.rows.append(Row(job, number * request.n + copy, sampler, answer))
             if request.echo:

@@ -259,6 +259,30 @@ def test_no_more_wait_than_may() -> None:
         bench.submit("f")
 
 
+def test_no_more_is_prepared_than_there_is_room_for() -> None:
+    """Nothing is decoded for a request that cannot be taken, or that nobody waits for."""
+    bench = Bench(tiny(GLA), max_waiting=3, max_rows=2)
+    with pytest.raises(Full), bench.engine.room_for(4):
+        pass
+    three, two, one = bench.engine.room_for(3), bench.engine.room_for(2), bench.engine.room_for(1)
+    with three, two, pytest.raises(Full), one:
+        pass
+    bench.submit(["a", "b"])
+    with pytest.raises(Full), bench.engine.room_for(2):
+        pass
+    with bench.engine.room_for(1):
+        bench.engine.is_draining = True
+    with pytest.raises(Closed), bench.engine.room_for(1):
+        pass
+    checks = iter([True, True, True, False])
+    content = {"prompt": ["a", "b", "c"], "n": 2}
+    request = protocol.parse_completion(content, "m", LIMITS)
+    jobs = bench.preparation.jobs(request, None, lambda _: None, lambda: next(checks))
+    assert [len(job.rows) for job in jobs] == [2]
+    with pytest.raises(protocol.BadRequest, match="n: must make 8 answers at most"):
+        protocol.parse_completion({"prompt": ["a", "b", "c"], "n": 3}, "m", LIMITS)
+
+
 def test_the_end_fails_what_is_left() -> None:
     bench = Bench(tiny(GLA))
     bench.engine.start()
