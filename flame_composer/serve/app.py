@@ -21,7 +21,6 @@ from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Jo
 from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import BadRequest, Limits
-from flame_composer.use.generate import Pieces
 
 BODY_SECONDS = 30  # for the whole body of a request to arrive
 FAREWELL_SECONDS = 1  # for the last words to a client that may not be reading
@@ -254,11 +253,8 @@ class Exchange:
         if isinstance(event, Failure):
             raise BadRequest(event.message, status=event.status)
         if isinstance(event, PromptScores):
-            pieces, start = Pieces(self.service.preparation.tokenizer, []), 0
-            for score in event.scores:
-                for index in event.numbers:
-                    self.choices[index].scores.append(score._replace(start=start))
-                start += len(pieces.add(score.id))
+            for index in event.numbers:
+                self.choices[index].of_prompt = event.scores
             return None
         choice, written = self.choices[event.number], event.written
         before = len(self.jobs[event.number // self.asked.n].echo)
@@ -293,10 +289,8 @@ class Exchange:
             return error(504, _too_long(self.service.request_seconds))
         finally:
             self.give_up()
-        usage = usage_of(*self.count())
-        return Response(
-            to_json(self.form.whole(self.choices, usage)), media_type="application/json"
-        )
+        content = await asyncio.to_thread(self.form.whole, self.choices, usage_of(*self.count()))
+        return Response(content, media_type="application/json")
 
 
 class Streamed(Response):

@@ -20,6 +20,8 @@ from flame_composer.text.tokenizer import explained_failure
 from flame_composer.use.chat import require_plain, special_ids
 from flame_composer.use.generate import ends_of_answers, row_length
 
+MOST_SCORES = 2_000_000  # log probabilities in the answer to a request
+
 
 class Preparation:
     """What is known of the model when a request comes."""
@@ -86,6 +88,7 @@ class Preparation:
         prompts = request.prompts if rendered is None else [rendered]
         seed = secrets.randbits(62) if request.seed is None else request.seed
         jobs: list[Job] = []
+        num_scores = 0
         for number, prompt in enumerate(prompts):
             ids = self._encode(prompt, is_whole=rendered is not None)
             job = Job(
@@ -96,6 +99,13 @@ class Preparation:
                 request.echo and request.num_top is not None,
                 deliver,
             )
+            num_scores += self._num_scores(request, len(ids))
+            if num_scores > MOST_SCORES:
+                raise BadRequest(
+                    f"logprobs: the answers could have more than {MOST_SCORES:,} log probabilities;"
+                    " ask for less, or in several requests",
+                    "logprobs",
+                )
             distinct = dict.fromkeys(ids)
             for copy in range(request.n):
                 if not is_wanted():
@@ -165,6 +175,13 @@ class Preparation:
         if self.context_length is None:
             return request.max_tokens
         return min(request.max_tokens, self.context_length - length)
+
+    def _num_scores(self, request: Request, length: int) -> int:
+        """Return how many log probabilities the answers to a prompt may have."""
+        if request.num_top is None:
+            return 0
+        shown = self._max_tokens(request, length) + (length if request.echo else 0)
+        return shown * (1 + request.num_top) * request.n
 
     def _ends(self, request: Request) -> frozenset[int]:
         """Return the tokens that end an answer, among them stop texts that are special tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import random
 import socket
 import threading
@@ -20,14 +21,15 @@ from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.serve import engine as engines
 from flame_composer.serve import inbox as inboxes
-from flame_composer.serve import protocol
+from flame_composer.serve import prepare, protocol
+from flame_composer.serve.answers import Choice, Form
 from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Job, Piece
 from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.metrics import Metrics
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import Limits
 from flame_composer.serve.states import Abilities, States, describe, probe
-from flame_composer.serve.writing import Answer, BlockedTexts
+from flame_composer.serve.writing import Answer, BlockedTexts, TokenScore
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, words
 from tests.serve.clients import Server
@@ -354,6 +356,45 @@ def test_the_end_of_a_text() -> None:
 def test_blocked_texts_are_not_shown(text: str, shown: str, finish: str) -> None:
     found = written(text, ["END"], ["secret", "禁止"])
     assert found[:2] == (shown, finish)
+
+
+def test_a_prompt_is_put_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many answers show it: its tokens' texts, and their likeliest others."""
+    tokenizer, decoded = copy.deepcopy(byte_tokenizer()), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options)
+    )
+    ids = tokenizer("prompt é 禁" * 30).input_ids
+    content = {"prompt": ids, "n": 4, "echo": True, "logprobs": 2, "max_tokens": 1}
+    form = Form(protocol.parse_completion(content, "m", LIMITS), "m", tokenizer)
+    scores = [TokenScore(id, 0, -1.0, [(id, -1.0), (5, -2.0)]) for id in ids]
+    last = TokenScore(7, 99, -3.0, [])
+    choices = [Choice("text", [last], "length", of_prompt=scores) for _ in range(4)]
+    made = json.loads(form.whole(choices, {"total_tokens": 1}))
+    assert len(decoded) <= len({5, 7, *ids})
+    assert made["usage"] == {"total_tokens": 1}
+    assert [choice["index"] for choice in made["choices"]] == [0, 1, 2, 3]
+    for choice in made["choices"]:
+        found = choice["logprobs"]
+        assert found == made["choices"][0]["logprobs"]
+        assert [len(each) for each in found.values()] == [len(ids) + 1] * 4
+        assert found["text_offset"][-1] == 99
+        places = zip(found["tokens"][:-1], found["text_offset"], strict=False)
+        text = "prompt é 禁" * 30
+        assert all(text[at : at + len(token)] == token for token, at in places if token.isascii())
+
+
+def test_more_log_probabilities_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tiny(GLA))
+    monkeypatch.setattr(prepare, "MOST_SCORES", 3 * 2 * (10 + 12))
+    asked = {"prompt": [5] * 10, "logprobs": 2, "n": 2}
+    assert len(bench.jobs(**asked, echo=True)) == 1
+    bench.jobs(**{**asked, "prompt": [5] * 100})
+    with pytest.raises(protocol.BadRequest, match="could have more than 132 log prob"):
+        bench.jobs(**{**asked, "prompt": [5] * 11}, echo=True)
+    with pytest.raises(protocol.BadRequest, match="could have more than 132 log prob"):
+        bench.jobs(**{**asked, "prompt": [[5], [5]]})
 
 
 def test_a_slow_reader_takes_no_memory() -> None:
