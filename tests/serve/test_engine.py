@@ -416,14 +416,20 @@ def test_connections_do_not_wait_for_ever(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "hf")
     hurried = tmp_path / "serve.py"
     hurried.write_text(
-        "import runpy\n"
+        "import runpy, socket\n"
         "from flame_composer.serve import connections\n"
         "connections.HEAD_SECONDS = connections.READ_SECONDS = 1\n"
+        "bind = connections.bind\n"
+        "def bind_small(*address):  # else megabytes are sent before a reader is found slow\n"
+        "    listener = bind(*address)\n"
+        "    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)\n"
+        "    return listener\n"
+        "connections.bind = bind_small\n"
         'runpy.run_path("recipes/serve.py", run_name="__main__")\n'
     )
     server = Server(tmp_path / "hf", script=hurried)
-    for sent in (b"", b"GET /health HTTP/1.1\r\nHost: 127.", b"\x16\x03\x01"):
-        connection = server.raw(sent)
+    halves = (b"", b"GET /health HTTP/1.1\r\nHost: 127.", b"\x16\x03\x01")
+    for connection in [server.raw(sent) for sent in halves]:
         connection.settimeout(60)
         assert connection.recv(1000)[:12] in (b"", b"HTTP/1.1 400")
         connection.close()
