@@ -78,6 +78,7 @@ def main(config: ServeConfig) -> None:
         drain_seconds=config.drain_seconds,
         announce=lambda: print(f"{name} is served at {address_of(listener)}/v1", flush=True),
     )
+    preparation.close()
 
 
 if __name__ == "__main__":

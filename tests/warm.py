@@ -12,6 +12,8 @@ from flame_composer.dataset import writer as shards  # noqa: F401
 from flame_composer.export import card as publish  # noqa: F401
 from flame_composer.loader import batches as data  # noqa: F401
 from flame_composer.model import causal_lm as model  # noqa: F401
+from flame_composer.serve import connections, front  # noqa: F401
+from flame_composer.serve import prepare as serving  # noqa: F401
 from flame_composer.train import guards as watch  # noqa: F401
 from flame_composer.train import log as callbacks  # noqa: F401
 from flame_composer.train import (

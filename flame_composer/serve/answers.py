@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer.serve.protocol import Request
 from flame_composer.serve.writing import TokenScore
+from flame_composer.use.generate import Pieces
 
 _TYPES = {
     401: "authentication_error",
@@ -42,12 +43,16 @@ def to_event(content: Any) -> bytes:
 
 @dataclass
 class Choice:
-    """What has been written of one answer; `offset` is the number of characters sent before it."""
+    """What has been written of one answer; `offset` is the number of characters sent before it.
+
+    `of_prompt` holds the scores in the prompt, if they are shown: one list for all its answers.
+    """
 
     text: str = ""
     scores: list[TokenScore] = field(default_factory=list)
     finish: str | None = None
     offset: int = 0
+    of_prompt: list[TokenScore] = field(default_factory=list)
 
 
 class Form:
@@ -66,17 +71,25 @@ class Form:
         self.chunk_head = {**self.head}
         if request.is_chat:
             self.chunk_head["object"] = "chat.completion.chunk"
+        self._texts: dict[int, str] = {}  # of tokens, most of which come often
+        self._parts: set[int] = set()  # tokens that are only a part of a character
+        self._last_prompt: list[TokenScore] = []
+        self._of_last_prompt: dict[str, list[Any]] = {}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
-        """Return the whole answer."""
+    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> bytes:
+        """Return the whole answer as JSON, which may take seconds: call it in a thread.
+
+        It is made choice by choice: no other thread runs while a part becomes JSON.
+        """
         made = []
         for index, choice in enumerate(choices):
             content: dict[str, Any] = {"text": choice.text}
             if self.request.is_chat:
                 message = {"role": "assistant", "content": choice.text, "refusal": None}
                 content = {"message": message}
-            made.append(self._choice(index, content, choice))
-        return {**self.head, "choices": made, "usage": usage}
+            made.append(to_json(self._choice(index, content, choice)))
+        head = to_json({**self.head, "usage": usage})
+        return b'%b,"choices":[%b]}' % (head.removesuffix(b"}"), b",".join(made))
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """Return the part that begins an answer in a conversation."""
@@ -105,13 +118,25 @@ class Form:
 
     def _of_text(self, part: Choice) -> dict[str, Any]:
         """Return log probabilities in the form of /v1/completions."""
+        written = self._columns(part.scores, part.offset)
+        if not part.of_prompt:
+            return written
+        if part.of_prompt is not self._last_prompt:  # one prompt's answers follow one another
+            pieces, start, placed = Pieces(self.tokenizer, []), 0, []
+            for score in part.of_prompt:
+                placed.append(score._replace(start=start))
+                start += len(pieces.add(score.id))
+            self._last_prompt, self._of_last_prompt = part.of_prompt, self._columns(placed, 0)
+        return {name: self._of_last_prompt[name] + written[name] for name in written}
+
+    def _columns(self, scores: Sequence[TokenScore], offset: int) -> dict[str, list[Any]]:
         return {
-            "tokens": [self._text(score.id) for score in part.scores],
-            "token_logprobs": [score.logprob for score in part.scores],
+            "tokens": [self._text(score.id) for score in scores],
+            "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [
-                None if score.logprob is None else self._top(score) for score in part.scores
+                None if score.logprob is None else self._top(score) for score in scores
             ],
-            "text_offset": [part.offset + score.start for score in part.scores],
+            "text_offset": [offset + score.start for score in scores],
         }
 
     def _top(self, score: TokenScore) -> dict[str, float]:
@@ -131,17 +156,19 @@ class Form:
 
     def _entry(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(id)
-        is_whole = "\N{REPLACEMENT CHARACTER}" not in self.tokenizer.decode([id])
-        return {
-            "token": text,
-            "logprob": logprob,
-            "bytes": list(text.encode()) if is_whole else None,
-        }
+        bytes = None if id in self._parts else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": bytes}
 
     def _text(self, id: int) -> str:
         """Return a token's text, or its name if it is only a part of a character."""
+        if id not in self._texts:
+            self._texts[id] = self._text_or_name(id)
+        return self._texts[id]
+
+    def _text_or_name(self, id: int) -> str:
         text = self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
         if "\N{REPLACEMENT CHARACTER}" in text:
+            self._parts.add(id)
             return str(self.tokenizer.convert_ids_to_tokens(id))
         return text
 

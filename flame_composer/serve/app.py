@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Jo
 from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import BadRequest, Limits
-from flame_composer.use.generate import Pieces
 
 BODY_SECONDS = 30  # for the whole body of a request to arrive
 FAREWELL_SECONDS = 1  # for the last words to a client that may not be reading
@@ -142,22 +142,59 @@ class Endpoints:
         service = self.service
         content = protocol.parse_json(await read_body(request, service.max_body_bytes))
         asked = parse(content, service.name, service.limits)
-        rendered = service.preparation.render(asked) if asked.is_chat else None
-        inbox = Inbox()
-        jobs = await asyncio.to_thread(service.preparation.jobs, asked, rendered, inbox.deliver)
+        inbox, deadline = Inbox(), time.monotonic() + service.request_seconds
         try:
-            service.engine.submit(jobs)
+            with service.engine.room_for(max(1, len(asked.prompts))):
+                jobs = await self._prepared(request, asked, inbox, deadline)
+                service.engine.submit(jobs)
         except Full:
             return error(
                 429, "too many requests are waiting; try again later", headers={"Retry-After": "1"}
             )
         except Closed:
             return error(503, "the server is about to end", headers={"Retry-After": "10"})
-        exchange = Exchange(service, asked, jobs, inbox)
+        exchange = Exchange(service, asked, jobs, inbox, deadline)
         request.state.tokens = exchange.count
         if asked.stream:
             return Streamed(exchange)
         return await exchange.whole(request.receive)
+
+    async def _prepared(
+        self, request: Request, asked: protocol.Request, inbox: Inbox, deadline: float
+    ) -> list[Job]:
+        """Return the jobs of a request, or raise BadRequest, if only as the client has left.
+
+        They are prepared in threads, for that may take seconds.
+        """
+        preparation, has_ended = self.service.preparation, threading.Event()
+        jobs: list[Job] = []
+
+        async def prepare() -> None:
+            rendered = None
+            if asked.is_chat:
+                rendered = await asyncio.to_thread(preparation.render, asked)
+            jobs.extend(
+                await asyncio.to_thread(
+                    preparation.jobs,
+                    asked,
+                    rendered,
+                    inbox.deliver,
+                    lambda: not has_ended.is_set(),
+                )
+            )
+
+        try:
+            if not await first_of(prepare(), until_left(request.receive), deadline):
+                raise BadRequest("the client left", status=CLIENT_LEFT)
+        except asyncio.TimeoutError:
+            raise BadRequest(_too_long(self.service.request_seconds), status=504) from None
+        finally:
+            has_ended.set()
+        return jobs
+
+
+def _too_long(seconds: float) -> str:
+    return f"the answer took longer than {seconds:g} seconds"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -190,14 +227,19 @@ class Exchange:
     """A request under way, and what has come of it."""
 
     def __init__(
-        self, service: Service, asked: protocol.Request, jobs: Sequence[Job], inbox: Inbox
+        self,
+        service: Service,
+        asked: protocol.Request,
+        jobs: Sequence[Job],
+        inbox: Inbox,
+        deadline: float,  # of time.monotonic
     ):
         self.service, self.asked, self.jobs, self.inbox = service, asked, jobs, inbox
         tokenizer = service.preparation.tokenizer
         self.form = Form(asked, service.name, tokenizer)
         self.choices = [Choice(row.job.echo) for job in jobs for row in job.rows]
         self.num_tokens = [0] * len(self.choices)
-        self.deadline = time.monotonic() + service.request_seconds
+        self.deadline = deadline
 
     def count(self) -> tuple[int, int]:
         """Return the numbers of tokens of the prompts, and of those written."""
@@ -211,11 +253,8 @@ class Exchange:
         if isinstance(event, Failure):
             raise BadRequest(event.message, status=event.status)
         if isinstance(event, PromptScores):
-            pieces, start = Pieces(self.service.preparation.tokenizer, []), 0
-            for score in event.scores:
-                for index in event.numbers:
-                    self.choices[index].scores.append(score._replace(start=start))
-                start += len(pieces.add(score.id))
+            for index in event.numbers:
+                self.choices[index].of_prompt = event.scores
             return None
         choice, written = self.choices[event.number], event.written
         before = len(self.jobs[event.number // self.asked.n].echo)
@@ -247,14 +286,11 @@ class Exchange:
             if not await first_of(collect(), until_left(receive), self.deadline):
                 return error(CLIENT_LEFT, "the client left")
         except asyncio.TimeoutError:
-            seconds = self.service.request_seconds
-            return error(504, f"the answer took longer than {seconds:g} seconds")
+            return error(504, _too_long(self.service.request_seconds))
         finally:
             self.give_up()
-        usage = usage_of(*self.count())
-        return Response(
-            to_json(self.form.whole(self.choices, usage)), media_type="application/json"
-        )
+        content = await asyncio.to_thread(self.form.whole, self.choices, usage_of(*self.count()))
+        return Response(content, media_type="application/json")
 
 
 class Streamed(Response):
@@ -275,8 +311,7 @@ class Streamed(Response):
         except BadRequest as refusal:
             await self._part(send, refusal.status, refusal.message)
         except asyncio.TimeoutError:
-            seconds = exchange.service.request_seconds
-            await self._part(send, 504, f"the answer took longer than {seconds:g} seconds")
+            await self._part(send, 504, _too_long(exchange.service.request_seconds))
         finally:
             exchange.give_up()
 

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class Engine:
         self.rows: list[Row] = []
         self.states = States(model, joined=abilities.joined)
         self._changed = threading.Condition()
+        self._preparing = 0  # jobs
         self._closing: str | None = None
         self.is_draining = False  # takes nothing new, and finishes the rest
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -122,16 +124,36 @@ class Engine:
         """Start the thread."""
         self._thread.start()
 
+    @contextmanager
+    def room_for(self, jobs: int) -> Iterator[None]:
+        """Have no more requests prepared, in the body, than may be written or wait.
+
+        Raise Full if there is no room for so many jobs, and Closed as `submit` does.
+        """
+        with self._changed:
+            self._require_room(jobs)
+            if self._preparing + jobs > self.max_waiting + self.max_rows:
+                raise Full
+            self._preparing += jobs
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._preparing -= jobs
+
+    def _require_room(self, jobs: int) -> None:
+        if self.is_draining or self._closing is not None:
+            raise Closed
+        if len(self.waiting) + jobs > self.max_waiting:
+            raise Full
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have the jobs done, all of them or none.
 
-        Raise Full if too many are waiting, and Closed once the engine ends.
+        Raise Full if too many are waiting, and Closed once the engine ends or has failed.
         """
         with self._changed:
-            if self.is_draining or self._closing is not None:
-                raise Closed
-            if len(self.waiting) + len(jobs) > self.max_waiting:
-                raise Full
+            self._require_room(len(jobs))
             self.waiting += jobs
             self._changed.notify()
 
@@ -162,21 +184,25 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait():
-                try:
-                    self._join(self._read_prompts())
-                    if self.rows:
-                        self._write_tokens()
-                    self._drop_rows()
-                except Exception as error:  # the model's code is another package's
-                    self._fail_all(error)
-        assert self._closing is not None
-        for job in {*self.waiting, *self.reading, *(row.job for row in self.rows)}:
-            self._fail(job, 503, self._closing)
-        self.waiting.clear()
-        self.reading.clear()
-        self.rows, self.states = [], States(self.model, joined=self.abilities.joined)
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    try:
+                        self._join(self._read_prompts())
+                        if self.rows:
+                            self._write_tokens()
+                        self._drop_rows()
+                    except Exception as error:  # the model's code is another package's
+                        self._fail_all(error)
+        finally:  # however the thread ends, nobody waits for it
+            with self._changed:
+                if self._closing is None:
+                    self._closing = "the server failed; see its log"
+            for job in {*self.waiting, *self.reading, *(row.job for row in self.rows)}:
+                self._fail(job, 503, self._closing)
+            self.waiting.clear()
+            self.reading.clear()
+            self.rows, self.states = [], States(self.model, joined=self.abilities.joined)
 
     def _wait(self) -> bool:
         """Wait until there is something to do; return whether to go on."""
@@ -235,25 +261,34 @@ class Engine:
         return scores[:, -1]
 
     def _join(self, read: list[tuple[Job, torch.Tensor]]) -> None:
-        """Choose the first token of each answer to the prompts that were read; rows join."""
-        joining: list[Row] = []
-        caches: list[Any] = []
+        """Choose the first token of each answer to the prompts that were read; rows join.
+
+        What fails for one prompt fails its request alone.
+        """
+        joined: list[Any] = []
         for job, scores in read:
-            if job.score_prompt:
-                job.deliver(PromptScores([row.number for row in job.rows], job.scores))
-            likeliest, [is_fine] = int(scores.argmax(-1)), are_numbers(scores)
-            for row in job.rows:
-                if job.max_tokens == 0:
-                    self._end(row, row.answer.end("length"))
-                elif not job.is_gone:
-                    self._take(row, scores, likeliest, is_fine)
-            left = [row for row in job.rows if not (row.is_done or job.is_gone)]
-            if left:
-                joining += left
-                caches += copies(job.cache, len(left))
+            try:
+                rows = self._begin(job, scores)
+                caches = copies(job.cache, len(rows)) if rows else []
+            except Exception as error:  # such as no memory for the copies
+                self._fail_with(job, error)
+                continue
             job.cache = None
-        self.rows += joining
-        self.states.join(caches)
+            self.rows += rows
+            joined += caches
+        self.states.join(joined)
+
+    def _begin(self, job: Job, scores: torch.Tensor) -> list[Row]:
+        """Choose the first token of each answer to a prompt; return the rows that go on."""
+        if job.score_prompt:
+            job.deliver(PromptScores([row.number for row in job.rows], job.scores))
+        likeliest, [is_fine] = int(scores.argmax(-1)), are_numbers(scores)
+        for row in job.rows:
+            if job.max_tokens == 0:
+                self._end(row, row.answer.end("length"))
+            elif not job.is_gone:
+                self._take(row, scores, likeliest, is_fine)
+        return [row for row in job.rows if not (row.is_done or job.is_gone)]
 
     def _write_tokens(self) -> None:
         """Write a token of every row."""
@@ -303,10 +338,13 @@ class Engine:
 
     def _fail(self, job: Job, status: int, message: str) -> None:
         job.is_gone, job.cache = True, None
-        job.deliver(Failure(status, message))
+        try:
+            job.deliver(Failure(status, message))
+        except Exception as error:  # it must not cost the other requests their answers
+            log.warning("warning: a failure was not delivered: %s", one_line(error))
 
     def _fail_with(self, job: Job, error: Exception) -> None:
-        log.warning("warning: a request failed: %s: %s", type(error).__name__, one_line(error))
+        _log_failure(error)
         is_ours = isinstance(error, DataError)
         self._fail(
             job, 500, one_line(error) if is_ours else "the model failed; see the server's log"
@@ -316,8 +354,15 @@ class Engine:
         """Fail all rows, whose states may be half changed, and begin anew without any."""
         rows, self.rows = self.rows, []
         self.states = States(self.model, joined=self.abilities.joined)
-        for job in {row.job for row in rows if not row.job.is_gone}:
+        failed = {row.job for row in rows if not row.job.is_gone}
+        if not failed:
+            _log_failure(error)
+        for job in failed:
             self._fail_with(job, error)
+
+
+def _log_failure(error: Exception) -> None:
+    log.warning("warning: a request failed: %s: %s", type(error).__name__, one_line(error))
 
 
 def are_numbers(scores: torch.Tensor) -> list[bool]:

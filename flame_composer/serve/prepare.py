@@ -10,14 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.serve.engine import Event, Job, Row
 from flame_composer.serve.protocol import BadRequest, Request
+from flame_composer.serve.rendering import Renderer
 from flame_composer.serve.sampling import Sampler
 from flame_composer.serve.states import Abilities
 from flame_composer.serve.writing import Answer, BlockedTexts
-from flame_composer.text.chat import Refusal, load_template, render_for_answer
+from flame_composer.text.chat import Refusal, load_template
 from flame_composer.text.ends import encode_prompt
 from flame_composer.text.tokenizer import explained_failure
 from flame_composer.use.chat import require_plain, special_ids
 from flame_composer.use.generate import ends_of_answers, row_length
+
+MOST_SCORES = 2_000_000  # log probabilities in the answer to a request
 
 
 class Preparation:
@@ -47,34 +50,45 @@ class Preparation:
         if tokenizer.chat_template is not None:
             self.template = load_template("tokenizer", tokenizer)
             self.special = special_ids(tokenizer, self.template.source, self.ends_of_answers)
+            self.renderer = Renderer(self.template)
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+
+    def close(self) -> None:
+        """End the process that renders conversations, if there is one."""
+        if self.template is not None:
+            self.renderer.close()
 
     def render(self, request: Request) -> str:
-        """Return the conversation of a request as text, up to where the next answer begins.
-
-        Call it in the main thread, where a template's time and memory are limited.
-        """
+        """Return the conversation of a request as text, up to where the next answer begins."""
         if self.template is None:
             raise BadRequest(
                 "messages: this model has no chat template; use /v1/completions", "messages"
             )
+        self._require_short(sum(len(message.content) for message in request.messages))
         try:
             for message in request.messages:
                 require_plain(self.tokenizer, self.special, message.content)
-            return render_for_answer(self.template, request.messages)
+            return self.renderer.render(request.messages)
         except (Refusal, ConfigError, DataError) as error:
             raise BadRequest(f"messages: {one_line(error)}", "messages") from None
 
     def jobs(
-        self, request: Request, rendered: str | None, deliver: Callable[[Event], None]
+        self,
+        request: Request,
+        rendered: str | None,
+        deliver: Callable[[Event], None],
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> list[Job]:
         """Return a job for each prompt of a request, or one for its `rendered` conversation.
 
         Answers are numbered through: those to the first prompt come first. The first answer to
         each prompt is drawn with the request's seed, the next with the one after it, and so on.
+        Stop early, with fewer jobs or rows, once the request `is_wanted` no more.
         """
         prompts = request.prompts if rendered is None else [rendered]
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        jobs = []
+        jobs: list[Job] = []
+        num_scores = 0
         for number, prompt in enumerate(prompts):
             ids = self._encode(prompt, is_whole=rendered is not None)
             job = Job(
@@ -85,9 +99,19 @@ class Preparation:
                 request.echo and request.num_top is not None,
                 deliver,
             )
+            num_scores += self._num_scores(request, len(ids))
+            if num_scores > MOST_SCORES:
+                raise BadRequest(
+                    f"logprobs: the answers could have more than {MOST_SCORES:,} log probabilities;"
+                    " ask for less, or in several requests",
+                    "logprobs",
+                )
+            distinct = dict.fromkeys(ids)
             for copy in range(request.n):
+                if not is_wanted():
+                    return jobs
                 own = (seed + copy + 2**63) % 2**64 - 2**63
-                sampler = Sampler(request.settings, ids, own, self.device)
+                sampler = Sampler(request.settings, distinct, own, self.device)
                 answer = Answer(self.tokenizer, ids, request.stop, self.blocked)
                 job.rows.append(Row(job, number * request.n + copy, sampler, answer))
             if request.echo:
@@ -101,6 +125,7 @@ class Preparation:
             self._require_length(len(prompt))
             self._require_unblocked(self.tokenizer.decode(prompt))
             return prompt
+        self._require_short(len(prompt))
         self._require_unblocked(prompt)
         try:
             with explained_failure():
@@ -116,13 +141,29 @@ class Preparation:
         self._require_length(len(ids))
         return ids
 
+    @property
+    def _longest(self) -> int:
+        """The largest number of tokens of a prompt."""
+        if self.context_length is None:
+            return self.max_prompt_tokens
+        return min(self.max_prompt_tokens, self.context_length - 1)
+
     def _require_length(self, length: int) -> None:
-        limit = self.max_prompt_tokens
-        if self.context_length is not None:
-            limit = min(limit, self.context_length - 1)
-        if length > limit:
+        if length > self._longest:
             raise BadRequest(
-                f"the prompt has {length:,} tokens, and this server takes {limit:,}",
+                f"the prompt has {length:,} tokens, and this server takes {self._longest:,}",
+                code="context_length_exceeded",
+            )
+
+    def _require_short(self, characters: int) -> None:
+        """Raise BadRequest for a text that is too long whatever its tokens are.
+
+        To find these takes seconds for a text of megabytes.
+        """
+        if characters > self._longest * self.longest_token:
+            raise BadRequest(
+                f"the prompt has {characters:,} characters, which are more than the"
+                f" {self._longest:,} tokens that this server takes",
                 code="context_length_exceeded",
             )
 
@@ -134,6 +175,13 @@ class Preparation:
         if self.context_length is None:
             return request.max_tokens
         return min(request.max_tokens, self.context_length - length)
+
+    def _num_scores(self, request: Request, length: int) -> int:
+        """Return how many log probabilities the answers to a prompt may have."""
+        if request.num_top is None:
+            return 0
+        shown = self._max_tokens(request, length) + (length if request.echo else 0)
+        return shown * (1 + request.num_top) * request.n
 
     def _ends(self, request: Request) -> frozenset[int]:
         """Return the tokens that end an answer, among them stop texts that are special tokens.

@@ -108,6 +108,9 @@ def parse_completion(content: Mapping[str, Any], model: str, limits: Limits) -> 
     assert n is not None
     if best_of != n:
         raise BadRequest("best_of: must be n: there is no choice among answers", "best_of")
+    most = max(limits.max_waiting, limits.max_rows)
+    if len(prompts) * n > most:
+        raise BadRequest(f"n: must make {most} answers at most of all prompts together", "n")
     if max_tokens == 0 and not echo:
         raise BadRequest("max_tokens: must be 1 or more without echo", "max_tokens")
     if echo and fields.flag("stream"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +44,15 @@ class Sampler:
     `torch.manual_seed(seed)`: the same steps in the same order.
     """
 
-    def __init__(self, settings: Settings, prompt: Sequence[int], seed: int, device: torch.device):
+    def __init__(self, settings: Settings, prompt: Iterable[int], seed: int, device: torch.device):
         """Begin after the tokens of the `prompt`."""
         self.settings = settings
         self.is_plain = settings.is_plain
         self.random = torch.Generator(device).manual_seed(seed)
         self.counts: Counter[int] = Counter()  # of the tokens written
-        self.seen = dict.fromkeys(prompt)
+        self.seen: dict[int, None] = {}  # what the repetition penalty is for
+        if settings.repetition_penalty != 1:
+            self.seen = dict.fromkeys(prompt)
         self.penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
         self.warpers: list[Any] = []
         if settings.temperature not in (0, 1):

@@ -137,6 +137,9 @@ def find_special(
 ) -> tuple[int, int] | None:
     """Return the first and the last place of the first token in `special` in a text, if any."""
     with explained_failure():
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if not any(id in special for id in ids):  # places take as long again to find
+            return None
         encoding = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import random
 import socket
 import threading
@@ -18,15 +19,17 @@ from transformers import PreTrainedModel
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
+from flame_composer.serve import engine as engines
 from flame_composer.serve import inbox as inboxes
-from flame_composer.serve import protocol
+from flame_composer.serve import prepare, protocol
+from flame_composer.serve.answers import Choice, Form
 from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Job, Piece
 from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.metrics import Metrics
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import Limits
-from flame_composer.serve.states import Abilities, describe, probe
-from flame_composer.serve.writing import Answer, BlockedTexts
+from flame_composer.serve.states import Abilities, States, describe, probe
+from flame_composer.serve.writing import Answer, BlockedTexts, TokenScore
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, words
 from tests.serve.clients import Server
@@ -188,6 +191,64 @@ def test_a_failure_of_the_model_is_told_and_does_not_last(
     assert bench.result(bench.submit("def")) == before
 
 
+def test_a_prompt_that_cannot_join_fails_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, with a line of log; what is being written goes on."""
+    copied = engines.copies
+
+    def copies(cache: Any, number: int) -> list[Any]:
+        if number > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copied(cache, number)
+
+    monkeypatch.setattr(engines, "copies", copies)
+    before = bench.result(bench.submit("def"))
+    good = bench.submit("def", max_tokens=12)
+    failure = bench.result(bench.submit("def", n=3))
+    assert failure == Failure(500, "the model failed; see the server's log")
+    assert caplog.text.count("OutOfMemoryError: CUDA out of memory") == 1
+    assert bench.result(good) == before
+    # And so does all that joins at once, if the states cannot be put together
+    monkeypatch.setattr(engines, "copies", copied)
+    with monkeypatch.context() as within:
+        within.setattr(States, "join", lambda *_: copies(None, 2))
+        assert bench.result(bench.submit("def", n=3)) == failure
+    assert bench.result(bench.submit("def")) == before
+
+
+def test_a_failure_that_cannot_be_delivered_disturbs_nobody(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Event) -> None:
+        raise RuntimeError("nobody is there")
+
+    [job] = bench.jobs("def")
+    job.deliver = fail
+    bench.engine.submit([job])
+    assert isinstance(bench.result(bench.submit("def")), str)
+    assert "not delivered: nobody is there" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_thread_has_failed_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tiny(GLA))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr(bench.engine, "_write_tokens", fail)
+    monkeypatch.setattr(bench.engine, "_fail_all", fail)
+    numbers = [bench.submit("def") for _ in range(6)]
+    bench.engine.start()
+    assert [bench.result(number) for number in numbers] == [
+        Failure(503, "the server failed; see its log")
+    ] * 6
+    bench.engine.close("over")
+    with pytest.raises(Closed):
+        bench.submit("def")
+
+
 def test_no_more_wait_than_may() -> None:
     bench = Bench(tiny(GLA), max_waiting=3)
     bench.submit(["a", "b"])
@@ -198,6 +259,30 @@ def test_no_more_wait_than_may() -> None:
     bench.engine.is_draining = True
     with pytest.raises(Closed):
         bench.submit("f")
+
+
+def test_no_more_is_prepared_than_there_is_room_for() -> None:
+    """Nothing is decoded for a request that cannot be taken, or that nobody waits for."""
+    bench = Bench(tiny(GLA), max_waiting=3, max_rows=2)
+    with pytest.raises(Full), bench.engine.room_for(4):
+        pass
+    three, two, one = bench.engine.room_for(3), bench.engine.room_for(2), bench.engine.room_for(1)
+    with three, two, pytest.raises(Full), one:
+        pass
+    bench.submit(["a", "b"])
+    with pytest.raises(Full), bench.engine.room_for(2):
+        pass
+    with bench.engine.room_for(1):
+        bench.engine.is_draining = True
+    with pytest.raises(Closed), bench.engine.room_for(1):
+        pass
+    checks = iter([True, True, True, False])
+    content = {"prompt": ["a", "b", "c"], "n": 2}
+    request = protocol.parse_completion(content, "m", LIMITS)
+    jobs = bench.preparation.jobs(request, None, lambda _: None, lambda: next(checks))
+    assert [len(job.rows) for job in jobs] == [2]
+    with pytest.raises(protocol.BadRequest, match="n: must make 8 answers at most"):
+        protocol.parse_completion({"prompt": ["a", "b", "c"], "n": 3}, "m", LIMITS)
 
 
 def test_the_end_fails_what_is_left() -> None:
@@ -273,6 +358,45 @@ def test_blocked_texts_are_not_shown(text: str, shown: str, finish: str) -> None
     assert found[:2] == (shown, finish)
 
 
+def test_a_prompt_is_put_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many answers show it: its tokens' texts, and their likeliest others."""
+    tokenizer, decoded = copy.deepcopy(byte_tokenizer()), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options)
+    )
+    ids = tokenizer("prompt é 禁" * 30).input_ids
+    content = {"prompt": ids, "n": 4, "echo": True, "logprobs": 2, "max_tokens": 1}
+    form = Form(protocol.parse_completion(content, "m", LIMITS), "m", tokenizer)
+    scores = [TokenScore(id, 0, -1.0, [(id, -1.0), (5, -2.0)]) for id in ids]
+    last = TokenScore(7, 99, -3.0, [])
+    choices = [Choice("text", [last], "length", of_prompt=scores) for _ in range(4)]
+    made = json.loads(form.whole(choices, {"total_tokens": 1}))
+    assert len(decoded) <= len({5, 7, *ids})
+    assert made["usage"] == {"total_tokens": 1}
+    assert [choice["index"] for choice in made["choices"]] == [0, 1, 2, 3]
+    for choice in made["choices"]:
+        found = choice["logprobs"]
+        assert found == made["choices"][0]["logprobs"]
+        assert [len(each) for each in found.values()] == [len(ids) + 1] * 4
+        assert found["text_offset"][-1] == 99
+        places = zip(found["tokens"][:-1], found["text_offset"], strict=False)
+        text = "prompt é 禁" * 30
+        assert all(text[at : at + len(token)] == token for token, at in places if token.isascii())
+
+
+def test_more_log_probabilities_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tiny(GLA))
+    monkeypatch.setattr(prepare, "MOST_SCORES", 3 * 2 * (10 + 12))
+    asked = {"prompt": [5] * 10, "logprobs": 2, "n": 2}
+    assert len(bench.jobs(**asked, echo=True)) == 1
+    bench.jobs(**{**asked, "prompt": [5] * 100})
+    with pytest.raises(protocol.BadRequest, match="could have more than 132 log prob"):
+        bench.jobs(**{**asked, "prompt": [5] * 11}, echo=True)
+    with pytest.raises(protocol.BadRequest, match="could have more than 132 log prob"):
+        bench.jobs(**{**asked, "prompt": [[5], [5]]})
+
+
 def test_a_slow_reader_takes_no_memory() -> None:
     async def read() -> None:
         inbox = Inbox()
@@ -292,14 +416,20 @@ def test_connections_do_not_wait_for_ever(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "hf")
     hurried = tmp_path / "serve.py"
     hurried.write_text(
-        "import runpy\n"
+        "import runpy, socket\n"
         "from flame_composer.serve import connections\n"
         "connections.HEAD_SECONDS = connections.READ_SECONDS = 1\n"
+        "bind = connections.bind\n"
+        "def bind_small(*address):  # else megabytes are sent before a reader is found slow\n"
+        "    listener = bind(*address)\n"
+        "    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)\n"
+        "    return listener\n"
+        "connections.bind = bind_small\n"
         'runpy.run_path("recipes/serve.py", run_name="__main__")\n'
     )
     server = Server(tmp_path / "hf", script=hurried)
-    for sent in (b"", b"GET /health HTTP/1.1\r\nHost: 127.", b"\x16\x03\x01"):
-        connection = server.raw(sent)
+    halves = (b"", b"GET /health HTTP/1.1\r\nHost: 127.", b"\x16\x03\x01")
+    for connection in [server.raw(sent) for sent in halves]:
         connection.settimeout(60)
         assert connection.recv(1000)[:12] in (b"", b"HTTP/1.1 400")
         connection.close()
