@@ -143,6 +143,11 @@ def masked(text: str) -> str:
     """Return `text` with secrets replaced: values passed to `hide`, passwords and tokens."""
     if _hidden:
         text = _pattern(tuple(_hidden)).sub(lambda found: _hidden[found[0]], text)
+    return without_credentials(text)
+
+
+def without_credentials(text: str) -> str:
+    """Return `text` with passwords and tokens replaced, which are known by their form or place."""
     for pattern, shown in _SECRETS:
         text = pattern.sub(shown, text)
     return text

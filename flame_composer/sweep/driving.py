@@ -51,6 +51,7 @@ class Sweep:
         with self.locked():
             before = record.read(str(self.folder))
             if before is not None:
+                self.content = record.describe(self.config, before["environment"]["salt"])
                 record.require_same(str(self.folder), before, self.content)
             if before != self.content:
                 print(f"checking {plural(len(self.config.to_check), 'configuration')}", flush=True)

@@ -554,3 +554,38 @@ def test_what_a_sweep_began_with_is_compared_but_for_what_changes_no_loss() -> N
         with pytest.raises(ConfigError, match=f"s: {key}: is {value} now, but was"):
             record.require_same("s", before, record.describe(read("seed=[1,2]", f"{key}={value}")))
     assert not any(key.startswith("seed") for key in before["base"])
+
+
+@pytest.mark.parametrize("axis", ["seed=[1,2]", "optimizer.weight_decay=[0.1,'${oc.env:LR}']"])
+def test_what_an_environment_variable_is_set_to_is_compared_and_not_recorded(
+    axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "optimizer.eps=${oc.env:LR}" if axis.startswith("seed") else "varlen=false"
+
+    def entered(value: str) -> Sweep:
+        monkeypatch.setenv("LR", value)
+        sweep = Sweep(read(axis, key, f"sweep_folder={tmp_path}"), ROOT / "recipes/train.py")
+        if not (tmp_path / "sweep.json").exists():
+            record.write(str(tmp_path), sweep.content)
+        sweep.enter()
+        return sweep
+
+    first, again = entered("0.0123456789"), entered("0.0123456789")
+    assert again.content == first.content == record.read(str(tmp_path))
+    assert "0.0123456789" not in (tmp_path / "sweep.json").read_text()
+    in_axis = 'optimizer.weight_decay="${oc.env:LR}"'
+    named = in_axis if key == "varlen=false" else "optimizer.eps"
+    with pytest.raises(ConfigError, match=f"{re.escape(named)}: an environment variable in it is"):
+        entered("0.1")
+
+
+def test_passwords_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(password: str, salt: str | None = None) -> dict[str, Any]:
+        monkeypatch.setenv("STORE_LOGIN", password)
+        given = "train_data.remote=s3://user:${oc.env:STORE_LOGIN}@bucket/x"
+        return record.describe(read("seed=[1,2]", given), salt)
+
+    before = described("first-password")
+    assert list(before["environment"]["prints"]) == ["train_data.remote"]
+    now = described("second-password", before["environment"]["salt"])
+    record.require_same("s", before, now)
