@@ -108,13 +108,34 @@ def read(folder: str) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if not _is_whole(content):
         raise DataError(
             f"{path}: damaged, or of another version; give another sweep_folder, or restore it"
         )
     return content
+
+
+def _is_whole(content: Any) -> bool:
+    """Return whether the content of a record has the parts that are compared."""
+    parts = ("search", "axes", "base", "environment")
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        return False
+    if not all(isinstance(content.get(part), dict) for part in parts):
+        return False
+    search, environment = content["search"], content["environment"]
+    return (
+        isinstance(search.get("search"), str)
+        and isinstance(search.get("trials"), int | None)
+        and isinstance(environment.get("salt"), str)
+        and isinstance(environment.get("prints"), dict)
+        and all(
+            isinstance(each, str)
+            or (isinstance(each, list) and all(isinstance(text, str) for text in each))
+            for each in content["axes"].values()
+        )
+    )
 
 
 def write(folder: str, content: dict[str, Any]) -> None:
@@ -141,7 +162,8 @@ def require_same(folder: str, before: dict[str, Any], now: dict[str, Any]) -> No
                 f"{folder}: {key}: is {shown} now, but was {'not one' if old is None else 'one'}"
                 f" when this sweep began; {REMEDY}"
             )
-        grows = can_grow and isinstance(old, list) and set(old) <= set(new)
+        are_lists = isinstance(old, list) and isinstance(new, list)
+        grows = can_grow and are_lists and set(old) <= set(new)
         if old != new and not grows:
             _refuse(folder, key, old, new)
     for key in dict.fromkeys([*before["base"], *now["base"]]):

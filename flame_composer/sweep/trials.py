@@ -77,14 +77,35 @@ def arguments(config: SweepConfig, trial: Trial) -> list[str]:
 def read_result(folder: Path) -> Result | None:
     """Return the result of the trial in `folder`, or None if it has none yet."""
     try:
-        return Result(**json.loads((folder / RESULT).read_bytes()))
+        result = Result(**json.loads((folder / RESULT).read_bytes()))
+        if _is_whole(result):
+            return result
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
-        raise DataError(
-            f"{folder / RESULT}: damaged: not the result of a trial; remove it, and the trial goes"
-            " on from its checkpoint"
-        ) from None
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
+        pass
+    raise DataError(
+        f"{folder / RESULT}: damaged: not the result of a trial; remove it, and the trial goes"
+        " on from its checkpoint"
+    )
+
+
+def _is_whole(result: Result) -> bool:
+    """Return whether a result that was read is one that `write_result` writes."""
+    texts = (result.reason, result.same_as)
+    if result.state not in STATES or not all(isinstance(each, str | None) for each in texts):
+        return False
+    numbers = result.metric, result.step
+    is_failed = result.state == "failed"
+    if is_failed and (result.reason is None or result.metric is not None):
+        return False
+    # A bool is an int to Python.
+    is_metric = type(result.metric) in (int, float) and math.isfinite(result.metric or 0)
+    is_step = type(result.step) is int and result.step >= 0
+    return all(
+        is_right or (is_failed and number is None)
+        for number, is_right in zip(numbers, (is_metric, is_step), strict=True)
+    )
 
 
 def write_result(folder: Path, result: Result) -> None:

@@ -23,10 +23,10 @@ from PIL import Image
 
 from flame_composer.config.axes import name_of, read_axis
 from flame_composer.config.sweep import SweepConfig, read_sweep
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, DataError
 from flame_composer.sweep import record, search
 from flame_composer.sweep.driving import Sweep
-from flame_composer.sweep.trials import Result, Trial, folder_of, write_result
+from flame_composer.sweep.trials import Result, Trial, folder_of, read_result, write_result
 from flame_composer.sweep.trials import arguments as arguments_for
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
@@ -589,3 +589,65 @@ def test_passwords_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(before["environment"]["prints"]) == ["train_data.remote"]
     now = described("second-password", before["environment"]["salt"])
     record.require_same("s", before, now)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"state": "finished"}',
+        '{"state": "finished", "metric": NaN, "step": 4}',
+        '{"state": "finished", "metric": 1.5, "step": 4.5}',
+        '{"state": "finished", "metric": true, "step": 4}',
+        '{"state": "done", "metric": 1, "step": 4}',
+        f'{{"state": "finished", "metric": 1{"0" * 400}, "step": 4}}',
+        '{"state": ["finished"], "metric": 1, "step": 4}',
+        '{"state": "pruned"}',
+        '{"state": "pruned", "metric": "1.5", "step": 4}',
+        '{"state": "failed"}',
+        '{"state": "failed", "reason": 3}',
+        '{"state": "finished", "metric": 1, "step": 4, "same_as": 1}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_damaged_result_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(DataError, match=r"result\.json: damaged: not the result of a trial"):
+        read_result(tmp_path)
+
+
+def test_whole_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    for result in (
+        Result("finished", 1.25, 4),
+        Result("pruned", 2.5, 2, same_as="lr_1"),
+        Result("failed", reason="its log holds no step"),
+        Result("failed", step=3, reason="its loss is not a finite number"),
+    ):
+        write_result(tmp_path, result)
+        assert read_result(tmp_path) == result
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "[" * 100_000,
+        '{"version": 1}',
+        {"search": None},
+        {"search": {}},
+        {"search": {"search": "grid", "trials": "4"}},
+        {"axes": {"seed": 1}},
+        {"axes": {"seed": [["1"]]}},
+        {"base": []},
+        {"environment": {"salt": 1, "prints": {}}},
+        {"environment": {"salt": "", "prints": None}},
+    ],
+)
+def test_a_damaged_record_is_refused(damage: str | dict[str, Any], tmp_path: Path) -> None:
+    sweep = Sweep(read("seed=[1,2]", f"sweep_folder={tmp_path}"), ROOT / "recipes/train.py")
+    record.write(str(tmp_path), sweep.content)
+    sweep.enter()
+    text = json.dumps({**sweep.content, **damage}) if isinstance(damage, dict) else damage
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(DataError, match=r"sweep\.json: damaged, or of another version; give"):
+        sweep.enter()
