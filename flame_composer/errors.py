@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 GOES_ON = "the same command goes on from what was saved last"
+IN_USE = "another process is training this run"
 
 
 class ConfigError(ValueError):

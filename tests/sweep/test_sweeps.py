@@ -23,11 +23,13 @@ from PIL import Image
 
 from flame_composer.config.axes import name_of, read_axis
 from flame_composer.config.sweep import SweepConfig, read_sweep
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError, TrainingError
+from flame_composer.storage.folders import file_lock
 from flame_composer.sweep import record, search
 from flame_composer.sweep.driving import Sweep
 from flame_composer.sweep.trials import Result, Trial, folder_of, read_result, write_result
 from flame_composer.sweep.trials import arguments as arguments_for
+from flame_composer.sweep.watching import run_trial
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
 WARM = "tests/sweep/warm.py"
@@ -651,3 +653,65 @@ def test_a_damaged_record_is_refused(damage: str | dict[str, Any], tmp_path: Pat
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(DataError, match=r"sweep\.json: damaged, or of another version; give"):
         sweep.enter()
+
+
+def test_a_trial_that_an_orphan_still_saves_is_waited_for(corpus: Corpus, tmp_path: Path) -> None:
+    """Also for longer than the minute that recipes/train.py waits."""
+    folder = tmp_path / "orphan"
+    trial = folder / "seed_1"
+    trial.mkdir(parents=True)
+    lock = file_lock(trial / ".lock")
+    lock.acquire()
+    script = start(corpus, folder, "seed=[1]")
+    while "waiting: another process is training this run" not in script.read("out"):
+        assert script.process.is_alive(), script.read("err")
+        time.sleep(0.05)
+    assert not (trial / "output.txt").exists()
+    lock.release()
+    check(script.wait())
+    assert results_of(folder)[0]["state"] == "finished"
+
+
+FULL = """
+import sys
+from flame_composer.config.cli import run
+from flame_composer.config.sweep import SweepConfig, read_sweep
+
+def main(config):
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+sys.argv = ["train.py", "yamls/gla_tiny.yaml", "seed=[1]"]
+sys.exit(run(main, SweepConfig, read_sweep))
+"""
+LOCKED = """
+import sys
+from pathlib import Path
+if Path(sys.argv[0] + ".again").exists():
+    sys.exit("error: yes, again")
+Path(sys.argv[0] + ".again").touch()
+sys.exit("error: a/b: another process is training this run; wait until it has ended")
+"""
+
+
+def test_a_full_disk_stops_a_sweep_whose_trials_depend_on_it(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(FULL)
+    plain, ordered = (
+        read("seed=[1]", f"sweep_folder={tmp_path}/{name}", *more)
+        for name, more in (("plain", ()), ("ordered", ("prune=median",)))
+    )
+    result = run_trial(plain, Trial.of(plain, 0, ("1",)), script, [])
+    assert result.state == "failed"
+    assert result.reason is not None
+    assert "No space left on device" in result.reason
+    with pytest.raises(TrainingError, match=r"^trial seed_1: a disk cannot be written: No"):
+        run_trial(ordered, Trial.of(ordered, 0, ("1",)), script, [])
+
+
+def test_a_trial_that_another_process_trains_has_not_failed(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LOCKED)
+    config = read("seed=[1]", f"sweep_folder={tmp_path}")
+    result = run_trial(config, Trial.of(config, 0, ("1",)), script, [])
+    assert result == Result("failed", reason="yes, again")
