@@ -95,9 +95,11 @@ def read_axis(argument: str) -> Axis | None:
     values = tuple(_written(each, hint) for each in elements)
     if not values:
         raise ConfigError(f"command line: {argument}: must hold at least one value to try")
+    seen = set[str]()
     for value in values:
-        if values.count(value) > 1:
+        if value in seen:
             raise ConfigError(f"command line: {argument}: {value} must be given once, not twice")
+        seen.add(value)
     covers = dict.fromkeys(leaf for each in elements for leaf in _leaves(key, plain(each)))
     return Axis(key, values, covers=tuple(covers))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from flame_composer.config.axes import (
     ITS_OWN,
     Axis,
     arguments_of,
-    grid,
     name_of,
     read_axis,
     to_check,
@@ -224,7 +224,15 @@ def _check_axes(config: SweepConfig) -> None:
             f"command line: {ranges[0].key}={ranges[0].shown()}: a grid takes lists; give"
             " search=tpe or search=random with trials=N for ranges"
         )
-    number = len(grid(config.axes)) if config.search == "grid" else 0
+    longest = max(config.axes, key=lambda axis: len(axis.values))
+    if config.search != "grid" and len(longest.values) > MOST_TRIALS:
+        raise ConfigError(
+            f"command line: {longest.key}: has {len(longest.values):,} values to try, and may have"
+            f" {MOST_TRIALS:,}; give a shorter list, or a range"
+        )
+    # Counted without being made: ten lists of 100 values are more than any memory holds.
+    sizes = [len(axis.values) for axis in config.axes]
+    number = math.prod(sizes) if config.search == "grid" else 0
     if number > MOST_TRIALS:
         raise ConfigError(
             f"command line: the grid has {number:,} trials, and may have {MOST_TRIALS:,}; give"

@@ -461,6 +461,7 @@ def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
         (["seed=[1,2]", "eval_data=null", "prune=median"], "prune=median: needs an evaluation"),
         (["seed=[1,2]", "prune=median", "retry_failed=true"], "retry_failed=true: must be false"),
         ([f"seed={[*range(1001)]}"], "the grid has 1,001 trials, and may have 1,000"),
+        (["search=random", "trials=2", f"seed={[*range(1001)]}"], "seed: has 1,001 values to try"),
         (["seed=[1,2]", "devices=3"], "must be a multiple of devices x microbatch_size = 3 x 8"),
     ],
 )  # fmt: skip
@@ -715,3 +716,15 @@ def test_a_trial_that_another_process_trains_has_not_failed(tmp_path: Path) -> N
     config = read("seed=[1]", f"sweep_folder={tmp_path}")
     result = run_trial(config, Trial.of(config, 0, ("1",)), script, [])
     assert result == Result("failed", reason="yes, again")
+
+
+def test_a_huge_grid_is_counted_not_made() -> None:
+    """Its combinations would fill any memory; a long list is read in a time that grows with it."""
+    axes = [f"model.config.key{number}={[*range(100)]}" for number in range(10)]
+    with pytest.raises(ConfigError, match=r"the grid has 100,000,000,000,000,000,000 trials"):
+        read(*axes)
+    begun = time.monotonic()
+    axis = read_axis(f"model.config.a={[*range(40_000)]}")
+    assert axis is not None
+    assert len(axis.values) == 40_000
+    assert time.monotonic() - begun < 15
