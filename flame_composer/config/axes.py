@@ -16,7 +16,7 @@ import yaml
 from flame_composer.config.fields import hint_of
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.written import Written, parse_yaml, plain, require_shallow, takes_text
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, without_credentials
 
 KINDS = ("loguniform", "uniform", "int")
 RANGE = re.compile(r"([A-Za-z_]\w*)\s*\(([^()]*)\)")
@@ -179,7 +179,7 @@ def name_of(axes: Sequence[Axis], values: Sequence[str]) -> str:
     said, exact = [], True
     for axis, last, value in zip(axes, lasts, values, strict=True):
         label = axis.key if lasts.count(last) > 1 else last
-        text = re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_")
+        text = re.sub(r"[^A-Za-z0-9.-]+", "_", without_credentials(value)).strip("_")
         exact = exact and text == value
         said.append(re.sub(r"[^A-Za-z0-9.]+", "_", label).strip("_") + f"_{text}")
     name = "-".join(said)

@@ -12,7 +12,7 @@ import numpy as np
 
 from flame_composer.config.axes import Axis
 from flame_composer.config.sweep import SweepConfig
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError, masked
 from flame_composer.lines import visible
 from flame_composer.sweep.results import Outcome, table
 from flame_composer.sweep.trials import folder_of
@@ -85,7 +85,7 @@ def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
     if names is None and axis.values and best:
         axes.plot(*zip(*sorted(best.items()), strict=True), color="C0", linewidth=1)
     if names is not None:
-        axes.set_xticks(range(len(names)), [visible(name) for name in names])
+        axes.set_xticks(range(len(names)), [visible(masked(name)) for name in names])
     elif 0 < TICKS_APART * min(places) <= max(places) or axis.kind == "loguniform":
         axes.set_xscale("log")
     return _finished(figure, axes, visible(axis.key), config.result().replace("_", " "))

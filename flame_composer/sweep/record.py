@@ -58,7 +58,10 @@ def describe(config: SweepConfig, salt: str | None = None) -> dict[str, Any]:
         del search["parallel"]
     if config.search == "tpe":
         search["optuna"] = importlib.metadata.version("optuna")
-    axes = {axis.key: list(axis.values) if axis.values else axis.shown() for axis in config.axes}
+    axes = {
+        axis.key: list(map(without_credentials, axis.values)) or axis.shown()
+        for axis in config.axes
+    }
     salt = salt or secrets.token_hex(16)
     prints = {key: _print(salt, value) for key, value in _from_environment(config, base)}
     environment = {"salt": salt, "prints": prints}
@@ -76,7 +79,7 @@ def _from_environment(config: SweepConfig, base: dict[str, Any]) -> Iterator[tup
     found: dict[str, Any] = {}
     for texts, trial in zip(combinations, config.to_check.values(), strict=True):
         for axis, text in zip(config.axes, texts, strict=True):
-            name = f"{axis.key}={text}"
+            name = f"{axis.key}={without_credentials(text)}"
             if "oc.env:" in text and name not in found:
                 found[name] = _at(dataclasses.asdict(trial), axis.key)
     yield from found.items()

@@ -27,6 +27,8 @@ from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.storage.folders import file_lock
 from flame_composer.sweep import record, search
 from flame_composer.sweep.driving import Sweep
+from flame_composer.sweep.page import write_page
+from flame_composer.sweep.results import lines, summarize
 from flame_composer.sweep.trials import Result, Trial, folder_of, read_result, write_result
 from flame_composer.sweep.trials import arguments as arguments_for
 from flame_composer.sweep.watching import run_trial
@@ -728,3 +730,34 @@ def test_a_huge_grid_is_counted_not_made() -> None:
     assert axis is not None
     assert len(axis.values) == 40_000
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("search_by", ["grid", "tpe"])
+def test_secrets_stand_in_no_file_of_a_sweep(search_by: str, tmp_path: Path) -> None:
+    secret, other = "wJalrXUtnFEMI7MDENGbPxRfiCY", "kJalrXUtnFEMI7MDENGbPxRfiCZ"
+    login = "AKIAIOSFODNN7EXAMPLE"
+    config = read(
+        f"train_data.remote=s3://{login}:{secret}@bucket/x",
+        f"eval_data.remote=[s3://{login}:{secret}@b/v, s3://{login}:{other}@b/v]",
+        f"sweep_folder={tmp_path}",
+        *(["search=tpe", "trials=2"] if search_by == "tpe" else []),
+    )
+    sweep = Sweep(config, ROOT / "recipes/train.py")
+    record.write(str(tmp_path), sweep.content)
+    for number in range(2):
+        values = config.axes[0].values[number : number + 1]
+        sweep.trials[number] = Trial.of(config, number, values)
+        sweep.results[number] = Result("finished", 1.0, 4)
+    sweep.write_results()
+    outcome = summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(2)])
+    write_page(config, outcome)
+    files = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"sweep.json", "results.json", "report.html"} <= set(files)
+    assert ("optuna.log" in files) == (search_by == "tpe")
+    assert "***@bucket/x" in files["results.json"]
+    names = [trial.name for trial in sweep.trials.values()]
+    assert len(set(names)) == 2
+    for text in (*files.values(), *names, *lines(config, outcome)):
+        assert secret not in text
+        assert other not in text
+        assert login not in text
