@@ -48,7 +48,7 @@ class Sweep:
 
         All trials are checked first, unless they were when the sweep began.
         """
-        with self.locked():
+        with locked(self.folder):
             before = record.read(str(self.folder))
             if before is not None:
                 self.content = record.describe(self.config, before["environment"]["salt"])
@@ -59,26 +59,6 @@ class Sweep:
                 record.write(str(self.folder), self.content)
             if self.config.retry_failed:
                 self._forget_failed()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the sweep's own lock: for moments, but for the check of its trials."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            require_safe(self.folder, "sweep_folder")
-            lock = file_lock(self.folder / LOCK)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                lock.acquire()
-        except OSError as error:
-            raise ConfigError(
-                f"sweep_folder={self.folder}: cannot be written to: {error.strerror}; give another"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _forget_failed(self) -> None:
         for number in range(self.count):
@@ -171,7 +151,7 @@ class Sweep:
         """Record the result of a trial, for all processes."""
         trials.write_result(folder_of(self.config, trial), result)
         self.results[trial.number] = result
-        with self.locked():
+        with locked(self.folder):
             self.refresh()
             self.write_results()
 
@@ -182,6 +162,27 @@ class Sweep:
             trials.write_whole(self.folder / "results.json", summarize(self.config, known).content)
             if self.config.search == "tpe":
                 search.write_journal(self.config, known)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a sweep's own lock: for moments, but for the check of its trials."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        require_safe(folder, "sweep_folder")
+        lock = file_lock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            lock.acquire()
+    except OSError as error:
+        raise ConfigError(
+            f"sweep_folder={folder}: cannot be written to: {error.strerror}; give another"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_sweep(config: SweepConfig, script: Path) -> Outcome:
@@ -218,7 +219,7 @@ def run_sweep(config: SweepConfig, script: Path) -> Outcome:
                 f"trial {trial.name} failed: {result.reason}; the sweep stops here, as"
                 " on_failure=stop; the same command goes on with the other trials"
             )
-    with sweep.locked():
+    with locked(sweep.folder):
         sweep.write_results()
     return summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(sweep.count)])
 

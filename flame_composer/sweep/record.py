@@ -141,6 +141,12 @@ def _is_whole(content: Any) -> bool:
     )
 
 
+def is_of(config: SweepConfig) -> bool:
+    """Return whether the record is this sweep's, and no trials have been added since."""
+    before = read(config.sweep_folder)
+    return before is not None and before == describe(config, before["environment"]["salt"])
+
+
 def write(folder: str, content: dict[str, Any]) -> None:
     write_whole(Path(folder, RECORD), content)
 

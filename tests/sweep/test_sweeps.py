@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -765,3 +766,36 @@ def test_secrets_stand_in_no_file_of_a_sweep(search_by: str, tmp_path: Path) -> 
         assert secret not in text
         assert other not in text
         assert login not in text
+
+
+def ended(config: SweepConfig) -> Sweep:
+    """A sweep whose trials have all finished, with nothing in their folders but results."""
+    sweep = Sweep(config, ROOT / "recipes/train.py")
+    record.write(config.sweep_folder, sweep.content)
+    for number in range(sweep.count):
+        write_result(folder_of(config, sweep.trial(number)), Result("finished", 1.0 + number, 4))
+    sweep.refresh()
+    return sweep
+
+
+def test_a_page_appears_whole_and_never_over_a_larger_sweeps(tmp_path: Path) -> None:
+    config = read("seed=[1,2]", f"sweep_folder={tmp_path}")
+    sweep = ended(config)
+    outcome = summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(2)])
+    page = write_page(config, outcome)
+    first = page.read_bytes()
+    assert len(first) > 1 << 13
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, hard))
+    try:
+        with pytest.raises(DataError, match=r"report\.html: cannot be written: File too large"):
+            write_page(config, outcome)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert page.read_bytes() == first
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]
+
+    ended(read("seed=[1,2,3]", f"sweep_folder={tmp_path}"))
+    page.write_text("the larger sweep's")
+    assert write_page(config, outcome) == page
+    assert page.read_text() == "the larger sweep's"
