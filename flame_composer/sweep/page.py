@@ -100,7 +100,8 @@ def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
     if names is None and axis.values and best:
         axes.plot(*zip(*sorted(best.items()), strict=True), color="C0", linewidth=1)
     if names is not None:
-        axes.set_xticks(range(len(names)), [visible(masked(name)) for name in names])
+        shown = [visible(masked(name)) for name in names]
+        axes.set_xticks(range(len(names)), shown, parse_math=False)
     elif 0 < TICKS_APART * min(places) <= max(places) or axis.kind == "loguniform":
         axes.set_xscale("log")
     return _finished(figure, axes, visible(axis.key), config.result().replace("_", " "))
@@ -154,7 +155,8 @@ def _run(config: SweepConfig, trial: Any) -> Run | None:
 
 
 def _finished(figure: Any, axes: Any, across: str, up: str, reverse: bool = False) -> bytes:
-    axes.set(xlabel=across, ylabel=up)
+    axes.set_xlabel(across, parse_math=False)  # a $ in it stands for itself
+    axes.set_ylabel(up)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1 and reverse:

@@ -799,3 +799,21 @@ def test_a_page_appears_whole_and_never_over_a_larger_sweeps(tmp_path: Path) -> 
     page.write_text("the larger sweep's")
     assert write_page(config, outcome) == page
     assert page.read_text() == "the larger sweep's"
+
+
+def test_a_dollar_in_a_value_is_drawn_as_it_stands(tmp_path: Path) -> None:
+    config = read(r"model.config.a$\frac$=['a$\frac$',b]", f"sweep_folder={tmp_path}")
+    sweep = ended(config)
+    outcome = summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(2)])
+    assert r"eval loss over model.config.a$\frac$</h2>" in write_page(config, outcome).read_text()
+
+
+def test_the_table_is_printed_before_the_page_is_drawn(tmp_path: Path) -> None:
+    """So that a page that cannot be written hides no result."""
+    arguments = ["yamls/gla_tiny.yaml", "seed=[1,2]", f"sweep_folder={tmp_path}"]
+    ended(read_sweep(SweepConfig, arguments))
+    (tmp_path / "report.html").mkdir()
+    process = run_script("recipes/sweep.py", *arguments)
+    assert process.returncode == 1
+    assert "the best is seed_1; its values in a run of their own:" in process.stdout
+    assert process.stderr == f"error: {tmp_path}/report.html: cannot be written: Is a directory\n"
