@@ -64,7 +64,9 @@ class Sweep:
         for number in range(self.count):
             result = trials.read_result(folder_of(self.config, self.trial(number)))
             if result is not None and result.state == "failed":
-                (folder_of(self.config, self.trial(number)) / trials.RESULT).unlink()
+                path = folder_of(self.config, self.trial(number)) / trials.RESULT
+                with trials.explained(path, "removed"):
+                    path.unlink()
 
     def trial(self, number: int) -> Trial:
         """Return a trial; the results that its values depend on must be known."""
@@ -99,12 +101,13 @@ class Sweep:
             if number in self.results or (twin is not None and twin not in self.results):
                 continue
             folder = folder_of(self.config, trial)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = file_lock(folder / CLAIM)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
+            with trials.explained(folder / CLAIM, "locked"):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = file_lock(folder / CLAIM)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
             if (found := trials.read_result(folder)) is None:
                 return trial, lock
             lock.release()
@@ -161,7 +164,8 @@ class Sweep:
             known = [(self.trials[number], self.results[number]) for number in sorted(self.results)]
             trials.write_whole(self.folder / "results.json", summarize(self.config, known).content)
             if self.config.search == "tpe":
-                search.write_journal(self.config, known)
+                with trials.explained(self.folder / search.JOURNAL, "written"):
+                    search.write_journal(self.config, known)
 
 
 @contextmanager

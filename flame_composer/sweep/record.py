@@ -17,7 +17,7 @@ import yaml
 from flame_composer.config.axes import ITS_OWN, to_check
 from flame_composer.config.sweep import SweepConfig, sweep_keys
 from flame_composer.errors import ConfigError, DataError, without_credentials
-from flame_composer.sweep.trials import write_whole
+from flame_composer.sweep.trials import read_own, write_whole
 
 RECORD = "sweep.json"
 VERSION = 1
@@ -107,11 +107,12 @@ def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def read(folder: str) -> dict[str, Any] | None:
     """Return the content of a sweep's record, or None if the sweep is new."""
     path = Path(folder, RECORD)
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    written = read_own(path)
+    if written is None:
         return None
-    except (OSError, ValueError, RecursionError):
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError):
         content = None
     if not _is_whole(content):
         raise DataError(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import Timeout
 
@@ -20,6 +20,7 @@ from flame_composer.config.cli import DISK_ERRORS
 from flame_composer.config.sweep import SweepConfig
 from flame_composer.errors import GOES_ON, IN_USE, TrainingError
 from flame_composer.storage.folders import file_lock
+from flame_composer.storage.local import open_own
 from flame_composer.sweep import trials
 from flame_composer.sweep.search import pruned_at
 from flame_composer.sweep.trials import Result, Trial, folder_of
@@ -46,17 +47,13 @@ def run_trial(
     failed and later trials would depend on that.
     """
     folder, tries = folder_of(config, trial), 0
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
         _wait_for_orphan(folder)
         rows = trials.rows_of(folder)
         if (result := _pruned(config, rows, others)) is not None:
             return result
         said_before = _size(folder / trials.ERRORS)
-        with (
-            (folder / trials.OUTPUT).open("ab") as out,
-            (folder / trials.ERRORS).open("ab") as err,
-        ):
+        with _appending(folder / trials.OUTPUT) as out, _appending(folder / trials.ERRORS) as err:
             process = processes.start_child(command_of(config, trial, script), out, err)
         status = _watch(config, folder, process, others)
         after = trials.rows_of(folder)
@@ -156,6 +153,13 @@ def _watch(
     finally:
         progress.end()
     return process.returncode
+
+
+def _appending(path: Path) -> BinaryIO:
+    """Open a file for what a trial says, but no link and no pipe."""
+    with trials.explained(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def _size(path: Path) -> int:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -817,3 +817,60 @@ def test_the_table_is_printed_before_the_page_is_drawn(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "the best is seed_1; its values in a run of their own:" in process.stdout
     assert process.stderr == f"error: {tmp_path}/report.html: cannot be written: Is a directory\n"
+
+
+def a_link(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def a_pipe(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def train_first(sweep: Sweep) -> None:
+    sweep.refresh()
+    claimed = sweep.claim()
+    assert claimed is not None
+    sweep.train(claimed[0])
+
+
+@pytest.mark.parametrize(
+    "name", [".sweep.lock", "output.txt", "errors.txt", "train_log.jsonl", "result.json"]
+)
+@pytest.mark.parametrize("put", [a_link, a_pipe, a_folder])
+def test_odd_files_in_a_trials_folder(
+    put: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    """They are named in a line; none is followed or waited for."""
+    config = read("seed=[1]", f"sweep_folder={tmp_path}")
+    path = tmp_path / "seed_1" / name
+    put(path)
+    sweep = Sweep(config, tmp_path / "missing.py")
+    with pytest.raises(DataError, match=rf"^{path}: cannot be \w+: is a link, or no file; mend or"):
+        train_first(sweep)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("put", [a_link, a_pipe, a_folder])
+def test_odd_files_in_a_sweeps_folder(put: Callable[[Path], None], tmp_path: Path) -> None:
+    put(tmp_path / "s/sweep.json")
+    with pytest.raises(
+        DataError, match=r"sweep\.json: cannot be read: is a link, or no file; mend"
+    ):
+        record.read(f"{tmp_path}/s")
+    sweep = ended(read("seed=[1]", f"sweep_folder={tmp_path}/t"))
+    (tmp_path / "t/results.json").mkdir()
+    with pytest.raises(DataError, match=r"results\.json: cannot be written: Is a directory; mend"):
+        sweep.write_results()
+    assert not list((tmp_path / "t").glob("*.tmp"))
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u/seed_1").touch()
+    other = Sweep(read("seed=[1]", f"sweep_folder={tmp_path}/u"), tmp_path / "missing.py")
+    with pytest.raises(DataError, match="/u/seed_1: cannot be read: is a file, and must be a fold"):
+        other.refresh()
