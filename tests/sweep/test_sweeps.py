@@ -538,6 +538,15 @@ def test_long_and_odd_names_stay_apart() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name) for name in names)
 
 
+def test_names_of_values_with_joints_stay_apart() -> None:
+    names = list(read("tokenizer=[1,1-local_2]", "train_data.local=[2-local_3,3]").to_check)
+    assert names[1] == "tokenizer_1-local_3"
+    assert len(names) == 4
+    assert all(re.fullmatch(r"tokenizer_.*-local_.*-[0-9a-f]{8}", names[n]) for n in (0, 2, 3))
+    (name,) = read("optimizer.lr=[1e-5]", "z_loss=[0]", "seed=[7]").to_check
+    assert name == "lr_1e-05-z_loss_0-seed_7"
+
+
 def test_values_are_taken_as_written() -> None:
     for argument, values in (
         ("model.config.a=[1e-3, '1', \"x\", true, null, 1_000]", '0.001 "1" x true null 1000'),
