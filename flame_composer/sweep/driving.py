@@ -178,6 +178,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            _say(
+                f"{folder}: waiting for another process, which checks the trials or writes results"
+            )
             lock.acquire()
     except OSError as error:
         raise ConfigError(
@@ -200,6 +203,12 @@ def run_sweep(config: SweepConfig, script: Path) -> Outcome:
     sweep.enter()
     sweep.refresh()
     _say(f"{config.sweep_folder}: {plural(sweep.count, 'trial')}, {len(sweep.results)} done")
+    for key in config.incomparable():
+        remedy = "" if config.result() == "eval_loss" else "; metric=eval_loss is for that"
+        _say(
+            f"warning: {key}: trials with other values of it cannot be compared by"
+            f" {config.result()}, as it changes what the loss is of{remedy}"
+        )
     waiting = False
     while len(sweep.results) < sweep.count:
         claimed = sweep.claim()

@@ -27,7 +27,7 @@ from flame_composer.config.sweep import SweepConfig, read_sweep
 from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.storage.folders import file_lock
 from flame_composer.sweep import record, search
-from flame_composer.sweep.driving import Sweep
+from flame_composer.sweep.driving import Sweep, locked, run_sweep
 from flame_composer.sweep.page import write_page
 from flame_composer.sweep.results import lines, summarize
 from flame_composer.sweep.trials import Result, Trial, folder_of, read_result, write_result
@@ -464,6 +464,10 @@ def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
         (["model.config=[{num_heads: 2},{num_heads: 4}]", "model.config.num_heads=2"], "after it"),
         (["seed=[1,2]", "log_folder=x"], "log_folder: each trial's is in the sweep's folder"),
         (["seed=[1,2]", "autoresume=false"], "autoresume=false: must be true"),
+        (["seed=[1,2]", "sweep_folder=runs/a b"], "sweep_folder=runs/a b: must end in"),
+        (["seed=[1,2]", "sweep_folder=.."], "sweep_folder=..: must end in letters, digits"),
+        (["seed=[1,2]", "sweep_folder=/"], "sweep_folder=/: must end in letters, digits"),
+        (["seed=[1,2]", "sweep_folder=é"], "sweep_folder=é: must end in letters, digits"),
         (["seed=[1,2]", "sweep_folder=s3://a/b"], "sweep_folder=s3://a/b: must be a local folder"),
         (["seed=[1,2]", "eval_data=null", "prune=median"], "prune=median: needs an evaluation"),
         (["seed=[1,2]", "prune=median", "retry_failed=true"], "retry_failed=true: must be false"),
@@ -883,3 +887,50 @@ def test_odd_files_in_a_sweeps_folder(put: Callable[[Path], None], tmp_path: Pat
     other = Sweep(read("seed=[1]", f"sweep_folder={tmp_path}/u"), tmp_path / "missing.py")
     with pytest.raises(DataError, match="/u/seed_1: cannot be read: is a file, and must be a fold"):
         other.refresh()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys_"),
+    [
+        (["z_loss=[0,1e-4]", "seed=[1,2]", "metric=loss"], ["z_loss"]),
+        (["z_loss=[0,1e-4]", "context_length=[64,128]"], ["context_length"]),
+        (["algorithms=[{},{label_smoothing: {smoothing: 0.1}}]", "metric=loss"], ["algorithms"]),
+        (["algorithms=[{},{label_smoothing: {smoothing: 0.1}}]"], []),
+        (["train_data.local=[a,b]", "eval_data=null"], ["train_data.local"]),
+        (["train_data.local=[a,b]"], []),
+        (
+            [
+                "train_data.num_workers=[1,2]",
+                "train_data.loss_across_documents=[true,false]",
+                "metric=loss",
+            ],
+            ["train_data.loss_across_documents"],
+        ),
+        (["eval_data.local=[a,b]", "tokenizer=[a,b]"], ["eval_data.local", "tokenizer"]),
+    ],
+)
+def test_axes_that_change_the_metric_itself_are_known(
+    arguments: list[str], keys_: list[str]
+) -> None:
+    assert read(*arguments).incomparable() == keys_
+
+
+def test_a_sweep_warns_of_results_that_cannot_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read("z_loss=[0,1e-4]", "metric=loss", f"sweep_folder={tmp_path}")
+    ended(config)
+    run_sweep(config, ROOT / "recipes/train.py")
+    said = capsys.readouterr().out
+    assert "warning: z_loss: trials with other values of it cannot be compared by loss, as" in said
+
+
+def test_a_process_that_waits_for_anothers_check_says_so(tmp_path: Path) -> None:
+    arguments = ["yamls/gla_tiny.yaml", "seed=[1]", f"sweep_folder={tmp_path}"]
+    ended(read_sweep(SweepConfig, arguments))
+    with locked(tmp_path):
+        script = Script("recipes/sweep.py", *arguments)
+        while f"{tmp_path}: waiting for another process, which checks" not in script.read("out"):
+            assert script.process.is_alive(), script.read("err")
+            time.sleep(0.05)
+    check(script.wait())
