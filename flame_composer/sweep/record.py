@@ -53,7 +53,8 @@ def describe(config: SweepConfig, salt: str | None = None) -> dict[str, Any]:
         for key, value in _flat("", {**content})
         if not any(key == each or key.startswith(f"{each}.") for each in left_out)
     }
-    search = {key: getattr(config, key) for key in own if key not in FREE_SWEEP}
+    values = dataclasses.asdict(config)
+    search = {key: values[key] for key in own if key not in FREE_SWEEP}
     if not config.is_ordered():
         del search["parallel"]
     if config.search == "tpe":
