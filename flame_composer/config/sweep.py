@@ -199,12 +199,14 @@ def read_sweep(cls: type[S], argv: list[str]) -> S:
     axes = tuple(axis for _, axis in given if axis is not None)
     tried = {axis.key for axis in axes}
     first = [file] if file else []
-    fixed = {each: key for each, (key, _) in zip(arguments, given, strict=True) if key not in tried}
-    of_all = [*first, *fixed]
+    fixed = [
+        (each, key) for each, (key, _) in zip(arguments, given, strict=True) if key not in tried
+    ]
+    of_all = [*first, *(each for each, _ in fixed)]
     config = load(cls, [*of_all, *arguments_of(axes, [axis.extremes()[0] for axis in axes])])
     own = sweep_keys()
     config.axes = axes
-    config.shared = (*first, *(each for each, key in fixed.items() if key not in own))
+    config.shared = (*first, *(each for each, key in fixed if key not in own))
     _check_axes(config)
     combinations = to_check(axes, config.search == "grid")
     for number, values in enumerate(combinations, 1):

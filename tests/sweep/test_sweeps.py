@@ -562,6 +562,7 @@ def test_values_are_taken_as_written() -> None:
         assert axis.values == (
             tuple(values.split()) if values else ("{}", "{ema: {half_life: 10ba}}")
         )
+    assert read("z_loss=1", "z_loss=2", "z_loss=1", "seed=[1,2]").z_loss == 1
     config = read("seed=3", "seed=[1,2]", "sweep_folder=s", "varlen=false")
     assert config.shared == ("yamls/gla_tiny.yaml", "varlen=false")
     assert [each.seed for each in config.to_check.values()] == [1, 2]
