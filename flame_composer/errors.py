@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 GOES_ON = "the same command goes on from what was saved last"
+IN_USE = "another process is training this run"
 
 
 class ConfigError(ValueError):
@@ -143,6 +144,11 @@ def masked(text: str) -> str:
     """Return `text` with secrets replaced: values passed to `hide`, passwords and tokens."""
     if _hidden:
         text = _pattern(tuple(_hidden)).sub(lambda found: _hidden[found[0]], text)
+    return without_credentials(text)
+
+
+def without_credentials(text: str) -> str:
+    """Return `text` with passwords and tokens replaced, which are known by their form or place."""
     for pattern, shown in _SECRETS:
         text = pattern.sub(shown, text)
     return text

@@ -23,14 +23,15 @@ def main(config: SweepConfig) -> None:
     # Claim and train one trial after another, until all have ended here or in other processes
     outcome = run_sweep(config, Path(__file__).with_name("train.py"))
 
+    print("", *map(visible, results.lines(config, outcome)), sep="\n")
+    if outcome.best is not None:
+        print(visible(f"the best is {outcome.best.name}; its values in a run of their own:"))
+        print(visible(outcome.content["command"]), flush=True)
+
     # The packages that draw are needed only now
     from flame_composer.sweep.page import write_page
 
     page = write_page(config, outcome)
-    print("", *map(visible, results.lines(config, outcome)), sep="\n")
-    if outcome.best is not None:
-        print(visible(f"the best is {outcome.best.name}; its values in a run of their own:"))
-        print(visible(outcome.content["command"]))
     print(visible(f"open {page} in a browser"))
     files = {"results": str(page.with_name("results.json")), "html": str(page)}
     short = {key: value for key, value in outcome.content.items() if key != "trials"}

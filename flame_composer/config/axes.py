@@ -16,11 +16,12 @@ import yaml
 from flame_composer.config.fields import hint_of
 from flame_composer.config.train import TrainConfig
 from flame_composer.config.written import Written, parse_yaml, plain, require_shallow, takes_text
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, without_credentials
 
 KINDS = ("loguniform", "uniform", "int")
 RANGE = re.compile(r"([A-Za-z_]\w*)\s*\(([^()]*)\)")
 RANGES = "loguniform(1e-4,1e-2), uniform(0,0.2) or int(1,8)"
+SIGNED = re.compile(r"-?[0-9.]+(e-?[0-9]+)?")  # a number, whose '-' cannot be taken for a joint
 DIGITS = 4  # significant digits of a number taken from a range, so that its name is the number
 LONGEST_NAME = 100  # characters; the name of the sweep comes before it in the run's name
 MOST_CHECKED = 256  # configurations of a search among ranges; of more, each axis is checked alone
@@ -95,9 +96,11 @@ def read_axis(argument: str) -> Axis | None:
     values = tuple(_written(each, hint) for each in elements)
     if not values:
         raise ConfigError(f"command line: {argument}: must hold at least one value to try")
+    seen = set[str]()
     for value in values:
-        if values.count(value) > 1:
+        if value in seen:
             raise ConfigError(f"command line: {argument}: {value} must be given once, not twice")
+        seen.add(value)
     covers = dict.fromkeys(leaf for each in elements for leaf in _leaves(key, plain(each)))
     return Axis(key, values, covers=tuple(covers))
 
@@ -171,14 +174,16 @@ def name_of(axes: Sequence[Axis], values: Sequence[str]) -> str:
     """Return a name for the folder of a trial, which says its values.
 
     Names of trials with other values are others: where a value had to be cut, or held characters
-    that a run's name cannot have, a hash follows.
+    that a run's name cannot have, or the '-' that joins values, a hash follows.
     """
     lasts = [axis.key.rpartition(".")[2] for axis in axes]
     said, exact = [], True
     for axis, last, value in zip(axes, lasts, values, strict=True):
         label = axis.key if lasts.count(last) > 1 else last
-        text = re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_")
-        exact = exact and text == value
+        text = re.sub(r"[^A-Za-z0-9.-]+", "_", without_credentials(value)).strip("_")
+        exact = (
+            exact and text == value and ("-" not in value or SIGNED.fullmatch(value) is not None)
+        )
         said.append(re.sub(r"[^A-Za-z0-9.]+", "_", label).strip("_") + f"_{text}")
     name = "-".join(said)
     if exact and len(name) <= LONGEST_NAME:

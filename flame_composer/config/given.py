@@ -24,9 +24,6 @@ from flame_composer.config.written import (
 )
 from flame_composer.errors import ConfigError
 
-# Raised by PyYAML for `!!int` without a number, `!!bool maybe` and `!!timestamp soon`.
-BAD_TAGS = (IndexError, KeyError, AttributeError)
-
 
 class Given(NamedTuple):
     """A value that was given, with its full key and the place where it was given."""
@@ -108,7 +105,7 @@ def read_yaml(file: str) -> dict[Any, Any]:
             OmegaConf.create(plain(content))  # refuses malformed interpolations
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException, *BAD_TAGS) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         reason = told_of(error).replace(f'in "{os.path.abspath(file)}", ', "at ")
         raise ConfigError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(content, dict):
@@ -140,7 +137,13 @@ def read_override(cls: type, argument: str) -> dict[Any, Any]:
         OmegaConf.create(plain(content))
         return content
     # An argument such as '[=1' raises IndexError.
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, *BAD_TAGS) as error:
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        ValueError,
+        RecursionError,
+        IndexError,
+    ) as error:
         reason = first_line(error) if isinstance(error, OmegaConfBaseException) else told_of(error)
         raise ConfigError(f"command line: {argument}: cannot be read: {reason}") from None
 

@@ -16,12 +16,7 @@ MOST_SHOWN = 200  # characters of a value in an error
 
 
 def told_of(error: Exception) -> str:
-    told = " ".join(str(error).split())
-    return (
-        f"a tag does not fit its value ({told})"
-        if isinstance(error, KeyError | AttributeError)
-        else told
-    )
+    return " ".join(str(error).split())
 
 
 def reason_of(cls: type, key: str, error: Exception | None) -> str:

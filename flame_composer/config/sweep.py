@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -12,7 +14,6 @@ from flame_composer.config.axes import (
     ITS_OWN,
     Axis,
     arguments_of,
-    grid,
     name_of,
     read_axis,
     to_check,
@@ -25,6 +26,26 @@ from flame_composer.errors import ConfigError
 
 S = TypeVar("S", bound="SweepConfig")
 MOST_TRIALS = 1000
+# Keys that change what the losses are of: the tokens or targets, or a further term of the loss.
+CHANGE_EVAL_LOSS = ("tokenizer", "context_length", "eval_data")
+CHANGE_LOSS = (
+    "tokenizer",
+    "context_length",
+    "train_data",
+    "z_loss",
+    "repetition_filter",
+    "algorithms.label_smoothing",
+)
+CHANGE_NO_LOSS = (
+    "num_workers",
+    "prefetch_factor",
+    "predownload",
+    "cache_limit",
+    "download_retries",
+    "download_timeout",
+    "shuffle_seed",
+    "shuffle_block_size",
+)
 
 
 @dataclass
@@ -97,6 +118,9 @@ class SweepConfig(TrainConfig):
         require_text(self, "sweep_folder")
         require_no_braces(self, "sweep_folder")
         require("://" not in self.sweep_folder, "sweep_folder", "must be a local folder")
+        is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", Path(self.sweep_folder).name, re.ASCII)
+        rule = "must end in letters, digits, '.', '_' and '-' (its name begins the runs' names)"
+        require(is_name is not None, "sweep_folder", rule)
         for name, least in (
             ("random_trials", 1),
             ("metric_steps", 1),
@@ -137,6 +161,20 @@ class SweepConfig(TrainConfig):
     def result(self) -> str:
         """Return the metric that is compared, "eval_loss" or "loss"."""
         return self.metric or ("loss" if self.eval_data is None else "eval_loss")
+
+    def incomparable(self) -> list[str]:
+        """Return the axes by which the metric itself changes, and not only how good a model is."""
+        changing = CHANGE_LOSS if self.result() == "loss" else CHANGE_EVAL_LOSS
+        return [
+            axis.key
+            for axis in self.axes
+            if axis.key.rpartition(".")[2] not in CHANGE_NO_LOSS
+            and any(
+                f"{covered}.".startswith(f"{key}.")
+                for covered in (axis.key, *axis.covers)
+                for key in changing
+            )
+        ]
 
 
 def sweep_keys() -> list[str]:
@@ -226,7 +264,15 @@ def _check_axes(config: SweepConfig) -> None:
             f"command line: {ranges[0].key}={ranges[0].shown()}: a grid takes lists; give"
             " search=tpe or search=random with trials=N for ranges"
         )
-    number = len(grid(config.axes)) if config.search == "grid" else 0
+    longest = max(config.axes, key=lambda axis: len(axis.values))
+    if config.search != "grid" and len(longest.values) > MOST_TRIALS:
+        raise ConfigError(
+            f"command line: {longest.key}: has {len(longest.values):,} values to try, and may have"
+            f" {MOST_TRIALS:,}; give a shorter list, or a range"
+        )
+    # Counted without being made: ten lists of 100 values are more than any memory holds.
+    sizes = [len(axis.values) for axis in config.axes]
+    number = math.prod(sizes) if config.search == "grid" else 0
     if number > MOST_TRIALS:
         raise ConfigError(
             f"command line: the grid has {number:,} trials, and may have {MOST_TRIALS:,}; give"

@@ -25,6 +25,8 @@ from flame_composer.upstream.omegaconf import PYTHONS_NONE, load_yaml
 MAX_YAML_NODES = 1_000_000
 MOST_LEVELS = 100  # of a YAML document
 MOST_LETTERS = 1 << 26
+# What PyYAML raises for `!!bool maybe`, `!!timestamp x` and `!!int ""`.
+BAD_TAGS = (KeyError, AttributeError, IndexError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,16 @@ class Written:
 
 
 def parse_yaml(stream: Any) -> Any:
-    """Return the content of a YAML document, with a `Written` for each scalar that is not text."""
+    """Return the content of a YAML document, with a `Written` for each scalar that is not text.
+
+    Raise yaml.YAMLError for what is not YAML, and ValueError for a tag that does not fit its value.
+    """
     require_shallow(stream)
-    return load_yaml(stream, Written, MAX_YAML_NODES)
+    try:
+        return load_yaml(stream, Written, MAX_YAML_NODES)
+    except BAD_TAGS as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"a tag does not fit its value ({told})") from None
 
 
 def require_shallow(stream: Any) -> None:

@@ -48,9 +48,10 @@ class Sweep:
 
         All trials are checked first, unless they were when the sweep began.
         """
-        with self.locked():
+        with locked(self.folder):
             before = record.read(str(self.folder))
             if before is not None:
+                self.content = record.describe(self.config, before["environment"]["salt"])
                 record.require_same(str(self.folder), before, self.content)
             if before != self.content:
                 print(f"checking {plural(len(self.config.to_check), 'configuration')}", flush=True)
@@ -59,31 +60,13 @@ class Sweep:
             if self.config.retry_failed:
                 self._forget_failed()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the sweep's own lock: for moments, but for the check of its trials."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            require_safe(self.folder, "sweep_folder")
-            lock = file_lock(self.folder / LOCK)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                lock.acquire()
-        except OSError as error:
-            raise ConfigError(
-                f"sweep_folder={self.folder}: cannot be written to: {error.strerror}; give another"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
     def _forget_failed(self) -> None:
         for number in range(self.count):
             result = trials.read_result(folder_of(self.config, self.trial(number)))
             if result is not None and result.state == "failed":
-                (folder_of(self.config, self.trial(number)) / trials.RESULT).unlink()
+                path = folder_of(self.config, self.trial(number)) / trials.RESULT
+                with trials.explained(path, "removed"):
+                    path.unlink()
 
     def trial(self, number: int) -> Trial:
         """Return a trial; the results that its values depend on must be known."""
@@ -118,12 +101,13 @@ class Sweep:
             if number in self.results or (twin is not None and twin not in self.results):
                 continue
             folder = folder_of(self.config, trial)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = file_lock(folder / CLAIM)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
+            with trials.explained(folder / CLAIM, "locked"):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = file_lock(folder / CLAIM)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
             if (found := trials.read_result(folder)) is None:
                 return trial, lock
             lock.release()
@@ -170,7 +154,7 @@ class Sweep:
         """Record the result of a trial, for all processes."""
         trials.write_result(folder_of(self.config, trial), result)
         self.results[trial.number] = result
-        with self.locked():
+        with locked(self.folder):
             self.refresh()
             self.write_results()
 
@@ -180,7 +164,32 @@ class Sweep:
             known = [(self.trials[number], self.results[number]) for number in sorted(self.results)]
             trials.write_whole(self.folder / "results.json", summarize(self.config, known).content)
             if self.config.search == "tpe":
-                search.write_journal(self.config, known)
+                with trials.explained(self.folder / search.JOURNAL, "written"):
+                    search.write_journal(self.config, known)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a sweep's own lock: for moments, but for the check of its trials."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        require_safe(folder, "sweep_folder")
+        lock = file_lock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _say(
+                f"{folder}: waiting for another process, which checks the trials or writes results"
+            )
+            lock.acquire()
+    except OSError as error:
+        raise ConfigError(
+            f"sweep_folder={folder}: cannot be written to: {error.strerror}; give another"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_sweep(config: SweepConfig, script: Path) -> Outcome:
@@ -194,6 +203,12 @@ def run_sweep(config: SweepConfig, script: Path) -> Outcome:
     sweep.enter()
     sweep.refresh()
     _say(f"{config.sweep_folder}: {plural(sweep.count, 'trial')}, {len(sweep.results)} done")
+    for key in config.incomparable():
+        remedy = "" if config.result() == "eval_loss" else "; metric=eval_loss is for that"
+        _say(
+            f"warning: {key}: trials with other values of it cannot be compared by"
+            f" {config.result()}, as it changes what the loss is of{remedy}"
+        )
     waiting = False
     while len(sweep.results) < sweep.count:
         claimed = sweep.claim()
@@ -217,7 +232,7 @@ def run_sweep(config: SweepConfig, script: Path) -> Outcome:
                 f"trial {trial.name} failed: {result.reason}; the sweep stops here, as"
                 " on_failure=stop; the same command goes on with the other trials"
             )
-    with sweep.locked():
+    with locked(sweep.folder):
         sweep.write_results()
     return summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(sweep.count)])
 

@@ -12,8 +12,11 @@ import numpy as np
 
 from flame_composer.config.axes import Axis
 from flame_composer.config.sweep import SweepConfig
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError, masked
 from flame_composer.lines import visible
+from flame_composer.storage.local import appearing
+from flame_composer.sweep import record
+from flame_composer.sweep.driving import locked
 from flame_composer.sweep.results import Outcome, table
 from flame_composer.sweep.trials import folder_of
 from flame_composer.train.charts import DPI, SIZE, document, html_table, series, thinned
@@ -25,7 +28,24 @@ TICKS_APART = 10  # a numeric axis whose ends are further apart by this factor i
 
 
 def write_page(config: SweepConfig, outcome: Outcome) -> Path:
-    """Write report.html into the sweep's folder, and return its path."""
+    """Write report.html into the sweep's folder, and return its path.
+
+    It appears whole, and not over that of a process that has enlarged the sweep meanwhile.
+    """
+    page = document(Path(config.sweep_folder).name, _body(config, outcome))
+    path = Path(config.sweep_folder, "report.html")
+    try:
+        with locked(path.parent):
+            if record.is_of(config):
+                with appearing(str(path)) as file:
+                    file.write(page.encode())
+    except OSError as error:
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
+
+
+def _body(config: SweepConfig, outcome: Outcome) -> str:
     pictures = {
         f"{config.result().replace('_', ' ')} over {axis.key}": over(config, outcome, number)
         for number, axis in enumerate(config.axes)
@@ -44,12 +64,7 @@ def write_page(config: SweepConfig, outcome: Outcome) -> Path:
         if png is not None:
             data = base64.b64encode(png).decode()
             body.append(f'<h2>{shown}</h2>\n<img alt="{shown}" src="data:image/png;base64,{data}">')
-    path = Path(config.sweep_folder, "report.html")
-    try:
-        path.write_text(document(Path(config.sweep_folder).name, "\n".join(body)), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
-    return path
+    return "\n".join(body)
 
 
 def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
@@ -85,7 +100,8 @@ def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
     if names is None and axis.values and best:
         axes.plot(*zip(*sorted(best.items()), strict=True), color="C0", linewidth=1)
     if names is not None:
-        axes.set_xticks(range(len(names)), [visible(name) for name in names])
+        shown = [visible(masked(name)) for name in names]
+        axes.set_xticks(range(len(names)), shown, parse_math=False)
     elif 0 < TICKS_APART * min(places) <= max(places) or axis.kind == "loguniform":
         axes.set_xscale("log")
     return _finished(figure, axes, visible(axis.key), config.result().replace("_", " "))
@@ -139,7 +155,8 @@ def _run(config: SweepConfig, trial: Any) -> Run | None:
 
 
 def _finished(figure: Any, axes: Any, across: str, up: str, reverse: bool = False) -> bytes:
-    axes.set(xlabel=across, ylabel=up)
+    axes.set_xlabel(across, parse_math=False)  # a $ in it stands for itself
+    axes.set_ylabel(up)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1 and reverse:

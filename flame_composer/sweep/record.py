@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import hmac
 import importlib.metadata
 import json
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flame_composer.config.axes import ITS_OWN
+from flame_composer.config.axes import ITS_OWN, to_check
 from flame_composer.config.sweep import SweepConfig, sweep_keys
-from flame_composer.errors import ConfigError, DataError
-from flame_composer.sweep.trials import write_whole
+from flame_composer.errors import ConfigError, DataError, without_credentials
+from flame_composer.sweep.trials import read_own, write_whole
 
 RECORD = "sweep.json"
 VERSION = 1
@@ -34,8 +38,12 @@ FREE_RUN = (
 )
 
 
-def describe(config: SweepConfig) -> dict[str, Any]:
-    """Return what sweep.json holds: the search, the axes, and what all trials have in common."""
+def describe(config: SweepConfig, salt: str | None = None) -> dict[str, Any]:
+    """Return what sweep.json holds: the search, the axes, and what all trials have in common.
+
+    Values from the environment may be secret, so they stand there as fingerprints only, which
+    depend on `salt`; a new one is drawn for a new sweep.
+    """
     content = yaml.safe_load(config.resolved_yaml)
     own = sweep_keys()
     covered = [key for axis in config.axes for key in axis.covers]
@@ -45,13 +53,48 @@ def describe(config: SweepConfig) -> dict[str, Any]:
         for key, value in _flat("", {**content})
         if not any(key == each or key.startswith(f"{each}.") for each in left_out)
     }
-    search = {key: content[key] for key in own if key not in FREE_SWEEP}
+    values = dataclasses.asdict(config)
+    search = {key: values[key] for key in own if key not in FREE_SWEEP}
     if not config.is_ordered():
         del search["parallel"]
     if config.search == "tpe":
         search["optuna"] = importlib.metadata.version("optuna")
-    axes = {axis.key: list(axis.values) if axis.values else axis.shown() for axis in config.axes}
-    return {"version": VERSION, "search": search, "axes": axes, "base": base}
+    axes = {
+        axis.key: list(map(without_credentials, axis.values)) or axis.shown()
+        for axis in config.axes
+    }
+    salt = salt or secrets.token_hex(16)
+    prints = {key: _print(salt, value) for key, value in _from_environment(config, base)}
+    environment = {"salt": salt, "prints": prints}
+    content = {"search": search, "axes": axes, "base": base, "environment": environment}
+    return {"version": VERSION, **content}
+
+
+def _from_environment(config: SweepConfig, base: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values that hold environment variables, by key, or by key=value on an axis."""
+    values = dataclasses.asdict(config)
+    for key, shown in base.items():
+        if "<environment variable" in str(shown):
+            yield key, _at(values, key)
+    combinations = to_check(config.axes, config.search == "grid")
+    found: dict[str, Any] = {}
+    for texts, trial in zip(combinations, config.to_check.values(), strict=True):
+        for axis, text in zip(config.axes, texts, strict=True):
+            name = f"{axis.key}={without_credentials(text)}"
+            if "oc.env:" in text and name not in found:
+                found[name] = _at(dataclasses.asdict(trial), axis.key)
+    yield from found.items()
+
+
+def _at(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return what a dotted key has as its value, or below it."""
+    return {name: each for name, each in _flat("", values) if f"{name}.".startswith(f"{key}.")}
+
+
+def _print(salt: str, value: Any) -> str:
+    """Return a fingerprint of a value, in which passwords do not count: they change by the day."""
+    text = without_credentials(json.dumps(value, default=str))
+    return hmac.new(salt.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -65,17 +108,45 @@ def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def read(folder: str) -> dict[str, Any] | None:
     """Return the content of a sweep's record, or None if the sweep is new."""
     path = Path(folder, RECORD)
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    written = read_own(path)
+    if written is None:
         return None
-    except (OSError, ValueError):
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if not _is_whole(content):
         raise DataError(
             f"{path}: damaged, or of another version; give another sweep_folder, or restore it"
         )
     return content
+
+
+def _is_whole(content: Any) -> bool:
+    """Return whether the content of a record has the parts that are compared."""
+    parts = ("search", "axes", "base", "environment")
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        return False
+    if not all(isinstance(content.get(part), dict) for part in parts):
+        return False
+    search, environment = content["search"], content["environment"]
+    return (
+        isinstance(search.get("search"), str)
+        and isinstance(search.get("trials"), int | None)
+        and isinstance(environment.get("salt"), str)
+        and isinstance(environment.get("prints"), dict)
+        and all(
+            isinstance(each, str)
+            or (isinstance(each, list) and all(isinstance(text, str) for text in each))
+            for each in content["axes"].values()
+        )
+    )
+
+
+def is_of(config: SweepConfig) -> bool:
+    """Return whether the record is this sweep's, and no trials have been added since."""
+    before = read(config.sweep_folder)
+    return before is not None and before == describe(config, before["environment"]["salt"])
 
 
 def write(folder: str, content: dict[str, Any]) -> None:
@@ -102,13 +173,21 @@ def require_same(folder: str, before: dict[str, Any], now: dict[str, Any]) -> No
                 f"{folder}: {key}: is {shown} now, but was {'not one' if old is None else 'one'}"
                 f" when this sweep began; {REMEDY}"
             )
-        grows = can_grow and isinstance(old, list) and set(old) <= set(new)
+        are_lists = isinstance(old, list) and isinstance(new, list)
+        grows = can_grow and are_lists and set(old) <= set(new)
         if old != new and not grows:
             _refuse(folder, key, old, new)
     for key in dict.fromkeys([*before["base"], *now["base"]]):
         old, new = before["base"].get(key), now["base"].get(key)
         if old != new:
             _refuse(folder, key, old, new)
+    old_prints, new_prints = (each["environment"]["prints"] for each in (before, now))
+    for key in old_prints.keys() & new_prints.keys():
+        if old_prints[key] != new_prints[key]:
+            raise ConfigError(
+                f"{folder}: {key}: an environment variable in it is set to another value than when"
+                f" this sweep began; {REMEDY}"
+            )
 
 
 REMEDY = "give another sweep_folder, or the values that it began with"

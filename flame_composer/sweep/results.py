@@ -9,6 +9,7 @@ from typing import Any
 
 from flame_composer.config.axes import Axis, arguments_of, value_of
 from flame_composer.config.sweep import SweepConfig
+from flame_composer.errors import masked, without_secrets
 from flame_composer.quantities import align
 from flame_composer.sweep.trials import STATES, Result, Trial
 
@@ -45,10 +46,10 @@ def summarize(config: SweepConfig, known: Sequence[tuple[Trial, Result]]) -> Out
                 "number": trial.number,
                 "name": trial.name,
                 "values": {
-                    axis.key: value_of(axis.key, text)
+                    axis.key: without_secrets(value_of(axis.key, text))
                     for axis, text in zip(config.axes, trial.values, strict=True)
                 },
-                **asdict(result),
+                **without_secrets(asdict(result)),
             }
             for trial, result in sorted(known, key=lambda each: each[0].number)
         ],
@@ -68,10 +69,13 @@ def keys(axes: Sequence[Axis]) -> list[str]:
 
 
 def command(config: SweepConfig, trial: Trial) -> str:
-    """Return the command that trains with a trial's values, to be copied to a shell."""
+    """Return the command that trains with a trial's values, to be copied to a shell.
+
+    Passwords and tokens in it are replaced, as in all output.
+    """
     first = ["python"] if config.devices is None else ["composer", "-n", str(config.devices)]
     values = arguments_of(config.axes, trial.values)
-    return shlex.join([*first, "recipes/train.py", *config.shared, *values])
+    return shlex.join(map(masked, [*first, "recipes/train.py", *config.shared, *values]))
 
 
 def table(config: SweepConfig, outcome: Outcome) -> list[list[str]]:
@@ -88,7 +92,7 @@ def table(config: SweepConfig, outcome: Outcome) -> list[list[str]]:
         said = result.state if result.reason is None else f"{result.state}: {result.reason}"
         same = f", as {result.same_as}" if result.same_as else ""
         rows.append([f"{trial.number + 1}", *trial.values, metric, step, f"{said}{same}"])
-    return rows
+    return [list(map(masked, row)) for row in rows]
 
 
 def lines(config: SweepConfig, outcome: Outcome) -> list[str]:

@@ -11,12 +11,13 @@ import importlib.util
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flame_composer.config.axes import Axis, grid
 from flame_composer.config.sweep import SweepConfig
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, masked
 from flame_composer.sweep.trials import Result, Trial
 
 if TYPE_CHECKING:
@@ -147,8 +148,13 @@ def write_journal(config: SweepConfig, known: Known) -> None:
         left.unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(new), JournalFileOpenLock(str(new))))
     study = optuna.create_study(study_name=Path(config.sweep_folder).name, storage=storage)
+    axes = [replace(axis, values=tuple(map(masked, axis.values))) for axis in config.axes]
     for trial, result in known:
-        study.add_trial(_frozen(config.axes, trial, result, failed_as=None))
+        shown = tuple(
+            text if axis.kind else masked(text)
+            for axis, text in zip(axes, trial.values, strict=True)
+        )
+        study.add_trial(_frozen(axes, replace(trial, values=shown), result, failed_as=None))
     new.replace(path)
 
 

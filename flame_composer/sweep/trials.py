@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from flame_composer.config.sweep import SweepConfig, run_name
 from flame_composer.config.train import TRAIN_LOG
 from flame_composer.errors import DataError
 from flame_composer.storage.files import dump_json
-from flame_composer.storage.local import appearing
+from flame_composer.storage.local import appearing, open_own
 
 RESULT, OUTPUT, ERRORS = "result.json", "output.txt", "errors.txt"
 TAIL = 1 << 16  # bytes at the end of a log, in which its last rows are
@@ -77,14 +79,38 @@ def arguments(config: SweepConfig, trial: Trial) -> list[str]:
 def read_result(folder: Path) -> Result | None:
     """Return the result of the trial in `folder`, or None if it has none yet."""
     try:
-        return Result(**json.loads((folder / RESULT).read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError):
-        raise DataError(
-            f"{folder / RESULT}: damaged: not the result of a trial; remove it, and the trial goes"
-            " on from its checkpoint"
-        ) from None
+        content = read_own(folder / RESULT)
+        if content is None:
+            return None
+        result = Result(**json.loads(content))
+        if _is_whole(result):
+            return result
+    except DataError:
+        raise
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        pass
+    raise DataError(
+        f"{folder / RESULT}: damaged: not the result of a trial; remove it, and the trial goes"
+        " on from its checkpoint"
+    )
+
+
+def _is_whole(result: Result) -> bool:
+    """Return whether a result that was read is one that `write_result` writes."""
+    texts = (result.reason, result.same_as)
+    if result.state not in STATES or not all(isinstance(each, str | None) for each in texts):
+        return False
+    numbers = result.metric, result.step
+    is_failed = result.state == "failed"
+    if is_failed and (result.reason is None or result.metric is not None):
+        return False
+    # A bool is an int to Python.
+    is_metric = type(result.metric) in (int, float) and math.isfinite(result.metric or 0)
+    is_step = type(result.step) is int and result.step >= 0
+    return all(
+        is_right or (is_failed and number is None)
+        for number, is_right in zip(numbers, (is_metric, is_step), strict=True)
+    )
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -95,18 +121,51 @@ def write_result(folder: Path, result: Result) -> None:
 
 def write_whole(path: Path, content: Any) -> None:
     """Write JSON to a file, which appears whole or stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(str(path)) as file:
-        file.write(dump_json(content))
+    with explained(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with appearing(str(path)) as file:
+                file.write(dump_json(content))
+        except OSError:
+            path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def explained(path: Path, done: str) -> Iterator[None]:
+    """Raise DataError, which names the file, for an OSError in the body.
+
+    `done` is what cannot be done with the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        # A file in place of a folder is what has to be removed.
+        above = next((each for each in path.parents if each.exists()), path)
+        place = path if above.is_dir() else above
+        why = error.strerror if place is path else "is a file, and must be a folder"
+        raise DataError(
+            f"{place}: cannot be {done}: {why}; mend or remove what lies there, or give another"
+            " sweep_folder"
+        ) from None
+
+
+def read_own(path: Path) -> bytes | None:
+    """Return the content of a file of a sweep, or None if there is none.
+
+    Raise DataError for what cannot be read, and for a link or a pipe, which are not waited for.
+    """
+    with explained(path, "read"):
+        try:
+            with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Return the whole rows of a trial's log; a row that is being written is left out."""
-    try:
-        with (folder / TRAIN_LOG).open("rb") as file:
-            return list(_rows(file.read().splitlines(keepends=True)))
-    except FileNotFoundError:
-        return []
+    return list(_rows((read_own(folder / TRAIN_LOG) or b"").splitlines(keepends=True)))
 
 
 def last_rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from filelock import Timeout
 
 from flame_composer import processes
+from flame_composer.config.cli import DISK_ERRORS
 from flame_composer.config.sweep import SweepConfig
+from flame_composer.errors import GOES_ON, IN_USE, TrainingError
+from flame_composer.storage.folders import file_lock
+from flame_composer.storage.local import open_own
 from flame_composer.sweep import trials
 from flame_composer.sweep.search import pruned_at
 from flame_composer.sweep.trials import Result, Trial, folder_of
@@ -34,19 +43,17 @@ def run_trial(
     """Train a trial until it ends or is pruned, and return its result.
 
     `others` holds the evaluations of the trials that it is compared with. A process that a signal
-    ended is started again, as long as it gets further.
+    ended is started again, as long as it gets further. Raise TrainingError if a disk or store
+    failed and later trials would depend on that.
     """
     folder, tries = folder_of(config, trial), 0
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
+        _wait_for_orphan(folder)
         rows = trials.rows_of(folder)
         if (result := _pruned(config, rows, others)) is not None:
             return result
         said_before = _size(folder / trials.ERRORS)
-        with (
-            (folder / trials.OUTPUT).open("ab") as out,
-            (folder / trials.ERRORS).open("ab") as err,
-        ):
+        with _appending(folder / trials.OUTPUT) as out, _appending(folder / trials.ERRORS) as err:
             process = processes.start_child(command_of(config, trial, script), out, err)
         status = _watch(config, folder, process, others)
         after = trials.rows_of(folder)
@@ -55,11 +62,43 @@ def run_trial(
         if status == 0:
             return trials.outcome(after, config.result(), config.metric_steps)
         if status > 0 and status - 128 not in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-            return Result("failed", reason=_reason(folder / trials.ERRORS, said_before, status))
+            reason = _reason(folder / trials.ERRORS, said_before, status)
+            if IN_USE in reason:
+                continue
+            if config.is_ordered() and _is_of_machine(reason):
+                goes_on = "" if GOES_ON in reason else f"; {GOES_ON}"
+                raise TrainingError(f"trial {trial.name}: {reason}{goes_on}")
+            return Result("failed", reason=reason)
         tries = tries + 1 if len(after) <= len(rows) else 1
         if tries == MOST_STARTS:
             how = f"its process was ended by a signal (status {status})"
             return Result("failed", reason=f"{how} {tries} times without a further step")
+
+
+def _wait_for_orphan(folder: Path) -> None:
+    """Wait while a process trains the trial in `folder`, which outlived the sweep that started it.
+
+    It may be saving a large checkpoint, for longer than recipes/train.py waits.
+    """
+    for place in (folder, folder / "checkpoints"):
+        path = place / ".lock"
+        # What cannot be locked is left to recipes/train.py to report.
+        with suppress(OSError):
+            if not path.is_file():
+                continue
+            lock = file_lock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"  waiting: {IN_USE}, and may be saving", flush=True)
+                lock.acquire()
+            lock.release()
+
+
+def _is_of_machine(reason: str) -> bool:
+    """Return whether a disk or store failed, which would have failed any other trial, too."""
+    disk = any(os.strerror(number) in reason for number in DISK_ERRORS)
+    return disk or GOES_ON in reason or re.match(r"\w+://", reason) is not None
 
 
 def _pruned(
@@ -114,6 +153,13 @@ def _watch(
     finally:
         progress.end()
     return process.returncode
+
+
+def _appending(path: Path) -> BinaryIO:
+    """Open a file for what a trial says, but no link and no pipe."""
+    with trials.explained(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def _size(path: Path) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_composer.errors import ConfigError, DataError
+from flame_composer.errors import ConfigError, DataError, masked
 from flame_composer.lines import visible
 from flame_composer.train.run_log import CHARTS, Chart, Column, Run
 
@@ -207,7 +207,7 @@ def page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as HTML; its cells are text, of which nothing is read as HTML."""
     cells = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(visible(cell))}</td>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(visible(masked(cell)))}</td>" for cell in row) + "</tr>"
         for row in rows
     )
     return f"""<div><table>

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from flame_composer import processes
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.config.train import TRAIN_LOG
-from flame_composer.errors import ConfigError
+from flame_composer.errors import IN_USE, ConfigError
 from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import file_lock, require_safe
 from flame_composer.train.announce import STARTS
@@ -230,8 +230,8 @@ def lock_run(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
             lock.acquire(timeout=seconds)
     except Timeout:
         raise ConfigError(
-            f"{folder}: another process is training this run; wait until it has ended, or give this"
-            " one another run_name (and other folders)"
+            f"{folder}: {IN_USE}; wait until it has ended, or give this one another run_name (and"
+            " other folders)"
         ) from None
     except OSError as error:
         raise ConfigError(

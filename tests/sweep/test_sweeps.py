@@ -9,12 +9,13 @@ import io
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from PIL import Image
 
 from flame_composer.config.axes import name_of, read_axis
 from flame_composer.config.sweep import SweepConfig, read_sweep
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, DataError, TrainingError
+from flame_composer.storage.folders import file_lock
 from flame_composer.sweep import record, search
-from flame_composer.sweep.driving import Sweep
-from flame_composer.sweep.trials import Result, Trial, folder_of, write_result
+from flame_composer.sweep.driving import Sweep, locked, run_sweep
+from flame_composer.sweep.page import write_page
+from flame_composer.sweep.results import lines, summarize
+from flame_composer.sweep.trials import Result, Trial, folder_of, read_result, write_result
 from flame_composer.sweep.trials import arguments as arguments_for
+from flame_composer.sweep.watching import run_trial
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
 
 WARM = "tests/sweep/warm.py"
@@ -437,6 +442,10 @@ def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
         (["learning_rate=[1,2]"], "learning_rate: unknown key; did you mean optimizer.lr?"),
         (["optimizer.lr=[1,2"], "cannot be read"),
         (["optimizer.lr=[1: 2: 3]"], "cannot be read"),
+        (["optimizer.lr=[!!bool maybe]"], "cannot be read: a tag does not fit its value ('maybe')"),
+        (["optimizer.lr=[!!timestamp x]"], "cannot be read: a tag does not fit its value"),
+        (['optimizer.lr=[!!int ""]'], "cannot be read: a tag does not fit its value"),
+        (["model.config.a=[{b: !!float [1]}]"], "cannot be read"),
         (["optimizer.betas=[[0.9,0.95],0.9]"], "must all be lists"),
         (["optimizer.lr=loguniform(1e-4,1e-2)"], "a grid takes lists; give search=tpe or"),
         (["search=tpe", "seed=[1,2]"], "trials: must be a number in [1, 1000] with search=tpe"),
@@ -455,10 +464,15 @@ def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
         (["model.config=[{num_heads: 2},{num_heads: 4}]", "model.config.num_heads=2"], "after it"),
         (["seed=[1,2]", "log_folder=x"], "log_folder: each trial's is in the sweep's folder"),
         (["seed=[1,2]", "autoresume=false"], "autoresume=false: must be true"),
+        (["seed=[1,2]", "sweep_folder=runs/a b"], "sweep_folder=runs/a b: must end in"),
+        (["seed=[1,2]", "sweep_folder=.."], "sweep_folder=..: must end in letters, digits"),
+        (["seed=[1,2]", "sweep_folder=/"], "sweep_folder=/: must end in letters, digits"),
+        (["seed=[1,2]", "sweep_folder=é"], "sweep_folder=é: must end in letters, digits"),
         (["seed=[1,2]", "sweep_folder=s3://a/b"], "sweep_folder=s3://a/b: must be a local folder"),
         (["seed=[1,2]", "eval_data=null", "prune=median"], "prune=median: needs an evaluation"),
         (["seed=[1,2]", "prune=median", "retry_failed=true"], "retry_failed=true: must be false"),
         ([f"seed={[*range(1001)]}"], "the grid has 1,001 trials, and may have 1,000"),
+        (["search=random", "trials=2", f"seed={[*range(1001)]}"], "seed: has 1,001 values to try"),
         (["seed=[1,2]", "devices=3"], "must be a multiple of devices x microbatch_size = 3 x 8"),
     ],
 )  # fmt: skip
@@ -528,6 +542,15 @@ def test_long_and_odd_names_stay_apart() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name) for name in names)
 
 
+def test_names_of_values_with_joints_stay_apart() -> None:
+    names = list(read("tokenizer=[1,1-local_2]", "train_data.local=[2-local_3,3]").to_check)
+    assert names[1] == "tokenizer_1-local_3"
+    assert len(names) == 4
+    assert all(re.fullmatch(r"tokenizer_.*-local_.*-[0-9a-f]{8}", names[n]) for n in (0, 2, 3))
+    (name,) = read("optimizer.lr=[1e-5]", "z_loss=[0]", "seed=[7]").to_check
+    assert name == "lr_1e-05-z_loss_0-seed_7"
+
+
 def test_values_are_taken_as_written() -> None:
     for argument, values in (
         ("model.config.a=[1e-3, '1', \"x\", true, null, 1_000]", '0.001 "1" x true null 1000'),
@@ -539,6 +562,7 @@ def test_values_are_taken_as_written() -> None:
         assert axis.values == (
             tuple(values.split()) if values else ("{}", "{ema: {half_life: 10ba}}")
         )
+    assert read("z_loss=1", "z_loss=2", "z_loss=1", "seed=[1,2]").z_loss == 1
     config = read("seed=3", "seed=[1,2]", "sweep_folder=s", "varlen=false")
     assert config.shared == ("yamls/gla_tiny.yaml", "varlen=false")
     assert [each.seed for each in config.to_check.values()] == [1, 2]
@@ -554,3 +578,360 @@ def test_what_a_sweep_began_with_is_compared_but_for_what_changes_no_loss() -> N
         with pytest.raises(ConfigError, match=f"s: {key}: is {value} now, but was"):
             record.require_same("s", before, record.describe(read("seed=[1,2]", f"{key}={value}")))
     assert not any(key.startswith("seed") for key in before["base"])
+
+
+@pytest.mark.parametrize("axis", ["seed=[1,2]", "optimizer.weight_decay=[0.1,'${oc.env:LR}']"])
+def test_what_an_environment_variable_is_set_to_is_compared_and_not_recorded(
+    axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "optimizer.eps=${oc.env:LR}" if axis.startswith("seed") else "varlen=false"
+
+    def entered(value: str) -> Sweep:
+        monkeypatch.setenv("LR", value)
+        sweep = Sweep(read(axis, key, f"sweep_folder={tmp_path}"), ROOT / "recipes/train.py")
+        if not (tmp_path / "sweep.json").exists():
+            record.write(str(tmp_path), sweep.content)
+        sweep.enter()
+        return sweep
+
+    first, again = entered("0.0123456789"), entered("0.0123456789")
+    assert again.content == first.content == record.read(str(tmp_path))
+    assert "0.0123456789" not in (tmp_path / "sweep.json").read_text()
+    in_axis = 'optimizer.weight_decay="${oc.env:LR}"'
+    named = in_axis if key == "varlen=false" else "optimizer.eps"
+    with pytest.raises(ConfigError, match=f"{re.escape(named)}: an environment variable in it is"):
+        entered("0.1")
+
+
+def test_passwords_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(password: str, salt: str | None = None) -> dict[str, Any]:
+        monkeypatch.setenv("STORE_LOGIN", password)
+        given = "train_data.remote=s3://user:${oc.env:STORE_LOGIN}@bucket/x"
+        return record.describe(read("seed=[1,2]", given), salt)
+
+    before = described("first-password")
+    assert list(before["environment"]["prints"]) == ["train_data.remote"]
+    now = described("second-password", before["environment"]["salt"])
+    record.require_same("s", before, now)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"state": "finished"}',
+        '{"state": "finished", "metric": NaN, "step": 4}',
+        '{"state": "finished", "metric": 1.5, "step": 4.5}',
+        '{"state": "finished", "metric": true, "step": 4}',
+        '{"state": "done", "metric": 1, "step": 4}',
+        f'{{"state": "finished", "metric": 1{"0" * 400}, "step": 4}}',
+        '{"state": ["finished"], "metric": 1, "step": 4}',
+        '{"state": "pruned"}',
+        '{"state": "pruned", "metric": "1.5", "step": 4}',
+        '{"state": "failed"}',
+        '{"state": "failed", "reason": 3}',
+        '{"state": "finished", "metric": 1, "step": 4, "same_as": 1}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_damaged_result_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(DataError, match=r"result\.json: damaged: not the result of a trial"):
+        read_result(tmp_path)
+
+
+def test_whole_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    for result in (
+        Result("finished", 1.25, 4),
+        Result("pruned", 2.5, 2, same_as="lr_1"),
+        Result("failed", reason="its log holds no step"),
+        Result("failed", step=3, reason="its loss is not a finite number"),
+    ):
+        write_result(tmp_path, result)
+        assert read_result(tmp_path) == result
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "[" * 100_000,
+        '{"version": 1}',
+        {"search": None},
+        {"search": {}},
+        {"search": {"search": "grid", "trials": "4"}},
+        {"axes": {"seed": 1}},
+        {"axes": {"seed": [["1"]]}},
+        {"base": []},
+        {"environment": {"salt": 1, "prints": {}}},
+        {"environment": {"salt": "", "prints": None}},
+    ],
+)
+def test_a_damaged_record_is_refused(damage: str | dict[str, Any], tmp_path: Path) -> None:
+    sweep = Sweep(read("seed=[1,2]", f"sweep_folder={tmp_path}"), ROOT / "recipes/train.py")
+    record.write(str(tmp_path), sweep.content)
+    sweep.enter()
+    text = json.dumps({**sweep.content, **damage}) if isinstance(damage, dict) else damage
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(DataError, match=r"sweep\.json: damaged, or of another version; give"):
+        sweep.enter()
+
+
+def test_a_trial_that_an_orphan_still_saves_is_waited_for(corpus: Corpus, tmp_path: Path) -> None:
+    """Also for longer than the minute that recipes/train.py waits."""
+    folder = tmp_path / "orphan"
+    trial = folder / "seed_1"
+    trial.mkdir(parents=True)
+    lock = file_lock(trial / ".lock")
+    lock.acquire()
+    script = start(corpus, folder, "seed=[1]")
+    while "waiting: another process is training this run" not in script.read("out"):
+        assert script.process.is_alive(), script.read("err")
+        time.sleep(0.05)
+    assert not (trial / "output.txt").exists()
+    lock.release()
+    check(script.wait())
+    assert results_of(folder)[0]["state"] == "finished"
+
+
+FULL = """
+import sys
+from flame_composer.config.cli import run
+from flame_composer.config.sweep import SweepConfig, read_sweep
+
+def main(config):
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+sys.argv = ["train.py", "yamls/gla_tiny.yaml", "seed=[1]"]
+sys.exit(run(main, SweepConfig, read_sweep))
+"""
+LOCKED = """
+import sys
+from pathlib import Path
+if Path(sys.argv[0] + ".again").exists():
+    sys.exit("error: yes, again")
+Path(sys.argv[0] + ".again").touch()
+sys.exit("error: a/b: another process is training this run; wait until it has ended")
+"""
+
+
+def test_a_full_disk_stops_a_sweep_whose_trials_depend_on_it(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(FULL)
+    plain, ordered = (
+        read("seed=[1]", f"sweep_folder={tmp_path}/{name}", *more)
+        for name, more in (("plain", ()), ("ordered", ("prune=median",)))
+    )
+    result = run_trial(plain, Trial.of(plain, 0, ("1",)), script, [])
+    assert result.state == "failed"
+    assert result.reason is not None
+    assert "No space left on device" in result.reason
+    with pytest.raises(TrainingError, match=r"^trial seed_1: a disk cannot be written: No"):
+        run_trial(ordered, Trial.of(ordered, 0, ("1",)), script, [])
+
+
+def test_a_trial_that_another_process_trains_has_not_failed(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LOCKED)
+    config = read("seed=[1]", f"sweep_folder={tmp_path}")
+    result = run_trial(config, Trial.of(config, 0, ("1",)), script, [])
+    assert result == Result("failed", reason="yes, again")
+
+
+def test_a_huge_grid_is_counted_not_made() -> None:
+    """Its combinations would fill any memory; a long list is read in a time that grows with it."""
+    axes = [f"model.config.key{number}={[*range(100)]}" for number in range(10)]
+    with pytest.raises(ConfigError, match=r"the grid has 100,000,000,000,000,000,000 trials"):
+        read(*axes)
+    begun = time.monotonic()
+    axis = read_axis(f"model.config.a={[*range(40_000)]}")
+    assert axis is not None
+    assert len(axis.values) == 40_000
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("search_by", ["grid", "tpe"])
+def test_secrets_stand_in_no_file_of_a_sweep(search_by: str, tmp_path: Path) -> None:
+    secret, other = "wJalrXUtnFEMI7MDENGbPxRfiCY", "kJalrXUtnFEMI7MDENGbPxRfiCZ"
+    login = "AKIAIOSFODNN7EXAMPLE"
+    config = read(
+        f"train_data.remote=s3://{login}:{secret}@bucket/x",
+        f"eval_data.remote=[s3://{login}:{secret}@b/v, s3://{login}:{other}@b/v]",
+        f"sweep_folder={tmp_path}",
+        *(["search=tpe", "trials=2"] if search_by == "tpe" else []),
+    )
+    sweep = Sweep(config, ROOT / "recipes/train.py")
+    record.write(str(tmp_path), sweep.content)
+    for number in range(2):
+        values = config.axes[0].values[number : number + 1]
+        sweep.trials[number] = Trial.of(config, number, values)
+        sweep.results[number] = Result("finished", 1.0, 4)
+    sweep.write_results()
+    outcome = summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(2)])
+    write_page(config, outcome)
+    files = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"sweep.json", "results.json", "report.html"} <= set(files)
+    assert ("optuna.log" in files) == (search_by == "tpe")
+    assert "***@bucket/x" in files["results.json"]
+    names = [trial.name for trial in sweep.trials.values()]
+    assert len(set(names)) == 2
+    for text in (*files.values(), *names, *lines(config, outcome)):
+        assert secret not in text
+        assert other not in text
+        assert login not in text
+
+
+def ended(config: SweepConfig) -> Sweep:
+    """A sweep whose trials have all finished, with nothing in their folders but results."""
+    sweep = Sweep(config, ROOT / "recipes/train.py")
+    record.write(config.sweep_folder, sweep.content)
+    for number in range(sweep.count):
+        write_result(folder_of(config, sweep.trial(number)), Result("finished", 1.0 + number, 4))
+    sweep.refresh()
+    return sweep
+
+
+def test_a_page_appears_whole_and_never_over_a_larger_sweeps(tmp_path: Path) -> None:
+    config = read("seed=[1,2]", f"sweep_folder={tmp_path}")
+    sweep = ended(config)
+    outcome = summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(2)])
+    page = write_page(config, outcome)
+    first = page.read_bytes()
+    assert len(first) > 1 << 13
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, hard))
+    try:
+        with pytest.raises(DataError, match=r"report\.html: cannot be written: File too large"):
+            write_page(config, outcome)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert page.read_bytes() == first
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]
+
+    ended(read("seed=[1,2,3]", f"sweep_folder={tmp_path}"))
+    page.write_text("the larger sweep's")
+    assert write_page(config, outcome) == page
+    assert page.read_text() == "the larger sweep's"
+
+
+def test_a_dollar_in_a_value_is_drawn_as_it_stands(tmp_path: Path) -> None:
+    config = read(r"model.config.a$\frac$=['a$\frac$',b]", f"sweep_folder={tmp_path}")
+    sweep = ended(config)
+    outcome = summarize(config, [(sweep.trials[n], sweep.results[n]) for n in range(2)])
+    assert r"eval loss over model.config.a$\frac$</h2>" in write_page(config, outcome).read_text()
+
+
+def test_the_table_is_printed_before_the_page_is_drawn(tmp_path: Path) -> None:
+    """So that a page that cannot be written hides no result."""
+    arguments = ["yamls/gla_tiny.yaml", "seed=[1,2]", f"sweep_folder={tmp_path}"]
+    ended(read_sweep(SweepConfig, arguments))
+    (tmp_path / "report.html").mkdir()
+    process = run_script("recipes/sweep.py", *arguments)
+    assert process.returncode == 1
+    assert "the best is seed_1; its values in a run of their own:" in process.stdout
+    assert process.stderr == f"error: {tmp_path}/report.html: cannot be written: Is a directory\n"
+
+
+def a_link(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def a_pipe(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def train_first(sweep: Sweep) -> None:
+    sweep.refresh()
+    claimed = sweep.claim()
+    assert claimed is not None
+    sweep.train(claimed[0])
+
+
+@pytest.mark.parametrize(
+    "name", [".sweep.lock", "output.txt", "errors.txt", "train_log.jsonl", "result.json"]
+)
+@pytest.mark.parametrize("put", [a_link, a_pipe, a_folder])
+def test_odd_files_in_a_trials_folder(
+    put: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    """They are named in a line; none is followed or waited for."""
+    config = read("seed=[1]", f"sweep_folder={tmp_path}")
+    path = tmp_path / "seed_1" / name
+    put(path)
+    sweep = Sweep(config, tmp_path / "missing.py")
+    with pytest.raises(DataError, match=rf"^{path}: cannot be \w+: is a link, or no file; mend or"):
+        train_first(sweep)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("put", [a_link, a_pipe, a_folder])
+def test_odd_files_in_a_sweeps_folder(put: Callable[[Path], None], tmp_path: Path) -> None:
+    put(tmp_path / "s/sweep.json")
+    with pytest.raises(
+        DataError, match=r"sweep\.json: cannot be read: is a link, or no file; mend"
+    ):
+        record.read(f"{tmp_path}/s")
+    sweep = ended(read("seed=[1]", f"sweep_folder={tmp_path}/t"))
+    (tmp_path / "t/results.json").mkdir()
+    with pytest.raises(DataError, match=r"results\.json: cannot be written: Is a directory; mend"):
+        sweep.write_results()
+    assert not list((tmp_path / "t").glob("*.tmp"))
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u/seed_1").touch()
+    other = Sweep(read("seed=[1]", f"sweep_folder={tmp_path}/u"), tmp_path / "missing.py")
+    with pytest.raises(DataError, match="/u/seed_1: cannot be read: is a file, and must be a fold"):
+        other.refresh()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys_"),
+    [
+        (["z_loss=[0,1e-4]", "seed=[1,2]", "metric=loss"], ["z_loss"]),
+        (["z_loss=[0,1e-4]", "context_length=[64,128]"], ["context_length"]),
+        (["algorithms=[{},{label_smoothing: {smoothing: 0.1}}]", "metric=loss"], ["algorithms"]),
+        (["algorithms=[{},{label_smoothing: {smoothing: 0.1}}]"], []),
+        (["train_data.local=[a,b]", "eval_data=null"], ["train_data.local"]),
+        (["train_data.local=[a,b]"], []),
+        (
+            [
+                "train_data.num_workers=[1,2]",
+                "train_data.loss_across_documents=[true,false]",
+                "metric=loss",
+            ],
+            ["train_data.loss_across_documents"],
+        ),
+        (["eval_data.local=[a,b]", "tokenizer=[a,b]"], ["eval_data.local", "tokenizer"]),
+    ],
+)
+def test_axes_that_change_the_metric_itself_are_known(
+    arguments: list[str], keys_: list[str]
+) -> None:
+    assert read(*arguments).incomparable() == keys_
+
+
+def test_a_sweep_warns_of_results_that_cannot_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read("z_loss=[0,1e-4]", "metric=loss", f"sweep_folder={tmp_path}")
+    ended(config)
+    run_sweep(config, ROOT / "recipes/train.py")
+    said = capsys.readouterr().out
+    assert "warning: z_loss: trials with other values of it cannot be compared by loss, as" in said
+
+
+def test_a_process_that_waits_for_anothers_check_says_so(tmp_path: Path) -> None:
+    arguments = ["yamls/gla_tiny.yaml", "seed=[1]", f"sweep_folder={tmp_path}"]
+    ended(read_sweep(SweepConfig, arguments))
+    with locked(tmp_path):
+        script = Script("recipes/sweep.py", *arguments)
+        while f"{tmp_path}: waiting for another process, which checks" not in script.read("out"):
+            assert script.process.is_alive(), script.read("err")
+            time.sleep(0.05)
+    check(script.wait())
