@@ -175,7 +175,8 @@ GIVEN: dict[type, dict[str, Any]] = {
     WandbConfig: {"project": "p"},
 }
 GIVEN[PlanConfig] = GIVEN[TrainConfig] | {"devices": 2, "device": "h100"}
-GIVEN[SweepConfig] = GIVEN[TrainConfig]
+# Built without a file, its default would keep the name of the run in braces
+GIVEN[SweepConfig] = {**GIVEN[TrainConfig], "sweep_folder": "runs/sweeps/tiny"}
 NO_STEP = dict.fromkeys(("gopher_repetition", "gopher_quality", "c4", "minhash", "pii")) | {
     "exact_dedup": False
 }
@@ -917,6 +918,15 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     (SweepConfig, {"sweep_folder": ""}, "sweep_folder", EMPTY),
     (SweepConfig, {"sweep_folder": "s3://a/b"}, "sweep_folder", "must be a local folder"),
+    *(
+        (
+            SweepConfig,
+            {"sweep_folder": folder},
+            "sweep_folder",
+            "must end in letters, digits, '.', '_' and '-' (its name begins the runs' names)",
+        )
+        for folder in ("runs/a b", "..", "/", "é")
+    ),
     (
         SweepConfig,
         {"sweep_folder": "a/{b}"},
