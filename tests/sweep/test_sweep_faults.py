@@ -57,7 +57,13 @@ class Killed:
     def kill(self, script: Script) -> None:
         """Kill a process of the sweep, and its trial with it."""
         assert script.process.pid is not None
-        os.killpg(script.process.pid, signal.SIGKILL)
+        while True:
+            try:
+                os.killpg(script.process.pid, signal.SIGKILL)
+                break
+            except ProcessLookupError:  # it was started just now, and has no group yet
+                assert script.process.is_alive(), script.read("err")
+                time.sleep(0.001)
         assert script.wait().returncode == -signal.SIGKILL
 
 
