@@ -256,7 +256,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another type of tokens": (
         lambda folder: np.fromfile(folder / "a.npy", "<u2").astype("<u4").tofile(folder / "a.npy"),
         "token_dtype: .*a.npy: its first 198 tokens are uint32 and not uint16: read as that, every"
-        " second one would be 0 or less; set token_dtype=uint32",
+        " second one would be 0; set token_dtype=uint32",
     ),
 }
 

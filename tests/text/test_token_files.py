@@ -239,7 +239,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "too wide": (
         lambda f: write_array(f / "a.npy", DOCUMENTS, "uint32"),
         "token_dtype: .*a.npy: its first 198 tokens are uint32 and not uint16: read as that, every"
-        " second one would be 0 or less; set token_dtype=uint32",
+        " second one would be 0; set token_dtype=uint32",
     ),
     "a pointer": (
         lambda f: changed(

@@ -484,7 +484,7 @@ def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
     corpus: Corpus, tmp_path: Path, ranks: int
 ) -> None:
     """It is killed before the evaluation of step 4, whose batch has a shape of its own."""
-    run, whole, unpinned = (tmp_path / name for name in ("run", "whole", "unpinned"))
+    run, whole, *unpinned = (tmp_path / name for name in ("run", "whole", "free", "free_again"))
     log = run / "train_log.jsonl"
     Interpreted.starts = itertools.count()
     Interpreted(ranks, *corpus.keys(run, *SMALL)).kill_after(log, 3)
@@ -499,10 +499,12 @@ def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
     assert (run / "checkpoints" / KERNELS).read_bytes() == (
         whole / "checkpoints" / KERNELS
     ).read_bytes()
-    # Without them, another process logs other bits
-    Interpreted(ranks, *corpus.keys(unpinned, *SMALL, "deterministic=false")).finish()
-    assert read_log(unpinned) != read_log(whole)
-    assert not (unpinned / "checkpoints" / KERNELS).exists()
+    # Without them, another start logs other bits. (Which rank's choices a run with them has is a
+    # race, in which those that matter may be what a rank would have chosen alone.)
+    for each in unpinned:
+        Interpreted(ranks, *corpus.keys(each, *SMALL, "deterministic=false")).finish()
+        assert not (each / "checkpoints" / KERNELS).exists()
+    assert read_log(unpinned[0]) != read_log(unpinned[1])
 
 
 @pytest.mark.faults
