@@ -119,9 +119,10 @@ def find_newest(
     """Return the newest whole checkpoint, the same one on every rank, or None if there is none.
 
     A damaged checkpoint is named in a warning and passed over, on all ranks if any rank cannot read
-    it. With `shared`, the ranks of a machine have the same `staging`, and the first of them checks
-    for all. Raise DataError if there are checkpoints but none is whole, because nobody would expect
-    the run to start over, and ConfigError if the whole ones belong to another model.
+    it; so is one of another run if there is one of this run before it. With `shared`, the ranks of
+    a machine have the same `staging`, and the first of them checks for all. Raise DataError if
+    there are checkpoints but none is whole, because nobody would expect the run to start over, and
+    ConfigError if the whole ones belong to another run.
     """
     checkpoints = _listed(folder)
     problems: dict[str, DataError] = {}
@@ -139,9 +140,12 @@ def find_newest(
             )
         if problem is not None:
             problems[place] = problem
-            if dist.get_global_rank() == 0:
-                log.warning("warning: %s; trying the one before it", problem)
+            if not isinstance(problem, OtherRun):
+                _warn(problem)
         elif _WHOLE in found:
+            for each in problems.values():
+                if isinstance(each, OtherRun):
+                    _warn(each)
             return Checkpoint(place, _local(place, staging), tuple(problems))
     if not checkpoints:
         return None
@@ -159,6 +163,12 @@ def find_newest(
         f"{folder}: none of its {len(checkpoints)} checkpoints can be read; "
         "move them away (or set another run_name) to start over"
     )
+
+
+def _warn(problem: DataError) -> None:
+    """Warn, on the first rank, of a checkpoint that is passed over."""
+    if dist.get_global_rank() == 0:
+        log.warning("warning: %s; trying the one before it", problem)
 
 
 def _listed(folder: str) -> list[str]:

@@ -15,10 +15,12 @@ from flame_composer.errors import DataError
 _FREE = ("foreach", "fused")
 # The factors of muP in a group that names none
 _NO_FACTORS = {"lr_factor": 1.0, "gradient_factor": 1.0}
-# The keys of the configuration that settings come from, to name them
+# The keys of the configuration that settings come from
 _KEYS = {
-    "weight_decay": " (optimizer.weight_decay, optimizer.decay)",
-    **dict.fromkeys(_NO_FACTORS, " (model.mup_base_width)"),
+    "betas": "optimizer.betas",
+    "eps": "optimizer.eps",
+    "weight_decay": "optimizer.weight_decay or optimizer.decay",
+    **dict.fromkeys(_NO_FACTORS, "model.mup_base_width"),
 }
 
 
@@ -144,10 +146,9 @@ def _check_settings(group: Any, shapes: Shapes, needed: Needed) -> None:
                 raise Lack(f"its {path} have no {setting}")
             found = group.get(setting, False)
             if (tuple(found) if isinstance(found, list) else found) != value:
-                key = _KEYS.get(setting, "")
                 raise Other(
-                    f"its optimizer has {setting}={str(found)[:100]} for {name}, and this run's"
-                    f" {setting}={value}{key}"
+                    f"it was trained with another {_KEYS.get(setting, setting)}: its optimizer has"
+                    f" {setting}={str(found)[:100]} for {name}, and this run's {setting}={value}"
                 )
     for setting, value in needed.kinds.items():
         if setting in group and not _is_like(group[setting], value, is_free=setting in _FREE):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from flame_composer.config.sweep import SweepConfig
 from flame_composer.errors import ConfigError, TrainingError
 from flame_composer.lines import visible
-from flame_composer.quantities import plural
+from flame_composer.quantities import format_seconds, plural
 from flame_composer.storage.folders import file_lock, require_safe
 from flame_composer.sweep import record, search, trials
 from flame_composer.sweep.checking import check_trials
@@ -46,8 +46,10 @@ class Sweep:
     def enter(self) -> None:
         """Begin the sweep, or make sure that it is this one that was begun.
 
-        All trials are checked first, unless they were when the sweep began.
+        All trials are checked first, unless they were when the sweep began. If one is wrong, no
+        folder is left behind.
         """
+        is_new = not self.folder.exists()
         with locked(self.folder):
             before = record.read(str(self.folder))
             if before is not None:
@@ -55,10 +57,22 @@ class Sweep:
                 record.require_same(str(self.folder), before, self.content)
             if before != self.content:
                 print(f"checking {plural(len(self.config.to_check), 'configuration')}", flush=True)
-                check_trials(self.config.to_check)
+                try:
+                    check_trials(self.config.to_check)
+                except BaseException:
+                    if is_new:
+                        self._remove_folder()
+                    raise
                 record.write(str(self.folder), self.content)
             if self.config.retry_failed:
                 self._forget_failed()
+
+    def _remove_folder(self) -> None:
+        """Remove the sweep's folder while it holds nothing but the lock, which is held."""
+        with suppress(OSError):
+            if [path.name for path in self.folder.iterdir()] == [LOCK]:
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
 
     def _forget_failed(self) -> None:
         for number in range(self.count):
@@ -172,16 +186,15 @@ class Sweep:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a sweep's own lock: for moments, but for the check of its trials."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        require_safe(folder, "sweep_folder")
-        lock = file_lock(folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        lock = _take(folder, seconds=0)
+        if lock is None:
             _say(
                 f"{folder}: waiting for another process, which checks the trials or writes results"
             )
-            lock.acquire()
+        while lock is None:
+            # The process that holds the lock removes the folder if its trials are refused.
+            with suppress(FileNotFoundError):
+                lock = _take(folder, seconds=-1)
     except OSError as error:
         raise ConfigError(
             f"sweep_folder={folder}: cannot be written to: {error.strerror}; give another"
@@ -190,6 +203,21 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _take(folder: Path, seconds: float) -> FileLock | None:
+    """Return the lock of a sweep's folder, which is made if need be, or None if it is not free.
+
+    Wait so long for it, or without end if `seconds` is negative.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    require_safe(folder, "sweep_folder")
+    lock = file_lock(folder / LOCK)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
+    return lock
 
 
 def run_sweep(config: SweepConfig, script: Path) -> Outcome:
@@ -222,11 +250,13 @@ def run_sweep(config: SweepConfig, script: Path) -> Outcome:
         waiting, (trial, lock) = False, claimed
         try:
             _say(f"trial {trial.number + 1} of {sweep.count}: {trial.name}")
+            start = time.monotonic()
             result = sweep.train(trial)
+            seconds = time.monotonic() - start
             sweep.finish(trial, result)
         finally:
             lock.release()
-        _say(f"  {describe(result, config.result())}")
+        _say(f"  {describe(result, config.result(), seconds)}")
         if result.state == "failed" and config.on_failure == "stop":
             raise TrainingError(
                 f"trial {trial.name} failed: {result.reason}; the sweep stops here, as"
@@ -241,11 +271,12 @@ def _say(line: str) -> None:
     print(visible(line), flush=True)
 
 
-def describe(result: Result, metric: str) -> str:
-    """Return a line on the result of a trial."""
-    same = f" (as trial {result.same_as}, which has the same values)" if result.same_as else ""
+def describe(result: Result, metric: str, seconds: float) -> str:
+    """Return a line on the result of a trial, which took this process `seconds`."""
+    how = f"as trial {result.same_as}, which has the same values" if result.same_as else None
     if result.state == "failed":
-        return f"failed: {result.reason}{same}"
+        return f"failed: {result.reason}" + (f" ({how})" if how else "")
     if result.state == "pruned":
-        return f"pruned after step {result.step:,}: eval loss {result.metric:.4f}{same}"
-    return f"{metric.replace('_', ' ')} {result.metric:.4f}{same}"
+        metric = "eval_loss"
+    loss = f"{metric.replace('_', ' ')} {result.metric:.4f}"
+    return f"{result.state} at step {result.step:,}, {loss} ({how or format_seconds(seconds)})"

@@ -55,7 +55,7 @@ def run_trial(
         said_before = _size(folder / trials.ERRORS)
         with _appending(folder / trials.OUTPUT) as out, _appending(folder / trials.ERRORS) as err:
             process = processes.start_child(command_of(config, trial, script), out, err)
-        status = _watch(config, folder, process, others)
+        status = _watch(config, folder, process, others, Progress(rows))
         after = trials.rows_of(folder)
         if (result := _pruned(config, after, others)) is not None:
             return result
@@ -123,15 +123,17 @@ def _watch(
     folder: Path,
     process: subprocess.Popen[bytes],
     others: Sequence[dict[int, float]],
+    progress: Progress,
 ) -> int:
     """Wait for a trial's process, showing how far it is, and return its exit status.
 
     It gets SIGTERM, and time to save, when the trial is pruned or this process is stopped.
     """
-    progress, size, judged, told = Progress(), -1, 0, False
+    size, judged, told, has_ended = -1, 0, False, False
     try:
-        while process.poll() is None:
+        while not has_ended:
             time.sleep(POLL_SECONDS)
+            has_ended = process.poll() is not None  # before its last rows are read
             if (now := _size(folder / trials.TRAIN_LOG)) == size:
                 continue
             size = now
@@ -139,15 +141,20 @@ def _watch(
                 continue
             progress.show(last)
             newest = max(trials.evaluations(last), default=0)
-            if config.prune is None or newest <= judged or told:
+            if config.prune is None or newest <= judged or told or has_ended:
                 continue
             judged = newest
             if _pruned(config, trials.rows_of(folder), others) is not None:
                 process.terminate()
                 told = True
-    except BaseException:
+    except BaseException as error:
         if process.poll() is None:
             process.terminate()
+            progress.end()
+            doing = "ends" if config.save_folder is None else "saves and ends"
+            # A terminal sends it to the trial, too.
+            again = "; Ctrl-C again ends it at once" if isinstance(error, KeyboardInterrupt) else ""
+            print(f"  stopping: the trial {doing}{again}", flush=True)
         process.wait()
         raise
     finally:
@@ -181,32 +188,54 @@ def _reason(errors: Path, start: int, status: int) -> str:
 
 
 class Progress:
-    """How far a trial is: on a terminal in a line that is overwritten, else a line now and then."""
+    """How far a trial is: on a terminal in a line that is overwritten.
 
-    def __init__(self) -> None:
+    Elsewhere it is a line for each evaluation but that of the last step, which is in the trial's
+    result, and one now and then.
+    """
+
+    def __init__(self, before: list[dict[str, Any]]):
+        """Begin with the rows that are in the log already, of which nothing is shown."""
         self.on_terminal = sys.stdout.isatty()
         self.width = 0
         self.shown = time.monotonic()
+        self.evaluated = max(trials.evaluations(before), default=0)
 
     def show(self, rows: list[dict[str, Any]]) -> None:
-        """Show the step and losses of the last row."""
-        if not self.on_terminal and time.monotonic() - self.shown < LINE_SECONDS:
-            return
-        self.shown = time.monotonic()
-        last = rows[-1]
-        line = f"  step {last['current_steps']:,} of {last.get('total_steps', 0):,}"
-        line += f"  loss {trials.number_of(last.get('loss')):.4f}"
+        """Show the step and losses of the last row, and of evaluations since the last call."""
         evaluated = trials.evaluations(rows)
-        if evaluated:
-            line += f"  eval loss {evaluated[max(evaluated)]:.4f}"
         if self.on_terminal:
+            newest = max(evaluated, default=None)
+            line = _line(rows[-1])
+            if newest is not None and newest != rows[-1]["current_steps"]:
+                line += f"  eval loss {evaluated[newest]:.4f} (step {newest:,})"
             print(f"\r{line.ljust(self.width)}", end="", flush=True)
             self.width = len(line)
-        else:
-            print(line, flush=True)
+            return
+        new = [
+            row
+            for row in rows
+            if row["current_steps"] in evaluated
+            and self.evaluated < row["current_steps"] != row.get("total_steps")
+        ]
+        if not new and time.monotonic() - self.shown >= LINE_SECONDS:
+            new = rows[-1:]
+        for row in new:
+            print(_line(row), flush=True)
+            self.shown = time.monotonic()
+        self.evaluated = max([self.evaluated, *evaluated])
 
     def end(self) -> None:
         """Clear the line."""
         if self.width:
             print(f"\r{' ' * self.width}\r", end="", flush=True)
             self.width = 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    """Return a row of a trial's log as a line."""
+    line = f"  step {row['current_steps']:,} of {row.get('total_steps', 0):,}"
+    line += f"  loss {trials.number_of(row.get('loss')):.4f}"
+    if "eval_loss" in row:
+        line += f"  eval loss {trials.number_of(row['eval_loss']):.4f}"
+    return line

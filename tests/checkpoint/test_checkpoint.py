@@ -678,11 +678,12 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "another decay": (
         put(0.25, *GROUP, "weight_decay"),
         (
-            "its optimizer has weight_decay=0.25 for model.model.embeddings.weight, and this "
-            "run's weight_decay=0.01"
+            "it was trained with another optimizer.weight_decay or optimizer.decay: its optimizer"
+            " has weight_decay=0.25 for model.model.embeddings.weight, and this run's"
+            " weight_decay=0.01"
         ),
     ),
-    "other betas": (put((0.5, 0.5), *GROUP, "betas"), "its optimizer has betas=(0.5, 0.5) for"),
+    "other betas": (put((0.5, 0.5), *GROUP, "betas"), "another optimizer.betas: its optimizer has"),
     "another direction": (put(True, *GROUP, "maximize"), "its optimizer has maximize=True for"),
     "another optimizer": (
         lambda content: content["state"]["optimizers"].update(
@@ -724,7 +725,10 @@ def test_a_genuine_checkpoint_holds_all_that_is_needed(folder, needed, caplog):
     assert set(needed().weights) == set(read(folder / "ba3.pt")["state"]["model"])
 
 
-def test_checkpoints_of_another_model_only_are_a_mistake_in_the_configuration(folder, needed):
+def test_checkpoints_of_another_model_only_are_a_mistake_in_the_configuration(
+    folder, needed, caplog
+):
+    """It is said once, not for each of them."""
     for step in (1, 2, 3):
         rewrite(folder / f"ba{step}.pt", OTHERS["another shape"][0])
     message = (
@@ -736,6 +740,7 @@ def test_checkpoints_of_another_model_only_are_a_mistake_in_the_configuration(fo
         match=f"^{re.escape(message)}.*; set back what changed, or give another run_name",
     ):
         find_newest(str(folder), folder / "staging", needed)
+    assert caplog.messages == []
 
 
 def test_squares_of_gradients_may_be_infinite(folder, needed, caplog):

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_a_grid_ends_in_a_table_json_and_a_page(whole: tuple[Path, str], corpus:
     ranked = sorted(trials, key=lambda trial: trial["metric"])
 
     lines = printed.splitlines()
+    for trial in trials:
+        begin = next(i for i, line in enumerate(lines) if line.endswith(f": {trial['name']}"))
+        evaluated = [row for row in read_log(folder / trial["name"]) if "eval_loss" in row]
+        assert [row["current_steps"] for row in evaluated] == [2, 4, 6]
+        assert lines[begin + 1 : begin + 3] == [
+            f"  step {row['current_steps']} of 6  loss {row['loss']:.4f}"
+            f"  eval loss {row['eval_loss']:.4f}"
+            for row in evaluated[:2]
+        ]
+        result = rf"  finished at step 6, eval loss {trial['metric']:.4f} \([0-9.]+ (s|minutes)\)"
+        assert re.fullmatch(result, lines[begin + 3])
     head = next(number for number, line in enumerate(lines) if line.startswith("trial  "))
     assert lines[head].split() == ["trial", "lr", "weight_decay", "eval_loss", "step", "state"]
     for line, trial in zip(lines[head + 1 :], ranked, strict=False):
@@ -187,6 +199,7 @@ def test_stopped_and_started_again_it_goes_on(
     os.kill(script.process.pid, signal.SIGTERM)
     stopped = script.wait()
     assert stopped.returncode == 143, stopped.stderr
+    assert stopped.stdout.endswith("  stopping: the trial saves and ends\n")
     assert "saved" in (folder / NAMES[1] / "errors.txt").read_text()
     done = log.read_text().count("\n")
     assert not (folder / NAMES[2]).exists()
@@ -196,6 +209,31 @@ def test_stopped_and_started_again_it_goes_on(
     assert results_of(folder) == results_of(whole[0])
     for name in NAMES:
         assert read_log(folder / name) == read_log(whole[0] / name)
+
+
+def test_ctrl_c_again_ends_the_trial_at_once(corpus: Corpus, tmp_path: Path) -> None:
+    """A terminal sends it to both processes; the trial is in a long step at the time."""
+    folder = tmp_path / "interrupted"
+    size = ("global_batch_size=32", "microbatch_size=1", "model.config.num_hidden_layers=16")
+    long = (*size, "max_duration=2ba", "save_interval=1ba")
+    script = start(corpus, folder, "seed=[1]", *long)
+    errors = folder / "seed_1/errors.txt"
+    while not (folder / "seed_1/checkpoints/ba1.pt").exists():
+        assert script.process.is_alive(), script.read("err") + script.read("out")
+        time.sleep(0.01)
+    time.sleep(0.1)  # for the second step to begin
+    assert script.process.pid is not None
+    os.killpg(script.process.pid, signal.SIGINT)
+    while "  stopping: the trial saves and ends; Ctrl-C again ends it at" not in script.read("out"):
+        assert script.process.is_alive(), script.read("err")
+        time.sleep(0.01)
+    while "SIGINT: finishing the current batch" not in errors.read_text():
+        time.sleep(0.01)
+    os.killpg(script.process.pid, signal.SIGINT)
+    assert script.wait().returncode == 130
+    check(run(corpus, folder, "seed=[1]", *long))
+    assert "stopped after step" not in errors.read_text()
+    assert starts_of(folder)["seed_1"] == [0, 1]
 
 
 def test_two_processes_share_a_sweep(
@@ -353,7 +391,7 @@ def test_a_bad_trial_is_pruned(corpus: Corpus, tmp_path: Path) -> None:
     at_30 = next(row for row in rows if row["current_steps"] == 30)
     assert (trials[2]["step"], trials[2]["metric"]) == (30, at_30["eval_loss"])
     assert len(rows) < 150
-    assert "pruned after step 30: eval loss" in process.stdout
+    assert f"  pruned at step 30, eval loss {at_30['eval_loss']:.4f} (" in process.stdout
     assert json.loads(process.stdout.splitlines()[-1])["pruned"] == 1
     again = check(run(corpus, folder, *axes, *rule))
     assert results_of(folder) == trials
@@ -426,7 +464,7 @@ def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
     assert process.returncode == 2
     assert process.stderr.startswith("error: trial seed_1-num_heads_3: ")
     assert process.stderr.count("\n") == 1
-    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -935,3 +973,24 @@ def test_a_process_that_waits_for_anothers_check_says_so(tmp_path: Path) -> None
             assert script.process.is_alive(), script.read("err")
             time.sleep(0.05)
     check(script.wait())
+
+
+def test_a_process_that_waits_makes_the_folder_anew_that_a_refused_sweep_has_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, found = tmp_path / "refused", list[bool]()
+
+    def wait() -> None:
+        with locked(folder):
+            found.append((folder / ".lock").is_file())
+
+    waiting, said = threading.Thread(target=wait), ""
+    with locked(folder):
+        waiting.start()
+        while "waiting for another process" not in said:
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        (folder / ".lock").unlink()
+        folder.rmdir()
+    waiting.join(timeout=60)
+    assert found == [True]

@@ -270,7 +270,7 @@ def test_a_run_is_stopped_and_made_longer_and_its_settings_stay(
 
     line = refused("max_duration=8ba", "optimizer.decay=[matrices,embeddings]")
     assert line.startswith(f"error: {run}/checkpoints: none of its 3 checkpoints is of this run: ")
-    assert "(optimizer.weight_decay, optimizer.decay); set back what changed" in line
+    assert "it was trained with another optimizer.weight_decay or optimizer.decay: its opt" in line
     for key, line in {
         "varlen=false": "varlen (True before, False now)",
         "train_data.loss_across_documents=false": "loss_across_documents (True before, False now)",
