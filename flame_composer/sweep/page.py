@@ -24,7 +24,8 @@ from flame_composer.train.run_log import Run, read_run
 
 SMOOTH, SHARE = 10, 20  # the mean is drawn of so many steps, or of this part of a shorter run
 MOST_NAMED = 12  # curves; of more, the legend names the best
-TICKS_APART = 10  # a numeric axis whose ends are further apart by this factor is logarithmic
+MOST_TICKS = 12  # values that are ticks; they must not be closer than those of so many would be
+WIDE = 10  # a list of whole numbers whose ends are further apart by this factor is logarithmic
 
 
 def write_page(config: SweepConfig, outcome: Outcome) -> Path:
@@ -70,7 +71,7 @@ def _body(config: SweepConfig, outcome: Outcome) -> str:
 def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
     """Return a chart of the metric over the values of one axis as a PNG, or None without values.
 
-    Each point is a trial. On a numeric axis a line joins the best at each value.
+    Each point is a trial. A line joins the best of each number in a list.
     """
     from matplotlib.figure import Figure
 
@@ -84,7 +85,8 @@ def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
         return None
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
-    places, names = _places(axis, [value for value, _, _ in points])
+    values = [value for value, _, _ in points]
+    places = [float(each if axis.has_numbers() else axis.values.index(each)) for each in values]
     for state, color in (("finished", "C0"), ("pruned", "0.6")):
         chosen = [
             (place, metric)
@@ -97,21 +99,40 @@ def over(config: SweepConfig, outcome: Outcome, number: int) -> bytes | None:
     for place, (_, metric, state) in zip(places, points, strict=True):
         if state == "finished":
             best[place] = min(metric, best.get(place, metric))
-    if names is None and axis.values and best:
-        axes.plot(*zip(*sorted(best.items()), strict=True), color="C0", linewidth=1)
-    if names is not None:
-        shown = [visible(masked(name)) for name in names]
-        axes.set_xticks(range(len(names)), shown, parse_math=False)
-    elif 0 < TICKS_APART * min(places) <= max(places) or axis.kind == "loguniform":
-        axes.set_xscale("log")
+    if axis.has_numbers():
+        if axis.values and len(best) > 1:
+            x, y = zip(*sorted(best.items()), strict=True)
+            axes.plot(x, y, color="C0", linewidth=1, label="best of each value")
+        set_scale(axes, axis, dict(zip(places, values, strict=True)))
+    else:
+        shown = [visible(masked(name)) for name in axis.values]
+        axes.set_xticks(range(len(shown)), shown, parse_math=False)
     return _finished(figure, axes, visible(axis.key), config.result().replace("_", " "))
 
 
-def _places(axis: Axis, values: list[str]) -> tuple[list[float], list[str] | None]:
-    """Return the places of values on an axis, and the places' names if they are no numbers."""
-    if axis.has_numbers():
-        return [float(value) for value in values], None
-    return [float(axis.values.index(value)) for value in values], list(axis.values)
+def set_scale(axes: Any, axis: Axis, values: dict[float, str]) -> None:
+    """Set the scale and the ticks of a numeric axis; `values` holds those drawn, as written.
+
+    A list of positive numbers is logarithmic; one of whole numbers only if its ends are WIDE apart.
+    A range is logarithmic if numbers were drawn from it so. The values are the ticks, unless they
+    are of a range of fractions, or too close to each other.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = [float(each) for each in axis.extremes()]
+    is_whole = axis.kind in ("", "int") and all(each.is_integer() for each in numbers)
+    is_narrow = is_whole and max(numbers) < WIDE * min(numbers)
+    is_log = min(numbers) > 0 and not is_narrow if not axis.kind else axis.kind == "loguniform"
+    if is_log:
+        axes.set_xscale("log")
+    elif is_whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    places = sorted(values)
+    at = np.log(places) if is_log else np.array(places)
+    are_apart = np.all(np.diff(at) * MOST_TICKS >= at[-1] - at[0])
+    if are_apart and (is_whole or axis.values):
+        axes.set_xticks(places, [values[place] for place in places])
+        axes.set_xticks([], minor=True)
 
 
 def curves(config: SweepConfig, outcome: Outcome, key: str) -> bytes | None:

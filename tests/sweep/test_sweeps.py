@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from flame_composer.config.axes import name_of, read_axis
@@ -29,7 +30,7 @@ from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.storage.folders import file_lock
 from flame_composer.sweep import record, search
 from flame_composer.sweep.driving import Sweep, locked, run_sweep
-from flame_composer.sweep.page import write_page
+from flame_composer.sweep.page import set_scale, write_page
 from flame_composer.sweep.results import lines, summarize
 from flame_composer.sweep.trials import Result, Trial, folder_of, read_result, write_result
 from flame_composer.sweep.trials import arguments as arguments_for
@@ -851,6 +852,37 @@ def test_a_page_appears_whole_and_never_over_a_larger_sweeps(tmp_path: Path) -> 
     page.write_text("the larger sweep's")
     assert write_page(config, outcome) == page
     assert page.read_text() == "the larger sweep's"
+
+
+@pytest.mark.parametrize(
+    ("argument", "drawn", "scale", "are_ticks"),
+    [
+        ("optimizer.lr=[1e-3,2e-3,4e-3]", ["0.001", "0.002", "0.004"], "log", True),
+        ("optimizer.weight_decay=[0,0.1]", ["0", "0.1"], "linear", True),
+        ("seed=[2,4,6]", ["2", "4", "6"], "linear", True),
+        ("seed=[64,128,1024]", ["64", "128", "1024"], "log", True),
+        ("seed=[7]", ["7"], "linear", True),
+        ("optimizer.lr=[1e-3,1.01e-3,1]", ["0.001", "0.00101", "1.0"], "log", False),
+        ("seed=[0,1,100]", ["0", "1", "100"], "linear", False),
+        ("seed=int(1,8)", ["2", "3", "7"], "linear", True),
+        ("optimizer.lr=loguniform(1e-3,2e-3)", ["0.0012", "0.0018"], "log", False),
+        ("optimizer.lr=uniform(1,20)", ["1.5", "19.0"], "linear", False),
+    ],
+)
+def test_the_scale_of_a_chart_goes_by_the_kind_of_axis(
+    argument: str, drawn: list[str], scale: str, are_ticks: bool
+) -> None:
+    """The values are the ticks, or matplotlib chooses others."""
+    axes, axis = Figure().add_subplot(), read_axis(argument)
+    assert axis is not None
+    axes.plot(list(map(float, drawn)), range(len(drawn)), "o")
+    set_scale(axes, axis, {float(each): each for each in drawn})
+    assert axes.get_xscale() == scale
+    labels = [each.get_text() for each in axes.get_xticklabels()]
+    assert (labels == drawn) == are_ticks
+    assert not (are_ticks and len(axes.get_xticks(minor=True)))
+    if argument.startswith("seed"):
+        assert all(float(each).is_integer() for each in axes.get_xticks())
 
 
 def test_a_dollar_in_a_value_is_drawn_as_it_stands(tmp_path: Path) -> None:
