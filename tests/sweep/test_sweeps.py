@@ -457,13 +457,23 @@ def test_processes_of_their_own_and_the_launcher(corpus: Corpus, tmp_path: Path)
     assert results_of(folder)[0]["state"] == "finished"
 
 
-def test_a_model_that_cannot_be_built_is_named_before_anything_starts(
-    corpus: Corpus, tmp_path: Path
+@pytest.mark.parametrize(
+    ("axis", "said"),
+    [
+        ("model.config.num_heads=[2,3]", "num_heads_3-seed_1: model.config: no gla model"),
+        ("global_batch_size=[4,4096]", "global_batch_size_4096-seed_1: "),
+        ("train_data.local=[TRAIN,missing]", "local_missing-seed_1: "),
+        ("eval_data.local=[VAL,missing]", "local_missing-seed_1: "),
+    ],
+)
+def test_what_no_trial_can_have_is_named_before_anything_starts(
+    axis: str, said: str, corpus: Corpus, tmp_path: Path
 ) -> None:
     folder = tmp_path / "wrong"
-    process = run(corpus, folder, "seed=[1,2]", "model.config.num_heads=[2,3]")
+    axis = axis.replace("TRAIN", f"{corpus.train}").replace("VAL", f"{corpus.val}")
+    process = run(corpus, folder, axis, "seed=[1,2]", "train_data.cache_limit=1gb")
     assert process.returncode == 2
-    assert process.stderr.startswith("error: trial seed_1-num_heads_3: ")
+    assert process.stderr.startswith(f"error: trial {said}"), process.stderr
     assert process.stderr.count("\n") == 1
     assert not folder.exists()
 
