@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flame_composer.config.axes import Axis, arguments_of, value_of
-from flame_composer.config.sweep import SweepConfig
+from flame_composer.config.sweep import SweepConfig, run_name
 from flame_composer.errors import masked, without_secrets
 from flame_composer.quantities import align
 from flame_composer.sweep.trials import STATES, Result, Trial
@@ -71,10 +71,13 @@ def keys(axes: Sequence[Axis]) -> list[str]:
 def command(config: SweepConfig, trial: Trial) -> str:
     """Return the command that trains with a trial's values, to be copied to a shell.
 
-    Passwords and tokens in it are replaced, as in all output.
+    The run has a name of its own, so that it goes to another folder than one with the name in the
+    sweep's file, which may be there already. Passwords and tokens in it are replaced, as in all
+    output.
     """
     first = ["python"] if config.devices is None else ["composer", "-n", str(config.devices)]
-    values = arguments_of(config.axes, trial.values)
+    name = f"run_name=best-{run_name(config, trial.name)}"
+    values = (*arguments_of(config.axes, trial.values), name)
     return shlex.join(map(masked, [*first, "recipes/train.py", *config.shared, *values]))
 
 

@@ -143,6 +143,7 @@ def test_the_command_of_the_best_trial_gives_its_losses(
     summary = json.loads(printed.splitlines()[-1])
     words = shlex.split(summary["command"])
     assert words[:2] == ["python", "recipes/train.py"]
+    assert words[-1] == f"run_name=best-whole-{summary['best']}"
     places = (f"log_folder={tmp_path}", f"save_folder={tmp_path}/checkpoints")
     check(Script(*words[1:], *places, env=ENV).wait())
     assert read_log(tmp_path) == read_log(folder / summary["best"])
