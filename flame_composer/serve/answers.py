@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import Response
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.serve.protocol import Request
@@ -41,6 +42,31 @@ def to_event(content: Any) -> bytes:
     return b"data: " + to_json(content) + b"\n\n"
 
 
+class ErrorResponse(Response):
+    """An error, which the log tells, too (`serve.front`)."""
+
+    logged = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["error"] = self.logged
+        await super().__call__(scope, receive, send)
+
+
+def error(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+    logged: str | None = None,
+) -> Response:
+    """Return an error as a response in OpenAI's form; `logged` is told the log instead, if set."""
+    body = to_json(error_body(status, message, param, code))
+    response = ErrorResponse(body, status, headers, "application/json")
+    response.logged = logged or message
+    return response
+
+
 @dataclass
 class Choice:
     """What has been written of one answer; `offset` is the number of characters sent before it.
@@ -58,9 +84,18 @@ class Choice:
 class Form:
     """The form of the answers to one request."""
 
-    def __init__(self, request: Request, model: str, tokenizer: PreTrainedTokenizerFast):
-        """Begin an answer by the model of the name `model`."""
-        self.request, self.tokenizer = request, tokenizer
+    def __init__(
+        self,
+        request: Request,
+        model: str,
+        tokenizer: PreTrainedTokenizerFast,
+        surfaces: Sequence[bytes] | None,
+    ):
+        """Begin an answer by the model of the name `model`.
+
+        `surfaces` are the bytes of the tokenizer's tokens, None if they are not known.
+        """
+        self.request, self.tokenizer, self.surfaces = request, tokenizer, surfaces or ()
         kind = "chat.completion" if request.is_chat else "text_completion"
         self.head = {
             "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -72,7 +107,7 @@ class Form:
         if request.is_chat:
             self.chunk_head["object"] = "chat.completion.chunk"
         self._texts: dict[int, str] = {}  # of tokens, most of which come often
-        self._parts: set[int] = set()  # tokens that are only a part of a character
+        self._parts: dict[int, bytes | None] = {}  # tokens that hold a part of a character
         self._last_prompt: list[TokenScore] = []
         self._of_last_prompt: dict[str, list[Any]] = {}
 
@@ -156,21 +191,33 @@ class Form:
 
     def _entry(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(id)
-        bytes = None if id in self._parts else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": bytes}
+        found = self._parts.get(id, text.encode())
+        return {
+            "token": text,
+            "logprob": logprob,
+            "bytes": None if found is None else list(found),
+        }
 
     def _text(self, id: int) -> str:
-        """Return a token's text, or its name if it is only a part of a character."""
+        """Return a token's text, or its bytes as OpenAI writes them if a character is not whole."""
         if id not in self._texts:
-            self._texts[id] = self._text_or_name(id)
+            self._texts[id] = self._text_or_bytes(id)
         return self._texts[id]
 
-    def _text_or_name(self, id: int) -> str:
+    def _text_or_bytes(self, id: int) -> str:
         text = self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
-        if "\N{REPLACEMENT CHARACTER}" in text:
-            self._parts.add(id)
-            return str(self.tokenizer.convert_ids_to_tokens(id))
-        return text
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return text
+        found = self.surfaces[id] if id < len(self.surfaces) else b""
+        if not found:
+            self._parts[id] = None
+            return text
+        try:
+            return found.decode()  # the replacement character itself
+        except UnicodeDecodeError:
+            self._parts[id] = found
+            escaped = "".join(f"\\x{byte:02x}" for byte in found)
+            return escaped if self.request.is_chat else f"bytes:{escaped}"
 
 
 def usage_of(prompt_tokens: int, written_tokens: int) -> dict[str, int]:

@@ -16,7 +16,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from flame_composer.serve import protocol
-from flame_composer.serve.answers import Choice, Form, error_body, to_event, to_json, usage_of
+from flame_composer.serve.answers import (
+    Choice,
+    Form,
+    error,
+    error_body,
+    to_event,
+    to_json,
+    usage_of,
+)
 from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Job, PromptScores
 from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.prepare import Preparation
@@ -61,20 +69,10 @@ def build_app(service: Service) -> Starlette:
     return app
 
 
-def error(
-    status: int,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> Response:
-    """Return an error as a response in OpenAI's form."""
-    body = to_json(error_body(status, message, param, code))
-    return Response(body, status, headers, "application/json")
-
-
 async def _refuse(_: Request, refusal: Any) -> Response:
-    return error(refusal.status, refusal.message, refusal.param, refusal.code)
+    return error(
+        refusal.status, refusal.message, refusal.param, refusal.code, logged=refusal.logged
+    )
 
 
 async def _refuse_http(_: Request, refusal: Any) -> Response:
@@ -235,8 +233,8 @@ class Exchange:
         deadline: float,  # of time.monotonic
     ):
         self.service, self.asked, self.jobs, self.inbox = service, asked, jobs, inbox
-        tokenizer = service.preparation.tokenizer
-        self.form = Form(asked, service.name, tokenizer)
+        preparation = service.preparation
+        self.form = Form(asked, service.name, preparation.tokenizer, preparation.surfaces)
         self.choices = [Choice(row.job.echo) for job in jobs for row in job.rows]
         self.num_tokens = [0] * len(self.choices)
         self.deadline = deadline
@@ -307,11 +305,14 @@ class Streamed(Response):
         """Send the answer; whatever happens, free what the request has taken."""
         exchange = self.exchange
         try:
-            await first_of(self._send(send), until_left(receive), exchange.deadline)
+            if not await first_of(self._send(send), until_left(receive), exchange.deadline):
+                scope["state"]["error"] = "the client left"
         except BadRequest as refusal:
+            scope["state"]["error"] = refusal.logged
             await self._part(send, refusal.status, refusal.message)
         except asyncio.TimeoutError:
-            await self._part(send, 504, _too_long(exchange.service.request_seconds))
+            scope["state"]["error"] = message = _too_long(exchange.service.request_seconds)
+            await self._part(send, 504, message)
         finally:
             exchange.give_up()
 

@@ -80,17 +80,22 @@ class Connection(H11Protocol):
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
             return
-        self._deadline = self.loop.call_later(HEAD_SECONDS, self._cut_if_idle)
+        self._await_head()
 
     def data_received(self, data: bytes) -> None:
         if self._deadline is None:  # the first byte of another request
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self._cut_if_idle)
+            self._await_head()
         super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:  # the head is there
+            self._stop_awaiting()
 
-    def _cut_if_idle(self) -> None:
-        self._deadline = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.abort()
+    def _await_head(self) -> None:
+        self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _stop_awaiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def pause_writing(self) -> None:
         """Begin to count the time that the client does not read."""
@@ -107,8 +112,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_counting()
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._stop_awaiting()
 
     def _stop_counting(self) -> None:
         if self._unread is not None:

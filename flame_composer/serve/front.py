@@ -10,7 +10,8 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from flame_composer.lines import visible
-from flame_composer.serve.app import CLIENT_LEFT, error
+from flame_composer.serve.answers import error
+from flame_composer.serve.app import CLIENT_LEFT
 from flame_composer.serve.metrics import Metrics
 
 OPEN = ("/health",)  # to all who can reach the server
@@ -19,6 +20,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 class Front:
     """An ASGI application that lets requests through to another, and logs them without texts.
+
+    Endpoints leave in the request's state what the line of log tells: `tokens`, a function that
+    returns how many were read and written, and `error`, a line.
 
     With an API key, requests must bring it. Without one, they must be addressed to this machine by
     a name of its own: a page in a browser could otherwise reach the server under a name that its
@@ -53,9 +57,10 @@ class Front:
                 tokens = f" {read}+{written} tokens"
             path = visible(scope["path"])[:60]
             seconds = time.monotonic() - started
+            reason = f": {visible(state['error'])}" if "error" in state else ""
             print(
                 f"{time.strftime('%H:%M:%S')} {scope['method']} {path} {status}{tokens}"
-                f" {seconds:.2f} s",
+                f" {seconds:.2f} s{reason}",
                 file=sys.stderr,
                 flush=True,
             )

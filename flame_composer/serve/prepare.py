@@ -16,7 +16,8 @@ from flame_composer.serve.states import Abilities
 from flame_composer.serve.writing import Answer, BlockedTexts
 from flame_composer.text.chat import Refusal, load_template
 from flame_composer.text.ends import encode_prompt
-from flame_composer.text.tokenizer import explained_failure
+from flame_composer.text.surfaces import surfaces_of
+from flame_composer.text.tokenizer import bare, explained_failure
 from flame_composer.use.chat import require_plain, special_ids
 from flame_composer.use.generate import ends_of_answers, row_length
 
@@ -51,6 +52,7 @@ class Preparation:
             self.template = load_template("tokenizer", tokenizer)
             self.special = special_ids(tokenizer, self.template.source, self.ends_of_answers)
             self.renderer = Renderer(self.template)
+        self.surfaces = surfaces_of(bare(tokenizer))
         self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
     def close(self) -> None:
@@ -70,7 +72,11 @@ class Preparation:
                 require_plain(self.tokenizer, self.special, message.content)
             return self.renderer.render(request.messages)
         except (Refusal, ConfigError, DataError) as error:
-            raise BadRequest(f"messages: {one_line(error)}", "messages") from None
+            raise BadRequest(
+                f"messages: {one_line(error)}",  # a template's own words, and the client's in them
+                "messages",
+                logged="messages: the chat template or the tokenizer does not take them",
+            ) from None
 
     def jobs(
         self,
@@ -83,10 +89,10 @@ class Preparation:
 
         Answers are numbered through: those to the first prompt come first. The first answer to
         each prompt is drawn with the request's seed, the next with the one after it, and so on.
+        Without a seed, the answers to each prompt are drawn with one of their own.
         Stop early, with fewer jobs or rows, once the request `is_wanted` no more.
         """
         prompts = request.prompts if rendered is None else [rendered]
-        seed = secrets.randbits(62) if request.seed is None else request.seed
         jobs: list[Job] = []
         num_scores = 0
         for number, prompt in enumerate(prompts):
@@ -107,6 +113,7 @@ class Preparation:
                     "logprobs",
                 )
             distinct = dict.fromkeys(ids)
+            seed = secrets.randbits(62) if request.seed is None else request.seed
             for copy in range(request.n):
                 if not is_wanted():
                     return jobs
@@ -135,7 +142,9 @@ class Preparation:
                     else encode_prompt(self.tokenizer, prompt)
                 )
         except (ConfigError, DataError) as error:
-            raise BadRequest(one_line(error), "prompt") from None
+            raise BadRequest(
+                one_line(error), "prompt", logged="prompt: the tokenizer does not take it"
+            ) from None
         if not ids:
             raise BadRequest("messages: the chat template makes no text of them", "messages")
         self._require_length(len(ids))

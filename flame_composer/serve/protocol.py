@@ -36,11 +36,22 @@ _SEED = 2**63
 
 
 class BadRequest(Exception):
-    """The refusal of a request: one line, the field it is about, and the HTTP status."""
+    """The refusal of a request: one line, the field it is about, and the HTTP status.
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = ""):
+    `logged` is the line for the server's log, if the message may hold texts of the request.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str = "",
+        logged: str | None = None,
+    ):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code or None
+        self.logged = logged or message
 
 
 @dataclass(frozen=True)
@@ -245,6 +256,7 @@ class Fields:
                 "model",
                 404,
                 "model_not_found",
+                logged="model: another is served here",
             )
 
     def require_no_more(self) -> None:
@@ -252,7 +264,9 @@ class Fields:
         for name in self.left:
             shown = ascii(name)[1:-1][:80]
             if name not in _NOTHING:
-                raise BadRequest(f"{shown}: this server knows no such field", shown)
+                raise BadRequest(
+                    f"{shown}: this server knows no such field", shown, logged="an unknown field"
+                )
             if self.content[name] not in _NOTHING[name]:
                 raise BadRequest(f"{shown}: this server does not do that; leave it out", shown)
 
@@ -307,6 +321,7 @@ def _messages(value: Any) -> list[Message]:
                 f"{place}: {ascii(more[0])[1:-1][:80]}: must be left out: messages have a role and"
                 " content only",
                 "messages",
+                logged=f"{place}: messages have a role and content only",
             )
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:

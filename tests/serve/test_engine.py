@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import http.client
 import json
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import Limits
 from flame_composer.serve.states import Abilities, States, describe, probe
 from flame_composer.serve.writing import Answer, BlockedTexts, TokenScore
+from flame_composer.text.surfaces import surfaces_of
+from flame_composer.text.tokenizer import bare
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, words
 from tests.serve.clients import Server
@@ -367,7 +371,8 @@ def test_a_prompt_is_put_into_words_once(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     ids = tokenizer("prompt é 禁" * 30).input_ids
     content = {"prompt": ids, "n": 4, "echo": True, "logprobs": 2, "max_tokens": 1}
-    form = Form(protocol.parse_completion(content, "m", LIMITS), "m", tokenizer)
+    surfaces = surfaces_of(bare(tokenizer))
+    form = Form(protocol.parse_completion(content, "m", LIMITS), "m", tokenizer, surfaces)
     scores = [TokenScore(id, 0, -1.0, [(id, -1.0), (5, -2.0)]) for id in ids]
     last = TokenScore(7, 99, -3.0, [])
     choices = [Choice("text", [last], "length", of_prompt=scores) for _ in range(4)]
@@ -382,7 +387,40 @@ def test_a_prompt_is_put_into_words_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert found["text_offset"][-1] == 99
         places = zip(found["tokens"][:-1], found["text_offset"], strict=False)
         text = "prompt é 禁" * 30
-        assert all(text[at : at + len(token)] == token for token, at in places if token.isascii())
+        whole = [(token, at) for token, at in places if not token.startswith("bytes:")]
+        assert all(text[at : at + len(token)] == token for token, at in whole)
+
+
+def test_a_part_of_a_character_is_shown_as_bytes() -> None:
+    """As OpenAI does, and not as letters, which could be taken for text."""
+    tokenizer = byte_tokenizer()
+    ids, surfaces = tokenizer("é禁a\ufffd").input_ids, surfaces_of(bare(tokenizer))
+    scores = [TokenScore(id, 0, -1.0, [(id, -1.0)]) for id in ids]
+    chat = protocol.parse_chat(
+        {"messages": [{"role": "user", "content": "x"}], "logprobs": True}, "m", LIMITS
+    )
+    text = protocol.parse_completion({"prompt": "x", "logprobs": 1}, "m", LIMITS)
+    made = Form(chat, "m", tokenizer, surfaces).chunk(0, Choice("", scores))
+    entries = made["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for each in entries for byte in each["bytes"]).decode() == "é禁a\ufffd"
+    assert entries == [
+        {**each["top_logprobs"][0], "top_logprobs": each["top_logprobs"]} for each in entries
+    ]
+    found = Form(text, "m", tokenizer, surfaces).chunk(0, Choice("", scores))
+    columns, num_parts = found["choices"][0]["logprobs"], 0
+    for entry, token, top in zip(entries, columns["tokens"], columns["top_logprobs"], strict=True):
+        shown, own = entry["token"], bytes(entry["bytes"])
+        assert list(top) == [token]
+        if own.decode(errors="ignore").encode() == own:
+            assert shown == token == own.decode()
+            continue
+        num_parts += 1
+        assert token == f"bytes:{shown}"
+        assert shown.encode().decode("unicode_escape").encode("latin-1") == own
+        assert shown.startswith("\\x")
+    assert num_parts >= 2
+    unknown = Form(chat, "m", tokenizer, None).chunk(0, Choice("", scores))
+    assert None in [each["bytes"] for each in unknown["choices"][0]["logprobs"]["content"]]
 
 
 def test_more_log_probabilities_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,15 +448,15 @@ def test_a_slow_reader_takes_no_memory() -> None:
 
 
 def test_connections_do_not_wait_for_ever(tmp_path: Path) -> None:
-    """One that sends half a head, or nothing, or reads nothing, is cut; its row is free."""
+    """One that sends half a head or body, or nothing, or reads nothing, is cut; its row is free."""
     tokenizer = copy.deepcopy(byte_tokenizer())
     tiny(GLA).save_pretrained(tmp_path / "hf")
     tokenizer.save_pretrained(tmp_path / "hf")
     hurried = tmp_path / "serve.py"
     hurried.write_text(
         "import runpy, socket\n"
-        "from flame_composer.serve import connections\n"
-        "connections.HEAD_SECONDS = connections.READ_SECONDS = 1\n"
+        "from flame_composer.serve import app, connections\n"
+        "connections.HEAD_SECONDS = connections.READ_SECONDS = app.BODY_SECONDS = 1\n"
         "bind = connections.bind\n"
         "def bind_small(*address):  # else megabytes are sent before a reader is found slow\n"
         "    listener = bind(*address)\n"
@@ -433,6 +471,22 @@ def test_connections_do_not_wait_for_ever(tmp_path: Path) -> None:
         connection.settimeout(60)
         assert connection.recv(1000)[:12] in (b"", b"HTTP/1.1 400")
         connection.close()
+    body = server.raw(
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 1000\r\n\r\n{"prompt"'
+    )
+    body.settimeout(60)
+    assert body.recv(12) == b"HTTP/1.1 408"
+    body.close()
+    # One that goes on asking is not cut, however long ago its first head came
+    asking = http.client.HTTPConnection(*server.address, timeout=60)
+    asking.auto_open = 0
+    asking.connect()
+    for _ in range(12):
+        asking.request("GET", "/health")
+        assert asking.getresponse().read() == b'{"status":"ok"}'
+        time.sleep(0.2)
+    asking.close()
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.connect(server.address)
