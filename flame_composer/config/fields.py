@@ -11,7 +11,7 @@ import itertools
 import textwrap
 import typing
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import MISSING
 
@@ -95,6 +95,13 @@ def docs_of(cls: type) -> dict[str, str]:
     return docs
 
 
+def choices_of(cls: type, key: str) -> list[str]:
+    """Return the values that the field with this full key may have, or [] if it is not a choice."""
+    hint = hint_of(cls, key)
+    literals = (each for each in (hint, *get_args(hint)) if get_origin(each) is Literal)
+    return [str(choice) for each in literals for choice in get_args(each)]
+
+
 def doc_of(cls: type, key: str) -> str:
     return next((doc.rstrip(".") for name, _, _, doc in fields_of(cls) if name == key), "")
 
@@ -141,10 +148,10 @@ def show(value: Any) -> str:
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """Return '; did you mean X?' for the key most like `name`, or '' if none is like it.
+    """Return '; did you mean X?' for the name most like `name`, or '' if none is like it.
 
-    A key of the same name in any section comes first, then a similar one in the same section, then
-    a similar one anywhere.
+    Of keys, one of the same name in any section comes first, then a similar one in the same
+    section, then a similar one anywhere.
     """
     section, _, last = name.lower().rstrip(".").rpartition(".")
     wholes = {key.lower(): key for key in reversed(allowed)}

@@ -145,7 +145,7 @@ def _merge(cls: type, given: Sequence[Given]) -> DictConfig:
         index = _first_wrong(cls, given, alone=False)
         _, its_own = _merge_all(cls, given[: index + 1])
     origin, key, value = given[index]
-    raise ConfigError(f"{origin}: {key}={show(value)}: {reason_of(cls, key, its_own)}")
+    raise ConfigError(f"{origin}: {key}={show(value)}: {reason_of(cls, key, its_own, value)}")
 
 
 def _first_wrong(cls: type, given: Sequence[Given], *, alone: bool) -> int:

@@ -8,7 +8,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flame_composer.config.fields import ANY_NAME, SECTIONS, annotation_of, fields_of, show
+from flame_composer.config.fields import (
+    ANY_NAME,
+    SECTIONS,
+    annotation_of,
+    choices_of,
+    fields_of,
+    nearest,
+    show,
+)
 from flame_composer.config.rules import ScriptConfig
 from flame_composer.errors import InvalidField
 
@@ -19,7 +27,11 @@ def told_of(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def reason_of(cls: type, key: str, error: Exception | None) -> str:
+def reason_of(cls: type, key: str, error: Exception | None, value: Any = None) -> str:
+    """Return the rule that a value of the wrong type breaks; a choice most like `value` is named.
+
+    `value` is left out where it must not be told.
+    """
     annotation = annotation_of(cls, key)
     if annotation == SECTIONS:
         below = [name for name, _, _, _ in fields_of(cls) if name.startswith(f"{key}.{ANY_NAME}.")]
@@ -27,7 +39,8 @@ def reason_of(cls: type, key: str, error: Exception | None) -> str:
     if annotation == "section":
         return f"must hold keys and values; its keys are {', '.join(_section_keys(cls, key))}"
     if annotation:
-        return f"must be {annotation}"
+        close = nearest(value, choices_of(cls, key)) if isinstance(value, str) else ""
+        return f"must be {annotation.replace(' | None', ', or null')}{close}"
     return "is of the wrong type" if error is None else first_line(error)
 
 

@@ -13,19 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
+import lm_eval.api.metrics
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
 import lm_eval.tasks._factory
 import lm_eval.utils
+import tqdm
 from datasets.packaged_modules.pandas import pandas as pickled_frames
 from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.task import ConfigurableTask, TaskConfig
 from lm_eval.tasks import TaskManager, _yaml_loader
-from tqdm import tqdm
 
 from flame_composer.errors import ConfigError
 from flame_composer.upstream.jinja import template_limits
@@ -111,7 +113,7 @@ def no_foreign_code(
                 (datasets, "load_dataset", load_into_own_cache),
                 (pickled_frames.Pandas, "_info", _no_pickle),
             ):
-                stack.enter_context(_replaced(owner, name, value))
+                stack.enter_context(patch.object(owner, name, value))
             yield
     finally:
         datasets.enable_progress_bars()
@@ -136,16 +138,6 @@ class _Template(Template):
             return super().render(*args, **values)
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def import_evaluate() -> Any:
     """Return Hugging Face's package `evaluate`, which tasks import.
 
@@ -162,10 +154,10 @@ def import_evaluate() -> Any:
 
 @contextlib.contextmanager
 def bars(show: bool) -> Iterator[None]:
-    """Make the harness draw progress bars only if `show` is set.
+    """Make the harness draw progress bars only if `show` is set, and not say when it resamples.
 
-    Upstream: lm_eval 0.4, `tqdm` in its modules.
-    Mends: it draws progress bars into files, too.
+    Upstream: lm_eval 0.4, `tqdm` in its modules, `print` in `api.metrics`.
+    Mends: it draws progress bars into files, too, and puts notes between results.
     """
 
     def bar(
@@ -175,16 +167,15 @@ def bars(show: bool) -> Iterator[None]:
         total: int | None = None,
         desc: str | None = None,
     ) -> Any:
-        return tqdm(items, disable=disable or not show, total=total, desc=desc)
+        return draw(items, disable=disable or not show, total=total, desc=desc)
 
-    modules: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface]
-    for module in modules:
-        module.tqdm = bar
-    try:
+    draw = tqdm.tqdm
+    with ExitStack() as stack:
+        # What resamples imports it from `tqdm` itself, each time.
+        for module in (tqdm, lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+            stack.enter_context(patch.object(module, "tqdm", bar))
+        stack.enter_context(patch.object(lm_eval.api.metrics, "print", lambda *_: None))
         yield
-    finally:
-        for module in modules:
-            module.tqdm = tqdm
 
 
 _children_end = False  # whether SIGTERM ends children at once
@@ -256,7 +247,7 @@ def settings_of(manager: TaskManager, names: list[str], task_code: bool) -> dict
     with (
         no_foreign_code(task_code, _no_data),
         only_errors(),
-        _replaced(lm_eval.tasks._factory, "ConfigurableTask", _Planned),
+        patch.object(lm_eval.tasks._factory, "ConfigurableTask", _Planned),
     ):
         tasks = manager.load(names)["tasks"]
     return {name: task.config for name, task in tasks.items()}

@@ -89,8 +89,9 @@ def build_adapter(
 def score(config: EvaluateConfig, model: harness.HarnessModel, asked: Asked) -> dict[str, Any]:
     """Score a model, print tables on rank 0, and return what the last line of output says of it.
 
-    It is empty on other ranks.
+    It is empty on other ranks. Of a suite that is asked for alone, only its own table is printed.
     """
+    in_full = config.suite is None or bool(config.tasks)
     scores: dict[str, dict[str, float]] = {}
     tables: list[str] = []
     shots = {}
@@ -100,11 +101,13 @@ def score(config: EvaluateConfig, model: harness.HarnessModel, asked: Asked) -> 
         )
         if found is not None:
             scores |= harness.scores(found)
-            tables.append(harness.table(found))
+            if in_full:
+                tables.append(harness.table(found))
             shots = found["n-shot"]
     if asked.examples is not None:
         scores[STEREOSET] = stereoset.score(model, asked.examples)
-        tables.append(stereoset_table(scores[STEREOSET]))
+        if in_full:
+            tables.append(stereoset_table(scores[STEREOSET]))
     if dist.get_global_rank() != 0:
         return {}
     line, facts = harness.describe_texts(model, config.add_bos)

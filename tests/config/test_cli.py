@@ -276,6 +276,7 @@ def test_a_dollar_sign_can_be_escaped():
     )
 
 
+PRECISION = "must be one of ['fp32', 'amp_bf16', 'amp_fp16']"
 COMMAND_LINE = {
     # Unknown keys, with the nearest.
     "optimizer.weight_dcay=0.1": (
@@ -346,11 +347,15 @@ COMMAND_LINE = {
     "optimizer.betas.0=0.9": "optimizer.betas={'0': 0.9}: must be tuple[float, float]",
     "optimizer.betas[0]=0.9": "optimizer.betas={'0': 0.9}: must be tuple[float, float]",
     "wandb.tags=null": "wandb.tags=null: must be list[str]",
-    "precision=bf16": "precision=bf16: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
-    "precision=FP32": "precision=FP32: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
+    "precision=bf16": f"precision=bf16: {PRECISION}; did you mean amp_bf16?",
+    "precision=FP32": f"precision=FP32: {PRECISION}; did you mean fp32?",
+    "precision=half": f"precision=half: {PRECISION}",
+    "precision=[fp32]": f"precision=['fp32']: {PRECISION}",
     "scheduler.name=cosin": (
-        "scheduler.name=cosin: must be one of ['cosine', 'linear', 'constant', 'wsd']"
+        "scheduler.name=cosin: must be one of ['cosine', 'linear', 'constant', 'wsd']; did you mean"
+        " cosine?"
     ),
+    "stall_timeout=long": "stall_timeout=long: must be float, or null",
     # A value where a section is, and the reverse.
     "model=x": f"model=x: must hold keys and values; its keys are {MODEL_KEYS}",
     "model=3": f"model=3: must hold keys and values; its keys are {MODEL_KEYS}",
@@ -424,7 +429,7 @@ IN_YAML = {
         f"x.yaml: optimizer=null: must hold keys and values; its keys are {OPTIMIZER_KEYS}"
     ),
     "optimizer: {lr: fast}": "x.yaml: optimizer.lr=fast: must be float",
-    "precision: bf16": "x.yaml: precision=bf16: must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
+    "precision: bf16": f"x.yaml: precision=bf16: {PRECISION}; did you mean amp_bf16?",
     "optimizer: {lr: -1}": "x.yaml: optimizer.lr=-1: must be more than 0, and finite",
     "seed: ${nowhere}": (
         "x.yaml: seed=${nowhere}: Interpolation key 'nowhere' not found; where '${' is meant as it"
@@ -1027,7 +1032,7 @@ def test_a_thousand_streams_and_a_thousand_arguments_take_seconds():
     )
     assert (
         message_of(lambda: load(TrainConfig, ["many.yaml", *many]))
-        == "command line: train_data.streams.s0.choose=x: must be int | None"
+        == "command line: train_data.streams.s0.choose=x: must be int, or null"
     )
     assert time.process_time() - begin < 10
 

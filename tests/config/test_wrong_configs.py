@@ -245,8 +245,8 @@ WRONG: dict[str, str] = {
     "model.mup_base_width=0": "must be in [1, 1048576], or null",
     "model.mup_base_width=-64": "must be in [1, 1048576], or null",
     "model.mup_base_width=2000000000": "must be in [1, 1048576], or null",
-    "model.mup_base_width=64.5": "must be int | None",
-    "model.mup_base_width=gla": "must be int | None",
+    "model.mup_base_width=64.5": "must be int, or null",
+    "model.mup_base_width=gla": "must be int, or null",
     "model.mup_base_with=64": (
         "model.mup_base_with: unknown key; did you mean model.mup_base_width?"
     ),

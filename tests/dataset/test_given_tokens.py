@@ -242,6 +242,7 @@ WRONG = {
     "token_dtype=uint16 token_borders=eod": "token_borders=eod: must be one of ['eos', 'csv']",
     "token_dtype=uint16 token_borders=csv": "raw.npy: there is no",
     "token_dtype=uint64": "token_dtype=uint64: must be one of",
+    "token_dtype=unit16": "'int32', 'uint32'], or null; did you mean uint16?",
     "token_dtype=uint16 split=train": "token_dtype=uint16: must not be set together with split",
     "token_dtype=uint16 encoder=hf": "encoder=hf: must not be set together with token_dtype",
     "token_dtype=uint32": "raw.npy: token 0 is",

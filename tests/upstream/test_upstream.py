@@ -277,17 +277,28 @@ def test_import_evaluate(tmp_path):
 
 
 def test_bars(tmp_path):
-    """The harness's bars do not ask whether they go to a terminal."""
+    """The harness's bars do not ask whether they go to a terminal; what resamples prints, too."""
     code = """
+import sys
+from contextlib import nullcontext
 import lm_eval.api.task
 import tqdm
+from lm_eval.api.metrics import bootstrap_stderr, median
+from flame_composer.upstream.lm_eval import bars
 
 assert lm_eval.api.task.tqdm is tqdm.tqdm
-for _ in lm_eval.api.task.tqdm(range(3)):
-    pass
+with bars(False) if sys.argv[1] == "mended" else nullcontext():
+    for _ in lm_eval.api.task.tqdm(range(3)):
+        pass
+    print(bootstrap_stderr(median, [1, 2, 3], iters=2000))
 """
     (tmp_path / "code.py").write_text(code)
-    assert "3/3" in check(run_script(tmp_path / "code.py")).stderr
+    given, mended = (check(run_script(tmp_path / "code.py", how)) for how in ("given", "mended"))
+    assert "3/3" in given.stderr
+    assert "2/2" in given.stderr
+    note, number = given.stdout.splitlines()
+    assert note.startswith("bootstrapping for stddev")
+    assert (mended.stdout, mended.stderr) == (f"{number}\n", "")
 
 
 def test_template_limits():

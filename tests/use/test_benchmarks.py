@@ -102,6 +102,10 @@ def test_a_suite_without_a_network(
         )
         assert line.split()[-1] == f"{row['shots']}"
     assert "task_limit=4: only the first questions of each task count\n" in process.stdout
+    beginning = process.stdout.partition("benchmark  ")[0]
+    assert beginning == "", "nothing comes before the suite's table, and no other table after it"
+    assert len(process.stdout.splitlines()) == 1 + len(rows) + 3
+    assert "it/s" not in process.stderr, "no bars in a file"
     if suite == "base":
         assert sum(name.startswith("mmlu_") for name in found["tasks"]) == 57 + 4
 
@@ -217,6 +221,8 @@ def test_num_fewshot_overrides_and_says_so(root: Path, model_folder: Path) -> No
     shots = {row["benchmark"]: row["shots"] for row in last_json(process)["benchmarks"]}
     assert shots == {"BBQ": 1, "CrowS-Pairs": 1, "StereoSet": 0}
     assert "num_fewshot=1 takes the place of the numbers of examples" in process.stdout
+    assert "|crows_pairs_english|" in process.stdout, "what is asked for by name is shown in full"
+    assert "\nintersentence " in process.stdout
 
 
 def test_the_folders_of_the_suites_hold_all_of_their_tasks() -> None:
@@ -565,7 +571,11 @@ def test_a_task_that_is_at_an_address(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("suite=bass", r"suite=bass: must be one of \['base', 'chinese', 'bias'\]"),
+        (
+            "suite=bsae",
+            r"suite=bsae: must be one of \['base', 'chinese', 'bias'\], or null; did you mean"
+            r" base\?",
+        ),
         ("suite=base,bias", "suite=base,bias: must be one of"),
         ("tasks=piqa data_root=nowhere", "data_root=nowhere: no such folder; make it, with a"),
         ("tasks=piqa data_root=README.md", "data_root=README.md: no such folder"),
