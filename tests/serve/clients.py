@@ -101,6 +101,15 @@ class Server:
             assert time.monotonic() < deadline, f"{name} is {self.gauge(name)}"
             time.sleep(0.02)
 
+    def logged(self, start: int) -> str:
+        """Return the line of log that begins at `start`; it comes just after the answer."""
+        until = time.monotonic() + 60
+        while "\n" not in (found := self.script.read("err")[start:]):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        [line] = found.splitlines()
+        return line
+
     def threads(self) -> int:
         return psutil.Process(self.script.process.pid).num_threads()
 
