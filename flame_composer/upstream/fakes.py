@@ -77,12 +77,15 @@ def fakes_as_on_gpus() -> Iterator[None]:
 
 
 # AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE of torch's autocast_mode.h: what models compute
-# in fp32 under autocast on a GPU. On a CPU most of it stays in half precision.
+# in fp32 under autocast on a GPU. On a CPU most of it stays in half precision, and of
+# AT_FORALL_LOWER_PRECISION_FP, what is computed in half on a GPU, some in fp32.
 _IN_FP32 = """
-    exp expm1 log log10 log2 log1p reciprocal rsqrt pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar
-    softplus layer_norm group_norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss
-    huber_loss mse_loss binary_cross_entropy_with_logits dist logsumexp
+    acos asin cosh sinh tan erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt
+    pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar softplus layer_norm group_norm cosine_similarity
+    nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss binary_cross_entropy_with_logits dist
+    logsumexp pdist renorm
 """
+_IN_HALF = "mv addmv addr"
 _TO_FP32 = """
     prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm
     sum sum.dim_IntList
@@ -99,7 +102,11 @@ def autocast_as_on_gpus() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        for names, wrap in ((_IN_FP32, _on_fp32), (_TO_FP32, _giving_fp32)):
+        for names, wrap in (
+            (_IN_FP32, _on_fp32),
+            (_IN_HALF, _on_half),
+            (_TO_FP32, _giving_fp32),
+        ):
             for name in names.split():
                 base, _, overload = name.partition(".")
                 operation = getattr(getattr(torch.ops.aten, base), overload or "default")
@@ -118,6 +125,21 @@ def _on_fp32(operation: Any) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", enabled=False):
             return operation(*(x.float() if _is_half(x) else x for x in args), **kwargs)
+
+    return call
+
+
+def _on_half(operation: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        half = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return operation(
+                *(
+                    x.to(half) if isinstance(x, Tensor) and x.is_floating_point() else x
+                    for x in args
+                ),
+                **kwargs,
+            )
 
     return call
 

@@ -50,11 +50,9 @@ def autocast_lists(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("torch.testing._internal.autocast_test_lists").AutocastTestLists
 
 
-# Of torch's lists: what no model calls, and an entry that does not fit its own list.
-NOT_CALLED = re.compile(
-    r"_?convolution|cudnn_.*|.*_cell|nll_loss2d|chain_matmul|linalg_.*|einsum|addmv|addr|mv"
-    r"|acos|asin|cosh|erfinv|sinh|tan|pdist|renorm"
-)
+# Of torch's lists: what is inside of conv1d, cells of recurrent networks, which return several
+# tensors, and entries that do not fit their own list.
+NOT_CALLED = re.compile(r"_?convolution|cudnn_.*|.*_cell|nll_loss2d|einsum|chain_matmul")
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -70,7 +68,7 @@ def test_autocast_is_that_of_cuda(autocast_lists: Any, half: torch.dtype) -> Non
                 result = getattr(owners[owner], name)(*args, **(keywords or [{}])[0])
                 assert result.dtype == (half if kind == "fp16" else torch.float32), name
                 checked += 1
-    assert checked >= 60
+    assert checked >= 70
 
 
 # Launches
