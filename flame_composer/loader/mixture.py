@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from flame_composer.loader.order import Cursor, Ints, Numbers, StreamOrder, key_of, permutation
+from flame_composer.loader.order import Ints, Numbers, StreamOrder, key_of, permutation, read
 
 BatchingMethod = Literal["random", "stratified", "per_stream"]
 Take = Callable[[int], Ints]  # takes the next so many numbers of a sequence
@@ -174,7 +174,7 @@ class Mixture:
         return lambda count: fill(draws.take(count), cursors)
 
     def _cursor(self, stream: int, node: int, start: int) -> Take:
-        cursor, first = Cursor(self.streams[stream], node, start), self.firsts[stream]
+        cursor, first = read(self.streams[stream], node, start), self.firsts[stream]
         return lambda count: cursor.take(count) + first
 
     def _stratified(self, epoch: int, first: int) -> Iterator[Ints]:

@@ -187,7 +187,7 @@ class StreamOrder:
         found = np.empty(max(0, stop - start), np.int64)
         for node in range(self.nodes):
             first, end = self.first_of(node, start), self.first_of(node, stop)
-            found[(node - start) % self.nodes :: self.nodes] = Cursor(self, node, first).take(
+            found[(node - start) % self.nodes :: self.nodes] = read(self, node, first).take(
                 end - first
             )
         return found
@@ -251,48 +251,47 @@ class Numbers:
         return np.concatenate(found)
 
 
-class Cursor(Numbers):
-    """The ids of a stream's rows that belong to a node, from its row `start` on."""
+def read(stream: StreamOrder, node: int, start: int) -> Numbers:
+    """Return the ids of a stream's rows that belong to a node, from its row `start` on."""
+    return Numbers(_runs(stream, node, start))
 
-    def __init__(self, stream: StreamOrder, node: int, start: int):
-        super().__init__(self._from(stream, node, start))
-        self._permutations = Permutations(2 * stream.window)
 
-    def _from(self, stream: StreamOrder, node: int, start: int) -> Iterator[Ints]:
-        """Yield the ids of the rows from `start` on, some at a time."""
-        while True:
-            number, first, end = stream.pass_of(node, start)
-            part = stream.part(number, node)
-            if stream.shuffle:
-                yield from self._shuffled(stream, number, part, start - first)
-            else:
-                yield from _in_sequence(stream, part, start - first)
-            start = end
+def _runs(stream: StreamOrder, node: int, start: int) -> Iterator[Ints]:
+    """Yield the ids of the rows from `start` on, some at a time."""
+    permutations = Permutations(2 * stream.window)
+    while True:
+        number, first, end = stream.pass_of(node, start)
+        part = stream.part(number, node)
+        if stream.shuffle:
+            yield from _shuffled(stream, number, part, start - first, permutations)
+        else:
+            yield from _in_sequence(stream, part, start - first)
+        start = end
 
-    def _shuffled(self, stream: StreamOrder, number: int, part: Part, start: int) -> Iterator[Ints]:
-        first = part.bin_of(start)
-        skipped = start - part.rows_before(first)
-        for bin in range(first, part.num_bins):
-            yield self._bin(stream, number, part, bin)[skipped:]
-            skipped = 0
 
-    def _bin(self, stream: StreamOrder, number: int, part: Part, bin: int) -> Ints:
-        """Return the ids of the rows of a bin, in their order."""
+def _shuffled(
+    stream: StreamOrder, number: int, part: Part, start: int, permutations: Permutations
+) -> Iterator[Ints]:
+    """Yield the ids of a part's rows from `start` on, bin by bin."""
+    first = part.bin_of(start)
+    skipped = start - part.rows_before(first)
+    for bin in range(first, part.num_bins):
         begin, end = part.place_of(bin), part.place_of(bin + 1)
         pieces = slice(*part.touched(begin, end))
-        firsts = part.lows[pieces] + part.taken(pieces, begin)
-        lasts = part.lows[pieces] + part.taken(pieces, end)
-        used = np.flatnonzero(lasts > firsts)
-        columns = (part.shards[pieces], firsts, lasts)
+        lows, highs = (part.lows[pieces] + part.taken(pieces, each) for each in (begin, end))
+        used = np.flatnonzero(highs > lows)
+        columns = (part.shards[pieces], lows, highs)
         found = [np.empty(0, np.int64)]
         for shard, low, high in zip(*(each[used].tolist() for each in columns), strict=True):
             size, key = int(stream.sizes[shard]), key_of(stream.key, number, 0, shard)
-            found.append(self._permutations.of(size, key)[low:high] + stream.offsets[shard])
+            found.append(permutations.of(size, key)[low:high] + stream.offsets[shard])
         ids = np.concatenate(found)
-        return ids[permutation(len(ids), key_of(part.key, bin))]
+        yield ids[permutation(len(ids), key_of(part.key, bin))][skipped:]
+        skipped = 0
 
 
 def _in_sequence(stream: StreamOrder, part: Part, start: int) -> Iterator[Ints]:
+    """Yield the ids of a part's rows from `start` on, one shard after the other."""
     for begin in range(start, part.size, SEQUENCE):
         rows = np.arange(begin, min(begin + SEQUENCE, part.size))
         piece = np.searchsorted(part.before, rows, side="right") - 1

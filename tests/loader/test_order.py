@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from streaming.base.shuffle import get_shuffle
 
 from flame_composer.loader import mixture, order
-from flame_composer.loader.mixture import Draws, Mixture, Turns, shares_of
-from flame_composer.loader.order import Cursor, Ints, StreamOrder, key_of, permutation, randoms
+from flame_composer.loader.mixture import BatchingMethod, Draws, Mixture, Turns, shares_of
+from flame_composer.loader.order import Ints, StreamOrder, key_of, permutation, randoms, read
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any)
 NODES = st.integers(1, 5)
 WINDOWS = st.integers(1, 200)
-METHODS = ("random", "stratified", "per_stream")
+METHODS: tuple[BatchingMethod, ...] = ("random", "stratified", "per_stream")
 
 
 # Random numbers
@@ -84,7 +84,7 @@ def test_a_pass_has_every_row_once_and_can_be_entered_anywhere(
     node = data.draw(st.integers(0, nodes - 1))
     own = rows[node::nodes].tolist()
     first = data.draw(st.integers(0, len(own)))
-    assert Cursor(make(), node, first).take(len(own) - first).tolist() == own[first:]
+    assert read(make(), node, first).take(len(own) - first).tolist() == own[first:]
 
 
 @given(SIZES, st.integers(1, 50))
@@ -95,7 +95,7 @@ def test_without_shuffling_rows_come_as_they_are(sizes: list[int], window: int) 
 
 def test_nodes_share_no_shard_but_those_at_their_borders() -> None:
     made = StreamOrder([50] * 40, seed=1, window=100, nodes=4)
-    shards = [set(Cursor(made, node, 0).take(500) // 50) for node in range(4)]
+    shards = [set(read(made, node, 0).take(500) // 50) for node in range(4)]
     assert all(len(own) in (10, 11) for own in shards)
     for one, other in itertools.combinations(shards, 2):
         assert len(one & other) <= 1
