@@ -31,11 +31,9 @@ class Draws:
 
     def __init__(self, counts: Ints, key: int | None):
         self.counts, self.key = counts, key
-        self.num_blocks = -(-int(counts.sum()) // BLOCK)
+        self.num_blocks = max(1, -(-int(counts.sum()) // BLOCK))
         self._firsts = self.counts.cumsum() - self.counts
-        self._phases = [
-            key_of(key or 0, each) % max(1, self.num_blocks) for each in range(len(counts))
-        ]
+        self._phases = [key_of(key or 0, each) % self.num_blocks for each in range(len(counts))]
 
     def before(self, block: int) -> Ints:
         """Return how many draws of each stream lie in the blocks before `block` [streams]."""
