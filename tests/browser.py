@@ -110,9 +110,9 @@ class Browser:
             time.sleep(0.03)
         return found
 
-    def resize(self, width: int, height: int, *, is_phone: bool = False) -> None:
+    def resize(self, width: int, height: int, *, is_phone: bool = False, scale: float = 1) -> None:
         size = {"width": width, "height": height, "mobile": is_phone}
-        self.devtools("Emulation.setDeviceMetricsOverride", deviceScaleFactor=2, **size)
+        self.devtools("Emulation.setDeviceMetricsOverride", deviceScaleFactor=scale, **size)
         self.devtools("Emulation.setTouchEmulationEnabled", enabled=is_phone)
 
     def prefer(self, scheme: str) -> None:

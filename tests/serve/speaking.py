@@ -29,9 +29,7 @@ def speak(folder: Path, conversations: list[list[str]]) -> None:
     The texts of a conversation are the user's and the model's in turn.
     """
     texts = [text for conversation in conversations for text in conversation]
-    tokenizer = train_bpe(
-        texts * 3, vocab_size=700, min_frequency=2, eos_token="<|endoftext|>"
-    )
+    tokenizer = train_bpe(texts * 3, vocab_size=700, min_frequency=2, eos_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer = with_ends(tokenizer, Ends(bos=False, eos=True))
