@@ -177,7 +177,7 @@ def test_settings_are_sent(browser: Browser, server: Server) -> None:
     answer = ask(browser, "hello")
     assert answer == from_api(server, "hello", system="Be <b>odd</b>.", **settings)
     assert answer != from_api(server, "hello", **settings)
-    assert "the longest answer was reached" in browser.text(".foot")
+    assert "ended at the longest length set" in browser.text(".foot")
     browser.click("#settings")
     assert browser.run("return document.getElementById('temperature-range').value") == "2"
     browser.open(address_of(server))  # they are kept; the conversation is not
@@ -234,6 +234,7 @@ def test_a_text_that_goes_on(browser: Browser, locked: Server) -> None:
     browser.open(address_of(locked))
     browser.wait(lambda: browser.is_seen("#locked"))
     assert not browser.is_seen("#welcome")
+    assert not browser.is_seen("#input")
     browser.write("#key", f"{KEY}x{ENTER}")
     browser.wait(lambda: browser.text("#error").startswith("The server does not take this key."))
     browser.write("#key", f"{KEY}{ENTER}")
@@ -309,7 +310,7 @@ def test_nothing_of_a_model_is_run(browser: Browser, server: Server) -> None:
     names = browser.run(
         "return [...$('log').querySelectorAll('*')].flatMap(each => each.getAttributeNames())"
     )
-    allowed = {"class", "dir", "href", "rel", "tabindex", "target", "title", "type"}
+    allowed = {"aria-live", "class", "dir", "href", "rel", "tabindex", "target", "title", "type"}
     assert set(names) <= allowed
     links = browser.run(
         "return [...$('log').querySelectorAll('a')].map(each => [each.href, each.rel])"
@@ -494,6 +495,7 @@ def test_a_phone(browser: Browser, server: Server) -> None:
     browser.click("#send")
     last(browser)
     assert browser.run(fits)
+    assert browser.run("return isAtEnd()")
     assert browser.run("return $('scroller').scrollWidth <= $('scroller').clientWidth")
     assert browser.run("return document.scrollingElement.scrollHeight <= innerHeight")
     assert browser.run("return getComputedStyle($('input')).fontSize") == "16px"
@@ -591,14 +593,16 @@ def test_the_picture_in_the_docs(browser: Browser, server: Server, tmp_path: Pat
     sizes, taken = (1040, 376), []
     browser.resize(sizes[0], 800, scale=1.5)
     browser.prefer("light")
+    from_api(server, "hello")  # the first answer of a server is slower
     opened(browser, server, temperature=0)
     assert ask(browser, TALK[0][0]) == ATTENTION
     assert ask(browser, TALK[0][2]) == CODE
+    browser.click("#input")
     grounds = []
     for number, scheme in enumerate(("light", "dark")):
         browser.resize(sizes[number], 800, is_phone=number > 0, scale=1.5)
         browser.prefer(scheme)
-        browser.run("toEnd(false); document.activeElement.blur()")
+        browser.run("toEnd(); document.activeElement.blur()")
         browser.picture(tmp_path / f"{scheme}.png")
         with Image.open(tmp_path / f"{scheme}.png") as picture:
             taken.append(picture.convert("RGB"))
