@@ -71,12 +71,15 @@ def main(config: ServeConfig) -> None:
         name, engine, preparation, limits, config.max_body_bytes, config.request_seconds
     )
     engine.start()
+    address = address_of(listener)
     serve(
         Front(build_app(service), key, metrics),
         listener,
         engine,
         drain_seconds=config.drain_seconds,
-        announce=lambda: print(f"{name} is served at {address_of(listener)}/v1", flush=True),
+        announce=lambda: print(
+            f"{name} is served at {address}/v1 (in a browser: {address})", flush=True
+        ),
     )
     preparation.close()
 

@@ -28,7 +28,14 @@ from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import build_encoder, fingerprint
 from tests.data_fixtures import byte_tokenizer, words, write_jsonl
 
-pytest_plugins = ("tests.runs", "tests.adapters", "tests.s3", "tests.slurm", "tests.hosts")
+pytest_plugins = (
+    "tests.runs",
+    "tests.adapters",
+    "tests.s3",
+    "tests.slurm",
+    "tests.hosts",
+    "tests.browser",
+)
 
 # The same examples on every machine: a failure met in CI is met at home.
 settings.register_profile("same", derandomize=True, deadline=None)

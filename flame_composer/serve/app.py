@@ -27,6 +27,7 @@ from flame_composer.serve.answers import (
 )
 from flame_composer.serve.engine import Closed, Engine, Event, Failure, Full, Job, PromptScores
 from flame_composer.serve.inbox import Inbox
+from flame_composer.serve.page import page_endpoint
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import BadRequest, Limits
 
@@ -52,6 +53,7 @@ def build_app(service: Service) -> Starlette:
     endpoints = Endpoints(service)
     app = Starlette(
         routes=[
+            Route("/", page_endpoint(), methods=["GET"]),
             Route("/v1/completions", endpoints.complete, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
             Route("/v1/models", endpoints.models, methods=["GET"]),
@@ -124,6 +126,9 @@ class Endpoints:
             "object": "model",
             "created": self.started,
             "owned_by": "flame_composer",
+            # Our own, for the page
+            "chat": self.service.preparation.template is not None,
+            "max_new_tokens": self.service.limits.max_new_tokens,
         }
 
     async def complete(self, request: Request) -> Response:

@@ -14,8 +14,9 @@ from flame_composer.serve.answers import error
 from flame_composer.serve.app import CLIENT_LEFT
 from flame_composer.serve.metrics import Metrics
 
-OPEN = ("/health",)  # to all who can reach the server
+OPEN = ("/", "/health")  # to all who can reach the server; the page asks for the key
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+OTHER_SITES = ("cross-site", "same-site")  # the latter: another port of this machine
 
 
 class Front:
@@ -26,7 +27,7 @@ class Front:
 
     With an API key, requests must bring it. Without one, they must be addressed to this machine by
     a name of its own: a page in a browser could otherwise reach the server under a name that its
-    author made point here.
+    author made point here. What a browser says to be for a page of another site is refused, too.
     """
 
     def __init__(self, app: Any, key: str | None, metrics: Metrics):
@@ -73,6 +74,8 @@ class Front:
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
             if name.lower() not in LOOPBACK:
                 return error(403, "without an API key, only this machine's own names are served")
+            if scope["path"] not in OPEN and asked.get("sec-fetch-site") in OTHER_SITES:
+                return error(403, "without an API key, pages of other sites are not served")
             return None
         given = asked.get("authorization", "").encode("latin-1")
         if scope["path"] in OPEN or hmac.compare_digest(given, self.expected):

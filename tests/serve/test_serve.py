@@ -525,7 +525,9 @@ def test_the_log_says_why_and_holds_no_texts(server: Server) -> None:
 def test_hostile_http(server: Server) -> None:
     """The wrong address, method, type or host; and requests that never end."""
     for path, method, status in (
-        ("/", "GET", 404),
+        ("/", "POST", 405),
+        ("/index.html", "GET", 404),
+        ("//", "GET", 404),
         ("/v1/completions", "GET", 405),
         ("/v1/../../etc/passwd", "GET", 404),
         ("/v1/models/%2e%2e/%2e%2e/etc/passwd", "GET", 404),
