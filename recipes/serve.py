@@ -24,6 +24,7 @@ def main(config: ServeConfig) -> None:
     import torch
 
     from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.serve import prefixes
     from flame_composer.serve.app import Service, build_app
     from flame_composer.serve.engine import Engine
     from flame_composer.serve.front import Front
@@ -43,6 +44,7 @@ def main(config: ServeConfig) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     abilities = probe(model)
     print(describe(abilities, config.max_rows), file=sys.stderr)
+    print(prefixes.describe(model, abilities, config.prefix_cache_bytes), file=sys.stderr)
 
     metrics = Metrics()
     engine = Engine(
@@ -52,6 +54,7 @@ def main(config: ServeConfig) -> None:
         max_rows=config.max_rows,
         max_waiting=config.max_waiting,
         prefill_tokens=config.prefill_tokens,
+        prefix_cache_bytes=config.prefix_cache_bytes,
     )
     preparation = Preparation(
         model,

@@ -54,6 +54,10 @@ class ServeConfig(ScriptConfig):
     """Largest number of tokens of an answer."""
     prefill_tokens: int = 512
     """Largest number of tokens of prompts that are read between two tokens of the answers."""
+    prefix_cache_bytes: int = 500_000_000
+    """Largest size of the states that are kept of prompts, so that a prompt that begins alike is
+    not read anew, bytes of the model's device; 0 keeps none.
+    """
     max_body_bytes: int = 2_000_000
     """Largest size of a request, bytes."""
     request_seconds: float = 600
@@ -85,6 +89,7 @@ class ServeConfig(ScriptConfig):
             "prefill_tokens",
         ):
             require(getattr(self, name) > 0, name, "must be 1 or more")
+        require(self.prefix_cache_bytes >= 0, "prefix_cache_bytes", "must be 0 or more")
         require(self.max_body_bytes >= 1000, "max_body_bytes", "must be 1000 bytes or more")
         require(
             0 < self.request_seconds < math.inf,

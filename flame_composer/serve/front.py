@@ -22,7 +22,7 @@ class Front:
     """An ASGI application that lets requests through to another, and logs them without texts.
 
     Endpoints leave in the request's state what the line of log tells: `tokens`, a function that
-    returns how many were read and written, and `error`, a line.
+    returns how many the prompts have, were written and were cached, and `error`, a line.
 
     With an API key, requests must bring it. Without one, they must be addressed to this machine by
     a name of its own: a page in a browser could otherwise reach the server under a name that its
@@ -53,8 +53,8 @@ class Front:
             self.metrics.note_request(status)
             tokens = ""
             if "tokens" in state:
-                read, written = state["tokens"]()
-                tokens = f" {read}+{written} tokens"
+                read, written, cached = state["tokens"]()
+                tokens = f" {read}+{written} tokens" + (f" ({cached} cached)" if cached else "")
             path = visible(scope["path"])[:60]
             seconds = time.monotonic() - started
             reason = f": {visible(state['error'])}" if "error" in state else ""
