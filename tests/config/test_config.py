@@ -1364,6 +1364,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
             "prefill_tokens",
         )
     ),
+    (ServeConfig, {"prefix_cache_bytes": -1}, "prefix_cache_bytes", "must be 0 or more"),
     (ServeConfig, {"max_body_bytes": 999}, "max_body_bytes", "must be 1000 bytes or more"),
     *(
         (ServeConfig, {"request_seconds": x}, "request_seconds", "must be more than 0, and finite")
