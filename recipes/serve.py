@@ -14,12 +14,14 @@ from flame_composer.errors import hide
 
 
 def main(config: ServeConfig) -> None:
+    from flame_composer.serve import texts
     from flame_composer.serve.connections import address_of, bind, serve
 
     key = None if config.api_key_env is None else os.environ[config.api_key_env]
     if key is not None:
         hide(key, str(config.api_key_env))
     listener = bind(config.host, config.port)  # before the minutes that a large model takes
+    log = None if config.log_texts is None else texts.TextLog(config.log_texts)
 
     import torch
 
@@ -43,8 +45,12 @@ def main(config: ServeConfig) -> None:
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     abilities = probe(model)
-    print(describe(abilities, config.max_rows), file=sys.stderr)
-    print(prefixes.describe(model, abilities, config.prefix_cache_bytes), file=sys.stderr)
+    for line in (
+        describe(abilities, config.max_rows),
+        prefixes.describe(model, abilities, config.prefix_cache_bytes),
+        texts.describe(config.log_texts),
+    ):
+        print(line, file=sys.stderr)
 
     metrics = Metrics()
     engine = Engine(
@@ -75,13 +81,15 @@ def main(config: ServeConfig) -> None:
     )
     engine.start()
     serve(
-        Front(build_app(service), key, metrics),
+        Front(build_app(service), key, metrics, log),
         listener,
         engine,
         drain_seconds=config.drain_seconds,
         announce=lambda: print(f"{name} is served at {address_of(listener)}/v1", flush=True),
     )
     preparation.close()
+    if log is not None:
+        log.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SHORTEST_KEY = 16  # characters
 class ServeConfig(ScriptConfig):
     """Serve a model over HTTP, to clients of OpenAI's API."""
 
-    paths = ("model", "base")
+    paths = ("model", "base", "log_texts")
 
     model: str = MISSING
     """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
@@ -69,8 +69,13 @@ class ServeConfig(ScriptConfig):
     lower case.
     """
 
+    log_texts: str | None = None
+    """File to add the texts of requests and answers to, a line of JSON for each; it is made
+    readable to its owner only. If not set, requests are logged without their texts.
+    """
+
     def validate(self) -> None:
-        require_text(self, "model", "base")
+        require_text(self, "model", "base", "log_texts")
         require(
             importlib.util.find_spec("uvicorn") is not None
             and importlib.util.find_spec("starlette") is not None,

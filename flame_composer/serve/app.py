@@ -153,6 +153,7 @@ class Endpoints:
         except Closed:
             return error(503, "the server is about to end", headers={"Retry-After": "10"})
         exchange = Exchange(service, asked, jobs, inbox, deadline)
+        request.state.exchange = exchange
         request.state.tokens = exchange.count
         if asked.stream:
             return Streamed(exchange)

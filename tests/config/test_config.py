@@ -1350,7 +1350,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((ChatConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((ChatConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
-    *((ServeConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
+    *((ServeConfig, {name: ""}, name, EMPTY) for name in ("model", "base", "log_texts")),
     (ServeConfig, {"served_name": ""}, "served_name", "must not be empty"),
     (ServeConfig, {"host": ""}, "host", "must not be empty; 0.0.0.0 is for all addresses"),
     *((ServeConfig, {"port": port}, "port", "must be in [0, 65535]") for port in (-1, 2**16)),
