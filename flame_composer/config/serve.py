@@ -66,7 +66,7 @@ class ServeConfig(ScriptConfig):
     """Longest time that the answers under way get to end at SIGTERM, seconds."""
     blocked: list[str] = field(default_factory=list)
     """Texts that prompts must not hold and that end an answer before they are shown, in upper or
-    lower case.
+    lower case; one `*` in a text stands for any letters and digits, as in secret*.
     """
 
     log_texts: str | None = None
@@ -105,6 +105,11 @@ class ServeConfig(ScriptConfig):
             0 <= self.drain_seconds < math.inf, "drain_seconds", "must be 0 or more, and finite"
         )
         require("" not in self.blocked, "blocked", "must not hold an empty text")
+        require(
+            all(text != "*" and text.count("*") <= 1 for text in self.blocked),
+            "blocked",
+            "must have one * at most in a text, and not it alone; it stands for any letters",
+        )
         self._check_key()
 
     def _check_key(self) -> None:

@@ -1375,6 +1375,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for x in (-1, inf, nan)
     ),
     (ServeConfig, {"blocked": ["a", ""]}, "blocked", "must not hold an empty text"),
+    *(
+        (ServeConfig, {"blocked": ["a", text]}, "blocked", "must have one * at most in a text")
+        for text in ("*", "f**k", "*a*")
+    ),
     (
         ServeConfig,
         {"host": "0.0.0.0"},
