@@ -14,16 +14,19 @@ from flame_composer.errors import hide
 
 
 def main(config: ServeConfig) -> None:
+    from flame_composer.serve import texts
     from flame_composer.serve.connections import address_of, bind, serve
 
     key = None if config.api_key_env is None else os.environ[config.api_key_env]
     if key is not None:
         hide(key, str(config.api_key_env))
     listener = bind(config.host, config.port)  # before the minutes that a large model takes
+    log = None if config.log_texts is None else texts.TextLog(config.log_texts)
 
     import torch
 
     from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.serve import prefixes
     from flame_composer.serve.app import Service, build_app
     from flame_composer.serve.engine import Engine
     from flame_composer.serve.front import Front
@@ -42,7 +45,12 @@ def main(config: ServeConfig) -> None:
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     abilities = probe(model)
-    print(describe(abilities, config.max_rows), file=sys.stderr)
+    for line in (
+        describe(abilities, config.max_rows),
+        prefixes.describe(model, abilities, config.prefix_cache_bytes),
+        texts.describe(config.log_texts),
+    ):
+        print(line, file=sys.stderr)
 
     metrics = Metrics()
     engine = Engine(
@@ -52,6 +60,7 @@ def main(config: ServeConfig) -> None:
         max_rows=config.max_rows,
         max_waiting=config.max_waiting,
         prefill_tokens=config.prefill_tokens,
+        prefix_cache_bytes=config.prefix_cache_bytes,
     )
     preparation = Preparation(
         model,
@@ -73,7 +82,7 @@ def main(config: ServeConfig) -> None:
     engine.start()
     address = address_of(listener)
     serve(
-        Front(build_app(service), key, metrics),
+        Front(build_app(service), key, metrics, log),
         listener,
         engine,
         drain_seconds=config.drain_seconds,
@@ -82,6 +91,8 @@ def main(config: ServeConfig) -> None:
         ),
     )
     preparation.close()
+    if log is not None:
+        log.close()
 
 
 if __name__ == "__main__":

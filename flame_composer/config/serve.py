@@ -18,7 +18,7 @@ SHORTEST_KEY = 16  # characters
 class ServeConfig(ScriptConfig):
     """Serve a model over HTTP, to clients of OpenAI's API."""
 
-    paths = ("model", "base")
+    paths = ("model", "base", "log_texts")
 
     model: str = MISSING
     """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
@@ -54,6 +54,10 @@ class ServeConfig(ScriptConfig):
     """Largest number of tokens of an answer."""
     prefill_tokens: int = 512
     """Largest number of tokens of prompts that are read between two tokens of the answers."""
+    prefix_cache_bytes: int = 500_000_000
+    """Largest size of the states that are kept of prompts, so that a prompt that begins alike is
+    not read anew, bytes of the model's device; 0 keeps none.
+    """
     max_body_bytes: int = 2_000_000
     """Largest size of a request, bytes."""
     request_seconds: float = 600
@@ -62,11 +66,16 @@ class ServeConfig(ScriptConfig):
     """Longest time that the answers under way get to end at SIGTERM, seconds."""
     blocked: list[str] = field(default_factory=list)
     """Texts that prompts must not hold and that end an answer before they are shown, in upper or
-    lower case.
+    lower case; one `*` in a text stands for any letters and digits, as in secret*.
+    """
+
+    log_texts: str | None = None
+    """File to add the texts of requests and answers to, a line of JSON for each; it is made
+    readable to its owner only. If not set, requests are logged without their texts.
     """
 
     def validate(self) -> None:
-        require_text(self, "model", "base")
+        require_text(self, "model", "base", "log_texts")
         require(
             importlib.util.find_spec("uvicorn") is not None
             and importlib.util.find_spec("starlette") is not None,
@@ -85,6 +94,7 @@ class ServeConfig(ScriptConfig):
             "prefill_tokens",
         ):
             require(getattr(self, name) > 0, name, "must be 1 or more")
+        require(self.prefix_cache_bytes >= 0, "prefix_cache_bytes", "must be 0 or more")
         require(self.max_body_bytes >= 1000, "max_body_bytes", "must be 1000 bytes or more")
         require(
             0 < self.request_seconds < math.inf,
@@ -95,6 +105,11 @@ class ServeConfig(ScriptConfig):
             0 <= self.drain_seconds < math.inf, "drain_seconds", "must be 0 or more, and finite"
         )
         require("" not in self.blocked, "blocked", "must not hold an empty text")
+        require(
+            all(text != "*" and text.count("*") <= 1 for text in self.blocked),
+            "blocked",
+            "must have one * at most in a text, and not it alone; it stands for any letters",
+        )
         self._check_key()
 
     def _check_key(self) -> None:

@@ -111,7 +111,7 @@ class Form:
         self._last_prompt: list[TokenScore] = []
         self._of_last_prompt: dict[str, list[Any]] = {}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> bytes:
         """Return the whole answer as JSON, which may take seconds: call it in a thread.
 
         It is made choice by choice: no other thread runs while a part becomes JSON.
@@ -137,7 +137,7 @@ class Form:
             content = {"delta": {"content": part.text} if part.text else {}}
         return self._chunk(index, content, part)
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return the part that ends an answer with its counts of tokens."""
         return {**self.chunk_head, "choices": [], "usage": usage}
 
@@ -220,10 +220,11 @@ class Form:
             return escaped if self.request.is_chat else f"bytes:{escaped}"
 
 
-def usage_of(prompt_tokens: int, written_tokens: int) -> dict[str, int]:
+def usage_of(prompt_tokens: int, written_tokens: int, cached_tokens: int) -> dict[str, Any]:
     """Return counts of tokens in OpenAI's form."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written_tokens,
         "total_tokens": prompt_tokens + written_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

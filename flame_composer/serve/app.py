@@ -106,7 +106,8 @@ class Endpoints:
         """Tell what has been counted, for Prometheus."""
         engine = self.service.engine
         return PlainTextResponse(
-            engine.metrics.text(engine.gauges()), media_type="text/plain; version=0.0.4"
+            engine.metrics.text({**engine.gauges(), **engine.prefixes.gauges()}),
+            media_type="text/plain; version=0.0.4",
         )
 
     async def models(self, _: Request) -> Response:
@@ -157,6 +158,7 @@ class Endpoints:
         except Closed:
             return error(503, "the server is about to end", headers={"Retry-After": "10"})
         exchange = Exchange(service, asked, jobs, inbox, deadline)
+        request.state.exchange = exchange
         request.state.tokens = exchange.count
         if asked.stream:
             return Streamed(exchange)
@@ -244,9 +246,10 @@ class Exchange:
         self.num_tokens = [0] * len(self.choices)
         self.deadline = deadline
 
-    def count(self) -> tuple[int, int]:
-        """Return the numbers of tokens of the prompts, and of those written."""
-        return sum(len(job.ids) for job in self.jobs), sum(self.num_tokens)
+    def count(self) -> tuple[int, int, int]:
+        """Return the numbers of tokens of the prompts, of those written, and of those known."""
+        cached = sum(job.num_cached for job in self.jobs)
+        return sum(len(job.ids) for job in self.jobs), sum(self.num_tokens), cached
 
     def note(self, event: Event) -> tuple[int, Choice] | None:
         """Take an event into the choices; return the part of an answer that it adds, if any.

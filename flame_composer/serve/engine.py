@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from flame_composer.errors import DataError, one_line
 from flame_composer.serve.metrics import Metrics
-from flame_composer.serve.sampling import Sampler
+from flame_composer.serve.prefixes import Prefixes, ends_of_pieces
+from flame_composer.serve.sampling import Sampler, are_numbers, score
 from flame_composer.serve.states import Abilities, States, copies, read
 from flame_composer.serve.writing import Answer, TokenScore, Written
 
@@ -72,10 +73,16 @@ class Job:
     score_prompt: bool
     deliver: Callable[[Event], None]  # called in the engine's thread
     echo: str = ""  # text of the prompt, if it is to be shown before each answer
+    turns: Sequence[int] = ()  # places in the prompt after tokens that end a turn
+    owner: str = ""  # whose other prompts may have left a state after the same beginning
     rows: list[Row] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     is_gone: bool = False  # nobody waits for it any more
-    # The engine's own: how much of the prompt is read, the state after it, the scores in it.
+    # The engine's own: where the pieces of the prompt end, where its state is to be kept, how
+    # much of it was known and how much is read, the state after that, the scores in it.
+    ends: list[int] = field(default_factory=list)
+    wanted: dict[int, bytes] = field(default_factory=dict)
+    num_cached: int = 0
     position: int = 0
     cache: Any = None
     scores: list[TokenScore] = field(default_factory=list)
@@ -105,11 +112,13 @@ class Engine:
         max_rows: int,
         max_waiting: int,
         prefill_tokens: int,
+        prefix_cache_bytes: int = 0,
     ):
         """Prepare to write `max_rows` answers at a time while `max_waiting` prompts wait."""
         self.model, self.abilities, self.metrics = model, abilities, metrics
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.prefill_tokens = prefill_tokens
+        self.prefixes = Prefixes(prefix_cache_bytes if abilities.in_pieces else 0, metrics)
         self.waiting: deque[Job] = deque()
         self.reading: deque[Job] = deque()
         self.rows: list[Row] = []
@@ -202,6 +211,7 @@ class Engine:
                 self._fail(job, 503, self._closing)
             self.waiting.clear()
             self.reading.clear()
+            self.prefixes.clear()
             self.rows, self.states = [], States(self.model, joined=self.abilities.joined)
 
     def _wait(self) -> bool:
@@ -227,24 +237,43 @@ class Engine:
             self.rows = [self.rows[number] for number in kept]
 
     def _read_prompts(self) -> list[tuple[Job, torch.Tensor]]:
-        """Read some tokens of prompts; return those now read, with the scores [1, V] after them."""
+        """Read some tokens of prompts; return those now read, with the scores [1, V] after them.
+
+        Prompts take turns, piece by piece. A piece that does not fit any more is read after
+        another token of each row, not in part: how a prompt is cut does not depend on the others.
+        """
         budget, found = self.prefill_tokens, []
         while budget > 0 and self.reading:
             job = self.reading.popleft()
-            size = len(job.ids) - job.position
-            if self.abilities.in_pieces:
-                size = min(size, budget)
-            budget -= size
             try:
+                if not job.ends:
+                    self._start(job)
+                size = job.ends[0] - job.position
+                if budget < min(size, self.prefill_tokens):
+                    self.reading.appendleft(job)
+                    break
+                budget -= size
                 scores = self._read(job, size)
             except Exception as error:  # the model's code is another package's
                 self._fail_with(job, error)
                 continue
-            if job.position < len(job.ids):
+            if job.ends:
                 self.reading.append(job)
-                break  # the next in turn is read after another token of each row
-            found.append((job, scores))
+            else:
+                found.append((job, scores))
         return found
+
+    def _start(self, job: Job) -> None:
+        """Find out in which pieces a prompt is read, and where to start."""
+        job.ends = [len(job.ids)]
+        if self.abilities.in_pieces:
+            job.ends = ends_of_pieces(len(job.ids), job.turns, self.prefill_tokens)
+        if job.score_prompt:  # which a state does not tell
+            return
+        start = self.prefixes.start(job.ids, job.ends, job.owner)
+        job.position, job.cache, job.wanted = start
+        job.num_cached = start.position
+        job.ends = [end for end in job.ends if end > start.position]
 
     def _read(self, job: Job, size: int) -> torch.Tensor:
         """Read the next `size` tokens of a prompt; return the scores [1, V] after them."""
@@ -256,7 +285,10 @@ class Engine:
                 job.scores.append(TokenScore(piece[0], 0, None, []))
             following = job.ids[job.position + 1 : job.position + size + 1]
             job.scores += score(scores[0, : len(following)], following, job.num_top or 0)
-        job.position += size
+        job.position = job.ends.pop(0)
+        if job.position in job.wanted:
+            name = job.wanted[job.position]
+            self.prefixes.keep(name, job.ids[: job.position], job.owner, job.cache)
         self.metrics.note_read(size)
         return scores[:, -1]
 
@@ -345,6 +377,8 @@ class Engine:
 
     def _fail_with(self, job: Job, error: Exception) -> None:
         _log_failure(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            self.prefixes.clear()
         is_ours = isinstance(error, DataError)
         self._fail(
             job, 500, one_line(error) if is_ours else "the model failed; see the server's log"
@@ -363,31 +397,3 @@ class Engine:
 
 def _log_failure(error: Exception) -> None:
     log.warning("warning: a request failed: %s: %s", type(error).__name__, one_line(error))
-
-
-def are_numbers(scores: torch.Tensor) -> list[bool]:
-    """Return for each row of [B, V] whether its scores are numbers, or minus infinity."""
-    found: list[bool] = (scores < torch.inf).all(-1).tolist()
-    return found
-
-
-def score(scores: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenScore]:
-    """Return the log probabilities of `tokens`, each given its scores, the rows of [T, V].
-
-    They are the model's own, before temperature and penalties. `num_top` is how many of the
-    likeliest tokens are reported beside each.
-    """
-    if not tokens:
-        return []
-    logprobs = torch.log_softmax(scores, dim=-1)
-    ids = torch.tensor(tokens, device=scores.device)[:, None]
-    chosen = logprobs.gather(1, ids)[:, 0].tolist()
-    top = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    likeliest = [
-        list(zip(*each, strict=True))
-        for each in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-    return [
-        TokenScore(token, 0, logprob, tops)
-        for token, logprob, tops in zip(tokens, chosen, likeliest, strict=True)
-    ]

@@ -13,6 +13,7 @@ from flame_composer.lines import visible
 from flame_composer.serve.answers import error
 from flame_composer.serve.app import CLIENT_LEFT
 from flame_composer.serve.metrics import Metrics
+from flame_composer.serve.texts import TextLog
 
 OPEN = ("/", "/health")  # to all who can reach the server; the page asks for the key
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -23,15 +24,16 @@ class Front:
     """An ASGI application that lets requests through to another, and logs them without texts.
 
     Endpoints leave in the request's state what the line of log tells: `tokens`, a function that
-    returns how many were read and written, and `error`, a line.
+    returns how many the prompts have, were written and were cached, and `error`, a line. What they
+    leave as `exchange` goes to the log of texts, if there is one.
 
     With an API key, requests must bring it. Without one, they must be addressed to this machine by
     a name of its own: a page in a browser could otherwise reach the server under a name that its
     author made point here. What a browser says to be for a page of another site is refused, too.
     """
 
-    def __init__(self, app: Any, key: str | None, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: Any, key: str | None, metrics: Metrics, texts: TextLog | None = None):
+        self.app, self.metrics, self.texts = app, metrics, texts
         self.expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -54,9 +56,11 @@ class Front:
             self.metrics.note_request(status)
             tokens = ""
             if "tokens" in state:
-                read, written = state["tokens"]()
-                tokens = f" {read}+{written} tokens"
+                read, written, cached = state["tokens"]()
+                tokens = f" {read}+{written} tokens" + (f" ({cached} cached)" if cached else "")
             path = visible(scope["path"])[:60]
+            if self.texts is not None and "exchange" in state:
+                self.texts.note(state["exchange"], path, status)
             seconds = time.monotonic() - started
             reason = f": {visible(state['error'])}" if "error" in state else ""
             print(

@@ -38,6 +38,7 @@ class Metrics:
         self._lock = threading.Lock()
         self.requests: Counter[int] = Counter()  # answered, by HTTP status
         self.prompt_tokens = self.written_tokens = 0
+        self.prefix_hits = self.cached_tokens = 0
         self.to_first, self.between = Histogram(), Histogram()
 
     def note_request(self, status: int) -> None:
@@ -49,6 +50,12 @@ class Metrics:
         """Count tokens of prompts that were read."""
         with self._lock:
             self.prompt_tokens += tokens
+
+    def note_cached(self, tokens: int) -> None:
+        """Count a prompt of which so many tokens need not be read, as they were before."""
+        with self._lock:
+            self.prefix_hits += 1
+            self.cached_tokens += tokens
 
     def note_token(self, seconds: float, *, is_first: bool) -> None:
         """Count a token, written so many seconds after the one before, or after the request."""
@@ -67,6 +74,8 @@ class Metrics:
             for name, count in (
                 ("flame_prompt_tokens_total", self.prompt_tokens),
                 ("flame_written_tokens_total", self.written_tokens),
+                ("flame_prefix_hits_total", self.prefix_hits),
+                ("flame_cached_tokens_total", self.cached_tokens),
             ):
                 lines += [f"# TYPE {name} counter", f"{name} {count}"]
             for name, count in gauges.items():

@@ -45,6 +45,7 @@ class Preparation:
         # A state that grows may also have a last position. A state of a fixed size has none.
         self.context_length = None if abilities.joined else row_length(model)
         self.ends_of_answers = ends_of_answers(model, tokenizer)
+        self.ends_of_turns = frozenset(self.ends_of_answers)
         eos = tokenizer.eos_token_id
         self.ends_of_texts = [] if eos is None else [eos]
         self.template = None
@@ -104,6 +105,8 @@ class Preparation:
                 request.num_top,
                 request.echo and request.num_top is not None,
                 deliver,
+                turns=[place for place, id in enumerate(ids, 1) if id in self.ends_of_turns],
+                owner=request.cache_key,
             )
             num_scores += self._num_scores(request, len(ids))
             if num_scores > MOST_SCORES:

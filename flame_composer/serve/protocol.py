@@ -80,6 +80,8 @@ class Request:
     """Likeliest tokens to report beside each; None for no log probabilities."""
     stream: bool
     include_usage: bool
+    cache_key: str = ""
+    """Whose states of earlier prompts may be used, and who may use this one's."""
 
     @property
     def is_chat(self) -> bool:
@@ -195,13 +197,20 @@ def _request(
         num_top=num_top,
         stream=stream,
         include_usage=bool(options and options.get("include_usage")),
+        cache_key=_own_name(fields, "prompt_cache_key"),
     )
-    for name in ("user", "safety_identifier", "prompt_cache_key"):
-        value = fields.take(name)  # names of the client's own; they change no answer
-        if value is not None and not isinstance(value, str):
-            raise BadRequest(f"{name}: must be a string", name)
+    _own_name(fields, "user")
+    _own_name(fields, "safety_identifier")
     fields.require_no_more()
     return made
+
+
+def _own_name(fields: Fields, name: str) -> str:
+    """Return a field that holds a name of the client's own, which changes no answer."""
+    value = fields.take(name)
+    if value is not None and not (isinstance(value, str) and is_text(value)):
+        raise BadRequest(f"{name}: must be a string", name)
+    return value or ""
 
 
 class Fields:

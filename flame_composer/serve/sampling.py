@@ -1,9 +1,9 @@
-"""How the next token of one text is chosen, whatever other texts are written beside it."""
+"""How the next token of one text is chosen and scored, whatever texts are written beside it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from flame_composer.errors import DataError
+from flame_composer.serve.writing import TokenScore
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,31 @@ class Sampler:
             seen: Any = torch.tensor([[*self.seen]], device=device)
             scores = self.penalty(seen, scores)
         return scores
+
+
+def are_numbers(scores: torch.Tensor) -> list[bool]:
+    """Return for each row of [B, V] whether its scores are numbers, or minus infinity."""
+    found: list[bool] = (scores < torch.inf).all(-1).tolist()
+    return found
+
+
+def score(scores: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenScore]:
+    """Return the log probabilities of `tokens`, each given its scores, the rows of [T, V].
+
+    They are the model's own, before temperature and penalties. `num_top` is how many of the
+    likeliest tokens are reported beside each.
+    """
+    if not tokens:
+        return []
+    logprobs = torch.log_softmax(scores, dim=-1)
+    ids = torch.tensor(tokens, device=scores.device)[:, None]
+    chosen = logprobs.gather(1, ids)[:, 0].tolist()
+    top = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    likeliest = [
+        list(zip(*each, strict=True))
+        for each in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    return [
+        TokenScore(token, 0, logprob, tops)
+        for token, logprob, tops in zip(tokens, chosen, likeliest, strict=True)
+    ]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from flame_composer.use.generate import Pieces
 
 Finish = Literal["stop", "length", "content_filter"]
+LONGEST_RUN = 32  # characters that a `*` in a blocked text stands for at most
 
 
 class TokenScore(NamedTuple):
@@ -33,17 +34,23 @@ class Written(NamedTuple):
 class BlockedTexts:
     """A list of texts that an answer must not hold, in upper or lower case.
 
-    A text that begins or ends with an ASCII letter or digit is found only as a whole word. This is
-    a list of words and no more: it knows nothing of meaning, spelling or other alphabets.
+    A text that begins or ends with an ASCII letter or digit is found only as a whole word. A `*` in
+    a text stands for up to LONGEST_RUN letters and digits: `secret*` is every word that begins so.
+    This is a list of words and no more: it knows nothing of meaning, spelling or other alphabets.
     """
 
     def __init__(self, texts: Sequence[str]):
-        self.longest = max(map(len, texts), default=0)
+        self.longest = 0  # characters that have to be known before the first of them is shown
         parts = []
         for text in texts:
             before = r"(?<![0-9A-Za-z_])" if re.match(r"\w", text, re.ASCII) else ""
             after = r"(?![0-9A-Za-z_])" if re.match(r"\w", text[-1], re.ASCII) else ""
-            parts.append(f"{before}{re.escape(text)}{after}")
+            first, star, last = text.partition("*")
+            run, length = "", len(first) + len(last)
+            if star and last:  # what follows a text need not be known
+                run, length = f"[^\\W_]{{0,{LONGEST_RUN}}}", length + LONGEST_RUN
+            self.longest = max(self.longest, length)
+            parts.append(f"{before}{re.escape(first)}{run}{re.escape(last)}{after}")
         self.pattern = re.compile("|".join(parts), re.IGNORECASE) if parts else None
 
     def find(self, text: str, start: int = 0) -> tuple[int, int] | None:

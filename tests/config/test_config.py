@@ -1350,7 +1350,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *((GenerateConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((ChatConfig, {"seed": seed}, "seed", SEED) for seed in (-1, 2**32)),
     *((ChatConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
-    *((ServeConfig, {name: ""}, name, EMPTY) for name in ("model", "base")),
+    *((ServeConfig, {name: ""}, name, EMPTY) for name in ("model", "base", "log_texts")),
     (ServeConfig, {"served_name": ""}, "served_name", "must not be empty"),
     (ServeConfig, {"host": ""}, "host", "must not be empty; 0.0.0.0 is for all addresses"),
     *((ServeConfig, {"port": port}, "port", "must be in [0, 65535]") for port in (-1, 2**16)),
@@ -1364,6 +1364,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
             "prefill_tokens",
         )
     ),
+    (ServeConfig, {"prefix_cache_bytes": -1}, "prefix_cache_bytes", "must be 0 or more"),
     (ServeConfig, {"max_body_bytes": 999}, "max_body_bytes", "must be 1000 bytes or more"),
     *(
         (ServeConfig, {"request_seconds": x}, "request_seconds", "must be more than 0, and finite")
@@ -1374,6 +1375,10 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for x in (-1, inf, nan)
     ),
     (ServeConfig, {"blocked": ["a", ""]}, "blocked", "must not hold an empty text"),
+    *(
+        (ServeConfig, {"blocked": ["a", text]}, "blocked", "must have one * at most in a text")
+        for text in ("*", "f**k", "*a*")
+    ),
     (
         ServeConfig,
         {"host": "0.0.0.0"},

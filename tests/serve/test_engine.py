@@ -362,6 +362,35 @@ def test_blocked_texts_are_not_shown(text: str, shown: str, finish: str) -> None
     assert found[:2] == (shown, finish)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown", "finish"),
+    [
+        ("It is Secretly so", "It is ", "content_filter"),
+        ("It is a secret", "It is a ", "content_filter"),
+        ("nosecret", "nosecret", "length"),
+        ("the topmost drawer", "the ", "content_filter"),
+        ("the innermost drawer", "the ", "content_filter"),
+        ("the innermosts", "the innermosts", "length"),
+        ("a fork, a flunk and so on", "a fork, a ", "content_filter"),
+        ("a funk fu nk", "a ", "content_filter"),
+        ("a flun k", "a flun k", "length"),
+        ("这是禁止的", "这是", "content_filter"),
+        (f"a fl{'u' * 40}nk", f"a fl{'u' * 40}nk", "length"),
+        (f"a fl{'u' * 31}nk", "a ", "content_filter"),
+    ],
+)
+def test_a_star_stands_for_letters(text: str, shown: str, finish: str) -> None:
+    found = written(text, ["END"], ["secret*", "*most", "f*nk", "禁*"])
+    assert found[:2] == (shown, finish)
+
+
+def test_stars_cost_no_time() -> None:
+    blocked = BlockedTexts(["a*ab", "*ab", "ab*", "a*b"])
+    began = time.process_time()
+    assert blocked.find("a" * 300_000) is None
+    assert time.process_time() - began < 20
+
+
 def test_a_prompt_is_put_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many answers show it: its tokens' texts, and their likeliest others."""
     tokenizer, decoded = copy.deepcopy(byte_tokenizer()), []
