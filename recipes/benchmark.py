@@ -43,9 +43,6 @@ def timed(name: str, config: Any) -> None:
     measure.report(name, *{"train": training, "growth": growth, "decode": decoding}[name](config))
 
 
-train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
-
-
 def written(name: str, config: Any) -> None:
     from flame_composer.bench import runs, serving
 
@@ -60,6 +57,7 @@ def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
         measure.report(name, *compare(ROOT, config, folder))
 
 
+train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
 checkpoint, serve = (partial(written, name) for name in ("checkpoint", "serve"))
 trainer = partial(compared, "trainer", commands.compare_trainers)
 data = partial(compared, "data", commands.compare_readers)
@@ -81,20 +79,22 @@ def run_all(config: configs.AllBenchmarksConfig) -> None:
         sys.exit(f"missed by more than a tenth: {', '.join(missed)}")
 
 
-PARTS = {
-    "train": (train, configs.BenchmarkConfig),
-    "growth": (growth, configs.BenchmarkConfig),
-    "decode": (decode, configs.DecodeBenchmarkConfig),
-    "serve": (serve, configs.ServingBenchmarkConfig),
-    "trainer": (trainer, configs.TrainerBenchmarkConfig),
-    "data": (data, configs.DataBenchmarkConfig),
-    "start": (start, configs.StartBenchmarkConfig),
-    "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
-    "convert": (convert, configs.ConversionBenchmarkConfig),
-    "examples": (examples, configs.ExamplesBenchmarkConfig),
-    "gpu": (gpu.check, configs.GpuBenchmarkConfig),
-    "all": (run_all, configs.AllBenchmarksConfig),
-}
-
 if __name__ == "__main__":
-    sys.exit(run_one_of(PARTS))
+    sys.exit(
+        run_one_of(
+            {
+                "train": (train, configs.BenchmarkConfig),
+                "growth": (growth, configs.BenchmarkConfig),
+                "decode": (decode, configs.DecodeBenchmarkConfig),
+                "serve": (serve, configs.ServingBenchmarkConfig),
+                "trainer": (trainer, configs.TrainerBenchmarkConfig),
+                "data": (data, configs.DataBenchmarkConfig),
+                "start": (start, configs.StartBenchmarkConfig),
+                "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
+                "convert": (convert, configs.ConversionBenchmarkConfig),
+                "examples": (examples, configs.ExamplesBenchmarkConfig),
+                "gpu": (gpu.check, configs.GpuBenchmarkConfig),
+                "all": (run_all, configs.AllBenchmarksConfig),
+            }
+        )
+    )

@@ -141,8 +141,9 @@ class DecodeBenchmarkConfig(SizesConfig):
 
 @dataclass
 class ServingBenchmarkConfig(SizesConfig):
-    """Time recipes/serve.py: requests together against one after another, and mixed lengths against
-    static batches.
+    """Time recipes/serve.py against requests one after another, and against static batches.
+
+    Also time tokens after long contexts, and what clients wait.
     """
 
     paths = ("folder",)
