@@ -26,7 +26,7 @@ from flame_composer.errors import DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.work import count_parameters
 from flame_composer.processes import start_child
-from flame_composer.serve.states import States, copies, read
+from flame_composer.serve.states import States, copies, prepare_weights, read
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.use.generate import in_batches, pad_left
 
@@ -288,6 +288,7 @@ def compare_contexts(
     lengths = sorted(config.context_lengths)
     ids = torch.randint(300, 500, (1, lengths[-1]), generator=torch.Generator().manual_seed(0))
     what: dict[str, Callable[[], float]] = {}
+    prepare_weights(model, config.num_together)
     with torch.inference_mode():
         cache = None
         for length, before in zip(lengths, [0, *lengths[:-1]], strict=True):

@@ -156,7 +156,7 @@ class ServingBenchmarkConfig(SizesConfig):
     """Number of tokens in the vocabulary of the tokenizer, which is trained for it."""
     num_together: int = 16
     """Number of requests at a time, and of rows in a static batch."""
-    new_tokens: int = 48
+    new_tokens: int = 64
     """Number of tokens of each answer; half of it is the median of mixed lengths."""
     num_mixed: int = 96
     """Number of requests of mixed lengths."""
