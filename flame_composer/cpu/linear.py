@@ -127,8 +127,9 @@ def pack(model: nn.Module, rows: int) -> Callable[[], None]:
     """
     uses = Counter(id(each) for module in model.modules() for each in module._parameters.values())
     before: dict[nn.Module, Any] = {}
+    is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     for module in model.modules():
-        if type(module) is not Linear:
+        if type(module) is not Linear or not is_there:
             continue
         weight = module.weight
         is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
