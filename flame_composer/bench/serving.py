@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -37,6 +39,25 @@ PIECE = 512  # tokens of it that are read at a time
 Request = dict[str, Any]
 
 
+class Server(NamedTuple):
+    """A server's address, and its process."""
+
+    address: tuple[str, int]
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has taken; it has few threads beside PyTorch's."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Speed(NamedTuple):
+    """The tokens that were written in a second, and in a second of a processor."""
+
+    by_clock: float
+    by_cpu: float
+
+
 def compare_serving(
     root: Path, config: ServingBenchmarkConfig, folder: Path
 ) -> tuple[dict[str, Any], list[Figure]]:
@@ -48,12 +69,12 @@ def compare_serving(
     model = make_model(root, config, folder)
     result: dict[str, Any] = {"parameters": count_parameters(model)}
     figures: list[Figure] = []
-    with served(root, config, folder) as address:
-        answers(address, together(config), config.num_together)  # the first of all are slower
+    with served(root, config, folder) as server:
+        answers(server.address, together(config), config.num_together)  # the first are slower
         for part in (
-            compare_together(config, address),
-            compare_batches(config, model, address),
-            waits(config, address),
+            compare_together(config, server),
+            compare_batches(config, model, server),
+            waits(config, server),
         ):
             result |= part[0]
             figures += part[1]
@@ -97,8 +118,8 @@ def make_model(root: Path, config: ServingBenchmarkConfig, folder: Path) -> PreT
 
 
 @contextlib.contextmanager
-def served(root: Path, config: ServingBenchmarkConfig, folder: Path) -> Iterator[tuple[str, int]]:
-    """Serve the model in the body, from a process of its own; yield its address."""
+def served(root: Path, config: ServingBenchmarkConfig, folder: Path) -> Iterator[Server]:
+    """Serve the model in the body, from a process of its own."""
     keys = [
         f"model={folder / 'model'}",
         "port=0",
@@ -117,7 +138,7 @@ def served(root: Path, config: ServingBenchmarkConfig, folder: Path) -> Iterator
                 raise DataError(f"recipes/serve.py: failed: {last.removeprefix('error: ')}")
             time.sleep(0.05)
         place = urlsplit(said.split(" is served at ")[1].split()[0])
-        yield str(place.hostname), int(place.port or 0)
+        yield Server((str(place.hostname), int(place.port or 0)), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -159,34 +180,62 @@ def request(draw: np.random.Generator, prompt_tokens: int, new_tokens: int) -> R
 
 
 def compare_together(
-    config: ServingBenchmarkConfig, address: tuple[str, int]
+    config: ServingBenchmarkConfig, server: Server
 ) -> tuple[dict[str, Any], list[Figure]]:
     """Time requests at a time against the same ones one after another."""
     requests = together(config)
-
-    def speed(at_a_time: int) -> Callable[[], float]:
-        def run() -> float:
-            seconds, found = answers(address, requests, at_a_time)
-            return written(requests, found) / seconds
-
-        return run
-
-    found = interleaved(
-        {"together": speed(config.num_together), "alone": speed(1)},
+    found = in_turns(
+        {
+            "together": lambda: asked(server, requests, config.num_together),
+            "one_after_another": lambda: asked(server, requests, 1),
+        },
         config.repeats,
         "together",
-        warm=0,
     )
-    times = ratio(found["together"], found["alone"])
-    return {
-        "together_tokens_per_second": round(median(found["together"]), 1),
-        "one_after_another_tokens_per_second": round(median(found["alone"]), 1),
-    }, [
-        Figure(
-            f"serving: tokens/s of {config.num_together} requests together over one after another",
-            times,
-            at_least=5,
-        )
+    name = f"serving: tokens/s of {config.num_together} requests together over one after another"
+    return compared(name, found, at_least=5)
+
+
+def asked(server: Server, requests: Sequence[Request], at_a_time: int) -> Speed:
+    """Return how fast a server answers requests."""
+    before = server.cpu_seconds()
+    seconds, found = answers(server.address, requests, at_a_time)
+    tokens = written(requests, found)
+    return Speed(tokens / seconds, tokens / max(0.01, server.cpu_seconds() - before))
+
+
+def in_turns(
+    what: dict[str, Callable[[], Speed]], repeats: int, title: str
+) -> dict[str, list[Speed]]:
+    """Measure speeds in turns; return those of each name."""
+    found: dict[str, list[Speed]] = {name: [] for name in what}
+
+    def measured(name: str) -> float:
+        found[name].append(what[name]())
+        return found[name][-1].by_clock
+
+    interleaved({name: partial(measured, name) for name in what}, repeats, title, warm=0)
+    return found
+
+
+def compared(
+    name: str, found: dict[str, list[Speed]], *, at_least: float
+) -> tuple[dict[str, Any], list[Figure]]:
+    """Return two sides' speeds, and the ratios of the first to the second.
+
+    That by processor time says what is to be expected of a machine with nothing else to do.
+    """
+    result: dict[str, Any] = {}
+    for side, speeds in found.items():
+        result[f"{side}_tokens_per_second"] = round(median([each.by_clock for each in speeds]), 1)
+        per_cpu = median([each.by_cpu for each in speeds])
+        result[f"{side}_tokens_per_cpu_second"] = round(per_cpu, 1)
+    first, second = found.values()
+    by_clock = ratio([each.by_clock for each in first], [each.by_clock for each in second])
+    by_cpu = ratio([each.by_cpu for each in first], [each.by_cpu for each in second])
+    return result, [
+        Figure(name, by_clock, at_least=at_least),
+        Figure(f"{name}, by processor time", by_cpu),
     ]
 
 
@@ -200,7 +249,7 @@ def written(requests: Sequence[Request], found: Sequence[Answered]) -> int:
 
 
 def compare_batches(
-    config: ServingBenchmarkConfig, model: PreTrainedModel, address: tuple[str, int]
+    config: ServingBenchmarkConfig, model: PreTrainedModel, server: Server
 ) -> tuple[dict[str, Any], list[Figure]]:
     """Time requests of mixed lengths against `generate` in static batches of as many rows.
 
@@ -211,34 +260,24 @@ def compare_batches(
     wanted = sum(each["max_tokens"] for each in requests)
     batches = [*in_batches(requests, config.num_together)]
 
-    def continuous() -> float:
-        seconds, found = answers(address, requests, config.num_together)
-        return written(requests, found) / seconds
-
-    def static() -> float:
-        start = time.perf_counter()
+    def static() -> Speed:
+        start, cpu_start = time.perf_counter(), time.process_time()
         for batch in batches:
             generate(model, batch)
-        return wanted / (time.perf_counter() - start)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        return Speed(wanted / seconds, wanted / cpu_seconds)
 
     generate(model, [{**each, "max_tokens": 2} for each in batches[0]])
-    found = interleaved(
-        {"continuous": continuous, "static": static}, config.repeats, "mixed lengths", warm=0
+    found = in_turns(
+        {"mixed": lambda: asked(server, requests, config.num_together), "static": static},
+        config.repeats,
+        "mixed lengths",
     )
+    name = f"serving: tokens/s of mixed lengths over generate in batches of {config.num_together}"
+    result, figures = compared(name, found, at_least=2)
     steps = sum(max(each["max_tokens"] for each in batch) for batch in batches)
-    return {
-        "mixed_requests": len(requests),
-        "mixed_tokens": wanted,
-        "static_row_steps": steps * config.num_together,
-        "mixed_tokens_per_second": round(median(found["continuous"]), 1),
-        "static_tokens_per_second": round(median(found["static"]), 1),
-    }, [
-        Figure(
-            f"serving: tokens/s of mixed lengths over generate in batches of {config.num_together}",
-            ratio(found["continuous"], found["static"]),
-            at_least=2,
-        )
-    ]
+    counts = {"mixed_requests": len(requests), "mixed_tokens": wanted, "static_steps": steps}
+    return {**counts, **result}, figures
 
 
 @torch.inference_mode()
@@ -255,9 +294,7 @@ def generate(model: PreTrainedModel, batch: Sequence[Request]) -> torch.Tensor:
     return found[:, ids.shape[1] :]
 
 
-def waits(
-    config: ServingBenchmarkConfig, address: tuple[str, int]
-) -> tuple[dict[str, Any], list[Figure]]:
+def waits(config: ServingBenchmarkConfig, server: Server) -> tuple[dict[str, Any], list[Figure]]:
     """Time what clients wait for the first token and between tokens.
 
     Each client sends a few requests of mixed lengths, one after another; answers are sampled.
@@ -268,7 +305,7 @@ def waits(
             {**each, "temperature": 0.8, "top_p": 0.95, "seed": seed}
             for seed, each in enumerate(mixed(config, 3 * number, seed=number))
         ]
-        _, found = answers(address, requests, number)
+        _, found = answers(server.address, requests, number)
         first = [each.to_first for each in found if each.came]
         between = [seconds for each in found for seconds in each.between()]
         row = {"clients": number}
