@@ -14,7 +14,7 @@ help:
 	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make test-keys   see every key's test fail while the key is forgotten (tests/keys.json)"
 	@echo "make lint        ruff (rules and format) and mypy"
-	@echo "make bench       time training, data, start-up, checkpoints, decoding and conversion, each against another"
+	@echo "make bench       time training, data, start-up, checkpoints, decoding, serving and conversion, each against another"
 	@echo "make gpu         on a machine with a GPU: its tests, parity, exact resumption, speed and memory, for 9 minutes at most"
 	@echo "make docs        write docs/configuration.md from the code"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"

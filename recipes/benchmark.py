@@ -5,6 +5,7 @@
     train       a GLA model against a Llama of the same size, forward and backward
     growth      the same with more rows, and with fewer and with more layers
     decode      the same two models, generating token by token
+    serve       recipes/serve.py against requests one after another, and static batches
     trainer     recipes/train.py against a bare loop over the same batches
     data        loading batches against StreamingDataset; the first batch of a resumed epoch
     start       the time to the first training step against the time of the imports
@@ -42,14 +43,13 @@ def timed(name: str, config: Any) -> None:
     measure.report(name, *{"train": training, "growth": growth, "decode": decoding}[name](config))
 
 
-train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
+def written(name: str, config: Any) -> None:
+    from flame_composer.bench import runs, serving
 
-
-def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
-    from flame_composer.bench import runs
-
+    serve = partial(serving.compare_serving, ROOT)
     with measure.workplace(config.folder) as folder:
-        measure.report("checkpoint", *runs.checkpoints(config, folder))
+        compare = {"checkpoint": runs.checkpoints, "serve": serve}[name]
+        measure.report(name, *compare(config, folder))
 
 
 def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
@@ -57,6 +57,8 @@ def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
         measure.report(name, *compare(ROOT, config, folder))
 
 
+train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
+checkpoint, serve = (partial(written, name) for name in ("checkpoint", "serve"))
 trainer = partial(compared, "trainer", commands.compare_trainers)
 data = partial(compared, "data", commands.compare_readers)
 start = partial(compared, "start", commands.compare_starts)
@@ -84,6 +86,7 @@ if __name__ == "__main__":
                 "train": (train, configs.BenchmarkConfig),
                 "growth": (growth, configs.BenchmarkConfig),
                 "decode": (decode, configs.DecodeBenchmarkConfig),
+                "serve": (serve, configs.ServingBenchmarkConfig),
                 "trainer": (trainer, configs.TrainerBenchmarkConfig),
                 "data": (data, configs.DataBenchmarkConfig),
                 "start": (start, configs.StartBenchmarkConfig),

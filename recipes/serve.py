@@ -33,7 +33,7 @@ def main(config: ServeConfig) -> None:
     from flame_composer.serve.metrics import Metrics
     from flame_composer.serve.prepare import Preparation
     from flame_composer.serve.protocol import Limits
-    from flame_composer.serve.states import describe, probe
+    from flame_composer.serve.states import describe, prepare_weights, probe
     from flame_composer.serve.writing import BlockedTexts
     from flame_composer.text.ends import begin_as_in_training
 
@@ -44,6 +44,7 @@ def main(config: ServeConfig) -> None:
         tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    prepare_weights(model, config.max_rows)
     abilities = probe(model)
     for line in (
         describe(abilities, config.max_rows),

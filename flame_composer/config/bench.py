@@ -140,6 +140,48 @@ class DecodeBenchmarkConfig(SizesConfig):
 
 
 @dataclass
+class ServingBenchmarkConfig(SizesConfig):
+    """Time recipes/serve.py against requests one after another, and against static batches.
+
+    Also time tokens after long contexts, and what clients wait.
+    """
+
+    paths = ("folder",)
+
+    hidden_size: int = 768
+    """Width of the model."""
+    num_layers: int = 12
+    """Number of layers of the model."""
+    vocab_size: int = 8192
+    """Number of tokens in the vocabulary of the tokenizer, which is trained for it."""
+    num_together: int = 16
+    """Number of requests at a time, and of rows in a static batch."""
+    new_tokens: int = 64
+    """Number of tokens of each answer; half of it is the median of mixed lengths."""
+    num_mixed: int = 96
+    """Number of requests of mixed lengths."""
+    clients: list[int] = field(default_factory=lambda: [16, 32])
+    """Numbers of clients whose waiting times are measured."""
+    context_lengths: list[int] = field(default_factory=lambda: [1024, 8192, 32768])
+    """Numbers of tokens that are read before the time per token is measured."""
+    repeats: int = 2
+    """Number of turns that count."""
+    folder: str | None = None
+    """Folder for the model and the server's log, which are removed at the end; the system's
+    temporary folder if not set.
+    """
+
+    def validate(self) -> None:
+        super().validate()
+        require_text(self, "folder")
+        require(self.vocab_size >= 512, "vocab_size", "must be 512 or more")
+        require_positive(self, "num_together", "new_tokens", "num_mixed", "repeats")
+        for name in ("clients", "context_lengths"):
+            values = getattr(self, name)
+            require(bool(values) and min(values) > 0, name, "must be 1 or more")
+
+
+@dataclass
 class CheckpointBenchmarkConfig(SizesConfig):
     """Time saving and reading a checkpoint against torch.save and torch.load."""
 
@@ -206,6 +248,7 @@ BENCHMARKS = (
     "train",
     "growth",
     "decode",
+    "serve",
     "trainer",
     "data",
     "start",

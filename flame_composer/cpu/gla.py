@@ -125,7 +125,8 @@ def recurrent_gla(
         state = _transposed(initial_state.to(dtype), state_v_first)
     outputs = []
     for q_t, k_t, v_t, g_t in zip(*(x.to(dtype).unbind(1) for x in (q, k, v, gk)), strict=True):
-        state = state * g_t.exp().unsqueeze(-1) + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        state = state * g_t.exp().unsqueeze(-1)
+        state += k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         outputs.append(((q_t * scale).unsqueeze(-2) @ state).squeeze(-2))
     o = torch.stack(outputs, 1).to(v.dtype)
     return o, _transposed(state, state_v_first) if output_final_state else None

@@ -8,6 +8,8 @@ the same, up to the order in which fp32 sums are added up.
 from __future__ import annotations
 
 import faulthandler
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch.autograd.function import once_differentiable
 # With fewer multiplications than this, oneDNN's overhead of some 15 microseconds for each call
 # outweighs its speed.
 MIN_PRODUCTS = 1 << 19
+# With fewer weights than this, a layer takes so little time that it need not be laid out.
+MIN_WEIGHTS = 1 << 18
 
 
 def keep_signals_off_the_heap() -> None:
@@ -40,7 +44,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Upstream: torch 2.7.0, `torch.ops.mkldnn._linear_pointwise`.
     Mends: F.linear does not use oneDNN for large products, for which oneDNN is faster.
     """
-    if _is_for_onednn(x, weight):
+    if weight.is_mkldnn or _is_for_onednn(x, weight):  # laid out by `pack`, or plain
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return F.linear(x, weight, bias)
@@ -109,3 +113,34 @@ def through_onednn(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
+
+
+def pack(model: nn.Module, rows: int) -> Callable[[], None]:
+    """Lay out a model's large weights as oneDNN needs them for `rows` rows; return the way back.
+
+    In products of a few rows, oneDNN otherwise spends more time on the layout than on the product.
+    The model can then be run, but neither trained nor saved. It takes no more memory, once the way
+    back is dropped. Weights that several layers share stay as they are.
+
+    Upstream: torch 2.7.0, `torch.ops.mkldnn._reorder_linear_weight`.
+    Mends: torch lays weights out in advance for compiled models only.
+    """
+    uses = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    before: dict[nn.Module, Any] = {}
+    is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    for module in model.modules():
+        if type(module) is not Linear or not is_there:
+            continue
+        weight = module.weight
+        is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+        if not is_plain or weight.numel() < MIN_WEIGHTS or uses[id(weight)] > 1:
+            continue
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        before[module] = weight
+        module.weight = nn.Parameter(laid_out, requires_grad=False)
+
+    def restore() -> None:
+        for module, weight in before.items():
+            module.weight = weight
+
+    return restore

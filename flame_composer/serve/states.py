@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from flame_composer.cpu.linear import pack
 from flame_composer.errors import ConfigError, DataError, one_line
 
 # How far the logits of joined rows may be from those of each row alone, in standard deviations of
@@ -93,6 +94,19 @@ def read(
 def copies(cache: Any, number: int) -> list[Any]:
     """Return the cache and copies of it, `number` in all."""
     return [cache, *(copy.deepcopy(cache) for _ in range(number - 1))]
+
+
+def prepare_weights(model: PreTrainedModel, rows: int) -> None:
+    """Lay out the weights of a model on a CPU so that it writes up to `rows` texts faster.
+
+    A model that reads its weights in another way than linear layers do keeps them as they are.
+    """
+    restore = pack(model, rows)
+    try:
+        with torch.inference_mode():
+            read(model, torch.zeros(2, 3, dtype=torch.long, device=model.device), None)
+    except Exception:  # the model's code is another package's; `probe` tells what else fails
+        restore()
 
 
 def probe(model: PreTrainedModel) -> Abilities:

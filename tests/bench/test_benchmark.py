@@ -8,8 +8,10 @@ import importlib.util
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +23,12 @@ from streaming import StreamingDataset
 
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands as benchmark
-from flame_composer.bench import conversions, examples
+from flame_composer.bench import conversions, examples, serving
 from flame_composer.bench import measure as measuring
 from flame_composer.bench import models as timing
 from flame_composer.bench import runs as run_timing
 from flame_composer.bench.charts import panels
+from flame_composer.bench.clients import Answered, answers, percentile
 from flame_composer.bench.conversions import (
     Run,
     compare_conversions,
@@ -44,6 +47,7 @@ from flame_composer.config.bench import (
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
     ExamplesBenchmarkConfig,
+    ServingBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
@@ -330,8 +334,9 @@ def test_which_benchmark():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: command line: convrt: must be one of train, growth, decode, trainer, data,"
-        " start, checkpoint, convert, examples, gpu, all, or a YAML file; did you mean convert?\n"
+        == "error: command line: convrt: must be one of train, growth, decode, serve, trainer,"
+        " data, start, checkpoint, convert, examples, gpu, all, or a YAML file; did you mean"
+        " convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
@@ -502,6 +507,52 @@ def test_examples_are_timed_as_the_keys_say(monkeypatch, corpora, tmp_path):
     assert CORPORA == [500_000]
 
 
+def test_the_server_is_timed_as_the_keys_say(monkeypatch, tmp_path):
+    """A real one, and every request is answered whole."""
+    turns = noted(monkeypatch, serving, "interleaved", serving.interleaved)
+    config = ServingBenchmarkConfig(
+        hidden_size=64,
+        num_layers=1,
+        vocab_size=512,
+        num_together=3,
+        new_tokens=6,
+        num_mixed=7,
+        clients=[2],
+        context_lengths=[40, 8],
+        repeats=1,
+    )
+    result, figures = serving.compare_serving(ROOT, config, tmp_path)
+    made = json.loads((tmp_path / "model/config.json").read_text())
+    assert (made["hidden_size"], made["num_hidden_layers"], made["vocab_size"]) == (64, 1, 512)
+    requests = serving.mixed(config, 7, seed=1)
+    sizes = [each["max_tokens"] for each in requests]
+    assert (result["mixed_requests"], result["mixed_tokens"]) == (7, sum(sizes))
+    assert result["static_steps"] == max(sizes[:3]) + max(sizes[3:6]) + sizes[6]
+    assert [row["clients"] for row in result["waits"]] == [2]
+    assert [*result["milliseconds_per_token_after"]] == ["8", "40"]
+    assert [repeats for _, repeats, _ in turns] == [1, 1, 4]
+    assert figures[0].name.startswith("serving: tokens/s of 3 requests together")
+    assert [figure.at_least for figure in figures[:4]] == [5, None, 2, None]
+    assert all(figure.value is not None and figure.value > 0 for figure in figures)
+    log = (tmp_path / "server.err").read_text()
+    assert log.count(" POST /v1/completions 200 ") == 3 * 3 + 7 + 6
+    assert log.count("32+6 tokens") >= 9, "new_tokens"
+
+
+def test_requests_that_are_refused_are_no_figures():
+    with pytest.raises(DataError, match=r"^5 tokens were written, and 6 were asked for$"):
+        serving.written([{"max_tokens": 6}], [Answered(tokens=5)])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: listener.accept()[0].close())
+        thread.start()
+        with pytest.raises((DataError, ConnectionError)):
+            answers(listener.getsockname(), [{"prompt": "x"}], 1)
+        thread.join()
+    values = [*range(1, 201)]
+    assert [percentile(values, percent) for percent in (50, 99, 100)] == [100, 198, 200]
+    assert percentile([7], 99) == 7
+
+
 CORPORA: list[int] = []
 
 
@@ -520,6 +571,7 @@ def corpus_of_words(_: Any, __: Any, max_bytes: int, folder: Path) -> tuple[Path
         ("start", StartBenchmarkConfig, benchmark, "compare_starts"),
         ("checkpoint", CheckpointBenchmarkConfig, run_timing, "checkpoints"),
         ("convert", ConversionBenchmarkConfig, conversions, "compare_conversions"),
+        ("serve", ServingBenchmarkConfig, serving, "compare_serving"),
         ("examples", ExamplesBenchmarkConfig, examples, "compare_examples"),
     ],
 )

@@ -33,6 +33,7 @@ from flame_composer.config.bench import (
     DecodeBenchmarkConfig,
     ExamplesBenchmarkConfig,
     GpuBenchmarkConfig,
+    ServingBenchmarkConfig,
     SizesConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
@@ -152,6 +153,7 @@ GIVEN: dict[type, dict[str, Any]] = {
         cls: {}
         for cls in (
             DecodeBenchmarkConfig,
+            ServingBenchmarkConfig,
             CheckpointBenchmarkConfig,
             StartBenchmarkConfig,
             TrainerBenchmarkConfig,
@@ -939,7 +941,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         AllBenchmarksConfig,
         {"names": ["train", "strat"]},
         "names",
-        "must be among train, growth, decode, trainer, data, start, checkpoint, convert, examples",
+        "must be among train, growth, decode, serve, trainer, data, start, checkpoint, convert,"
+        " examples",
     ),
     (GpuBenchmarkConfig, {"out": ""}, "out", EMPTY),
     (GpuBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
@@ -1474,12 +1477,22 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (ConversionBenchmarkConfig, {"num_workers": 1}, "num_workers", "must be 2 or more"),
     *(
         (cls, {"folder": ""}, "folder", EMPTY)
-        for cls in (CheckpointBenchmarkConfig, StartBenchmarkConfig)
+        for cls in (CheckpointBenchmarkConfig, ServingBenchmarkConfig, StartBenchmarkConfig)
     ),
     *(
         (cls, {name: 0}, name, "must be more than 0")
-        for cls in (DecodeBenchmarkConfig, CheckpointBenchmarkConfig)
+        for cls in (DecodeBenchmarkConfig, CheckpointBenchmarkConfig, ServingBenchmarkConfig)
         for name in ("hidden_size", "num_layers", "vocab_size", "repeats")
+    ),
+    (ServingBenchmarkConfig, {"vocab_size": 511}, "vocab_size", "must be 512 or more"),
+    *(
+        (ServingBenchmarkConfig, {name: 0}, name, "must be more than 0")
+        for name in ("num_together", "new_tokens", "num_mixed")
+    ),
+    *(
+        (ServingBenchmarkConfig, {name: values}, name, "must be 1 or more")
+        for name in ("clients", "context_lengths")
+        for values in ([], [0])
     ),
     (DecodeBenchmarkConfig, {"new_tokens": 0}, "new_tokens", "must be more than 0"),
     *(
@@ -1613,6 +1626,7 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     (InspectConfig, {"max_bytes": None}),
     (FromLlamaConfig, {"fresh": ["k_proj"], "max_shard_size": 1}),
     (BenchmarkConfig, {"context_lengths": [2], "repeats": 1}),
+    (ServingBenchmarkConfig, {"vocab_size": 512, "clients": [1], "context_lengths": [1]}),
     (
         PlanConfig,
         {

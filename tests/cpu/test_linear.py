@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ from torch import nn
 from flame_composer import cpu
 from flame_composer.cpu.linear import (
     MIN_PRODUCTS,
+    MIN_WEIGHTS,
     Linear,
     linear,
+    pack,
     product,
     through_onednn,
     weight_gradient,
 )
+from flame_composer.model.build import build_model
 
 SIZES = st.integers(1, 130)
 
@@ -88,9 +92,59 @@ def test_a_model_keeps_its_parameters_and_other_layers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_switched_off_with_mkldnn() -> None:
+def build_wide(*, tied: bool) -> Any:
+    """A GLA with weights that are large enough to be laid out."""
+    cpu.enable()
+    from fla.models import GLAConfig
+
+    torch.manual_seed(0)
+    config = GLAConfig(
+        vocab_size=600,
+        hidden_size=512,
+        num_hidden_layers=1,
+        num_heads=4,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+    return build_model(config).eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_are_laid_out_change_nothing(tied: bool) -> None:
+    """But the rounding; shared and small ones stay, and the way back gives the same bits."""
+    model = build_wide(tied=tied)
+    ids = torch.randint(600, (8, 40), generator=torch.Generator().manual_seed(0))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        plain = {rows: model(ids[:rows, :length]).logits for rows, length in ((1, 1), (8, 40))}
+        restore = pack(model, 8)
+        laid_out = {name for name, value in model.named_parameters() if value.is_mkldnn}
+        assert "model.layers.0.mlp.down_proj.weight" in laid_out
+        assert "model.layers.0.attn.o_proj.weight" in laid_out
+        assert ("lm_head.weight" in laid_out) is not tied
+        assert not model.get_input_embeddings().weight.is_mkldnn
+        assert all(weights[name].numel() >= MIN_WEIGHTS for name in laid_out)
+        for rows, expected in plain.items():
+            found = model(ids[:rows, : expected.shape[1]]).logits
+            assert (found - expected).abs().max() < 1e-4 * expected.std()
+        restore()
+        assert (model(ids).logits == plain[8]).all()
+    assert all((weights[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_nothing_is_laid_out_where_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_wide(tied=False)
+    with monkeypatch.context() as within:
+        within.setattr(torch.backends.mkldnn, "enabled", False)
+        pack(model, 8)
+    pack(model.bfloat16(), 8)
+    assert not any(value.is_mkldnn for value in model.parameters())
+
+
+def test_switched_off_with_mkldnn(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(4096, 64), torch.randn(64, 64)
-    with torch.backends.mkldnn.flags(enabled=False):
+    with monkeypatch.context() as within:
+        within.setattr(torch.backends.mkldnn, "enabled", False)
         assert torch.equal(product(x, weight), F.linear(x, weight))
 
 

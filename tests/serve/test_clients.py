@@ -103,15 +103,13 @@ def test_the_harness_scores_as_evaluate_does(
         )
     )["tasks"]
     os.environ["NO_PROXY"] = "127.0.0.1"
+    # What the page says
+    given = PAGE.partition("lm_eval --model local-completions")[2].partition("--model_args ")[2]
+    given = given.partition("\n")[0].replace("http://127.0.0.1:8000/v1", server.url)
+    given = given.replace("runs/gla_tiny/hf", str(folder))
+    assert {f"base_url={server.url}/completions", f"tokenizer={folder}"} < {*given.split(",")}
     theirs = evaluator.evaluate(
-        LocalCompletionsAPI(
-            base_url=f"{server.url}/completions",
-            model="hf",
-            tokenizer=str(folder),
-            tokenizer_backend="huggingface",
-            batch_size=4,
-            max_length=512,
-        ),
+        LocalCompletionsAPI.create_from_arg_string(given, {"batch_size": 4, "max_length": 512}),
         TaskManager(include_path=str(tmp_path), include_defaults=False).load(TASKS),
     )
     assert theirs is not None

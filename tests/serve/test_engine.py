@@ -30,7 +30,7 @@ from flame_composer.serve.inbox import Inbox
 from flame_composer.serve.metrics import Metrics
 from flame_composer.serve.prepare import Preparation
 from flame_composer.serve.protocol import Limits
-from flame_composer.serve.states import Abilities, States, describe, probe
+from flame_composer.serve.states import Abilities, States, describe, prepare_weights, probe
 from flame_composer.serve.writing import Answer, BlockedTexts, TokenScore
 from flame_composer.text.surfaces import surfaces_of
 from flame_composer.text.tokenizer import bare
@@ -85,6 +85,26 @@ def test_a_model_that_cannot_be_served_is_refused() -> None:
         broken.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(DataError, match="take an earlier checkpoint"):
         probe(broken)
+
+
+def test_weights_are_laid_out_where_a_model_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does otherwise with them keeps them, and is served as before."""
+    wide = {**GLA, "hidden_size": 512}
+    model, other = tiny(wide), tiny(wide)
+    prepare_weights(model, 4)
+    assert any(weight.is_mkldnn for weight in model.parameters())
+    assert probe(model) == Abilities(joined=True, in_pieces=True)
+    o_proj = other.model.layers[0].attn.o_proj
+    monkeypatch.setattr(o_proj, "forward", lambda x: x @ o_proj.weight.t())
+    prepare_weights(other, 4)
+    assert not any(weight.is_mkldnn for weight in other.parameters())
+    benches = [Bench(each) for each in (model, other)]
+    found = []
+    for bench in benches:
+        bench.engine.start()
+        found.append([bench.result(bench.submit(words(size, size))) for size in (3, 30)])
+        bench.engine.close("done")
+    assert found[0] == found[1]
 
 
 class Bench:

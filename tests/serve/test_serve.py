@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -381,56 +380,6 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
     assert server.ask(path="/health")[::2] == (200, b'{"status":"ok"}')
-
-
-def test_many_requests_at_a_time(made: Any, server: Server) -> None:
-    """Of mixed lengths; some leave early, and some are malformed. Every text is what it is alone,
-    and nothing is left.
-    """
-    server.ask({"prompt": "x", "max_tokens": 1})
-    before, draw = server.threads(), random.Random(0)
-    jobs = []
-    for number in range(60):
-        kind = ("whole", "stream", "leave", "wrong")[number % 10 if number % 10 < 4 else 0]
-        size, prompt = draw.choice((3, 8, 16)), words(draw.choice((1, 5, 30, 120)), number)
-        jobs.append((kind, prompt, size, draw.choice((0.0, 1.0)), number))
-
-    def do(job: tuple[str, str, int, float, int]) -> Any:
-        kind, prompt, size, temperature, seed = job
-        asked = {
-            "prompt": prompt,
-            "max_tokens": size,
-            "temperature": temperature,
-            "seed": seed,
-            "top_p": 1,
-        }
-        if kind == "wrong":
-            return server.ask({**asked, "max_tokens": -size})[0]
-        if kind == "leave":
-            connection = server.post({**asked, "max_tokens": 400, "stream": True})
-            if seed % 20 < 10:
-                connection.recv(100)
-            connection.close()
-            return None
-        client = server.client()
-        if kind == "whole":
-            return client.completions.create(model="tiny", **asked).choices[0].text
-        parts = client.completions.create(model="tiny", stream=True, **asked)
-        return "".join(part.choices[0].text for part in parts)
-
-    with ThreadPoolExecutor(16) as pool:
-        found = [*pool.map(do, jobs)]
-    for job, got in zip(jobs, found, strict=True):
-        kind, prompt, size, temperature, seed = job
-        if kind in ("whole", "stream"):
-            expected = alone(made, prompt, seed, max_new_tokens=size, temperature=temperature)
-            assert got == expected, job
-        if kind == "wrong":
-            assert got == 400
-    for name in ("rows", "rows_reading", "waiting"):
-        server.wait_for(f"flame_{name}", 0)
-    # Requests are prepared in a few threads that stay
-    assert server.threads() <= before + 8
 
 
 def test_a_long_prompt_does_not_stop_the_others(server: Server) -> None:
