@@ -67,8 +67,8 @@ class Prefixes:
     """States after beginnings of prompts, up to a size; the least recently used goes first.
 
     A prompt leaves the states after its first piece, as a system prompt is, and after its last
-    whole piece, with which the next turn of a conversation begins. A state in between is kept
-    once a second prompt begins alike.
+    whole piece, with which the next turn of a conversation begins. A second prompt that begins
+    alike leaves that at the end of what they share, too.
     """
 
     def __init__(self, limit: int, metrics: Metrics):
@@ -100,12 +100,10 @@ class Prefixes:
                 cache = self._copied(found.cache)
                 position = 0 if cache is None else end
                 break
-        places = [*names]
-        wanted = {
-            end: names[end]
-            for end in places
-            if end > position and (end in (places[0], places[-1]) or names[end] in self._seen)
-        }
+        # Its first piece, its last, and the place at which it parts from an earlier prompt
+        seen = [end for end in names if names[end] in self._seen]
+        worth = {*[*names][:1], *[*names][-1:], *seen[-1:]}
+        wanted = {end: names[end] for end in worth if end > position}
         for each in names.values():
             self._seen[each] = None
             self._seen.move_to_end(each)
