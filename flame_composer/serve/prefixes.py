@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PIECE = 32  # tokens that a turn must have to end a piece: each costs a forward pass
 MOST_SEEN = 20_000  # beginnings to remember the digests of
+MOST_KEPT = 10_000  # states, of which each takes some kilobytes besides its tensors
 
 
 def ends_of_pieces(num_tokens: int, turns: Sequence[int], longest: int) -> list[int]:
@@ -122,7 +123,7 @@ class Prefixes:
         size = num_bytes(cache) + len(beginning)
         if size > self.limit:
             return
-        while self.num_bytes + size > self.limit:
+        while self.num_bytes + size > self.limit or len(self.kept) >= MOST_KEPT:
             self.num_bytes -= self.kept.popitem(last=False)[1].num_bytes
         copied = self._copied(cache)
         if copied is not None:
@@ -190,4 +191,5 @@ def describe(model: PreTrainedModel, abilities: Abilities, limit: int) -> str:
     size = num_bytes(cache)
     if size > limit:
         return f"no states of prompts are kept: {limit:,} bytes are too few for one of {size:,}"
-    return f"up to {limit // size:,} states of prompts are kept, of {size:,} bytes each"
+    most = min(MOST_KEPT, limit // size)
+    return f"up to {most:,} states of prompts are kept, of {size:,} bytes each"
