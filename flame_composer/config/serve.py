@@ -108,7 +108,7 @@ class ServeConfig(ScriptConfig):
         require(
             all(text != "*" and text.count("*") <= 1 for text in self.blocked),
             "blocked",
-            "must have one * at most in a text, and not it alone; it stands for any letters",
+            "must have one * at most in each text, which must not be all of it",
         )
         self._check_key()
 

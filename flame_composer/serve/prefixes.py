@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PIECE = 32  # tokens that a turn must have to end a piece: each costs a forward pass
 MOST_SEEN = 20_000  # beginnings to remember the digests of
+MOST_KEPT = 10_000  # states, of which each takes some kilobytes besides its tensors
 
 
 def ends_of_pieces(num_tokens: int, turns: Sequence[int], longest: int) -> list[int]:
@@ -67,8 +68,8 @@ class Prefixes:
     """States after beginnings of prompts, up to a size; the least recently used goes first.
 
     A prompt leaves the states after its first piece, as a system prompt is, and after its last
-    whole piece, with which the next turn of a conversation begins. A state in between is kept
-    once a second prompt begins alike.
+    whole piece, with which the next turn of a conversation begins. A second prompt that begins
+    alike leaves that at the end of what they share, too.
     """
 
     def __init__(self, limit: int, metrics: Metrics):
@@ -100,12 +101,10 @@ class Prefixes:
                 cache = self._copied(found.cache)
                 position = 0 if cache is None else end
                 break
-        places = [*names]
-        wanted = {
-            end: names[end]
-            for end in places
-            if end > position and (end in (places[0], places[-1]) or names[end] in self._seen)
-        }
+        # Its first piece, its last, and the place at which it parts from an earlier prompt
+        seen = [end for end in names if names[end] in self._seen]
+        worth = {*[*names][:1], *[*names][-1:], *seen[-1:]}
+        wanted = {end: names[end] for end in worth if end > position}
         for each in names.values():
             self._seen[each] = None
             self._seen.move_to_end(each)
@@ -124,7 +123,7 @@ class Prefixes:
         size = num_bytes(cache) + len(beginning)
         if size > self.limit:
             return
-        while self.num_bytes + size > self.limit:
+        while self.num_bytes + size > self.limit or len(self.kept) >= MOST_KEPT:
             self.num_bytes -= self.kept.popitem(last=False)[1].num_bytes
         copied = self._copied(cache)
         if copied is not None:
@@ -192,4 +191,5 @@ def describe(model: PreTrainedModel, abilities: Abilities, limit: int) -> str:
     size = num_bytes(cache)
     if size > limit:
         return f"no states of prompts are kept: {limit:,} bytes are too few for one of {size:,}"
-    return f"up to {limit // size:,} states of prompts are kept, of {size:,} bytes each"
+    most = min(MOST_KEPT, limit // size)
+    return f"up to {most:,} states of prompts are kept, of {size:,} bytes each"

@@ -215,7 +215,7 @@ def state(number: float) -> dict[str, torch.Tensor]:
     return {"state": torch.full((10,), float(number))}  # 40 bytes, and 32 for whose it is
 
 
-def test_the_least_recently_used_goes() -> None:
+def test_the_least_recently_used_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Prefixes(3 * (40 + 32 + 4), Metrics())
 
     def keep(token: int) -> None:
@@ -246,6 +246,9 @@ def test_the_least_recently_used_goes() -> None:
     [found] = prefixes._tensors(store.kept[name].cache)
     assert found.untyped_storage().nbytes() == 40
     assert store.gauges() == {"prefixes": 3, "prefix_bytes": 3 * 76}
+    monkeypatch.setattr(prefixes, "MOST_KEPT", 2)
+    keep(10)
+    assert store.gauges() == {"prefixes": 2, "prefix_bytes": 2 * 76}
     store.clear()
     assert store.gauges() == {"prefixes": 0, "prefix_bytes": 0}
 
