@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flame_composer.errors import DataError, InvalidField
+from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.lora import embeddings_of, endings_of, is_tied, projections
 from flame_composer.model.work import count_parameters
 from flame_composer.quantities import align, plural
@@ -73,7 +73,7 @@ def prune_model(model: PreTrainedModel, place: str, sparsity: float | None) -> R
     Embeddings, the output layer (tied to them or not) and all that is no linear layer stay as they
     are. Each layer has its own threshold: layers differ in the scale of their weights, and a common
     threshold would empty those of small ones. Raise InvalidField if no weight was pruned, and
-    DataError, before anything is, if a layer holds numbers that are not finite.
+    ConfigError, before anything is, if a layer holds numbers that are not finite.
     """
     kept = {id(layer.weight) for layer in embeddings_of(model).values()}
     named = {}
@@ -83,7 +83,7 @@ def prune_model(model: PreTrainedModel, place: str, sparsity: float | None) -> R
             kept.add(id(layer.weight))  # so that a weight of two layers is pruned once
     for name, layer in named.items():
         if not torch.isfinite(layer.weight).all():  # type: ignore[arg-type]
-            raise DataError(f"{place}: {name} holds no finite numbers everywhere; it is damaged")
+            raise ConfigError(f"{place}: {name} holds no finite numbers everywhere; it is damaged")
     layers, uneven = [], {}
     for name, layer in named.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -93,7 +93,8 @@ def prune_model(model: PreTrainedModel, place: str, sparsity: float | None) -> R
             continue
         rows.copy_(prune_two_of_four(rows) if sparsity is None else prune_smallest(rows, sparsity))
         layers.append(Pruned(name, weight.numel(), int((weight == 0).sum())))
-    if not any(layer.num_zeros for layer in layers):
+    chosen = 0.5 if sparsity is None else sparsity
+    if not any(round(chosen * layer.num_weights) for layer in layers):
         raise _nothing(place, sparsity, is_any=bool(named))
     changed = {id(named[layer.name].weight) for layer in layers}
     every = model.named_parameters(remove_duplicate=False)  # tied ones by all their names
