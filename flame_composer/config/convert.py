@@ -308,3 +308,36 @@ class FromLlamaConfig(ScriptConfig):
         )
         require_seed(self.seed, "seed")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
+
+
+@dataclass
+class PruneConfig(ScriptConfig):
+    """Set the smallest weights of a model's linear layers to zero, as an experiment."""
+
+    paths = ("model", "base", "out")
+
+    model: str = MISSING
+    """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
+    folder of checkpoints, of which the newest is taken; local or in an object store. An adapter is
+    merged.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
+    was in training.
+    """
+    out: str = MISSING
+    """Folder to write; must not exist or be empty."""
+    sparsity: float | None = None
+    """Fraction of the weights of each linear layer that become zero, those of the smallest
+    magnitude.
+    """
+    pattern: Literal["2:4"] | None = None
+    """Instead of sparsity: the smallest two of each four neighbours in a row become zero."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "base", "out")
+        require("://" not in self.out, "out", "must be a local folder")
+        is_one = (self.sparsity is None) != (self.pattern is None)
+        require(is_one, "sparsity", "must be set (e.g. 0.5), or pattern=2:4, and not both")
+        is_fraction = self.sparsity is None or 0 < self.sparsity < 1
+        require(is_fraction, "sparsity", "must be more than 0 and less than 1")

@@ -270,6 +270,11 @@ def trained_names(model: nn.Module) -> set[str]:
     }
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether any layer of a model has an adapter that is not merged."""
+    return any(hasattr(layer, "lora_A") for layer in model.modules())
+
+
 @torch.no_grad()
 def merge_adapters(model: PreTrainedModel) -> None:
     """Add each adapter's product to the weights of its layer, and remove the adapters.

@@ -39,6 +39,7 @@ from flame_composer.config.convert import (
     ConvertConfig,
     FromLlamaConfig,
     InspectConfig,
+    PruneConfig,
     ToHfConfig,
     TokenizerTrainConfig,
 )
@@ -64,6 +65,7 @@ SCRIPTS: list[type[ScriptConfig]] = [
     ToHfConfig,
     FromLlamaConfig,
     InspectConfig,
+    PruneConfig,
     BenchmarkConfig,
     ConversionBenchmarkConfig,
     DecodeBenchmarkConfig,
@@ -1257,6 +1259,7 @@ PATHS = [
     (InspectConfig, ["data", "plot"]),
     (ToHfConfig, ["checkpoint", "out"]),
     (FromLlamaConfig, ["model", "config", "out", "tokenizer"]),
+    (PruneConfig, ["model", "base", "out"]),
     (CleanConfig, ["source", "out", "removed_out", "language.model"]),
     (ReportConfig, ["runs", "out"]),
 ]
@@ -1276,6 +1279,7 @@ def test_no_file_can_have_such_a_name(cls, key, value, rule):
         InspectConfig: {"data": "d"},
         ToHfConfig: {"checkpoint": "c", "out": "o"},
         FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
+        PruneConfig: {"model": "m", "out": "o"},
         CleanConfig: {"source": ["s"], "out": "o"},
     }
     content |= needed.get(cls, {})

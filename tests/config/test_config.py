@@ -53,6 +53,7 @@ from flame_composer.config.convert import (
     ConvertConfig,
     FromLlamaConfig,
     InspectConfig,
+    PruneConfig,
     ToHfConfig,
     TokenizerTrainConfig,
 )
@@ -142,6 +143,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
+    PruneConfig: {"model": "m", "out": "o", "sparsity": 0.5},
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
     ReportConfig: {"runs": ["r"]},
@@ -1421,7 +1423,16 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     *(
         (cls, {"out": "s3://bucket/folder"}, "out", "must be a local folder")
-        for cls in (ToHfConfig, FromLlamaConfig)
+        for cls in (ToHfConfig, FromLlamaConfig, PruneConfig)
+    ),
+    *((PruneConfig, {name: ""}, name, EMPTY) for name in ("model", "base", "out")),
+    *(
+        (PruneConfig, keys, "sparsity", "must be set (e.g. 0.5), or pattern=2:4, and not both")
+        for keys in ({"sparsity": None}, {"pattern": "2:4"})
+    ),
+    *(
+        (PruneConfig, {"sparsity": value}, "sparsity", "must be more than 0 and less than 1")
+        for value in (0.0, 1.0, -0.1, nan, inf)
     ),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out", "push_to_hub")),
     *(

@@ -590,6 +590,18 @@ def test_every_command_of_tuning(small: Small) -> None:
         check(run_script(*words, *more, folder=small.folder))
 
 
+def test_every_command_of_pruning(small: Small) -> None:
+    commands = commands_in((ROOT / "docs/pruning.md").read_text())
+    assert [words[1] for words in commands if words[1].startswith("convert/")] == [
+        "convert/prune.py"
+    ] * 2
+    shorter = {"=20ba": "=3ba", "=5ba": "=1ba"}
+    for program, *words in commands:
+        assert program == "python"
+        fewer = [re.sub(r"=(20|5)ba$", lambda found: shorter[found[0]], word) for word in words]
+        check(run_script(*fewer, folder=small.folder))
+
+
 @pytest.mark.timeout(1200)
 def test_every_command_of_ablations(small: Small) -> None:
     """Its trials are forked (tests/sweep/warm.py), and those of the search are fewer."""

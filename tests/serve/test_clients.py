@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GLA
-from tests.data_fixtures import words
 from tests.runs import ROOT, last_json, run_script
 from tests.serve.clients import Server
 from tests.serve.test_serve import make
-from tests.use.test_harness import write_task
+from tests.use.test_harness import write_tasks
 
 PAGE = (ROOT / "docs/serving.md").read_text()
 TASKS = ["served_choice", "served_text", "served_written"]
@@ -60,39 +59,7 @@ def test_the_harness_scores_as_evaluate_does(
     from lm_eval.tasks import TaskManager
 
     caplog.set_level(logging.ERROR)
-    with (tmp_path / "data.jsonl").open("w") as data:
-        for i in range(6):
-            choices = [f" {words(1 + j * i % 4, 7 * i + j)}" for j in range(3)]
-            row = {"text": words(2 + 9 * i % 50, i), "choices": choices, "answer": i % 3}
-            data.write(json.dumps(row) + "\n")
-    write_task(
-        tmp_path,
-        TASKS[0],
-        output_type="multiple_choice",
-        doc_to_text="{{text}}",
-        doc_to_choice="choices",
-        doc_to_target="answer",
-        fewshot_split="test",
-        num_fewshot=2,
-        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
-    )
-    write_task(
-        tmp_path,
-        TASKS[1],
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{text}}",
-        metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    )
-    write_task(
-        tmp_path,
-        TASKS[2],
-        output_type="generate_until",
-        doc_to_text="{{text}}",
-        doc_to_target="{{text[:3]}}",
-        generation_kwargs={"max_gen_toks": 3, "until": ["\n"]},
-        metric_list=[{"metric": "exact_match"}],
-    )
+    write_tasks(tmp_path, TASKS, 6)
     ours = last_json(
         run_script(
             "recipes/evaluate.py",

@@ -654,20 +654,26 @@ def test_a_request_that_takes_too_long(made: Any, folder: Path) -> None:
     assert server.end().returncode == 0
 
 
+def listen(connection: socket.socket) -> tuple[list[bytes], threading.Thread]:
+    """What arrives, and the thread that waits for it until the other side has ended."""
+    parts: list[bytes] = []
+
+    def read() -> None:
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+
+    listener = threading.Thread(target=read)
+    listener.start()
+    return parts, listener
+
+
 def test_the_end_finishes_what_is_under_way(made: Any, folder: Path) -> None:
     """Up to a limit; what is not finished then is told so, and the status is 0."""
     server = Server(folder, "drain_seconds=1", "max_new_tokens=100000")
     asked = {"prompt": "x", "max_tokens": 90000, "stream": True, "logit_bias": {"0": -100}}
     connection = server.post(asked)
     assert b" 200 " in connection.recv(20)
-    lines: list[bytes] = []
-
-    def listen() -> None:
-        while part := connection.recv(1 << 16):
-            lines.append(part)
-
-    listener = threading.Thread(target=listen)
-    listener.start()
+    lines, listener = listen(connection)
     started = time.monotonic()
     ended = server.end()
     listener.join(60)
@@ -760,14 +766,7 @@ def test_the_end_lets_an_answer_end(made: Any, folder: Path) -> None:
     server = Server(folder, "max_new_tokens=400")
     connection = server.post({"prompt": "def", "max_tokens": 120, "temperature": 0})
     server.wait_for("flame_rows", 1)
-    answers: list[bytes] = []
-
-    def listen() -> None:
-        while part := connection.recv(1 << 16):
-            answers.append(part)
-
-    listener = threading.Thread(target=listen)
-    listener.start()
+    answers, listener = listen(connection)
     assert server.end().returncode == 0
     listener.join(60)
     connection.close()

@@ -51,14 +51,12 @@ def write_task(folder: Path, name: str, **content: Any) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task of each kind: multiple choice, with examples shown before it; perplexity; text that
-    is written.
+def write_tasks(folder: Path, names: list[str], number: int) -> None:
+    """A task of each kind, with `number` rows: multiple choice, with examples shown before it;
+    perplexity; text that is written.
     """
-    folder = tmp_path_factory.mktemp("tasks")
     with (folder / "data.jsonl").open("w") as data:
-        for i in range(9):
+        for i in range(number):
             choices = [f" {words(1 + j * i % 4, 7 * i + j)}" for j in range(3)]
             data.write(
                 json.dumps({"text": words(2 + 9 * i % 50, i), "choices": choices, "answer": i % 3})
@@ -66,7 +64,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
     write_task(
         folder,
-        "choice",
+        names[0],
         output_type="multiple_choice",
         doc_to_text="{{text}}",
         doc_to_choice="choices",
@@ -77,7 +75,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_task(
         folder,
-        "text",
+        names[1],
         output_type="loglikelihood_rolling",
         doc_to_text="",
         doc_to_target="{{text}}",
@@ -87,13 +85,19 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_task(
         folder,
-        "written",
+        names[2],
         output_type="generate_until",
         doc_to_text="{{text}}",
         doc_to_target="{{text[:3]}}",
         generation_kwargs={"max_gen_toks": 3, "until": ["\n"]},
         metric_list=[{"metric": "exact_match"}],
     )
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder, TASKS, 9)
     return folder
 
 

@@ -22,7 +22,7 @@ from tests.benchmark_data import (
     write_stereoset_of_hub,
 )
 from tests.conftest import GLA
-from tests.data_fixtures import byte_tokenizer, llama_tokenizer, words
+from tests.data_fixtures import altered, byte_tokenizer, llama_tokenizer, words
 from tests.runs import last_json, run_script, two_ranks
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -206,15 +206,7 @@ def test_a_sentence_that_is_too_long(tmp_path: Path) -> None:
 
 def _altered(path: tuple[Any, ...], value: Any) -> Any:
     """The authors' file with another value at a place, or without it for `...`."""
-    content = {"data": {kind: examples_of(kind) for kind in KINDS}}
-    inner: Any = content
-    for key in path[:-1]:
-        inner = inner[key]
-    if value is ...:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    return content
+    return altered({"data": {kind: examples_of(kind) for kind in KINDS}}, path, value)
 
 
 FIRST = ("data", "intrasentence", 0)
