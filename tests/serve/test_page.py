@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model without a chat template that never ends, behind a key."""
+    """A model without a chat template whose greedy text never ends, behind a key."""
     folder = tmp_path_factory.mktemp("locked") / "tiny"
     model, tokenizer = make(folder, GLA)
     with torch.no_grad():
@@ -269,6 +269,7 @@ def test_the_stop_button_frees_the_row(browser: Browser, locked: Server) -> None
     browser.write("#key", f"{KEY}{ENTER}")
     browser.wait(lambda: browser.is_seen("#welcome"))
     browser.click("#settings")
+    browser.fill("#temperature", "0")  # at which it never ends
     browser.fill("#max_tokens", "90000")
     browser.click("#close")
     ways: tuple[Callable[[], Any], ...] = (
@@ -563,8 +564,10 @@ def proxied(server: Server) -> Iterator[str]:
     handler = type("Handler", (Proxy,), {"server_address": server.address})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
         threading.Thread(target=proxy.serve_forever).start()
-        yield f"http://127.0.0.1:{proxy.server_address[1]}/models/tiny/"
-        proxy.shutdown()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_address[1]}/models/tiny/"
+        finally:
+            proxy.shutdown()
 
 
 def test_below_a_path_of_a_proxy(browser: Browser, server: Server) -> None:
