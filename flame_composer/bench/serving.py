@@ -308,7 +308,7 @@ def waits(config: ServingBenchmarkConfig, server: Server) -> tuple[dict[str, Any
         _, found = answers(server.address, requests, number)
         first = [each.to_first for each in found if each.came]
         between = [seconds for each in found for seconds in each.between()]
-        row = {"clients": number}
+        row: dict[str, Any] = {"clients": number}
         for name, values in (("to the first token", first), ("between tokens", between)):
             for percent in (50, 99):
                 value = round(1000 * percentile(values, percent), 1)
