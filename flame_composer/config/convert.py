@@ -308,3 +308,29 @@ class FromLlamaConfig(ScriptConfig):
         )
         require_seed(self.seed, "seed")
         require(self.max_shard_size > 0, "max_shard_size", "must be more than 0 bytes")
+
+
+@dataclass
+class QuantizeConfig(ScriptConfig):
+    """Write a model as a Hugging Face folder with smaller weights, for use on a CPU."""
+
+    paths = ("model", "base", "out")
+
+    model: str = MISSING
+    """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
+    folder of checkpoints, of which the newest is taken; local or in an object store.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
+    was in training.
+    """
+    dtype: Literal["int8", "bf16"] = MISSING
+    """Type of the weights. int8: 8 bits, with a scale for each output channel, for the scripts of
+    this package only. bf16: a folder that any program loads.
+    """
+    out: str = MISSING
+    """Folder to write; must not exist or be empty."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "base", "out")
+        require("://" not in self.out, "out", "must be a local folder")
