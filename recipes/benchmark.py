@@ -5,6 +5,7 @@
     train       a GLA model against a Llama of the same size, forward and backward
     growth      the same with more rows, and with fewer and with more layers
     decode      the same two models, generating token by token
+    quantize    the first of them with weights of int8 and bf16 against fp32
     trainer     recipes/train.py against a bare loop over the same batches
     data        loading batches against StreamingDataset; the first batch of a resumed epoch
     start       the time to the first training step against the time of the imports
@@ -43,6 +44,12 @@ def timed(name: str, config: Any) -> None:
 
 
 train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
+
+
+def quantize(config: configs.QuantizeBenchmarkConfig) -> None:
+    from flame_composer.bench.quantized import quantizing
+
+    measure.report("quantize", *quantizing(config))
 
 
 def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
@@ -84,6 +91,7 @@ if __name__ == "__main__":
                 "train": (train, configs.BenchmarkConfig),
                 "growth": (growth, configs.BenchmarkConfig),
                 "decode": (decode, configs.DecodeBenchmarkConfig),
+                "quantize": (quantize, configs.QuantizeBenchmarkConfig),
                 "trainer": (trainer, configs.TrainerBenchmarkConfig),
                 "data": (data, configs.DataBenchmarkConfig),
                 "start": (start, configs.StartBenchmarkConfig),

@@ -16,11 +16,16 @@ are. With halves of 7 bits, sums of two products fit into 16 bits, as processors
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import torch
 from torch import Tensor
 
 MOST = 127  # the largest int8 weight; -128 is not used
 _HALF = 63  # the largest number of a half, which is stored with _HALF + 1 added
+_FEW = 64  # rows; what is split is kept for no more, since it takes memory until the next
+_last = threading.local()
 _SMALLEST = 1e-30  # a row of activations below it is taken for zeros
 
 
@@ -45,8 +50,30 @@ def pack(numbers: Tensor) -> Tensor:
     return packed
 
 
-def product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """Return x times the transpose of packed int8 weights with scales [O], for x `[N, I]` in fp32.
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the halves of activations [N, ..., I], uint8 [2 N, ..., I], and the rows' largest.
+
+    Several layers are given the same activations one after another: what was split last in this
+    thread is not split again.
+    """
+    is_counted = not x.is_inference()  # only then it shows that a tensor was changed
+    last, version, split = getattr(_last, "split", (None, 0, None))
+    if split is not None and is_counted and last() is x and version == x._version:
+        return split  # type: ignore[no-any-return]
+    top = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_SMALLEST)
+    y = x / top
+    # The second half is what the first leaves over, which is at most half a step of it.
+    upper = torch.quantize_per_tensor(y, 1 / _HALF, _HALF + 1, torch.quint8)
+    rest = y.sub_(upper.dequantize())
+    lower = torch.quantize_per_tensor(rest, 0.5 / _HALF**2, _HALF + 1, torch.quint8)
+    split = torch.cat([upper.int_repr(), lower.int_repr()]), top
+    if is_counted and x.numel() <= _FEW * x.shape[-1]:
+        _last.split = weakref.ref(x), x._version, split
+    return split
+
+
+def int8_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Return x times the transpose of packed int8 weights with scales [O]; x is fp32 `[N, ..., I]`.
 
     `zeros` are the weights' zero points, int32 [O], all 0. A row that is not finite gives no finite
     numbers.
@@ -55,16 +82,11 @@ def product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
     Mends: as `pack`.
     """
     num_rows = x.shape[0]
-    if num_rows == 0:
-        return x.new_empty(0, scale.shape[0])
-    top = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_SMALLEST)
-    y = x / top
-    # The second half is what the first leaves over, which is at most half a step of it.
-    upper = torch.quantize_per_tensor(y, 1 / _HALF, _HALF + 1, torch.quint8)
-    rest = y.sub_(upper.dequantize())
-    lower = torch.quantize_per_tensor(rest, 0.5 / _HALF**2, _HALF + 1, torch.quint8)
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], scale.shape[0])
+    halves, top = _split(x)
     sums = torch.ops.onednn.qlinear_pointwise.default(
-        torch.cat([upper.int_repr(), lower.int_repr()]),
+        halves,
         1 / _HALF,  # the scale of the activations
         _HALF + 1,
         packed,

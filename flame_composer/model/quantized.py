@@ -33,6 +33,24 @@ class ReadDirectlyError(Exception):
     """Raised where a model reads the weights of a quantized layer itself, with their name."""
 
 
+class Unreadable(Tensor):
+    """A weight of which shape, type and device are known; it raises ReadDirectlyError if it is used.
+
+    Models ask for the type of weights, to which they convert what they give to the layer.
+    """
+
+    layer: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("cpu")
+        if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel"):
+            return super().__torch_function__(func, types, args, kwargs)
+        used = (*args, *(kwargs or {}).values())
+        raise ReadDirectlyError(next(each.layer for each in used if isinstance(each, cls)))
+
+
 class Stored(NamedTuple):
     """A weight as it is stored: [O, I] numbers and, if they are int8, fp32 scales [O]."""
 
@@ -58,6 +76,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = stored.numbers.shape
         self.register_parameter("bias", bias)
         self.register_buffer("fingerprint", stored.fingerprint())
+        self.bytes_each = stored.numbers.element_size()  # of a weight
         self._scale = stored.scale
         if stored.scale is None:
             self._numbers = stored.numbers
@@ -67,19 +86,23 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("weight_scale", stored.scale)
 
     @property
-    def weight(self) -> Tensor:
-        raise ReadDirectlyError(self.name)
+    def weight(self) -> Unreadable:
+        """A stand-in for the weight, with which nothing can be computed."""
+        shape = (self.out_features, self.in_features)
+        stand_in = torch.empty(shape, device="meta").as_subclass(Unreadable)
+        stand_in.layer = self.name
+        return stand_in
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product with x `[..., I]`, plus the bias, in the type of x."""
-        rows = x.reshape(-1, self.in_features)
         if self._scale is None:
-            result = F.linear(rows.to(torch.bfloat16), self._numbers).to(x.dtype)
+            result = F.linear(x.to(torch.bfloat16), self._numbers).to(x.dtype)
         else:
-            result = int8.product(rows.float(), self._numbers, self._scale, self._zeros).to(x.dtype)
+            result = int8.int8_product(x.float(), self._numbers, self._scale, self._zeros)
+            result = result.to(x.dtype)
         if self.bias is not None:
             result += self.bias
-        return result.view(*x.shape[:-1], self.out_features)
+        return result
 
 
 class QuantizedEmbedding(nn.Module):
@@ -168,7 +191,8 @@ def put_in(model: PreTrainedModel, stored_of: Callable[[str], Stored | None]) ->
         if isinstance(module, nn.Embedding):
             new = QuantizedEmbedding(stored)
         else:
-            numbers = stored.numbers.t() if type(module) is Conv1D else stored.numbers
+            is_turned = type(module) is Conv1D
+            numbers = stored.numbers.t().contiguous() if is_turned else stored.numbers
             new = QuantizedLinear(name, Stored(numbers, stored.scale), module.bias)
         model.set_submodule(name, new.train(module.training))
     return known
@@ -201,15 +225,18 @@ def quantize(model: PreTrainedModel, dtype: Dtype, place: str) -> Quantized:
         numbers, scale = int8.quantize_rows(weight.t())
         return Stored(numbers.t().contiguous(), scale)
 
+    names = weight_names(model)
+    originals = {name: model.get_submodule(name) for name in names}
     stored = put_in(model, stored_of)
-    passed_by = _put_back_unused(model, layers, place)
+    back = _put_back_unused(model, originals, names, place)
+    passed_by = [name for name in back if name in layers]
     kept = {name for name in layers if isinstance(model.get_submodule(name), QuantizedLinear)}
     if not kept:
         raise ConfigError(
             f"{place}: a {model.config.model_type} model has no linear layer that could be"
             f" quantized{f' ({len(passed_by)} are never called)' if passed_by else ''}"
         )
-    left = {f"{name}.weight" for name in passed_by}
+    left = {names[name] for name in back}
     stored = {name: each for name, each in stored.items() if name not in left}
     share = sum(each.numbers.numel() for each in stored.values()) / total
     table = " and the embeddings" if isinstance(
@@ -219,28 +246,31 @@ def quantize(model: PreTrainedModel, dtype: Dtype, place: str) -> Quantized:
     if passed_by:
         line += (
             f"; {model.config.model_type} reads the weights of {passed_by[0]}"
-            f"{f' and {len(passed_by) - 1} others' if len(passed_by) > 1 else ''} without calling"
+            f"{f' and {len(passed_by) - 1} more' if len(passed_by) > 1 else ''} without calling"
             " the layer, which stays as it is"
         )
     return Quantized(stored, line)
 
 
 def _put_back_unused(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], place: str
+    model: PreTrainedModel, originals: Mapping[str, nn.Module], names: Mapping[str, str], place: str
 ) -> list[str]:
-    """Put back the layers whose weights the model reads directly, and return their names."""
+    """Put back the layers whose weights the model reads directly, and return their names.
+
+    With them go the layers of that name in other blocks, which are read in the same way, and those
+    that are tied to them. `names` are those of the weights.
+    """
     back: list[str] = []
     while True:
         try:
             try_out(model)
             return back
         except ReadDirectlyError as error:
-            name = str(error)
-            # Those of the other blocks are read in the same way.
-            ending = name.rpartition(".")[2]
-            same = [each for each in layers if each.rpartition(".")[2] == ending]
+            ending = str(error).rpartition(".")[2]
+            read = {names[each] for each in originals if each.rpartition(".")[2] == ending}
+            same = [each for each in originals if names[each] in read]
             for each in same:
-                model.set_submodule(each, layers[each])
+                model.set_submodule(each, originals[each])
             back += same
         except Exception as error:  # whatever a model raises
             raise ConfigError(

@@ -30,6 +30,7 @@ from flame_composer.config.bench import (
     ConversionBenchmarkConfig,
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
+    QuantizeBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
@@ -39,6 +40,7 @@ from flame_composer.config.convert import (
     ConvertConfig,
     FromLlamaConfig,
     InspectConfig,
+    QuantizeConfig,
     ToHfConfig,
     TokenizerTrainConfig,
 )
@@ -67,6 +69,8 @@ SCRIPTS: list[type[ScriptConfig]] = [
     BenchmarkConfig,
     ConversionBenchmarkConfig,
     DecodeBenchmarkConfig,
+    QuantizeBenchmarkConfig,
+    QuantizeConfig,
     CheckpointBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,

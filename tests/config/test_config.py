@@ -33,6 +33,7 @@ from flame_composer.config.bench import (
     DecodeBenchmarkConfig,
     ExamplesBenchmarkConfig,
     GpuBenchmarkConfig,
+    QuantizeBenchmarkConfig,
     SizesConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
@@ -52,6 +53,7 @@ from flame_composer.config.convert import (
     ConvertConfig,
     FromLlamaConfig,
     InspectConfig,
+    QuantizeConfig,
     ToHfConfig,
     TokenizerTrainConfig,
 )
@@ -140,6 +142,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ServeConfig: {"model": "m"},
     PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
+    QuantizeConfig: {"model": "m", "dtype": "int8", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
@@ -152,6 +155,7 @@ GIVEN: dict[type, dict[str, Any]] = {
         cls: {}
         for cls in (
             DecodeBenchmarkConfig,
+            QuantizeBenchmarkConfig,
             CheckpointBenchmarkConfig,
             StartBenchmarkConfig,
             TrainerBenchmarkConfig,
@@ -1418,6 +1422,16 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for cls in (ToHfConfig, FromLlamaConfig)
     ),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out", "push_to_hub")),
+    *((QuantizeConfig, {name: ""}, name, EMPTY) for name in ("model", "base", "out")),
+    (QuantizeConfig, {"out": "s3://bucket/folder"}, "out", "must be a local folder"),
+    (QuantizeBenchmarkConfig, {"batch_sizes": [1, 0]}, "batch_sizes", "must be 1 or more"),
+    (QuantizeBenchmarkConfig, {"model": ""}, "model", EMPTY),
+    (QuantizeBenchmarkConfig, {"model": "m", "data": ""}, "data", EMPTY),
+    (QuantizeBenchmarkConfig, {"model": "m"}, "data", "must be set together with model"),
+    *(
+        (QuantizeBenchmarkConfig, {name: 0}, name, "must be more than 0")
+        for name in ("hidden_size", "num_layers", "vocab_size", "new_tokens", "repeats")
+    ),
     *(
         (cls, {"max_shard_size": 0}, "max_shard_size", "must be more than 0 bytes")
         for cls in (ToHfConfig, FromLlamaConfig)
