@@ -66,7 +66,7 @@ def losses(model: str, data: str) -> dict[str, float]:
 
 
 def quantizing(config: QuantizeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
-    """Time decoding with each type of weights, and take the loss of a trained model if one is given.
+    """Time decoding with each type of weights, and take the loss of a trained model, if given.
 
     Raise ConfigError on a machine with a GPU, where weights are not quantized.
     """

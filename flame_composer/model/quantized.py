@@ -34,7 +34,7 @@ class ReadDirectlyError(Exception):
 
 
 class Unreadable(Tensor):
-    """A weight of which shape, type and device are known; it raises ReadDirectlyError if it is used.
+    """A weight whose shape, type and device are known; other use raises ReadDirectlyError.
 
     Models ask for the type of weights, to which they convert what they give to the layer.
     """
