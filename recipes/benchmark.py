@@ -5,6 +5,7 @@
     train       a GLA model against a Llama of the same size, forward and backward
     growth      the same with more rows, and with fewer and with more layers
     decode      the same two models, generating token by token
+    quantize    the first of them with weights of int8 and bf16 against fp32
     serve       recipes/serve.py against requests one after another, and static batches
     trainer     recipes/train.py against a bare loop over the same batches
     data        loading batches against StreamingDataset; the first batch of a resumed epoch
@@ -38,9 +39,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def timed(name: str, config: Any) -> None:
-    from flame_composer.bench.models import decoding, growth, training
+    from flame_composer.bench import models, quantized
 
-    measure.report(name, *{"train": training, "growth": growth, "decode": decoding}[name](config))
+    made = {"train": models.training, "growth": models.growth, "decode": models.decoding}
+    made["quantize"] = quantized.quantizing
+    measure.report(name, *made[name](config))
 
 
 def written(name: str, config: Any) -> None:
@@ -57,7 +60,9 @@ def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
         measure.report(name, *compare(ROOT, config, folder))
 
 
-train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
+train, growth, decode, quantize = (
+    partial(timed, name) for name in ("train", "growth", "decode", "quantize")
+)
 checkpoint, serve = (partial(written, name) for name in ("checkpoint", "serve"))
 trainer = partial(compared, "trainer", commands.compare_trainers)
 data = partial(compared, "data", commands.compare_readers)
@@ -86,6 +91,7 @@ if __name__ == "__main__":
                 "train": (train, configs.BenchmarkConfig),
                 "growth": (growth, configs.BenchmarkConfig),
                 "decode": (decode, configs.DecodeBenchmarkConfig),
+                "quantize": (quantize, configs.QuantizeBenchmarkConfig),
                 "serve": (serve, configs.ServingBenchmarkConfig),
                 "trainer": (trainer, configs.TrainerBenchmarkConfig),
                 "data": (data, configs.DataBenchmarkConfig),

@@ -37,7 +37,7 @@ def main(config: EvaluateConfig) -> None:
         from flame_composer.use import benchmarks
 
         asked = benchmarks.load(config)
-    model, tokenizer = load_model(config.model, config.tokenizer, config.base)
+    model, tokenizer = load_model(config.model, config.tokenizer, config.base, config.quantize)
     if config.has_tasks:
         move = get_device().module_to_device
         adapter = benchmarks.build_adapter(config, model, tokenizer, asked, move)

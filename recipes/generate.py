@@ -31,7 +31,7 @@ def main(config: GenerateConfig) -> None:
     listen_to_signals()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends the script quietly
     prompts = read_prompts(config.prompts) if config.prompts else []
-    model, tokenizer = load_model(config.model, base=config.base)
+    model, tokenizer = load_model(config.model, base=config.base, quantize=config.quantize)
     otherwise = "nothing is put before a prompt"
     tokenizer = begin_as_in_training(
         tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise

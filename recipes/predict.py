@@ -37,7 +37,7 @@ def main(config: PredictConfig) -> None:
     listen_to_signals()  # importing Composer replaced the handlers
     dist.initialize_dist(get_device())
     require_free(config.out)
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = load_model(config.model, quantize=config.quantize)
     dataset = open_for_model(config.data.local, config.data.remote, tokenizer=tokenizer)
     require_tuning_data(dataset)
     if dataset.manifest.template is not None:

@@ -38,7 +38,7 @@ def main(config: ServeConfig) -> None:
     from flame_composer.text.ends import begin_as_in_training
 
     listen_to_signals()  # importing Composer replaced the handlers
-    model, tokenizer = load_model(config.model, base=config.base)
+    model, tokenizer = load_model(config.model, base=config.base, quantize=config.quantize)
     otherwise = "nothing is put before a prompt"
     tokenizer = begin_as_in_training(
         tokenizer, config.model, add_bos=config.add_bos, otherwise=otherwise

@@ -8,6 +8,7 @@ keyword arguments in the checkpoint unchecked.
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,10 @@ from flame_composer.errors import ConfigError, DataError, InvalidField, one_line
 from flame_composer.model.build import build_model, load_pretrained, meta_model
 from flame_composer.model.foreign import count_not_finite, numbers_in, require_size, warn_not_finite
 from flame_composer.model.hf_config import check_runs_here, read_back_hf_config
+from flame_composer.model.int8_folder import holds_int8, read_int8_folder
+from flame_composer.model.lora import merge_adapters
+from flame_composer.model.quantized import Dtype, is_quantized
+from flame_composer.model.quantized import quantize as quantize_model
 from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import new_folder
 from flame_composer.text.chat import stop_ids
@@ -132,15 +137,22 @@ def tokenizer_from(hf_state: Mapping[str, Any], place: str) -> PreTrainedTokeniz
 
 
 def load_model(
-    place_or_id: str, tokenizer: str | None = None, base: str | None = None
+    place_or_id: str,
+    tokenizer: str | None = None,
+    base: str | None = None,
+    quantize: Dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return a model and its tokenizer, ready to be run.
 
     They come from a Hugging Face folder or id, a folder of an adapter in peft's layout, a
     checkpoint, or the newest checkpoint in a folder. `tokenizer` is the folder or id of another
-    tokenizer to use instead, and `base` that of an adapter's base, if it has moved. Raise
-    ConfigError if the tokenizer has more tokens than the model.
+    tokenizer to use instead, and `base` that of an adapter's base, if it has moved. With `quantize`
+    the model gets weights of that type, after an adapter is merged, and stderr a line on how many.
+    Raise ConfigError if the tokenizer has more tokens than the model, or for quantized weights
+    where there is a GPU.
     """
+    if quantize is not None:
+        _require_cpu(f"quantize={quantize}")
     path = Path(place_or_id)
     if (path / adapters.CONFIG).is_file() and not (path / "config.json").is_file():
         model = adapters.read_adapter_folder(path, base)
@@ -159,8 +171,10 @@ def load_model(
     elif base is not None:
         raise _no_adapter(place_or_id)
     else:
-        model, found = load_pretrained(place_or_id), load_tokenizer(tokenizer or place_or_id)
-        known = ends_in(place_or_id)
+        if is_int8 := holds_int8(place_or_id):
+            _require_cpu(place_or_id)
+        model = (read_int8_folder if is_int8 else load_pretrained)(place_or_id)
+        found, known = load_tokenizer(tokenizer or place_or_id), ends_in(place_or_id)
     if tokenizer is not None and known is not None:
         note_ends(found, known)  # how documents began in training, whatever tokenizer is used now
     if vocab_size_of(found) > model.config.vocab_size:
@@ -168,7 +182,31 @@ def load_model(
             f"{tokenizer or place_or_id}: its tokenizer has {vocab_size_of(found)} tokens, the"
             f" model only {model.config.vocab_size}; give the one it was trained with"
         )
+    if quantize is not None:
+        _quantize(model, quantize, place_or_id)
     return model, found
+
+
+def _require_cpu(what: str) -> None:
+    """Raise ConfigError where there is a GPU, since quantized layers compute on a CPU."""
+    if torch.cuda.is_available():
+        raise ConfigError(
+            f"{what}: quantized weights are for a CPU, and there is a GPU here; give the model"
+            " as it was trained, or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def _quantize(model: PreTrainedModel, dtype: Dtype, place: str) -> None:
+    """Quantize a model that was loaded from `place`, unless its folder has these weights already.
+
+    Raise InvalidField if the folder has others.
+    """
+    if is_quantized(model):
+        if dtype != "int8":
+            raise InvalidField("quantize", f"must be null or int8: {place} holds int8 weights")
+        return
+    merge_adapters(model)
+    print(quantize_model(model, dtype, place).line, file=sys.stderr)
 
 
 def load_from_checkpoint(
@@ -229,6 +267,24 @@ def average_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     )
 
 
+def complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put the tokenizer's special tokens into the generation config where it names none."""
+    if model.generation_config is None:
+        return
+    for name, token in special_tokens(tokenizer).items():
+        if getattr(model.generation_config, name) is None:
+            setattr(model.generation_config, name, token)
+    if tokenizer.chat_template is not None:
+        known: Any = model.generation_config.eos_token_id
+        before = known if isinstance(known, list) else [] if known is None else [known]
+        ids = list(dict.fromkeys([*stop_ids(tokenizer), *before]))
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0] if ids else None
+    if ends_of(tokenizer) is not None:
+        # transformers begins a text with this token if there is no prompt.
+        model.generation_config.bos_token_id = start_of(tokenizer)
+    keep_generation_config(model)
+
+
 def save_hf_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -245,19 +301,7 @@ def save_hf_folder(
     no special tokens, the generation config gets the tokenizer's. `card` becomes README.md. Weights
     that are infinite or not a number, or become so in `dtype`, are named in a warning.
     """
-    if model.generation_config is not None:
-        for name, token in special_tokens(tokenizer).items():
-            if getattr(model.generation_config, name) is None:
-                setattr(model.generation_config, name, token)
-        if tokenizer.chat_template is not None:
-            known: Any = model.generation_config.eos_token_id
-            before = known if isinstance(known, list) else [] if known is None else [known]
-            ids = list(dict.fromkeys([*stop_ids(tokenizer), *before]))
-            model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0] if ids else None
-        if ends_of(tokenizer) is not None:
-            # transformers begins a text with this token if there is no prompt.
-            model.generation_config.bos_token_id = start_of(tokenizer)
-        keep_generation_config(model)
+    complete_generation_config(model, tokenizer)
     with new_folder(out) as folder:
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")

@@ -140,6 +140,39 @@ class DecodeBenchmarkConfig(SizesConfig):
 
 
 @dataclass
+class QuantizeBenchmarkConfig(SizesConfig):
+    """Time decoding with weights of int8 and bf16 against fp32, of a GLA with random weights."""
+
+    paths = ("model", "data")
+
+    hidden_size: int = 768
+    """Width of the model."""
+    num_layers: int = 12
+    """Number of layers of the model."""
+    vocab_size: int = 32000
+    """Number of tokens in the vocabulary."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    """Numbers of sequences that are decoded together."""
+    new_tokens: int = 8
+    """Number of tokens that are decoded in a turn."""
+    repeats: int = 5
+    """Number of turns that count."""
+    model: str | None = None
+    """Hugging Face folder of a trained model, whose loss is taken with each type of weights."""
+    data: str | None = None
+    """Local dataset that the loss is taken on; must be set together with model."""
+
+    def validate(self) -> None:
+        super().validate()
+        require_positive(self, "new_tokens", "repeats")
+        rule = "must be 1 or more"
+        require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "batch_sizes", rule)
+        require_text(self, "model", "data")
+        rule = "must be set together with model"
+        require((self.model is None) == (self.data is None), "data", rule)
+
+
+@dataclass
 class ServingBenchmarkConfig(SizesConfig):
     """Time recipes/serve.py against requests one after another, and against static batches.
 
@@ -248,6 +281,7 @@ BENCHMARKS = (
     "train",
     "growth",
     "decode",
+    "quantize",
     "serve",
     "trainer",
     "data",

@@ -341,3 +341,29 @@ class PruneConfig(ScriptConfig):
         require(is_one, "sparsity", "must be set (e.g. 0.5), or pattern=2:4, and not both")
         is_fraction = self.sparsity is None or 0 < self.sparsity < 1
         require(is_fraction, "sparsity", "must be more than 0 and less than 1")
+
+
+@dataclass
+class QuantizeConfig(ScriptConfig):
+    """Write a model as a Hugging Face folder with smaller weights, for use on a CPU."""
+
+    paths = ("model", "base", "out")
+
+    model: str = MISSING
+    """Hugging Face folder or id, a folder of an adapter in peft's layout, or a checkpoint file or a
+    folder of checkpoints, of which the newest is taken; local or in an object store.
+    """
+    base: str | None = None
+    """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
+    was in training.
+    """
+    dtype: Literal["int8", "bf16"] = MISSING
+    """Type of the weights. int8: 8 bits, with a scale for each output channel, for the scripts of
+    this package only. bf16: a folder that any program loads.
+    """
+    out: str = MISSING
+    """Folder to write; must not exist or be empty."""
+
+    def validate(self) -> None:
+        require_text(self, "model", "base", "out")
+        require("://" not in self.out, "out", "must be a local folder")

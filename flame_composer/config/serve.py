@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from omegaconf import MISSING
 
@@ -27,6 +28,10 @@ class ServeConfig(ScriptConfig):
     base: str | None = None
     """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
     was in training.
+    """
+    quantize: Literal["int8", "bf16"] | None = None
+    """Type that the weights are turned into, on a CPU: int8 (with a scale for each output channel)
+    or bf16; none if not set.
     """
     served_name: str | None = None
     """Name of the model to clients; the last part of model if not set."""

@@ -35,6 +35,10 @@ class EvaluateConfig(ScriptConfig):
     """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
     was in training.
     """
+    quantize: Literal["int8", "bf16"] | None = None
+    """Type that the weights are turned into, on a CPU: int8 (with a scale for each output channel)
+    or bf16; none if not set.
+    """
     data: EvalDataConfig | None = None
     """Dataset to take loss and perplexity on."""
     datasets: dict[str, EvalDataConfig] = field(default_factory=dict)
@@ -202,6 +206,10 @@ class GenerateConfig(ScriptConfig):
     """Hugging Face folder or id of the model that an adapter was trained on, if it is not where it
     was in training.
     """
+    quantize: Literal["int8", "bf16"] | None = None
+    """Type that the weights are turned into, on a CPU: int8 (with a scale for each output channel)
+    or bf16; none if not set.
+    """
     prompt: str | None = None
     """Text to continue. If neither it nor prompts is set, lines that are typed or piped in are
     continued one by one, until Ctrl-D.
@@ -261,6 +269,10 @@ class PredictConfig(ScriptConfig):
     model: str = MISSING
     """Hugging Face folder or id, or a checkpoint file or a folder of checkpoints, of which the
     newest is taken; local or in an object store.
+    """
+    quantize: Literal["int8", "bf16"] | None = None
+    """Type that the weights are turned into, on a CPU: int8 (with a scale for each output channel)
+    or bf16; none if not set.
     """
     data: PlaceConfig = field(default_factory=PlaceConfig)
     """Tuning dataset with the examples to answer, e.g. its held-out split."""

@@ -20,7 +20,8 @@ from transformers import (
 from flame_composer.batch import IGNORE
 from flame_composer.errors import InvalidField
 from flame_composer.model.lora import Adapter, trained_names
-from flame_composer.model.work import count_work
+from flame_composer.model.quantized import is_quantized
+from flame_composer.model.work import Work, count_work
 from flame_composer.upstream.composer import known_as_causal
 from flame_composer.upstream.transformers import block_names
 
@@ -90,13 +91,20 @@ class CausalLM(HuggingFaceModel):
         self.varlen = varlen
         self.z_loss = z_loss
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
-        self.work = count_work(model)
+        # A quantized model, whose weights cannot be counted, is not trained.
+        self._work = None if is_quantized(model) else count_work(model)
         self._metadata: dict[str, Any] | None = None
         self.adapter = adapter
         if adapter is not None:
             # Taken down now, because a name must not leave checkpoints when its weight is frozen.
             self._trained = frozenset(trained_names(self))
             self.register_state_dict_post_hook(_keep_trained)
+
+    @property
+    def work(self) -> Work:
+        """The numbers of the model that decide its FLOPs per token."""
+        assert self._work is not None
+        return self._work
 
     def get_metadata(self) -> dict[str, Any]:
         """Return the config and the tokenizer's files in the form that a checkpoint holds.

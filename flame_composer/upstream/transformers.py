@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,19 @@ def generation_keys() -> set[str]:
     Mends: these keys are not arguments of the config's class, and have no public list.
     """
     return set(PretrainedConfig._get_global_generation_defaults())
+
+
+@contextmanager
+def without_parameters() -> Iterator[None]:
+    """Give no memory to the parameters of models built in the body; their buffers are as usual.
+
+    Upstream: transformers 4.57.6, `integrations.accelerate.init_empty_weights`.
+    Mends: a model built on the meta device has no buffers, of which some are stored nowhere.
+    """
+    from transformers.integrations.accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):  # type: ignore[no-untyped-call]
+        yield
 
 
 def keep_generation_config(model: Any) -> None:

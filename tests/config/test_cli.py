@@ -30,6 +30,7 @@ from flame_composer.config.bench import (
     ConversionBenchmarkConfig,
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
+    QuantizeBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
@@ -40,6 +41,7 @@ from flame_composer.config.convert import (
     FromLlamaConfig,
     InspectConfig,
     PruneConfig,
+    QuantizeConfig,
     ToHfConfig,
     TokenizerTrainConfig,
 )
@@ -69,6 +71,8 @@ SCRIPTS: list[type[ScriptConfig]] = [
     BenchmarkConfig,
     ConversionBenchmarkConfig,
     DecodeBenchmarkConfig,
+    QuantizeBenchmarkConfig,
+    QuantizeConfig,
     CheckpointBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,

@@ -34,6 +34,7 @@ from flame_composer.config.bench import (
     ExamplesBenchmarkConfig,
     GpuBenchmarkConfig,
     ServingBenchmarkConfig,
+    QuantizeBenchmarkConfig,
     SizesConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
@@ -54,6 +55,7 @@ from flame_composer.config.convert import (
     FromLlamaConfig,
     InspectConfig,
     PruneConfig,
+    QuantizeConfig,
     ToHfConfig,
     TokenizerTrainConfig,
 )
@@ -142,6 +144,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     ServeConfig: {"model": "m"},
     PredictConfig: {"model": "m", "data": PlaceConfig(local="d"), "out": "o"},
     ToHfConfig: {"checkpoint": "c", "out": "o"},
+    QuantizeConfig: {"model": "m", "dtype": "int8", "out": "o"},
     FromLlamaConfig: {"model": "m", "config": "c", "out": "o"},
     PruneConfig: {"model": "m", "out": "o", "sparsity": 0.5},
     InspectConfig: {"data": "d"},
@@ -156,6 +159,7 @@ GIVEN: dict[type, dict[str, Any]] = {
         for cls in (
             DecodeBenchmarkConfig,
             ServingBenchmarkConfig,
+            QuantizeBenchmarkConfig,
             CheckpointBenchmarkConfig,
             StartBenchmarkConfig,
             TrainerBenchmarkConfig,
@@ -1435,6 +1439,16 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for value in (0.0, 1.0, -0.1, nan, inf)
     ),
     *((ToHfConfig, {name: ""}, name, EMPTY) for name in ("checkpoint", "out", "push_to_hub")),
+    *((QuantizeConfig, {name: ""}, name, EMPTY) for name in ("model", "base", "out")),
+    (QuantizeConfig, {"out": "s3://bucket/folder"}, "out", "must be a local folder"),
+    (QuantizeBenchmarkConfig, {"batch_sizes": [1, 0]}, "batch_sizes", "must be 1 or more"),
+    (QuantizeBenchmarkConfig, {"model": ""}, "model", EMPTY),
+    (QuantizeBenchmarkConfig, {"model": "m", "data": ""}, "data", EMPTY),
+    (QuantizeBenchmarkConfig, {"model": "m"}, "data", "must be set together with model"),
+    *(
+        (QuantizeBenchmarkConfig, {name: 0}, name, "must be more than 0")
+        for name in ("hidden_size", "num_layers", "vocab_size", "new_tokens", "repeats")
+    ),
     *(
         (cls, {"max_shard_size": 0}, "max_shard_size", "must be more than 0 bytes")
         for cls in (ToHfConfig, FromLlamaConfig)

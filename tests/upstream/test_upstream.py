@@ -1052,3 +1052,47 @@ def test_connection(monkeypatch):
 
     assert asyncio.run(is_left_open(H11Protocol))
     assert not asyncio.run(is_left_open(connections.Connection))
+
+
+def test_pack():
+    """Packed int8 weights have no public name but in modules that quantize activations."""
+    import torch
+
+    from flame_composer.cpu.int8 import pack
+
+    assert pack(torch.ones(4, 8, dtype=torch.int8)).layout is torch._mkldnn
+    assert not hasattr(torch.nn.functional, "linear_int8")
+
+
+def test_int8_product():
+    """torch's public product of int8 weights gives all rows of a batch one scale of 8 bits."""
+    import torch
+
+    from flame_composer.cpu.int8 import int8_product, pack, quantize_rows
+
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    numbers, scale = quantize_rows(layer[0].weight.data)
+    x = torch.randn(2, 64) * torch.tensor([[1.0], [1000.0]])
+    theirs = torch.ao.quantization.quantize_dynamic(layer, dtype=torch.qint8)
+    expected = layer(x)[0]
+    ours = int8_product(x, pack(numbers), scale, torch.zeros(8, dtype=torch.int32))[0]
+    assert (ours - expected).norm() < 0.02 * expected.norm()
+    assert (theirs(x)[0] - expected).norm() > 0.2 * expected.norm()
+
+
+def test_without_parameters():
+    """On the meta device, buffers have no numbers either."""
+    import torch
+
+    from flame_composer.upstream.transformers import without_parameters
+
+    def build():
+        return torch.nn.BatchNorm1d(3)
+
+    with torch.device("meta"):
+        assert build().running_var.is_meta
+    with without_parameters():
+        module = build()
+    assert module.weight.is_meta
+    assert module.running_var.tolist() == [1, 1, 1]
