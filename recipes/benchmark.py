@@ -49,26 +49,21 @@ def timed(name: str, config: Any) -> None:
 def written(name: str, config: Any) -> None:
     from flame_composer.bench import runs, serving
 
-    serve = partial(serving.compare_serving, ROOT)
+    made = {"checkpoint": runs.checkpoints, "serve": partial(serving.compare_serving, ROOT)}
     with measure.workplace(config.folder) as folder:
-        compare = {"checkpoint": runs.checkpoints, "serve": serve}[name]
-        measure.report(name, *compare(config, folder))
+        measure.report(name, *made[name](config, folder))
 
 
-def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
+def compared(name: str, config: Any) -> None:
+    made: dict[str, Callable[..., tuple]] = {
+        "trainer": commands.compare_trainers,
+        "data": commands.compare_readers,
+        "start": commands.compare_starts,
+        "convert": compare_conversions,
+        "examples": compare_examples,
+    }
     with measure.workplace(config.folder) as folder:
-        measure.report(name, *compare(ROOT, config, folder))
-
-
-train, growth, decode, quantize = (
-    partial(timed, name) for name in ("train", "growth", "decode", "quantize")
-)
-checkpoint, serve = (partial(written, name) for name in ("checkpoint", "serve"))
-trainer = partial(compared, "trainer", commands.compare_trainers)
-data = partial(compared, "data", commands.compare_readers)
-start = partial(compared, "start", commands.compare_starts)
-convert = partial(compared, "convert", compare_conversions)
-examples = partial(compared, "examples", compare_examples)
+        measure.report(name, *made[name](ROOT, config, folder))
 
 
 def run_all(config: configs.AllBenchmarksConfig) -> None:
@@ -88,17 +83,17 @@ if __name__ == "__main__":
     sys.exit(
         run_one_of(
             {
-                "train": (train, configs.BenchmarkConfig),
-                "growth": (growth, configs.BenchmarkConfig),
-                "decode": (decode, configs.DecodeBenchmarkConfig),
-                "quantize": (quantize, configs.QuantizeBenchmarkConfig),
-                "serve": (serve, configs.ServingBenchmarkConfig),
-                "trainer": (trainer, configs.TrainerBenchmarkConfig),
-                "data": (data, configs.DataBenchmarkConfig),
-                "start": (start, configs.StartBenchmarkConfig),
-                "checkpoint": (checkpoint, configs.CheckpointBenchmarkConfig),
-                "convert": (convert, configs.ConversionBenchmarkConfig),
-                "examples": (examples, configs.ExamplesBenchmarkConfig),
+                "train": (partial(timed, "train"), configs.BenchmarkConfig),
+                "growth": (partial(timed, "growth"), configs.BenchmarkConfig),
+                "decode": (partial(timed, "decode"), configs.DecodeBenchmarkConfig),
+                "quantize": (partial(timed, "quantize"), configs.QuantizeBenchmarkConfig),
+                "serve": (partial(written, "serve"), configs.ServingBenchmarkConfig),
+                "trainer": (partial(compared, "trainer"), configs.TrainerBenchmarkConfig),
+                "data": (partial(compared, "data"), configs.DataBenchmarkConfig),
+                "start": (partial(compared, "start"), configs.StartBenchmarkConfig),
+                "checkpoint": (partial(written, "checkpoint"), configs.CheckpointBenchmarkConfig),
+                "convert": (partial(compared, "convert"), configs.ConversionBenchmarkConfig),
+                "examples": (partial(compared, "examples"), configs.ExamplesBenchmarkConfig),
                 "gpu": (gpu.check, configs.GpuBenchmarkConfig),
                 "all": (run_all, configs.AllBenchmarksConfig),
             }
