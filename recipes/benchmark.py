@@ -34,22 +34,16 @@ from flame_composer.config import bench as configs
 from flame_composer.config.cli import run_one_of
 from flame_composer.train import charts
 
-ROOT = Path(__file__).parent.parent
-
 
 def timed(name: str, config: Any) -> None:
     from flame_composer.bench.models import decoding, growth, training
+    from flame_composer.bench.quantized import quantizing
 
-    measure.report(name, *{"train": training, "growth": growth, "decode": decoding}[name](config))
+    parts = {"train": training, "growth": growth, "decode": decoding, "quantize": quantizing}
+    measure.report(name, *parts[name](config))
 
 
 train, growth, decode = (partial(timed, name) for name in ("train", "growth", "decode"))
-
-
-def quantize(config: configs.QuantizeBenchmarkConfig) -> None:
-    from flame_composer.bench.quantized import quantizing
-
-    measure.report("quantize", *quantizing(config))
 
 
 def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
@@ -61,7 +55,7 @@ def checkpoint(config: configs.CheckpointBenchmarkConfig) -> None:
 
 def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
     with measure.workplace(config.folder) as folder:
-        measure.report(name, *compare(ROOT, config, folder))
+        measure.report(name, *compare(Path(__file__).parents[1], config, folder))
 
 
 trainer = partial(compared, "trainer", commands.compare_trainers)
@@ -91,7 +85,7 @@ if __name__ == "__main__":
                 "train": (train, configs.BenchmarkConfig),
                 "growth": (growth, configs.BenchmarkConfig),
                 "decode": (decode, configs.DecodeBenchmarkConfig),
-                "quantize": (quantize, configs.QuantizeBenchmarkConfig),
+                "quantize": (partial(timed, "quantize"), configs.QuantizeBenchmarkConfig),
                 "trainer": (trainer, configs.TrainerBenchmarkConfig),
                 "data": (data, configs.DataBenchmarkConfig),
                 "start": (start, configs.StartBenchmarkConfig),

@@ -331,8 +331,8 @@ def test_which_benchmark():
     assert (
         wrong.stderr
         == "error: command line: convrt: must be one of train, growth, decode, quantize,"
-        " trainer, data, start, checkpoint, convert, examples, gpu, all, or a YAML file; did you mean"
-        " convert?\n"
+        " trainer, data, start, checkpoint, convert, examples, gpu, all, or a YAML file; did you"
+        " mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
