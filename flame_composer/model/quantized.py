@@ -100,7 +100,8 @@ class QuantizedLinear(nn.Module):
         else:
             result = int8.int8_product(x.float(), self._numbers, self._scale, self._zeros)
             result = result.to(x.dtype)
-        return result if self.bias is None else result + self.bias
+        bias: Any = self.bias
+        return result if bias is None else result + bias
 
 
 class QuantizedEmbedding(nn.Module):

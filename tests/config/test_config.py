@@ -943,7 +943,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         AllBenchmarksConfig,
         {"names": ["train", "strat"]},
         "names",
-        "must be among train, growth, decode, quantize, trainer, data, start, checkpoint, convert, examples",
+        "must be among train, growth, decode, quantize, trainer, data, start, checkpoint, convert,"
+        " examples",
     ),
     (GpuBenchmarkConfig, {"out": ""}, "out", EMPTY),
     (GpuBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
