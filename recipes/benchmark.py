@@ -42,8 +42,7 @@ def timed(name: str, config: Any) -> None:
     from flame_composer.bench import models, quantized
 
     made = {"train": models.training, "growth": models.growth, "decode": models.decoding}
-    made["quantize"] = quantized.quantizing
-    measure.report(name, *made[name](config))
+    measure.report(name, *(made | {"quantize": quantized.quantizing})[name](config))
 
 
 def written(name: str, config: Any) -> None:
@@ -54,16 +53,16 @@ def written(name: str, config: Any) -> None:
         measure.report(name, *made[name](config, folder))
 
 
-def compared(name: str, config: Any) -> None:
-    made: dict[str, Callable[..., tuple]] = {
-        "trainer": commands.compare_trainers,
-        "data": commands.compare_readers,
-        "start": commands.compare_starts,
-        "convert": compare_conversions,
-        "examples": compare_examples,
-    }
+def compared(name: str, compare: Callable[..., tuple], config: Any) -> None:
     with measure.workplace(config.folder) as folder:
-        measure.report(name, *made[name](ROOT, config, folder))
+        measure.report(name, *compare(ROOT, config, folder))
+
+
+trainer = partial(compared, "trainer", commands.compare_trainers)
+data = partial(compared, "data", commands.compare_readers)
+start = partial(compared, "start", commands.compare_starts)
+convert = partial(compared, "convert", compare_conversions)
+examples = partial(compared, "examples", compare_examples)
 
 
 def run_all(config: configs.AllBenchmarksConfig) -> None:
@@ -88,12 +87,12 @@ if __name__ == "__main__":
                 "decode": (partial(timed, "decode"), configs.DecodeBenchmarkConfig),
                 "quantize": (partial(timed, "quantize"), configs.QuantizeBenchmarkConfig),
                 "serve": (partial(written, "serve"), configs.ServingBenchmarkConfig),
-                "trainer": (partial(compared, "trainer"), configs.TrainerBenchmarkConfig),
-                "data": (partial(compared, "data"), configs.DataBenchmarkConfig),
-                "start": (partial(compared, "start"), configs.StartBenchmarkConfig),
+                "trainer": (trainer, configs.TrainerBenchmarkConfig),
+                "data": (data, configs.DataBenchmarkConfig),
+                "start": (start, configs.StartBenchmarkConfig),
                 "checkpoint": (partial(written, "checkpoint"), configs.CheckpointBenchmarkConfig),
-                "convert": (partial(compared, "convert"), configs.ConversionBenchmarkConfig),
-                "examples": (partial(compared, "examples"), configs.ExamplesBenchmarkConfig),
+                "convert": (convert, configs.ConversionBenchmarkConfig),
+                "examples": (examples, configs.ExamplesBenchmarkConfig),
                 "gpu": (gpu.check, configs.GpuBenchmarkConfig),
                 "all": (run_all, configs.AllBenchmarksConfig),
             }

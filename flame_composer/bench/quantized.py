@@ -17,7 +17,7 @@ from flame_composer.bench.models import decode, read_prompt
 from flame_composer.config.bench import QuantizeBenchmarkConfig
 from flame_composer.errors import ConfigError
 from flame_composer.model.build import build_model
-from flame_composer.model.quantized import QuantizedLinear, quantize
+from flame_composer.model.quantized import Dtype, QuantizedLinear, quantize
 from flame_composer.model.work import count_parameters
 
 EVALUATE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
@@ -39,9 +39,10 @@ def build_models(config: QuantizeBenchmarkConfig) -> dict[str, PreTrainedModel]:
         )
     ).eval()
     models = {"fp32": model}
-    for dtype in ("int8", "bf16"):
+    types: tuple[Dtype, ...] = ("int8", "bf16")
+    for dtype in types:
         models[dtype] = copy.deepcopy(model)
-        print(quantize(models[dtype], dtype, "a GLA of random weights").line)  # type: ignore[arg-type]
+        print(quantize(models[dtype], dtype, "a GLA of random weights").line)
     return models
 
 

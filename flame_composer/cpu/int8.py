@@ -57,9 +57,10 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     thread is not split again.
     """
     is_counted = not x.is_inference()  # only then it shows that a tensor was changed
-    last, version, split = getattr(_last, "split", (None, 0, None))
-    if split is not None and is_counted and last() is x and version == x._version:
-        return split  # type: ignore[no-any-return]
+    kept: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None
+    kept = getattr(_last, "split", None)
+    if kept is not None and is_counted and kept[0]() is x and kept[1] == x._version:
+        return kept[2]
     top = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_SMALLEST)
     y = x / top
     # The second half is what the first leaves over, which is at most half a step of it.

@@ -59,7 +59,7 @@ class Stored(NamedTuple):
 
     def fingerprint(self) -> Tensor:
         """Return a hash of the numbers, by which a state dict without them can be told apart."""
-        plain = self.numbers.contiguous().reshape(-1).view(torch.uint8).numpy()
+        plain = self.numbers.contiguous().reshape(-1).view(torch.uint8).numpy().data
         return torch.tensor(list(xxhash.xxh3_128_digest(plain)), dtype=torch.uint8)
 
 
@@ -100,9 +100,8 @@ class QuantizedLinear(nn.Module):
         else:
             result = int8.int8_product(x.float(), self._numbers, self._scale, self._zeros)
             result = result.to(x.dtype)
-        if self.bias is not None:
-            result += self.bias
-        return result
+        bias: Any = self.bias
+        return result if bias is None else result + bias
 
 
 class QuantizedEmbedding(nn.Module):
@@ -118,7 +117,8 @@ class QuantizedEmbedding(nn.Module):
         """Return the rows of `ids`, with one dimension more."""
         rows = F.embedding(ids, self.weight).float()  # type: ignore[arg-type]
         if self.weight_scale is not None:
-            rows *= self.weight_scale[ids].unsqueeze(-1)  # type: ignore[index]
+            scale: Any = self.weight_scale
+            rows = rows * scale[ids].unsqueeze(-1)
         return rows
 
 

@@ -948,8 +948,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         AllBenchmarksConfig,
         {"names": ["train", "strat"]},
         "names",
-        "must be among train, growth, decode, serve, trainer, data, start, checkpoint, convert,"
-        " examples",
+        "must be among train, growth, decode, quantize, serve, trainer, data, start, checkpoint,"
+        " convert, examples",
     ),
     (GpuBenchmarkConfig, {"out": ""}, "out", EMPTY),
     (GpuBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
@@ -1931,6 +1931,8 @@ def test_reading_a_configuration_imports_nothing_heavy():
 
 # Text keys that hold no path; any other one is in its section's `paths`.
 NO_PATHS = {
+    "quantize",
+    "pattern",
     "suite",
     "system_instruction",
     "run_name",
