@@ -1940,6 +1940,7 @@ NO_PATHS = {
     "qos",
     "address",
     "fresh",
+    "pattern",
     "push_to_hub",
     "names",
     "token_dtype",
