@@ -1973,6 +1973,7 @@ NO_PATHS = {
     "qos",
     "address",
     "fresh",
+    "pattern",
     "push_to_hub",
     "names",
     "token_dtype",
