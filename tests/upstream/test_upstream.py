@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
