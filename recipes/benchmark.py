@@ -39,7 +39,7 @@ def timed(name: str, config: Any) -> None:
     from flame_composer.bench.models import decoding, growth, training
     from flame_composer.bench.quantized import quantizing
 
-    parts: Any = dict(train=training, growth=growth, decode=decoding, quantize=quantizing)
+    parts: Any = {"train": training, "growth": growth, "decode": decoding, "quantize": quantizing}
     measure.report(name, *parts[name](config))
 
 
