@@ -40,7 +40,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.unsqueeze(1)).round_().clamp_(-MOST, MOST).to(torch.int8), scale
 
 
-def pack(numbers: Tensor) -> Tensor:
+def pack_int8(numbers: Tensor) -> Tensor:
     """Return int8 weights [O, I] in the order in which oneDNN reads them, of the same size.
 
     Upstream: torch 2.7.0, `torch.ops.onednn.qlinear_prepack`.
@@ -80,7 +80,7 @@ def int8_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Ten
     numbers.
 
     Upstream: torch 2.7.0, `torch.ops.onednn.qlinear_pointwise`.
-    Mends: as `pack`.
+    Mends: as `pack_int8`.
     """
     num_rows = x.shape[0]
     if x.numel() == 0:

@@ -81,7 +81,7 @@ class QuantizedLinear(nn.Module):
         if stored.scale is None:
             self._numbers = stored.numbers
         else:
-            self._numbers = int8.pack(stored.numbers)
+            self._numbers = int8.pack_int8(stored.numbers)
             self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
             self.register_buffer("weight_scale", stored.scale)
 

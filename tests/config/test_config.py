@@ -1973,7 +1973,6 @@ NO_PATHS = {
     "qos",
     "address",
     "fresh",
-    "pattern",
     "push_to_hub",
     "names",
     "token_dtype",

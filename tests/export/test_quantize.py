@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from flame_composer.checkpoint.to_model import load_model, save_hf_folder
 from flame_composer.config.load import load
 from flame_composer.config.use import ChatConfig
-from flame_composer.cpu.int8 import int8_product, pack, quantize_rows
+from flame_composer.cpu.int8 import int8_product, pack_int8, quantize_rows
 from flame_composer.errors import ConfigError
 from flame_composer.export.quantize import save_int8_folder
 from flame_composer.model import quantized
@@ -88,22 +88,22 @@ def test_the_product_is_that_of_the_rounded_weights(num_out: int, num_in: int) -
     x = torch.randn(37, num_in) * torch.logspace(-20, 20, 37)[:, None]
     x[5] = 0
     zeros = torch.zeros(num_out, dtype=torch.int32)
-    result = int8_product(x, pack(numbers), scale, zeros)
+    result = int8_product(x, pack_int8(numbers), scale, zeros)
     step = x.abs().amax(1, keepdim=True).double() / (63 * 126)
     bound = step * rounded.abs().sum(1) * 0.51 + 1e-5 * (x.double().abs() @ rounded.abs().T)
     assert bool(((result - x.double() @ rounded.T).abs() <= bound).all())
     assert bool((result[5] == 0).all())
     for number in range(37):
-        alone = int8_product(x[number : number + 1], pack(numbers), scale, zeros)
+        alone = int8_product(x[number : number + 1], pack_int8(numbers), scale, zeros)
         assert torch.equal(alone[0], result[number])
-    assert int8_product(x[:0], pack(numbers), scale, zeros).shape == (0, num_out)
+    assert int8_product(x[:0], pack_int8(numbers), scale, zeros).shape == (0, num_out)
 
 
 def test_rows_that_are_not_finite_give_no_finite_numbers() -> None:
     numbers, scale = quantize_rows(torch.randn(8, 16))
     x = torch.randn(3, 16)
     x[0, 3], x[1, 4] = math.nan, math.inf
-    result = int8_product(x, pack(numbers), scale, torch.zeros(8, dtype=torch.int32))
+    result = int8_product(x, pack_int8(numbers), scale, torch.zeros(8, dtype=torch.int32))
     assert not result[:2].isfinite().any()
     assert result[2].isfinite().all()
 

@@ -1072,13 +1072,13 @@ def test_connection(monkeypatch):
     assert not asyncio.run(is_left_open(connections.Connection))
 
 
-def test_pack():
+def test_pack_int8():
     """Packed int8 weights have no public name but in modules that quantize activations."""
     import torch
 
-    from flame_composer.cpu.int8 import pack
+    from flame_composer.cpu.int8 import pack_int8
 
-    assert pack(torch.ones(4, 8, dtype=torch.int8)).layout is torch._mkldnn
+    assert pack_int8(torch.ones(4, 8, dtype=torch.int8)).layout is torch._mkldnn
     assert not hasattr(torch.nn.functional, "linear_int8")
 
 
@@ -1086,7 +1086,7 @@ def test_int8_product():
     """torch's public product of int8 weights gives all rows of a batch one scale of 8 bits."""
     import torch
 
-    from flame_composer.cpu.int8 import int8_product, pack, quantize_rows
+    from flame_composer.cpu.int8 import int8_product, pack_int8, quantize_rows
 
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
@@ -1094,7 +1094,7 @@ def test_int8_product():
     x = torch.randn(2, 64) * torch.tensor([[1.0], [1000.0]])
     theirs = torch.ao.quantization.quantize_dynamic(layer, dtype=torch.qint8)
     expected = layer(x)[0]
-    ours = int8_product(x, pack(numbers), scale, torch.zeros(8, dtype=torch.int32))[0]
+    ours = int8_product(x, pack_int8(numbers), scale, torch.zeros(8, dtype=torch.int32))[0]
     assert (ours - expected).norm() < 0.02 * expected.norm()
     assert (theirs(x)[0] - expected).norm() > 0.2 * expected.norm()
 
