@@ -183,8 +183,8 @@ WRONG: dict[str, Wrong] = {
         without=("format",),
     ),
     "unknown format": line(
-        "format=alpacca: must be one of ['alpaca', 'sharegpt', 'messages', 'prompt_completion'] |"
-        " None",
+        "format=alpacca: must be one of ['alpaca', 'sharegpt', 'messages', 'prompt_completion'],"
+        " or null; did you mean alpaca?",
         "format=alpacca",
     ),
     "shards of less than a row": line(
