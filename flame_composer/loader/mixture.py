@@ -1,22 +1,37 @@
 """The global batches of an epoch, made of the endless orders of one or more streams.
 
-Epoch e takes the rows e x choose to (e + 1) x choose of each stream's order: no row comes again
-before all have come, whatever part of a stream an epoch takes. Nothing here grows with the number
-of rows, and any batch can be the first.
+Epoch e has the rows e x choose to (e + 1) x choose of each stream's order: whatever part of a
+stream an epoch takes, it goes on where the last one ended. The rows at an epoch's end that do not
+fill a batch are left out. Nothing here grows with the number of rows, and any batch can be the
+first.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flame_composer.loader.order import Ints, Numbers, StreamOrder, key_of, permutation, read
+from flame_composer.loader.order import (
+    BATCH,
+    BLOCKS,
+    DRAWS,
+    PHASES,
+    Ints,
+    Numbers,
+    StreamOrder,
+    key_of,
+    permutation,
+    read,
+)
 
 BatchingMethod = Literal["random", "stratified", "per_stream"]
 Take = Callable[[int], Ints]  # takes the next so many numbers of a sequence
+Wanted = NDArray[np.bool_]  # which places of a batch are asked for
 
 BLOCK = 4096  # draws that are shuffled together
 
@@ -32,14 +47,17 @@ class Draws:
     def __init__(self, counts: Ints, key: int | None):
         self.counts, self.key = counts, key
         self.num_blocks = max(1, -(-int(counts.sum()) // BLOCK))
-        self._firsts = self.counts.cumsum() - self.counts
-        self._phases = [key_of(key or 0, each) % self.num_blocks for each in range(len(counts))]
+        self._firsts = counts.cumsum() - counts
+        keys = [key_of(PHASES, key or 0, each) for each in range(len(counts))]
+        self._phases = np.array([each % self.num_blocks for each in keys])
 
     def before(self, block: int) -> Ints:
         """Return how many draws of each stream lie in the blocks before `block` [streams]."""
         if self.key is None:
             return np.clip(block * BLOCK - self._firsts, 0, self.counts)
-        return (block * self.counts + self._phases) // self.num_blocks
+        # (block * counts + phases) // num_blocks, without the product of two large numbers
+        whole, rest = np.divmod(self.counts, self.num_blocks)
+        return block * whole + (block * rest + self._phases) // self.num_blocks
 
     def streams(self, block: int) -> Ints:
         """Return the stream of each draw in a block [N]."""
@@ -47,7 +65,7 @@ class Draws:
         streams = np.repeat(np.arange(len(counts)), counts)
         if self.key is None or len(counts) == 1:
             return streams
-        return streams[permutation(len(streams), key_of(self.key, len(counts), block))]
+        return streams[permutation(len(streams), key_of(BLOCKS, self.key, block))]
 
     def enter(self, draw: int) -> tuple[Ints, Numbers]:
         """Return how many draws of each stream come before `draw`, and the streams from it on."""
@@ -87,10 +105,30 @@ class Turns:
     def before(self, place: int) -> list[int]:
         """Return how many of the places before `place` are each node's [nodes]."""
         rest = self._rest[: max(0, place - self.in_turn)]
-        return [
-            len(range(node, min(place, self.in_turn), self.nodes)) + int((rest == node).sum())
-            for node in range(self.nodes)
-        ]
+        turns = (min(place, self.in_turn) - np.arange(self.nodes) + self.nodes - 1) // self.nodes
+        found: list[int] = (turns + np.bincount(rest, minlength=self.nodes)).tolist()
+        return found
+
+
+class Rows:
+    """The ids of a sequence of rows, which is opened where rows are taken, and only then."""
+
+    def __init__(self, enter: Callable[[int], Take], position: int):
+        """Begin at `position`; `enter` returns what takes the rows from a position on."""
+        self._enter, self._position = enter, position
+        self._take: Take | None = None
+
+    def skip(self, count: int) -> None:
+        """Leave out the next `count` rows."""
+        if count:
+            self._position, self._take = self._position + count, None
+
+    def take(self, count: int) -> Ints:
+        """Return the ids of the next `count` rows [count]."""
+        if self._take is None:
+            self._take = self._enter(self._position)
+        self._position += count
+        return self._take(count)
 
 
 class Mixture:
@@ -113,151 +151,196 @@ class Mixture:
         Raises ValueError if a stream has no row in a batch of its share (stratified), or no batch
         (per_stream).
         """
-        self.streams, self.choose = streams, list(choose)
-        self.size, self.seed = global_batch_size, seed
+        self.streams, self.choose = streams, [int(each) for each in choose]
+        self.size, self.seed, self.method = global_batch_size, int(seed), batching_method
         self.nodes, self.shuffle = streams[0].nodes, streams[0].shuffle
         self.firsts = np.cumsum([0, *(stream.num_rows for stream in streams)]).tolist()
-        self.shares = shares_of(self.choose, self.size) if batching_method == "stratified" else []
+        self.shares: list[int] = []
         if batching_method == "random":
-            self.num_batches, self._made = sum(self.choose) // self.size, self._random
+            self.num_batches = sum(self.choose) // self.size
         elif batching_method == "stratified":
+            self.shares = shares_of(self.choose, self.size, self.nodes)
             pairs = zip(self.choose, self.shares, strict=True)
-            self.num_batches, self._made = min(a // b for a, b in pairs), self._stratified
+            self.num_batches = min(chosen // share for chosen, share in pairs)
         else:
             self.num_batches = sum(chosen // self.size for chosen in self.choose)
-            self._made = self._per_stream
             if min(self.choose) < self.size:
                 raise ValueError(
-                    f"stream {int(np.argmin(self.choose))} has {min(self.choose)} rows an epoch,"
-                    f" fewer than a batch of {self.size}"
+                    f"stream {self.choose.index(min(self.choose))} has {min(self.choose)} rows an"
+                    f" epoch, fewer than a batch of {self.size}"
                 )
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Ints]:
-        """Yield the ids [global batch size] of the rows of an epoch's batches, from `first` on."""
-        if first < self.num_batches:
-            yield from self._made(epoch, first)
+    def batches(
+        self, epoch: int, first: int = 0, *, place: int = 0, places: int = 1
+    ) -> Iterator[Ints]:
+        """Yield the ids of the rows of an epoch's batches, from the batch `first` on.
+
+        Of each batch these are every `places`-th row from `place` on: a rank's. What belongs to
+        other canonical nodes is not laid out.
+        """
+        if first >= self.num_batches:
+            return
+        mine = np.zeros(self.size, np.bool_)
+        mine[place::places] = True
+        made = {
+            "random": self._random,
+            "stratified": self._stratified,
+            "per_stream": self._per_stream,
+        }
+        for ids in made[self.method](epoch, first, mine):
+            yield ids[mine]
 
     def _key(self, *numbers: int) -> int | None:
-        return key_of(self.seed, *numbers) if self.shuffle else None
+        return key_of(*numbers[:1], self.seed, *numbers[1:]) if self.shuffle else None
 
-    def _random(self, epoch: int, first: int) -> Iterator[Ints]:
+    def _random(self, epoch: int, first: int, mine: Wanted) -> Iterator[Ints]:
         """Each row is drawn from a stream."""
-        bounds = np.array(
-            [
-                [
-                    [stream.first_of(node, each * choose) for each in (epoch, epoch + 1)]
-                    for stream, choose in zip(self.streams, self.choose, strict=True)
-                ]
-                for node in range(self.nodes)
-            ]
-        )
+        # The rows of each stream with which the epoch begins and ends for each node
+        edges = np.array([[epoch * each, (epoch + 1) * each] for each in self.choose])
+        nodes = np.arange(self.nodes)[:, None, None]
+        bounds = np.maximum(0, (edges - nodes + self.nodes - 1) // self.nodes)
         turns = Turns((bounds[:, :, 1] - bounds[:, :, 0]).sum(axis=1))
+        starts = turns.before(first * self.size)
         rows = [
-            self._rows_of(node, bounds[node], self._key(epoch, node), start)
-            for node, start in enumerate(turns.before(first * self.size))
+            Rows(
+                functools.partial(self._of_node, node, bounds[node], self._key(DRAWS, epoch, node)),
+                start,
+            )
+            for node, start in enumerate(starts)
         ]
         for batch in range(first, self.num_batches):
-            yield fill(turns.nodes_of(batch * self.size, (batch + 1) * self.size), rows)
+            nodes_of = turns.nodes_of(batch * self.size, (batch + 1) * self.size)
+            yield fill(nodes_of, rows, mine)
 
-    def _rows_of(self, node: int, bounds: Ints, key: int | None, start: int) -> Take:
+    def _of_node(self, node: int, bounds: Ints, key: int | None, start: int) -> Take:
         """Return what takes a node's rows of an epoch, of all streams, from row `start` on.
 
         `bounds` [streams, 2] are the node's rows with which the epoch begins and ends.
         """
         before, draws = Draws(bounds[:, 1] - bounds[:, 0], key).enter(start)
-        cursors = [
-            self._cursor(stream, node, first)
-            for stream, first in enumerate((bounds[:, 0] + before).tolist())
-        ]
-        return lambda count: fill(draws.take(count), cursors)
-
-    def _cursor(self, stream: int, node: int, start: int) -> Take:
-        cursor, first = read(self.streams[stream], node, start), self.firsts[stream]
-        return lambda count: cursor.take(count) + first
-
-    def _stratified(self, epoch: int, first: int) -> Iterator[Ints]:
-        """Each batch has its share of every stream."""
-        starts = [
-            epoch * choose + first * share
-            for choose, share in zip(self.choose, self.shares, strict=True)
-        ]
-        rows = [self._in_turn(stream, start) for stream, start in enumerate(starts)]
-        for batch in range(first, self.num_batches):
-            parts = [take(share) for take, share in zip(rows, self.shares, strict=True)]
-            ids, nodes = (np.concatenate(each) for each in zip(*parts, strict=True))
-            yield self._at_places(ids, nodes, self._key(epoch, batch))
-
-    def _per_stream(self, epoch: int, first: int) -> Iterator[Ints]:
-        """Each batch is of one stream."""
-        counts = np.array([choose // self.size for choose in self.choose])
-        before, draws = Draws(counts, self._key(epoch)).enter(first)
         rows = [
-            self._in_turn(stream, epoch * choose + start * self.size)
-            for stream, (choose, start) in enumerate(zip(self.choose, before.tolist(), strict=True))
+            Rows(functools.partial(self._of_stream, stream, node), begin)
+            for stream, begin in enumerate((bounds[:, 0] + before).tolist())
         ]
-        for batch in range(first, self.num_batches):
-            ids, nodes = rows[int(draws.take(1)[0])](self.size)
-            yield self._at_places(ids, nodes, self._key(epoch, batch))
+        return lambda count: fill(draws.take(count), rows)
 
-    def _in_turn(self, stream: int, start: int) -> Callable[[int], tuple[Ints, Ints]]:
-        """Return what takes a stream's rows from `start` on: their ids, and their nodes."""
-        cursors = [
-            self._cursor(stream, node, self.streams[stream].first_of(node, start))
+    def _of_stream(self, stream: int, node: int, start: int) -> Take:
+        """Return what takes a node's rows of a stream, from row `start` on."""
+        rows, first = read(self.streams[stream], node, start), self.firsts[stream]
+        return lambda count: rows.take(count) + first
+
+    def _by_node(self, stream: int, start: int) -> list[Rows]:
+        """Return the rows of a stream of each node, from row `start` of the stream on."""
+        return [
+            Rows(
+                functools.partial(self._of_stream, stream, node),
+                self.streams[stream].first_of(node, start),
+            )
             for node in range(self.nodes)
         ]
-        places = itertools.count(start)
 
-        def take(count: int) -> tuple[Ints, Ints]:
-            nodes = np.fromiter(itertools.islice(places, count), np.int64, count) % self.nodes
-            return fill(nodes, cursors), nodes
+    def _stratified(self, epoch: int, first: int, mine: Wanted) -> Iterator[Ints]:
+        """Each batch has its share of every stream."""
+        shares = np.array(self.shares)
+        starts = epoch * np.array(self.choose) + first * shares
+        rows = [
+            each
+            for stream, start in enumerate(starts.tolist())
+            for each in self._by_node(stream, start)
+        ]
+        streams = np.repeat(np.arange(len(shares)), shares)
+        within = np.arange(self.size) - np.repeat(shares.cumsum() - shares, shares)
+        for batch in range(first, self.num_batches):
+            nodes = (starts[streams] + within) % self.nodes
+            yield self._arranged(streams, nodes, rows, self._key(BATCH, epoch, batch), mine)
+            starts += shares
 
-        return take
+    def _per_stream(self, epoch: int, first: int, mine: Wanted) -> Iterator[Ints]:
+        """Each batch is of one stream."""
+        counts = np.array([choose // self.size for choose in self.choose])
+        before, draws = Draws(counts, self._key(DRAWS, epoch)).enter(first)
+        starts = epoch * np.array(self.choose) + before * self.size
+        rows = [
+            each
+            for stream, start in enumerate(starts.tolist())
+            for each in self._by_node(stream, start)
+        ]
+        for batch in range(first, self.num_batches):
+            stream = int(draws.take(1)[0])
+            nodes = (starts[stream] + np.arange(self.size)) % self.nodes
+            streams = np.full(self.size, stream)
+            yield self._arranged(streams, nodes, rows, self._key(BATCH, epoch, batch), mine)
+            starts[stream] += self.size
 
-    def _at_places(self, ids: Ints, nodes: Ints, key: int | None) -> Ints:
+    def _arranged(
+        self, streams: Ints, nodes: Ints, rows: Sequence[Rows], key: int | None, mine: Wanted
+    ) -> Ints:
         """Return the rows of a batch, shuffled, those of each node at its places if there are any.
 
         A node's places are every nodes-th; its machines read no others as long as there are enough.
         """
-        if key is not None:
-            order = permutation(len(ids), key)
-            ids, nodes = ids[order], nodes[order]
-        if self.nodes == 1:
-            return ids
-        places = np.argsort(np.arange(len(ids)) % self.nodes, kind="stable")
-        found = np.full(len(ids), -1)
-        left = []
-        for node in range(self.nodes):
-            own, free = ids[nodes == node], places[places % self.nodes == node]
-            found[free[: len(own)]] = own[: len(free)]
-            left.append(own[len(free) :])
-        found[found < 0] = np.concatenate(left)
-        return found
+        order = np.arange(self.size) if key is None else permutation(self.size, key)
+        if self.nodes > 1:
+            places = np.argsort(np.arange(self.size) % self.nodes, kind="stable")
+            by_node = order[np.argsort(nodes[order], kind="stable")]
+            wanted = np.bincount(nodes, minlength=self.nodes)
+            there = np.bincount(places % self.nodes, minlength=self.nodes)
+            kept = np.minimum(wanted, there)
+            rank = np.arange(self.size)
+            is_at_home = _within(rank, wanted) < np.repeat(kept, wanted)
+            is_taken = _within(rank, there) < np.repeat(kept, there)
+            order = np.empty(self.size, np.int64)
+            order[places[is_taken]] = by_node[is_at_home]
+            order[places[~is_taken]] = by_node[~is_at_home]
+        return fill((streams * self.nodes + nodes)[order], rows, mine)
 
 
-def fill(kinds: Ints, takes: Sequence[Take]) -> Ints:
-    """Return numbers of several sequences, of the one that `kinds` [N] says at each place [N]."""
-    found = np.empty(len(kinds), np.int64)
-    for kind, take in enumerate(takes):
+def _within(rank: Ints, sizes: Ints) -> Ints:
+    """Return each number's place in its group, of groups that follow one another."""
+    return rank - np.repeat(sizes.cumsum() - sizes, sizes)
+
+
+def fill(kinds: Ints, rows: Sequence[Rows], mine: Wanted | None = None) -> Ints:
+    """Return ids of several sequences, of the one that `kinds` [N] says at each place [N].
+
+    Of sequences that are at none of the places in `mine` [N], rows are left out, and are -1.
+    """
+    found = np.full(len(kinds), -1)
+    for kind in np.unique(kinds).tolist():
         here = kinds == kind
-        found[here] = take(int(here.sum()))
+        if mine is None or (here & mine).any():
+            found[here] = rows[kind].take(int(here.sum()))
+        else:
+            rows[kind].skip(int(here.sum()))
     return found
 
 
-def shares_of(choose: Sequence[int], size: int) -> list[int]:
+def shares_of(choose: Sequence[int], size: int, nodes: int = 1) -> list[int]:
     """Return how many rows of each stream a batch of `size` rows has, by what an epoch has of them.
 
-    What does not go into whole rows goes to those who lack the most.
+    What does not go into whole rows goes to those who lack the most. If it can be, every node has
+    as many rows of a stream as the others.
 
     Raises ValueError if a stream gets none.
     """
-    total = sum(choose)
-    shares = [size * each // total for each in choose]
-    lacking = sorted(range(len(choose)), key=lambda each: -(size * choose[each] % total))
-    for each in lacking[: size - sum(shares)]:
-        shares[each] += 1
+    if nodes > 1 and size % nodes == 0:
+        even = apportion(choose, size // nodes)
+        if 0 not in even:
+            return [each * nodes for each in even]
+    shares = apportion(choose, size)
     if 0 in shares:
         raise ValueError(
             f"stream {shares.index(0)} is too small a part of the data for a row in a batch of"
             f" {size}"
         )
+    return shares
+
+
+def apportion(counts: Sequence[int], size: int) -> list[int]:
+    """Divide `size` in proportion to `counts`, what is left over to those who lack the most."""
+    total = max(1, sum(counts))
+    shares = [size * each // total for each in counts]
+    lacking = sorted(range(len(counts)), key=lambda each: -(size * counts[each] % total))
+    for each in lacking[: size - sum(shares)]:
+        shares[each] += 1
     return shares

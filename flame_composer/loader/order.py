@@ -2,11 +2,12 @@
 
 A stream is read in passes, one after the other without end; each has every row once. A pass puts
 the shards in an order of its own and divides their rows among the canonical nodes, each of which
-gets a `Part`: rows that follow one another, most of them of whole shards. Every shard of a part is
-spread evenly over a window of `window` places around its own. How many of its rows come before any
-place is then a formula, and so is how many rows of all shards do. The places are cut into bins,
-sixteen a window. A bin can be laid out without those before it: the rows of each shard that fall
-into it are taken from the shard's permutation, and shuffled together.
+gets a `Part`: pieces of shards, most of them whole. Neighbours are put together to groups of some
+hundred rows at least. Every group is spread evenly over a window of `window` places around its own.
+How many of its rows come before any place is then a formula, and so is how many rows of all groups
+do. The places are cut into bins, sixteen a window. A bin can be laid out without those before it:
+the rows of each group that fall into it are taken from the group's permutation, and shuffled
+together.
 
 To open a pass takes time and memory by the number of shards, to find a row a binary search.
 
@@ -26,7 +27,11 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 BINS = 16  # of a window
+GROUP = 256  # rows
 SEQUENCE = 4096  # rows at a time that are not shuffled
+
+# What a key is for, so that no two uses have the same random numbers
+STREAM, SHARDS, PART, PHASES, ROWS, BIN, DRAWS, BLOCKS, BATCH = range(9)
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -34,7 +39,10 @@ _FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def key_of(*numbers: int) -> int:
-    """Return a random number of 64 bits that belongs to these numbers, which are 0 or more."""
+    """Return a random number of 64 bits that belongs to these numbers, 0 or more.
+
+    The first says what it is for, e.g. ROWS.
+    """
     key = 0
     for number in numbers:
         key = (key ^ number) + _GOLDEN & _MASK
@@ -70,14 +78,14 @@ def permutation(size: int, key: int) -> Ints:
 
 
 class Permutations:
-    """The permutations of the shards used last, of `most` rows together, or of one shard."""
+    """The permutations used last, of `most` rows together, or the last alone."""
 
     def __init__(self, most: int):
         self.most, self.rows = most, 0
         self._made: OrderedDict[int, NDArray[np.uint32]] = OrderedDict()
 
     def of(self, size: int, key: int) -> NDArray[np.uint32]:
-        """Return the permutation of a shard of `size` rows that belongs to `key` [size]."""
+        """Return the permutation of `size` numbers that belongs to `key` [size]."""
         found = self._made.get(key)
         if found is None:
             found = permutation(size, key).astype(np.uint32)
@@ -92,17 +100,17 @@ class Permutations:
 
 @dataclass(frozen=True)
 class Part:
-    """A canonical node's part of a pass: pieces of shards, in order, each within one shard.
+    """A canonical node's part of a pass: pieces of shards, in order, and what spreads them.
 
-    `shards` are their numbers, `lows` the places in the shards' permutations at which they begin,
-    and `before` [pieces + 1] how many rows come before each of them, were they read one by one.
+    `firsts` are the ids of the pieces' first rows, `before` [pieces + 1] how many rows come before
+    each piece, were they read one by one, and `groups` [groups + 1] the same for the groups.
     """
 
-    shards: Ints
-    lows: Ints
+    firsts: Ints
     before: Ints
+    groups: Ints
     step: int  # places in a bin
-    # Where each piece's window begins and ends, never before that of the piece before
+    # Where each group's window begins and ends, never before that of the group before
     starts: Ints
     stops: Ints
     phases: Ints  # below the windows' sizes: how much sooner than after its share of it a row comes
@@ -126,19 +134,19 @@ class Part:
         """Return the number of rows in the bins before `bin`."""
         place = self.place_of(bin)
         first, last = self.touched(place, place)
-        return int(self.before[first] + self.taken(slice(first, last), place).sum())
+        return int(self.groups[first] + self.taken(slice(first, last), place).sum())
 
     def touched(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the first piece whose window ends after `begin`, and the first from `end` on."""
+        """Return the first group whose window ends after `begin`, and the first from `end` on."""
         first = int(np.searchsorted(self.stops, begin, side="right"))
         return first, max(first, int(np.searchsorted(self.starts, end, side="left")))
 
-    def taken(self, pieces: slice, place: int) -> Ints:
-        """Return the number of rows of each of the `pieces` that come before `place`."""
-        windows = self.stops[pieces] - self.starts[pieces]
-        within = np.clip(place - self.starts[pieces], 0, windows)
-        counts = np.diff(self.before[pieces.start : pieces.stop + 1])
-        return (within * counts + self.phases[pieces]) // windows
+    def taken(self, groups: slice, place: int) -> Ints:
+        """Return the number of rows of each of the `groups` that come before `place`."""
+        windows = self.stops[groups] - self.starts[groups]
+        within = np.clip(place - self.starts[groups], 0, windows)
+        counts = np.diff(self.groups[groups.start : groups.stop + 1])
+        return (within * counts + self.phases[groups]) // windows
 
     def bin_of(self, row: int) -> int:
         """Return the bin that holds the row with this number, below `size`."""
@@ -150,6 +158,14 @@ class Part:
             else:
                 high = middle
         return low
+
+    def ids(self, rows: Ints, first: int = 0, last: int | None = None) -> Ints:
+        """Return the ids of the rows [N] with these numbers, were all rows read one by one.
+
+        They are in the pieces from `first` to before `last`.
+        """
+        pieces = first + np.searchsorted(self.before[first + 1 : last], rows, side="right")
+        return self.firsts[pieces] + rows - self.before[pieces]
 
 
 class StreamOrder:
@@ -174,8 +190,12 @@ class StreamOrder:
         self.sizes: Ints = np.asarray(rows_per_shard, np.int64)
         self.offsets = np.concatenate(([0], self.sizes.cumsum()))
         self.num_rows = int(self.offsets[-1])
-        self.key = key_of(seed, stream)
-        self.window, self.nodes, self.shuffle = window, nodes, shuffle
+        if self.num_rows == 0:
+            raise ValueError(f"stream {stream} has no rows")
+        self.key = key_of(STREAM, int(seed), stream)
+        # A shard that is larger than its window would come all at once.
+        self.window = max(window, 4 * int(self.sizes.max()))
+        self.nodes, self.shuffle = nodes, shuffle
         self._shards: tuple[int, Ints] | None = None  # of the pass opened last
 
     def first_of(self, node: int, row: int) -> int:
@@ -186,10 +206,8 @@ class StreamOrder:
         """Return the ids of rows `start` to before `stop` of the order, of all nodes [N]."""
         found = np.empty(max(0, stop - start), np.int64)
         for node in range(self.nodes):
-            first, end = self.first_of(node, start), self.first_of(node, stop)
-            found[(node - start) % self.nodes :: self.nodes] = read(self, node, first).take(
-                end - first
-            )
+            here = found[(node - start) % self.nodes :: self.nodes]
+            here[:] = read(self, node, self.first_of(node, start)).take(len(here))
         return found
 
     def pass_of(self, node: int, row: int) -> tuple[int, int, int]:
@@ -202,10 +220,14 @@ class StreamOrder:
         """Return the node's part of pass `number`."""
         shards = self._shards_of(number)
         ends = self.sizes[shards].cumsum()
+        # Row r of the order is the node's if r mod nodes is: how many rows of the pass are those of
+        # the nodes before, and how many its own?
         first, last = number * self.num_rows, (number + 1) * self.num_rows
-        sizes = [self.first_of(each, last) - self.first_of(each, first) for each in range(node + 1)]
-        stop = sum(sizes)
-        start = stop - sizes[-1]
+        each = np.arange(node + 1)
+        sizes = (last - each + self.nodes - 1) // self.nodes
+        sizes -= np.maximum(0, (first - each + self.nodes - 1) // self.nodes)
+        stop = int(sizes.sum())
+        start = stop - int(sizes[-1])
         # The pieces of shards that lie between the rows `start` and `stop` of the pass
         begin, end = np.searchsorted(ends, [start, stop], side="right").tolist()
         shards, ends = shards[begin : end + 1], ends[begin : end + 1]
@@ -214,22 +236,31 @@ class StreamOrder:
         counts = np.minimum(ends, stop) - begins - lows
         shards, lows, counts = (each[counts > 0] for each in (shards, lows, counts))
         before = np.concatenate(([0], counts.cumsum()))
+        key = key_of(PART, self.key, number, node)
+        return Part(self.offsets[shards] + lows, before, *self._spread(before, key), key)
+
+    def _spread(self, before: Ints, key: int) -> tuple[Ints, int, Ints, Ints, Ints]:
+        """Return the groups of a part, its bins' size, the groups' windows and their phases."""
         size = int(before[-1])
+        edges = np.flatnonzero(np.diff(before[:-1] // GROUP, prepend=-1))
+        groups = np.append(before[edges], size)
+        counts = np.diff(groups)
         window = self.window if self.window < size else 2 * size  # no larger: mix everything
-        starts = before[:-1] + (counts - window) // 2
+        starts = groups[:-1] + (counts - window) // 2
         stops = np.minimum(starts + window, size)
         starts = np.maximum(starts, 0)
-        key = key_of(self.key, number, node)
-        phases = randoms(shards, key) % (stops - starts).astype(np.uint64)
+        phases = randoms(np.arange(len(counts)), key_of(PHASES, key))
+        phases %= (stops - starts).astype(np.uint64)
         step = max(1, min(window, size) // BINS)
-        return Part(shards, lows, before, step, starts, stops, phases.astype(np.int64), key)
+        return groups, step, starts, stops, phases.astype(np.int64)
 
     def _shards_of(self, number: int) -> Ints:
         """Return the numbers of the shards in the order of a pass."""
         if not self.shuffle:
             return np.arange(len(self.sizes))
         if self._shards is None or self._shards[0] != number:
-            self._shards = number, permutation(len(self.sizes), key_of(self.key, number))
+            key = key_of(SHARDS, self.key, number)
+            self._shards = number, permutation(len(self.sizes), key)
         return self._shards[1]
 
 
@@ -258,41 +289,37 @@ def read(stream: StreamOrder, node: int, start: int) -> Numbers:
 
 def _runs(stream: StreamOrder, node: int, start: int) -> Iterator[Ints]:
     """Yield the ids of the rows from `start` on, some at a time."""
-    permutations = Permutations(2 * stream.window)
     while True:
         number, first, end = stream.pass_of(node, start)
         part = stream.part(number, node)
         if stream.shuffle:
-            yield from _shuffled(stream, number, part, start - first, permutations)
+            yield from _shuffled(part, start - first, 2 * stream.window)
         else:
-            yield from _in_sequence(stream, part, start - first)
+            for begin in range(start - first, part.size, SEQUENCE):
+                yield part.ids(np.arange(begin, min(begin + SEQUENCE, part.size)))
         start = end
 
 
-def _shuffled(
-    stream: StreamOrder, number: int, part: Part, start: int, permutations: Permutations
-) -> Iterator[Ints]:
+def _shuffled(part: Part, start: int, window: int) -> Iterator[Ints]:
     """Yield the ids of a part's rows from `start` on, bin by bin."""
+    permutations = Permutations(window)
+    # The pieces of each group
+    edges = np.searchsorted(part.before, part.groups)
     first = part.bin_of(start)
     skipped = start - part.rows_before(first)
     for bin in range(first, part.num_bins):
         begin, end = part.place_of(bin), part.place_of(bin + 1)
-        pieces = slice(*part.touched(begin, end))
-        lows, highs = (part.lows[pieces] + part.taken(pieces, each) for each in (begin, end))
-        used = np.flatnonzero(highs > lows)
-        columns = (part.shards[pieces], lows, highs)
+        low, high = part.touched(begin, end)
+        ranges = (part.taken(slice(low, high), each).tolist() for each in (begin, end))
         found = [np.empty(0, np.int64)]
-        for shard, low, high in zip(*(each[used].tolist() for each in columns), strict=True):
-            size, key = int(stream.sizes[shard]), key_of(stream.key, number, 0, shard)
-            found.append(permutations.of(size, key)[low:high] + stream.offsets[shard])
+        for group, (taken, until) in enumerate(zip(*ranges, strict=True), low):
+            if taken == until:
+                continue
+            base = int(part.groups[group])
+            key = key_of(ROWS, part.key, group)
+            rows = permutations.of(int(part.groups[group + 1]) - base, key)[taken:until]
+            pieces = int(edges[group]), int(edges[group + 1])
+            found.append(part.ids(rows.astype(np.int64) + base, *pieces))
         ids = np.concatenate(found)
-        yield ids[permutation(len(ids), key_of(part.key, bin))][skipped:]
+        yield ids[permutation(len(ids), key_of(BIN, part.key, bin))][skipped:]
         skipped = 0
-
-
-def _in_sequence(stream: StreamOrder, part: Part, start: int) -> Iterator[Ints]:
-    """Yield the ids of a part's rows from `start` on, one shard after the other."""
-    for begin in range(start, part.size, SEQUENCE):
-        rows = np.arange(begin, min(begin + SEQUENCE, part.size))
-        piece = np.searchsorted(part.before, rows, side="right") - 1
-        yield stream.offsets[part.shards[piece]] + part.lows[piece] + rows - part.before[piece]
