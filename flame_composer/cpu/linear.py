@@ -127,7 +127,7 @@ def pack(model: nn.Module, rows: int) -> Callable[[], None]:
     Mends: torch lays weights out in advance for compiled models only.
     """
     uses = Counter(id(each) for module in model.modules() for each in module._parameters.values())
-    changed: dict[nn.Module, bool] = {}  # and whether their weights were trained
+    changed: dict[Any, bool] = {}  # the layers, and whether their weights are trained
     is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     for module in model.modules():
         if type(module) is not Linear or not is_there:
