@@ -20,13 +20,17 @@ def main(config: PruneConfig) -> None:
     require_new(out)
 
     from flame_composer.checkpoint.to_model import load_model, save_hf_folder
+    from flame_composer.errors import InvalidField
     from flame_composer.export.merge import merge
     from flame_composer.export.prune import describe, prune_model
     from flame_composer.model.lora import has_adapters
+    from flame_composer.model.quantized import is_quantized
     from flame_composer.text.ends import ends_of, with_ends
 
     listen_to_signals()
     model, tokenizer = load_model(config.model, base=config.base)
+    if is_quantized(model):
+        raise InvalidField("model", "holds int8 weights; give the model they were made from")
     if has_adapters(model):
         print("\n".join(merge(model, config.model, dtype="float32")))
     report = prune_model(model, config.model, config.sparsity)

@@ -367,7 +367,7 @@ def decode(
         tensor.set_(repeated)
     first = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # as generate.py and the server
     def run() -> float:
         def go() -> None:
             nonlocal cache

@@ -54,12 +54,12 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the halves of activations [N, ..., I], uint8 [2 N, ..., I], and the rows' largest.
 
     Several layers are given the same activations one after another: what was split last in this
-    thread is not split again.
+    thread is not split again. Whether a tensor was changed since is seen by a copy of its numbers,
+    since in torch.inference_mode changes are not counted.
     """
-    is_counted = not x.is_inference()  # only then it shows that a tensor was changed
-    kept: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None
+    kept: tuple[weakref.ref[Tensor], Tensor, tuple[Tensor, Tensor]] | None
     kept = getattr(_last, "split", None)
-    if kept is not None and is_counted and kept[0]() is x and kept[1] == x._version:
+    if kept is not None and kept[0]() is x and torch.equal(kept[1], x):
         return kept[2]
     top = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_SMALLEST)
     y = x / top
@@ -68,8 +68,8 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     rest = y.sub_(upper.dequantize())
     lower = torch.quantize_per_tensor(rest, 0.5 / _HALF**2, _HALF + 1, torch.quint8)
     split = torch.cat([upper.int_repr(), lower.int_repr()]), top
-    if is_counted and x.numel() <= _FEW * x.shape[-1]:
-        _last.split = weakref.ref(x), x._version, split
+    if x.numel() <= _FEW * x.shape[-1]:
+        _last.split = weakref.ref(x), x.detach().clone(), split
     return split
 
 

@@ -119,14 +119,15 @@ def pack(model: nn.Module, rows: int) -> Callable[[], None]:
     """Lay out a model's large weights as oneDNN needs them for `rows` rows; return the way back.
 
     In products of a few rows, oneDNN otherwise spends more time on the layout than on the product.
-    The model can then be run, but neither trained nor saved. It takes no more memory, once the way
-    back is dropped. Weights that several layers share stay as they are.
+    The model can then be run, but neither trained nor saved. It takes no more memory than before,
+    and one layer's more meanwhile; the way back lays the same numbers out as they were. Weights
+    that several layers share stay as they are.
 
     Upstream: torch 2.7.0, `torch.ops.mkldnn._reorder_linear_weight`.
     Mends: torch lays weights out in advance for compiled models only.
     """
     uses = Counter(id(each) for module in model.modules() for each in module._parameters.values())
-    before: dict[nn.Module, Any] = {}
+    changed: dict[Any, bool] = {}  # the layers, and whether their weights are trained
     is_there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     for module in model.modules():
         if type(module) is not Linear or not is_there:
@@ -136,11 +137,12 @@ def pack(model: nn.Module, rows: int) -> Callable[[], None]:
         if not is_plain or weight.numel() < MIN_WEIGHTS or uses[id(weight)] > 1:
             continue
         laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        before[module] = weight
+        changed[module] = weight.requires_grad
         module.weight = nn.Parameter(laid_out, requires_grad=False)
 
     def restore() -> None:
-        for module, weight in before.items():
-            module.weight = weight
+        for module, is_trained in changed.items():
+            plain = module.weight.detach().to_dense()
+            module.weight = nn.Parameter(plain, requires_grad=is_trained)
 
     return restore

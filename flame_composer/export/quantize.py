@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer.checkpoint.to_model import complete_generation_config
 from flame_composer.model.int8_folder import FILE, METHOD
-from flame_composer.model.quantized import SCALE, QuantizedLinear, Stored
+from flame_composer.model.quantized import SCALE, QuantizedEmbedding, QuantizedLinear, Stored
 from flame_composer.storage.folders import new_folder
 
 
@@ -26,7 +26,9 @@ def save_int8_folder(
     the name that it looks for: it would take int8 numbers for the weights themselves.
     """
     inside = tuple(
-        f"{name}." for name, each in model.named_modules() if isinstance(each, QuantizedLinear)
+        f"{name}."
+        for name, each in model.named_modules()
+        if isinstance(each, QuantizedLinear | QuantizedEmbedding)
     )
     tensors = {
         name: tensor.contiguous()

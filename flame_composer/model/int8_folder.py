@@ -8,9 +8,10 @@ shapes and scales are checked before anything is computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ from flame_composer.upstream.transformers import without_parameters
 FILE = "model-int8.safetensors"
 METHOD = "flame_composer_int8"  # quant_method of quantization_config, in config.json
 _AGAIN = "write the folder again with convert/quantize.py"
+# The types that weights have in such a folder, by the names that safetensors has for them
+_TYPES = {"F32": torch.float32, "I8": torch.int8}
+
+
+class Held(NamedTuple):
+    """A tensor as the head of a file describes it."""
+
+    dtype: torch.dtype | None  # None for one that no weight of such a folder has
+    said: str
+    shape: torch.Size
 
 
 def holds_int8(path_or_id: str) -> bool:
@@ -66,28 +77,27 @@ def read_int8_folder(path_or_id: str) -> PreTrainedModel:
     check_runs_here(hf_config, path_or_id)
     if not (folder / FILE).is_file():
         raise ConfigError(f"{folder / FILE}: is missing; {_AGAIN}")
-    try:
-        with opened(folder / FILE) as file:
-            names = list(file.keys())
-            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
-            require_counts(hf_config.to_dict(), place, shapes)
-            empty = meta_model(hf_config)
-            require_model_size(empty, sum(shape.numel() for shape in shapes.values()), place)
-            tensors = {name: file.get_tensor(name) for name in names}
-    except DataError as error:
-        raise ConfigError(one_line(error)) from None
-    _require_fit(tensors, empty, str(folder / FILE))
+    with _told(folder / FILE), opened(folder / FILE) as file:
+        header = {name: _held(file, name) for name in list(file.keys())}
+        shapes = {name: held.shape for name, held in header.items()}
+        require_counts(hf_config.to_dict(), place, shapes)
+        empty = meta_model(hf_config)
+        require_model_size(empty, sum(shape.numel() for shape in shapes.values()), place)
+        _require_fit(header, empty, str(folder / FILE))
+        tensors = {name: file.get_tensor(name) for name in header}
+        _require_scales(tensors, str(folder / FILE))
     with without_parameters():
         model = build_model(hf_config)
     model.tie_weights()  # parameters without memory lose this
-    put_in(model, lambda name: _stored(tensors, name))
-    scaled = {name for name in tensors if name + SCALE in tensors}
-    plain = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in scaled and name.removesuffix(SCALE) not in scaled
-    }
-    model.load_state_dict(plain, strict=False, assign=True)
+    with _told(folder / FILE):
+        put_in(model, lambda name: _stored(tensors, name))
+        scaled = {name for name in tensors if name + SCALE in tensors}
+        plain = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in scaled and name.removesuffix(SCALE) not in scaled
+        }
+        model.load_state_dict(plain, strict=False, assign=True)
     model.requires_grad_(False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(folder)
@@ -96,14 +106,28 @@ def read_int8_folder(path_or_id: str) -> PreTrainedModel:
     ]
     if lacking:
         raise ConfigError(f"{folder / FILE}: has no {lacking[0]}; {_AGAIN}")
-    try:
-        try_out(model)
-    except ReadDirectlyError as error:
-        raise ConfigError(
-            f"{folder / FILE}: {error} is int8, but a {hf_config.model_type} model reads its"
-            f" weights without calling the layer; {_AGAIN}"
-        ) from None
+    with _told(folder / FILE):
+        try:
+            try_out(model)
+        except ReadDirectlyError as error:
+            raise ConfigError(
+                f"{folder / FILE}: {error} is int8, but a {hf_config.model_type} model reads its"
+                f" weights without calling the layer; {_AGAIN}"
+            ) from None
     return model
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Raise ConfigError for whatever the body raises while it reads `file`, or computes with it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except DataError as error:
+        raise ConfigError(one_line(error)) from None
+    except Exception as error:  # of safetensors, torch, or the model's code
+        raise ConfigError(f"{file}: cannot be used: {one_line(error)}; {_AGAIN}") from None
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -120,21 +144,25 @@ def _stored(tensors: Mapping[str, Tensor], name: str) -> Stored | None:
     return None if scale is None else Stored(tensors[name], scale)
 
 
-def _require_fit(tensors: Mapping[str, Tensor], empty: PreTrainedModel, place: str) -> None:
+def _held(file: Any, name: str) -> Held:
+    said = file.get_slice(name)
+    return Held(_TYPES.get(said.get_dtype()), said.get_dtype(), torch.Size(said.get_shape()))
+
+
+def _require_fit(header: Mapping[str, Held], empty: PreTrainedModel, place: str) -> None:
     """Raise ConfigError unless the tensors are those of the model `empty`, some of them int8."""
     state = empty.state_dict()
     needed = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())} & {*state}
     may_be_int8 = {*weight_names(empty).values()}
-    if missing := sorted(needed - {*tensors}):
+    if missing := sorted(needed - {*header}):
         raise ConfigError(f"{place}: {missing[0]} is missing; {_AGAIN}")
     num_int8 = 0
-    for name, tensor in tensors.items():
+    for name, held in header.items():
         weight = name.removesuffix(SCALE)
         shown = name[:100]
-        if weight != name and weight in may_be_int8 and weight in tensors:
+        if weight != name and weight in may_be_int8 and weight in header:
             rows = state[weight].shape[columns_of(empty, weight)]
-            is_sound = tensor.dtype == torch.float32 and tensor.shape == (rows,)
-            if not is_sound or count_not_finite(tensor) or bool((tensor <= 0).any()):
+            if held.dtype != torch.float32 or held.shape != (rows,):
                 raise ConfigError(
                     f"{place}: {shown!a} must be {rows:,} finite numbers above 0, in float32;"
                     f" {_AGAIN}"
@@ -142,17 +170,30 @@ def _require_fit(tensors: Mapping[str, Tensor], empty: PreTrainedModel, place: s
             continue
         if name not in needed | may_be_int8:
             raise ConfigError(f"{place}: {shown!a} is none of the model's weights; {_AGAIN}")
-        if tensor.shape != state[name].shape:
+        if held.shape != state[name].shape:
             raise ConfigError(
-                f"{place}: {shown!a} is {list(tensor.shape)}, and must be"
+                f"{place}: {shown!a} is {list(held.shape)}, and must be"
                 f" {list(state[name].shape)}; {_AGAIN}"
             )
-        is_int8, has_scale = tensor.dtype == torch.int8, name + SCALE in tensors
-        if is_int8 != has_scale or (is_int8 and name not in may_be_int8):
+        has_scale = name + SCALE in header
+        expected = torch.int8 if has_scale and name in may_be_int8 else state[name].dtype
+        if held.dtype != expected:
             raise ConfigError(
-                f"{place}: {shown!a} is {str(tensor.dtype).removeprefix('torch.')}"
-                f" {'with' if has_scale else 'without'} scales; {_AGAIN}"
+                f"{place}: {shown!a} is {held.said[:20]!a} {'with' if has_scale else 'without'}"
+                f" scales, and must be {str(expected).removeprefix('torch.')}; {_AGAIN}"
             )
-        num_int8 += is_int8
+        num_int8 += has_scale
     if not num_int8:
         raise ConfigError(f"{place}: none of its weights are int8; {_AGAIN}")
+
+
+def _require_scales(tensors: Mapping[str, Tensor], place: str) -> None:
+    """Raise ConfigError for a scale that is not a finite number above 0."""
+    for name, scale in tensors.items():
+        if name.removesuffix(SCALE) == name or name.removesuffix(SCALE) not in tensors:
+            continue
+        if count_not_finite(scale) or bool((scale <= 0).any()):
+            raise ConfigError(
+                f"{place}: {name[:100]!a} must be {scale.numel():,} finite numbers above 0, in"
+                f" float32; {_AGAIN}"
+            )

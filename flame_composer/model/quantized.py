@@ -88,10 +88,7 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Unreadable:
         """A stand-in for the weight, with which nothing can be computed."""
-        shape = (self.out_features, self.in_features)
-        stand_in = torch.empty(shape, device="meta").as_subclass(Unreadable)
-        stand_in.layer = self.name
-        return stand_in
+        return _stand_in(self.name, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product with x `[..., I]`, plus the bias, in the type of x."""
@@ -105,21 +102,39 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A table of embeddings in int8 with a scale for each row, or in bfloat16; it gives fp32."""
+    """A table of embeddings in int8 with a scale for each row, or in bfloat16; it gives fp32.
 
-    def __init__(self, stored: Stored):
+    As with a QuantizedLinear, a model that computes with the table itself, and not with the rows
+    that the layer gives, raises ReadDirectlyError.
+    """
+
+    def __init__(self, name: str, stored: Stored):
         super().__init__()
+        self.name = name
         self.num_embeddings, self.embedding_dim = stored.numbers.shape
-        self.register_buffer("weight", stored.numbers)
+        self.register_buffer("fingerprint", stored.fingerprint())
+        self.bytes_each = stored.numbers.element_size()  # of a number
+        self._numbers = stored.numbers
         self.register_buffer("weight_scale", stored.scale)
+
+    @property
+    def weight(self) -> Unreadable:
+        """A stand-in for the table, with which nothing can be computed."""
+        return _stand_in(self.name, self.num_embeddings, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of `ids`, with one dimension more."""
-        rows = F.embedding(ids, self.weight).float()  # type: ignore[arg-type]
+        rows = F.embedding(ids, self._numbers).float()
         if self.weight_scale is not None:
             scale: Any = self.weight_scale
             rows = rows * scale[ids].unsqueeze(-1)
         return rows
+
+
+def _stand_in(name: str, *shape: int) -> Unreadable:
+    found = torch.empty(shape, device="meta").as_subclass(Unreadable)
+    found.layer = name
+    return found
 
 
 class Quantized(NamedTuple):
@@ -189,7 +204,7 @@ def put_in(model: PreTrainedModel, stored_of: Callable[[str], Stored | None]) ->
         module: Any = model.get_submodule(name)
         new: nn.Module
         if isinstance(module, nn.Embedding):
-            new = QuantizedEmbedding(stored)
+            new = QuantizedEmbedding(name, stored)
         else:
             is_turned = type(module) is Conv1D
             numbers = stored.numbers.t().contiguous() if is_turned else stored.numbers

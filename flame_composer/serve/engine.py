@@ -99,8 +99,8 @@ class Closed(Exception):
 class Engine:
     """A thread that writes all answers, one token of each at a time.
 
-    Between two tokens it reads at most `prefill_tokens` tokens of new prompts, taking turns among
-    them, so that a long prompt holds up neither the answers under way nor shorter prompts.
+    Between two tokens it reads at most `prefill_tokens` tokens of new prompts in at most four
+    passes, by turns, so that a long prompt holds up neither the answers under way nor other ones.
     """
 
     def __init__(
@@ -249,10 +249,11 @@ class Engine:
                 if not job.ends:
                     self._start(job)
                 size = job.ends[0] - job.position
-                if budget < min(size, self.prefill_tokens):
+                cost = max(size, (self.prefill_tokens + 3) // 4)  # a short piece costs a pass, too
+                if budget < min(cost, self.prefill_tokens):
                     self.reading.appendleft(job)
                     break
-                budget -= size
+                budget -= cost
                 scores = self._read(job, size)
             except Exception as error:  # the model's code is another package's
                 self._fail_with(job, error)
@@ -377,8 +378,7 @@ class Engine:
 
     def _fail_with(self, job: Job, error: Exception) -> None:
         _log_failure(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            self.prefixes.clear()
+        self.prefixes.make_room(error)
         is_ours = isinstance(error, DataError)
         self._fail(
             job, 500, one_line(error) if is_ours else "the model failed; see the server's log"
@@ -387,6 +387,7 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         """Fail all rows, whose states may be half changed, and begin anew without any."""
         rows, self.rows = self.rows, []
+        self.prefixes.make_room(error)
         self.states = States(self.model, joined=self.abilities.joined)
         failed = {row.job for row in rows if not row.job.is_gone}
         if not failed:

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
+from flame_composer.errors import masked
 from flame_composer.lines import visible
 from flame_composer.serve.answers import error
 from flame_composer.serve.app import CLIENT_LEFT
@@ -58,7 +59,8 @@ class Front:
             if "tokens" in state:
                 read, written, cached = state["tokens"]()
                 tokens = f" {read}+{written} tokens" + (f" ({cached} cached)" if cached else "")
-            path = visible(scope["path"])[:60]
+            # Mask before cutting: half of a secret would not be recognized.
+            path = masked(visible(scope["path"]))[:60]
             if self.texts is not None and "exchange" in state:
                 self.texts.note(state["exchange"], path, status)
             seconds = time.monotonic() - started

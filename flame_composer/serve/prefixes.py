@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PIECE = 32  # tokens that a turn must have to end a piece: each costs a forward pass
 MOST_SEEN = 20_000  # beginnings to remember the digests of
+_WHOSE, _TOKEN = 32, 4  # bytes that a state's beginning takes: whose it is, and each token
 MOST_KEPT = 10_000  # states, of which each takes some kilobytes besides its tensors
 
 
@@ -135,6 +136,13 @@ class Prefixes:
         self.kept.clear()
         self.num_bytes = 0
 
+    def make_room(self, error: Exception) -> None:
+        """Drop all states after an error for lack of memory, which on a CPU has no type."""
+        text = str(error)
+        lacks = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if lacks or "not enough memory" in text or "DefaultCPUAllocator" in text:
+            self.clear()
+
     def gauges(self) -> dict[str, int]:
         """Return how much is kept, by the names that Prometheus gets."""
         return {"prefixes": len(self.kept), "prefix_bytes": self.num_bytes}
@@ -189,7 +197,10 @@ def describe(model: PreTrainedModel, abilities: Abilities, limit: int) -> str:
     with torch.inference_mode():
         cache = read(model, torch.zeros((1, 1), dtype=torch.long, device=model.device), None)[1]
     size = num_bytes(cache)
-    if size > limit:
+    if size + _WHOSE + _TOKEN > limit:
         return f"no states of prompts are kept: {limit:,} bytes are too few for one of {size:,}"
-    most = min(MOST_KEPT, limit // size)
-    return f"up to {most:,} states of prompts are kept, of {size:,} bytes each"
+    most = min(MOST_KEPT, limit // (size + _WHOSE + _TOKEN * SHORTEST_PIECE))
+    return (
+        f"up to {most:,} states of prompts are kept, of {size:,} bytes each and {_TOKEN} for each"
+        " token before it"
+    )

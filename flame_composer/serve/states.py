@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from flame_composer.cpu.linear import pack
 from flame_composer.errors import ConfigError, DataError, one_line
+from flame_composer.model.quantized import is_quantized
 
 # How far the logits of joined rows may be from those of each row alone, in standard deviations of
 # the logits. Rounding stays far below; what positions or other rows do to a row is far above.
@@ -125,6 +126,8 @@ def probe(model: PreTrainedModel) -> Abilities:
         if not all(torch.isfinite(each).all() for each in alone):
             raise DataError(_NOT_NUMBERS)
         tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_OF_HALF)
+        if is_quantized(model):  # its type is that of its norms; activations are rounded
+            tolerance = _TOLERANCE_OF_HALF
         try:
             pieces = _continued(model, texts[1], more[1], (66, 99))
             in_pieces = _agree(pieces, alone[1], tolerance)

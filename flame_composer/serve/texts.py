@@ -32,12 +32,14 @@ class TextLog:
     def __init__(self, path: str):
         """Open the file, or begin it, readable to its owner only.
 
-        Raise InvalidField if it cannot be opened, is no file, or others may read it.
+        Raise InvalidField if it cannot be opened, is no file, is another user's, or others
+        may read it.
         """
         self.path = path
         self._file = _opened(path)
         self._entries: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_WAITING)
-        self._is_torn = self._has_failed = False
+        self._is_torn = _ends_torn(self._file)
+        self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="texts", daemon=True)
         self._thread.start()
 
@@ -84,7 +86,7 @@ class TextLog:
 
 
 def _opened(path: str) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         file = os.open(path, flags, 0o600)
     except OSError as error:
@@ -94,12 +96,20 @@ def _opened(path: str) -> int:
     rule = ""
     if not stat.S_ISREG(found.st_mode):
         rule = "must be a file"
+    elif found.st_uid != os.geteuid():
+        rule = "is there, and belongs to another user; name another file"
     elif found.st_mode & 0o077:
         rule = "is there, and others may read or write it; chmod 600 it, or name another file"
     if rule:
         os.close(file)
         raise InvalidField("log_texts", rule)
     return file
+
+
+def _ends_torn(file: int) -> bool:
+    """Return whether a file ends in half a line, as of a server that was killed."""
+    size = os.fstat(file).st_size
+    return size > 0 and os.pread(file, 1, size - 1) != b"\n"
 
 
 def describe(path: str | None) -> str:

@@ -26,7 +26,8 @@ def test_quantized_weights_are_timed_as_the_keys_say(
     )
     found = last_json(process)
     assert [row["batch_size"] for row in found["results"]] == [1, 3]
-    assert all(row["int8_over_fp32"] > 0 for row in found["results"])
+    for base in ("fp32", "fp32_laid_out"):
+        assert all(row[f"int8_over_{base}"] > 0 for row in found["results"])
     held = found["bytes_held"]
     assert held["fp32"] == 4 * found["parameters"]
     assert held["fp32"] > held["bf16"] > held["int8"]
@@ -37,4 +38,4 @@ def test_quantized_weights_are_timed_as_the_keys_say(
     assert abs(rise["value"] - 1) < 0.005
     first = figures["quantized: int8 over fp32, decoded tokens/s, 1 sequences"]
     assert first["at_least"] == 1.5
-    assert len(figures) == 5
+    assert len(figures) == 9

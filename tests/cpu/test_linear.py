@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -130,6 +131,20 @@ def test_weights_that_are_laid_out_change_nothing(tied: bool) -> None:
         restore()
         assert (model(ids).logits == plain[8]).all()
     assert all((weights[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_no_weight_is_held_twice() -> None:
+    """Though the way back is kept."""
+    model = build_wide(tied=False)
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: weakref.ref(weight) for name, weight in model.named_parameters()}
+    trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    restore = pack(model, 8)
+    laid_out = {name for name, weight in model.named_parameters() if weight.is_mkldnn}
+    assert len(laid_out) > 3
+    assert {name for name, each in before.items() if each() is None} == laid_out
+    restore()
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == trained
 
 
 def test_nothing_is_laid_out_where_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

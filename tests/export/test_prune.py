@@ -17,9 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.export.prune import describe, prune_model, prune_smallest, prune_two_of_four
+from flame_composer.export.quantize import save_int8_folder
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.lora import embeddings_of, projections
+from flame_composer.model.quantized import quantize
 from flame_composer.text.ends import ends_in
 from tests.adapters import make_base, sha256
 from tests.conftest import GLA, LLAMA
@@ -223,6 +225,18 @@ def test_adapters_are_merged_first(lora_run: Path, base: Path, tmp_path: Path) -
         expected = prune_smallest(merged[name], 0.25) if is_pruned else merged[name]
         assert torch.equal(tensor, expected), name
     assert ends_in(str(tmp_path / "out")) == ends_in(str(tmp_path / "merged"))
+
+
+def test_int8_weights_are_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    model = build_model(build_hf_config({**GLA, "vocab_size": len(tokenizer)}, tokenizer, 64))
+    folder = tmp_path / "int8"
+    save_int8_folder(model, quantize(model, "int8", "m").stored, tokenizer, folder)
+    out = tmp_path / "out"
+    result = run_script("convert/prune.py", f"model={folder}", f"out={out}", "sparsity=0.5")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "holds int8 weights; give the model they were made from" in result.stderr
+    assert not out.exists()
 
 
 def test_refusals(base: Path, half: Path, corpus: Corpus, tmp_path: Path) -> None:

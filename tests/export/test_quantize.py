@@ -33,6 +33,7 @@ from flame_composer.model.quantized import (
     quantize,
     try_out,
 )
+from flame_composer.serve.states import Abilities, probe
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.use.chat import Conversation
 from tests.conftest import GLA, LLAMA
@@ -108,6 +109,33 @@ def test_rows_that_are_not_finite_give_no_finite_numbers() -> None:
     assert result[2].isfinite().all()
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_what_several_layers_are_given_is_split_once(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the modes that generate.py and the server run in; what was changed is split anew."""
+    splits: list[int] = []
+    norm = torch.linalg.vector_norm
+
+    def noted(*args: Any, **more: Any) -> Any:
+        splits.append(1)
+        return norm(*args, **more)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", noted)
+    numbers, scale = quantize_rows(torch.randn(8, 16))
+    packed, zeros = pack_int8(numbers), torch.zeros(8, dtype=torch.int32)
+    with mode():
+        x = torch.randn(3, 16)
+        first = int8_product(x, packed, scale, zeros)
+        assert torch.equal(int8_product(x, packed, scale, zeros), first)
+        assert len(splits) == 1
+        x[1, 3] += 1  # which an inference tensor does not tell
+        other = int8_product(x, packed, scale, zeros)
+        assert len(splits) == 2
+        assert torch.equal(other, int8_product(x.clone(), packed, scale, zeros))
+        assert not torch.equal(other, first)
+
+
 def test_rows_of_zeros_and_of_tiny_weights() -> None:
     weight = torch.randn(3, 16)
     weight[0], weight[1] = 0, weight[1] * 1e-42
@@ -164,6 +192,30 @@ def test_a_layer_whose_weights_are_read_stops_the_model() -> None:
         try_out(model)
 
 
+def test_a_table_that_a_model_computes_with_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its int8 numbers without their scales would be no embeddings."""
+    model: Any = tiny(GLA)
+    forward = model.forward
+
+    def looking(**options: Any) -> Any:
+        output = forward(**options)
+        output.logits = output.logits + 0 * model.get_input_embeddings().weight.sum()
+        return output
+
+    monkeypatch.setattr(model, "forward", looking)
+    done = quantize(model, "int8", "m")
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    assert done.line.startswith("int8: 11 of 11 linear layers, ")
+    assert "model.embeddings.weight" not in done.stored
+    monkeypatch.undo()
+    plain = tiny(GLA)
+    quantize(plain, "int8", "m")
+    table: Any = plain.get_input_embeddings()
+    assert (table.weight.shape, table.weight.dtype) == ((400, 32), torch.float32)
+    with pytest.raises(quantized.ReadDirectlyError, match=r"model\.embeddings"):
+        torch.ones(1, 32) @ table.weight.t()
+
+
 def test_no_linear_layer_is_an_error() -> None:
     model: Any = tiny(GLA)
     for name, module in list(model.named_modules()):
@@ -188,6 +240,16 @@ def test_bf16_rounds_all_weights() -> None:
     assert quantize(model, "bf16", "m").line.startswith("bf16: 11 of 11 linear layers and the em")
     rounded = plain.to(torch.bfloat16).float()
     assert (logits_of(model) - logits_of(rounded)).norm() < 0.02 * logits_of(plain).norm()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16"])
+def test_a_deep_model_s_states_are_joined(dtype: quantized.Dtype) -> None:
+    """Rounded activations make more of other sums than fp32's do."""
+    keys = {**GLA, "hidden_size": 64, "num_hidden_layers": 12, "vocab_size": 3000}
+    torch.manual_seed(0)
+    model = build_model(build_hf_config(keys, byte_tokenizer(), 128)).eval()
+    quantize(model, dtype, "m")
+    assert probe(model) == Abilities(joined=True, in_pieces=True)
 
 
 def test_a_text_is_the_same_in_a_batch_and_alone() -> None:
@@ -393,7 +455,7 @@ def test_half_a_folder_never_looks_whole(folders: Folders, tmp_path: Path) -> No
 Damage = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
 Q = "model.layers.0.attn.q_proj.weight"
 DAMAGED: dict[str, tuple[Damage, str]] = {
-    "no scales": (lambda t, c: t.pop(f"{Q}_scale"), "q_proj.weight' is int8 without scales"),
+    "no scales": (lambda t, c: t.pop(f"{Q}_scale"), "q_proj.weight' is 'I8' without scales"),
     "no weights": (lambda t, c: t.pop(Q), "q_proj.weight is missing"),
     "NaN": (lambda t, c: t[f"{Q}_scale"].fill_(math.nan), "finite numbers above 0, in float32"),
     "inf": (lambda t, c: t[f"{Q}_scale"].fill_(math.inf), "finite numbers above 0, in float32"),
@@ -403,11 +465,19 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         lambda t, c: t.update({f"{Q}_scale": t[f"{Q}_scale"].half()}),
         "finite numbers above 0, in float32",
     ),
+    "whole numbers": (
+        lambda t, c: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
+        "norm.weight' is 'I32' without scales, and must be float32",
+    ),
+    "half, plain": (
+        lambda t, c: (t.pop(f"{Q}_scale"), t.update({Q: t[Q].half()})),
+        "q_proj.weight' is 'F16' without scales, and must be float32",
+    ),
     "shape": (lambda t, c: t.update({Q: t[Q].t().contiguous()}), "and must be"),
-    "type": (lambda t, c: t.update({Q: t[Q].float()}), "is float32 with scales"),
+    "type": (lambda t, c: t.update({Q: t[Q].float()}), "is 'F32' with scales, and must be int8"),
     "norm": (
         lambda t, c: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-        "norm.weight' is int8 without scales",
+        "norm.weight' is 'I8' without scales",
     ),
     "norm with scales": (
         lambda t, c: t.update(
@@ -466,6 +536,15 @@ def test_damaged_files(folders: Folders, tmp_path: Path) -> None:
         (folder / FILE).write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             load_model(str(folder))
+    # Types that torch has no numbers for
+    length = int.from_bytes(whole[:8], "little")
+    head = whole[8 : 8 + length].replace(b'"F32","shape":[32]', b'"F4","shape":[256]', 1)
+    assert b'"F4"' in head
+    (folder / FILE).write_bytes(whole[:8] + head + whole[8 + length :])
+    with pytest.raises(ConfigError) as caught:
+        load_model(str(folder))
+    assert str(caught.value).startswith(str(folder))
+    assert "\n" not in str(caught.value)
     (folder / FILE).unlink()
     with pytest.raises(ConfigError, match="is missing; write the folder again"):
         load_model(str(folder))

@@ -317,6 +317,27 @@ def test_the_end_fails_what_is_left() -> None:
     assert [bench.result(number) for number in numbers] == [Failure(503, "over")] * 6
 
 
+def test_between_two_tokens_there_are_few_passes() -> None:
+    """Also where prompts are short, or have many short turns; all are read in the end."""
+    bench = Bench(tiny(GLA), prefill_tokens=256, max_rows=20, max_waiting=20)
+    end = next(iter(bench.preparation.ends_of_turns))
+    many = [token for _ in range(9) for token in (*[5] * 32, end)]
+    for prompt in (many, *([7] * 3 for _ in range(10))):
+        bench.submit(prompt, max_tokens=1)
+    passes, read = [], engines.read
+    bench.engine._wait()
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as within:
+        within.setattr(engines, "read", lambda *a, **o: (passes.append(1), read(*a, **o))[1])
+        total = 0
+        while bench.engine.reading:
+            passes.clear()
+            bench.engine._join(bench.engine._read_prompts())
+            assert 0 < len(passes) <= 4
+            total += len(passes)
+    assert total == 19
+    assert bench.engine.metrics.prompt_tokens == len(many) + 30
+
+
 def test_prompts_take_turns() -> None:
     """A short prompt is read while a long one still is."""
     bench = Bench(tiny(GLA))

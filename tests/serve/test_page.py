@@ -532,6 +532,53 @@ def test_an_error_of_the_server(browser: Browser, server: Server) -> None:
     assert all(line.startswith(refused) for line in browser.logged())
 
 
+def test_an_answer_is_kept_until_another_comes(browser: Browser, server: Server) -> None:
+    """Not one more request that fails, or is stopped before its first token, takes it."""
+    opened(browser, server, temperature=0)
+    assert ask(browser, TALK[0][0]) == ATTENTION
+    foot = browser.text(".foot")
+    browser.run("$('max_tokens').value = 601")
+    browser.click(".foot button:nth-child(2)")
+    assert last(browser) == ATTENTION
+    assert browser.text("#error").startswith("max_tokens: must be")
+    assert (browser.text(".foot"), browser.run("return turns.length")) == (foot, 1)
+    assert browser.text(".answer").startswith("Gated linear attention reads")
+    browser.run(
+        "$('max_tokens').value = ''; document.querySelectorAll('.foot button')[1].click();"
+        "running.abort()"
+    )
+    assert last(browser) == ATTENTION
+    assert browser.text(".foot") == foot
+    browser.click(".foot button:nth-child(2)")
+    assert last(browser) == ATTENTION
+    assert not browser.is_seen("#error")
+
+
+def test_neither_a_question_nor_a_draft_is_lost(browser: Browser, server: Server) -> None:
+    """If the request fails while the next one is written; what has no answer is not sent again."""
+    opened(browser, server, temperature=0, max_tokens=601)
+    browser.run(
+        "$('input').value = arguments[0]; send(); $('input').value = arguments[1]",
+        *("Be odd.", TALK[0][0]),
+    )
+    assert last(browser) == ""
+    assert browser.run("return [turns[0].asked, $('input').value]") == ["Be odd.", TALK[0][0]]
+    assert browser.run("return document.querySelectorAll('.foot button').length") == 3
+    browser.run("$('max_tokens').value = ''; send()")
+    assert last(browser) == ATTENTION  # as if it were the first
+
+
+def test_a_server_with_another_model(browser: Browser, server: Server) -> None:
+    """It says so once, and is asked for its own model then."""
+    opened(browser, server, temperature=0)
+    browser.run("card = { ...card, id: 'earlier' }")
+    assert ask(browser, TALK[0][0]) is None
+    assert "earlier" in browser.text("#error")
+    assert browser.text("#model") == "gla-demo"
+    browser.click("#send")
+    assert last(browser) == ATTENTION
+
+
 class Proxy(http.server.BaseHTTPRequestHandler):
     """What is below /models/tiny/ is asked of a server, as a proxy with TLS would."""
 
@@ -559,9 +606,23 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Odd(Proxy):
+    """A proxy that answers what is posted by itself, as its class says."""
+
+    kind, body = "", ""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Type", self.kind)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body.encode())
+
+
 @contextmanager
-def proxied(server: Server) -> Iterator[str]:
-    handler = type("Handler", (Proxy,), {"server_address": server.address})
+def proxied(server: Server, kind: type[Proxy] = Proxy) -> Iterator[str]:
+    handler = type("Handler", (kind,), {"server_address": server.address})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
         threading.Thread(target=proxy.serve_forever).start()
         try:
@@ -579,6 +640,40 @@ def test_below_a_path_of_a_proxy(browser: Browser, server: Server) -> None:
         browser.click("#close")
         assert ask(browser, TALK[0][0]) == ATTENTION
         assert browser.logged() == []
+        browser.open("about:blank")
+
+
+STREAM = "text/event-stream"
+ODD = "What came is no answer of this server. "
+FILTERED = '{"choices": [{"delta": {}, "finish_reason": "content_filter"}]}'
+
+
+def test_what_is_no_answer_is_told(
+    browser: Browser, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy's page to log in, JSON that is damaged, and a text that is blocked from its start."""
+    with proxied(server, Odd) as address:
+        browser.open(address)
+        browser.wait(lambda: browser.is_seen("#welcome"))
+        for kind, body, told in (
+            ("text/html", "<p>Log in</p>", ODD),
+            ("application/json", "{}", ODD),
+            (STREAM, 'data: {"choices"\n\n', ODD),
+            (STREAM, "data: null\n\n", ODD),
+            (STREAM, f"data: {FILTERED}\n\ndata: [DONE]\n\n", "There is no answer: it would h"),
+            (STREAM, "", "The connection ended before"),
+        ):
+            monkeypatch.setattr(Odd, "kind", kind)
+            monkeypatch.setattr(Odd, "body", body)
+            browser.run("$('input').value = ''")
+            assert ask(browser, "hello") is None
+            assert browser.text("#error").startswith(told), body
+            assert browser.run("return $('input').value") == "hello"
+        monkeypatch.setattr(Odd, "do_GET", Odd.do_POST)
+        for body in ("<p>Log in</p>", "{}", '{"data": []}', "null"):
+            monkeypatch.setattr(Odd, "body", body)
+            browser.run("complain(''); meet()")
+            browser.wait(lambda: browser.text("#error").startswith(ODD))
         browser.open("about:blank")
 
 

@@ -294,15 +294,23 @@ def test_without_memory_for_a_state_the_answer_is_the_same(
     bench.engine.close("done")
 
 
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allo"),
+    RuntimeError("could not create a primitive: not enough memory"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "onednn"])
 def test_a_request_without_memory_frees_what_is_kept(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench, prompt = begun(), [*range(1, 60)]
     before = answer(bench, prompt)
     assert bench.engine.prefixes.gauges()["prefixes"] == 1
 
     def fail(**_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with monkeypatch.context() as within:
         within.setattr(bench.engine.model, "_supports_logits_to_keep", lambda: True)
@@ -326,7 +334,7 @@ def test_what_is_kept_is_said() -> None:
     model = tiny(GLA)
     abilities = probe(model)
     assert describe(model, abilities, 10_000) == (
-        "up to 9 states of prompts are kept, of 1,024 bytes each"
+        "up to 8 states of prompts are kept, of 1,024 bytes each and 4 for each token before it"
     )
     assert "are too few for one of 1,024" in describe(model, abilities, 1000)
     assert describe(model, abilities, 0) == "no states of prompts are kept (prefix_cache_bytes=0)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import os
@@ -28,6 +29,8 @@ from flame_composer.config.load import load
 from flame_composer.config.use import ChatConfig, GenerateConfig
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
+from flame_composer.serve.front import Front
+from flame_composer.serve.metrics import Metrics
 from flame_composer.text.chat import CHATML
 from flame_composer.text.ends import Ends, with_ends
 from flame_composer.use.chat import Conversation, Interruption
@@ -238,6 +241,26 @@ TAKING = CHATML + (
     "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}"
     "{% endif %}"
 )
+
+
+def test_a_secret_in_a_path_is_masked_before_it_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of it would not be known for one."""
+
+    async def ask(path: str) -> None:
+        async def send(_: Any) -> None:
+            pass
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200})
+
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
+        await Front(app, None, Metrics())(scope, None, send)
+
+    asyncio.run(ask(f"/{'x' * 40}/hf_{'a' * 34}"))
+    line = capsys.readouterr().err
+    assert f" GET /{'x' * 40}/*** 200" in line
+    assert "hf_" not in line
 
 
 def test_what_a_conversation_takes_is_not_taken_of_the_server(made: Any, tmp_path: Path) -> None:

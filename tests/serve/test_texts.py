@@ -114,7 +114,7 @@ def test_a_file_that_others_may_read_is_refused(folder: Path, tmp_path: Path) ->
         ("open", "is there, and others may read or write it; chmod 600 it, or name another"),
         ("folder", "cannot be opened: Is a directory"),
         ("link", "cannot be opened: Too many levels of symbolic links"),
-        ("pipe", "cannot be opened: No such device or address"),
+        ("pipe", "must be a file"),
         ("nowhere/file", "cannot be opened: No such file or directory"),
     ):
         with pytest.raises(InvalidField, match=reason):
@@ -124,6 +124,31 @@ def test_a_file_that_others_may_read_is_refused(folder: Path, tmp_path: Path) ->
     )
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "log_texts" in ended.stderr
+
+
+def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    path.touch(0o600)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.raises(InvalidField, match="belongs to another user"):
+        TextLog(str(path))
+
+
+def test_a_file_that_ends_in_half_a_line_is_gone_on_with(tmp_path: Path) -> None:
+    """As a server leaves it that was killed; a whole line is not followed by an empty one."""
+    path = tmp_path / "log"
+    path.touch(0o600)
+    for before, after in (
+        (b"", b'{"a":1}\n'),
+        (b'{"a":1}\n', b'{"a":1}\n{"a":1}\n'),
+        (b'{"text":"hal', b'{"text":"hal\n{"a":1}\n'),
+    ):
+        path.write_bytes(before)
+        log = TextLog(str(path))
+        log._entries.put({"a": 1})
+        log.close()
+        assert path.read_bytes() == after
 
 
 def test_a_line_after_half_a_line_is_whole(tmp_path: Path) -> None:
