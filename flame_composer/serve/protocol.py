@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flame_composer.config.fields import nearest
 from flame_composer.config.rules import is_text
 from flame_composer.serve.sampling import Settings
 from flame_composer.text.chat import Message
@@ -219,6 +220,7 @@ class Fields:
     def __init__(self, content: Mapping[str, Any]):
         self.content = content
         self.left = dict.fromkeys(content)
+        self.known: list[str] = []
 
     def has(self, name: str) -> bool:
         """Return whether a field is set."""
@@ -227,6 +229,7 @@ class Fields:
     def take(self, name: str) -> Any:
         """Return the value of a field, None if it is not set."""
         self.left.pop(name, None)
+        self.known.append(name)
         return self.content.get(name)
 
     def flag(self, name: str) -> bool:
@@ -273,9 +276,8 @@ class Fields:
         for name in self.left:
             shown = ascii(name)[1:-1][:80]
             if name not in _NOTHING:
-                raise BadRequest(
-                    f"{shown}: this server knows no such field", shown, logged="an unknown field"
-                )
+                line = f"{shown}: this server knows no such field{nearest(shown, self.known)}"
+                raise BadRequest(line, shown, logged="an unknown field")
             if self.content[name] not in _NOTHING[name]:
                 raise BadRequest(f"{shown}: this server does not do that; leave it out", shown)
 

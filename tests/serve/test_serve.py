@@ -464,6 +464,7 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
     "negative token": ({"prompt": [-1]}, 400, "prompt"),
     "long prompt": ({"prompt": [5] * 601}, 400, "601 tokens"),
     "unknown": ({**P, "draw": "a cat"}, 400, "draw"),
+    "mistyped": ({**P, "max_token": 5}, 400, "no such field; did you mean max_tokens?"),
     "unknown name": ({**P, "\u202e\x1b[31m": 1}, 400, "no such field"),
     "suffix": ({**P, "suffix": "end"}, 400, "suffix"),
     "stream_options": ({**P, "stream_options": {"include_usage": True}}, 400, "stream_options"),
