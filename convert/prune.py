@@ -19,25 +19,15 @@ def main(config: PruneConfig) -> None:
     out = Path(config.out)
     require_new(out)
 
-    from flame_composer.checkpoint.to_model import load_model, save_hf_folder
-    from flame_composer.errors import InvalidField
-    from flame_composer.export.merge import merge
+    from flame_composer.checkpoint.to_model import save_hf_folder
+    from flame_composer.export.merge import load_merged
     from flame_composer.export.prune import describe, prune_model
-    from flame_composer.model.lora import has_adapters
-    from flame_composer.model.quantized import is_quantized
-    from flame_composer.text.ends import ends_of, with_ends
 
     listen_to_signals()
-    model, tokenizer = load_model(config.model, base=config.base)
-    if is_quantized(model):
-        raise InvalidField("model", "holds int8 weights; give the model they were made from")
-    if has_adapters(model):
-        print("\n".join(merge(model, config.model, dtype="float32")))
+    model, tokenizer = load_merged(config.model, config.base)
     report = prune_model(model, config.model, config.sparsity)
     lines = describe(report)
     print(*lines, sep="\n", flush=True)
-    ends = ends_of(tokenizer)
-    tokenizer = tokenizer if ends is None else with_ends(tokenizer, ends)
     how = config.pattern or f"{config.sparsity:g} of each layer"
     card = f"# {out.name}\n\nPruned by magnitude ({how}) with flame_composer:\n\n"
     table = "".join(f"    {line}\n" for line in lines)

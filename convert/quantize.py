@@ -17,17 +17,13 @@ def main(config: QuantizeConfig) -> None:
     out = Path(config.out)
     require_new(out)
 
-    from flame_composer.checkpoint.to_model import load_model, save_hf_folder
-    from flame_composer.errors import InvalidField
+    from flame_composer.checkpoint.to_model import save_hf_folder
+    from flame_composer.export.merge import load_merged
     from flame_composer.export.quantize import save_int8_folder
-    from flame_composer.model.lora import merge_adapters
-    from flame_composer.model.quantized import is_quantized, quantize
+    from flame_composer.model.quantized import quantize
 
     listen_to_signals()
-    model, tokenizer = load_model(config.model, base=config.base)
-    if is_quantized(model):
-        raise InvalidField("model", "holds int8 weights; give the model they were made from")
-    merge_adapters(model)
+    model, tokenizer = load_merged(config.model, config.base)
     if config.dtype == "int8":
         quantized = quantize(model, "int8", config.model)
         save_int8_folder(model, quantized.stored, tokenizer, out)

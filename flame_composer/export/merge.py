@@ -10,18 +10,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flame_composer import cpu
 from flame_composer.checkpoint.adapter import BASE_SHA256, PREFIX, WEIGHTS
-from flame_composer.errors import ConfigError
+from flame_composer.checkpoint.to_model import load_model
+from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.lora import (
     NAME,
     Adapter,
     embeddings_of,
     endings_of,
     ends_in,
+    has_adapters,
     is_tied,
     merge_adapters,
     peft_config,
 )
+from flame_composer.model.quantized import is_quantized
 from flame_composer.storage.folders import new_folder
+from flame_composer.text.ends import ends_of, with_ends
 
 # The largest difference of logits between a merged model and one with adapters, for logits of at
 # most 1, in fp32. A GPU rounds products of fp32 to fewer bits.
@@ -60,6 +64,21 @@ def merge(model: PreTrainedModel, place: str, *, dtype: str) -> list[str]:
         lines.append(f"stored as {dtype}: they differ by {rounded:.1e} at most")
     model.cpu()
     return lines
+
+
+def load_merged(place: str, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Return a model to be changed and written anew, its adapter merged, and its tokenizer.
+
+    How exact merging was is printed. Raise InvalidField for int8 weights, and ConfigError as
+    `load_model` and `merge` do.
+    """
+    model, tokenizer = load_model(place, base=base)
+    if is_quantized(model):
+        raise InvalidField("model", "holds int8 weights; give the model they were made from")
+    if has_adapters(model):
+        print("\n".join(merge(model, place, dtype="float32")))
+    ends = ends_of(tokenizer)
+    return model, tokenizer if ends is None else with_ends(tokenizer, ends)
 
 
 @torch.no_grad()
