@@ -20,7 +20,6 @@ def main(config: PredictConfig) -> None:
     from flame_composer.checkpoint.to_model import load_model
     from flame_composer.loader.datasets import open_for_model
     from flame_composer.loader.fetch import Shards
-    from flame_composer.loader.rows import Rows
     from flame_composer.storage.local import appearing
     from flame_composer.text.chat import with_template
     from flame_composer.use.generate import ends_of_answers
@@ -43,14 +42,14 @@ def main(config: PredictConfig) -> None:
     if dataset.manifest.template is not None:
         # Answers end as they do in the examples, even those of a model that was not tuned on any.
         tokenizer = with_template(tokenizer, {"data": dataset.manifest.template})
-    rows = Rows([Shards(dataset)], batch_size=1, shuffle=False)
+    shards = Shards([dataset])
     settings = settings_of(
         config,
         model,
         data=dataset.manifest.index_sha256,
         stop=ends_of_answers(model, tokenizer),
     )
-    samples = samples_of((rows[number] for number in range(rows.num_samples)), turns=config.turns)
+    samples = samples_of(map(shards.row, range(shards.num_rows)), turns=config.turns)
     with open_predictions(config.out, settings) as predictions:
         predict(
             get_device().module_to_device(model).eval(),
@@ -58,7 +57,7 @@ def main(config: PredictConfig) -> None:
             samples,
             predictions,
             config,
-            num_rows=rows.num_samples,
+            num_rows=shards.num_rows,
         )
         result = score(predictions.pairs)
         result["ended"] = sum(line["ended"] for line in predictions.lines)

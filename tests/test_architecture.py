@@ -116,7 +116,7 @@ def imported(name: str, modules: set[str]) -> str | None:
 
 # The plan in docs/architecture.md: a package imports from those in an earlier group.
 GROUPS = (
-    {"errors", "lines", "processes", "fork_server", "batch", "quantities", "cpu"},
+    {"errors", "lines", "processes", "fork_server", "agree", "batch", "quantities", "cpu"},
     {"storage"},
     {"upstream"},
     {"text", "config"},

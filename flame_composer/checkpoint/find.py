@@ -13,8 +13,8 @@ from pathlib import Path
 
 from composer.utils import dist
 
+from flame_composer.agree import agreed
 from flame_composer.checkpoint import sharded
-from flame_composer.checkpoint.agree import agreed
 from flame_composer.checkpoint.content import check_content
 from flame_composer.checkpoint.parts import Needed, OtherRun
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint, read_head

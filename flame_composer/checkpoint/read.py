@@ -90,6 +90,19 @@ def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
     return content
 
 
+def order_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the settings of the row order that a checkpoint was trained with, which was checked.
+
+    Raise DataError if it has been damaged since.
+    """
+    content = _read_file(checkpoint.place, checkpoint.file, verify=False)
+    try:
+        order: dict[str, Any] = content["state"]["callbacks"]["SameData"]["order"]
+        return dict(order)
+    except Exception:
+        raise DataError(f"{checkpoint.place}: not a whole checkpoint: it has changed") from None
+
+
 def _require_own(place: str, head: dict[str, Any], paths: list[Path]) -> None:
     """Raise DataError for a piece that was not saved together with its checkpoint's head."""
     if "fingerprints" not in head:  # until 2026-11-28; see optimizer_state.check_pieces

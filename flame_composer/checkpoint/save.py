@@ -17,8 +17,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
+from flame_composer.agree import Gather
 from flame_composer.checkpoint import sharded
-from flame_composer.checkpoint.agree import Gather
 from flame_composer.checkpoint.find import find_start, remove_copy, step_of
 from flame_composer.checkpoint.keep import KeptCheckpoints
 from flame_composer.checkpoint.parts import Needed

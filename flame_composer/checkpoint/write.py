@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from composer.utils import dist
 
+from flame_composer.agree import Gather, agreed
 from flame_composer.checkpoint import sharded
-from flame_composer.checkpoint.agree import Gather, agreed
 from flame_composer.checkpoint.keep import KeptCheckpoints
 from flame_composer.checkpoint.sharded import Share
 from flame_composer.checkpoint.upload import upload_file

@@ -84,13 +84,18 @@ class DataConfig(PlaceConfig):
     """
     shuffle: bool = True
     """Shuffle the rows, in another order in every epoch."""
-    shuffle_algo: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = "py1e"
-    """Shuffle algorithm of StreamingDataset."""
+    shuffle_algo: Literal["spread", "py1e", "py1br", "py1s", "py2s", "naive"] | None = None
+    """Order of the rows: spread, whose cost does not depend on their number, or one of
+    StreamingDataset's, which lay out every epoch row by row. If not set, a run has the one it
+    began with, and a new run spread.
+    """
     shuffle_seed: int | None = None
     """Seed of the row order; the seed of the run if not set."""
     shuffle_block_size: int | None = None
-    """Number of rows over which the shuffle spreads a shard. A larger block mixes better and keeps
-    more shards on disk.
+    """Number of rows over which the shuffle spreads a shard, for each of num_canonical_nodes. A
+    larger block mixes better and keeps more shards on disk: about as many bytes as so many rows
+    have. If not set, 16 GiB of rows over all nodes, and 4 GiB or more for each; spread has at
+    least four times the rows of the largest shard, and at most 134,217,728.
     """
     num_canonical_nodes: int = 1
     """Number of parts that the row order is made of; batches take rows from each in turn. Set it

@@ -44,7 +44,7 @@ class PlanConfig(TrainConfig):
     """Measured throughput of the whole run, tokens per second; takes the place of mfu."""
     price_per_hour: float | None = None
     """Price of one device for an hour."""
-    dataset_tokens: int | None = None
+    dataset_tokens: float | None = None
     """Number of tokens in the training data; read from its manifest if not set and there is one."""
     save_seconds: float | None = None
     """Measured time until a checkpoint is whole, seconds; takes the place of save_bandwidth."""
@@ -75,9 +75,10 @@ class PlanConfig(TrainConfig):
         )
         require(0 <= self.restart_minutes <= 1e12, "restart_minutes", "must be in [0, 1e+12]")
         require(
-            self.dataset_tokens is None or 0 < self.dataset_tokens <= 10**18,
+            self.dataset_tokens is None
+            or (0 < self.dataset_tokens <= 10**18 and self.dataset_tokens % 1 == 0),
             "dataset_tokens",
-            "must be in [1, 10**18], or null",
+            "must be a whole number in [1, 10**18], or null",
         )
         require(
             bool(BYTES.fullmatch(self.save_bandwidth))

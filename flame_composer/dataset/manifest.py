@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from flame_composer.dataset.ledger import OF_TUNING, Ledger, text_counts
-from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
-from flame_composer.dataset.mds import VERSION as MDS_VERSION
+from flame_composer.dataset.mds import MAX_SHARD_BYTES
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files
 from flame_composer.text.encoder import HF
@@ -103,6 +100,12 @@ def read_manifest(folder: str) -> Manifest:
 
     Raises ConfigError if the folder holds no finished dataset, DataError as `parse_manifest` does.
     """
+    path = require_there(folder)
+    return parse_manifest(files.read(path), path)
+
+
+def require_there(folder: str) -> str:
+    """Return the path of a folder's manifest. Raises ConfigError if there is none."""
     path = files.join(folder, "manifest.json")
     if files.stat(path) is None:
         what = "an unfinished conversion (run the same command of convert/ again to finish it)"
@@ -115,7 +118,7 @@ def read_manifest(folder: str) -> Manifest:
         raise ConfigError(
             f"{folder}: {what if files.stat(files.join(folder, 'plan.json')) else other}"
         )
-    return parse_manifest(files.read(path), path)
+    return path
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
@@ -124,7 +127,15 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     Raises DataError, naming `place`, if the manifest is damaged or of another format version.
     """
     content = parse_json(data, place)
-    version = _take(content, "version", int, place)
+    return manifest_of(content, take(content, "units", list, place), place)
+
+
+def manifest_of(content: Any, records: list[Any] | None, place: str) -> Manifest:
+    """Return the manifest with this content and these records of units, or with no units.
+
+    Raises DataError as `parse_manifest` does.
+    """
+    version = take(content, "version", int, place)
     if version not in VERSIONS.values():
         raise DataError(
             f"{place}: dataset format version {version}, but this flame_composer reads versions"
@@ -133,24 +144,24 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         )
     kind: Kind = "text"
     if version == VERSIONS["sft"]:
-        kind = _one_of(_take(content, "kind", str, place), ("sft",), place)
-    units = tuple(parse_record(unit, place) for unit in _take(content, "units", list, place))
-    tokenizer = _take(content, "tokenizer", dict, place)
+        kind = _one_of(take(content, "kind", str, place), ("sft",), place)
+    units = tuple(parse_record(unit, place) for unit in records or ())
+    tokenizer = take(content, "tokenizer", dict, place)
     manifest = Manifest(
         version=version,
-        split=_one_of(_take(content, "split", str, place), ("train", "val"), place),
+        split=_one_of(take(content, "split", str, place), ("train", "val"), place),
         tokenizer=TokenizerFingerprint(
-            sha256=_take(tokenizer, "sha256", str, place),
-            vocab_size=_take(tokenizer, "vocab_size", int, place),
+            sha256=take(tokenizer, "sha256", str, place),
+            vocab_size=take(tokenizer, "vocab_size", int, place),
             bos_token_id=_take_id(tokenizer, "bos_token_id", place),
             eos_token_id=_take_id(tokenizer, "eos_token_id", place),
         ),
-        context_length=_take(content, "context_length", int, place),
-        token_dtype=_one_of(_take(content, "token_dtype", str, place), ("uint16", "uint32"), place),
-        config=_take(content, "config", dict, place),
+        context_length=take(content, "context_length", int, place),
+        token_dtype=_one_of(take(content, "token_dtype", str, place), ("uint16", "uint32"), place),
+        config=take(content, "config", dict, place),
         units=units,
-        totals=_ledger(_take(content, "totals", dict, place), place),
-        index_sha256=_take(content, "index_sha256", str, place),
+        totals=_ledger(take(content, "totals", dict, place), place),
+        index_sha256=take(content, "index_sha256", str, place),
         kind=kind,
     )
     if not 1 <= manifest.context_length < MAX_SHARD_BYTES:
@@ -159,7 +170,7 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
             "'context_length' must be at least 1, and small enough for a row to fit into a shard;"
             f" it is {manifest.context_length}",
         )
-    whole = sum((unit.ledger for unit in units), Ledger())
+    whole = manifest.totals if records is None else sum((unit.ledger for unit in units), Ledger())
     if not (
         manifest.totals == whole
         and whole.balances
@@ -174,74 +185,14 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 
 def _check_tuning(manifest: Manifest, place: str) -> None:
     """Raise DataError unless the manifest says of tuning data what training needs to know."""
-    _take(manifest.config, "template", str, place)
-    _one_of(_take(manifest.config, "train_on", str, place), ("all", "last", "prompt_too"), place)
+    take(manifest.config, "template", str, place)
+    _one_of(take(manifest.config, "train_on", str, place), ("all", "last", "prompt_too"), place)
     for name in ("stop_token", "padding_token"):
-        if _take(manifest.config, name, int, place) >= manifest.tokenizer.vocab_size:
+        if take(manifest.config, name, int, place) >= manifest.tokenizer.vocab_size:
             raise damaged(place, f"'{name}' must be one of the tokenizer's")
     totals = manifest.totals
     if not totals.rows <= totals.loss_tokens <= totals.tokens_in - totals.dropped:
         raise damaged(place, f"{totals.loss_tokens:,} tokens with loss cannot be right")
-
-
-def read_index(folder: str, manifest: Manifest) -> list[ShardFile]:
-    """Return the shards that a folder's index.json lists, in order, without looking at them.
-
-    The index is not trusted. Raises DataError unless it is the one that `manifest` was written
-    with, and names only files within the folder.
-    """
-    place = files.join(folder, "index.json")
-    if files.stat(place) is None:
-        raise DataError(
-            f"{place}: missing; run the same command of convert/ again to finish the dataset"
-        )
-    data = files.read(place)
-    content = parse_json(data, place)
-    form = column_form(
-        manifest.token_dtype, manifest.context_length, has_loss_mask=manifest.has_loss_mask
-    )
-    row_bytes = sum(filter(None, form["column_sizes"]))
-    if _take(content, "version", int, place) != MDS_VERSION:
-        raise damaged(place, f"'version' must be {MDS_VERSION}")
-    shards: list[ShardFile] = []
-    for shard in _take(content, "shards", list, place):
-        raw = _take(shard, "raw_data", dict, place)
-        basename = _take(raw, "basename", str, place)
-        if not SHARD_NAME.fullmatch(basename):
-            raise damaged(place, f"it names a file outside the dataset: {basename!r}")
-        if shard.get("zip_data") is not None or shard.get("compression") is not None:
-            raise damaged(place, f"{basename} is compressed, which this format never is")
-        if any(shard.get(key) != value for key, value in form.items()):
-            raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
-        if shard.get("size_limit") is not None:
-            # StreamingDataset may read this index too, and insists on a number
-            _take(shard, "size_limit", int, place)
-        file = ShardFile(
-            basename,
-            _take(raw, "bytes", int, place),
-            _take(_take(raw, "hashes", dict, place), HASH, str, place),
-            _take(shard, "samples", int, place),
-        )
-        shards.append(file)
-    if not shards:
-        raise damaged(place, "it lists no shards")
-    names = Counter(file.basename for file in shards)
-    if len(names) != len(shards):
-        raise damaged(place, f"it names {names.most_common(1)[0][0]} twice")
-    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
-        raise damaged(place, "it is not the index that manifest.json was written with")
-    for file in shards:
-        if file.bytes > MAX_SHARD_BYTES:
-            raise damaged(
-                place, f"{file.basename}: {file.bytes} bytes are more than a shard can have"
-            )
-        if file.rows < 1:
-            raise damaged(place, f"{file.basename}: the shard has no rows")
-        if file.rows * row_bytes > file.bytes:
-            raise damaged(
-                place, f"{file.basename}: {file.rows} rows do not fit into {file.bytes} bytes"
-            )
-    return shards
 
 
 def read_json(path: str) -> Any:
@@ -268,7 +219,7 @@ def damaged(place: str, reason: str) -> DataError:
     )
 
 
-def _take(content: Any, key: str, kind: type[T], place: str) -> T:
+def take(content: Any, key: str, kind: type[T], place: str) -> T:
     value = content.get(key) if isinstance(content, dict) else None
     if (
         not isinstance(value, kind)
@@ -286,12 +237,12 @@ def _take(content: Any, key: str, kind: type[T], place: str) -> T:
 
 
 def _take_id(content: dict[str, Any], key: str, place: str) -> int | None:
-    return None if key in content and content[key] is None else _take(content, key, int, place)
+    return None if key in content and content[key] is None else take(content, key, int, place)
 
 
 def _take_encoder(content: dict[str, Any], place: str) -> str | None:
     content = {"encoder": HF, **content}  # not recorded before there was a choice of encoders
-    return None if content["encoder"] is None else _take(content, "encoder", str, place)
+    return None if content["encoder"] is None else take(content, "encoder", str, place)
 
 
 def _take_compression(content: dict[str, Any], place: str) -> Any:
@@ -302,7 +253,7 @@ def _take_compression(content: dict[str, Any], place: str) -> Any:
     """
     earlier = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2, unchecked", ".xz": "xz, unchecked"}
     if "compression" not in content:
-        return earlier.get(os.path.splitext(_take(content, "path", str, place))[1].lower())
+        return earlier.get(os.path.splitext(take(content, "path", str, place))[1].lower())
     return _one_of(
         content["compression"], (None, "gzip", "zstd", "bz2", "xz", *earlier.values()), place
     )
@@ -318,39 +269,39 @@ def _ledger(content: Any, place: str) -> Ledger:
     # Datasets made before there was min_doc_length have no such count, and only tuning data has the
     # last ones.
     counts = {"documents_short": 0, **dict.fromkeys(OF_TUNING, 0), "left_out": {}, **content}
-    left_out = _take(counts, "left_out", dict, place)
+    left_out = take(counts, "left_out", dict, place)
     return Ledger(
         **{
-            field.name: _take(counts, field.name, int, place)
+            field.name: take(counts, field.name, int, place)
             for field in dataclasses.fields(Ledger)
             if field.name != "left_out"
         },
-        left_out={reason: _take(left_out, reason, int, place) for reason in left_out},
+        left_out={reason: take(left_out, reason, int, place) for reason in left_out},
     )
 
 
 def parse_record(content: Any, place: str) -> UnitRecord:
     inputs = tuple(
         Slice(
-            path=_take(part, "path", str, place),
+            path=take(part, "path", str, place),
             format=_one_of(
-                _take(part, "format", str, place),
+                take(part, "format", str, place),
                 ("jsonl", "json", "parquet", "text", "dataset", "tokens", "bordered", "megatron"),
                 place,
             ),
-            start=_take(part, "start", int, place),
-            end=_take(part, "end", int, place),
-            num_bytes=_take(part, "num_bytes", int, place),
-            version=None if part.get("version") is None else _take(part, "version", str, place),
+            start=take(part, "start", int, place),
+            end=take(part, "end", int, place),
+            num_bytes=take(part, "num_bytes", int, place),
+            version=None if part.get("version") is None else take(part, "version", str, place),
             compression=_take_compression(part, place),
-            beside=_take(part, "beside", str, place) if "beside" in part else None,
+            beside=take(part, "beside", str, place) if "beside" in part else None,
         )
-        for part in _take(content, "inputs", list, place)
+        for part in take(content, "inputs", list, place)
     )
     return UnitRecord(
-        _take(content, "name", str, place),
+        take(content, "name", str, place),
         inputs,
         _take_encoder(content, place),
-        _take(content, "documents_hash", str, place),
-        _ledger(_take(content, "ledger", dict, place), place),
+        take(content, "documents_hash", str, place),
+        _ledger(take(content, "ledger", dict, place), place),
     )

@@ -24,11 +24,17 @@ from flame_composer.batch import IGNORE, Batch, collate, count_tokens
 from flame_composer.config.data import DataConfig, EvalDataConfig
 from flame_composer.config.sections import RepetitionConfig
 from flame_composer.dataset.open import Dataset
-from flame_composer.errors import ConfigError
+from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.fetch import Shards
+from flame_composer.loader.footprint import cache_needs, index_bytes, sizes_of
+from flame_composer.loader.layout import SPREAD, Order, build_order
+from flame_composer.loader.machine import this_machine
 from flame_composer.loader.repetition import leave_out
-from flame_composer.loader.rows import Rows
+from flame_composer.loader.rows import Loader, Rows
 from flame_composer.processes import can_have_processes, end_with_parent
+from flame_composer.upstream.streaming import StreamingOrder
+
+SHUFFLE_ALGO = "train_data.shuffle_algo"  # what `describe_order` calls it
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +49,16 @@ class EvalBatches(IterableDataset):
 
     def __init__(
         self,
-        rows: Rows,
+        shards: Shards,
         *,
         batch_size: int,
         max_rows: int | None,
         loss_across_documents: bool = True,
     ):
-        self.rows = rows
+        self.shards = shards
         self.loss_across_documents = loss_across_documents
         self.batch_size = batch_size
-        self.num_rows = min(rows.num_samples, max_rows or rows.num_samples)
+        self.num_rows = min(shards.num_rows, max_rows or shards.num_rows)
         self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
 
     def __len__(self) -> int:
@@ -66,7 +72,7 @@ class EvalBatches(IterableDataset):
             first = index * self.batch_size
             numbers = [self.rank + self.world_size * (first + i) for i in range(self.batch_size)]
             batch = collate(
-                [self.rows[min(number, self.num_rows - 1)] for number in numbers],
+                [self.shards.row(min(number, self.num_rows - 1)) for number in numbers],
                 loss_across_documents=self.loss_across_documents,
             )
             batch["labels"][[number >= self.num_rows for number in numbers]] = IGNORE
@@ -140,7 +146,7 @@ def describe_order(
         "train_data.batching_method": config.batching_method if config.streams else "random",
         "global_batch_size": global_batch_size,
         "train_data.shuffle": config.shuffle,
-        "train_data.shuffle_algo": config.shuffle_algo,
+        SHUFFLE_ALGO: config.shuffle_algo or SPREAD,
         "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
         "train_data.shuffle_block_size": config.shuffle_block_size,
         "train_data.num_canonical_nodes": config.num_canonical_nodes,
@@ -163,33 +169,32 @@ def build_train_loader(
     padding, which `repetition` would take for tokens that repeat.
     """
     may_be_void = _may_be_void(datasets, repetition)
-    batch_size = global_batch_size // dist.get_world_size()
-    rows = Rows(
-        _shards(datasets, config),
-        batch_size=batch_size,
-        shuffle=config.shuffle,
-        shuffle_algo=config.shuffle_algo,
-        shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
-        shuffle_block_size=config.shuffle_block_size,
-        num_canonical_nodes=config.num_canonical_nodes,
-        predownload=config.predownload,
-        batching_method=config.batching_method,
-    )
-    _require_a_batch(rows, datasets, global_batch_size)
-    if config.cache_limit is not None:
-        rows.limit_cache(
-            bytes_to_int(config.cache_limit),
-            num_workers=config.num_workers,
-            prefetch_factor=config.prefetch_factor,
-        )
+    order = build_order(datasets, config, global_batch_size=global_batch_size, seed=seed)
     num_workers = loader_processes(config.num_workers)
+    limit = _limit(order, datasets, config)
+    shards = Shards(
+        list(datasets.values()), retries=config.download_retries, timeout=config.download_timeout
+    )
+    if limit is not None:
+        shards.limit_cache(limit, places=dist.get_local_world_size() * max(1, num_workers))
+    if isinstance(order, StreamingOrder):
+        order.folder = shards.folder.path
+    rows = Rows(
+        order,
+        shards,
+        predownload=config.predownload,
+        state={
+            "shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
+            "num_canonical_nodes": config.num_canonical_nodes,
+        },
+    )
     across = config.loss_across_documents
     collated = functools.partial(
         collate_for_sending, loss_across_documents=across, repetition=repetition
     )
-    loader = DataLoader(
+    loader = Loader(
         rows,
-        batch_size=batch_size,
+        batch_size=rows.batch_size,
         drop_last=True,
         num_workers=num_workers,
         collate_fn=collated,
@@ -207,15 +212,25 @@ def build_train_loader(
     )
 
 
-def _require_a_batch(rows: Rows, datasets: Mapping[str, Dataset], global_batch_size: int) -> None:
-    """Raise ConfigError if the datasets do not hold one global batch."""
-    if rows.batches_per_epoch == 0:
-        what = "; ".join(dataset.place for dataset in datasets.values())
-        raise ConfigError(
-            f"{what}: holds {rows.epoch_size} rows, fewer than one global batch "
-            f"(global_batch_size={global_batch_size}); set a smaller global_batch_size, or give"
-            " more data"
+def _limit(order: Order, datasets: Mapping[str, Dataset], config: DataConfig) -> int | None:
+    """Return the bytes that cached shards may take, or None for no limit.
+
+    Raises InvalidField if shards in use would have to be deleted, and fetched again and again.
+    """
+    if config.cache_limit is None:
+        return None
+    limit = bytes_to_int(config.cache_limit)
+    indexes = index_bytes(datasets.values())
+    needs = cache_needs(order, sizes_of(datasets.values()), config, this_machine(), indexes=indexes)
+    if limit < needs.smallest:
+        raise InvalidField(
+            "train_data.cache_limit",
+            f"must be at least {needs.smallest} bytes: so much is in use at once with"
+            f" shuffle_block_size={needs.window},"
+            f" num_canonical_nodes={config.num_canonical_nodes} and shards of up to"
+            f" {needs.largest} bytes; a smaller train_data.shuffle_block_size needs less",
         )
+    return limit - indexes
 
 
 def _may_be_void(datasets: Mapping[str, Dataset], repetition: RepetitionConfig | None) -> bool:
@@ -230,19 +245,6 @@ def _may_be_void(datasets: Mapping[str, Dataset], repetition: RepetitionConfig |
             " with one token that repeats; set repetition_filter=null"
         )
     return bool(has_masks) or repetition is not None
-
-
-def _shards(datasets: Mapping[str, Dataset], config: DataConfig) -> list[Shards]:
-    weights = {name: stream.weight() for name, stream in config.streams.items()}
-    return [
-        Shards(
-            dataset,
-            retries=config.download_retries,
-            timeout=config.download_timeout,
-            **weights.get(name, {}),
-        )
-        for name, dataset in datasets.items()
-    ]
 
 
 def split_noting_void(batch: Batch, microbatch_size: int | float) -> Sequence[Batch]:
@@ -298,10 +300,9 @@ def build_evaluator(
     Each rank reads `batch_size` rows at a time. `until`, if given, takes the loader and returns one
     that can end early.
     """
-    rows = Rows([Shards(dataset)], batch_size=batch_size, shuffle=False)
     loader = DataLoader(
         EvalBatches(
-            rows,
+            Shards([dataset]),
             batch_size=batch_size,
             max_rows=config.max_rows,
             loss_across_documents=config.loss_across_documents,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
-
-from composer.utils import dist
 
 from flame_composer.dataset.mds import BadShard, ShardFile
 from flame_composer.dataset.open import Dataset, download, open_dataset
@@ -37,13 +38,13 @@ STALE_SECONDS = 3600.0
 ARRIVING = re.compile("[0-9a-f]{32}")  # the names of files being fetched into INCOMING
 
 
-def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
-    """Download the manifest and index of a remote dataset, and return its cache folder.
+def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> Dataset:
+    """Download the manifest and index of a remote dataset, and return it, without its units.
 
-    The folder is named after the index's content, so that a new dataset under the same address is
-    never mixed with the old one's shards. The jobs of a machine can share it, since shards only
-    appear in it whole. A shared folder that already holds the whole dataset is only read: it may be
-    read-only, or another user's.
+    Its cache folder is named after the index's content, so that a new dataset under the same
+    address is never mixed with the old one's shards. The jobs of a machine can share it, since
+    shards only appear in it whole. A shared folder that already holds the whole dataset is only
+    read: it may be read-only, or another user's.
 
     With `exclusive`, the folder belongs to this job alone, which may then delete shards to keep
     within a limit. A later job takes the folder over.
@@ -63,9 +64,10 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
                     ) from None
         shared = cache / found.manifest.index_sha256[:16]
         if not exclusive and _is_complete(shared, Path(temporary), found.files):
-            return str(shared)
+            return dataclasses.replace(found, folder=str(shared))
         try:
-            return _place_index(Path(temporary), shared, exclusive=exclusive)
+            folder = _place_index(Path(temporary), shared, exclusive=exclusive)
+            return dataclasses.replace(found, folder=folder)
         except OSError as error:
             raise ConfigError(
                 f"{cache}: cannot be written to: {error.strerror}; set local to a folder that can,"
@@ -73,49 +75,48 @@ def fetch_index(remote: str, cache: Path, *, exclusive: bool) -> str:
             ) from None
 
 
-def _is_complete(folder: Path, index: Path, files: list[ShardFile]) -> bool:
+def _is_complete(folder: Path, index: Path, files: Iterable[ShardFile]) -> bool:
     """Return whether a cache holds this very index, and all shards with the right size.
 
     The shards' content is checked when it is read.
     """
     try:
         for name in ("manifest.json", "index.json"):
-            if not _holds(folder / name, (index / name).read_bytes()):
+            if not _holds(folder / name, index / name):
                 return False
-        paths = [folder / file.basename for file in files]
-        found = [path.lstat() for path in paths]
-        return (
-            all(stat.S_ISREG(each.st_mode) for each in found)
-            and [each.st_size for each in found] == [file.bytes for file in files]
-            and all(os.access(path, os.R_OK) for path in paths)
-        )
+        return all(_is_whole(folder / file.basename, file.bytes) for file in files)
     except OSError:
         return False
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    """Return whether a file has this content.
+def _is_whole(shard: Path, num_bytes: int) -> bool:
+    found = shard.lstat()
+    is_file = stat.S_ISREG(found.st_mode)
+    return is_file and found.st_size == num_bytes and os.access(shard, os.R_OK)
 
-    The file may belong to anybody, so no link is followed and no more is read than expected.
+
+def _holds(path: Path, other: Path) -> bool:
+    """Return whether a file has the same content as `other`.
+
+    It may belong to anybody, so no link is followed and no more is read than expected.
     """
-    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
-        return (
-            os.fstat(file.fileno()).st_size == len(content) and file.read(len(content)) == content
-        )
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file, other.open("rb") as expected:
+        if os.fstat(file.fileno()).st_size != os.fstat(expected.fileno()).st_size:
+            return False
+        while block := expected.read(1 << 20):
+            if file.read(len(block)) != block:
+                return False
+    return True
 
 
 def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
-    # The first rank of a node chooses the folder for all of its ranks.
-    chosen = ""
-    if dist.get_local_rank() == 0:
-        chosen = claim_folder(shared) if exclusive else _own_cache(shared)
-    folder = dist.all_gather_object(chosen)[dist.get_global_rank() - dist.get_local_rank()]
+    folder = claim_folder(shared) if exclusive else _own_cache(shared)
     incoming = incoming_folder(folder)
     _sweep(incoming)
     for name in ("manifest.json", "index.json"):
-        # Ranks and jobs may do this at the same time, all with the same bytes.
+        # Other jobs may do this at the same time, with the same bytes.
         whole = incoming / uuid.uuid4().hex
-        whole.write_bytes((index / name).read_bytes())
+        shutil.copyfile(index / name, whole)
         whole.replace(Path(folder, name))
     return folder
 
@@ -179,7 +180,7 @@ def _download_index(remote: str, folder: str) -> Dataset:
                 f"{source}: cannot be read: {one_line(error)}; check the address, the credentials"
                 " and that the conversion has finished"
             ) from None
-    return open_dataset(folder, remote)
+    return open_dataset(folder, remote, with_units=False)
 
 
 def _sweep(incoming: Path) -> None:

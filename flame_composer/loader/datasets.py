@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flame_composer.config.data import DataConfig
 from flame_composer.dataset.open import Dataset, check_shards, check_tokenizer, open_dataset
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.loader.cache import fetch_index
+from flame_composer.loader.machine import opened_once
 from flame_composer.text.chat import with_template
 from flame_composer.text.ends import choose_ends, describe, ends_in, ends_of, warn, with_ends
 from flame_composer.text.tokenizer import fingerprint
@@ -29,20 +31,14 @@ def open_for_model(
 ) -> Dataset:
     """Return the dataset in `local`, or under `remote`, after checking that it fits the model.
 
-    A remote dataset is cached under `local` (or ~/.cache/flame_composer); see `fetch_index`, also
-    for `exclusive`. A warning is given if the model was trained on documents that began or ended
-    differently.
+    One rank of each machine opens it for all, which must all call this. A remote dataset is cached
+    under `local` (or ~/.cache/flame_composer); see `fetch_index`, also for `exclusive`. A warning
+    is given if the model was trained on documents that began or ended differently.
 
     Raises ConfigError or DataError if the dataset is damaged, or was made for another tokenizer or
     `context_length`, and InvalidField for examples to tune on unless `varlen` keeps them apart.
     """
-    if remote is None:
-        assert local is not None
-        dataset = open_dataset(local)
-        check_shards(dataset)
-    else:
-        folder = fetch_index(remote, _cache_folder(local), exclusive=exclusive)
-        dataset = open_dataset(folder, remote)
+    dataset = opened_once(functools.partial(_open, local, remote, exclusive=exclusive))
     manifest = dataset.manifest
     if context_length is not None and manifest.context_length != context_length:
         raise ConfigError(
@@ -64,6 +60,15 @@ def open_for_model(
             f"{dataset.place}: its documents {describe(manifest.ends)}; those that {model}"
             f" was trained on {describe(known)}"
         )
+    return dataset
+
+
+def _open(local: str | None, remote: str | None, *, exclusive: bool) -> Dataset:
+    if remote is not None:
+        return fetch_index(remote, _cache_folder(local), exclusive=exclusive)
+    assert local is not None
+    dataset = open_dataset(local, with_units=False)
+    check_shards(dataset)
     return dataset
 
 

@@ -155,9 +155,10 @@ class Mixture:
         self.size, self.seed, self.method = global_batch_size, int(seed), batching_method
         self.nodes, self.shuffle = streams[0].nodes, streams[0].shuffle
         self.firsts = np.cumsum([0, *(stream.num_rows for stream in streams)]).tolist()
+        self.rows_per_epoch = sum(self.choose)
         self.shares: list[int] = []
         if batching_method == "random":
-            self.num_batches = sum(self.choose) // self.size
+            self.num_batches = self.rows_per_epoch // self.size
         elif batching_method == "stratified":
             self.shares = shares_of(self.choose, self.size, self.nodes)
             pairs = zip(self.choose, self.shares, strict=True)

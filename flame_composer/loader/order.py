@@ -2,12 +2,11 @@
 
 A stream is read in passes, one after the other without end; each has every row once. A pass puts
 the shards in an order of its own and divides their rows among the canonical nodes, each of which
-gets a `Part`: pieces of shards, most of them whole. Neighbours are put together to groups of some
-hundred rows at least. Every group is spread evenly over a window of `window` places around its own.
-How many of its rows come before any place is then a formula, and so is how many rows of all groups
-do. The places are cut into bins, sixteen a window. A bin can be laid out without those before it:
-the rows of each group that fall into it are taken from the group's permutation, and shuffled
-together.
+gets a `Part`: pieces of shards, most of them whole. Small neighbours are put together to groups.
+Every group is spread evenly over a window of `window` places around its own. How many of its rows
+come before any place is then a formula, and so is how many rows of all groups do. The places are
+cut into bins, sixteen a window. A bin can be laid out without those before it: the rows of each
+group that fall into it are taken from the group's permutation, and shuffled together.
 
 To open a pass takes time and memory by the number of shards, to find a row a binary search.
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 BINS = 16  # of a window
-GROUP = 256  # rows
+GROUP = 256  # rows at most, and a 64th of a window
 SEQUENCE = 4096  # rows at a time that are not shuffled
 
 # What a key is for, so that no two uses have the same random numbers
@@ -242,7 +241,8 @@ class StreamOrder:
     def _spread(self, before: Ints, key: int) -> tuple[Ints, int, Ints, Ints, Ints]:
         """Return the groups of a part, its bins' size, the groups' windows and their phases."""
         size = int(before[-1])
-        edges = np.flatnonzero(np.diff(before[:-1] // GROUP, prepend=-1))
+        group = min(GROUP, max(1, self.window // 64))
+        edges = np.flatnonzero(np.diff(before[:-1] // group, prepend=-1))
         groups = np.append(before[edges], size)
         counts = np.diff(groups)
         window = self.window if self.window < size else 2 * size  # no larger: mix everything

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming.base.format.mds.reader import MDSReader
 
-from flame_composer.dataset.mds import decode_row, read_offsets
+from flame_composer.dataset.mds import read_offsets
 
 # More files than are read at once with the default shuffling, but far fewer than a process may have
 # open.
@@ -59,7 +57,7 @@ class OpenShards:
 
         If that file is open, it is read even if another one is at `path` by now. Raises Unchecked
         if it was written to since it was checked, or if another file would have to be opened.
-        Raises FileNotFoundError if there is no file, upon which StreamingDataset fetches it.
+        Raises FileNotFoundError if there is no file.
         """
         if path in self.files:
             self.files.move_to_end(path)
@@ -105,40 +103,3 @@ class OpenShards:
 
     def __del__(self) -> None:
         self.close()
-
-
-class ShardReader(MDSReader):
-    """A reader of a shard in the layout of `mds.ShardWriter`, which `read_index` has checked.
-
-    Upstream: mosaicml-streaming 0.13.0, `MDSReader.get_item`.
-    Mends: upstream opens the shard's file again for every row, which is slow on a network file
-    system, and reads whatever file is there by then.
-    """
-
-    opened: OpenShards
-    whole: NDArray[np.uint64]  # the identity of the file that was checked (see `identify`)
-
-    @functools.cached_property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.column_encodings[1].split(":")[1]).newbyteorder("<")
-
-    @functools.cached_property
-    def context_length(self) -> int:
-        return int(self.column_encodings[1].split(":")[2])
-
-    @property
-    def has_loss_mask(self) -> bool:
-        return len(self.column_encodings) > 2
-
-    def get_item(self, idx: int) -> dict[str, Any]:
-        path = f"{self.dirname}/{self.raw_data.basename}"
-        row = self.opened.read(path, self.samples, idx, self.whole)
-        try:
-            return decode_row(
-                row, self.dtype, self.context_length, has_loss_mask=self.has_loss_mask
-            )
-        except (ValueError, IndexError):
-            # The file was checked, so it has been written to without a change of its times, which
-            # is possible through a memory map
-            self.opened.forget(path)
-            raise Unchecked(path) from None

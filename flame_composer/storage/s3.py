@@ -159,7 +159,7 @@ class S3FileSystem(AbstractFileSystem):
         info = _head(path)
         size, etag, most = info["size"], info["etag"], kwargs.get("most")
         if most is not None and size > most:
-            raise too_long(path, most)
+            raise too_long(path, most, size)
         require_room(f"s3://{path}", size, Path(lpath).parent)
         Path(lpath).write_bytes(b"")
         if size <= PIECE:  # as a whole: botocore compares the checksum, if there is one

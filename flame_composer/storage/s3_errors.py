@@ -92,11 +92,23 @@ def missing(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"s3://{path}")
 
 
-def too_long(path: str, most: int) -> StoreError:
-    """Return the error for a file of more than `most` bytes."""
-    return StoreError(
+class TooLong(StoreError):
+    """The error for a file that has more bytes than it may have.
+
+    `size` is how many it has, if that is known.
+    """
+
+    def __init__(self, message: str, size: int | None = None):
+        super().__init__(message)
+        self.size = size
+
+
+def too_long(path: str, most: int, size: int | None = None) -> TooLong:
+    """Return the error for a file of more than `most` bytes; it has `size` if that is known."""
+    return TooLong(
         f"s3://{path}: has more than {most:,} bytes, which no such file has; put the right one"
-        " there"
+        " there",
+        size,
     )
 
 

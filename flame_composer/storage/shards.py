@@ -8,13 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from flame_composer.errors import StoreError
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
-
-
-class TooLong(StoreError):
-    """The error for a file that has more bytes than it may have."""
+from flame_composer.storage.s3_errors import TooLong
 
 
 def fetch_file(source: str, path: Path, *, most: int, is_alone: bool = False) -> None:
@@ -29,18 +25,32 @@ def fetch_file(source: str, path: Path, *, most: int, is_alone: bool = False) ->
     Raise TooLong for a file of more than `most` bytes, FileNotFoundError, or whatever a store's
     client raises.
     """
-    if source.startswith("s3://") or not is_url(source):
+    if source.startswith("s3://"):
+        try:
+            files.download(source, path, most=most)  # it looks at the size first
+        except TooLong as error:
+            if error.size is None:
+                raise
+            raise _larger(error.size, most) from None
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{source}: there is no such file") from None
+        return
+    if not is_url(source):
         found = files.stat(source)
         if found is None:
             raise FileNotFoundError(f"{source}: there is no such file")
         if found.size > most:
-            raise TooLong(f"{found.size:,} bytes long, must be {most:,} at most")
+            raise _larger(found.size, most)
         files.download(source, path, most=most)
         return
     from streaming.base.storage import CloudDownloader
 
     with _no_file_larger_than(most) if is_alone else nullcontext():
         CloudDownloader.direct_download(source, str(path))
+
+
+def _larger(size: int, most: int) -> TooLong:
+    return TooLong(f"{size:,} bytes long, must be {most:,} at most", size)
 
 
 @contextmanager

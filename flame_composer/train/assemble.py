@@ -59,7 +59,7 @@ from flame_composer.train.log import JsonlLog, build_log, every
 from flame_composer.train.mixture import LeftOut, Mixture, build_left_out, build_mixture
 from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
-from flame_composer.train.resume import RandomState, SameData, build_same_loss
+from flame_composer.train.resume import RandomState, SameData, as_begun, build_same_loss
 from flame_composer.train.tasks import TaskScores, build_tasks
 
 DAY = 86400  # seconds
@@ -191,7 +191,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     Raise ConfigError or DataError if the data, the model or the checkpoint does not fit.
     """
     reproducibility.seed_all(config.seed)
-    data = build_data(config, parts.tokenizer)
+    data = build_data(config, parts.tokenizer, start)
     saver = build_saver(config, staging_of(config), data.plan, start, parts.needed)
     stop = Preemption(saver)
     evaluators = build_evaluators(config, data, stop)
@@ -271,9 +271,12 @@ def build_adapters(config: TrainConfig, model: PreTrainedModel, parts: Parts) ->
     return adapter
 
 
-def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
+def build_data(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, start: Checkpoint | None = None
+) -> Data:
     """Return the training data of `config`, with its loader and its plan of steps.
 
+    Unless the configuration says which order the rows have, it is that of the checkpoint `start`.
     The tokenizer in the result begins texts as the documents of this data begin.
     """
     sets = open_train_data(
@@ -284,10 +287,9 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     )
     tokenizer = begin_as_documents(tokenizer, sets, pretrained=config.model.pretrained)
     batches: dict[str, int] = {"global_batch_size": config.global_batch_size, "seed": config.seed}
-    loader = build_train_loader(
-        sets, config.train_data, repetition=config.repetition_filter, **batches
-    )
-    order = describe_order(sets, config.train_data, **batches)
+    train_data = config.train_data if start is None else as_begun(config.train_data, start)
+    loader = build_train_loader(sets, train_data, repetition=config.repetition_filter, **batches)
+    order = describe_order(sets, train_data, **batches)
     rows: Any = loader.dataloader
     return Data(
         sets, loader, tokenizer, order, config.plan(epoch_batches=rows.dataset.batches_per_epoch)

@@ -24,7 +24,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from flame_composer.checkpoint.agree import agreed
+from flame_composer.agree import agreed
 from flame_composer.checkpoint.upload import try_for_minutes
 from flame_composer.config.train import TrainConfig
 from flame_composer.cpu.enable import interprets

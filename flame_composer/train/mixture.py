@@ -136,7 +136,7 @@ def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> list[Mix
     """Return a list of the callback that counts the streams' rows; empty for a single dataset."""
     if len(datasets) == 1:
         return []
-    streams = cast(Rows, cast(DataLoader, loader.dataloader).dataset).streams
-    rows = {name: int(stream.choose) for name, stream in zip(datasets, streams, strict=True)}
+    order = cast(Rows, cast(DataLoader, loader.dataloader).dataset).order
+    rows = dict(zip(datasets, order.choose, strict=True))
     on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
     return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length)]

@@ -10,9 +10,14 @@ from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
+from flame_composer.checkpoint.optimizer_state import in_short
+from flame_composer.checkpoint.read import Checkpoint, order_of
+from flame_composer.config.data import DataConfig
 from flame_composer.config.sections import RepetitionConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError
+from flame_composer.loader.batches import SHUFFLE_ALGO
+from flame_composer.loader.layout import ALGOS
 from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.text.ends import describe as describe_ends
 from flame_composer.train.algorithms import LabelSmoothing
@@ -78,6 +83,22 @@ class SameData(Callback):
                 f"the checkpoint was trained on documents that {describe_ends(ends)}; "
                 f"now they {describe_ends(self.ends)}"
             )
+
+
+def as_begun(config: DataConfig, start: Checkpoint) -> DataConfig:
+    """Return `config` with the order of rows that the run began with, unless it names one.
+
+    Raise ConfigError if this version does not have that order.
+    """
+    if config.shuffle_algo is not None:
+        return config
+    algo = order_of(start).get(SHUFFLE_ALGO)
+    if algo not in ALGOS:
+        raise ConfigError(
+            f"{start.place}: was trained on rows in the order {in_short(algo)}, which is not one of"
+            f" {', '.join(ALGOS)}; continue with the version that saved it, or start a new run_name"
+        )
+    return dataclasses.replace(config, shuffle_algo=algo)
 
 
 class SameLoss(Callback):

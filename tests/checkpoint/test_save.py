@@ -18,8 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flame_composer.agree import agreed
 from flame_composer.checkpoint import snapshot
-from flame_composer.checkpoint.agree import agreed
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.checkpoint.sharded import Share
 from flame_composer.checkpoint.snapshot import HostMemory

@@ -860,9 +860,9 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
             PlanConfig,
             {"dataset_tokens": number},
             "dataset_tokens",
-            "must be in [1, 10**18], or null",
+            "must be a whole number in [1, 10**18], or null",
         )
-        for number in (0, 10**19)
+        for number in (0, 0.5, 1.5, 10**19)
     ),
     *(
         (
@@ -1931,6 +1931,7 @@ def test_reading_a_configuration_imports_nothing_heavy():
 
 # Text keys that hold no path; any other one is in its section's `paths`.
 NO_PATHS = {
+    "shuffle_algo",
     "quantize",
     "pattern",
     "suite",

@@ -95,7 +95,9 @@ WRONG: dict[str, str] = {
     "scheduler.name=step": "must be one of ['cosine', 'linear', 'constant', 'wsd']",
     "optimizer.name=sgd": "must be one of ['adamw', 'decoupled_adamw', 'lamb']",
     "on_nan=ignore": "must be one of ['stop', 'skip']",
-    "train_data.shuffle_algo=py2": ("must be one of ['py1e', 'py1br', 'py1s', 'py2s', 'naive']"),
+    "train_data.shuffle_algo=py2": (
+        "must be one of ['spread', 'py1e', 'py1br', 'py1s', 'py2s', 'naive']"
+    ),
     "optimizer.lr=-1": "must be more than 0, and finite",
     "optimizer.grad_clip_norm=0": "must be more than 0 and finite, or null",
     "scheduler.min_lr_ratio=2": "must be in [0, 1]",

@@ -49,9 +49,9 @@ def test_shards_stay_open_and_no_more_than_may_be(dataset, eval_dataset, copy_of
     """Of all streams together."""
     folders = copy_of(dataset), copy_of(eval_dataset)
     loader = rows_of(*folders)
-    opened = loader.dataset.opened
+    opened = loader.dataset.shards.opened
     opened.limit = 2
-    num_shards = len(loader.dataset.files)
+    num_shards = len(loader.dataset.shards.bytes)
     assert num_shards > 3
     first = [row["input_ids"].tolist() for row in loader]
     assert sum(len(open_under(folder)) for folder in folders) == 2
@@ -76,8 +76,8 @@ def test_none_stays_open_where_shards_are_deleted_to_make_room(dataset, copy_of)
 def test_a_shard_cut_short_after_it_was_checked(dataset, copy_of):
     folder = copy_of(dataset)
     loader = rows_of(folder)
-    rows = loader.dataset
-    rows.get_item(0)
+    shards = loader.dataset.shards
+    shards.row(0)
     (shard,) = open_under(folder)
     os.truncate(shard, size := os.path.getsize(shard) - 1)
     message = (
@@ -85,7 +85,7 @@ def test_a_shard_cut_short_after_it_was_checked(dataset, copy_of):
         " copy, or convert again"
     )
     with pytest.raises(DataError, match=message):
-        rows.get_item(rows.streams[0].dataset.files[0].rows - 1)
+        shards.row(shards.file_of(0).rows - 1)
 
 
 def test_a_shard_that_is_not_there(tmp_path):

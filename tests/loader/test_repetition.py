@@ -19,7 +19,6 @@ from flame_composer.config.sections import RepetitionConfig
 from flame_composer.dataset.open import open_dataset
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.repetition import LEFT_OUT, leave_out, repeat_themselves
-from flame_composer.loader.rows import Rows
 from tests.runs import Corpus, check, read_log, run_ranks, run_script
 
 RULE = RepetitionConfig(min_period=1, max_period=4, max_count=8)
@@ -109,8 +108,10 @@ def mixed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def share_of(data: Path) -> float:
-    rows = Rows([Shards(open_dataset(str(data)))], batch_size=1, shuffle=False)
-    found = [repeats(rows[i]["input_ids"].tolist(), RULE) for i in range(rows.num_samples)]
+    shards = Shards([open_dataset(str(data))])
+    found = [
+        repeats(shards.row(number)["input_ids"].tolist(), RULE) for number in range(shards.num_rows)
+    ]
     return sum(found) / len(found)
 
 

@@ -229,12 +229,12 @@ def test_a_stream_too_small_for_its_part_of_a_batch(config_of):
     tiny: dict[str, Any] = {"web": {"proportion": 0.99}, "code": {"proportion": 0.01}}
     with pytest.raises(
         InvalidField,
-        match=r"train_data.batching_method: Number of samples for stream 1 is 0 .*size 8",
+        match=r"train_data.batching_method: stream 1 is too small a part .* in a batch of 8",
     ):
         loader_of(config_of(tiny, batching_method="stratified"))
     with pytest.raises(
         InvalidField,
-        match=r"train_data.batching_method: Stream with index 1 does not have an adequate number",
+        match=r"train_data.batching_method: stream 1 has \d rows an epoch, fewer than a batch of 8",
     ):
         loader_of(config_of(tiny, batching_method="per_stream"))
     assert shares(read(loader_of(config_of(tiny))))[1] <= 2, "at random it comes now and then"

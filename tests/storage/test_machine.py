@@ -4,6 +4,7 @@ dead.
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -20,10 +21,10 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from flame_composer.config.sections import ParallelismConfig
 from flame_composer.errors import ConfigError
+from flame_composer.loader.machine import shared_array
 from flame_composer.storage import locks
 from flame_composer.storage.folders import private_folder
 from flame_composer.train import parallelism
-from flame_composer.upstream.streaming import Memory, path_in
 
 OTHER = 54321  # a user id without a name
 fork = multiprocessing.get_context("fork")
@@ -109,10 +110,10 @@ def test_one_user_does_not_keep_another_from_sharing_memory(temporary: Path) -> 
         return refused
 
     folder = locks.JobFolder()
-    memory = Memory(path_in(str(folder.path), "memory"), size=8)
-    memory.buf[:4] = b"ours"
+    memory = shared_array(folder.path / "memory", np.uint8, (8,))
+    memory[:4] = 7
     assert as_other(attack) == ["memory", folder.path.name]
-    assert bytes(memory.buf[:4]) == b"ours"
+    assert memory.tolist() == [7] * 4 + [0] * 4
     theirs = as_other(lambda: str(locks.JobFolder().path.parent))
     assert theirs != str(folder.path.parent), "and they have a folder of their own"
 
@@ -127,18 +128,21 @@ def test_no_temporary_folder_can_be_had(monkeypatch: pytest.MonkeyPatch, tempora
         private_folder()
 
 
-def test_memory_is_shared_by_name_and_there_before_it_is_used(temporary: Path) -> None:
-    name = str(temporary / "memory")
-    with pytest.raises(FileNotFoundError):
-        Memory(name, False)
-    first, second = Memory(name, size=24), Memory(name, size=24)
-    np.frombuffer(first.buf, np.int64)[:] = [1, 2, 3]
-    assert np.frombuffer(second.buf, np.int64).tolist() == [1, 2, 3]
-    assert np.frombuffer(Memory(name, False).buf, np.int64).tolist() == [1, 2, 3]
-    again = Memory(name, True, 8)
-    assert bytes(again.buf) == bytes(8), "made anew"
-    again.cleanup()
-    assert not Path(name).exists()
+def test_arrays_are_shared_by_name_and_their_space_is_had_before_it_is_used(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (shared_array(temporary / "array", np.int64, (2, 3)) for _ in range(2))
+    first[:] = [[1, 2, 3], [4, 5, 6]]
+    assert second.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert shared_array(temporary / "nothing", np.int64, (0, 3)).shape == (0, 3)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    message = f"^{temporary}/full: cannot be made: No space left on device; set TMPDIR to a folder"
+    with pytest.raises(ConfigError, match=message):
+        shared_array(temporary / "full", np.int64, (3,))
 
 
 def _child(connection: Any) -> None:

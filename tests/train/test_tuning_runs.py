@@ -18,7 +18,6 @@ from flame_composer.config.data import DataConfig
 from flame_composer.dataset.open import open_dataset
 from flame_composer.loader.batches import build_train_loader, split_noting_void
 from flame_composer.loader.fetch import Shards
-from flame_composer.loader.rows import Rows
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.text.tokenizer import load_tokenizer
@@ -74,8 +73,8 @@ def keys(corpus: Corpus, tuning: Path, run: Path, *more: str) -> list[str]:
     )
 
 
-def rows_of(place: Path) -> Rows:
-    return Rows([Shards(open_dataset(str(place)))], batch_size=1, shuffle=False)
+def shards_of(place: Path) -> Shards:
+    return Shards([open_dataset(str(place))])
 
 
 CONFIGS: dict[str, Any] = {
@@ -120,10 +119,10 @@ def losses(model: CausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_an_example_in_a_row_has_the_loss_it_has_alone(model: CausalLM, tuning: Path) -> None:
-    rows = rows_of(tuning / "train")
+    shards = shards_of(tuning / "train")
     tried = 0
     for number in range(12):
-        row = rows[number]
+        row = shards.row(number)
         together = losses(model, collate([row]))[0]
         start = 0
         for length in row["doc_lengths"].tolist():
@@ -145,7 +144,7 @@ def test_an_example_in_a_row_has_the_loss_it_has_alone(model: CausalLM, tuning: 
 
 
 def test_another_neighbour_changes_no_logit(model: CausalLM, tuning: Path) -> None:
-    row = rows_of(tuning / "train")[0]
+    row = shards_of(tuning / "train").row(0)
     first = int(row["doc_lengths"][0])
     batch = collate([row])
     other = {name: each.clone() for name, each in batch.items()}
@@ -236,8 +235,8 @@ def test_a_global_batch_without_a_token_of_loss_changes_no_number(
 
 
 def test_microbatches_of_a_void_batch_say_so(tuning: Path) -> None:
-    rows = rows_of(tuning / "train")
-    batch = collate([rows[0], rows[1]])
+    shards = shards_of(tuning / "train")
+    batch = collate([shards.row(0), shards.row(1)])
     parts = split_noting_void(batch, 1)
     assert all("is_void" not in part for part in parts)
     batch["labels"][:] = IGNORE

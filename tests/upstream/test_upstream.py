@@ -12,13 +12,11 @@ import lzma
 import pickle
 import shutil
 import signal
-import threading
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,8 +25,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.batching import generate_work
-from streaming.base.dataset import _Iterator
-from streaming.base.util import clean_stale_shared_memory
 from streaming.base.world import World
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -63,7 +59,7 @@ def forked(tmp_path: Path, code: str) -> str:
 def test_every_patch_says_what_it_is_and_has_a_test():
     tests = Path(__file__).read_text()
     found = {name: (what, mends) for name, what, mends in patches()}
-    assert {"loader.rows.load_state_dict", "upstream.composer.Sharding"} <= set(found)
+    assert {"upstream.streaming.StreamingOrder", "upstream.composer.Sharding"} <= set(found)
     for name, (what, mends) in found.items():
         assert what, f"{name} does not say what it changes"
         assert any(digit.isdigit() for digit in what), f"{name} does not say of which version"
@@ -127,22 +123,6 @@ checkpoint._torch_load_with_validation({str(tmp_path / "ba1.pt")!r}, map_locatio
 """
     forked(tmp_path, code)
     assert marker.exists()
-
-
-def test_own_shared_memory(tmp_path):
-    """Upstream's names are the first small numbers that nothing has, for every user to see."""
-    code = """
-from streaming.base.shared import get_shm_prefix
-from streaming.base.world import World
-
-number, memory = get_shm_prefix(["/nowhere"], [None], World.detect())
-print(number, memory.shm.name)
-memory.cleanup()
-"""
-    number, name = forked(tmp_path, code).split()
-    assert int(number) < 10_000
-    assert name.endswith("_locals")
-    assert name.startswith(f"{int(number):06}")
 
 
 def test_average_on_cpus(tmp_path):
@@ -556,7 +536,7 @@ def opened(folder: Path, **options: Any) -> StreamingDataset:
     return StreamingDataset(local=str(folder), batch_size=2, **{"shuffle": False, **options})
 
 
-def test_lay_out(tmp_path):
+def test_streamingorder(tmp_path):
     """Rows are repeated so that they come out even among the processes there are."""
     dataset = opened(written(tmp_path / "data", 10), num_canonical_nodes=1)
     for ranks, num_rows in ((1, 10), (4, 12)):
@@ -564,73 +544,6 @@ def test_lay_out(tmp_path):
         rows = [row for row in work.flatten().tolist() if row >= 0]
         assert len(rows) == num_rows
         assert sorted(set(rows)) == list(range(10))
-
-
-def test_load_state_dict(tmp_path):
-    """A checkpoint's seed takes the place of the one that was asked for."""
-    dataset = opened(written(tmp_path / "data", 10), shuffle_seed=1, num_canonical_nodes=1)
-    state = {"epoch": 0, "sample_in_epoch": 2, "num_canonical_nodes": 1, "shuffle_seed": 2}
-    dataset.load_state_dict({**state, "initial_physical_nodes": 1})
-    dataset._resume(World(1, 1, 1, 0), 0)
-    assert dataset.shuffle_seed == 2
-
-
-def test_prepare_shard(tmp_path, monkeypatch):
-    """A shard that cannot be had is named by no one when an epoch ends early."""
-    dataset = opened(written(tmp_path / "data", 10))
-
-    def fail(shard_id: int, blocking: bool = True) -> None:
-        raise OSError("the network is down")
-
-    monkeypatch.setattr(dataset, "prepare_shard", fail)
-    assert len(list(dataset)) < 10
-
-
-def test_each_sample_id(tmp_path, monkeypatch):
-    """Rows wait for the thread that looks ahead, though their shard is there."""
-    dataset = opened(written(tmp_path / "data", 10))
-
-    def wait(seconds: float) -> None:
-        raise TimeoutError
-
-    monkeypatch.setattr("streaming.base.dataset.sleep", wait)
-    dataset._event = threading.Event()
-    with pytest.raises(TimeoutError):
-        next(dataset._each_sample_id(_Iterator(np.arange(10))))
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files
-def test_shards(tmp_path):
-    """A shard that came damaged is taken for whole the next time."""
-    remote, local = written(tmp_path / "remote", 10), tmp_path / "local"
-    shard = remote / "shard.00000.mds"
-    content = bytearray(shard.read_bytes())
-    content[-8] ^= 1
-    shard.write_bytes(content)
-    options = {"remote": str(remote), "validate_hash": "xxh64"}
-    dataset = opened(local, **options)
-    with pytest.raises(ValueError, match="Checksum"):
-        dataset[9]
-    del dataset
-    clean_stale_shared_memory()
-    assert opened(local, **options)[9]["x"] != 9
-
-
-def test_shardreader(tmp_path, monkeypatch):
-    """Upstream opens a shard's file for every row of it."""
-    dataset = opened(written(tmp_path / "data", 10))
-    files = []
-    given = open
-
-    def note(path: Any, *args: Any, **options: Any) -> Any:
-        files.append(path)
-        return given(path, *args, **options)
-
-    monkeypatch.setattr("builtins.open", note)
-    rows = [dataset[number]["x"] for number in range(10)]
-    monkeypatch.undo()
-    assert rows == list(range(10))
-    assert len([path for path in files if str(path).endswith(".mds")]) == 10
 
 
 # Others

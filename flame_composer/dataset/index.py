@@ -1,0 +1,142 @@
+"""The index.json of a dataset, and its manifest without the units: read in pieces, not trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flame_composer.dataset.long_json import LongJson
+from flame_composer.dataset.manifest import Manifest, damaged, manifest_of, require_there, take
+from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
+from flame_composer.dataset.mds import VERSION as MDS_VERSION
+from flame_composer.dataset.table import ShardTable, TableBuilder
+from flame_composer.errors import DataError
+from flame_composer.storage import files
+from flame_composer.storage.filesystems import is_url
+
+SHARD_HASH = re.compile("[0-9a-f]{16}")
+
+
+def read_header(folder: str) -> Manifest:
+    """Return the manifest of the dataset in a folder, with no units, which are not looked at.
+
+    Raises ConfigError or DataError as `read_manifest` does.
+    """
+    place = require_there(folder)
+    content, _ = _read_long(place, "units", _leave_out)
+    take(content, "units", list, place)
+    return manifest_of(content, None, place)
+
+
+def _leave_out(_unit: Any) -> None:
+    pass
+
+
+def read_index(folder: str, manifest: Manifest) -> ShardTable:
+    """Return the shards that a folder's index.json lists, in order, without looking at them.
+
+    The index is not trusted. Raises DataError unless it is the one that `manifest` was written
+    with, and names only files within the folder.
+    """
+    place = files.join(folder, "index.json")
+    if files.stat(place) is None:
+        raise DataError(
+            f"{place}: missing; run the same command of convert/ again to finish the dataset"
+        )
+    form = column_form(
+        manifest.token_dtype, manifest.context_length, has_loss_mask=manifest.has_loss_mask
+    )
+    row_bytes = sum(filter(None, form["column_sizes"]))
+    shards = TableBuilder()
+
+    def add(shard: Any) -> None:
+        shards.add(_shard(shard, form, row_bytes, place))
+
+    rest, digest = _read_long(place, "shards", add)
+    take(rest, "shards", list, place)
+    if take(rest, "version", int, place) != MDS_VERSION:
+        raise damaged(place, f"'version' must be {MDS_VERSION}")
+    if not shards:
+        raise damaged(place, "it lists no shards")
+    table = shards.table()
+    if (name := table.find_twice()) is not None:
+        raise damaged(place, f"it names {name} twice")
+    if digest != manifest.index_sha256:
+        raise damaged(place, "it is not the index that manifest.json was written with")
+    return table
+
+
+def _shard(shard: Any, form: dict[str, Any], row_bytes: int, place: str) -> ShardFile:
+    """Return the shard that an entry of index.json is about; its columns must be those of `form`.
+
+    Raises DataError for anything else.
+    """
+    raw = take(shard, "raw_data", dict, place)
+    basename = take(raw, "basename", str, place)
+    if not SHARD_NAME.fullmatch(basename):
+        raise damaged(place, f"it names a file outside the dataset: {basename!r}")
+    if shard.get("zip_data") is not None or shard.get("compression") is not None:
+        raise damaged(place, f"{basename} is compressed, which this format never is")
+    if any(shard.get(key) != value for key, value in form.items()):
+        raise damaged(place, f"{basename} is not of this format: its columns must be {form}")
+    if shard.get("size_limit") is not None:
+        # StreamingDataset may read this index too, and insists on a number
+        take(shard, "size_limit", int, place)
+    file = ShardFile(
+        basename,
+        take(raw, "bytes", int, place),
+        take(take(raw, "hashes", dict, place), HASH, str, place),
+        take(shard, "samples", int, place),
+    )
+    if not SHARD_HASH.fullmatch(file.hash):
+        raise damaged(place, f"{basename}: {file.hash[:40]!r} is no {HASH} hash")
+    if file.bytes > MAX_SHARD_BYTES:
+        raise damaged(place, f"{basename}: {file.bytes} bytes are more than a shard can have")
+    if file.rows < 1:
+        raise damaged(place, f"{basename}: the shard has no rows")
+    if file.rows * row_bytes > file.bytes:
+        raise damaged(place, f"{basename}: {file.rows} rows do not fit into {file.bytes} bytes")
+    return file
+
+
+def _read_long(place: str, key: str, use: Callable[[Any], None]) -> tuple[dict[str, Any], str]:
+    """Read a JSON object, giving the items of its list under `key` to `use`.
+
+    Return its other members, and the SHA-256 of the file. A local file is read piece by piece.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            file: BinaryIO = (
+                io.BytesIO(files.read(place))
+                if is_url(place)
+                else stack.enter_context(Path(place).open("rb"))
+            )
+            hashed = _Hashed(file)
+            rest = LongJson(hashed, key, use).rest
+            return rest, hashed.digest.hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"{place}: cannot be read: {error.strerror}; delete the dataset's folder and convert"
+            " again"
+        ) from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise damaged(place, f"not valid JSON: {error}") from None
+
+
+class _Hashed:
+    """A file whose content is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        block = self.file.read(size)
+        self.digest.update(block)
+        return block
