@@ -106,7 +106,8 @@ def _read(tensors: dict[str, torch.Tensor], pieces: Pieces, folder: Path) -> Non
         if not is_alone:
             tensor = tensors[name]
             mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            dist.broadcast(mine.detach(), source, group)
+            if mine.numel():
+                dist.broadcast(mine.detach(), source, group)
 
 
 class _Source(NamedTuple):

@@ -87,10 +87,10 @@ def look_together(
         )
         if each is not None
     ]
-    found = [WHOLE if isinstance(each, _Head) else each for each in heads]
-    head = heads[0]
-    if not isinstance(head, _Head) or any(isinstance(each, DataError) for each in found):
-        return found, None
+    head = next((each for each in heads if isinstance(each, _Head)), None)
+    problems: list[DataError | str] = [each for each in heads if isinstance(each, DataError)]
+    if head is None or problems:
+        return problems or [each for each in heads if isinstance(each, str)], None
     if any(each != head for each in heads):
         return [DataError(NOT_SHARED.format(place=place))], None
 
