@@ -22,7 +22,7 @@ class Proxy(ThreadingHTTPServer):
     body, a changed byte.
 
     Requests are passed on with the Host they were signed for. `requests` counts them by method and
-    path, `faults` by kind.
+    path, `num_bytes` those of the answers to them, `faults` by kind.
     """
 
     daemon_threads = True
@@ -35,6 +35,7 @@ class Proxy(ThreadingHTTPServer):
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self.requests: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -92,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if self.command != "HEAD":
             headers["Content-Length"] = str(len(content))
+        with self.server.lock:
+            self.server.num_bytes[f"{self.command} {urlsplit(self.path).path}"] += len(content)
         if fault == "truncated":
             self.close_connection = True
             content = content[: len(content) // 2]

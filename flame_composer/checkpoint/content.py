@@ -133,16 +133,19 @@ def _settings(config: OptimizerConfig, kind: str) -> dict[str, Any]:
     return {**common, "weight_decay": decay_of(config, kind)}
 
 
-def check_content(content: Any, place: str, *, step: int | None, needed: Needed | None) -> None:
+def check_content(
+    content: Any, place: str, *, step: int | None, needed: Needed | None, all_here: bool = True
+) -> None:
     """Raise DataError, saying what is wrong, unless `content` is that of a training checkpoint.
 
     `step` is the step in the checkpoint's name. `needed` is what the checkpoint must hold for a run
-    to continue from it; if None, it is enough that the checkpoint holds a model. Raise OtherRun if
-    it belongs to another model.
+    to continue from it; if None, it is enough that the checkpoint holds a model. Without
+    `all_here`, `content` has some of the pieces, and other ranks look at the others. Raise OtherRun
+    if it belongs to another model.
     """
     try:
         weights, optimizers = parts_of(content)
-        shapes = shapes_of(weights, "model")
+        shapes = shapes_of(weights, "model", all_here=all_here)
         if not shapes:
             raise Lack("it holds no weights")
         _check_clock(part_at(content, dict, "state", "timestamp", "Timestamp"), step)
@@ -151,7 +154,7 @@ def check_content(content: Any, place: str, *, step: int | None, needed: Needed 
         if needed is not None:
             _check_adapter(content["state"]["integrations"]["huggingface"], needed)
             _check_model(shapes, needed)
-            check_optimizer(optimizers, shapes, needed)
+            check_optimizer(optimizers, shapes, needed, all_here=all_here)
             _check_epoch(content["state"]["timestamp"]["Timestamp"])
             _check_rest(content)
             check_steps(content["state"], optimizers, needed)

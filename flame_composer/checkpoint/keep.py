@@ -10,14 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flame_composer.checkpoint import sharded
-from flame_composer.checkpoint.find import (
-    has_head,
-    list_checkpoints,
-    list_leftovers,
-    look_at,
-    remove_copy,
-    step_of,
-)
+from flame_composer.checkpoint.fetch import has_head, remove_copy
+from flame_composer.checkpoint.look import look_at
+from flame_composer.checkpoint.names import list_checkpoints, list_leftovers, step_of
 from flame_composer.checkpoint.parts import Needed
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
 from flame_composer.storage import files

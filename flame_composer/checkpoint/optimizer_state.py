@@ -24,8 +24,13 @@ _KEYS = {
 }
 
 
-def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> None:
-    """Raise Lack or Other unless this run can load the optimizer's state."""
+def check_optimizer(
+    optimizers: list[Any], shapes: Shapes, needed: Needed, *, all_here: bool = True
+) -> None:
+    """Raise Lack or Other unless this run can load the optimizer's state.
+
+    Without `all_here`, other ranks look at the state in other pieces.
+    """
     found = sorted(map(str, optimizers[0]))
     if not found:
         raise Lack("it holds no optimizer's state")
@@ -47,7 +52,8 @@ def check_optimizer(optimizers: list[Any], shapes: Shapes, needed: Needed) -> No
                 for state in states
                 if moment in part_at(state, dict, name)
             ]
-            if len(parts) != len(states) or sharded.shape(parts) != shapes[name]:
+            shape = sharded.shape(parts, all_here=all_here) if len(parts) == len(states) else None
+            if shape != shapes[name]:
                 raise Lack(f"its {path}.state.{name}.{moment} is not of the shape of its weights")
         for state in states:
             if "step" not in state[name]:

@@ -76,13 +76,16 @@ def parts_of(content: Any) -> tuple[list[Any], list[Any]]:
     return [source["model"] for source in sources], [source["optimizers"] for source in sources]
 
 
-def shapes_of(parts: list[Any], path: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each whole tensor by name; raise Lack if the pieces do not make it."""
+def shapes_of(parts: list[Any], path: str, *, all_here: bool = True) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each whole tensor by name; raise Lack if the pieces do not make it.
+
+    Without `all_here`, other ranks look at the other pieces.
+    """
     if any(part.keys() != parts[0].keys() for part in parts):
         raise Lack(f"its pieces are not of the same {path}")
     shapes = {}
     for name in parts[0]:
-        shape = sharded.shape([part[name] for part in parts])
+        shape = sharded.shape([part[name] for part in parts], all_here=all_here)
         if shape is None:
             raise Lack(f"its {path}.{name} is not a whole tensor")
         shapes[name] = shape

@@ -10,11 +10,14 @@ import os
 import pickle
 import stat
 import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flame_composer.checkpoint import sharded
 from flame_composer.errors import DataError, one_line
@@ -46,17 +49,20 @@ _KINDS = {
 MOST_TEXT = 1 << 30
 
 
-class Checkpoint(NamedTuple):
+@dataclass(frozen=True)
+class Checkpoint:
     """The place of a checkpoint, and the local file to read it from.
 
     `file` is the place itself, or a local copy if that is in an object store. If the checkpoint is
     in pieces, `place` is a folder, and `file` its head, which lies beside the pieces. `passed_over`
-    names newer checkpoints in the same folder that could not be used.
+    names newer checkpoints in the same folder that could not be used. `pieces` says where
+    everything lies in the pieces; None if it is not known, and all of them are here.
     """
 
     place: str
     file: Path
     passed_over: tuple[str, ...] = ()
+    pieces: sharded.Pieces | None = field(default=None, compare=False)
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -69,19 +75,21 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_content(checkpoint, verify=True)
 
 
-def read_content(checkpoint: Checkpoint, *, verify: bool) -> dict[str, Any]:
-    """Return what `read_checkpoint` returns; check the checksums only if `verify`."""
-    place, file, _ = checkpoint
+def read_content(
+    checkpoint: Checkpoint, *, verify: bool, numbers: Iterable[int] | None = None
+) -> dict[str, Any]:
+    """Return what `read_checkpoint` returns; check the checksums only if `verify`.
+
+    Of a checkpoint in pieces, read only those with the given `numbers`, if any are given.
+    """
+    place, file = checkpoint.place, checkpoint.file
     content = _read_file(place, file, verify=verify)
     if file.name == sharded.HEAD:
-        held = [
-            _read_file(files.join(place, name), file.with_name(name), verify=verify)
-            for name in map(sharded.name_of, range(num_pieces(content, place)))
+        total = num_pieces(content, place)
+        content["pieces"] = [
+            _read_piece(checkpoint, content, number, verify=verify)
+            for number in (range(total) if numbers is None else numbers)
         ]
-        _require_own(
-            place, content, [file.with_name(sharded.name_of(number)) for number in range(len(held))]
-        )
-        content["pieces"] = held
     elif isinstance(content, dict) and "pieces" in content:
         # Its pieces may be whole, but what loads a single file would not look for them.
         raise DataError(
@@ -103,20 +111,33 @@ def order_of(checkpoint: Checkpoint) -> dict[str, Any]:
         raise DataError(f"{checkpoint.place}: not a whole checkpoint: it has changed") from None
 
 
-def _require_own(place: str, head: dict[str, Any], paths: list[Path]) -> None:
-    """Raise DataError for a piece that was not saved together with its checkpoint's head."""
-    if "fingerprints" not in head:  # until 2026-11-28; see optimizer_state.check_pieces
-        return
-    for number, path in enumerate(paths):
+def _read_piece(checkpoint: Checkpoint, head: dict[str, Any], number: int, *, verify: bool) -> Any:
+    """Return the content of one piece.
+
+    Raise DataError if it was not saved together with the checkpoint's head.
+    """
+    name = sharded.name_of(number)
+    place, file = files.join(checkpoint.place, name), checkpoint.file.with_name(name)
+    content = _read_file(place, file, verify=verify)
+    if "fingerprints" in head:  # not until 2026-11-28; see optimizer_state.check_pieces
         try:
-            is_own = head["fingerprints"][number] == sharded.fingerprint(path)
+            is_own = head["fingerprints"][number] == sharded.fingerprint(file)
         except Exception:  # the head is untrusted: it can make this raise anything
             is_own = False
         if not is_own:
             raise DataError(
-                f"{files.join(place, path.name)}: not a whole checkpoint: not the piece that was"
-                " saved with its head"
+                f"{place}: not a whole checkpoint: not the piece that was saved with its head"
             )
+    return content
+
+
+def read_layout(place: str, file: Path) -> Any:
+    """Return the content of a file that was checked before, with tensors that have no values.
+
+    The storage of each knows where it lies in the file: its `_checkpoint_offset`, in bytes.
+    """
+    with FakeTensorMode():
+        return _read_file(place, file, verify=False)
 
 
 def read_head(place: str, file: Path) -> int:

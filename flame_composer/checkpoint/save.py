@@ -19,15 +19,20 @@ from composer.utils import dist, reproducibility
 
 from flame_composer.agree import Gather
 from flame_composer.checkpoint import sharded
-from flame_composer.checkpoint.find import find_start, remove_copy, step_of
+from flame_composer.checkpoint.fetch import remove_copy
+from flame_composer.checkpoint.find import find_start
 from flame_composer.checkpoint.keep import KeptCheckpoints
+from flame_composer.checkpoint.load import load
+from flame_composer.checkpoint.names import step_of
 from flame_composer.checkpoint.parts import Needed
-from flame_composer.checkpoint.read import Checkpoint, read_content, read_for_composer
+from flame_composer.checkpoint.pieces import all_pieces
+from flame_composer.checkpoint.read import Checkpoint, read_for_composer
 from flame_composer.checkpoint.sharded import Share
 from flame_composer.checkpoint.snapshot import HostMemory
 from flame_composer.checkpoint.write import CheckpointFiles, saving
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.errors import ConfigError, one_line
+from flame_composer.model.sharding import sharding_of
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
 from flame_composer.upstream.composer import load_checkpoints_with, remember_environment
@@ -106,10 +111,8 @@ class SaveCheckpoints(Callback):
     def after_load(self, state: State, logger: Logger) -> None:
         """Load the pieces of the checkpoint if Composer has loaded only its head."""
         if self.start is not None and self.start.file.name == sharded.HEAD:
-            content = read_content(
-                self.start, verify=False
-            )  # its checksums were checked when it was chosen
-            sharded.load(state, content["pieces"])
+            pieces = self.start.pieces or all_pieces(self.start)
+            load(state, pieces, self.start.file.parent)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Delete what a killed run left behind."""
@@ -270,7 +273,17 @@ def find_start_of(
     load_checkpoints_with(read_for_composer)
     if config.save_folder is None:
         return None
-    return find_start(config.save_folder, staging, needed, autoresume=config.autoresume)
+    replicas = None
+    if config.parallelism.fsdp is not None:
+        num_nodes = dist.get_world_size() // dist.get_local_world_size()
+        replicas = sharding_of(config.parallelism.fsdp, num_nodes=num_nodes).replicas
+    return find_start(
+        config.save_folder,
+        staging,
+        needed,
+        autoresume=config.autoresume,
+        num_shards=dist.get_world_size() // (replicas or 1),
+    )
 
 
 def build_saver(

@@ -14,19 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from composer.core import State
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
 
-from flame_composer.errors import DataError
 from flame_composer.storage.folders import flush
 from flame_composer.upstream.fsdp import first_row_of
 
@@ -51,6 +48,44 @@ def fingerprint(file: Path) -> str:
         for part in archive.infolist():
             digest.update(f"{part.filename!a} {part.file_size} {part.CRC}\n".encode())
     return digest.hexdigest()
+
+
+class Part(NamedTuple):
+    """A tensor that is divided among the pieces, as a template holds it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Piece(NamedTuple):
+    """Where the parts of all divided tensors lie in one piece.
+
+    `place` is the piece's file, and `version` that which was checked, if it is in a store. `rows`
+    holds the first row and the number of rows of its parts, by the number of rows of the whole
+    tensor: FSDP2 divides all tensors of as many rows alike. `offsets` are the first bytes of the
+    parts in the file, in the order of the
+    template; `strides` are those of the parts that are not
+    contiguous, by their index in that order. `model` and `optimizers` are hashes of all that must
+    be the same in every piece.
+    """
+
+    place: str
+    version: str | None
+    rows: dict[int, tuple[int, int]]
+    offsets: np.ndarray[Any, np.dtype[np.int64]]
+    strides: dict[int, tuple[int, ...]]
+    model: str
+    optimizers: str
+
+
+class Pieces(NamedTuple):
+    """All pieces of a checkpoint.
+
+    `template` is the content of the first piece, with a `Part` for each divided tensor.
+    """
+
+    template: dict[str, Any]
+    each: tuple[Piece, ...]
 
 
 class Share(NamedTuple):
@@ -114,43 +149,22 @@ def _write(content: dict[str, Any], file: Path) -> None:
     flush(file)
 
 
-def load(state: State, pieces: Sequence[dict[str, Any]]) -> None:
-    """Load all pieces of a checkpoint into `state`, which may be sharded or not.
-
-    Each rank reads its own share of the weights and optimizer state. Raise DataError if the pieces
-    are of another model.
-    """
-    with _sharded(state):
-        # The current state is the template: its tensors are filled in place, all else is replaced.
-        there = {"model": state.get_model_state_dict(), "optimizers": state.get_optim_state_dict()}
-    try:
-        there = _filled(there, pieces)
-        (optimizer_state,) = there["optimizers"].values()
-        # A checkpoint of adapters lacks the base's weights.
-        is_whole = getattr(state.model, "adapter", None) is None
-        set_model_state_dict(state.model, there["model"], options=StateDictOptions(strict=is_whole))
-        set_optimizer_state_dict(
-            state.model, state.optimizers[0], optimizer_state, options=StateDictOptions(strict=True)
-        )
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise DataError(f"the checkpoint's pieces are not those of this model: {error}") from None
-
-
 def weights(pieces: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return the model's tensors by name, each put together from its pieces."""
     names = pieces[0]["model"]
     return {name: _whole([piece["model"][name] for piece in pieces]) for name in names}
 
 
-def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
+def shape(parts: Sequence[Any], *, all_here: bool = True) -> tuple[int, ...] | None:
     """Return the shape of the tensor whose pieces are `parts`, or which is the only part.
 
     Return None if they do not make exactly one tensor: if they are pieces of several tensors, if
-    rows are missing or occur twice, or if they have no values.
+    rows are missing or occur twice, or if they have no values. Without `all_here`, other ranks look
+    at other pieces, and rows may be missing.
     """
     if isinstance(parts[0], torch.Tensor):
         return tuple(parts[0].shape) if _has_values(parts[0]) else None
-    if not all(map(_is_piece, parts)) or not all(_has_values(part["part"]) for part in parts):
+    if not all(map(is_piece, parts)) or not all(_has_values(part["part"]) for part in parts):
         return None
     whole, rows = parts[0]["shape"], 0
     if not isinstance(whole, list) or not whole or any(type(size) is not int for size in whole):
@@ -158,14 +172,12 @@ def shape(parts: Sequence[Any]) -> tuple[int, ...] | None:
     for part in sorted(
         (part for part in parts if len(part["part"])), key=lambda part: part["start"]
     ):
-        if (
-            part["shape"] != whole
-            or part["start"] != rows
-            or list(part["part"].shape[1:]) != whole[1:]
-        ):
+        follows = part["start"] == rows or (not all_here and part["start"] > rows)
+        if part["shape"] != whole or not follows or list(part["part"].shape[1:]) != whole[1:]:
             return None
-        rows += len(part["part"])
-    return tuple(whole) if rows == whole[0] else None
+        rows = part["start"] + len(part["part"])
+    is_whole = rows == whole[0] or (not all_here and rows < whole[0])
+    return tuple(whole) if is_whole else None
 
 
 @contextlib.contextmanager
@@ -177,19 +189,6 @@ def _without(names: list[str], *left_out: str) -> Iterator[None]:
         yield
     finally:
         names[:] = before
-
-
-@contextlib.contextmanager
-def _sharded(state: State) -> Iterator[None]:
-    """Make Composer's state dicts contain only this rank's part of each tensor, in the body."""
-    if state.fsdp_config is None:
-        yield
-        return
-    state.fsdp_config.state_dict_type = "sharded"
-    try:
-        yield
-    finally:
-        state.fsdp_config.state_dict_type = "full"
 
 
 def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
@@ -224,34 +223,12 @@ def _has_values(tensor: Any) -> bool:
 
 def tensors(parts: Sequence[Any]) -> list[torch.Tensor]:
     """Return the tensors in `parts`, each of which is a tensor itself or a piece that holds one."""
-    return [part["part"] if _is_piece(part) else part for part in parts]
+    return [part["part"] if is_piece(part) else part for part in parts]
 
 
-def _is_piece(value: Any) -> bool:
-    """Return whether a value is a piece, as made by `_piece_of`."""
+def is_piece(value: Any) -> bool:
+    """Return whether a value is a piece of a tensor, as made by `_piece_of`."""
     return isinstance(value, dict) and value.keys() == {"shape", "start", "part"}
-
-
-def _filled(there: Any, pieces: Sequence[Any]) -> Any:
-    """Return `there` with its tensors filled from the pieces, and everything else replaced."""
-    if isinstance(there, torch.Tensor) and _is_piece(pieces[0]):
-        mine = there.to_local() if isinstance(there, DTensor) else there
-        if list(there.shape) != pieces[0]["shape"]:
-            raise TypeError(
-                f"a tensor of shape {pieces[0]['shape']} where {list(there.shape)} is needed"
-            )
-        _copy(pieces, mine, first_row_of(there) if isinstance(there, DTensor) else 0)
-        return there
-    if isinstance(there, dict):
-        return {
-            key: _filled(value, [piece[key] for piece in pieces]) for key, value in there.items()
-        }
-    if isinstance(there, list):
-        return [
-            _filled(value, [piece[number] for piece in pieces])
-            for number, value in enumerate(there)
-        ]
-    return pieces[0]
 
 
 @torch.no_grad()
@@ -270,7 +247,7 @@ def _copy(pieces: Sequence[dict[str, Any]], out: torch.Tensor, start: int) -> No
 
 def _whole(pieces: Sequence[Any]) -> torch.Tensor:
     """Return the whole tensor, put together from its pieces."""
-    if not _is_piece(pieces[0]):
+    if not is_piece(pieces[0]):
         return pieces[0]
     out = torch.empty(pieces[0]["shape"], dtype=pieces[0]["part"].dtype)
     _copy(pieces, out, 0)

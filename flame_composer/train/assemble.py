@@ -131,7 +131,7 @@ class Run:
             self.config.resolved_yaml,
             Path(self.config.log_folder),
             self.config.save_folder,
-            resumed_from=self.start and self.start.place,
+            resumed_from=None if self.start is None else self.start.place,
         )
 
     def evaluation_is_due(self) -> bool:

@@ -26,8 +26,8 @@ from flame_composer.checkpoint.find import (
     find_checkpoint,
     find_newest,
     find_start,
-    list_checkpoints,
 )
+from flame_composer.checkpoint.names import list_checkpoints
 from flame_composer.checkpoint.parts import Needed
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.checkpoint.save import SaveCheckpoints, find_start_of

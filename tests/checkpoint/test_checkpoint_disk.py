@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from flame_composer.checkpoint.find import find_newest, list_checkpoints
+from flame_composer.checkpoint.find import find_newest
+from flame_composer.checkpoint.names import list_checkpoints
 from flame_composer.checkpoint.save import SaveCheckpoints
 from flame_composer.errors import ConfigError, DataError, TrainingError
 from flame_composer.storage import files

@@ -21,9 +21,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from flame_composer.checkpoint.content import needed_by
-from flame_composer.checkpoint.find import find_checkpoint, find_newest, step_of
+from flame_composer.checkpoint.find import find_checkpoint, find_newest
+from flame_composer.checkpoint.load import load
+from flame_composer.checkpoint.names import step_of
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
-from flame_composer.checkpoint.sharded import HEAD, _copy, _whole, load, name_of
+from flame_composer.checkpoint.sharded import HEAD, Pieces, _copy, _whole, name_of
 from flame_composer.checkpoint.to_model import load_from_checkpoint, load_model
 from flame_composer.config.sections import FsdpConfig, ModelConfig, ParallelismConfig
 from flame_composer.config.train import TrainConfig
@@ -408,7 +410,7 @@ def test_any_rows_out_of_any_pieces(lengths: list[int], data: st.DataObject) -> 
 def test_pieces_of_another_model_are_refused(trained: Any) -> None:
     state = trained.trainer.state
     with pytest.raises(DataError, match="not those of this model"):
-        load(state, [{"model": {}, "optimizers": {}}])
+        load(state, Pieces({"model": {}, "optimizers": {}}, ()), Path())
 
 
 LOOK = """
@@ -507,12 +509,12 @@ def test_pieces_that_hold_too_little_are_named_and_the_one_before_used(
         build_hf_config(GLA, byte_tokenizer(), CONTEXT_LENGTH),
     )
     found = find_newest(str(folder), folder / "staging", lambda: needed)
-    assert found == (str(newest), newest / HEAD, ())
+    assert found == Checkpoint(str(newest), newest / HEAD, ())
     piece = torch.load(newest / "piece1.pt", weights_only=False)
     PIECES[case](piece)
     torch.save(piece, newest / "piece1.pt")
     found = find_newest(str(folder), folder / "staging", lambda: needed)
-    assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", (str(newest),))
+    assert found == Checkpoint(str(folder / "ba2.pt"), folder / "ba2.pt", (str(newest),))
     (line,) = caplog.messages
     assert line.startswith(f"warning: {newest}: not a checkpoint that can be used: ")
 
@@ -524,7 +526,7 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
     folder = Path(shutil.copytree(sharded / "checkpoints", tmp_path / "checkpoints"))
     shutil.rmtree(folder / "ba12")
     whole = find_newest(str(folder), folder / "staging")
-    assert whole == (str(folder / "ba8"), folder / "ba8" / HEAD, ())
+    assert whole == Checkpoint(str(folder / "ba8"), folder / "ba8" / HEAD, ())
     for name, source in (
         ("piece1.pt", "ba4/piece1.pt"),
         ("piece0.pt", "ba4/piece0.pt"),
@@ -534,7 +536,9 @@ def test_a_piece_of_another_checkpoint_is_named_and_the_one_before_used(
         good = (folder / "ba8" / name).read_bytes()
         (folder / "ba8" / name).write_bytes((folder / source).read_bytes())
         found = find_newest(str(folder), folder / "staging")
-        assert found == (str(folder / "ba4"), folder / "ba4" / HEAD, (str(folder / "ba8"),))
+        assert found == Checkpoint(
+            str(folder / "ba4"), folder / "ba4" / HEAD, (str(folder / "ba8"),)
+        )
         named = "piece0.pt" if name == "state.pt" else name
         what = "not a whole checkpoint: not the piece that was saved with its head"
         problem = f"{folder}/ba8/{named}: {what}"
@@ -609,7 +613,7 @@ def test_pieces_that_are_no_files_are_damage(
     found = find_newest(str(folder), folder / "staging")
     # Without its head a folder was never finished.
     passed_over = () if (name, damage) == ("state.pt", "gone") else (str(folder / "ba3"),)
-    assert found == (str(folder / "ba2.pt"), folder / "ba2.pt", passed_over)
+    assert found == Checkpoint(str(folder / "ba2.pt"), folder / "ba2.pt", passed_over)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flame_composer.checkpoint.find import step_of
+from flame_composer.checkpoint.names import step_of
 from flame_composer.errors import GOES_ON
 from tests.checkpoint.test_save import differences
 from tests.phases import IN_FOLDER, IN_STORE
