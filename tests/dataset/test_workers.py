@@ -244,10 +244,9 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeyp
             )
             == []
         )
-    manifests = [dataset.publish() for dataset in datasets]
+    totals = [dataset.publish() for dataset in datasets]
     check_finished(folder, f"by{num_workers}")
     size = sum(path.stat().st_size for path in (folder / "corpus").iterdir())
-    totals = [manifest.totals for manifest in manifests]
     assert seen.tolist() == [
         sum(t.documents for t in totals),
         sum(t.tokens_in for t in totals),
