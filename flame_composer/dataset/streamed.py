@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -43,14 +44,13 @@ def object_parts(content: dict[str, Any], name: str, elements: Iterable[str]) ->
 def parse_without(data: bytes, name: str, place: str) -> Any:
     """Return the JSON object in `data`, with an empty list in place of the list under `name`.
 
-    That is quick if `data` was written by `object_parts`. Anything else is parsed as a whole, and
-    DataError, naming `place`, is raised if it is not JSON.
+    That is quick if `data` was written by `object_parts`, and only a version comes after the list.
+    Anything else is parsed as a whole, and DataError, naming `place`, is raised if it is not JSON.
     """
     key = f'"{name}": ['.encode()
     start = data.find(key)
-    # Behind the list are only a few numbers and short texts
     end = data.rfind(b"]")
-    if 0 <= start < end:
+    if 0 <= start < end and re.fullmatch(rb'\], "version": \d+\}\n', data[end:]):
         head = data[: start + len(key)] + data[end:]
         try:
             content = json.loads(head)

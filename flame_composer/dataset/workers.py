@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import resource
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -129,8 +131,10 @@ def _convert_on_cluster(
             f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address"
         ) from None
     with client:
-        # Sent once to each worker, not once with each unit
-        sent = client.scatter(job.settings(), hash=False)
+        # Sent once to each worker, not once with each unit. As the result of a task they are not
+        # lost with a worker, and need not wait for one.
+        settings = zlib.compress(pickle.dumps(job.settings()))
+        sent = client.submit(_unpack, settings, pure=False)
         executor = client.get_executor()
         waiting, threads = iter(numbers), _Threads(client)
         busy: dict[Future[tuple[Any, list[int]]], int] = {}
@@ -267,6 +271,10 @@ def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
 
 
 _thread = threading.local()
+
+
+def _unpack(settings: bytes) -> Job:
+    return pickle.loads(zlib.decompress(settings))  # noqa: S301 - as all that Dask sends
 
 
 def _convert_alone(job: Job, inputs: Any, number: int) -> tuple[Any, list[int]]:

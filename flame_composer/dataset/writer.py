@@ -154,9 +154,10 @@ class DatasetWriter:
             there = files.stat(place)
             earlier = b"" if there is None else files.read(place)
             if there is not None:
-                begun = set(range(len(self.plan.units))) - self.uncommitted()
-                suspects = begun & changed_since(self.plan, earlier, there.modified, place)
-                list(files.each(self.is_committed, sorted(suspects)))
+                suspects = changed_since(self.plan, earlier, there.modified, place)
+                if suspects:
+                    begun = sorted(suspects - self.uncommitted())
+                    list(files.each(self.is_committed, begun))
             if not is_same(earlier, plan_parts(self.plan)):
                 files.write_parts(place, plan_parts(self.plan))
             if not is_url(self.out):
