@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import resource
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -48,6 +46,7 @@ POLL_SECONDS = 0.5
 # Units that a cluster is given for each thread of its workers: the one that it converts, and the
 # next. Without a worker it gets so many, too: some clusters start workers only for waiting tasks.
 UNITS_A_THREAD = 2
+LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
 CLUSTER_POLL_SECONDS = 1  # how often to look whether workers have come
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
@@ -118,6 +117,7 @@ def _convert_on_cluster(
     job: Job, numbers: Sequence[int], cluster: str, on_progress: OnProgress
 ) -> Iterator[Any]:
     try:
+        import dask
         from distributed import Client, KilledWorker
     except ImportError:
         raise ConfigError(
@@ -133,8 +133,8 @@ def _convert_on_cluster(
     with client:
         # Sent once to each worker, not once with each unit. As the result of a task they are not
         # lost with a worker, and need not wait for one.
-        settings = zlib.compress(pickle.dumps(job.settings()))
-        sent = client.submit(_unpack, settings, pure=False)
+        with dask.config.set({LARGE_GRAPH: "1 GiB"}):  # no warning of a large tokenizer
+            sent = client.submit(_shared, job.settings(), pure=False)
         executor = client.get_executor()
         waiting, threads = iter(numbers), _Threads(client)
         busy: dict[Future[tuple[Any, list[int]]], int] = {}
@@ -273,8 +273,9 @@ def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
 _thread = threading.local()
 
 
-def _unpack(settings: bytes) -> Job:
-    return pickle.loads(zlib.decompress(settings))  # noqa: S301 - as all that Dask sends
+def _shared(settings: Job) -> Job:
+    """Return what all units share, as the result of a task, which the workers keep."""
+    return settings
 
 
 def _convert_alone(job: Job, inputs: Any, number: int) -> tuple[Any, list[int]]:

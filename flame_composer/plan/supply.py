@@ -28,7 +28,9 @@ from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 # The row order of an epoch is laid out as in training for up to this many rows. Of a larger dataset
 # only that many are laid out, and the figures are scaled up.
 MAX_ROWS = 16_000_000
-SHARD_BYTES = 64 << 20  # of an imagined dataset, as convert/to_mds.py writes them
+# Of an imagined dataset, as convert/to_mds.py writes them unless told otherwise: the largest size
+# of a shard, and the tokens of a work unit, 64 MiB of text. No shard goes beyond its unit.
+SHARD_BYTES, UNIT_TOKENS = 64 << 20, 16 << 20
 # Bytes of a row beside its tokens: its offset in the shard and the lengths of a few documents.
 ROW_OVERHEAD = 24
 
@@ -157,7 +159,7 @@ def _imagine(config: PlanConfig, folder: Path) -> Dataset:
     dtype = token_dtype(vocab_size)
     num_rows = config.dataset_tokens // config.context_length
     row_bytes = config.context_length * dtype().itemsize + ROW_OVERHEAD
-    rows_each = max(1, SHARD_BYTES // row_bytes)
+    rows_each = max(1, min(SHARD_BYTES // row_bytes, UNIT_TOKENS // config.context_length))
     num_shards = -(-num_rows // rows_each)
     laid_out = max(1, round(min(1.0, _most_rows(config) / num_rows) * num_shards))
     counts = [min(rows_each, num_rows - number * rows_each) for number in range(laid_out)]
