@@ -618,7 +618,7 @@ WARNINGS = [
     (("precision=fp32",), ["precision=fp32: the peak"]),
     (
         ("train_data.cache_limit=1gb",),
-        [r"train_data.cache_limit=1gb: 16.5 GB are in use at once; training refuses it"],
+        [r"train_data.cache_limit=1gb: 16.8 GB are in use at once; training refuses it"],
     ),
     (
         ("nodes=2",),
