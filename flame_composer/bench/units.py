@@ -127,4 +127,4 @@ def measure_units(num_units: int, place: str | None = None) -> None:
             if stage == "plan":
                 dataset = plan_dataset(f"{folder}/source", f"{folder}/out")
                 write_units(dataset, plan_dataset(f"{folder}/source", f"{folder}/one"))
-    print("\n".join(align(lines)))
+        print("\n".join(align(lines)), flush=True)
