@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 from flame_composer import errors
 from flame_composer.dataset.convert import convert_unit
-from flame_composer.dataset.manifest import Manifest
 from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.text.sources import find_files
@@ -60,7 +59,7 @@ def make_dataset(
     context_length: int = CONTEXT_LENGTH,
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_size: int = 1500,
-) -> Manifest:
+) -> None:
     """A dataset in `folder`/out of documents from one word to several rows long, in shards of
     about eight rows.
     """
@@ -86,7 +85,7 @@ def make_dataset(
     writer.begin()
     for number in range(len(units)):
         convert_unit([writer], number, build_encoder(tokenizer, add_bos=False, add_eos=True))
-    return writer.publish()
+    writer.publish()
 
 
 @pytest.fixture(autouse=True)

@@ -66,6 +66,7 @@ class Relay(socketserver.ThreadingTCPServer):
         host, port = endpoint.removeprefix("http://").split(":")
         self.rate = rate
         self.last_upload = 0.0  # when a full block of one was on its way, by time.monotonic()
+        self.num_sent = 0  # bytes, on the way to the server
         self.target, self.num_cuts, self.is_cut = (host, int(port)), 0, False
         self.endpoint = "http://{}:{}".format(*self.server_address)
         self.thread = threading.Thread(target=self.serve_forever, args=[0.05])
@@ -107,6 +108,8 @@ class _Connection(socketserver.BaseRequestHandler):
                             return
                     if not block:
                         return
+                    if source is not server:
+                        self.server.num_sent += len(block)
                     if source is not server and len(block) == 1 << 16:
                         self.server.last_upload = time.monotonic()
                         time.sleep(len(block) / self.server.rate)

@@ -96,9 +96,13 @@ class ConvertConfig(HubSourceConfig):
     val_out: str | None = None
     """Folder that the dataset of held-out documents is written to, local or a URL."""
     shard_size: int = 67108864
-    """Largest size of a shard, bytes."""
+    """Largest size of a shard, bytes. No shard goes beyond its work unit: 64 MiB of text are about
+    16 M tokens, and so a shard of 32 MB if the vocabulary has at most 65,536 tokens.
+    """
     unit_size: int = 67108864
-    """Size of a work unit, bytes of input. A conversion is committed and resumed unit by unit."""
+    """Size of a work unit, bytes of input. A conversion is committed and resumed unit by unit. With
+    134217728, there are half as many units, and two-byte tokens fill shards of 64 MB.
+    """
     max_doc_length: int | None = None
     """Largest number of tokens per document, bos and eos included; a longer document is cut into
     pieces, each of which is a document to the model.

@@ -106,7 +106,7 @@ class SftConfig(ScriptConfig):
     max_document_bytes: int = 67108864
     """Size of the longest record of JSON, bytes of UTF-8; a longer one cannot be read."""
     shard_size: int = 67108864
-    """Largest size of a shard, bytes."""
+    """Largest size of a shard, bytes. No shard goes beyond its work unit."""
     unit_size: int = 67108864
     """Size of a work unit, bytes of input. A conversion is committed and resumed unit by unit, and
     rows are packed within one.

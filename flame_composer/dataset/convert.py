@@ -27,7 +27,7 @@ from flame_composer.text.encoder import (
     require_installed,
 )
 from flame_composer.text.given_tokens import Vocabulary, bos_of
-from flame_composer.text.sources import Slice
+from flame_composer.text.sources import Slice, Unit
 from flame_composer.text.token_files import read_tokens
 from flame_composer.text.tokenizer import BareTokenizer, Encoder, build_encoder
 
@@ -61,15 +61,17 @@ class Conversion:
     on_error: Literal["fail", "skip"]
 
     def settings(self) -> Conversion:
-        """Return what all units share: everything but the datasets, which hold every unit's inputs.
+        """Return what all units share: everything but the units of the datasets.
 
-        The datasets that one unit needs come from `inputs`.
+        What one unit needs of them comes from `inputs`.
         """
-        return dataclasses.replace(self, datasets=())
+        return dataclasses.replace(
+            self, datasets=tuple(dataset.without_units() for dataset in self.datasets)
+        )
 
-    def inputs(self, number: int) -> tuple[DatasetWriter, ...]:
-        """Return the datasets with only what unit `number` needs."""
-        return tuple(dataset.only(number) for dataset in self.datasets)
+    def inputs(self, number: int) -> Unit:
+        """Return the inputs of unit `number`, which are the same for all datasets."""
+        return self.datasets[0].plan.units[number]
 
     def num_bytes(self, number: int) -> int:
         """Return the size of a unit's input in bytes."""
@@ -128,6 +130,7 @@ class UnitConverter:
     """A converter of units in the process that makes it, where it builds the encoders once."""
 
     def __init__(self, conversion: Conversion):
+        self.datasets = conversion.datasets
         self.on_error = conversion.on_error
         self.encoders = Encoders(
             conversion.tokenizer,
@@ -137,16 +140,15 @@ class UnitConverter:
             add_eos=conversion.add_eos,
         )
 
-    def convert(
-        self, inputs: Sequence[DatasetWriter], number: int, on_progress: OnProgress
-    ) -> str | None:
+    def convert(self, inputs: Unit, number: int, on_progress: OnProgress) -> str | None:
         """Convert and commit unit `number`, and return a warning or None.
 
         The warning says that the unit had to be converted again with the slower encoder.
         """
+        datasets = [dataset.with_unit(number, inputs) for dataset in self.datasets]
         return self.encoders.run(
             lambda encode, name, reference: convert_unit(
-                inputs,
+                datasets,
                 number,
                 encode,
                 self.on_error,

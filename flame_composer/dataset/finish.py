@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from flame_composer.dataset.manifest import Manifest
+from flame_composer.dataset.ledger import Ledger
+from flame_composer.dataset.publish import NotWhole
 from flame_composer.dataset.totals import Progress, totals_table
 from flame_composer.dataset.workers import Job, convert_units
 from flame_composer.dataset.writer import DatasetWriter
@@ -20,43 +21,62 @@ def finish(
     encoder: str,
     num_workers: int | None,
     cluster: str | None,
-) -> list[Manifest]:
-    """Convert what is missing of the datasets, and return their manifests in order.
+) -> None:
+    """Convert what is missing of the datasets, and publish them.
 
     They have the same units. `build_job` returns the job that converts those of the datasets that
     are unfinished; they are encoded by `encoder`. Progress, warnings and totals are printed.
     """
-    manifests: dict[str, Manifest] = {}
+    kind = datasets[0].plan.kind
     unfinished: list[DatasetWriter] = []
     for dataset in datasets:
-        manifest = dataset.finished()
-        if manifest is None:
+        totals = dataset.finished()
+        if totals is None:
             unfinished.append(dataset)
         else:
-            manifests[dataset.out] = manifest
             print(f"{dataset.out}: already finished, nothing to do")
-            print(totals_table([manifest]))
-    if unfinished:
-        require_installed(encoder)
-        for dataset in unfinished:
-            dataset.begin()
-        job = build_job(tuple(unfinished))
-        to_do = sorted(set().union(*(dataset.uncommitted() for dataset in unfinished)))
-        sizes = [job.num_bytes(number) for number in range(len(unfinished[0].plan.units))]
-        committed = sum(sizes) - sum(sizes[number] for number in to_do)
-        with Progress(sum(sizes), committed) as progress:
-            for warning in convert_units(
-                job, to_do, workers_for(num_workers), progress.update, cluster
-            ):
+            print(totals_table(kind, [(dataset.plan.split, totals)]))
+    if not unfinished:
+        return
+    require_installed(encoder)
+    for dataset in unfinished:
+        dataset.begin()
+    job = build_job(tuple(unfinished))
+    to_do = sorted(set().union(*(dataset.uncommitted() for dataset in unfinished)))
+    sizes = [job.num_bytes(number) for number in range(len(unfinished[0].plan.units))]
+    committed = sum(sizes) - sum(sizes[number] for number in to_do)
+    with Progress(sum(sizes), committed) as progress:
+
+        def convert(numbers: Sequence[int]) -> None:
+            workers = workers_for(num_workers)
+            for warning in convert_units(job, numbers, workers, progress.update, cluster):
                 progress.warn(warning)
-        made = [dataset.publish() for dataset in unfinished]
-        manifests |= {each.out: manifest for each, manifest in zip(unfinished, made, strict=True)}
-        print(totals_table(made))
-        print(
-            f"{progress.num_tokens:,} tokens in {format_seconds(progress.seconds)}:"
-            f" {progress.num_tokens / progress.seconds:,.0f} tokens/s ({encoder})"
-        )
-    return [manifests[dataset.out] for dataset in datasets]
+
+        convert(to_do)
+        made = [(each.plan.split, published(each, convert)) for each in unfinished]
+    print(totals_table(kind, made))
+    print(
+        f"{progress.num_tokens:,} tokens in {format_seconds(progress.seconds)}:"
+        f" {progress.num_tokens / progress.seconds:,.0f} tokens/s ({encoder})"
+    )
+
+
+def published(dataset: DatasetWriter, convert: Callable[[Sequence[int]], None]) -> Ledger:
+    """Publish a dataset, and return its totals.
+
+    Units that turn out not to be whole, although a listing showed them, are converted first: they
+    were being uploaded when the last conversion was killed, or have lost a file since. Raises
+    NotWhole if a unit is so again.
+    """
+    mended: set[int] = set()
+    while True:
+        try:
+            return dataset.publish()
+        except NotWhole as found:
+            if found.numbers & mended:
+                raise
+            mended |= found.numbers
+            convert(sorted(found.numbers))
 
 
 def workers_for(num_workers: int | None) -> int:

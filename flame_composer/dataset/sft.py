@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flame_composer.config.sft import SftConfig
 from flame_composer.dataset.examples import Census, Hashes, find_left_out, take_census
 from flame_composer.dataset.finish import finish, workers_for
-from flame_composer.dataset.manifest import Manifest, Split
+from flame_composer.dataset.manifest import Split
 from flame_composer.dataset.plan import Plan, plan_units
 from flame_composer.dataset.totals import Progress
 from flame_composer.dataset.tuning import Tuning
@@ -173,8 +173,8 @@ def convert_examples(
     hashes: Sequence[Hashes],
     outs: Mapping[Split, str],
     held_out: Sequence[Hashes] = (),
-) -> list[Manifest]:
-    """Convert the examples into a dataset for each split of `outs`, and return their manifests.
+) -> None:
+    """Convert the examples into a dataset for each split of `outs`.
 
     `hashes` are those of the examples. Examples whose prompts are in `held_out` are left out.
     """
@@ -216,7 +216,7 @@ def convert_examples(
             config.on_error,
         )
 
-    return finish(
+    finish(
         datasets,
         build_job,
         encoder=encoder,

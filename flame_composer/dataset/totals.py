@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from flame_composer.dataset.manifest import Manifest
+from flame_composer.dataset.ledger import Ledger
+from flame_composer.dataset.manifest import Kind, Split
 from flame_composer.quantities import align
 from flame_composer.text.examples import REASONS
 
@@ -39,27 +40,28 @@ _TUNING = {
 }
 
 
-def totals_table(manifests: Sequence[Manifest]) -> str:
-    """Return a table of the totals, one row per dataset, all of the same kind.
+def totals_table(kind: Kind, datasets: Sequence[tuple[Split, Ledger]]) -> str:
+    """Return a table of the totals of datasets of the same kind, one row for each.
 
     Tokens in and padding are tokens out and dropped. Of tuning data, the examples that were left
     out follow, with the reasons.
     """
-    columns = _TEXT if manifests[0].kind == "text" else _TUNING
+    columns = _TEXT if kind == "text" else _TUNING
     lines = [("split", *columns)]
-    for manifest in manifests:
-        counts = (getattr(manifest.totals, name) for name in columns.values())
-        lines.append((manifest.split, *(f"{count:,}" for count in counts)))
-    return "\n".join([*align(lines), *map(left_out_line, manifests)]).rstrip()
+    for split, totals in datasets:
+        counts = (getattr(totals, name) for name in columns.values())
+        lines.append((split, *(f"{count:,}" for count in counts)))
+    left_out = (left_out_line(split, totals) for split, totals in datasets)
+    return "\n".join([*align(lines), *left_out]).rstrip()
 
 
-def left_out_line(manifest: Manifest) -> str:
+def left_out_line(split: Split, totals: Ledger) -> str:
     """Return a line on the examples that were left out, or "" if there are none."""
-    left_out = manifest.totals.left_out
+    left_out = totals.left_out
     if not left_out:
         return ""
     reasons = (f"{count:,}: {reason_in_words(reason)}" for reason, count in left_out.items())
-    return f"left out of {manifest.split} (see left_out.jsonl): {'; '.join(reasons)}"
+    return f"left out of {split} (see left_out.jsonl): {'; '.join(reasons)}"
 
 
 def reason_in_words(reason: str) -> str:

@@ -20,15 +20,16 @@ from flame_composer.dataset.convert import (
 from flame_composer.dataset.examples import Example, OnError, new_digest, read_examples
 from flame_composer.dataset.manifest import Split
 from flame_composer.dataset.plan import unit_name
-from flame_composer.dataset.unit import UnitWriter
+from flame_composer.dataset.unit import LEFT_OUT, UnitWriter
 from flame_composer.dataset.workers import OnProgress
-from flame_composer.dataset.writer import LEFT_OUT, DatasetWriter
+from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage.folders import explained
 from flame_composer.text.chat import ChatTemplate, Message
 from flame_composer.text.examples import Conversation, Form, LeftOut, hash_of, prompt_of
 from flame_composer.text.loss_mask import Masker, Tokens, TrainOn
 from flame_composer.text.records import Record
+from flame_composer.text.sources import Unit
 from flame_composer.text.tokenizer import BareTokenizer, Encoder
 
 BATCH_CHARACTERS = 1 << 20  # characters of examples that are encoded together
@@ -40,12 +41,12 @@ TooLong = Literal["fail", "drop", "cut_prompt"]
 class UnitInputs(NamedTuple):
     """The inputs that one unit needs.
 
-    They are the datasets to write it to, the form of its records, and the examples to leave out, by
+    They are its slices of the sources, the form of its records, and the examples to leave out, by
     their number in the unit. `digest` is that of the examples that this was decided by, or None if
     they were not looked at.
     """
 
-    datasets: tuple[DatasetWriter, ...]
+    unit: Unit
     form: Form
     left_out: Mapping[int, str]
     digest: str | None
@@ -75,14 +76,15 @@ class Tuning:
 
     def settings(self) -> Tuning:
         """Return what all units share."""
-        return dataclasses.replace(self, datasets=(), forms=(), left_out={}, digests=())
+        datasets = tuple(dataset.without_units() for dataset in self.datasets)
+        return dataclasses.replace(self, datasets=datasets, forms=(), left_out={}, digests=())
 
     def inputs(self, number: int) -> UnitInputs:
         """Return what unit `number` needs besides the settings."""
-        datasets = tuple(dataset.only(number) for dataset in self.datasets)
+        unit = self.datasets[0].plan.units[number]
         left_out = self.left_out.get(number, {})
         digest = self.digests[number] if self.digests else None
-        return UnitInputs(datasets, self.forms[number], left_out, digest)
+        return UnitInputs(unit, self.forms[number], left_out, digest)
 
     def num_bytes(self, number: int) -> int:
         """Return the size of a unit's input in bytes."""
@@ -115,7 +117,7 @@ class TuningConverter:
 
         The warning says that the unit had to be converted again with the slower encoder.
         """
-        place = f"{inputs.datasets[0].plan.units[number][0].path}, unit {unit_name(number)}"
+        place = f"{inputs.unit[0].path}, unit {unit_name(number)}"
 
         def convert(encode: Encoder, name: str, reference: Encoder | None) -> None:
             checked = encode if reference is None else _checked(encode, reference, place)
@@ -131,9 +133,10 @@ class TuningConverter:
         encode: Encoder,
         encoder: str,
     ) -> None:
-        outs = " and ".join(dataset.out for dataset in inputs.datasets)
+        datasets = [each.with_unit(number, inputs.unit) for each in self.job.datasets]
+        outs = " and ".join(dataset.out for dataset in datasets)
         with explained(outs):
-            missing = [each for each in inputs.datasets if not each.is_committed(number)]
+            missing = [each for each in datasets if not each.is_committed(number)]
         if not missing:
             return
         self.masker.encode = encode

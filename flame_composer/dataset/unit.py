@@ -6,23 +6,46 @@ import dataclasses
 import hashlib
 import shutil
 import uuid
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flame_composer.dataset.ledger import Ledger
-from flame_composer.dataset.manifest import UnitRecord, record_json
+from flame_composer.dataset.manifest import Kind, UnitRecord, damaged, record_json
 from flame_composer.dataset.mds import ShardWriter
 from flame_composer.dataset.packing import Pieces, cut, no_pieces, pack, pack_whole, shuffled
 from flame_composer.dataset.plan import TAIL, unit_name
 from flame_composer.storage import files
 from flame_composer.storage.files import dump_json
+from flame_composer.storage.filesystems import Stat
 from flame_composer.text.loss_mask import Tokens
 from flame_composer.text.tokenizer import token_dtype
 
 if TYPE_CHECKING:
     from flame_composer.dataset.writer import DatasetWriter
+
+
+LEFT_OUT = "left_out.jsonl"
+
+
+def is_whole(content: Any, there: Mapping[str, Stat], kind: Kind, place: str) -> bool:
+    """Return whether a unit's files are there, and its shards have their sizes.
+
+    `content` is that of its unit.json, and `there` are the files in its folder, `place`. Raises
+    DataError if the content lists no shards.
+    """
+    try:
+        sizes = {
+            shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in content["shards"]
+        }
+    except (KeyError, TypeError):
+        raise damaged(files.join(place, "unit.json"), "it lists no shards") from None
+    others = ("tail.npy", LEFT_OUT) if kind == "sft" else ("tail.npy",)
+    return all(name in there for name in others) and all(
+        name in there and there[name].size == size for name, size in sizes.items()
+    )
 
 
 class UnitWriter:

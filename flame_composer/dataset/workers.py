@@ -11,10 +11,12 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Protocol
 
@@ -41,6 +43,11 @@ MAX_MEMORY = 448 << 20  # bytes; a worker that has grown beyond this is replaced
 MAX_INPUT = 4 << 30  # input bytes that a worker converts before it is replaced
 SMALL_INPUT = 4 << 20  # input bytes up to which a single unit is not worth starting a process
 POLL_SECONDS = 0.5
+# Units that a cluster is given for each thread of its workers: the one that it converts, and the
+# next. Without a worker it gets so many, too: some clusters start workers only for waiting tasks.
+UNITS_A_THREAD = 2
+LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
+CLUSTER_POLL_SECONDS = 1  # how often to look whether workers have come
 CLUSTER_SECONDS = 10  # how long to wait for the cluster to answer
 
 
@@ -110,6 +117,7 @@ def _convert_on_cluster(
     job: Job, numbers: Sequence[int], cluster: str, on_progress: OnProgress
 ) -> Iterator[Any]:
     try:
+        import dask
         from distributed import Client, KilledWorker
     except ImportError:
         raise ConfigError(
@@ -123,28 +131,52 @@ def _convert_on_cluster(
             f"cluster: {cluster}: cannot be reached: {reason}; give a Dask scheduler's address"
         ) from None
     with client:
+        # Sent once to each worker, not once with each unit. As the result of a task they are not
+        # lost with a worker, and need not wait for one.
+        with dask.config.set({LARGE_GRAPH: "1 GiB"}):  # no warning of a large tokenizer
+            sent = client.submit(_shared, job.settings(), pure=False)
         executor = client.get_executor()
-        # Sent once to each worker, not once with each unit
-        sent = client.scatter(job.settings(), hash=False)
-        futures = {
-            executor.submit(_convert_alone, sent, job.inputs(number), number): number
-            for number in numbers
-        }
+        waiting, threads = iter(numbers), _Threads(client)
+        busy: dict[Future[tuple[Any, list[int]]], int] = {}
         try:
-            for future in as_completed(futures):
-                result, news = future.result()
-                on_progress(*news)
-                if result is not None:
-                    yield result
+            while True:
+                room = UNITS_A_THREAD * max(1, threads.count()) - len(busy)
+                for number in islice(waiting, max(0, room)):
+                    future = executor.submit(_convert_alone, sent, job.inputs(number), number)
+                    busy[future] = number
+                if not busy:
+                    return
+                done, _ = wait(busy, CLUSTER_POLL_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    number = busy.pop(future)
+                    result, news = future.result()
+                    on_progress(*news)
+                    if result is not None:
+                        yield result
         except KilledWorker:
             raise DataError(
                 f"{cluster}: workers died again and again while they converted unit"
-                f" {unit_name(futures[future])} (short of memory?); run the same command again: it"
-                " goes on from the last finished unit"
+                f" {unit_name(number)} (short of memory?); run the same command again: it goes on"
+                " from the last finished unit"
             ) from None
         finally:
-            for future in futures:
+            for future in busy:
                 future.cancel()
+
+
+class _Threads:
+    """The number of threads of all workers of a cluster, asked for once in a while."""
+
+    def __init__(self, client: Any):
+        self.client, self.number, self.asked = client, 0, -float("inf")
+
+    def count(self) -> int:
+        """Return their number, as the scheduler last said."""
+        if time.monotonic() - self.asked >= CLUSTER_POLL_SECONDS:
+            self.asked = time.monotonic()
+            with suppress(OSError):  # the scheduler does not answer; those that are busy go on
+                self.number = sum(self.client.nthreads().values())
+        return self.number
 
 
 class _Lane:
@@ -239,6 +271,11 @@ def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
 
 
 _thread = threading.local()
+
+
+def _shared(settings: Job) -> Job:
+    """Return what all units share, as the result of a task, which the workers keep."""
+    return settings
 
 
 def _convert_alone(job: Job, inputs: Any, number: int) -> tuple[Any, list[int]]:

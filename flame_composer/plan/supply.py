@@ -25,7 +25,9 @@ from flame_composer.text.tokenizer import TokenizerFingerprint, token_dtype
 
 # StreamingDataset's orders are laid out row by row, which is too much for more than this.
 MAX_ROWS = 16_000_000
-SHARD_BYTES = 64 << 20  # of an imagined dataset, as convert/to_mds.py writes them
+# Of an imagined dataset, as convert/to_mds.py writes them unless told otherwise: the largest size
+# of a shard, and the tokens of a work unit, 64 MiB of text. No shard goes beyond its unit.
+SHARD_BYTES, UNIT_TOKENS = 64 << 20, 16 << 20
 ENTRY_BYTES = 420  # of a shard in index.json
 # Bytes of a row beside its tokens: its offset in the shard and the lengths of a few documents.
 ROW_OVERHEAD = 24
@@ -123,7 +125,7 @@ def _imagine(config: PlanConfig) -> Dataset:
     dtype = token_dtype(vocab_size)
     num_rows = num_tokens // config.context_length
     row_bytes = config.context_length * dtype().itemsize + ROW_OVERHEAD
-    rows_each = max(1, SHARD_BYTES // row_bytes)
+    rows_each = max(1, min(SHARD_BYTES // row_bytes, UNIT_TOKENS // config.context_length))
     files = ShardTable.of(
         ShardFile(f"units/0/shard.{number:05}.mds", rows * row_bytes, "", rows)
         for number, first in enumerate(range(0, num_rows, rows_each))

@@ -17,9 +17,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -28,6 +30,7 @@ from flame_composer.storage.filesystems import (
     Stat,
     at,
     below,
+    find_flat,
     is_url,
     local_stat,
     stat_of,
@@ -85,6 +88,8 @@ def find(place: str) -> dict[str, Stat]:
     The result is empty if there is no such folder.
     """
     if not is_url(place):
+        if (flat := find_flat(place)) is not None:
+            return flat
         paths = [
             os.path.join(folder, name) for folder, names in walk_folders(place) for name in names
         ]
@@ -138,17 +143,20 @@ def read(place: str, most: int = MOST_READ) -> bytes:
     Raise DataError if it has more than `most` bytes, without reading the rest.
     """
     if not is_url(place):
-        with Path(place).open("rb") as file:
-            return _at_most(most, file, place)
+        with open(place, "rb") as file:  # noqa: PTH123 - faster than a Path
+            return _at_most(most, file, place, os.fstat(file.fileno()).st_size)
     with at(place) as (fs, path):
         if fs.protocol == "s3":
             return bytes(fs.cat_file(path, most=most))
         with fs.open(path, "rb") as file:
-            return _at_most(most, file, place)
+            return _at_most(most, file, place, most)
 
 
-def _at_most(most: int, file: Any, place: str) -> bytes:
-    content = bytes(file.read(most + 1))
+def _at_most(most: int, file: Any, place: str, size: int) -> bytes:
+    # Python makes room for all that it is asked to read, so first ask for what there should be.
+    content = bytes(file.read(min(most, size) + 1))
+    if size < len(content) <= most:
+        content += file.read(most + 1 - len(content))
     if len(content) > most:
         raise DataError(
             f"{place}: has more than {most:,} bytes, which no such file has; put the right one"
@@ -210,6 +218,21 @@ def write(place: str, data: bytes) -> None:
         return
     with appearing(place) as file:
         file.write(data)
+
+
+def write_parts(place: str, parts: Iterable[bytes]) -> None:
+    """Write a file in an existing folder, whole or not at all, given its content in parts.
+
+    A file in a store is first made in TMPDIR.
+    """
+    if not is_url(place):
+        with appearing(place) as file:
+            file.writelines(parts)
+        return
+    with tempfile.NamedTemporaryFile() as local:
+        local.writelines(parts)
+        local.flush()
+        put(local.name, place)
 
 
 def put(local: str | Path, place: str) -> None:
@@ -347,11 +370,22 @@ def abort_uploads(place: str) -> None:
                 fs.abort_uploads(path)
 
 
-def each(do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `do(item)` for every item in order, with many calls at a time; an error stops all."""
+def each(do: Callable[[T], R], items: Iterable[T], batch: int = 1) -> Iterator[R]:
+    """Yield `do(item)` for every item in order, with many calls at a time; an error stops all.
+
+    A thread calls it for `batch` items one after another, which pays where a call takes less than
+    a thread's turn. Items are taken as results are: no more than a few hundred are in memory.
+    """
+    source = iter(items)
+    waiting: deque[Future[list[R]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            yield from pool.map(do, items)
+            while True:
+                while len(waiting) < 2 * THREADS and (some := list(islice(source, batch))):
+                    waiting.append(pool.submit(lambda some: [do(item) for item in some], some))
+                if not waiting:
+                    return
+                yield from waiting.popleft().result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from flame_composer.errors import ConfigError, DataError, StoreError, one_line
@@ -33,6 +34,7 @@ NO_STORES = frozenset(
     }
 )
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MEANT = "a path, or the URL of an object store (s3://, gs://, az://, hdfs://, https:// and others)"
 
 
@@ -51,7 +53,7 @@ class Stat:
 
 def is_url(place: str) -> bool:
     """Return whether a place is a URL, and not a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+    return URL.match(place) is not None
 
 
 @contextmanager
@@ -124,6 +126,46 @@ def walk_folders(place: str) -> Iterator[tuple[str, list[str]]]:
                 if target in followed or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
                     folders.remove(name)
                 followed.add(target)
+
+
+def find_flat(place: str) -> dict[str, Stat] | None:
+    """Return what `files.find` does for a local folder without folders in it, else None.
+
+    Of half a million small folders, this takes a tenth of the time.
+    """
+    found: dict[str, Stat] = {}
+    try:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    return None
+                with suppress(FileNotFoundError):  # a link to nothing, or just deleted
+                    status = entry.stat()
+                    found[entry.name] = Stat(status.st_size, status.st_mtime, None)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return dict(sorted(found.items()))
+
+
+def find_by_folder(place: str) -> Iterator[tuple[str, dict[str, Stat]]]:
+    """Yield the name of each folder directly in a folder of a store, with all files below it.
+
+    The files are as `files.find` returns them. In S3 they come while the listing goes on, which may
+    be too long for memory. A file directly in the folder comes with no files.
+    """
+    with at(place) as (fs, path):
+        found = fs.find(path, detail=True) if fs.protocol != "s3" else {}
+        infos = fs.scan(path) if fs.protocol == "s3" else (found[name] for name in sorted(found))
+        named = ((below(path, info["name"]), info) for info in infos if info["name"] != path)
+        for folder, group in groupby(named, lambda pair: pair[0].partition("/")[0]):
+            yield (
+                folder,
+                {
+                    name.removeprefix(f"{folder}/"): stat_of(info)
+                    for name, info in group
+                    if name != folder
+                },
+            )
 
 
 def local_stat(path: str) -> Stat:

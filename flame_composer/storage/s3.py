@@ -81,6 +81,10 @@ class S3FileSystem(AbstractFileSystem):
         files = {info["name"]: info for info in found if withdirs or info["type"] == "file"}
         return files if detail else sorted(files)
 
+    def scan(self, path: str) -> Iterator[Info]:
+        """Yield the files below `path`, at any depth, sorted, while the listing goes on."""
+        return self._list(self._strip_protocol(path))
+
     def _list(self, path: str, **options: Any) -> Iterator[Info]:
         """Yield all files below a folder; with a `Delimiter`, only its direct files and folders."""
         bucket, key = split(path)

@@ -210,7 +210,10 @@ def without_a_pool(monkeypatch) -> None:
         converter = conversion.build_converter()
         yield from filter(
             None,
-            (converter.convert(conversion.datasets, number, on_progress) for number in numbers),
+            (
+                converter.convert(conversion.inputs(number), number, on_progress)
+                for number in numbers
+            ),
         )
 
     monkeypatch.setattr(workers, "_convert_on_pool", convert)

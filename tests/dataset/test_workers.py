@@ -13,18 +13,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flame_composer.dataset import workers
 from flame_composer.dataset.convert import Conversion
+from flame_composer.dataset.finish import published
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.plan import Plan, plan_units
-from flame_composer.dataset.workers import convert_units
+from flame_composer.dataset.publish import NotWhole
+from flame_composer.dataset.workers import UNITS_A_THREAD, convert_units
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files
@@ -34,7 +38,7 @@ from flame_composer.text.encoder import HF
 from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
-from tests.s3 import BUCKET
+from tests.s3 import BUCKET, Relay
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,10 +248,9 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeyp
             )
             == []
         )
-    manifests = [dataset.publish() for dataset in datasets]
+    totals = [dataset.publish() for dataset in datasets]
     check_finished(folder, f"by{num_workers}")
     size = sum(path.stat().st_size for path in (folder / "corpus").iterdir())
-    totals = [manifest.totals for manifest in manifests]
     assert seen.tolist() == [
         sum(t.documents for t in totals),
         sum(t.tokens_in for t in totals),
@@ -327,6 +330,124 @@ def test_a_dask_cluster_gives_the_same_bytes(folder, s3):
         (folder / "cluster" / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         files.download(f"{val}/{file}", folder / "cluster" / "val" / file)
     check_finished(folder, "cluster")
+
+
+def test_what_a_listing_does_not_show_is_found_before_publishing(folder, s3):
+    """A unit of which a kill left a part, one that lost a byte, and one of other inputs."""
+    base = f"s3://{BUCKET}/parts"
+    datasets = [
+        DatasetWriter(f"{base}/{each.plan.split}", each.plan) for each in writers(folder, "parts")
+    ]
+    job = conversion(folder, datasets)
+    converter = job.build_converter()
+    converted: list[list[int]] = []
+
+    def convert(numbers: Sequence[int]) -> None:
+        converted.append(list(numbers))
+        for number in numbers:
+            converter.convert(job.inputs(number), number, lambda *news: None)
+
+    for dataset in datasets:
+        dataset.begin()
+    convert(range(len(datasets[0].plan.units)))
+    units = f"{base}/train/units"
+    files.delete(f"{units}/000003/unit.json")
+    shard = f"{units}/000004/shard.00000.mds"
+    files.write(shard, files.read(shard)[:-1])
+    record = files.read(f"{units}/000005/unit.json")
+    files.write(f"{units}/000005/unit.json", record.replace(b".jsonl", b".json"))
+    files.write(f"{units}/000006/left", b"by a kill")
+    for dataset in datasets:
+        dataset.begin()
+        assert dataset.uncommitted() == set(), "none of it shows in a listing"
+    with pytest.raises(NotWhole, match="parts/train: 3 units are not whole, such as 000003; run"):
+        datasets[0].publish()
+    for dataset in datasets:
+        published(dataset, convert)
+    assert converted[1:] == [[3, 4, 5]]
+    check_finished(folder, base)
+
+
+class Counted:
+    """A conversion that counts how many units were handed out."""
+
+    def __init__(self, job: Any):
+        self.job, self.handed_out = job, 0
+        self.settings, self.num_bytes = job.settings, job.num_bytes
+
+    def inputs(self, number: int) -> Any:
+        self.handed_out += 1
+        return self.job.inputs(number)
+
+
+def test_a_cluster_is_given_units_as_its_workers_ask(folder):
+    from distributed import LocalCluster
+
+    datasets = writers(folder, "asked")
+    for dataset in datasets:
+        dataset.begin()
+    numbers = range(len(datasets[0].plan.units))
+    job = Counted(conversion(folder, datasets))
+    done = 0
+    ahead: list[int] = []
+
+    def on_progress(*news: int) -> None:
+        nonlocal done
+        done += 1
+        ahead.append(job.handed_out - done + 1)
+
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        assert list(convert_units(job, numbers, 1, on_progress, address)) == []
+    assert (done, job.handed_out) == (len(numbers), len(numbers))
+    assert max(ahead) <= 2 * UNITS_A_THREAD < len(numbers), "two threads"
+    for dataset in datasets:
+        dataset.publish()
+    check_finished(folder, "asked")
+
+
+def test_units_wait_for_a_worker_to_come(folder):
+    """Without one, few are handed out: some clusters start workers for tasks that wait."""
+    from distributed import LocalCluster
+
+    (dataset, _) = writers(folder, "waited")
+    dataset.begin()
+    job = Counted(conversion(folder, [dataset]))
+    numbers = range(len(dataset.plan.units))
+    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as cluster:
+        timer = threading.Timer(3, cluster.scale, [1])
+        waiting: list[int] = []
+        look = threading.Timer(2, lambda: waiting.append(job.handed_out))
+        look.start()
+        timer.start()
+        address = cluster.scheduler_address
+        assert list(convert_units(job, numbers, 1, lambda *news: None, address)) == []
+        timer.join()
+    assert waiting == [UNITS_A_THREAD]
+    assert dataset.uncommitted() == set()
+
+
+def test_a_unit_costs_a_cluster_less_than_two_kilobytes(folder):
+    """All that goes to the scheduler, also for its answers; the plan and settings do not."""
+    from distributed import LocalCluster
+
+    datasets = writers(folder, "sent to a cluster")
+    for dataset in datasets:
+        # As of a command that names many sources
+        dataset.plan.config["source"] += [f"/corpus/part-{i:05}" for i in range(2000)]
+        dataset.begin()
+    numbers = list(range(len(datasets[0].plan.units)))
+    sent = []
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        for some in (numbers[:2], numbers):
+            host, port = cluster.scheduler_address.removeprefix("tcp://").split(":")
+            with Relay(f"http://{host}:{port}") as line:
+                address = line.endpoint.replace("http", "tcp")
+                job = conversion(folder, datasets)
+                assert list(convert_units(job, some, 1, lambda *news: None, address)) == []
+                sent.append(line.num_sent)
+    assert sent[0] > 10_000, "the sources and the tokenizer, once"
+    assert (sent[1] - sent[0]) / (len(numbers) - 2) < 2000
 
 
 def test_a_cluster_that_is_not_there(folder, monkeypatch, tmp_path):
