@@ -255,6 +255,11 @@ def test_a_text_that_goes_on(browser: Browser, locked: Server) -> None:
     browser.click(".foot button:nth-child(2)")
     assert last(browser) == whole
     assert "".join(browser.text(".passage").split()) == "".join(f"def{whole}".split())
+    browser.click(".foot button:nth-child(4)")
+    assert browser.run("return $('input').value") == "def"
+    assert browser.text("#hint") == "Enter sends the changed text, Esc leaves it as it was"
+    browser.write("#input", ESCAPE)
+    assert browser.run("return turns[0].answer") == whole
     browser.click("#settings")
     browser.click("#forget")
     assert browser.is_seen("#locked")
