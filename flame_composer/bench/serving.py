@@ -84,7 +84,11 @@ def compare_serving(
         answers(server.address, together(config), config.num_together)  # the first are slower
         take(compare_together(config, server, progress))
         take(compare_batches(config, model, server, progress))
-        take(waits(config, server, progress))
+        result["waits"] = []
+        for number in config.clients:
+            row, found = waits(config, number, server, progress)
+            result["waits"].append(row)
+            take(({}, found))
     take(compare_contexts(config, model, progress))
     return result, figures
 
@@ -314,30 +318,28 @@ def generate(model: PreTrainedModel, batch: Sequence[Request]) -> torch.Tensor:
 
 
 def waits(
-    config: ServingBenchmarkConfig, server: Server, progress: Progress
+    config: ServingBenchmarkConfig, number: int, server: Server, progress: Progress
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """Time what clients wait for the first token and between tokens.
+    """Time what each of `number` clients waits for the first token and between tokens.
 
-    Each client sends a few requests of mixed lengths, one after another; answers are sampled.
+    Each sends a few requests of mixed lengths, one after another; answers are sampled.
     """
-    rows, figures = [], []
-    for number in config.clients:
-        requests = [
-            {**each, "temperature": 0.8, "top_p": 0.95, "seed": seed}
-            for seed, each in enumerate(mixed(config, 3 * number, seed=number))
-        ]
-        progress.tell(f"waits of {number} clients, {len(requests)} requests")
-        _, found = answers(server.address, requests, number)
-        first = [each.to_first for each in found if each.came]
-        between = [seconds for each in found for seconds in each.between()]
-        row: dict[str, Any] = {"clients": number}
-        for name, values in (("to the first token", first), ("between tokens", between)):
-            for percent in (50, 99):
-                value = round(1000 * percentile(values, percent), 1)
-                row[f"p{percent}_{name.replace(' ', '_')}_milliseconds"] = value
-                figures.append(Figure(f"serving: p{percent} {name}, ms, {number} clients", value))
-        rows.append(row)
-    return {"waits": rows}, figures
+    requests = [
+        {**each, "temperature": 0.8, "top_p": 0.95, "seed": seed}
+        for seed, each in enumerate(mixed(config, 3 * number, seed=number))
+    ]
+    progress.tell(f"waits of {number} clients, {len(requests)} requests")
+    _, found = answers(server.address, requests, number)
+    first = [each.to_first for each in found if each.came]
+    between = [seconds for each in found for seconds in each.between()]
+    row: dict[str, Any] = {"clients": number}
+    figures = []
+    for name, values in (("to the first token", first), ("between tokens", between)):
+        for percent in (50, 99):
+            value = round(1000 * percentile(values, percent), 1)
+            row[f"p{percent}_{name.replace(' ', '_')}_milliseconds"] = value
+            figures.append(Figure(f"serving: p{percent} {name}, ms, {number} clients", value))
+    return row, figures
 
 
 def compare_contexts(

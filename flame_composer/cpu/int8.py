@@ -61,7 +61,8 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     kept = getattr(_last, "split", None)
     if kept is not None and kept[0]() is x and torch.equal(kept[1], x):
         return kept[2]
-    top = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_SMALLEST)
+    # linalg.vector_norm gives the same, and takes ten times as long for many rows.
+    top = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
     y = x / top
     # The second half is what the first leaves over, which is at most half a step of it.
     upper = torch.quantize_per_tensor(y, 1 / _HALF, _HALF + 1, torch.quint8)
