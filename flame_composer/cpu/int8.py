@@ -25,6 +25,7 @@ from torch import Tensor
 MOST = 127  # the largest int8 weight; -128 is not used
 _HALF = 63  # the largest number of a half, which is stored with _HALF + 1 added
 _FEW = 64  # rows; what is split is kept for no more, since it takes memory until the next
+_NARROW = 64  # channels; what is split is kept for more only, as it takes no time for so few
 _last = threading.local()
 _SMALLEST = 1e-30  # a row of activations below it is taken for zeros
 
@@ -69,7 +70,8 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     rest = y.sub_(upper.dequantize())
     lower = torch.quantize_per_tensor(rest, 0.5 / _HALF**2, _HALF + 1, torch.quint8)
     split = torch.cat([upper.int_repr(), lower.int_repr()]), top
-    if x.numel() <= _FEW * x.shape[-1]:
+    # Narrow ones in between (in a gate of low rank) do not take the place of a wide one.
+    if x.numel() <= _FEW * x.shape[-1] and x.shape[-1] > _NARROW:
         _last.split = weakref.ref(x), x.detach().clone(), split
     return split
 

@@ -115,25 +115,30 @@ def test_what_several_layers_are_given_is_split_once(
     mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the modes that generate.py and the server run in; what was changed is split anew."""
-    splits: list[int] = []
-    norm = torch.linalg.vector_norm
+    halves: list[int] = []
+    real = torch.quantize_per_tensor
 
-    def noted(*args: Any, **more: Any) -> Any:
-        splits.append(1)
-        return norm(*args, **more)
+    def noted(*args: Any) -> Any:
+        halves.append(1)
+        return real(*args)
 
-    monkeypatch.setattr(torch.linalg, "vector_norm", noted)
-    numbers, scale = quantize_rows(torch.randn(8, 16))
-    packed, zeros = pack_int8(numbers), torch.zeros(8, dtype=torch.int32)
+    monkeypatch.setattr(torch, "quantize_per_tensor", noted)
+    (wide, wide_scale), (thin, thin_scale) = (
+        quantize_rows(torch.randn(8, number)) for number in (128, 16)
+    )
+    wide, thin, zeros = pack_int8(wide), pack_int8(thin), torch.zeros(8, dtype=torch.int32)
     with mode():
-        x = torch.randn(3, 16)
-        first = int8_product(x, packed, scale, zeros)
-        assert torch.equal(int8_product(x, packed, scale, zeros), first)
-        assert len(splits) == 1
+        x = torch.randn(3, 128)
+        first = int8_product(x, wide, wide_scale, zeros)
+        assert torch.equal(int8_product(x, wide, wide_scale, zeros), first)
+        assert len(halves) == 2
+        int8_product(torch.randn(3, 16), thin, thin_scale, zeros)  # as a gate of low rank
+        assert torch.equal(int8_product(x, wide, wide_scale, zeros), first)
+        assert len(halves) == 4
         x[1, 3] += 1  # which an inference tensor does not tell
-        other = int8_product(x, packed, scale, zeros)
-        assert len(splits) == 2
-        assert torch.equal(other, int8_product(x.clone(), packed, scale, zeros))
+        other = int8_product(x, wide, wide_scale, zeros)
+        assert len(halves) == 6
+        assert torch.equal(other, int8_product(x.clone(), wide, wide_scale, zeros))
         assert not torch.equal(other, first)
 
 
