@@ -15,7 +15,7 @@ from flame_composer.errors import hide
 
 def main(config: ServeConfig) -> None:
     from flame_composer.serve import texts
-    from flame_composer.serve.connections import address_of, bind, serve
+    from flame_composer.serve.connections import address_of, bind, page_of, serve
 
     key = None if config.api_key_env is None else os.environ[config.api_key_env]
     if key is not None:
@@ -88,7 +88,7 @@ def main(config: ServeConfig) -> None:
         engine,
         drain_seconds=config.drain_seconds,
         announce=lambda: print(
-            f"{name} is served at {address}/v1 (in a browser: {address})", flush=True
+            f"{name} is served at {address}/v1 (in a browser: {page_of(listener)})", flush=True
         ),
     )
     preparation.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,14 @@ def lora_run(corpus: Corpus, base: Path, tmp_path_factory: pytest.TempPathFactor
     run = tmp_path_factory.mktemp("runs") / "lora"
     check(Script("recipes/train.py", *lora_keys(corpus, run, base)).wait())
     return run
+
+
+def with_moved_base(lora_run: Path, base: Path, folder: Path) -> tuple[Path, Path]:
+    """The run's checkpoints, whose base is not where it was, and where it is now."""
+    checkpoints, moved = folder / "checkpoints", folder / "moved"
+    shutil.copytree(base, moved)
+    checkpoints.mkdir()
+    content = torch.load(lora_run / "checkpoints" / "ba20.pt", weights_only=False)
+    content["state"]["integrations"]["huggingface"]["lora"]["base"]["place"] = str(folder / "gone")
+    torch.save(content, checkpoints / "ba20.pt")
+    return checkpoints, moved

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def _run(
         atexit._run_exitfuncs()  # a forked process leaves them out
 
 
+_started: list[Script] = []  # in this process, in their order
+
+
 class Script:
     """A script that runs in a process of its own, with the file `stdin` as its standard input."""
 
@@ -108,6 +112,7 @@ class Script:
             ),
         )
         self.process.start()
+        _started.append(self)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         self.process.join(timeout=500)
@@ -116,6 +121,16 @@ class Script:
             return subprocess.CompletedProcess(
                 [], self.process.exitcode, self.read("out"), self.read("err")
             )
+
+    def kill(self) -> None:
+        """Kill it, if it runs, with what it started; its group is its own once it has begun."""
+        pid = self.process.pid
+        if self.process.is_alive() and pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.join()
+        self.folder.cleanup()
 
     def read(self, name: str) -> str:
         path = Path(f"{self.output}.{name}")
@@ -331,6 +346,26 @@ class Corpus:
         script.process.kill()
         assert script.wait().returncode == -signal.SIGKILL, "it finished before it could be killed"
         assert psutil.wait_procs(loaders, timeout=30)[1] == [], "loader processes outlive the run"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """A test that fails ends no server that it started, and pytest would wait for it in the end.
+
+    What fixtures of whole modules start is begun before this one.
+    """
+    before = len(_started)
+    yield
+    for script in _started[before:]:
+        script.kill()
+    del _started[before:]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Kill what a fixture of a module has left, having failed halfway."""
+    for script in _started:
+        script.kill()
 
 
 @pytest.fixture(scope="session")

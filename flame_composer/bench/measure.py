@@ -94,15 +94,29 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
+class Progress:
+    """Tells on stderr what a benchmark is doing, with the time since it began."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def tell(self, line: str) -> None:
+        """Print a line after the minutes and seconds that have passed."""
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        print(f"{minutes:3}:{seconds:02}  {line}", file=sys.stderr, flush=True)
+
+
 def interleaved(
-    what: Mapping[str, Callable[[], float]], repeats: int, title: str, *, warm: int = 1
+    what: Mapping[str, Callable[[], float]], repeats: int, title: str | None, *, warm: int = 1
 ) -> dict[str, list[float]]:
     """Call the functions `what` in turns, and return the list of values of each, by name.
 
-    There are `repeats` turns, after `warm` others whose values are dropped.
+    There are `repeats` turns, after `warm` others whose values are dropped. On a terminal, a bar
+    with the title shows how far they are; with None there is no bar.
     """
     values: dict[str, list[float]] = {name: [] for name in what}
-    for _ in tqdm(range(warm + repeats), desc=title, disable=None):
+    hidden = True if title is None else None
+    for _ in tqdm(range(warm + repeats), desc=title, disable=hidden):
         for name, run in what.items():
             values[name].append(run())
     return {name: found[warm:] for name, found in values.items()}

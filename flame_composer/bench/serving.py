@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from flame_composer import cpu
 from flame_composer.bench.clients import Answered, answers, percentile
 from flame_composer.bench.conversions import write_corpus
-from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
+from flame_composer.bench.measure import Figure, Progress, interleaved, measure, median, ratio
 from flame_composer.config.bench import ServingBenchmarkConfig
 from flame_composer.errors import DataError
 from flame_composer.model.build import build_model
@@ -65,21 +65,32 @@ def compare_serving(
 
     Requests together are compared with the same one after another, and requests of mixed lengths
     with `generate` in static batches. Also time tokens after long contexts, and what clients wait.
+    What is under way, and each part's figures, are told on stderr.
     """
+    progress = Progress()
+    progress.tell("a tokenizer and a model are made")
     model = make_model(root, config, folder)
     result: dict[str, Any] = {"parameters": count_parameters(model)}
     figures: list[Figure] = []
+
+    def take(part: tuple[dict[str, Any], list[Figure]]) -> None:
+        result.update(part[0])
+        figures.extend(part[1])
+        for figure in part[1]:
+            progress.tell(figure.line())
+
+    progress.tell(f"{result['parameters']:,} parameters; recipes/serve.py starts")
     with served(root, config, folder) as server:
         answers(server.address, together(config), config.num_together)  # the first are slower
-        for part in (
-            compare_together(config, server),
-            compare_batches(config, model, server),
-            waits(config, server),
-        ):
-            result |= part[0]
-            figures += part[1]
-    contexts, last = compare_contexts(config, model)
-    return result | contexts, [*figures, *last]
+        take(compare_together(config, server, progress))
+        take(compare_batches(config, model, server, progress))
+        result["waits"] = []
+        for number in config.clients:
+            row, found = waits(config, number, server, progress)
+            result["waits"].append(row)
+            take(({}, found))
+    take(compare_contexts(config, model, progress))
+    return result, figures
 
 
 # The model, and its server
@@ -180,17 +191,22 @@ def request(draw: np.random.Generator, prompt_tokens: int, new_tokens: int) -> R
 
 
 def compare_together(
-    config: ServingBenchmarkConfig, server: Server
+    config: ServingBenchmarkConfig, server: Server, progress: Progress
 ) -> tuple[dict[str, Any], list[Figure]]:
-    """Time requests at a time against the same ones one after another."""
+    """Time requests at a time against the first quarter of them one after another.
+
+    They are all of one length, and a quarter takes longer than all of them together.
+    """
     requests = together(config)
+    few = requests[: max(1, len(requests) // 4)]
+    progress.tell(f"{len(requests)} requests together, then {len(few)} one after another")
     found = in_turns(
         {
             "together": lambda: asked(server, requests, config.num_together),
-            "one_after_another": lambda: asked(server, requests, 1),
+            "one_after_another": lambda: asked(server, few, 1),
         },
         config.repeats,
-        "together",
+        progress,
     )
     name = f"serving: tokens/s of {config.num_together} requests together over one after another"
     return compared(name, found, at_least=5)
@@ -205,16 +221,19 @@ def asked(server: Server, requests: Sequence[Request], at_a_time: int) -> Speed:
 
 
 def in_turns(
-    what: dict[str, Callable[[], Speed]], repeats: int, title: str
+    what: dict[str, Callable[[], Speed]], repeats: int, progress: Progress
 ) -> dict[str, list[Speed]]:
-    """Measure speeds in turns; return those of each name."""
+    """Measure speeds in turns, and tell each; return those of each name."""
     found: dict[str, list[Speed]] = {name: [] for name in what}
 
     def measured(name: str) -> float:
-        found[name].append(what[name]())
-        return found[name][-1].by_clock
+        speed = what[name]()
+        found[name].append(speed)
+        turn = f"turn {len(found[name])} of {repeats}"
+        progress.tell(f"{name.replace('_', ' ')}, {turn}: {speed.by_clock:.1f} tokens/s")
+        return speed.by_clock
 
-    interleaved({name: partial(measured, name) for name in what}, repeats, title, warm=0)
+    interleaved({name: partial(measured, name) for name in what}, repeats, None, warm=0)
     return found
 
 
@@ -249,7 +268,7 @@ def written(requests: Sequence[Request], found: Sequence[Answered]) -> int:
 
 
 def compare_batches(
-    config: ServingBenchmarkConfig, model: PreTrainedModel, server: Server
+    config: ServingBenchmarkConfig, model: PreTrainedModel, server: Server, progress: Progress
 ) -> tuple[dict[str, Any], list[Figure]]:
     """Time requests of mixed lengths against `generate` in static batches of as many rows.
 
@@ -267,11 +286,15 @@ def compare_batches(
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         return Speed(wanted / seconds, wanted / cpu_seconds)
 
+    progress.tell(
+        f"{len(requests)} requests of mixed lengths ({wanted:,} tokens), and generate in"
+        f" {len(batches)} static batches"
+    )
     generate(model, [{**each, "max_tokens": 2} for each in batches[0]])
     found = in_turns(
         {"mixed": lambda: asked(server, requests, config.num_together), "static": static},
         config.repeats,
-        "mixed lengths",
+        progress,
     )
     name = f"serving: tokens/s of mixed lengths over generate in batches of {config.num_together}"
     result, figures = compared(name, found, at_least=2)
@@ -294,32 +317,33 @@ def generate(model: PreTrainedModel, batch: Sequence[Request]) -> torch.Tensor:
     return found[:, ids.shape[1] :]
 
 
-def waits(config: ServingBenchmarkConfig, server: Server) -> tuple[dict[str, Any], list[Figure]]:
-    """Time what clients wait for the first token and between tokens.
+def waits(
+    config: ServingBenchmarkConfig, number: int, server: Server, progress: Progress
+) -> tuple[dict[str, Any], list[Figure]]:
+    """Time what each of `number` clients waits for the first token and between tokens.
 
-    Each client sends a few requests of mixed lengths, one after another; answers are sampled.
+    Each sends a few requests of mixed lengths, one after another; answers are sampled.
     """
-    rows, figures = [], []
-    for number in config.clients:
-        requests = [
-            {**each, "temperature": 0.8, "top_p": 0.95, "seed": seed}
-            for seed, each in enumerate(mixed(config, 3 * number, seed=number))
-        ]
-        _, found = answers(server.address, requests, number)
-        first = [each.to_first for each in found if each.came]
-        between = [seconds for each in found for seconds in each.between()]
-        row: dict[str, Any] = {"clients": number}
-        for name, values in (("to the first token", first), ("between tokens", between)):
-            for percent in (50, 99):
-                value = round(1000 * percentile(values, percent), 1)
-                row[f"p{percent}_{name.replace(' ', '_')}_milliseconds"] = value
-                figures.append(Figure(f"serving: p{percent} {name}, ms, {number} clients", value))
-        rows.append(row)
-    return {"waits": rows}, figures
+    requests = [
+        {**each, "temperature": 0.8, "top_p": 0.95, "seed": seed}
+        for seed, each in enumerate(mixed(config, 3 * number, seed=number))
+    ]
+    progress.tell(f"waits of {number} clients, {len(requests)} requests")
+    _, found = answers(server.address, requests, number)
+    first = [each.to_first for each in found if each.came]
+    between = [seconds for each in found for seconds in each.between()]
+    row: dict[str, Any] = {"clients": number}
+    figures = []
+    for name, values in (("to the first token", first), ("between tokens", between)):
+        for percent in (50, 99):
+            value = round(1000 * percentile(values, percent), 1)
+            row[f"p{percent}_{name.replace(' ', '_')}_milliseconds"] = value
+            figures.append(Figure(f"serving: p{percent} {name}, ms, {number} clients", value))
+    return row, figures
 
 
 def compare_contexts(
-    config: ServingBenchmarkConfig, model: PreTrainedModel
+    config: ServingBenchmarkConfig, model: PreTrainedModel, progress: Progress
 ) -> tuple[dict[str, Any], list[Figure]]:
     """Time a token of one sequence after each context length, as the engine writes it."""
     lengths = sorted(config.context_lengths)
@@ -329,10 +353,12 @@ def compare_contexts(
     with torch.inference_mode():
         cache = None
         for length, before in zip(lengths, [0, *lengths[:-1]], strict=True):
+            progress.tell(f"{length - before:,} tokens are read, {length:,} in all")
             for start, end in pairwise([*range(before, length, PIECE), length]):
                 _, cache = read(model, ids[:, start:end], cache)
             what[str(length)] = writing(model, copies(cache, 2)[1])
-    found = interleaved(what, 4 * config.repeats, "after a context")
+    progress.tell(f"tokens after {' and '.join(what)}, {4 * config.repeats} turns")
+    found = interleaved(what, 4 * config.repeats, None)
     figures = []
     if len(lengths) > 1:
         figures = [
@@ -343,6 +369,8 @@ def compare_contexts(
             )
         ]
     times = {name: round(1000 * median(values), 2) for name, values in found.items()}
+    said = ", ".join(f"{value} ms after {name}" for name, value in times.items())
+    progress.tell(f"a token takes {said}")
     return {"milliseconds_per_token_after": times}, figures
 
 

@@ -191,7 +191,7 @@ class ServingBenchmarkConfig(SizesConfig):
     """Number of requests at a time, and of rows in a static batch."""
     new_tokens: int = 64
     """Number of tokens of each answer; half of it is the median of mixed lengths."""
-    num_mixed: int = 96
+    num_mixed: int = 64
     """Number of requests of mixed lengths."""
     clients: list[int] = field(default_factory=lambda: [16, 32])
     """Numbers of clients whose waiting times are measured."""

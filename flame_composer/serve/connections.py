@@ -62,6 +62,15 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def page_of(listener: socket.socket) -> str:
+    """Return a URL of the page that a browser on this machine opens.
+
+    Some refuse 0.0.0.0, which is no address of a machine.
+    """
+    host, port = listener.getsockname()[:2]
+    return f"http://localhost:{port}" if host in ("0.0.0.0", "::") else address_of(listener)
+
+
 class Connection(H11Protocol):
     """A connection that is cut if the client neither sends nor reads for too long.
 

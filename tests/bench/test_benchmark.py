@@ -508,8 +508,8 @@ def test_examples_are_timed_as_the_keys_say(monkeypatch, corpora, tmp_path):
     assert CORPORA == [500_000]
 
 
-def test_the_server_is_timed_as_the_keys_say(monkeypatch, tmp_path):
-    """A real one, and every request is answered whole."""
+def test_the_server_is_timed_as_the_keys_say(monkeypatch, tmp_path, capsys):
+    """A real one, every request is answered whole, and each part is told when it is there."""
     turns = noted(monkeypatch, serving, "interleaved", serving.interleaved)
     config = ServingBenchmarkConfig(
         hidden_size=64,
@@ -536,8 +536,23 @@ def test_the_server_is_timed_as_the_keys_say(monkeypatch, tmp_path):
     assert [figure.at_least for figure in figures[:4]] == [5, None, 2, None]
     assert all(figure.value is not None and figure.value > 0 for figure in figures)
     log = (tmp_path / "server.err").read_text()
-    assert log.count(" POST /v1/completions 200 ") == 3 * 3 + 7 + 6
-    assert log.count("32+6 tokens") >= 9, "new_tokens"
+    assert log.count(" POST /v1/completions 200 ") == 2 * 3 + 1 + 7 + 6
+    assert log.count("32+6 tokens") >= 7, "new_tokens"
+    told = [line[8:] for line in capsys.readouterr().err.splitlines()]
+    places = [
+        told.index(line)
+        for line in (
+            "3 requests together, then 1 one after another",
+            figures[0].line(),
+            f"7 requests of mixed lengths ({sum(sizes)} tokens), and generate in 3 static batches",
+            figures[2].line(),
+            "waits of 2 clients, 6 requests",
+            figures[4].line(),
+            "32 tokens are read, 40 in all",
+            figures[-1].line(),
+        )
+    ]
+    assert places == sorted(places)
 
 
 def test_requests_that_are_refused_are_no_figures():

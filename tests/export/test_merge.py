@@ -20,7 +20,7 @@ from flame_composer.config.convert import ToHfConfig
 from flame_composer.config.load import load
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.base import identify_base
-from tests.adapters import lora_keys, make_base, sha256
+from tests.adapters import lora_keys, make_base, sha256, with_moved_base
 from tests.conftest import LLAMA
 from tests.runs import Corpus, check, last_json, run_script
 
@@ -190,15 +190,9 @@ def test_a_base_that_has_moved(
     corpus: Corpus, lora_run: Path, base: Path, folder: Path, tmp_path: Path
 ) -> None:
     """`base` says where it is now, to all four scripts; without it, a line says to give it."""
-    moved, gone = tmp_path / "moved", tmp_path / "gone"
-    shutil.copytree(base, moved)
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    content = torch.load(lora_run / "checkpoints" / "ba20.pt", weights_only=False)
-    content["state"]["integrations"]["huggingface"]["lora"]["base"]["place"] = str(gone)
-    torch.save(content, checkpoints / "ba20.pt")
+    checkpoints, moved = with_moved_base(lora_run, base, tmp_path)
     shutil.copytree(folder, tmp_path / "adapter")
-    _change(tmp_path / "adapter", base_model_name_or_path=str(gone))
+    _change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "gone"))
     (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     out = tmp_path / "out"
     for command in (
@@ -211,7 +205,10 @@ def test_a_base_that_has_moved(
         result = run_script(*command)
         assert result.returncode == 2
         assert result.stderr.count("\n") == 1
-        assert f"the base of its adapter cannot be loaded: {gone}: no such folder" in result.stderr
+        assert (
+            f"the base of its adapter cannot be loaded: {tmp_path / 'gone'}: no such folder"
+            in result.stderr
+        )
         assert "give the model it was trained on as base=..." in result.stderr
         assert not out.exists()
         check(run_script(*command, f"base={moved}"))

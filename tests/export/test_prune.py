@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.lora import embeddings_of, projections
 from flame_composer.model.quantized import quantize
 from flame_composer.text.ends import ends_in
-from tests.adapters import make_base, sha256
+from tests.adapters import make_base, sha256, with_moved_base
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, check, last_json, run_script
@@ -202,13 +201,7 @@ def test_the_pattern(base: Path, tmp_path: Path) -> None:
 
 def test_adapters_are_merged_first(lora_run: Path, base: Path, tmp_path: Path) -> None:
     """Of a checkpoint, whose base has moved."""
-    moved = tmp_path / "moved"
-    shutil.copytree(base, moved)
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    content = torch.load(lora_run / "checkpoints" / "ba20.pt", weights_only=False)
-    content["state"]["integrations"]["huggingface"]["lora"]["base"]["place"] = str(tmp_path / "no")
-    torch.save(content, checkpoints / "ba20.pt")
+    checkpoints, moved = with_moved_base(lora_run, base, tmp_path)
     command = ("convert/prune.py", f"model={checkpoints}", f"out={tmp_path / 'out'}")
     result = run_script(*command, "sparsity=0.25")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)

@@ -36,6 +36,7 @@ from flame_composer.model.quantized import (
 from flame_composer.serve.states import Abilities, probe
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.use.chat import Conversation
+from tests.adapters import with_moved_base
 from tests.conftest import GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, words
 from tests.runs import Corpus, Script, check, last_json, run_script
@@ -114,25 +115,30 @@ def test_what_several_layers_are_given_is_split_once(
     mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the modes that generate.py and the server run in; what was changed is split anew."""
-    splits: list[int] = []
-    norm = torch.linalg.vector_norm
+    halves: list[int] = []
+    real = torch.quantize_per_tensor
 
-    def noted(*args: Any, **more: Any) -> Any:
-        splits.append(1)
-        return norm(*args, **more)
+    def noted(*args: Any) -> Any:
+        halves.append(1)
+        return real(*args)
 
-    monkeypatch.setattr(torch.linalg, "vector_norm", noted)
-    numbers, scale = quantize_rows(torch.randn(8, 16))
-    packed, zeros = pack_int8(numbers), torch.zeros(8, dtype=torch.int32)
+    monkeypatch.setattr(torch, "quantize_per_tensor", noted)
+    (wide, wide_scale), (thin, thin_scale) = (
+        quantize_rows(torch.randn(8, number)) for number in (128, 16)
+    )
+    wide, thin, zeros = pack_int8(wide), pack_int8(thin), torch.zeros(8, dtype=torch.int32)
     with mode():
-        x = torch.randn(3, 16)
-        first = int8_product(x, packed, scale, zeros)
-        assert torch.equal(int8_product(x, packed, scale, zeros), first)
-        assert len(splits) == 1
+        x = torch.randn(3, 128)
+        first = int8_product(x, wide, wide_scale, zeros)
+        assert torch.equal(int8_product(x, wide, wide_scale, zeros), first)
+        assert len(halves) == 2
+        int8_product(torch.randn(3, 16), thin, thin_scale, zeros)  # as a gate of low rank
+        assert torch.equal(int8_product(x, wide, wide_scale, zeros), first)
+        assert len(halves) == 4
         x[1, 3] += 1  # which an inference tensor does not tell
-        other = int8_product(x, packed, scale, zeros)
-        assert len(splits) == 2
-        assert torch.equal(other, int8_product(x.clone(), packed, scale, zeros))
+        other = int8_product(x, wide, wide_scale, zeros)
+        assert len(halves) == 6
+        assert torch.equal(other, int8_product(x.clone(), wide, wide_scale, zeros))
         assert not torch.equal(other, first)
 
 
@@ -277,10 +283,8 @@ class Folders:
         self.corpus, self.checkpoints = corpus, run / "checkpoints"
         self.fp32, self.int8, self.bf16 = (folder / name for name in ("fp32", "int8", "bf16"))
         check(run_script("convert/to_hf.py", f"checkpoint={self.checkpoints}", f"out={self.fp32}"))
-        self.printed = {
-            dtype: check(convert(self.fp32, getattr(self, dtype), dtype)).stdout
-            for dtype in ("int8", "bf16")
-        }
+        check(convert(self.fp32, self.int8))
+        check(convert(self.fp32, self.bf16, "bf16"))
 
 
 def convert(model: Path, out: Path, dtype: str = "int8", *more: str) -> Any:
@@ -294,14 +298,19 @@ def folders(corpus: Corpus, undisturbed: Path, tmp_path_factory: pytest.TempPath
     return Folders(corpus, undisturbed, tmp_path_factory.mktemp("quantized"))
 
 
-def test_the_script_says_what_it_did(folders: Folders) -> None:
-    first, second = folders.printed["int8"].splitlines()
+def test_the_script_says_what_it_did(folders: Folders, tmp_path: Path) -> None:
+    out, plain = tmp_path / "int8", folders.fp32 / "model.safetensors"
+    first, second = check(convert(folders.fp32, out)).stdout.splitlines()
     assert first.startswith("int8: 21 of 21 linear layers and the embeddings, 9")
-    size = (folders.int8 / FILE).stat().st_size
-    assert second == f"{folders.fp32} -> {folders.int8}: int8, {size:,} bytes of weights"
-    assert size < 0.4 * (folders.fp32 / "model.safetensors").stat().st_size
-    assert not [*folders.int8.glob("*.bin"), *folders.int8.glob("*.pt")]
-    assert AutoTokenizer.from_pretrained(folders.int8).get_vocab()
+    size = (out / FILE).stat().st_size
+    assert second == f"{folders.fp32} -> {out}: int8, {size:,} bytes of weights"
+    assert size < 0.4 * plain.stat().st_size
+    assert not [*out.glob("*.bin"), *out.glob("*.pt")]
+    assert AutoTokenizer.from_pretrained(out).get_vocab()
+    again = check(convert(folders.fp32, tmp_path / "bf16", "bf16")).stdout
+    size = (tmp_path / "bf16" / "model.safetensors").stat().st_size
+    assert again == f"{folders.fp32} -> {tmp_path / 'bf16'}: bf16, {size:,} bytes of weights\n"
+    assert 0.4 * plain.stat().st_size < size < 0.6 * plain.stat().st_size
 
 
 def evaluated(folders: Folders, model: Path, *keys: str) -> dict[str, Any]:
@@ -389,12 +398,12 @@ def test_chat_takes_the_folder(folders: Folders) -> None:
 def test_an_adapter_is_merged_first(lora_run: Path, base: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     check(run_script("convert/to_hf.py", f"checkpoint={lora_run / 'checkpoints'}", f"out={merged}"))
-    moved = tmp_path / "moved"
-    shutil.copytree(base, moved)
     expected, _ = load_model(str(merged), quantize="int8")
     found, _ = load_model(str(lora_run / "checkpoints"), quantize="int8")
     assert torch.equal(logits_of(found), logits_of(expected))
-    check(convert(lora_run / "checkpoints", tmp_path / "int8", "int8", f"base={moved}"))
+    checkpoints, moved = with_moved_base(lora_run, base, tmp_path)
+    assert convert(checkpoints, tmp_path / "int8").returncode == 2
+    check(convert(checkpoints, tmp_path / "int8", "int8", f"base={moved}"))
     again, _ = load_model(str(tmp_path / "int8"))
     assert torch.equal(logits_of(again), logits_of(expected))
 

@@ -255,6 +255,11 @@ def test_a_text_that_goes_on(browser: Browser, locked: Server) -> None:
     browser.click(".foot button:nth-child(2)")
     assert last(browser) == whole
     assert "".join(browser.text(".passage").split()) == "".join(f"def{whole}".split())
+    browser.click(".foot button:nth-child(4)")
+    assert browser.run("return $('input').value") == "def"
+    assert browser.text("#hint") == "Enter sends the changed text, Esc leaves it as it was"
+    browser.write("#input", ESCAPE)
+    assert browser.run("return turns[0].answer") == whole
     browser.click("#settings")
     browser.click("#forget")
     assert browser.is_seen("#locked")
@@ -566,6 +571,41 @@ def test_neither_a_question_nor_a_draft_is_lost(browser: Browser, server: Server
     assert browser.run("return document.querySelectorAll('.foot button').length") == 3
     browser.run("$('max_tokens').value = ''; send()")
     assert last(browser) == ATTENTION  # as if it were the first
+
+
+def test_a_draft_stays_while_a_question_is_changed(browser: Browser, server: Server) -> None:
+    """It comes back when the question is sent, or left with Esc, which brings the answer back."""
+    opened(browser, server, temperature=0)
+    first, second = TALK[0][0], TALK[0][2]
+    ask(browser, first)
+    ask(browser, second)
+    edit, state = ".turn:last-child .foot button:nth-child(3)", "return [turns.length, input.value]"
+    hint = browser.text("#hint")
+    browser.write("#input", "a draft")
+    browser.click(edit)
+    assert browser.run(state) == [1, second]
+    assert browser.text("#hint").startswith("Enter sends the changed question")
+    browser.click(edit)  # the question before, too
+    assert browser.run(state) == [0, first]
+    for left in ([1, second], [2, "a draft"]):
+        browser.write("#input", ESCAPE)
+        assert browser.run(state) == left
+    assert browser.text("#hint") == hint
+    assert last(browser) == CODE
+    assert browser.run("return document.querySelectorAll('.foot button').length") == 1 + 3
+    browser.write("#input", ESCAPE)  # there is nothing more to leave
+    assert browser.run(state) == [2, "a draft"]
+    browser.click(edit)
+    browser.click(edit)
+    browser.fill("#input", TALK[1][0])
+    browser.write("#input", ENTER)
+    assert last(browser) == TALK[1][1]
+    assert browser.run(state) == [1, second]
+    browser.write("#input", ESCAPE)  # its answer was to another conversation
+    assert browser.run(state) == [1, second]
+    browser.write("#input", ENTER)
+    last(browser)
+    assert browser.run(state) == [2, "a draft"]
 
 
 def test_a_server_with_another_model(browser: Browser, server: Server) -> None:

@@ -759,6 +759,7 @@ def test_the_server_is_what_the_keys_say(made: Any, folder: Path) -> None:
         port=port,
     )
     assert server.url == f"http://0.0.0.0:{port}/v1"
+    assert server.script.read("out").endswith(f"(in a browser: http://localhost:{port})\n")
     assert server.ask(path="/v1/models", Authorization="")[0] == 401
     long = {"prompt": [5] * 400, "max_tokens": 1}
     connection, read = server.post(long), [0.0]
