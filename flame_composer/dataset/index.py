@@ -28,9 +28,17 @@ def read_header(folder: str) -> Manifest:
     Raises ConfigError or DataError as `read_manifest` does.
     """
     place = require_there(folder)
-    content, _ = _read_long(place, "units", _leave_out)
+    content = read_without(place, "units")
     take(content, "units", list, place)
     return manifest_of(content, None, place)
+
+
+def read_without(place: str, key: str) -> dict[str, Any]:
+    """Return the JSON object in a file, with an empty list in place of the list under `key`.
+
+    Raises DataError, naming the file, if it cannot be read or is not a JSON object.
+    """
+    return _read_long(place, key, _leave_out)[0]
 
 
 def _leave_out(_unit: Any) -> None:

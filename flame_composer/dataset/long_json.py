@@ -11,6 +11,7 @@ BLOCK = 1 << 20  # bytes that are read at a time
 
 _decode = json.JSONDecoder().raw_decode
 _SPACE = " \t\n\r"
+_ENDS = (*_SPACE, ",", ":", "]", "}")  # what comes after a value
 
 
 class Readable(Protocol):
@@ -80,8 +81,8 @@ class LongJson:
         while True:
             try:
                 value, end = _decode(self._text, self._at)
-                # A number may go on in the next block.
-                if end < len(self._text) or self._is_over:
+                # A number may go on in the next block, also after a part that is a number.
+                if self._is_over or self._text[end : end + 1] in _ENDS:
                     self._at = end
                     return value
             except ValueError:

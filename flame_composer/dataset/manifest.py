@@ -229,12 +229,8 @@ def _check_tuning(manifest: Manifest, place: str) -> None:
 
 
 def read_json(path: str) -> Any:
-    return parse_json(read_bytes(path), path)
-
-
-def read_bytes(path: str) -> bytes:
     try:
-        return files.read(path)
+        return parse_json(files.read(path), path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}; delete the dataset's folder and convert"

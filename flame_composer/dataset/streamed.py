@@ -1,4 +1,4 @@
-"""JSON files of one object with a long list in it, written and read an element at a time.
+"""JSON files of one object with a long list in it, written an element at a time.
 
 plan.json, manifest.json and index.json of a large dataset have hundreds of megabytes, and take
 several times that as Python objects. The bytes are those that `dump_json` makes of the whole.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from flame_composer.dataset.manifest import parse_json
 from flame_composer.storage.files import dump_json
 
 AT_ONCE = 1000  # elements that are written together
@@ -39,29 +37,6 @@ def object_parts(content: dict[str, Any], name: str, elements: Iterable[str]) ->
         yield (separator + ", ".join(some)).encode()
         separator = ", "
     yield f"]{after}".encode()
-
-
-def parse_without(data: bytes, name: str, place: str) -> Any:
-    """Return the JSON object in `data`, with an empty list in place of the list under `name`.
-
-    That is quick if `data` was written by `object_parts`, and only a version comes after the list.
-    Anything else is parsed as a whole, and DataError, naming `place`, is raised if it is not JSON.
-    """
-    key = f'"{name}": ['.encode()
-    start = data.find(key)
-    end = data.rfind(b"]")
-    if 0 <= start < end and re.fullmatch(rb'\], "version": \d+\}\n', data[end:]):
-        head = data[: start + len(key)] + data[end:]
-        try:
-            content = json.loads(head)
-        except (ValueError, RecursionError):
-            content = None
-        if isinstance(content, dict) and content.get(name) == []:
-            return content
-    whole = parse_json(data, place)
-    if isinstance(whole, dict) and isinstance(whole.get(name), list):
-        whole[name] = []
-    return whole
 
 
 class Spool:

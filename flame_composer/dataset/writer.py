@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flame_composer.dataset.index import read_without
 from flame_composer.dataset.ledger import Ledger
 from flame_composer.dataset.manifest import (
     VERSIONS,
     damaged,
     parse_record,
-    read_bytes,
     read_json,
     read_manifest,
 )
@@ -47,7 +47,6 @@ from flame_composer.dataset.plan import (
     unit_name,
 )
 from flame_composer.dataset.publish import publish
-from flame_composer.dataset.streamed import parse_without
 from flame_composer.dataset.unit import is_whole
 from flame_composer.errors import ConfigError
 from flame_composer.storage import files
@@ -123,7 +122,7 @@ class DatasetWriter:
             # Inputs may differ: they may have been mended since the conversion stopped, and
             # `begin` retracts the units made from their earlier content.
             place = self._place("plan.json")
-            self._refuse_difference(parse_without(read_bytes(place), "units", place))
+            self._refuse_difference(read_without(place, "units"))
         elif any(name != "plan.json.tmp" for name in names):
             raise ConfigError(
                 f"out: {out}: this folder is not empty and holds no conversion; name a new one or"
@@ -136,7 +135,7 @@ class DatasetWriter:
         for name in ("manifest.json", "plan.json"):
             if files.stat(self._place(name)) is not None:
                 place = self._place(name)
-                content = parse_without(read_bytes(place), "units", place)
+                content = read_without(place, "units")
                 settings = content.get("config") if isinstance(content, dict) else None
                 return str(settings.get("encoder", HF)) if isinstance(settings, dict) else None
         return None

@@ -133,10 +133,12 @@ class Shards:
         file, form = self._recent(shard), self._forms[stream]
         path = f"{self.datasets[stream].folder}/{file.basename}"
         index = number - int(self.first_rows[shard])
-        for _ in range(READS):
+        for attempt in range(READS):
             try:
                 content = self.opened.read(path, file.rows, index, self.whole[shard])
-            except (Unchecked, FileNotFoundError):
+            except (Unchecked, FileNotFoundError) as problem:
+                if attempt and isinstance(problem, Unchecked):
+                    self.whole[shard] = 0  # it is not the file that was found whole, or not now
                 self.prepare(shard)
                 continue
             except OSError as error:

@@ -8,7 +8,6 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ from flame_composer.dataset.finish import published
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.plan import Plan, is_same, plan_parts, settings_json, unit_name
 from flame_composer.dataset.publish import NotWhole
-from flame_composer.dataset.streamed import object_parts, parse_without
+from flame_composer.dataset.streamed import object_parts
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import DataError
 from flame_composer.storage import files
@@ -54,30 +53,6 @@ def test_a_list_written_in_parts_is_the_same_json(elements: list[int]) -> None:
     assert is_same(whole, parts)
     assert not is_same(whole + b" ", parts)
     assert not is_same(whole[:-1], parts)
-    assert parse_without(whole, "units", "place") == {**content, "units": []}
-
-
-@pytest.mark.parametrize(
-    ("data", "found"),
-    [
-        (b'{"a": {"units": [1, "]"]}, "units": [2], "version": 1}\n', {"a": {"units": [1, "]"]}}),
-        (b'{"units": [1], "z": [2]}\n', {"z": [2]}),
-        (b'{"units":[1], "version": 1}', {}),
-        (b'{"units": 3}', {"units": 3}),
-        (b"[3]", None),
-    ],
-)
-def test_a_list_is_left_out_of_any_json(data: bytes, found: dict[str, Any] | None) -> None:
-    """Also of what `object_parts` did not write."""
-    content = parse_without(data, "units", "place")
-    if found is None:
-        assert content == json.loads(data)
-    else:
-        version = {"version": 1} if b"version" in data else {}
-        assert content == {"units": [], **version, **found}
-    for broken in (data.rstrip()[:-1], data[1:]):
-        with pytest.raises(DataError, match=r"^place: damaged: not valid JSON"):
-            parse_without(broken, "units", "place")
 
 
 def test_plan_manifest_and_index_are_the_bytes_of_their_content(tmp_path: Path) -> None:

@@ -559,7 +559,7 @@ def test_a_row_that_is_damaged_after_its_check_is_that_of_a_damaged_shard(
     loader = loader_of(found)
     expected = rows_of(loader)
     shard = shards_of(found.folder)[0]
-    rows = loader.dataset
+    shards = loader.dataset.shards
     with shard.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         start = int.from_bytes(mapped[4:8], "little")
         place, value = {
@@ -573,23 +573,23 @@ def test_a_row_that_is_damaged_after_its_check_is_that_of_a_damaged_shard(
         mapped[place] = mapped[place]
         rows_of(loader)  # which checks it again
         before = os.stat(shard)
-        rows.opened.close()
-        rows.get_item(1)  # of what was checked, and stays open
+        shards.opened.close()
+        shards.row(1)  # of what was checked, and stays open
         if what in ("offset", "order of offsets"):
-            rows.opened.close()  # the offsets are read when it is opened
+            shards.opened.close()  # the offsets are read when it is opened
         mapped[place : place + len(value)] = value
         after = os.stat(shard)
         if (before.st_mtime_ns, before.st_ctime_ns) != (after.st_mtime_ns, after.st_ctime_ns):
             pytest.skip("this file system notes every write to a mapped page")
         if is_remote:
-            row = tuple(rows.get_item(0)["input_ids"].tolist())
+            row = tuple(shards.row(0)["input_ids"].tolist())
             assert row in expected
             assert shard.read_bytes() == shards_of(found.remote)[0].read_bytes()
             return
         with pytest.raises(
             DataError, match=rf"^{shard}: damaged shard: its .* hash is .*; restore"
         ):
-            rows.get_item(0)
+            shards.row(0)
 
 
 # Datasets
