@@ -32,7 +32,7 @@ class Ahead:
 
     def __init__(self, batches: Iterator[Wanted], shards: Shards, *, batches_ahead: int):
         self.shards = shards
-        self.stop = shards.stop = threading.Event()
+        self.stop = threading.Event()
         self._batches = batches
         self._made: queue.Queue[Wanted | BaseException | None] = queue.Queue(batches_ahead)
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -86,7 +86,7 @@ class Ahead:
         while not self.stop.is_set() and (shard := self._asked.get()) is not None:
             coming = self._coming[shard]
             try:
-                self.shards.prepare(shard)
+                self.shards.prepare(shard, self.stop)
             except BaseException as error:  # raised again where a row of it is read
                 coming.set_exception(error)
             else:

@@ -39,6 +39,7 @@ from flame_composer.storage.locks import allow_files
 CHECKS = 3  # number of attempts to check a shard that is being written to
 READS = 8  # number of attempts to read a row of a file that is being written to
 POLL = 0.02  # seconds between two looks at whether another process is done
+GOES_ON = threading.Event()  # is never set, for a caller that waits to the end
 
 
 class Shards:
@@ -67,7 +68,6 @@ class Shards:
         ]
         self.retries, self.timeout = retries, timeout
         self.opened = OpenShards(min(MAX_OPEN, allow_files() // 4))
-        self.stop = threading.Event()
         self.room: Room | None = None
         self.folder = enter_job_folder()
         self._open()
@@ -84,12 +84,11 @@ class Shards:
         self._recent = functools.lru_cache(2 * MAX_OPEN)(self.file_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("whole", "_locks", "_busy", "_freed", "_recent", "stop")
+        ours = ("whole", "_locks", "_busy", "_freed", "_recent")
         return {name: value for name, value in self.__dict__.items() if name not in ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.stop = threading.Event()
         self._open()
 
     @property
@@ -178,25 +177,25 @@ class Shards:
                     self.room.there[shard] = 1
         dist.barrier()
 
-    def prepare(self, shard: int) -> None:
+    def prepare(self, shard: int, stop: threading.Event = GOES_ON) -> None:
         """Make sure that a shard's file is there and whole, fetching it if need be.
 
-        Raises DataError if it is not and cannot be fetched.
+        Raises DataError if it is not and cannot be fetched, or once `stop` is set.
         """
         path = self.path_of(shard)
-        with self._alone(shard):
+        with self._alone(shard, stop):
             try:
                 is_known = identify(path.stat()) == tuple(self.whole[shard].tolist())
             except FileNotFoundError:
-                self._fetch_into_room(shard)
+                self._fetch_into_room(shard, stop)
             except OSError:
-                self._check(shard)
+                self._check(shard, stop)
             else:
                 if not is_known:  # otherwise another process was faster
-                    self._check(shard)
+                    self._check(shard, stop)
 
     @contextlib.contextmanager
-    def _alone(self, number: int) -> Iterator[None]:
+    def _alone(self, number: int, stop: threading.Event) -> Iterator[None]:
         """Keep other threads and processes from being at a shard as well, in the body."""
         with self._freed:
             while number in self._busy:
@@ -208,7 +207,7 @@ class Shards:
                     fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
                     break
                 except BlockingIOError:
-                    if self.stop.wait(POLL):
+                    if stop.wait(POLL):
                         raise DataError("the run ends") from None
             try:
                 yield
@@ -219,21 +218,21 @@ class Shards:
                 self._busy.discard(number)
                 self._freed.notify_all()
 
-    def _fetch_into_room(self, shard: int) -> None:
+    def _fetch_into_room(self, shard: int, stop: threading.Event) -> None:
         """Fetch a missing shard, first deleting others if the cache is limited."""
         if self.room is None or self._dataset_of(shard).remote is None:
-            self.fetch(shard)
+            self.fetch(shard, stop)
             return
         since = time.monotonic()
         while True:
-            with self._alone(len(self.bytes)):  # every shard's number is less
+            with self._alone(len(self.bytes), stop):  # every shard's number is less
                 room = self.room.take(shard, self._delete, seconds=time.monotonic() - since)
             if room:
                 break
-            if self.stop.wait(POLL):
+            if stop.wait(POLL):
                 raise DataError("the run ends")
         try:
-            self.fetch(shard)
+            self.fetch(shard, stop)
         except BaseException:
             self.room.there[shard] = 0
             raise
@@ -246,7 +245,7 @@ class Shards:
         self.path_of(shard).unlink(missing_ok=True)
         return True
 
-    def fetch(self, shard: int) -> None:
+    def fetch(self, shard: int, stop: threading.Event = GOES_ON) -> None:
         """Fetch a shard anew, check it, and only then put it in its place.
 
         Raises DataError if every try fails, saying what was wrong with the last one.
@@ -256,12 +255,13 @@ class Shards:
             raise DataError(f"{path}: shard is missing; restore it from a copy, or convert again")
         source = f"{dataset.remote.rstrip('/')}/{file.basename}"
         for attempt in range(self.retries + 1):
-            if attempt and self.stop.wait(min(2 ** (attempt - 1), 30)):
+            if attempt and stop.wait(min(2 ** (attempt - 1), 30)):
                 break
             arrived = None
             try:
                 arrived = incoming_folder(dataset.folder) / uuid.uuid4().hex
-                self._wait_for(functools.partial(download, source, arrived, at_most=file.bytes))
+                job = functools.partial(download, source, arrived, at_most=file.bytes)
+                self._wait_for(job, stop)
                 make_own(dataset.folder, UNITS, str(path.parent.relative_to(dataset.folder)))
                 self._note(shard, arrived, moved_to=path)
                 return
@@ -281,8 +281,8 @@ class Shards:
         times = "once" if self.retries == 0 else f"{self.retries + 1} times"
         raise DataError(f"{source}: {what} (tried {times}); {remedy}")
 
-    def _wait_for(self, download: Callable[[], None]) -> None:
-        """Run `download`, or raise TimeoutError after `timeout` seconds or when the run ends.
+    def _wait_for(self, download: Callable[[], None], stop: threading.Event) -> None:
+        """Run `download`, or raise TimeoutError after `timeout` seconds or at `stop`.
 
         The thread that downloads is then abandoned, whatever the store's client is doing in it.
         """
@@ -297,7 +297,7 @@ class Shards:
 
         threading.Thread(target=work, daemon=True).start()
         give_up = time.monotonic() + self.timeout
-        while not self.stop.is_set() and (left := give_up - time.monotonic()) > 0:
+        while not stop.is_set() and (left := give_up - time.monotonic()) > 0:
             concurrent.futures.wait([result], timeout=min(left, 1.0))
             if result.done():
                 return result.result()
@@ -305,7 +305,7 @@ class Shards:
             f"not there after {self.timeout:g} seconds (train_data.download_timeout)"
         )
 
-    def _check(self, shard: int) -> None:
+    def _check(self, shard: int, stop: threading.Event) -> None:
         """Make sure that a shard in the folder is whole, fetching a bad one again.
 
         Raises DataError if it is bad and cannot be fetched.
@@ -321,7 +321,7 @@ class Shards:
             # If it is not there, it was just deleted to make room for another shard, and will be
             # fetched when a row of it is read
             if path.exists():
-                self.fetch(shard)
+                self.fetch(shard, stop)
 
     def _check_rows(self, path: Path, shard: int) -> None:
         """Raise BadShard if the rows do not have the layout of this dataset's rows.

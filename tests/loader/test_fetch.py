@@ -398,10 +398,10 @@ def test_a_limit_that_shuffling_cannot_keep_to_is_refused_with_the_least_that_wi
     loader = loader_of(found, cache_limit=str(least), **options)
     log, fetch_one = tmp_path / "fetched", loader.dataset.shards.fetch
 
-    def fetch_noting(shard: int) -> None:
+    def fetch_noting(shard: int, stop: Any) -> None:
         with log.open("a") as lines:
             lines.write(f"{shard}\n")
-        fetch_one(shard)
+        fetch_one(shard, stop)
 
     loader.dataset.shards.fetch = fetch_noting
     for epoch in range(2):
