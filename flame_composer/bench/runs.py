@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -183,6 +184,13 @@ def first_batch(folder: str, epoch_rows: float, at: float) -> float:
     rows.load_state_dict({**state, "sample_in_epoch": row})
     next(iter(loader))
     return time.perf_counter() - start
+
+
+def first_batch_memory(folder: str, epoch_rows: float, at: float) -> float:
+    """Return the MB of memory that `first_batch` takes, above what the imports took."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first_batch(folder, epoch_rows, at)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 # The whole trainer

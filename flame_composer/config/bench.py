@@ -269,8 +269,10 @@ class TrainerBenchmarkConfig(StartBenchmarkConfig):
 class DataBenchmarkConfig(StartBenchmarkConfig):
     """Time the way from shards to batches against StreamingDataset, and resuming mid-epoch."""
 
-    epoch_rows: int = 10000000
-    """Number of rows in the epoch whose last hundredth a run starts in."""
+    epoch_rows: int = 7_300_000_000
+    """Number of rows in the epoch whose last hundredth a run starts in. It is compared with the
+    beginning of one of 10,000,000 rows, or as many.
+    """
 
     def validate(self) -> None:
         super().validate()

@@ -235,6 +235,7 @@ def test_the_data_path_is_timed(tmp_path):
     read = last_json(run_script("recipes/benchmark.py", "data", *keys))
     assert read["ours_rows_per_second"] > 0
     assert read["first_batch_at_the_end_seconds"] > 0
+    assert 0 < read["memory_to_the_first_batch_mb"] < 150
     assert list(tmp_path.iterdir()) == []
 
 
@@ -460,7 +461,7 @@ def test_runs_are_timed_as_the_keys_say(monkeypatch, commands, corpora, tmp_path
     benchmark.compare_readers(
         ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=3, epoch_rows=77), tmp_path
     )
-    assert [len(ran(name)) for name in ("import read_all;", "import first_batch")] == [9, 6]
+    assert [len(ran(name)) for name in ("import read_all;", "import first_batch;")] == [9, 6]
     assert all("'77'" in command for command in ran("import first_batch"))
     commands.clear()
     noted(

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streaming.base.shuffle import get_shuffle
 
+from flame_composer.bench import orders
 from flame_composer.loader import mixture, order
 from flame_composer.loader.mixture import BatchingMethod, Draws, Mixture, Turns, shares_of
-from flame_composer.loader.order import Ints, StreamOrder, key_of, permutation, randoms, read
+from flame_composer.loader.order import StreamOrder, key_of, permutation, randoms, read
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any)
 NODES = st.integers(1, 5)
@@ -145,39 +146,13 @@ def test_a_stream_without_rows_is_refused() -> None:
 # How well rows are mixed
 
 
-def spread(rows: Ints, per_shard: int, batch: int) -> dict[str, float]:
-    """How evenly a shard's rows lie in its batches, and how many shards are new or open at once.
-
-    `evenness` is the variance of the number of a shard's rows in a batch over the mean, 1 if they
-    are drawn at random, in the batches between the first and the last that have any.
-    """
-    shards = (rows[: len(rows) // batch * batch] // per_shard).reshape(-1, batch)
-    counts = np.zeros((len(shards), int(rows.max()) // per_shard + 1))
-    for number, row in enumerate(shards):
-        np.add.at(counts[number], row, 1)
-    seen = counts > 0
-    first = seen.argmax(axis=0)
-    last = len(seen) - 1 - seen[::-1].argmax(axis=0)
-    inside = [
-        counts[a + 1 : b, shard] for shard, (a, b) in enumerate(zip(first, last, strict=True))
-    ]
-    ratios = [each.var() / each.mean() for each in inside if len(each) > 5 and each.mean()]
-    batches = np.arange(len(shards))[:, None]
-    return {
-        "evenness": float(np.mean(ratios)),
-        "open": int(((batches >= first) & (batches <= last)).sum(axis=1).max()),
-        "new": int(np.bincount(first)[1:].max()),
-    }
-
-
 def test_rows_are_mixed_as_well_as_by_py1e() -> None:
     """Of the same block: as evenly, with as few shards open, and with as few new ones a batch."""
-    sizes, window = np.full(300, 1000), 16_000
-    ours = spread(StreamOrder(sizes, seed=3, window=window).interleaved(0, 300_000), 1000, 256)
-    theirs = spread(get_shuffle("py1e", sizes, 1, 3, 0, window), 1000, 256)
-    assert ours["evenness"] <= theirs["evenness"] + 0.05, (ours, theirs)
-    assert ours["open"] <= theirs["open"] + 2, (ours, theirs)
-    assert ours["new"] <= theirs["new"], (ours, theirs)
+    found = orders.compare_mixing()
+    ours, theirs = found["spread"], found["py1e"]
+    assert ours.evenness <= theirs.evenness + 0.05, found
+    assert ours.most_open <= theirs.most_open + 2, found
+    assert ours.most_new <= theirs.most_new, found
 
 
 def test_neighbours_are_apart() -> None:
@@ -401,3 +376,15 @@ def test_seven_thousand_million_rows_are_entered_at_once() -> None:
         for at in ("0", "99")
     ]
     assert max(kilobytes) < 100_000
+
+
+def test_what_orders_cost_is_measured_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(orders, "NUMBERS", (100_000, 1_000_000))
+    monkeypatch.setattr(orders, "MOST_LAID_OUT", 100_000)
+    orders.measure_orders(str(tmp_path / "orders.png"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert [line[-3] for line in lines[1:6]] == ["100,000", "1,000,000"] * 2 + ["100,000"]
+    assert [line[0] for line in lines[7:]] == ["spread", "py1e"]
+    assert (tmp_path / "orders.png").read_bytes().startswith(b"\x89PNG")
