@@ -164,11 +164,9 @@ class SaveCheckpoints(Callback):
         In the background, return once it is copied; `wait` then waits until it is whole. Raise what
         prevented the checkpoint before it.
         """
-        in_pieces = self.in_pieces and state.fsdp_config is not None
-        name = f"ba{state.timestamp.batch.value}" + ("" if in_pieces else ".pt")
-        place = files.join(self.folder, name)
-        if place == (self._under_way[0] if self._under_way else self.saved):
+        if self.has_saved(state):
             return
+        in_pieces, place = self._saves_pieces(state), self._place(state)
         self._wait_for_the_one_before(state.timestamp.batch.value)
         with saving(place):
             share = sharded.share_of(state) if in_pieces else _whole(state)
@@ -187,6 +185,18 @@ class SaveCheckpoints(Callback):
                 self._background.submit(self.files.write, share, place, gather),
             )
         self._last_time = time.monotonic()
+
+    def has_saved(self, state: State) -> bool:
+        """Return whether a checkpoint of this batch is saved, or being saved, on every rank."""
+        return self._place(state) == (self._under_way[0] if self._under_way else self.saved)
+
+    def _place(self, state: State) -> str:
+        """Return where the checkpoint of this batch belongs."""
+        name = f"ba{state.timestamp.batch.value}" + ("" if self._saves_pieces(state) else ".pt")
+        return files.join(self.folder, name)
+
+    def _saves_pieces(self, state: State) -> bool:
+        return self.in_pieces and state.fsdp_config is not None
 
     def _wait_for_the_one_before(self, batch: int) -> None:
         """Wait for the checkpoint under way, and say so if that took long."""

@@ -60,6 +60,7 @@ from flame_composer.train.mixture import LeftOut, Mixture, build_left_out, build
 from flame_composer.train.optim import build_schedule
 from flame_composer.train.preemption import Preemption
 from flame_composer.train.resume import RandomState, SameData, as_begun, build_same_loss
+from flame_composer.train.sums import StepSums
 from flame_composer.train.tasks import TaskScores, build_tasks
 
 DAY = 86400  # seconds
@@ -193,7 +194,8 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     reproducibility.seed_all(config.seed)
     data = build_data(config, parts.tokenizer, start)
     saver = build_saver(config, staging_of(config), data.plan, start, parts.needed)
-    stop = Preemption(saver)
+    sums = StepSums()
+    stop = Preemption(saver, sums)
     evaluators = build_evaluators(config, data, stop)
     show_bar = config.progress_bar and sys.stderr.isatty()
     hf_model = build_or_load(
@@ -201,13 +203,14 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     )
     adapter = build_adapters(config, hf_model, parts)
     model = wrap(config, hf_model, data.tokenizer, adapter)
-    counters = build_counters(config, data, hf_model, stop)
+    counters = build_counters(config, data, hf_model, stop, sums)
     kernels = build_kernels(config, hf_model, resumes=start is not None)
-    gradients = build_gradients(config)
+    gradients = build_gradients(config, sums)
     log = build_log(
         config,
         data.plan,
         [*counters, gradients],
+        sums,
         print_lines=not show_bar,
         eval_due=every(data.plan.eval_interval, data.plan.total) if evaluators else None,
     )
@@ -322,12 +325,12 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
 
 
 def build_counters(
-    config: TrainConfig, data: Data, model: PreTrainedModel, stop: Preemption
+    config: TrainConfig, data: Data, model: PreTrainedModel, stop: Preemption, sums: StepSums
 ) -> list[Mixture | LeftOut | TaskScores]:
     """Return the callbacks that add to every row of the log, besides the gradients'."""
     return [
-        *build_mixture(data.loader, data.sets),
-        *build_left_out(config),
+        *build_mixture(data.loader, data.sets, sums),
+        *build_left_out(config, sums),
         *build_tasks(config, data.plan, model, data.tokenizer, stop),
     ]
 

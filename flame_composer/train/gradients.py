@@ -13,6 +13,7 @@ from composer.utils import dist
 
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import TrainingError
+from flame_composer.train.sums import StepSums
 from flame_composer.upstream.ranks import settle_buckets
 
 MAX_SKIPPED = 10  # consecutive steps that may be skipped
@@ -29,7 +30,11 @@ class Gradients(Callback):
     to the loss scaler.
     """
 
-    def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"]):
+    def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"], sums: StepSums):
+        """Check gradients on all ranks by `sums`, which this callback takes at every step."""
+        self.sums = sums
+        # Each rank computes the norm for itself, but all must take the step, or none.
+        sums.add("not_finite", lambda state: [int(not math.isfinite(self.norm))])
         self.max_norm = max_norm
         self.on_nan = on_nan
         self.norm = math.nan  # of the current step
@@ -57,7 +62,8 @@ class Gradients(Callback):
         norm = total_norm(parameters, state)
         self.norm = value = norm.item()
         logger.log_metrics({"grad_norm": value})
-        if state.precision != Precision.AMP_FP16 and self._is_bad(value, state):
+        self.sums.take(state)
+        if state.precision != Precision.AMP_FP16 and self._is_bad(state):
             for parameter in parameters:
                 parameter.grad = None  # so that the optimizer skips it
         elif self.max_norm is not None:
@@ -67,14 +73,9 @@ class Gradients(Callback):
         """Return `grad_norm`: the norm before clipping, or None if it is not finite."""
         return {"grad_norm": self.norm if math.isfinite(self.norm) else None}
 
-    def _is_bad(self, norm: float, state: State) -> bool:
+    def _is_bad(self, state: State) -> bool:
         """Return whether the step must be skipped. Raise TrainingError if the run must end."""
-        # Each rank computed the norm for itself. Agree on the result: all must stop, or none.
-        is_bad = state.device.tensor_to_device(
-            torch.tensor([not math.isfinite(norm)], dtype=torch.int64)
-        )
-        dist.all_reduce(is_bad, reduce_operation="MAX")
-        if not is_bad.item():
+        if self.sums["not_finite"] == [0]:
             self.skipped = 0
             return False
         step = state.timestamp.batch.value + 1
@@ -110,6 +111,6 @@ def total_norm(parameters: list[torch.nn.Parameter], state: State) -> torch.Tens
     return state.device.tensor_to_device(norm)  # on the CPU if there were no gradients
 
 
-def build_gradients(config: TrainConfig) -> Gradients:
-    """Return the callback that logs, checks and clips the gradients of a run."""
-    return Gradients(config.optimizer.grad_clip_norm, config.on_nan)
+def build_gradients(config: TrainConfig, sums: StepSums) -> Gradients:
+    """Return the callback that logs, checks and clips the gradients of a run, and takes `sums`."""
+    return Gradients(config.optimizer.grad_clip_norm, config.on_nan, sums)

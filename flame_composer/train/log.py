@@ -19,6 +19,7 @@ from composer.utils import dist
 
 from flame_composer.config.train import TRAIN_LOG, RunPlan, TrainConfig
 from flame_composer.train.rows import appending, keep_rows, ranges, writing
+from flame_composer.train.sums import StepSums
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +62,15 @@ class JsonlLog(Callback):
         log_folder: Path,
         plan: RunPlan,
         *,
-        log_batch_hash: bool,
         print_lines: bool,
+        hash_sums: StepSums | None = None,
         eval_due: Callable[[State, Event], bool] | None = None,
         contributors: Sequence[Contributor] = (),
     ):
         """Log to `log_folder`, which gets `train_log.jsonl`.
 
         `print_lines`: whether to print progress, about fifty times in a run and at evaluations.
+        `hash_sums`: what adds up the hashes of all ranks' rows, or None to log no batch_hash.
         `eval_due`: a function that returns whether a step's row must have an evaluation, or None if
         the run has no evaluations. One that a signal prevented is made up for after the restart.
         `contributors`: callbacks that each add a part to every row.
@@ -79,7 +81,9 @@ class JsonlLog(Callback):
         self.eval_missing = False
         self.plan = plan
         self.print_every = max(1, plan.total // 50) if print_lines else 0
-        self.log_batch_hash = log_batch_hash
+        self.hash_sums = hash_sums
+        if hash_sums is not None:
+            hash_sums.add("row_hashes", lambda state: in_halves(self._row_hashes))
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None
@@ -116,7 +120,7 @@ class JsonlLog(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         # Read now: Composer's scheduler has stepped by the time the step is logged.
         self._learning_rate = state.optimizers[0].param_groups[0]["lr"]
-        if self.log_batch_hash:
+        if self.hash_sums is not None:
             self._row_hashes = sum(map(hash_row, state.batch["input_ids"]))
 
     def eval_end(self, state: State, logger: Logger) -> None:
@@ -150,7 +154,6 @@ class JsonlLog(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         due = self.eval_due is not None and self.eval_due(state, Event.BATCH_END)
         self.eval_missing = due and self._evaluation is None
-        hashes = dist.all_gather_object(self._row_hashes) if self.log_batch_hash else []
         if dist.get_global_rank() != 0:
             return
         time = state.timestamp
@@ -172,8 +175,8 @@ class JsonlLog(Callback):
         if self._evaluation is not None:
             row |= self._evaluation
             self._evaluation = None
-        if self.log_batch_hash:
-            row["batch_hash"] = f"{sum(hashes) % 2**64:016x}"
+        if self.hash_sums is not None:
+            row["batch_hash"] = f"{from_halves(self.hash_sums['row_hashes']):016x}"
         for contributor in self.contributors:
             row |= contributor.part_of_row()
         row = {key: row[key] for key in ROW if key in row}
@@ -206,6 +209,7 @@ def build_log(
     config: TrainConfig,
     plan: RunPlan,
     contributors: Sequence[Contributor],
+    sums: StepSums,
     *,
     print_lines: bool,
     eval_due: Callable[[State, Event], bool] | None,
@@ -214,8 +218,8 @@ def build_log(
     return JsonlLog(
         Path(config.log_folder),
         plan,
-        log_batch_hash=config.log_batch_hash,
         print_lines=print_lines,
+        hash_sums=sums if config.log_batch_hash else None,
         eval_due=eval_due,
         contributors=contributors,
     )
@@ -255,3 +259,17 @@ def hash_row(input_ids: torch.Tensor) -> int:
     """
     content = input_ids.to(torch.int64).cpu().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def in_halves(number: int) -> tuple[int, int]:
+    """Return the upper and the lower 32 bits of `number` modulo 2**64.
+
+    Their sums over ranks fit into 64 bits, as the sum of the numbers need not.
+    """
+    return divmod(number % 2**64, 2**32)
+
+
+def from_halves(sums: Sequence[int]) -> int:
+    """Return, modulo 2**64, the sum of the numbers whose `in_halves` add up to `sums`."""
+    upper, lower = sums
+    return ((upper << 32) + lower) % 2**64

@@ -15,6 +15,7 @@ from flame_composer.config.train import TrainConfig
 from flame_composer.dataset.open import Dataset
 from flame_composer.loader.repetition import LEFT_OUT
 from flame_composer.loader.rows import Rows
+from flame_composer.train.sums import StepSums
 
 
 class Mixture(Callback):
@@ -30,11 +31,14 @@ class Mixture(Callback):
         rows_per_epoch: dict[str, int],
         rows_on_disk: list[int],
         context_length: int,
+        sums: StepSums,
     ):
-        """Count the rows of the streams that `rows_per_epoch` names.
+        """Count the rows of the streams that `rows_per_epoch` names, on all ranks by `sums`.
 
         They are in the order of the stream numbers in batches; `rows_on_disk` is in the same order.
         """
+        self.sums = sums
+        sums.add("streams", self._rows_of_batch)
         self.rows_per_epoch = rows_per_epoch
         self.rows_on_disk = rows_on_disk
         self.context_length = context_length
@@ -74,11 +78,12 @@ class Mixture(Callback):
             ]
             print(f"rows of an epoch by stream: {', '.join(parts)}", flush=True)
 
+    def _rows_of_batch(self, state: State) -> list[int]:
+        """Return the number of rows of each stream in this rank's part of the batch."""
+        return torch.bincount(state.batch["stream"].cpu(), minlength=len(self.rows)).tolist()
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        counts = torch.bincount(state.batch["stream"].cpu(), minlength=len(self.rows))
-        counts = state.device.tensor_to_device(counts)
-        dist.all_reduce(counts)
-        self.rows += counts.cpu()
+        self.rows += torch.tensor(self.sums["streams"])
         logger.log_metrics(
             {
                 f"mixture/{name}/{what}": value
@@ -96,7 +101,9 @@ class LeftOut(Callback):
     the log.
     """
 
-    def __init__(self, context_length: int):
+    def __init__(self, context_length: int, sums: StepSums):
+        self.sums = sums
+        sums.add("left_out", lambda state: left_out_and_seen(state.batch[LEFT_OUT]))
         self.context_length = context_length
         self.left_out = self.seen = 0  # rows so far
 
@@ -119,24 +126,29 @@ class LeftOut(Callback):
         self.left_out, self.seen = int(state["left_out"]), int(state["seen"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        rows = state.batch[LEFT_OUT].cpu()
-        counts = state.device.tensor_to_device(torch.tensor([int(rows.sum()), len(rows)]))
-        dist.all_reduce(counts)
-        left_out, seen = counts.tolist()
+        left_out, seen = self.sums["left_out"]
         self.left_out, self.seen = self.left_out + left_out, self.seen + seen
         logger.log_metrics({f"left_out/{what}": value for what, value in self.counts().items()})
 
 
-def build_left_out(config: TrainConfig) -> list[LeftOut]:
+def left_out_and_seen(is_left_out: torch.Tensor) -> tuple[int, int]:
+    """Return how many rows are marked as left out, and how many there are."""
+    return int(is_left_out.sum()), len(is_left_out)
+
+
+def build_left_out(config: TrainConfig, sums: StepSums) -> list[LeftOut]:
     """Return a list of the callback that counts rows left out; empty if none can be."""
-    return [] if config.repetition_filter is None else [LeftOut(config.context_length)]
+    return [] if config.repetition_filter is None else [LeftOut(config.context_length, sums)]
 
 
-def build_mixture(loader: DataSpec, datasets: Mapping[str, Dataset]) -> list[Mixture]:
+def build_mixture(
+    loader: DataSpec, datasets: Mapping[str, Dataset], sums: StepSums
+) -> list[Mixture]:
     """Return a list of the callback that counts the streams' rows; empty for a single dataset."""
     if len(datasets) == 1:
         return []
     order = cast(Rows, cast(DataLoader, loader.dataloader).dataset).order
     rows = dict(zip(datasets, order.choose, strict=True))
     on_disk = [dataset.manifest.totals.rows for dataset in datasets.values()]
-    return [Mixture(rows, on_disk, next(iter(datasets.values())).manifest.context_length)]
+    context_length = next(iter(datasets.values())).manifest.context_length
+    return [Mixture(rows, on_disk, context_length, sums)]

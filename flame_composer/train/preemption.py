@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
@@ -27,9 +26,10 @@ from flame_composer.errors import IN_USE, ConfigError
 from flame_composer.storage.filesystems import is_url
 from flame_composer.storage.folders import file_lock, require_safe
 from flame_composer.train.announce import STARTS
+from flame_composer.train.sums import StepSums, sum_over_ranks
 
-# The exit statuses that signals may ask for, in order of rising priority; 0 is for no signal.
-WEIGHTS = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+# The exit statuses that signals may ask for, in order of rising priority.
+STATUSES = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 LOCK_SECONDS = 60  # how long a run waits for its predecessor, which may still be saving
 
 
@@ -41,21 +41,27 @@ class Preemption(Callback):
     """A callback that ends a run cleanly at SIGTERM or Ctrl-C.
 
     The current batch finishes and a checkpoint of it is saved; evaluation is left to the restart.
+    With several ranks, one that comes after the sums of a step lets the next batch finish, too.
     Composer's own handler would exit at once and lose everything since the last checkpoint.
 
     The signal may reach only one rank, and may come several times: the first one a rank receives
     decides its exit status. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, saver: SaveCheckpoints | None):
+    def __init__(self, saver: SaveCheckpoints | None, sums: StepSums):
         """Handle signals from now until the process ends, since more may come while it ends.
 
-        `saver` is None for a run that saves no checkpoints.
+        `saver` is None for a run that saves no checkpoints. The ranks tell one another by `sums`,
+        at every step, which signals they have received.
         """
         self.saver = saver
+        self.sums = sums
+        sums.add("signals", lambda state: self._known())
         self.asked = 0  # exit status that a signal to this process asks for
         self.status = 0  # the exit status that all ranks have agreed on
         self._cannot_save = False  # on some rank
+        # Whether the ranks have done something long, all of them, since they last agreed.
+        self.has_paused = False
         self._interrupts = 0
         self._over = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,15 +114,19 @@ class Preemption(Callback):
         Ctrl-C outranks SIGTERM, because the launcher sends SIGTERM after a Ctrl-C. The ranks also
         learn whether one of them knows of a checkpoint that could not be saved.
         """
+        self._heed(sum_over_ranks(self._known(), state.device))
+
+    def _known(self) -> list[int]:
+        """Return, as 0 or 1, which of STATUSES was asked for, and whether a save has failed."""
         cannot_save = self.saver is not None and self.saver.has_failed()
-        if dist.get_world_size() == 1:
-            self.status, self._cannot_save = self.asked, cannot_save
-            return
-        known = torch.tensor([WEIGHTS.index(self.asked), int(cannot_save)])
-        known = state.device.tensor_to_device(known)
-        dist.all_reduce(known, reduce_operation="MAX")
-        weight, failed = known.tolist()
-        self.status, self._cannot_save = WEIGHTS[weight], bool(failed)
+        return [*(int(self.asked == status) for status in STATUSES), int(cannot_save)]
+
+    def _heed(self, sums: list[int]) -> None:
+        """Take note of the sums of what the ranks have `_known`."""
+        *asked, failed = sums
+        wanted = [status for status, number in zip(STATUSES, asked, strict=True) if number]
+        self.status, self._cannot_save = max(wanted, default=0), bool(failed)
+        self.has_paused = False
 
     def until_asked(self, batches: Any) -> UntilAsked:
         """Return an evaluation's `batches`, cut off when a signal comes."""
@@ -129,10 +139,20 @@ class Preemption(Callback):
         return lambda state, event: not self.status and due(state, event)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.agree(state)  # before Composer evaluates
+        # Before Composer evaluates. A single rank need not agree with any other, and may already
+        # know more than when the sums were taken.
+        self._heed(self._known() if dist.get_world_size() == 1 else self.sums["signals"])
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self.has_paused = True
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.agree(state)  # an evaluation may have been cut short
+        # Usually a signal that came after the sums were taken waits for those of the next step.
+        # But an evaluation may have been cut short by it, and after a long save there may be no
+        # time left for another step.
+        has_saved = self.saver is not None and self.saver.has_saved(state)
+        if self.has_paused or has_saved or dist.get_world_size() == 1:
+            self.agree(state)
         if self._cannot_save and self.saver is not None:
             self.saver.wait()  # raises the same error on all ranks
         if self.status:

@@ -103,6 +103,7 @@ class TaskScores(Callback):
             if self.stop.asked and dist.get_world_size() == 1:
                 raise Asked
 
+        self.stop.has_paused = True  # afterwards the ranks ask one another for signals again
         module = causal_lm_of(state.model)
         was_training, random_state = module.training, reproducibility.get_rng_state()
         self.model.take(module.eval().model, before_batch)

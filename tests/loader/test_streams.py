@@ -18,6 +18,7 @@ from flame_composer.loader.batches import build_train_loader, describe_order
 from flame_composer.loader.datasets import open_train_data
 from flame_composer.train.mixture import build_mixture
 from flame_composer.train.resume import SameData
+from flame_composer.train.sums import StepSums
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import Corpus, Script, check, last_json, read_log, run_script
@@ -245,7 +246,7 @@ def test_one_dataset_is_no_mixture(dataset, copy_of):
     datasets = opened(config)
     loader = build_train_loader(datasets, config, global_batch_size=8, seed=7)
     assert "stream" not in next(iter(loader.dataloader))
-    assert build_mixture(loader, datasets) == []
+    assert build_mixture(loader, datasets, StepSums()) == []
 
 
 # A whole run

@@ -98,7 +98,7 @@ def test_evaluations_are_kept_for_the_summary(trained):
     log, last = trained.log, rows_of(trained)[-1]
     assert log.last_evaluation == {key: last[key] for key in EVALUATION}
     assert log.initial_evaluation["eval_loss"] > log.last_evaluation["eval_loss"]
-    restored = JsonlLog(Path(), PLAN, log_batch_hash=False, print_lines=False)
+    restored = JsonlLog(Path(), PLAN, print_lines=False)
     restored.load_state_dict(log.state_dict())
     state: Any = SimpleNamespace(timestamp=Timestamp(batch=3, token=384))
     assert restored.summary(state) == {
@@ -230,7 +230,7 @@ def test_a_start_that_was_cut_short_does_not_cost_the_next_one(trained, tmp_path
 
 def test_steps_that_the_log_has_lost_are_named_on_resume(tmp_path, caplog):
     path = tmp_path / "train_log.jsonl"
-    log = JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=False)
+    log = JsonlLog(tmp_path, PLAN, print_lines=False)
 
     def resume(batch: int) -> list[str]:
         caplog.clear()
@@ -261,7 +261,7 @@ def test_steps_that_the_log_has_lost_are_named_on_resume(tmp_path, caplog):
 def test_a_clock_that_was_set_back_ends_no_run(trained, tmp_path, seconds):
     """Composer measures a step by the clock on the wall."""
     log, state = (
-        JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=True),
+        JsonlLog(tmp_path, PLAN, print_lines=True),
         trained.trainer.state,
     )
     before, previous = state.timestamp, state.previous_timestamp
@@ -282,7 +282,7 @@ def test_a_clock_that_was_set_back_ends_no_run(trained, tmp_path, seconds):
 def test_a_fresh_run_starts_its_log_anew(tmp_path):
     path = tmp_path / "train_log.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
-    log = JsonlLog(tmp_path, PLAN, log_batch_hash=False, print_lines=False)
+    log = JsonlLog(tmp_path, PLAN, print_lines=False)
     state: Any = SimpleNamespace(timestamp=Timestamp())
     log.fit_start(state, None)  # pyright: ignore[reportArgumentType]
     assert path.read_text() == ""
