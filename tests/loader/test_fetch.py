@@ -433,6 +433,30 @@ def test_a_limit_that_is_too_low_after_all_is_kept_to(dataset, copy_of, tmp_path
     assert rows == expected
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_full_of_what_is_needed_last_is_taken_over(
+    dataset, copy_of, tmp_path, expected, num_workers
+):
+    """What an earlier job left goes to make room, although this one has not checked it."""
+    remote = copy_of(dataset)
+    found = remote_of(remote, tmp_path / "cache", exclusive=True)
+    loader = loader_of(found, predownload=4, num_workers=num_workers, cache_limit="1gb")
+    rows_of(loader)
+    first, *_ = loader.dataset.order.batches(0)
+    numbers = {*loader.dataset.shards.shards_of(first).tolist()}
+    paths = shards_of(found.folder)
+    for number in numbers:
+        paths[number].unlink()
+    limit = bytes_of(paths)  # without them it is full
+    loader = loader_of(found, predownload=4, num_workers=num_workers, cache_limit="1gb")
+    loader.dataset.shards.room.limit = limit
+    began = time.monotonic()
+    for batch, _ in zip(loader, range(3), strict=False):
+        assert len(batch["input_ids"]) == 4
+        assert bytes_of(paths) <= limit
+    assert time.monotonic() - began < 30
+
+
 def test_a_local_dataset_is_never_deleted_to_make_room(dataset, copy_of):
     folder = copy_of(dataset)
     found = open_for_model(str(folder), None, tokenizer=byte_tokenizer())
