@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import functools
 import itertools
@@ -39,6 +40,7 @@ from flame_composer.storage.locks import allow_files
 CHECKS = 3  # number of attempts to check a shard that is being written to
 READS = 8  # number of attempts to read a row of a file that is being written to
 POLL = 0.02  # seconds between two looks at whether another process is done
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of what a user may have there
 GOES_ON = threading.Event()  # is never set, for a caller that waits to the end
 
 
@@ -283,9 +285,12 @@ class Shards:
                     "put a good copy there, or convert again",
                 )
             except Exception as error:  # every store's client has exceptions of its own
-                what, remedy = (
-                    f"shard cannot be fetched: {one_line(error)}",
-                    "run the same command again when it can be",
+                what = f"shard cannot be fetched: {one_line(error)}"
+                is_full = isinstance(error, OSError) and error.errno in FULL
+                remedy = (
+                    f"free space on the disk of {dataset.folder}, or set train_data.cache_limit"
+                    if is_full
+                    else "run the same command again when it can be"
                 )
             finally:
                 if arrived is not None:

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -157,6 +158,29 @@ def test_a_cache_that_cannot_be_written_to(dataset, tmp_path):
     for exclusive in (False, True):
         with pytest.raises(ConfigError, match=f"^{message}"):
             remote_of(dataset, tmp_path / "file", exclusive=exclusive)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_under_the_cache_is_named_with_what_helps(dataset, copy_of, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        found = remote_of(copy_of(dataset), disk)
+        with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+            while True:
+                ballast.write(bytes(512))
+        with pytest.raises(DataError, match="No space left on device") as caught:
+            stream(found, download_retries=0)
+        assert message_of(caught).endswith(
+            f"(tried once); free space on the disk of {found.folder}, or set train_data.cache_limit"
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_what_a_killed_job_left_half_fetched_goes_in_time(dataset, copy_of, tmp_path):
