@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import functools
 import itertools
@@ -39,6 +40,7 @@ from flame_composer.storage.locks import allow_files
 CHECKS = 3  # number of attempts to check a shard that is being written to
 READS = 8  # number of attempts to read a row of a file that is being written to
 POLL = 0.02  # seconds between two looks at whether another process is done
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of what a user may have there
 GOES_ON = threading.Event()  # is never set, for a caller that waits to the end
 
 
@@ -80,11 +82,11 @@ class Shards:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._locks = os.open(self.folder.path / "shards", flags, 0o600)
         self._busy: set[int] = set()  # the shards that threads of this process are at
-        self._freed = threading.Condition()
+        self._entry = threading.Lock()
         self._recent = functools.lru_cache(2 * MAX_OPEN)(self.file_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("whole", "_locks", "_busy", "_freed", "_recent")
+        ours = ("whole", "_locks", "_busy", "_entry", "_recent")
         return {name: value for name, value in self.__dict__.items() if name not in ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,26 +199,35 @@ class Shards:
     @contextlib.contextmanager
     def _alone(self, number: int, stop: threading.Event) -> Iterator[None]:
         """Keep other threads and processes from being at a shard as well, in the body."""
-        with self._freed:
-            while number in self._busy:
-                self._freed.wait()
+        while not self._enter(number):
+            if stop.wait(POLL):
+                raise DataError("the run ends")
+        try:
+            yield
+        finally:
+            self._leave(number)
+
+    def _enter(self, number: int) -> bool:
+        """Be the only one at a shard, and return True; False if another thread or process is."""
+        with self._entry:
+            if number in self._busy:  # to a process, its own locks are no hindrance
+                return False
             self._busy.add(number)
         try:
-            while True:
-                try:
-                    fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-                    break
-                except BlockingIOError:
-                    if stop.wait(POLL):
-                        raise DataError("the run ends") from None
-            try:
-                yield
-            finally:
-                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except BaseException as problem:
+            self._busy.discard(number)
+            if isinstance(problem, BlockingIOError):
+                return False
+            raise
+        return True
+
+    def _leave(self, number: int) -> None:
+        """Let others be at a shard."""
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
         finally:
-            with self._freed:
-                self._busy.discard(number)
-                self._freed.notify_all()
+            self._busy.discard(number)
 
     def _fetch_into_room(self, shard: int, stop: threading.Event) -> None:
         """Fetch a missing shard, first deleting others if the cache is limited."""
@@ -239,10 +250,13 @@ class Shards:
 
     def _delete(self, shard: int) -> bool:
         """Delete a shard's file, unless a process is at it; return whether that was done."""
-        if not self.is_ready(shard):
+        if not self._enter(shard):
             return False
-        self.whole[shard] = 0
-        self.path_of(shard).unlink(missing_ok=True)
+        try:
+            self.whole[shard] = 0
+            self.path_of(shard).unlink(missing_ok=True)
+        finally:
+            self._leave(shard)
         return True
 
     def fetch(self, shard: int, stop: threading.Event = GOES_ON) -> None:
@@ -271,9 +285,12 @@ class Shards:
                     "put a good copy there, or convert again",
                 )
             except Exception as error:  # every store's client has exceptions of its own
-                what, remedy = (
-                    f"shard cannot be fetched: {one_line(error)}",
-                    "run the same command again when it can be",
+                what = f"shard cannot be fetched: {one_line(error)}"
+                is_full = isinstance(error, OSError) and error.errno in FULL
+                remedy = (
+                    f"free space on the disk of {dataset.folder}, or set train_data.cache_limit"
+                    if is_full
+                    else "run the same command again when it can be"
                 )
             finally:
                 if arrived is not None:

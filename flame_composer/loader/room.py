@@ -50,11 +50,11 @@ class Room:
         lacking = int(self.sizes[shard]) - free
         if lacking > 0:
             there = np.flatnonzero((self.there > 0) & (self.sizes > 0))
-            needed = self.needed[there]
-            order = np.argsort(needed, kind="stable")
-            may_go = there[order[needed[order] < self.at.min()]]
-            if seconds > PATIENCE and not len(may_go):
-                may_go = there[order[::-1]]
+            there = there[np.argsort(self.needed[there], kind="stable")]
+            is_over = self.needed[there] < self.at.min()
+            may_go = there[is_over]
+            if seconds > PATIENCE:
+                may_go = np.concatenate([may_go, there[~is_over][::-1]])
             for other in may_go.tolist():
                 if lacking <= 0:
                     break

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -157,6 +158,29 @@ def test_a_cache_that_cannot_be_written_to(dataset, tmp_path):
     for exclusive in (False, True):
         with pytest.raises(ConfigError, match=f"^{message}"):
             remote_of(dataset, tmp_path / "file", exclusive=exclusive)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_under_the_cache_is_named_with_what_helps(dataset, copy_of, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        found = remote_of(copy_of(dataset), disk)
+        with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+            while True:
+                ballast.write(bytes(512))
+        with pytest.raises(DataError, match="No space left on device") as caught:
+            stream(found, download_retries=0)
+        assert message_of(caught).endswith(
+            f"(tried once); free space on the disk of {found.folder}, or set train_data.cache_limit"
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_what_a_killed_job_left_half_fetched_goes_in_time(dataset, copy_of, tmp_path):
@@ -431,6 +455,30 @@ def test_a_limit_that_is_too_low_after_all_is_kept_to(dataset, copy_of, tmp_path
         rows += [tuple(row) for row in batch["input_ids"].tolist()]
         assert bytes_of(shards_of(found.folder)) <= 3 * largest
     assert rows == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_full_of_what_is_needed_last_is_taken_over(
+    dataset, copy_of, tmp_path, expected, num_workers
+):
+    """What an earlier job left goes to make room, although this one has not checked it."""
+    remote = copy_of(dataset)
+    found = remote_of(remote, tmp_path / "cache", exclusive=True)
+    loader = loader_of(found, predownload=4, num_workers=num_workers, cache_limit="1gb")
+    rows_of(loader)
+    first, *_ = loader.dataset.order.batches(0)
+    numbers = {*loader.dataset.shards.shards_of(first).tolist()}
+    paths = shards_of(found.folder)
+    for number in numbers:
+        paths[number].unlink()
+    limit = bytes_of(paths)  # without them it is full
+    loader = loader_of(found, predownload=4, num_workers=num_workers, cache_limit="1gb")
+    loader.dataset.shards.room.limit = limit
+    began = time.monotonic()
+    for batch, _ in zip(loader, range(3), strict=False):
+        assert len(batch["input_ids"]) == 4
+        assert bytes_of(paths) <= limit
+    assert time.monotonic() - began < 30
 
 
 def test_a_local_dataset_is_never_deleted_to_make_room(dataset, copy_of):
