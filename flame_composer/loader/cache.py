@@ -112,7 +112,8 @@ def _holds(path: Path, other: Path) -> bool:
 def _place_index(index: Path, shared: Path, *, exclusive: bool) -> str:
     folder = claim_folder(shared) if exclusive else _own_cache(shared)
     incoming = incoming_folder(folder)
-    _sweep(incoming)
+    # In a cache of this job alone, nobody is fetching yet.
+    _sweep(incoming, older_than=0.0 if exclusive else STALE_SECONDS)
     for name in ("manifest.json", "index.json"):
         # Other jobs may do this at the same time, with the same bytes.
         whole = incoming / uuid.uuid4().hex
@@ -183,13 +184,13 @@ def _download_index(remote: str, folder: str) -> Dataset:
     return open_dataset(folder, remote, with_units=False)
 
 
-def _sweep(incoming: Path) -> None:
-    """Delete the files that killed jobs left half fetched."""
+def _sweep(incoming: Path, *, older_than: float) -> None:
+    """Delete the files that killed jobs left half fetched, if they are so many seconds old."""
     for path in incoming.iterdir():
         if not ARRIVING.fullmatch(path.name):
             continue
         try:
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > older_than:
                 path.unlink()
         except FileNotFoundError:
             continue  # another rank has deleted it, or it is whole and moved by now

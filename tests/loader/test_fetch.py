@@ -607,8 +607,11 @@ def test_the_job_after_a_killed_one_takes_over_its_cache(jobs, expected, limit):
     killed, connection = jobs(cache_limit=limit, num_workers=2)
     folder, _ = connection.recv()
     os.kill(killed.pid, signal.SIGKILL)
+    half = Path(folder, "incoming", "2" * 32)
+    half.write_bytes(b"half a shard")
     _, connection = jobs(cache_limit=limit, num_workers=2)
     assert connection.recv()[0] == folder, "its loader processes end soon after it"
+    assert half.exists() == (limit is None), "in a cache of its own, nobody else is fetching"
     connection.send(None)
     assert connection.recv()[1] == expected
 
