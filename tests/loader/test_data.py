@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import typing
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from streaming.base.shuffle import algos
 
 from flame_composer.batch import IGNORE, collate, count_tokens
-from flame_composer.config.data import DataConfig, EvalDataConfig
+from flame_composer.config.data import DataConfig, EvalDataConfig, StreamConfig
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader import fetch
@@ -708,3 +709,29 @@ def test_little_or_no_shared_memory(dataset, copy_of, all_rows, size, flags, pro
         for row in batch
     ]
     assert set(rows) <= set(all_rows)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts another /dev/shm, which takes root")
+@pytest.mark.parametrize(("size", "flags"), [("64m", 0), ("4k", MS_RDONLY)])
+def test_seven_thousand_million_rows_take_little_of_a_machine(
+    dataset, copy_of, all_rows, size, flags
+):
+    """A batch at 99 % of an epoch, with few open files, and 64 MB of shared memory or none."""
+    folder, num_rows = copy_of(dataset), 7_300_000_000
+
+    def far() -> list[Row]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        streams = {"all": StreamConfig(local=str(folder), choose=num_rows)}
+        loader = build_train_loader(
+            {"all": opened(folder)},
+            DataConfig(streams=streams, num_workers=2),
+            global_batch_size=8,
+            seed=7,
+        ).dataloader
+        place = num_rows // 8 * 99 // 100 * 8
+        loader.dataset.load_state_dict({"epoch": 0, "sample_in_epoch": place})  # type: ignore
+        return rows_of(next(iter(loader)))
+
+    found = with_shared_memory(size, flags, far)
+    assert len(set(found)) == 8
+    assert set(found) <= set(all_rows)
