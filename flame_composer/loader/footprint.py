@@ -30,7 +30,7 @@ class Footprint(NamedTuple):
 
 
 class CacheNeeds(NamedTuple):
-    """What a machine needs to delete no shard in use: bytes, and the rows of a window."""
+    """What a machine needs to delete no shard in use: bytes, and the rows of all windows."""
 
     smallest: int  # a cache of this size suffices, with the datasets' indexes
     largest: int  # the largest shard
@@ -54,7 +54,7 @@ def cache_needs(
     if isinstance(order, StreamingOrder):
         window = order.block_size
     else:
-        window = max(stream.window for stream in order.streams)
+        window = sum(stream.window for stream in order.streams)
     return CacheNeeds(indexes + max(in_use, 4 * largest), largest, window, read)
 
 

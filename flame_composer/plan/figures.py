@@ -58,6 +58,10 @@ class Data:
     downloaded_by_a_node: int  # bytes, in the whole run
     smallest_cache: int  # bytes
     cache_limit: int | None  # bytes
+    shards: int
+    mixed_rows: int  # rows that are mixed with one another, of each canonical node
+    mixed_shards: float  # that these rows come from, on average
+    start_seconds: float  # of a core of each node, until the place of any row is known
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count)
     )
 
 
+# To read a shard's entries in index.json and manifest.json: docs/benchmarks.md, Orders of rows
+SHARD_SECONDS = 1e-5
+
+
 def _data(config: PlanConfig, supply: Supply, steps: int) -> Data:
     epochs = steps / supply.batches_per_epoch
     limit = (
@@ -141,6 +145,10 @@ def _data(config: PlanConfig, supply: Supply, steps: int) -> Data:
         downloaded_by_a_node=round(read) if supply.is_remote else 0,
         smallest_cache=supply.smallest_cache,
         cache_limit=limit,
+        shards=supply.shards,
+        mixed_rows=supply.mixed_rows,
+        mixed_shards=round(supply.mixed_rows * supply.shards / supply.rows, 1),
+        start_seconds=round(supply.shards * SHARD_SECONDS, 3),
     )
 
 

@@ -45,6 +45,9 @@ class Supply:
     vocab_size: int | None  # of the tokenizer they were made with; None for imagined ones
     read_by_a_node: int  # bytes, in an epoch
     smallest_cache: int  # bytes with which no shard is deleted while it is in use
+    rows: int
+    shards: int
+    mixed_rows: int  # rows that are mixed with one another, of each canonical node
 
 
 def find_supply(config: PlanConfig) -> Supply | str:
@@ -90,6 +93,9 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], indexes: int) -> 
         vocab_size=None if config.dataset_tokens is not None else manifests[0].tokenizer.vocab_size,
         read_by_a_node=needs.read,
         smallest_cache=needs.smallest,
+        rows=num_rows,
+        shards=sum(manifest.totals.shards for manifest in manifests),
+        mixed_rows=min(needs.window, num_rows),
     )
 
 

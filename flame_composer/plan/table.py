@@ -46,6 +46,15 @@ def _data_rows(data: Data) -> Rows:
         ("dataset", f"{size}: {epochs}"),
         ("downloads", f"{format_bytes(data.downloaded_by_a_node)} to each node"),
         ("smallest cache", f"{format_bytes(data.smallest_cache)} on each node{cache}"),
+        (
+            "rows mixed",
+            f"{data.mixed_rows:,} with one another, of some {data.mixed_shards:,.0f} shards",
+        ),
+        (
+            "start, resume",
+            f"{format_seconds(data.start_seconds)} of a core of each node to find the place among"
+            f" {data.shards:,} shards",
+        ),
     ]
 
 

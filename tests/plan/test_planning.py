@@ -482,6 +482,12 @@ def test_fifteen_trillion_tokens_on_many_nodes() -> None:
     assert found.tokens == 15 * 10**12
     assert found.read_by_a_node == pytest.approx(found.bytes / 128, rel=0.01)
     assert 4 << 30 < found.smallest_cache < 8 << 30
+    size = size_of(config)
+    data = planning.draw_up(config, size, found, estimate(config, size)).data
+    assert data is not None
+    assert (data.shards, data.mixed_rows) == (894_070, (4 << 30) // 4096)
+    assert data.mixed_shards == 128
+    assert 4 < data.start_seconds < 20
 
 
 def test_an_order_that_is_laid_out_row_by_row_is_not_planned_for_too_many() -> None:
