@@ -27,7 +27,7 @@ from flame_composer.dataset.open import Dataset
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.footprint import cache_needs, index_bytes, sizes_of
-from flame_composer.loader.layout import SPREAD, Order, build_order
+from flame_composer.loader.layout import SPREAD, Order, build_order, window_of
 from flame_composer.loader.machine import this_machine
 from flame_composer.loader.repetition import leave_out
 from flame_composer.loader.rows import Loader, Rows
@@ -148,7 +148,8 @@ def describe_order(
         "train_data.shuffle": config.shuffle,
         SHUFFLE_ALGO: config.shuffle_algo or SPREAD,
         "train_data.shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
-        "train_data.shuffle_block_size": config.shuffle_block_size,
+        # Also the default, which a later version may change
+        "train_data.shuffle_block_size": window_of(list(datasets.values()), config),
         "train_data.num_canonical_nodes": config.num_canonical_nodes,
     }
 

@@ -31,6 +31,17 @@ def default_window(manifest: Manifest, nodes: int) -> int:
     return min(MOST_WINDOW, max(1, max(WINDOW_BYTES // nodes, LEAST_WINDOW_BYTES) // row))
 
 
+def window_of(datasets: Sequence[Dataset], config: DataConfig) -> int | None:
+    """Return the number of rows over which shards are spread, as set or by default.
+
+    It is None if that is StreamingDataset's default.
+    """
+    if config.shuffle_block_size is not None or config.shuffle_algo not in (None, SPREAD):
+        return config.shuffle_block_size
+    nodes = config.num_canonical_nodes
+    return min(default_window(dataset.manifest, nodes) for dataset in datasets)
+
+
 def build_order(
     datasets: Mapping[str, Dataset], config: DataConfig, *, global_batch_size: int, seed: int
 ) -> Order:
@@ -84,15 +95,14 @@ def _spread(
     seed: int,
 ) -> Mixture:
     """Return the order of loader/order.py."""
-    window = config.shuffle_block_size
-    if window is not None and window > MOST_WINDOW:
+    window = window_of(datasets, config)
+    assert window is not None
+    if window > MOST_WINDOW:
         raise InvalidField(
             "train_data.shuffle_block_size",
             f"must be in [1, {MOST_WINDOW}]: each loader process keeps 8 bytes a row of it",
         )
     nodes = config.num_canonical_nodes
-    if window is None:
-        window = min(default_window(dataset.manifest, nodes) for dataset in datasets)
     choose, shares = weigh([int(each.sum()) for each in rows], weights, seed)
     streams = [
         StreamOrder(

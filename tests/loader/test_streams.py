@@ -14,6 +14,7 @@ import pytest
 
 from flame_composer.config.data import DataConfig, StreamConfig
 from flame_composer.errors import ConfigError, InvalidField
+from flame_composer.loader import layout
 from flame_composer.loader.batches import build_train_loader, describe_order
 from flame_composer.loader.datasets import open_train_data
 from flame_composer.train.mixture import build_mixture
@@ -182,6 +183,23 @@ def test_a_mixture_that_changed_is_refused_by_name(config_of):
     assert describe_order(opened(moved), moved, global_batch_size=8, seed=7) == order, (
         "the same data elsewhere"
     )
+
+
+def test_the_window_of_a_run_is_written_down(config_of, monkeypatch):
+    """Should a later version have another default, a run that goes on is refused, not changed."""
+    config = config_of(MIX)
+    key = "train_data.shuffle_block_size"
+
+    def order_of(config: DataConfig) -> dict[str, Any]:
+        return describe_order(opened(config), config, global_batch_size=8, seed=7)
+
+    before = order_of(config)
+    assert before[key] == (16 << 30) // (2 * CONTEXT_LENGTH) or before[key] == layout.MOST_WINDOW
+    monkeypatch.setattr(layout, "MOST_WINDOW", 1 << 20)
+    with pytest.raises(ConfigError, match=rf"{key} \({before[key]} before, {1 << 20} now\)"):
+        SameData(order_of(config), allow_change=False).load_state_dict({"order": before})
+    assert order_of(config_of(MIX, shuffle_block_size=9))[key] == 9
+    assert order_of(config_of(MIX, shuffle_algo="py1e"))[key] is None
 
 
 def test_the_index_of_every_stream_counts(config_of, tmp_path):
