@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from flame_composer.dataset.long_json import LongJson
 from flame_composer.dataset.manifest import Manifest, damaged, manifest_of, require_there, take
 from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
@@ -63,7 +65,7 @@ def read_index(folder: str, manifest: Manifest) -> ShardTable:
     shards = TableBuilder()
 
     def add(shard: Any) -> None:
-        shards.add(_shard(shard, form, row_bytes, place))
+        shards.add(_shard(shard, form, place))
 
     rest, digest = _read_long(place, "shards", add)
     take(rest, "shards", list, place)
@@ -76,10 +78,26 @@ def read_index(folder: str, manifest: Manifest) -> ShardTable:
         raise damaged(place, f"it names {name} twice")
     if digest != manifest.index_sha256:
         raise damaged(place, "it is not the index that manifest.json was written with")
+    _check_sizes(table, row_bytes, place)
     return table
 
 
-def _shard(shard: Any, form: dict[str, Any], row_bytes: int, place: str) -> ShardFile:
+def _check_sizes(table: ShardTable, row_bytes: int, place: str) -> None:
+    """Raise DataError if a shard has more bytes than it can, or rows that do not fit into it."""
+    most_rows = table.bytes // row_bytes
+    wrong = (table.bytes > MAX_SHARD_BYTES) | (table.rows < 1) | (table.rows > most_rows)
+    for number in np.flatnonzero(wrong)[:1].tolist():
+        file = table[number]
+        if file.bytes > MAX_SHARD_BYTES:
+            what = f"{file.bytes} bytes are more than a shard can have"
+        elif file.rows < 1:
+            what = "the shard has no rows"
+        else:
+            what = f"{file.rows} rows do not fit into {file.bytes} bytes"
+        raise damaged(place, f"{file.basename}: {what}")
+
+
+def _shard(shard: Any, form: dict[str, Any], place: str) -> ShardFile:
     """Return the shard that an entry of index.json is about; its columns must be those of `form`.
 
     Raises DataError for anything else.
@@ -103,12 +121,8 @@ def _shard(shard: Any, form: dict[str, Any], row_bytes: int, place: str) -> Shar
     )
     if not SHARD_HASH.fullmatch(file.hash):
         raise damaged(place, f"{basename}: {file.hash[:40]!r} is no {HASH} hash")
-    if file.bytes > MAX_SHARD_BYTES:
-        raise damaged(place, f"{basename}: {file.bytes} bytes are more than a shard can have")
-    if file.rows < 1:
-        raise damaged(place, f"{basename}: the shard has no rows")
-    if file.rows * row_bytes > file.bytes:
-        raise damaged(place, f"{basename}: {file.rows} rows do not fit into {file.bytes} bytes")
+    if max(file.bytes, file.rows) >= 2**63:  # which the table cannot hold
+        raise damaged(place, f"{basename}: neither bytes nor rows can be so many")
     return file
 
 

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ class Shards:
         # A byte for each shard, and one for all; a process that dies lets go of its locks
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._locks = os.open(self.folder.path / "shards", flags, 0o600)
+        weakref.finalize(self, os.close, self._locks)
         self._busy: set[int] = set()  # the shards that threads of this process are at
         self._entry = threading.Lock()
         self._recent = functools.lru_cache(2 * MAX_OPEN)(self.file_of)

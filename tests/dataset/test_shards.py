@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 from flame_composer.dataset.convert import convert_unit, document_hash, split_of
+from flame_composer.dataset.index import read_index
 from flame_composer.dataset.ledger import Ledger
-from flame_composer.dataset.manifest import parse_manifest, read_index, read_manifest
+from flame_composer.dataset.manifest import parse_manifest, read_manifest
 from flame_composer.dataset.mds import HASH
 from flame_composer.dataset.open import check_shards, open_dataset
 from flame_composer.dataset.plan import Plan, plan_units
