@@ -92,12 +92,12 @@ def recipe(
 def assert_same_trajectory(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     """To fp32 rounding, which is 6e-8: sums are added up in another order. AdamW makes a whole
     step of the sign of an entry whose gradient is all rounding, so that after some steps losses
-    were seen to differ by 3e-6 and norms by 5e-4, and on the rows of the order spread by 2.3e-3.
+    were seen to differ by 3e-6 and norms by 5e-4.
     """
     for mine, row in zip(ours, theirs, strict=True):
         assert mine["batch_hash"] == row["batch_hash"]
         assert mine["loss"] == pytest.approx(row["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(row["grad_norm"], rel=5e-3)
+        assert mine["grad_norm"] == pytest.approx(row["grad_norm"], rel=2e-3)
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=3e-7)
     assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-5)
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.3, "it learns"
