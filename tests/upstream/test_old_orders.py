@@ -14,104 +14,62 @@ from flame_composer.upstream.streaming import StreamingOrder
 SHARDS = [[50, 50, 50, 31], [40, 40, 7], [64, 64, 64, 64, 64, 3]]
 
 # What the version before laid out: the batches of an epoch, and the hash of the row ids of the
-# epochs 0 and 1, and 1 from its batch 5 on
+# epochs 0 and 1, and 1 from its batch 5 on. One stream by algorithm, as it is and in two nodes:
+ONE_STREAM = {
+    "py1e": [(11, "e0c03702ef171783"), (11, "99c2ea277d8c59f7")],
+    "py1br": [(11, "64cc3253dd7d6cbb"), (11, "2fd63c6cb8bb2a1c")],
+    "py1s": [(11, "719391ce58972fa8"), (11, "aa6f99b15a082044")],
+    "py2s": [(11, "326a70f85863bfbc"), (11, "847dfdf0a7a3dc92")],
+    "naive": [(11, "53ab65141dcefd6c"), (11, "836f59b93ea7039d")],
+}
+NODES: list[dict[str, Any]] = [{}, {"nodes": 2, "block_size": 64}]
+# Three streams by batching method, with each of the weights
+WEIGHTS: list[dict[str, Any]] = [
+    {"kind": "proportion", "values": [0.5, 0.2, 0.3]},
+    {"kind": "repeat", "values": [0.7, 2.5, 1]},
+    {"kind": "choose", "values": [100, 60, 200]},
+    {},
+    {
+        "kind": "proportion",
+        "values": [0.5, 0.2, 0.3],
+        "nodes": 4,
+        "block_size": 100,
+        "algo": "py1br",
+    },
+]
+THREE_STREAMS = {
+    "random": [
+        (36, "ab65daaa64b53969"),
+        (41, "4cd859d00b432eac"),
+        (22, "40e039320d4097eb"),
+        (36, "d9352b48bd534e58"),
+        (36, "3e91d54cf066ae3f"),
+    ],
+    "stratified": [
+        (35, "4a351ca307fb2ae4"),
+        (40, "154ecee282dd99e8"),
+        (20, "e41eecd85266b925"),
+        (35, "ef69e850c77fd462"),
+        (36, "833b90bfed4217b0"),
+    ],
+    "per_stream": [
+        (36, "de11815ef61d6035"),
+        (40, "8e0be5e92dcf2561"),
+        (21, "ad6e0048074a9b51"),
+        (36, "c7bbf697e2d6f4be"),
+        (36, "e27d67547d4474e5"),
+    ],
+}
 BEFORE: list[tuple[dict[str, Any], int, str]] = [
-    ({"streams": 1, "algo": "py1e"}, 11, "e0c03702ef171783"),
-    ({"streams": 1, "algo": "py1e", "nodes": 2, "block_size": 64}, 11, "99c2ea277d8c59f7"),
-    ({"streams": 1, "algo": "py1br"}, 11, "64cc3253dd7d6cbb"),
-    ({"streams": 1, "algo": "py1br", "nodes": 2, "block_size": 64}, 11, "2fd63c6cb8bb2a1c"),
-    ({"streams": 1, "algo": "py1s"}, 11, "719391ce58972fa8"),
-    ({"streams": 1, "algo": "py1s", "nodes": 2, "block_size": 64}, 11, "aa6f99b15a082044"),
-    ({"streams": 1, "algo": "py2s"}, 11, "326a70f85863bfbc"),
-    ({"streams": 1, "algo": "py2s", "nodes": 2, "block_size": 64}, 11, "847dfdf0a7a3dc92"),
-    ({"streams": 1, "algo": "naive"}, 11, "53ab65141dcefd6c"),
-    ({"streams": 1, "algo": "naive", "nodes": 2, "block_size": 64}, 11, "836f59b93ea7039d"),
-    (
-        {"streams": 3, "method": "random", "kind": "proportion", "values": [0.5, 0.2, 0.3]},
-        36,
-        "ab65daaa64b53969",
+    *(
+        ({"streams": 1, "algo": algo, **nodes}, *seen)
+        for algo, all_seen in ONE_STREAM.items()
+        for nodes, seen in zip(NODES, all_seen, strict=True)
     ),
-    (
-        {"streams": 3, "method": "random", "kind": "repeat", "values": [0.7, 2.5, 1]},
-        41,
-        "4cd859d00b432eac",
-    ),
-    (
-        {"streams": 3, "method": "random", "kind": "choose", "values": [100, 60, 200]},
-        22,
-        "40e039320d4097eb",
-    ),
-    ({"streams": 3, "method": "random"}, 36, "d9352b48bd534e58"),
-    (
-        {
-            "streams": 3,
-            "method": "random",
-            "kind": "proportion",
-            "values": [0.5, 0.2, 0.3],
-            "nodes": 4,
-            "block_size": 100,
-            "algo": "py1br",
-        },
-        36,
-        "3e91d54cf066ae3f",
-    ),
-    (
-        {"streams": 3, "method": "stratified", "kind": "proportion", "values": [0.5, 0.2, 0.3]},
-        35,
-        "4a351ca307fb2ae4",
-    ),
-    (
-        {"streams": 3, "method": "stratified", "kind": "repeat", "values": [0.7, 2.5, 1]},
-        40,
-        "154ecee282dd99e8",
-    ),
-    (
-        {"streams": 3, "method": "stratified", "kind": "choose", "values": [100, 60, 200]},
-        20,
-        "e41eecd85266b925",
-    ),
-    ({"streams": 3, "method": "stratified"}, 35, "ef69e850c77fd462"),
-    (
-        {
-            "streams": 3,
-            "method": "stratified",
-            "kind": "proportion",
-            "values": [0.5, 0.2, 0.3],
-            "nodes": 4,
-            "block_size": 100,
-            "algo": "py1br",
-        },
-        36,
-        "833b90bfed4217b0",
-    ),
-    (
-        {"streams": 3, "method": "per_stream", "kind": "proportion", "values": [0.5, 0.2, 0.3]},
-        36,
-        "de11815ef61d6035",
-    ),
-    (
-        {"streams": 3, "method": "per_stream", "kind": "repeat", "values": [0.7, 2.5, 1]},
-        40,
-        "8e0be5e92dcf2561",
-    ),
-    (
-        {"streams": 3, "method": "per_stream", "kind": "choose", "values": [100, 60, 200]},
-        21,
-        "ad6e0048074a9b51",
-    ),
-    ({"streams": 3, "method": "per_stream"}, 36, "c7bbf697e2d6f4be"),
-    (
-        {
-            "streams": 3,
-            "method": "per_stream",
-            "kind": "proportion",
-            "values": [0.5, 0.2, 0.3],
-            "nodes": 4,
-            "block_size": 100,
-            "algo": "py1br",
-        },
-        36,
-        "e27d67547d4474e5",
+    *(
+        ({"streams": 3, "method": method, **weights}, *seen)
+        for method, all_seen in THREE_STREAMS.items()
+        for weights, seen in zip(WEIGHTS, all_seen, strict=True)
     ),
     ({"streams": 1, "shuffle": False}, 11, "6bf8e5170fbdd151"),
     (
