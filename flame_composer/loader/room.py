@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +30,16 @@ class Room:
 
         `places` processes read rows.
         """
-        self.sizes, self.limit = sizes, limit
+        self.folder, self.sizes, self.limit, self.places = folder, sizes, limit, places
         shape = (len(sizes),)
         self.there: NDArray[np.uint8] = shared_array(folder / "there", np.uint8, shape)
         self.needed: NDArray[np.int64] = shared_array(folder / "needed", np.int64, shape)
         # 0 until a process has noted what it needs: until all have, nothing may go
         self.at: NDArray[np.int64] = shared_array(folder / "at", np.int64, (places,))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a process that is not forked open the same arrays, not copies of them."""
+        return type(self), (self.folder, self.sizes, self.limit, self.places)
 
     def note(self, shards: NDArray[np.int64], batch: int) -> None:
         """Note that these shards [N] are needed for a batch."""

@@ -4,6 +4,7 @@ trusted.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -37,7 +38,7 @@ from flame_composer.storage import locks
 from tests.conftest import CONTEXT_LENGTH, make_dataset
 from tests.data_fixtures import byte_tokenizer
 from tests.proxy import FAULTS, proxy
-from tests.runs import Corpus, Script, check, read_log
+from tests.runs import Corpus, Ranks, Script, check, read_log
 
 Row = tuple[int, ...]
 
@@ -481,6 +482,20 @@ def test_a_cache_full_of_what_is_needed_last_is_taken_over(
     assert time.monotonic() - began < 30
 
 
+def test_a_process_that_is_not_forked_shares_what_is_known(dataset, copy_of, tmp_path):
+    found = remote_of(copy_of(dataset), tmp_path / "cache", exclusive=True)
+    ours = loader_of(found, cache_limit="1gb").dataset
+    theirs = copy.deepcopy(ours)  # by what pickle uses, too
+    row = theirs.shards.row(0)["input_ids"].tolist()
+    theirs.shards.room.at[0] = 7
+    assert ours.shards.is_ready(0)
+    assert (ours.shards.room.there[0], ours.shards.room.at[0]) == (1, 7)
+    assert ours.shards.row(0)["input_ids"].tolist() == row
+    assert [ids.tolist() for ids in theirs.order.batches(1)] == [
+        ids.tolist() for ids in ours.order.batches(1)
+    ]
+
+
 def test_a_local_dataset_is_never_deleted_to_make_room(dataset, copy_of):
     folder = copy_of(dataset)
     found = open_for_model(str(folder), None, tokenizer=byte_tokenizer())
@@ -830,6 +845,21 @@ def s3_keys(corpus: Corpus, run: Path, remote: str, cache: Path, *more: str) -> 
         "train_data.num_workers=2",
         *more,
     )
+
+
+def test_ranks_of_a_machine_ask_for_each_file_once(s3, corpus, tmp_path):
+    """Of the index and the manifest, and of every shard, whichever of their processes needs it."""
+    remote = s3.upload(corpus.train, "once")
+    keys = s3_keys(corpus, tmp_path / "run", remote, tmp_path / "cache", "eval_data=null")
+    with proxy(s3.endpoint, rate=0) as between:
+        env = s3.env | {"S3_ENDPOINT_URL": between.endpoint}
+        Ranks(2, *keys, "microbatch_size=1", env=env).finish()
+        asked = {key: number for key, number in between.requests.items() if "/once/" in key}
+    names = [str(path.relative_to(corpus.train)) for path in shards_of(corpus.train)]
+    expected = {f"{how} /data/once/{name}" for name in names for how in ("HEAD", "GET")}
+    for name in ("index.json", "manifest.json"):
+        expected |= {f"{how} /data/once/{name}" for how in ("HEAD", "GET")}
+    assert asked == dict.fromkeys(expected, 1)
 
 
 def test_a_shard_damaged_at_the_source_stops_a_run_with_one_line(s3, corpus, tmp_path):
