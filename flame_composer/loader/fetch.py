@@ -136,11 +136,13 @@ class Shards:
         file, form = self._recent(shard), self._forms[stream]
         path = f"{self.datasets[stream].folder}/{file.basename}"
         index = number - int(self.first_rows[shard])
+        is_gone = False
         for attempt in range(READS):
             try:
                 content = self.opened.read(path, file.rows, index, self.whole[shard])
             except (Unchecked, FileNotFoundError) as problem:
-                if attempt and isinstance(problem, Unchecked):
+                is_gone = isinstance(problem, FileNotFoundError)
+                if attempt and not is_gone:
                     self.whole[shard] = 0  # it is not the file that was found whole, or not now
                 self.prepare(shard)
                 continue
@@ -158,10 +160,12 @@ class Shards:
                 self.whole[shard] = 0
                 continue
             return row if len(self.datasets) == 1 else {**row, "stream": stream}
-        raise DataError(
-            f"{path}: another process writes to it while it is read; end that process, and run the"
-            " same command again"
-        )
+        if is_gone:
+            what = "it is deleted whenever it has been fetched"
+            remedy = "set a larger train_data.cache_limit, or see what deletes it"
+        else:
+            what, remedy = "another process writes to it while it is read", "end that process"
+        raise DataError(f"{path}: {what}; {remedy}, and run the same command again")
 
     def limit_cache(self, limit: int, *, places: int) -> None:
         """Keep the fetched shards within `limit` bytes, by deleting those no longer needed.

@@ -42,7 +42,7 @@ def weigh(
 class StreamingOrder:
     """The global batches of every epoch in the order that StreamingDataset has for them.
 
-    An epoch is laid out whole, which takes 53 bytes of memory a row.
+    An epoch is laid out whole, which takes some 50 bytes of memory a row.
 
     Upstream: mosaicml-streaming 0.13.0, `StreamingDataset._get_work`, `generate_work`.
     Mends: upstream lays out an epoch for the present number of ranks and workers, and repeats rows

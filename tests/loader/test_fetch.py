@@ -482,6 +482,20 @@ def test_a_cache_full_of_what_is_needed_last_is_taken_over(
     assert time.monotonic() - began < 30
 
 
+def test_a_shard_that_goes_whenever_it_has_come_is_named(dataset, copy_of, tmp_path):
+    shards = loader_of(remote_of(copy_of(dataset), tmp_path / "cache")).dataset.shards
+    prepare = shards.prepare
+
+    def prepare_in_vain(shard: int) -> None:
+        prepare(shard)
+        shards.path_of(shard).unlink()
+
+    shards.prepare = prepare_in_vain
+    message = "it is deleted whenever it has been fetched; set a larger train_data.cache_limit, or"
+    with pytest.raises(DataError, match=rf"^{shards.path_of(0)}: {message}"):
+        shards.row(0)
+
+
 def test_a_process_that_is_not_forked_shares_what_is_known(dataset, copy_of, tmp_path):
     found = remote_of(copy_of(dataset), tmp_path / "cache", exclusive=True)
     ours = loader_of(found, cache_limit="1gb").dataset
