@@ -3,6 +3,7 @@
 Published model cards call `from flame_composer import cpu; cpu.enable()`.
 """
 
-from flame_composer.cpu.enable import enable, missing
+from flame_composer.cpu.coverage import missing
+from flame_composer.cpu.enable import enable
 
 __all__ = ["enable", "missing"]

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame_composer.cpu.coverage import interprets
 from flame_composer.cpu.linear import keep_signals_off_the_heap
 from flame_composer.cpu.losses import genuine_cross_entropy_forward
 from flame_composer.cpu.operations import OPERATIONS, REPLACEMENTS
@@ -80,38 +81,6 @@ def enable() -> None:
         original = getattr(owner, name)
         if not hasattr(original, "cpu_version"):
             setattr(owner, name, _by_device(original, make))
-
-
-def interprets() -> bool:
-    """Return whether Triton's interpreter runs kernels here, in place of a GPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
-
-
-def missing(hf_config: Any) -> tuple[str, str] | None:
-    """Return the config key that makes a model need a GPU, and the reason.
-
-    Return None if the model can be trained on a CPU.
-    """
-    is_fla = type(hf_config).__module__.startswith("fla.")
-    if not is_fla or hf_config.model_type == "mamba" or interprets():
-        return None
-    if hf_config.model_type != "gla":
-        return (
-            "model_type",
-            (
-                f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's"
-                " models, gla and mamba train on a CPU, and so does any of transformers' own"
-                " (llama, ...)"
-            ),
-        )
-    for key, has_none in (
-        ("attn", hf_config.attn is not None),
-        ("attnres_block_size", hf_config.attnres_block_size is not None),
-        ("hidden_act", hf_config.hidden_act == "powglu"),
-    ):
-        if has_none:
-            return key, "needs a GPU, and there is none here; leave it out"
-    return None
 
 
 def install_stub_driver() -> None:

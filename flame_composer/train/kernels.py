@@ -27,7 +27,7 @@ from composer.utils import dist
 from flame_composer.agree import agreed
 from flame_composer.checkpoint.upload import try_for_minutes
 from flame_composer.config.train import TrainConfig
-from flame_composer.cpu.enable import interprets
+from flame_composer.cpu.coverage import interprets
 from flame_composer.errors import GOES_ON, ConfigError, DataError, TrainingError, one_line
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
