@@ -29,6 +29,7 @@ from flame_composer.checkpoint.pieces import divided, local_copy
 from flame_composer.checkpoint.sharded import Part, Piece, Pieces
 from flame_composer.errors import DataError
 from flame_composer.storage import files
+from flame_composer.storage.many import each
 from flame_composer.upstream.fsdp import first_row_of
 
 RUN = 8 << 20
@@ -143,9 +144,9 @@ class PieceReader(StorageReader):
             number = _chunk_of(item.storage_index)
             wanted.setdefault(number, []).extend(self._rows(item, number, planner))
         for number, rows in wanted.items():
-            runs = list(_in_runs(sorted(rows, key=lambda each: each.first)))
+            runs = list(_in_runs(sorted(rows, key=lambda row: row.first)))
             lanes = [runs[lane::LANES] for lane in range(min(LANES, len(runs)))]
-            list(files.each(partial(_read_runs, self.near[number], self.folder), lanes))
+            list(each(partial(_read_runs, self.near[number], self.folder), lanes))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -192,11 +193,11 @@ def _overlaps(piece: Piece, rows: set[tuple[int, int, int]]) -> bool:
 def _in_runs(rows: list[_Rows]) -> Iterator[list[_Rows]]:
     """Yield the rows, sorted by where they lie, in groups that are fetched by one request each."""
     run: list[_Rows] = []
-    for each in rows:
-        if run and (each.last - run[0].first > RUN or each.first - run[-1].last > GAP):
+    for row in rows:
+        if run and (row.last - run[0].first > RUN or row.first - run[-1].last > GAP):
             yield run
             run = []
-        run.append(each)
+        run.append(row)
     if run:
         yield run
 

@@ -36,6 +36,7 @@ from flame_composer.errors import DataError
 from flame_composer.lines import visible
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import Stat, find_by_folder, is_url
+from flame_composer.storage.many import each, each_local
 from flame_composer.text.examples import REASONS
 from flame_composer.text.tokenizer import token_dtype
 
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 NPY_1 = b"\x93NUMPY\x01\x00"  # what tail.npy begins with
 TAILS_AT_ONCE = 256
-# Local units that a thread reads one after another: each takes less than a thread's turn
-LOCAL_BATCH = 64
 
 
 class NotWhole(DataError):
@@ -75,6 +74,7 @@ class Publisher:
     def __init__(self, dataset: DatasetWriter, folder: Path):
         self.dataset, self.plan, self.folder = dataset, dataset.plan, folder
         self.units = files.join(dataset.out, "units")
+        self.each = each if is_url(dataset.out) else each_local
         self.number = len(dataset.plan.units)
         self.spools = [Spool(folder / str(i), self.number + 1) for i in range(3)]
         self.records, self.shards, self.tail_lengths = self.spools
@@ -99,13 +99,11 @@ class Publisher:
     def _collect(self) -> None:
         """Read all units, and delete what killed processes and earlier plans left among them."""
         if is_url(self.dataset.out):
-            found = files.each(lambda unit: self._look(*unit), find_by_folder(self.units))
+            found = each(lambda unit: self._look(*unit), find_by_folder(self.units))
         else:
-            names = files.ls(self.units)
-            found = files.each(
+            found = each_local(
                 lambda name: self._look(name, files.find(files.join(self.units, name))),
-                names,
-                LOCAL_BATCH,
+                files.ls(self.units),
             )
         missing = set(range(self.number))
         for unit in found:
@@ -181,8 +179,7 @@ class Publisher:
         files.retract_folder(folder, "unit.json")
         writer = UnitWriter(self.dataset, None)
         filled = (number for number in order if self.tail_lengths.get(number))
-        batch = 1 if is_url(self.dataset.out) else LOCAL_BATCH
-        tails = files.each(self._read_tail, filled, batch)
+        tails = self.each(self._read_tail, filled)
         try:
             while some := list(islice(tails, TAILS_AT_ONCE)):
                 tokens, lengths = (b"".join(each) for each in zip(*some, strict=True))
@@ -232,7 +229,7 @@ class Publisher:
         )
         out = self.dataset.out
         if self.plan.kind == "sft":
-            files.write_parts(files.join(out, LEFT_OUT), files.each(self._left_out, order))
+            files.write_parts(files.join(out, LEFT_OUT), self.each(self._left_out, order))
         records = (each.decode() for each in self._in_order(self.records, range(self.number)))
         files.write_parts(
             files.join(out, "manifest.json"), object_parts(header_json(manifest), "units", records)

@@ -57,6 +57,7 @@ from flame_composer.storage.folders import (
     require_folder_inside,
     require_safe,
 )
+from flame_composer.storage.many import each
 from flame_composer.text.documents import MAX_DOCUMENT_BYTES
 from flame_composer.text.encoder import HF
 from flame_composer.text.sources import Unit
@@ -156,7 +157,7 @@ class DatasetWriter:
                 suspects = changed_since(self.plan, earlier, there.modified, place)
                 if suspects:
                     begun = sorted(suspects - self.uncommitted())
-                    list(files.each(self.is_committed, begun))
+                    list(each(self.is_committed, begun))
             if not is_same(earlier, plan_parts(self.plan)):
                 files.write_parts(place, plan_parts(self.plan))
             if not is_url(self.out):

@@ -17,11 +17,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -38,9 +35,8 @@ from flame_composer.storage.filesystems import (
     walk_folders,
 )
 from flame_composer.storage.local import appearing, require_room
+from flame_composer.storage.many import each
 
-# Requests in flight at a time: an object store is slow to answer, but answers many at once
-THREADS = 16
 # The most bytes of a config, an index or a tokenizer. Real ones have less than a third of that, and
 # reading one takes 20 times its size in memory.
 MOST_JSON = 1 << 27
@@ -48,7 +44,6 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux's limits
 # The most bytes of a file that is read as a whole: enough for the index of 3 million shards.
 MOST_READ = 1 << 30
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 def join(place: str, *names: str) -> str:
@@ -368,27 +363,6 @@ def abort_uploads(place: str) -> None:
         with at(place) as (fs, path):
             if fs.protocol == "s3":
                 fs.abort_uploads(path)
-
-
-def each(do: Callable[[T], R], items: Iterable[T], batch: int = 1) -> Iterator[R]:
-    """Yield `do(item)` for every item in order, with many calls at a time; an error stops all.
-
-    A thread calls it for `batch` items one after another, which pays where a call takes less than
-    a thread's turn. Items are taken as results are: no more than a few hundred are in memory.
-    """
-    source = iter(items)
-    waiting: deque[Future[list[R]]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            while True:
-                while len(waiting) < 2 * THREADS and (some := list(islice(source, batch))):
-                    waiting.append(pool.submit(lambda some: [do(item) for item in some], some))
-                if not waiting:
-                    return
-                yield from waiting.popleft().result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def dump_json(value: Any) -> bytes:

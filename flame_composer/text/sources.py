@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from flame_composer.errors import ConfigError
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
+from flame_composer.storage.many import each
 from flame_composer.text import hub
 from flame_composer.text.formats import COMPRESSIONS, FOUND, Format, detect
 from flame_composer.text.parquet import open_parquet
@@ -211,7 +212,7 @@ def _slices(path: str, max_bytes: int, arrays: bool = False) -> tuple[list[Slice
 
 def of_each(paths: Sequence[str], look_at: Callable[[str], T]) -> Iterable[T]:
     """Return what `look_at` returns for each file in order; for many at a time in a store."""
-    return files.each(look_at, paths) if any(map(is_url, paths)) else map(look_at, paths)
+    return each(look_at, paths) if any(map(is_url, paths)) else map(look_at, paths)
 
 
 def slice_files(paths: Sequence[str], max_bytes: int, *, arrays: bool = False) -> list[Slice]:

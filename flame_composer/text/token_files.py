@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.storage import files
+from flame_composer.storage.many import each
 from flame_composer.text.borders import read_borders, slice_borders
 from flame_composer.text.formats import LFS_POINTER
 from flame_composer.text.given_tokens import (
@@ -81,7 +82,7 @@ def slice_tokens(
         return _slices_of_array(path, stat, header, vocabulary.item, max_bytes)
 
     # Tables are unpacked, which other threads can do at the same time, on a disk as in a store
-    found = files.each(slices, paths) if borders == "csv" else of_each(paths, slices)
+    found = each(slices, paths) if borders == "csv" else of_each(paths, slices)
     return list(itertools.chain.from_iterable(found))
 
 

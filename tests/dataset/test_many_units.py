@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from flame_composer.bench.units import plan_dataset, write_sources, write_units
-from flame_composer.dataset import publish
 from flame_composer.dataset.finish import published
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.plan import Plan, is_same, plan_parts, settings_json, unit_name
@@ -20,7 +21,7 @@ from flame_composer.dataset.publish import NotWhole
 from flame_composer.dataset.streamed import object_parts
 from flame_composer.dataset.writer import DatasetWriter
 from flame_composer.errors import DataError
-from flame_composer.storage import files
+from flame_composer.storage import files, many
 from flame_composer.storage.files import dump_json
 from flame_composer.text.sources import slice_json
 from tests.proxy import proxy
@@ -85,9 +86,9 @@ def test_publishing_keeps_little_of_every_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records, index entries and tails were all in memory: 9 KB a unit."""
-    # Up to 2 * THREADS * LOCAL_BATCH are being read at a time, which is as many as there are of
-    # few: how far the threads get ahead is not what is kept
-    monkeypatch.setattr(publish, "LOCAL_BATCH", 4)
+    # Up to 2 * THREADS * BATCH are being read at a time of a slow disk, which is as many as there
+    # are of few: how far the threads get ahead is not what is kept
+    monkeypatch.setattr(many, "BATCH", 4)
 
     def peak(name: str, num_units: int) -> int:
         dataset = units_of(tmp_path / name, num_units)
@@ -100,7 +101,7 @@ def test_publishing_keeps_little_of_every_unit(
         return peak
 
     peak("warm", 10)
-    assert peak("many", 4000) - peak("few", 2000) < 2000 * 200
+    assert peak("many", 4000) - peak("few", 2000) < 2000 * 300
 
 
 def test_reading_a_small_file_takes_little_memory(tmp_path: Path) -> None:
@@ -126,10 +127,26 @@ def test_items_are_taken_as_results_are() -> None:
 
     for batch in (1, 7):
         taken.clear()
-        for number, result in enumerate(files.each(lambda item: -item, items(), batch)):
+        for number, result in enumerate(many.each(lambda item: -item, items(), batch)):
             assert result == -number
-            assert len(taken) <= number + 1 + (2 * files.THREADS + 1) * batch
+            assert len(taken) <= number + 1 + (2 * many.THREADS + 1) * batch
         assert len(taken) == 10_000
+
+
+def test_only_files_that_are_waited_for_are_read_by_several_threads() -> None:
+    def threads_of(seconds: float) -> set[int]:
+        def read(item: int) -> tuple[int, int]:
+            time.sleep(seconds)
+            return item, threading.get_ident()
+
+        results = list(many.each_local(read, range(1000)))
+        assert [item for item, _ in results] == list(range(1000))
+        return {thread for _, thread in results}
+
+    assert threads_of(0) == {threading.get_ident()}
+    assert len(threads_of(2 * many.SLOW)) > 2
+    with pytest.raises(ZeroDivisionError):
+        list(many.each_local(lambda item: 1 // item, range(5)))
 
 
 # Resuming in an object store
