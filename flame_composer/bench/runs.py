@@ -141,7 +141,7 @@ def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Any:
 
     Rows are repeated or left out to reach that number.
     """
-    dataset = open_dataset(folder)
+    dataset = open_dataset(folder, with_units=False)
     config = DataConfig(
         num_workers=num_workers, streams={"all": StreamConfig(local=folder, choose=num_rows)}
     )

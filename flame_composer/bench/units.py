@@ -1,4 +1,4 @@
-"""What a conversion of very many work units takes besides converting: plan, resume, publish.
+"""What a conversion of very many work units takes besides converting: plan, resume, publish, again.
 
     python -c "from flame_composer.bench.units import measure_units; measure_units(500_000)"
 
@@ -31,7 +31,7 @@ UNIT_SIZE = 64 << 20
 UNITS_A_FILE = 5000
 CONTEXT_LENGTH, NUM_TAIL = 2048, 1000  # tokens in a row, and in the tail of a unit
 LINKS = 50_000  # of a file; a filesystem may allow no more than 65,000
-STAGES = ("plan", "resume", "publish")
+STAGES = ("plan", "resume", "publish", "again")
 RUN = (
     "import sys; from flame_composer.bench.units import run; run(*sys.argv[1:3], int(sys.argv[3]))"
 )
@@ -107,8 +107,12 @@ def run(stage: str, folder: str, num_units: int) -> None:
         assert dataset.finished() is None
         dataset.begin()
         assert dataset.uncommitted() == set()
-    else:
+    elif stage == "publish":
         assert dataset.publish().rows > num_units
+    else:  # the same command when there is nothing left to do
+        totals = dataset.finished()
+        assert totals is not None
+        assert totals.rows > num_units
 
 
 def measure_units(num_units: int, place: str | None = None) -> None:

@@ -100,8 +100,9 @@ class ConvertConfig(HubSourceConfig):
     16 M tokens, and so a shard of 32 MB if the vocabulary has at most 65,536 tokens.
     """
     unit_size: int = 67108864
-    """Size of a work unit, bytes of input. A conversion is committed and resumed unit by unit. With
-    134217728, there are half as many units, and two-byte tokens fill shards of 64 MB.
+    """Size of a work unit, bytes of input. A conversion is committed and resumed unit by unit. For
+    shards of 64 MB of two-byte tokens, set this and shard_size to 134217728: there are half as many
+    units, each of one shard.
     """
     max_doc_length: int | None = None
     """Largest number of tokens per document, bos and eos included; a longer document is cut into

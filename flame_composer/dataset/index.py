@@ -6,20 +6,30 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from flame_composer.dataset.ledger import text_counts
 from flame_composer.dataset.long_json import LongJson
-from flame_composer.dataset.manifest import Manifest, damaged, manifest_of, require_there, take
+from flame_composer.dataset.manifest import (
+    Manifest,
+    damaged,
+    is_plain,
+    manifest_of,
+    require_there,
+    take,
+)
 from flame_composer.dataset.mds import HASH, MAX_SHARD_BYTES, SHARD_NAME, ShardFile, column_form
 from flame_composer.dataset.mds import VERSION as MDS_VERSION
 from flame_composer.dataset.table import ShardTable, TableBuilder
 from flame_composer.errors import DataError
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
+from flame_composer.text.sources import Unit, slice_json
 
 SHARD_HASH = re.compile("[0-9a-f]{16}")
 
@@ -33,6 +43,33 @@ def read_header(folder: str) -> Manifest:
     content = read_without(place, "units")
     take(content, "units", list, place)
     return manifest_of(content, None, place)
+
+
+def is_made_of(folder: str, manifest: Manifest, units: Iterable[Unit]) -> bool:
+    """Return whether the manifest in a folder, whose header `manifest` is, records these units.
+
+    The records are read one by one: of a million, no more than one is in memory. Only those of this
+    version's form are known, which add up to the totals; of others, `read_manifest` says what they
+    are.
+    """
+    expected = iter(units)
+    sums: Counter[str] = Counter()
+    state = {"is_same": True}
+
+    def use(record: Any) -> None:
+        inputs = [slice_json(part) for part in next(expected, ())]
+        if state["is_same"] and is_plain(record) and record["inputs"] == inputs:
+            sums.update(record["ledger"])
+        else:
+            state["is_same"] = False
+
+    _read_long(require_there(folder), "units", use)
+    totals = text_counts(vars(manifest.totals))
+    return (
+        state["is_same"]
+        and next(expected, None) is None
+        and all(sums[name] == count for name, count in totals.items())
+    )
 
 
 def read_without(place: str, key: str) -> dict[str, Any]:

@@ -98,13 +98,13 @@ def current_record(content: Any, unit: Unit, kind: Kind, place: str) -> dict[str
     record = content.get("record") if isinstance(content, dict) else None
     inputs = [slice_json(part) for part in unit]
     # Records of this version need no parsing, which takes five times as long
-    if kind == "text" and _is_plain(record) and record["inputs"] == inputs:
+    if kind == "text" and is_plain(record) and record["inputs"] == inputs:
         return {**record, "inputs": inputs}
     parsed = parse_record(record, place)
     return record_json(parsed, kind) if parsed.inputs == unit else None
 
 
-def _is_plain(record: Any) -> TypeGuard[dict[str, Any]]:
+def is_plain(record: Any) -> TypeGuard[dict[str, Any]]:
     """Return whether `record` is one of text, whole, with values of the right types."""
     if not isinstance(record, dict) or record.keys() != RECORD_KEYS:
         return False

@@ -95,9 +95,13 @@ def check_shards(dataset: Dataset) -> None:
     Only sizes are looked at: content is checked when it is read.
     """
     assert dataset.folder, "a dataset that is only looked at where it is has no folder"
-    there = files.find(dataset.folder)
+    # A listing asks a store 1,000 times less often, but it is in memory, with all other files
+    listed = files.find(dataset.folder) if is_url(dataset.folder) else None
     for file in dataset.files:
-        found = there.get(file.basename)
+        if listed is None:
+            found = files.stat(files.join(dataset.folder, file.basename))
+        else:
+            found = listed.get(file.basename)
         if found is None or found.size != file.bytes:
             what = "missing" if found is None else f"{found.size} bytes long, must be {file.bytes}"
             raise DataError(

@@ -19,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flame_composer.dataset.index import read_without
+from flame_composer.dataset.index import is_made_of, read_without
 from flame_composer.dataset.ledger import Ledger
 from flame_composer.dataset.manifest import (
     VERSIONS,
@@ -98,6 +98,10 @@ class DatasetWriter:
     def _place(self, *names: str) -> str:
         return files.join(self.out, *names)
 
+    def _units(self) -> Sequence[Unit]:
+        assert not isinstance(self.plan.units, Mapping), "a worker has no whole plan"
+        return self.plan.units
+
     def finished(self) -> Ledger | None:
         """Return the totals if the folder holds this plan's finished dataset, else None.
 
@@ -113,12 +117,16 @@ class DatasetWriter:
                 require_folder_inside(Path(out), name, "out")
         names = files.ls(out)
         if "index.json" in names:
-            manifest = read_manifest(self.out)
-            inputs = inputs_of(unit.inputs for unit in manifest.units)
-            self._refuse_difference(settings_of(manifest), inputs)
-            check_shards(open_dataset(self.out))
+            dataset = open_dataset(self.out, with_units=False)
+            inputs = None
+            if not is_made_of(
+                out, dataset.manifest, (*self._units(), ())
+            ):  # the tail has no inputs
+                inputs = inputs_of(unit.inputs for unit in read_manifest(out).units)
+            self._refuse_difference(settings_of(dataset.manifest), inputs)
+            check_shards(dataset)
             self._clean()
-            return manifest.totals
+            return dataset.manifest.totals
         if "plan.json" in names:
             # Inputs may differ: they may have been mended since the conversion stopped, and
             # `begin` retracts the units made from their earlier content.
@@ -227,8 +235,7 @@ class DatasetWriter:
                 f" ({kinds.get(there['version'], 'unknown')} there, {self.plan.kind} now); name"
                 " another out, or remove this folder"
             )
-        assert not isinstance(self.plan.units, Mapping), "a worker has no whole plan"
-        inputs_here = None if inputs is None else inputs_of(self.plan.units)
+        inputs_here = None if inputs is None else inputs_of(self._units())
         # Plans made before documents had a size limit do not record one.
         flat = [
             {**plan, "max_document_bytes": MAX_DOCUMENT_BYTES, **plan["config"], **(of_plan or {})}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from flame_composer.checkpoint.read import Checkpoint
 from flame_composer.checkpoint.to_model import average_of
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
-from flame_composer.dataset.manifest import read_manifest
+from flame_composer.dataset.index import read_header
 from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
 from flame_composer.model.lora import Adapter, endings_of
 from flame_composer.model.work import count_parameters
@@ -248,7 +248,7 @@ def _size_of(place: str | None, index_sha256: str) -> str:
     if place is None or is_url(place):
         return ""
     try:
-        manifest = read_manifest(place)
+        manifest = read_header(place)
     except (ConfigError, DataError):
         return ""
     if manifest.index_sha256 != index_sha256:

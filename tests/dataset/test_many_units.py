@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from flame_composer.bench.units import plan_dataset, write_sources, write_units
+from flame_composer.dataset import long_json
 from flame_composer.dataset.finish import published
 from flame_composer.dataset.manifest import read_manifest
 from flame_composer.dataset.plan import Plan, is_same, plan_parts, settings_json, unit_name
@@ -102,6 +103,37 @@ def test_publishing_keeps_little_of_every_unit(
 
     peak("warm", 10)
     assert peak("many", 4000) - peak("few", 2000) < 2000 * 300
+
+
+def test_a_finished_dataset_is_known_again_without_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every record was an object, and the manifest was read twice: 5 KB a unit."""
+    monkeypatch.setattr(long_json, "BLOCK", 1 << 12)  # less than the files of few have
+
+    def peak(name: str, num_units: int) -> int:
+        dataset = units_of(tmp_path / name, num_units)
+        totals = dataset.publish()
+        tracemalloc.start()
+        assert dataset.finished() == totals
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak("warm", 10)
+    few, many = peak("few", 1000), peak("many", 3000)
+    assert many - few < 2000 * 300
+
+
+def test_records_that_do_not_add_up_are_said_to_be_damaged(tmp_path: Path) -> None:
+    dataset = units_of(tmp_path / "data", 3)
+    dataset.publish()
+    place = Path(dataset.out, "manifest.json")
+    content = json.loads(place.read_bytes())
+    content["units"][1]["ledger"]["rows"] += 1
+    place.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="its token ledger does not balance"):
+        dataset.finished()
 
 
 def test_reading_a_small_file_takes_little_memory(tmp_path: Path) -> None:
