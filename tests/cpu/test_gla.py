@@ -326,3 +326,16 @@ def test_offsets_that_do_not_cover_the_row_are_refused():
     q, k, v, g, _, _, _ = draw(10, "usual", [0, 10])
     with pytest.raises(ValueError, match="must run from 0 to T=10, got 0 to 9"):
         chunk_gla(q, k, v, g, cu_seqlens=torch.tensor([0, 4, 9]))
+
+
+@pytest.mark.parametrize("score", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_the_first_token_of_a_document_is_as_steep_as_its_score_is_small(score):
+    """docs/cpu.md says why gradients of the first steps are unsteady: here is the slope."""
+    q = torch.tensor([[[[score, 0.0, 0.0, 0.0]]]]).requires_grad_()
+    k = torch.tensor([[[[2.0, 0.0, 0.0, 0.0]]]])  # with a scale of 1/2, q.k is the score
+    v = torch.tensor([[[[1.0, -1.0, 1.0, -1.0]]]])
+    o, _ = chunk_gla(q, k, v, torch.zeros_like(k))
+    normed = F.rms_norm(o, (4,), eps=1e-6)
+    (gradient,) = torch.autograd.grad(normed[..., 0].sum(), q)
+    # d/ds of s / sqrt(s^2 + eps)
+    assert float(gradient[0, 0, 0, 0]) == pytest.approx(1e-6 * (score**2 + 1e-6) ** -1.5, rel=1e-3)

@@ -71,7 +71,8 @@ def recipe(
     numbers of labels.
 
     The rows come in the order for which it was seen how far rounding grows. In others the norm of
-    the first steps' gradients can be so unsteady that differences of 1e-6 come to more.
+    the first steps' gradients can be so unsteady that differences of 1e-6 come to more, by the
+    slope of the heads' norms at the documents' first tokens (docs/cpu.md).
     """
     run = folder / f"{ranks}-{rows}-{recompute}-{steps}"
     Ranks(
