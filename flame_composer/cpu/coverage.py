@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # The model types that have a CPU form of every operation, with the layers in use by default
-ON_CPU = ("gla", "mamba")
+ON_CPU = ("gla", "mamba", "transformer")
 
 
 def interprets() -> bool:
@@ -29,12 +29,11 @@ def missing(hf_config: Any) -> tuple[str, str] | None:
             "model_type",
             (
                 f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's"
-                f" models, {' and '.join(ON_CPU)} train on a CPU, and so does any of transformers'"
+                f" models, {', '.join(ON_CPU)} train on a CPU, and so does any of transformers'"
                 " own (llama, ...)"
             ),
         )
     for key, has_none in (
-        ("attn", getattr(hf_config, "attn", None) is not None),
         ("attnres_block_size", getattr(hf_config, "attnres_block_size", None) is not None),
         ("hidden_act", getattr(hf_config, "hidden_act", None) == "powglu"),
     ):

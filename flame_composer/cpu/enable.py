@@ -1,15 +1,16 @@
 """Support for fla's models without a GPU: `from flame_composer import cpu; cpu.enable()`.
 
 fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
-`import fla` works anywhere. Every operation of `GLAForCausalLM` (training, prefill, decoding) that
-is given a CPU tensor then runs in plain PyTorch (`flame_composer.cpu.operations`); CUDA tensors
-still take fla's own kernels. Configs, parameter names and checkpoints are the same on both.
+`import fla` works anywhere. Every operation of the models in `cpu.coverage` (training, prefill,
+decoding) that is given a CPU tensor then runs in plain PyTorch (`cpu.operations`,
+`cpu.attention`); CUDA tensors still take fla's own kernels, and flash-attn. Configs, parameter
+names and checkpoints are the same on both.
 
 With TRITON_INTERPRET=1 in the environment, fla's own kernels run in Triton's interpreter instead:
 very slowly, to compare with, and for any model whose kernels the interpreter can run.
 
-There is no CPU version of fla's softmax attention (flash-attn) and of fla's other models, except
-Mamba, which has a plain PyTorch version of its own. `missing` reports what needs a GPU.
+There is no CPU version of fla's other models, except Mamba, which has a plain PyTorch version of
+its own. `missing` reports what needs a GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame_composer.cpu import attention
 from flame_composer.cpu.coverage import interprets
 from flame_composer.cpu.linear import keep_signals_off_the_heap
 from flame_composer.cpu.losses import genuine_cross_entropy_forward
@@ -37,7 +39,7 @@ DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
 
 
 def enable() -> None:
-    """Make fla importable, and its GLA models runnable on CPU tensors.
+    """Make fla importable, and the models in `cpu.coverage` runnable on CPU tensors.
 
     Calling it again changes nothing.
 
@@ -61,13 +63,14 @@ def enable() -> None:
     # once. They are not needed until something is compiled.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
     with warnings.catch_warnings():
-        # fla warns at import that flash-attn is missing, but GLA does not use it.
+        # fla warns at import that flash-attn is missing.
         warnings.filterwarnings("ignore", "Flash Attention is not installed", ImportWarning)
         importlib.import_module("fla")
     # transformers >= 4.52 reads the docstring of every registered config, and fla's BitNetConfig
     # has none.
     bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
     bitnet.__doc__ = bitnet.__doc__ or ""
+    _supply_flash_attention()
     if interprets():
         loss = importlib.import_module("fla.modules.fused_cross_entropy").FusedCrossEntropyLoss
         loss.forward = genuine_cross_entropy_forward
@@ -163,6 +166,23 @@ def _register_backend() -> None:
     for operation in OPERATIONS:
         setattr(TorchCPU, operation.__name__, staticmethod(operation))
     modules_registry.register(TorchCPU())
+
+
+def _supply_flash_attention() -> None:
+    """Let CPU tensors take `cpu.attention` where fla's softmax attention calls flash-attn.
+
+    fla refuses to build such a layer without flash-attn. It still does so on a machine with a GPU,
+    where flash-attn is what the layer needs.
+    """
+    owner = importlib.import_module("fla.layers.attn")
+    for cpu_version in (attention.flash_attn_func, attention.flash_attn_varlen_func):
+        name = cpu_version.__name__
+        original = getattr(owner, name, None)
+        is_ours = original is cpu_version or hasattr(original, "cpu_version")
+        if original is None and not torch.cuda.is_available():
+            setattr(owner, name, cpu_version)
+        elif original is not None and not is_ours:
+            setattr(owner, name, _by_device(original, cpu_version))
 
 
 def _by_device(original: Callable[..., Any], cpu_version: Callable[..., Any]) -> Callable[..., Any]:

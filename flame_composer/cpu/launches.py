@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from flame_composer.cpu.enable import own_kernels
@@ -29,11 +31,12 @@ def code_for_gpus(shared_memory: int) -> Iterator[None]:
     documents (`cu_seqlens`) must be real tensors, because the sizes of buffers depend on them.
     `cpu.enable` comes first.
 
-    Upstream: fla 0.5.2, `fla.ops.utils.index.prepare_...`, `FusedCrossEntropyLoss.forward` and
-    `fla.utils._device.get_all_max_shared_mem`.
+    Upstream: fla 0.5.2, `fla.ops.utils.index.prepare_...`, `FusedCrossEntropyLoss.forward`,
+    `fla.utils._device.get_all_max_shared_mem`, and flash-attn in `fla.layers.attn`.
     Mends: offsets must be read although tensors are fake, the loss refuses tensors of other
-    devices, and the shared memory of their device is not found.
+    devices, the shared memory of their device is not found, and flash-attn needs a GPU.
     """
+    from fla.layers import attn
     from fla.modules.fused_cross_entropy import FusedCrossEntropyLoss
     from fla.utils import _device
 
@@ -45,7 +48,21 @@ def code_for_gpus(shared_memory: int) -> Iterator[None]:
             stack.enter_context(patch.object(module, name, _on_real_tensors(function)))
         loss = patch.object(FusedCrossEntropyLoss, "forward", genuine_cross_entropy_forward)
         stack.enter_context(loss)
+        # fla leaves the name of the second undefined if flash-attn is not installed.
+        for name, made in (("flash_attn_func", _flash_attn), ("flash_attn_varlen_func", _varlen)):
+            stack.enter_context(patch.object(attn, name, made, create=True))
         yield
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Allocate and keep what flash-attn does, by torch's own build of it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Take all documents for one: what is allocated depends on the number of tokens only."""
+    return _flash_attn(q[None], k[None], v[None])[0]
 
 
 def _index_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:

@@ -133,11 +133,24 @@ def probe(model: PreTrainedModel) -> Abilities:
             in_pieces = _agree(pieces, alone[1], tolerance)
         except ConfigError:  # as fla's mamba, which reads whole prompts only
             in_pieces = False
+        in_pieces = in_pieces and not _forgets(model)
         joined = _continued_together(model, texts, more)
     if joined is None:
         return Abilities(False, in_pieces)
     agree = all(_agree(joined[row], alone[row], tolerance) for row in range(2))
     return Abilities(agree, in_pieces)
+
+
+def _forgets(model: PreTrainedModel) -> bool:
+    """Return whether fla keeps a sliding window of a text only, of any length.
+
+    The first tokens of a further piece then lack the tokens before them that have been dropped,
+    which short texts do not show.
+    """
+    return any(
+        type(module).__module__ == "fla.layers.attn" and module.window_size is not None
+        for module in model.modules()
+    )
 
 
 def describe(abilities: Abilities, max_rows: int) -> str:

@@ -25,6 +25,7 @@ from flame_composer import cpu
 from flame_composer.cpu import operations
 from flame_composer.cpu.enable import _by_device
 from flame_composer.upstream.autotuner import try_the_smallest_only
+from tests.cpu.agreement import assert_same, leaves, relative_error
 
 cpu.enable()
 
@@ -33,8 +34,6 @@ from fla.models import GLAConfig, GLAForCausalLM  # noqa: E402
 from fla.modules import (  # noqa: E402
     FusedCrossEntropyLoss,
     FusedLinearCrossEntropyLoss,
-    FusedRMSNormGated,
-    RMSNorm,
     ShortConvolution,
 )
 from fla.modules.activations import ACT2FN, swiglu, swiglu_linear  # noqa: E402
@@ -65,12 +64,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-def relative_error(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
-    assert a.shape == b.shape
-    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def make_model(config: dict, gates: list[float] | None = None) -> GLAForCausalLM:
@@ -246,63 +239,6 @@ def test_bfloat16_model_trains_like_float32(name):
         assert relative_error(a.grad, b.grad) < 0.1, key
 
 
-def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=random).to(dtype).requires_grad_() for shape in shapes]
-
-
-def assert_same(got, want, inputs: list[Tensor], tolerance: float = 2e-6) -> None:
-    """Same outputs, and same gradients under the same random weights on them."""
-    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
-    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) for x in want]
-    gradients = []
-    for outputs in (got, want):
-        total = sum((x.float() * w).sum() for x, w in zip(outputs, weights, strict=True))
-        gradients.append(torch.autograd.grad(total, inputs, retain_graph=True))
-    for a, b in zip((*got, *gradients[0]), (*want, *gradients[1]), strict=True):
-        assert a.dtype == b.dtype
-        assert relative_error(a, b) < tolerance
-
-
-def plain_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    x = x.float()
-    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return y if weight is None else y * weight
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("affine", [True, False])
-def test_rms_norm(affine, dtype):
-    norm = RMSNorm(12, elementwise_affine=affine, eps=1e-3)
-    x, residual = leaves((2, 9, 12), (2, 9, 12), dtype=dtype)
-    parameters = list(norm.parameters())
-    if affine:
-        torch.nn.init.normal_(norm.weight)
-    tolerance = 2e-6 if dtype == torch.float32 else 1e-2
-    assert_same(
-        norm(x), plain_rms_norm(x, norm.weight, 1e-3).to(dtype), [x, *parameters], tolerance
-    )
-    # The block's second norm: it adds the residual, and returns the sum for the next one.
-    total = (x.float() + residual.float()).to(dtype)
-    want = plain_rms_norm(x.float() + residual.float(), norm.weight, 1e-3).to(dtype), total
-    assert_same(norm(x, residual, True), want, [x, residual, *parameters], tolerance)
-    assert_same(norm(x, residual), want[0], [x, residual, *parameters], tolerance)
-
-
-@pytest.mark.parametrize("activation", ["swish", "sigmoid"])
-@pytest.mark.parametrize("affine", [True, False])
-def test_gated_rms_norm(affine, activation):
-    norm = FusedRMSNormGated(12, elementwise_affine=affine, eps=1e-3, activation=activation)
-    if affine:
-        torch.nn.init.normal_(norm.weight)
-    x, g, residual = leaves((2, 9, 3, 12), (2, 9, 3, 12), (2, 9, 3, 12))
-    gate = F.silu(g) if activation == "swish" else g.sigmoid()
-    inputs = [x, g, *norm.parameters()]
-    assert_same(norm(x, g), plain_rms_norm(x, norm.weight, 1e-3) * gate, inputs)
-    want = plain_rms_norm(x + residual, norm.weight, 1e-3) * gate, x + residual
-    assert_same(norm(x, g, residual, True), want, [*inputs, residual])
-
-
 @pytest.mark.parametrize(
     ("name", "plain"), [("swish", F.silu), ("sigmoid", torch.sigmoid), ("logsigmoid", F.logsigmoid)]
 )
@@ -445,6 +381,7 @@ def test_the_operations_have_flas_signatures():
         "fused_linear_cross_entropy",
         "fused_norm_gate",
         "layernorm",
+        "rotary",
     ]
     modules = [
         importlib.import_module(f"fla.modules.{name}") for name in (*names, "conv.triton.ops")
@@ -469,8 +406,6 @@ def test_an_operation_without_a_cpu_form_says_so():
 
     with pytest.raises(RuntimeError, match="a Triton kernel was called on a machine without a GPU"):
         l2_norm(torch.ones(2, 4))
-    with pytest.raises(NotImplementedError, match="only RMSNorm without bias"):
-        RMSNorm(4, bias=True)(torch.ones(2, 4))
     x = torch.ones(1, 2, 1, 4)
     with pytest.raises(NotImplementedError, match="gates on the keys only"):
         fla_layer.fused_recurrent_gla(x, x, x, gk=x, gv=x)

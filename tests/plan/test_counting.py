@@ -143,7 +143,14 @@ def test_parts_of_strategies_are_those_of_arithmetic(counted: Counted) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["transformer_340m", "delta_net_340m", "gated_deltanet_340m", "gsa_340m", "hgrn2_340m"],
+    [
+        "transformer_340m",
+        "delta_net_340m",
+        "gated_deltanet_340m",
+        "gated_deltanet_hybrid_340m",
+        "gsa_340m",
+        "hgrn2_340m",
+    ],
 )
 def test_every_recipe_is_counted_as_on_a_gpu(counted: Counted, name: str) -> None:
     """With fla's own code around its kernels; activations grow in proportion to the rows."""

@@ -31,6 +31,7 @@ FILES = sorted({*(ROOT / "yamls").glob("*.yaml")} - {*TUNING})
 PARAMETERS = {
     "delta_net_340m": 341_594_112,
     "gated_deltanet_340m": 346_996_350,
+    "gated_deltanet_hybrid_340m": 336_415_840,
     "gla_1b": 1_365_514_240,
     "gla_1b_paper": 1_365_514_240,
     "gla_340m": 341_707_776,
@@ -202,8 +203,8 @@ def test_a_model_without_a_cpu_form_is_refused_before_anything_starts(
     assert (
         process.stderr.splitlines()[-1]
         == "error: yamls/gsa_340m.yaml: model.config.model_type=gsa: fla's gsa needs a GPU, and"
-        " there is none here; of fla's models, gla and mamba train on a CPU, and so does any of"
-        " transformers' own (llama, ...)"
+        " there is none here; of fla's models, gla, mamba, transformer train on a CPU, and so"
+        " does any of transformers' own (llama, ...)"
     )
     assert not (tmp_path / "run").exists()
 
@@ -215,7 +216,7 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
 
     fla = {name for name in CONFIG_MAPPING if CONFIG_MAPPING[name].__module__.startswith("fla.")}
     assert {"gla", "mamba", "mamba2", "gsa", "hgrn2", "delta_net", "transformer"} <= fla
-    allowed = {"gla", "mamba"}
+    allowed = {"gla", "mamba", "transformer"}
     for name in fla - allowed:
         with pytest.raises(
             InvalidField, match=f"^model.config.model_type: fla's {name} needs a GPU"
@@ -223,7 +224,7 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
             build_hf_config({"model_type": name}, None, CONTEXT_LENGTH)
     ids = torch.randint(0, 400, (1, 16))
     for name in allowed:
-        keys = {"model_type": name, "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}
+        keys = {"model_type": name, "vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 1}
         model = build_model(build_hf_config(keys, byte_tokenizer(), CONTEXT_LENGTH))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         assert all(
@@ -236,7 +237,6 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attn", {"layers": [0], "num_heads": 2}),
         ("attnres_block_size", 2),
         ("hidden_act", "powglu"),
     ],

@@ -71,6 +71,10 @@ def test_what_states_allow_is_found_out() -> None:
     assert probe(tiny({**GLA, "use_short_conv": True})) == Abilities(True, True)
     assert probe(tiny(MAMBA)) == Abilities(joined=True, in_pieces=False)
     assert probe(tiny(LLAMA)) == Abilities(joined=False, in_pieces=True)
+    for window, in_pieces in ((None, True), (16, False), (400, False)):
+        attn = {"layers": [0], "num_heads": 2, "window_size": window}
+        hybrid = {**GLA, "num_hidden_layers": 2, "attn": attn}
+        assert probe(tiny(hybrid)) == Abilities(joined=False, in_pieces=in_pieces)
     assert probe(with_positions()).joined is False
     assert "take turns" in describe(Abilities(False, True), 8)
     assert "reads a prompt whole" in describe(Abilities(True, False), 8)

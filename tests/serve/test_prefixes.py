@@ -91,7 +91,12 @@ def test_what_begins_alike_is_read_in_the_same_pieces(
     assert cuts[0] == cuts[1]
 
 
-@pytest.mark.parametrize("architecture", [SHORT, GLA, LLAMA], ids=["conv", "gla", "llama"])
+HYBRID = {**GLA, "num_hidden_layers": 2, "attn": {"layers": [1], "num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    "architecture", [SHORT, GLA, LLAMA, HYBRID], ids=["conv", "gla", "llama", "hybrid"]
+)
 def test_answers_have_the_same_bits(architecture: dict[str, Any]) -> None:
     """With room for all states, for few, and for none; greedy and drawn, with log probabilities."""
     model = tiny(architecture)
