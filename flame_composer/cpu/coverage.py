@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # The model types that have a CPU form of every operation, with the layers in use by default
-ON_CPU = ("gla", "mamba")
+ON_CPU = ("delta_net", "gated_deltanet", "gla", "kda", "mamba")
 
 
 def interprets() -> bool:
@@ -29,7 +29,7 @@ def missing(hf_config: Any) -> tuple[str, str] | None:
             "model_type",
             (
                 f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's"
-                f" models, {' and '.join(ON_CPU)} train on a CPU, and so does any of transformers'"
+                f" models, {', '.join(ON_CPU)} train on a CPU, and so does any of transformers'"
                 " own (llama, ...)"
             ),
         )
