@@ -116,8 +116,6 @@ def train(site: Site, recipe: str, run_name: str, *more: str) -> int:
 
 def warm(site: Site, recipe: str) -> list[Answer]:
     """Compile the kernels of a recipe, which Triton keeps for the parts that are timed."""
-    if site.is_rehearsal and recipe in NO_CPU_FORM:
-        return [Answer(f"{recipe}: compiling", "not rehearsed: it has no CPU form")]
     start = time.perf_counter()
     train(site, recipe, f"warm_{recipe}", "max_duration=1ba")
     return [
@@ -127,8 +125,6 @@ def warm(site: Site, recipe: str) -> list[Answer]:
 
 def speed(site: Site, recipe: str) -> list[Answer]:
     """Train at the recipe's shapes: tokens/s, MFU, and the planner's memory against torch's."""
-    if site.is_rehearsal and recipe in NO_CPU_FORM:
-        return [Answer(f"{recipe}: training", "not rehearsed: it has no CPU form")]
     site.take_choices(f"warm_{recipe}", f"speed_{recipe}")
     used = train(site, recipe, f"speed_{recipe}")
     rows = [json.loads(line) for line in (site.folder / f"speed_{recipe}/train_log.jsonl").open()]
@@ -323,7 +319,6 @@ def trainer(site: Site) -> list[Answer]:
     return benchmark("trainer", *(("megabytes=1", "repeats=1", "steps=4") * site.is_rehearsal))
 
 
-NO_CPU_FORM = ("gated_deltanet_340m",)
 RECIPES = ("gla_340m", "transformer_340m", "gated_deltanet_340m")
 PARTS: dict[str, Callable[[Site], list[Answer]]] = {
     "data": data,

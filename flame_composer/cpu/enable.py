@@ -117,7 +117,7 @@ def install_stub_driver() -> None:
         def get_current_device(self) -> int:
             raise RuntimeError(
                 "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no"
-                " CPU version of this operation (it covers GLA models; other fla models need a GPU)"
+                " CPU version of this operation (cpu.coverage names the models that have one)"
             )
 
     if any(each.driver.is_active() for each in backends.values()):

@@ -45,9 +45,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Mends: F.linear does not use oneDNN for large products, for which oneDNN is faster.
     """
     if weight.is_mkldnn or _is_for_onednn(x, weight):  # laid out by `pack`, or plain
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        weight = weight if weight.is_mkldnn else _dense(weight)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), weight, bias, "none", [], "")
         return result
     return F.linear(x, weight, bias)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x without gaps between its rows, for which oneDNN can take a thousand times as long.
+
+    Such are the gradients of projections that were concatenated (Gated DeltaNet).
+    """
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_composer.cpu import gla, norms
+from flame_composer.cpu import delta, gla, norms
 from flame_composer.cpu.convolution import (
     causal_conv1d_bwd,
     causal_conv1d_fwd,
     causal_conv1d_update,
 )
+from flame_composer.cpu.delta_inputs import l2norm_bwd, l2norm_fwd
 from flame_composer.cpu.linear import product, weight_gradient
 from flame_composer.cpu.losses import (
     cross_entropy_forward,
@@ -148,6 +149,8 @@ OPERATIONS: tuple[Callable[..., Any], ...] = (
     causal_conv1d_fwd,
     causal_conv1d_bwd,
     causal_conv1d_update,
+    l2norm_fwd,
+    l2norm_bwd,
 )
 
 # fla 0.5.2 does not dispatch these, so they are replaced: (module, attribute, CPU version).
@@ -155,5 +158,6 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *norms.REPLACEMENTS,
     ("fla.layers.gla", "chunk_gla", gla.chunk_gla),
     ("fla.layers.gla", "fused_recurrent_gla", _fused_recurrent_gla),
+    *delta.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
 )

@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 import weakref
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_weight_gradients_are_contiguous(shape: tuple[int, int, int]) -> None:
     found = weight_gradient(dy, x)
     assert found.is_contiguous()
     torch.testing.assert_close(found, dy.t() @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_with_gaps_take_no_longer() -> None:
+    """oneDNN took ten seconds for this product of a slice's, and 14 ms for its copy's."""
+    gradients, x = torch.randn(512, 1536)[:, 768:], torch.randn(512, 512)
+    start = time.perf_counter()
+    found = weight_gradient(gradients, x)
+    assert time.perf_counter() - start < 2
+    assert torch.equal(found, weight_gradient(gradients.contiguous(), x))
 
 
 def test_the_same_call_gives_the_same_bits() -> None:

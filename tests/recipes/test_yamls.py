@@ -18,6 +18,7 @@ from flame_composer.config.convert import ToHfConfig
 from flame_composer.config.load import load
 from flame_composer.config.sft import SftConfig
 from flame_composer.config.train import TrainConfig
+from flame_composer.cpu.coverage import ON_CPU
 from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.build import build_model, load_pretrained
 from flame_composer.model.causal_lm import CausalLM
@@ -203,8 +204,8 @@ def test_a_model_without_a_cpu_form_is_refused_before_anything_starts(
     assert (
         process.stderr.splitlines()[-1]
         == "error: yamls/gsa_340m.yaml: model.config.model_type=gsa: fla's gsa needs a GPU, and"
-        " there is none here; of fla's models, gla, mamba, transformer train on a CPU, and so"
-        " does any of transformers' own (llama, ...)"
+        f" there is none here; of fla's models, {', '.join(ON_CPU)} train on a CPU, and so does any"
+        " of transformers' own (llama, ...)"
     )
     assert not (tmp_path / "run").exists()
 
@@ -216,7 +217,7 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
 
     fla = {name for name in CONFIG_MAPPING if CONFIG_MAPPING[name].__module__.startswith("fla.")}
     assert {"gla", "mamba", "mamba2", "gsa", "hgrn2", "delta_net", "transformer"} <= fla
-    allowed = {"gla", "mamba", "transformer"}
+    allowed = set(ON_CPU)
     for name in fla - allowed:
         with pytest.raises(
             InvalidField, match=f"^model.config.model_type: fla's {name} needs a GPU"

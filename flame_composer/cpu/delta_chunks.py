@@ -1,0 +1,299 @@
+"""The delta rule over chunks of tokens, forwards and backwards.
+
+For one head, with a state S `[K, V]`, log gates g_t <= 0, values v_t, and for each token a row q_t
+that reads, p_t that erases, and w_t that writes:
+
+    S_t = diag(exp g_t) S_{t-1} + w_t^T e_t      e_t = v_t - p_t diag(exp g_t) S_{t-1}
+    o_t = scale * q_t S_t
+
+DeltaNet has p = k and w = beta k (Yang et al. 2024, arXiv:2406.06484, section 3). In a chunk that S
+enters, with the scores A of `delta_scores` (those of p strictly below the diagonal), the errors e
+solve a triangular system; that is the WY representation:
+
+    (I + A_pw) E = V - (P * exp G) S
+    O = scale * [ (Q * exp G) S + A_qw E ]       S' = diag(exp G_C) S + (W * exp(G_C - G))^T E
+
+All but the state's way from chunk to chunk is done for all chunks at once. The function saves only
+what it is given, and computes the rest again in the backward pass.
+
+Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a
+chunk, M = B * H, n = number of chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flame_composer.cpu.delta_scores import (
+    MIN_BLOCK_SIZE,
+    PerChannel,
+    PerHead,
+    Scores,
+    Ungated,
+    plan_blocks,
+)
+from flame_composer.cpu.gla_scores import Masks, masked, masks_of
+from flame_composer.cpu.packing import chunks, tokens
+
+CHUNK_SIZE = 64
+
+
+class Operands(NamedTuple):
+    """What the delta rule is computed from; all but the gates are floating point `[B, T, H, ...]`.
+
+    g is `[B, T, H]` (one log gate per head), `[B, T, H, K]` (one per channel), or None.
+    """
+
+    q: Tensor  # [B, T, H, K] reads
+    p: Tensor  # [B, T, H, K] erases
+    w: Tensor  # [B, T, H, K] writes
+    v: Tensor  # [B, T, H, V]
+    g: Tensor | None
+
+
+Prepare = Callable[..., Operands]
+
+
+class _Chunk(NamedTuple):
+    """What forward and backward need of all chunks, `[M, n, ...]` each."""
+
+    q: Tensor  # [.., C, K], scaled
+    p: Tensor  # [.., C, K]
+    w: Tensor  # [.., C, K]
+    scores: Scores
+    masks: Masks
+    A_q: Tensor  # [.., C, C]
+    A_p: Tensor  # [.., C, C] strictly lower
+    not_before: Tensor  # [C, C] or [n, C, C] bool, True where A_p is masked
+    inverse: Tensor  # [.., C, C] of I + A_p
+    erased: Tensor  # [.., C, K] inverse @ (p * exp G): what S takes from the errors
+    leaving: Tensor  # [.., C, K] w as it arrives in the next state
+    decay: Tensor | None  # [.., K or 1, 1]
+    errors: Tensor  # [.., C, V] e
+    states: Tensor  # [M, n + 1, K, V]: what enters each chunk, and the final state
+
+
+def chunk_size_for(num_tokens: int) -> int:
+    """Return the number of tokens in a chunk, which is smaller for short rows."""
+    size = CHUNK_SIZE
+    while size > MIN_BLOCK_SIZE and size // 2 >= num_tokens:
+        size //= 2
+    return size
+
+
+def chunkwise(
+    prepare: Prepare,
+    given: tuple[Tensor | None, ...],
+    scale: float,
+    h0: Tensor | None,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output `[B, T, H, V]` and the final state `[B, H, K, V]` of the delta rule.
+
+    `prepare(*given)` returns the operands, by operations that autograd knows. `segments` `[T]`
+    numbers the sequences packed into one row, or is None.
+    """
+    result: Any = _ChunkDelta.apply(prepare, scale, segments, h0, *given)
+    return result
+
+
+def _scores(operands: Operands, w: Tensor, masks: Masks) -> Scores:
+    g, size = operands.g, w.shape[2]
+    if g is None:
+        return Ungated(w)
+    if g.dim() == 3:
+        return PerHead(w, chunks(g.unsqueeze(-1), size, w.dtype), masks)
+    return PerChannel(w, chunks(g, size, w.dtype), masks, *plan_blocks(g, size))
+
+
+def _chunk(operands: Operands, scale: float, segments: Tensor | None, h0: Tensor | None) -> _Chunk:
+    size = chunk_size_for(operands.q.shape[1])
+    dtype = torch.promote_types(operands.v.dtype, torch.float32)
+    q, p, w, v = (chunks(x, size, dtype) for x in operands[:4])
+    q = q * scale
+    masks = masks_of(segments, q.shape[1], size, q)
+    scores = _scores(operands, w, masks)
+    A_q = scores.product(q).masked_fill_(masks.hidden, 0)
+    not_before = masks.hidden | torch.eye(size, dtype=torch.bool, device=w.device)
+    A_p = scores.product(p).masked_fill_(not_before, 0)
+    identity = torch.eye(size, dtype=dtype, device=w.device).expand_as(A_p)
+    inverse = torch.linalg.solve_triangular(A_p, identity, upper=False, unitriangular=True)
+    erased = inverse @ _times(p, scores.read, masks.reads)
+    leaving = _times(w, scores.write, masks.writes)
+    decay = scores.decay if scores.decay is None else scores.decay.mT
+    if masks.keeps is not None:
+        decay = masks.keeps if decay is None else decay * masks.keeps
+    errors, states = _run(inverse @ v, erased, leaving, decay, h0)
+    return _Chunk(
+        q,
+        p,
+        w,
+        scores,
+        masks,
+        A_q,
+        A_p,
+        not_before,
+        inverse,
+        erased,
+        leaving,
+        decay,
+        errors,
+        states,
+    )
+
+
+def _times(x: Tensor, factor: Tensor | None, mask: Tensor | None) -> Tensor:
+    x = x if factor is None else x * factor
+    return masked(x, mask)
+
+
+def _run(
+    errors: Tensor, erased: Tensor, leaving: Tensor, decay: Tensor | None, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Carry the state through the chunks; return the errors, in place, and all states."""
+    M, n, _, V = errors.shape
+    states = errors.new_empty(M, n + 1, erased.shape[3], V)
+    state = states[:, 0]
+    state.copy_(torch.zeros_like(state) if h0 is None else h0.reshape(state.shape))
+    for i in range(n):
+        e = errors[:, i]
+        e.baddbmm_(erased[:, i], state, alpha=-1)
+        kept = state if decay is None else state * _at(decay, i)
+        state = states[:, i + 1]
+        torch.baddbmm(kept, leaving[:, i].mT, e, out=state)
+    return errors, states
+
+
+def _at(decay: Tensor, i: int) -> Tensor:
+    return decay[i] if decay.dim() == 3 else decay[:, i]
+
+
+class _ChunkDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prepare: Prepare,
+        scale: float,
+        segments: Tensor | None,
+        h0: Tensor | None,
+        *given: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(segments, h0, *given)
+        ctx.prepare, ctx.scale = prepare, scale
+        operands = prepare(*given)
+        c = _chunk(operands, scale, segments, h0)
+        o = c.A_q @ c.errors
+        o += _times(c.q, c.scores.read, c.masks.reads) @ c.states[:, :-1]
+        # A view would keep the states of all chunks alive in the model's cache.
+        final = c.states[:, -1].clone()
+        B, _, H, K = operands.q.shape
+        v = operands.v
+        return tokens(o, v.shape, v.dtype), final.view(B, H, K, v.shape[3])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        segments, h0, *given = ctx.saved_tensors
+        leaves = [
+            None if x is None else x.detach().requires_grad_(is_needed)
+            for x, is_needed in zip(given, ctx.needs_input_grad[4:], strict=True)
+        ]
+        with torch.enable_grad():
+            operands = ctx.prepare(*leaves)
+        plain = Operands._make(None if x is None else x.detach() for x in operands)
+        *gradients, dh0 = _backward(plain, ctx.scale, segments, h0, *grad_outputs)
+        pairs = [
+            (x, dx)
+            for x, dx in zip(operands, gradients, strict=True)
+            if x is not None and x.requires_grad
+        ]
+        found: dict[int, Tensor] = {}
+        inputs = [x for x in leaves if x is not None and x.requires_grad]
+        if inputs:
+            outputs, doutputs = zip(*pairs, strict=True)
+            found = dict(
+                zip(map(id, inputs), torch.autograd.grad(outputs, inputs, doutputs), strict=True)
+            )
+        return None, None, None, dh0, *(found.get(id(x)) for x in leaves)
+
+
+def _run_back(c: _Chunk, derrors: Tensor, do: Tensor, dfinal: Tensor) -> Tensor:
+    """Carry the state's gradient from the last chunk to the first; return all of them.
+
+    The errors' gradients are completed in place.
+    """
+    dread = _times(c.q, c.scores.read, c.masks.reads).mT @ do
+    dstates = torch.empty_like(c.states)
+    dstates[:, -1] = dfinal.reshape(dstates[:, -1].shape)
+    for i in reversed(range(dread.shape[1])):
+        after, e = dstates[:, i + 1], derrors[:, i]
+        e.baddbmm_(c.leaving[:, i], after)
+        kept = dread[:, i]
+        kept += after if c.decay is None else after * _at(c.decay, i)
+        torch.baddbmm(kept, c.erased[:, i].mT, e, alpha=-1, out=dstates[:, i])
+    return dstates
+
+
+def _backward(
+    operands: Operands,
+    scale: float,
+    segments: Tensor | None,
+    h0: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the operands and of the first state."""
+    c = _chunk(operands, scale, segments, h0)
+    do = chunks(do, c.q.shape[2], c.q.dtype)
+    states = c.states[:, :-1]
+    derrors = c.A_q.mT @ do
+    dstates = _run_back(c, derrors, do, dfinal)
+    dv = c.inverse.mT @ derrors
+    dA_p = (dv @ c.errors.mT).neg_().masked_fill_(c.not_before, 0)
+    dA_q = (do @ c.errors.mT).masked_fill_(c.masks.hidden, 0)
+    dq_read = _times(do @ states.mT, c.scores.read, c.masks.reads)
+    dp_read = _times((dv @ states.mT).neg_(), c.scores.read, c.masks.reads)
+    dw_write = _times(c.errors @ dstates[:, 1:].mT, c.scores.write, c.masks.writes)
+
+    # A_ii does not depend on the gates. Without it in the terms below, dg suffers no cancellation.
+    diagonal = dA_q.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
+    dA_q.diagonal(dim1=-2, dim2=-1).zero_()
+    dq, dw = c.scores.backward(c.q, dA_q)
+    dp, dw_p = c.scores.backward(c.p, dA_p)
+    dw += dw_p
+    dg = None
+    if not isinstance(c.scores, Ungated):
+        dg = c.scores.gate_gradient(((c.A_q, dA_q), (c.A_p, dA_p)), ((c.q, dq), (c.p, dp)), dw)
+        dg += _through_state(c, c.q * dq_read + c.p * dp_read, c.w * dw_write, dstates)
+        dg = tokens(dg, torch.Size((*operands.q.shape[:3], dg.shape[-1])), dg.dtype)
+        assert operands.g is not None
+        dg = dg.view_as(operands.g).to(operands.g.dtype)
+    dq.add_(dq_read).addcmul_(c.w, diagonal).mul_(scale)
+    dp += dp_read
+    dw.add_(dw_write).addcmul_(c.q, diagonal)
+    dh0 = None if h0 is None else dstates[:, 0].reshape(h0.shape).to(h0.dtype)
+    shaped = [
+        tokens(dx, x.shape, x.dtype) for x, dx in zip(operands[:4], (dq, dp, dw, dv), strict=True)
+    ]
+    return *shaped, dg, dh0
+
+
+def _through_state(c: _Chunk, dreads: Tensor, dwrites: Tensor, dstates: Tensor) -> Tensor:
+    """Return the part of the gates' gradient that comes by way of the state.
+
+    g_t decays what tokens from t on read (the first part) and what tokens before t write, and the
+    state that passes through the chunk.
+    """
+    decay = c.decay
+    assert decay is not None
+    kept = (c.states[:, :-1] * dstates[:, 1:]).sum(-1, keepdim=True).mul_(decay)
+    if isinstance(c.scores, PerHead):
+        dreads, dwrites, kept = (x.sum(d, True) for x, d in ((dreads, 3), (dwrites, 3), (kept, 2)))
+    dg = c.masks.pairs.mT @ dreads
+    dg += c.masks.pairs.tril(-1) @ dwrites
+    return dg.add_(kept.mT)
