@@ -31,6 +31,7 @@ TUNING = sorted((ROOT / "yamls").glob("sft_*.yaml"))
 FILES = sorted({*(ROOT / "yamls").glob("*.yaml")} - {*TUNING})
 PARAMETERS = {
     "delta_net_340m": 341_594_112,
+    "gated_deltanet_1b": 1_387_348_732,
     "gated_deltanet_340m": 346_996_350,
     "gated_deltanet_hybrid_340m": 336_415_840,
     "gla_1b": 1_365_514_240,
@@ -41,6 +42,7 @@ PARAMETERS = {
     "gla_tiny": 4_484_096,
     "gsa_340m": 347_390_976,
     "hgrn2_340m": 341_148_672,
+    "kda_340m": 340_832_312,
     "mamba2_340m": 349_619_712,
     "olmo2_1b": 1_484_916_736,
     "olmo2_tiny": 5_509_376,
