@@ -1,15 +1,16 @@
 """Support for fla's models without a GPU: `from flame_composer import cpu; cpu.enable()`.
 
 fla computes in Triton kernels, which neither import nor run without a GPU driver. After `enable()`,
-`import fla` works anywhere. Every operation of `GLAForCausalLM` (training, prefill, decoding) that
-is given a CPU tensor then runs in plain PyTorch (`flame_composer.cpu.operations`); CUDA tensors
-still take fla's own kernels. Configs, parameter names and checkpoints are the same on both.
+`import fla` works anywhere. Every operation of the models in `coverage.ON_CPU` (training, prefill,
+decoding) that is given a CPU tensor then runs in plain PyTorch (`flame_composer.cpu.operations`);
+CUDA tensors still take fla's own kernels. Configs, parameter names and checkpoints are the same on
+both.
 
 With TRITON_INTERPRET=1 in the environment, fla's own kernels run in Triton's interpreter instead:
 very slowly, to compare with, and for any model whose kernels the interpreter can run.
 
-There is no CPU version of fla's softmax attention (flash-attn) and of fla's other models, except
-Mamba, which has a plain PyTorch version of its own. `missing` reports what needs a GPU.
+There is no CPU version of fla's softmax attention (flash-attn) and of fla's other models. `missing`
+reports what needs a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
 
 
 def enable() -> None:
-    """Make fla importable, and its GLA models runnable on CPU tensors.
+    """Make fla importable, and the models of `coverage.ON_CPU` runnable on CPU tensors.
 
     Calling it again changes nothing.
 
@@ -114,7 +115,7 @@ def install_stub_driver() -> None:
         def get_current_device(self) -> int:
             raise RuntimeError(
                 "a Triton kernel was called on a machine without a GPU: flame_composer.cpu has no"
-                " CPU version of this operation (it covers GLA models; other fla models need a GPU)"
+                " CPU version of this operation (docs/cpu.md says which models it covers)"
             )
 
     if any(each.driver.is_active() for each in backends.values()):

@@ -23,13 +23,23 @@ chunk, M = B * H, n = number of chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flame_composer.cpu.chunks import (
+    Rows,
+    carried,
+    check_sequences,
+    chunks,
+    one_token_each,
+    segments_of,
+    tokens,
+    transposed,
+)
 from flame_composer.cpu.gla_scores import (
     ExactScores,
     FastScores,
@@ -79,16 +89,17 @@ def chunk_gla(
     Raises:
         ValueError: if shapes or offsets do not fit together.
     """
-    _check(q, k, v, g, initial_state, cu_seqlens)
+    _check(q, k, v, g)
+    check_sequences(q, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is None:
         return _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
     if initial_state is None and not output_final_state:
         # Training: the packed row is cut into chunks as it is; masks keep the sequences apart.
-        o, _ = _chunkwise(q, k, v, g, scale, None, _segments(cu_seqlens, q.shape[1]))
+        o, _ = _chunkwise(q, k, v, g, scale, None, segments_of(cu_seqlens, q.shape[1]))
         return o, None
     # Prefill of a batch of prompts: each sequence has a state, so each gets its own row.
-    rows = _Rows(cu_seqlens)
+    rows = Rows(cu_seqlens)
     q, k, v, g = map(rows.split, (q, k, v, g))
     o, state = _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
     return rows.join(o), state
@@ -109,10 +120,11 @@ def recurrent_gla(
 
     Arguments, results and errors are those of `chunk_gla`.
     """
-    _check(q, k, v, gk, initial_state, cu_seqlens)
+    _check(q, k, v, gk)
+    check_sequences(q, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is not None:
-        rows = _Rows(cu_seqlens)
+        rows = Rows(cu_seqlens)
         q, k, v, gk = map(rows.split, (q, k, v, gk))
         o, state = recurrent_gla(
             q, k, v, gk, scale, initial_state, output_final_state, state_v_first
@@ -122,40 +134,46 @@ def recurrent_gla(
     if initial_state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
     else:
-        state = _transposed(initial_state.to(dtype), state_v_first)
+        state = transposed(initial_state.to(dtype), state_v_first)
     outputs = []
     for q_t, k_t, v_t, g_t in zip(*(x.to(dtype).unbind(1) for x in (q, k, v, gk)), strict=True):
         state = state * g_t.exp().unsqueeze(-1)
         state += k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         outputs.append(((q_t * scale).unsqueeze(-2) @ state).squeeze(-2))
     o = torch.stack(outputs, 1).to(v.dtype)
-    return o, _transposed(state, state_v_first) if output_final_state else None
+    return o, transposed(state, state_v_first) if output_final_state else None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, cu: Tensor | None
-) -> None:
+def fused_recurrent_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Stand in for `fused_recurrent_gla`, which fla calls for T <= 64.
+
+    One token per sequence (decoding) takes the recurrence, anything longer the chunkwise form.
+    """
+    if gk is None or gv is not None or reverse:
+        raise NotImplementedError(
+            "on a CPU, GLA runs only forwards (reverse=False) and with gates on the keys only"
+            " (gk, not gv)"
+        )
+    run = recurrent_gla if one_token_each(q, cu_seqlens) else chunk_gla
+    return run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
     if not q.shape == k.shape == g.shape or v.shape[:3] != q.shape[:3]:
         shapes = [list(x.shape) for x in (q, k, g, v)]
         raise ValueError(f"q, k, g must be [B, T, H, K] and v [B, T, H, V], got {shapes}")
-    if cu is not None:
-        if q.shape[0] != 1:
-            raise ValueError(
-                f"cu_seqlens needs batch size 1, got {q.shape[0]}; flatten the batch into one row"
-            )
-        if int(cu[0]) != 0 or int(cu[-1]) != q.shape[1]:
-            raise ValueError(
-                f"cu_seqlens must run from 0 to T={q.shape[1]}, got {cu[0]:d} to {cu[-1]:d}"
-            )
-    num_sequences = q.shape[0] if cu is None else len(cu) - 1
-    if h0 is not None and h0.shape[0] != num_sequences:
-        raise ValueError(
-            f"{num_sequences} sequences need one initial state each, got {h0.shape[0]}"
-        )
-
-
-def _transposed(state: Tensor, state_v_first: bool) -> Tensor:
-    return state.transpose(-1, -2) if state_v_first else state
 
 
 def _dense(
@@ -169,56 +187,12 @@ def _dense(
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if initial_state is not None:
-        initial_state = _transposed(initial_state, state_v_first)
+        initial_state = transposed(initial_state, state_v_first)
     o, state = _chunkwise(q, k, v, g, scale, initial_state, None)
-    return o, _transposed(state, state_v_first) if output_final_state else None
+    return o, transposed(state, state_v_first) if output_final_state else None
 
 
-class _Rows:
-    """A mapping between sequences packed into one row and one zero-padded row for each.
-
-    A token with k = v = g = 0 leaves the state as it is, so padding at the end of a row changes no
-    output and no final state.
-    """
-
-    def __init__(self, cu_seqlens: Tensor):
-        lengths = cu_seqlens.diff()
-        position = torch.arange(int(lengths.max()), device=cu_seqlens.device)
-        self.is_token = position < lengths[:, None]
-        self.index = torch.where(self.is_token, cu_seqlens[:-1, None] + position, 0)
-
-    def split(self, x: Tensor) -> Tensor:
-        """Give each sequence its own row: `[1, T, ...] -> [N, longest, ...]`."""
-        return torch.where(self.is_token[..., None, None], x[0][self.index], 0)
-
-    def join(self, x: Tensor) -> Tensor:
-        """Pack the sequences into one row again: `[N, longest, ...] -> [1, T, ...]`."""
-        return x[self.is_token].unsqueeze(0)
-
-
-def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Return the number of each token's sequence, `[T]`."""
-    lengths = cu_seqlens.diff().long()
-    ids = torch.arange(len(lengths), device=cu_seqlens.device)
-    return ids.repeat_interleave(lengths, output_size=num_tokens)
-
-
-def _chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Cut into zero-padded chunks of `size` tokens: `[B, T, H, D] -> [B * H, n, C, D]`."""
-    B, T, H, D = x.shape
-    x = x.to(dtype).transpose(1, 2)
-    if T % size:
-        x = F.pad(x, (0, 0, 0, size - T % size))
-    return x.reshape(B * H, -1, size, D)
-
-
-def _tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Undo `_chunks`: `[B * H, n, C, D] -> [B, T, H, D]`."""
-    B, T, H, D = shape
-    return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
-
-
-def _plan(g: Tensor) -> tuple[int, bool]:
+def plan_of(g: Tensor) -> tuple[int, bool]:
     """Return the chunk size for these gates, and whether the scores need the exact form.
 
     Strong decay would overflow the fast form, so the chunk shrinks until its total decay is below
@@ -239,12 +213,7 @@ def _plan(g: Tensor) -> tuple[int, bool]:
 def _states(scores: Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: Masks) -> Tensor:
     """Return the state that enters each chunk and, last, the final state: `[M, n + 1, K, V]`."""
     written = (k * masked(scores.write, masks.writes)).mT @ v
-    decay = masked(scores.decay, masks.keeps).mT
-    states = written.new_empty(written.shape[0], written.shape[1] + 1, *written.shape[2:])
-    states[:, 0] = 0 if h0 is None else h0
-    for n in range(written.shape[1]):
-        torch.addcmul(written[:, n], states[:, n], decay[:, n], out=states[:, n + 1])
-    return states
+    return carried(written, masked(scores.decay, masks.keeps).mT, h0, back=False)
 
 
 def _prepare(
@@ -259,7 +228,7 @@ def _prepare(
     """Return what forward and backward need: q, k, v in chunks, scores, masks and states."""
     size, exact = plan
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_c, k_c, v_c, g_c = (_chunks(x, size, dtype) for x in (q, k, v, g))
+    q_c, k_c, v_c, g_c = (chunks(x, size, dtype) for x in (q, k, v, g))
     masks = masks_of(segments, q_c.shape[1], size, q_c)
     scores = (ExactScores if exact else FastScores)(q_c, k_c, g_c, masks)
     h0_c = None if h0 is None else h0.reshape(-1, *h0.shape[2:])
@@ -280,7 +249,7 @@ class _ChunkGLA(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, g, h0, segments)
         ctx.scale = scale
-        ctx.plan = _plan(g)
+        ctx.plan = plan_of(g)
         q_c, _, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
         A = scores.scores().masked_fill_(masks.hidden, 0)
         o = A @ v_c
@@ -289,7 +258,7 @@ class _ChunkGLA(torch.autograd.Function):
         # A view would keep the states of all chunks alive in the model's cache.
         final = states[:, -1].clone()
         final = final.view(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-        return _tokens(o, v.shape, v.dtype), final
+        return tokens(o, v.shape, v.dtype), final
 
     @staticmethod
     @once_differentiable
@@ -297,7 +266,7 @@ class _ChunkGLA(torch.autograd.Function):
         do, dfinal = grad_outputs
         q, k, v, g, h0, segments = ctx.saved_tensors
         q_c, k_c, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
-        do_c = _chunks(do, ctx.plan[0], q_c.dtype).mul_(ctx.scale)
+        do_c = chunks(do, ctx.plan[0], q_c.dtype).mul_(ctx.scale)
         A = scores.scores().masked_fill_(masks.hidden, 0)
         dA = (do_c @ v_c.mT).masked_fill_(masks.hidden, 0)
 
@@ -306,10 +275,7 @@ class _ChunkGLA(torch.autograd.Function):
         write = masked(scores.write, masks.writes)
         decay = masked(scores.decay, masks.keeps).mT
         dread = (q_c * read).mT @ do_c
-        dstates = torch.empty_like(states)
-        dstates[:, -1] = dfinal.reshape(-1, *dfinal.shape[2:])
-        for n in reversed(range(dread.shape[1])):
-            torch.addcmul(dread[:, n], dstates[:, n + 1], decay[:, n], out=dstates[:, n])
+        dstates = carried(dread, decay, dfinal.reshape(-1, *dfinal.shape[2:]), back=True)
         dleaving = dstates[:, 1:]
 
         dv = A.mT @ do_c
@@ -336,10 +302,10 @@ class _ChunkGLA(torch.autograd.Function):
         dk += q_c * dA_diagonal
         dh0 = None if h0 is None else dstates[:, 0].reshape(h0.shape).to(h0.dtype)
         return (
-            _tokens(dq, q.shape, q.dtype),
-            _tokens(dk, k.shape, k.dtype),
-            _tokens(dv, v.shape, v.dtype),
-            _tokens(dg, g.shape, g.dtype),
+            tokens(dq, q.shape, q.dtype),
+            tokens(dk, k.shape, k.dtype),
+            tokens(dv, v.shape, v.dtype),
+            tokens(dg, g.shape, g.dtype),
             None,
             dh0,
             None,
@@ -361,3 +327,11 @@ def _chunkwise(
     """
     result: Any = _ChunkGLA.apply(q, k, v, g, scale, h0, segments)
     return result
+
+
+# Names that these operations are used by: (module, attribute, CPU version).
+REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = tuple(
+    (f"fla.layers.{layer}", operation.__name__, operation)
+    for layer in ("gla", "hgrn2", "lightnet")
+    for operation in (chunk_gla, fused_recurrent_gla)
+)

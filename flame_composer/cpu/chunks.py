@@ -1,0 +1,101 @@
+"""Sequences cut into chunks of tokens, and sequences packed into one row.
+
+Shapes: B batch, T tokens, H heads, D channels, N sequences, C tokens in a chunk, n chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_sequences(x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless offsets and initial states fit x, `[B, T, ...]`."""
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
+            raise ValueError(
+                f"cu_seqlens needs batch size 1, got {x.shape[0]}; flatten the batch into one row"
+            )
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if (first, last) != (0, x.shape[1]):
+            raise ValueError(f"cu_seqlens must run from 0 to T={x.shape[1]}, got {first} to {last}")
+    num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if h0 is not None and h0.shape[0] != num_sequences:
+        raise ValueError(
+            f"{num_sequences} sequences need one initial state each, got {h0.shape[0]}"
+        )
+
+
+def one_token_each(x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Return whether every sequence of x, `[B, T, ...]`, has one token, as in decoding."""
+    num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return x.shape[0] * x.shape[1] == num_sequences
+
+
+def transposed(state: Tensor, state_v_first: bool) -> Tensor:
+    return state.transpose(-1, -2) if state_v_first else state
+
+
+class Rows:
+    """A mapping between sequences packed into one row and one zero-padded row for each.
+
+    A token with k = v = g = 0 leaves the state as it is, so padding at the end of a row changes no
+    output and no final state.
+    """
+
+    def __init__(self, cu_seqlens: Tensor):
+        lengths = cu_seqlens.diff()
+        position = torch.arange(int(lengths.max()), device=cu_seqlens.device)
+        self.is_token = position < lengths[:, None]
+        self.index = torch.where(self.is_token, cu_seqlens[:-1, None] + position, 0)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Give each sequence its own row: `[1, T, ...] -> [N, longest, ...]`."""
+        return torch.where(self.is_token[..., None, None], x[0][self.index], 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Pack the sequences into one row again: `[N, longest, ...] -> [1, T, ...]`."""
+        return x[self.is_token].unsqueeze(0)
+
+
+def segments_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Return the number of each token's sequence, `[T]`."""
+    lengths = cu_seqlens.diff().long()
+    ids = torch.arange(len(lengths), device=cu_seqlens.device)
+    return ids.repeat_interleave(lengths, output_size=num_tokens)
+
+
+def chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Cut into zero-padded chunks of `size` tokens: `[B, T, H, D] -> [B * H, n, C, D]`."""
+    B, T, H, D = x.shape
+    x = x.to(dtype).transpose(1, 2)
+    if T % size:
+        x = F.pad(x, (0, 0, 0, size - T % size))
+    return x.reshape(B * H, -1, size, D)
+
+
+def tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Undo `chunks`: `[B * H, n, C, D] -> [B, T, H, D]`."""
+    B, T, H, D = shape
+    return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
+
+
+def carried(step: Tensor, decay: Tensor | None, first: Tensor | None, *, back: bool) -> Tensor:
+    """Return S_0 = first and S_{i+1} = decay_i * S_i + step_i, `[M, n + 1, K, V]`.
+
+    With `back`, the same from the last to the first: S_n = first, S_i = decay_i S_{i+1} + step_i.
+    The decay `[M or 1, n, K or 1, V / r]` is repeated r times for neighbouring columns; None is 1.
+    """
+    M, n, K, V = step.shape
+    states = step.new_empty(M, n + 1, K, V)
+    states[:, n if back else 0] = 0 if first is None else first
+    if decay is not None and decay.shape[-1] > 1:
+        decay = decay.repeat_interleave(V // decay.shape[-1], -1)
+    for i in range(n - 1, -1, -1) if back else range(n):
+        before, after = (i + 1, i) if back else (i, i + 1)
+        if decay is None:
+            torch.add(step[:, i], states[:, before], out=states[:, after])
+        else:
+            torch.addcmul(step[:, i], states[:, before], decay[:, i], out=states[:, after])
+    return states
