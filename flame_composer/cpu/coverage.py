@@ -8,7 +8,21 @@ from typing import Any
 import torch
 
 # The model types that have a CPU form of every operation, with the layers in use by default
-ON_CPU = ("delta_net", "gated_deltanet", "gla", "kda", "mamba", "transformer")
+ON_CPU = (
+    "delta_net",
+    "gated_deltanet",
+    "gla",
+    "gsa",
+    "hgrn2",
+    "kda",
+    "lightnet",
+    "linear_attn",
+    "mamba",
+    "mamba2",
+    "retnet",
+    "rwkv6",
+    "transformer",
+)
 
 
 def interprets() -> bool:
@@ -25,12 +39,13 @@ def missing(hf_config: Any) -> tuple[str, str] | None:
     if not is_fla or interprets():
         return None
     if hf_config.model_type not in ON_CPU:
+        known = f"{', '.join(ON_CPU[:-1])} and {ON_CPU[-1]}"
         return (
             "model_type",
             (
                 f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's"
-                f" models, {', '.join(ON_CPU)} train on a CPU, and so does any of transformers'"
-                " own (llama, ...)"
+                f" models, {known} train on a CPU, and so does any of transformers' own (llama,"
+                " ...)"
             ),
         )
     for key, has_none in (

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flame_composer.cpu.chunks import chunks, tokens
 from flame_composer.cpu.delta_scores import (
     MIN_BLOCK_SIZE,
     PerChannel,
@@ -38,7 +39,6 @@ from flame_composer.cpu.delta_scores import (
     plan_blocks,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
-from flame_composer.cpu.packing import chunks, tokens
 
 CHUNK_SIZE = 64
 

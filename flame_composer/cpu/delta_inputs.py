@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flame_composer.cpu.chunks import Rows, check_sequences, segments_of
 from flame_composer.cpu.delta_chunks import Operands, Prepare, chunkwise
-from flame_composer.cpu.packing import Rows, check_packing, segments_of
 
 NORM_EPS = 1e-6
 
@@ -133,7 +133,7 @@ def delta_rule(
     assert q is not None
     assert v is not None
     B, T = q.shape[:2]
-    check_packing(B, T, initial_state, cu_seqlens)
+    check_sequences(q, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if initial_state is not None and state_v_first:
         initial_state = initial_state.mT

@@ -23,12 +23,23 @@ chunk, M = B * H, n = number of chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flame_composer.cpu.chunks import (
+    Rows,
+    carried,
+    check_sequences,
+    chunks,
+    one_token_each,
+    segments_of,
+    tokens,
+    transposed,
+)
 from flame_composer.cpu.gla_scores import (
     ExactScores,
     FastScores,
@@ -38,7 +49,6 @@ from flame_composer.cpu.gla_scores import (
     masks_of,
     sums,
 )
-from flame_composer.cpu.packing import Rows, check_packing, chunks, segments_of, tokens
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
@@ -79,7 +89,8 @@ def chunk_gla(
     Raises:
         ValueError: if shapes or offsets do not fit together.
     """
-    _check(q, k, v, g, initial_state, cu_seqlens)
+    _check(q, k, v, g)
+    check_sequences(q, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is None:
         return _dense(q, k, v, g, scale, initial_state, output_final_state, state_v_first)
@@ -109,7 +120,8 @@ def recurrent_gla(
 
     Arguments, results and errors are those of `chunk_gla`.
     """
-    _check(q, k, v, gk, initial_state, cu_seqlens)
+    _check(q, k, v, gk)
+    check_sequences(q, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if cu_seqlens is not None:
         rows = Rows(cu_seqlens)
@@ -122,27 +134,46 @@ def recurrent_gla(
     if initial_state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
     else:
-        state = _transposed(initial_state.to(dtype), state_v_first)
+        state = transposed(initial_state.to(dtype), state_v_first)
     outputs = []
     for q_t, k_t, v_t, g_t in zip(*(x.to(dtype).unbind(1) for x in (q, k, v, gk)), strict=True):
         state = state * g_t.exp().unsqueeze(-1)
         state += k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         outputs.append(((q_t * scale).unsqueeze(-2) @ state).squeeze(-2))
     o = torch.stack(outputs, 1).to(v.dtype)
-    return o, _transposed(state, state_v_first) if output_final_state else None
+    return o, transposed(state, state_v_first) if output_final_state else None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, cu: Tensor | None
-) -> None:
+def fused_recurrent_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Stand in for `fused_recurrent_gla`, which fla calls for T <= 64.
+
+    One token per sequence (decoding) takes the recurrence, anything longer the chunkwise form.
+    """
+    if gk is None or gv is not None or reverse:
+        raise NotImplementedError(
+            "on a CPU, GLA runs only forwards (reverse=False) and with gates on the keys only"
+            " (gk, not gv)"
+        )
+    run = recurrent_gla if one_token_each(q, cu_seqlens) else chunk_gla
+    return run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
     if not q.shape == k.shape == g.shape or v.shape[:3] != q.shape[:3]:
         shapes = [list(x.shape) for x in (q, k, g, v)]
         raise ValueError(f"q, k, g must be [B, T, H, K] and v [B, T, H, V], got {shapes}")
-    check_packing(q.shape[0], q.shape[1], h0, cu)
-
-
-def _transposed(state: Tensor, state_v_first: bool) -> Tensor:
-    return state.transpose(-1, -2) if state_v_first else state
 
 
 def _dense(
@@ -156,12 +187,12 @@ def _dense(
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if initial_state is not None:
-        initial_state = _transposed(initial_state, state_v_first)
+        initial_state = transposed(initial_state, state_v_first)
     o, state = _chunkwise(q, k, v, g, scale, initial_state, None)
-    return o, _transposed(state, state_v_first) if output_final_state else None
+    return o, transposed(state, state_v_first) if output_final_state else None
 
 
-def _plan(g: Tensor) -> tuple[int, bool]:
+def plan_of(g: Tensor) -> tuple[int, bool]:
     """Return the chunk size for these gates, and whether the scores need the exact form.
 
     Strong decay would overflow the fast form, so the chunk shrinks until its total decay is below
@@ -182,12 +213,7 @@ def _plan(g: Tensor) -> tuple[int, bool]:
 def _states(scores: Scores, k: Tensor, v: Tensor, h0: Tensor | None, masks: Masks) -> Tensor:
     """Return the state that enters each chunk and, last, the final state: `[M, n + 1, K, V]`."""
     written = (k * masked(scores.write, masks.writes)).mT @ v
-    decay = masked(scores.decay, masks.keeps).mT
-    states = written.new_empty(written.shape[0], written.shape[1] + 1, *written.shape[2:])
-    states[:, 0] = 0 if h0 is None else h0
-    for n in range(written.shape[1]):
-        torch.addcmul(written[:, n], states[:, n], decay[:, n], out=states[:, n + 1])
-    return states
+    return carried(written, masked(scores.decay, masks.keeps).mT, h0, back=False)
 
 
 def _prepare(
@@ -223,7 +249,7 @@ class _ChunkGLA(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, g, h0, segments)
         ctx.scale = scale
-        ctx.plan = _plan(g)
+        ctx.plan = plan_of(g)
         q_c, _, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
         A = scores.scores().masked_fill_(masks.hidden, 0)
         o = A @ v_c
@@ -249,10 +275,7 @@ class _ChunkGLA(torch.autograd.Function):
         write = masked(scores.write, masks.writes)
         decay = masked(scores.decay, masks.keeps).mT
         dread = (q_c * read).mT @ do_c
-        dstates = torch.empty_like(states)
-        dstates[:, -1] = dfinal.reshape(-1, *dfinal.shape[2:])
-        for n in reversed(range(dread.shape[1])):
-            torch.addcmul(dread[:, n], dstates[:, n + 1], decay[:, n], out=dstates[:, n])
+        dstates = carried(dread, decay, dfinal.reshape(-1, *dfinal.shape[2:]), back=True)
         dleaving = dstates[:, 1:]
 
         dv = A.mT @ do_c
@@ -304,3 +327,11 @@ def _chunkwise(
     """
     result: Any = _ChunkGLA.apply(q, k, v, g, scale, h0, segments)
     return result
+
+
+# Names that these operations are used by: (module, attribute, CPU version).
+REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = tuple(
+    (f"fla.layers.{layer}", operation.__name__, operation)
+    for layer in ("gla", "hgrn2", "lightnet")
+    for operation in (chunk_gla, fused_recurrent_gla)
+)

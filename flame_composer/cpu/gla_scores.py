@@ -52,7 +52,7 @@ def sums(g: Tensor, group: int) -> Tensor:
     return F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % group)).unflatten(1, (-1, group)).sum(2)
 
 
-def _cumulative(g: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+def cumulative(g: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
     """Return G and, for each token, G_C, both summed within the token's own sequence.
 
     They are products with a mask instead of cumsum, so that not even the rounding of a sequence
@@ -70,7 +70,7 @@ class FastScores:
     """
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: Masks):
-        G, total = _cumulative(g, masks)
+        G, total = cumulative(g, masks)
         self.decay = total[:, :, -1:].exp()
         half = total / 2
         G -= half
@@ -97,7 +97,7 @@ class ExactScores:
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, masks: Masks):
         # A difference of two sums in the thousands would lose float32's digits, hence float64.
-        self.G, total = _cumulative(g.double(), masks)
+        self.G, total = cumulative(g.double(), masks)
         self.q, self.k = q, k
         self.decay = total[:, :, -1:].exp().to(q.dtype)
         self.read = self.G.exp().to(q.dtype)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_composer.cpu import delta, gla, norms
+from flame_composer.cpu import delta, gla, gsa, mamba2, norms, rwkv6, simple_gla, token_shift
 from flame_composer.cpu.convolution import (
     causal_conv1d_bwd,
     causal_conv1d_fwd,
@@ -102,34 +102,6 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return result
 
 
-def _fused_recurrent_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None = None,
-    gv: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Stand in for `fused_recurrent_gla`, which fla calls for T <= 64.
-
-    One token per sequence (decoding) takes the recurrence, anything longer the chunkwise form.
-    """
-    if gk is None or gv is not None or reverse:
-        raise NotImplementedError(
-            "on a CPU, GLA runs only forwards (reverse=False) and with gates on the keys only"
-            " (gk, not gv)"
-        )
-    num_sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    one_token_each = q.shape[0] * q.shape[1] == num_sequences
-    run = gla.recurrent_gla if one_token_each else gla.chunk_gla
-    return run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
-
-
 # Operations that fla itself dispatches to a backend (`fla.modules.backends`).
 OPERATIONS: tuple[Callable[..., Any], ...] = (
     *norms.OPERATIONS,
@@ -156,8 +128,12 @@ OPERATIONS: tuple[Callable[..., Any], ...] = (
 # fla 0.5.2 does not dispatch these, so they are replaced: (module, attribute, CPU version).
 REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *norms.REPLACEMENTS,
-    ("fla.layers.gla", "chunk_gla", gla.chunk_gla),
-    ("fla.layers.gla", "fused_recurrent_gla", _fused_recurrent_gla),
+    *gla.REPLACEMENTS,
+    *simple_gla.REPLACEMENTS,
+    *gsa.REPLACEMENTS,
+    *mamba2.REPLACEMENTS,
+    *token_shift.REPLACEMENTS,
+    *rwkv6.REPLACEMENTS,
     *delta.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
 )

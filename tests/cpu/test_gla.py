@@ -151,17 +151,17 @@ def test_any_shape_agrees_with_the_definition(data, gates, with_states):
     ],
 )
 def test_the_gates_choose_the_form(gates, plan):
-    assert gla._plan(draw(100, gates, None)[3].float()) == plan
+    assert gla.plan_of(draw(100, gates, None)[3].float()) == plan
 
 
 def test_a_single_strong_channel_is_noticed_anywhere():
     g = torch.full((2, 90, 2, 5), -0.01)
-    assert gla._plan(g) == (64, False)
+    assert gla.plan_of(g) == (64, False)
     g[1, 85, 1, 3] = -gla.MAX_DECAY
-    assert gla._plan(g) == (16, True)
+    assert gla.plan_of(g) == (16, True)
     g[1, 85, 1, 3] = 0.0
     g[1, 64:, 1, 3] = -0.9 * gla.MAX_DECAY / 16
-    assert gla._plan(g) == (16, False)
+    assert gla.plan_of(g) == (16, False)
 
 
 MAKE_FIXTURES = load_make_fixtures()

@@ -1,4 +1,4 @@
-"""Sequences packed into one row: cut into chunks as they are, or given a row each.
+"""Sequences cut into chunks of tokens, and sequences packed into one row.
 
 Shapes: B batch, T tokens, H heads, D channels, N sequences, C tokens in a chunk, n chunks.
 """
@@ -10,22 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_packing(num_rows: int, num_tokens: int, h0: Tensor | None, cu: Tensor | None) -> None:
-    """Refuse offsets `cu` that do not cover the one row, and too few or too many first states."""
-    if cu is not None:
-        if num_rows != 1:
+def check_sequences(x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless offsets and initial states fit x, `[B, T, ...]`."""
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
             raise ValueError(
-                f"cu_seqlens needs batch size 1, got {num_rows}; flatten the batch into one row"
+                f"cu_seqlens needs batch size 1, got {x.shape[0]}; flatten the batch into one row"
             )
-        if int(cu[0]) != 0 or int(cu[-1]) != num_tokens:
-            raise ValueError(
-                f"cu_seqlens must run from 0 to T={num_tokens}, got {cu[0]:d} to {cu[-1]:d}"
-            )
-    num_sequences = num_rows if cu is None else len(cu) - 1
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if (first, last) != (0, x.shape[1]):
+            raise ValueError(f"cu_seqlens must run from 0 to T={x.shape[1]}, got {first} to {last}")
+    num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if h0 is not None and h0.shape[0] != num_sequences:
         raise ValueError(
             f"{num_sequences} sequences need one initial state each, got {h0.shape[0]}"
         )
+
+
+def one_token_each(x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Return whether every sequence of x, `[B, T, ...]`, has one token, as in decoding."""
+    num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return x.shape[0] * x.shape[1] == num_sequences
+
+
+def transposed(state: Tensor, state_v_first: bool) -> Tensor:
+    return state.transpose(-1, -2) if state_v_first else state
 
 
 class Rows:
@@ -71,3 +80,23 @@ def tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Undo `chunks`: `[B * H, n, C, D] -> [B, T, H, D]`."""
     B, T, H, D = shape
     return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
+
+
+def carried(step: Tensor, decay: Tensor | None, first: Tensor | None, *, back: bool) -> Tensor:
+    """Return S_0 = first and S_{i+1} = decay_i * S_i + step_i, `[M, n + 1, K, V]`.
+
+    With `back`, the same from the last to the first: S_n = first, S_i = decay_i S_{i+1} + step_i.
+    The decay `[M or 1, n, K or 1, V / r]` is repeated r times for neighbouring columns; None is 1.
+    """
+    M, n, K, V = step.shape
+    states = step.new_empty(M, n + 1, K, V)
+    states[:, n if back else 0] = 0 if first is None else first
+    if decay is not None and decay.shape[-1] > 1:
+        decay = decay.repeat_interleave(V // decay.shape[-1], -1)
+    for i in range(n - 1, -1, -1) if back else range(n):
+        before, after = (i + 1, i) if back else (i, i + 1)
+        if decay is None:
+            torch.add(step[:, i], states[:, before], out=states[:, after])
+        else:
+            torch.addcmul(step[:, i], states[:, before], decay[:, i], out=states[:, after])
+    return states
