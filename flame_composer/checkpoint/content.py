@@ -12,6 +12,7 @@ import datetime
 import math
 import random
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ from flame_composer.model.optimizer import (
     CLASS_NAMES,
     decay_of,
     kinds_of,
+    muon_names,
     settings_by_weight,
     settings_of,
 )
@@ -110,8 +112,7 @@ def needed_by(
             names.setdefault(id(parameter), []).append(prefix + name)
     state = model.state_dict()
     held = state.keys() if adapter is None else trained_names(model)
-    base_width = config.model.mup_base_width
-    own = settings_by_weight(model, config.optimizer, base_width) if base_width else {}
+    own = settings_by_weight(model, config.optimizer, config.model.mup_base_width)
     weights = {prefix + name: tuple(state[name].shape) for name in state if name in held}
     kinds = kinds_of(model)
     settings = {kind: _settings(config.optimizer, kind) for kind in KINDS}
@@ -120,10 +121,11 @@ def needed_by(
         [tuple(each) for each in names.values()],
         CLASS_NAMES[config.optimizer.name],
         {prefix + name: settings[kind] | own.get(name, {}) for name, kind in kinds.items()},
-        settings_of(config.optimizer, but=settings["matrices"]),
+        settings_of(config.optimizer, but={*settings["matrices"], *chain(*own.values())}),
         config.on_nan == "skip" or config.precision == "amp_fp16",
         config.allow_data_change,
         None if adapter is None else adapter.as_plain(),
+        frozenset(prefix + name for name in muon_names(model, config.optimizer)),
     )
 
 
@@ -254,7 +256,7 @@ def _check_numbers(weights: list[Any], optimizers: list[Any], needed: Needed) ->
         for name in names:
             _require_numbers(f"model.{name}", [each[name] for each in weights])
         name = next(name for name in names if name in states[0])
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in needed.moments(name):
             path = f"optimizers.{needed.optimizer}.state.{name}.{moment}"
             _require_numbers(
                 path, [each[name][moment] for each in states], squared=moment == "exp_avg_sq"

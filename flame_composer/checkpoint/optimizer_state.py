@@ -20,7 +20,10 @@ _KEYS = {
     "betas": "optimizer.betas",
     "eps": "optimizer.eps",
     "weight_decay": "optimizer.weight_decay or optimizer.decay",
-    **dict.fromkeys(_NO_FACTORS, "model.mup_base_width"),
+    "momentum": "optimizer.momentum",
+    "update_scale": "optimizer.update_scale",
+    "lr_factor": "model.mup_base_width or optimizer.adamw_lr_ratio",
+    "gradient_factor": "model.mup_base_width",
 }
 
 
@@ -46,7 +49,7 @@ def check_optimizer(
         name = next((name for name in names if name in states[0] and name in grouped), None)
         if name is None:
             raise Lack(f"it has no {path}.state.{names[0]}")
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in needed.moments(name):
             parts = [
                 part_at(state, dict, name)[moment]
                 for state in states
@@ -106,7 +109,7 @@ def check_steps(state: dict[str, Any], optimizers: list[Any], needed: Needed) ->
             raise Lack(f"its {path}.{name}.step is {step:g}, and that of other weights {most:g}")
         if step == 0 and any(
             tensor.count_nonzero()
-            for tensor in sharded.tensors([each[name]["exp_avg"] for each in states])
+            for tensor in sharded.tensors([each[name][needed.moments(name)[0]] for each in states])
         ):
             raise Lack(f"its {path}.{name}.step is 0, and there are moments")
 

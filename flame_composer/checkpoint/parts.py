@@ -26,7 +26,7 @@ class Needed(NamedTuple):
     types.
 
     `adapter` describes the run's adapter (`model.lora.Adapter.as_plain`); None if it trains whole
-    weights.
+    weights. `by_muon` holds the names of the weights that Muon trains.
 
     `skips_steps` says that the optimizer may have taken fewer steps than the clock counts,
     `other_order` that the rows may have been in another order than the checkpoint says.
@@ -40,6 +40,11 @@ class Needed(NamedTuple):
     skips_steps: bool
     other_order: bool
     adapter: Mapping[str, Any] | None = None
+    by_muon: frozenset[str] = frozenset()
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """Return the names of what the optimizer keeps of a weight's gradients."""
+        return ("momentum_buffer",) if name in self.by_muon else ("exp_avg", "exp_avg_sq")
 
 
 class Lack(Exception):

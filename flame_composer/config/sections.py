@@ -150,16 +150,26 @@ class EvalTasksConfig:
 class OptimizerConfig:
     """The optimizer, and how gradients are clipped."""
 
-    name: Literal["adamw", "decoupled_adamw", "lamb"] = "adamw"
+    name: Literal["adamw", "decoupled_adamw", "lamb", "muon"] = "adamw"
     """Optimizer: AdamW; Composer's DecoupledAdamW, whose weight decay is not multiplied by lr, so
-    that 1e-5 is a usual value; or LAMB.
+    that 1e-5 is a usual value; LAMB; or Muon, for the matrices of linear layers inside the blocks,
+    with AdamW for all else.
     """
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moments."""
+    """Decay rates of the first and second moments; not Muon's."""
     eps: float = 1e-8
-    """Term added to the denominator of an update, for numerical stability."""
+    """Term added to the denominator of an update, for numerical stability; not Muon's."""
+    momentum: float | None = None
+    """Momentum of Muon; 0.95 if not set."""
+    update_scale: Literal["adamw_rms", "original"] | None = None
+    """Size of Muon's updates. adamw_rms: that of AdamW's, so that AdamW's lr and weight_decay suit
+    (Liu et al. 2025). original: that of Jordan et al. (2024), where lr=0.02 is usual. adamw_rms if
+    not set.
+    """
+    adamw_lr_ratio: float | None = None
+    """Learning rate of what AdamW trains beside Muon, as a multiple of lr; 1 if not set."""
     weight_decay: float = 0.01
     """Weight decay of the kinds of parameters in `decay`; all others have none."""
     decay: list[str] = field(default_factory=lambda: ["matrices", "embeddings"])
@@ -176,11 +186,21 @@ class OptimizerConfig:
         require(0 < self.eps < math.inf, "eps", "must be more than 0, and finite")
         require(0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite")
         self._check_decay()
+        self._check_muon()
         require(
             self.grad_clip_norm is None or 0 < self.grad_clip_norm < math.inf,
             "grad_clip_norm",
             "must be more than 0 and finite, or null",
         )
+
+    def _check_muon(self) -> None:
+        for key in ("momentum", "update_scale", "adamw_lr_ratio"):
+            is_its_own = self.name == "muon" or getattr(self, key) is None
+            require(is_its_own, key, f"must be null with optimizer.name={self.name}: it is of muon")
+        is_share = self.momentum is None or 0 < self.momentum < 1
+        require(is_share, "momentum", "must be more than 0 and less than 1")
+        is_factor = self.adamw_lr_ratio is None or 0 < self.adamw_lr_ratio < math.inf
+        require(is_factor, "adamw_lr_ratio", "must be more than 0, and finite")
 
     def _check_decay(self) -> None:
         allowed = ", ".join(KINDS)

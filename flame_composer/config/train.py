@@ -225,9 +225,11 @@ class TrainConfig(ScriptConfig):
             rule = f"must be a number of seconds more than 0 and no more than {MAX_SECONDS:.0f}"
             require(is_time, "stall_timeout", f"{rule}, or null")
         require(self.context_length > 1, "context_length", "must be 2 tokens or more")
-        is_adam = self.model.mup_base_width is None or self.optimizer.name != "lamb"
+        has_rules = self.model.mup_base_width is None or "adamw" in self.optimizer.name
         rule = "must be adamw or decoupled_adamw with model.mup_base_width: there are no rules for"
-        require(is_adam, "optimizer.name", f"{rule} lamb, which scales each update by the weight")
+        scale = "the weight" if self.optimizer.name == "lamb" else "its shape"
+        what = f"{self.optimizer.name}, which scales each update by {scale}"
+        require(has_rules, "optimizer.name", f"{rule} {what}")
         is_weight = 0 <= self.z_loss < math.inf
         require(is_weight, "z_loss", "must be 0 or more, and finite; OLMo 2 has 1e-5")
         if self.repetition_filter is not None:
@@ -331,6 +333,8 @@ class TrainConfig(ScriptConfig):
         is_frozen = "layer_freezing" in in_use(self.algorithms)
         rule = "must not be set together with lora, which freezes all layers but adapters"
         require(not is_frozen, "algorithms.layer_freezing", rule)
+        rule = "must not be muon with lora: it is defined for whole matrices, adapters are products"
+        require(self.optimizer.name != "muon", "optimizer.name", rule)
 
     def plan(self, epoch_batches: int) -> RunPlan:
         """Return the durations of the run, for epochs of `epoch_batches` global batches.

@@ -7,11 +7,22 @@ from typing import Any
 
 import torch
 from composer.optim import DecoupledAdamW
+from transformers import PreTrainedModel
 
 from flame_composer.config.sections import OptimizerConfig
+from flame_composer.errors import InvalidField
+from flame_composer.model.muon import Muon, weights_in_blocks
 from flame_composer.model.mup import Factors, weights_with_factors
 
-CLASS_NAMES = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "lamb": "Lamb"}
+CLASS_NAMES = {
+    "adamw": "AdamW",
+    "decoupled_adamw": "DecoupledAdamW",
+    "lamb": "Lamb",
+    "muon": "Muon",
+}
+
+
+MOMENTUM = 0.95  # of Muon, unless another is set
 
 
 def kinds_of(model: torch.nn.Module) -> dict[str, str]:
@@ -38,6 +49,40 @@ def decay_of(config: OptimizerConfig, kind: str) -> float:
     return config.weight_decay if kind in config.decay else 0.0
 
 
+def muon_names(model: torch.nn.Module, config: OptimizerConfig) -> frozenset[str]:
+    """Return all names of the weights that Muon trains; none if the optimizer is another.
+
+    They are those of linear layers inside the blocks: no embedding, output layer, norm, bias or
+    convolution. Raise InvalidField if a model has none; a single layer may have none.
+    """
+    if config.name != "muon":
+        return frozenset()
+    matrices, kinds = weights_in_blocks(model), kinds_of(model)
+    names = frozenset(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in matrices and kinds[name] == "matrices"
+    )
+    if not names and any(isinstance(each, PreTrainedModel) for each in model.modules()):
+        raise InvalidField(
+            "optimizer.name", "must not be muon: the model has no blocks with matrices"
+        )
+    return names
+
+
+def _muon_settings(config: OptimizerConfig, *, by_muon: bool) -> dict[str, Any]:
+    """Return the settings of a group that Muon or AdamW trains, which AdamW alone has not."""
+    if config.name != "muon":
+        return {}
+    settings: dict[str, Any] = {
+        "momentum": (config.momentum or MOMENTUM) if by_muon else 0.0,
+        "update_scale": config.update_scale or "adamw_rms",
+    }
+    if not by_muon and config.adamw_lr_ratio is not None:
+        settings["lr_factor"] = config.adamw_lr_ratio
+    return settings
+
+
 def _own_settings(config: OptimizerConfig, factors: Factors, weight_decay: float) -> dict[str, Any]:
     """Return the settings of a group whose weights have `factors`; `weight_decay` is without them.
 
@@ -60,19 +105,26 @@ def build_optimizer(
 
     Its first group is what is decayed, its second the rest; a group without parameters is left out.
     The optimizers are AdamW (Loshchilov & Hutter 2019), whose decay is lr x weight_decay;
-    DecoupledAdamW (composer.optim), the same with a decay of lr / peak lr x weight_decay; and LAMB
-    (You et al. 2020, from torch_optimizer).
+    DecoupledAdamW (composer.optim), the same with a decay of lr / peak lr x weight_decay; LAMB
+    (You et al. 2020, from torch_optimizer); and Muon (`model.muon`), whose groups of what it trains
+    come before those of what AdamW does.
 
     With `mup_base_width`, weights that muP trains otherwise are in groups of their own, which hold
     the factors of the learning rate (`lr_factor`) and of the gradient (`gradient_factor`).
     """
-    kinds = kinds_of(model)
+    kinds, muons = kinds_of(model), muon_names(model, config)
     trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     groups = [
         {
-            "params": [each for name, each in trained if (kinds[name] in config.decay) == decays],
+            "params": [
+                each
+                for name, each in trained
+                if (name in muons, kinds[name] in config.decay) == (by_muon, decays)
+            ],
             "weight_decay": config.weight_decay if decays else 0.0,
+            **_muon_settings(config, by_muon=by_muon),
         }
+        for by_muon in (True, False)
         for decays in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
@@ -85,6 +137,8 @@ def build_optimizer(
         from torch_optimizer import Lamb
 
         return Lamb(groups, **common)
+    if config.name == "muon":
+        return Muon(groups, **common)
     return torch.optim.AdamW(groups, fused=True, **common)
 
 
@@ -108,10 +162,13 @@ def _divided(
 
 
 def settings_by_weight(
-    model: torch.nn.Module, config: OptimizerConfig, base_width: int
+    model: torch.nn.Module, config: OptimizerConfig, base_width: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the settings that muP gives the groups of some weights, by the weights' names."""
+    """Return the settings that Muon or muP gives the groups of weights, by the weights' names."""
     kinds = kinds_of(model)
+    if base_width is None:
+        muons = muon_names(model, config)
+        return {name: _muon_settings(config, by_muon=name in muons) for name in kinds}
     return {
         name: _own_settings(config, factors, decay_of(config, kinds[name]))
         for name, _, factors in weights_with_factors(model, base_width)

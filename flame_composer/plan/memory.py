@@ -15,6 +15,7 @@ from flame_composer.config.sections import LoraConfig
 from flame_composer.model.base import Base
 from flame_composer.model.build import build_model
 from flame_composer.model.lora import add_adapters, build_adapter
+from flame_composer.model.muon import weights_in_blocks
 from flame_composer.model.work import Work, count_parameters, count_trained, count_work
 from flame_composer.plan.figures import Memory
 from flame_composer.upstream.transformers import block_names
@@ -64,6 +65,7 @@ class Size:
     work: Work  # for one token
     largest_block: int  # parameters
     in_blocks: int  # parameters
+    for_muon: int  # parameters that the optimizer muon would keep one moment of, and not two
     kept: int  # values of one token that all blocks keep for the backward pass
     kept_in_largest: int  # values of one token that the largest block keeps
     hidden_size: int
@@ -82,7 +84,7 @@ def read_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> Si
         model: Any = build_model(hf_config)
         if lora is not None:
             add_adapters(model, build_adapter(lora, model, Base("", "")))
-    names = block_names(model)
+    names, matrices = block_names(model), weights_in_blocks(model)
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     kept = [sum(map(_kept_by, block.modules())) for block in blocks] or [0]
     sizes = [count_parameters(block) for block in blocks] or [0]
@@ -95,6 +97,7 @@ def read_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> Si
         work=count_work(model),
         largest_block=max(sizes),
         in_blocks=sum(sizes),
+        for_muon=sum(each.numel() for each in model.parameters() if id(each) in matrices),
         kept=sum(kept),
         kept_in_largest=max(kept),
         hidden_size=shape.hidden_size,
@@ -161,7 +164,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         copies=copies,
         gradients=gradients,
         buffers=buffers,
-        optimizer=8 * size.trained // shards,
+        optimizer=moments(config, size) // shards,
         activations=tokens * kept * width,
         logits=(
             tokens
@@ -172,6 +175,11 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         process=process_memory(config),
         counted=False,
     )
+
+
+def moments(config: PlanConfig, size: Size) -> int:
+    """Return the bytes of the optimizer's moments, in fp32: of most weights two, of Muon's one."""
+    return 8 * size.trained - (4 * size.for_muon if config.optimizer.name == "muon" else 0)
 
 
 def is_sharded(config: PlanConfig) -> bool:

@@ -20,12 +20,11 @@ from flame_composer.plan.child import CannotCount
 from flame_composer.plan.figures import Checkpoints, Data, Memory, Plan, Preemption, Time
 from flame_composer.plan.fitting import Count, estimate, largest_microbatch
 from flame_composer.plan.interruptions import best_interval, goodput, goodput_with_notice
-from flame_composer.plan.memory import DEVICES, Size, device_memory
+from flame_composer.plan.memory import DEVICES, Size, device_memory, moments
 from flame_composer.plan.speed import assumed_mfu
 from flame_composer.plan.supply import Supply
 from flame_composer.text.tokenizer import load_tokenizer
 
-CHECKPOINT_BYTES = 12  # for each trained parameter: its value and AdamW's two moments, in fp32
 COPY = 4e9  # bytes a second that a process copies into its machine's memory: an assumption
 
 
@@ -181,7 +180,7 @@ def _checkpoints(
 ) -> Checkpoints | None:
     if config.save_folder is None:
         return None
-    num_bytes = CHECKPOINT_BYTES * size.trained
+    num_bytes = 4 * size.trained + moments(config, size)  # the weights are saved in fp32, too
     times = config.plan(epoch or 1)
     every: float | None = times.save_batches
     if times.save_seconds is not None:

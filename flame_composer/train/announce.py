@@ -16,6 +16,7 @@ from composer.loggers import ProgressBarLogger
 from composer.utils import dist
 
 from flame_composer.errors import ConfigError, masked
+from flame_composer.model.muon import Muon
 from flame_composer.model.work import count_parameters, count_trained
 from flame_composer.storage import files
 from flame_composer.storage.filesystems import is_url
@@ -94,11 +95,10 @@ def _print_model(state: State, log_folder: Path) -> None:
         flush=True,
     )
     factors = {group.get("lr_factor", 1.0) for group in state.optimizers[0].param_groups}
+    is_muon = isinstance(state.optimizers[0], Muon)
+    who = "Muon: all but matrices in layers train" if is_muon else "muP: matrices in layers train"
     for factor in sorted(factors - {1.0}):
-        print(
-            f"muP: matrices in layers train at {factor:.4g} times the learning rate that is logged",
-            flush=True,
-        )
+        print(f"{who} at {factor:.4g} times the learning rate that is logged", flush=True)
 
 
 def _warn_of_padding(model: Any) -> None:

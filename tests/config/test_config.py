@@ -203,6 +203,9 @@ ROWS = "must be a positive number of rows"
 EMPTY = "must not be empty"
 
 FRACTION_OF_ONE = "must be in [0, 1]"
+OPEN = "must be more than 0 and less than 1"
+FINITE = "must be more than 0, and finite"
+ITS_OWN = "must be null with optimizer.name="
 DASK = "tcp://host:8786"
 ABSOLUTE = (
     "must be absolute where there is a cluster, whose workers have working folders of their own"
@@ -513,6 +516,29 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     *(
         (OptimizerConfig, {"eps": eps}, "eps", "must be more than 0, and finite")
         for eps in (0.0, -1e-8, nan, inf)
+    ),
+    *(
+        (OptimizerConfig, {"name": name, key: value}, key, f"{ITS_OWN}{name}: it is of muon")
+        for name in ("adamw", "decoupled_adamw", "lamb")
+        for key, value in (("momentum", 0.95), ("update_scale", "original"), ("adamw_lr_ratio", 1))
+    ),
+    *(
+        (OptimizerConfig, {"name": "muon", "momentum": value}, "momentum", OPEN)
+        for value in (0.0, 1.0, -0.5, nan)
+    ),
+    *(
+        (OptimizerConfig, {"name": "muon", "adamw_lr_ratio": ratio}, "adamw_lr_ratio", FINITE)
+        for ratio in (0.0, -1.0, nan, inf)
+    ),
+    (
+        TrainConfig,
+        {
+            "lora": LoraConfig(),
+            "model": ModelConfig(pretrained="p"),
+            "optimizer": OptimizerConfig(name="muon"),
+        },
+        "optimizer.name",
+        "must not be muon with lora: it is defined for whole matrices, adapters are products",
     ),
     *(
         (OptimizerConfig, {"weight_decay": decay}, "weight_decay", "must be 0 or more, and finite")
@@ -1566,6 +1592,8 @@ ALLOWED: list[tuple[type, dict[str, Any]]] = [
     *((DataConfig, {"cache_limit": limit}) for limit in ("100", "100b", "1.5gb", "10GB", "1kb")),
     *((DataConfig, {"shuffle_seed": seed}) for seed in (0, 2**32 - 1)),
     (EvalDataConfig, {"max_rows": 1}),
+    (OptimizerConfig, {"name": "muon", "momentum": 0.5, "update_scale": "original"}),
+    (OptimizerConfig, {"name": "muon", "adamw_lr_ratio": 2.0}),
     (OptimizerConfig, {"betas": (0.0, 0.0), "weight_decay": 0.0, "grad_clip_norm": None}),
     *(
         (SchedulerConfig, {"warmup": warmup})
@@ -1977,6 +2005,7 @@ NO_PATHS = {
     "push_to_hub",
     "names",
     "token_dtype",
+    "update_scale",
     "metric",
     "prune",
     "served_name",

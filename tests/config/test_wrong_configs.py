@@ -262,6 +262,16 @@ WRONG: dict[str, str] = {
     "optimizer.name=lamb model.mup_base_width=64": (
         "must be adamw or decoupled_adamw with model.mup_base_width: there are no rules for lamb"
     ),
+    "optimizer.name=muon model.mup_base_width=64": (
+        "must be adamw or decoupled_adamw with model.mup_base_width: there are no rules for muon"
+    ),
+    "optimizer.momentum=0.9": "must be null with optimizer.name=adamw: it is of muon",
+    "optimizer.name=muon optimizer.moment=0.9": (
+        "optimizer.moment: unknown key; did you mean optimizer.momentum?"
+    ),
+    "optimizer.name=muon model.pretrained=p lora.rank=8": (
+        "must not be muon with lora: it is defined for whole matrices, adapters are products"
+    ),
     "model.config.use_short_conv=true model.mup_base_width=16": (
         "must be left out with model.mup_base_width, which has no rules for it (docs/mup.md)"
     ),

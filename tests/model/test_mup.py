@@ -419,9 +419,9 @@ def test_it_goes_on_with_the_same_base_only(
     found = "0.25" if base == "8" else "1.0"
     assert process.stderr == (
         f"error: {run}/checkpoints: none of its 1 checkpoints is of this run: {run}/{file}: it was"
-        " trained with another model.mup_base_width: its optimizer has lr_factor=0.5 for"
-        f" model.model.layers.0.attn.q_proj.weight, and this run's lr_factor={found}; set back what"
-        " changed, or give another run_name or save_folder\n"
+        " trained with another model.mup_base_width or optimizer.adamw_lr_ratio: its optimizer has"
+        f" lr_factor=0.5 for model.model.layers.0.attn.q_proj.weight, and this run's"
+        f" lr_factor={found}; set back what changed, or give another run_name or save_folder\n"
     )
 
 

@@ -20,7 +20,7 @@ from flame_composer.config.plan import PlanConfig
 from flame_composer.plan.child import CannotCount, child_for
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.fitting import estimate, largest_microbatch
-from flame_composer.plan.memory import read_size
+from flame_composer.plan.memory import moments, read_size
 from flame_composer.plan.planning import count_and_draw_up, find_hf_config
 from tests.conftest import make_dataset
 from tests.data_fixtures import byte_tokenizer
@@ -135,6 +135,9 @@ def test_parts_of_strategies_are_those_of_arithmetic(counted: Counted) -> None:
         "gla_340m", 1, FEW, "parallelism.fsdp.sharding_strategy=HYBRID_SHARD", replicas
     )
     assert hybrid.weights == pytest.approx(4 * N / 2, rel=0.01)
+    by_muon = "optimizer.name=muon"
+    kept = moments(config_of("gla_340m", FEW, by_muon), size)
+    assert counted("gla_340m", 1, FEW, by_muon).optimizer == pytest.approx(kept / 8, rel=0.01)
     plain = counted("gla_340m", 1, FEW, "parallelism.fsdp=null")
     assert (plain.weights, plain.buffers) == (pytest.approx(4 * N, rel=0.01), 4 * N)
     assert plain.copies == pytest.approx(2 * size.work.multiplied, rel=0.02)
