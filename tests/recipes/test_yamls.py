@@ -210,6 +210,7 @@ def test_a_model_without_a_cpu_form_is_refused_before_anything_starts(
 
 
 @needs_no_gpu
+@pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default")  # Comba's own
 def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
     cpu.enable()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
