@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 # The model types that have a CPU form of every operation, with the layers in use by default
-ON_CPU = ("comba", "delta_net", "gated_deltanet", "gated_deltaproduct", "gla", "kda", "mamba")
+ON_CPU = (
+    "comba",
+    "delta_net",
+    "gated_deltanet",
+    "gated_deltaproduct",
+    "gla",
+    "kda",
+    "mamba",
+    "rwkv7",
+)
 
 
 def interprets() -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_composer.cpu import delta, delta_variants, gla, norms
+from flame_composer.cpu import delta, delta_variants, gla, norms, rwkv7
 from flame_composer.cpu.convolution import (
     causal_conv1d_bwd,
     causal_conv1d_fwd,
@@ -160,5 +160,6 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("fla.layers.gla", "fused_recurrent_gla", _fused_recurrent_gla),
     *delta.REPLACEMENTS,
     *delta_variants.REPLACEMENTS,
+    *rwkv7.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
 )

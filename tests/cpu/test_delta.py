@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flame_composer import cpu
-from flame_composer.cpu import delta, delta_variants
+from flame_composer.cpu import delta, delta_variants, rwkv7
 from flame_composer.cpu.coverage import ON_CPU
 from flame_composer.cpu.delta_inputs import l2norm_bwd, l2norm_fwd
 from flame_composer.cpu.delta_scores import MAX_DECAY, plan_blocks
@@ -32,8 +32,11 @@ cpu.enable()
 
 import fla.models  # noqa: E402
 
-# Comba warns of its own default.
-pytestmark = pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default")
+# Comba warns of its own default, and RWKV-7 of fla's implementation.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default"),
+    pytest.mark.filterwarnings("ignore:According to Bo"),
+]
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "delta"
 
@@ -266,6 +269,52 @@ def test_comba_erases_by_other_keys_before_the_state_decays(gates, T):
         loss = (got * x["do"].float()).sum() + (got_state * x["dht"].float()).sum()
         for a, b in zip(torch.autograd.grad(loss, single), expected, strict=True):
             assert (a - b).norm() < 6e-6 * max(float(b.norm()), 1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 90])
+def test_rwkv7_erases_and_writes_by_different_keys(T):
+    x = draw("channel", "zero", T, None)
+    random = torch.Generator().manual_seed(0)
+    r, k, kk, v = (torch.randn(B, T, H, K, generator=random, dtype=torch.float64) for _ in range(4))
+    w, a = (torch.rand(B, T, H, K, generator=random, dtype=torch.float64) for _ in range(2))
+    leaves = [y.requires_grad_() for y in (r, -0.6 * w, k, v, F.normalize(kk, dim=-1), a)]
+    r, w, k, v, kk, a = leaves
+    first = state = x["h0"][:, :H, :, :K]
+    outputs = []
+    for t in range(T):
+        found = torch.einsum("bhk,bhkv->bhv", -kk[:, t], state)
+        state = state * w[:, t].exp().unsqueeze(-1)
+        state = state + torch.einsum("bhk,bhv->bhkv", (kk * a)[:, t], found)
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        outputs.append(torch.einsum("bhk,bhkv->bhv", r[:, t], state))
+    o = torch.stack(outputs, 1)
+    expected = torch.autograd.grad(o.square().sum() + state.square().sum(), leaves)
+    single = [y.detach().float().requires_grad_() for y in leaves]
+    r, w, k, v, kk, a = single
+    states = {"initial_state": first.float(), "output_final_state": True}
+    for got, got_state in (
+        rwkv7.chunk_rwkv7(r, w, k, v, -kk, kk * a, **states),
+        rwkv7.fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, **states),
+    ):
+        assert relative_error(got, o) < 3e-6
+        assert relative_error(got_state, state) < 3e-6
+        loss = got.square().sum() + got_state.square().sum()
+        for gradient, want in zip(torch.autograd.grad(loss, single), expected, strict=True):
+            assert relative_error(gradient, want) < 6e-6
+
+
+def test_token_shift_keeps_documents_apart_and_goes_on_from_its_cache():
+    x = torch.randn(1, 9, 3, generator=torch.Generator().manual_seed(0))
+    cu_seqlens = torch.tensor([0, 1, 5, 9])
+    delta, last = rwkv7.token_shift(x, cu_seqlens, output_cache=True)
+    assert torch.equal(last, x[0, [0, 4, 8]])
+    for start, end in pairwise(cu_seqlens.tolist()):
+        assert torch.equal(delta[:, start:end], rwkv7.token_shift(x[:, start:end]))
+        before = F.pad(x[:, start : end - 1], (0, 0, 1, 0))
+        assert torch.equal(delta[:, start:end], before - x[:, start:end])
+    whole = rwkv7.token_shift(x)
+    first, cache = rwkv7.token_shift(x[:, :4], output_cache=True)
+    assert torch.equal(torch.cat([first, rwkv7.token_shift(x[:, 4:], cache=cache)], 1), whole)
 
 
 # Sequences, states and single tokens
@@ -621,7 +670,8 @@ def test_every_model_of_the_family_is_covered():
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "function"), [*delta.REPLACEMENTS, *delta_variants.REPLACEMENTS]
+    ("module", "name", "function"),
+    [*delta.REPLACEMENTS, *delta_variants.REPLACEMENTS, *rwkv7.REPLACEMENTS],
 )
 def test_arguments_are_those_of_fla(module, name, function):
     """Names and order, for those that are passed by position and for defaults."""
