@@ -9,8 +9,10 @@ import torch
 
 # The model types that have a CPU form of every operation, with the layers in use by default
 ON_CPU = (
+    "comba",
     "delta_net",
     "gated_deltanet",
+    "gated_deltaproduct",
     "gla",
     "gsa",
     "hgrn2",
@@ -21,6 +23,7 @@ ON_CPU = (
     "mamba2",
     "retnet",
     "rwkv6",
+    "rwkv7",
     "transformer",
 )
 

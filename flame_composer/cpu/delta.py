@@ -271,6 +271,11 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         "fused_recurrent_gated_delta_rule",
         fused_recurrent_gated_delta_rule,
     ),
+    (
+        "fla.layers.gated_deltaproduct",
+        "fused_recurrent_gated_delta_rule",
+        fused_recurrent_gated_delta_rule,
+    ),
     ("fla.layers.kda", "chunk_kda", chunk_kda),
     ("fla.layers.kda", "fused_recurrent_kda", fused_recurrent_kda),
 )

@@ -54,6 +54,20 @@ class Operands(NamedTuple):
     w: Tensor  # [B, T, H, K] writes
     v: Tensor  # [B, T, H, V]
     g: Tensor | None
+    # Whether p erases from the state before the token's own gate, which is one per head then
+    erases_before: bool = False
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:5]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Operands:
+        """Return the operands with every tensor changed."""
+        q, p, w, v, g = (None if x is None else change(x) for x in self.tensors())
+        assert q is not None
+        assert p is not None
+        assert w is not None
+        assert v is not None
+        return Operands(q, p, w, v, g, self.erases_before)
 
 
 Prepare = Callable[..., Operands]
@@ -107,7 +121,8 @@ def _scores(operands: Operands, w: Tensor, masks: Masks) -> Scores:
     if g is None:
         return Ungated(w)
     if g.dim() == 3:
-        return PerHead(w, chunks(g.unsqueeze(-1), size, w.dtype), masks)
+        g = chunks(g.unsqueeze(-1), size, w.dtype)
+        return PerHead(w, g, masks, erases_before=operands.erases_before)
     return PerChannel(w, chunks(g, size, w.dtype), masks, *plan_blocks(g, size))
 
 
@@ -118,12 +133,12 @@ def _chunk(operands: Operands, scale: float, segments: Tensor | None, h0: Tensor
     q = q * scale
     masks = masks_of(segments, q.shape[1], size, q)
     scores = _scores(operands, w, masks)
-    A_q = scores.product(q).masked_fill_(masks.hidden, 0)
+    A_q = scores.product(q, erases=False).masked_fill_(masks.hidden, 0)
     not_before = masks.hidden | torch.eye(size, dtype=torch.bool, device=w.device)
-    A_p = scores.product(p).masked_fill_(not_before, 0)
+    A_p = scores.product(p, erases=True).masked_fill_(not_before, 0)
     identity = torch.eye(size, dtype=dtype, device=w.device).expand_as(A_p)
     inverse = torch.linalg.solve_triangular(A_p, identity, upper=False, unitriangular=True)
-    erased = inverse @ _times(p, scores.read, masks.reads)
+    erased = inverse @ _times(p, scores.erase, masks.reads)
     leaving = _times(w, scores.write, masks.writes)
     decay = scores.decay if scores.decay is None else scores.decay.mT
     if masks.keeps is not None:
@@ -205,11 +220,11 @@ class _ChunkDelta(torch.autograd.Function):
         ]
         with torch.enable_grad():
             operands = ctx.prepare(*leaves)
-        plain = Operands._make(None if x is None else x.detach() for x in operands)
+        plain = operands.each(torch.Tensor.detach)
         *gradients, dh0 = _backward(plain, ctx.scale, segments, h0, *grad_outputs)
         pairs = [
             (x, dx)
-            for x, dx in zip(operands, gradients, strict=True)
+            for x, dx in zip(operands.tensors(), gradients, strict=True)
             if x is not None and x.requires_grad
         ]
         found: dict[int, Tensor] = {}
@@ -257,19 +272,19 @@ def _backward(
     dA_p = (dv @ c.errors.mT).neg_().masked_fill_(c.not_before, 0)
     dA_q = (do @ c.errors.mT).masked_fill_(c.masks.hidden, 0)
     dq_read = _times(do @ states.mT, c.scores.read, c.masks.reads)
-    dp_read = _times((dv @ states.mT).neg_(), c.scores.read, c.masks.reads)
+    dp_read = _times((dv @ states.mT).neg_(), c.scores.erase, c.masks.reads)
     dw_write = _times(c.errors @ dstates[:, 1:].mT, c.scores.write, c.masks.writes)
 
     # A_ii does not depend on the gates. Without it in the terms below, dg suffers no cancellation.
     diagonal = dA_q.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
     dA_q.diagonal(dim1=-2, dim2=-1).zero_()
-    dq, dw = c.scores.backward(c.q, dA_q)
-    dp, dw_p = c.scores.backward(c.p, dA_p)
+    dq, dw = c.scores.backward(c.q, dA_q, erases=False)
+    dp, dw_p = c.scores.backward(c.p, dA_p, erases=True)
     dw += dw_p
     dg = None
     if not isinstance(c.scores, Ungated):
         dg = c.scores.gate_gradient(((c.A_q, dA_q), (c.A_p, dA_p)), ((c.q, dq), (c.p, dp)), dw)
-        dg += _through_state(c, c.q * dq_read + c.p * dp_read, c.w * dw_write, dstates)
+        dg += _through_state(c, c.q * dq_read, c.p * dp_read, c.w * dw_write, dstates)
         dg = tokens(dg, torch.Size((*operands.q.shape[:3], dg.shape[-1])), dg.dtype)
         assert operands.g is not None
         dg = dg.view_as(operands.g).to(operands.g.dtype)
@@ -283,17 +298,22 @@ def _backward(
     return *shaped, dg, dh0
 
 
-def _through_state(c: _Chunk, dreads: Tensor, dwrites: Tensor, dstates: Tensor) -> Tensor:
+def _through_state(
+    c: _Chunk, dreads: Tensor, derased: Tensor, dwrites: Tensor, dstates: Tensor
+) -> Tensor:
     """Return the part of the gates' gradient that comes by way of the state.
 
-    g_t decays what tokens from t on read (the first part) and what tokens before t write, and the
-    state that passes through the chunk.
+    g_t decays what tokens from t on read and erase, what tokens before t write, and the state that
+    passes through the chunk.
     """
     decay = c.decay
     assert decay is not None
+    assert not isinstance(c.scores, Ungated)
     kept = (c.states[:, :-1] * dstates[:, 1:]).sum(-1, keepdim=True).mul_(decay)
     if isinstance(c.scores, PerHead):
-        dreads, dwrites, kept = (x.sum(d, True) for x, d in ((dreads, 3), (dwrites, 3), (kept, 2)))
+        dreads, derased, dwrites = (x.sum(3, keepdim=True) for x in (dreads, derased, dwrites))
+        kept = kept.sum(2, keepdim=True)
     dg = c.masks.pairs.mT @ dreads
+    dg += c.scores.erasing.mT @ derased
     dg += c.masks.pairs.tril(-1) @ dwrites
     return dg.add_(kept.mT)

@@ -21,6 +21,9 @@ from flame_composer.cpu.chunks import Rows, check_sequences, segments_of
 from flame_composer.cpu.delta_chunks import Operands, Prepare, chunkwise
 
 NORM_EPS = 1e-6
+# Rows of so few tokens go token by token where a recurrence is asked for: those of one new token,
+# for which DeltaProduct takes several steps.
+MAX_STEPS = 4
 
 
 class Options(NamedTuple):
@@ -127,20 +130,19 @@ def delta_rule(
     """Return the output `[B, T, HV, V]` in v's dtype, and the final state or None.
 
     `given` is what `make` takes: q, k, v and others `[B, T, ...]`, then parameters.
-    With `recurrent`, sequences of one token each go token by token.
+    With `recurrent`, sequences of one length and few tokens go token by token.
     """
     q, _, v = given[:3]
     assert q is not None
     assert v is not None
-    B, T = q.shape[:2]
-    check_sequences(q, initial_state, cu_seqlens)
+    B, T = v.shape[:2]
+    check_sequences(v, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if initial_state is not None and state_v_first:
         initial_state = initial_state.mT
-    num_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if recurrent and num_sequences == B * T:
-        o, state = _step(make(*given), scale, initial_state)
-        return o.view(v.shape).to(v.dtype), _state(state, output_final_state, state_v_first)
+    if recurrent and (length := _common_length(B, T, cu_seqlens)) <= MAX_STEPS:
+        o, state = _steps(make(*given), length, scale, initial_state)
+        return o.reshape(v.shape).to(v.dtype), _state(state, output_final_state, state_v_first)
     segments = rows = None
     if cu_seqlens is not None and initial_state is None and not output_final_state:
         # Training: the packed row is cut into chunks as it is; masks keep the sequences apart.
@@ -163,20 +165,31 @@ def _state(state: Tensor, wanted: bool, state_v_first: bool) -> Tensor | None:
 
 def _in_rows(make: Prepare, rows: Rows, *given: Tensor | None) -> Operands:
     """Prepare operands, and give each sequence a row of its own."""
-    return Operands._make(None if x is None else rows.split(x) for x in make(*given))
+    return make(*given).each(rows.split)
 
 
-def _step(operands: Operands, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the output `[N, H, V]` of one token of each sequence, and the states after it."""
-    g = operands.g
-    q, p, w, v = (x.flatten(0, 1) for x in operands[:4])
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    q, p, w, v = (x.to(dtype).unsqueeze(2) for x in (q, p, w, v))
-    if state is None:
-        state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
-    state = state.to(dtype)
-    if g is not None:
-        decay = g.flatten(0, 1).to(dtype).exp()
-        state = state * decay.view(*decay.shape[:2], -1, 1)
-    state = state + w.mT @ (v - p @ state)
-    return ((q * scale) @ state).squeeze(2), state
+def _common_length(num_rows: int, num_tokens: int, cu_seqlens: Tensor | None) -> int:
+    """Return the number of tokens that every sequence has, or that of all if they differ."""
+    if cu_seqlens is None:
+        return num_tokens
+    lengths = cu_seqlens.diff()
+    return int(lengths[0]) if bool((lengths == lengths[0]).all()) else num_rows * num_tokens
+
+
+def _steps(
+    operands: Operands, length: int, scale: float, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output `[N, length, H, V]` token by token, and the states after it."""
+    dtype = torch.promote_types(operands.v.dtype, torch.float32)
+    q, p, w, v = (x.to(dtype).reshape(-1, length, *x.shape[2:]) for x in operands[:4])
+    g = None if operands.g is None else operands.g.to(dtype).reshape(*v.shape[:3], -1)
+    N, _, H, K = q.shape
+    state = v.new_zeros(N, H, K, v.shape[3]) if state is None else state.to(dtype)
+    outputs = []
+    for t in range(length):
+        decayed = state if g is None else state * g[:, t].exp().unsqueeze(-1)
+        erased_from = state if operands.erases_before else decayed
+        error = v[:, t].unsqueeze(2) - p[:, t].unsqueeze(2) @ erased_from
+        state = decayed + w[:, t].unsqueeze(3) @ error
+        outputs.append((q[:, t] * scale).unsqueeze(2) @ state)
+    return torch.cat(outputs, 2).transpose(1, 2), state

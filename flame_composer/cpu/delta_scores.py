@@ -31,16 +31,22 @@ MAX_DECAY = 80.0
 class Ungated:
     """Scores without gates: the state never decays."""
 
-    read = write = decay = None
+    read = erase = write = decay = None
 
     def __init__(self, w: Tensor):
         self.w = w
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, *, erases: bool) -> Tensor:  # noqa: ARG002
         """Return the scores `[M, n, C, C]` of the rows x `[M, n, C, K]`, not yet masked."""
         return x @ self.w.mT
 
-    def backward(self, x: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self,
+        x: Tensor,
+        dA: Tensor,
+        *,
+        erases: bool,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and w; `dA` must be zero where the scores are masked."""
         return dA @ self.w, dA.mT @ x
 
@@ -49,21 +55,28 @@ class PerHead:
     """Scores with one gate per head, `[M, n, C, 1]`: exp(G_i - G_j) weighs plain products.
 
     Each difference is summed by itself, so that large sums do not cost the digits of small ones.
+    With `erases_before`, a token's own gate does not weigh what it erases: G_{i-1} is in place of
+    G_i there.
     """
 
-    def __init__(self, w: Tensor, g: Tensor, masks: Masks):
+    def __init__(self, w: Tensor, g: Tensor, masks: Masks, *, erases_before: bool):
         self.w, self.masks = w, masks
         self.earlier = w.new_ones(w.shape[2], w.shape[2]).tril(-1)
-        self.weights = (masks.pairs @ (g * self.earlier)).exp_()
         self.read, self.write, self.decay = _decays(g, masks)
+        self.weights = (masks.pairs @ (g * self.earlier)).exp_()
+        self.erasing, self.erase, self.erasing_weights = masks.pairs, self.read, self.weights
+        if erases_before:
+            self.erasing = masks.pairs.tril(-1)
+            self.erase = (self.erasing @ g).exp_()
+            self.erasing_weights = (self.erasing @ (g * self.earlier)).exp_()
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, *, erases: bool) -> Tensor:
         """Return the scores `[M, n, C, C]` of the rows x `[M, n, C, K]`, not yet masked."""
-        return (x @ self.w.mT).mul_(self.weights)
+        return (x @ self.w.mT).mul_(self.erasing_weights if erases else self.weights)
 
-    def backward(self, x: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, dA: Tensor, *, erases: bool) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and w; `dA` must be zero where the scores are masked."""
-        dA = dA * self.weights
+        dA = dA * (self.erasing_weights if erases else self.weights)
         return dA @ self.w, dA.mT @ x
 
     def gate_gradient(self, scores: Pairs, rows: Pairs, dw: Tensor) -> Tensor:  # noqa: ARG002
@@ -71,8 +84,10 @@ class PerHead:
 
         g_t decays the pairs j < t <= i.
         """
-        weighted = sum_of_products(scores)
-        return (self.masks.pairs.mT @ weighted).mul_(self.earlier).sum(-1, keepdim=True)
+        (A_q, dA_q), (A_p, dA_p) = scores
+        dg = self.masks.pairs.mT @ (A_q * dA_q)
+        dg += self.erasing.mT @ (A_p * dA_p)
+        return dg.mul_(self.earlier).sum(-1, keepdim=True)
 
 
 class PerChannel:
@@ -85,6 +100,7 @@ class PerChannel:
 
     def __init__(self, w: Tensor, g: Tensor, masks: Masks, size: int, exact: bool):
         self.read, self.write, self.decay = _decays(g, masks)
+        self.erase, self.erasing = self.read, masks.pairs
         self.w, self.masks, self.size = w, masks, size
         self.halves = []
         half = w.shape[2] // 2
@@ -93,7 +109,7 @@ class PerChannel:
             half //= 2
         self.block = _ExactBlock(w, g, size) if exact else _Block(w, g, masks, size)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, *, erases: bool) -> Tensor:  # noqa: ARG002
         """Return the scores `[M, n, C, C]` of the rows x `[M, n, C, K]`, not yet masked."""
         block = self.block.product(x)
         if not self.halves:
@@ -104,7 +120,13 @@ class PerChannel:
             _lower(A, halves.size).copy_(halves.product(x))
         return A
 
-    def backward(self, x: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self,
+        x: Tensor,
+        dA: Tensor,
+        *,
+        erases: bool,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and w; `dA` must be zero where the scores are masked."""
         dx, dw = self.block.backward(x, _blocks(dA, self.size))
         dx, dw = dx.flatten(2, 3), dw.flatten(2, 3)
@@ -119,7 +141,8 @@ class PerChannel:
 
         Each row carries exp(G_i) and each column exp(-G_j), and g_t is part of G from t on.
         """
-        return self.masks.pairs.mT @ sum_of_products(rows).addcmul_(self.w, dw, value=-1)
+        (q, dq), (p, dp) = rows
+        return self.masks.pairs.mT @ (q * dq).addcmul_(p, dp).addcmul_(self.w, dw, value=-1)
 
 
 class _Halves:
@@ -207,15 +230,6 @@ class _ExactBlock:
             dw[:, :, :, j] = (weighted * x[:, :, :, j:]).sum(3)
             dx[:, :, :, j:] += weighted.mul_(self.w[:, :, :, j : j + 1])
         return dx, dw
-
-
-def sum_of_products(pairs: Pairs) -> Tensor:
-    """Return the sum of x * dx over the pairs (x, dx)."""
-    (first, dfirst), *others = pairs
-    total = first * dfirst
-    for x, dx in others:
-        total.addcmul_(x, dx)
-    return total
 
 
 def _decays(g: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_composer.cpu import delta, gla, gsa, mamba2, norms, rwkv6, simple_gla, token_shift
+from flame_composer.cpu import (
+    delta,
+    delta_variants,
+    gla,
+    gsa,
+    mamba2,
+    norms,
+    rwkv6,
+    rwkv7,
+    simple_gla,
+    token_shift,
+)
 from flame_composer.cpu.convolution import (
     causal_conv1d_bwd,
     causal_conv1d_fwd,
@@ -135,5 +146,7 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *token_shift.REPLACEMENTS,
     *rwkv6.REPLACEMENTS,
     *delta.REPLACEMENTS,
+    *delta_variants.REPLACEMENTS,
+    *rwkv7.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
 )

@@ -214,7 +214,8 @@ def test_a_model_without_a_cpu_form_is_refused_before_anything_starts(
 
 
 @needs_no_gpu
-@pytest.mark.filterwarnings("ignore:According to Bo")  # fla's word on its RWKV-6
+@pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default")  # Comba's own
+@pytest.mark.filterwarnings("ignore:According to Bo")  # RWKV-7's own
 def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
     cpu.enable()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -281,7 +282,7 @@ def test_weights_without_a_cpu_form_are_refused_before_they_are_read(tmp_path: P
 
 
 def test_documents_that_cannot_be_kept_apart_need_varlen_false() -> None:
-    keys = {"model_type": "mamba", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}
+    keys = {"model_type": "mamba", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2}
     model = build_model(build_hf_config(keys, byte_tokenizer(), CONTEXT_LENGTH))
     with pytest.raises(InvalidField) as caught:
         CausalLM(model, byte_tokenizer(), varlen=True)

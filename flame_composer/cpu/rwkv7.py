@@ -1,0 +1,158 @@
+"""RWKV-7 in plain PyTorch, as two steps of the delta rule for each token.
+
+Peng et al. 2025 (arXiv:2503.14456). For one head, with rows r, a, b, k and values v of a token and
+log gates w in [-0.61, 0):
+
+    S_t = diag(exp w_t) S_{t-1} + b_t^T (a_t S_{t-1}) + k_t^T v_t        o_t = scale * r_t S_t
+
+The first step decays the state and erases by -a_t exp(-w_t), so that the state before the decay is
+looked up; the second one writes k_t^T v_t. Each function stands in for fla's function of that name
+(0.5.2) and has the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flame_composer.cpu.delta_chunks import Operands
+from flame_composer.cpu.delta_inputs import delta_rule
+
+
+def chunk_rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
+    safe_gate: bool = False,  # noqa: ARG001
+    chunk_size: int | None = None,  # noqa: ARG001
+    disable_recompute: bool = False,  # noqa: ARG001
+    cp_context: Any = None,
+    *,
+    recurrent: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute RWKV-7 over chunks: r, w, k, a, b `[B, T, H, K]`, v `[B, T, H, V]`.
+
+    States are `[N, H, K, V]`.
+    """
+    if cp_context is not None:
+        raise NotImplementedError("on a CPU, RWKV-7 has no context parallelism")
+    given = (r, k, torch.stack([torch.zeros_like(v), v], 2).flatten(1, 2), w, a, b)
+    offsets = None if cu_seqlens is None else 2 * cu_seqlens
+    o, state = delta_rule(
+        _prepare,
+        given,
+        scale,
+        initial_state,
+        output_final_state,
+        False,
+        offsets,
+        recurrent=recurrent,
+    )
+    return o[:, 1::2].contiguous(), state
+
+
+def fused_mul_recurrent_rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kk: Tensor,
+    a: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute RWKV-7 with -kk in place of a, and kk * a in place of b; one token by the recurrence.
+
+    fla calls it for T < 64 in evaluation and decoding.
+    """
+    if reverse:
+        raise NotImplementedError("on a CPU, RWKV-7 runs only forwards (reverse=False)")
+    scale = float(r.shape[-1] ** -0.5) if scale is None else scale
+    return chunk_rwkv7(
+        r,
+        w,
+        k,
+        v,
+        -kk,
+        kk * a,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        recurrent=True,
+    )
+
+
+def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Operands:
+    """Return the operands of two steps a token; v holds both steps already."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    r, k, w, a, b = (x.to(dtype) for x in (r, k, w, a, b))
+    nothing = torch.zeros_like(r)
+
+    def steps(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([first, second], 2).flatten(1, 2)
+
+    return Operands(
+        steps(nothing, r),
+        steps(-a * (-w).exp(), nothing),
+        steps(b, k),
+        v,
+        steps(w, nothing),
+    )
+
+
+def fused_addcmul_rwkv7(
+    hidden_states: Tensor,
+    delta: Tensor,
+    xr: Tensor,
+    xw: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    xa: Tensor,
+    xg: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return hidden_states + delta * x for each x."""
+    parts = (xr, xw, xk, xv, xa, xg)
+    return tuple(None if x is None else hidden_states.addcmul(delta, x) for x in parts)
+
+
+def fused_k_rwkv7(
+    k: Tensor,
+    a: Tensor,
+    ka: Tensor,
+    cu_seqlens: Tensor | None = None,  # noqa: ARG001
+    cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
+) -> Tensor:
+    """Return k * (1 + (a - 1) * ka)."""
+    return k.addcmul(k * (a - 1), ka)
+
+
+def gate_output_correction(
+    o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor
+) -> Tensor:
+    """Return (o + (r * k * r_k summed over a head's channels) * v) * g."""
+    return (o + ((r * k * r_k).sum(-1, keepdim=True) * v).view_as(o)) * g
+
+
+# fla 0.5.2 does not dispatch these, so they are replaced: (module, attribute, CPU version).
+REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("fla.layers.rwkv7", "chunk_rwkv7", chunk_rwkv7),
+    ("fla.layers.rwkv7", "fused_mul_recurrent_rwkv7", fused_mul_recurrent_rwkv7),
+    ("fla.layers.rwkv7", "fused_addcmul_rwkv7", fused_addcmul_rwkv7),
+    ("fla.layers.rwkv7", "fused_k_rwkv7", fused_k_rwkv7),
+    ("fla.layers.rwkv7", "gate_output_correction", gate_output_correction),
+)
