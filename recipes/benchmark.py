@@ -3,6 +3,7 @@
     python recipes/benchmark.py NAME [key=value ...]    # NAME is one of these:
 
     train       a GLA model against a Llama of the same size, forward and backward
+    models      other models of fla against a Llama of their size
     growth      the same with more rows, and with fewer and with more layers
     decode      the same two models, generating token by token
     quantize    the first of them with weights of int8 and bf16 against fp32
@@ -19,30 +20,27 @@
 The last line is JSON: medians, medians of the turns' ratios, and `figures` with their limits.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands, gpu, measure
 from flame_composer.bench.conversions import compare_conversions
 from flame_composer.bench.examples import compare_examples
-from flame_composer.bench.measure import Figure
 from flame_composer.config import bench as configs
 from flame_composer.config.cli import run_one_of
-from flame_composer.train import charts
 
 ROOT = Path(__file__).parent.parent
 
 
 def timed(name: str, config: Any) -> None:
-    from flame_composer.bench import models, quantized
+    from flame_composer.bench import families, models, quantized
 
     made = {"train": models.training, "growth": models.growth, "decode": models.decoding}
-    measure.report(name, *(made | {"quantize": quantized.quantizing})[name](config))
+    made |= {"quantize": quantized.quantizing, "models": families.compare_models}
+    measure.report(name, *made[name](config))
 
 
 def written(name: str, config: Any) -> None:
@@ -66,16 +64,7 @@ examples = partial(compared, "examples", compare_examples)
 
 
 def run_all(config: configs.AllBenchmarksConfig) -> None:
-    if config.plot:
-        charts.require_plot(config.plot)
-    results = commands.run_each(Path(__file__), config.names or configs.BENCHMARKS)
-    figures = [Figure(**each) for result in results.values() for each in result["figures"]]
-    print("", *(figure.line() for figure in figures), sep="\n")
-    print(json.dumps({"benchmark": "all", "results": results}))
-    if config.plot:
-        benchmark_charts.write(results, config.plot)
-    if missed := [figure.name for figure in figures if figure.is_missed()]:
-        sys.exit(f"missed by more than a tenth: {', '.join(missed)}")
+    commands.run_all(Path(__file__), config)
 
 
 if __name__ == "__main__":
@@ -83,6 +72,7 @@ if __name__ == "__main__":
         run_one_of(
             {
                 "train": (partial(timed, "train"), configs.BenchmarkConfig),
+                "models": (partial(timed, "models"), configs.ModelsBenchmarkConfig),
                 "growth": (partial(timed, "growth"), configs.BenchmarkConfig),
                 "decode": (partial(timed, "decode"), configs.DecodeBenchmarkConfig),
                 "quantize": (partial(timed, "quantize"), configs.QuantizeBenchmarkConfig),

@@ -10,14 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flame_composer.bench import charts
 from flame_composer.bench.conversions import write_corpus
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
 from flame_composer.config.bench import (
+    BENCHMARKS,
+    AllBenchmarksConfig,
     DataBenchmarkConfig,
     StartBenchmarkConfig,
     TrainerBenchmarkConfig,
 )
 from flame_composer.errors import DataError
+from flame_composer.train.charts import require_plot
 
 
 def quickstart_data(root: Path, config: StartBenchmarkConfig, folder: Path) -> list[str]:
@@ -222,3 +226,17 @@ def run_each(script: Path, names: Sequence[str]) -> dict[str, Any]:
             raise DataError(f"{name}: ended with status {process.returncode}")
         results[name] = json.loads(process.stdout.splitlines()[-1])
     return results
+
+
+def run_all(script: Path, config: AllBenchmarksConfig) -> None:
+    """Run the benchmarks of a script, print all figures, and exit with 1 if any is far missed."""
+    if config.plot:
+        require_plot(config.plot)
+    results = run_each(script, config.names or BENCHMARKS)
+    figures = [Figure(**each) for result in results.values() for each in result["figures"]]
+    print("", *(figure.line() for figure in figures), sep="\n")
+    print(json.dumps({"benchmark": "all", "results": results}))
+    if config.plot:
+        charts.write(results, config.plot)
+    if missed := [figure.name for figure in figures if figure.is_missed()]:
+        sys.exit(f"missed by more than a tenth: {', '.join(missed)}")

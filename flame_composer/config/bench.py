@@ -57,6 +57,22 @@ class BenchmarkConfig(SizesConfig):
 
 
 @dataclass
+class ModelsBenchmarkConfig(BenchmarkConfig):
+    """Time a training step of fla's models on a CPU, each against a Llama of the same size."""
+
+    names: list[str] = field(default_factory=list)
+    """Models to time, e.g. [kda, mamba2]; all if not set."""
+
+    def validate(self) -> None:
+        super().validate()
+        known = (
+            "gla hgrn2 gsa retnet linear_attn lightnet rwkv6 mamba2 delta_net gated_deltanet"
+            " kda gated_deltaproduct comba rwkv7"
+        ).split()
+        require(set(self.names) <= set(known), "names", f"must be among {', '.join(known)}")
+
+
+@dataclass
 class ConversionBenchmarkConfig(ScriptConfig):
     """Time convert/to_mds.py against one process that calls encode_batch_fast and MDSWriter."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,6 +72,9 @@ def enable() -> None:
     bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
     bitnet.__doc__ = bitnet.__doc__ or ""
     _supply_flash_attention()
+    if not torch.cuda.is_available():
+        # It says in every layer that code for GPUs is missing.
+        logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)
     if interprets():
         loss = importlib.import_module("fla.modules.fused_cross_entropy").FusedCrossEntropyLoss
         loss.forward = genuine_cross_entropy_forward

@@ -113,6 +113,45 @@ def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return result
 
 
+# fla compiles these by torch.compile, which on a CPU takes a C++ compiler and minutes
+
+
+def gelu_fwd(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_bwd(g: Tensor, x: Tensor) -> Tensor:
+    return _aten.gelu_backward(g, x, approximate="tanh")
+
+
+def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
+    return gelu_fwd(bias + y)
+
+
+def bias_gelu_bwd(g: Tensor, y: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad_y = gelu_bwd(g, bias + y)
+    return grad_y, grad_y.sum(dim=0, dtype=bias.dtype)
+
+
+def relu_bwd(g: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x >= 0, g, 0.0).to(x.dtype)
+
+
+def sqrelu_fwd(x: Tensor) -> Tensor:
+    return F.relu(x).square_()
+
+
+def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
+    return (2.0 * g * F.relu(x.float())).to(x.dtype)
+
+
+def _l2_wrap_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Stand in for `L2Wrap.backward`, which fails if the logits are bf16 and the loss is fp32."""
+    largest, ids = ctx.saved_tensors
+    logits = largest.new_zeros(ctx.logits_shape)
+    return grad_output, logits.scatter_(-1, ids, largest * grad_output), None
+
+
 # Operations that fla itself dispatches to a backend (`fla.modules.backends`).
 OPERATIONS: tuple[Callable[..., Any], ...] = (
     *norms.OPERATIONS,
@@ -149,4 +188,17 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *delta_variants.REPLACEMENTS,
     *rwkv7.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
+    *(
+        ("fla.modules.activations", each.__name__, each)
+        for each in (
+            gelu_fwd,
+            gelu_bwd,
+            bias_gelu,
+            bias_gelu_bwd,
+            relu_bwd,
+            sqrelu_fwd,
+            sqrelu_bwd,
+        )
+    ),
+    ("fla.modules.l2warp", "L2Wrap.backward", _l2_wrap_backward),
 )

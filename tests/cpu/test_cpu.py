@@ -350,6 +350,29 @@ print(type(model).__module__, BitNetConfig in MODEL_FOR_CAUSAL_LM_MAPPING)
     assert done.stdout.split() == ["fla.models.gla.modeling_gla", "True"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fla compiles for it")
+def test_nothing_is_compiled_and_nothing_said_of_gpus():
+    """fla has its squared ReLU compiled by torch, which takes a C++ compiler and minutes."""
+    program = """
+import warnings
+warnings.simplefilter("ignore")  # what fla's RWKV says of its initialisation
+from flame_composer import cpu; cpu.enable()
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+for name in ("rwkv6", "rwkv7", "mamba2"):
+    config = AutoConfig.for_model(name, num_heads=4 if name == "mamba2" else 2, **sizes)
+    ids = torch.arange(20)[None]
+    AutoModelForCausalLM.from_config(config)(input_ids=ids, labels=ids).loss.backward()
+from torch._dynamo.utils import counters
+assert not counters["frames"], counters
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
 def test_enabling_twice_changes_nothing():
     before = fla_layer.chunk_gla, fla_layer.fused_recurrent_gla, FusedCrossEntropyLoss.forward
     cpu.enable()
@@ -395,7 +418,7 @@ def test_the_operations_have_flas_signatures():
             inspect.signature(theirs).parameters
         )
     for module, name, version in operations.REPLACEMENTS:
-        if not name.endswith("forward"):
+        if not name.endswith(("forward", "backward")):
             theirs = getattr(importlib.import_module(module), name).__wrapped__
             names = [p for p in inspect.signature(theirs).parameters if p != "kwargs"]
             # What fla takes out of its keyword arguments may follow by name.

@@ -304,17 +304,19 @@ def test_rwkv7_erases_and_writes_by_different_keys(T):
 
 
 def test_token_shift_keeps_documents_apart_and_goes_on_from_its_cache():
+    from fla.modules.token_shift import token_shift
+
     x = torch.randn(1, 9, 3, generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, 1, 5, 9])
-    delta, last = rwkv7.token_shift(x, cu_seqlens, output_cache=True)
+    delta, last = token_shift(x, cu_seqlens, output_cache=True)
     assert torch.equal(last, x[0, [0, 4, 8]])
     for start, end in pairwise(cu_seqlens.tolist()):
-        assert torch.equal(delta[:, start:end], rwkv7.token_shift(x[:, start:end]))
+        assert torch.equal(delta[:, start:end], token_shift(x[:, start:end]))
         before = F.pad(x[:, start : end - 1], (0, 0, 1, 0))
         assert torch.equal(delta[:, start:end], before - x[:, start:end])
-    whole = rwkv7.token_shift(x)
-    first, cache = rwkv7.token_shift(x[:, :4], output_cache=True)
-    assert torch.equal(torch.cat([first, rwkv7.token_shift(x[:, 4:], cache=cache)], 1), whole)
+    whole = token_shift(x)
+    first, cache = token_shift(x[:, :4], output_cache=True)
+    assert torch.equal(torch.cat([first, token_shift(x[:, 4:], cache=cache)], 1), whole)
 
 
 # Sequences, states and single tokens

@@ -1,0 +1,135 @@
+"""The benchmark of fla's models on this machine: a training step of each against Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from flame_composer import cpu
+from flame_composer.bench.measure import Figure, interleaved, median, ratio
+from flame_composer.bench.models import step
+from flame_composer.config.bench import ModelsBenchmarkConfig
+from flame_composer.model.build import build_model
+from flame_composer.model.work import count_parameters
+
+# Heads of 128 channels, for as many as fit into the width; mamba2 has no MLP and more layers.
+MLP = {"intermediate_size": 0}  # its width is found
+DECAY: dict[str, dict[str, Any]] = {
+    "gla": MLP | {"num_heads": 0},
+    "hgrn2": MLP | {"expand_ratio": 128},
+    "gsa": MLP | {"num_heads": 0, "num_slots": 64},
+    "retnet": MLP | {"num_heads": 0},
+    "linear_attn": MLP | {"num_heads": 0},
+    "lightnet": MLP,
+    "rwkv6": MLP | {"num_heads": 0},
+    "mamba2": {"head_dim": 64},
+}
+DELTA: dict[str, dict[str, Any]] = {
+    "delta_net": MLP | {"num_heads": 0},
+    "gated_deltanet": MLP | {"num_heads": 0, "head_dim": 96, "expand_v": 2},
+    "kda": MLP | {"num_heads": 0, "head_dim": 128},
+    "gated_deltaproduct": MLP | {"num_heads": 0, "head_dim": 96},
+    "comba": MLP | {"num_heads": 0, "head_dim": 96},
+    "rwkv7": MLP | {"head_dim": 64},
+}
+FAMILIES = {"decay": DECAY, "delta rule": DELTA}
+LIMITS = {
+    "decay": {512: 1.0, 2048: 1.5, 8192: 3.5},
+    "delta rule": {512: 0.7, 2048: 1.2, 8192: 3.0},
+}
+FLAT = 1.2  # times that a token may take at 8192 of what it takes at 512
+
+
+def build(name: str, config: ModelsBenchmarkConfig, num_parameters: int) -> PreTrainedModel:
+    """Return a model of a family, whose MLP or number of layers gives about as many parameters."""
+    keys = {
+        key: value for family in FAMILIES.values() for key, value in family.get(name, {}).items()
+    }
+    keys |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    if "num_heads" in keys:
+        keys["num_heads"] = max(1, config.hidden_size // 128)
+    if "head_dim" in keys and name == "mamba2":
+        keys["num_heads"] = 2 * config.hidden_size // keys["head_dim"]
+    by = "intermediate_size" if "intermediate_size" in keys else "num_hidden_layers"
+    keys["num_hidden_layers"] = config.num_layers
+
+    def of(size: int) -> Any:
+        return AutoConfig.for_model(name, **{**keys, by: size})
+
+    low, high = (32, 64) if by == "intermediate_size" else (2, 4)
+    with torch.device("meta"):
+        one, two = (count_parameters(build_model(of(size))) for size in (low, high))
+    # The number of parameters grows linearly with either
+    size = low + round((num_parameters - one) / (two - one) * (high - low))
+    size = 32 * max(1, round(size / 32)) if by == "intermediate_size" else max(1, size)
+    return build_model(of(size))
+
+
+def compare_models(config: ModelsBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
+    """Time forward and backward of each model and of a Llama (SDPA) of its size, in turns."""
+    cpu.enable()
+    torch.manual_seed(0)
+    width, heads = config.hidden_size, max(1, config.hidden_size // 128)
+    # As `models.build_pair` pairs it with GLA: without anything that `build_model` adds
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=3 * width,
+        )
+    )
+    names = config.names or [name for family in FAMILIES.values() for name in family]
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "llama": {}, "models": {}}
+    result["llama_parameters"] = count_parameters(llama)
+    for name in names:
+        model = build(name, config, count_parameters(llama))
+        row: dict[str, Any] = {"parameters": count_parameters(model)}
+        for length in config.context_lengths:
+            found = interleaved(
+                {
+                    each: step(it, length, config.batch_tokens, config.vocab_size)
+                    for each, it in ((name, model), ("llama", llama))
+                },
+                config.repeats,
+                f"{name}, context {length}",
+            )
+            row[f"tokens_per_second_{length}"] = round(median(found[name]))
+            row[f"over_llama_{length}"] = ratio(found[name], found["llama"])
+        result["models"][name] = row
+        rates = "  ".join(
+            f"{row[f'tokens_per_second_{length}']:6,} ({row[f'over_llama_{length}']:.2f})"
+            for length in config.context_lengths
+        )
+        print(f"{name:20} {row['parameters'] / 1e6:5.1f} M   {rates}", flush=True)
+    return result, list(_figures(result["models"]))
+
+
+def _figures(models: dict[str, dict[str, Any]]) -> Iterator[Figure]:
+    """Yield the worst of each family at each context length, and how a token's time grows."""
+    for family, shapes in FAMILIES.items():
+        rows = {name: row for name, row in models.items() if name in shapes}
+        for length, least in LIMITS[family].items():
+            found = {
+                name: row[key]
+                for name, row in rows.items()
+                if (key := f"over_llama_{length}") in row
+            }
+            if found:
+                worst = min(found, key=lambda name: found[name])
+                title = f"training step: {family}, worst over Llama at {length} ({worst})"
+                yield Figure(title, found[worst], at_least=least)
+        grown = {
+            name: round(row["tokens_per_second_512"] / row["tokens_per_second_8192"], 3)
+            for name, row in rows.items()
+            if {"tokens_per_second_512", "tokens_per_second_8192"} <= row.keys()
+        }
+        if grown:
+            worst = max(grown, key=lambda name: grown[name])
+            title = f"training step: {family}, a token's time at 8192 over 512 ({worst})"
+            yield Figure(title, grown[worst], at_most=FLAT)
