@@ -71,6 +71,11 @@ def enable() -> None:
     # has none.
     bitnet = importlib.import_module("fla.models.bitnet").BitNetConfig
     bitnet.__doc__ = bitnet.__doc__ or ""
+    # fla's Mamba-2 ties its embeddings to the output layer without saying so, and such a model
+    # cannot be saved.
+    for name in ("Mamba2", "Mamba3", "LogLinearMamba2"):
+        model = getattr(importlib.import_module("fla.models"), f"{name}ForCausalLM")
+        model._tied_weights_keys = model._tied_weights_keys or ["lm_head.weight"]
     _supply_flash_attention()
     if not torch.cuda.is_available():
         # It says in every layer that code for GPUs is missing.

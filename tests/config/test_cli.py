@@ -95,7 +95,18 @@ train_data: {local: data}
 """
 OPTIMIZER_KEYS = ", ".join(
     f"optimizer.{name}"
-    for name in ("name", "lr", "betas", "eps", "weight_decay", "decay", "grad_clip_norm")
+    for name in (
+        "name",
+        "lr",
+        "betas",
+        "eps",
+        "momentum",
+        "update_scale",
+        "adamw_lr_ratio",
+        "weight_decay",
+        "decay",
+        "grad_clip_norm",
+    )
 )
 MODEL_KEYS = "model.config, model.pretrained, model.mup_base_width"
 

@@ -33,6 +33,7 @@ from flame_composer.config.bench import (
     DecodeBenchmarkConfig,
     ExamplesBenchmarkConfig,
     GpuBenchmarkConfig,
+    ModelsBenchmarkConfig,
     QuantizeBenchmarkConfig,
     ServingBenchmarkConfig,
     SizesConfig,
@@ -149,6 +150,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     PruneConfig: {"model": "m", "out": "o", "sparsity": 0.5},
     InspectConfig: {"data": "d"},
     BenchmarkConfig: {},
+    ModelsBenchmarkConfig: {},
     ReportConfig: {"runs": ["r"]},
     AllBenchmarksConfig: {},
     GpuBenchmarkConfig: {},
@@ -1496,16 +1498,25 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (InspectConfig, {"max_bytes": 0}, "max_bytes", "must be more than 0 bytes, or null"),
     (InspectConfig, {"plot": "lengths.svg"}, "plot", "must be a file name ending in .png"),
     *(
-        (BenchmarkConfig, {name: 0}, name, "must be more than 0")
+        (cls, {name: 0}, name, "must be more than 0")
+        for cls in (BenchmarkConfig, ModelsBenchmarkConfig)
         for name in ("batch_tokens", "hidden_size", "num_layers", "vocab_size", "repeats")
+    ),
+    (
+        ModelsBenchmarkConfig,
+        {"names": ["kda", "llama"]},
+        "names",
+        "must be among gla, hgrn2, gsa, retnet, linear_attn, lightnet, rwkv6, mamba2, delta_net,"
+        " gated_deltanet, kda, gated_deltaproduct, comba, rwkv7",
     ),
     *(
         (
-            BenchmarkConfig,
+            cls,
             {"context_lengths": lengths},
             "context_lengths",
             "must be 2 tokens or more",
         )
+        for cls in (BenchmarkConfig, ModelsBenchmarkConfig)
         for lengths in ([], [512, 1])
     ),
     *((ConversionBenchmarkConfig, {name: ""}, name, EMPTY) for name in ("tokenizer", "folder")),

@@ -93,7 +93,7 @@ WRONG: dict[str, str] = {
     "wandb.project=": "must not be empty",
     "precision=bf16": "must be one of ['fp32', 'amp_bf16', 'amp_fp16']",
     "scheduler.name=step": "must be one of ['cosine', 'linear', 'constant', 'wsd']",
-    "optimizer.name=sgd": "must be one of ['adamw', 'decoupled_adamw', 'lamb']",
+    "optimizer.name=sgd": "must be one of ['adamw', 'decoupled_adamw', 'lamb', 'muon']",
     "on_nan=ignore": "must be one of ['stop', 'skip']",
     "train_data.shuffle_algo=py2": (
         "must be one of ['spread', 'py1e', 'py1br', 'py1s', 'py2s', 'naive']"

@@ -47,6 +47,7 @@ PARAMETERS = {
     "olmo2_1b": 1_484_916_736,
     "olmo2_tiny": 5_509_376,
     "olmo_1b": 1_176_764_416,
+    "rwkv7_340m": 348_564_480,
     "transformer_340m": 341_099_520,
     "transformer_tiny": 4_458_752,
 }
