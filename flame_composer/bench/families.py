@@ -85,29 +85,29 @@ def compare_models(config: ModelsBenchmarkConfig) -> tuple[dict[str, Any], list[
         )
     )
     names = config.names or [name for family in FAMILIES.values() for name in family]
-    result: dict[str, Any] = {"threads": torch.get_num_threads(), "llama": {}, "models": {}}
-    result["llama_parameters"] = count_parameters(llama)
-    for name in names:
-        model = build(name, config, count_parameters(llama))
-        row: dict[str, Any] = {"parameters": count_parameters(model)}
-        for length in config.context_lengths:
-            found = interleaved(
-                {
-                    each: step(it, length, config.batch_tokens, config.vocab_size)
-                    for each, it in ((name, model), ("llama", llama))
-                },
-                config.repeats,
-                f"{name}, context {length}",
-            )
-            row[f"tokens_per_second_{length}"] = round(median(found[name]))
-            row[f"over_llama_{length}"] = ratio(found[name], found["llama"])
-        result["models"][name] = row
-        rates = "  ".join(
-            f"{row[f'tokens_per_second_{length}']:6,} ({row[f'over_llama_{length}']:.2f})"
-            for length in config.context_lengths
+    built: dict[str, Any] = {name: build(name, config, count_parameters(llama)) for name in names}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"parameters": count_parameters(model)} for name, model in built.items()
+    }
+    for length in config.context_lengths:
+        steps = {
+            name: step(model, length, config.batch_tokens, config.vocab_size)
+            for name, model in {"llama": llama, **built}.items()
+        }
+        found = interleaved(steps, config.repeats, f"context {length}")
+        print(
+            f"context {length:,}: Llama (SDPA) {median(found['llama']):,.0f} tokens/s", flush=True
         )
-        print(f"{name:20} {row['parameters'] / 1e6:5.1f} M   {rates}", flush=True)
-    return result, list(_figures(result["models"]))
+        for name, row in rows.items():
+            rate = row[f"tokens_per_second_{length}"] = round(median(found[name]))
+            over = row[f"over_llama_{length}"] = ratio(found[name], found["llama"])
+            print(f"  {name:20} {rate:8,} tokens/s, ratio {over:.2f}", flush=True)
+    result = {
+        "threads": torch.get_num_threads(),
+        "llama_parameters": count_parameters(llama),
+        "models": rows,
+    }
+    return result, list(_figures(rows))
 
 
 def _figures(models: dict[str, dict[str, Any]]) -> Iterator[Figure]:
