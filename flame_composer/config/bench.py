@@ -14,6 +14,12 @@ def require_positive(config: object, *names: str) -> None:
         require(0 < getattr(config, name) < math.inf, name, "must be more than 0")
 
 
+def require_contexts(lengths: list[int]) -> None:
+    """Raise InvalidField unless these are context lengths to measure at."""
+    rule = "must be 2 tokens or more"
+    require(bool(lengths) and min(lengths) > 1, "context_lengths", rule)
+
+
 @dataclass
 class SizesConfig(ScriptConfig):
     """The size of the models that are measured."""
@@ -42,29 +48,31 @@ class BenchmarkConfig(SizesConfig):
     batch_tokens: int = 4096
     """Tokens per step."""
     repeats: int = 2
-    """Number of steps of each model that count, after one that does not; the two models take
-    turns.
-    """
+    """Number of steps of each model that count, after one that does not; the models take turns."""
 
     def validate(self) -> None:
         super().validate()
         require_positive(self, "batch_tokens", "repeats")
-        require(
-            bool(self.context_lengths) and min(self.context_lengths) > 1,
-            "context_lengths",
-            "must be 2 tokens or more",
-        )
+        require_contexts(self.context_lengths)
 
 
 @dataclass
-class ModelsBenchmarkConfig(BenchmarkConfig):
-    """Time a training step of fla's models on a CPU, each against a Llama of the same size."""
+class ModelsBenchmarkConfig(SizesConfig):
+    """Time a training step of fla's models, each against a Llama of the same size."""
 
+    context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
+    """Tokens per row, each a measurement of its own."""
+    batch_tokens: int = 4096
+    """Tokens per step."""
+    repeats: int = 2
+    """Number of steps of each model that count, after one that does not; the models take turns."""
     names: list[str] = field(default_factory=list)
     """Models to time, e.g. [kda, mamba2]; all if not set."""
 
     def validate(self) -> None:
         super().validate()
+        require_positive(self, "batch_tokens", "repeats")
+        require_contexts(self.context_lengths)
         known = (
             "gla hgrn2 gsa retnet linear_attn lightnet rwkv6 mamba2 delta_net gated_deltanet"
             " kda gated_deltaproduct comba rwkv7"

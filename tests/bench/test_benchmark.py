@@ -336,9 +336,9 @@ def test_which_benchmark():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: command line: convrt: must be one of train, growth, decode, quantize, serve,"
-        " trainer, data, start, checkpoint, convert, examples, gpu, all, or a YAML file; did you"
-        " mean convert?\n"
+        == "error: command line: convrt: must be one of train, models, growth, decode, quantize,"
+        " serve, trainer, data, start, checkpoint, convert, examples, gpu, all, or a YAML file; did"
+        " you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)

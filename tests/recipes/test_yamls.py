@@ -65,6 +65,7 @@ def test_there_is_a_count_for_every_recipe() -> None:
     assert [path.stem for path in FILES] == sorted(PARAMETERS)
 
 
+@pytest.mark.filterwarnings("ignore:According to Bo")  # fla's word on its RWKV
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_recipe(path: Path) -> None:
     config = load(TrainConfig, [str(path)])
@@ -233,6 +234,8 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
         "hgrn2": {"expand_ratio": 16},
         "lightnet": {"expand_ratio": 16},
         "mamba2": {"head_dim": 16},
+        "rwkv7": {"head_dim": 16},
+        "transformer": {"num_heads": 2},
     }
     for name in ON_CPU:
         # In two layers, because hgrn2's first one does not use the lower bounds.
