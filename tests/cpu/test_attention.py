@@ -5,7 +5,6 @@ import importlib.util
 import json
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,30 +24,11 @@ from fla.models import GLAConfig, TransformerConfig  # noqa: E402
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 
 from flame_composer.cpu.enable import _supply_flash_attention  # noqa: E402
+from tests.fixtures.attention import make_fixtures  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "attention"
-
-
-def load_make_fixtures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "make_attention_fixtures", FIXTURES / "make_fixtures.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE_FIXTURES = load_make_fixtures()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -181,11 +161,11 @@ def test_what_no_model_asks_for_is_refused(options):
         flash_attn_func(q, k, v, **options)
 
 
-@pytest.mark.parametrize("name", MAKE_FIXTURES.MODELS)
+@pytest.mark.parametrize("name", make_fixtures.MODELS)
 def test_models_agree_with_the_triton_kernels(name):
-    case = MAKE_FIXTURES.MODELS[name]
-    model = MAKE_FIXTURES.make_model(case)
-    got = MAKE_FIXTURES.run_model(case, model)
+    case = make_fixtures.MODELS[name]
+    model = make_fixtures.make_model(case)
+    got = make_fixtures.run_model(case, model)
     with np.load(FIXTURES / f"{name}.npz") as stored:
         assert list(model.state_dict()) == json.loads(str(stored["state_dict_keys"]))
         results = {key: value for key, value in stored.items() if key != "state_dict_keys"}
@@ -197,18 +177,18 @@ def test_models_agree_with_the_triton_kernels(name):
 
 def shaped(kind: str, **changes) -> torch.nn.Module:
     """Return a model whose last layer of four is attention (`gla`), or all are (`transformer`)."""
-    size = MAKE_FIXTURES.SMALL | {"num_hidden_layers": 4, "num_heads": 2}
+    size = make_fixtures.SMALL | {"num_hidden_layers": 4, "num_heads": 2}
     if kind == "gla":
         changes = {"attn": {"layers": [3], "num_heads": 4, **changes}}
     case = {"type": kind, "config": size | changes}
-    return MAKE_FIXTURES.make_model(case).eval()
+    return make_fixtures.make_model(case).eval()
 
 
 @pytest.mark.parametrize("kind", ["gla", "transformer"])
 @pytest.mark.parametrize("window", [None, 16])
 def test_packed_documents_equal_the_documents_alone(kind, window):
     model, borders = shaped(kind, window_size=window), [0, 70, 71, 150]
-    input_ids = MAKE_FIXTURES.tokens((1, 150))
+    input_ids = make_fixtures.tokens((1, 150))
     packed = torch.tensor(borders)
     with torch.no_grad():
         logits = model(input_ids=input_ids, cu_seqlens=packed, use_cache=False).logits
@@ -234,7 +214,7 @@ def generate(model, prompt: Tensor, mask: Tensor | None = None, **options) -> Te
 def test_generation_with_the_cache_equals_greedy_without(kind, window, length):
     """A window of 16 is longer than the first prompts, but shorter than what is written."""
     model = shaped(kind, window_size=window, num_kv_heads=2)
-    prompt = MAKE_FIXTURES.tokens((2, length))
+    prompt = make_fixtures.tokens((2, length))
     expected = prompt
     with torch.no_grad():
         for _ in range(12):
@@ -249,7 +229,7 @@ def test_generation_with_the_cache_equals_greedy_without(kind, window, length):
 @pytest.mark.parametrize("length", [7, 40])
 def test_left_padded_prompts_generate_what_they_would_alone(kind, window, length):
     model, paddings = shaped(kind, window_size=window), [0, 3, length - 1]
-    prompts = MAKE_FIXTURES.tokens((3, length))
+    prompts = make_fixtures.tokens((3, length))
     mask = torch.ones_like(prompts)
     for row, padding in enumerate(paddings):
         mask[row, :padding] = 0
@@ -263,7 +243,7 @@ def test_left_padded_prompts_generate_what_they_would_alone(kind, window, length
 def test_a_few_steps_learn_a_row(kind):
     model = shaped(kind, num_kv_heads=1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    input_ids = MAKE_FIXTURES.tokens((1, 80))
+    input_ids = make_fixtures.tokens((1, 80))
     losses = []
     for _ in range(30):
         loss = model(
@@ -280,7 +260,7 @@ def test_a_few_steps_learn_a_row(kind):
 def test_bfloat16_trains_like_float32():
     low = shaped("transformer").bfloat16().train()
     high = copy.deepcopy(low).float()
-    input_ids = MAKE_FIXTURES.tokens((2, 70))
+    input_ids = make_fixtures.tokens((2, 70))
     for model in (low, high):
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     for (key, a), b in zip(low.named_parameters(), high.parameters(), strict=True):

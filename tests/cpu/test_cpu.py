@@ -13,7 +13,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from flame_composer.cpu import operations
 from flame_composer.cpu.enable import _by_device
 from flame_composer.upstream.autotuner import try_the_smallest_only
 from tests.cpu.agreement import assert_same, leaves, relative_error
+from tests.fixtures.gla import make_fixtures
 
 cpu.enable()
 
@@ -39,45 +39,24 @@ from fla.modules import (  # noqa: E402
 from fla.modules.activations import ACT2FN, swiglu, swiglu_linear  # noqa: E402
 from fla.modules.backends import modules_registry  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gla"
 
 
-def load_make_fixtures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_fixtures", FIXTURES / "make_fixtures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE_FIXTURES = load_make_fixtures()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it
-    does.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def make_model(config: dict, gates: list[float] | None = None) -> GLAForCausalLM:
     model = GLAForCausalLM(GLAConfig(**config))
-    MAKE_FIXTURES.fill(model, gates)
+    make_fixtures.fill(model, gates)
     return model
 
 
 @pytest.mark.filterwarnings("ignore:`fuse_linear_cross_entropy` is enabled")
-@pytest.mark.parametrize("name", MAKE_FIXTURES.MODELS)
+@pytest.mark.parametrize("name", make_fixtures.MODELS)
 def test_model_agrees_with_the_triton_kernels(name):
-    case = MAKE_FIXTURES.MODELS[name]
+    case = make_fixtures.MODELS[name]
     model = GLAForCausalLM(GLAConfig(**case["config"]))
-    got = MAKE_FIXTURES.run_model(case, model)
+    got = make_fixtures.run_model(case, model)
     with np.load(FIXTURES / f"{name}.npz") as stored:
         assert list(model.state_dict()) == json.loads(str(stored["state_dict_keys"]))
         results = {key: value for key, value in stored.items() if key != "state_dict_keys"}
@@ -94,12 +73,12 @@ def test_model_agrees_with_the_triton_kernels(name):
 )
 def test_cpu_and_cuda_agree(name):
     try_the_smallest_only()
-    case = MAKE_FIXTURES.MODELS[name]
+    case = make_fixtures.MODELS[name]
     model = make_model(case["config"], case.get("gates"))
-    on_cpu = MAKE_FIXTURES.run_model(case, model)
+    on_cpu = make_fixtures.run_model(case, model)
     model.zero_grad()
     model.cuda()
-    input_ids = MAKE_FIXTURES.tokens(case["shape"]).cuda()
+    input_ids = make_fixtures.tokens(case["shape"]).cuda()
     packed = {"cu_seqlens": torch.tensor(case["cu_seqlens"]).cuda()} if "cu_seqlens" in case else {}
     with torch.no_grad():
         logits = model(input_ids=input_ids, use_cache=False, **packed).logits
@@ -113,9 +92,9 @@ def test_cpu_and_cuda_agree(name):
 
 
 def test_packed_documents_equal_the_documents_alone():
-    case = MAKE_FIXTURES.MODELS["packed"]
+    case = make_fixtures.MODELS["packed"]
     model = make_model(case["config"]).eval()
-    input_ids, offsets = MAKE_FIXTURES.tokens(case["shape"]), case["cu_seqlens"]
+    input_ids, offsets = make_fixtures.tokens(case["shape"]), case["cu_seqlens"]
     with torch.no_grad():
         logits = model(
             input_ids=input_ids, cu_seqlens=torch.tensor(offsets), use_cache=False
@@ -151,10 +130,10 @@ def generate(
 
 
 # Untied: a random model with tied embeddings repeats one token for ever.
-UNTIED = MAKE_FIXTURES.LIKE_340M | {"tie_word_embeddings": False}
+UNTIED = make_fixtures.LIKE_340M | {"tie_word_embeddings": False}
 GENERATING = {
     "like_340m": UNTIED,
-    "like_7b": MAKE_FIXTURES.LIKE_7B,
+    "like_7b": make_fixtures.LIKE_7B,
     "short_conv": UNTIED | {"use_short_conv": True},
     "unfused": UNTIED | {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False},
 }
@@ -165,7 +144,7 @@ GENERATING = {
 @pytest.mark.parametrize("name", GENERATING)
 def test_generation_with_the_cache_equals_greedy_without(name, prompt_length, batch_size):
     model = make_model(GENERATING[name]).eval()
-    prompt = MAKE_FIXTURES.tokens((batch_size, prompt_length))
+    prompt = make_fixtures.tokens((batch_size, prompt_length))
     with torch.no_grad():
         expected = greedy_without_cache(model, prompt, 8)
     assert len(expected[:, prompt_length:].unique()) > 1
@@ -176,7 +155,7 @@ def test_generation_with_the_cache_equals_greedy_without(name, prompt_length, ba
 @pytest.mark.parametrize("name", ["like_340m", "short_conv"])
 def test_left_padded_prompts_generate_what_they_would_alone(name, prompt_length):
     model = make_model(GENERATING[name]).eval()
-    prompts = MAKE_FIXTURES.tokens((3, prompt_length))
+    prompts = make_fixtures.tokens((3, prompt_length))
     mask = torch.ones_like(prompts)
     paddings = [0, 3, prompt_length - 1]
     for row, padding in enumerate(paddings):
@@ -190,8 +169,8 @@ def test_left_padded_prompts_generate_what_they_would_alone(name, prompt_length)
 
 def test_the_cache_holds_what_the_prefill_left():
     """Logits, not only tokens: token by token from a cache equals one pass."""
-    model = make_model(MAKE_FIXTURES.LIKE_7B).eval()
-    input_ids = MAKE_FIXTURES.tokens((2, 80))
+    model = make_model(make_fixtures.LIKE_7B).eval()
+    input_ids = make_fixtures.tokens((2, 80))
     with torch.no_grad():
         whole = model(input_ids=input_ids, use_cache=False).logits
         out = model(input_ids=input_ids[:, :66], use_cache=True)
@@ -209,11 +188,11 @@ def test_every_expand_ratio_and_gate_form_trains(expand_k, expand_v):
     """The fused norm and gate equals the separate one on the same weights, in loss and
     gradients.
     """
-    config = MAKE_FIXTURES.LIKE_340M | {"expand_k": expand_k, "expand_v": expand_v}
+    config = make_fixtures.LIKE_340M | {"expand_k": expand_k, "expand_v": expand_v}
     fused, separate = make_model(config), make_model(config | {"fuse_norm": False})
     renamed = {k.replace("g_norm_swish_gate", "g_norm"): v for k, v in fused.state_dict().items()}
     separate.load_state_dict(renamed)
-    input_ids = MAKE_FIXTURES.tokens((2, 70))
+    input_ids = make_fixtures.tokens((2, 70))
     losses = [model(input_ids=input_ids, labels=input_ids).loss for model in (fused, separate)]
     assert relative_error(losses[0], losses[1]) < 1e-6
     for loss in losses:
@@ -231,7 +210,7 @@ def test_bfloat16_model_trains_like_float32(name):
     low = make_model(GENERATING[name]).bfloat16()
     high = make_model(GENERATING[name])
     high.load_state_dict(low.state_dict())
-    input_ids = MAKE_FIXTURES.tokens((2, 70))
+    input_ids = make_fixtures.tokens((2, 70))
     for model in (low, high):
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     for (key, a), b in zip(low.named_parameters(), high.parameters(), strict=True):

@@ -29,6 +29,8 @@ cpu.enable()
 from fla.modules.token_shift import token_shift  # noqa: E402
 from fla.ops.linear_attn import chunk_linear_attn, fused_recurrent_linear_attn  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Log gates from standard normal numbers: from no decay at all to states forgotten within a token.
 GATES = {
     "zero": lambda x: 0 * x,
@@ -38,15 +40,6 @@ GATES = {
     "very_negative": lambda x: -80 - x.abs(),
 }
 H, K, V, M = 4, 5, 7, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def spans_of(B: int, T: int, offsets: list[int] | None) -> list[tuple[int, int, int]]:

@@ -24,19 +24,12 @@ cpu.enable()
 
 from fla.layers.mamba2 import Mamba2  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIXTURES = Path(make_fixtures.__file__).parent
 # For very negative gates, the Triton kernel's own gate gradient is off by 5e-4 from float64.
 # test_extreme_gates_agree_with_float64 holds ours to 2e-5.
 OFF = {"rwkv6_extreme": "w_proj"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def hidden_weight_gradient(case: dict, name: str) -> Tensor:

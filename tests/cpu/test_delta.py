@@ -10,7 +10,6 @@ import inspect
 import json
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from flame_composer.cpu.coverage import ON_CPU
 from flame_composer.cpu.delta_inputs import l2norm_bwd, l2norm_fwd
 from flame_composer.cpu.delta_scores import MAX_DECAY, plan_blocks
 from tests.cpu.agreement import relative_error
+from tests.fixtures.delta import make_fixtures
 
 cpu.enable()
 
@@ -34,6 +34,7 @@ import fla.models  # noqa: E402
 
 # Comba warns of its own default, and RWKV-7 of fla's implementation.
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default"),
     pytest.mark.filterwarnings("ignore:According to Bo"),
 ]
@@ -50,29 +51,6 @@ GATES = {
     "very_negative": lambda x: -80 - x.abs(),
 }
 B, H, HV, K, V = 2, 2, 4, 5, 7
-
-
-def load_make_fixtures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_delta", FIXTURES / "make_fixtures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE_FIXTURES = load_make_fixtures()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it
-    does.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 # The definition
@@ -515,10 +493,10 @@ def test_what_only_a_gpu_can_do_is_refused():
 # fla's own kernels
 
 
-@pytest.mark.parametrize("name", MAKE_FIXTURES.OPERATIONS)
+@pytest.mark.parametrize("name", make_fixtures.OPERATIONS)
 def test_agrees_with_the_triton_kernels(name):
     operation = getattr(delta, name.removesuffix("_packed"))
-    got = MAKE_FIXTURES.run_operation(MAKE_FIXTURES.OPERATIONS[name], operation)
+    got = make_fixtures.run_operation(make_fixtures.OPERATIONS[name], operation)
     with np.load(FIXTURES / f"{name}.npz") as stored:
         assert set(stored) == set(got)
         for key, want in stored.items():
@@ -527,8 +505,8 @@ def test_agrees_with_the_triton_kernels(name):
 
 
 def make_model(name: str) -> Any:
-    case = MAKE_FIXTURES.MODELS[name]
-    config, model = (getattr(fla.models, each) for each in MAKE_FIXTURES.class_names(name))
+    case = make_fixtures.MODELS[name]
+    config, model = (getattr(fla.models, each) for each in make_fixtures.class_names(name))
     return model(config(**case["config"]))
 
 
@@ -546,10 +524,10 @@ TOLERANCES = {
 }
 
 
-@pytest.mark.parametrize("name", MAKE_FIXTURES.MODELS)
+@pytest.mark.parametrize("name", make_fixtures.MODELS)
 def test_model_agrees_with_the_triton_kernels(name):
     model = make_model(name)
-    got = MAKE_FIXTURES.run_model(MAKE_FIXTURES.MODELS[name], model)
+    got = make_fixtures.run_model(make_fixtures.MODELS[name], model)
     with np.load(FIXTURES / f"{name}.npz") as stored:
         assert list(model.state_dict()) == json.loads(str(stored["state_dict_keys"]))
         results = {key: value for key, value in stored.items() if key != "state_dict_keys"}
@@ -562,19 +540,19 @@ def test_model_agrees_with_the_triton_kernels(name):
 
 # Models as they are used
 
-TYPES = sorted(MAKE_FIXTURES.TYPES)
+TYPES = sorted(make_fixtures.TYPES)
 
 
 def generating(name: str) -> Any:
     model = make_model(name).eval()
-    MAKE_FIXTURES.fill(model)
+    make_fixtures.fill(model)
     return model
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_packed_documents_equal_the_documents_alone(name):
     model = generating(name)
-    input_ids, offsets = MAKE_FIXTURES.tokens((1, 150)), [0, 70, 71, 150]
+    input_ids, offsets = make_fixtures.tokens((1, 150)), [0, 70, 71, 150]
     with torch.no_grad():
         logits = model(
             input_ids=input_ids, cu_seqlens=torch.tensor(offsets), use_cache=False
@@ -596,7 +574,7 @@ def test_packed_documents_equal_the_documents_alone(name):
 @pytest.mark.parametrize("name", TYPES)
 def test_generation_with_the_cache_equals_greedy_without(name, prompt_length, batch_size):
     model = generating(name)
-    prompt = expected = MAKE_FIXTURES.tokens((batch_size, prompt_length))
+    prompt = expected = make_fixtures.tokens((batch_size, prompt_length))
     with torch.no_grad():
         for _ in range(8):
             logits = model(input_ids=expected, use_cache=False).logits
@@ -621,7 +599,7 @@ def generate(model: Any, prompt: Tensor, mask: Tensor, num_tokens: int) -> Tenso
 @pytest.mark.parametrize("name", TYPES)
 def test_left_padded_prompts_generate_what_they_would_alone(name, prompt_length):
     model = generating(name)
-    prompts = MAKE_FIXTURES.tokens((3, prompt_length))
+    prompts = make_fixtures.tokens((3, prompt_length))
     mask = torch.ones_like(prompts)
     paddings = [0, 3, prompt_length - 1]
     for row, padding in enumerate(paddings):
@@ -638,7 +616,7 @@ def test_left_padded_prompts_generate_what_they_would_alone(name, prompt_length)
 def test_the_cache_holds_what_the_prefill_left(name):
     """Logits, not only tokens: token by token from a cache equals one pass."""
     model = generating(name)
-    input_ids = MAKE_FIXTURES.tokens((2, 80))
+    input_ids = make_fixtures.tokens((2, 80))
     with torch.no_grad():
         whole = model(input_ids=input_ids, use_cache=False).logits
         out = model(input_ids=input_ids[:, :66], use_cache=True)
@@ -654,10 +632,10 @@ def test_the_cache_holds_what_the_prefill_left(name):
 def test_bfloat16_model_trains_like_float32(name):
     """Both start from the same bfloat16 numbers; activations keep 8 bits."""
     low, high = (make_model(name) for _ in range(2))
-    MAKE_FIXTURES.fill(low)
+    make_fixtures.fill(low)
     low.bfloat16()
     high.load_state_dict(low.state_dict())
-    input_ids = MAKE_FIXTURES.tokens((2, 70))
+    input_ids = make_fixtures.tokens((2, 70))
     for model in (low, high):
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     for (key, a), b in zip(low.named_parameters(), high.parameters(), strict=True):
@@ -668,7 +646,7 @@ def test_bfloat16_model_trains_like_float32(name):
 def test_every_model_of_the_family_is_covered():
     assert set(TYPES) <= set(ON_CPU)
     for name in TYPES:
-        assert cpu.missing(getattr(fla.models, MAKE_FIXTURES.class_names(name)[0])()) is None
+        assert cpu.missing(getattr(fla.models, make_fixtures.class_names(name)[0])()) is None
 
 
 @pytest.mark.parametrize(

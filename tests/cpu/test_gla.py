@@ -4,10 +4,8 @@ kernels gave.
 "Relative error" is norm-wise throughout: ||a - b|| / ||b||.
 """
 
-import importlib.util
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +17,10 @@ from torch import Tensor
 
 from flame_composer.cpu import gla
 from flame_composer.cpu.gla import chunk_gla, recurrent_gla
+from tests.cpu.agreement import relative_error
+from tests.fixtures.gla import make_fixtures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gla"
 
@@ -31,32 +33,6 @@ GATES = {
     "mixed": lambda x: torch.where(x > 0, -1e-3 * x, 80 * x),
     "very_negative": lambda x: -80 - x.abs(),
 }
-
-
-def load_make_fixtures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_fixtures", FIXTURES / "make_fixtures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: on a busy machine a second thread costs a hundred times what it
-    does.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def naive_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h0: Tensor, offsets: list[int] | None):
@@ -164,15 +140,12 @@ def test_a_single_strong_channel_is_noticed_anywhere():
     assert gla.plan_of(g) == (16, False)
 
 
-MAKE_FIXTURES = load_make_fixtures()
-
-
-@pytest.mark.parametrize("name", MAKE_FIXTURES.OPERATIONS)
+@pytest.mark.parametrize("name", make_fixtures.OPERATIONS)
 @pytest.mark.parametrize("operation", [chunk_gla, recurrent_gla])
 def test_agrees_with_the_triton_kernels(operation, name):
-    case = MAKE_FIXTURES.OPERATIONS[name]
+    case = make_fixtures.OPERATIONS[name]
     gate_name = "g" if operation is chunk_gla else "gk"
-    got = MAKE_FIXTURES.run_operation(case, operation, gate_name)
+    got = make_fixtures.run_operation(case, operation, gate_name)
     with np.load(FIXTURES / f"{name}.npz") as stored:
         assert set(stored) == set(got)
         for key, want in stored.items():

@@ -29,17 +29,10 @@ from fla.modules.fused_norm_gate import (  # noqa: E402
 from fla.modules.layernorm_gated import LayerNormGated, RMSNormGated  # noqa: E402
 from fla.modules.rotary import RotaryEmbedding, rotary_embedding  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = 1e-3
 ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def plain_norm(x: Tensor, norm: torch.nn.Module, is_rms_norm: bool, num_groups: int = 1) -> Tensor:
