@@ -50,6 +50,21 @@ LLAMA = {
     "intermediate_size": 64,
 }
 
+# What makes fla's models small beside a width of 32, where their defaults do not
+_SMALL: dict[str, dict[str, int]] = {
+    "hgrn2": {"expand_ratio": 16},
+    "lightnet": {"expand_ratio": 16},
+    "mamba2": {"head_dim": 16},
+    "rwkv7": {"head_dim": 16},
+    "transformer": {"num_heads": 2},
+}
+
+
+def small_fla(model_type: str) -> dict[str, Any]:
+    """The config of a small model of fla's; of two layers, since hgrn2's first has no bounds."""
+    keys = {"model_type": model_type, "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2}
+    return keys | _SMALL.get(model_type, {})
+
 
 def make_dataset(
     folder: Path,

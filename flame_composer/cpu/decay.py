@@ -64,24 +64,10 @@ def chunk_simple_gla(
 
     The signature is that of `fla.ops.simple_gla.chunk_simple_gla` (0.5.2).
 
-    Args:
+    Args, results and errors are those of `gla.chunk_gla`, but for these:
         q, k: `[B, T, H / R, K]`.
-        v: `[B, T, H, V]`.
         g: log gates `[B, T, H]`, <= 0; nothing decays if both it and `g_gamma` are None.
         g_gamma: log gates `[H]` of all tokens, instead of `g`; it gets no gradient.
-        scale: factor on the scores; `K ** -0.5` when None.
-        initial_state: `[N, H, K, V]`, or `[N, H, V, K]` with `state_v_first`, for N sequences.
-        output_final_state: also return the state after the last token of each sequence.
-        cu_seqlens: `[N + 1]` offsets of N sequences packed into one row (B is 1); they do not see
-            one another.
-        cu_seqlens_cpu: ignored; it saves fla a device synchronisation.
-
-    Returns:
-        The output `[B, T, H, V]` in v's dtype, and the final state or None. The state is float32,
-        or float64 if the inputs are.
-
-    Raises:
-        ValueError: if shapes or offsets do not fit together.
     """
     g = _gates(q, k, v, g, g_gamma)
     check_sequences(q, initial_state, cu_seqlens)

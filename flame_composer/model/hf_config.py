@@ -47,6 +47,30 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
 )
 
+# Values that fla's config classes take and its models then refuse, or fail at, in the first step:
+# model types, key, whether it is such a value, rule
+_CHUNK_ONLY = ("comba", "gated_deltanet", "gated_deltaproduct", "gdn2", "kda", "mom")
+_UNUSABLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool], str], ...] = (
+    (
+        ("delta_net", "gla", "hgrn2", "lightnet", "rodimus"),
+        "attn_mode",
+        lambda value: value == "fused_chunk",
+        "must not be fused_chunk, which fla has given up; give chunk",
+    ),
+    (
+        _CHUNK_ONLY,
+        "attn_mode",
+        lambda value: value == "fused_recurrent",
+        "must be chunk: fla trains this model in no other mode",
+    ),
+    (
+        ("rwkv7",),
+        "attn",
+        lambda value: value is not None,
+        "must be null: fla 0.5.2 fails at layers of softmax attention in RWKV-7",
+    ),
+)
+
 
 def build_hf_config(
     model_config: dict[str, Any],
@@ -94,6 +118,7 @@ def build_hf_config(
         keys.setdefault(positions, context_length)
     if not read_back:
         _check_numbers(keys)
+        _check_usable(model_type, keys)
     if tokenizer is not None and keys["vocab_size"] < len(tokenizer):
         raise InvalidField(
             "model.config.vocab_size", f"must be at least the tokenizer's {len(tokenizer)} tokens"
@@ -144,6 +169,13 @@ def _check_numbers(keys: dict[str, Any]) -> None:
             raise InvalidField(
                 f"model.config.{key}", f"must be {MOST_PARTS:,} at most: no model has more"
             )
+
+
+def _check_usable(model_type: str, keys: dict[str, Any]) -> None:
+    """Raise InvalidField for a value with which fla builds a model that cannot be trained."""
+    for model_types, key, is_unusable, rule in _UNUSABLE:
+        if model_type in model_types and key in keys and is_unusable(keys[key]):
+            raise InvalidField(f"model.config.{key}", rule)
 
 
 def known_keys(config_class: type[PretrainedConfig]) -> list[str]:

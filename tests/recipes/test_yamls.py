@@ -23,7 +23,7 @@ from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.model.build import build_model, load_pretrained
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
-from tests.conftest import CONTEXT_LENGTH, GLA
+from tests.conftest import CONTEXT_LENGTH, GLA, small_fla
 from tests.data_fixtures import byte_tokenizer
 from tests.runs import ROOT, Corpus, read_log, run_script
 
@@ -230,18 +230,8 @@ def test_every_fla_model_that_is_not_refused_trains_on_a_cpu() -> None:
         ):
             build_hf_config({"model_type": name}, None, CONTEXT_LENGTH)
     ids = torch.randint(0, 400, (1, 16))
-    small = {
-        "hgrn2": {"expand_ratio": 16},
-        "lightnet": {"expand_ratio": 16},
-        "mamba2": {"head_dim": 16},
-        "rwkv7": {"head_dim": 16},
-        "transformer": {"num_heads": 2},
-    }
     for name in ON_CPU:
-        # In two layers, because hgrn2's first one does not use the lower bounds.
-        keys = {"model_type": name, "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2}
-        keys |= small.get(name, {})
-        model = build_model(build_hf_config(keys, byte_tokenizer(), CONTEXT_LENGTH))
+        model = build_model(build_hf_config(small_fla(name), byte_tokenizer(), CONTEXT_LENGTH))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         assert all(
             parameter.grad is not None and parameter.grad.isfinite().all()
@@ -283,6 +273,24 @@ def test_weights_without_a_cpu_form_are_refused_before_they_are_read(tmp_path: P
         match=f"^{re.escape(str(tmp_path))}: model_type of its config: fla's mesa_net needs a GPU",
     ):
         load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value", "rule"),
+    [
+        ("gla", "attn_mode", "fused_chunk", "must not be fused_chunk"),
+        ("lightnet", "attn_mode", "fused_chunk", "must not be fused_chunk"),
+        ("kda", "attn_mode", "fused_recurrent", "must be chunk"),
+        ("gated_deltanet", "attn_mode", "fused_recurrent", "must be chunk"),
+        ("rwkv7", "attn", {"layers": [1], "num_heads": 2}, "must be null"),
+    ],
+)
+def test_what_fla_takes_and_fails_at_later_is_refused_by_name(
+    model_type: str, key: str, value: object, rule: str
+) -> None:
+    keys = small_fla(model_type) | {key: value}
+    with pytest.raises(InvalidField, match=f"^model.config.{key}: {rule}"):
+        build_hf_config(keys, byte_tokenizer(), CONTEXT_LENGTH)
 
 
 def test_documents_that_cannot_be_kept_apart_need_varlen_false() -> None:

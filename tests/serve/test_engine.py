@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from flame_composer.cpu.coverage import ON_CPU
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
@@ -34,7 +35,7 @@ from flame_composer.serve.states import Abilities, States, describe, prepare_wei
 from flame_composer.serve.writing import Answer, BlockedTexts, TokenScore
 from flame_composer.text.surfaces import surfaces_of
 from flame_composer.text.tokenizer import bare
-from tests.conftest import GLA, LLAMA
+from tests.conftest import GLA, LLAMA, small_fla
 from tests.data_fixtures import byte_tokenizer, words
 from tests.serve.clients import Server
 
@@ -78,6 +79,16 @@ def test_what_states_allow_is_found_out() -> None:
     assert probe(with_positions()).joined is False
     assert "take turns" in describe(Abilities(False, True), 8)
     assert "reads a prompt whole" in describe(Abilities(True, False), 8)
+
+
+@pytest.mark.filterwarnings("ignore:According to Bo")  # fla's word on its RWKV
+@pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default")  # Comba's
+@pytest.mark.parametrize("name", ON_CPU)
+def test_what_the_states_of_each_model_allow(name: str) -> None:
+    """Rotary embeddings count a batch's tokens together, and attention's states grow."""
+    abilities = probe(tiny(small_fla(name)))
+    assert abilities.joined == (name not in ("retnet", "transformer"))
+    assert abilities.in_pieces == (name not in ("lightnet", "mamba", "mamba2"))
 
 
 def test_a_model_that_cannot_be_served_is_refused() -> None:
