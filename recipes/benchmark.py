@@ -36,9 +36,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def timed(name: str, config: Any) -> None:
-    from flame_composer.bench import families, models, quantized
+    from flame_composer.bench import decoding, families, models, quantized
 
-    made = {"train": models.training, "growth": models.growth, "decode": models.decoding}
+    made = {"train": models.training, "growth": models.growth, "decode": decoding.decoding}
     made |= {"quantize": quantized.quantizing, "models": families.compare_models}
     measure.report(name, *made[name](config))
 

@@ -1,14 +1,22 @@
-"""The benchmark of fla's models on this machine: a training step of each against Llama's."""
+"""The benchmark of fla's models on this machine: a training step of each against Llama's.
+
+Also what a training step keeps in memory, and whether decoding gets slower in longer texts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import gc
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flame_composer import cpu
+from flame_composer.bench.decoding import decode, read_prompt
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import step
 from flame_composer.config.bench import ModelsBenchmarkConfig
@@ -41,6 +49,8 @@ LIMITS = {
     "delta rule": {512: 0.7, 2048: 1.2, 8192: 3.0},
 }
 FLAT = 1.2  # times that a token may take at 8192 of what it takes at 512
+FLAT_DECODING = 1.1  # the same of a token that is decoded, at 8192 and at 256
+PEAK = Path("/proc/self/clear_refs")  # 5 written to it makes the peak the memory of now
 
 
 def build(name: str, config: ModelsBenchmarkConfig, num_parameters: int) -> PreTrainedModel:
@@ -102,16 +112,65 @@ def compare_models(config: ModelsBenchmarkConfig) -> tuple[dict[str, Any], list[
             rate = row[f"tokens_per_second_{length}"] = round(median(found[name]))
             over = row[f"over_llama_{length}"] = ratio(found[name], found["llama"])
             print(f"  {name:20} {rate:8,} tokens/s, ratio {over:.2f}", flush=True)
+    llama_bytes = memory_per_token(llama)
+    for name, row in rows.items():
+        row["bytes_per_token_and_layer"] = memory_per_token(built[name])
+        row["decoding_8192_over_256"] = _growth_of_decoding(built[name], config.repeats)
+        print(
+            f"  {name:20} {row['bytes_per_token_and_layer'] or 0:8,} bytes a token and layer;"
+            f" decoding after 8,192 tokens takes {row['decoding_8192_over_256']:.2f} times what it"
+            " takes after 256",
+            flush=True,
+        )
     result = {
         "threads": torch.get_num_threads(),
         "llama_parameters": count_parameters(llama),
+        "llama_bytes_per_token_and_layer": llama_bytes,
         "models": rows,
     }
-    return result, list(_figures(rows))
+    return result, list(_figures(rows, llama_bytes))
 
 
-def _figures(models: dict[str, dict[str, Any]]) -> Iterator[Figure]:
-    """Yield the worst of each family at each context length, and how a token's time grows."""
+def memory_per_token(model: PreTrainedModel) -> int | None:
+    """Return the bytes that a token takes per layer in training; None where Linux cannot tell.
+
+    They are the difference in peak memory between a step of 2048 and one of 256 tokens, per token
+    and layer, each above what the process held before it.
+    """
+    short, long = 256, 2048
+    peaks = []
+    for length in (long, short, long):  # the first also makes what stays, such as gradients
+        run: Callable[[], float] = step(model, length, length, model.config.vocab_size)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed would count as held
+        try:
+            PEAK.write_text("5")
+        except OSError:
+            return None
+        before = _status("VmRSS")
+        run()
+        peaks.append(_status("VmHWM") - before)
+    return round((peaks[2] - peaks[1]) / (long - short) / model.config.num_hidden_layers)
+
+
+def _status(key: str) -> int:
+    """Return a number of bytes from this process's status: VmRSS now, VmHWM at its peak."""
+    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    return 1024 * int(found[1]) if found else 0
+
+
+def _growth_of_decoding(model: PreTrainedModel, repeats: int) -> float:
+    """Return how many times as long a token takes to decode after 8192 tokens as after 256."""
+    was_training = model.training
+    model.eval()
+    runs = {str(n): decode(model, read_prompt(model, n), 1, 8) for n in (256, 8192)}
+    found = interleaved(runs, max(3, repeats), None)
+    model.train(was_training)
+    return ratio(found["256"], found["8192"])
+
+
+def _figures(models: dict[str, dict[str, Any]], llama_bytes: int | None = None) -> Iterator[Figure]:
+    """Yield the worst of each family: at each context length, and how time and memory grow."""
     for family, shapes in FAMILIES.items():
         rows = {name: row for name, row in models.items() if name in shapes}
         for length, least in LIMITS[family].items():
@@ -133,3 +192,19 @@ def _figures(models: dict[str, dict[str, Any]]) -> Iterator[Figure]:
             worst = max(grown, key=lambda name: grown[name])
             title = f"training step: {family}, a token's time at 8192 over 512 ({worst})"
             yield Figure(title, grown[worst], at_most=FLAT)
+        yield from _more_figures(family, rows, llama_bytes)
+
+
+def _more_figures(
+    family: str, rows: dict[str, dict[str, Any]], llama_bytes: int | None
+) -> Iterator[Figure]:
+    decoding = {name: row["decoding_8192_over_256"] for name, row in rows.items()}
+    if decoding:
+        worst = max(decoding, key=lambda name: decoding[name])
+        title = f"decoding: {family}, a token's time after 8192 over after 256 ({worst})"
+        yield Figure(title, decoding[worst], at_most=FLAT_DECODING)
+    kept = {name: row["bytes_per_token_and_layer"] for name, row in rows.items()}
+    if kept and llama_bytes and all(kept.values()):
+        worst = max(kept, key=lambda name: kept[name])
+        title = f"training step: {family}, memory per token and layer over Llama's ({worst})"
+        yield Figure(title, round(kept[worst] / llama_bytes, 3), at_most=1.0)

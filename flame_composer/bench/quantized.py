@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from flame_composer import cpu
+from flame_composer.bench.decoding import decode, read_prompt
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
-from flame_composer.bench.models import decode, read_prompt
 from flame_composer.config.bench import QuantizeBenchmarkConfig
 from flame_composer.errors import ConfigError
 from flame_composer.model.build import build_model

@@ -58,13 +58,17 @@ class BenchmarkConfig(SizesConfig):
 
 @dataclass
 class ModelsBenchmarkConfig(SizesConfig):
-    """Time a training step of fla's models, each against a Llama of the same size."""
+    """Time a training step of fla's models, each against a Llama of the same size.
+
+    Also what a step keeps in memory for each token and layer, and decoding after 256 and after
+    8192 tokens.
+    """
 
     context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
     """Tokens per row, each a measurement of its own."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     """Tokens per step."""
-    repeats: int = 2
+    repeats: int = 1
     """Number of steps of each model that count, after one that does not; the models take turns."""
     names: list[str] = field(default_factory=list)
     """Models to time, e.g. [kda, mamba2]; all if not set."""
@@ -305,6 +309,7 @@ class DataBenchmarkConfig(StartBenchmarkConfig):
 
 BENCHMARKS = (
     "train",
+    "models",
     "growth",
     "decode",
     "quantize",

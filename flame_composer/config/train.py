@@ -86,7 +86,9 @@ class TrainConfig(ScriptConfig):
     context_length: int = 2048
     """Tokens per row; must be the context length of the dataset."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
-    """Arithmetic of the forward and backward passes; only fp32 works on CPUs."""
+    """Arithmetic of the forward and backward passes. On CPUs fp32 or, if they have AVX512_BF16 or
+    AMX, amp_bf16, which multiplies in bf16 in linear layers and computes all else in fp32.
+    """
     tokenizer: str = MISSING
     """Hugging Face tokenizer folder or id; must be the tokenizer that the dataset was made with."""
     model: ModelConfig = field(default_factory=ModelConfig)

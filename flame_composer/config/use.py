@@ -50,7 +50,7 @@ class EvaluateConfig(ScriptConfig):
     batch_size: int = 8
     """Rows per forward pass."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
-    """Arithmetic of the forward pass."""
+    """Arithmetic of the forward pass; on CPUs as in training."""
     varlen: bool = True
     """Start attention state anew at every document of a dataset."""
     block_size: int | None = None

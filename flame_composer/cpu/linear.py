@@ -23,6 +23,29 @@ MIN_PRODUCTS = 1 << 19
 # With fewer weights than this, a layer takes so little time that it need not be laid out.
 MIN_WEIGHTS = 1 << 18
 
+_uses_bf16 = False  # whether `product` rounds to bf16; a process computes in one precision
+
+
+def multiplies_bf16() -> bool:
+    """Return whether this processor multiplies bf16 in hardware: AVX512_BF16 or AMX, on x86.
+
+    oneDNN emulates it on others, more slowly than it computes in fp32.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def use_bf16(on: bool) -> None:
+    """Make this process's linear layers multiply in bf16, or in fp32 again.
+
+    This is what autocast does to linear layers: input, weight and result are rounded to bf16 and
+    sums are fp32. All other operations, weights, gradients and activations stay fp32. It holds for
+    both passes, and for layers that are computed a second time in the backward pass.
+    """
+    global _uses_bf16
+    _uses_bf16 = on
+
 
 def keep_signals_off_the_heap() -> None:
     """Give this thread a separate stack for signal handlers.
@@ -44,7 +67,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Upstream: torch 2.7.0, `torch.ops.mkldnn._linear_pointwise`.
     Mends: F.linear does not use oneDNN for large products, for which oneDNN is faster.
     """
-    if weight.is_mkldnn or _is_for_onednn(x, weight):  # laid out by `pack`, or plain
+    is_large = weight.is_mkldnn or _is_for_onednn(x, weight)  # laid out by `pack`, or plain
+    if is_large and _uses_bf16 and not weight.is_mkldnn:
+        bf16 = torch.bfloat16
+        bias = None if bias is None else bias.to(bf16)
+        return F.linear(x.to(bf16), weight.to(bf16), bias).float()
+    if is_large:
         weight = weight if weight.is_mkldnn else _dense(weight)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), weight, bias, "none", [], "")
         return result

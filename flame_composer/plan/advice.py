@@ -57,8 +57,13 @@ def _training_warnings(config: PlanConfig, plan: Plan) -> list[str]:
             "precision=fp32: the peak that time and cost go by is bfloat16's; set"
             " precision=amp_bf16"
         )
-    if config.device == "cpu" and config.precision != "fp32":
-        found.append(f"precision={config.precision}: CPUs compute in fp32; training refuses it")
+    if config.device == "cpu" and config.precision == "amp_fp16":
+        found.append("precision=amp_fp16: CPUs do not train in fp16; training refuses it")
+    if config.device == "cpu" and config.precision == "amp_bf16":
+        found.append(
+            "precision=amp_bf16: only for CPUs with AVX512_BF16 or AMX; training refuses it on"
+            " others"
+        )
     return found
 
 

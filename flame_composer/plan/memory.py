@@ -128,7 +128,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         (fsdp.replicas or config.nodes) if fsdp and fsdp.sharding_strategy == "HYBRID_SHARD" else 1
     )
     shards = world // replicas if fsdp else 1
-    width = 4 if config.precision == "fp32" else 2
+    width = 4 if is_cpu or config.precision == "fp32" else 2  # CPUs keep activations in fp32
     copy_width = 4 if fsdp and fsdp.mixed_precision == "FULL" else width
     outside = size.parameters - size.in_blocks
     if fsdp and shards > 1:

@@ -212,7 +212,8 @@ def forward(
     config: PlanConfig, model: CausalLM, batch: dict[str, torch.Tensor]
 ) -> tuple[Any, torch.Tensor]:
     """Return the outputs and the loss of a batch, in the precision of the run."""
-    dtype = AUTOCAST.get(config.precision)
+    # On CPUs all but the products of linear layers stays fp32 (`cpu.linear.use_bf16`)
+    dtype = None if config.device == "cpu" else AUTOCAST.get(config.precision)
     with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
         outputs = model(batch)
         return outputs, model.loss(outputs, batch)

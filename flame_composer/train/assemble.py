@@ -228,7 +228,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
         ),
         loggers=parts.extensions.loggers,
         device=get_device(),
-        precision=config.precision,
+        precision=parallelism.autocast_of(config.precision),
         parallelism_config=parallelism.build(config.parallelism),
         compile_config={} if config.parallelism.compile else None,
         device_train_microbatch_size=config.microbatch_size,

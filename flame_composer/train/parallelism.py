@@ -8,6 +8,7 @@ import torch
 from composer.utils import dist
 
 from flame_composer.config.sections import ParallelismConfig
+from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField
 from flame_composer.model.sharding import sharding_of
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
@@ -15,15 +16,15 @@ from flame_composer.upstream.inductor import compile_in_private
 
 
 def check_devices(config: ParallelismConfig, *, precision: str) -> None:
-    """Raise InvalidField for a setting that this machine cannot carry out."""
+    """Raise InvalidField for a setting that this machine cannot carry out.
+
+    Otherwise make this process compute as they say, where Composer does not.
+    """
     if config.compile:
         compile_in_private()
     if torch.cuda.is_available():
         return
-    if precision != "fp32":
-        raise InvalidField(
-            "precision", "there is no GPU here, and CPUs compute in fp32; set precision=fp32"
-        )
+    _compute_on_cpu(config, precision)
     if config.fsdp and not (config.cpu_fallback or config.cpu_fsdp):
         raise InvalidField(
             "parallelism.fsdp",
@@ -36,6 +37,34 @@ def check_devices(config: ParallelismConfig, *, precision: str) -> None:
             "parallelism.activation_cpu_offload",
             "there is no GPU here whose memory it could save; set it to false",
         )
+
+
+def _compute_on_cpu(config: ParallelismConfig, precision: str) -> None:
+    """Set the precision of linear layers on a CPU; raise InvalidField if there is none such."""
+    if precision == "amp_fp16":
+        raise InvalidField(
+            "precision", "there is no GPU here, and CPUs do not train in fp16; set precision=fp32"
+        )
+    if precision == "amp_bf16":
+        if not multiplies_bf16():
+            raise InvalidField(
+                "precision",
+                "there is no GPU here, and this CPU has neither AVX512_BF16 nor AMX, without which"
+                " bf16 is slower than fp32; set precision=fp32",
+            )
+        for key, is_on in (("compile", config.compile), ("cpu_fsdp", config.cpu_fsdp)):
+            if is_on:
+                raise InvalidField(
+                    "precision",
+                    f"on a CPU parallelism.{key} computes in fp32; set precision=fp32, or"
+                    f" parallelism.{key}=false",
+                )
+    use_bf16(precision == "amp_bf16")
+
+
+def autocast_of(precision: str) -> str:
+    """Return the precision that Composer casts to: none on a CPU, where linear layers see to it."""
+    return precision if torch.cuda.is_available() else "fp32"
 
 
 def is_sharded(config: ParallelismConfig) -> bool:

@@ -89,7 +89,8 @@ class HarnessModel(HFLM):
                 tokenizer=tokenizer,
                 batch_size=batch_size,
                 max_length=max_length,
-                mixed_precision_dtype=_DTYPES[precision],
+                # On a CPU linear layers see to it themselves (`cpu.linear.use_bf16`)
+                mixed_precision_dtype=_DTYPES[precision] if torch.cuda.is_available() else None,
                 prefix_token_id=None if known is None else start_of(tokenizer),
                 add_bos_token=False if self.chat.apply_chat_template else None,
             )

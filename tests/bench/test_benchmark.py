@@ -24,7 +24,7 @@ from streaming import StreamingDataset
 
 from flame_composer.bench import charts as benchmark_charts
 from flame_composer.bench import commands as benchmark
-from flame_composer.bench import conversions, examples, serving
+from flame_composer.bench import conversions, decoding, examples, serving
 from flame_composer.bench import measure as measuring
 from flame_composer.bench import models as timing
 from flame_composer.bench import runs as run_timing
@@ -343,7 +343,7 @@ def test_which_benchmark():
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
     assert unknown.stderr.startswith(
-        "error: command line: names=['train', 'strat']: must be among train, growth, decode, "
+        "error: command line: names=['train', 'strat']: must be among train, models, growth, "
     )
     nowhere = run_script("recipes/benchmark.py", "all", "plot=/proc/no/growth.png")
     assert (nowhere.returncode, nowhere.stdout) == (2, ""), "before anything is measured"
@@ -384,24 +384,26 @@ def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
     shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 256, "repeats": 4}
     build_pair = timing.build_pair
     built = [
-        noted(monkeypatch, module, "build_pair", build_pair) for module in (timing, run_timing)
+        noted(monkeypatch, module, "build_pair", build_pair)
+        for module in (timing, decoding, run_timing)
     ]
     turns = [
         noted(monkeypatch, module, "interleaved", measuring.interleaved)
-        for module in (timing, run_timing)
+        for module in (timing, decoding, run_timing)
     ]
     steps, decoded = (
-        noted(monkeypatch, timing, name, lambda *_: lambda: 1.0) for name in ("step", "decode")
+        noted(monkeypatch, module, name, lambda *_: lambda: 1.0)
+        for module, name in ((timing, "step"), (decoding, "decode"))
     )
-    read = noted(monkeypatch, timing, "read_prompt", timing.read_prompt)
+    read = noted(monkeypatch, decoding, "read_prompt", decoding.read_prompt)
     timing.training(BenchmarkConfig(context_lengths=[64, 128], batch_tokens=512, **shape))
-    timing.decoding(
+    decoding.decoding(
         DecodeBenchmarkConfig(context_lengths=[8], batch_sizes=[3], new_tokens=5, **shape)
     )
     timing.growth(BenchmarkConfig(context_lengths=[32], batch_tokens=64, **shape))
     run_timing.checkpoints(CheckpointBenchmarkConfig(**shape), tmp_path)
-    assert built == [[(64, 1, 256)] * 5 + [(64, 2, 256)], [(64, 1, 256)]]
-    assert [{repeats for _, repeats, _ in found} for found in turns] == [{4}, {4}]
+    assert built == [[(64, 1, 256)] * 4 + [(64, 2, 256)], [(64, 1, 256)], [(64, 1, 256)]]
+    assert [{repeats for _, repeats, _ in found} for found in turns] == [{4}] * 3
     lengths = [
         (64, 512),
         (64, 512),
@@ -535,7 +537,10 @@ def test_the_server_is_timed_as_the_keys_say(monkeypatch, tmp_path, capsys):
     assert [repeats for _, repeats, _ in turns] == [1, 1, 4]
     assert figures[0].name.startswith("serving: tokens/s of 3 requests together")
     assert [figure.at_least for figure in figures[:4]] == [5, None, 2, None]
-    assert all(figure.value is not None and figure.value > 0 for figure in figures)
+    # A wait between tokens of so small a model may be less than is shown, 0.1 ms
+    none = [each for each in figures if each.value is None or each.value < 0]
+    assert none == []
+    assert all(each.value for each in figures if "between" not in each.name), figures
     log = (tmp_path / "server.err").read_text()
     assert log.count(" POST /v1/completions 200 ") == 2 * 3 + 1 + 7 + 6
     assert log.count("32+6 tokens") >= 7, "new_tokens"

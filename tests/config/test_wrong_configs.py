@@ -287,8 +287,8 @@ WRONG: dict[str, str] = {
                 "there is no GPU here, and auto works by trying out a GPU's memory; give a number"
                 " of rows"
             ),
-            "precision=amp_bf16": (
-                "there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+            "precision=amp_fp16": (
+                "there is no GPU here, and CPUs do not train in fp16; set precision=fp32"
             ),
             "parallelism.fsdp={}": (
                 "there is no GPU here; set parallelism.cpu_fallback=true to train with plain data"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from flame_composer.cpu.linear import (
     pack,
     product,
     through_onednn,
+    use_bf16,
     weight_gradient,
 )
 from flame_composer.model.build import build_model
@@ -60,6 +62,40 @@ def test_results_and_gradients_are_pytorchs(
         assert ours.shape == theirs.shape
         scale = theirs.abs().max().clamp(min=1e-3)
         assert (ours - theirs).abs().max() <= 2e-6 * scale * max(n, inputs, outputs) ** 0.5
+
+
+@pytest.fixture
+def in_bf16() -> Iterator[None]:
+    use_bf16(True)
+    yield
+    use_bf16(False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bf16_is_what_autocast_computes(in_bf16: None, bias: bool) -> None:
+    """Input, weight and result are rounded as under autocast; gradients likewise."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(96, 160, bias), nn.Linear(96, 160, bias)
+    theirs.load_state_dict(ours.state_dict())
+    through_onednn(ours)
+    results = []
+    for model in (ours, theirs):
+        x = torch.randn(1024, 96, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is theirs):
+            y = model(x)
+        y.float().square().sum().backward()
+        results.append([y.float(), x.grad, *(each.grad for each in model.parameters())])
+    for mine, other in zip(*results, strict=True):
+        # The gradient of a bias is summed up in fp32 here, and in bf16 by autocast
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(results[0][0], F.linear(x, ours.weight, ours.bias))
+
+
+def test_few_products_stay_in_fp32(in_bf16: None) -> None:
+    x, weight = torch.randn(4, 64), torch.randn(64, 64)
+    assert 4 * weight.numel() < MIN_PRODUCTS
+    assert torch.equal(product(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("shape", [(4096, 64, 300), (4096, 300, 64)])

@@ -676,15 +676,22 @@ def test_warnings(keys: tuple[str, ...], expected: list[str], supplies: dict[Any
         assert re.match(pattern, warning), warning
 
 
-def test_half_precision_on_a_cpu() -> None:
-    config = plan_config(
-        "gla_tiny", "precision=amp_bf16", "dataset_tokens=1_000_000", device="cpu", devices=1
-    )
+@pytest.mark.parametrize(
+    ("precision", "warning"),
+    [
+        ("amp_fp16", "CPUs do not train in fp16; training refuses it"),
+        ("amp_bf16", "only for CPUs with AVX512_BF16 or AMX; training refuses it on others"),
+    ],
+)
+def test_half_precision_on_a_cpu(precision: str, warning: str) -> None:
+    """It takes as much memory as fp32, since only products are computed in it."""
+    where: dict[str, Any] = {"device": "cpu", "devices": 1}
+    keys = (f"precision={precision}", "dataset_tokens=1_000_000")
+    config = plan_config("gla_tiny", *keys, **where)
     found = find_supply(config)
     assert isinstance(found, Supply)
-    assert warned_of(config, found) == [
-        "precision=amp_bf16: CPUs compute in fp32; training refuses it"
-    ]
+    assert warned_of(config, found) == [f"precision={precision}: {warning}"]
+    assert parts_of(*keys, name="gla_tiny", **where) == parts_of(name="gla_tiny", **where)
 
 
 def test_what_training_would_refuse_is_refused() -> None:

@@ -71,7 +71,7 @@ def test_what_cannot_be_done_without_a_gpu():
     ):
         check_devices(allowed, precision="fp32")
     refused: list[tuple[ParallelismConfig, str, str]] = [
-        (ParallelismConfig(), "amp_bf16", "precision"),
+        (ParallelismConfig(), "amp_fp16", "precision"),
         (ParallelismConfig(fsdp), "fp32", "parallelism.fsdp"),
         (
             ParallelismConfig(activation_cpu_offload=True),
@@ -82,6 +82,26 @@ def test_what_cannot_be_done_without_a_gpu():
     for config, precision, key in refused:
         with pytest.raises(InvalidField, match=f"^{key}: there is no GPU here"):
             check_devices(config, precision=precision)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_bf16_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr(parallelism, "use_bf16", chosen.append)
+    for has_avx, has_amx in ((True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_avx: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        for precision in ("amp_bf16", "fp32"):
+            check_devices(ParallelismConfig(), precision=precision)
+    assert chosen == [True, False, True, False]
+    for key in ("compile", "cpu_fsdp"):
+        asked = ParallelismConfig(FsdpConfig(), cpu_fallback=True, **{key: True})
+        rule = f"precision: on a CPU parallelism.{key} computes in fp32"
+        with pytest.raises(InvalidField, match=f"^{re.escape(rule)}"):
+            check_devices(asked, precision="amp_bf16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(InvalidField, match=r"^precision: .* has neither AVX512_BF16 nor AMX"):
+        check_devices(ParallelismConfig(), precision="amp_bf16")
 
 
 def test_what_fsdp_is_asked_for(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flame_composer.cpu.linear import multiplies_bf16
 from flame_composer.train.run_log import read_run
 from tests.conftest import make_run
 from tests.runs import WANDB, Corpus, check, read_log, run_script
@@ -77,6 +78,22 @@ def test_dropout_goes_on_with_the_same_random_numbers(corpus: Corpus, tmp_path: 
     assert_same_run(killed, whole)
     corpus.train_run(tmp_path / "no_dropout", file, "model.config.attention_dropout=0.0")
     assert read_log(tmp_path / "no_dropout") != read_log(whole)
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU does not multiply bf16")
+def test_bf16_on_a_cpu_goes_on_bit_for_bit(
+    corpus: Corpus, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Layers that are computed a second time, in the backward pass, are in bf16 as well."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    keys = ("precision=amp_bf16",)
+    corpus.train_run(whole, *keys)
+    corpus.killed_run(killed, *keys, after_step=18)
+    corpus.train_run(killed, *keys, "parallelism.activation_checkpointing=true")
+    assert_same_run(killed, whole)
+    ours, in_fp32 = ([row["loss"] for row in read_log(run)] for run in (whole, undisturbed))
+    assert ours != in_fp32
+    assert ours == pytest.approx(in_fp32, rel=0.02)
 
 
 def test_epochs_have_orders_of_their_own(undisturbed: Path) -> None:

@@ -233,12 +233,13 @@ def test_a_plot_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_half_precision_needs_a_gpu(undisturbed: Path) -> None:
+def test_fp16_needs_a_gpu(undisturbed: Path) -> None:
     process = run_script(
-        "recipes/evaluate.py", f"model={undisturbed}", "data.local=d", "precision=amp_bf16"
+        "recipes/evaluate.py", f"model={undisturbed}", "data.local=d", "precision=amp_fp16"
     )
     message = (
-        "precision=amp_bf16: there is no GPU here, and CPUs compute in fp32; set precision=fp32"
+        "precision=amp_fp16: there is no GPU here, and CPUs do not train in fp16; set"
+        " precision=fp32"
     )
     assert (process.returncode, process.stderr) == (2, f"error: command line: {message}\n")
 
