@@ -20,6 +20,7 @@ from flame_composer.checkpoint.to_model import average_of
 from flame_composer.config.written import MAX_YAML_NODES, require_shallow
 from flame_composer.dataset.index import read_header
 from flame_composer.errors import ConfigError, DataError, StoreError, masked, one_line
+from flame_composer.model import softcap
 from flame_composer.model.lora import Adapter, endings_of
 from flame_composer.model.work import count_parameters
 from flame_composer.storage import files
@@ -145,11 +146,22 @@ def _what_it_is(
         how = "pretrained" if adapter is None else "tuned"
         return (
             f"A {kind} language model of {count_parameters(model):,} parameters, stored as {dtype},"
-            f" {how} with flame_composer."
+            f" {how} with flame_composer.{_capped(model)}"
         )
     return (
         f"An adapter (LoRA) for a {kind} language model, stored as {dtype}, tuned with"
         " flame_composer."
+    )
+
+
+def _capped(model: PreTrainedModel) -> str:
+    """Return what must be known of a model whose logits flame_composer caps, and nobody else."""
+    cap = getattr(model.config, softcap.KEY, None)
+    if cap is None or softcap.has_its_own(type(model.config)):
+        return ""
+    return (
+        f" Its logits are capped: {cap:g} * tanh(logits / {cap:g}). flame_composer does so by"
+        f" `{softcap.KEY}` in config.json; elsewhere it must be done by hand."
     )
 
 

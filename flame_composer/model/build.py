@@ -23,6 +23,7 @@ from flame_composer.model.hf_config import (
     read_pretrained_config,
 )
 from flame_composer.model.mup import scale_weights
+from flame_composer.model.softcap import cap_logits
 from flame_composer.text.counts import require_counts
 from flame_composer.upstream.triton import compile_candidates_together, drives_gpu
 
@@ -68,6 +69,7 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
         through_onednn(model)
+        cap_logits(model)
         return model
     except Exception as error:  # the model's own code may raise anything for odd values
         raise ConfigError(
@@ -126,6 +128,7 @@ def load_pretrained(path_or_id: str) -> PreTrainedModel:
             f" config: {listed}"
         )
     through_onednn(model)
+    cap_logits(model)
     return model
 
 

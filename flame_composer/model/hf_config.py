@@ -19,12 +19,20 @@ from flame_composer.config.fields import nearest
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.written import quote_it
 from flame_composer.errors import ConfigError, InvalidField, one_line
+from flame_composer.model import softcap
 from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_left_out
 from flame_composer.model.mup import require_rules
 from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
 
 # Keys that every model understands, even if its config class leaves them to the base class.
-_COMMON_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
+_COMMON_KEYS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+    softcap.KEY,
+)
 
 # Rules for numbers, by the names of their keys: not every model checks them before it computes.
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -129,8 +137,9 @@ def build_hf_config(
         raise ConfigError(
             f"model.config: {config_class.__name__} refuses it: {in_one_line(error)}"
         ) from None
-    if to_run and (missing := _missing_here(hf_config)):
-        raise InvalidField(f"model.config.{missing[0]}", missing[1])
+    softcap.require_cap(hf_config)
+    if to_run:
+        _require_runs_here(hf_config)
     return hf_config
 
 
@@ -292,6 +301,11 @@ def _type_name(hint: Any) -> str:
 
 def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
     return None if torch.cuda.is_available() else cpu.missing(hf_config)
+
+
+def _require_runs_here(hf_config: PretrainedConfig) -> None:
+    if missing := _missing_here(hf_config):
+        raise InvalidField(f"model.config.{missing[0]}", missing[1])
 
 
 def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:

@@ -21,6 +21,7 @@ from flame_composer.cpu import int8
 from flame_composer.cpu.linear import Linear
 from flame_composer.errors import ConfigError, one_line
 from flame_composer.model.foreign import count_not_finite
+from flame_composer.model.softcap import cap_logits
 from flame_composer.model.work import count_parameters
 
 Dtype = Literal["int8", "bf16"]
@@ -210,6 +211,7 @@ def put_in(model: PreTrainedModel, stored_of: Callable[[str], Stored | None]) ->
             numbers = stored.numbers.t().contiguous() if is_turned else stored.numbers
             new = QuantizedLinear(name, Stored(numbers, stored.scale), module.bias)
         model.set_submodule(name, new.train(module.training))
+    cap_logits(model)
     return known
 
 

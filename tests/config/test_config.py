@@ -976,8 +976,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         AllBenchmarksConfig,
         {"names": ["train", "strat"]},
         "names",
-        "must be among train, growth, decode, quantize, serve, trainer, data, start, checkpoint,"
-        " convert, examples",
+        "must be among train, models, growth, decode, quantize, serve, trainer, data, start,"
+        " checkpoint, convert, examples",
     ),
     (GpuBenchmarkConfig, {"out": ""}, "out", EMPTY),
     (GpuBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
