@@ -137,9 +137,7 @@ def build_hf_config(
         raise ConfigError(
             f"model.config: {config_class.__name__} refuses it: {in_one_line(error)}"
         ) from None
-    softcap.require_cap(hf_config)
-    if to_run:
-        _require_runs_here(hf_config)
+    _check_built(hf_config, to_run=to_run)
     return hf_config
 
 
@@ -303,8 +301,10 @@ def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
     return None if torch.cuda.is_available() else cpu.missing(hf_config)
 
 
-def _require_runs_here(hf_config: PretrainedConfig) -> None:
-    if missing := _missing_here(hf_config):
+def _check_built(hf_config: PretrainedConfig, *, to_run: bool) -> None:
+    """Raise InvalidField for a cap that is none and, with `to_run`, for what cannot run here."""
+    softcap.require_cap(hf_config)
+    if to_run and (missing := _missing_here(hf_config)):
         raise InvalidField(f"model.config.{missing[0]}", missing[1])
 
 
