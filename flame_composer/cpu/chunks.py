@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Tokens of all rows that are computed at a time. Buffers for many more are larger than caches, and
 # than what the allocator keeps (32 MB): all their pages would be mapped anew in every operation.
-TOKENS_AT_A_TIME = 512
+TOKENS_AT_A_TIME = 1024
 MIN_PIECE = 64
 
 

@@ -114,9 +114,10 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Return the output `[B, T, H, V]` and the final state `[B, H, K, V]` of the delta rule.
 
-    `prepare(*given)` returns the operands, by operations that autograd knows, with `num_steps` steps
-    for each token; the output is read after the last one. `segments` `[T * num_steps]` numbers the
-    sequences packed into one row, or is None. With `whole`, `prepare` needs all tokens at once.
+    `prepare(*given)` returns the operands, by operations that autograd knows, with `num_steps`
+    steps for each token; the output is read after the last one. `segments` `[T * num_steps]`
+    numbers the sequences packed into one row, or is None. With `whole`, `prepare` needs all tokens
+    at once.
     """
     first = given[0]
     assert first is not None
@@ -244,7 +245,8 @@ class _ChunkDelta(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        do, dstate = grad_outputs
+        do = grad_outputs[0]
+        dstate: Tensor | None = grad_outputs[1]
         num_spans, num_steps = len(ctx.spans), ctx.num_steps
         segments, *saved = ctx.saved_tensors
         states, given = saved[:num_spans], saved[num_spans:]
@@ -259,9 +261,9 @@ class _ChunkDelta(torch.autograd.Function):
                 operands = ctx.prepare(*leaves)
             plain = operands.each(torch.Tensor.detach)
             packed = _packed(segments, start * num_steps, end * num_steps)
-            do_steps = do[:, start:end]
-            if num_steps > 1:
-                do_steps = F.pad(do_steps.unsqueeze(2), (0, 0, 0, 0, num_steps - 1, 0)).flatten(1, 2)
+            # Only the last step of a token is read.
+            do_steps = F.pad(do[:, start:end].unsqueeze(2), (0, 0, 0, 0, num_steps - 1, 0))
+            do_steps = do_steps.flatten(1, 2)
             *doperands, dstate = _backward(plain, ctx.scale, packed, h0, do_steps, dstate)
             gradients.append(_gradients(leaves, operands, doperands))
         found = [joined(each[::-1]) for each in zip(*gradients, strict=True)]
@@ -310,9 +312,10 @@ def _backward(
     packed: _Packed,
     h0: Tensor | None,
     do: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the operands and of the first state."""
+    assert dfinal is not None
     c = _chunk(operands, scale, packed, h0)
     do = chunks(do, c.q.shape[2], c.q.dtype)
     states = c.states[:, :-1]

@@ -131,8 +131,8 @@ def delta_rule(
     """Return the output `[B, T, HV, V]` in v's dtype, and the final state or None.
 
     `given` is what `make` takes: q `[B, T, ...]`, k, v and others of as many tokens or a multiple,
-    then parameters, of two dimensions at most. `make` returns operands of `num_steps` steps for each
-    token. With `recurrent`, sequences of one length and few steps go step by step.
+    then parameters, of two dimensions at most. `make` returns operands of `num_steps` steps for
+    each token. With `recurrent`, sequences of one length and few steps go step by step.
     """
     q, _, v = given[:3]
     assert q is not None
