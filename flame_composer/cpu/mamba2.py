@@ -107,12 +107,18 @@ def _split(layer: Any, projected: Tensor) -> tuple[Tensor, ...]:
     return projected.split([layer.intermediate_size, layer.conv_dim, layer.num_heads], -1)
 
 
+def _parameters(layer: Any) -> list[Tensor]:
+    """Return the parameters that `_mixed` uses."""
+    norm = layer.norm.parameters() if layer.rmsnorm else ()
+    return [layer.dt_bias, layer.A_log, layer.D, *layer.conv1d.parameters(), *norm]
+
+
 class _Mixed(torch.autograd.Function):
     """`_mixed` of long rows, piece by piece; it saves its input, and what pieces carry over."""
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Any, mask: Tensor | None, first: _Carry, x: Tensor, *parameters: Tensor
+        ctx: Any, layer: Any, mask: Tensor | None, first: _Carry, x: Tensor, *_: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.layer, ctx.mask, ctx.spans = layer, mask, pieces(*x.shape[:2])
         outputs, carries = [], [first]
@@ -121,7 +127,7 @@ class _Mixed(torch.autograd.Function):
             y, carry = _mixed(layer, _split(layer, x[:, start:end]), carries[-1], masked)
             outputs.append(y)
             carries.append(carry)
-        ctx.save_for_backward(x, *parameters, *(each for carry in carries[:-1] for each in carry))
+        ctx.save_for_backward(x, *(each for carry in carries[:-1] for each in carry))
         return torch.cat(outputs, 1), *carries[-1]
 
     @staticmethod
@@ -129,9 +135,8 @@ class _Mixed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, layer = gradients[0], ctx.layer
         dcarry = gradients[1:]
-        num_carried = 2 * len(ctx.spans)
-        x, *parameters = ctx.saved_tensors[:-num_carried]
-        carried = ctx.saved_tensors[-num_carried:]
+        x, *carried = ctx.saved_tensors
+        parameters = _parameters(layer)
         needed = [p for p in parameters if p.requires_grad]
         dx, found = torch.empty_like(x), []
         for i, (start, end) in reversed(list(enumerate(ctx.spans))):
@@ -188,10 +193,7 @@ def mamba2_forward(
         nothing = projected.new_zeros(batch_size, layer.conv_kernel_size, layer.conv_dim)
         shape = batch_size, layer.num_heads, layer.head_dim, layer.ssm_state_size
         first = _Carry(nothing, projected.new_zeros(shape, dtype=torch.float32))
-        linear = (layer.in_proj, layer.out_proj)
-        others = [p for part in linear for p in part.parameters()]
-        parameters = [p for p in layer.parameters() if not any(p is other for other in others)]
-        result: Any = _Mixed.apply(layer, mask, first, projected, *parameters)
+        result: Any = _Mixed.apply(layer, mask, first, projected, *_parameters(layer))
         y, carry = result[0], _Carry(*result[1:])
     out = layer.out_proj(y)
     if last_state is None and not use_cache:

@@ -9,7 +9,10 @@ from flame_composer import cpu
 from flame_composer.cpu import chunks
 from flame_composer.model.build import build_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:According to Bo"),
+]
 
 MODELS = {
     "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 16},
