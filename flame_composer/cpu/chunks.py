@@ -5,9 +5,16 @@ Shapes: B batch, T tokens, H heads, D channels, N sequences, C tokens in a chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Tokens of all rows that are computed at a time. Buffers for many more are larger than caches, and
+# than what the allocator keeps (32 MB): all their pages would be mapped anew in every operation.
+TOKENS_AT_A_TIME = 1024
+MIN_PIECE = 64
 
 
 def check_sequences(x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -80,6 +87,42 @@ def tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Undo `chunks`: `[B * H, n, C, D] -> [B, T, H, D]`."""
     B, T, H, D = shape
     return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
+
+
+def pieces(num_rows: int, num_tokens: int) -> list[tuple[int, int]]:
+    """Return where the pieces of a row begin and end that are computed one after another.
+
+    All begin at a multiple of MIN_PIECE tokens, and have as many unless the row is shorter.
+    """
+    size = max(MIN_PIECE, TOKENS_AT_A_TIME // num_rows // MIN_PIECE * MIN_PIECE)
+    starts = list(range(0, max(1, num_tokens - size + 1), size))
+    return list(zip(starts, [*starts[1:], num_tokens], strict=True))
+
+
+def part(given: Sequence[Tensor | None], start: int, end: int) -> list[Tensor | None]:
+    """Return the tokens from `start` to `end` of all tensors.
+
+    Those of three dimensions or more hold tokens, `[B, T, ...]`, or several steps for each token of
+    the first one, `[B, T * steps, ...]`. Those of fewer are parameters, and returned as they are.
+    """
+    first = given[0]
+    assert first is not None
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        if x is None or x.dim() < 3:
+            return x
+        steps = x.shape[1] // first.shape[1]
+        return x[:, start * steps : end * steps]
+
+    return [cut(x) for x in given]
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the gradient of a tensor from those of its pieces; see `part` for what has pieces."""
+    found = [x for x in parts if x is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return torch.stack(found).sum(0) if found[0].dim() < 3 else torch.cat(found, 1)
 
 
 def carried(step: Tensor, decay: Tensor | None, first: Tensor | None, *, back: bool) -> Tensor:

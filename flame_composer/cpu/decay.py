@@ -40,11 +40,14 @@ from flame_composer.cpu.chunks import (
     transposed,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
+from flame_composer.cpu.linear import product
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
 # Below it, float32 has the digits for G: exp(G_i - G_j) has a relative error below 5e-6.
 MAX_DECAY = 80.0
+# With more multiplications, one product takes oneDNN less time than MKL, with all its calls.
+MIN_WIDE_PRODUCT = 1 << 22
 
 
 def chunk_simple_gla(
@@ -59,6 +62,8 @@ def chunk_simple_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
+    *,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute linear attention with a decay per head, chunk by chunk.
 
@@ -68,6 +73,7 @@ def chunk_simple_gla(
         q, k: `[B, T, H / R, K]`.
         g: log gates `[B, T, H]`, <= 0; nothing decays if both it and `g_gamma` are None.
         g_gamma: log gates `[H]` of all tokens, instead of `g`; it gets no gradient.
+        keep: keep what the backward pass needs, where it would be computed again.
     """
     g = _gates(q, k, v, g, g_gamma)
     check_sequences(q, initial_state, cu_seqlens)
@@ -79,11 +85,11 @@ def chunk_simple_gla(
         rows = Rows(cu_seqlens)
         q, k, v = map(rows.split, (q, k, v))
         padded = None if g is None else rows.split(g.unsqueeze(-1)).squeeze(-1)
-        o, state = _chunkwise(q, k, v, padded, scale, initial_state, None)
+        o, state = _chunkwise(q, k, v, padded, scale, initial_state, None, keep)
         o = rows.join(o)
     else:
         segments = None if cu_seqlens is None else segments_of(cu_seqlens, q.shape[1])
-        o, state = _chunkwise(q, k, v, g, scale, initial_state, segments)
+        o, state = _chunkwise(q, k, v, g, scale, initial_state, segments, keep)
     return o, transposed(state, state_v_first) if output_final_state else None
 
 
@@ -225,7 +231,7 @@ def _prepare(
     masks = masks_of(segments, q_c.shape[1], size, q_c)
     decays = _decays(g_c, masks, dtype)
     R = H // num_groups
-    step = k_c.mT @ _times(v_c, decays.write, R)
+    step = _product(k_c.mT, _times(v_c, decays.write, R))
     first = None if h0 is None else _inner_state(h0.to(dtype), num_groups)
     return _Chunks(q_c, k_c, v_c, masks, decays, carried(step, decays.state, first, back=False))
 
@@ -252,6 +258,20 @@ def _weights(c: _Chunks, num_heads: int) -> Tensor:
     return scores * c.decays.scores
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Return x @ y for x `[M, n, ...]` and y `[M, n, ...]`, one by one if they are large.
+
+    oneDNN, which takes one at a time, is faster then.
+    """
+    if x.shape[2] * x.shape[3] * y.shape[3] < MIN_WIDE_PRODUCT:
+        return x @ y
+    z = x.new_empty(*x.shape[:3], y.shape[3])
+    for xs, ys, zs in zip(x, y, z, strict=True):
+        for a, b, c in zip(xs, ys, zs, strict=True):
+            c.copy_(product(a, b.t()))
+    return z
+
+
 def _by_head(x: Tensor, num_heads: int) -> Tensor:
     """Sum x `[..., R * V]` over the values of each head: `[..., R]`."""
     return x.unflatten(-1, (num_heads, -1)).sum(-1)
@@ -268,6 +288,7 @@ class _ChunkDecay(torch.autograd.Function):
         scale: float,
         h0: Tensor | None,
         segments: Tensor | None,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, g, h0, segments)
         ctx.scale = scale
@@ -275,9 +296,12 @@ class _ChunkDecay(torch.autograd.Function):
         groups = q.shape[2]
         R = H // groups
         c = _prepare(q, k, v, g, h0, segments)
-        o = _columns(_weights(c, R) @ _heads(c.v, R))
-        o += _times(c.q @ c.states[:, :-1], c.decays.read, R)
-        o *= scale
+        weights = _weights(c, R)
+        ctx.kept = (c, weights) if keep else None
+        o = _columns(weights @ _heads(c.v, R))
+        o += _times(_product(c.q, c.states[:, :-1]), c.decays.read, R)
+        if scale != 1:
+            o *= scale
         # A view would keep the states of all chunks alive in the model's cache.
         final = _outer_state(c.states[:, -1].clone(), (B, groups, R))
         return tokens(o, torch.Size((B, T, groups, R * v.shape[3])), v.dtype).view(v.shape), final
@@ -290,18 +314,20 @@ class _ChunkDecay(torch.autograd.Function):
         B, T, H = v.shape[:3]
         groups = q.shape[2]
         R = H // groups
-        c = _prepare(q, k, v, g, h0, segments)
+        c, weights = ctx.kept or (_prepare(q, k, v, g, h0, segments), None)
+        ctx.kept = None
+        weights = _weights(c, R) if weights is None else weights
         size = c.q.shape[2]
-        do_c = chunks(do.reshape(B, T, groups, -1), size, c.q.dtype).mul_(ctx.scale)
+        do_c = chunks(do.reshape(B, T, groups, -1), size, c.q.dtype) * ctx.scale
         do_read = _times(do_c, c.decays.read, R)
         dfinal = _inner_state(dfinal.to(c.q.dtype), groups)
-        dstates = carried(c.q.mT @ do_read, c.decays.state, dfinal, back=True)
+        dstates = carried(_product(c.q.mT, do_read), c.decays.state, dfinal, back=True)
         dleaving = dstates[:, 1:]
         written = _times(c.v, c.decays.write, R)
-        dwritten = c.k @ dleaving
+        dwritten = _product(c.k, dleaving)
 
-        do_h = _heads(do_c, R)
-        dv = _columns(_weights(c, R).mT @ do_h)
+        do_h = _heads(do_c, R).contiguous()
+        dv = _columns(weights.mT @ do_h)
         dv += _times(dwritten, c.decays.write, R)
         dA = do_h @ _heads(c.v, R).mT
         if c.decays.scores is None:
@@ -310,12 +336,12 @@ class _ChunkDecay(torch.autograd.Function):
             dA *= c.decays.scores
         dscores = dA.sum(2) if R > 1 else dA.squeeze(2)
         dq = dscores @ c.k
-        dq += do_read @ c.states[:, :-1].mT
+        dq += _product(do_read, c.states[:, :-1].mT)
         dk = dscores.mT @ c.q
-        dk += written @ dleaving.mT
+        dk += _product(written, dleaving.mT)
         dg = None
         if ctx.needs_input_grad[3]:
-            dread = _by_head(do_read * (c.q @ c.states[:, :-1]), R)
+            dread = _by_head(do_read.mul_(_product(c.q, c.states[:, :-1])), R)
             dwrite = _by_head(written.mul_(dwritten), R)
             dg = _gate_gradient(c, dA, dread, dwrite, dleaving)
             dg = tokens(dg, torch.Size((B, T, groups, R)), g.dtype).view(g.shape)
@@ -327,6 +353,7 @@ class _ChunkDecay(torch.autograd.Function):
             dg,
             None,
             None if h0 is None else _outer_state(dstates[:, 0], (B, groups, R)).to(h0.dtype),
+            None,
             None,
         )
 
@@ -359,10 +386,11 @@ def _chunkwise(
     scale: float,
     h0: Tensor | None,
     segments: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output `[B, T, H, V]` and the final state `[B, H, K, V]`.
 
     `segments` `[T]` numbers the sequences packed into one row, or is None.
     """
-    result: Any = _ChunkDecay.apply(q, k, v, g, scale, h0, segments)
+    result: Any = _ChunkDecay.apply(q, k, v, g, scale, h0, segments, keep)
     return result

@@ -13,8 +13,9 @@ solve a triangular system; that is the WY representation:
     (I + A_pw) E = V - (P * exp G) S
     O = scale * [ (Q * exp G) S + A_qw E ]       S' = diag(exp G_C) S + (W * exp(G_C - G))^T E
 
-All but the state's way from chunk to chunk is done for all chunks at once. The function saves only
-what it is given, and computes the rest again in the backward pass.
+Long rows are computed in pieces (`chunks.pieces`), one after another. In a piece, all but the
+state's way from chunk to chunk is done for all chunks at once. The function saves only what it is
+given and the states between pieces, and computes the rest again in the backward pass.
 
 Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a
 chunk, M = B * H, n = number of chunks.
@@ -26,10 +27,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_composer.cpu.chunks import chunks, tokens
+from flame_composer.cpu.chunks import chunks, joined, part, pieces, tokens
 from flame_composer.cpu.delta_scores import (
     MIN_BLOCK_SIZE,
     PerChannel,
@@ -106,14 +108,36 @@ def chunkwise(
     scale: float,
     h0: Tensor | None,
     segments: Tensor | None,
+    num_steps: int,
+    *,
+    whole: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output `[B, T, H, V]` and the final state `[B, H, K, V]` of the delta rule.
 
-    `prepare(*given)` returns the operands, by operations that autograd knows. `segments` `[T]`
-    numbers the sequences packed into one row, or is None.
+    `prepare(*given)` returns the operands, by operations that autograd knows, with `num_steps`
+    steps for each token; the output is read after the last one. `segments` `[T * num_steps]`
+    numbers the sequences packed into one row, or is None. With `whole`, `prepare` needs all tokens
+    at once.
     """
-    result: Any = _ChunkDelta.apply(prepare, scale, segments, h0, *given)
+    first = given[0]
+    assert first is not None
+    B, T = first.shape[:2]
+    spans = [(0, T)] if whole else pieces(B, T)
+    result: Any = _ChunkDelta.apply(prepare, scale, spans, num_steps, segments, h0, *given)
     return result
+
+
+class _Packed(NamedTuple):
+    """The sequences in a piece of a packed row."""
+
+    segments: Tensor | None  # [steps] the number of each step's sequence, or None
+    before: int = -1  # that of the sequence whose state enters the piece, or -1
+
+
+def _packed(segments: Tensor | None, start: int, end: int) -> _Packed:
+    if segments is None:
+        return _Packed(None)
+    return _Packed(segments[start:end], int(segments[start - 1]) if start else -1)
 
 
 def _scores(operands: Operands, w: Tensor, masks: Masks) -> Scores:
@@ -126,12 +150,12 @@ def _scores(operands: Operands, w: Tensor, masks: Masks) -> Scores:
     return PerChannel(w, chunks(g, size, w.dtype), masks, *plan_blocks(g, size))
 
 
-def _chunk(operands: Operands, scale: float, segments: Tensor | None, h0: Tensor | None) -> _Chunk:
+def _chunk(operands: Operands, scale: float, packed: _Packed, h0: Tensor | None) -> _Chunk:
     size = chunk_size_for(operands.q.shape[1])
     dtype = torch.promote_types(operands.v.dtype, torch.float32)
     q, p, w, v = (chunks(x, size, dtype) for x in operands[:4])
     q = q * scale
-    masks = masks_of(segments, q.shape[1], size, q)
+    masks = masks_of(packed.segments, q.shape[1], size, q, packed.before)
     scores = _scores(operands, w, masks)
     A_q = scores.product(q, erases=False).masked_fill_(masks.hidden, 0)
     not_before = masks.hidden | torch.eye(size, dtype=torch.bool, device=w.device)
@@ -194,47 +218,75 @@ class _ChunkDelta(torch.autograd.Function):
         ctx: Any,
         prepare: Prepare,
         scale: float,
+        spans: list[tuple[int, int]],
+        num_steps: int,
         segments: Tensor | None,
         h0: Tensor | None,
         *given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(segments, h0, *given)
-        ctx.prepare, ctx.scale = prepare, scale
-        operands = prepare(*given)
-        c = _chunk(operands, scale, segments, h0)
-        o = c.A_q @ c.errors
-        o += _times(c.q, c.scores.read, c.masks.reads) @ c.states[:, :-1]
-        # A view would keep the states of all chunks alive in the model's cache.
-        final = c.states[:, -1].clone()
-        B, _, H, K = operands.q.shape
-        v = operands.v
-        return tokens(o, v.shape, v.dtype), final.view(B, H, K, v.shape[3])
+        ctx.prepare, ctx.scale, ctx.spans, ctx.num_steps = prepare, scale, spans, num_steps
+        outputs, states = [], [h0]
+        for start, end in spans:
+            operands = prepare(*part(given, start, end))
+            packed = _packed(segments, start * num_steps, end * num_steps)
+            c = _chunk(operands, scale, packed, states[-1])
+            o = c.A_q @ c.errors
+            o += _times(c.q, c.scores.read, c.masks.reads) @ c.states[:, :-1]
+            B, _, H, K = operands.q.shape
+            v = operands.v
+            outputs.append(tokens(o, v.shape, v.dtype)[:, num_steps - 1 :: num_steps])
+            # A view would keep the states of all chunks alive in the model's cache.
+            states.append(c.states[:, -1].clone().view(B, H, K, v.shape[3]))
+        ctx.save_for_backward(segments, *states[:-1], *given)
+        final = states[-1]
+        assert final is not None
+        return torch.cat(outputs, 1), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        segments, h0, *given = ctx.saved_tensors
-        leaves = [
-            None if x is None else x.detach().requires_grad_(is_needed)
-            for x, is_needed in zip(given, ctx.needs_input_grad[4:], strict=True)
-        ]
-        with torch.enable_grad():
-            operands = ctx.prepare(*leaves)
-        plain = operands.each(torch.Tensor.detach)
-        *gradients, dh0 = _backward(plain, ctx.scale, segments, h0, *grad_outputs)
-        pairs = [
-            (x, dx)
-            for x, dx in zip(operands.tensors(), gradients, strict=True)
-            if x is not None and x.requires_grad
-        ]
-        found: dict[int, Tensor] = {}
-        inputs = [x for x in leaves if x is not None and x.requires_grad]
-        if inputs:
-            outputs, doutputs = zip(*pairs, strict=True)
-            found = dict(
-                zip(map(id, inputs), torch.autograd.grad(outputs, inputs, doutputs), strict=True)
-            )
-        return None, None, None, dh0, *(found.get(id(x)) for x in leaves)
+        do = grad_outputs[0]
+        dstate: Tensor | None = grad_outputs[1]
+        num_spans, num_steps = len(ctx.spans), ctx.num_steps
+        segments, *saved = ctx.saved_tensors
+        states, given = saved[:num_spans], saved[num_spans:]
+        needed = ctx.needs_input_grad[6:]
+        gradients = []
+        for (start, end), h0 in reversed(list(zip(ctx.spans, states, strict=True))):
+            leaves = [
+                None if x is None else x.detach().requires_grad_(is_needed)
+                for x, is_needed in zip(part(given, start, end), needed, strict=True)
+            ]
+            with torch.enable_grad():
+                operands = ctx.prepare(*leaves)
+            plain = operands.each(torch.Tensor.detach)
+            packed = _packed(segments, start * num_steps, end * num_steps)
+            # Only the last step of a token is read.
+            do_steps = F.pad(do[:, start:end].unsqueeze(2), (0, 0, 0, 0, num_steps - 1, 0))
+            do_steps = do_steps.flatten(1, 2)
+            *doperands, dstate = _backward(plain, ctx.scale, packed, h0, do_steps, dstate)
+            gradients.append(_gradients(leaves, operands, doperands))
+        found = [joined(each[::-1]) for each in zip(*gradients, strict=True)]
+        return None, None, None, None, None, None if states[0] is None else dstate, *found
+
+
+def _gradients(
+    leaves: list[Tensor | None], operands: Operands, doperands: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of the leaves that the operands were prepared from."""
+    pairs = [
+        (x, dx)
+        for x, dx in zip(operands.tensors(), doperands, strict=True)
+        if x is not None and x.requires_grad
+    ]
+    inputs = [x for x in leaves if x is not None and x.requires_grad]
+    found: dict[int, Tensor] = {}
+    if inputs:
+        outputs, doutputs = zip(*pairs, strict=True)
+        found = dict(
+            zip(map(id, inputs), torch.autograd.grad(outputs, inputs, doutputs), strict=True)
+        )
+    return [found.get(id(x)) for x in leaves]
 
 
 def _run_back(c: _Chunk, derrors: Tensor, do: Tensor, dfinal: Tensor) -> Tensor:
@@ -257,13 +309,14 @@ def _run_back(c: _Chunk, derrors: Tensor, do: Tensor, dfinal: Tensor) -> Tensor:
 def _backward(
     operands: Operands,
     scale: float,
-    segments: Tensor | None,
+    packed: _Packed,
     h0: Tensor | None,
     do: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the operands and of the first state."""
-    c = _chunk(operands, scale, segments, h0)
+    assert dfinal is not None
+    c = _chunk(operands, scale, packed, h0)
     do = chunks(do, c.q.shape[2], c.q.dtype)
     states = c.states[:, :-1]
     derrors = c.A_q.mT @ do

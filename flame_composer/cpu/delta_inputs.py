@@ -126,32 +126,37 @@ def delta_rule(
     cu_seqlens: Tensor | None,
     *,
     recurrent: bool = False,
+    num_steps: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output `[B, T, HV, V]` in v's dtype, and the final state or None.
 
-    `given` is what `make` takes: q, k, v and others `[B, T, ...]`, then parameters.
-    With `recurrent`, sequences of one length and few tokens go token by token.
+    `given` is what `make` takes: q `[B, T, ...]`, k, v and others of as many tokens or a multiple,
+    then parameters, of two dimensions at most. `make` returns operands of `num_steps` steps for
+    each token. With `recurrent`, sequences of one length and few steps go step by step.
     """
     q, _, v = given[:3]
     assert q is not None
     assert v is not None
-    B, T = v.shape[:2]
-    check_sequences(v, initial_state, cu_seqlens)
+    B, T = q.shape[:2]
+    check_sequences(q, initial_state, cu_seqlens)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if initial_state is not None and state_v_first:
         initial_state = initial_state.mT
-    if recurrent and (length := _common_length(B, T, cu_seqlens)) <= MAX_STEPS:
+    length = _common_length(B, T, cu_seqlens) * num_steps
+    if recurrent and length <= MAX_STEPS:
         o, state = _steps(make(*given), length, scale, initial_state)
-        return o.reshape(v.shape).to(v.dtype), _state(state, output_final_state, state_v_first)
+        o = o[:, num_steps - 1 :: num_steps].reshape(B, T, *o.shape[2:]).to(v.dtype)
+        return o, _state(state, output_final_state, state_v_first)
     segments = rows = None
     if cu_seqlens is not None and initial_state is None and not output_final_state:
         # Training: the packed row is cut into chunks as it is; masks keep the sequences apart.
-        segments = segments_of(cu_seqlens, T)
+        segments = segments_of(cu_seqlens * num_steps, T * num_steps)
     elif cu_seqlens is not None:
         # Prefill of a batch of prompts: each sequence has a state, so each gets its own row.
         rows = Rows(cu_seqlens)
-        make = functools.partial(_in_rows, make, rows)
-    o, state = chunkwise(make, given, scale, initial_state, segments)
+        make = functools.partial(_in_rows, make, Rows(cu_seqlens * num_steps))
+    whole = rows is not None
+    o, state = chunkwise(make, given, scale, initial_state, segments, num_steps, whole=whole)
     if rows is not None:
         o = rows.join(o)
     return o, _state(state, output_final_state, state_v_first)

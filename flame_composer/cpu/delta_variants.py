@@ -41,9 +41,16 @@ def chunk_gated_delta_product(
     options = Options(normalize=use_qk_l2norm_in_kernel)
     make = functools.partial(_prepare_product, options, num_householder)
     given = (q, k, v, beta, g, None, None)
-    offsets = None if cu_seqlens is None else cu_seqlens * num_householder
-    o, state = delta_rule(make, given, scale, initial_state, output_final_state, False, offsets)
-    return o[:, num_householder - 1 :: num_householder].contiguous(), state
+    return delta_rule(
+        make,
+        given,
+        scale,
+        initial_state,
+        output_final_state,
+        False,
+        cu_seqlens,
+        num_steps=num_householder,
+    )
 
 
 def _prepare_product(

@@ -24,17 +24,20 @@ class Masks(NamedTuple):
     keeps: Tensor | None
 
 
-def masks_of(segments: Tensor | None, num_chunks: int, size: int, like: Tensor) -> Masks:
+def masks_of(
+    segments: Tensor | None, num_chunks: int, size: int, like: Tensor, before: int = -1
+) -> Masks:
     """Return the masks for chunks of `size` tokens, with the dtype and device of `like`.
 
     `segments` [T] numbers the sequences packed into one row; None if each row is one sequence.
+    `before` is the number of the sequence whose state enters the first chunk, or -1.
     """
     causal = like.new_ones(size, size).tril()
     if segments is None:
         return Masks(causal, causal == 0, None, None, None, None)
     padding = num_chunks * size - len(segments)
     ids = torch.cat([segments, segments[-1:].expand(padding)]).view(num_chunks, size)
-    entering = F.pad(ids[:-1, -1:], (0, 0, 1, 0), value=-1)
+    entering = F.pad(ids[:-1, -1:], (0, 0, 1, 0), value=before)
     leaving = ids[:, -1:]
     same = (ids[:, :, None] == ids[:, None, :]).to(like.dtype)
     return Masks(

@@ -47,19 +47,17 @@ def chunk_rwkv7(
     """
     if cp_context is not None:
         raise NotImplementedError("on a CPU, RWKV-7 has no context parallelism")
-    given = (r, k, torch.stack([torch.zeros_like(v), v], 2).flatten(1, 2), w, a, b)
-    offsets = None if cu_seqlens is None else 2 * cu_seqlens
-    o, state = delta_rule(
+    return delta_rule(
         _prepare,
-        given,
+        (r, k, v, w, a, b),
         scale,
         initial_state,
         output_final_state,
         False,
-        offsets,
+        cu_seqlens,
         recurrent=recurrent,
+        num_steps=2,
     )
-    return o[:, 1::2].contiguous(), state
 
 
 def fused_mul_recurrent_rwkv7(
@@ -98,10 +96,10 @@ def fused_mul_recurrent_rwkv7(
 
 
 def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Operands:
-    """Return the operands of two steps a token; v holds both steps already."""
+    """Return the operands of two steps a token."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     r, k, w, a, b = (x.to(dtype) for x in (r, k, w, a, b))
-    nothing = torch.zeros_like(r)
+    nothing, no_value = torch.zeros_like(r), torch.zeros_like(v)
 
     def steps(first: Tensor, second: Tensor) -> Tensor:
         return torch.stack([first, second], 2).flatten(1, 2)
@@ -110,7 +108,7 @@ def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -
         steps(nothing, r),
         steps(-a * (-w).exp(), nothing),
         steps(b, k),
-        v,
+        steps(no_value, v),
         steps(w, nothing),
     )
 
