@@ -37,6 +37,7 @@ from flame_composer.checkpoint.parts import (
     parts_of,
     shapes_of,
 )
+from flame_composer.checkpoint.same_model import require_same_config
 from flame_composer.config.sections import KINDS, OptimizerConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, one_line
@@ -126,6 +127,7 @@ def needed_by(
         config.allow_data_change,
         None if adapter is None else adapter.as_plain(),
         frozenset(prefix + name for name in muon_names(model, config.optimizer)),
+        model.config.to_dict(),
     )
 
 
@@ -156,6 +158,7 @@ def check_content(
         if needed is not None:
             _check_adapter(content["state"]["integrations"]["huggingface"], needed)
             _check_model(shapes, needed)
+            require_same_config(content["state"]["integrations"]["huggingface"], needed)
             check_optimizer(optimizers, shapes, needed, all_here=all_here)
             _check_epoch(content["state"]["timestamp"]["Timestamp"])
             _check_rest(content)

@@ -26,7 +26,8 @@ class Needed(NamedTuple):
     types.
 
     `adapter` describes the run's adapter (`model.lora.Adapter.as_plain`); None if it trains whole
-    weights. `by_muon` holds the names of the weights that Muon trains.
+    weights. `by_muon` holds the names of the weights that Muon trains. `config` is the Hugging Face
+    config of the run's model; without one, that in a checkpoint is not compared.
 
     `skips_steps` says that the optimizer may have taken fewer steps than the clock counts,
     `other_order` that the rows may have been in another order than the checkpoint says.
@@ -41,6 +42,7 @@ class Needed(NamedTuple):
     other_order: bool
     adapter: Mapping[str, Any] | None = None
     by_muon: frozenset[str] = frozenset()
+    config: Mapping[str, Any] | None = None
 
     def moments(self, name: str) -> tuple[str, ...]:
         """Return the names of what the optimizer keeps of a weight's gradients."""

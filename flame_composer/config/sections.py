@@ -196,7 +196,8 @@ class OptimizerConfig:
     def _check_muon(self) -> None:
         for key in ("momentum", "update_scale", "adamw_lr_ratio"):
             is_its_own = self.name == "muon" or getattr(self, key) is None
-            require(is_its_own, key, f"must be null with optimizer.name={self.name}: it is of muon")
+            rule = f"must be null with optimizer.name={self.name}; only muon has it"
+            require(is_its_own, key, rule)
         is_share = self.momentum is None or 0 < self.momentum < 1
         require(is_share, "momentum", "must be more than 0 and less than 1")
         is_factor = self.adamw_lr_ratio is None or 0 < self.adamw_lr_ratio < math.inf
@@ -259,7 +260,7 @@ class SchedulerConfig:
         require(
             warmup <= total,
             "scheduler.warmup",
-            f"must not be longer than the run: {warmup} batches of {total}"
+            f"must not be longer than the run: {warmup} batches, of {total} in all"
             f" (max_duration={max_duration})",
         )
         require(

@@ -3,7 +3,7 @@
 Published model cards call `from flame_composer import cpu; cpu.enable()`.
 """
 
-from flame_composer.cpu.coverage import missing
+from flame_composer.cpu.coverage import missing, missing_type
 from flame_composer.cpu.enable import enable
 
-__all__ = ["enable", "missing"]
+__all__ = ["enable", "missing", "missing_type"]

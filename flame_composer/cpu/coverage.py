@@ -33,24 +33,30 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 
 
+def _is_flas(config_class: type) -> bool:
+    return config_class.__module__.startswith("fla.")
+
+
+def missing_type(config_class: Any) -> str | None:
+    """Return why no model of a config class trains on a CPU, or None if some do."""
+    if not _is_flas(config_class) or interprets() or config_class.model_type in ON_CPU:
+        return None
+    known = f"{', '.join(ON_CPU[:-1])} and {ON_CPU[-1]}"
+    return (
+        f"fla's {config_class.model_type} needs a GPU, and there is none here; of fla's models,"
+        f" {known} train on a CPU, and so does any of transformers' own (llama, ...)"
+    )
+
+
 def missing(hf_config: Any) -> tuple[str, str] | None:
     """Return the config key that makes a model need a GPU, and the reason.
 
     Return None if the model can be trained on a CPU.
     """
-    is_fla = type(hf_config).__module__.startswith("fla.")
-    if not is_fla or interprets():
+    if not _is_flas(type(hf_config)) or interprets():
         return None
-    if hf_config.model_type not in ON_CPU:
-        known = f"{', '.join(ON_CPU[:-1])} and {ON_CPU[-1]}"
-        return (
-            "model_type",
-            (
-                f"fla's {hf_config.model_type} needs a GPU, and there is none here; of fla's"
-                f" models, {known} train on a CPU, and so does any of transformers' own (llama,"
-                " ...)"
-            ),
-        )
+    if reason := missing_type(type(hf_config)):
+        return "model_type", reason
     for key, has_none in (
         ("attnres_block_size", getattr(hf_config, "attnres_block_size", None) is not None),
         ("hidden_act", getattr(hf_config, "hidden_act", None) == "powglu"),

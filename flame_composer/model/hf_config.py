@@ -37,13 +37,14 @@ _COMMON_KEYS = (
 # Rules for numbers, by the names of their keys: not every model checks them before it computes.
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
-        r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers)"
+        r"(hidden|intermediate|vocab)_size|num_(\w+_)?(heads|layers|slots)|conv_size"
+        r"|(\w+_)?low_rank_dim|expand_ratio|expand"
         r"|n_(embd|head|inner|layer|positions)|sliding_window",
         lambda value: value >= 1,
         "must be 1 or more",
     ),
     (
-        r"(\w+_)?(eps|epsilon)|rope_theta|expand_[kv]|hidden_ratio",
+        r"(\w+_)?(eps|epsilon)|rope_theta|(expand|exapnd)_[kv]|hidden_ratio|gate_logit_normalizer",
         lambda value: value > 0,
         "must be more than 0",
     ),
@@ -77,7 +78,16 @@ _UNUSABLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool], str], ...] =
         lambda value: value is not None,
         "must be null: fla 0.5.2 fails at layers of softmax attention in RWKV-7",
     ),
+    (
+        ("kda",),
+        "lower_bound",
+        lambda value: value is not None and not value < 0,
+        "must be below 0: it is the lower bound for the logarithm of a gate; fla recommends -5",
+    ),
 )
+# What fla reads in `attn`, where hybrids have layers of softmax attention; the rest it ignores
+_ATTN_KEYS = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
+_OTHER_ATTN = ("rodimus", "yoco")  # read more
 
 
 def build_hf_config(
@@ -104,16 +114,7 @@ def build_hf_config(
     cpu.enable()
     keys = dict(model_config)
     model_type = keys.pop("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        close = (
-            nearest(str(model_type), sorted(CONFIG_MAPPING))
-            if model_type
-            else "; give gla, for example"
-        )
-        raise InvalidField(
-            "model.config.model_type", f"neither fla nor transformers has such a model{close}"
-        )
-    config_class = CONFIG_MAPPING[model_type]
+    config_class = _config_class(model_type, to_run=to_run)
     parameters = inspect.signature(config_class.__init__).parameters
     _check_keys(config_class, keys, read_back=read_back)
     if tokenizer is not None:
@@ -139,6 +140,28 @@ def build_hf_config(
         ) from None
     _check_built(hf_config, to_run=to_run)
     return hf_config
+
+
+def _config_class(model_type: Any, *, to_run: bool) -> type[PretrainedConfig]:
+    """Return the config class of a model type; raise InvalidField if there is none, or none here.
+
+    Whether a model runs here is said before its other keys are, which it need not share with the
+    model that a configuration was written for.
+    """
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        close = (
+            nearest(str(model_type), sorted(CONFIG_MAPPING))
+            if model_type
+            else "; give gla, for example"
+        )
+        raise InvalidField(
+            "model.config.model_type", f"neither fla nor transformers has such a model{close}"
+        )
+    config_class: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
+    reason = cpu.missing_type(config_class) if to_run and not torch.cuda.is_available() else None
+    if reason:
+        raise InvalidField("model.config.model_type", reason)
+    return config_class
 
 
 def _check_keys(
@@ -183,6 +206,17 @@ def _check_usable(model_type: str, keys: dict[str, Any]) -> None:
     for model_types, key, is_unusable, rule in _UNUSABLE:
         if model_type in model_types and key in keys and is_unusable(keys[key]):
             raise InvalidField(f"model.config.{key}", rule)
+    attn = keys.get("attn")
+    if not isinstance(attn, dict) or model_type in _OTHER_ATTN:
+        return
+    for key in attn:
+        if key not in _ATTN_KEYS:
+            close = nearest(str(key), [*_ATTN_KEYS]).replace("mean ", "mean model.config.attn.")
+            raise InvalidField(f"model.config.attn.{key}", f"fla reads no such key{close}")
+    if attn.get("layers") == []:
+        raise InvalidField(
+            "model.config.attn.layers", "must name a layer; leave attn out for a model without any"
+        )
 
 
 def known_keys(config_class: type[PretrainedConfig]) -> list[str]:
@@ -302,10 +336,46 @@ def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
 
 
 def _check_built(hf_config: PretrainedConfig, *, to_run: bool) -> None:
-    """Raise InvalidField for a cap that is none and, with `to_run`, for what cannot run here."""
+    """Raise InvalidField for heads or a cap that no model has.
+
+    With `to_run`, also for what cannot run here.
+    """
     softcap.require_cap(hf_config)
+    _check_heads(hf_config)
     if to_run and (missing := _missing_here(hf_config)):
         raise InvalidField(f"model.config.{missing[0]}", missing[1])
+
+
+def _check_heads(hf_config: PretrainedConfig) -> None:
+    """Raise InvalidField for heads that fla's layers would fail at in the first step."""
+    keys = vars(hf_config)
+    heads, v_heads = keys.get("num_heads"), keys.get("num_v_heads")
+    if isinstance(heads, int) and isinstance(v_heads, int) and v_heads % heads:
+        raise InvalidField("model.config.num_v_heads", f"must be a multiple of num_heads={heads}")
+    softmax = {
+        "attn.": keys.get("attn"),
+        "": keys if hf_config.model_type == "transformer" else None,
+    }
+    for prefix, layer in softmax.items():
+        heads = layer.get("num_heads") if isinstance(layer, dict) else None
+        width = keys.get("hidden_size")
+        if not isinstance(heads, int) or not isinstance(width, int) or not isinstance(layer, dict):
+            continue
+        kv_heads = layer.get("num_kv_heads")
+        if width % heads:
+            raise InvalidField(
+                f"model.config.{prefix}num_heads", f"must divide hidden_size={width}"
+            )
+        if isinstance(kv_heads, int) and heads % kv_heads:
+            raise InvalidField(
+                f"model.config.{prefix}num_kv_heads", f"must divide num_heads={heads}"
+            )
+        if width // heads % 2:
+            raise InvalidField(
+                f"model.config.{prefix}num_heads",
+                f"makes heads of {width // heads} channels, but RoPE rotates channels in pairs;"
+                " give a number that makes heads of an even size",
+            )
 
 
 def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:

@@ -1,16 +1,38 @@
-"""A check that training can reach every weight that it is to change."""
+"""Checks that a model computes, and that training can reach every weight that it is to change."""
 
 from __future__ import annotations
 
 import torch
 from composer.core import Precision, get_precision_context
+from transformers import PreTrainedModel
 
 from flame_composer.batch import IGNORE
-from flame_composer.errors import InvalidField
+from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.lora import endings_of
 
 NUM_TOKENS = 128  # fla takes other kernels for 64 and fewer
+
+
+def require_forward(model: PreTrainedModel) -> None:
+    """Raise ConfigError if the model cannot compute a few tokens.
+
+    Its code may fail at numbers of a config that it has taken. What is computed changes nothing.
+    """
+    device = next(model.parameters()).device
+    is_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=device), use_cache=False)
+    except Exception as error:  # the model's own code may raise anything
+        raise ConfigError(
+            f"model.config: a {model.config.model_type} model is built from it, and fails at its"
+            f" first tokens ({one_line(error)[:200]}); compare its sizes and numbers of heads with"
+            " those of a recipe in yamls/"
+        ) from None
+    finally:
+        model.train(is_training)
 
 
 def require_gradients(model: CausalLM, *, context_length: int, precision: str) -> None:

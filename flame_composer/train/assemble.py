@@ -41,7 +41,7 @@ from flame_composer.model.causal_lm import CausalLM, causal_lm_of, check_microba
 from flame_composer.model.hf_config import new_hf_config
 from flame_composer.model.lora import Adapter, add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
-from flame_composer.model.probe import require_gradients
+from flame_composer.model.probe import require_forward, require_gradients
 from flame_composer.model.sharding import recompute_blocks
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.train import parallelism
@@ -198,9 +198,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     stop = Preemption(saver, sums)
     evaluators = build_evaluators(config, data, stop)
     show_bar = config.progress_bar and sys.stderr.isatty()
-    hf_model = build_or_load(
-        config.model, parts.hf_config, empty=parallelism.gets_weights(config.parallelism)
-    )
+    hf_model = build_inner(config, parts)
     adapter = build_adapters(config, hf_model, parts)
     model = wrap(config, hf_model, data.tokenizer, adapter)
     counters = build_counters(config, data, hf_model, stop, sums)
@@ -245,6 +243,15 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
             precision=config.precision,
         )
     return Run(config, trainer, log, data.order, stop, start)
+
+
+def build_inner(config: TrainConfig, parts: Parts) -> PreTrainedModel:
+    """Return the run's model, new or loaded; on a CPU it has computed a few tokens."""
+    empty = parallelism.gets_weights(config.parallelism)
+    model = build_or_load(config.model, parts.hf_config, empty=empty)
+    if not (torch.cuda.is_available() or parallelism.is_sharded(config.parallelism)):
+        require_forward(model)
+    return model
 
 
 def wrap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -101,23 +102,36 @@ def as_begun(config: DataConfig, start: Checkpoint) -> DataConfig:
     return dataclasses.replace(config, shuffle_algo=algo)
 
 
+log = logging.getLogger(__name__)
+
+
 class SameLoss(Callback):
     """A callback that refuses a checkpoint that was trained on another loss than this run's.
 
-    `settings` are those that decide the loss of a row, by configuration key.
+    `settings` are those that decide the loss of a row, by configuration key. Another precision is
+    said and not refused: losses agree to rounding, and a GPU's run may go on on a CPU.
     """
 
-    def __init__(self, settings: dict[str, Any], *, allow_change: bool):
+    def __init__(self, settings: dict[str, Any], *, precision: str = "fp32", allow_change: bool):
         self.settings = settings
+        self.precision = precision
         self.allow_change = allow_change
         self.is_compared = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings}
+        return {"settings": self.settings, "precision": self.precision}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ConfigError if a setting is another than in the checkpoint, if that has it."""
         self._compare(state["settings"])
+        before = state.get("precision", self.precision)
+        if before != self.precision and dist.get_global_rank() == 0:
+            log.warning(
+                "warning: precision: the steps so far were taken with %s, and this run continues"
+                " with %s: its losses agree with theirs to rounding, and not bit for bit",
+                in_short(before),
+                self.precision,
+            )
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Raise ConfigError if a checkpoint that records no loss was trained without ours.
@@ -156,4 +170,4 @@ def build_same_loss(config: TrainConfig, algorithms: Sequence[Algorithm]) -> Sam
     for field in dataclasses.fields(RepetitionConfig):
         key = f"repetition_filter.{field.name}"
         settings[key] = None if repetition is None else getattr(repetition, field.name)
-    return SameLoss(settings, allow_change=config.allow_schedule_change)
+    return SameLoss(settings, precision=config.precision, allow_change=config.allow_schedule_change)

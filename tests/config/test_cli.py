@@ -392,7 +392,7 @@ COMMAND_LINE = {
     "optimizer.lr=1e400": "optimizer.lr=inf: must be more than 0, and finite",
     "global_batch_size=0": "global_batch_size=0: must be a positive number of rows",
     "scheduler.warmup=11ba": (
-        "scheduler.warmup=11ba: must not be longer than the run: 11 batches of 10"
+        "scheduler.warmup=11ba: must not be longer than the run: 11 batches, of 10 in all"
         " (max_duration=10ba)"
     ),
     # Interpolations that lead nowhere.

@@ -520,7 +520,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         for eps in (0.0, -1e-8, nan, inf)
     ),
     *(
-        (OptimizerConfig, {"name": name, key: value}, key, f"{ITS_OWN}{name}: it is of muon")
+        (OptimizerConfig, {"name": name, key: value}, key, f"{ITS_OWN}{name}; only muon has it")
         for name in ("adamw", "decoupled_adamw", "lamb")
         for key, value in (("momentum", 0.95), ("update_scale", "original"), ("adamw_lr_ratio", 1))
     ),
@@ -853,13 +853,13 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         TrainConfig,
         {"scheduler": SchedulerConfig(warmup="11ba")},
         "scheduler.warmup",
-        "must not be longer than the run: 11 batches of 10 (max_duration=10ba)",
+        "must not be longer than the run: 11 batches, of 10 in all (max_duration=10ba)",
     ),
     (
         TrainConfig,
         {"scheduler": SchedulerConfig(warmup="81sp")},
         "scheduler.warmup",
-        "must not be longer than the run: 11 batches of 10 (max_duration=10ba)",
+        "must not be longer than the run: 11 batches, of 10 in all (max_duration=10ba)",
     ),
     *((PlanConfig, {"devices": number}, "devices", "must be in [1, 1000]") for number in (0, 1001)),
     *(

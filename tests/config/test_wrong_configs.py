@@ -120,7 +120,7 @@ WRONG: dict[str, str] = {
     # What does not go together.
     "global_batch_size=7": "must be a multiple of devices x microbatch_size = 1 x 8 = 8",
     "scheduler.warmup=11ba": (
-        "must not be longer than the run: 11 batches of 10 (max_duration=10ba)"
+        "must not be longer than the run: 11 batches, of 10 in all (max_duration=10ba)"
     ),
     "scheduler.t_max=20ba scheduler.name=wsd": (
         "must be null with constant and wsd; only cosine and linear can end beyond a run"
@@ -265,7 +265,7 @@ WRONG: dict[str, str] = {
     "optimizer.name=muon model.mup_base_width=64": (
         "must be adamw or decoupled_adamw with model.mup_base_width: there are no rules for muon"
     ),
-    "optimizer.momentum=0.9": "must be null with optimizer.name=adamw: it is of muon",
+    "optimizer.momentum=0.9": "must be null with optimizer.name=adamw; only muon has it",
     "optimizer.name=muon optimizer.moment=0.9": (
         "optimizer.moment: unknown key; did you mean optimizer.momentum?"
     ),

@@ -76,14 +76,29 @@ def test_a_model_that_has_its_own_cap_is_left_alone() -> None:
     assert not model.lm_head._forward_hooks
 
 
-@pytest.mark.parametrize("cap", [0, -1.0, float("inf"), float("nan"), True, "30", [30]])
+@pytest.mark.parametrize(
+    "cap", [0, -1.0, 1e-9, 1e300, 10**400, float("inf"), float("nan"), True, "30", [30]]
+)
 def test_a_cap_that_is_none(cap: Any) -> None:
-    rule = r"model\.config\.final_logit_softcapping: must be a number above 0"
+    rule = r"model\.config\.final_logit_softcapping: must be a number from 0\.001 to 1e\+06"
     with pytest.raises(InvalidField, match=rule):
         hf_config(GLA, final_logit_softcapping=cap)
     written = hf_config(GLA).to_dict() | {"final_logit_softcapping": cap}
-    with pytest.raises(ConfigError, match=r"there: .*must be a number above 0"):
+    with pytest.raises(ConfigError, match=r"there: .*must be a number from"):
         read_back_hf_config(written, "there")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scale"),
+    [
+        ("granite", "logits_scaling"),
+        ("cohere", "logit_scale"),
+        ("recurrent_gemma", "logits_soft_cap"),
+    ],
+)
+def test_logits_that_are_scaled_otherwise_cannot_be_capped(model_type: str, scale: str) -> None:
+    with pytest.raises(InvalidField, match=rf"softcapping: must be null: .* by {scale}$"):
+        hf_config({"model_type": model_type}, final_logit_softcapping=30.0)
 
 
 @pytest.mark.filterwarnings("ignore:`fuse_linear_cross_entropy` is enabled")  # of precision

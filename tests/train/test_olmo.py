@@ -216,12 +216,20 @@ def test_the_recipe_ends_at_the_rate_at_which_olmos_second_stage_begins() -> Non
     assert (lengths.warmup, lengths.t_max) == (4000, 2_384_186)
 
 
-def test_settings_of_the_loss_that_are_not_known_are_not_compared() -> None:
+def test_settings_of_the_loss_that_are_not_known_are_not_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     loss = SameLoss({"z_loss": 0.1}, allow_change=False)
     loss.load_state_dict({"settings": {"z_loss": 0.1, "of_a_later_version": 1}})
     with pytest.raises(ConfigError, match=r"another loss: z_loss \(0\.2 before, 0\.1 now\)"):
         loss.load_state_dict({"settings": {"z_loss": 0.2}})
     SameLoss({"z_loss": 0.1}, allow_change=True).load_state_dict({"settings": {"z_loss": 0.2}})
+    caplog.clear()
+    for before, told in (("amp_bf16", 0), ("fp32", 1)):
+        held = {"settings": {}, "precision": before}
+        SameLoss({}, precision="amp_bf16", allow_change=False).load_state_dict(held)
+        assert len(caplog.messages) == told
+    assert "with 'fp32', and this run continues with amp_bf16: " in caplog.messages[0]
     SameLoss({"z_loss": 0.1, "varlen": True}, allow_change=False).load_state_dict(
         {"settings": {"z_loss": 0.1}}
     )

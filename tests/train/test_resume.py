@@ -179,6 +179,12 @@ def test_another_model_or_optimizer_is_refused_by_name(
             "model.config.hidden_size=64",
             "have the shape [300, 32], and [300, 64] in this run's model",
         ),
+        # No shape shows it
+        ("model.config.norm_eps=0.5", "its model has norm_eps=1e-06, and this run's model.config."),
+        (
+            "model.config.final_logit_softcapping=30.0",
+            "its model has final_logit_softcapping=null, and this run's model.config.final_logit_",
+        ),
         ("optimizer.name=lamb", "its optimizer is AdamW, and this run's Lamb"),
     ):
         process = run_script("recipes/train.py", *corpus.keys(undisturbed, key))
