@@ -20,6 +20,7 @@ from flame_composer.bench.decoding import decode, read_prompt
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import step
 from flame_composer.config.bench import ModelsBenchmarkConfig
+from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.model.build import build_model
 from flame_composer.model.work import count_parameters
 
@@ -81,6 +82,7 @@ def build(name: str, config: ModelsBenchmarkConfig, num_parameters: int) -> PreT
 def compare_models(config: ModelsBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Time forward and backward of each model and of a Llama (SDPA) of its size, in turns."""
     cpu.enable()
+    keep_freed_memory()  # as training does
     torch.manual_seed(0)
     width, heads = config.hidden_size, max(1, config.hidden_size // 128)
     # As `models.build_pair` pairs it with GLA: without anything that `build_model` adds

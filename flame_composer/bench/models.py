@@ -14,6 +14,7 @@ from flame_composer import cpu
 from flame_composer.bench.devices import peak_of
 from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
 from flame_composer.config.bench import BenchmarkConfig
+from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.model.build import build_model
 from flame_composer.model.work import count_parameters, count_work
@@ -130,6 +131,7 @@ def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = build_pair(config.hidden_size, config.num_layers, config.vocab_size, device=device)
     in_bf16 = device == "cpu" and multiplies_bf16()
+    keep_freed_memory()  # as training does on a CPU
     rows: list[dict[str, Any]] = []
     roofs: list[float] = []
     for context_length in config.context_lengths:

@@ -64,7 +64,7 @@ class ModelsBenchmarkConfig(SizesConfig):
     8192 tokens.
     """
 
-    context_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
+    context_lengths: list[int] = field(default_factory=lambda: [512, 2048])
     """Tokens per row, each a measurement of its own."""
     batch_tokens: int = 2048
     """Tokens per step."""

@@ -116,7 +116,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        result = product(x.reshape(-1, x.shape[-1]), weight, bias)
+        return result.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

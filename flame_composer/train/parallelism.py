@@ -8,6 +8,7 @@ import torch
 from composer.utils import dist
 
 from flame_composer.config.sections import ParallelismConfig
+from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField
 from flame_composer.model.sharding import sharding_of
@@ -60,6 +61,7 @@ def _compute_on_cpu(config: ParallelismConfig, precision: str) -> None:
                     f" parallelism.{key}=false",
                 )
     use_bf16(precision == "amp_bf16")
+    keep_freed_memory()
 
 
 def autocast_of(precision: str) -> str:

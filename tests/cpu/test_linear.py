@@ -92,6 +92,18 @@ def test_bf16_is_what_autocast_computes(in_bf16: None, bias: bool) -> None:
     assert not torch.equal(results[0][0], F.linear(x, ours.weight, ours.bias))
 
 
+@pytest.mark.parametrize("shape", [(0, 96), (3, 0, 96)])
+def test_no_rows_at_all(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(96, 160)
+    through_onednn(layer)
+    x = torch.randn(*shape, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], 160)
+    assert x.grad is not None
+    assert x.grad.shape == shape
+
+
 def test_few_products_stay_in_fp32(in_bf16: None) -> None:
     x, weight = torch.randn(4, 64), torch.randn(64, 64)
     assert 4 * weight.numel() < MIN_PRODUCTS
