@@ -34,6 +34,7 @@ from flame_composer.cpu.coverage import interprets
 from flame_composer.cpu.linear import keep_signals_off_the_heap
 from flame_composer.cpu.losses import genuine_cross_entropy_forward
 from flame_composer.cpu.operations import OPERATIONS, REPLACEMENTS
+from flame_composer.cpu.rotary import keep_rotary_tables
 
 TESTED_FLA = "0.5."
 DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
@@ -77,6 +78,7 @@ def enable() -> None:
         model = getattr(importlib.import_module("fla.models"), f"{name}ForCausalLM")
         model._tied_weights_keys = model._tied_weights_keys or ["lm_head.weight"]
     _supply_flash_attention()
+    keep_rotary_tables(importlib.import_module("fla.modules.rotary").RotaryEmbedding)
     if not torch.cuda.is_available():
         # It says in every layer that code for GPUs is missing.
         logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
+
+TABLE_STEP = 256  # positions that a table of angles grows by
+
+
+def keep_rotary_tables(rotary: Any) -> None:
+    """Make fla's RotaryEmbedding compute its tables for more positions than it is asked for.
+
+    The angles of a position do not depend on how many there are, unless the embedding scales them.
+
+    Upstream: fla 0.5.2, `RotaryEmbedding._update_cos_sin_cache`.
+    Mends: each token that is decoded computes the tables of all positions before it anew.
+    """
+    original = rotary._update_cos_sin_cache
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def update(self: Any, seqlen: int, *args: Any, **kwargs: Any) -> None:
+        if self.scale is None and seqlen > self._seq_len_cached:
+            seqlen = -(-seqlen // TABLE_STEP) * TABLE_STEP
+        original(self, seqlen, *args, **kwargs)
+
+    rotary._update_cos_sin_cache = update
 
 
 def _positions(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:

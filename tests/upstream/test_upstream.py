@@ -622,6 +622,27 @@ def test_product():
     assert torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "").shape == (512, 512)
 
 
+def test_keep_rotary_tables():
+    """fla makes a table of just the positions that it is asked for, a longer one for each token."""
+    import torch
+
+    from flame_composer import cpu
+
+    cpu.enable()
+    from fla.modules.rotary import RotaryEmbedding
+
+    on_cpu = torch.device("cpu")
+    rotary, plain = RotaryEmbedding(8), RotaryEmbedding(8)
+    RotaryEmbedding._update_cos_sin_cache.__wrapped__(plain, 300, on_cpu, torch.float32)
+    assert len(plain._cos_cached) == 300
+    rotary._update_cos_sin_cache(299, on_cpu, torch.float32)
+    kept = rotary._cos_cached
+    rotary._update_cos_sin_cache(300, on_cpu, torch.float32)
+    assert rotary._cos_cached is kept
+    assert torch.equal(kept[:300], plain._cos_cached)
+    assert torch.equal(rotary._sin_cached[:300], plain._sin_cached)
+
+
 def test_ending_pools(tmp_path):
     """lm-eval ends its pool by SIGTERM, which a handler in Python may take too late."""
     code = """
