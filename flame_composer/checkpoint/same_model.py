@@ -11,11 +11,12 @@ from flame_composer.errors import ConfigError
 from flame_composer.model import softcap
 from flame_composer.model.hf_config import read_back_hf_config
 
-# Keys that change neither what a model computes nor what it is trained on: which kernels compute
-# it, how its weights are stored, what its tokenizer says too
+# Keys that change nothing of what given weights compute: which kernels compute it, how weights are
+# stored, what the tokenizer says too, what new weights are drawn from
 _FREE = re.compile(
     r"_.*|fuse_.*|attn_mode|use_cache|.*dtype|architectures|transformers_version|.*_token_id"
-    r"|.*attn_implementation"
+    r"|.*attn_implementation|initializer_.*|.*init_.*|rescale_prenorm_residual"
+    r"|time_step_(min|max|floor)"
 )
 
 

@@ -24,6 +24,7 @@ import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
+from flame_composer.cpu.linear import multiplies_bf16
 from flame_composer.text.examples import REASONS, conversation_of, form_of
 from tests.data_fixtures import streaming_dataset
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
@@ -265,10 +266,10 @@ def test_data_from_a_remote_is_cached_and_gives_the_same_run(
             ),
         ),
         (
-            "precision=amp_bf16",
+            "precision=amp_fp16",
             (
-                "command line: precision=amp_bf16: there is no GPU here, and CPUs compute in fp32;"
-                " set pre"
+                "command line: precision=amp_fp16: there is no GPU here, and CPUs do not train in"
+                " fp16; set pre"
             ),
         ),
         (
@@ -538,10 +539,8 @@ def test_every_readme_command(small: Small) -> None:
                 *command[2:], env={"DATA_REMOTE": command[0].partition("=")[2]}, folder=small.folder
             ).wait()
             assert process.returncode == 2
-            assert (
-                "error: yamls/gla_340m.yaml: precision=amp_bf16: there is no GPU here"
-                in process.stderr
-            )
+            key = "parallelism.fsdp" if multiplies_bf16() else "precision=amp_bf16"
+            assert f"error: yamls/gla_340m.yaml: {key}: there is no GPU here" in process.stderr
         elif command[0] == "python":
             check(run_script(*command[1:], folder=small.folder))
         elif command[0] == "composer":
