@@ -23,7 +23,7 @@ MIN_PRODUCTS = 1 << 19
 # With fewer weights than this, a layer takes so little time that it need not be laid out.
 MIN_WEIGHTS = 1 << 18
 
-_uses_bf16 = False  # whether `product` rounds to bf16; a process computes in one precision
+_uses_bf16 = False  # whether `layer_product` rounds to bf16; a process has one precision
 
 
 def multiplies_bf16() -> bool:
@@ -67,16 +67,23 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Upstream: torch 2.7.0, `torch.ops.mkldnn._linear_pointwise`.
     Mends: F.linear does not use oneDNN for large products, for which oneDNN is faster.
     """
-    is_large = weight.is_mkldnn or _is_for_onednn(x, weight)  # laid out by `pack`, or plain
-    if is_large and _uses_bf16 and not weight.is_mkldnn:
-        bf16 = torch.bfloat16
-        bias = None if bias is None else bias.to(bf16)
-        return F.linear(x.to(bf16), weight.to(bf16), bias).float()
-    if is_large:
+    if weight.is_mkldnn or _is_for_onednn(x, weight):  # laid out by `pack`, or plain
         weight = weight if weight.is_mkldnn else _dense(weight)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), weight, bias, "none", [], "")
         return result
     return F.linear(x, weight, bias)
+
+
+def layer_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `product` as linear layers compute it: in bf16 if `use_bf16` said so, and it is large.
+
+    Products inside of other operations, such as those with a state, stay fp32.
+    """
+    if not _uses_bf16 or weight.is_mkldnn or not _is_for_onednn(x, weight):
+        return product(x, weight, bias)
+    bf16 = torch.bfloat16
+    bias = None if bias is None else bias.to(bf16)
+    return F.linear(x.to(bf16), weight.to(bf16), bias).float()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -91,8 +98,8 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Return `dy.T @ x`, `[O, I]`, for dy `[N, O]` and x `[N, I]`."""
     # oneDNN copies its first operand if it is transposed, so let that be the smaller of the two.
     if x.shape[1] < dy.shape[1]:
-        return product(x.t(), dy.t()).t().contiguous()
-    return product(dy.t(), x.t())
+        return layer_product(x.t(), dy.t()).t().contiguous()
+    return layer_product(dy.t(), x.t())
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -116,7 +123,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        result = product(x.reshape(-1, x.shape[-1]), weight, bias)
+        result = layer_product(x.reshape(-1, x.shape[-1]), weight, bias)
         return result.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -126,7 +133,7 @@ class _Linear(torch.autograd.Function):
         (dy,) = gradients
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = product(dy, weight.t()).view_as(x) if needs_x else None
+        dx = layer_product(dy, weight.t()).view_as(x) if needs_x else None
         dweight = weight_gradient(dy, x.reshape(-1, x.shape[-1])) if needs_weight else None
         return dx, dweight, dy.sum(0) if needs_bias else None
 

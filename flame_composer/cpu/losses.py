@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame_composer.cpu.linear import product, weight_gradient
+from flame_composer.cpu.linear import layer_product, weight_gradient
 
 
 def cross_entropy_loss(
@@ -105,7 +105,7 @@ def fused_linear_cross_entropy_forward(
     loss = x.new_zeros((), dtype=torch.float32)
     size = -(-len(x) // num_chunks)
     for x_c, target_c, dx_c in zip(x.split(size), target.split(size), dx.split(size), strict=True):
-        logits = product(x_c, weight, bias).detach().requires_grad_()
+        logits = layer_product(x_c, weight, bias).detach().requires_grad_()
         with torch.enable_grad():
             losses, _ = cross_entropy_loss(
                 logits, target_c, label_smoothing, logit_scale, 0.0, logit_softcapping, ignore_index
@@ -116,7 +116,7 @@ def fused_linear_cross_entropy_forward(
         if use_l2warp:
             largest, index = logits.detach().max(-1, keepdim=True)
             dlogits.scatter_add_(-1, index, largest * (l2_penalty_factor / len(x)))
-        dx_c.copy_(product(dlogits, weight.t()))
+        dx_c.copy_(layer_product(dlogits, weight.t()))
         dw += weight_gradient(dlogits.to(grad_dtype), x_c.to(grad_dtype))
         if db is not None:
             db += dlogits.sum(0, dtype=grad_dtype)

@@ -32,7 +32,7 @@ from flame_composer.cpu.convolution import (
     causal_conv1d_update,
 )
 from flame_composer.cpu.delta_inputs import l2norm_bwd, l2norm_fwd
-from flame_composer.cpu.linear import product, weight_gradient
+from flame_composer.cpu.linear import layer_product, weight_gradient
 from flame_composer.cpu.losses import (
     cross_entropy_forward,
     cross_entropy_loss,
@@ -93,7 +93,7 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, y, weight)
-        return product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(
+        return layer_product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(
             *x.shape[:-1], -1
         )
 
@@ -103,7 +103,7 @@ class _SwiGLULinear(torch.autograd.Function):
         x, y, weight = ctx.saved_tensors
         (dout,) = gradients
         dout = dout.reshape(-1, dout.shape[-1])
-        dx, dy, z = swiglu_fwdbwd(x, y, product(dout, weight.t()).view_as(x), use_weight=True)
+        dx, dy, z = swiglu_fwdbwd(x, y, layer_product(dout, weight.t()).view_as(x), use_weight=True)
         dweight = weight_gradient(dout, z.reshape(-1, z.shape[-1]))
         return dx, dy, dweight, dout.sum(0) if ctx.needs_input_grad[3] else None
 

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from flame_composer import cpu
+from flame_composer.cpu.decay import MIN_WIDE_PRODUCT, chunk_simple_gla
 from flame_composer.cpu.linear import (
     MIN_PRODUCTS,
     MIN_WEIGHTS,
     Linear,
+    layer_product,
     linear,
     pack,
     product,
@@ -104,10 +106,29 @@ def test_no_rows_at_all(shape: tuple[int, ...]) -> None:
     assert x.grad.shape == shape
 
 
+def test_products_with_states_stay_in_fp32(in_bf16: None) -> None:
+    """Those that take oneDNN as layers do: of Mamba-2's wide states, for example."""
+    heads, size = 64, 64
+    assert 64 * size * heads * size >= MIN_WIDE_PRODUCT >= MIN_PRODUCTS
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 128, 1, size) for _ in range(2))
+    v, g = torch.randn(1, 128, heads, size), -torch.rand(1, 128, heads)
+
+    def computed() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, g)]
+        o, _ = chunk_simple_gla(*leaves)
+        return [o, *torch.autograd.grad(o.square().sum(), leaves)]
+
+    found = computed()
+    use_bf16(False)
+    for x, y in zip(found, computed(), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_few_products_stay_in_fp32(in_bf16: None) -> None:
     x, weight = torch.randn(4, 64), torch.randn(64, 64)
     assert 4 * weight.numel() < MIN_PRODUCTS
-    assert torch.equal(product(x, weight), F.linear(x, weight))
+    assert torch.equal(layer_product(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("shape", [(4096, 64, 300), (4096, 300, 64)])
