@@ -14,8 +14,9 @@ from transformers.utils import logging as hf_logging
 from flame_composer import cpu
 from flame_composer.config.sections import ModelConfig
 from flame_composer.cpu.linear import through_onednn
-from flame_composer.errors import ConfigError, InvalidField, one_line
+from flame_composer.errors import ConfigError, one_line
 from flame_composer.model.foreign import INDEX, folder_of, require_size, stored_shapes
+from flame_composer.model.heads import require_heads
 from flame_composer.model.hf_config import (
     check_agrees,
     check_runs_here,
@@ -46,26 +47,7 @@ def build_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     heads is not a multiple of the number of key and value heads.
     """
     enable_kernels()
-    heads, kv_heads = (
-        getattr(hf_config, f"num_{name}_heads", None) for name in ("attention", "key_value")
-    )
-    # Transformers would notice this, and an odd head size, only at the first batch.
-    if heads and kv_heads and heads % kv_heads:
-        raise InvalidField(
-            "model.config.num_key_value_heads", f"must divide num_attention_heads={heads}"
-        )
-    if (
-        heads
-        and hasattr(hf_config, "rope_theta")
-        and getattr(hf_config, "partial_rotary_factor", 1) == 1
-    ):
-        size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        if size % 2:
-            raise InvalidField(
-                "model.config.num_attention_heads",
-                f"makes heads of {size} channels, but RoPE rotates channels in pairs; give a number"
-                " that makes heads of an even size",
-            )
+    require_heads(hf_config)
     try:
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
         through_onednn(model)

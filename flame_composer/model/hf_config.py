@@ -21,6 +21,7 @@ from flame_composer.config.written import quote_it
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model import softcap
 from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_left_out
+from flame_composer.model.heads import require_heads
 from flame_composer.model.mup import require_rules
 from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
 
@@ -336,46 +337,16 @@ def _missing_here(hf_config: PretrainedConfig) -> tuple[str, str] | None:
 
 
 def _check_built(hf_config: PretrainedConfig, *, to_run: bool) -> None:
-    """Raise InvalidField for heads or a cap that no model has.
+    """Raise InvalidField for a cap that no model has.
 
-    With `to_run`, also for what cannot run here.
+    With `to_run`, also for heads that none has, and for what cannot run here. Heads of a config
+    that was read back are looked at when its model is built.
     """
     softcap.require_cap(hf_config)
-    _check_heads(hf_config)
+    if to_run:
+        require_heads(hf_config)
     if to_run and (missing := _missing_here(hf_config)):
         raise InvalidField(f"model.config.{missing[0]}", missing[1])
-
-
-def _check_heads(hf_config: PretrainedConfig) -> None:
-    """Raise InvalidField for heads that fla's layers would fail at in the first step."""
-    keys = vars(hf_config)
-    heads, v_heads = keys.get("num_heads"), keys.get("num_v_heads")
-    if isinstance(heads, int) and isinstance(v_heads, int) and v_heads % heads:
-        raise InvalidField("model.config.num_v_heads", f"must be a multiple of num_heads={heads}")
-    softmax = {
-        "attn.": keys.get("attn"),
-        "": keys if hf_config.model_type == "transformer" else None,
-    }
-    for prefix, layer in softmax.items():
-        heads = layer.get("num_heads") if isinstance(layer, dict) else None
-        width = keys.get("hidden_size")
-        if not isinstance(heads, int) or not isinstance(width, int) or not isinstance(layer, dict):
-            continue
-        kv_heads = layer.get("num_kv_heads")
-        if width % heads:
-            raise InvalidField(
-                f"model.config.{prefix}num_heads", f"must divide hidden_size={width}"
-            )
-        if isinstance(kv_heads, int) and heads % kv_heads:
-            raise InvalidField(
-                f"model.config.{prefix}num_kv_heads", f"must divide num_heads={heads}"
-            )
-        if width // heads % 2:
-            raise InvalidField(
-                f"model.config.{prefix}num_heads",
-                f"makes heads of {width // heads} channels, but RoPE rotates channels in pairs;"
-                " give a number that makes heads of an even size",
-            )
 
 
 def check_runs_here(hf_config: PretrainedConfig, place: str) -> None:

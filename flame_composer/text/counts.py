@@ -49,9 +49,10 @@ def require_counts(
                 if weights is None
                 else f"its weights are {len(weights):,} tensors, too few for it"
             )
+            shown = f"{value:.10g}" if value < 1e300 else "1e300 or more"  # no float is so large
             raise ConfigError(
-                f"{place}: its config says {key}={value:.10g}, {why}; get the model again, or"
-                " correct the config"
+                f"{place}: its config says {key}={shown}, {why}; get the model again, or correct"
+                " the config"
             )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flame_composer.errors import ConfigError, InvalidField
-from flame_composer.model.build import build_model
+from flame_composer.model.build import build_model, load_pretrained
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.probe import require_forward
 from tests.conftest import CONTEXT_LENGTH, GLA
@@ -63,6 +66,20 @@ def test_is_refused_by_name(model_type: str, keys: dict[str, Any], message: str)
     with pytest.raises(InvalidField) as caught:
         hf_config(model_type, **keys)
     assert str(caught.value).startswith(f"model.config.{message}")
+
+
+@pytest.mark.parametrize("heads", [0, -1, 3, 10**400])
+@pytest.mark.parametrize("model_type", ["transformer", "llama", "gated_deltanet", "gla"])
+def test_a_folder_with_such_heads_is_one_line(tmp_path: Path, model_type: str, heads: int) -> None:
+    names = {"llama": ["num_attention_heads"]}.get(model_type, ["num_heads", "num_v_heads"])
+    written = {**WIDTH, "model_type": model_type, **dict.fromkeys(names, heads)}
+    written["attn"] = {"layers": [0], "num_heads": heads} if model_type == "gla" else None
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError) as caught:
+        load_pretrained(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_no_rule_knows_is_found_at_the_first_tokens() -> None:
