@@ -336,7 +336,7 @@ def waits(
     figures = []
     for name, values in (("to the first token", first), ("between tokens", between)):
         for percent in (50, 99):
-            value = round(1000 * percentile(values, percent), 1)
+            value = round(1000 * percentile(values, percent), 3)
             row[f"p{percent}_{name.replace(' ', '_')}_milliseconds"] = value
             figures.append(Figure(f"serving: p{percent} {name}, ms, {number} clients", value))
     return row, figures

@@ -12,8 +12,12 @@ from flame_composer.errors import InvalidField
 
 KEY = "final_logit_softcapping"  # as in the configs of models that have it
 LEAST, MOST = 1e-3, 1e6  # beyond, fp32 has no logits left that differ, or none that are finite
-# Keys by which models change what their output layer gives (Granite, Cohere, RecurrentGemma, xLSTM)
-_SCALES = ("logits_scaling", "logit_scale", "logits_soft_cap", "output_logit_soft_cap")
+# Keys by which models change what their output layer gives
+_SCALES = (
+    *("logits_scaling", "logit_scale"),  # Granite, Cohere
+    *("logits_soft_cap", "output_logit_soft_cap"),  # RecurrentGemma, xLSTM
+    "lm_head_multiplier",  # Falcon-H1
+)
 
 
 class _SoftCap:

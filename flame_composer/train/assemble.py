@@ -62,6 +62,7 @@ from flame_composer.train.preemption import Preemption
 from flame_composer.train.resume import RandomState, SameData, as_begun, build_same_loss
 from flame_composer.train.sums import StepSums
 from flame_composer.train.tasks import TaskScores, build_tasks
+from flame_composer.upstream.fsdp import name_modules_once
 
 DAY = 86400  # seconds
 
@@ -246,10 +247,12 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
 
 
 def build_inner(config: TrainConfig, parts: Parts) -> PreTrainedModel:
-    """Return the run's model, new or loaded; on a CPU it has computed a few tokens."""
+    """Return the run's model, new or loaded, fit to be sharded or, on a CPU, to compute."""
     empty = parallelism.gets_weights(config.parallelism)
     model = build_or_load(config.model, parts.hf_config, empty=empty)
-    if not (torch.cuda.is_available() or parallelism.is_sharded(config.parallelism)):
+    if parallelism.is_sharded(config.parallelism):
+        name_modules_once(model)
+    elif not torch.cuda.is_available():
         require_forward(model)
     return model
 

@@ -1,11 +1,13 @@
-"""FSDP2 of torch 2.7.0 on CPUs: means of gradients, and replicas of the model."""
+"""FSDP2: means of gradients and replicas on CPUs, rows of tensors, names of modules."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ReduceOp
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 from torch.distributed.tensor import DTensor
@@ -49,6 +51,22 @@ def replicate_on_cpus() -> None:
 
     if given.__module__ == _fsdp_collectives.__name__:  # not done yet
         _fsdp_param_group.foreach_reduce = reduced  # type: ignore[assignment]
+
+
+def name_modules_once(model: nn.Module) -> None:
+    """Give every module of a model one name: others get a copy, if it holds no tensor.
+
+    Upstream: mosaicml 0.32.1, `composer.distributed.prepare_distributed._check_duplicate_modules`.
+    Mends: it refuses models in which an activation has two names, as in fla's RWKV-7.
+    """
+    seen: set[int] = set()
+    for name, _ in list(model.named_modules(remove_duplicate=False)):
+        module = model.get_submodule(name)
+        holds_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
+        if id(module) in seen and not holds_tensors:
+            module = copy.deepcopy(module)
+            model.set_submodule(name, module)
+        seen.add(id(module))
 
 
 def first_row_of(tensor: DTensor) -> int:

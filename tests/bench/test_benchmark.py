@@ -537,10 +537,7 @@ def test_the_server_is_timed_as_the_keys_say(monkeypatch, tmp_path, capsys):
     assert [repeats for _, repeats, _ in turns] == [1, 1, 4]
     assert figures[0].name.startswith("serving: tokens/s of 3 requests together")
     assert [figure.at_least for figure in figures[:4]] == [5, None, 2, None]
-    # A wait between tokens of so small a model may be less than is shown, 0.1 ms
-    none = [each for each in figures if each.value is None or each.value < 0]
-    assert none == []
-    assert all(each.value for each in figures if "between" not in each.name), figures
+    assert all(figure.value is not None and figure.value > 0 for figure in figures), figures
     log = (tmp_path / "server.err").read_text()
     assert log.count(" POST /v1/completions 200 ") == 2 * 3 + 1 + 7 + 6
     assert log.count("32+6 tokens") >= 7, "new_tokens"

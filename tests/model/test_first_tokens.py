@@ -16,6 +16,7 @@ from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.probe import require_forward
 from tests.conftest import CONTEXT_LENGTH, GLA
 from tests.data_fixtures import byte_tokenizer
+from tests.runs import Corpus, run_script
 
 WIDTH = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 400}
 ATTN = {"layers": [0], "num_heads": 4}
@@ -90,6 +91,16 @@ def test_what_no_rule_knows_is_found_at_the_first_tokens() -> None:
         "model.config: a gsa model is built from it, and fails at its first tokens (unsupported"
     )
     assert "\n" not in str(caught.value)
+
+
+def test_it_is_found_before_a_run_has_a_folder(corpus: Corpus, tmp_path: Path) -> None:
+    file = corpus.yaml_with({"model_type": "gsa", "gate_logit_normalizer": None})
+    process = run_script("recipes/train.py", *corpus.keys(tmp_path / "run", file))
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert "fails at its first tokens" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_computes_is_as_it_was() -> None:

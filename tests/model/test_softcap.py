@@ -94,6 +94,7 @@ def test_a_cap_that_is_none(cap: Any) -> None:
         ("granite", "logits_scaling"),
         ("cohere", "logit_scale"),
         ("recurrent_gemma", "logits_soft_cap"),
+        ("falcon_h1", "lm_head_multiplier"),
     ],
 )
 def test_logits_that_are_scaled_otherwise_cannot_be_capped(model_type: str, scale: str) -> None:

@@ -305,6 +305,29 @@ def test_every_strategy_trains_the_same(
     )
 
 
+MIXERS: dict[str, dict[str, Any]] = {
+    # Its mixer reads its parameters again in the backward pass
+    "mamba2": {"head_dim": 16, "state_size": 16},
+    "rwkv7": {"head_dim": 16},
+}
+
+
+@slow
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore:According to Bo")  # fla's word on its RWKV
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_other_models_are_sharded_as_well(corpus: Corpus, tmp_path: Path, model_type: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, **MIXERS[model_type]}
+    file = corpus.yaml_with({"model_type": model_type, **sizes})
+    keys = (file, *SHARDED, f"varlen={str(model_type != 'mamba2').lower()}")
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    Ranks(2, *corpus.keys(sharded, *keys)).finish()
+    check(Script("recipes/train.py", *corpus.keys(whole, *keys, "parallelism.fsdp=null")).wait())
+    assert losses(sharded) == pytest.approx(losses(whole), rel=1e-4)
+    assert norms(sharded) == pytest.approx(norms(whole), rel=1e-3)
+    assert_close(weights(sharded, "ba12"), weights(whole, "ba12.pt"))
+
+
 def killed_in(
     run: Path, keys: list[str], phase: str, rank: int, names: Callable[[], list[str]], s3: S3
 ) -> None:

@@ -125,6 +125,25 @@ checkpoint._torch_load_with_validation({str(tmp_path / "ba1.pt")!r}, map_locatio
     assert marker.exists()
 
 
+def test_name_modules_once():
+    """Composer refuses a model in which an activation without any tensor has two names."""
+    from composer.distributed.prepare_distributed import _check_duplicate_modules
+    from torch import nn
+
+    from flame_composer.upstream.fsdp import name_modules_once
+
+    shared, tied = nn.Tanh(), nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "inner": nn.Sequential(tied, shared), "b": shared})
+    with pytest.raises(ValueError, match="duplicate module references"):
+        _check_duplicate_modules(model)
+    name_modules_once(model)
+    _check_duplicate_modules(model)
+    assert model["inner"][0] is tied
+    model["tied"] = tied  # its weights would no longer be the same ones
+    name_modules_once(model)
+    assert model["tied"] is tied
+
+
 def test_average_on_cpus(tmp_path):
     """gloo gives the sum where the mean is asked for."""
     code = """

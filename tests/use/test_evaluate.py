@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from flame_composer.config.data import EvalDataConfig
+from flame_composer.cpu.linear import multiplies_bf16
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.loader.batches import build_evaluator
 from flame_composer.loader.datasets import open_for_model
@@ -242,6 +243,17 @@ def test_fp16_needs_a_gpu(undisturbed: Path) -> None:
         " precision=fp32"
     )
     assert (process.returncode, process.stderr) == (2, f"error: command line: {message}\n")
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU does not multiply bf16")
+def test_bf16_on_a_cpu(undisturbed: Path, corpus: Corpus) -> None:
+    keys = (f"model={undisturbed / 'checkpoints'}", f"data.local={corpus.val}")
+    fp32, bf16 = (
+        last_json(run_script("recipes/evaluate.py", *keys, f"precision={precision}"))["loss"]
+        for precision in ("fp32", "amp_bf16")
+    )
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0.01)
 
 
 def test_nothing_to_evaluate_on_and_no_such_data(undisturbed: Path, tmp_path: Path) -> None:

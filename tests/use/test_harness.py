@@ -554,6 +554,18 @@ def test_a_template_that_does_not_end_is_given_up(
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_on_a_cpu_nothing_is_cast_but_by_linear_layers(model_folder: Path) -> None:
+    from flame_composer.checkpoint.to_model import load_model
+    from flame_composer.use import harness
+
+    model, tokenizer = load_model(str(model_folder))
+    adapter = harness.HarnessModel(model, tokenizer, batch_size=1, precision="amp_bf16")
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        assert torch.equal(adapter._model_call(ids), model(ids).logits)
+
+
 def test_code_that_writes_text_is_not_run_for_a_task(
     tasks: Path, model_folder: Path, tmp_path: Path
 ) -> None:
