@@ -1,6 +1,19 @@
-# Everything lives in .venv; each target sets up what it needs and does nothing twice.
+# Everything lives in one folder; each target sets up what it needs and does nothing twice.
 PYTHON ?= python3
+# STACK=current takes today's torch, Triton, transformers and fla, in .venv-current (docs/stacks.md).
+STACK ?= default
+ifeq ($(STACK),default)
 VENV := .venv
+INSTALL = -c constraints.txt -e '.[dev]'
+LOCK := constraints.txt
+else ifeq ($(STACK),current)
+VENV := .venv-current
+# Composer's own pins exclude these versions: the whole list is installed as it is.
+INSTALL = --no-deps -r constraints-current.txt -e .
+LOCK := constraints-current.txt
+else
+$(error STACK=$(STACK): there is "default" and "current")
+endif
 BIN := $(VENV)/bin
 # Packages are compiled when they are first imported, and once: without this set, every process compiles all of torch again.
 export PYTHONDONTWRITEBYTECODE :=
@@ -18,14 +31,15 @@ help:
 	@echo "make gpu         on a machine with a GPU: its tests, parity, exact resumption, speed and memory, for 9 minutes at most"
 	@echo "make docs        write docs/configuration.md from the code"
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
+	@echo "STACK=current    with any of them: today's torch, Triton, transformers and fla (docs/stacks.md), in .venv-current"
 	@echo "make clean       delete what these made (data/quickstart, runs/gla_tiny, data/tune, runs/sft_tiny)"
 
 setup: $(VENV)/.done
 
 # Packages are laid out without byte-compiling all of them: what is used is compiled when it is first imported.
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(INSTALL)
 	@touch $@
 
 quickstart: setup

@@ -13,6 +13,7 @@ from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.bench.models import build_pair, seconds
 from flame_composer.config.bench import DecodeBenchmarkConfig
 from flame_composer.model.work import count_parameters
+from flame_composer.upstream.transformers import cache_of, with_cache
 
 
 def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
@@ -79,7 +80,7 @@ def decoding(config: DecodeBenchmarkConfig) -> tuple[dict[str, Any], list[Figure
 def read_prompt(model: PreTrainedModel, context_length: int) -> Any:
     """Return the cache that a model has after reading one sequence."""
     prompt = torch.randint(0, model.config.vocab_size, (1, context_length), device=model.device)
-    return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    return cache_of(model(input_ids=prompt, use_cache=True, logits_to_keep=1))
 
 
 def decode(
@@ -101,8 +102,8 @@ def decode(
             nonlocal cache
             token = first
             for _ in range(new_tokens):
-                outputs = model(input_ids=token, past_key_values=cache, use_cache=True)
-                cache, token = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
+                outputs = model(input_ids=token, **with_cache(model, cache))
+                cache, token = cache_of(outputs), outputs.logits[:, -1:].argmax(-1)
 
         return batch_size * new_tokens / seconds(go)
 

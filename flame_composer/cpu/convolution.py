@@ -46,6 +46,7 @@ def causal_conv1d_fwd(
     chunk_indices: Tensor | None = None,
     BT: int = 64,
     layout_fallback: bool = False,
+    chunk_size: int = 64,  # as fla 0.6 calls BT
 ) -> tuple[Tensor, Tensor | None]:
     y, final_state = _short_conv(x, weight, bias, initial_state, activation, cu_seqlens)
     if residual is not None:
@@ -67,6 +68,7 @@ def causal_conv1d_bwd(
     chunk_indices: Tensor | None = None,
     BT: int = 64,
     layout_fallback: bool = False,
+    chunk_size: int = 64,  # as fla 0.6 calls BT
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, residual and initial state.
 

@@ -86,6 +86,7 @@ def chunk_gated_delta_rule(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
+    chunk_indices: Tensor | None = None,  # noqa: ARG001 - fla 0.6
     cp_context: Any = None,
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
@@ -182,6 +183,8 @@ def chunk_kda(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
     cp_context: Any = None,
+    use_graph: bool = False,  # noqa: ARG001 - fla 0.6
+    max_num_seqs: int | None = None,  # noqa: ARG001 - fla 0.6
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     **kwargs: Any,

@@ -31,6 +31,7 @@ def chunk_gated_delta_product(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,  # noqa: ARG001
+    cp_context: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute DeltaProduct: several steps of the delta rule for each token.
 
@@ -38,6 +39,8 @@ def chunk_gated_delta_product(
     `[B, T * num_householder, ...]`. The gate `[B, T, H]`, or None, comes before a token's first
     step, and q `[B, T, H, K]` reads after its last.
     """
+    if cp_context is not None:
+        raise NotImplementedError("on a CPU, DeltaProduct has no context parallelism")
     options = Options(normalize=use_qk_l2norm_in_kernel)
     make = functools.partial(_prepare_product, options, num_householder)
     given = (q, k, v, beta, g, None, None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import warnings
@@ -31,13 +32,29 @@ from torch import Tensor
 
 from flame_composer.cpu import attention
 from flame_composer.cpu.coverage import interprets
+from flame_composer.cpu.generation import pass_on_the_cache
+from flame_composer.cpu.gsa import fused_additive_gate
 from flame_composer.cpu.linear import keep_signals_off_the_heap
 from flame_composer.cpu.losses import genuine_cross_entropy_forward
 from flame_composer.cpu.operations import OPERATIONS, REPLACEMENTS
 from flame_composer.cpu.rotary import keep_rotary_tables
 
-TESTED_FLA = "0.5."
+TESTED_FLA = ("0.5.", "0.6.")
 DISPATCH_SWITCH = "FLA_DISABLE_BACKEND_DISPATCH"
+# Where fla 0.6 has what was in these modules of 0.5, or a single function of them
+_MOVED = {
+    "fla.layers.lightnet.chunk_gla": "fla.ops.lightnet.chunk",
+    "fla.layers.lightnet.fused_recurrent_gla": "fla.ops.lightnet.fused_recurrent",
+    "fla.models.utils": "fla.models.cache_utils",
+    "fla.modules.activations": "fla.modules.activations.ops",
+    "fla.modules.fused_cross_entropy": "fla.modules.fused_cross_entropy.ops",
+    "fla.modules.layernorm_gated": "fla.modules.norm.layernorm_gated",
+}
+# What fla 0.6 calls operations of 0.5
+_RENAMED = {
+    "fused_linear_cross_entropy_forward": "fused_linear_cross_entropy_fwd",
+    "fused_linear_cross_entropy_backward": "fused_linear_cross_entropy_bwd",
+}
 
 
 def enable() -> None:
@@ -53,7 +70,8 @@ def enable() -> None:
     if not version.startswith(TESTED_FLA):
         raise ImportError(
             f"fla-core {version} is installed, but flame_composer.cpu knows the internals of"
-            f" {TESTED_FLA}x only: pip install 'flash-linear-attention=={TESTED_FLA}*'"
+            f" {'x and '.join(TESTED_FLA)}x only: pip install"
+            f" 'flash-linear-attention=={TESTED_FLA[0]}*'"
         )
     if os.environ.get(DISPATCH_SWITCH) == "1":
         raise ValueError(
@@ -78,23 +96,43 @@ def enable() -> None:
         model = getattr(importlib.import_module("fla.models"), f"{name}ForCausalLM")
         model._tied_weights_keys = model._tied_weights_keys or ["lm_head.weight"]
     _supply_flash_attention()
+    if _is_there("fla.models.generation_utils"):  # fla 0.6
+        pass_on_the_cache(importlib.import_module("fla.models.generation_utils").FLAGenerationMixin)
     keep_rotary_tables(importlib.import_module("fla.modules.rotary").RotaryEmbedding)
     if not torch.cuda.is_available():
         # It says in every layer that code for GPUs is missing.
         logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)
     if interprets():
-        loss = importlib.import_module("fla.modules.fused_cross_entropy").FusedCrossEntropyLoss
+        loss = find("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss").FusedCrossEntropyLoss
         loss.forward = genuine_cross_entropy_forward
         return
     _register_backend()
     for module, name, make in REPLACEMENTS:
-        owner = importlib.import_module(module)
         *path, name = name.split(".")
+        owner = find(module, path[0] if path else name)
         for part in path:
             owner = getattr(owner, part)
         original = getattr(owner, name)
         if not hasattr(original, "cpu_version"):
             setattr(owner, name, _by_device(original, make))
+
+
+def find(module: str, name: str) -> Any:
+    """Return the module of fla that defines `name`, which fla 0.5 does in `module`."""
+    moved = _MOVED.get(module) or _MOVED.get(f"{module}.{name}")
+    if moved is not None and _is_there(moved):
+        module = moved
+    found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise ImportError(f"{module} of the installed version of fla has no {name}")
+    return found
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that would hold it
+        return False
 
 
 def install_stub_driver() -> None:
@@ -161,22 +199,29 @@ def _on_cpu(*args: Any, **kwargs: Any) -> bool:
 
 
 def _register_backend() -> None:
-    from fla.modules.backends import modules_registry
-    from fla.ops import backends
-
+    try:
+        backends = importlib.import_module("fla.backends")
+    except ImportError:  # fla 0.5
+        backends = importlib.import_module("fla.ops.backends")
     if backends._DISPATCH_DISABLED:
         raise ValueError(f"fla was imported under {DISPATCH_SWITCH}=1: unset it and start again")
 
-    class TorchCPU(backends.BaseBackend):
+    class TorchCPU(backends.BaseBackend):  # type: ignore[name-defined, misc]
         backend_type = "torch_cpu"
         priority = 0
 
-        def verify(self, func_name: str, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+        def verify(self, function_name: str, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
             return _on_cpu(*args, **kwargs), "not a CPU tensor"
 
-    for operation in OPERATIONS:
-        setattr(TorchCPU, operation.__name__, staticmethod(operation))
-    modules_registry.register(TorchCPU())
+    if not hasattr(backends, "register"):  # fla 0.5 looks operations up by their names
+        for operation in OPERATIONS:
+            setattr(TorchCPU, operation.__name__, staticmethod(operation))
+        importlib.import_module("fla.modules.backends").modules_registry.register(TorchCPU())
+        return
+    known = {each.__name__: each for each in backends._function_registries}
+    for operation in (*OPERATIONS, fused_additive_gate):
+        name = operation.__name__
+        backends.register(known[_RENAMED.get(name, name)], backend=TorchCPU)(operation)
 
 
 def _supply_flash_attention() -> None:

@@ -19,6 +19,7 @@ in a chunk, n chunks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -298,6 +299,43 @@ def fused_recurrent_gsa(
 
 
 # (module, attribute, CPU version)
+def fused_additive_gate(
+    x: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+    gate_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys exp(x - z), log decays and the last z, for x and results `[B, T, H, K]`.
+
+    z is the logarithm of the sum of exp(x) so far, from `initial_state`, `[N, 1, H, K]`, on. The
+    signature is that of `fla.ops.gsa.gate.fused_additive_gate` (0.6), which LightNet uses.
+    """
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    texts = x.float().split(1) if bounds is None else _documents_of(x.float(), bounds)
+    states = [None] * len(texts) if initial_state is None else initial_state.split(1)
+    sums, before, last = [], [], []
+    for text, state in zip(texts, states, strict=True):
+        parts = [text] if state is None else [state.float(), text]
+        z = torch.cat(parts, 1).logcumsumexp(1)
+        if state is None:
+            z = torch.cat((z[:, :1], z), 1)
+        sums.append(z[:, 1:])
+        before.append(z[:, :-1])
+        no_sum = z.new_full((1, 1, *x.shape[2:]), -torch.inf)
+        last.append(z[:, -1:] if z.shape[1] else no_sum)
+    axis = 0 if bounds is None else 1
+    z = torch.cat(sums, axis)
+    start = torch.cat(before, axis)
+    decay = torch.where(start.isneginf(), z, start) - z  # none of what is not there
+    key = (x.float() - z).exp()
+    return key.to(output_dtype or x.dtype), decay.to(gate_dtype or x.dtype), torch.cat(last)
+
+
+def _documents_of(x: Tensor, bounds: list[int]) -> list[Tensor]:
+    return [x[:, start:end] for start, end in itertools.pairwise(bounds)]
+
+
 REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("fla.layers.gsa", "chunk_gsa", chunk_gsa),
     ("fla.layers.gsa", "fused_recurrent_gsa", fused_recurrent_gsa),

@@ -92,11 +92,14 @@ def fused_linear_cross_entropy_forward(
     use_l2warp: bool = False,
     l2_penalty_factor: float = 1e-4,
     accumulate_grad_in_fp32: bool = True,
+    process_group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the summed or mean loss, and its gradients for x `[N, D]`, weight and bias.
 
     The tokens are processed in `num_chunks` groups, one group at a time.
     """
+    if process_group is not None:
+        raise NotImplementedError("cross-entropy over a sharded vocabulary needs a GPU")
     dx = torch.empty_like(x)
     grad_dtype = torch.float32 if accumulate_grad_in_fp32 else weight.dtype
     dw = torch.zeros_like(weight, dtype=grad_dtype)

@@ -38,6 +38,7 @@ def chunk_rwkv7(
     chunk_size: int | None = None,  # noqa: ARG001
     disable_recompute: bool = False,  # noqa: ARG001
     cp_context: Any = None,
+    lower_bound: float | None = None,  # noqa: ARG001 - fla 0.6
     *,
     recurrent: bool = False,
 ) -> tuple[Tensor, Tensor | None]:

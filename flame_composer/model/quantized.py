@@ -23,6 +23,7 @@ from flame_composer.errors import ConfigError, one_line
 from flame_composer.model.foreign import count_not_finite
 from flame_composer.model.softcap import cap_logits
 from flame_composer.model.work import count_parameters
+from flame_composer.upstream.transformers import cache_of, with_cache
 
 Dtype = Literal["int8", "bf16"]
 SCALE = "_scale"  # after a weight's name: that of its scales
@@ -305,8 +306,8 @@ def try_out(model: PreTrainedModel) -> None:
     try:
         model(input_ids=ids, use_cache=False)
         state = model(input_ids=ids[:, :8], use_cache=True)
-        cache = getattr(state, "past_key_values", None)
+        cache = cache_of(state)
         if cache is not None:
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :1], **with_cache(model, cache))
     finally:
         model.train(is_training)

@@ -15,6 +15,7 @@ from flame_composer.errors import one_line
 from flame_composer.model.causal_lm import WITHOUT_VARLEN
 from flame_composer.plan.step import as_on_device, build_for_run, build_inner, forward, make_batch
 from flame_composer.upstream.fakes import Fakes
+from flame_composer.upstream.transformers import cache_of, with_cache
 from flame_composer.upstream.triton import Launch, noted_launches
 
 PROMPTS = (100, 20)  # tokens; fla takes other kernels for few tokens than for many
@@ -112,7 +113,6 @@ def _generate(
             output = model(
                 input_ids=ids[:, read : read + new],
                 attention_mask=mask[:, : read + new] if rows > 1 else None,
-                past_key_values=cache,
-                use_cache=True,
+                **with_cache(model, cache),
             )
-        read, cache = read + new, output.past_key_values
+        read, cache = read + new, cache_of(output)

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from flame_composer.cpu.enable import find
 from flame_composer.cpu.linear import pack
 from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.model.quantized import is_quantized
+from flame_composer.upstream.transformers import cache_of, with_cache
 
 # How far the logits of joined rows may be from those of each row alone, in standard deviations of
 # the logits. Rounding stays far below; what positions or other rows do to a row is far above.
@@ -87,9 +89,9 @@ def read(
     """
     call: Any = model
     options = {} if all_scores or not call._supports_logits_to_keep() else {"logits_to_keep": 1}
-    output = call(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+    output = call(input_ids=ids, **with_cache(model, cache), **options)
     scores = output.logits if all_scores else output.logits[:, -1:]
-    return scores.float(), output.past_key_values
+    return scores.float(), cache_of(output)
 
 
 def copies(cache: Any, number: int) -> list[Any]:
@@ -226,7 +228,7 @@ def _joined(caches: Sequence[Any]) -> Any:
 
     Raise TypeError if they hold anything else than tensors of one row a text.
     """
-    from fla.models.utils import Cache  # which needs `cpu.enable`, as every model does
+    Cache = find("fla.models.utils", "Cache").Cache
 
     for cache in caches:
         if not isinstance(cache, Cache):

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+_OUTPUT_KEYS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+
+
+def with_cache(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """Return the arguments by which a model goes on from a cache, or None, and gives the next one.
+
+    Upstream: transformers 5.24, `PreTrainedModel.forward`.
+    Mends: it calls `past_key_values` `cache`, and warns of the old name; models of fla know that
+        one only.
+    """
+    knows_new = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if knows_new else "past_key_values": cache, "use_cache": True}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in a model's output, or None.
+
+    Upstream: transformers 5.24, `ModelOutput.past_key_values`.
+    Mends: as `with_cache`.
+    """
+    return output.get("cache" if "cache" in _OUTPUT_KEYS else "past_key_values")
 
 
 def block_names(model: PreTrainedModel) -> set[str]:

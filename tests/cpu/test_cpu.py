@@ -22,10 +22,11 @@ from torch import Tensor
 
 from flame_composer import cpu
 from flame_composer.cpu import operations
-from flame_composer.cpu.enable import _by_device
+from flame_composer.cpu.enable import _by_device, find
 from flame_composer.upstream.autotuner import try_the_smallest_only
 from tests.cpu.agreement import assert_same, leaves, relative_error
 from tests.fixtures.gla import make_fixtures
+from tests.stack import FLA, backends_on_cpu
 
 cpu.enable()
 
@@ -37,7 +38,6 @@ from fla.modules import (  # noqa: E402
     ShortConvolution,
 )
 from fla.modules.activations import ACT2FN, swiglu, swiglu_linear  # noqa: E402
-from fla.modules.backends import modules_registry  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -305,7 +305,7 @@ def test_a_fresh_process_needs_the_one_line_only(tmp_path):
     script = """
 import sys
 from flame_composer import cpu
-from flame_composer.cpu.enable import _by_device
+from flame_composer.cpu.enable import _by_device, find
 assert "fla" not in sys.modules and "triton" not in sys.modules
 cpu.enable()
 import torch
@@ -354,20 +354,22 @@ assert not counters["frames"], counters
 
 def test_enabling_twice_changes_nothing():
     before = fla_layer.chunk_gla, fla_layer.fused_recurrent_gla, FusedCrossEntropyLoss.forward
+    number = len(backends_on_cpu())
+    assert number
     cpu.enable()
     assert before == (
         fla_layer.chunk_gla,
         fla_layer.fused_recurrent_gla,
         FusedCrossEntropyLoss.forward,
     )
-    assert sum(type(b).__name__ == "TorchCPU" for b in modules_registry._get_sorted_backends()) == 1
+    assert len(backends_on_cpu()) == number
 
 
 def test_other_devices_take_flas_own_path():
     from fla.ops.gla import chunk_gla
 
     assert fla_layer.chunk_gla.__wrapped__ is chunk_gla
-    backend = modules_registry._backends["torch_cpu"]
+    backend = backends_on_cpu()[0]
     for device, ours in (("cpu", True), ("meta", False)):
         x = torch.empty(2, device=device)
         assert backend.verify("swish_fwd", x)[0] is ours
@@ -375,33 +377,46 @@ def test_other_devices_take_flas_own_path():
         assert _by_device(lambda x: "fla", lambda x: "ours")(x) == ("ours" if ours else "fla")
 
 
+NORMS = ("fused_norm_gate", "l2norm", "layernorm")
+MODULES_OF_OPERATIONS = (
+    [
+        *("fla.modules.conv.triton.ops", "fla.modules.rotary"),
+        *("fla.modules.activations", "fla.modules.fused_cross_entropy"),
+        "fla.modules.fused_linear_cross_entropy",
+        *(f"fla.modules.{name}" for name in NORMS),
+    ]
+    if FLA < (0, 6)
+    else [
+        *("fla.modules.causal_conv1d.ops", "fla.modules.rotary.ops"),
+        *("fla.modules.activations.ops", "fla.modules.fused_cross_entropy.ops"),
+        "fla.modules.fused_linear_cross_entropy.ops",
+        *(f"fla.modules.norm.{name}" for name in NORMS),
+    ]
+)
+
+
 def test_the_operations_have_flas_signatures():
     """fla calls them by position, so parameter names and order must be its own."""
-    names = [
-        "activations",
-        "fused_cross_entropy",
-        "fused_linear_cross_entropy",
-        "fused_norm_gate",
-        "l2norm",
-        "layernorm",
-        "rotary",
-    ]
-    modules = [
-        importlib.import_module(f"fla.modules.{name}") for name in (*names, "conv.triton.ops")
-    ]
+    modules = list(map(importlib.import_module, MODULES_OF_OPERATIONS))
     for operation in operations.OPERATIONS:
         theirs = next(
             getattr(m, operation.__name__) for m in modules if hasattr(m, operation.__name__)
         )
-        assert list(inspect.signature(operation).parameters) == list(
-            inspect.signature(theirs).parameters
-        )
+        ours = list(inspect.signature(operation).parameters)
+        names = list(inspect.signature(theirs).parameters)
+        # In fla 0.6 convolutions have another name for it
+        assert ["chunk_size" if each == "BT" else each for each in ours][: len(names)] == [
+            "chunk_size" if each == "BT" else each for each in names
+        ], operation
+        assert set(names) <= set(ours)
     for module, name, version in operations.REPLACEMENTS:
         if not name.endswith(("forward", "backward")):
-            theirs = getattr(importlib.import_module(module), name).__wrapped__
+            theirs = getattr(find(module, name), name).__wrapped__
             names = [p for p in inspect.signature(theirs).parameters if p != "kwargs"]
-            # What fla takes out of its keyword arguments may follow by name.
-            assert list(inspect.signature(version).parameters)[: len(names)] == names
+            # What one version of fla has, and what it takes out of its keyword arguments, may
+            # follow by name
+            ours = list(inspect.signature(version).parameters)
+            assert [each for each in ours if each in names] == names, version
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fla's own driver is active")
@@ -424,7 +439,8 @@ def test_switched_off_dispatch_is_an_error(monkeypatch):
 
 
 def test_fla_imported_with_dispatch_off_is_an_error(monkeypatch):
-    monkeypatch.setattr("fla.ops.backends._DISPATCH_DISABLED", True)
+    module = "fla.ops.backends" if FLA < (0, 6) else "fla.backends"
+    monkeypatch.setattr(f"{module}._DISPATCH_DISABLED", True)
     with pytest.raises(
         ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1: unset it and start again"
     ):
@@ -432,6 +448,6 @@ def test_fla_imported_with_dispatch_off_is_an_error(monkeypatch):
 
 
 def test_an_unknown_fla_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.6.0")
-    with pytest.raises(ImportError, match=r"fla-core 0\.6\.0 is installed"):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.7.0")
+    with pytest.raises(ImportError, match=r"fla-core 0\.7\.0 is installed"):
         cpu.enable()

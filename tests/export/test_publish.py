@@ -23,7 +23,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
@@ -36,6 +35,7 @@ from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.export.card import check_hub, model_card, push_folder, read_run_config
 from flame_composer.model.build import load_pretrained
 from tests.runs import ROOT, Corpus, check, run_script, two_ranks
+from tests.stack import reset_sessions
 
 
 @pytest.fixture

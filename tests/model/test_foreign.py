@@ -23,7 +23,6 @@ import torch
 from composer.models import HuggingFaceModel
 from composer.models.huggingface import get_hf_config_from_composer_state_dict
 from huggingface_hub import constants, file_download
-from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MistralConfig, Qwen2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -45,6 +44,7 @@ from flame_composer.text.tokenizer_files import FILES
 from flame_composer.use.generate import encode
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer, files_under, llama_tokenizer
+from tests.stack import reset_sessions
 
 MARK = "import os\nos.mkdir({!r})\n"  # what the attacker's Python does
 

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from wandb.proto.wandb_internal_pb2 import Record
-from wandb.sdk.internal.datastore import DataStore
 
 from flame_composer.cpu.linear import multiplies_bf16
 from flame_composer.text.examples import REASONS, conversation_of, form_of
 from tests.data_fixtures import streaming_dataset
 from tests.runs import ROOT, Corpus, Script, check, last_json, read_log, run_script
+from tests.stack import wandb_records
 
 COMPOSER = Path(sys.executable).with_name("composer")
 
@@ -66,13 +65,8 @@ def test_log_has_one_row_per_step(undisturbed: Path) -> None:
 def test_wandb_run_has_the_runs_name_as_its_id(undisturbed: Path) -> None:
     runs = list((undisturbed / "wandb").glob("offline-run-*"))
     assert [path.name.split("-")[-1] for path in runs] == ["undisturbed"] * len(runs)
-    records = DataStore()
-    records.open_for_scan(str(runs[0] / "run-undisturbed.wandb"))
-    record = Record()
-    while record.WhichOneof("record_type") != "run":
-        record.ParseFromString(records.scan_data())
-    records.close()
-    run = record.run
+    records = wandb_records(runs[0] / "run-undisturbed.wandb")
+    run = next(each.run for each in records if each.WhichOneof("record_type") == "run")
     assert (run.project, run.entity, run.run_group, list(run.tags)) == (
         "tests",
         "testers",
