@@ -17,9 +17,8 @@ TRANSFORMERS = tuple(map(int, importlib.metadata.version("transformers").split("
 TORCH = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
 
 # huggingface_hub < 1 keeps a session for each thread
-reset_sessions = getattr(
-    huggingface_hub.utils, "reset_sessions", huggingface_hub.utils.__dict__.get("close_session")
-)
+_old = hasattr(huggingface_hub.utils, "reset_sessions")
+reset_sessions = getattr(huggingface_hub.utils, "reset_sessions" if _old else "close_session")
 
 
 def backends_on_cpu() -> list[Any]:

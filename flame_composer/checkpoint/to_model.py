@@ -23,7 +23,7 @@ from flame_composer.checkpoint.find import find_checkpoint
 from flame_composer.checkpoint.optimizer_state import check_pieces
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.errors import ConfigError, DataError, InvalidField, one_line
-from flame_composer.model.build import build_model, load_pretrained, meta_model
+from flame_composer.model.build import build_model, load_pretrained, meta_model, quiet
 from flame_composer.model.foreign import count_not_finite, numbers_in, require_size, warn_not_finite
 from flame_composer.model.hf_config import check_runs_here, read_back_hf_config
 from flame_composer.model.int8_folder import holds_int8, read_int8_folder
@@ -310,5 +310,6 @@ def save_hf_folder(
             f"{out} ({dtype})",
             {name: count_not_finite(each) for name, each in model.state_dict().items()},
         )
-        model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        with quiet():
+            model.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)

@@ -177,6 +177,8 @@ def install_stub_driver() -> None:
         is_claimed = False
     if not is_claimed:
         driver.set_active(NoGPU())
+        # fla 0.6 would look for the best form of a kernel on disk before it launches it
+        os.environ.setdefault("FLA_CACHE_RESULTS", "0")
 
 
 _own_kernels = ContextVar("own_kernels", default=False)

@@ -6,8 +6,6 @@ import inspect
 import logging
 from typing import Any
 
-from transformers import GenerationMixin
-
 _OLD_NAME = "are deprecated. Use `cache` instead."
 
 
@@ -18,18 +16,22 @@ def pass_on_the_cache(mixin: Any) -> None:
     Mends: transformers 5.24 calls `past_key_values` `cache`. fla's models do not know it by that
         name, compute each token from nothing, and warn that they use the old one.
     """
+    from transformers import GenerationMixin
+
     theirs = GenerationMixin.prepare_inputs_for_generation
     if "cache" not in inspect.signature(theirs).parameters or hasattr(mixin, "_has_cache_names"):
         return
 
-    def prepare(self: Any, input_ids: Any, cache: Any = None, **given: Any) -> dict[str, Any]:
-        given.pop("cache_position", None)
-        cache = given.pop("past_key_values", cache)
-        inputs: dict[str, Any] = theirs(self, input_ids, cache=cache, **given)
+    def prepare(self: Any, *args: Any, past_key_values: Any = None, **given: Any) -> dict[str, Any]:
+        if past_key_values is not None:
+            given["cache"] = past_key_values
+        inputs: dict[str, Any] = theirs(self, *args, **given)
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
 
+    # `generate` accepts what the signature of this function has
+    prepare.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
     mixin.prepare_inputs_for_generation = prepare
     mixin._has_cache_names = True
     logging.getLogger("transformers.utils.generic").addFilter(

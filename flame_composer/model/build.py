@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import typing
 from typing import Any
 
@@ -166,10 +167,17 @@ def build_or_load(
 
 @contextlib.contextmanager
 def quiet() -> typing.Iterator[None]:
-    """Silence transformers' own warnings in the body, where our messages say what matters."""
-    level = hf_logging.get_verbosity()
+    """Silence transformers' own warnings in the body, where our messages say what matters.
+
+    Its progress bars, of which version 5 has one for every model, are for terminals only.
+    """
+    level, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
+        if had_bars:
+            hf_logging.enable_progress_bar()

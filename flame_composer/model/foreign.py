@@ -24,6 +24,7 @@ from flame_composer.model.work import count_parameters
 from flame_composer.quantities import format_bytes
 from flame_composer.storage.files import is_plain_name, read_small
 from flame_composer.text.tokenizer import may_be_hub_id
+from flame_composer.upstream.hf_configs import base_keys
 from flame_composer.upstream.transformers import generation_keys
 
 INDEX = "model.safetensors.index.json"
@@ -89,8 +90,7 @@ def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, An
 
     `known` are the keys of its own config class; those that all configs share are taken as well.
     """
-    base = PretrainedConfig.__init__.__kwdefaults__ or {}
-    allowed = {*known, *base, *DATA, *generation_keys()} - _APART
+    allowed = {*known, *base_keys(), *DATA, *generation_keys()} - _APART
     keys = {key: _without_steering(value) for key, value in content.items() if key in allowed}
     dtype = content.get("dtype") or content.get("torch_dtype")
     return {**keys, "dtype": dtype} if dtype in _DTYPES else keys
@@ -99,7 +99,9 @@ def plain_keys(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, An
 def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place: str) -> None:
     """Warn about config keys that were left out, except those that steer loading."""
     left_out = [
-        str(key) for key in content if key not in _APART and not hasattr(hf_config, str(key))
+        str(key)
+        for key in content
+        if key not in _APART | generation_keys() and not hasattr(hf_config, str(key))
     ]
     if left_out:
         names = ", ".join(repr(name)[:40] for name in left_out[:5]) + (

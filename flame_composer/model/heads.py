@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 from transformers import PretrainedConfig
 
 from flame_composer.errors import InvalidField
+from flame_composer.upstream.hf_configs import rotates
 
 
 class _Attention(NamedTuple):
@@ -48,15 +49,15 @@ def _attentions(hf_config: PretrainedConfig) -> Iterator[_Attention]:
         if size is None and _is_count(width):
             size = width // max(1, heads)  # transformers rounds down
         whole = getattr(hf_config, "partial_rotary_factor", 1) == 1
-        rotates = hasattr(hf_config, "rope_theta") and whole
+        has_rotary = rotates(hf_config) and whole
         kv_heads = getattr(hf_config, "num_key_value_heads", None)
         yield _Attention(
-            "num_attention_heads", heads, "num_key_value_heads", kv_heads, size, rotates
+            "num_attention_heads", heads, "num_key_value_heads", kv_heads, size, has_rotary
         )
 
 
 def _require_fits(attention: _Attention, width: Any) -> None:
-    name, heads, kv_name, kv_heads, size, rotates = attention
+    name, heads, kv_name, kv_heads, size, has_rotary = attention
     if not _is_count(heads):
         return
     if heads < 1:
@@ -68,7 +69,7 @@ def _require_fits(attention: _Attention, width: Any) -> None:
     if _is_count(kv_heads) and (kv_heads < 1 or heads % kv_heads):
         short = name.rpartition(".")[2]
         raise InvalidField(f"model.config.{kv_name}", f"must divide {short}={heads}")
-    if rotates and _is_count(size) and size % 2:
+    if has_rotary and _is_count(size) and size % 2:
         raise InvalidField(
             f"model.config.{name}",
             f"makes heads of {size} channels, but RoPE rotates channels in pairs; give a number"

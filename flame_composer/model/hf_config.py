@@ -24,6 +24,7 @@ from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_
 from flame_composer.model.heads import require_heads
 from flame_composer.model.mup import require_rules
 from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
+from flame_composer.upstream.hf_configs import as_known_here, hints_of, parameters_of
 
 # Keys that every model understands, even if its config class leaves them to the base class.
 _COMMON_KEYS = (
@@ -116,7 +117,7 @@ def build_hf_config(
     keys = dict(model_config)
     model_type = keys.pop("model_type")
     config_class = _config_class(model_type, to_run=to_run)
-    parameters = inspect.signature(config_class.__init__).parameters
+    parameters = parameters_of(config_class)
     _check_keys(config_class, keys, read_back=read_back)
     if tokenizer is not None:
         keys.setdefault("vocab_size", len(tokenizer))
@@ -169,9 +170,9 @@ def _check_keys(
     config_class: type[PretrainedConfig], keys: dict[str, Any], *, read_back: bool
 ) -> None:
     """Raise InvalidField for a key that the class does not have or a value of the wrong type."""
-    parameters = inspect.signature(config_class.__init__).parameters
+    parameters = parameters_of(config_class)
     known = known_keys(config_class)
-    hints = typing.get_type_hints(config_class.__init__)
+    hints = hints_of(config_class)
     for key, value in keys.items():
         # A token id may be a list, even if its annotation says int.
         if read_back and (key not in hints or key.endswith("_token_id")):
@@ -222,9 +223,7 @@ def _check_usable(model_type: str, keys: dict[str, Any]) -> None:
 
 def known_keys(config_class: type[PretrainedConfig]) -> list[str]:
     """Return the keys that a model may be given: those of its config class and the common ones."""
-    return sorted(
-        {*inspect.signature(config_class.__init__).parameters, *_COMMON_KEYS} - {"self", "kwargs"}
-    )
+    return sorted({*parameters_of(config_class), *_COMMON_KEYS})
 
 
 def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
@@ -252,6 +251,7 @@ def read_back_hf_config(content: Any, place: str) -> PretrainedConfig:
         raise ConfigError(f"{place}: its weights are quantized; give the model they were made from")
     require_counts(content, place)
     try:
+        content = as_known_here(content, config_class)
         known = [*known_keys(config_class), *config_class.attribute_map]
         keys = {"model_type": model_type, **plain_keys(content, known)}
         hf_config = build_hf_config(keys, None, None, to_run=False, read_back=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.errors import InvalidField
+from flame_composer.upstream.hf_configs import parameters_of
 
 KEY = "final_logit_softcapping"  # as in the configs of models that have it
 LEAST, MOST = 1e-3, 1e6  # beyond, fp32 has no logits left that differ, or none that are finite
@@ -32,7 +32,7 @@ class _SoftCap:
 
 def has_its_own(config_class: type[PretrainedConfig]) -> bool:
     """Return whether models of a config class cap their logits by themselves."""
-    return KEY in inspect.signature(config_class.__init__).parameters
+    return KEY in parameters_of(config_class)
 
 
 def require_cap(hf_config: PretrainedConfig) -> None:

@@ -17,6 +17,7 @@ from flame_composer.errors import ConfigError
 from flame_composer.storage import files
 from flame_composer.text.steady import MARK, keep_original, mark_of
 from flame_composer.text.tokenizer import require_ends
+from flame_composer.upstream.tokenizers import rebuilds_its_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,9 +96,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int
 
 
 def _set_template(tokenizer: PreTrainedTokenizerFast, *, bos: bool) -> None:
-    if hasattr(
-        tokenizer, "update_post_processor"
-    ):  # Llama's tokenizer, which builds its template anew from these flags when it is loaded
+    if rebuilds_its_template(tokenizer):  # as Llama's does, from these flags
         tokenizer.init_kwargs |= {"add_bos_token": bos, "add_eos_token": False}
         tokenizer.add_eos_token = False
         tokenizer.add_bos_token = bos

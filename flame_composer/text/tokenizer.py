@@ -19,6 +19,7 @@ from flame_composer.errors import ConfigError, DataError, one_line
 from flame_composer.text import long_texts
 from flame_composer.text.steady import make_steady, mark_of, originals_of
 from flame_composer.text.tokenizer_files import FILES, check_folder
+from flame_composer.upstream.tokenizers import read_fast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +97,6 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     fast (Rust) form, and if its files are not safe to load (`tokenizer_files`).
     """
     from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     is_folder = os.path.isdir(path_or_id)
@@ -121,9 +121,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
             else snapshot_download(path_or_id, allow_patterns=[*FILES, "config.json"])
         )
         check_folder(folder, path_or_id)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = read_fast(str(folder))
         tokenizer.name_or_path = path_or_id
     except ConfigError:
         raise

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -66,10 +66,15 @@ def initialize(model: PreTrainedModel, module: torch.nn.Module) -> None:
 def generation_keys() -> set[str]:
     """Return the keys of the sampling settings that a model's config may hold, as old ones do.
 
-    Upstream: transformers 4.57.6, `PretrainedConfig._get_global_generation_defaults`.
+    Upstream: transformers 4.57.6, `PretrainedConfig._get_global_generation_defaults`, which is
+    `GenerationConfig._get_default_generation_params` in 5.
     Mends: these keys are not arguments of the config's class, and have no public list.
     """
-    return set(PretrainedConfig._get_global_generation_defaults())
+    owner: Any = PretrainedConfig
+    if hasattr(owner, "_get_global_generation_defaults"):
+        return set(owner._get_global_generation_defaults())
+    owner = GenerationConfig
+    return set(owner._get_default_generation_params())
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def check_against_definition(name, T, gates, offsets, with_states) -> None:
         got = outcome(bound, x, with_states, dtype)
         for a, b in zip(got, want, strict=True):
             # A vanishing gradient is compared with the size of the numbers it comes from.
-            assert (a - b).norm() < tolerance * max(float(b.norm()), 1e-3)
+            assert (a - b).norm() < tolerance * max(float(b.detach().norm()), 1e-3)
 
 
 @pytest.mark.parametrize("with_states", [False, True], ids=["", "states"])

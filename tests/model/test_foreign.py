@@ -458,7 +458,7 @@ def test_configs_come_out_as_they_went_in(name, caplog):
     cpu.enable()
     keys = dict(CONFIGS[name])
     config: Any = CONFIG_MAPPING[keys.pop("model_type")](
-        **keys, rope_scaling=None, dtype="bfloat16"
+        **keys, dtype="bfloat16"
     )
     config.architectures = ["X"]
     content = json.loads(config.to_json_string())

@@ -1,0 +1,95 @@
+"""Configs of models in transformers 4, whose constructors list their keys, and 5: dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping
+from inspect import Parameter
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+# Keys that all configs of transformers 4 have, of which those of 5 have few
+_BASE_OF_4 = """output_hidden_states output_attentions return_dict torchscript dtype pruned_heads
+tie_word_embeddings chunk_size_feed_forward is_encoder_decoder is_decoder
+cross_attention_hidden_size add_cross_attention tie_encoder_decoder architectures finetuning_task
+id2label label2id num_labels task_specific_params problem_type tokenizer_class prefix bos_token_id
+pad_token_id eos_token_id sep_token_id decoder_start_token_id""".split()
+_ROPE = "rope_parameters"  # in transformers 5, for what 4 has as rope_theta and rope_scaling
+_ROPE_OF_4 = {"rope_theta": (float, 10000.0), "rope_scaling": (dict | None, None)}
+
+
+def base_keys() -> set[str]:
+    """Return the keys that all configs have.
+
+    Upstream: transformers 4.57.6, `PretrainedConfig.__init__`; 5, the fields of the dataclass.
+    Mends: these keys have no public list.
+    """
+    return {*_BASE_OF_4, *_fields_of_base()}
+
+
+def parameters_of(config_class: type[PretrainedConfig]) -> dict[str, Parameter]:
+    """Return the keys of a config class that not all configs have.
+
+    Upstream: transformers 5.24, `PreTrainedConfig`, a dataclass.
+    Mends: its constructor also has the keys of all configs, and none for rope_theta and
+        rope_scaling, which it still takes.
+    """
+    known = dict(inspect.signature(config_class.__init__).parameters)
+    for name in ("self", "kwargs", *_fields_of_base()):
+        known.pop(name, None)
+    if _ROPE in known:
+        for name, (hint, default) in _ROPE_OF_4.items():
+            kind = Parameter.KEYWORD_ONLY
+            known[name] = Parameter(name, kind, annotation=hint, default=default)
+    return known
+
+
+def hints_of(config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """Return the types of a config class's keys.
+
+    Upstream: transformers 5.24, `PreTrainedConfig`.
+    Mends: names in the annotations of keys that all configs have are not found in other modules.
+    """
+    names = {**vars(typing), "torch": torch}
+    hints = typing.get_type_hints(config_class.__init__, localns=names)
+    hints |= {name: hint for name, (hint, _) in _ROPE_OF_4.items() if _ROPE in hints}
+    return {name: hints[name] for name in parameters_of(config_class) if name in hints}
+
+
+def rotates(hf_config: PretrainedConfig) -> bool:
+    """Return whether a model of transformers has rotary embeddings.
+
+    Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`.
+    Mends: it has no rope_theta any more.
+    """
+    return hasattr(hf_config, "rope_theta") or bool(getattr(hf_config, _ROPE, None))
+
+
+def as_known_here(
+    content: Mapping[str, Any], config_class: type[PretrainedConfig]
+) -> dict[str, Any]:
+    """Return a written config with the rotary embedding's keys that this transformers reads.
+
+    Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`.
+    Mends: transformers 4 does not know this key, and would take its own default instead.
+    """
+    found = dict(content)
+    parameters = found.get(_ROPE)
+    if not isinstance(parameters, dict) or _ROPE in parameters_of(config_class):
+        return found
+    del found[_ROPE]
+    scaling = dict(parameters)
+    found.setdefault("rope_theta", scaling.pop("rope_theta", 10000.0))
+    if scaling.get("rope_type", "default") != "default":
+        found.setdefault("rope_scaling", scaling)
+    return found
+
+
+def _fields_of_base() -> set[str]:
+    base: Any = PretrainedConfig
+    is_dataclass = dataclasses.is_dataclass(base)
+    return {each.name for each in dataclasses.fields(base)} if is_dataclass else set()
