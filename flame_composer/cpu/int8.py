@@ -16,7 +16,9 @@ are. With halves of 7 bits, sums of two products fit into 16 bits, as processors
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 import weakref
 
 import torch
@@ -66,6 +68,7 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     top = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
     y = x / top
     # The second half is what the first leaves over, which is at most half a step of it.
+    _hear_its_warning()
     upper = torch.quantize_per_tensor(y, 1 / _HALF, _HALF + 1, torch.quint8)
     rest = y.sub_(upper.dequantize())
     lower = torch.quantize_per_tensor(rest, 0.5 / _HALF**2, _HALF + 1, torch.quint8)
@@ -74,6 +77,14 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() <= _FEW * x.shape[-1] and x.shape[-1] > _NARROW:
         _last.split = weakref.ref(x), x.detach().clone(), split
     return split
+
+
+@functools.cache
+def _hear_its_warning() -> None:
+    """Have torch 2.15 say now, unheard, what it says once: that such tensors will go away."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
 
 
 def int8_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from flame_composer.config.sections import WandbConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line, without_secrets
 from flame_composer.lines import Lines
+from flame_composer.upstream.composer import ask_wandb_for_its_address
 
 
 class Discreet(LoggerDestination):
@@ -34,6 +35,7 @@ class WandB(Discreet, WandBLogger):
     def init(self, state: State, logger: Logger) -> None:
         from wandb.errors import Error
 
+        ask_wandb_for_its_address()
         arguments, sys.argv[1:] = sys.argv[1:], without_secrets(sys.argv[1:])
         try:
             super().init(state, logger)

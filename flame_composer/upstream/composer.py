@@ -29,6 +29,18 @@ def known_as_causal() -> typing.Iterator[None]:
         huggingface._is_registered_causal_lm = asked
 
 
+def ask_wandb_for_its_address() -> None:
+    """Let Composer ask a W&B run for its address as it used to.
+
+    Upstream: wandb 0.31, `Run.url`, and composer 0.32.1, `WandBLogger.init`.
+    Mends: Composer calls `Run.get_url`, which is gone.
+    """
+    from wandb.sdk.wandb_run import Run
+
+    if not hasattr(Run, "get_url"):
+        Run.get_url = lambda run: run.url
+
+
 def load_checkpoints_with(read: Callable[..., Any]) -> None:
     """Make Composer's Trainer read checkpoints with `read`, for the rest of the process.
 

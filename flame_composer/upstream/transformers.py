@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -81,13 +82,21 @@ def generation_keys() -> set[str]:
 def without_parameters() -> Iterator[None]:
     """Give no memory to the parameters of models built in the body; their buffers are as usual.
 
-    Upstream: transformers 4.57.6, `integrations.accelerate.init_empty_weights`.
+    Upstream: torch 2.7.0, `torch.device("meta")` as a context.
     Mends: a model built on the meta device has no buffers, of which some are stored nowhere.
     """
-    from transformers.integrations.accelerate import init_empty_weights
+    register: Any = nn.Module.register_parameter
 
-    with init_empty_weights(include_buffers=False):  # type: ignore[no-untyped-call]
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def keep_generation_config(model: Any) -> None:
