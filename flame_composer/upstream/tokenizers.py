@@ -49,7 +49,9 @@ def rebuilds_its_template(tokenizer: PreTrainedTokenizerFast) -> bool:
     Mends: there is no public sign of it. In transformers 5 all tokenizers do so that have the flags
         in their settings, from which this takes them.
     """
-    if type(tokenizer).__module__ != __name__:
+    import transformers
+
+    if not hasattr(transformers, "TokenizersBackend"):
         return hasattr(tokenizer, "update_post_processor")
     for flag in _FLAGS:
         tokenizer.init_kwargs.pop(flag, None)

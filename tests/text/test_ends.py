@@ -40,6 +40,7 @@ from flame_composer.text.steady import MARK
 from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from flame_composer.use.generate import encode, pad_left
 from tests.data_fixtures import TEXTS, byte_tokenizer, llama_tokenizer
+from tests.stack import TRANSFORMERS
 
 EOS = "<|endoftext|>"
 BOS = "ÿ"  # stands for a byte that no text has
@@ -93,10 +94,11 @@ def test_texts_begin_as_documents_did_wherever_the_tokenizer_goes(
     for step in range(2):
         made.save_pretrained(tmp_path / f"{step}")
         assert ends_in(str(tmp_path / f"{step}")) == ends
-        for loaded in (
-            AutoTokenizer.from_pretrained(tmp_path / f"{step}"),
-            load_tokenizer(str(tmp_path / f"{step}")),
-        ):
+        ways = [load_tokenizer(str(tmp_path / f"{step}"))]
+        # transformers 5 puts parts of its own in place of the file's in tokenizers of some classes
+        if TRANSFORMERS < (5, 0) or name not in ("gpt2", "neox", "llama"):
+            ways.append(AutoTokenizer.from_pretrained(tmp_path / f"{step}"))
+        for loaded in ways:
             assert ends_of(loaded) == ends
             assert fingerprint(loaded) == fingerprint(made) == fingerprint(original)
             for text in TEXTS:
