@@ -1,4 +1,4 @@
-"""transformers 4.57.6: facts about its models and configs that have no public names."""
+"""transformers 4.57.6 and 5.24: facts about its models and configs that have no public names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
 
 _OUTPUT_KEYS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 
@@ -49,12 +49,15 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     """Return the names of the tensors that share another tensor's memory; empty if none is tied.
 
     Upstream: transformers 4.57.6, `PreTrainedModel._tied_weights_keys`.
-    Mends: a model has no public way to tell which of its tensors are tied.
+    Mends: a model has no public way to tell which of its tensors are tied, before transformers 5.
     """
+    known: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
+    if known is not None:
+        return set(known)
     return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
 
 
-def initialize(model: PreTrainedModel, module: torch.nn.Module) -> None:
+def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     """Initialise the parameters of one module as in a new model, without its children.
 
     Upstream: transformers 4.57.6, `PreTrainedModel._init_weights`.
@@ -66,22 +69,34 @@ def initialize(model: PreTrainedModel, module: torch.nn.Module) -> None:
 def generation_keys() -> set[str]:
     """Return the keys of the sampling settings that a model's config may hold, as old ones do.
 
-    Upstream: transformers 4.57.6, `PretrainedConfig._get_global_generation_defaults`.
+    Upstream: transformers 4.57.6, `PretrainedConfig._get_global_generation_defaults`, which is
+    `GenerationConfig._get_default_generation_params` in 5.
     Mends: these keys are not arguments of the config's class, and have no public list.
     """
-    return set(PretrainedConfig._get_global_generation_defaults())
+    owner: Any = PretrainedConfig
+    if hasattr(owner, "_get_global_generation_defaults"):
+        return set(owner._get_global_generation_defaults())
+    owner = GenerationConfig
+    return set(owner._get_default_generation_params())
 
 
 @contextmanager
 def without_parameters() -> Iterator[None]:
     """Give no memory to the parameters of models built in the body; their buffers are as usual.
 
-    Upstream: transformers 4.57.6, `integrations.accelerate.init_empty_weights`.
+    Upstream: torch 2.7.0, `torch.nn.Module.register_parameter`.
     Mends: a model built on the meta device has no buffers, of which some are stored nowhere.
     """
-    from transformers.integrations.accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):  # type: ignore[no-untyped-call]
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            empty = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            vars(empty).update(vars(parameter))
+            parameter = empty
+        given(module, name, parameter)
+
+    given = nn.Module.register_parameter
+    with patch.object(nn.Module, "register_parameter", register):
         yield
 
 
@@ -90,5 +105,6 @@ def keep_generation_config(model: Any) -> None:
 
     Upstream: transformers 4.57.6, `GenerationConfig._from_model_config`.
     Mends: `generate` rebuilds the generation config of a new model and drops what was set in it.
+    Version 5 does not, but writes in its folders that it should be done.
     """
     model.generation_config._from_model_config = False
