@@ -49,6 +49,7 @@ _MOVED = {
     "fla.modules.activations": "fla.modules.activations.ops",
     "fla.modules.fused_cross_entropy": "fla.modules.fused_cross_entropy.ops",
     "fla.modules.layernorm_gated": "fla.modules.norm.layernorm_gated",
+    "fla.utils._device": "fla.utils.hardware",
 }
 # What fla 0.6 calls operations of 0.5
 _RENAMED = {
@@ -103,8 +104,8 @@ def enable() -> None:
         # It says in every layer that code for GPUs is missing.
         logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)
     if interprets():
-        loss = find("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss").FusedCrossEntropyLoss
-        loss.forward = genuine_cross_entropy_forward
+        losses = find("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss")
+        losses.FusedCrossEntropyLoss.forward = genuine_cross_entropy_forward
         return
     _register_backend()
     for module, name, make in REPLACEMENTS:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from flame_composer.cpu.enable import own_kernels
+from flame_composer.cpu.enable import find, own_kernels
 from flame_composer.cpu.losses import genuine_cross_entropy_forward
 
 
@@ -37,17 +37,17 @@ def code_for_gpus(shared_memory: int) -> Iterator[None]:
     devices, the shared memory of their device is not found, and flash-attn needs a GPU.
     """
     from fla.layers import attn
-    from fla.modules.fused_cross_entropy import FusedCrossEntropyLoss
-    from fla.utils import _device
+
+    loss_of = find("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss").FusedCrossEntropyLoss
+    device = find("fla.utils._device", "get_all_max_shared_mem")
 
     every = defaultdict[Any, int](lambda: shared_memory)  # for any device index, and None
     with ExitStack() as stack:
         stack.enter_context(own_kernels())
-        stack.enter_context(patch.object(_device, "get_all_max_shared_mem", lambda: every))
+        stack.enter_context(patch.object(device, "get_all_max_shared_mem", lambda: every))
         for module, name, function in list(_index_functions()):
             stack.enter_context(patch.object(module, name, _on_real_tensors(function)))
-        loss = patch.object(FusedCrossEntropyLoss, "forward", genuine_cross_entropy_forward)
-        stack.enter_context(loss)
+        stack.enter_context(patch.object(loss_of, "forward", genuine_cross_entropy_forward))
         # fla leaves the name of the second undefined if flash-attn is not installed.
         for name, made in (("flash_attn_func", _flash_attn), ("flash_attn_varlen_func", _varlen)):
             stack.enter_context(patch.object(attn, name, made, create=True))

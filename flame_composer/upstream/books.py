@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 
 COPIES = "Copies"  # of weights, cast by autocast
 LOGITS = "Logits"  # with their gradients and copies
@@ -63,5 +67,31 @@ class ShardedBooks(_Peak, FSDPMemTracker):
     """A FSDPMemTracker that keeps the peak of the whole model only, as `Books` does.
 
     Upstream: torch 2.7.0, `torch.distributed._tools.fsdp2_mem_tracker.FSDPMemTracker`.
-    Mends: what `Books` mends, for a model that FSDP2 shards.
+    Mends: what `Books` mends, for a model that FSDP2 shards. In torch 2.15 DTensor works out shapes
+    with whole tensors of the mode that is active, which it would count; it is given none.
     """
+
+    def __enter__(self) -> Any:
+        self._kept = ExitStack()
+        if hasattr(ShardingPropagator, "_fake_mode_lock"):  # held while shapes are worked out
+            lock = patch.object(ShardingPropagator, "_fake_mode_lock", _WithoutModes())
+            self._kept.enter_context(lock)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._kept.close()
+
+
+class _WithoutModes:
+    """A context manager, used again and again, whose body has no modes of fake tensors or books."""
+
+    def __init__(self) -> None:
+        self._left: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self._left.append(_disable_current_modes())
+        self._left[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._left.pop().__exit__(*error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import typing
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ def average_on_cpus() -> None:
     """Make FSDP2 divide gradients itself on CPUs, as torch does for fp16.
 
     Upstream: torch 2.7.0, `_fsdp_collectives._get_gradient_divide_factors`.
-    Mends: it asks gloo for the mean (ReduceOp.AVG), and silently gets the sum.
+    Mends: it asks gloo for the mean (ReduceOp.AVG), and silently gets the sum. gloo is right in
+    torch 2.15.
     """
+    if torch.__version__ >= "2.15":  # compared as versions
+        return
     given = _fsdp_collectives._get_gradient_divide_factors
 
     def divide_factors(
@@ -41,8 +45,11 @@ def replicate_on_cpus() -> None:
 
     Upstream: torch 2.7.0, `_fsdp_param_group.foreach_reduce`, which post_backward calls.
     Mends: it keeps reduced gradients until an event has passed, and fails on CPUs, which have no
-    events.
+    events. torch 2.15 does without.
     """
+    kept_with = typing.get_type_hints(_fsdp_param_group.AllReduceState)
+    if type(None) in typing.get_args(kept_with["event"]):
+        return
     given = _fsdp_param_group.foreach_reduce
 
     def reduced(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""transformers 4.57.6: facts about its models and configs that have no public names."""
+"""transformers 4.57.6 and 5.24: facts about its models and configs that have no public names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
 
 _OUTPUT_KEYS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 
@@ -50,12 +48,15 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     """Return the names of the tensors that share another tensor's memory; empty if none is tied.
 
     Upstream: transformers 4.57.6, `PreTrainedModel._tied_weights_keys`.
-    Mends: a model has no public way to tell which of its tensors are tied.
+    Mends: a model has no public way to tell which of its tensors are tied, before transformers 5.
     """
+    known: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
+    if known is not None:
+        return set(known)
     return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
 
 
-def initialize(model: PreTrainedModel, module: torch.nn.Module) -> None:
+def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     """Initialise the parameters of one module as in a new model, without its children.
 
     Upstream: transformers 4.57.6, `PreTrainedModel._init_weights`.
@@ -89,7 +90,9 @@ def without_parameters() -> Iterator[None]:
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            empty = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            vars(empty).update(vars(param))
+            param = empty
         register(module, name, param)
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
@@ -104,5 +107,6 @@ def keep_generation_config(model: Any) -> None:
 
     Upstream: transformers 4.57.6, `GenerationConfig._from_model_config`.
     Mends: `generate` rebuilds the generation config of a new model and drops what was set in it.
+    Version 5 does not, but writes in its folders that it should be done.
     """
     model.generation_config._from_model_config = False
