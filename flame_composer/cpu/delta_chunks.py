@@ -41,6 +41,7 @@ from flame_composer.cpu.delta_scores import (
     plan_blocks,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
+from flame_composer.cpu.projections import gradients_of, leaves_of
 
 CHUNK_SIZE = 64
 
@@ -253,10 +254,7 @@ class _ChunkDelta(torch.autograd.Function):
         needed = ctx.needs_input_grad[6:]
         gradients = []
         for (start, end), h0 in reversed(list(zip(ctx.spans, states, strict=True))):
-            leaves = [
-                None if x is None else x.detach().requires_grad_(is_needed)
-                for x, is_needed in zip(part(given, start, end), needed, strict=True)
-            ]
+            leaves = leaves_of(part(given, start, end), needed)
             with torch.enable_grad():
                 operands = ctx.prepare(*leaves)
             plain = operands.each(torch.Tensor.detach)
@@ -265,28 +263,9 @@ class _ChunkDelta(torch.autograd.Function):
             do_steps = F.pad(do[:, start:end].unsqueeze(2), (0, 0, 0, 0, num_steps - 1, 0))
             do_steps = do_steps.flatten(1, 2)
             *doperands, dstate = _backward(plain, ctx.scale, packed, h0, do_steps, dstate)
-            gradients.append(_gradients(leaves, operands, doperands))
+            gradients.append(gradients_of(leaves, operands.tensors(), doperands))
         found = [joined(each[::-1]) for each in zip(*gradients, strict=True)]
         return None, None, None, None, None, None if states[0] is None else dstate, *found
-
-
-def _gradients(
-    leaves: list[Tensor | None], operands: Operands, doperands: list[Tensor | None]
-) -> list[Tensor | None]:
-    """Return the gradients of the leaves that the operands were prepared from."""
-    pairs = [
-        (x, dx)
-        for x, dx in zip(operands.tensors(), doperands, strict=True)
-        if x is not None and x.requires_grad
-    ]
-    inputs = [x for x in leaves if x is not None and x.requires_grad]
-    found: dict[int, Tensor] = {}
-    if inputs:
-        outputs, doutputs = zip(*pairs, strict=True)
-        found = dict(
-            zip(map(id, inputs), torch.autograd.grad(outputs, inputs, doutputs), strict=True)
-        )
-    return [found.get(id(x)) for x in leaves]
 
 
 def _run_back(c: _Chunk, derrors: Tensor, do: Tensor, dfinal: Tensor) -> Tensor:

@@ -51,6 +51,12 @@ class _L2Norm(torch.autograd.Function):
         return l2norm_bwd(*ctx.saved_tensors, *gradients)
 
 
+def normalized(x: Tensor) -> Tensor:
+    """Return x / |x|, over the last dimension."""
+    y: Tensor = _L2Norm.apply(x)
+    return y
+
+
 def l2norm_fwd(
     x: Tensor, eps: float = NORM_EPS, output_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +104,7 @@ def prepare(
 ) -> Operands:
     dtype = torch.promote_types(v.dtype, torch.float32)
     if options.normalize:
-        q, k = _L2Norm.apply(q.to(dtype)), _L2Norm.apply(k.to(dtype))
+        q, k = normalized(q.to(dtype)), normalized(k.to(dtype))
     q, k = (_to_heads(x.to(dtype), v.shape[2]) for x in (q, k))
     beta = beta.to(dtype)
     if options.sigmoid:

@@ -23,6 +23,7 @@ from flame_composer.cpu import (
     norms,
     rwkv6,
     rwkv7,
+    rwkv_layers,
     simple_gla,
     token_shift,
 )
@@ -187,6 +188,7 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *delta.REPLACEMENTS,
     *delta_variants.REPLACEMENTS,
     *rwkv7.REPLACEMENTS,
+    *rwkv_layers.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
     *(
         ("fla.modules.activations", each.__name__, each)

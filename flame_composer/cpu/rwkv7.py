@@ -48,7 +48,7 @@ def chunk_rwkv7(
     if cp_context is not None:
         raise NotImplementedError("on a CPU, RWKV-7 has no context parallelism")
     return delta_rule(
-        _prepare,
+        operands,
         (r, k, v, w, a, b),
         scale,
         initial_state,
@@ -95,7 +95,7 @@ def fused_mul_recurrent_rwkv7(
     )
 
 
-def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Operands:
+def operands(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Operands:
     """Return the operands of two steps a token."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     r, k, w, a, b = (x.to(dtype) for x in (r, k, w, a, b))
