@@ -143,7 +143,7 @@ def sqrelu_fwd(x: Tensor) -> Tensor:
 
 
 def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
-    return (2.0 * g * F.relu(x.float())).to(x.dtype)
+    return F.relu(x.float()).mul_(g).mul_(2).to(x.dtype)
 
 
 def _l2_wrap_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flame_composer.cpu.delta_chunks import Operands
 from flame_composer.cpu.delta_inputs import delta_rule, normalized
 from flame_composer.cpu.projections import are_plain, projected
 from flame_composer.cpu.rwkv6 import attend
 from flame_composer.cpu.rwkv7 import (
     fused_k_rwkv7,
     gate_output_correction,
-    operands,
 )
+from flame_composer.cpu.rwkv7_chunks import ONE_STEP, Inputs
 
 
 def _is_training_step(
@@ -146,7 +145,7 @@ def _values(v: Tensor, v_first: Tensor | None, gate: Tensor | None) -> Tensor:
     return v if v_first is None or gate is None else torch.lerp(v, v_first, gate.sigmoid())
 
 
-def _rwkv7_operands(
+def _rwkv7_inputs(
     num_heads: int,
     r: Tensor,
     k: Tensor,
@@ -157,13 +156,13 @@ def _rwkv7_operands(
     gate: Tensor | None,
     k_k: Tensor,
     k_a: Tensor,
-) -> Operands:
-    """Return the operands of the delta rule from what the linear layers give, `[B, T, D]`."""
+) -> Inputs:
+    """Return what the recurrence takes for what the linear layers give, `[B, T, D]`."""
     w, a = -0.6065306597126334 * w.sigmoid(), a.sigmoid()
     erased = normalized((k * k_k).unflatten(-1, (num_heads, -1)))
     k, v = fused_k_rwkv7(k, a, k_a), _values(v, v_first, gate)
     r, k, v, w, a = (x.unflatten(-1, (num_heads, -1)) for x in (r, k, v, w, a))
-    return operands(r, k, v, w, -erased, erased * a)
+    return Inputs(r, k, v, w, -erased, erased * a)
 
 
 def _rwkv7_output(
@@ -210,9 +209,9 @@ def rwkv7_attention(
     r, w_in, k, a_in, g_in, v, *v_in = projected(mixtures, (x, *factors), linears)
     w, a, g = (s[2](s[1](y)) for s, y in ((w, w_in), (a, a_in), (g, g_in)))
     blend = (None, None) if is_first else (v_first, gates[0][2](gates[0][1](v_in[0])))
-    operands_of = functools.partial(_rwkv7_operands, layer.num_heads)
+    inputs_of = functools.partial(_rwkv7_inputs, layer.num_heads)
     kept = r, k, v, w, a, *blend, layer.k_k, layer.k_a
-    o, _ = delta_rule(operands_of, kept, 1.0, None, False, False, cu_seqlens, num_steps=2)
+    o, _ = delta_rule(inputs_of, kept, 1.0, None, False, False, cu_seqlens, rule=ONE_STEP)
     kept = layer.g_norm(o.flatten(-2)), r, k, v, a, g, *blend, layer.k_a, layer.r_k
     output = functools.partial(_rwkv7_output, layer.num_heads)
     (out,) = projected(output, kept, [layer.o_proj])
