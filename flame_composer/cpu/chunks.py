@@ -85,8 +85,9 @@ def chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 def tokens(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Undo `chunks`: `[B * H, n, C, D] -> [B, T, H, D]`."""
-    B, T, H, D = shape
-    return x.view(B, H, -1, D)[:, :, :T].transpose(1, 2).to(dtype).contiguous()
+    B, T, H, _ = shape
+    x = x.unflatten(0, (B, H)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return x[:, :T].to(dtype).contiguous()
 
 
 def pieces(num_rows: int, num_tokens: int) -> list[tuple[int, int]]:

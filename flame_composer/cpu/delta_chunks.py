@@ -41,6 +41,7 @@ from flame_composer.cpu.delta_scores import (
     plan_blocks,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
+from flame_composer.cpu.projections import gradients_of, leaves_of
 
 CHUNK_SIZE = 64
 
@@ -72,7 +73,19 @@ class Operands(NamedTuple):
         return Operands(q, p, w, v, g, self.erases_before)
 
 
-Prepare = Callable[..., Operands]
+Prepare = Callable[..., Any]  # that returns `Operands`, or those of another rule
+
+
+class Rule(NamedTuple):
+    """A recurrence in chunks: a piece of a row, forwards and backwards.
+
+    `forward(operands, scale, packed, h0)` returns the output `[B, T, H, V]` and the state after the
+    piece, `[B, H, K, V]`. `backward` is also given their gradients, and returns those of the
+    operands' tensors and of h0.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
 
 
 class _Chunk(NamedTuple):
@@ -103,6 +116,7 @@ def chunk_size_for(num_tokens: int) -> int:
 
 
 def chunkwise(
+    rule: Rule,
     prepare: Prepare,
     given: tuple[Tensor | None, ...],
     scale: float,
@@ -123,21 +137,21 @@ def chunkwise(
     assert first is not None
     B, T = first.shape[:2]
     spans = [(0, T)] if whole else pieces(B, T)
-    result: Any = _ChunkDelta.apply(prepare, scale, spans, num_steps, segments, h0, *given)
+    result: Any = _ChunkDelta.apply(rule, prepare, scale, spans, num_steps, segments, h0, *given)
     return result
 
 
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
     """The sequences in a piece of a packed row."""
 
     segments: Tensor | None  # [steps] the number of each step's sequence, or None
     before: int = -1  # that of the sequence whose state enters the piece, or -1
 
 
-def _packed(segments: Tensor | None, start: int, end: int) -> _Packed:
+def _packed(segments: Tensor | None, start: int, end: int) -> Packed:
     if segments is None:
-        return _Packed(None)
-    return _Packed(segments[start:end], int(segments[start - 1]) if start else -1)
+        return Packed(None)
+    return Packed(segments[start:end], int(segments[start - 1]) if start else -1)
 
 
 def _scores(operands: Operands, w: Tensor, masks: Masks) -> Scores:
@@ -150,7 +164,7 @@ def _scores(operands: Operands, w: Tensor, masks: Masks) -> Scores:
     return PerChannel(w, chunks(g, size, w.dtype), masks, *plan_blocks(g, size))
 
 
-def _chunk(operands: Operands, scale: float, packed: _Packed, h0: Tensor | None) -> _Chunk:
+def _chunk(operands: Operands, scale: float, packed: Packed, h0: Tensor | None) -> _Chunk:
     size = chunk_size_for(operands.q.shape[1])
     dtype = torch.promote_types(operands.v.dtype, torch.float32)
     q, p, w, v = (chunks(x, size, dtype) for x in operands[:4])
@@ -216,6 +230,7 @@ class _ChunkDelta(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        rule: Rule,
         prepare: Prepare,
         scale: float,
         spans: list[tuple[int, int]],
@@ -224,19 +239,15 @@ class _ChunkDelta(torch.autograd.Function):
         h0: Tensor | None,
         *given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.prepare, ctx.scale, ctx.spans, ctx.num_steps = prepare, scale, spans, num_steps
+        ctx.rule, ctx.prepare, ctx.scale = rule, prepare, scale
+        ctx.spans, ctx.num_steps = spans, num_steps
         outputs, states = [], [h0]
         for start, end in spans:
             operands = prepare(*part(given, start, end))
             packed = _packed(segments, start * num_steps, end * num_steps)
-            c = _chunk(operands, scale, packed, states[-1])
-            o = c.A_q @ c.errors
-            o += _times(c.q, c.scores.read, c.masks.reads) @ c.states[:, :-1]
-            B, _, H, K = operands.q.shape
-            v = operands.v
-            outputs.append(tokens(o, v.shape, v.dtype)[:, num_steps - 1 :: num_steps])
-            # A view would keep the states of all chunks alive in the model's cache.
-            states.append(c.states[:, -1].clone().view(B, H, K, v.shape[3]))
+            o, state = rule.forward(operands, scale, packed, states[-1])
+            outputs.append(o[:, num_steps - 1 :: num_steps])
+            states.append(state)
         ctx.save_for_backward(segments, *states[:-1], *given)
         final = states[-1]
         assert final is not None
@@ -250,13 +261,10 @@ class _ChunkDelta(torch.autograd.Function):
         num_spans, num_steps = len(ctx.spans), ctx.num_steps
         segments, *saved = ctx.saved_tensors
         states, given = saved[:num_spans], saved[num_spans:]
-        needed = ctx.needs_input_grad[6:]
+        needed = ctx.needs_input_grad[7:]
         gradients = []
         for (start, end), h0 in reversed(list(zip(ctx.spans, states, strict=True))):
-            leaves = [
-                None if x is None else x.detach().requires_grad_(is_needed)
-                for x, is_needed in zip(part(given, start, end), needed, strict=True)
-            ]
+            leaves = leaves_of(part(given, start, end), needed)
             with torch.enable_grad():
                 operands = ctx.prepare(*leaves)
             plain = operands.each(torch.Tensor.detach)
@@ -264,29 +272,10 @@ class _ChunkDelta(torch.autograd.Function):
             # Only the last step of a token is read.
             do_steps = F.pad(do[:, start:end].unsqueeze(2), (0, 0, 0, 0, num_steps - 1, 0))
             do_steps = do_steps.flatten(1, 2)
-            *doperands, dstate = _backward(plain, ctx.scale, packed, h0, do_steps, dstate)
-            gradients.append(_gradients(leaves, operands, doperands))
+            *doperands, dstate = ctx.rule.backward(plain, ctx.scale, packed, h0, do_steps, dstate)
+            gradients.append(gradients_of(leaves, operands.tensors(), doperands))
         found = [joined(each[::-1]) for each in zip(*gradients, strict=True)]
-        return None, None, None, None, None, None if states[0] is None else dstate, *found
-
-
-def _gradients(
-    leaves: list[Tensor | None], operands: Operands, doperands: list[Tensor | None]
-) -> list[Tensor | None]:
-    """Return the gradients of the leaves that the operands were prepared from."""
-    pairs = [
-        (x, dx)
-        for x, dx in zip(operands.tensors(), doperands, strict=True)
-        if x is not None and x.requires_grad
-    ]
-    inputs = [x for x in leaves if x is not None and x.requires_grad]
-    found: dict[int, Tensor] = {}
-    if inputs:
-        outputs, doutputs = zip(*pairs, strict=True)
-        found = dict(
-            zip(map(id, inputs), torch.autograd.grad(outputs, inputs, doutputs), strict=True)
-        )
-    return [found.get(id(x)) for x in leaves]
+        return *(None,) * 6, None if states[0] is None else dstate, *found
 
 
 def _run_back(c: _Chunk, derrors: Tensor, do: Tensor, dfinal: Tensor) -> Tensor:
@@ -306,10 +295,23 @@ def _run_back(c: _Chunk, derrors: Tensor, do: Tensor, dfinal: Tensor) -> Tensor:
     return dstates
 
 
+def _forward(
+    operands: Operands, scale: float, packed: Packed, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output of a piece of a row, and the state after it."""
+    c = _chunk(operands, scale, packed, h0)
+    o = c.A_q @ c.errors
+    o += _times(c.q, c.scores.read, c.masks.reads) @ c.states[:, :-1]
+    B, _, H, K = operands.q.shape
+    v = operands.v
+    # A view would keep the states of all chunks alive in the model's cache.
+    return tokens(o, v.shape, v.dtype), c.states[:, -1].clone().view(B, H, K, v.shape[3])
+
+
 def _backward(
     operands: Operands,
     scale: float,
-    packed: _Packed,
+    packed: Packed,
     h0: Tensor | None,
     do: Tensor,
     dfinal: Tensor | None,
@@ -370,3 +372,6 @@ def _through_state(
     dg += c.scores.erasing.mT @ derased
     dg += c.masks.pairs.tril(-1) @ dwrites
     return dg.add_(kept.mT)
+
+
+DELTA_RULE = Rule(_forward, _backward)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flame_composer.cpu.chunks import Rows, check_sequences, segments_of
-from flame_composer.cpu.delta_chunks import Operands, Prepare, chunkwise
+from flame_composer.cpu.delta_chunks import DELTA_RULE, Operands, Prepare, Rule, chunkwise
 
 NORM_EPS = 1e-6
 # Rows of so few tokens go token by token where a recurrence is asked for: those of one new token,
@@ -49,6 +49,12 @@ class _L2Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return l2norm_bwd(*ctx.saved_tensors, *gradients)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Return x / |x|, over the last dimension."""
+    y: Tensor = _L2Norm.apply(x)
+    return y
 
 
 def l2norm_fwd(
@@ -98,7 +104,7 @@ def prepare(
 ) -> Operands:
     dtype = torch.promote_types(v.dtype, torch.float32)
     if options.normalize:
-        q, k = _L2Norm.apply(q.to(dtype)), _L2Norm.apply(k.to(dtype))
+        q, k = normalized(q.to(dtype)), normalized(k.to(dtype))
     q, k = (_to_heads(x.to(dtype), v.shape[2]) for x in (q, k))
     beta = beta.to(dtype)
     if options.sigmoid:
@@ -127,6 +133,7 @@ def delta_rule(
     *,
     recurrent: bool = False,
     num_steps: int = 1,
+    rule: Rule = DELTA_RULE,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output `[B, T, HV, V]` in v's dtype, and the final state or None.
 
@@ -156,7 +163,7 @@ def delta_rule(
         rows = Rows(cu_seqlens)
         make = functools.partial(_in_rows, make, Rows(cu_seqlens * num_steps))
     whole = rows is not None
-    o, state = chunkwise(make, given, scale, initial_state, segments, num_steps, whole=whole)
+    o, state = chunkwise(rule, make, given, scale, initial_state, segments, num_steps, whole=whole)
     if rows is not None:
         o = rows.join(o)
     return o, _state(state, output_final_state, state_v_first)
@@ -168,7 +175,7 @@ def _state(state: Tensor, wanted: bool, state_v_first: bool) -> Tensor | None:
     return state.mT if state_v_first else state
 
 
-def _in_rows(make: Prepare, rows: Rows, *given: Tensor | None) -> Operands:
+def _in_rows(make: Prepare, rows: Rows, *given: Tensor | None) -> Any:
     """Prepare operands, and give each sequence a row of its own."""
     return make(*given).each(rows.split)
 

@@ -23,7 +23,7 @@ chunk, M = B * H, n = number of chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from flame_composer.cpu.gla_scores import (
     masks_of,
     sums,
 )
+from flame_composer.cpu.projections import gradients_of, leaves_of
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
@@ -235,21 +236,25 @@ def _prepare(
     return q_c, k_c, v_c, scores, masks, _states(scores, k_c, v_c, h0_c, masks)
 
 
+def _identity(*given: Tensor) -> tuple[Tensor, ...]:
+    return given
+
+
 class _ChunkGLA(torch.autograd.Function):
+    """GLA of the q, k, v and g that `make(*given)` returns, which saves only `given`."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
+        make: Callable[..., tuple[Tensor, ...]],
         scale: float,
         h0: Tensor | None,
         segments: Tensor | None,
+        *given: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, v, g, h0, segments)
-        ctx.scale = scale
-        ctx.plan = plan_of(g)
+        q, k, v, g = make(*given)
+        ctx.save_for_backward(h0, segments, *given)
+        ctx.make, ctx.scale, ctx.plan = make, scale, plan_of(g)
         q_c, _, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
         A = scores.scores().masked_fill_(masks.hidden, 0)
         o = A @ v_c
@@ -263,53 +268,69 @@ class _ChunkGLA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        do, dfinal = grad_outputs
-        q, k, v, g, h0, segments = ctx.saved_tensors
-        q_c, k_c, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, ctx.plan)
-        do_c = chunks(do, ctx.plan[0], q_c.dtype).mul_(ctx.scale)
-        A = scores.scores().masked_fill_(masks.hidden, 0)
-        dA = (do_c @ v_c.mT).masked_fill_(masks.hidden, 0)
+        h0, segments, *given = ctx.saved_tensors
+        leaves = leaves_of(given, ctx.needs_input_grad[4:])
+        with torch.enable_grad():
+            made = ctx.make(*leaves)
+        plain = [x.detach() for x in made]
+        *dmade, dh0 = _backward(plain, ctx.scale, h0, segments, ctx.plan, grad_outputs)
+        return None, None, dh0, None, *gradients_of(leaves, made, dmade)
 
-        # The gradient of the state is carried from the last chunk to the first.
-        read = masked(scores.read, masks.reads)
-        write = masked(scores.write, masks.writes)
-        decay = masked(scores.decay, masks.keeps).mT
-        dread = (q_c * read).mT @ do_c
-        dstates = carried(dread, decay, dfinal.reshape(-1, *dfinal.shape[2:]), back=True)
-        dleaving = dstates[:, 1:]
 
-        dv = A.mT @ do_c
-        dv += (k_c * write) @ dleaving
+def _backward(
+    made: Sequence[Tensor],
+    scale: float,
+    h0: Tensor | None,
+    segments: Tensor | None,
+    plan: tuple[int, bool],
+    grad_outputs: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v, g and h0."""
+    q, k, v, g = made
+    do, dfinal = grad_outputs
+    q_c, k_c, v_c, scores, masks, states = _prepare(q, k, v, g, h0, segments, plan)
+    do_c = chunks(do, plan[0], q_c.dtype).mul_(scale)
+    A = scores.scores().masked_fill_(masks.hidden, 0)
+    dA = (do_c @ v_c.mT).masked_fill_(masks.hidden, 0)
 
-        # A_ii does not depend on the gates. Without it in the terms below, dg suffers no
-        # cancellation.
-        dA_diagonal = dA.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
-        dA.diagonal(dim1=-2, dim2=-1).zero_()
-        dq, dk = scores.backward(dA)
-        dk_write = (v_c @ dleaving.mT).mul_(write)
-        dq += (do_c @ states[:, :-1].mT).mul_(read)
+    # The gradient of the state is carried from the last chunk to the first.
+    read = masked(scores.read, masks.reads)
+    write = masked(scores.write, masks.writes)
+    decay = masked(scores.decay, masks.keeps).mT
+    dread = (q_c * read).mT @ do_c
+    dstates = carried(dread, decay, dfinal.reshape(-1, *dfinal.shape[2:]), back=True)
+    dleaving = dstates[:, 1:]
 
-        # g_t occurs in exp(G_i - G_j) for j < t <= i. So dg sums over tokens from t on (pairs and
-        # reads), over tokens before t (writes), and over the state that passes through the chunk.
-        dg = q_c * dq
-        dg -= k_c * dk
-        dg = masks.pairs.mT @ dg
-        dg += masks.pairs.tril(-1) @ (k_c * dk_write)
-        dg += (states[:, :-1] * dleaving).sum(-1, keepdim=True).mul_(decay).mT
+    dv = A.mT @ do_c
+    dv += (k_c * write) @ dleaving
 
-        dq += k_c * dA_diagonal
-        dk += dk_write
-        dk += q_c * dA_diagonal
-        dh0 = None if h0 is None else dstates[:, 0].reshape(h0.shape).to(h0.dtype)
-        return (
-            tokens(dq, q.shape, q.dtype),
-            tokens(dk, k.shape, k.dtype),
-            tokens(dv, v.shape, v.dtype),
-            tokens(dg, g.shape, g.dtype),
-            None,
-            dh0,
-            None,
-        )
+    # A_ii does not depend on the gates. Without it in the terms below, dg suffers no
+    # cancellation.
+    dA_diagonal = dA.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-1)
+    dA.diagonal(dim1=-2, dim2=-1).zero_()
+    dq, dk = scores.backward(dA)
+    dk_write = (v_c @ dleaving.mT).mul_(write)
+    dq += (do_c @ states[:, :-1].mT).mul_(read)
+
+    # g_t occurs in exp(G_i - G_j) for j < t <= i. So dg sums over tokens from t on (pairs and
+    # reads), over tokens before t (writes), and over the state that passes through the chunk.
+    dg = q_c * dq
+    dg -= k_c * dk
+    dg = masks.pairs.mT @ dg
+    dg += masks.pairs.tril(-1) @ (k_c * dk_write)
+    dg += (states[:, :-1] * dleaving).sum(-1, keepdim=True).mul_(decay).mT
+
+    dq += k_c * dA_diagonal
+    dk += dk_write
+    dk += q_c * dA_diagonal
+    dh0 = None if h0 is None else dstates[:, 0].reshape(h0.shape).to(h0.dtype)
+    return (
+        tokens(dq, q.shape, q.dtype),
+        tokens(dk, k.shape, k.dtype),
+        tokens(dv, v.shape, v.dtype),
+        tokens(dg, g.shape, g.dtype),
+        dh0,
+    )
 
 
 def _chunkwise(
@@ -325,8 +346,23 @@ def _chunkwise(
 
     `segments` `[T]` numbers the sequences packed into one row, or is None.
     """
-    result: Any = _ChunkGLA.apply(q, k, v, g, scale, h0, segments)
+    result: Any = _ChunkGLA.apply(_identity, scale, h0, segments, q, k, v, g)
     return result
+
+
+def gla_of(
+    make: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> Tensor:
+    """Return GLA's output `[B, T, H, V]`, unscaled, for the q, k, v and g of `make(*given)`.
+
+    `make` computes them by operations that autograd knows, and again in the backward pass, for
+    which only `given` is kept. The first of `given` is `[B, T, ...]`.
+    """
+    check_sequences(given[0], None, cu_seqlens)
+    segments = None if cu_seqlens is None else segments_of(cu_seqlens, given[0].shape[1])
+    result: Any = _ChunkGLA.apply(make, 1.0, None, segments, *given)
+    o: Tensor = result[0]
+    return o
 
 
 # Names that these operations are used by: (module, attribute, CPU version).

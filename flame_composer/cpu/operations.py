@@ -23,6 +23,7 @@ from flame_composer.cpu import (
     norms,
     rwkv6,
     rwkv7,
+    rwkv_layers,
     simple_gla,
     token_shift,
 )
@@ -142,7 +143,7 @@ def sqrelu_fwd(x: Tensor) -> Tensor:
 
 
 def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
-    return (2.0 * g * F.relu(x.float())).to(x.dtype)
+    return F.relu(x.float()).mul_(g).mul_(2).to(x.dtype)
 
 
 def _l2_wrap_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,6 +188,7 @@ REPLACEMENTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     *delta.REPLACEMENTS,
     *delta_variants.REPLACEMENTS,
     *rwkv7.REPLACEMENTS,
+    *rwkv_layers.REPLACEMENTS,
     ("fla.modules.fused_cross_entropy", "FusedCrossEntropyLoss.forward", cross_entropy_forward),
     *(
         ("fla.modules.activations", each.__name__, each)

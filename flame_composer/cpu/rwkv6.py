@@ -10,6 +10,7 @@ of one token earlier, plus the bonus.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flame_composer.cpu.chunks import check_sequences, one_token_each
-from flame_composer.cpu.gla import chunk_gla
+from flame_composer.cpu.gla import chunk_gla, gla_of
 from flame_composer.cpu.token_shift import starts_of
 
 
@@ -80,8 +81,7 @@ def chunk_rwkv6(
     scale = float(r.shape[-1] ** -0.5) if scale is None else scale
     if one_token_each(r, cu_seqlens):
         return _one_token_each(r, k, v, w, u, scale, initial_state, output_final_state)
-    starts = r.new_zeros(1, dtype=torch.long) if cu_seqlens is None else starts_of(cu_seqlens)
-    k_t, v_t, w_t = (_Earlier.apply(x, starts) for x in (k, v, w))
+    k_t, v_t, w_t = (_Earlier.apply(x, _starts(r, cu_seqlens)) for x in (k, v, w))
     states = initial_state, output_final_state
     o, state = chunk_gla(r, k_t, v_t, w_t, scale, *states, cu_seqlens=cu_seqlens)
     o = o + _bonus(r, k, v, u, scale)
@@ -93,6 +93,27 @@ def chunk_rwkv6(
     lasts = cu_seqlens[1:].long() - 1
     after = _after(state, k[0, lasts], v[0, lasts], w[0, lasts])
     return o, torch.where((cu_seqlens.diff() > 0)[:, None, None, None], after, state)
+
+
+def _starts(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return x.new_zeros(1, dtype=torch.long) if cu_seqlens is None else starts_of(cu_seqlens)
+
+
+def attend(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Return what `chunk_rwkv6` does for log gates -exp(w), a scale of 1 and no states.
+
+    For the backward pass, it keeps hardly more than it is given.
+    """
+    make = functools.partial(_one_earlier, _starts(r, cu_seqlens))
+    return gla_of(make, (r, k, v, w), cu_seqlens) + _bonus(r, k, v, u, 1.0)
+
+
+def _one_earlier(starts: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Return GLA's queries, keys, values and log gates."""
+    k, v, w = (_Earlier.apply(x, starts) for x in (k, v, -w.exp()))
+    return r, k, v, w
 
 
 def _bonus(r: Tensor, k: Tensor, v: Tensor, u: Tensor, scale: float) -> Tensor:

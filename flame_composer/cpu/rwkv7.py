@@ -1,13 +1,15 @@
-"""RWKV-7 in plain PyTorch, as two steps of the delta rule for each token.
+"""RWKV-7 in plain PyTorch.
 
 Peng et al. 2025 (arXiv:2503.14456). For one head, with rows r, a, b, k and values v of a token and
 log gates w in [-0.61, 0):
 
     S_t = diag(exp w_t) S_{t-1} + b_t^T (a_t S_{t-1}) + k_t^T v_t        o_t = scale * r_t S_t
 
-The first step decays the state and erases by -a_t exp(-w_t), so that the state before the decay is
-looked up; the second one writes k_t^T v_t. Each function stands in for fla's function of that name
-(0.5.2) and has the same arguments.
+`rwkv7_chunks` computes it. Few tokens, and gates far below RWKV-7's, take two steps of the delta
+rule for each token: the first decays the state and erases by -a_t exp(-w_t), so that the state
+before the decay is looked up; the second one writes k_t^T v_t.
+
+Each function stands in for fla's function of that name (0.5.2) and has the same arguments.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from flame_composer.cpu.delta_chunks import Operands
 from flame_composer.cpu.delta_inputs import delta_rule
+from flame_composer.cpu.rwkv7_chunks import MIN_GATE, ONE_STEP, Inputs
 
 
 def chunk_rwkv7(
@@ -48,17 +51,10 @@ def chunk_rwkv7(
     """
     if cp_context is not None:
         raise NotImplementedError("on a CPU, RWKV-7 has no context parallelism")
-    return delta_rule(
-        _prepare,
-        (r, k, v, w, a, b),
-        scale,
-        initial_state,
-        output_final_state,
-        False,
-        cu_seqlens,
-        recurrent=recurrent,
-        num_steps=2,
-    )
+    given = (r, k, v, w, a, b), scale, initial_state, output_final_state, False, cu_seqlens
+    if recurrent or bool(w.amin() < MIN_GATE):
+        return delta_rule(two_steps, *given, recurrent=recurrent, num_steps=2)
+    return delta_rule(Inputs, *given, rule=ONE_STEP)
 
 
 def fused_mul_recurrent_rwkv7(
@@ -96,7 +92,7 @@ def fused_mul_recurrent_rwkv7(
     )
 
 
-def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Operands:
+def two_steps(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Operands:
     """Return the operands of two steps a token."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     r, k, w, a, b = (x.to(dtype) for x in (r, k, w, a, b))

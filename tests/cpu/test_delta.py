@@ -281,6 +281,43 @@ def test_rwkv7_erases_and_writes_by_different_keys(T):
             assert relative_error(gradient, want) < 6e-6
 
 
+@pytest.mark.parametrize("strongest", [-1.2, -30.0])
+@pytest.mark.parametrize("offsets", [None, [0, 1, 70, 71, 150]], ids=["", "packed"])
+@pytest.mark.parametrize("with_states", [False, True], ids=["", "states"])
+def test_rwkv7_takes_one_step_for_usual_gates_and_two_for_strong_ones(
+    strongest, offsets, with_states, monkeypatch
+):
+    """Both are the same function; `test_rwkv7_erases_and_writes_by_different_keys` defines it."""
+    random = torch.Generator().manual_seed(0)
+    size = 1 if offsets else 2, 150, 2, 16
+    r, k, v, kk = (torch.randn(size, generator=random, dtype=torch.float64) for _ in range(4))
+    w, a = (torch.rand(size, generator=random, dtype=torch.float64) for _ in range(2))
+    kk = F.normalize(kk, dim=-1)
+    rows = [x.requires_grad_() for x in (r, strongest * w, k, v, -kk, kk * a)]
+    first = torch.randn(4 if offsets else 2, 2, 16, 16, generator=random, dtype=torch.float64)
+    states = {"initial_state": first.requires_grad_(), "output_final_state": True}
+    cu_seqlens = {"cu_seqlens": torch.tensor(offsets)} if offsets else {}
+    rules = []
+    inner = rwkv7.delta_rule
+
+    def noted(make, *args, **kwargs):
+        rules.append(make)
+        return inner(make, *args, **kwargs)
+
+    monkeypatch.setattr(rwkv7, "delta_rule", noted)
+    results = []
+    for least in (rwkv7.MIN_GATE, torch.inf):
+        monkeypatch.setattr(rwkv7, "MIN_GATE", least)
+        o, state = rwkv7.chunk_rwkv7(*rows, 0.3, **(states if with_states else {}), **cu_seqlens)
+        total = o.sin().sum() + (state.sin().sum() if with_states else 0)
+        leaves = [*rows, first] if with_states else rows
+        results.append((o, *((state,) if with_states else ()), *torch.autograd.grad(total, leaves)))
+    assert (rules[0] is rwkv7.two_steps) == (strongest < -1.25)
+    assert rules[1] is rwkv7.two_steps
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-11
+
+
 def test_token_shift_keeps_documents_apart_and_goes_on_from_its_cache():
     from fla.modules.token_shift import token_shift
 
