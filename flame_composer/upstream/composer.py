@@ -38,7 +38,7 @@ def ask_wandb_for_its_address() -> None:
     from wandb.sdk.wandb_run import Run
 
     if not hasattr(Run, "get_url"):
-        Run.get_url = lambda run: run.url
+        Run.get_url = lambda run: run.url  # type: ignore[assignment, method-assign]
 
 
 def load_checkpoints_with(read: Callable[..., Any]) -> None:

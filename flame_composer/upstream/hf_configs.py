@@ -13,11 +13,21 @@ import torch
 from transformers import PretrainedConfig
 
 # Keys that all configs of transformers 4 have, of which those of 5 have few
-_BASE_OF_4 = """output_hidden_states output_attentions return_dict torchscript dtype pruned_heads
-tie_word_embeddings chunk_size_feed_forward is_encoder_decoder is_decoder
-cross_attention_hidden_size add_cross_attention tie_encoder_decoder architectures finetuning_task
-id2label label2id num_labels task_specific_params problem_type tokenizer_class prefix bos_token_id
-pad_token_id eos_token_id sep_token_id decoder_start_token_id""".split()
+_BASE_OF_4 = (
+    *("output_hidden_states", "output_attentions", "return_dict", "torchscript", "dtype"),
+    *("pruned_heads", "tie_word_embeddings", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *("is_decoder", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder"),
+    *(
+        "architectures",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "task_specific_params",
+    ),
+    *("problem_type", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id", "eos_token_id"),
+    *("sep_token_id", "decoder_start_token_id"),
+)
 _ROPE = "rope_parameters"  # in transformers 5, for what 4 has as rope_theta and rope_scaling
 _ROPE_OF_4 = {"rope_theta": (float, 10000.0), "rope_scaling": (dict | None, None)}
 

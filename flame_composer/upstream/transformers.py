@@ -95,7 +95,7 @@ def without_parameters() -> Iterator[None]:
             param = empty
         register(module, name, param)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

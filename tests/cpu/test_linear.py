@@ -89,7 +89,9 @@ def test_bf16_is_what_autocast_computes(in_bf16: None, bias: bool) -> None:
         results.append([y.float(), x.grad, *(each.grad for each in model.parameters())])
     for mine, other in zip(*results, strict=True):
         # The gradient of a bias is summed up in fp32 here, and in bf16 by autocast
-        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2 * float(other.detach().abs().max()))
+        torch.testing.assert_close(
+            mine, other, rtol=2e-2, atol=2e-2 * float(other.detach().abs().max())
+        )
     assert torch.equal(results[0][0], results[1][0])
     assert not torch.equal(results[0][0], F.linear(x, ours.weight, ours.bias))
 

@@ -457,9 +457,7 @@ CONFIGS = {
 def test_configs_come_out_as_they_went_in(name, caplog):
     cpu.enable()
     keys = dict(CONFIGS[name])
-    config: Any = CONFIG_MAPPING[keys.pop("model_type")](
-        **keys, dtype="bfloat16"
-    )
+    config: Any = CONFIG_MAPPING[keys.pop("model_type")](**keys, dtype="bfloat16")
     config.architectures = ["X"]
     content = json.loads(config.to_json_string())
     again = read_back_hf_config(content, "here")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import bz2
+import dataclasses
 import inspect
 import json
 import lzma
@@ -1146,3 +1147,134 @@ def test_without_parameters():
         module = build()
     assert module.weight.is_meta
     assert module.running_var.tolist() == [1, 1, 1]
+
+
+def test_ask_wandb_for_its_address():
+    """Composer's logger asks for `get_url`, which wandb has replaced by `url`."""
+    from composer.loggers import wandb_logger
+    from wandb.sdk.wandb_run import Run
+
+    from flame_composer.upstream.composer import ask_wandb_for_its_address
+
+    assert "wandb.run.get_url()" in inspect.getsource(wandb_logger)
+    ask_wandb_for_its_address()
+    assert callable(Run.get_url)
+    assert isinstance(Run.url, property)
+
+
+def test_base_keys():
+    """transformers 4 hides them behind **kwargs; 5 has them as fields, of which there are few."""
+    from transformers import PretrainedConfig
+
+    from flame_composer.upstream.hf_configs import base_keys
+
+    known = PretrainedConfig.__init__.__kwdefaults__
+    if TRANSFORMERS < (5, 0):
+        assert base_keys() == {*known}
+    else:
+        assert {"architectures", "dtype", "num_labels", "sep_token_id"} <= base_keys()
+        assert "sep_token_id" not in {each.name for each in dataclasses.fields(PretrainedConfig)}
+
+
+def test_parameters_of():
+    """Neither the keys of all configs nor **kwargs are a model's own."""
+    from transformers import LlamaConfig
+
+    from flame_composer.upstream.hf_configs import parameters_of
+
+    found, raw = parameters_of(LlamaConfig), inspect.signature(LlamaConfig.__init__).parameters
+    assert {"hidden_size", "rope_theta", "rope_scaling", "rms_norm_eps"} <= {*found}
+    assert not {"self", "kwargs", "architectures", "return_dict", "id2label"} & {*found}
+    if TRANSFORMERS >= (5, 0):
+        assert {"architectures", "return_dict", "id2label"} <= {*raw}
+        assert "rope_theta" not in raw
+
+
+def test_hints_of():
+    """The annotations of keys that all configs have name what their own module imports."""
+    import typing
+
+    from transformers import GPT2Config, LlamaConfig
+
+    from flame_composer.upstream.hf_configs import hints_of, parameters_of
+
+    for config_class in (LlamaConfig, GPT2Config):
+        assert {*hints_of(config_class)} <= {*parameters_of(config_class)}
+    assert "rope_theta" not in hints_of(GPT2Config)
+    if TRANSFORMERS >= (5, 0):
+        assert hints_of(LlamaConfig)["rope_theta"] is float
+        assert hints_of(LlamaConfig)["hidden_size"] is int
+        with pytest.raises(NameError):
+            typing.get_type_hints(LlamaConfig.__init__)
+
+
+def test_rotates():
+    """transformers 5 has one key for all of the rotary embedding's settings."""
+    from transformers import GPT2Config, LlamaConfig
+
+    from flame_composer.upstream.hf_configs import rotates
+
+    assert rotates(LlamaConfig())
+    assert not rotates(GPT2Config())
+    assert hasattr(LlamaConfig(), "rope_theta") is (TRANSFORMERS < (5, 0))
+
+
+def test_as_known_here():
+    """What one version of transformers writes of rotary embeddings, the other reads as well."""
+    from transformers import LlamaConfig
+
+    from flame_composer.upstream.hf_configs import as_known_here
+
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    of_4 = {"rope_theta": 5e5, "rope_scaling": scaled}
+    of_5 = {"rope_parameters": {"rope_theta": 5e5, **scaled}}
+    plain = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    if TRANSFORMERS < (5, 0):
+        assert LlamaConfig(**of_5).rope_theta == 1e4, "which would be another model"
+        assert as_known_here(of_5, LlamaConfig) == of_4
+        assert as_known_here(plain, LlamaConfig) == {"rope_theta": 5e5}
+        assert as_known_here(of_4, LlamaConfig) == of_4
+    else:
+        for content in (of_4, of_5):
+            found = LlamaConfig(**as_known_here(content, LlamaConfig))
+            assert found.rope_parameters == {"rope_theta": 5e5, **scaled}
+
+
+def test_read_fast(tmp_path):
+    """transformers 5 takes no more than vocabulary and merges from a Llama tokenizer's file."""
+    from transformers import AutoTokenizer
+
+    from flame_composer.upstream.tokenizers import read_fast
+    from tests.data_fixtures import byte_tokenizer, llama_tokenizer
+
+    for tokenizer in (byte_tokenizer(), llama_tokenizer()):
+        folder = tmp_path / str(tokenizer.bos_token_id)
+        tokenizer.save_pretrained(folder)
+        file = folder / "tokenizer.json"
+        written = json.loads(file.read_text())
+        written["post_processor"] = (
+            None if tokenizer.bos_token_id == 0 else written["post_processor"]
+        )
+        file.write_text(json.dumps(written))
+        found = read_fast(str(folder))
+        assert json.loads(found.backend_tokenizer.to_str()) == written
+        settings = folder / "tokenizer_config.json"
+        found.save_pretrained(tmp_path / "again")
+        saved = json.loads((tmp_path / "again" / settings.name).read_text())["tokenizer_class"]
+        assert saved in ("PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast")
+        settings.write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
+        assert json.loads(read_fast(str(folder)).backend_tokenizer.to_str()) == written
+        if TRANSFORMERS >= (5, 0):
+            theirs = AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+            assert (json.loads(theirs) != written) or tokenizer.bos_token_id != 0
+            assert pickle.dumps(type(found))
+
+
+def test_rebuilds_its_template():
+    """Llama's tokenizer makes its template from flags, and others of transformers 5 do as well."""
+    from flame_composer.upstream.tokenizers import rebuilds_its_template
+    from tests.data_fixtures import byte_tokenizer, llama_tokenizer
+
+    assert not rebuilds_its_template(byte_tokenizer())
+    assert rebuilds_its_template(llama_tokenizer()) is (TRANSFORMERS < (5, 0))
+    assert hasattr(byte_tokenizer(), "update_post_processor") is (TRANSFORMERS >= (5, 0))
