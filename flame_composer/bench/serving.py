@@ -30,6 +30,7 @@ from flame_composer.model.work import count_parameters
 from flame_composer.processes import start_child
 from flame_composer.serve.states import States, copies, prepare_weights, read
 from flame_composer.text.tokenizer import load_tokenizer
+from flame_composer.upstream.transformers import without_model_defaults
 from flame_composer.use.generate import in_batches, pad_left
 
 START_SECONDS = 600  # for a server to load its model
@@ -311,9 +312,10 @@ def generate(model: PreTrainedModel, batch: Sequence[Request]) -> torch.Tensor:
         max_new_tokens=max(each["max_tokens"] for each in batch), do_sample=False, pad_token_id=0
     )
     call: Any = model
-    found: torch.Tensor = call.generate(
-        ids, attention_mask=mask, generation_config=sampling, use_model_defaults=False
-    )
+    with without_model_defaults(model) as options:
+        found: torch.Tensor = call.generate(
+            ids, attention_mask=mask, generation_config=sampling, **options
+        )
     return found[:, ids.shape[1] :]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _OUTPUT_KEYS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
@@ -100,6 +100,24 @@ def without_parameters() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_model_defaults(model: Any) -> Iterator[dict[str, Any]]:
+    """Give the arguments by which `generate` takes nothing from the model's generation config.
+
+    Upstream: transformers 5.24, `GenerationMixin._prepare_generation_config`.
+    Mends: what the given config leaves open, an end of text for example, is taken from the model's;
+        transformers 4 has `use_model_defaults`.
+    """
+    if "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters:
+        yield {"use_model_defaults": False}
+        return
+    given, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield {}
+    finally:
+        model.generation_config = given
 
 
 def keep_generation_config(model: Any) -> None:

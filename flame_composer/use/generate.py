@@ -31,6 +31,7 @@ from flame_composer.model.build import quiet
 from flame_composer.text.chat import stop_ids
 from flame_composer.text.ends import encode_prompt
 from flame_composer.text.tokenizer import explained_failure, special_tokens
+from flame_composer.upstream.transformers import without_model_defaults
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ def continue_ids(
     processors = LogitsProcessorList([RequireNumbers()])
     if repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(repetition_penalty, (mask == 0).sum(1)))
-    with torch.inference_mode(), quiet():
+    with torch.inference_mode(), quiet(), without_model_defaults(model) as options:
         written = cast(Any, model).generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -137,7 +138,7 @@ def continue_ids(
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
-            use_model_defaults=False,
+            **options,
         )
     return written[:, ids.shape[1] :].tolist()
 

@@ -1278,3 +1278,27 @@ def test_rebuilds_its_template():
     assert not rebuilds_its_template(byte_tokenizer())
     assert rebuilds_its_template(llama_tokenizer()) is (TRANSFORMERS < (5, 0))
     assert hasattr(byte_tokenizer(), "update_post_processor") is (TRANSFORMERS >= (5, 0))
+
+
+def test_without_model_defaults():
+    """What is left open in the given config is taken from the model's own."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    from flame_composer.upstream.transformers import without_model_defaults
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=8))
+    torch.nn.init.zeros_(model.lm_head.weight)  # writes token 0 for ever
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
+    own = model.generation_config
+    ids = torch.ones(1, 1, dtype=torch.int64)
+
+    def generate(**options):
+        asked = GenerationConfig(max_new_tokens=5)  # a new one: it may be completed in place
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, generation_config=asked, **options)
+
+    assert generate().shape == (1, 2)
+    with without_model_defaults(model) as options:
+        assert generate(**options).shape == (1, 6)
+    assert model.generation_config is own
