@@ -104,16 +104,18 @@ def without_parameters() -> Iterator[None]:
 
 @contextmanager
 def without_model_defaults(model: Any) -> Iterator[dict[str, Any]]:
-    """Give the arguments by which `generate` takes nothing from the model's generation config.
+    """Give the arguments by which `generate` takes only tokens from the model's generation config.
 
     Upstream: transformers 5.24, `GenerationMixin._prepare_generation_config`.
-    Mends: what the given config leaves open, an end of text for example, is taken from the model's;
-        transformers 4 has `use_model_defaults`.
+    Mends: all that the given config leaves open is taken from the model's, such as a penalty;
+        transformers 4 has `use_model_defaults`, by which bos, eos and pad are.
     """
     if "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters:
         yield {"use_model_defaults": False}
         return
-    given, model.generation_config = model.generation_config, GenerationConfig()
+    given = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(given, name) for name in names})
     try:
         yield {}
     finally:
