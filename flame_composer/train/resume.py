@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Any, cast
@@ -22,6 +24,9 @@ from flame_composer.loader.layout import ALGOS
 from flame_composer.text.ends import Ends, ends_of, parse_ends, warn
 from flame_composer.text.ends import describe as describe_ends
 from flame_composer.train.algorithms import LabelSmoothing
+
+# The packages by which results are computed, and their modules. There is no Triton on a Mac.
+PACKAGES = {"torch": "torch", "triton": "triton", "transformers": "transformers", "fla-core": "fla"}
 
 
 class RandomState(Callback):
@@ -108,18 +113,22 @@ log = logging.getLogger(__name__)
 class SameLoss(Callback):
     """A callback that refuses a checkpoint that was trained on another loss than this run's.
 
-    `settings` are those that decide the loss of a row, by configuration key. Another precision is
-    said and not refused: losses agree to rounding, and a GPU's run may go on on a CPU.
+    `settings` are those that decide the loss of a row, by configuration key. Another precision and
+    other versions of the packages that compute are said and not refused: losses agree to rounding,
+    and a GPU's run may go on on a CPU.
     """
 
     def __init__(self, settings: dict[str, Any], *, precision: str = "fp32", allow_change: bool):
         self.settings = settings
         self.precision = precision
         self.allow_change = allow_change
+        installed = {name for name in PACKAGES if importlib.util.find_spec(PACKAGES[name])}
+        self.packages = {name: importlib.metadata.version(name) for name in installed}
         self.is_compared = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings, "precision": self.precision}
+        own = {"precision": self.precision, "packages": self.packages}
+        return {"settings": self.settings, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ConfigError if a setting is another than in the checkpoint, if that has it."""
@@ -131,6 +140,18 @@ class SameLoss(Callback):
                 " with %s: its losses agree with theirs to rounding, and not bit for bit",
                 in_short(before),
                 self.precision,
+            )
+        packages = state.get("packages", self.packages)  # none in checkpoints up to 2026-11-30
+        changed = [
+            f"{name} {in_short(packages[name])} before, {version} now"
+            for name, version in self.packages.items()
+            if isinstance(packages, dict) and packages.get(name, version) != version
+        ]
+        if changed and dist.get_global_rank() == 0:
+            log.warning(
+                "warning: this run continues with other packages (%s): on the same rows, with results"
+                " that agree to rounding, and not bit for bit",
+                "; ".join(changed),
             )
 
     def after_load(self, state: State, logger: Logger) -> None:

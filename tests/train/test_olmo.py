@@ -4,6 +4,7 @@ run, and settings of the loss that stay as they are.
 
 from __future__ import annotations
 
+import importlib.metadata
 import types
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,15 @@ def test_settings_of_the_loss_that_are_not_known_are_not_compared(
         SameLoss({}, precision="amp_bf16", allow_change=False).load_state_dict(held)
         assert len(caplog.messages) == told
     assert "with 'fp32', and this run continues with amp_bf16: " in caplog.messages[0]
+    caplog.clear()
+    loss = SameLoss({}, allow_change=False)
+    loss.load_state_dict(loss.state_dict())
+    loss.load_state_dict({"settings": {}, "packages": "of an attacker"})
+    assert caplog.messages == []
+    loss.load_state_dict({"settings": {}, "packages": {**loss.packages, "torch": "2.0.1"}})
+    now = importlib.metadata.version("torch")
+    (told,) = caplog.messages
+    assert f"other packages (torch '2.0.1' before, {now} now): on the same rows" in told
     SameLoss({"z_loss": 0.1, "varlen": True}, allow_change=False).load_state_dict(
         {"settings": {"z_loss": 0.1}}
     )
