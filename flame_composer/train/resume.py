@@ -149,8 +149,8 @@ class SameLoss(Callback):
         ]
         if changed and dist.get_global_rank() == 0:
             log.warning(
-                "warning: this run continues with other packages (%s): on the same rows, with results"
-                " that agree to rounding, and not bit for bit",
+                "warning: this run continues with other packages (%s): on the same rows, with"
+                " results that agree to rounding, and not bit for bit",
                 "; ".join(changed),
             )
 
