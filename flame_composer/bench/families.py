@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def compare_models(config: ModelsBenchmarkConfig) -> tuple[dict[str, Any], list[
         )
     )
     names = config.names or [name for family in FAMILIES.values() for name in family]
-    built: dict[str, Any] = {name: build(name, config, count_parameters(llama)) for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fla's words on RWKV and Comba, each time a layer is built
+        built = {name: build(name, config, count_parameters(llama)) for name in names}
     rows: dict[str, dict[str, Any]] = {
         name: {"parameters": count_parameters(model)} for name, model in built.items()
     }
