@@ -122,7 +122,7 @@ class SameLoss(Callback):
         self.settings = settings
         self.precision = precision
         self.allow_change = allow_change
-        installed = {name for name in PACKAGES if importlib.util.find_spec(PACKAGES[name])}
+        installed = [name for name in PACKAGES if importlib.util.find_spec(PACKAGES[name])]
         self.packages = {name: importlib.metadata.version(name) for name in installed}
         self.is_compared = False
 

@@ -89,11 +89,16 @@ def as_known_here(
     """
     found = dict(content)
     parameters = found.get(_ROPE)
-    if not isinstance(parameters, dict) or _ROPE in parameters_of(config_class):
+    known = parameters_of(config_class)
+    if not isinstance(parameters, dict) or _ROPE in known or "rope_theta" not in known:
         return found
+    if any(isinstance(each, dict) for each in parameters.values()):
+        return found  # one embedding for each kind of layer: the key is named as left out
     del found[_ROPE]
     scaling = dict(parameters)
     found.setdefault("rope_theta", scaling.pop("rope_theta", 10000.0))
+    if "partial_rotary_factor" in scaling:
+        found.setdefault("partial_rotary_factor", scaling.pop("partial_rotary_factor"))
     if scaling.get("rope_type", "default") != "default":
         found.setdefault("rope_scaling", scaling)
     return found

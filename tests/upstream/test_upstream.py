@@ -1221,7 +1221,7 @@ def test_rotates():
 
 def test_as_known_here():
     """What one version of transformers writes of rotary embeddings, the other reads as well."""
-    from transformers import LlamaConfig
+    from transformers import GPT2Config, LlamaConfig
 
     from flame_composer.upstream.hf_configs import as_known_here
 
@@ -1234,6 +1234,12 @@ def test_as_known_here():
         assert as_known_here(of_5, LlamaConfig) == of_4
         assert as_known_here(plain, LlamaConfig) == {"rope_theta": 5e5}
         assert as_known_here(of_4, LlamaConfig) == of_4
+        partly = {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}
+        expected = {"rope_theta": 5e5, "partial_rotary_factor": 0.5}
+        assert as_known_here(partly, LlamaConfig) == expected
+        for_each_kind = {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}
+        assert as_known_here(for_each_kind, LlamaConfig) == for_each_kind, "which is then named"
+        assert as_known_here(of_5, GPT2Config) == of_5
     else:
         for content in (of_4, of_5):
             found = LlamaConfig(**as_known_here(content, LlamaConfig))
