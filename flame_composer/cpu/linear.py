@@ -8,6 +8,7 @@ the same, up to the order in which fp32 sums are added up.
 from __future__ import annotations
 
 import faulthandler
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -48,14 +49,16 @@ def use_bf16(on: bool) -> None:
 
 
 def keep_signals_off_the_heap() -> None:
-    """Give this thread a separate stack for signal handlers.
+    """Give this thread a separate stack for signal handlers, if torch's oneDNN needs it.
 
     While oneDNN's fp32 kernels compute, the stack pointer points into the heap (before 3.11.2;
     uxlfoundation/oneDNN issue 4845). A SIGTERM then overwrites what lies there, and the process
     aborts some time later. Python's handlers run on the alternate stack if there is one, and
     enabling faulthandler makes one. Signals are delivered to the main thread if it accepts them.
     """
-    if not faulthandler.is_enabled():
+    version = re.search(r"MKL-DNN v(\d+)\.(\d+)\.(\d+)", torch.__config__.show())
+    is_mended = version is not None and tuple(map(int, version.groups())) >= (3, 11, 2)
+    if not is_mended and not faulthandler.is_enabled():
         faulthandler.enable(file=2)
 
 

@@ -266,7 +266,7 @@ print(len(heard))
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_signal_in_the_middle_of_a_product_does_no_harm(threads: int) -> None:
     """Without the guard this aborts with `corrupted size vs. prev_size` on CPUs with AVX2 or
-    AVX-512.
+    AVX-512, if oneDNN is older than 3.11.2.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": f"{threads}"}
     environment.pop("PYTHONFAULTHANDLER", None)
