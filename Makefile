@@ -11,6 +11,8 @@ VENV := .venv-current
 # Composer's own pins exclude these versions: the whole list is installed as it is.
 INSTALL = --no-deps -r constraints-current.txt -e .
 LOCK := constraints-current.txt
+# The list is the whole of what is installed: constraints that a machine has for all its users would contradict it.
+export PIP_CONSTRAINT := $(LOCK)
 else
 $(error STACK=$(STACK): there is "default" and "current")
 endif
