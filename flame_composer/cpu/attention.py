@@ -1,9 +1,12 @@
-"""Softmax attention on a CPU, in place of the two functions of flash-attn that fla calls.
+"""Softmax attention without flash-attn, in place of the two functions of it that fla calls.
 
 `flash_attn_func` takes rows of one length, `flash_attn_varlen_func` documents laid end to end. Both
 run PyTorch's scaled_dot_product_attention, which has a fused kernel for CPUs: it never holds the
 weights of all pairs of tokens. Each document is computed alone, and a sliding window in blocks of
 queries with the keys they see, so the work grows with the pairs that see one another.
+
+For CUDA tensors newer versions of torch have these kernels themselves (`fused_flash_attn_func`,
+`fused_flash_attn_varlen_func`).
 
 Shapes: B batch, T queries, S keys, H heads of the queries, G heads of keys and values (which divide
 H), D channels. As in flash-attn, the last query is aligned with the last key.
@@ -11,12 +14,17 @@ H), D channels. As in flash-attn, the last query is aligned with the last key.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What torch's build of flash-attn computes with
+FUSED_TYPES = (torch.float16, torch.bfloat16)
 # Queries of a block of a sliding window, if the window is shorter
 MIN_BLOCK = 64
 
@@ -70,12 +78,79 @@ def flash_attn_varlen_func(
     return torch.cat(found)
 
 
+def fused_flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Return what `flash_attn_func` returns, for CUDA tensors, by torch's own build of flash-attn.
+
+    Of fp32 tensors, for which there is no such kernel, it is computed as on a CPU.
+
+    Raises:
+        NotImplementedError: as `flash_attn_func`.
+    """
+    if q.dtype not in FUSED_TYPES:
+        return flash_attn_func(q, k, v, **options)
+    (B, T), S = q.shape[:2], k.shape[1]
+    of_queries = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    of_keys = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q.device)
+    of_keys = of_queries if S == T else of_keys
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    attended = fused_flash_attn_varlen_func(q, k, v, of_queries, of_keys, T, S, **options)
+    return attended.unflatten(0, (B, T))
+
+
+def fused_flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what `flash_attn_varlen_func` returns, as `fused_flash_attn_func` does.
+
+    Needs `torch.nn.attention.varlen` with windows and grouped heads (tried with torch 2.15).
+
+    Raises:
+        NotImplementedError: as `flash_attn_func`.
+    """
+    borders = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if q.dtype not in FUSED_TYPES:
+        return flash_attn_varlen_func(q, k, v, *borders, softmax_scale=softmax_scale, **options)
+    window = _window(**{"dropout_p": 0.0, "causal": False, "window_size": (-1, -1), **options})
+    of_queries = cu_seqlens_q.int()
+    # The fastest kernel takes the same tensor for both, or none
+    of_keys = of_queries if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.int()
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    attended: Tensor = attend(
+        *(x.contiguous() for x in (q, k, v)),
+        of_queries,
+        of_keys,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=softmax_scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=k.shape[1] < q.shape[1],
+    )
+    return attended
+
+
+def has_fused() -> bool:
+    """Return whether torch has the kernels of `fused_flash_attn_func`."""
+    try:
+        attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa", "scale"} <= inspect.signature(attend).parameters.keys()
+
+
 def _window(dropout_p: float, causal: bool, window_size: tuple[int, int]) -> int | None:
     """Return how many keys a query sees, itself included, or None for all up to it."""
     if dropout_p or not causal or window_size[1] > 0:
         raise NotImplementedError(
-            "on a CPU, softmax attention is available without dropout and to earlier tokens only:"
-            f" dropout_p=0, causal=True, not dropout_p={dropout_p}, causal={causal},"
+            "without flash-attn, softmax attention is available without dropout and to earlier"
+            f" tokens only: dropout_p=0, causal=True, not dropout_p={dropout_p}, causal={causal},"
             f" window_size={window_size}"
         )
     return None if window_size[0] < 0 else window_size[0] + 1

@@ -228,10 +228,10 @@ def _register_backend() -> None:
 
 
 def _supply_flash_attention() -> None:
-    """Let CPU tensors take `cpu.attention` where fla's softmax attention calls flash-attn.
+    """Let tensors take `cpu.attention` where fla's softmax attention calls flash-attn.
 
-    fla refuses to build such a layer without flash-attn. It still does so on a machine with a GPU,
-    where flash-attn is what the layer needs.
+    CPU tensors always do, CUDA tensors where flash-attn is not installed and torch has the same
+    kernels. With a GPU and neither, fla still refuses to build such a layer.
     """
     owner = importlib.import_module("fla.layers.attn")
     for cpu_version in (attention.flash_attn_func, attention.flash_attn_varlen_func):
@@ -240,6 +240,8 @@ def _supply_flash_attention() -> None:
         is_ours = original is cpu_version or hasattr(original, "cpu_version")
         if original is None and not torch.cuda.is_available():
             setattr(owner, name, cpu_version)
+        elif original is None and attention.has_fused():
+            setattr(owner, name, _by_device(getattr(attention, f"fused_{name}"), cpu_version))
         elif original is not None and not is_ours:
             setattr(owner, name, _by_device(original, cpu_version))
 

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flame_composer import cpu
-from flame_composer.cpu.attention import flash_attn_func, flash_attn_varlen_func
+from flame_composer.cpu import attention
+from flame_composer.cpu.attention import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    fused_flash_attn_func,
+    fused_flash_attn_varlen_func,
+)
 from flame_composer.cpu.coverage import missing
 
 cpu.enable()
@@ -24,7 +30,10 @@ from fla.models import GLAConfig, TransformerConfig  # noqa: E402
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 
 from flame_composer.cpu.enable import _supply_flash_attention  # noqa: E402
+from tests import stack  # noqa: E402
 from tests.fixtures.attention import make_fixtures  # noqa: E402
+
+TORCH_HAS_KERNELS = stack.TORCH >= (2, 15)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -275,21 +284,69 @@ def test_flash_attn_is_not_claimed_to_be_there():
     assert not is_flash_attn_2_available()
 
 
-def test_with_a_gpu_the_layer_still_asks_for_flash_attn(monkeypatch):
-    """Without flash-attn nothing is put in its place; with it, CPU tensors alone come here."""
+def test_with_a_gpu_flash_attn_or_torch_has_the_kernel(monkeypatch):
+    """Without flash-attn CUDA tensors take torch's, or nothing; CPU tensors alone come here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fla.layers.attn, "flash_attn_func", None)
     monkeypatch.setattr(fla.layers.attn, "flash_attn_varlen_func", None)
-    _supply_flash_attention()
+    with monkeypatch.context() as older:
+        older.setattr(attention, "has_fused", lambda: False)
+        _supply_flash_attention()
     assert fla.layers.attn.flash_attn_func is None
     with pytest.raises(ImportError, match="flash-attn"):
         fla.layers.attn.Attention(hidden_size=8, num_heads=2)
+    _supply_flash_attention()
+    supplied = fla.layers.attn.flash_attn_func
+    assert (supplied is not None) == attention.has_fused() == TORCH_HAS_KERNELS
+    if supplied is not None:
+        assert supplied.__wrapped__ is fused_flash_attn_func
     monkeypatch.setattr(fla.layers.attn, "flash_attn_func", lambda *_, **__: "flash-attn's")
     _supply_flash_attention()
     chosen = fla.layers.attn.flash_attn_func
     q, k, v = draw(0, (1, 3, 2, 8), (1, 3, 2, 8), (1, 3, 2, 8))
     assert torch.equal(chosen(q, k, v, causal=True), flash_attn_func(q, k, v, causal=True))
     assert chosen(*(x.to("meta") for x in (q, k, v))) == "flash-attn's"
+
+
+@pytest.mark.skipif(not TORCH_HAS_KERNELS, reason="this torch has no attention over documents")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("S", [70, 90])
+def test_torch_takes_what_fla_gives_it(S, window):
+    """What torch computes there needs a GPU; what it returns and refuses can be asked without."""
+    options = {"causal": True, "window_size": sides(window)}
+    made = {"dtype": torch.bfloat16, "device": "meta"}
+    q = torch.empty(2, 70, 4, 64, **made, requires_grad=True)
+    k, v = (torch.empty(2, S, 2, 64, **made) for _ in range(2))
+    got = fused_flash_attn_func(q, k, v, **options)
+    assert (got.shape, got.dtype) == (q.shape, q.dtype)
+    assert torch.autograd.grad(got.sum(), q)[0].shape == q.shape
+    with pytest.raises(NotImplementedError, match="without dropout"):
+        fused_flash_attn_func(q, k, v, dropout_p=0.1, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not TORCH_HAS_KERNELS, reason="this torch has no attention over documents")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kept", [0, 30])
+def test_torch_and_this_agree_on_a_gpu(window, kept):
+    lengths, options = [70, 1, 79], {"causal": True, "window_size": sides(window)}
+    of_queries = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    of_keys = of_queries + kept * torch.arange(4, device="cuda").int() if kept else of_queries
+    tokens = int(of_keys[-1])
+    exact = [x.cuda() for x in draw(0, (150, 4, 64), (tokens, 2, 64), (tokens, 2, 64))]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    borders = (of_queries, of_keys, 79, 79 + kept)
+    want = flash_attn_varlen_func(*exact, *borders, **options)
+    got = fused_flash_attn_varlen_func(*rounded, *borders, **options)
+    of_exact = torch.autograd.grad(want.square().sum(), exact)
+    of_rounded = torch.autograd.grad(got.square().sum(), rounded)
+    for a, b in zip((got, *of_rounded), (want, *of_exact), strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+    # in fp32 it is computed here
+    single = [x.detach().float() for x in exact]
+    same = fused_flash_attn_varlen_func(*single, *borders, **options)
+    assert (same - want).norm() < 1e-5 * want.norm()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs all models")
