@@ -5,7 +5,6 @@ YAML would turn an unquoted 1.10 into the number 1.1, and no into false.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import types
 import typing
@@ -59,14 +58,20 @@ def require_shallow(stream: Any) -> None:
     text = stream if isinstance(stream, str) else stream.read(MOST_LETTERS + 1)
     if len(text) > MOST_LETTERS:
         raise ValueError(f"has more than {MOST_LETTERS:,} characters")
-    depth = 0
-    with contextlib.suppress(yaml.YAMLError):  # reported when the document is loaded
+    depth = most = 0
+    try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent
             )
-            if depth > MOST_LEVELS:
-                raise ValueError(f"lists and mappings in one another, more than {MOST_LEVELS} deep")
+            most = max(most, depth)
+            if most > MOST_LEVELS:
+                break
+    except yaml.YAMLError as error:  # other errors are reported when the document is loaded
+        # Newer builds of libyaml have a limit of their own, and meet it ahead of these events.
+        most = MOST_LEVELS + 1 if "maximum nesting depth" in str(error) else most
+    if most > MOST_LEVELS:
+        raise ValueError(f"lists and mappings in one another, more than {MOST_LEVELS} deep")
     if not isinstance(stream, str):
         stream.seek(0)
 

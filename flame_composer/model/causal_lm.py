@@ -22,7 +22,7 @@ from flame_composer.errors import InvalidField
 from flame_composer.model.lora import Adapter, trained_names
 from flame_composer.model.quantized import is_quantized
 from flame_composer.model.work import Work, count_work
-from flame_composer.upstream.composer import known_as_causal
+from flame_composer.upstream.composer import ask_configs_without_a_word, known_as_causal
 from flame_composer.upstream.transformers import block_names
 
 # fla models whose layers take no `cu_seqlens`: their state carries over from one document to the
@@ -75,6 +75,7 @@ class CausalLM(HuggingFaceModel):
                 "needs the logits, which model.config.fuse_linear_cross_entropy=true does not make;"
                 " set that to false",
             )
+        ask_configs_without_a_word()
         with known_as_causal():
             super().__init__(
                 model=model,

@@ -12,6 +12,7 @@ from composer.core import state
 from composer.models import huggingface
 from composer.utils import checkpoint
 from composer.utils.parallelism import FSDP2Config
+from transformers import PretrainedConfig
 
 
 @contextlib.contextmanager
@@ -39,6 +40,20 @@ def ask_wandb_for_its_address() -> None:
 
     if not hasattr(Run, "get_url"):
         Run.get_url = lambda run: run.url  # type: ignore[assignment, method-assign]
+
+
+def ask_configs_without_a_word() -> None:
+    """Let Composer ask a model's config whether outputs are dictionaries, as it used to.
+
+    Upstream: transformers 5.24, `PreTrainedConfig.use_return_dict`, and composer 0.32.1,
+    `HuggingFaceModel.loss` and `eval_forward`.
+    Mends: transformers 5 tells every process, in a line, that the name is deprecated.
+    """
+
+    def are_dictionaries(config: Any) -> bool:
+        return bool(config.return_dict) and not getattr(config, "torchscript", False)
+
+    PretrainedConfig.use_return_dict = property(are_dictionaries)  # type: ignore[assignment]
 
 
 def load_checkpoints_with(read: Callable[..., Any]) -> None:

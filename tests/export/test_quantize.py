@@ -42,6 +42,7 @@ from tests.data_fixtures import byte_tokenizer, words
 from tests.runs import Corpus, Script, check, last_json, run_script
 from tests.serve.clients import Server
 from tests.serve.test_engine import Bench
+from tests.stack import TRANSFORMERS
 
 IDS = torch.arange(2 * 90).reshape(2, 90) * 13 % 250
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
@@ -61,7 +62,8 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
         8,
     ),
     "mamba": ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, 9, 9),
-    "falcon_mamba": (FALCON_MAMBA, 9, 9),
+    # transformers 5 reads the weights of two layers instead of calling them
+    "falcon_mamba": (FALCON_MAMBA, 9, 9 if TRANSFORMERS < (5, 0) else 7),
 }
 
 

@@ -423,7 +423,8 @@ def test_w_and_b_without_an_account_is_one_line(tmp_path, monkeypatch):
     state: Any = SimpleNamespace(run_name="run")
     with pytest.raises(
         ConfigError,
-        match=r"^wandb: cannot be logged to: api_key not configured .*; run `wandb login`",
+        match=r"^wandb: cannot be logged to: (?i:(no )?api.key( not)? configured).*;"
+        " run `wandb login`",
     ):
         logger.init(state, None)  # pyright: ignore[reportArgumentType]
 

@@ -1162,6 +1162,20 @@ def test_ask_wandb_for_its_address():
     assert isinstance(Run.url, property)
 
 
+def test_ask_configs_without_a_word(caplog):
+    """Composer asks a config for `use_return_dict`, of which transformers 5 warns."""
+    from composer.models import huggingface
+    from transformers import PretrainedConfig
+
+    from flame_composer.upstream.composer import ask_configs_without_a_word
+
+    assert "self.config.use_return_dict" in inspect.getsource(huggingface)
+    ask_configs_without_a_word()
+    for wanted in (True, False):
+        assert PretrainedConfig(return_dict=wanted).use_return_dict is wanted
+    assert not caplog.messages
+
+
 def test_base_keys():
     """transformers 4 hides them behind **kwargs; 5 has them as fields, of which there are few."""
     from transformers import PretrainedConfig
