@@ -86,8 +86,13 @@ class Checked:
             )
         if verdict.least is None:
             reason = max(verdict.errors, key=lambda error: verdict.errors[error])
-            if self.gpu.capability == 120:
-                reason += " (triton 3.3.0 cannot multiply matrices there: triton issue 6087)"
+            from flame_composer.upstream.triton import multiplies_matrices
+
+            if not multiplies_matrices(self.gpu.capability):
+                reason += (
+                    " (triton 3.3.0 cannot multiply matrices there, triton issue 6087; a later one"
+                    " can: STACK=current, docs/stacks.md)"
+                )
             return (
                 f"no configuration of {where} compiles for {there}: {reason}; take another device"
                 " or model"

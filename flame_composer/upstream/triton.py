@@ -294,6 +294,15 @@ def prepare_to_compile() -> None:
     make_backend(driver.active.get_current_target()).hash()
 
 
+def multiplies_matrices(capability: int) -> bool:
+    """Return whether Triton compiles products of matrices for an architecture, such as 90.
+
+    Upstream: triton 3.3.0, triton-lang/triton issue 6087.
+    Mends: nothing; it tells why `compiled_shared_memory` fails for sm_120.
+    """
+    return capability != 120 or triton.__version__ != "3.3.0"
+
+
 def compiled_shared_memory(variant: Variant) -> int:
     """Compile for the GPU that is claimed; return the bytes of shared memory that a block needs.
 

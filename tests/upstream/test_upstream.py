@@ -11,9 +11,12 @@ import dataclasses
 import inspect
 import json
 import lzma
+import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -843,6 +846,39 @@ def test_compiled_shared_memory():
 
     with pytest.raises(AssertionError):
         triton.compile(kernel.fn.fn, target=GPUTarget("cuda", 90, 32))
+
+
+PRODUCT = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flame_composer.upstream.triton import multiplies_matrices
+
+@triton.jit
+def product(a, b, out):
+    at = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None]
+    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+def compiles(capability):
+    types = {"a": "*fp16", "b": "*fp16", "out": "*fp32"}
+    try:
+        triton.compile(ASTSource(product, types), target=GPUTarget("cuda", capability, 32))
+    except RuntimeError:
+        return False
+    return True
+
+for capability in (90, 120):
+    assert compiles(capability) == multiplies_matrices(capability), capability
+"""
+
+
+def test_multiplies_matrices(tmp_path):
+    """triton 3.3.0 compiles no tl.dot for sm_120."""
+    file = tmp_path / "product.py"
+    file.write_text(PRODUCT)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, file], env=environment, check=True, timeout=300)
 
 
 def test_prepare_to_compile():
