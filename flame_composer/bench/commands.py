@@ -100,33 +100,29 @@ def compare_readers(
     quickstart_data(root, config, folder)
     dataset = str(folder / "train")
 
-    def call(function: str, *arguments: float) -> Callable[[], float]:
+    def call(function: str, *arguments: float) -> Callable[[], list[float]]:
         first = f"import sys; from flame_composer.bench.runs import {function}; "
         code = first + f"print({function}(sys.argv[1], *map(float, sys.argv[2:])))"
-        return lambda: float(
-            measure(
-                [sys.executable, "-c", code, dataset, *map(str, arguments)]
-            ).output.splitlines()[-1]
-        )
+        command = [sys.executable, "-c", code, dataset, *map(str, arguments)]
+        return lambda: json.loads(measure(command).output.splitlines()[-1])
 
-    rows = interleaved(
+    small = min(config.epoch_rows, SMALL_EPOCH)
+    found = interleaved(
         {
-            "ours": call("read_all", 0),
+            "read": call("read_all"),
             "plain": call("read_all_plainly"),
-            "one_worker": call("read_all", 1),
-            "two_workers": call("read_all", 2),
+            "start": call("first_batch", small, 0),
+            "end": call("first_batch", config.epoch_rows, 0.99),
         },
         config.repeats,
-        "rows",
+        "data",
         warm=0,
     )
-    far = config.epoch_rows, 0.99
-    starts = {
-        "start": call("first_batch", min(config.epoch_rows, SMALL_EPOCH), 0),
-        "end": call("first_batch", *far),
-    }
-    begun = interleaved(starts, config.repeats, "first batch", warm=0)
-    memory = call("first_batch_memory", *far)()
+    names = ("ours", "one_worker", "two_workers")
+    rows = dict(zip(names, zip(*found["read"], strict=True), strict=True))
+    rows["plain"] = tuple(rate for (rate,) in found["plain"])
+    begun = {name: [seconds for seconds, _ in found[name]] for name in ("start", "end")}
+    memory = median([megabytes for _, megabytes in found["end"]])
     result: dict[str, Any] = {"memory_to_the_first_batch_mb": round(memory)} | {
         f"{name}_rows_per_second": round(median(values)) for name, values in rows.items()
     }
@@ -141,8 +137,7 @@ def compare_readers(
             at_least=1.7,
         ),
         Figure(
-            f"data: first batch at 99 % of {config.epoch_rows:,} rows over row 0 of"
-            f" {min(config.epoch_rows, SMALL_EPOCH):,}",
+            f"data: first batch at 99 % of {config.epoch_rows:,} rows over row 0 of {small:,}",
             ratio(begun["end"], begun["start"]),
             at_most=2,
         ),

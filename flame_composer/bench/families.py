@@ -5,12 +5,8 @@ Also what a training step keeps in memory, and whether decoding gets slower in l
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +15,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedMo
 from flame_composer import cpu
 from flame_composer.bench.decoding import decode, read_prompt
 from flame_composer.bench.measure import Figure, interleaved, median, ratio
-from flame_composer.bench.models import step
+from flame_composer.bench.models import memory_per_token, step
 from flame_composer.config.bench import ModelsBenchmarkConfig
 from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.model.build import build_model
@@ -52,7 +48,6 @@ LIMITS = {
 }
 FLAT = 1.2  # times that a token may take at 8192 of what it takes at 512
 FLAT_DECODING = 1.1  # the same of a token that is decoded, at 8192 and at 256
-PEAK = Path("/proc/self/clear_refs")  # 5 written to it makes the peak the memory of now
 
 
 def build(name: str, config: ModelsBenchmarkConfig, num_parameters: int) -> PreTrainedModel:
@@ -134,34 +129,6 @@ def compare_models(config: ModelsBenchmarkConfig) -> tuple[dict[str, Any], list[
         "models": rows,
     }
     return result, list(_figures(rows, llama_bytes))
-
-
-def memory_per_token(model: PreTrainedModel) -> int | None:
-    """Return the bytes that a token takes per layer in training; None where Linux cannot tell.
-
-    They are the difference in peak memory between a step of 2048 and one of 256 tokens, per token
-    and layer, each above what the process held before it.
-    """
-    short, long = 256, 2048
-    peaks = []
-    for length in (long, short, long):  # the first also makes what stays, such as gradients
-        run: Callable[[], float] = step(model, length, length, model.config.vocab_size)
-        gc.collect()
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed would count as held
-            PEAK.write_text("5")
-        except (OSError, AttributeError):  # no Linux, or no glibc
-            return None
-        before = _status("VmRSS")
-        run()
-        peaks.append(_status("VmHWM") - before)
-    return round((peaks[2] - peaks[1]) / (long - short) / model.config.num_hidden_layers)
-
-
-def _status(key: str) -> int:
-    """Return a number of bytes from this process's status: VmRSS now, VmHWM at its peak."""
-    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
-    return 1024 * int(found[1]) if found else 0
 
 
 def _growth_of_decoding(model: PreTrainedModel, repeats: int) -> float:

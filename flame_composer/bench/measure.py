@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from flame_composer.errors import ConfigError, DataError
 from flame_composer.processes import end_session, lead_session
+
+T = TypeVar("T")
 
 # Figures
 
@@ -107,14 +109,14 @@ class Progress:
 
 
 def interleaved(
-    what: Mapping[str, Callable[[], float]], repeats: int, title: str | None, *, warm: int = 1
-) -> dict[str, list[float]]:
+    what: Mapping[str, Callable[[], T]], repeats: int, title: str | None, *, warm: int = 1
+) -> dict[str, list[T]]:
     """Call the functions `what` in turns, and return the list of values of each, by name.
 
     There are `repeats` turns, after `warm` others whose values are dropped. On a terminal, a bar
     with the title shows how far they are; with None there is no bar.
     """
-    values: dict[str, list[float]] = {name: [] for name in what}
+    values: dict[str, list[T]] = {name: [] for name in what}
     hidden = True if title is None else None
     for _ in tqdm(range(warm + repeats), desc=title, disable=hidden):
         for name, run in what.items():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import ctypes
+import functools
+import gc
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flame_composer import cpu
 from flame_composer.bench.devices import peak_of
-from flame_composer.bench.measure import Figure, interleaved, measure, median, ratio
+from flame_composer.bench.measure import Figure, interleaved, median, ratio
 from flame_composer.config.bench import BenchmarkConfig
 from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.model.build import build_model
 from flame_composer.model.work import count_parameters, count_work
+
+PEAK = Path("/proc/self/clear_refs")  # 5 written to it makes the peak the memory of now
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -117,15 +123,6 @@ def gemm(device: str) -> Callable[[], float]:
     return lambda: 8 * 2 * size**3 / seconds(lambda: [a @ b for _ in range(8)])
 
 
-def one_step(
-    name: str, context_length: int, hidden_size: int, num_layers: int, vocab_size: int
-) -> None:
-    """Run two training steps of one row, in a process whose peak memory is measured."""
-    model = build_pair(hidden_size, num_layers, vocab_size)[name]
-    for _ in range(2):
-        step(model, context_length, context_length, vocab_size)()
-
-
 def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     """Time forward and backward of a GLA and a Llama (SDPA) of its size at each context length."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,7 +173,8 @@ def training(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     }
     by_context: dict[int, dict[str, Any]] = {row["context_length"]: row for row in rows}
     if 2048 in by_context and device == "cpu":
-        result["bytes_per_token_and_layer"] = {name: _memory(name, config) for name in models}
+        kept = {name: memory_per_token(model) for name, model in models.items()}
+        result["bytes_per_token_and_layer"] = kept
     return result, [*training_figures(result, by_context), *mfu(result)]
 
 
@@ -213,7 +211,8 @@ def training_figures(
             by_context[512]["gla_model_flops_over_gemm"],
             at_least=0.85,
         )
-    if memory := result.get("bytes_per_token_and_layer"):
+    memory = result.get("bytes_per_token_and_layer", {})
+    if memory and all(memory.values()):
         yield Figure(
             "training step: GLA's memory per token and layer over Llama's, at 2048",
             round(memory["gla"] / memory["llama"], 3),
@@ -255,6 +254,7 @@ def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     by_rows = [1 << power for power in range(most.bit_length())]
     by_layers = sorted({max(1, round(config.num_layers * part)) for part in (0.25, 0.5, 1, 2)})
 
+    @functools.cache  # one size is in both lists
     def timed(num_rows: int, num_layers: int) -> dict[str, Any]:
         models = build_pair(config.hidden_size, num_layers, config.vocab_size, device=device)
         batch_tokens = num_rows * context_length
@@ -296,19 +296,29 @@ def growth(config: BenchmarkConfig) -> tuple[dict[str, Any], list[Figure]]:
     ]
 
 
-def _memory(name: str, config: BenchmarkConfig) -> int:
-    """Return the bytes of memory that each token takes per layer in training.
+def memory_per_token(model: PreTrainedModel) -> int | None:
+    """Return the bytes that a token takes per layer in training; None where Linux cannot tell.
 
-    They are the difference in peak memory between steps of 2048 and of 256 tokens, per token and
-    layer.
+    They are the difference in peak memory between a step of 2048 and one of 256 tokens, per token
+    and layer, each above what the process held before it.
     """
-    code = (
-        "import sys; from flame_composer.bench.models import one_step; one_step(sys.argv[1],"
-        " *map(int, sys.argv[2:]))"
-    )
-    shape = [str(value) for value in (config.hidden_size, config.num_layers, config.vocab_size)]
-    short, long = (
-        measure([sys.executable, "-c", code, name, str(tokens), *shape]).peak_bytes
-        for tokens in (256, 2048)
-    )
-    return round((long - short) / (2048 - 256) / config.num_layers)
+    short, long = 256, 2048
+    peaks = []
+    for length in (short, short, long):  # the first also makes what stays, such as gradients
+        run: Callable[[], float] = step(model, length, length, model.config.vocab_size)
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed would count as held
+            PEAK.write_text("5")
+        except (OSError, AttributeError):  # no Linux, or no glibc
+            return None
+        before = _status("VmRSS")
+        run()
+        peaks.append(_status("VmHWM") - before)
+    return round((peaks[2] - peaks[1]) / (long - short) / model.config.num_hidden_layers)
+
+
+def _status(key: str) -> int:
+    """Return a number of bytes from this process's status: VmRSS now, VmHWM at its peak."""
+    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    return 1024 * int(found[1]) if found else 0

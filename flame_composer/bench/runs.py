@@ -150,16 +150,22 @@ def rows_of(folder: str, *, num_rows: int, num_workers: int = 0) -> Any:
     ).dataloader
 
 
-def read_all(folder: str, num_workers: float) -> float:
-    """Return rows per second from shards to collated batches, after the first one."""
-    batches = iter(rows_of(folder, num_rows=ROWS_READ, num_workers=int(num_workers)))
-    next(batches)
-    start = time.perf_counter()
-    count = sum(len(batch["input_ids"]) for batch in batches)
-    return count / (time.perf_counter() - start)
+def read_all(folder: str) -> list[float]:
+    """Return rows per second from shards to collated batches, after the first one.
+
+    They are those with no loader process, with one, and with two.
+    """
+    speeds = []
+    for num_workers in range(3):
+        batches = iter(rows_of(folder, num_rows=ROWS_READ, num_workers=num_workers))
+        next(batches)
+        start = time.perf_counter()
+        count = sum(len(batch["input_ids"]) for batch in batches)
+        speeds.append(count / (time.perf_counter() - start))
+    return speeds
 
 
-def read_all_plainly(folder: str) -> float:
+def read_all_plainly(folder: str) -> list[float]:
     """Return rows per second of StreamingDataset alone, one by one, after the first one."""
     streams = [Stream(local=folder, choose=ROWS_READ)]
     rows = iter(
@@ -168,14 +174,16 @@ def read_all_plainly(folder: str) -> float:
     next(rows)
     start = time.perf_counter()
     count = sum(1 for _ in rows)
-    return count / (time.perf_counter() - start)
+    return [count / (time.perf_counter() - start)]
 
 
-def first_batch(folder: str, epoch_rows: float, at: float) -> float:
-    """Return the seconds from opening a dataset to its first batch, at a fraction of an epoch.
+def first_batch(folder: str, epoch_rows: float, at: float) -> list[float]:
+    """Return what it takes from opening a dataset to its first batch, at a fraction of an epoch.
 
-    `epoch_rows` is the number of rows in the epoch, and `at` the fraction of them that is skipped.
+    That is seconds, and MB of memory above what the imports took. `epoch_rows` is the number of
+    rows in the epoch, and `at` the fraction of them that is skipped.
     """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     loader = rows_of(folder, num_rows=int(epoch_rows))
     rows = loader.dataset
@@ -183,14 +191,8 @@ def first_batch(folder: str, epoch_rows: float, at: float) -> float:
     state = rows.state_dict(0, True)
     rows.load_state_dict({**state, "sample_in_epoch": row})
     next(iter(loader))
-    return time.perf_counter() - start
-
-
-def first_batch_memory(folder: str, epoch_rows: float, at: float) -> float:
-    """Return the MB of memory that `first_batch` takes, above what the imports took."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    first_batch(folder, epoch_rows, at)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    took = time.perf_counter() - start
+    return [took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]
 
 
 # The whole trainer

@@ -47,7 +47,7 @@ class BenchmarkConfig(SizesConfig):
     """Tokens per row, each a measurement of its own."""
     batch_tokens: int = 4096
     """Tokens per step."""
-    repeats: int = 2
+    repeats: int = 1
     """Number of steps of each model that count, after one that does not; the models take turns."""
 
     def validate(self) -> None:
@@ -108,7 +108,7 @@ class ConversionBenchmarkConfig(ScriptConfig):
     """Size of a work unit, bytes of input."""
     num_workers: int = 2
     """Number of processes in the conversion that is compared with one by a single process."""
-    repeats: int = 2
+    repeats: int = 1
     """Number of conversions by each side; the two take turns. If it is more than one, a small
     conversion that does not count comes first.
     """
@@ -134,7 +134,7 @@ class ExamplesBenchmarkConfig(ScriptConfig):
     """Size of the corpus that the examples are made of, MB, drawn from the Python files of the
     installed packages.
     """
-    repeats: int = 2
+    repeats: int = 1
     """Number of turns, in each of which either side converts a tenth of the examples and all."""
     folder: str | None = None
     """Folder for the examples and the datasets, which are removed at the end; the system's
@@ -219,9 +219,9 @@ class ServingBenchmarkConfig(SizesConfig):
     """Number of requests at a time, and of rows in a static batch."""
     new_tokens: int = 64
     """Number of tokens of each answer; half of it is the median of mixed lengths."""
-    num_mixed: int = 64
+    num_mixed: int = 32
     """Number of requests of mixed lengths."""
-    clients: list[int] = field(default_factory=lambda: [16, 32])
+    clients: list[int] = field(default_factory=lambda: [16])
     """Numbers of clients whose waiting times are measured."""
     context_lengths: list[int] = field(default_factory=lambda: [1024, 8192, 32768])
     """Numbers of tokens that are read before the time per token is measured."""
@@ -297,6 +297,8 @@ class TrainerBenchmarkConfig(StartBenchmarkConfig):
 class DataBenchmarkConfig(StartBenchmarkConfig):
     """Time the way from shards to batches against StreamingDataset, and resuming mid-epoch."""
 
+    repeats: int = 1
+    """Number of turns that count."""
     epoch_rows: int = 7_300_000_000
     """Number of rows in the epoch whose last hundredth a run starts in. It is compared with the
     beginning of one of 10,000,000 rows, or as many.

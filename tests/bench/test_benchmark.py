@@ -402,14 +402,14 @@ def test_models_are_timed_as_the_keys_say(monkeypatch, tmp_path):
     )
     timing.growth(BenchmarkConfig(context_lengths=[32], batch_tokens=64, **shape))
     run_timing.checkpoints(CheckpointBenchmarkConfig(**shape), tmp_path)
-    assert built == [[(64, 1, 256)] * 4 + [(64, 2, 256)], [(64, 1, 256)], [(64, 1, 256)]]
+    assert built == [[(64, 1, 256)] * 3 + [(64, 2, 256)], [(64, 1, 256)], [(64, 1, 256)]]
     assert [{repeats for _, repeats, _ in found} for found in turns] == [{4}] * 3
     lengths = [
         (64, 512),
         (64, 512),
         (128, 512),
         (128, 512),
-        *[(32, number * 32) for number in (1, 1, 2, 2, 1, 1, 1, 1)],
+        *[(32, number * 32) for number in (1, 1, 2, 2, 1, 1)],
     ]
     assert [arguments for _, *arguments in steps] == [
         [length, tokens, 256] for length, tokens in lengths
@@ -428,6 +428,10 @@ def commands(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
             (tmp_path / "run/train_log.jsonl").write_text(
                 json.dumps({"throughput": 1.0}) + "\n" + '{"throughput": 1.0}\n' * 3
             )
+        numbers = {"read_all;": 3, "read_all_plainly;": 1, "first_batch;": 2}
+        for name, number in numbers.items():
+            if f"import {name}" in str(command):
+                return Usage(1.0, 1.0, 1, f"{[7] * number}\n")
         return Usage(1.0, 1.0, 1, "7\n")
 
     monkeypatch.setattr(
@@ -463,7 +467,7 @@ def test_runs_are_timed_as_the_keys_say(monkeypatch, commands, corpora, tmp_path
     benchmark.compare_readers(
         ROOT, DataBenchmarkConfig(megabytes=0.3, repeats=3, epoch_rows=77), tmp_path
     )
-    assert [len(ran(name)) for name in ("import read_all;", "import first_batch;")] == [9, 6]
+    assert [len(ran(name)) for name in ("import read_all;", "import first_batch;")] == [3, 6]
     assert all("'77'" in command for command in ran("import first_batch"))
     commands.clear()
     noted(

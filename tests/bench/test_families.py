@@ -8,6 +8,7 @@ import torch
 from flame_composer.bench import families
 from flame_composer.bench.families import FAMILIES, LIMITS, compare_models
 from flame_composer.bench.measure import Figure
+from flame_composer.bench.models import memory_per_token
 from flame_composer.config.bench import ModelsBenchmarkConfig
 from flame_composer.model.work import count_parameters
 
@@ -97,7 +98,7 @@ def test_memory_and_decoding_are_those_of_the_model():
     for width in (64, 128):
         config = ModelsBenchmarkConfig(hidden_size=width, num_layers=2, vocab_size=256)
         model = families.build("gla", config, 200_000 * width // 64)
-        found.append(families.memory_per_token(model))
+        found.append(memory_per_token(model))
     assert None not in found  # Linux can tell
     # What must be kept in fp32: at the least what goes into the layers, and what comes out
     assert 10 * 4 * 64 < found[0] < found[1] < 400 * 4 * 128
