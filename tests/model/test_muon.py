@@ -17,6 +17,7 @@ from flame_composer.config.plan import PlanConfig
 from flame_composer.config.sections import OptimizerConfig, SchedulerConfig
 from flame_composer.config.train import RunPlan
 from flame_composer.errors import InvalidField
+from flame_composer.model import muon
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
@@ -65,6 +66,42 @@ def test_updates_are_those_of_the_definition(shape: tuple[int, int], scale: str)
         expected = (1 - lr * decay) * expected - lr * s * quintic(mu * M + (1 - mu) * G)
         optimizer.step()
         assert (weight - expected).abs().max() < 2e-6
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+@pytest.mark.parametrize(
+    ("scale", "theirs"), [("adamw_rms", "match_rms_adamw"), ("original", "original")]
+)
+def test_one_matrix_is_torchs_muon(
+    shape: tuple[int, int], scale: str, theirs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bf16 that torch's takes on a CPU, too; with its own orthogonal matrix, to fp32."""
+    draw = torch.Generator().manual_seed(0)
+    start, keys = torch.randn(shape, generator=draw), {"weight_decay": 0.1, "momentum": 0.9}
+    torchs = Parameter(start.clone())
+    reference = torch.optim.Muon([torchs], 0.02, adjust_lr_fn=theirs, **keys)
+    ours = [Parameter(start.clone()) for _ in range(2)]
+    optimizers = [Muon([each], 0.02, update_scale=scale, **keys) for each in ours]
+    for _ in range(6):
+        torchs.grad = torch.randn(shape, generator=draw)
+        reference.step()
+        for weight, optimizer in zip(ours, optimizers, strict=True):
+            weight.grad = torchs.grad.clone()
+            with monkeypatch.context() as exact:
+                if weight is ours[1]:
+                    settings = ((muon.A, muon.B, muon.C), muon.STEPS, muon.EPS)
+                    exact.setattr(
+                        muon,
+                        "orthogonal",
+                        lambda matrix, settings=settings: (
+                            torch.optim._muon._zeropower_via_newtonschulz(matrix, *settings).float()
+                        ),
+                    )
+                optimizer.step()
+    moved = (torchs - start).norm()
+    assert (ours[0] - torchs).norm() < 0.02 * moved
+    assert (ours[1] - torchs).abs().max() < 1e-6
 
 
 def test_a_matrix_becomes_all_but_orthogonal() -> None:
