@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from flame_composer.model.hf_config import read_pretrained_config
+from flame_composer.text.tokenizer import fingerprint, load_tokenizer
 from tests import earlier
 from tests.data_fixtures import files_under
 from tests.runs import ROOT, check, run_script
+from tests.stack import TRANSFORMERS
 
 
 @pytest.fixture
@@ -41,8 +44,15 @@ def assert_as_then(found: Any, then: Any, read: dict[str, Any]) -> None:
             assert_as_then(ours, theirs, read)
     elif isinstance(found, float) and earlier.processor() != read["processor"]:
         assert found == pytest.approx(then, rel=1e-3)
+    elif isinstance(found, int) and is_of_another_torch(read):
+        # torch 2.15 keeps 160 bytes less of the activations in a plan, of 1,116,940
+        assert found == pytest.approx(then, rel=2e-4)
     else:
         assert found == then
+
+
+def is_of_another_torch(read: dict[str, Any]) -> bool:
+    return earlier.processor().split()[:2] != read["processor"].split()[:2]
 
 
 def test_the_same_text_makes_the_same_dataset(folder: Path) -> None:
@@ -68,7 +78,20 @@ def test_a_run_goes_on_in_mid_epoch(
 def test_a_checkpoint_is_exported_as_then(folder: Path) -> None:
     shutil.rmtree(folder / "export")
     earlier.export(folder)
-    assert files_under(folder / "export") == files_under(earlier.MADE / "export")
+    found, then = files_under(folder / "export"), files_under(earlier.MADE / "export")
+    if TRANSFORMERS < (5, 0):
+        assert found == then
+        return
+    # Of another transformers, which writes the same settings otherwise
+    written = ("config.json", "generation_config.json", "tokenizer_config.json")
+    assert then.keys() - found.keys() == {"special_tokens_map.json"}
+    assert {name for name in found if found[name] != then[name]} == {*written}
+    configs, tokenizers = [], []
+    for export in (folder / "export", earlier.MADE / "export"):
+        configs.append(read_pretrained_config(str(export)).to_dict())
+        tokenizers.append(fingerprint(load_tokenizer(str(export))))
+    assert configs[0] == configs[1] | {"transformers_version": configs[0]["transformers_version"]}
+    assert tokenizers[0] == tokenizers[1]
 
 
 @pytest.mark.parametrize(

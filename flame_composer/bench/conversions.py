@@ -106,11 +106,11 @@ def convert_plainly(source: str, tokenizer_path: str, out: str, context_length: 
     shards, but it records no document lengths, makes no splits and cannot resume.
     """
     from streaming import MDSWriter
-    from transformers import AutoTokenizer
 
     from flame_composer.text.tokenizer import token_dtype, vocab_size_of
+    from flame_composer.upstream.tokenizers import read_fast
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = read_fast(tokenizer_path)
     dtype = token_dtype(vocab_size_of(tokenizer))
     columns = {"input_ids": f"ndarray:{np.dtype(dtype).name}:{context_length}"}
     num_tokens, tail = 0, np.zeros(0, dtype)

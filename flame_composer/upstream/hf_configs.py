@@ -79,6 +79,21 @@ def rotates(hf_config: PretrainedConfig) -> bool:
     return hasattr(hf_config, "rope_theta") or bool(getattr(hf_config, _ROPE, None))
 
 
+def value_of(hf_config: PretrainedConfig, key: str) -> Any:
+    """Return the value of a config's key, or None if it has no such key.
+
+    Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`.
+    Mends: it takes rope_theta, but has it in this one key only, and in what rope_scaling returns.
+    """
+    parameters = getattr(hf_config, _ROPE, None)
+    if key not in _ROPE_OF_4 or not isinstance(parameters, dict):
+        return getattr(hf_config, key, None)
+    if key == "rope_theta":
+        return parameters.get(key)
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    return None if scaling.get("rope_type", "default") == "default" else scaling
+
+
 def as_known_here(
     content: Mapping[str, Any], config_class: type[PretrainedConfig]
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def read_fast(folder: str) -> PreTrainedTokenizerFast:
     Mends: for Llama, Gemma and others it takes vocabulary and merges only, and puts a normalizer,
         a pre-tokenizer and a decoder of its own in place of those in the file, so that texts may
         get other tokens than in transformers 4; it gives those without a template an empty one,
-        and saves a class that transformers 4 does not know.
+        and saves how it was loaded, and a class that transformers 4 does not know.
     """
     import transformers
     from transformers import AutoTokenizer
@@ -36,6 +36,8 @@ def read_fast(folder: str) -> PreTrainedTokenizerFast:
             return AutoTokenizer.from_pretrained(folder, **options)
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
     tokenizer: PreTrainedTokenizerFast = _kind(backend).from_pretrained(folder, **options)
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
     is_plain = json.loads(file.read_bytes()).get("post_processor") is None
     if is_plain and not any(tokenizer.init_kwargs.get(flag) for flag in _FLAGS):
         tokenizer.backend_tokenizer.post_processor = None

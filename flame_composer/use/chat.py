@@ -89,8 +89,9 @@ class Conversation:
         """Return the model's answer to a message, and keep both in the conversation.
 
         `show` is called with each piece of the answer as it is written. The answer ends before the
-        token that ends it, and after the token being written when `interruption` has come. Raise
-        Refusal, and keep nothing, if the tokenizer or the template does not take the message.
+        token that ends it, and after the token being written when `interruption` has come, or the
+        next. Raise Refusal, and keep nothing, if the tokenizer or the template does not take the
+        message.
         """
         require_plain(self.tokenizer, self.special, text)
         system = [] if self.system is None else [Message("system", self.system)]

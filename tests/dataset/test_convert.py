@@ -534,7 +534,7 @@ def no_eos(folder: Path) -> None:
     path.write_text(
         json.dumps({key: value for key, value in content.items() if key != "eos_token"})
     )
-    (folder / "tokenizer" / "special_tokens_map.json").unlink()
+    (folder / "tokenizer" / "special_tokens_map.json").unlink(missing_ok=True)
 
 
 def finished_with_64(folder: Path) -> None:

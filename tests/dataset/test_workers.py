@@ -39,6 +39,7 @@ from flame_composer.text.sources import find_files
 from flame_composer.text.tokenizer import bare, fingerprint, load_tokenizer
 from tests.data_fixtures import byte_tokenizer, files_under, words, write_jsonl
 from tests.s3 import BUCKET, Relay
+from tests.stack import TRANSFORMERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -261,7 +262,7 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, num_workers, monkeyp
 
 def test_a_conversion_imports_none_of_what_takes_seconds(folder):
     """Of transformers what tokenizers need, and that in the process in charge alone: torch is 4
-    s and 250 MB, in each.
+    s and 250 MB, in each. (In transformers 5 tokenizers need torch.)
     """
     tell = (
         "sys.stderr.write(repr(sorted({'torch', 'streaming', 'composer', 'datasets',"
@@ -274,7 +275,8 @@ def test_a_conversion_imports_none_of_what_takes_seconds(folder):
     )
     in_charge = [sys.executable, "-c", run + tell, *command(folder, "told", 2)[1:]]
     process = subprocess.run(in_charge, capture_output=True, text=True)
-    assert (process.returncode, process.stderr) == (0, "['transformers']")
+    needed = ["transformers"] if TRANSFORMERS < (5, 0) else ["torch", "transformers"]
+    assert (process.returncode, process.stderr) == (0, repr(needed))
 
     datasets = writers(folder, "told again")
     for dataset in datasets:

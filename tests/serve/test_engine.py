@@ -38,6 +38,7 @@ from flame_composer.text.tokenizer import bare
 from tests.conftest import GLA, LLAMA, small_fla
 from tests.data_fixtures import byte_tokenizer, words
 from tests.serve.clients import Server
+from tests.stack import FLA
 
 LIMITS = Limits(max_rows=8, max_waiting=8, max_new_tokens=1000, vocab_size=300)
 
@@ -88,13 +89,22 @@ def test_what_the_states_of_each_model_allow(name: str) -> None:
     """Rotary embeddings count a batch's tokens together, and attention's states grow."""
     abilities = probe(tiny(small_fla(name)))
     assert abilities.joined == (name not in ("retnet", "transformer"))
-    assert abilities.in_pieces == (name not in ("lightnet", "mamba", "mamba2"))
+    whole = ("mamba", "mamba2", "lightnet") if FLA < (0, 6) else ("mamba", "mamba2")
+    assert abilities.in_pieces == (name not in whole)
 
 
 def test_a_model_that_cannot_be_served_is_refused() -> None:
-    falcon = {"model_type": "falcon_mamba", "num_hidden_layers": 1, "hidden_size": 32}
-    with pytest.raises(ConfigError, match=r"falcon_mamba: cannot be served: .*generate.py may run"):
-        probe(tiny(falcon))
+    jamba = {
+        "model_type": "jamba",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 2,
+        "use_mamba_kernels": False,
+    }
+    with pytest.raises(ConfigError, match=r"jamba: cannot be served: .*generate.py may run"):
+        probe(tiny(jamba))
     broken = tiny(GLA)
     with torch.no_grad():
         broken.get_output_embeddings().weight.fill_(float("nan"))

@@ -133,7 +133,7 @@ def test_a_grid_ends_in_a_table_json_and_a_page(whole: tuple[Path, str], corpus:
     ]
     for _, png in charts:
         picture = Image.open(io.BytesIO(base64.b64decode(png)))
-        assert len(set(picture.convert("L").getdata())) > 20  # something is drawn
+        assert len(set(picture.convert("L").tobytes())) > 20  # something is drawn
 
 
 def test_the_command_of_the_best_trial_gives_its_losses(

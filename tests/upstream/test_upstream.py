@@ -1269,6 +1269,24 @@ def test_rotates():
     assert hasattr(LlamaConfig(), "rope_theta") is (TRANSFORMERS < (5, 0))
 
 
+def test_value_of():
+    """What a config was given as rope_theta and rope_scaling, it has under these names."""
+    from transformers import GPT2Config, LlamaConfig
+
+    from flame_composer.upstream.hf_configs import value_of
+
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    config = LlamaConfig(rope_theta=5e5, rope_scaling=dict(scaled), hidden_size=64)
+    assert [value_of(config, key) for key in ("rope_theta", "rope_scaling", "hidden_size")] == [
+        5e5,
+        scaled,
+        64,
+    ]
+    assert value_of(LlamaConfig(), "rope_scaling") is None
+    assert value_of(GPT2Config(), "rope_theta") is None
+    assert hasattr(LlamaConfig(), "rope_theta") is (TRANSFORMERS < (5, 0))
+
+
 def test_as_known_here():
     """What one version of transformers writes of rotary embeddings, the other reads as well."""
     from transformers import GPT2Config, LlamaConfig

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ def tokenizer(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     }
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    # transformers 5 writes the first only
+    for name in {"tokenizer_config.json", "special_tokens_map.json"} & set(os.listdir(folder)):
         content = json.loads((folder / name).read_bytes())
         (folder / name).write_text(json.dumps({**content, "bos_token": BOS}))
     return folder
@@ -359,8 +361,8 @@ def test_datasets_are_compared_with_training(
 
 def forget(folder: Path, tokenizer: Path) -> None:
     """An exported folder as earlier versions wrote it."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(tokenizer / name, folder / name)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
 
 
 @WITHOUT

@@ -39,6 +39,7 @@ from flame_composer.use.chat import (
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, llama_tokenizer
 from tests.runs import ROOT, check, run_script
+from tests.stack import TRANSFORMERS
 
 LOUD = "Be loud."
 # The tiny model knows these by heart: its answer tells which messages it was shown.
@@ -252,7 +253,8 @@ def test_a_cut_answer_stays_in_the_history(
     answer = "".join(shown[:-1])
     assert shown[-1] == "\n"
     assert answer.startswith("la")
-    assert len(shown) == 6
+    # transformers 5 shows a token after it has asked whether it is the last
+    assert len(shown) == (6 if TRANSFORMERS < (5, 0) else 7)
     assert conversation.turns == [Message("user", "count"), Message("assistant", answer)]
     assert signal.getsignal(signal.SIGINT) is before
 
