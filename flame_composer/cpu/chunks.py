@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame_composer.cpu.linear import product
+
 # Tokens of all rows that are computed at a time. Buffers for many more are larger than caches, and
 # than what the allocator keeps (32 MB): all their pages would be mapped anew in every operation.
 TOKENS_AT_A_TIME = 1024
 MIN_PIECE = 64
+# With more multiplications, one product takes oneDNN less time than MKL, with all its calls.
+MIN_WIDE_PRODUCT = 1 << 22
 
 
 def check_sequences(x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -144,3 +148,28 @@ def carried(step: Tensor, decay: Tensor | None, first: Tensor | None, *, back: b
         else:
             torch.addcmul(step[:, i], states[:, before], decay[:, i], out=states[:, after])
     return states
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """Return x @ y for x `[M, n, ...]` and y `[M, n, ...]`, one by one if they are large.
+
+    oneDNN, which takes one at a time, is faster then.
+    """
+    if x.shape[2] * x.shape[3] * y.shape[3] < MIN_WIDE_PRODUCT:
+        return x @ y
+    z = x.new_empty(*x.shape[:3], y.shape[3])
+    for xs, ys, zs in zip(x, y, z, strict=True):
+        for a, b, c in zip(xs, ys, zs, strict=True):
+            c.copy_(product(a, b.t()))
+    return z
+
+
+def head_products(x: Tensor, y: Tensor) -> Tensor:
+    """Return x @ y for x and y `[M, n, R, ...]`, without copying the heads' columns."""
+    if x.shape[2] == 1:
+        return x @ y
+    z = x.new_empty(*x.shape[:-1], y.shape[-1])
+    for xs, ys, zs in zip(x, y, z, strict=True):
+        for a, b, c in zip(xs, ys, zs, strict=True):
+            torch.bmm(a, b, out=c)
+    return z

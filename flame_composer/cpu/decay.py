@@ -35,19 +35,18 @@ from flame_composer.cpu.chunks import (
     carried,
     check_sequences,
     chunks,
+    head_products,
+    products,
     segments_of,
     tokens,
     transposed,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
-from flame_composer.cpu.linear import product
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
 # Below it, float32 has the digits for G: exp(G_i - G_j) has a relative error below 5e-6.
 MAX_DECAY = 80.0
-# With more multiplications, one product takes oneDNN less time than MKL, with all its calls.
-MIN_WIDE_PRODUCT = 1 << 22
 
 
 def chunk_simple_gla(
@@ -170,7 +169,7 @@ def _decays(g: Tensor | None, masks: Masks, dtype: torch.dtype) -> _Decays:
     wide = g.double()
     G = masks.pairs.double() @ wide
     total = G[:, :, -1:] if masks.same is None else masks.same.double() @ wide
-    high = G.to(dtype).mT
+    high = G.to(dtype).mT.contiguous()  # whose order of dimensions the scores get
     scores = high.unsqueeze(-1) - high.unsqueeze(-2)
     if float(G.amin()) <= -MAX_DECAY:
         low = (G - G.to(dtype)).to(dtype).mT
@@ -194,11 +193,6 @@ def _times(x: Tensor, decay: Tensor | None, num_heads: int) -> Tensor:
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """Give each of R heads its own matrix: `[M, n, C, R * V] -> [M, n, R, C, V]`."""
     return x.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
-
-
-def _columns(x: Tensor) -> Tensor:
-    """Undo `_heads`."""
-    return x.transpose(-2, -3).flatten(-2)
 
 
 class _Chunks(NamedTuple):
@@ -231,7 +225,7 @@ def _prepare(
     masks = masks_of(segments, q_c.shape[1], size, q_c)
     decays = _decays(g_c, masks, dtype)
     R = H // num_groups
-    step = _product(k_c.mT, _times(v_c, decays.write, R))
+    step = products(k_c.mT, _times(v_c, decays.write, R))
     first = None if h0 is None else _inner_state(h0.to(dtype), num_groups)
     return _Chunks(q_c, k_c, v_c, masks, decays, carried(step, decays.state, first, back=False))
 
@@ -258,18 +252,14 @@ def _weights(c: _Chunks, num_heads: int) -> Tensor:
     return scores * c.decays.scores
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Return x @ y for x `[M, n, ...]` and y `[M, n, ...]`, one by one if they are large.
-
-    oneDNN, which takes one at a time, is faster then.
-    """
-    if x.shape[2] * x.shape[3] * y.shape[3] < MIN_WIDE_PRODUCT:
-        return x @ y
-    z = x.new_empty(*x.shape[:3], y.shape[3])
-    for xs, ys, zs in zip(x, y, z, strict=True):
-        for a, b, c in zip(xs, ys, zs, strict=True):
-            c.copy_(product(a, b.t()))
-    return z
+def _added(x: Tensor, decay: Tensor | None, heads: Tensor) -> Tensor:
+    """Return x `[M, n, C, R * V]`, overwritten with x * decay and the heads' own matrices."""
+    result, own = x.unflatten(-1, (heads.shape[2], -1)), heads.transpose(-2, -3)
+    if decay is None:
+        result += own
+    else:
+        torch.addcmul(own, result, decay.unsqueeze(-1), out=result)
+    return x
 
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:
@@ -290,16 +280,16 @@ class _ChunkDecay(torch.autograd.Function):
         segments: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, v, g, h0, segments)
         ctx.scale = scale
         B, T, H = v.shape[:3]
         groups = q.shape[2]
         R = H // groups
         c = _prepare(q, k, v, g, h0, segments)
         weights = _weights(c, R)
-        ctx.kept = (c, weights) if keep else None
-        o = _columns(weights @ _heads(c.v, R))
-        o += _times(_product(c.q, c.states[:, :-1]), c.decays.read, R)
+        kept = (*c[:3], *c.masks, *c.decays, c.states, weights) if keep else ()
+        ctx.save_for_backward(q, k, v, g, h0, segments, *kept)
+        read = products(c.q, c.states[:, :-1])
+        o = _added(read, c.decays.read, head_products(weights, _heads(c.v, R)))
         if scale != 1:
             o *= scale
         # A view would keep the states of all chunks alive in the model's cache.
@@ -310,41 +300,44 @@ class _ChunkDecay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grad_outputs
-        q, k, v, g, h0, segments = ctx.saved_tensors
+        q, k, v, g, h0, segments, *kept = ctx.saved_tensors
         B, T, H = v.shape[:3]
         groups = q.shape[2]
         R = H // groups
-        c, weights = ctx.kept or (_prepare(q, k, v, g, h0, segments), None)
-        ctx.kept = None
-        weights = _weights(c, R) if weights is None else weights
+        if kept:
+            q_c, k_c, v_c, *parts, states, weights = kept
+            c = _Chunks(q_c, k_c, v_c, Masks(*parts[:6]), _Decays(*parts[6:]), states)
+        else:
+            c = _prepare(q, k, v, g, h0, segments)
+            weights = _weights(c, R)
         size = c.q.shape[2]
-        do_c = chunks(do.reshape(B, T, groups, -1), size, c.q.dtype) * ctx.scale
+        do_c = chunks(do.reshape(B, T, groups, -1), size, c.q.dtype)
+        do_c = do_c if ctx.scale == 1 else do_c * ctx.scale
         do_read = _times(do_c, c.decays.read, R)
         dfinal = _inner_state(dfinal.to(c.q.dtype), groups)
-        dstates = carried(_product(c.q.mT, do_read), c.decays.state, dfinal, back=True)
+        dstates = carried(products(c.q.mT, do_read), c.decays.state, dfinal, back=True)
         dleaving = dstates[:, 1:]
         written = _times(c.v, c.decays.write, R)
-        dwritten = _product(c.k, dleaving)
+        dwritten = products(c.k, dleaving)
 
-        do_h = _heads(do_c, R).contiguous()
-        dv = _columns(weights.mT @ do_h)
-        dv += _times(dwritten, c.decays.write, R)
-        dA = do_h @ _heads(c.v, R).mT
+        do_h, v_h = _heads(do_c, R), _heads(c.v, R)
+        dA = head_products(do_h, v_h.mT)
         if c.decays.scores is None:
             dA.masked_fill_(c.masks.hidden.unsqueeze(-3), 0)
         else:
             dA *= c.decays.scores
         dscores = dA.sum(2) if R > 1 else dA.squeeze(2)
         dq = dscores @ c.k
-        dq += _product(do_read, c.states[:, :-1].mT)
+        dq += products(do_read, c.states[:, :-1].mT)
         dk = dscores.mT @ c.q
-        dk += _product(written, dleaving.mT)
+        dk += products(written, dleaving.mT)
         dg = None
         if ctx.needs_input_grad[3]:
-            dread = _by_head(do_read.mul_(_product(c.q, c.states[:, :-1])), R)
+            dread = _by_head(do_read.mul_(products(c.q, c.states[:, :-1])), R)
             dwrite = _by_head(written.mul_(dwritten), R)
             dg = _gate_gradient(c, dA, dread, dwrite, dleaving)
             dg = tokens(dg, torch.Size((B, T, groups, R)), g.dtype).view(g.shape)
+        dv = _added(dwritten, c.decays.write, head_products(weights.mT, do_h))
         grouped = torch.Size((B, T, groups, R * v.shape[3]))
         return (
             tokens(dq, q.shape, q.dtype),

@@ -21,35 +21,47 @@ from flame_composer.cpu.decay import chunk_simple_gla, recurrent_simple_gla
 
 
 class _Convolution(torch.autograd.Function):
-    """A depthwise convolution of tokens: `[B, T + W - 1, D]` with weight `[D, W]` to `[B, T, D]`.
+    """A depthwise convolution of tokens `[B, T, D]` after W others, with weight `[D, W]`.
 
-    It takes W products and sums, without the copies to and from the layout of oneDNN.
+    It takes W products and sums, without the copies to and from the layout of oneDNN. It returns
+    the result and the last W tokens of both, `[B, W, D]`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         weight = weight.t().contiguous()
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(before, x, weight)
         ctx.has_bias = bias is not None
-        W = len(weight)
-        T = x.shape[1] - W + 1
-        y = x[:, :T] * weight[0] if bias is None else bias.addcmul(x[:, :T], weight[0])
-        for i in range(1, W):
-            y.addcmul_(x[:, i : i + T], weight[i])
-        return y
+        W, T = len(weight), x.shape[1]
+        y = torch.zeros_like(x) if bias is None else bias.repeat(*x.shape[:2], 1)
+        for lag in reversed(range(W)):
+            num = min(lag, T)  # of the tokens before
+            y[:, :num].addcmul_(before[:, W - lag : W - lag + num], weight[W - 1 - lag])
+            y[:, num:].addcmul_(x[:, : T - num], weight[W - 1 - lag])
+        return y, torch.cat([before, x[:, -W:]], 1)[:, -W:].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = gradients
-        x, weight = ctx.saved_tensors
-        T, W = dy.shape[1], len(weight)
-        dx = torch.zeros_like(x)
-        dweight = []
-        for i in range(W):
-            dx[:, i : i + T].addcmul_(dy, weight[i])
-            dweight.append((dy * x[:, i : i + T]).sum((0, 1)))
-        return dx, torch.stack(dweight, 1), dy.sum((0, 1)) if ctx.has_bias else None
+        dy, dlast = gradients
+        before, x, weight = ctx.saved_tensors
+        W, T = len(weight), x.shape[1]
+        dx, dbefore = dy * weight[-1], torch.zeros_like(before)
+        dweight = [(dy * x).sum((0, 1))]
+        for lag in range(1, W):
+            num, tap = min(lag, T), weight[W - 1 - lag]
+            old = slice(W - lag, W - lag + num)
+            dbefore[:, old].addcmul_(dy[:, :num], tap)
+            dx[:, : T - num].addcmul_(dy[:, num:], tap)
+            dtap = (dy[:, num:] * x[:, : T - num]).sum((0, 1))
+            dweight.append(dtap + (dy[:, :num] * before[:, old]).sum((0, 1)))
+        num = min(W, T)
+        dx[:, T - num :] += dlast[:, W - num :]
+        dbefore[:, num:] += dlast[:, : W - num]
+        dbias = dy.sum((0, 1)) if ctx.has_bias else None
+        return dbefore, dx, torch.stack(dweight[::-1], 1), dbias
 
 
 class _Carry(NamedTuple):
@@ -76,8 +88,10 @@ def _mixed(
     size = layer.n_groups * layer.ssm_state_size
     mask = None if mask is None else mask[:, :, None].to(mixed.dtype)
     mixed = mixed if mask is None else mixed * mask
-    inputs = torch.cat([carry.inputs.to(mixed.dtype), mixed], 1)
-    y: Any = _Convolution.apply(inputs[:, 1:], layer.conv1d.weight.squeeze(1), layer.conv1d.bias)
+    result: Any = _Convolution.apply(
+        carry.inputs.to(mixed.dtype), mixed, layer.conv1d.weight.squeeze(1), layer.conv1d.bias
+    )
+    y, last = result
     mixed = layer.act(y)
     mixed = mixed if mask is None else mixed * mask
     x, B, C = mixed.split([layer.intermediate_size, size, size], -1)
@@ -99,63 +113,12 @@ def _mixed(
     assert state is not None
     y = y.addcmul(layer._get_D(expand_to_head_dim=True), x).flatten(2)
     y = layer.norm(y, gate) if layer.rmsnorm else y * layer.act(gate)
-    return y.to(gate.dtype), _Carry(inputs[:, -layer.conv_kernel_size :].clone(), state)
+    return y.to(gate.dtype), _Carry(last, state)
 
 
 def _split(layer: Any, projected: Tensor) -> tuple[Tensor, ...]:
     """Return the gate, the convolution's input and dt, which the first linear layer gives."""
     return projected.split([layer.intermediate_size, layer.conv_dim, layer.num_heads], -1)
-
-
-def _parameters(layer: Any) -> list[Tensor]:
-    """Return the parameters that `_mixed` uses."""
-    norm = layer.norm.parameters() if layer.rmsnorm else ()
-    return [layer.dt_bias, layer.A_log, layer.D, *layer.conv1d.parameters(), *norm]
-
-
-class _Mixed(torch.autograd.Function):
-    """`_mixed` of long rows, piece by piece; it saves its input, and what pieces carry over."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, layer: Any, mask: Tensor | None, first: _Carry, x: Tensor, *_: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.layer, ctx.mask, ctx.spans = layer, mask, pieces(*x.shape[:2])
-        outputs, carries = [], [first]
-        for start, end in ctx.spans:
-            masked = None if mask is None else mask[:, start:end]
-            y, carry = _mixed(layer, _split(layer, x[:, start:end]), carries[-1], masked)
-            outputs.append(y)
-            carries.append(carry)
-        ctx.save_for_backward(x, *(each for carry in carries[:-1] for each in carry))
-        return torch.cat(outputs, 1), *carries[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        dy, layer = gradients[0], ctx.layer
-        dcarry = gradients[1:]
-        x, *carried = ctx.saved_tensors
-        parameters = _parameters(layer)
-        needed = [p for p in parameters if p.requires_grad]
-        dx, found = torch.empty_like(x), []
-        for i, (start, end) in reversed(list(enumerate(ctx.spans))):
-            leaves = [
-                each.detach().requires_grad_()
-                for each in (*_split(layer, x[:, start:end]), *carried[2 * i : 2 * i + 2])
-            ]
-            masked = None if ctx.mask is None else ctx.mask[:, start:end]
-            with torch.enable_grad():
-                y, carry = _mixed(layer, leaves[:3], _Carry(*leaves[3:]), masked)
-            dleaves = torch.autograd.grad(
-                (y, *carry), (*leaves, *needed), (dy[:, start:end], *dcarry)
-            )
-            for whole, piece in zip(_split(layer, dx[:, start:end]), dleaves[:3], strict=True):
-                whole.copy_(piece)
-            dcarry = dleaves[3:5]
-            found.append(dleaves[5:])
-        sums = iter([torch.stack(each).sum(0) for each in zip(*found, strict=True)])
-        return None, None, None, dx, *(next(sums) if p.requires_grad else None for p in parameters)
 
 
 def mamba2_forward(
@@ -192,9 +155,14 @@ def mamba2_forward(
     else:
         nothing = projected.new_zeros(batch_size, layer.conv_kernel_size, layer.conv_dim)
         shape = batch_size, layer.num_heads, layer.head_dim, layer.ssm_state_size
-        first = _Carry(nothing, projected.new_zeros(shape, dtype=torch.float32))
-        result: Any = _Mixed.apply(layer, mask, first, projected, *_parameters(layer))
-        y, carry = result[0], _Carry(*result[1:])
+        carry = _Carry(nothing, projected.new_zeros(shape, dtype=torch.float32))
+        outputs = []
+        sizes = [end - start for start, end in pieces(batch_size, T)]
+        masks = [None] * len(sizes) if mask is None else mask.split(sizes, 1)
+        for piece, masked in zip(projected.split(sizes, 1), masks, strict=True):
+            y, carry = _mixed(layer, _split(layer, piece), carry, masked)
+            outputs.append(y)
+        y = torch.cat(outputs, 1)
     out = layer.out_proj(y)
     if last_state is None and not use_cache:
         return out, None, None

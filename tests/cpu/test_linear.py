@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flame_composer import cpu
-from flame_composer.cpu.decay import MIN_WIDE_PRODUCT, chunk_simple_gla
+from flame_composer.cpu.chunks import MIN_WIDE_PRODUCT
+from flame_composer.cpu.decay import chunk_simple_gla
 from flame_composer.cpu.linear import (
     MIN_PRODUCTS,
     MIN_WEIGHTS,
