@@ -20,12 +20,18 @@ BIN := $(VENV)/bin
 # Packages are compiled when they are first imported, and once: without this set, every process compiles all of torch again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup quickstart tune test test-faults test-keys lint docs bench gpu clean
+# What depends on the versions of torch, Triton, transformers and fla the most: patches, parity, checkpoints, resuming, export,
+# generation, parallelism.
+CORE := tests/upstream tests/cpu tests/text tests/export tests/checkpoint/test_checkpoint.py tests/train/test_resume.py \
+	tests/train/test_parallelism.py tests/use/test_generate.py tests/test_earlier.py
+
+.PHONY: help setup quickstart tune test test-core test-faults test-keys lint docs bench gpu clean
 
 help:
 	@echo "make quickstart  text -> shards -> training -> evaluation -> export -> a sample, on this machine in minutes"
 	@echo "make tune        examples -> rows -> tuning of the quickstart's model -> export -> answers and their scores"
 	@echo "make test        run the tests"
+	@echo "make test-core   those that depend on the versions of torch, Triton, transformers and fla the most"
 	@echo "make test-faults  the tests that kill processes for minutes"
 	@echo "make test-keys   see every key's test fail while the key is forgotten (tests/keys.json)"
 	@echo "make lint        ruff (rules and format) and mypy"
@@ -53,6 +59,9 @@ tune: setup
 # Most of the time goes into imports, which keep one core busy: two tests at once, each on one core.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-core: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(CORE)
 
 test-faults: setup
 	OMP_NUM_THREADS=1 FLAME_COMPOSER_FAULTS=1 $(BIN)/python -m pytest -m faults
