@@ -50,8 +50,8 @@ def ask_configs_without_a_word() -> None:
     Mends: transformers 5 tells every process, in a line, that the name is deprecated.
     """
 
-    def are_dictionaries(config: Any) -> bool:
-        return bool(config.return_dict) and not getattr(config, "torchscript", False)
+    def are_dictionaries(self: Any) -> bool:
+        return bool(self.return_dict) and not getattr(self, "torchscript", False)
 
     PretrainedConfig.use_return_dict = property(are_dictionaries)  # type: ignore[assignment]
 
