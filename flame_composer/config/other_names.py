@@ -86,6 +86,7 @@ TRAINING = _remedies(
         "parallelism.fsdp.mixed_precision": "mixed_precision_param mixed_precision_reduce",
         "parallelism.fsdp.replicas": "data_parallel_replicate_degree dp_replicate num_replicas",
         "parallelism.fsdp.sharding_strategy": "fsdp_reshard_after_forward reshard_after_forward",
+        "parallelism.gradient_compression": "ddp_comm_hook comm_hook communication_data_type",
         "precision": "bf16 fp16 dtype",
         "repetition_filter": "instance_filter instance_filter_config",
         "repetition_filter.max_count": "repetition_max_count",

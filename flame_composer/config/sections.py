@@ -344,6 +344,10 @@ class ParallelismConfig:
     """Keep activations for the backward pass in the machine's memory instead of the GPU's."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    gradient_compression: Literal["bf16"] | None = None
+    """Numbers that gradients travel in with plain data parallelism. bf16: half the bytes of fp32,
+    and each device's gradient, and their sum, are rounded to 8 bits. fp32 if not set.
+    """
     cpu_fallback: bool = False
     """Train with plain data parallelism where there is no GPU, even if fsdp is set."""
     cpu_fsdp: bool = False
@@ -356,6 +360,12 @@ class ParallelismConfig:
             not (self.cpu_fallback and self.cpu_fsdp),
             "cpu_fsdp",
             "must not be set together with cpu_fallback",
+        )
+        require(
+            self.gradient_compression is None or self.fsdp is None or self.cpu_fallback,
+            "gradient_compression",
+            "must be null with parallelism.fsdp, whose mixed_precision says what gradients travel"
+            " in",
         )
 
 

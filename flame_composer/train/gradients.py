@@ -10,6 +10,8 @@ import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import TrainingError
@@ -30,9 +32,19 @@ class Gradients(Callback):
     to the loss scaler.
     """
 
-    def __init__(self, max_norm: float | None, on_nan: Literal["stop", "skip"], sums: StepSums):
-        """Check gradients on all ranks by `sums`, which this callback takes at every step."""
+    def __init__(
+        self,
+        max_norm: float | None,
+        on_nan: Literal["stop", "skip"],
+        sums: StepSums,
+        compression: Literal["bf16"] | None = None,
+    ):
+        """Check gradients on all ranks by `sums`, which this callback takes at every step.
+
+        With a `compression` the replicas of plain data parallelism send one another bf16 numbers.
+        """
         self.sums = sums
+        self.compression = compression
         # Each rank computes the norm for itself, but all must take the step, or none.
         sums.add("not_finite", lambda state: [int(not math.isfinite(self.norm))])
         self.max_norm = max_norm
@@ -51,6 +63,8 @@ class Gradients(Callback):
         self.passed_over = state.get("passed_over", True)  # earlier versions did not save it
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        if self.compression == "bf16" and isinstance(state.model, DistributedDataParallel):
+            state.model.register_comm_hook(None, bf16_compress_hook)
         settle_buckets(state.model)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
@@ -113,4 +127,5 @@ def total_norm(parameters: list[torch.nn.Parameter], state: State) -> torch.Tens
 
 def build_gradients(config: TrainConfig, sums: StepSums) -> Gradients:
     """Return the callback that logs, checks and clips the gradients of a run, and takes `sums`."""
-    return Gradients(config.optimizer.grad_clip_norm, config.on_nan, sums)
+    compression = config.parallelism.gradient_compression
+    return Gradients(config.optimizer.grad_clip_norm, config.on_nan, sums, compression)

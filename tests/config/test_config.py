@@ -468,6 +468,12 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
             "callbacks.optimizer_monitor.log_optimizer_metrics=false, or optimizer.name=adamw"
         ),
     ),
+    (
+        ParallelismConfig,
+        {"gradient_compression": "bf16", "fsdp": FsdpConfig()},
+        "gradient_compression",
+        "must be null with parallelism.fsdp, whose mixed_precision says what gradients travel in",
+    ),
     (DataConfig, {"download_retries": -1}, "download_retries", "must be 0 or more"),
     *(
         (

@@ -8,10 +8,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from composer.loggers import Logger
 from composer.utils import dist
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     OffloadWrapper,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from flame_composer.checkpoint.content import needed_by
 from flame_composer.checkpoint.find import find_checkpoint, find_newest
@@ -35,6 +38,7 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.sharding import recompute_blocks
 from flame_composer.train import parallelism
+from flame_composer.train.gradients import Gradients
 from flame_composer.train.parallelism import check_devices
 from flame_composer.upstream import fsdp
 from tests.conftest import CONTEXT_LENGTH, GLA
@@ -237,6 +241,47 @@ def test_blocks_that_are_recomputed_change_nothing(
     run = tmp_path / "recomputed"
     corpus.train_run(run, "parallelism.activation_checkpointing=true")
     assert read_log(run) == read_log(undisturbed)
+
+
+def test_compressed_gradients_take_half_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What replicas send one another is bf16, and so are the sums that they step by."""
+    dist.initialize_dist("cpu")
+    sent: list[int] = []
+    reduce = torch.distributed.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return reduce(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", noting)
+    model = DistributedDataParallel(torch.nn.Linear(7, 5))
+    state: Any = SimpleNamespace(model=model)
+    sums: Any = SimpleNamespace(add=lambda *_: None)
+    Gradients(None, "stop", sums, "bf16").fit_start(state, Logger(state))
+    sent.clear()
+    model(torch.randn(3, 7)).square().sum().backward()
+    assert sent == [2 * (7 * 5 + 5)]
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter.grad, parameter.grad.bfloat16().float())
+
+
+def test_a_run_with_compressed_gradients_goes_on_bit_for_bit(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    keys = (*SHARDED, "parallelism.fsdp=null")
+    compressed = (*keys, "parallelism.gradient_compression=bf16")
+    plain, whole, killed = (tmp_path / name for name in ("plain", "whole", "killed"))
+    Ranks(2, *corpus.keys(plain, *keys)).finish()
+    Ranks(2, *corpus.keys(whole, *compressed)).finish()
+    Ranks(2, *corpus.keys(killed, *compressed)).kill_after(killed / "train_log.jsonl", 6)
+    Ranks(2, *corpus.keys(killed, *compressed)).finish()
+    assert read_log(killed) == read_log(whole)
+    assert_equal(weights(killed, "ba12.pt"), weights(whole, "ba12.pt"))
+    assert losses(whole)[0] == losses(plain)[0]
+    assert losses(whole) == pytest.approx(losses(plain), rel=2e-3)
+    assert losses(whole)[1:] != losses(plain)[1:]
 
 
 @slow
