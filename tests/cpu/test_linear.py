@@ -28,6 +28,7 @@ from flame_composer.cpu.linear import (
     MIN_PRODUCTS,
     MIN_WEIGHTS,
     Linear,
+    keep_signals_off_the_heap,
     layer_product,
     linear,
     pack,
@@ -287,7 +288,7 @@ def test_the_guard_is_for_versions_that_need_it(
     monkeypatch.setattr(torch.__config__, "show", lambda: shown)
     monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)
     monkeypatch.setattr(faulthandler, "enable", lambda file: enabled.append(file))
-    linear.keep_signals_off_the_heap()
+    keep_signals_off_the_heap()
     assert enabled == ([2] if needs_it else [])
 
 
