@@ -5,8 +5,8 @@ run PyTorch's scaled_dot_product_attention, which has a fused kernel for CPUs: i
 weights of all pairs of tokens. Each document is computed alone, and a sliding window in blocks of
 queries with the keys they see, so the work grows with the pairs that see one another.
 
-For CUDA tensors newer versions of torch have these kernels themselves (`fused_flash_attn_func`,
-`fused_flash_attn_varlen_func`).
+For CUDA tensors newer versions of torch have fused kernels themselves (`fused_flash_attn_func`,
+`fused_flash_attn_varlen_func`): flash-attn's, or cuDNN's.
 
 Shapes: B batch, T queries, S keys, H heads of the queries, G heads of keys and values (which divide
 H), D channels. As in flash-attn, the last query is aligned with the last key.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What torch's build of flash-attn computes with
+# What torch's fused kernels compute with
 FUSED_TYPES = (torch.float16, torch.bfloat16)
 # Queries of a block of a sliding window, if the window is shorter
 MIN_BLOCK = 64
@@ -79,7 +79,7 @@ def flash_attn_varlen_func(
 
 
 def fused_flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Return what `flash_attn_func` returns, for CUDA tensors, by torch's own build of flash-attn.
+    """Return what `flash_attn_func` returns, for CUDA tensors, by a fused kernel of torch's.
 
     Of fp32 tensors, for which there is no such kernel, it is computed as on a CPU.
 
@@ -105,8 +105,10 @@ def fused_flash_attn_varlen_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    dropout_p: float = 0.0,
     softmax_scale: float | None = None,
-    **options: Any,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """Return what `flash_attn_varlen_func` returns, as `fused_flash_attn_func` does.
 
@@ -117,23 +119,30 @@ def fused_flash_attn_varlen_func(
     """
     borders = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if q.dtype not in FUSED_TYPES:
-        return flash_attn_varlen_func(q, k, v, *borders, softmax_scale=softmax_scale, **options)
-    window = _window(**{"dropout_p": 0.0, "causal": False, "window_size": (-1, -1), **options})
+        options = (dropout_p, softmax_scale, causal, window_size)
+        return flash_attn_varlen_func(q, k, v, *borders, *options)
+    window = _window(dropout_p, causal, window_size)
     of_queries = cu_seqlens_q.int()
-    # The fastest kernel takes the same tensor for both, or none
+    # cuDNN takes the same tensor for both, or is not asked
     of_keys = of_queries if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.int()
+    D = q.shape[-1]
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    # The kernels take multiples of 8 channels; zeros add nothing to a score
+    q, k, v = (F.pad(x, (0, -D % 8)).contiguous() for x in (q, k, v))
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     attended: Tensor = attend(
-        *(x.contiguous() for x in (q, k, v)),
+        q,
+        k,
+        v,
         of_queries,
         of_keys,
         max_seqlen_q,
         max_seqlen_k,
-        scale=softmax_scale,
+        scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=k.shape[1] < q.shape[1],
     )
-    return attended
+    return attended[..., :D]
 
 
 def has_fused() -> bool:

@@ -16,7 +16,8 @@ so no gate is too strong. Queries and keys may be shared by R heads each, as in 
 heads have the same: their scores are computed once, and the states of these heads are columns of
 one matrix.
 
-`chunk_simple_gla` is one autograd function that saves only its inputs.
+`chunk_simple_gla` is one autograd function that saves only its inputs, or, with `keep`, all that
+its backward pass needs.
 
 Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences, C tokens in a
 chunk, n chunks, R = H / (heads of q and k), M = B * H / R.
@@ -42,6 +43,7 @@ from flame_composer.cpu.chunks import (
     transposed,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 
 CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
@@ -269,6 +271,7 @@ def _by_head(x: Tensor, num_heads: int) -> Tensor:
 
 class _ChunkDecay(torch.autograd.Function):
     @staticmethod
+    @forward_in_fp32
     def forward(
         ctx: Any,
         q: Tensor,
@@ -298,6 +301,7 @@ class _ChunkDecay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grad_outputs
         q, k, v, g, h0, segments, *kept = ctx.saved_tensors

@@ -41,6 +41,7 @@ from flame_composer.cpu.delta_scores import (
     plan_blocks,
 )
 from flame_composer.cpu.gla_scores import Masks, masked, masks_of
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 from flame_composer.cpu.projections import gradients_of, leaves_of
 
 CHUNK_SIZE = 64
@@ -228,6 +229,7 @@ def _at(decay: Tensor, i: int) -> Tensor:
 
 class _ChunkDelta(torch.autograd.Function):
     @staticmethod
+    @forward_in_fp32
     def forward(
         ctx: Any,
         rule: Rule,
@@ -255,6 +257,7 @@ class _ChunkDelta(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         do = grad_outputs[0]
         dstate: Tensor | None = grad_outputs[1]

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from flame_composer.cpu.chunks import Rows, check_sequences, segments_of
 from flame_composer.cpu.delta_chunks import DELTA_RULE, Operands, Prepare, Rule, chunkwise
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 
 NORM_EPS = 1e-6
 # Rows of so few tokens go token by token where a recurrence is asked for: those of one new token,
@@ -40,6 +41,7 @@ class _L2Norm(torch.autograd.Function):
     """The function x / |x|, over the last dimension."""
 
     @staticmethod
+    @forward_in_fp32
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y, rstd = l2norm_fwd(x)
         ctx.save_for_backward(y, rstd)
@@ -47,6 +49,7 @@ class _L2Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return l2norm_bwd(*ctx.saved_tensors, *gradients)
 

@@ -230,7 +230,7 @@ def _register_backend() -> None:
 def _supply_flash_attention() -> None:
     """Let tensors take `cpu.attention` where fla's softmax attention calls flash-attn.
 
-    CPU tensors always do, CUDA tensors where flash-attn is not installed and torch has the same
+    CPU tensors always do, CUDA tensors where flash-attn is not installed and torch has fused
     kernels. With a GPU and neither, fla still refuses to build such a layer.
     """
     owner = importlib.import_module("fla.layers.attn")

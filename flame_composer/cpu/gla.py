@@ -49,6 +49,7 @@ from flame_composer.cpu.gla_scores import (
     masks_of,
     sums,
 )
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 from flame_composer.cpu.projections import gradients_of, leaves_of
 
 CHUNK_SIZE = 64
@@ -244,6 +245,7 @@ class _ChunkGLA(torch.autograd.Function):
     """GLA of the q, k, v and g that `make(*given)` returns, which saves only `given`."""
 
     @staticmethod
+    @forward_in_fp32
     def forward(
         ctx: Any,
         make: Callable[..., tuple[Tensor, ...]],
@@ -267,6 +269,7 @@ class _ChunkGLA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         h0, segments, *given = ctx.saved_tensors
         leaves = leaves_of(given, ctx.needs_input_grad[4:])

@@ -38,6 +38,7 @@ from flame_composer.cpu.chunks import (
 )
 from flame_composer.cpu.gla import chunk_gla, plan_of
 from flame_composer.cpu.gla_scores import Masks, cumulative, masked, masks_of
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 
 
 class _FastSlots:
@@ -131,6 +132,7 @@ def _prepare(
 
 class _ChunkSlots(torch.autograd.Function):
     @staticmethod
+    @forward_in_fp32
     def forward(
         ctx: Any,
         q: Tensor,
@@ -155,6 +157,7 @@ class _ChunkSlots(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grad_outputs
         q, k, s, g, h0, segments = ctx.saved_tensors

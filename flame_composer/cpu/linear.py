@@ -8,6 +8,7 @@ the same, up to the order in which fp32 sums are added up.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -46,6 +47,41 @@ def use_bf16(on: bool) -> None:
     """
     global _uses_bf16
     _uses_bf16 = on
+
+
+def forward_in_fp32(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the forward pass of an autograd function ignore autocast, and take what it rounded.
+
+    What autocast rounded in a function would meet what it does not in its backward pass.
+    """
+
+    @functools.wraps(forward)
+    def run(ctx: Any, *args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return forward(ctx, *args)
+        with torch.autocast("cpu", enabled=False):
+            return forward(ctx, *(as_fp32(each) for each in args))
+
+    return run
+
+
+def backward_in_fp32(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the backward pass of an autograd function ignore autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(ctx, *gradients)
+        with torch.autocast("cpu", enabled=False):
+            return backward(ctx, *gradients)
+
+    return run
+
+
+def as_fp32(value: Any) -> Any:
+    """Return a tensor of half the precision in fp32, and all else as it is."""
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half else value
 
 
 def keep_signals_off_the_heap() -> None:
@@ -124,6 +160,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @forward_in_fp32
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         result = layer_product(x.reshape(-1, x.shape[-1]), weight, bias)
@@ -131,6 +168,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (dy,) = gradients

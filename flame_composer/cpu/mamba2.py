@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from flame_composer.cpu.chunks import pieces
 from flame_composer.cpu.decay import chunk_simple_gla, recurrent_simple_gla
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 
 
 class _Convolution(torch.autograd.Function):
@@ -28,6 +29,7 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
+    @forward_in_fp32
     def forward(
         ctx: Any, before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dlast = gradients
         before, x, weight = ctx.saved_tensors

@@ -33,7 +33,12 @@ from flame_composer.cpu.convolution import (
     causal_conv1d_update,
 )
 from flame_composer.cpu.delta_inputs import l2norm_bwd, l2norm_fwd
-from flame_composer.cpu.linear import layer_product, weight_gradient
+from flame_composer.cpu.linear import (
+    backward_in_fp32,
+    forward_in_fp32,
+    layer_product,
+    weight_gradient,
+)
 from flame_composer.cpu.losses import (
     cross_entropy_forward,
     cross_entropy_loss,
@@ -92,6 +97,7 @@ class _SwiGLULinear(torch.autograd.Function):
     """The function linear(silu(x) * y), which recomputes the product instead of saving it."""
 
     @staticmethod
+    @forward_in_fp32
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, y, weight)
         return layer_product(swiglu_fwd(x, y).reshape(-1, x.shape[-1]), weight, bias).view(
@@ -100,6 +106,7 @@ class _SwiGLULinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight = ctx.saved_tensors
         (dout,) = gradients

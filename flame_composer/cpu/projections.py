@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flame_composer.cpu.linear import Linear, layer_product, weight_gradient
+from flame_composer.cpu.linear import (
+    Linear,
+    backward_in_fp32,
+    forward_in_fp32,
+    layer_product,
+    weight_gradient,
+)
 
 Make = Callable[..., Iterable[Tensor]]
 
@@ -49,6 +55,7 @@ def projected(
 
 class _Projected(torch.autograd.Function):
     @staticmethod
+    @forward_in_fp32
     def forward(
         ctx: Any, make: Make, num_given: int, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -64,6 +71,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         given, weights = ctx.saved_tensors[: ctx.num_given], ctx.saved_tensors[ctx.num_given :]
         needed = ctx.needs_input_grad[2:]

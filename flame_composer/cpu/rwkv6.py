@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from flame_composer.cpu.chunks import check_sequences, one_token_each
 from flame_composer.cpu.gla import chunk_gla, gla_of
+from flame_composer.cpu.linear import backward_in_fp32, forward_in_fp32
 from flame_composer.cpu.token_shift import starts_of
 
 
@@ -27,6 +28,7 @@ class _Earlier(torch.autograd.Function):
     """The token before each token of x `[B, T, ...]`, 0 before the first of a sequence."""
 
     @staticmethod
+    @forward_in_fp32
     def forward(ctx: Any, x: Tensor, starts: Tensor) -> Tensor:
         ctx.save_for_backward(starts)
         y = torch.empty_like(x)
@@ -36,6 +38,7 @@ class _Earlier(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (starts,) = ctx.saved_tensors
         (dy,) = gradients

@@ -24,7 +24,7 @@ from flame_composer.model.work import count_parameters
 from flame_composer.quantities import format_bytes
 from flame_composer.storage.files import is_plain_name, read_small
 from flame_composer.text.tokenizer import may_be_hub_id
-from flame_composer.upstream.hf_configs import base_keys
+from flame_composer.upstream.hf_configs import base_keys, value_of
 from flame_composer.upstream.transformers import generation_keys
 
 INDEX = "model.safetensors.index.json"
@@ -101,7 +101,9 @@ def warn_left_out(content: Mapping[str, Any], hf_config: PretrainedConfig, place
     left_out = [
         str(key)
         for key in content
-        if key not in _APART | generation_keys() and not hasattr(hf_config, str(key))
+        if key not in _APART | generation_keys()
+        and not hasattr(hf_config, str(key))
+        and value_of(hf_config, str(key)) is None
     ]
     if left_out:
         names = ", ".join(repr(name)[:40] for name in left_out[:5]) + (

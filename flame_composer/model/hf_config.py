@@ -24,7 +24,13 @@ from flame_composer.model.foreign import folder_of, plain_keys, read_json, warn_
 from flame_composer.model.heads import require_heads
 from flame_composer.model.mup import require_rules
 from flame_composer.text.counts import MOST_PARTS, is_beyond_any_model, require_counts
-from flame_composer.upstream.hf_configs import as_known_here, hints_of, parameters_of, value_of
+from flame_composer.upstream.hf_configs import (
+    as_known_here,
+    has_value,
+    hints_of,
+    parameters_of,
+    value_of,
+)
 
 # Keys that every model understands, even if its config class leaves them to the base class.
 _COMMON_KEYS = (
@@ -280,9 +286,9 @@ def read_pretrained_config(path_or_id: str) -> PretrainedConfig:
 
 def check_agrees(hf_config: PretrainedConfig, model_config: dict[str, Any]) -> None:
     """Raise InvalidField if `model_config` contradicts the config of the loaded weights."""
-    for key, value in as_known_here(model_config, type(hf_config)).items():
-        has = value_of(hf_config, key)
-        if has != value:
+    for key, value in model_config.items():
+        if not has_value(hf_config, key, value):
+            has = value_of(hf_config, key)
             raise InvalidField(
                 f"model.config.{key}",
                 f"model.pretrained has {has}; leave the key out, or give that value",

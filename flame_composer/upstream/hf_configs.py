@@ -30,6 +30,12 @@ _BASE_OF_4 = (
 )
 _ROPE = "rope_parameters"  # in transformers 5, for what 4 has as rope_theta and rope_scaling
 _ROPE_OF_4 = {"rope_theta": (float, 10000.0), "rope_scaling": (dict | None, None)}
+# Keys that only some models had in transformers 4, and their names in rope_parameters
+_ROPE_OF_SOME = {
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+}
 
 
 def base_keys() -> set[str]:
@@ -45,8 +51,8 @@ def parameters_of(config_class: type[PretrainedConfig]) -> dict[str, Parameter]:
     """Return the keys of a config class that not all configs have.
 
     Upstream: transformers 5.24, `PreTrainedConfig`, a dataclass.
-    Mends: its constructor also has the keys of all configs, and none for rope_theta and
-        rope_scaling, which it still takes.
+    Mends: its constructor also has the keys of all configs, and none for rope_theta, rope_scaling
+        and, in some, partial_rotary_factor, rotary_pct and rotary_emb_base, which it still takes.
     """
     known = dict(inspect.signature(config_class.__init__).parameters)
     for name in ("self", "kwargs", *_fields_of_base()):
@@ -55,6 +61,10 @@ def parameters_of(config_class: type[PretrainedConfig]) -> dict[str, Parameter]:
         for name, (hint, default) in _ROPE_OF_4.items():
             kind = Parameter.KEYWORD_ONLY
             known[name] = Parameter(name, kind, annotation=hint, default=default)
+        source = inspect.getsource(config_class)
+        for name in _ROPE_OF_SOME:
+            if f'"{name}"' in source and name not in known:
+                known[name] = Parameter(name, Parameter.KEYWORD_ONLY, annotation=float)
     return known
 
 
@@ -66,7 +76,9 @@ def hints_of(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """
     names = {**vars(typing), "torch": torch}
     hints = typing.get_type_hints(config_class.__init__, localns=names)
-    hints |= {name: hint for name, (hint, _) in _ROPE_OF_4.items() if _ROPE in hints}
+    if _ROPE in hints:
+        hints = dict.fromkeys(_ROPE_OF_SOME, float) | hints
+        hints |= {name: hint for name, (hint, _) in _ROPE_OF_4.items()}
     return {name: hints[name] for name in parameters_of(config_class) if name in hints}
 
 
@@ -79,19 +91,38 @@ def rotates(hf_config: PretrainedConfig) -> bool:
     return hasattr(hf_config, "rope_theta") or bool(getattr(hf_config, _ROPE, None))
 
 
-def value_of(hf_config: PretrainedConfig, key: str) -> Any:
-    """Return the value of a config's key, or None if it has no such key.
+def has_value(hf_config: PretrainedConfig, key: str, value: Any) -> bool:
+    """Return whether a config's key has a value, under the names of either transformers.
 
     Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`.
-    Mends: it takes rope_theta, but has it in this one key only, and in what rope_scaling returns.
+    Mends: the keys of rotary embeddings in transformers 4 are in this one key only, and it is
+        unknown to transformers 4.
+    """
+    has = value_of(hf_config, key)
+    if key == _ROPE and isinstance(value, Mapping) and isinstance(has, Mapping):
+        return all(has.get(name) == each for name, each in value.items())
+    return bool(has == value)
+
+
+def value_of(hf_config: PretrainedConfig, key: str) -> Any:
+    """Return the value of a config's key, under the names of either transformers, or None.
+
+    Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`.
+    Mends: as `has_value`.
     """
     parameters = getattr(hf_config, _ROPE, None)
-    if key not in _ROPE_OF_4 or not isinstance(parameters, dict):
-        return getattr(hf_config, key, None)
-    if key == "rope_theta":
-        return parameters.get(key)
-    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
-    return None if scaling.get("rope_type", "default") == "default" else scaling
+    if not isinstance(parameters, Mapping):  # transformers 4, or a model without rotary embeddings
+        if key != _ROPE or not hasattr(hf_config, "rope_theta"):
+            return getattr(hf_config, key, None)
+        scaling = getattr(hf_config, "rope_scaling", None) or {"rope_type": "default"}
+        partial = getattr(hf_config, "partial_rotary_factor", None)
+        found = {**scaling, "rope_theta": hf_config.rope_theta}
+        return found if partial is None else found | {"partial_rotary_factor": partial}
+    if key == "rope_scaling":
+        scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+        return None if scaling.get("rope_type", "default") == "default" else scaling
+    name = "rope_theta" if key == "rope_theta" else _ROPE_OF_SOME.get(key)
+    return getattr(hf_config, key, None) if name is None else parameters.get(name)
 
 
 def as_known_here(

@@ -1978,6 +1978,7 @@ def test_reading_a_configuration_imports_nothing_heavy():
 NO_PATHS = {
     "shuffle_algo",
     "quantize",
+    "gradient_compression",
     "pattern",
     "suite",
     "system_instruction",

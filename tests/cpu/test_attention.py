@@ -311,15 +311,33 @@ def test_with_a_gpu_flash_attn_or_torch_has_the_kernel(monkeypatch):
 @pytest.mark.skipif(not TORCH_HAS_KERNELS, reason="this torch has no attention over documents")
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("S", [70, 90])
-def test_torch_takes_what_fla_gives_it(S, window):
-    """What torch computes there needs a GPU; what it returns and refuses can be asked without."""
+def test_torch_is_asked_for_what_fla_asks_for(S, window, monkeypatch):
+    """What torch computes there needs a GPU; what it is asked for, and returns, does not."""
+    from torch.nn.attention import varlen
+
+    asked, attend = [], varlen.varlen_attn
+
+    def noting(*args: object, **options: object) -> Tensor:
+        asked.append((args, options))
+        return attend(*args, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", noting)
     options = {"causal": True, "window_size": sides(window)}
     made = {"dtype": torch.bfloat16, "device": "meta"}
-    q = torch.empty(2, 70, 4, 64, **made, requires_grad=True)
-    k, v = (torch.empty(2, S, 2, 64, **made) for _ in range(2))
+    q = torch.empty(2, 70, 4, 60, **made, requires_grad=True)
+    k, v = (torch.empty(2, S, 2, 60, **made) for _ in range(2))
     got = fused_flash_attn_func(q, k, v, **options)
     assert (got.shape, got.dtype) == (q.shape, q.dtype)
     assert torch.autograd.grad(got.sum(), q)[0].shape == q.shape
+    (((q8, k8, v8, of_queries, of_keys, longest_q, longest_k), keys),) = asked
+    assert [x.shape for x in (q8, k8, v8)] == [(140, 4, 64), (2 * S, 2, 64), (2 * S, 2, 64)]
+    assert (longest_q, longest_k) == (70, S)
+    assert (of_queries is of_keys) == (S == 70)
+    assert keys == {
+        "scale": 60**-0.5,
+        "window_size": (-1 if window is None else window - 1, 0),
+        "enable_gqa": True,
+    }
     with pytest.raises(NotImplementedError, match="without dropout"):
         fused_flash_attn_func(q, k, v, dropout_p=0.1, **options)
 
@@ -334,7 +352,7 @@ def test_torch_and_this_agree_on_a_gpu(window, kept):
     of_queries = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     of_keys = of_queries + kept * torch.arange(4, device="cuda").int() if kept else of_queries
     tokens = int(of_keys[-1])
-    exact = [x.cuda() for x in draw(0, (150, 4, 64), (tokens, 2, 64), (tokens, 2, 64))]
+    exact = [x.cuda() for x in draw(0, (150, 4, 60), (tokens, 2, 60), (tokens, 2, 60))]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     borders = (of_queries, of_keys, 79, 79 + kept)
     want = flash_attn_varlen_func(*exact, *borders, **options)

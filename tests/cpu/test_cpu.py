@@ -22,9 +22,14 @@ from torch import Tensor
 
 from flame_composer import cpu
 from flame_composer.cpu import operations
+from flame_composer.cpu.coverage import ON_CPU
 from flame_composer.cpu.enable import _by_device, find
+from flame_composer.model.build import build_model
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.upstream.autotuner import try_the_smallest_only
+from tests.conftest import small_fla
 from tests.cpu.agreement import assert_same, leaves, relative_error
+from tests.data_fixtures import byte_tokenizer
 from tests.fixtures.gla import make_fixtures
 from tests.stack import FLA, backends_on_cpu
 
@@ -64,6 +69,28 @@ def test_model_agrees_with_the_triton_kernels(name):
     for key, want in results.items():
         assert np.linalg.norm(want) > 0, key
         assert relative_error(got[key], want) < (1e-4 if key.startswith("grad:") else 1e-5), key
+
+
+@pytest.mark.filterwarnings("ignore:According to Bo")  # fla's word on its RWKV
+@pytest.mark.filterwarnings("ignore:The correction_factor is set to 1 by default")  # Comba's
+@pytest.mark.parametrize("name", sorted({*ON_CPU} - {"gsa", "hgrn2", "lightnet"}))
+def test_models_train_under_autocast(name: str) -> None:
+    """Kernels compute in fp32 there, going forward and back. (Those three have a norm and linear
+    layer in one function of fla's own, whose backward pass knows autocast on GPUs only.)
+    """
+    torch.manual_seed(0)
+    model = build_model(build_hf_config(small_fla(name), byte_tokenizer(), 128)).train()
+    ids = torch.randint(0, 200, (2, 70))
+    found = []
+    for is_on in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            logits = model(input_ids=ids, use_cache=False).logits
+        logits.float().square().mean().backward()
+        grads = [each.grad.flatten() for each in model.parameters() if each.grad is not None]
+        found.append((logits.detach().float(), torch.cat(grads)))
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.gpu

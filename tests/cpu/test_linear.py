@@ -5,6 +5,7 @@ else changed.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from flame_composer.cpu.linear import (
     MIN_PRODUCTS,
     MIN_WEIGHTS,
     Linear,
+    keep_signals_off_the_heap,
     layer_product,
     linear,
     pack,
@@ -275,6 +277,19 @@ def test_a_signal_in_the_middle_of_a_product_does_no_harm(threads: int) -> None:
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert (process.returncode, process.stderr) == (0, "")
     assert int(process.stdout) > 100
+
+
+@pytest.mark.parametrize(("version", "needs_it"), [("3.7.1", True), ("3.11.2", False)])
+def test_the_guard_is_for_versions_that_need_it(
+    version: str, needs_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled: list[int] = []
+    shown = f"  - Intel(R) MKL-DNN v{version} (Git Hash"
+    monkeypatch.setattr(torch.__config__, "show", lambda: shown)
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)
+    monkeypatch.setattr(faulthandler, "enable", lambda file: enabled.append(file))
+    keep_signals_off_the_heap()
+    assert enabled == ([2] if needs_it else [])
 
 
 def test_models_on_a_cpu_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:

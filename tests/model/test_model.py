@@ -31,7 +31,8 @@ from flame_composer.model.causal_lm import (
     cumulative_lengths,
     positions,
 )
-from flame_composer.model.hf_config import build_hf_config, check_agrees
+from flame_composer.model.hf_config import build_hf_config, check_agrees, read_back_hf_config
+from flame_composer.upstream.hf_configs import value_of
 from tests.conftest import CONTEXT_LENGTH, GLA, LLAMA
 from tests.data_fixtures import byte_tokenizer
 
@@ -647,6 +648,39 @@ def test_a_config_given_beside_weights_may_only_repeat_theirs():
         )
         with pytest.raises(InvalidField, match=f"^{re.escape(message)}$"):
             check_agrees(config, {**GLA, key: value})
+
+
+def test_rotary_settings_beside_weights_may_only_repeat_theirs():
+    """Under the names of transformers 4 and of 5, whichever is installed."""
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    config = hf_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": scaled})
+    for same in (
+        {"rope_theta": 5e5},
+        {"rope_scaling": scaled},
+        {"rope_parameters": {**scaled, "rope_theta": 5e5}},
+    ):
+        check_agrees(config, same)
+    for key, value in (
+        ("rope_theta", 1e4),
+        ("rope_scaling", None),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+        ("rope_parameters", {**scaled, "rope_theta": 1e4}),
+    ):
+        with pytest.raises(InvalidField, match=f"^model.config.{key}: model.pretrained has "):
+            check_agrees(config, {key: value})
+
+
+def test_keys_that_transformers_5_takes_without_a_word_are_known(caplog):
+    """Among them those of Pythia, whose values it would otherwise replace by its own."""
+    neox = {"model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 5000.0}
+    phi = {"model_type": "phi", "partial_rotary_factor": 0.25, "rope_theta": 7e3}
+    found = [read_back_hf_config(content, "config.json") for content in (neox, phi)]
+    for config, theta, part in zip(found, (5e3, 7e3), (0.5, 0.25), strict=True):
+        rotary = value_of(config, "rope_parameters")
+        assert (rotary["rope_theta"], rotary["partial_rotary_factor"]) == (theta, part)
+    for config, content in zip(found, (neox, phi), strict=True):
+        check_agrees(config, content)
+    assert not caplog.messages
 
 
 def test_blocks_are_what_fsdp_wraps_and_recomputes():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flame_composer.upstream.lm_eval import ending_pools
 from tests.conftest import GLA
 from tests.runs import ROOT, last_json, run_script
 from tests.serve.clients import Server
@@ -75,10 +76,11 @@ def test_the_harness_scores_as_evaluate_does(
     given = given.partition("\n")[0].replace("http://127.0.0.1:8000/v1", server.url)
     given = given.replace("runs/gla_tiny/hf", str(folder))
     assert {f"base_url={server.url}/completions", f"tokenizer={folder}"} < {*given.split(",")}
-    theirs = evaluator.evaluate(
-        LocalCompletionsAPI.create_from_arg_string(given, {"batch_size": 4, "max_length": 512}),
-        TaskManager(include_path=str(tmp_path), include_defaults=False).load(TASKS),
-    )
+    with ending_pools():
+        theirs = evaluator.evaluate(
+            LocalCompletionsAPI.create_from_arg_string(given, {"batch_size": 4, "max_length": 512}),
+            TaskManager(include_path=str(tmp_path), include_defaults=False).load(TASKS),
+        )
     assert theirs is not None
     for task in TASKS:
         for key, value in theirs["results"][task].items():

@@ -296,10 +296,10 @@ from contextlib import nullcontext
 import lm_eval.api.task
 import tqdm
 from lm_eval.api.metrics import bootstrap_stderr, median
-from flame_composer.upstream.lm_eval import bars
+from flame_composer.upstream.lm_eval import bars, ending_pools
 
 assert lm_eval.api.task.tqdm is tqdm.tqdm
-with bars(False) if sys.argv[1] == "mended" else nullcontext():
+with ending_pools(), bars(False) if sys.argv[1] == "mended" else nullcontext():
     for _ in lm_eval.api.task.tqdm(range(3)):
         pass
     print(bootstrap_stderr(median, [1, 2, 3], iters=2000))
@@ -1198,18 +1198,29 @@ def test_ask_wandb_for_its_address():
     assert isinstance(Run.url, property)
 
 
-def test_ask_configs_without_a_word(caplog):
+RETURN_DICT = """
+from transformers import PretrainedConfig, configuration_utils
+from flame_composer.upstream.composer import ask_configs_without_a_word
+
+said = []
+configuration_utils.logger.warning_once = said.append
+assert PretrainedConfig().use_return_dict is True
+before = len(said)
+ask_configs_without_a_word()
+for wanted in (True, False):
+    assert PretrainedConfig(return_dict=wanted).use_return_dict is wanted
+print(before, len(said) - before)
+"""
+
+
+def test_ask_configs_without_a_word():
     """Composer asks a config for `use_return_dict`, of which transformers 5 warns."""
     from composer.models import huggingface
-    from transformers import PretrainedConfig
-
-    from flame_composer.upstream.composer import ask_configs_without_a_word
 
     assert "self.config.use_return_dict" in inspect.getsource(huggingface)
-    ask_configs_without_a_word()
-    for wanted in (True, False):
-        assert PretrainedConfig(return_dict=wanted).use_return_dict is wanted
-    assert not caplog.messages
+    command = [sys.executable, "-c", RETURN_DICT]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.split() == ["0" if TRANSFORMERS < (5, 0) else "1", "0"]
 
 
 def test_base_keys():
@@ -1267,6 +1278,19 @@ def test_rotates():
     assert rotates(LlamaConfig())
     assert not rotates(GPT2Config())
     assert hasattr(LlamaConfig(), "rope_theta") is (TRANSFORMERS < (5, 0))
+
+
+def test_has_value():
+    """Rotary settings have other names in transformers 4 and 5; either may be asked for."""
+    from transformers import LlamaConfig
+
+    from flame_composer.upstream.hf_configs import has_value
+
+    config = LlamaConfig(rope_theta=5e5)
+    assert has_value(config, "rope_theta", 5e5)
+    assert has_value(config, "rope_parameters", {"rope_theta": 5e5})
+    assert not has_value(config, "rope_parameters", {"rope_type": "linear", "rope_theta": 5e5})
+    assert hasattr(config, "rope_parameters") is (TRANSFORMERS >= (5, 0))
 
 
 def test_value_of():

@@ -27,6 +27,7 @@ from flame_composer.errors import ConfigError, DataError
 from flame_composer.model.build import build_model
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.text.ends import Ends, with_ends
+from flame_composer.upstream.lm_eval import ending_pools
 from tests.conftest import GLA
 from tests.data_fixtures import byte_tokenizer, words
 from tests.runs import ROOT, Corpus, Script, last_json, read_log, run_script, two_ranks
@@ -130,10 +131,11 @@ def test_scores_are_those_of_the_harness_itself(
             "max_length=40",
         )
     )["tasks"]
-    theirs = evaluator.evaluate(
-        HFLM(str(model_folder), device="cpu", dtype="float32", batch_size=4, max_length=40),
-        TaskManager(include_path=str(tasks), include_defaults=False).load(TASKS),
-    )
+    with ending_pools():
+        theirs = evaluator.evaluate(
+            HFLM(str(model_folder), device="cpu", dtype="float32", batch_size=4, max_length=40),
+            TaskManager(include_path=str(tasks), include_defaults=False).load(TASKS),
+        )
     assert theirs is not None
     for task in TASKS:
         for key, value in theirs["results"][task].items():
@@ -188,11 +190,13 @@ def test_conversations_are_those_of_the_harness_itself(
         "max_length=400",
     )
     ours = last_json(run_script(*evaluate, *keys))
-    theirs = evaluator.evaluate(
-        HFLM(str(model), device="cpu", dtype="float32", batch_size=8, max_length=400),
-        TaskManager(include_path=str(tasks), include_defaults=False).load(["choice", "written"]),
-        **{"fewshot_as_multiturn": True, **options},
-    )
+    loaded = TaskManager(include_path=str(tasks), include_defaults=False)
+    with ending_pools():
+        theirs = evaluator.evaluate(
+            HFLM(str(model), device="cpu", dtype="float32", batch_size=8, max_length=400),
+            loaded.load(["choice", "written"]),
+            **{"fewshot_as_multiturn": True, **options},
+        )
     assert theirs is not None
     for task, scores in ours["tasks"].items():
         for key, value in theirs["results"][task].items():
