@@ -345,9 +345,7 @@ class ParallelismConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_compression: Literal["bf16"] | None = None
-    """Numbers that gradients travel in with plain data parallelism. bf16: half the bytes of fp32,
-    and each device's gradient, and their sum, are rounded to 8 bits. fp32 if not set.
-    """
+    """Numbers that gradients travel in without fsdp: bf16, of half the bytes, or fp32 if not set."""
     cpu_fallback: bool = False
     """Train with plain data parallelism where there is no GPU, even if fsdp is set."""
     cpu_fsdp: bool = False
@@ -364,8 +362,7 @@ class ParallelismConfig:
         require(
             self.gradient_compression is None or self.fsdp is None or self.cpu_fallback,
             "gradient_compression",
-            "must be null with parallelism.fsdp, whose mixed_precision says what gradients travel"
-            " in",
+            "must be null with parallelism.fsdp, which has mixed_precision for it",
         )
 
 

@@ -472,7 +472,7 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         ParallelismConfig,
         {"gradient_compression": "bf16", "fsdp": FsdpConfig()},
         "gradient_compression",
-        "must be null with parallelism.fsdp, whose mixed_precision says what gradients travel in",
+        "must be null with parallelism.fsdp, which has mixed_precision for it",
     ),
     (DataConfig, {"download_retries": -1}, "download_retries", "must be 0 or more"),
     *(
