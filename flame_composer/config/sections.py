@@ -345,7 +345,7 @@ class ParallelismConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_compression: Literal["bf16"] | None = None
-    """Numbers that gradients travel in without fsdp: bf16, of half the bytes, or fp32 if not set."""
+    """Numbers that gradients travel in without fsdp: bf16, half the bytes; fp32 if not set."""
     cpu_fallback: bool = False
     """Train with plain data parallelism where there is no GPU, even if fsdp is set."""
     cpu_fsdp: bool = False
