@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 IGNORE = -100  # the label that carries no loss
@@ -42,14 +43,33 @@ def collate(rows: list[dict[str, NDArray[Any]]], *, loss_across_documents: bool 
     return batch
 
 
-def count_tokens(batch: Batch) -> dict[str, int]:
+def part_of_rows(length: int, part: int, parts: int) -> slice:
+    """Return which tokens of rows of `length` tokens are in one of so many equal parts."""
+    assert length % parts == 0, (length, parts)
+    return slice(part * length // parts, (part + 1) * length // parts)
+
+
+def labels_after(labels: torch.Tensor, tokens: slice) -> torch.Tensor:
+    """Return the label of what follows each of these tokens of a row [B, T]: [B, tokens]."""
+    after = labels[:, tokens.start + 1 : tokens.stop + 1]
+    return F.pad(after, (0, tokens.stop - tokens.start - after.shape[1]), value=IGNORE)
+
+
+def count_tokens(
+    batch: Batch, *, part: int = 0, parts: int = 1, counts_all: bool = True
+) -> dict[str, int]:
     """Return the number of all tokens of a batch, and of those that carry loss.
 
-    For a microbatch of a global batch without any such token (`is_void`), it is 1, so that the loss
-    of 0 can be divided by it.
+    Of every row only the tokens in a `part` are counted, as are those that these predict. Unless
+    `counts_all`, which is for one of several ranks with the same tokens, the first number is 0.
+
+    For a microbatch of a global batch without any such token (`is_void`), the second is 1, so that
+    the loss of 0 can be divided by it.
     """
-    number = int((batch["labels"] != IGNORE).sum())
+    tokens = part_of_rows(batch["input_ids"].shape[1], part, parts)
+    labels = batch["labels"] if parts == 1 else labels_after(batch["labels"], tokens)
+    number = int((labels != IGNORE).sum())
     return {
-        "total": batch["input_ids"].numel(),
+        "total": labels.numel() if counts_all else 0,
         "loss_generating": 1 if "is_void" in batch else number,
     }

@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from flame_composer.config.cli import listen_to_signals, run
-from flame_composer.config.sections import ParallelismConfig
+from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.config.use import EvaluateConfig
 
 

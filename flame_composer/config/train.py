@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from flame_composer.config import other_names
 from flame_composer.config.data import DataConfig, EvalDataConfig
 from flame_composer.config.extensions import NEEDS_WHOLE_PARAMETERS, ONLY_LOGS, check_names, in_use
+from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.config.rules import (
     DURATION,
     FRACTION,
@@ -31,7 +32,6 @@ from flame_composer.config.sections import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelismConfig,
     RepetitionConfig,
     SchedulerConfig,
     SpikeConfig,
@@ -257,12 +257,15 @@ class TrainConfig(ScriptConfig):
 
     def _check_devices(self, devices: int) -> None:
         size, fsdp = self.microbatch_size, self.parallelism.fsdp
-        if isinstance(size, int):
-            rows = devices * size
-            rule = f"must be a multiple of devices x microbatch_size = {devices} x {size} = {rows}"
-            require(self.global_batch_size % rows == 0, "global_batch_size", rule)
-        rule = f"must be a multiple of the {devices} devices"
-        require(self.global_batch_size % devices == 0, "global_batch_size", rule)
+        self.parallelism.check_rows(
+            devices,
+            global_batch_size=self.global_batch_size,
+            microbatch_size=size,
+            context_length=self.context_length,
+        )
+        self.parallelism.check_division(
+            self.eval_batch_size, in_use(self.algorithms), has_tasks=self.eval_tasks is not None
+        )
         if fsdp is not None:
             rule = "must be a number with parallelism.fsdp, which cannot try"
             require(size != "auto", "microbatch_size", rule)

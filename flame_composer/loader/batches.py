@@ -28,9 +28,10 @@ from flame_composer.errors import ConfigError, InvalidField
 from flame_composer.loader.fetch import Shards
 from flame_composer.loader.footprint import cache_needs, index_bytes, sizes_of
 from flame_composer.loader.layout import SPREAD, Order, build_order, window_of
-from flame_composer.loader.machine import this_machine
+from flame_composer.loader.machine import Machine, this_machine
 from flame_composer.loader.repetition import leave_out
 from flame_composer.loader.rows import Loader, Rows
+from flame_composer.model.ranks import ALL_APART, Ranks
 from flame_composer.processes import can_have_processes, end_with_parent
 from flame_composer.upstream.streaming import StreamingOrder
 
@@ -42,9 +43,9 @@ log = logging.getLogger(__name__)
 class EvalBatches(IterableDataset):
     """Batches that hold every row of a dataset exactly once, for any number of ranks and workers.
 
-    Rank r reads rows r, r + world size, and so on. If the rows do not divide evenly, the last
-    batches are filled with rows without labels. Every rank thus has the same number of batches, and
-    a mean weighted by tokens stays exact.
+    Rank r reads rows r, r + world size, and so on; ranks that work on the same rows count as one.
+    If the rows do not divide evenly, the last batches are filled with rows without labels. Every
+    rank thus has the same number of batches, and a mean weighted by tokens stays exact.
     """
 
     def __init__(
@@ -54,23 +55,24 @@ class EvalBatches(IterableDataset):
         batch_size: int,
         max_rows: int | None,
         loss_across_documents: bool = True,
+        ranks: Ranks = ALL_APART,
     ):
         self.shards = shards
         self.loss_across_documents = loss_across_documents
         self.batch_size = batch_size
         self.num_rows = min(shards.num_rows, max_rows or shards.num_rows)
-        self.rank, self.world_size = dist.get_global_rank(), dist.get_world_size()
+        self.place, self.places = ranks.place, ranks.places
 
     def __len__(self) -> int:
         """Return the number of batches of each rank."""
-        return math.ceil(self.num_rows / (self.world_size * self.batch_size))
+        return math.ceil(self.num_rows / (self.places * self.batch_size))
 
     def __iter__(self) -> Iterator[Batch | Sent]:
         worker = get_worker_info()
         id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in range(id, len(self), num_workers):
             first = index * self.batch_size
-            numbers = [self.rank + self.world_size * (first + i) for i in range(self.batch_size)]
+            numbers = [self.place + self.places * (first + i) for i in range(self.batch_size)]
             batch = collate(
                 [self.shards.row(min(number, self.num_rows - 1)) for number in numbers],
                 loss_across_documents=self.loss_across_documents,
@@ -161,18 +163,19 @@ def build_train_loader(
     global_batch_size: int,
     seed: int,
     repetition: RepetitionConfig | None = None,
+    ranks: Ranks = ALL_APART,
 ) -> DataSpec:
-    """Return a loader of this rank's share of every global batch.
+    """Return a loader of this rank's share of every global batch, which `ranks` may have together.
 
     Rows are shuffled with `shuffle_seed` of the config or, if there is none, with `seed`. Those
     that repeat themselves are left out of the loss if `repetition` is given. Raises ConfigError if
     the datasets do not hold one global batch, need a larger cache than `cache_limit`, or hold
     padding, which `repetition` would take for tokens that repeat.
     """
-    may_be_void = _may_be_void(datasets, repetition)
+    may_be_void, count = _may_be_void(datasets, repetition), counter_of(ranks)
     order = build_order(datasets, config, global_batch_size=global_batch_size, seed=seed)
     num_workers = loader_processes(config.num_workers)
-    limit = _limit(order, datasets, config)
+    limit = _limit(order, datasets, config, this_machine(ranks.together))
     shards = Shards(
         list(datasets.values()), retries=config.download_retries, timeout=config.download_timeout
     )
@@ -188,6 +191,7 @@ def build_train_loader(
             "shuffle_seed": seed if config.shuffle_seed is None else config.shuffle_seed,
             "num_canonical_nodes": config.num_canonical_nodes,
         },
+        together=ranks.together,
     )
     across = config.loss_across_documents
     collated = functools.partial(
@@ -208,12 +212,23 @@ def build_train_loader(
     )
     return DataSpec(
         loader,
-        get_num_tokens_in_batch=count_tokens,
-        split_batch=split_noting_void if may_be_void else None,
+        # Composer adds up what all ranks return
+        get_num_samples_in_batch=lambda batch: len(batch["input_ids"]) * ranks.counts_rows,
+        get_num_tokens_in_batch=count,
+        split_batch=functools.partial(split_noting_void, count=count) if may_be_void else None,
     )
 
 
-def _limit(order: Order, datasets: Mapping[str, Dataset], config: DataConfig) -> int | None:
+def counter_of(ranks: Ranks) -> Callable[[Batch], dict[str, int]]:
+    """Return `count_tokens` for this rank's part of the rows that `ranks` have together."""
+    return functools.partial(
+        count_tokens, part=ranks.part, parts=ranks.context, counts_all=ranks.counts_tokens
+    )
+
+
+def _limit(
+    order: Order, datasets: Mapping[str, Dataset], config: DataConfig, machine: Machine
+) -> int | None:
     """Return the bytes that cached shards may take, or None for no limit.
 
     Raises InvalidField if shards in use would have to be deleted, and fetched again and again.
@@ -222,7 +237,7 @@ def _limit(order: Order, datasets: Mapping[str, Dataset], config: DataConfig) ->
         return None
     limit = bytes_to_int(config.cache_limit)
     indexes = index_bytes(datasets.values())
-    needs = cache_needs(order, sizes_of(datasets.values()), config, this_machine(), indexes=indexes)
+    needs = cache_needs(order, sizes_of(datasets.values()), config, machine, indexes=indexes)
     if limit < needs.smallest:
         raise InvalidField(
             "train_data.cache_limit",
@@ -248,13 +263,18 @@ def _may_be_void(datasets: Mapping[str, Dataset], repetition: RepetitionConfig |
     return bool(has_masks) or repetition is not None
 
 
-def split_noting_void(batch: Batch, microbatch_size: int | float) -> Sequence[Batch]:
+def split_noting_void(
+    batch: Batch,
+    microbatch_size: int | float,
+    *,
+    count: Callable[[Batch], dict[str, int]] = count_tokens,
+) -> Sequence[Batch]:
     """Return the batch in microbatches; if no rank has a token with loss, they say so (`is_void`).
 
-    Composer divides by the number of those tokens.
+    Composer divides by the number of those tokens, which `count` returns.
     """
     parts = default_split_batch(batch, microbatch_size)
-    number = torch.tensor(sum(count_tokens(part)["loss_generating"] for part in parts))
+    number = torch.tensor(sum(count(part)["loss_generating"] for part in parts))
     if torch.cuda.is_available():
         number = number.cuda()
     dist.all_reduce(number)
@@ -295,11 +315,12 @@ def build_evaluator(
     batch_size: int,
     eval_interval: Callable[[State, Event], bool] | None = None,
     until: Callable[[DataLoader], Any] | None = None,
+    ranks: Ranks = ALL_APART,
 ) -> Evaluator:
     """Return an evaluator over every row of the dataset once, or over its first `max_rows`.
 
-    Each rank reads `batch_size` rows at a time. `until`, if given, takes the loader and returns one
-    that can end early.
+    Each rank, or those that work on the same rows, reads `batch_size` rows at a time. `until`, if
+    given, takes the loader and returns one that can end early.
     """
     loader = DataLoader(
         EvalBatches(
@@ -307,6 +328,7 @@ def build_evaluator(
             batch_size=batch_size,
             max_rows=config.max_rows,
             loss_across_documents=config.loss_across_documents,
+            ranks=ranks,
         ),
         batch_size=None,
         num_workers=loader_processes(config.num_workers),
@@ -316,7 +338,7 @@ def build_evaluator(
     batches = until(loader) if until else loader
     return Evaluator(
         label="eval",
-        dataloader=DataSpec(batches, get_num_tokens_in_batch=count_tokens),
+        dataloader=DataSpec(batches, get_num_tokens_in_batch=counter_of(ranks)),
         eval_interval=eval_interval,
         device_eval_microbatch_size=batch_size,
     )

@@ -46,7 +46,7 @@ def cache_needs(
     `indexes` is what the datasets' indexes take in it. Loader processes are assumed to be as far
     apart as they can be.
     """
-    rank_batch = max(1, order.size // machine.world_size)
+    rank_batch = max(1, order.size // machine.places)
     ahead = math.ceil((config.predownload or PREDOWNLOAD * rank_batch) / rank_batch)
     apart = max(1, config.num_workers) * (ahead + config.prefetch_factor + 1)
     in_use, read = footprint(order, sizes, machine, apart=apart)
@@ -104,7 +104,7 @@ def _of_rows(order: StreamingOrder, sizes: Ints, machine: Machine, apart: int) -
     shards, batches = [], []
     for batch, ids in enumerate(order.batches(0)):
         places = [machine.place_of(rank) for rank in range(machine.ranks)]
-        ours = np.concatenate([ids[place :: machine.world_size] for place in places])
+        ours = np.concatenate([ids[place :: machine.places] for place in places])
         found = np.unique(np.searchsorted(order.first_rows, ours, side="right") - 1)
         shards.append(found)
         batches.append(np.full(len(found), batch))
@@ -129,7 +129,8 @@ def most_at_once(begins: NDArray, ends: NDArray, sizes: Ints) -> int:
 def _of_windows(order: Mixture, sizes: Ints, machine: Machine, apart: int) -> Footprint:
     """Work out from the shards' windows when each of them is needed."""
     # Which of the nodes that take turns have rows in this machine's places?
-    step = math.gcd(order.nodes, machine.num_machines, order.size)
+    turns = 1 if machine.ranks % machine.together else machine.num_machines
+    step = math.gcd(order.nodes, turns, order.size)
     nodes = range(machine.number % step, order.nodes, step)
     in_use = read = first = 0
     for stream, chosen in zip(order.streams, order.choose, strict=True):

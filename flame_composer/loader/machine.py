@@ -26,25 +26,29 @@ class Machine(NamedTuple):
     number: int
     num_machines: int
     ranks: int  # of this machine
+    together: int = 1  # consecutive ranks that read the same rows
 
     @property
-    def world_size(self) -> int:
-        """The number of ranks of all machines."""
-        return self.num_machines * self.ranks
+    def places(self) -> int:
+        """The number of ranks of all machines, those that read the same rows counted once."""
+        return self.num_machines * self.ranks // self.together
 
     def place_of(self, local_rank: int) -> int:
         """Return the place of a rank's first row in a global batch.
 
-        The rank's other rows are every world_size-th one after it. Canonical nodes take turns in
-        the order, so if there are as many as machines, each machine reads only shards of its own.
+        The rank's other rows are every `places`-th one after it. Canonical nodes take turns in the
+        order, so if there are as many as machines, each machine reads only shards of its own, if
+        no ranks of different machines read the same rows.
         """
-        return local_rank * self.num_machines + self.number
+        if self.ranks % self.together:
+            return (self.number * self.ranks + local_rank) // self.together
+        return local_rank // self.together * self.num_machines + self.number
 
 
-def this_machine() -> Machine:
-    """Return the machine that this rank is on."""
+def this_machine(together: int = 1) -> Machine:
+    """Return the machine that this rank is on, where `together` ranks read the same rows."""
     ranks = dist.get_local_world_size()
-    return Machine(dist.get_node_rank(), dist.get_world_size() // ranks, ranks)
+    return Machine(dist.get_node_rank(), dist.get_world_size() // ranks, ranks, together)
 
 
 def enter_job_folder() -> JobFolder:

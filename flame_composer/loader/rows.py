@@ -26,17 +26,26 @@ class Rows(IterableDataset):
     """
 
     def __init__(
-        self, order: Order, shards: Shards, *, predownload: int | None, state: dict[str, Any]
+        self,
+        order: Order,
+        shards: Shards,
+        *,
+        predownload: int | None,
+        state: dict[str, Any],
+        together: int = 1,
     ):
-        """Fetch shards `predownload` rows ahead; `state` is kept in checkpoints with the place."""
+        """Fetch shards `predownload` rows ahead; `state` is kept in checkpoints with the place.
+
+        `together` consecutive ranks have the same rows.
+        """
         self.order, self.shards, self.state = order, shards, state
-        self.batch_size = order.size // dist.get_world_size()
+        self._machine, self._local_rank = this_machine(together), dist.get_local_rank()
+        self.batch_size = order.size // self._machine.places
         self.batches_per_epoch = order.num_batches
         self.batches_ahead = math.ceil(
             (predownload or PREDOWNLOAD * self.batch_size) / self.batch_size
         )
         self.next_epoch, self.next_batch, self.has_begun = 0, 0, False
-        self._machine, self._local_rank = this_machine(), dist.get_local_rank()
 
     def __len__(self) -> int:
         """Return the number of this rank's rows of an epoch."""
@@ -93,7 +102,7 @@ class Rows(IterableDataset):
 
     def _wanted(self, epoch: int, first: int, worker: int, workers: int) -> Iterator[Wanted]:
         """Yield a loader process's batches of an epoch, from its batch `first` on."""
-        place, places = self._machine.place_of(self._local_rank), self._machine.world_size
+        place, places = self._machine.place_of(self._local_rank), self._machine.places
         batches = self.order.batches(epoch, first, place=place, places=places)
         numbered = enumerate(batches, epoch * self.batches_per_epoch + first + 1)
         return itertools.starmap(Wanted, itertools.islice(numbered, worker, None, workers))

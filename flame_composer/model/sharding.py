@@ -7,7 +7,7 @@ import warnings
 from composer.distributed.activation_checkpointing import apply_ac, generate_composer_model_check_fn
 from composer.models import ComposerModel
 
-from flame_composer.config.sections import FsdpConfig, ParallelismConfig
+from flame_composer.config.parallelism import FsdpConfig, ParallelismConfig
 from flame_composer.upstream.composer import Sharding
 
 

@@ -42,6 +42,7 @@ from flame_composer.model.hf_config import new_hf_config
 from flame_composer.model.lora import Adapter, add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.model.probe import require_forward, require_gradients
+from flame_composer.model.ranks import ranks_of
 from flame_composer.model.sharding import recompute_blocks
 from flame_composer.text.tokenizer import load_tokenizer
 from flame_composer.train import parallelism
@@ -195,7 +196,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     reproducibility.seed_all(config.seed)
     data = build_data(config, parts.tokenizer, start)
     saver = build_saver(config, staging_of(config), data.plan, start, parts.needed)
-    sums = StepSums()
+    sums = StepSums(ranks_of(config.parallelism))
     stop = Preemption(saver, sums)
     evaluators = build_evaluators(config, data, stop)
     show_bar = config.progress_bar and sys.stderr.isatty()
@@ -299,9 +300,12 @@ def build_data(
         varlen=config.varlen,
     )
     tokenizer = begin_as_documents(tokenizer, sets, pretrained=config.model.pretrained)
-    batches: dict[str, int] = {"global_batch_size": config.global_batch_size, "seed": config.seed}
+    batches: Any = {"global_batch_size": config.global_batch_size, "seed": config.seed}
     train_data = config.train_data if start is None else as_begun(config.train_data, start)
-    loader = build_train_loader(sets, train_data, repetition=config.repetition_filter, **batches)
+    ranks = ranks_of(config.parallelism)
+    loader = build_train_loader(
+        sets, train_data, repetition=config.repetition_filter, ranks=ranks, **batches
+    )
     order = describe_order(sets, train_data, **batches)
     rows: Any = loader.dataloader
     return Data(
@@ -330,6 +334,7 @@ def build_evaluators(config: TrainConfig, data: Data, stop: Preemption) -> list[
             batch_size=batch_size,
             eval_interval=stop.unless_stopping(due),
             until=stop.until_asked,
+            ranks=ranks_of(config.parallelism),
         )
     ]
 

@@ -83,7 +83,7 @@ class JsonlLog(Callback):
         self.print_every = max(1, plan.total // 50) if print_lines else 0
         self.hash_sums = hash_sums
         if hash_sums is not None:
-            hash_sums.add("row_hashes", lambda state: in_halves(self._row_hashes))
+            hash_sums.add_of_rows("row_hashes", lambda state: in_halves(self._row_hashes))
         self._row_hashes = 0
         self._learning_rate = 0.0
         self._evaluation: dict[str, float] | None = None

@@ -38,7 +38,7 @@ class Mixture(Callback):
         They are in the order of the stream numbers in batches; `rows_on_disk` is in the same order.
         """
         self.sums = sums
-        sums.add("streams", self._rows_of_batch)
+        sums.add_of_rows("streams", self._rows_of_batch)
         self.rows_per_epoch = rows_per_epoch
         self.rows_on_disk = rows_on_disk
         self.context_length = context_length
@@ -103,7 +103,7 @@ class LeftOut(Callback):
 
     def __init__(self, context_length: int, sums: StepSums):
         self.sums = sums
-        sums.add("left_out", lambda state: left_out_and_seen(state.batch[LEFT_OUT]))
+        sums.add_of_rows("left_out", lambda state: left_out_and_seen(state.batch[LEFT_OUT]))
         self.context_length = context_length
         self.left_out = self.seen = 0  # rows so far
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from composer.utils import dist
 
-from flame_composer.config.sections import ParallelismConfig
+from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField

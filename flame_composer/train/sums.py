@@ -9,6 +9,8 @@ from composer.core import State
 from composer.devices import Device
 from composer.utils import dist
 
+from flame_composer.model.ranks import ALL_APART, Ranks
+
 
 class StepSums:
     """Named integers that every rank has at every step, and their sums over all ranks.
@@ -18,7 +20,9 @@ class StepSums:
     the ranks have to agree there whether to take the step, and nothing else needs to know earlier.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALL_APART) -> None:
+        """Sum over all ranks, of which `ranks` says which have the same rows."""
+        self.counts_rows = ranks.counts_rows
         self._of_rank: dict[str, Callable[[State], Sequence[int]]] = {}
         self._sums: dict[str, list[int]] = {}
 
@@ -30,6 +34,11 @@ class StepSums:
         """
         assert name not in self._of_rank, name
         self._of_rank[name] = of_rank
+
+    def add_of_rows(self, name: str, of_rank: Callable[[State], Sequence[int]]) -> None:
+        """Do as `add`, for numbers of the rank's rows: of ranks with the same rows, one counts."""
+        weight = int(self.counts_rows)
+        self.add(name, lambda state: [weight * number for number in of_rank(state)])
 
     def __getitem__(self, name: str) -> list[int]:
         """Return the sums of the integers called `name`, as they were at the last `take`."""

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.config import bench, data, plan, sections, serve, sweep, use
+from flame_composer.config import bench, data, parallelism, plan, sections, serve, sweep, use
 from flame_composer.config import clean as clean_config
 from flame_composer.config import convert as convert_config
 from flame_composer.config import sft as sft_config
@@ -62,15 +62,14 @@ from flame_composer.config.convert import (
 )
 from flame_composer.config.data import DataConfig, EvalDataConfig, PlaceConfig, StreamConfig
 from flame_composer.config.fields import docs_of, hints_of
+from flame_composer.config.parallelism import FsdpConfig, ParallelismConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.config.rules import ScriptConfig, require_duration
 from flame_composer.config.sections import (
     EvalTasksConfig,
-    FsdpConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelismConfig,
     RepetitionConfig,
     SchedulerConfig,
     SpikeConfig,
@@ -95,6 +94,7 @@ CLASSES = [
     value
     for module in (
         sections,
+        parallelism,
         data,
         source_config,
         train_config,

@@ -312,7 +312,7 @@ def test_evaluation_covers_every_row_once(dataset, copy_of, all_rows, world_size
     num_batches = set()
     for rank in range(world_size):
         batches = EvalBatches(shards, batch_size=4, max_rows=max_rows)
-        batches.rank, batches.world_size = rank, world_size
+        batches.place, batches.places = rank, world_size
         own = list(batches)
         assert len(own) == len(batches)
         num_batches.add(len(own))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.config.sections import (
     ModelConfig,
     OptimizerConfig,
-    ParallelismConfig,
     SchedulerConfig,
 )
 from flame_composer.config.train import RunPlan

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from flame_composer.config.sections import ParallelismConfig
+from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.errors import ConfigError
 from flame_composer.loader.machine import shared_array
 from flame_composer.storage import locks

@@ -30,7 +30,8 @@ from flame_composer.checkpoint.names import step_of
 from flame_composer.checkpoint.read import Checkpoint, read_checkpoint
 from flame_composer.checkpoint.sharded import HEAD, Pieces, _copy, _whole, name_of
 from flame_composer.checkpoint.to_model import load_from_checkpoint, load_model
-from flame_composer.config.sections import FsdpConfig, ModelConfig, ParallelismConfig
+from flame_composer.config.parallelism import FsdpConfig, ParallelismConfig
+from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import DataError, InvalidField
 from flame_composer.model.build import build_model

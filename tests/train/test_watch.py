@@ -16,7 +16,8 @@ import torch
 from composer.core import Timestamp
 from composer.utils import dist
 
-from flame_composer.config.sections import ParallelismConfig, SpikeConfig
+from flame_composer.config.parallelism import ParallelismConfig
+from flame_composer.config.sections import SpikeConfig
 from flame_composer.errors import TrainingError
 from flame_composer.train.guards import SpikeGuard, StallWatchdog, explained_memory
 from tests.runs import Corpus, Script, read_log
