@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from composer.utils import dist
+from transformers import PretrainedConfig
 
 from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField
+from flame_composer.model.context import Context, require_divisible
+from flame_composer.model.hf_config import read_pretrained_config
+from flame_composer.model.ranks import ranks_of
 from flame_composer.model.sharding import sharding_of
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 from flame_composer.upstream.inductor import compile_in_private
@@ -97,3 +101,21 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
     nodes = dist.get_world_size() // dist.get_local_world_size()
     sharding = sharding_of(config.fsdp, num_nodes=nodes)
     return {"fsdp": sharding}
+
+
+def check_model(
+    config: ParallelismConfig, hf_config: PretrainedConfig | None, pretrained: str | None
+) -> None:
+    """Raise InvalidField if a model, new or pretrained, cannot be divided as the settings say."""
+    if config.context > 1:
+        if hf_config is None:
+            assert pretrained is not None
+            hf_config = read_pretrained_config(pretrained)
+        require_divisible(hf_config)
+
+
+def context(config: ParallelismConfig) -> Context | None:
+    """Return what divides the rows of a run, or None; every rank must call it."""
+    if config.context == 1:
+        return None
+    return Context(ranks_of(config), "cuda" if torch.cuda.is_available() else "cpu")
