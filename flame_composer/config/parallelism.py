@@ -91,6 +91,11 @@ class ParallelismConfig:
             "must be null with parallelism.fsdp, which has mixed_precision for it",
         )
 
+    @property
+    def together(self) -> int:
+        """The number of devices that work on the same rows."""
+        return self.tensor * self.context
+
     def check_rows(
         self,
         devices: int,
@@ -100,7 +105,7 @@ class ParallelismConfig:
         context_length: int,
     ) -> None:
         """Raise InvalidField if the rows of a run cannot be divided over so many devices."""
-        together = self.tensor * self.context
+        together = self.together
         key = "parallelism.context" if self.context > 1 else "parallelism.tensor"
         rule = f"tensor x context = {self.tensor} x {self.context} must divide the {devices}"
         require(devices % together == 0, key, f"{rule} devices")

@@ -88,5 +88,10 @@ class PlanConfig(TrainConfig):
         )
         super().validate()
 
+    @property
+    def places(self) -> int:
+        """The number of groups of devices that work on different rows."""
+        return self.devices * self.nodes // self.parallelism.together
+
     def world_size(self) -> str:
         return str(self.devices * self.nodes)

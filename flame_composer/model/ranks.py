@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch.distributed
 from composer.utils import dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -56,7 +57,7 @@ class Ranks(NamedTuple):
 
         Every rank must call it, the first time: the groups of ranks meet.
         """
-        return _mesh(device, self)
+        return _mesh(device, self, torch.distributed.group.WORLD)
 
 
 ALL_APART = Ranks()  # every rank has rows of its own
@@ -68,6 +69,7 @@ def ranks_of(config: ParallelismConfig) -> Ranks:
 
 
 @functools.cache
-def _mesh(device: str, ranks: Ranks) -> DeviceMesh:
+def _mesh(device: str, ranks: Ranks, _: Any) -> DeviceMesh:
+    """Return the mesh of the process group that is there, which is one of the keys."""
     shape = (ranks.places, ranks.context, ranks.tensor)
     return init_device_mesh(device, shape, mesh_dim_names=("places", "context", "tensor"))

@@ -20,13 +20,16 @@ def estimate(config: PlanConfig, size: Size) -> Count:
 def largest_microbatch(config: PlanConfig, count: Count) -> int | None:
     """Return the largest microbatch that fits into memory, or None if not even one row does.
 
-    Only sizes that divide a device's share of the global batch are considered. Few of them are
+    Only sizes that divide a device's share of the global batch are considered, and of rows that are
+    divided only one at a time. Few of them are
     counted: the peak is the largest of several amounts that grow in proportion to the rows, so a
     line through two counts is never above a third beyond them, and never below one between them.
     The size that is returned has been counted.
     """
-    batch, world = config.global_batch_size, config.devices * config.nodes
-    sizes = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
+    share = config.global_batch_size // config.places
+    sizes = [rows for rows in range(1, share + 1) if share % rows == 0]
+    if config.parallelism.context > 1:
+        sizes = [1]
     there = FILL * device_memory(config)
     if count(1).total > there:
         return None

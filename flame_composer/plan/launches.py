@@ -13,7 +13,15 @@ from transformers import PretrainedConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import one_line
 from flame_composer.model.causal_lm import WITHOUT_VARLEN
-from flame_composer.plan.step import as_on_device, build_for_run, build_inner, forward, make_batch
+from flame_composer.plan.step import (
+    DOCUMENT,
+    as_on_device,
+    build_for_run,
+    build_inner,
+    forward,
+    longest_document,
+    make_batch,
+)
 from flame_composer.upstream.fakes import Fakes
 from flame_composer.upstream.transformers import cache_of, with_cache
 from flame_composer.upstream.triton import Launch, noted_launches
@@ -56,7 +64,9 @@ def follow(config: PlanConfig, hf_config: PretrainedConfig) -> Followed:
     kinds = (True, False) if both else (config.varlen,)
     runs = [replace(config, varlen=varlen) for varlen in kinds]
     for run in runs:
-        note(f"training, {'packed' if run.varlen else 'not packed'}", _train, run, short)
+        use = f"training, {'packed' if run.varlen else 'not packed'}"
+        for document in sorted({DOCUMENT, longest_document(run)}):
+            note(use, _train, run, short, document)
     for run in runs:
         note("evaluation", _evaluate, run, short)
     for rows, length in ((1, PROMPTS[0]), (1, PROMPTS[1]), (BATCH, PROMPTS[0])):
@@ -79,9 +89,11 @@ def _rows(config: PlanConfig) -> int:
     return config.microbatch_size if isinstance(config.microbatch_size, int) else 1
 
 
-def _train(fakes: Fakes, config: PlanConfig, hf_config: PretrainedConfig) -> None:
+def _train(
+    fakes: Fakes, config: PlanConfig, hf_config: PretrainedConfig, document: int
+) -> None:
     model = build_for_run(config, hf_config, fakes)
-    batch = make_batch(_rows(config), config.context_length)
+    batch = make_batch(_rows(config), config.context_length, document)
     with fakes:
         _, loss = forward(config, model, batch)
         loss.backward()

@@ -144,7 +144,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         buffers = size.largest_block * copy_width  # of a block, before they are sharded
     elif world > 1:
         buffers = gradients  # DistributedDataParallel copies them into buckets
-    tokens = microbatch_size * config.context_length
+    tokens = microbatch_size * config.context_length // config.parallelism.context
     kept = size.kept
     work = size.work
     if is_cpu and work.softmax_heads:
@@ -165,7 +165,7 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         gradients=gradients,
         buffers=buffers,
         optimizer=moments(config, size) // shards,
-        activations=tokens * kept * width,
+        activations=(tokens * kept + _gathered(config, size)) * width,
         logits=(
             tokens
             * size.vocab_size
@@ -175,6 +175,12 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
         process=process_memory(config),
         counted=False,
     )
+
+
+def _gathered(config: PlanConfig, size: Size) -> int:
+    """Return how many keys and values of other devices softmax layers keep, for one row."""
+    others = config.context_length - config.context_length // config.parallelism.context
+    return 2 * size.work.num_blocks * size.work.softmax_heads * size.work.head_dim * others
 
 
 def moments(config: PlanConfig, size: Size) -> int:

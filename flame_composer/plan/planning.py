@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from flame_composer.config.plan import PlanConfig
 from flame_composer.errors import ConfigError, InvalidField, one_line
+from flame_composer.model.context import require_divisible
 from flame_composer.model.hf_config import build_hf_config, read_pretrained_config
 from flame_composer.model.mup import require_rules
 from flame_composer.plan.child import CannotCount
@@ -52,6 +53,8 @@ def find_hf_config(config: PlanConfig, supply: Supply | None) -> PretrainedConfi
         tokenizer = load_tokenizer(config.tokenizer)
     hf_config = build_hf_config(keys, tokenizer, config.context_length, to_run=False)
     require_rules(config.model, hf_config)
+    if config.parallelism.context > 1:
+        require_divisible(hf_config)
     return hf_config
 
 
@@ -86,7 +89,6 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count)
         raise InvalidField(
             "max_duration", "is in epochs, and the dataset cannot be read; give dataset_tokens"
         )
-    world = config.devices * config.nodes
     tokens_per_step = config.global_batch_size * config.context_length
     tokens = steps * tokens_per_step
     flops_per_token = size.work.flops_per_token(config.context_length)
@@ -102,7 +104,7 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count)
         parameters=size.parameters,
         multiplied_parameters=size.work.multiplied,
         microbatch_size=microbatch,
-        accumulation_steps=math.ceil(config.global_batch_size / (world * microbatch)),
+        accumulation_steps=math.ceil(config.global_batch_size / (config.places * microbatch)),
         largest_microbatch_size=fits,
         tokens_per_step=tokens_per_step,
         steps=steps,

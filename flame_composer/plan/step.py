@@ -27,8 +27,10 @@ from flame_composer.cpu.launches import code_for_gpus
 from flame_composer.model.base import Base
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
+from flame_composer.model.context import Context, leave
 from flame_composer.model.lora import add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
+from flame_composer.model.ranks import ranks_of
 from flame_composer.model.sharding import recompute_blocks, sharding_of
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.kernels import GPUS
@@ -78,7 +80,7 @@ def count_step(config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Me
         raise ValueError("what a model of fla offloads cannot be told from what it keeps")
     with as_on_device(config) as fakes, without_launches():
         model = build_for_run(config, hf_config, fakes)
-        batch = make_batch(rows, config.context_length)
+        batch = make_batch(rows, config.context_length, longest_document(config))
         with fakes:
             optimizer = build_optimizer(model, config.optimizer, config.model.mup_base_width)
             books = ShardedBooks(model.model, optimizer) if is_sharded(config) else Books()
@@ -110,30 +112,43 @@ def as_on_device(config: PlanConfig) -> Iterator[Fakes]:
             stack.enter_context(autocast_as_on_gpus())
             stack.enter_context(attention_as_on_gpus())
             stack.enter_context(offloading_as_on_gpus())
-        stack.enter_context(_ranks(config.devices * config.nodes))
+        stack.enter_context(_ranks(config))
         stack.enter_context(recomputing_of_fakes())
         yield Fakes()
 
 
 @contextmanager
-def _ranks(number: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+def _ranks(config: PlanConfig) -> Iterator[None]:
+    """Make this process the rank with the last part of its rows, which looks back furthest."""
+    world, rank = config.devices * config.nodes, config.parallelism.together - 1
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
     finally:
+        leave()
         dist.destroy_process_group()
 
 
-def make_batch(rows: int, context_length: int) -> dict[str, torch.Tensor]:
-    """Return a batch as `flame_composer.batch.collate` makes it, of real tensors."""
+def longest_document(config: PlanConfig) -> int:
+    """Return the tokens of the documents that take most: as long as a row, if that is divided."""
+    return config.context_length if config.parallelism.context > 1 else DOCUMENT
+
+
+def make_batch(
+    rows: int, context_length: int, document: int = DOCUMENT
+) -> dict[str, torch.Tensor]:
+    """Return a batch as `flame_composer.batch.collate` makes it, of real tensors.
+
+    All documents but a row's last have `document` tokens.
+    """
     input_ids = torch.ones(rows, context_length, dtype=torch.int64)
     labels = input_ids.clone()
     labels[:, 0] = IGNORE
-    document = torch.arange(context_length).div(DOCUMENT, rounding_mode="floor")
+    number = torch.arange(context_length).div(document, rounding_mode="floor")
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "sequence_id": document.expand(rows, -1).contiguous(),
+        "sequence_id": number.expand(rows, -1).contiguous(),
     }
 
 
@@ -150,7 +165,11 @@ def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes)
     """Return the model as the run trains it: wrapped, sharded and recomputed."""
     tokenizer: Any = None  # it is not asked for anything
     inner = build_inner(config, hf_config, fakes)
-    model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss)
+    ranks = ranks_of(config.parallelism)
+    context = Context(ranks, "cpu") if ranks.context > 1 else None
+    model = CausalLM(
+        inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss, context=context
+    )
     if config.lora is not None:
         # Blocks that `recomputing_of_fakes` recomputes have gradients only if their input has one.
         inner.enable_input_require_grads()
@@ -197,7 +216,7 @@ def _train(
     As with Composer, the outputs of one are alive until those of the next take their place.
     """
     rows = batch["input_ids"].shape[0]
-    accumulates = config.global_batch_size > rows * config.devices * config.nodes
+    accumulates = config.global_batch_size > rows * config.places
     for _ in range(2):
         _outputs, loss = forward(config, model, batch)
         (loss * 1.0).backward()
