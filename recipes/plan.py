@@ -23,6 +23,7 @@ def main(config: PlanConfig) -> None:
     with child_for(config.device) as child:  # it starts while the lines below import
         from flame_composer.plan import planning
         from flame_composer.plan.advice import warnings
+        from flame_composer.plan.division import with_division
         from flame_composer.plan.memory import read_size
         from flame_composer.plan.supply import find_supply
         from flame_composer.plan.table import describe
@@ -32,6 +33,7 @@ def main(config: PlanConfig) -> None:
         hf_config = planning.find_hf_config(config, supply)
         size = read_size(hf_config, config.lora)
         plan, why_not = planning.count_and_draw_up(config, hf_config, size, supply, child.count)
+        plan = with_division(plan, config, hf_config, size, child)
         kernels = child.check(config, hf_config)
     wrong = warnings(config, plan)
     if why_not is not None:

@@ -45,6 +45,13 @@ def recipes() -> list[str]:
     return [name for name in names if keys_of(name)]
 
 
+def devices_of(recipe: str) -> int:
+    """The fewest devices that a recipe trains on: those that share its rows."""
+    text = (ROOT / "yamls" / f"{recipe}.yaml").read_text()
+    settings = yaml.safe_load(text).get("parallelism") or {}
+    return settings.get("tensor", 1) * settings.get("context", 1)
+
+
 def plan_config(recipe: str, device: str, every: bool) -> PlanConfig:
     keys = [f"model.config.{key}={value}" for key, value in (keys_of(recipe) or {}).items()]
     kernels = "every" if every else "one"
@@ -53,7 +60,7 @@ def plan_config(recipe: str, device: str, every: bool) -> PlanConfig:
         [
             f"{ROOT}/yamls/{recipe}.yaml",
             *keys,
-            "devices=1",
+            f"devices={devices_of(recipe)}",
             f"device={device}",
             f"kernels={kernels}",
         ],

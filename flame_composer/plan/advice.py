@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flame_composer.config.plan import PlanConfig
-from flame_composer.plan.figures import Data, Plan
+from flame_composer.plan.figures import Data, Division, Plan
 from flame_composer.plan.memory import FILL
 from flame_composer.quantities import format_bytes
 
@@ -17,6 +17,7 @@ def warnings(config: PlanConfig, plan: Plan) -> list[str]:
     """Return a warning, of one line, for each common mistake that is in the plan."""
     return [
         *_memory_warnings(config, plan),
+        *(_division_warnings(plan.division) if plan.division else []),
         *_training_warnings(config, plan),
         *(_data_warnings(config, plan.data) if plan.data else []),
         *_checkpoint_warnings(config, plan),
@@ -36,12 +37,32 @@ def _memory_warnings(config: PlanConfig, plan: Plan) -> list[str]:
             more.append("spread the model with parallelism.fsdp")
         if not config.parallelism.activation_checkpointing:
             more.append("set parallelism.activation_checkpointing=true")
+        if plan.division is not None and plan.division.smallest is not None:
+            more.append(f"divide it over devices with {_keys(plan.division.smallest)}")
         more.append("take more or larger devices")
         remedy = f"not even one row does: {', or '.join(more)}"
     return [
         f"{format_bytes(needed)} do not fit into {format_bytes(there)} a device, of which a tenth"
         f" should stay free: {remedy}"
     ]
+
+
+def _division_warnings(division: Division) -> list[str]:
+    found = []
+    for axis, number in (("tensor", division.tensor), ("context", division.context)):
+        least = number if division.smallest is None else division.smallest[axis]
+        if least < number:
+            fewer = "one device" if least == 1 else f"{least} devices"
+            found.append(
+                f"parallelism.{axis}={number}: a row fits on {fewer}, too; parallelism.{axis}={least}"
+                " sends less, and leaves devices for other rows"
+            )
+    return found
+
+
+def _keys(division: dict[str, int]) -> str:
+    divided = {axis: number for axis, number in division.items() if number > 1}
+    return " ".join(f"parallelism.{axis}={number}" for axis, number in divided.items())
 
 
 def _training_warnings(config: PlanConfig, plan: Plan) -> list[str]:

@@ -87,13 +87,20 @@ class Child:
 
     def count(self, config: PlanConfig, hf_config: PretrainedConfig, rows: int) -> Memory:
         """Return the memory of a step with `rows` rows at a time; raise CannotCount."""
+        return Memory(**self._counted("memory", config, hf_config, rows))
+
+    def count_sent(self, config: PlanConfig, hf_config: PretrainedConfig) -> dict[str, int]:
+        """Return what a device sends in a step (`plan.sending`); raise CannotCount."""
+        return self._counted("sent", config, hf_config)
+
+    def _counted(self, what: str, *of: Any) -> dict[str, Any]:
         try:
-            answer = next(self._ask(config, hf_config, rows=rows))
+            answer = next(self._ask(what, *of))
         except _Ended as reason:
             raise CannotCount(f"its process {reason}") from None
         if "error" in answer:
             raise CannotCount(answer["error"])
-        return Memory(**answer)
+        return answer
 
     def check(self, config: PlanConfig, hf_config: PretrainedConfig) -> Checked | None:
         """Return the verdicts on all launches of the run, its evaluation and generation.
@@ -110,7 +117,7 @@ class Child:
         verdicts: list[Verdict] = []
         with tqdm(desc="compiling", unit="kernel", disable=None) as bar:
             try:
-                for answer in self._ask(config, hf_config):
+                for answer in self._ask("kernels", config, hf_config):
                     if "failures" in answer:
                         return Checked(GPUS[self.device], verdicts, answer["failures"])
                     if "launches" in answer:
@@ -126,7 +133,7 @@ class Child:
         )
 
     def _ask(
-        self, config: PlanConfig, hf_config: PretrainedConfig, rows: int | None = None
+        self, what: str, config: PlanConfig, hf_config: PretrainedConfig, rows: int | None = None
     ) -> Iterator[dict[str, Any]]:
         """Yield the answers, without an end; raise _Ended."""
         if self.process.poll() is not None:
@@ -136,7 +143,7 @@ class Child:
         assert process.stdin is not None
         assert process.stdout is not None
         model = json.loads(hf_config.to_json_string(use_diff=False))
-        question = {"config": asdict(config), "model": model, "rows": rows}
+        question = {"what": what, "config": asdict(config), "model": model, "rows": rows}
         with suppress(BrokenPipeError):  # it has ended, so there is no answer
             process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
@@ -163,6 +170,7 @@ def serve(device: str) -> None:
 
     torch.set_num_threads(1)
     import_fla(device)  # before the config of a model of fla is read
+    from flame_composer.plan.sending import count_sent
     from flame_composer.plan.step import count_step
 
     def answer(content: Mapping[str, Any]) -> None:
@@ -174,11 +182,14 @@ def serve(device: str) -> None:
         plain = OmegaConf.merge(OmegaConf.structured(PlanConfig), question["config"])
         config: Any = OmegaConf.to_object(plain)
         hf_config = AutoConfig.for_model(**question["model"])
-        if question["rows"] is None:
+        if question["what"] == "kernels":
             _compile(config, hf_config, answer)
             continue
         try:
-            answer(asdict(count_step(config, hf_config, question["rows"])))
+            if question["what"] == "sent":
+                answer(count_sent(config, hf_config))
+            else:
+                answer(asdict(count_step(config, hf_config, question["rows"])))
         except Exception as error:  # a model's own code may raise anything
             answer({"error": f"{type(error).__name__}: {one_line(error)}"})
 

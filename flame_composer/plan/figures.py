@@ -109,6 +109,23 @@ class Preemption:
 
 
 @dataclass(frozen=True)
+class Division:
+    """Rows and layers divided over devices, or how they could be so that a row fits."""
+
+    tensor: int
+    context: int
+    places: int  # groups of devices that work on different rows
+    tokens_of_a_row: int  # on each device
+    sent: dict[str, int] | None  # bytes from a device in a step, by axis; None if not known
+    smallest: dict[str, int] | None  # the least of both with which a row fits; None if none does
+
+    @property
+    def together(self) -> int:
+        """The number of devices that share rows."""
+        return self.tensor * self.context
+
+
+@dataclass(frozen=True)
 class Plan:
     """All figures of a run; those that are not known, or do not apply, are None."""
 
@@ -134,6 +151,7 @@ class Plan:
     time: Time | None
     checkpoints: Checkpoints | None
     preemption: Preemption | None
+    division: Division | None = None  # of rows and layers that are whole, and may be
 
     def to_json(self, warnings: list[str]) -> dict[str, Any]:
         """Return the JSON object that recipes/plan.py prints, with `warnings` as its last key."""
@@ -144,4 +162,6 @@ class Plan:
             "counted": self.memory.counted,
             "device": content.pop("device_memory"),
         }
+        if self.division is None:
+            del content["division"]
         return {**content, "warnings": warnings}

@@ -89,9 +89,7 @@ def _rows(config: PlanConfig) -> int:
     return config.microbatch_size if isinstance(config.microbatch_size, int) else 1
 
 
-def _train(
-    fakes: Fakes, config: PlanConfig, hf_config: PretrainedConfig, document: int
-) -> None:
+def _train(fakes: Fakes, config: PlanConfig, hf_config: PretrainedConfig, document: int) -> None:
     model = build_for_run(config, hf_config, fakes)
     batch = make_batch(_rows(config), config.context_length, document)
     with fakes:

@@ -134,9 +134,7 @@ def longest_document(config: PlanConfig) -> int:
     return config.context_length if config.parallelism.context > 1 else DOCUMENT
 
 
-def make_batch(
-    rows: int, context_length: int, document: int = DOCUMENT
-) -> dict[str, torch.Tensor]:
+def make_batch(rows: int, context_length: int, document: int = DOCUMENT) -> dict[str, torch.Tensor]:
     """Return a batch as `flame_composer.batch.collate` makes it, of real tensors.
 
     All documents but a row's last have `document` tokens.
@@ -167,9 +165,7 @@ def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes)
     inner = build_inner(config, hf_config, fakes)
     ranks = ranks_of(config.parallelism)
     context = Context(ranks, "cpu") if ranks.context > 1 else None
-    model = CausalLM(
-        inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss, context=context
-    )
+    model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss, context=context)
     if config.lora is not None:
         # Blocks that `recomputing_of_fakes` recomputes have gradients only if their input has one.
         inner.enable_input_require_grads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flame_composer.plan.figures import Checkpoints, Data, Plan, Preemption, Time
+from flame_composer.plan.figures import Checkpoints, Data, Division, Plan, Preemption, Time
 from flame_composer.quantities import format_bytes, format_seconds
 
 Rows = list[tuple[str, str]]
@@ -14,9 +14,15 @@ def describe(plan: Plan, warnings: list[str]) -> list[str]:
         f"{plan.tokens_per_step:,}: {plan.microbatch_size} rows x {plan.accumulation_steps}"
         f" accumulation steps x {plan.devices} devices x {plan.nodes} node"
     )
+    if plan.nodes > 1:
+        step += "s"
+    division = plan.division
+    if division is not None and division.together > 1:
+        step += f" / (tensor {division.tensor} x context {division.context})"
     rows = [
         ("parameters", f"{plan.parameters:,}"),
-        ("tokens a step", step + ("s" if plan.nodes > 1 else "")),
+        ("tokens a step", step),
+        *(_division_rows(division) if division else []),
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}, {plan.tokens_per_parameter:.1f} a parameter"),
         ("training FLOPs", f"{plan.flops:.3g}"),
@@ -35,6 +41,19 @@ def describe(plan: Plan, warnings: list[str]) -> list[str]:
         "",
         *(f"warning: {line}" for line in warnings),
     ]
+
+
+def _division_rows(division: Division) -> Rows:
+    if division.together == 1:
+        return []
+    groups = f"{division.places:,} x {division.together} devices with rows of their own"
+    rows = [("divided", f"{groups}; {division.tokens_of_a_row:,} tokens of a row on each")]
+    sent = {axis: count for axis, count in (division.sent or {}).items() if count}
+    whats = {"context": "states, and what layers look back at", "tensor": "sums of outputs"}
+    for axis, count in sent.items():
+        each = f"{format_bytes(count)} a step by each device: {whats[axis]} ({axis})"
+        rows.append(("sent", each))
+    return rows
 
 
 def _data_rows(data: Data) -> Rows:
@@ -109,6 +128,8 @@ def _memory_lines(plan: Plan) -> list[str]:
         fits = f"up to microbatch_size={plan.largest_microbatch_size} fits"
     parts = {**plan.memory.parts(), "together": plan.memory.total}
     how = "counted by torch" if plan.memory.counted else "estimated by formula"
+    if plan.memory.counted and plan.division is not None and plan.division.context > 1:
+        how += ", for the last part of a row of one document"
     return [
         f"memory of a device ({format_bytes(plan.device_memory)}; {fits}), {how}",
         *(f"  {name:20}{format_bytes(count):>12}" for name, count in parts.items()),
