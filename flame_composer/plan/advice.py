@@ -54,8 +54,8 @@ def _division_warnings(division: Division) -> list[str]:
         if least < number:
             fewer = "one device" if least == 1 else f"{least} devices"
             found.append(
-                f"parallelism.{axis}={number}: a row fits on {fewer}, too; parallelism.{axis}={least}"
-                " sends less, and leaves devices for other rows"
+                f"parallelism.{axis}={number}: a row fits on {fewer}, too: parallelism.{axis}="
+                f"{least} sends less, and leaves devices for other rows"
             )
     return found
 

@@ -178,9 +178,11 @@ def memory(config: PlanConfig, size: Size, microbatch_size: int) -> Memory:
 
 
 def _gathered(config: PlanConfig, size: Size) -> int:
-    """Return how many keys and values of other devices softmax layers keep, for one row."""
-    others = config.context_length - config.context_length // config.parallelism.context
-    return 2 * size.work.num_blocks * size.work.softmax_heads * size.work.head_dim * others
+    """Return how many keys and values of a whole row, gathered, softmax layers keep."""
+    if config.parallelism.context == 1:
+        return 0
+    width = size.work.softmax_heads * size.work.head_dim
+    return 2 * size.work.num_blocks * width * config.context_length
 
 
 def moments(config: PlanConfig, size: Size) -> int:

@@ -164,7 +164,7 @@ def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes)
     tokenizer: Any = None  # it is not asked for anything
     inner = build_inner(config, hf_config, fakes)
     ranks = ranks_of(config.parallelism)
-    context = Context(ranks, "cpu") if ranks.context > 1 else None
+    context = Context(inner, ranks, "cpu") if ranks.context > 1 else None
     model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss, context=context)
     if config.lora is not None:
         # Blocks that `recomputing_of_fakes` recomputes have gradients only if their input has one.
