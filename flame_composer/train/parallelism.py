@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from composer.utils import dist
+from transformers import PretrainedConfig
 
+from flame_composer.config.extensions import in_use
 from flame_composer.config.parallelism import ParallelismConfig
+from flame_composer.config.train import TrainConfig
 from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField
+from flame_composer.model.build import build_or_load
 from flame_composer.model.sharding import sharding_of
+from flame_composer.model.tensor import require_divisible, split
+from flame_composer.upstream.composer import split_before_sharding
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 from flame_composer.upstream.inductor import compile_in_private
 
@@ -74,6 +81,37 @@ def is_sharded(config: ParallelismConfig) -> bool:
     return config.fsdp is not None and (torch.cuda.is_available() or config.cpu_fsdp)
 
 
+def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> None:
+    """Raise InvalidField for what tensor parallelism does not go together with.
+
+    `hf_config` is as returned by `model.hf_config.new_hf_config`.
+    """
+    settings = config.parallelism
+    if settings.tensor == 1:
+        return
+    key = "parallelism.tensor"
+    if not is_sharded(settings):
+        on_cpu = (
+            "" if torch.cuda.is_available() else " and, without a GPU, parallelism.cpu_fsdp=true"
+        )
+        raise InvalidField(key, f"needs parallelism.fsdp={{}}{on_cpu}; set them, or {key}=1")
+    assert settings.fsdp is not None
+    has_replicas = settings.fsdp.sharding_strategy == "HYBRID_SHARD"
+    for field, refused, remedy in (
+        ("parallelism.fsdp.sharding_strategy", has_replicas, "FULL_SHARD or SHARD_GRAD_OP"),
+        ("parallelism.compile", settings.compile, "false"),
+        ("parallelism.activation_cpu_offload", settings.activation_cpu_offload, "false"),
+        ("lora", config.lora is not None, "null"),
+        ("optimizer.name", config.optimizer.name not in ("adamw", "decoupled_adamw"), "adamw"),
+        ("callbacks.optimizer_monitor", "optimizer_monitor" in in_use(config.callbacks), "false"),
+    ):
+        if refused:
+            raise InvalidField(field, f"must be {remedy} with {key}={settings.tensor}")
+    model = build_or_load(config.model, hf_config, empty=True)
+    devices = int(config.world_size())
+    require_divisible(model, tensor=settings.tensor, devices=devices)
+
+
 def gets_weights(config: ParallelismConfig) -> bool:
     """Return whether rank 0 sends this rank its weights, so that it need not make any itself.
 
@@ -96,4 +134,7 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         replicate_on_cpus()
     nodes = dist.get_world_size() // dist.get_local_world_size()
     sharding = sharding_of(config.fsdp, num_nodes=nodes)
+    if config.tensor > 1:
+        split_before_sharding()
+        sharding.split = partial(split, tensor=config.tensor)
     return {"fsdp": sharding}
