@@ -155,7 +155,8 @@ def divide(model: nn.Module, mesh: DeviceMesh) -> None:
             module._parameters[name] = made[id(parameter)]
         if own:
             rank, size = mesh.get_local_rank(), mesh.size()
-            module.__class__ = _with_local(type(module), tuple(own.items()), rank, size)
+            kind: Any = type(module)
+            module.__class__ = _with_local(kind, tuple(own.items()), rank, size)
     del before
 
 

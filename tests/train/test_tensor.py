@@ -281,8 +281,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
         2,
         "parallelism.tensor: needs parallelism.fsdp={}",
     ),
-    "nothing": (("parallelism.tensor=0",), 2, "parallelism.tensor: must be 1 device or more"),
-    "ranks": ((), 3, "parallelism.tensor: tensor x context = 2 x 1 must divide the 3 devices"),
+    "nothing": (("parallelism.tensor=0",), 2, "parallelism.tensor=0: must be 1 device or more"),
+    "ranks": ((), 3, "parallelism.tensor=2: tensor x context = 2 x 1 must divide the 3 devices"),
     "heads": (GLA_OF_3, 2, "parallelism.tensor: must divide model.config.num_heads=3"),
     "heads of keys": (
         ("model.config.num_heads=4", "model.config.num_kv_heads=1"),
@@ -337,7 +337,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
         2,
         "lora: must be null with parallelism.tensor=2",
     ),
-    "an algorithm": (("algorithms.ema.half_life=5ba",), 2, "algorithms.ema: must not be set"),
+    "an algorithm": (("algorithms.ema.half_life=5ba",), 2, "must not be set together with"),
 }
 
 
