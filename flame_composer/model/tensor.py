@@ -65,6 +65,7 @@ LAYERS: Mapping[str, Layer] = MappingProxyType(
             by_head=("a_proj.weight", "b_proj.weight", "A_log", "dt_bias"),
             sizes=("num_heads", "num_v_heads", "key_dim", "value_dim"),
         ),
+        "Attention": Layer(columns=("q_proj", "k_proj", "v_proj"), rows=("o_proj",)),  # fla's
         "LlamaAttention": Layer(columns=("q_proj", "k_proj", "v_proj"), rows=("o_proj",)),
         "GatedMLP": _MLP,
         "LlamaMLP": _MLP,
@@ -75,6 +76,7 @@ HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gla": ("num_heads", "num_kv_heads"),
         "gated_deltanet": ("num_heads", "num_v_heads"),
         "llama": ("num_attention_heads", "num_key_value_heads"),
+        "transformer": ("num_heads", "num_kv_heads"),
     }
 )
 """The model types that can be divided, and what in their configs counts heads."""
@@ -90,8 +92,10 @@ def require_divisible(model: PreTrainedModel, *, tensor: int, devices: int) -> N
     if config.model_type not in HEADS:
         known = ", ".join(HEADS)
         raise InvalidField(key, f"must be 1 with a {config.model_type} model; it is for {known}")
-    for name in HEADS[config.model_type]:
-        heads = getattr(config, name, None)
+    counts = {name: getattr(config, name, None) for name in HEADS[config.model_type]}
+    hybrid = getattr(config, "attn", None) or {}  # its layers of softmax attention
+    counts |= {f"attn.{name}": hybrid.get(name) for name in ("num_heads", "num_kv_heads")}
+    for name, heads in counts.items():
         if heads is not None and heads % tensor:
             raise InvalidField(key, f"must divide model.config.{name}={heads}")
     for name in ("attention_bias", "mlp_bias", "attnres_block_size"):

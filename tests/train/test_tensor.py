@@ -55,6 +55,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "allow_neg_eigval": True,
         "use_gate": False,
     },
+    "gla with attention": {
+        "model_type": "gla",
+        "num_heads": 4,
+        "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 40},
+    },
+    "transformer": {"model_type": "transformer", "num_heads": 4, "qk_norm": True},
     "llama": {
         "model_type": "llama",
         "num_attention_heads": 4,
@@ -207,26 +213,27 @@ def test_a_killed_divided_run_goes_on_bit_for_bit_and_divided_otherwise(
 
 @slow
 @pytest.mark.faults
-def test_two_by_two_ranks(corpus: Corpus, divided: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_by_two_ranks(corpus: Corpus, tmp_path: Path) -> None:
     """Divided over two, and sharded over two: trained as one, killed, and divided otherwise."""
-    run = tmp_path / "killed"
-    keys = corpus.keys(run, *DIVIDED)
-    Ranks(4, *keys).kill_after(run / "train_log.jsonl", 6)
-    Ranks(4, *keys).finish()
-    undisturbed = tmp_path / "undisturbed"
-    Ranks(4, *corpus.keys(undisturbed, *DIVIDED)).finish()
+    run, undisturbed, whole = (tmp_path / name for name in ("killed", "undisturbed", "whole"))
+    keys = (*DIVIDED, "model.config.num_heads=4")
+    Ranks(4, *corpus.keys(run, *keys)).kill_after(run / "train_log.jsonl", 6)
+    Ranks(4, *corpus.keys(run, *keys)).finish()
+    Ranks(4, *corpus.keys(undisturbed, *keys)).finish()
     assert read_log(run) == read_log(undisturbed)
     assert_equal(weights(run, "ba12"), weights(undisturbed, "ba12"))
+    alone = (*keys, "parallelism.tensor=1", "parallelism.fsdp=null")
+    check(Script("recipes/train.py", *corpus.keys(whole, *alone)).wait())
     assert_as_whole(run, "ba12", whole)
 
-    longer = ("allow_schedule_change=true",)
-    Ranks(2, *keys, *longer, "max_duration=14ba", "parallelism.tensor=1").finish()
-    four = ("parallelism.tensor=4", "model.config.num_heads=2")
-    with pytest.raises(AssertionError, match="must divide model"):
-        Ranks(4, *keys, *longer, *four, "max_duration=16ba").finish()
-    Ranks(4, *keys, *longer, "max_duration=16ba").finish()
-    assert_equal(weights(undisturbed, "ba12"), weights(run, "ba12"))
-    assert len(losses(run)) == 16
+    longer = ("allow_schedule_change=true", "save_num_checkpoints_to_keep=-1")
+    for steps, ranks, tensor in ((14, 2, 1), (16, 4, 4), (18, 4, 2)):
+        more = (*longer, f"max_duration={steps}ba")
+        divided = (*keys, *more, f"parallelism.tensor={tensor}")
+        Ranks(ranks, *corpus.keys(run, *divided)).finish()
+        check(Script("recipes/train.py", *corpus.keys(whole, *alone, *more)).wait())
+        assert_close(weights(run, f"ba{steps}"), weights(whole, f"ba{steps}.pt"))
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
 
 
 @slow
@@ -299,6 +306,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
         2,
         "parallelism.tensor: must divide model.config.num_heads=1",
     ),
+    "heads of attention": (
+        ("model.config.attn={layers: [0], num_heads: 1}",),
+        2,
+        "parallelism.tensor: must divide model.config.attn.num_heads=1",
+    ),
     "channels": (
         ("model.config.intermediate_size=50", "global_batch_size=8"),
         4,
@@ -308,7 +320,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "a model": (
         ("model.config.model_type=gsa",),
         2,
-        "parallelism.tensor: must be 1 with a gsa model; it is for gla, gated_deltanet, llama",
+        "parallelism.tensor: must be 1 with a gsa model; it is for gla, gated_deltanet, llama,"
+        " transformer",
     ),
     "biases": (
         ("model.config.model_type=llama", "model.config.attention_bias=true"),
