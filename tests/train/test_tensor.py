@@ -103,15 +103,14 @@ for name, config in json.loads(sys.argv[1]).items():
             require_divisible(model.model, tensor=size, devices=size)
             divide(model, init_device_mesh("cpu", (size,)))
         model.train()
-        outputs = model(dict(batch))
-        loss = outputs["loss"]
-        loss.backward()
+        model(dict(batch))["loss"].backward()
     whole, parts = models
+    theirs, ours = (each(dict(batch)) for each in models)
     assert list(parts.state_dict()) == names
     gradients = {key: each.grad.full_tensor() for key, each in parts.named_parameters()}
     local = sum(each.to_local().numel() for each in parts.parameters())
     found[name] = {
-        "loss": abs(model(dict(batch))["loss"].item() - whole(dict(batch))["loss"].item()),
+        "logits": ((ours.logits - theirs.logits).abs().max() / theirs.logits.abs().max()).item(),
         "gradients": {
             key: ((gradients[key] - each.grad).abs().max() / each.grad.abs().max()).item()
             for key, each in whole.named_parameters()
@@ -122,7 +121,7 @@ print(json.dumps(found))
 """
 
 
-def test_divided_models_have_the_loss_and_gradients_of_whole_ones(tmp_path: Path) -> None:
+def test_divided_models_have_the_logits_and_gradients_of_whole_ones(tmp_path: Path) -> None:
     """Of packed documents, to fp32 rounding."""
     (tmp_path / "compare.py").write_text(COMPARE)
     configs = {name: {**SIZES, **config} for name, config in MODELS.items()}
@@ -132,8 +131,8 @@ def test_divided_models_have_the_loss_and_gradients_of_whole_ones(tmp_path: Path
         found = json.loads(result.stdout.splitlines()[-1])
         assert list(found) == list(configs)
         for name, differences in found.items():
-            assert differences["loss"] < 1e-6, name
-            far = {key: value for key, value in differences["gradients"].items() if value > 1e-4}
+            assert differences["logits"] < 1e-5, name
+            far = {key: value for key, value in differences["gradients"].items() if value > 1e-5}
             assert far == {}, name
             assert 0.5 < differences["share"] < 0.8, name
 
