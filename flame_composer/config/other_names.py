@@ -21,8 +21,8 @@ _RESUMED = (
 )
 _EVERY_STEP = "every step is logged"
 _OF_MODEL = "keys of the model's class go under model.config"
-_TENSOR_PARALLEL = (
-    "tensor, context and pipeline parallelism are not offered; parallelism.fsdp spreads a model"
+_PIPELINE_PARALLEL = (
+    "pipeline parallelism is not offered; parallelism.fsdp and parallelism.tensor spread a model"
     " over devices"
 )
 
@@ -82,10 +82,16 @@ TRAINING = _remedies(
         "parallelism.activation_checkpointing": "activation_checkpoint gradient_checkpointing",
         "parallelism.activation_cpu_offload": "activation_offload",
         "parallelism.compile": "torch_compile compile_config",
+        "parallelism.context": (
+            "context_parallel_degree context_parallel_size sequence_parallel_size cp"
+        ),
         "parallelism.fsdp": "fsdp_config parallelism_config data_parallel_shard_degree",
         "parallelism.fsdp.mixed_precision": "mixed_precision_param mixed_precision_reduce",
         "parallelism.fsdp.replicas": "data_parallel_replicate_degree dp_replicate num_replicas",
         "parallelism.fsdp.sharding_strategy": "fsdp_reshard_after_forward reshard_after_forward",
+        "parallelism.tensor": (
+            "tp tp_config tensor_parallel_degree tensor_model_parallel_size tensor_parallel_size"
+        ),
         "parallelism.gradient_compression": "ddp_comm_hook comm_hook communication_data_type",
         "precision": "bf16 fp16 dtype",
         "repetition_filter": "instance_filter instance_filter_config",
@@ -130,9 +136,7 @@ TRAINING = _remedies(
         " flatten_parameters": (_FSDP1),
         "checkpoint load_path load_step resume resume_from_checkpoint": _RESUMED,
         "logging log_freq logging_steps log_interval console_log_interval": _EVERY_STEP,
-        "tp tp_config tensor_parallel_degree context_parallel_degree pipeline_parallel_degree": (
-            _TENSOR_PARALLEL
-        ),
+        "pipeline_parallel_degree pipeline_model_parallel_size pp": _PIPELINE_PARALLEL,
         "config config_file": (
             "name the YAML file before all keys; what deepspeed's or accelerate's says is"
             " parallelism.fsdp here"

@@ -19,6 +19,7 @@ from transformers import (
 
 from flame_composer.batch import IGNORE
 from flame_composer.errors import InvalidField
+from flame_composer.model.context import Context, spread_rows
 from flame_composer.model.lora import Adapter, trained_names
 from flame_composer.model.quantized import is_quantized
 from flame_composer.model.work import Work, count_work
@@ -53,11 +54,15 @@ class CausalLM(HuggingFaceModel):
         varlen: bool,
         adapter: Adapter | None = None,
         z_loss: float = 0.0,
+        context: Context | None = None,
     ):
         """Wrap `model`; raise InvalidField for `varlen` if it cannot keep documents apart.
 
         `z_loss` is the weight of `z_loss` in the training loss; raise InvalidField if the model
         gives no logits to compute it from.
+
+        With a `context`, every batch is one row, of which this rank computes a part: logits and
+        loss are those of its tokens.
 
         If `model` has adapters, `adapter` describes them. The state dict then holds the weights
         that are trained, and no others.
@@ -91,6 +96,9 @@ class CausalLM(HuggingFaceModel):
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = is_block
         self.varlen = varlen
         self.z_loss = z_loss
+        self.context = context
+        if context is not None:
+            spread_rows(model, context)
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         # A quantized model, whose weights cannot be counted, is not trained.
         self._work = None if is_quantized(model) else count_work(model)
@@ -141,7 +149,16 @@ class CausalLM(HuggingFaceModel):
 
         Composer computes the utilisation (MFU) from them; recipes/plan.py counts them the same way.
         """
-        return self.work.flops_per_token(batch["input_ids"].shape[1]) * batch["input_ids"].numel()
+        tokens = batch["input_ids"].numel() // (1 if self.context is None else self.context.parts)
+        return self.work.flops_per_token(batch["input_ids"].shape[1]) * tokens
+
+    def eval_forward(self, batch: Any, outputs: Any | None = None) -> Any:
+        """Return the logits, [B, T, V], and keep the labels of what follows each token."""
+        logits = super().eval_forward(batch, outputs)
+        if self.context is not None:
+            assert self.labels is not None
+            self.labels = self.labels[:, self.context.tokens_of(self.labels.shape[1])]
+        return logits
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Any:
         """Return the model's output: logits [B, T, V], and the loss if the batch has labels.
@@ -152,19 +169,17 @@ class CausalLM(HuggingFaceModel):
         row's first label is always -100, so that when rows are laid end to end no row has to
         predict the first token of the next.
         """
-        input_ids, labels = batch["input_ids"], batch.get("labels")
+        part = None if self.context is None else self.context.enter(batch, self._offsets(batch))
+        input_ids, labels, is_void = _inputs(batch) if part is None else part[:3]
         smoothing = self.label_smoothing if self.training else 0.0
-        is_void = labels is not None and not (labels[:, 1:] != IGNORE).any()
-        # A mean over no labels is NaN, and so is its gradient: take one label, and zero the loss
-        # below.
-        if labels is not None and is_void:
-            labels = torch.cat([labels[:, :-1], input_ids[:, -1:]], dim=1)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "labels": None if smoothing else labels,
             "use_cache": False,
         }
-        if self.varlen and self.is_fla:
+        if part is not None:
+            inputs["cu_seqlens"] = part.offsets
+        elif self.varlen and self.is_fla:
             inputs["input_ids"] = input_ids.reshape(1, -1)
             inputs["labels"] = None if inputs["labels"] is None else inputs["labels"].reshape(1, -1)
             inputs["cu_seqlens"] = cumulative_lengths(batch["sequence_id"])
@@ -173,30 +188,52 @@ class CausalLM(HuggingFaceModel):
         outputs = self.model(**inputs)
         if outputs.logits is not None:
             outputs.logits = outputs.logits.reshape(*input_ids.shape, -1)
-        if smoothing and labels is not None:
+        if labels is not None and (smoothing or (self.z_loss and self.training)):
             assert outputs.logits is not None
-            outputs["loss"] = F.cross_entropy(
-                outputs.logits[:, :-1].flatten(0, 1),
-                labels[:, 1:].flatten(),
-                ignore_index=IGNORE,
-                label_smoothing=smoothing,
-            )
-        if self.z_loss and self.training and labels is not None:
-            assert outputs.logits is not None
-            outputs["loss"] = outputs["loss"] + self.z_loss * z_loss(outputs.logits, labels)
+            scores, targets = outputs.logits[:, :-1], labels[:, 1:]
+            if part is not None:  # the next part's first token is one that this one's last predicts
+                assert part.after is not None
+                scores, targets = outputs.logits, part.after
+            if smoothing:
+                outputs["loss"] = F.cross_entropy(
+                    scores.flatten(0, 1),
+                    targets.flatten(),
+                    ignore_index=IGNORE,
+                    label_smoothing=smoothing,
+                )
+            if self.z_loss:
+                outputs["loss"] = outputs["loss"] + self.z_loss * z_loss(scores, targets)
         if is_void:
             outputs["loss"] = typing.cast(torch.Tensor, outputs["loss"]) * 0
         return outputs
 
+    def _offsets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the offsets of what the model keeps apart: documents, or whole rows."""
+        ids = batch["sequence_id"]
+        return cumulative_lengths(ids if self.varlen else torch.zeros_like(ids))
 
-def z_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean of log(Z)^2 over labels that are not -100, where Z normalizes the softmax.
 
-    `logits` are [B, T, V] and `labels` [B, T]; those of each position are for the next one. Keeping
-    log(Z) near 0 keeps logits from drifting (Chowdhery et al. 2022, section 5).
+def _inputs(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Return a batch's tokens, its labels, and whether it has none.
+
+    A mean over no labels is NaN, and so is its gradient: such a batch gets a label, and its loss
+    counts as 0.
     """
-    log_z = logits[:, :-1].float().logsumexp(dim=-1)
-    has_label = labels[:, 1:] != IGNORE
+    input_ids, labels = batch["input_ids"], batch.get("labels")
+    is_void = labels is not None and not (labels[:, 1:] != IGNORE).any()
+    if labels is not None and is_void:
+        labels = torch.cat([labels[:, :-1], input_ids[:, -1:]], dim=1)
+    return input_ids, labels, is_void
+
+
+def z_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean of log(Z)^2 over targets that are not -100, where Z normalizes the softmax.
+
+    `scores` are the logits [B, T, V] for what each of the `targets` [B, T] is. Keeping log(Z) near
+    0 keeps logits from drifting (Chowdhery et al. 2022, section 5).
+    """
+    log_z = scores.float().logsumexp(dim=-1)
+    has_label = targets != IGNORE
     return (log_z.square() * has_label).sum() / has_label.sum()
 
 

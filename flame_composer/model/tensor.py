@@ -82,7 +82,7 @@ HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The model types that can be divided, and what in their configs counts heads."""
 
 
-def require_divisible(model: PreTrainedModel, *, tensor: int, devices: int) -> None:
+def require_even_parts(model: PreTrainedModel, *, tensor: int, devices: int) -> None:
     """Raise InvalidField unless the model can be divided over groups of `tensor` ranks.
 
     `devices` is the number of all ranks: FSDP2 divides the rows of each rank's part further, and

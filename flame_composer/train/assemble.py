@@ -38,6 +38,7 @@ from flame_composer.loader.datasets import (
 from flame_composer.model.base import Base, identify_base
 from flame_composer.model.build import build_or_load
 from flame_composer.model.causal_lm import CausalLM, causal_lm_of, check_microbatch_size
+from flame_composer.model.context import Context
 from flame_composer.model.hf_config import new_hf_config
 from flame_composer.model.lora import Adapter, add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
@@ -171,7 +172,7 @@ def check(config: TrainConfig) -> Parts:
     check_microbatch_size(config.microbatch_size)
     tokenizer = load_tokenizer(config.tokenizer)
     hf_config = new_hf_config(config.model, tokenizer, config.context_length)
-    parallelism.check_tensor(config, hf_config)
+    parallelism.check_model(config, hf_config)
     if config.lora is not None:  # the targets, before the base is hashed and loaded
         build_adapter(config.lora, build_or_load(config.model, hf_config, empty=True), Base("", ""))
     base = functools.cache(functools.partial(identify_base, config.model.pretrained or ""))
@@ -203,7 +204,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     show_bar = config.progress_bar and sys.stderr.isatty()
     hf_model = build_inner(config, parts)
     adapter = build_adapters(config, hf_model, parts)
-    model = wrap(config, hf_model, data.tokenizer, adapter)
+    model = wrap(config, hf_model, data.tokenizer, adapter, parallelism.context(config.parallelism))
     counters = build_counters(config, data, hf_model, stop, sums)
     kernels = build_kernels(config, hf_model, resumes=start is not None)
     gradients = build_gradients(config, sums)
@@ -264,9 +265,11 @@ def wrap(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     adapter: Adapter | None,
+    context: Context | None,
 ) -> CausalLM:
     """Return the model as Composer trains it."""
-    return CausalLM(model, tokenizer, varlen=config.varlen, adapter=adapter, z_loss=config.z_loss)
+    options: Any = {"varlen": config.varlen, "z_loss": config.z_loss}
+    return CausalLM(model, tokenizer, adapter=adapter, context=context, **options)
 
 
 def build_adapters(config: TrainConfig, model: PreTrainedModel, parts: Parts) -> Adapter | None:

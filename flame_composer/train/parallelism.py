@@ -16,8 +16,11 @@ from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField
 from flame_composer.model.build import build_or_load
+from flame_composer.model.context import Context, require_divisible
+from flame_composer.model.hf_config import read_pretrained_config
+from flame_composer.model.ranks import ranks_of
 from flame_composer.model.sharding import sharding_of
-from flame_composer.model.tensor import require_divisible, split
+from flame_composer.model.tensor import require_even_parts, split
 from flame_composer.upstream.composer import split_before_sharding
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 from flame_composer.upstream.inductor import compile_in_private
@@ -81,37 +84,6 @@ def is_sharded(config: ParallelismConfig) -> bool:
     return config.fsdp is not None and (torch.cuda.is_available() or config.cpu_fsdp)
 
 
-def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> None:
-    """Raise InvalidField for what tensor parallelism does not go together with.
-
-    `hf_config` is as returned by `model.hf_config.new_hf_config`.
-    """
-    settings = config.parallelism
-    if settings.tensor == 1:
-        return
-    key = "parallelism.tensor"
-    if not is_sharded(settings):
-        on_cpu = (
-            "" if torch.cuda.is_available() else " and, without a GPU, parallelism.cpu_fsdp=true"
-        )
-        raise InvalidField(key, f"needs parallelism.fsdp={{}}{on_cpu}; set them, or {key}=1")
-    assert settings.fsdp is not None
-    has_replicas = settings.fsdp.sharding_strategy == "HYBRID_SHARD"
-    for field, refused, remedy in (
-        ("parallelism.fsdp.sharding_strategy", has_replicas, "FULL_SHARD or SHARD_GRAD_OP"),
-        ("parallelism.compile", settings.compile, "false"),
-        ("parallelism.activation_cpu_offload", settings.activation_cpu_offload, "false"),
-        ("lora", config.lora is not None, "null"),
-        ("optimizer.name", config.optimizer.name not in ("adamw", "decoupled_adamw"), "adamw"),
-        ("callbacks.optimizer_monitor", "optimizer_monitor" in in_use(config.callbacks), "false"),
-    ):
-        if refused:
-            raise InvalidField(field, f"must be {remedy} with {key}={settings.tensor}")
-    model = build_or_load(config.model, hf_config, empty=True)
-    devices = int(config.world_size())
-    require_divisible(model, tensor=settings.tensor, devices=devices)
-
-
 def gets_weights(config: ParallelismConfig) -> bool:
     """Return whether rank 0 sends this rank its weights, so that it need not make any itself.
 
@@ -138,3 +110,49 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         split_before_sharding()
         sharding.split = partial(split, tensor=config.tensor)
     return {"fsdp": sharding}
+
+
+def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> None:
+    """Raise InvalidField for what layers divided over devices do not go together with."""
+    settings, key = config.parallelism, "parallelism.tensor"
+    if not is_sharded(settings):
+        on_cpu = (
+            "" if torch.cuda.is_available() else " and, without a GPU, parallelism.cpu_fsdp=true"
+        )
+        raise InvalidField(key, f"needs parallelism.fsdp={{}}{on_cpu}; set them, or {key}=1")
+    assert settings.fsdp is not None
+    has_replicas = settings.fsdp.sharding_strategy == "HYBRID_SHARD"
+    for field, refused, remedy in (
+        ("parallelism.fsdp.sharding_strategy", has_replicas, "FULL_SHARD or SHARD_GRAD_OP"),
+        ("parallelism.compile", settings.compile, "false"),
+        ("parallelism.activation_cpu_offload", settings.activation_cpu_offload, "false"),
+        ("lora", config.lora is not None, "null"),
+        ("optimizer.name", config.optimizer.name not in ("adamw", "decoupled_adamw"), "adamw"),
+        ("callbacks.optimizer_monitor", "optimizer_monitor" in in_use(config.callbacks), "false"),
+    ):
+        if refused:
+            raise InvalidField(field, f"must be {remedy} with {key}={settings.tensor}")
+    model = build_or_load(config.model, hf_config, empty=True)
+    devices = int(config.world_size())
+    require_even_parts(model, tensor=settings.tensor, devices=devices)
+
+
+def check_model(config: TrainConfig, hf_config: PretrainedConfig | None) -> None:
+    """Raise InvalidField if the run's model cannot be divided as its settings say.
+
+    `hf_config` is as returned by `model.hf_config.new_hf_config`.
+    """
+    if config.parallelism.tensor > 1:
+        check_tensor(config, hf_config)
+    if config.parallelism.context > 1:
+        if hf_config is None:
+            assert config.model.pretrained is not None
+            hf_config = read_pretrained_config(config.model.pretrained)
+        require_divisible(hf_config)
+
+
+def context(config: ParallelismConfig) -> Context | None:
+    """Return what divides the rows of a run, or None; every rank must call it."""
+    if config.context == 1:
+        return None
+    return Context(ranks_of(config), "cuda" if torch.cuda.is_available() else "cpu")

@@ -591,6 +591,17 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         "replicas",
         "must be more than 0",
     ),
+    *(
+        (ParallelismConfig, {name: number}, name, "must be 1 device or more")
+        for name in ("tensor", "context")
+        for number in (0, -2)
+    ),
+    (
+        TrainConfig,
+        {"parallelism": ParallelismConfig(context=2)},
+        "parallelism.context",
+        "tensor x context = 1 x 2 must divide the 1 devices",
+    ),
     (
         ParallelismConfig,
         {"cpu_fallback": True, "cpu_fsdp": True},

@@ -78,7 +78,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
-from flame_composer.model.tensor import divide, require_divisible
+from flame_composer.model.tensor import divide, require_even_parts
 from tests.data_fixtures import byte_tokenizer
 
 dist.initialize_dist(get_device())
@@ -100,7 +100,7 @@ for name, config in json.loads(sys.argv[1]).items():
     names = list(models[0].state_dict())
     for model in models:
         if model is models[1]:
-            require_divisible(model.model, tensor=size, devices=size)
+            require_even_parts(model.model, tensor=size, devices=size)
             divide(model, init_device_mesh("cpu", (size,)))
         model.train()
         model(dict(batch))["loss"].backward()
