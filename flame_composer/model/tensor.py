@@ -88,18 +88,18 @@ def require_even_parts(model: PreTrainedModel, *, tensor: int, devices: int) -> 
     `devices` is the number of all ranks: FSDP2 divides the rows of each rank's part further, and
     cannot divide them unevenly.
     """
-    config, key = model.config, "parallelism.tensor"
-    if config.model_type not in HEADS:
+    hf_config, key = model.config, "parallelism.tensor"
+    if hf_config.model_type not in HEADS:
         known = ", ".join(HEADS)
-        raise InvalidField(key, f"must be 1 with a {config.model_type} model; it is for {known}")
-    counts = {name: getattr(config, name, None) for name in HEADS[config.model_type]}
-    hybrid = getattr(config, "attn", None) or {}  # its layers of softmax attention
+        raise InvalidField(key, f"must be 1 with a {hf_config.model_type} model; it is for {known}")
+    counts = {name: getattr(hf_config, name, None) for name in HEADS[hf_config.model_type]}
+    hybrid = getattr(hf_config, "attn", None) or {}  # its layers of softmax attention
     counts |= {f"attn.{name}": hybrid.get(name) for name in ("num_heads", "num_kv_heads")}
     for name, heads in counts.items():
         if heads is not None and heads % tensor:
             raise InvalidField(key, f"must divide model.config.{name}={heads}")
     for name in ("attention_bias", "mlp_bias", "attnres_block_size"):
-        if getattr(config, name, None):
+        if getattr(hf_config, name, None):
             raise InvalidField(key, f"must be 1 with model.config.{name}")
     for name, layer in model.named_modules():
         plan = LAYERS.get(type(layer).__name__)
