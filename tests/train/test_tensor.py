@@ -377,3 +377,27 @@ def test_what_cannot_be_divided_is_named(
     }
     with pytest.raises(ConfigError, match=re.escape(problem)):
         check_run(load(TrainConfig, [*(f"{key}={value}" for key, value in given.items()), *keys]))
+
+
+@slow
+@pytest.mark.faults
+def test_layers_and_rows_are_divided_at_once(corpus: Corpus, tmp_path: Path) -> None:
+    """Four ranks of which each has half of every layer, and half of every row."""
+    source, tokenizer = f"source={corpus.text}", f"tokenizer={corpus.tokenizer}"
+    data = ("context_length=128", f"out={tmp_path}/train", "val_fraction=0.15")
+    made = Script("convert/to_mds.py", source, tokenizer, *data, f"val_out={tmp_path}/val").wait()
+    check(made)
+    keys = (
+        *SHARDED,
+        "context_length=128",
+        f"train_data.local={tmp_path}/train",
+        f"eval_data.local={tmp_path}/val",
+        "microbatch_size=1",
+        "global_batch_size=2",
+    )
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    divided = (*keys, "parallelism.tensor=2", "parallelism.context=2")
+    Ranks(4, *corpus.keys(run, *divided)).kill_after(run / "train_log.jsonl", 6)
+    Ranks(4, *corpus.keys(run, *divided)).finish()
+    check(Script("recipes/train.py", *corpus.keys(whole, *keys, "parallelism.fsdp=null")).wait())
+    assert_as_whole(run, "ba12", whole)
