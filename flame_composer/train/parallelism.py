@@ -127,6 +127,8 @@ def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> Non
         ("parallelism.compile", settings.compile, "false"),
         ("parallelism.activation_cpu_offload", settings.activation_cpu_offload, "false"),
         ("lora", config.lora is not None, "null"),
+        # What all devices of a group compute must be the same to the last bit, or weights drift.
+        ("deterministic", not config.deterministic, "true"),
         ("optimizer.name", config.optimizer.name not in ("adamw", "decoupled_adamw"), "adamw"),
         ("callbacks.optimizer_monitor", "optimizer_monitor" in in_use(config.callbacks), "false"),
     ):

@@ -339,6 +339,16 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
         2,
         "parallelism.compile: must be false with parallelism.tensor=2",
     ),
+    "kernels that differ": (
+        ("deterministic=false",),
+        2,
+        "deterministic: must be true with parallelism.tensor=2",
+    ),
+    "offloading": (
+        ("parallelism.activation_cpu_offload=true",),
+        2,
+        "parallelism.activation_cpu_offload: ",
+    ),
     "a monitor": (
         ("callbacks.optimizer_monitor=null", "loggers.file_logger={}"),
         2,
