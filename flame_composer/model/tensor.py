@@ -26,7 +26,6 @@ from torch.distributed.tensor import (
     Placement,
     Replicate,
     Shard,
-    distribute_tensor,
 )
 from transformers import PreTrainedModel
 
@@ -189,7 +188,14 @@ def _module(layer: nn.Module, path: str) -> nn.Module:
 
 
 def _placed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    placed = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+    """Return a parameter placed on a mesh, of which this rank has its part of its own values."""
+    whole = local = parameter.detach()
+    if isinstance(placement, Shard):
+        local = whole.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()]
+        # Copied before it moves to a device, where the whole model may have no room
+        local = local.clone(memory_format=torch.contiguous_format)
+    layout: Any = {"shape": whole.shape, "stride": whole.stride()}
+    placed = DTensor.from_local(local, mesh, [placement], run_check=False, **layout)
     return nn.Parameter(placed, requires_grad=parameter.requires_grad)
 
 

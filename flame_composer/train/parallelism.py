@@ -129,7 +129,7 @@ def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> Non
         ("lora", config.lora is not None, "null"),
         # What all devices of a group compute must be the same to the last bit, or weights drift.
         ("deterministic", not config.deterministic, "true"),
-        ("optimizer.name", config.optimizer.name not in ("adamw", "decoupled_adamw"), "adamw"),
+        ("optimizer.name", config.optimizer.name == "lamb", "adamw, decoupled_adamw or muon"),
         ("callbacks.optimizer_monitor", "optimizer_monitor" in in_use(config.callbacks), "false"),
     ):
         if refused:

@@ -156,12 +156,12 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def assert_as_whole(run: Path, name: str, whole: Path) -> None:
+def assert_as_whole(run: Path, name: str, whole: Path, clipped_at: float = 0.5) -> None:
     """Each row of the log, and the weights in the end, are as one rank's; to fp32 rounding."""
     assert losses(run)[0] == pytest.approx(losses(whole)[0], rel=1e-6), "the same weights at first"
     assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
     assert norms(run) == pytest.approx(norms(whole), rel=1e-3)
-    assert min(norms(whole)) > 0.5, "clipped, every one"
+    assert min(norms(whole)) > clipped_at, "clipped, every one"
     counted = ("batch_hash", "num_tokens", "num_samples", "lr")
     ours, theirs = (
         [{name: row[name] for name in counted if name in row} for row in read_log(each)]
@@ -239,7 +239,8 @@ def test_two_by_two_ranks(corpus: Corpus, tmp_path: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["gated_deltanet", "llama"])
 def test_other_models_are_divided_as_well(corpus: Corpus, tmp_path: Path, name: str) -> None:
-    file = corpus.yaml_with({**MODELS[name], "hidden_size": 32, "num_hidden_layers": 2})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": name == "llama"}
+    file = corpus.yaml_with({**MODELS[name], **sizes})
     divided, whole = tmp_path / "divided", tmp_path / "whole"
     Ranks(4, *corpus.keys(divided, file, *DIVIDED)).finish()
     keys = corpus.keys(whole, file, *SHARDED, "parallelism.fsdp=null")
@@ -250,7 +251,9 @@ def test_other_models_are_divided_as_well(corpus: Corpus, tmp_path: Path, name: 
 @slow
 @pytest.mark.faults
 def test_all_that_a_divided_run_may_have(corpus: Corpus, divided: Path, tmp_path: Path) -> None:
-    """Recomputed blocks, gathered ones, decay of all kinds and one file, which exports the same."""
+    """Recomputed blocks, gathered ones, muP, decay of all kinds and one file, which exports the
+    same; and is trained on, divided again.
+    """
     run = tmp_path / "run"
     more = (
         "parallelism.activation_checkpointing=true",
@@ -258,6 +261,8 @@ def test_all_that_a_divided_run_may_have(corpus: Corpus, divided: Path, tmp_path
         "parallelism.fsdp.state_dict_type=full",
         "optimizer.name=decoupled_adamw",
         "optimizer.weight_decay=1e-3",
+        "model.mup_base_width=16",
+        "optimizer.grad_clip_norm=0.25",
     )
     keys = (*DIVIDED, *more)
     Ranks(2, *corpus.keys(run, *keys)).kill_after(run / "train_log.jsonl", 6)
@@ -270,13 +275,36 @@ def test_all_that_a_divided_run_may_have(corpus: Corpus, divided: Path, tmp_path
     kept = [key for key in keys if not key.startswith(("parallelism.fsdp", "parallelism.tensor"))]
     check(Script("recipes/train.py", *corpus.keys(whole, *kept, *alone)).wait())
     assert read_log(run) == read_log(pieces)
-    assert_as_whole(run, "ba12.pt", whole)
+    assert_as_whole(run, "ba12.pt", whole, clipped_at=0.25)
     exports = []
     for each in (run, pieces):
         out = tmp_path / f"{each.name}_export"
         check(Script("convert/to_hf.py", f"checkpoint={each}/checkpoints", f"out={out}").wait())
         exports.append((out / "model.safetensors").read_bytes())
     assert exports[0] == exports[1]
+
+    tuned, alone = tmp_path / "tuned", tmp_path / "alone"
+    base = f"model.pretrained={tmp_path}/run_export"
+    Ranks(2, *corpus.keys(tuned, *DIVIDED, base)).finish()
+    on_one = (*SHARDED, "parallelism.fsdp=null", base)
+    check(Script("recipes/train.py", *corpus.keys(alone, *on_one)).wait())
+    assert losses(tuned) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(tuned)[0] < losses(whole)[0], "what it had learned"
+
+
+@slow
+@pytest.mark.faults
+def test_muon_makes_whole_matrices_of_divided_ones_orthogonal(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    keys = (*SHARDED, "optimizer.name=muon")
+    Ranks(4, *corpus.keys(run, *keys, "parallelism.tensor=2")).kill_after(
+        run / "train_log.jsonl", 6
+    )
+    Ranks(4, *corpus.keys(run, *keys, "parallelism.tensor=2")).finish()
+    check(Script("recipes/train.py", *corpus.keys(whole, *keys, "parallelism.fsdp=null")).wait())
+    assert_as_whole(run, "ba12", whole)
 
 
 GLA_OF_3 = ("model.config.num_heads=3", "model.config.hidden_size=48")
@@ -327,8 +355,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
         2,
         "parallelism.tensor: must be 1 with model.config.attention_bias",
     ),
-    "muon": (("optimizer.name=muon",), 2, "optimizer.name: must be adamw with parallelism.tensor"),
-    "lamb": (("optimizer.name=lamb",), 2, "optimizer.name: must be adamw with parallelism.tensor"),
+    "lamb": (
+        ("optimizer.name=lamb",),
+        2,
+        "optimizer.name: must be adamw, decoupled_adamw or muon with parallelism.tensor=2",
+    ),
     "replicas": (
         ("parallelism.fsdp.sharding_strategy=HYBRID_SHARD", "parallelism.fsdp.replicas=1"),
         2,
