@@ -61,7 +61,7 @@ class ParallelismConfig:
     """Compile the model with torch.compile."""
     tensor: int = 1
     """Devices that each layer is divided over (tensor parallelism), which train on the same rows;
-    a power of two that divides the model's heads. For gla, gated_deltanet and llama, with fsdp.
+    must divide the model's heads. For gla, gated_deltanet, transformer and llama, with fsdp.
     """
     context: int = 1
     """Devices that the tokens of each row are divided over (context parallelism), which pass on the

@@ -86,6 +86,8 @@ class PlanConfig(TrainConfig):
             "save_bandwidth",
             "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb",
         )
+        rule = "must be 1 here: what divided layers take is not counted"
+        require(self.parallelism.tensor == 1, "parallelism.tensor", rule)
         super().validate()
 
     @property
