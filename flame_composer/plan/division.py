@@ -13,7 +13,7 @@ from flame_composer.errors import InvalidField
 from flame_composer.model.context import require_divisible
 from flame_composer.plan.child import CannotCount, Child
 from flame_composer.plan.figures import Division, Memory, Plan
-from flame_composer.plan.memory import FILL, Size, device_memory, memory
+from flame_composer.plan.memory import FILL, Size, device_memory, is_sharded, memory
 
 Shape = tuple[int, int]  # parallelism.tensor, parallelism.context
 
@@ -23,13 +23,11 @@ def with_division(
 ) -> Plan:
     """Return the plan with what there is to say of its division, of which `child` counts steps."""
 
-    def of_a_row(other: PlanConfig) -> Memory:
-        try:
-            if plan.memory.counted:
+    def of_a_row(other: PlanConfig) -> Memory | None:
+        if plan.memory.counted:
+            with suppress(CannotCount):
                 return child.count(other, hf_config, 1)
-        except CannotCount:
-            pass
-        return memory(other, size, 1)
+        return memory(other, size, 1) if other.parallelism.tensor == 1 else None
 
     settings = config.parallelism
     is_whole, fits = settings.together == 1, plan.largest_microbatch_size is not None
@@ -56,12 +54,13 @@ def smallest_division(
     hf_config: PretrainedConfig,
     *,
     fits: bool,
-    of_a_row: Callable[[PlanConfig], Memory],
+    of_a_row: Callable[[PlanConfig], Memory | None],
 ) -> Shape | None:
     """Return over how few devices rows and layers can be divided so that a row fits, or None.
 
     `fits` says whether it does as configured. If so, rows are divided less, as long as it fits, and
-    then layers. If not, rows are divided more, and only if that is of no use, layers.
+    then layers. If not, rows are divided more, and only if that is of no use, layers. `of_a_row`
+    returns what a step takes, or None if that is not known, as of layers that cannot be divided so.
     """
     there = FILL * device_memory(config)
     shape = config.parallelism.tensor, config.parallelism.context
@@ -69,6 +68,8 @@ def smallest_division(
         for axis in (1, 0):
             for more in _more(config, hf_config, shape, axis):
                 needed = of_a_row(_divided(config, more))
+                if needed is None:
+                    break
                 if needed.total <= there:
                     return more
                 if axis and needed.total - needed.activations - needed.logits > there:
@@ -76,7 +77,8 @@ def smallest_division(
         return None
     for axis in (1, 0):
         for less in _less(config, hf_config, shape, axis):
-            if of_a_row(_divided(config, less)).total > there:
+            needed = of_a_row(_divided(config, less))
+            if needed is None or needed.total > there:
                 break
             shape = less
     return shape
@@ -86,7 +88,8 @@ def _more(
     config: PlanConfig, hf_config: PretrainedConfig, shape: Shape, axis: int
 ) -> Iterator[Shape]:
     number = 2 * shape[axis]
-    while number <= config.devices * config.nodes:
+    most = config.devices * (config.nodes if axis else 1)  # layers, in a machine
+    while number <= most:
         other = _at(shape, axis, number)
         if _is_valid(config, hf_config, other):
             yield other
@@ -123,4 +126,8 @@ def _is_valid(config: PlanConfig, hf_config: PretrainedConfig, shape: Shape) -> 
             require_divisible(hf_config)
     except InvalidField:
         return False
-    return True
+    fsdp = config.parallelism.fsdp
+    if shape[0] == 1:
+        return True
+    has_shards = fsdp is not None and fsdp.sharding_strategy != "HYBRID_SHARD"
+    return has_shards and is_sharded(config) and config.lora is None

@@ -73,6 +73,9 @@ def count_and_draw_up(
     try:
         return draw_up(config, size, supply, count), None
     except CannotCount as reason:
+        if config.parallelism.tensor > 1:
+            rule = f"must be 1 here: a step of divided layers could not be counted: {reason}"
+            raise InvalidField("parallelism.tensor", rule) from None
         return draw_up(config, size, supply, estimate(config, size)), str(reason)
 
 

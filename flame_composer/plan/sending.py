@@ -48,24 +48,34 @@ def count_sent(config: PlanConfig, hf_config: PretrainedConfig) -> dict[str, int
         model = build_for_run(config, hf_config, fakes)
         batch = make_batch(rows, config.context_length, longest_document(config))
         mesh = ranks_of(config.parallelism).mesh("cpu")
-        names = {mesh[axis].get_group().group_name: axis for axis in ("context", "tensor")}
-        with fakes, _noted(names) as sent:
+        groups = {axis: mesh[axis].get_group() for axis in ("context", "tensor")}
+        with fakes, _noted(groups) as sent:
             _, loss = forward(config, model, batch)
             loss.backward()
     microbatches = config.global_batch_size // (config.places * rows)
     return {axis: round(count * microbatches) for axis, count in sent.items()}
 
 
+def _axis_of(group: Any, groups: dict[str, Any]) -> str | None:
+    """Return along which axis a group shares rows, or None if it does not."""
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    if group == groups["context"]:  # FSDP2 may have another group of the same ranks
+        return "context"
+    of_tensor = dist.get_process_group_ranks(groups["tensor"])
+    return "tensor" if dist.get_process_group_ranks(group) == of_tensor else None
+
+
 @contextmanager
-def _noted(names: dict[str, str]) -> Iterator[dict[str, float]]:
-    """Add up, in the body, what is sent in groups of these names."""
-    sent = dict.fromkeys(names.values(), 0.0)
+def _noted(groups: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Add up, in the body, what is sent in the groups of the axes."""
+    sent = dict.fromkeys(groups, 0.0)
 
     def noting(given: Callable[..., Any], place: int, ring: _NumBytes) -> Callable[..., Any]:
         @functools.wraps(given)
         def call(*args: Any, **kwargs: Any) -> Any:
-            group: Any = kwargs.get("group")
-            axis = None if group is None else names.get(group.group_name)
+            group = kwargs.get("group")
+            axis = _axis_of(group, groups)
             if axis is not None:
                 tensor: Tensor = args[place]
                 count = tensor.numel() * tensor.element_size()

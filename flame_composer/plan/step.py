@@ -32,6 +32,7 @@ from flame_composer.model.lora import add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.model.ranks import ranks_of
 from flame_composer.model.sharding import recompute_blocks, sharding_of
+from flame_composer.model.tensor import DATA, TENSOR, divide, mesh_of, require_even_parts
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.kernels import GPUS
 from flame_composer.plan.memory import is_sharded, process_memory
@@ -163,7 +164,9 @@ def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes)
     """Return the model as the run trains it: wrapped, sharded and recomputed."""
     tokenizer: Any = None  # it is not asked for anything
     inner = build_inner(config, hf_config, fakes)
-    ranks = ranks_of(config.parallelism)
+    ranks, devices = ranks_of(config.parallelism), config.devices * config.nodes
+    if ranks.tensor > 1:
+        require_even_parts(inner, tensor=ranks.tensor, devices=devices)
     context = Context(inner, ranks, "cpu") if ranks.context > 1 else None
     model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss, context=context)
     if config.lora is not None:
@@ -183,11 +186,17 @@ def _shard(config: PlanConfig, model: CausalLM, fakes: Fakes) -> None:
     replicate_on_cpus()
     sharding = sharding_of(config.parallelism.fsdp, num_nodes=config.nodes)
     world, replicas = config.devices * config.nodes, sharding.replicas
+    tensor = config.parallelism.tensor
     shape = (world,) if replicas is None else (replicas, world // replicas)
     names = ("replicate", "shard")[-len(shape) :]
-    sharding.device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    whole = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = whole if tensor == 1 else mesh_of(tensor, "cpu")
     policy = generate_composer_model_policy(model)
     with fakes:
+        if tensor > 1:
+            divide(model, mesh[TENSOR])
+            mesh = mesh[DATA]
+        sharding.device_mesh = mesh
         prepare_fully_shard(model, sharding, Precision(config.precision), policy)
 
 
