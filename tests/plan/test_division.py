@@ -83,6 +83,15 @@ def test_convolutions_send_their_last_inputs(children: Children) -> None:
     assert sent(*convolution) - sent() == layers * both_ways * 3 * channels * 4
 
 
+def test_divided_layers_send_four_sums_each(children: Children) -> None:
+    """Of attention and MLP, forwards and backwards: outputs as wide as the model, in bf16."""
+    keys = ("parallelism.tensor=4", "model.config.num_hidden_layers=2", "global_batch_size=32")
+    config = config_of("gla_7b_tp", *keys, "parallelism.activation_checkpointing=false")
+    sent = children(config.device).count_sent(config, find_hf_config(config, None))
+    microbatches, layers, outputs = 32 // 2 // 8, 2, 8 * 2048 * 4096 * 2
+    assert sent == {"context": 0, "tensor": microbatches * layers * 4 * outputs * 2 * 3 // 4}
+
+
 def test_places_share_the_global_batch() -> None:
     config = config_of("gla_340m", *ROW, "parallelism.context=4", "nodes=2", FEW)
     supply = find_supply(config)

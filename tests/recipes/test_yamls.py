@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from flame_composer import cpu
-from flame_composer.config.convert import ToHfConfig
+from flame_composer.config.convert import ConvertConfig, ToHfConfig
 from flame_composer.config.load import load
 from flame_composer.config.sft import SftConfig
 from flame_composer.config.train import TrainConfig
@@ -25,7 +26,8 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.hf_config import build_hf_config
 from tests.conftest import CONTEXT_LENGTH, GLA, small_fla
 from tests.data_fixtures import byte_tokenizer
-from tests.runs import ROOT, Corpus, read_log, run_script
+from tests.recipes.small import keys_of, small
+from tests.runs import ROOT, Corpus, Ranks, check, read_log, run_script
 
 TUNING = sorted((ROOT / "yamls").glob("sft_*.yaml"))
 FILES = sorted({*(ROOT / "yamls").glob("*.yaml")} - {*TUNING})
@@ -173,6 +175,55 @@ def test_recipes_of_one_size_differ_in_the_model_only() -> None:
         if name.endswith("_340m"):
             assert rest(name) == rest("gla_340m")
     assert rest("transformer_tiny") == rest("gla_tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("gla_340m_256k", ("parallelism.context=2", "parallelism.fsdp=null", "microbatch_size=1")),
+        ("gla_7b_tp", ("parallelism.tensor=2", "parallelism.cpu_fsdp=true")),
+    ],
+)
+def test_a_divided_recipe_made_small_trains_on_two_ranks_as_on_one(
+    corpus: Corpus, tmp_path: Path, name: str, keys: tuple[str, ...]
+) -> None:
+    long = tmp_path / "long"
+    convert = ("convert/to_mds.py", f"source={corpus.text}", f"tokenizer={corpus.tokenizer}")
+    check(run_script(*convert, "context_length=128", f"out={long}"))
+    path = ROOT / f"yamls/{name}.yaml"
+    common = (
+        *keys_of(path, small(path)),
+        f"train_data.local={long}",
+        "context_length=128",
+        "global_batch_size=2",
+        "eval_data=null",
+        "max_duration=6ba",
+        "optimizer.eps=0.01",
+    )
+    divided, alone = tmp_path / "divided", tmp_path / "alone"
+    fsdp = ("parallelism.fsdp={sharding_strategy: FULL_SHARD}",)
+    Ranks(2, *corpus.keys(divided, *common, *fsdp, *keys)).finish()
+    corpus.train_run(alone, *common)
+    ours, theirs = read_log(divided), read_log(alone)
+    assert len(ours) == len(theirs) == 6
+    for mine, whole in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+def test_long_rows_are_made_by_the_command_in_the_recipe() -> None:
+    path = ROOT / "yamls/gla_340m_256k.yaml"
+    text = path.read_text().split("run_name")[0].replace("\\\n#", "")
+    (command,) = [shlex.split(line[1:]) for line in text.splitlines() if "python" in line]
+    converted = load(ConvertConfig, command[2:])
+    recipe = yaml.safe_load(path.read_text())
+    assert converted.max_doc_length is None, "documents are whole"
+    assert converted.context_length == recipe["context_length"] == 262_144
+    assert converted.tokenizer == recipe["tokenizer"]
+    assert "s3://my-bucket/long}/train" in recipe["train_data"]["remote"]
+    assert (converted.out, converted.val_out) == (
+        "s3://my-bucket/long/train",
+        "s3://my-bucket/long/val",
+    )
 
 
 def test_transformer_tiny_trains(corpus: Corpus, tmp_path: Path) -> None:
