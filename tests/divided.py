@@ -57,16 +57,17 @@ def compare(name: str, *lengths: int) -> dict[str, Any]:
     batch = collate([{"input_ids": tokens.numpy(), "doc_lengths": list(lengths)}])
     batch["labels"][0, 5:9] = -100
 
-    def model_of(context: Context | None) -> CausalLM:
+    def model_of(ranks: Ranks | None) -> CausalLM:
         torch.manual_seed(3)
         inner = build_model(build_hf_config(given, tokenizer, sum(lengths)))
+        context = None if ranks is None else Context(inner, ranks, "cpu")
         return CausalLM(inner, tokenizer, varlen=True, context=context)
 
     whole = model_of(None)
     expected = whole.forward(batch)["loss"]
     expected.backward()
     ranks = Ranks(context=parts)
-    part = model_of(Context(ranks, "cpu"))
+    part = model_of(ranks)
     number = count_tokens(batch, part=ranks.part, parts=parts)["loss_generating"]
     all_numbers = count_tokens(batch)["loss_generating"]
     loss = part.forward(batch)["loss"] * (number / all_numbers)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from flame_composer.config.rules import require
 
-LEAST_TOKENS = 64  # of a row on one device
+LEAST_TOKENS = 16  # of a row on one device: more than a short convolution looks back
 NEED_WHOLE_ROWS = frozenset({"seq_length_warmup"})  # algorithms
 
 

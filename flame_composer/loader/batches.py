@@ -212,7 +212,6 @@ def build_train_loader(
     )
     return DataSpec(
         loader,
-        # Composer adds up what all ranks return
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]) * ranks.counts_rows,
         get_num_tokens_in_batch=count,
         split_batch=functools.partial(split_noting_void, count=count) if may_be_void else None,

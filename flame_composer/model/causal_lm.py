@@ -19,7 +19,7 @@ from transformers import (
 
 from flame_composer.batch import IGNORE
 from flame_composer.errors import InvalidField
-from flame_composer.model.context import Context, spread_rows
+from flame_composer.model.context import Context
 from flame_composer.model.lora import Adapter, trained_names
 from flame_composer.model.quantized import is_quantized
 from flame_composer.model.work import Work, count_work
@@ -97,8 +97,6 @@ class CausalLM(HuggingFaceModel):
         self.varlen = varlen
         self.z_loss = z_loss
         self.context = context
-        if context is not None:
-            spread_rows(model, context)
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         # A quantized model, whose weights cannot be counted, is not trained.
         self._work = None if is_quantized(model) else count_work(model)

@@ -56,11 +56,15 @@ class Part(NamedTuple):
 class Context:
     """The division of a model's rows over this rank's group."""
 
-    def __init__(self, ranks: Ranks, device: str):
-        """Every rank must make one: the groups of ranks meet."""
+    def __init__(self, model: PreTrainedModel, ranks: Ranks, device: str):
+        """Make an fla model compute its part of a row where one is entered.
+
+        Every rank must do so: the groups of ranks meet.
+        """
         self.part, self.parts = ranks.part, ranks.context
         self.group = ranks.mesh(device)["context"].get_group()
         self.last_label: Tensor | None = None  # of the part that is in the forward pass, [1]
+        _spread_rows(model, self)
 
     def tokens_of(self, length: int) -> slice:
         """Return which tokens of a row of this length are this rank's."""
@@ -109,8 +113,7 @@ def require_divisible(hf_config: PretrainedConfig) -> None:
         )
 
 
-def spread_rows(model: PreTrainedModel, context: Context) -> None:
-    """Make an fla model compute its part of a row where one is entered (`Context.enter`)."""
+def _spread_rows(model: PreTrainedModel, context: Context) -> None:
     from fla.modules import RotaryEmbedding, ShortConvolution
 
     owner: Any = model

@@ -38,7 +38,6 @@ from flame_composer.loader.datasets import (
 from flame_composer.model.base import Base, identify_base
 from flame_composer.model.build import build_or_load
 from flame_composer.model.causal_lm import CausalLM, causal_lm_of, check_microbatch_size
-from flame_composer.model.context import Context
 from flame_composer.model.hf_config import new_hf_config
 from flame_composer.model.lora import Adapter, add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
@@ -204,7 +203,7 @@ def build_run(config: TrainConfig, parts: Parts, start: Checkpoint | None) -> Ru
     show_bar = config.progress_bar and sys.stderr.isatty()
     hf_model = build_inner(config, parts)
     adapter = build_adapters(config, hf_model, parts)
-    model = wrap(config, hf_model, data.tokenizer, adapter, parallelism.context(config.parallelism))
+    model = wrap(config, hf_model, data.tokenizer, adapter)
     counters = build_counters(config, data, hf_model, stop, sums)
     kernels = build_kernels(config, hf_model, resumes=start is not None)
     gradients = build_gradients(config, sums)
@@ -265,9 +264,9 @@ def wrap(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     adapter: Adapter | None,
-    context: Context | None,
 ) -> CausalLM:
-    """Return the model as Composer trains it."""
+    """Return the model as Composer trains it. Every rank must call this."""
+    context = parallelism.divide_rows(config.parallelism, model)
     options: Any = {"varlen": config.varlen, "z_loss": config.z_loss}
     return CausalLM(model, tokenizer, adapter=adapter, context=context, **options)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from composer.utils import dist
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.config.extensions import in_use
 from flame_composer.config.parallelism import ParallelismConfig
@@ -153,8 +153,8 @@ def check_model(config: TrainConfig, hf_config: PretrainedConfig | None) -> None
         require_divisible(hf_config)
 
 
-def context(config: ParallelismConfig) -> Context | None:
-    """Return what divides the rows of a run, or None; every rank must call it."""
+def divide_rows(config: ParallelismConfig, model: PreTrainedModel) -> Context | None:
+    """Return what divides the rows of a run's model, or None; every rank must call it."""
     if config.context == 1:
         return None
-    return Context(ranks_of(config), "cuda" if torch.cuda.is_available() else "cpu")
+    return Context(model, ranks_of(config), "cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from flame_composer.config.train import TrainConfig
 from flame_composer.errors import InvalidField
 from flame_composer.model.passing import divide, written_by_gates
 from tests.divided import MODELS
-from tests.runs import ROOT, run_ranks
-from tests.train.test_parallelism import slow
+from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log, run_ranks
+from tests.train.test_parallelism import assert_close, assert_equal, norms, slow, weights
 
 DOCUMENTS = (3, 300, 1, 1, 2, 60, 5, 12, 160, 32)
 ONE_DOCUMENT = (512,)
@@ -102,6 +103,99 @@ def test_what_gates_let_through_is_written(length):
         assert torch.allclose(our, their, rtol=1e-8, atol=1e-10)
 
 
+DIVIDED = (
+    "parallelism.context=2",
+    "microbatch_size=1",
+    "eval_batch_size=1",
+    "log_batch_hash=true",
+    "max_duration=12ba",
+    "eval_interval=6ba",
+    "save_interval=4ba",
+    "save_num_checkpoints_to_keep=-1",
+    "eval_data.max_rows=3",
+    # With so large an eps a step is all but proportional to the gradient.
+    "optimizer.eps=0.01",
+    "optimizer.grad_clip_norm=0.5",
+    "optimizer.lr=0.02",
+)
+FSDP = ("parallelism.fsdp.state_dict_type=sharded", "parallelism.cpu_fsdp=true")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    keys = corpus.keys(run, *DIVIDED, "parallelism.context=1")
+    check(Script("recipes/train.py", *keys).wait())
+    return run
+
+
+@pytest.fixture(scope="module")
+def divided(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks, each of which has half of every row."""
+    run = tmp_path_factory.mktemp("runs") / "divided"
+    Ranks(2, *corpus.keys(run, *DIVIDED)).finish()
+    return run
+
+
+def assert_same_trajectory(ours: Path, theirs: Path) -> None:
+    for our, their in zip(read_log(ours), read_log(theirs), strict=True):
+        assert list(our) == list(their)
+        for key in ("batch_hash", "num_tokens", "learning_rate", "epoch"):
+            assert our[key] == their[key], key
+        for key in {"loss", "grad_norm", "eval_loss"} & their.keys():
+            assert our[key] == pytest.approx(their[key], rel=1e-4), (our, their)
+
+
+def test_a_divided_run_takes_the_steps_of_a_whole_one(divided: Path, whole: Path) -> None:
+    assert_same_trajectory(divided, whole)
+    assert min(norms(whole)) > 0.5, "clipped, every one"
+    assert_close(weights(divided, "ba12.pt"), weights(whole, "ba12.pt"))
+
+
+def test_a_divided_run_goes_on_bit_for_bit_and_undivided(
+    corpus: Corpus, divided: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    keys = corpus.keys(run, *DIVIDED)
+    Ranks(2, *keys).kill_after(run / "train_log.jsonl", 6)
+    Ranks(2, *keys).finish()
+    assert read_log(run) == read_log(divided)
+    assert_equal(weights(run, "ba12.pt"), weights(divided, "ba12.pt"))
+    for step in (8, 12):
+        (run / f"checkpoints/ba{step}.pt").unlink()
+    check(Script("recipes/train.py", *keys, "parallelism.context=1").wait())
+    assert_same_trajectory(run, whole)
+
+
+@slow
+@pytest.mark.faults
+def test_every_division_of_four_ranks_takes_the_same_steps(
+    corpus: Corpus, whole: Path, tmp_path: Path
+) -> None:
+    """Also one that a run goes on with after a kill, and with blocks that are recomputed."""
+    divisions = {
+        "four": ("parallelism.context=4",),
+        "rows": ("parallelism.context=2",),
+        "fsdp": (*FSDP, "parallelism.context=4", "parallelism.activation_checkpointing=true"),
+        "fsdp_rows": (*FSDP, "parallelism.context=2"),
+        "replicas": (
+            *FSDP,
+            "parallelism.fsdp.sharding_strategy=HYBRID_SHARD",
+            "parallelism.fsdp.replicas=2",
+            "parallelism.context=2",
+        ),
+    }
+    for name, division in divisions.items():
+        run = tmp_path / name
+        Ranks(4, *corpus.keys(run, *DIVIDED, *division)).finish()
+        assert_same_trajectory(run, whole)
+    run = tmp_path / "fewer"
+    Ranks(4, *corpus.keys(run, *DIVIDED, *divisions["fsdp"])).kill_after(run / "train_log.jsonl", 6)
+    Ranks(2, *corpus.keys(run, *DIVIDED)).finish()
+    assert_same_trajectory(run, whole)
+
+
 def wrong(**given: Any) -> TrainConfig:
     parallelism = {"context": 2} | given.pop("parallelism", {})
     return TrainConfig(
@@ -151,9 +245,9 @@ def wrong(**given: Any) -> TrainConfig:
             "parallelism.context: must divide context_length=513",
         ),
         (
-            {"context_length": 126},
-            "parallelism.context: leaves 63 tokens of context_length=126 to a device; must leave"
-            " 64 at least",
+            {"context_length": 30},
+            "parallelism.context: leaves 15 tokens of context_length=30 to a device; must leave"
+            " 16 at least",
         ),
         (
             {"parallelism": {"compile": True}},

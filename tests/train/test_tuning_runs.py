@@ -249,7 +249,7 @@ def test_microbatches_of_a_void_batch_say_so(tuning: Path) -> None:
         seed=0,
     )
     assert isinstance(loader, DataSpec)
-    assert loader.split_batch is split_noting_void
+    assert loader.split_batch.func is split_noting_void
     assert loader.get_num_tokens_in_batch(parts[0], token_type="loss_generating") == 1
 
 
