@@ -80,6 +80,9 @@ class ParallelismConfig:
         for name in ("tensor", "context"):
             rule = "must be 1 device or more"
             require(getattr(self, name) > 0, name, rule)
+        has_shards = self.tensor == 1 or self.fsdp is not None
+        rule = "needs parallelism.fsdp={}, whose shards are divided further; set it, or tensor=1"
+        require(has_shards, "tensor", rule)
         require(
             not (self.cpu_fallback and self.cpu_fsdp),
             "cpu_fsdp",

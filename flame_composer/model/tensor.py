@@ -124,11 +124,15 @@ def split(model: nn.Module, *, tensor: int) -> DeviceMesh:
     FSDP2 is to shard the model over that. Every rank must call this. Weights need not be the same
     on all ranks, and may be on the meta device: each rank keeps a part of its own.
     """
-    shape = (torch.distributed.get_world_size() // tensor, tensor)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, shape, mesh_dim_names=(DATA, TENSOR))
+    mesh = mesh_of(tensor, "cuda" if torch.cuda.is_available() else "cpu")
     divide(model, mesh[TENSOR])
     return mesh[DATA]
+
+
+def mesh_of(tensor: int, device: str) -> DeviceMesh:
+    """Return all ranks as a mesh with the axes DATA and TENSOR; every rank must call this."""
+    shape = (torch.distributed.get_world_size() // tensor, tensor)
+    return init_device_mesh(device, shape, mesh_dim_names=(DATA, TENSOR))
 
 
 class _Use(NamedTuple):

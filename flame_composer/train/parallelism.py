@@ -116,10 +116,8 @@ def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> Non
     """Raise InvalidField for what layers divided over devices do not go together with."""
     settings, key = config.parallelism, "parallelism.tensor"
     if not is_sharded(settings):
-        on_cpu = (
-            "" if torch.cuda.is_available() else " and, without a GPU, parallelism.cpu_fsdp=true"
-        )
-        raise InvalidField(key, f"needs parallelism.fsdp={{}}{on_cpu}; set them, or {key}=1")
+        rule = f"must be true with {key}={settings.tensor}, where there is no GPU"
+        raise InvalidField("parallelism.cpu_fsdp", rule)
     assert settings.fsdp is not None
     has_replicas = settings.fsdp.sharding_strategy == "HYBRID_SHARD"
     for field, refused, remedy in (

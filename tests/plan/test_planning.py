@@ -700,12 +700,6 @@ def test_what_training_would_refuse_is_refused() -> None:
         plan_config("gla_340m", devices=6)
 
 
-def test_layers_that_are_divided_are_not_counted() -> None:
-    rule = "parallelism.tensor=2: must be 1 here: what divided layers take is not counted"
-    with pytest.raises(ConfigError, match=re.escape(rule)):
-        plan_config("gla_340m", "parallelism.tensor=2", "parallelism.fsdp={}", devices=2)
-
-
 def test_rows_of_another_length(dataset: Path) -> None:
     config = small(dataset, "context_length=64")
     found = find_supply(config)

@@ -309,11 +309,11 @@ def test_muon_makes_whole_matrices_of_divided_ones_orthogonal(
 
 GLA_OF_3 = ("model.config.num_heads=3", "model.config.hidden_size=48")
 REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "no fsdp": (("parallelism.fsdp=null",), 2, "parallelism.tensor: needs parallelism.fsdp={}"),
+    "no fsdp": (("parallelism.fsdp=null",), 2, "parallelism.tensor=2: needs parallelism.fsdp={}"),
     "a fallback": (
         ("parallelism.cpu_fsdp=false", "parallelism.cpu_fallback=true"),
         2,
-        "parallelism.tensor: needs parallelism.fsdp={}",
+        "parallelism.cpu_fsdp: must be true with parallelism.tensor=2, where there is no GPU",
     ),
     "nothing": (("parallelism.tensor=0",), 2, "parallelism.tensor=0: must be 1 device or more"),
     "ranks": ((), 3, "parallelism.tensor=2: tensor x context = 2 x 1 must divide the 3 devices"),
