@@ -5,6 +5,7 @@
     train       a GLA model against a Llama of the same size, forward and backward
     models      other models of fla against a Llama of their size
     growth      the same with more rows, and with fewer and with more layers
+    context     a long row on one rank, and divided over two
     decode      the same two models, generating token by token
     quantize    the first of them with weights of int8 and bf16 against fp32
     serve       recipes/serve.py against requests one after another, and static batches
@@ -36,10 +37,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def timed(name: str, config: Any) -> None:
-    from flame_composer.bench import decoding, families, models, quantized
+    from flame_composer.bench import decoding, dividing, families, models, quantized
 
     made = {"train": models.training, "growth": models.growth, "decode": decoding.decoding}
     made |= {"quantize": quantized.quantizing, "models": families.compare_models}
+    made |= {"context": dividing.compare_divisions}
     measure.report(name, *made[name](config))
 
 
@@ -74,6 +76,7 @@ if __name__ == "__main__":
                 "train": (partial(timed, "train"), configs.BenchmarkConfig),
                 "models": (partial(timed, "models"), configs.ModelsBenchmarkConfig),
                 "growth": (partial(timed, "growth"), configs.BenchmarkConfig),
+                "context": (partial(timed, "context"), configs.ContextBenchmarkConfig),
                 "decode": (partial(timed, "decode"), configs.DecodeBenchmarkConfig),
                 "quantize": (partial(timed, "quantize"), configs.QuantizeBenchmarkConfig),
                 "serve": (partial(written, "serve"), configs.ServingBenchmarkConfig),

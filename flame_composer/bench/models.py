@@ -312,13 +312,13 @@ def memory_per_token(model: PreTrainedModel) -> int | None:
             PEAK.write_text("5")
         except (OSError, AttributeError):  # no Linux, or no glibc
             return None
-        before = _status("VmRSS")
+        before = status("VmRSS")
         run()
-        peaks.append(_status("VmHWM") - before)
+        peaks.append(status("VmHWM") - before)
     return round((peaks[2] - peaks[1]) / (long - short) / model.config.num_hidden_layers)
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """Return a number of bytes from this process's status: VmRSS now, VmHWM at its peak."""
     found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
     return 1024 * int(found[1]) if found else 0

@@ -85,6 +85,41 @@ class ModelsBenchmarkConfig(SizesConfig):
 
 
 @dataclass
+class ContextBenchmarkConfig(SizesConfig):
+    """Train on a long row on one rank, and divided over several ranks of one thread each."""
+
+    hidden_size: int = 64
+    """Width of the model."""
+    num_layers: int = 2
+    """Number of layers of the model."""
+    vocab_size: int = 256
+    """Number of tokens in the vocabulary."""
+    model_type: str = "gla"
+    """Model of fla: one whose rows parallelism.context divides."""
+    context_length: int = 65536
+    """Tokens of the long row."""
+    short_context_length: int = 2048
+    """Tokens of the short row."""
+    short_steps: int = 8
+    """Steps on the short row, whose median time counts."""
+    ranks: int = 2
+    """Number of processes that the rows are divided over."""
+
+    def validate(self) -> None:
+        super().validate()
+        require_positive(self, "short_steps")
+        require_contexts([self.context_length, self.short_context_length])
+        require(self.ranks > 1, "ranks", "must be 2 or more")
+        known = ("delta_net", "gated_deltanet", "gla", "hgrn2", "kda")
+        is_known = self.model_type in known
+        require(is_known, "model_type", f"must be among {', '.join(known)}")
+        for name in ("context_length", "short_context_length"):
+            tokens, rest = divmod(getattr(self, name), self.ranks)
+            rule = "must leave each of the ranks as many tokens, 16 or more"
+            require(rest == 0 and tokens >= 16, name, rule)
+
+
+@dataclass
 class ConversionBenchmarkConfig(ScriptConfig):
     """Time convert/to_mds.py against one process that calls encode_batch_fast and MDSWriter."""
 
@@ -313,6 +348,7 @@ BENCHMARKS = (
     "train",
     "models",
     "growth",
+    "context",
     "decode",
     "quantize",
     "serve",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -120,7 +121,7 @@ def build_hf_config(
     weights later.
     """
     cpu.enable()
-    keys = dict(model_config)
+    keys = copy.deepcopy(model_config)  # transformers 5 adds to what it is given
     model_type = keys.pop("model_type")
     config_class = _config_class(model_type, to_run=to_run)
     parameters = parameters_of(config_class)

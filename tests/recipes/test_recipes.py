@@ -457,10 +457,12 @@ class Small(NamedTuple):
 
     def start(self, *command: str) -> subprocess.CompletedProcess[str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        # What `make test STACK=current` was told is not told here.
+        own = {name: os.environ[name] for name in os.environ.keys() - {"MAKEFLAGS", "STACK"}}
         return subprocess.run(
             command,
             cwd=self.folder,
-            env={**os.environ, "PATH": path},
+            env={**own, "PATH": path},
             capture_output=True,
             text=True,
             timeout=500,
