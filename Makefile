@@ -23,7 +23,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # What depends on the versions of torch, Triton, transformers and fla the most: patches, parity, checkpoints, resuming, export,
 # generation, parallelism.
 CORE := tests/upstream tests/cpu tests/text tests/export tests/checkpoint/test_checkpoint.py tests/train/test_resume.py \
-	tests/train/test_parallelism.py tests/use/test_generate.py tests/test_earlier.py
+	tests/train/test_parallelism.py tests/train/test_tensor.py tests/use/test_generate.py tests/test_earlier.py
 
 .PHONY: help setup quickstart tune test test-core test-faults test-keys lint docs bench gpu clean
 

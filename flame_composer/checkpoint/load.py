@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from flame_composer.agree import agreed
 from flame_composer.checkpoint.ranges import read_rows
+from flame_composer.checkpoint.rows import fill, rows_of
 from flame_composer.checkpoint.sharded import Part, Pieces
 from flame_composer.errors import DataError
+from flame_composer.model.tensor import is_split
 
 
 def load(state: State, pieces: Pieces, folder: Path) -> None:
@@ -98,6 +100,9 @@ def _read(tensors: dict[str, torch.Tensor], pieces: Pieces, folder: Path) -> Non
 
     If a rank cannot read its rows, all ranks raise its error.
     """
+    split: dict[str, Any] = {name: each for name, each in tensors.items() if is_split(each)}
+    rows = {name: rows_of(tensor) for name, tensor in split.items()}
+    tensors = {**tensors, **rows}
     sources = {name: _source_of(tensor) for name, tensor in tensors.items()}
     rank = dist.get_global_rank()
     own = {name: tensor for name, tensor in tensors.items() if sources[name].rank == rank}
@@ -108,6 +113,8 @@ def _read(tensors: dict[str, torch.Tensor], pieces: Pieces, folder: Path) -> Non
             mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if mine.numel():
                 dist.broadcast(mine.detach(), source, group)
+    for name, tensor in split.items():
+        fill(tensor, rows[name])
 
 
 class _Source(NamedTuple):

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from flame_composer.checkpoint.rows import own_rows
+from flame_composer.model.tensor import is_split
 from flame_composer.storage.folders import flush
 from flame_composer.upstream.fsdp import first_row_of
 
@@ -109,6 +111,9 @@ def share_of(state: State) -> Share:
     mesh = state.fsdp_config.device_mesh
     assert mesh is not None
     *replica, number = mesh.get_coordinate() or [0]
+    pieces = mesh.shape[-1]
+    if any(map(is_split, state.model.parameters())):
+        number, pieces = dist.get_global_rank(), dist.get_world_size()
     piece = None
     if not any(replica):
         # Not by Composer, which copies all tensors to memory that is allocated anew each time.
@@ -119,7 +124,7 @@ def share_of(state: State) -> Share:
             "optimizers": {type(optimizer).__qualname__: _map(_piece_of, moments)},
         }
     is_first = dist.get_global_rank() == 0
-    return Share(content if is_first else None, piece, number, mesh.shape[-1])
+    return Share(content if is_first else None, piece, number, pieces)
 
 
 def write_piece(share: Share, folder: Path) -> Path | None:
@@ -203,7 +208,10 @@ def _map(change: Callable[[DTensor], Any], tree: Any) -> Any:
 
 
 def _piece_of(tensor: DTensor) -> dict[str, Any]:
-    """Return this rank's piece of a tensor, which FSDP2 shards along its first dimension."""
+    """Return this rank's piece of a tensor: rows, since FSDP2 shards along the first dimension."""
+    if is_split(tensor):
+        start, part = own_rows(tensor)
+        return {"shape": list(tensor.shape), "start": start, "part": part}
     part = tensor.to_local().detach()
     return {"shape": list(tensor.shape), "start": first_row_of(tensor), "part": part}
 

@@ -61,7 +61,7 @@ class ParallelismConfig:
     """Compile the model with torch.compile."""
     tensor: int = 1
     """Devices that each layer is divided over (tensor parallelism), which train on the same rows;
-    a power of two that divides the model's heads. For gla, gated_deltanet and llama, with fsdp.
+    must divide the model's heads. For gla, gated_deltanet, transformer and llama, with fsdp.
     """
     context: int = 1
     """Devices that the tokens of each row are divided over (context parallelism), which pass on the
@@ -80,6 +80,9 @@ class ParallelismConfig:
         for name in ("tensor", "context"):
             rule = "must be 1 device or more"
             require(getattr(self, name) > 0, name, rule)
+        has_shards = self.tensor == 1 or self.fsdp is not None
+        rule = "needs parallelism.fsdp={}, whose shards are divided further; set it, or tensor=1"
+        require(has_shards, "tensor", rule)
         require(
             not (self.cpu_fallback and self.cpu_fsdp),
             "cpu_fsdp",

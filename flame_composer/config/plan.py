@@ -86,7 +86,17 @@ class PlanConfig(TrainConfig):
             "save_bandwidth",
             "must be a number of bytes more than 0, or one with kb, mb, gb, tb or pb, e.g. 500mb",
         )
+        is_divided = (
+            self.parallelism.tensor == 1 or self.device != "cpu" or self.parallelism.cpu_fsdp
+        )
+        rule = "must be true with parallelism.tensor on CPUs"
+        require(is_divided, "parallelism.cpu_fsdp", rule)
         super().validate()
 
     def world_size(self) -> str:
         return str(self.devices * self.nodes)
+
+    @property
+    def places(self) -> int:
+        """The number of groups of devices that train on the same rows."""
+        return self.devices * self.nodes // (self.parallelism.tensor * self.parallelism.context)

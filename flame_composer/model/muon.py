@@ -25,7 +25,7 @@ from torch.optim.optimizer import ParamsT
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flame_composer.upstream.fsdp import first_row_of
+from flame_composer.upstream.fsdp import part_of
 from flame_composer.upstream.transformers import block_names
 
 # The quintic's coefficients, chosen to raise small singular values fast
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             buffer = state["momentum_buffer"]
             state["step"] += 1
             buffer.lerp_(gradient, 1 - momentum)
-            update = _orthogonal_rows(gradient.lerp(buffer, momentum))
+            update = _orthogonal_part(gradient.lerp(buffer, momentum))
             scale = SCALES[group["update_scale"]](*parameter.shape)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.mul_(1 - lr * group["weight_decay"])
@@ -145,12 +145,11 @@ def weights_in_blocks(model: torch.nn.Module) -> set[int]:
     }
 
 
-def _orthogonal_rows(update: Tensor) -> Tensor:
-    """Return this rank's rows of `orthogonal(update)`: all, unless `update` is sharded."""
+def _orthogonal_part(update: Tensor) -> Tensor:
+    """Return this rank's part of `orthogonal(update)`: all, unless `update` is sharded."""
     if not isinstance(update, DTensor):
         return orthogonal(update)
-    whole, first = orthogonal(update.full_tensor()), first_row_of(update)
-    return whole[first : first + len(update.to_local())]
+    return orthogonal(update.full_tensor())[part_of(update)]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def largest_microbatch(config: PlanConfig, count: Count) -> int | None:
     line through two counts is never above a third beyond them, and never below one between them.
     The size that is returned has been counted.
     """
-    batch, world = config.global_batch_size, config.devices * config.nodes
-    sizes = [rows for rows in range(1, batch // world + 1) if batch % (world * rows) == 0]
+    batch, places = config.global_batch_size, config.places
+    sizes = [rows for rows in range(1, batch // places + 1) if batch % (places * rows) == 0]
     there = FILL * device_memory(config)
     if count(1).total > there:
         return None

@@ -70,6 +70,9 @@ def count_and_draw_up(
     try:
         return draw_up(config, size, supply, count), None
     except CannotCount as reason:
+        if config.parallelism.tensor > 1:
+            rule = f"must be 1 here: a step of divided layers could not be counted: {reason}"
+            raise InvalidField("parallelism.tensor", rule) from None
         return draw_up(config, size, supply, estimate(config, size)), str(reason)
 
 
@@ -86,7 +89,6 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count)
         raise InvalidField(
             "max_duration", "is in epochs, and the dataset cannot be read; give dataset_tokens"
         )
-    world = config.devices * config.nodes
     tokens_per_step = config.global_batch_size * config.context_length
     tokens = steps * tokens_per_step
     flops_per_token = size.work.flops_per_token(config.context_length)
@@ -102,7 +104,7 @@ def draw_up(config: PlanConfig, size: Size, supply: Supply | None, count: Count)
         parameters=size.parameters,
         multiplied_parameters=size.work.multiplied,
         microbatch_size=microbatch,
-        accumulation_steps=math.ceil(config.global_batch_size / (world * microbatch)),
+        accumulation_steps=math.ceil(config.global_batch_size / (config.places * microbatch)),
         largest_microbatch_size=fits,
         tokens_per_step=tokens_per_step,
         steps=steps,

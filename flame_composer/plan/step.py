@@ -30,6 +30,7 @@ from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.lora import add_adapters, build_adapter
 from flame_composer.model.optimizer import build_optimizer
 from flame_composer.model.sharding import recompute_blocks, sharding_of
+from flame_composer.model.tensor import DATA, TENSOR, divide, mesh_of, require_even_parts
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.kernels import GPUS
 from flame_composer.plan.memory import is_sharded, process_memory
@@ -150,6 +151,9 @@ def build_for_run(config: PlanConfig, hf_config: PretrainedConfig, fakes: Fakes)
     """Return the model as the run trains it: wrapped, sharded and recomputed."""
     tokenizer: Any = None  # it is not asked for anything
     inner = build_inner(config, hf_config, fakes)
+    tensor, devices = config.parallelism.tensor, config.devices * config.nodes
+    if tensor > 1:
+        require_even_parts(inner, tensor=tensor, devices=devices)
     model = CausalLM(inner, tokenizer, varlen=config.varlen, z_loss=config.z_loss)
     if config.lora is not None:
         # Blocks that `recomputing_of_fakes` recomputes have gradients only if their input has one.
@@ -168,11 +172,17 @@ def _shard(config: PlanConfig, model: CausalLM, fakes: Fakes) -> None:
     replicate_on_cpus()
     sharding = sharding_of(config.parallelism.fsdp, num_nodes=config.nodes)
     world, replicas = config.devices * config.nodes, sharding.replicas
+    tensor = config.parallelism.tensor
     shape = (world,) if replicas is None else (replicas, world // replicas)
     names = ("replicate", "shard")[-len(shape) :]
-    sharding.device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    whole = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = whole if tensor == 1 else mesh_of(tensor, "cpu")
     policy = generate_composer_model_policy(model)
     with fakes:
+        if tensor > 1:
+            divide(model, mesh[TENSOR])
+            mesh = mesh[DATA]
+        sharding.device_mesh = mesh
         prepare_fully_shard(model, sharding, Precision(config.precision), policy)
 
 
@@ -197,7 +207,7 @@ def _train(
     As with Composer, the outputs of one are alive until those of the next take their place.
     """
     rows = batch["input_ids"].shape[0]
-    accumulates = config.global_batch_size > rows * config.devices * config.nodes
+    accumulates = config.global_batch_size > rows * config.places
     for _ in range(2):
         _outputs, loss = forward(config, model, batch)
         (loss * 1.0).backward()

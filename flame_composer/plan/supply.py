@@ -82,7 +82,8 @@ def _lay_out(config: PlanConfig, datasets: dict[str, Dataset], indexes: int) -> 
     order = build_order(
         datasets, data, global_batch_size=config.global_batch_size, seed=config.seed
     )
-    machine = Machine(0, config.nodes, config.devices)
+    together = config.parallelism.tensor * config.parallelism.context
+    machine = Machine(0, config.nodes, config.devices, together)
     needs = cache_needs(order, sizes_of(datasets.values()), data, machine, indexes=indexes)
     return Supply(
         tokens=sum(manifest.totals.tokens_out for manifest in manifests),

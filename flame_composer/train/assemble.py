@@ -171,7 +171,7 @@ def check(config: TrainConfig) -> Parts:
     check_microbatch_size(config.microbatch_size)
     tokenizer = load_tokenizer(config.tokenizer)
     hf_config = new_hf_config(config.model, tokenizer, config.context_length)
-    parallelism.check_model(config.parallelism, hf_config, config.model.pretrained)
+    parallelism.check_model(config, hf_config)
     if config.lora is not None:  # the targets, before the base is hashed and loaded
         build_adapter(config.lora, build_or_load(config.model, hf_config, empty=True), Base("", ""))
     base = functools.cache(functools.partial(identify_base, config.model.pretrained or ""))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from composer.utils import dist
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flame_composer.config.extensions import in_use
 from flame_composer.config.parallelism import ParallelismConfig
+from flame_composer.config.train import TrainConfig
 from flame_composer.cpu.allocator import keep_freed_memory
 from flame_composer.cpu.linear import multiplies_bf16, use_bf16
 from flame_composer.errors import InvalidField
+from flame_composer.model.build import build_or_load
 from flame_composer.model.context import Context, require_divisible
 from flame_composer.model.hf_config import read_pretrained_config
 from flame_composer.model.ranks import ranks_of
 from flame_composer.model.sharding import sharding_of
+from flame_composer.model.tensor import require_even_parts, split
+from flame_composer.upstream.composer import split_before_sharding
 from flame_composer.upstream.fsdp import average_on_cpus, replicate_on_cpus
 from flame_composer.upstream.inductor import compile_in_private
 
@@ -100,17 +106,48 @@ def build(config: ParallelismConfig) -> dict[str, Any] | None:
         replicate_on_cpus()
     nodes = dist.get_world_size() // dist.get_local_world_size()
     sharding = sharding_of(config.fsdp, num_nodes=nodes)
+    if config.tensor > 1:
+        split_before_sharding()
+        sharding.split = partial(split, tensor=config.tensor)
     return {"fsdp": sharding}
 
 
-def check_model(
-    config: ParallelismConfig, hf_config: PretrainedConfig | None, pretrained: str | None
-) -> None:
-    """Raise InvalidField if a model, new or pretrained, cannot be divided as the settings say."""
-    if config.context > 1:
+def check_tensor(config: TrainConfig, hf_config: PretrainedConfig | None) -> None:
+    """Raise InvalidField for what layers divided over devices do not go together with."""
+    settings, key = config.parallelism, "parallelism.tensor"
+    if not is_sharded(settings):
+        rule = f"must be true with {key}={settings.tensor}, where there is no GPU"
+        raise InvalidField("parallelism.cpu_fsdp", rule)
+    assert settings.fsdp is not None
+    has_replicas = settings.fsdp.sharding_strategy == "HYBRID_SHARD"
+    for field, refused, remedy in (
+        ("parallelism.fsdp.sharding_strategy", has_replicas, "FULL_SHARD or SHARD_GRAD_OP"),
+        ("parallelism.compile", settings.compile, "false"),
+        ("parallelism.activation_cpu_offload", settings.activation_cpu_offload, "false"),
+        ("lora", config.lora is not None, "null"),
+        # What all devices of a group compute must be the same to the last bit, or weights drift.
+        ("deterministic", not config.deterministic, "true"),
+        ("optimizer.name", config.optimizer.name == "lamb", "adamw, decoupled_adamw or muon"),
+        ("callbacks.optimizer_monitor", "optimizer_monitor" in in_use(config.callbacks), "false"),
+    ):
+        if refused:
+            raise InvalidField(field, f"must be {remedy} with {key}={settings.tensor}")
+    model = build_or_load(config.model, hf_config, empty=True)
+    devices = int(config.world_size())
+    require_even_parts(model, tensor=settings.tensor, devices=devices)
+
+
+def check_model(config: TrainConfig, hf_config: PretrainedConfig | None) -> None:
+    """Raise InvalidField if the run's model cannot be divided as its settings say.
+
+    `hf_config` is as returned by `model.hf_config.new_hf_config`.
+    """
+    if config.parallelism.tensor > 1:
+        check_tensor(config, hf_config)
+    if config.parallelism.context > 1:
         if hf_config is None:
-            assert pretrained is not None
-            hf_config = read_pretrained_config(pretrained)
+            assert config.model.pretrained is not None
+            hf_config = read_pretrained_config(config.model.pretrained)
         require_divisible(hf_config)
 
 

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from composer.core import state
+from composer.distributed import prepare_distributed
 from composer.models import huggingface
 from composer.utils import checkpoint
 from composer.utils.parallelism import FSDP2Config
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
 
@@ -85,7 +88,30 @@ class Sharding(FSDP2Config):
     """
 
     replicas: int | None = None
+    split: Callable[[nn.Module], DeviceMesh] | None = None
+    """Divides a model, and returns the mesh to shard it over (`split_before_sharding`)."""
 
     @property
     def data_parallel_replicate_degree(self) -> int | None:
         return self.replicas
+
+
+def split_before_sharding() -> None:
+    """Make Composer call a `Sharding`'s `split` on a model just before FSDP2 shards it.
+
+    Upstream: composer 0.32.1, `composer.distributed.prepare_distributed.prepare_fully_shard`.
+    Mends: Composer's tensor parallelism (TPConfig) is for FSDP1 and one group of parameters, and
+    divides a model before the first rank has taken down the weights that it sends to the others.
+    """
+    given = prepare_distributed.prepare_fully_shard
+    if hasattr(given, "splits"):  # done before
+        return
+
+    @functools.wraps(given)
+    def prepare(model: nn.Module, config: FSDP2Config, *args: Any) -> None:
+        if isinstance(config, Sharding) and config.split is not None:
+            config.device_mesh = config.split(model)
+        given(model, config, *args)
+
+    prepare.splits = True  # type: ignore[attr-defined]
+    prepare_distributed.prepare_fully_shard = prepare  # type: ignore[assignment]

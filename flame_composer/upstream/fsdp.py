@@ -86,3 +86,15 @@ def first_row_of(tensor: DTensor) -> int:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return offsets[0]
+
+
+def part_of(tensor: DTensor) -> tuple[slice, ...]:
+    """Return which part of a tensor this rank holds, as an index of the whole.
+
+    Upstream: torch 2.7.0, `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`.
+    Mends: as `first_row_of`.
+    """
+    shape, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 
 from flame_composer.config.load import load
 from flame_composer.config.plan import PlanConfig
+from flame_composer.errors import ConfigError
+from flame_composer.model.build import meta_model
 from flame_composer.plan.child import CannotCount, child_for
 from flame_composer.plan.figures import Memory
 from flame_composer.plan.fitting import estimate, largest_microbatch
@@ -117,6 +120,31 @@ def test_a_count_is_what_a_real_step_allocates(
     assert memory.counted
     print(f"{name} {' '.join(keys)}: counted {memory.tensors}, measured {peak}")
     assert memory.tensors == pytest.approx(peak, rel=0.1)
+
+
+def test_divided_layers_are_counted(counted: Counted) -> None:
+    """On 2 x 2 devices: the weights of layers in four, all else in two, and half of what they
+    compute at a time.
+    """
+    config = find_hf_config(config_of("gla_340m", FEW), None)
+    whole = meta_model(config)
+    projections = re.compile(r"(q|k|v|g|o|gate|up|down)_proj|gk_proj.1")
+    inside = sum(p.numel() for name, p in whole.named_parameters() if projections.search(name))
+    outside = sum(p.numel() for p in whole.parameters()) - inside
+    four = ("devices=4", "parallelism.tensor=2", "global_batch_size=32", "microbatch_size=8")
+    fsdp = ("parallelism.fsdp.sharding_strategy=FULL_SHARD",)
+    divided = counted("gla_340m", 8, FEW, *four, *fsdp)
+    sharded = counted("gla_340m", 8, FEW, *four[:1], *four[2:], *fsdp)
+    assert divided.counted
+    share = inside / 4 + outside / 2
+    assert divided.weights == pytest.approx(4 * share, rel=0.01)
+    assert divided.optimizer == pytest.approx(8 * share, rel=0.01)
+    assert sharded.weights == pytest.approx(4 * (inside + outside) / 4, rel=0.01)
+    assert 0.5 < divided.activations / sharded.activations < 0.8
+    with pytest.raises(CannotCount, match=r"must divide model\.config\.num_heads=4"):
+        counted("gla_340m", 8, FEW, "devices=8", "parallelism.tensor=8", *fsdp)
+    with pytest.raises(ConfigError, match=r"parallelism\.cpu_fsdp=false: must be true with"):
+        counted("gla_340m", 8, FEW, "device=cpu", "devices=8", "parallelism.tensor=4", *fsdp)
 
 
 def test_parts_of_strategies_are_those_of_arithmetic(counted: Counted) -> None:

@@ -379,6 +379,17 @@ def test_sharding():
     assert "data_parallel_replicate_degree" not in inspect.signature(FSDP2Config).parameters
 
 
+def test_split_before_sharding():
+    """Composer divides no model whose optimizer decays some weights and not others."""
+    from composer.distributed.dist_strategy import prepare_tp_module
+    from composer.utils.parallelism import TPConfig
+
+    model = torch.nn.Linear(2, 2)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0}]
+    with pytest.raises(RuntimeError, match="Multiple optimizer groups are not supported"):
+        prepare_tp_module(model, torch.optim.AdamW(groups), TPConfig())
+
+
 def test_compile_in_private():
     """torch's folder for compiled code is one that anybody can name."""
     import getpass
@@ -460,6 +471,11 @@ def test_first_row_of():
 
     names = [name for name in (*vars(tensor), *dir(tensor.DTensor)) if name[0] != "_"]
     assert not [name for name in names if "global_offset" in name or "chunk_list" in name]
+
+
+def test_part_of():
+    """As for `first_row_of`."""
+    test_first_row_of()
 
 
 # transformers
