@@ -32,6 +32,7 @@ from flame_composer.bench.conversions import compare_conversions
 from flame_composer.bench.examples import compare_examples
 from flame_composer.config import bench as configs
 from flame_composer.config.cli import run_one_of
+from flame_composer.config.gpu import GpuBenchmarkConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +87,7 @@ if __name__ == "__main__":
                 "checkpoint": (partial(written, "checkpoint"), configs.CheckpointBenchmarkConfig),
                 "convert": (convert, configs.ConversionBenchmarkConfig),
                 "examples": (examples, configs.ExamplesBenchmarkConfig),
-                "gpu": (gpu.check, configs.GpuBenchmarkConfig),
+                "gpu": (gpu.check, GpuBenchmarkConfig),
                 "all": (run_all, configs.AllBenchmarksConfig),
             }
         )

@@ -18,7 +18,7 @@ import psutil
 from tqdm import tqdm
 
 from flame_composer.bench.measure import machine, workplace
-from flame_composer.config.bench import GPU_PARTS, GpuBenchmarkConfig
+from flame_composer.config.gpu import GPU_PARTS, GpuBenchmarkConfig
 from flame_composer.errors import ConfigError
 
 LIMIT = 530  # seconds, for all parts together

@@ -164,7 +164,8 @@ def _spread(kernel: Kernel, *, written: Written) -> Kernel:
             wide = torch.promote_types(v.dtype, torch.float32)
             state = torch.zeros(H, K, V, dtype=wide, device=v.device)
             decay = state.new_zeros(H, K, 1 if written is _by_gates else K)
-        state = entering(division, given["q"], state, decay)[None]
+        anchor = next((x for x in _tensors(given) if x.requires_grad), k)
+        state = entering(division, anchor, state, decay)[None]
         if given.get("state_v_first"):
             state = state.mT.contiguous()
         first = _tokens(given, slice(division.first))
@@ -185,6 +186,10 @@ def _by_name(
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
     return given
+
+
+def _tensors(given: dict[str, Any]) -> list[Tensor]:
+    return [each for each in given.values() if isinstance(each, Tensor)]
 
 
 def _tokens(given: dict[str, Any], tokens: slice) -> dict[str, Any]:

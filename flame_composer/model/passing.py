@@ -16,6 +16,8 @@ channels.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +82,18 @@ def divide(
     )
 
 
+def _in_fp32(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method of an autograd function compute as its tensors are, whatever is autocast."""
+
+    @functools.wraps(method)
+    def call(ctx: Any, *args: Any) -> Any:
+        device = next(each for each in args if isinstance(each, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *args)
+
+    return call
+
+
 def gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """Return the tensors of this shape that the ranks of a group have, in their order."""
     x = x.contiguous()
@@ -90,6 +104,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 class _Entering(torch.autograd.Function):
     @staticmethod
+    @_in_fp32
     def forward(
         ctx: Any, division: Division, _anchor: Tensor, written: Tensor, decay: Tensor
     ) -> Tensor:
@@ -107,6 +122,7 @@ class _Entering(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         division: Division = ctx.division
         state, decay, *decays = ctx.saved_tensors
@@ -147,6 +163,7 @@ def entering(division: Division, anchor: Tensor, written: Tensor, decay: Tensor)
 
 class _Written(torch.autograd.Function):
     @staticmethod
+    @_in_fp32
     def forward(ctx: Any, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(k, v, g)
         dtype = torch.promote_types(g.dtype, torch.float32)
@@ -160,6 +177,7 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_fp32
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         k, v, g = ctx.saved_tensors
         dwritten, dlater = gradients

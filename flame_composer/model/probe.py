@@ -42,10 +42,11 @@ def require_gradients(model: CausalLM, *, context_length: int, precision: str) -
     called, as where a fused kernel takes the weights of the layer inside. Such an adapter would be
     counted and saved, and change nothing. Weights of experts are not asked for, because few tokens
     need not reach all of them. Gradients and the random state are left as they were. Every rank
-    must call this if the model is sharded.
+    must call this if the model is sharded or its rows are divided.
     """
     device = next(model.parameters()).device
-    length = min(NUM_TOKENS, context_length)
+    parts = 1 if model.context is None else model.context.parts
+    length = min(-(-NUM_TOKENS // parts) * parts, context_length)
     input_ids = torch.arange(length, device=device)[None] % model.config.vocab_size
     labels = input_ids.clone()
     labels[:, 0] = IGNORE

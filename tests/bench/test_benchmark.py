@@ -226,6 +226,22 @@ def test_decoding_and_checkpoints_are_timed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_divided_rows_are_measured_as_the_keys_say():
+    keys = ("hidden_size=32", "num_layers=1", "vocab_size=300", "model_type=gated_deltanet")
+    lengths = ("context_length=512", "short_context_length=128", "short_steps=2", "ranks=2")
+    found = last_json(run_script("recipes/benchmark.py", "context", *keys, *lengths))
+    assert (found["context_length"], found["short"], found["ranks"]) == (512, 128, 2)
+    ranks = {name: len(each) for name, each in found["found"].items()}
+    assert ranks == {"one": 1, "divided": 2, "divided_short": 2}
+    sent = {name: {rank["bytes_sent"] for rank in each} for name, each in found["found"].items()}
+    # Two heads' states [16, 32] and transitions [16, 16], the gradients of the states, and three
+    # inputs of q, k [32] and v [64] with their gradients, all fp32
+    state, transition, inputs = 2 * 16 * 32, 2 * 16 * 16, 3 * (32 + 32 + 64)
+    size = 4 * (2 * state + transition + 2 * inputs)
+    assert sent == {"one": {0}, "divided": {size}, "divided_short": {size}}
+    assert len(found["figures"]) == 4
+
+
 @pytest.mark.faults
 @pytest.mark.skipif(
     "FLAME_COMPOSER_FAULTS" not in os.environ, reason="takes a minute: make test-faults"
@@ -336,9 +352,9 @@ def test_which_benchmark():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: command line: convrt: must be one of train, models, growth, decode, quantize,"
-        " serve, trainer, data, start, checkpoint, convert, examples, gpu, all, or a YAML file; did"
-        " you mean convert?\n"
+        == "error: command line: convrt: must be one of train, models, growth, context, decode,"
+        " quantize, serve, trainer, data, start, checkpoint, convert, examples, gpu, all, or a YAML"
+        " file; did you mean convert?\n"
     )
     unknown = run_script("recipes/benchmark.py", "all", "names=[train,strat]")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)

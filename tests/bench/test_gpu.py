@@ -11,7 +11,7 @@ import torch
 
 from flame_composer.bench import gpu
 from flame_composer.bench.gpu_parts import PARTS, Site
-from flame_composer.config.bench import GPU_PARTS, GpuBenchmarkConfig
+from flame_composer.config.gpu import GPU_PARTS, GpuBenchmarkConfig
 from flame_composer.config.load import load
 from flame_composer.config.train import TrainConfig
 from tests.runs import last_json, run_script

@@ -17,22 +17,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_composer.config import bench, data, parallelism, plan, sections, serve, sweep, use
+from flame_composer.config import bench, data, gpu, parallelism, plan, sections, serve, sweep, use
 from flame_composer.config import clean as clean_config
 from flame_composer.config import convert as convert_config
 from flame_composer.config import sft as sft_config
 from flame_composer.config import source as source_config
 from flame_composer.config import train as train_config
 from flame_composer.config.bench import (
-    GPU_PARTS,
     AllBenchmarksConfig,
     BenchmarkConfig,
     CheckpointBenchmarkConfig,
+    ContextBenchmarkConfig,
     ConversionBenchmarkConfig,
     DataBenchmarkConfig,
     DecodeBenchmarkConfig,
     ExamplesBenchmarkConfig,
-    GpuBenchmarkConfig,
     ModelsBenchmarkConfig,
     QuantizeBenchmarkConfig,
     ServingBenchmarkConfig,
@@ -62,6 +61,7 @@ from flame_composer.config.convert import (
 )
 from flame_composer.config.data import DataConfig, EvalDataConfig, PlaceConfig, StreamConfig
 from flame_composer.config.fields import docs_of, hints_of
+from flame_composer.config.gpu import GPU_PARTS, GpuBenchmarkConfig
 from flame_composer.config.parallelism import FsdpConfig, ParallelismConfig
 from flame_composer.config.plan import PlanConfig
 from flame_composer.config.rules import ScriptConfig, require_duration
@@ -106,6 +106,7 @@ CLASSES = [
         plan,
         sweep,
         bench,
+        gpu,
     )
     for value in vars(module).values()
     if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
@@ -159,6 +160,7 @@ GIVEN: dict[type, dict[str, Any]] = {
     **{
         cls: {}
         for cls in (
+            ContextBenchmarkConfig,
             DecodeBenchmarkConfig,
             ServingBenchmarkConfig,
             QuantizeBenchmarkConfig,
@@ -993,8 +995,8 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         AllBenchmarksConfig,
         {"names": ["train", "strat"]},
         "names",
-        "must be among train, models, growth, decode, quantize, serve, trainer, data, start,"
-        " checkpoint, convert, examples",
+        "must be among train, models, growth, context, decode, quantize, serve, trainer, data,"
+        " start, checkpoint, convert, examples",
     ),
     (GpuBenchmarkConfig, {"out": ""}, "out", EMPTY),
     (GpuBenchmarkConfig, {"folder": ""}, "folder", EMPTY),
@@ -1573,6 +1575,28 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     ),
     (DecodeBenchmarkConfig, {"new_tokens": 0}, "new_tokens", "must be more than 0"),
     *(
+        (ContextBenchmarkConfig, {name: 0}, name, "must be more than 0")
+        for name in ("hidden_size", "num_layers", "vocab_size")
+    ),
+    (ContextBenchmarkConfig, {"short_steps": 0}, "short_steps", "must be more than 0"),
+    (ContextBenchmarkConfig, {"ranks": 1}, "ranks", "must be 2 or more"),
+    (
+        ContextBenchmarkConfig,
+        {"model_type": "llama"},
+        "model_type",
+        "must be among delta_net, gated_deltanet, gla, hgrn2, kda",
+    ),
+    *(
+        (
+            ContextBenchmarkConfig,
+            {name: length},
+            name,
+            "must leave each of the ranks as many tokens, 16 or more",
+        )
+        for name in ("context_length", "short_context_length")
+        for length in (30, 4097)
+    ),
+    *(
         (StartBenchmarkConfig, {name: 0}, name, "must be more than 0")
         for name in ("megabytes", "repeats")
     ),
@@ -1987,6 +2011,7 @@ def test_reading_a_configuration_imports_nothing_heavy():
 
 # Text keys that hold no path; any other one is in its section's `paths`.
 NO_PATHS = {
+    "model_type",
     "shuffle_algo",
     "quantize",
     "gradient_compression",

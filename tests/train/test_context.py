@@ -16,7 +16,11 @@ from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import InvalidField
+from flame_composer.model.context import MODELS as CAN_BE_DIVIDED
+from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.passing import divide, written_by_gates
+from flame_composer.train.parallelism import check_model
+from tests.data_fixtures import byte_tokenizer
 from tests.divided import MODELS
 from tests.runs import ROOT, Corpus, Ranks, Script, check, read_log, run_ranks
 from tests.train.test_parallelism import assert_close, assert_equal, norms, slow, weights
@@ -264,3 +268,29 @@ def test_rows_that_cannot_be_divided(monkeypatch, given, message):
     wrong().validate()
     with pytest.raises(InvalidField, match=f"^{re.escape(message)}"):
         wrong(**given).validate()
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("comba", "gated_deltaproduct", "gpt2", "gsa", "lightnet", "linear_attn", "llama"),
+        *("mamba", "mamba2", "mistral", "retnet", "rwkv6", "rwkv7"),
+    ],
+)
+def test_models_whose_rows_cannot_be_divided(model_type):
+    hf_config = build_hf_config({"model_type": model_type}, byte_tokenizer(), 512, to_run=False)
+    known = ", ".join(CAN_BE_DIVIDED)
+    rule = f"parallelism.context: must be 1 for {model_type}: rows are divided for {known} (fla's)"
+    check_model(wrong(parallelism={"context": 1}), hf_config)
+    with pytest.raises(InvalidField, match=f"^{re.escape(rule)}"):
+        check_model(wrong(), hf_config)
+
+
+def test_only_kernels_that_pass_states_on():
+    for mode in ("fused_chunk", "fused_recurrent"):
+        hf_config = build_hf_config(
+            MODELS["gla"] | {"attn_mode": mode}, byte_tokenizer(), 512, to_run=False
+        )
+        rule = f"parallelism.context: needs model.config.attn_mode=chunk, not {mode}"
+        with pytest.raises(InvalidField, match=f"^{re.escape(rule)}"):
+            check_model(wrong(), hf_config)
