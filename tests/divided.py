@@ -6,6 +6,7 @@ commas between them, and the lengths of the documents in the row. There is a lin
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from typing import Any
@@ -16,8 +17,8 @@ from composer.utils import dist
 
 from flame_composer.batch import collate, count_tokens
 from flame_composer.model.build import build_model
-from flame_composer.model.causal_lm import CausalLM
-from flame_composer.model.context import Context, leave
+from flame_composer.model.causal_lm import CausalLM, cumulative_lengths
+from flame_composer.model.context import Context
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.ranks import Ranks
 from tests.data_fixtures import byte_tokenizer
@@ -82,9 +83,16 @@ def compare(name: str, *lengths: int) -> dict[str, Any]:
         error = (gradient - theirs.grad).abs().max() / theirs.grad.abs().max()
         worst[key] = float(error)
     with torch.no_grad():
+        part = copy.deepcopy(part)  # as algorithms.swa does
         own = part.eval_forward(dict(batch))
-        leave()
+        # Without a row to enter, the model works on whole rows, and leaves the others alone.
+        part.model.eval()
+        offsets = cumulative_lengths(batch["sequence_id"])
+        of_all = part.model(input_ids=batch["input_ids"], cu_seqlens=offsets).logits
         logits = whole.eval_forward(dict(batch))
+        whole.model.eval()
+        by_whole = whole.model(input_ids=batch["input_ids"], cu_seqlens=offsets).logits
+        assert torch.equal(of_all, by_whole)
         assert part.context is not None
         assert whole.labels is not None
         mine = part.context.tokens_of(sum(lengths))

@@ -172,7 +172,7 @@ def build_train_loader(
     the datasets do not hold one global batch, need a larger cache than `cache_limit`, or hold
     padding, which `repetition` would take for tokens that repeat.
     """
-    may_be_void, count = _may_be_void(datasets, repetition), counter_of(ranks)
+    may_be_void, (count_rows, count) = _may_be_void(datasets, repetition), counters_of(ranks)
     order = build_order(datasets, config, global_batch_size=global_batch_size, seed=seed)
     num_workers = loader_processes(config.num_workers)
     limit = _limit(order, datasets, config, this_machine(ranks.together))
@@ -212,17 +212,23 @@ def build_train_loader(
     )
     return DataSpec(
         loader,
-        get_num_samples_in_batch=lambda batch: len(batch["input_ids"]) * ranks.counts_rows,
+        get_num_samples_in_batch=count_rows,
         get_num_tokens_in_batch=count,
         split_batch=functools.partial(split_noting_void, count=count) if may_be_void else None,
     )
 
 
-def counter_of(ranks: Ranks) -> Callable[[Batch], dict[str, int]]:
-    """Return `count_tokens` for this rank's part of the rows that `ranks` have together."""
-    return functools.partial(
+def counters_of(
+    ranks: Ranks,
+) -> tuple[Callable[[Batch], int], Callable[[Batch], dict[str, int]]]:
+    """Return what counts this rank's rows in a batch, and its tokens (`count_tokens`).
+
+    Composer adds up what all ranks count, of which those of `ranks` have the same rows.
+    """
+    of_tokens = functools.partial(
         count_tokens, part=ranks.part, parts=ranks.context, counts_all=ranks.counts_tokens
     )
+    return lambda batch: len(batch["input_ids"]) * ranks.counts_rows, of_tokens
 
 
 def _limit(
@@ -335,9 +341,12 @@ def build_evaluator(
         worker_init_fn=follow_parent,
     )
     batches = until(loader) if until else loader
+    count_rows, count = counters_of(ranks)
     return Evaluator(
         label="eval",
-        dataloader=DataSpec(batches, get_num_tokens_in_batch=counter_of(ranks)),
+        dataloader=DataSpec(
+            batches, get_num_samples_in_batch=count_rows, get_num_tokens_in_batch=count
+        ),
         eval_interval=eval_interval,
         device_eval_microbatch_size=batch_size,
     )

@@ -22,6 +22,7 @@ from flame_composer.errors import InvalidField
 from flame_composer.model.context import Context
 from flame_composer.model.lora import Adapter, trained_names
 from flame_composer.model.quantized import is_quantized
+from flame_composer.model.ranks import ALL_APART, Ranks
 from flame_composer.model.work import Work, count_work
 from flame_composer.upstream.composer import ask_configs_without_a_word, known_as_causal
 from flame_composer.upstream.transformers import block_names
@@ -55,14 +56,15 @@ class CausalLM(HuggingFaceModel):
         adapter: Adapter | None = None,
         z_loss: float = 0.0,
         context: Context | None = None,
+        ranks: Ranks = ALL_APART,
     ):
         """Wrap `model`; raise InvalidField for `varlen` if it cannot keep documents apart.
 
         `z_loss` is the weight of `z_loss` in the training loss; raise InvalidField if the model
         gives no logits to compute it from.
 
-        With a `context`, every batch is one row, of which this rank computes a part: logits and
-        loss are those of its tokens.
+        With a `context`, a batch is one row, of which this rank computes a part: logits and loss
+        are those of its tokens. `ranks` says how many share the work.
 
         If `model` has adapters, `adapter` describes them. The state dict then holds the weights
         that are trained, and no others.
@@ -94,9 +96,8 @@ class CausalLM(HuggingFaceModel):
         # each block separately, and activation checkpointing recomputes each separately.
         is_block: Any = lambda module: type(module).__name__ in blocks  # noqa: E731
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = is_block
-        self.varlen = varlen
-        self.z_loss = z_loss
-        self.context = context
+        self.varlen, self.z_loss = varlen, z_loss
+        self.context, self.ranks = context, ranks
         self.label_smoothing = 0.0  # in the training loss only; set by algorithms.LabelSmoothing
         # A quantized model, whose weights cannot be counted, is not trained.
         self._work = None if is_quantized(model) else count_work(model)
@@ -143,12 +144,13 @@ class CausalLM(HuggingFaceModel):
             self.tokenizer = tokenizer
 
     def flops_per_batch(self, batch: dict[str, torch.Tensor]) -> int:
-        """Return the FLOPs of a training step on this batch.
+        """Return the FLOPs of this rank's training step on this batch.
 
         Composer computes the utilisation (MFU) from them; recipes/plan.py counts them the same way.
         """
-        tokens = batch["input_ids"].numel() // (1 if self.context is None else self.context.parts)
-        return self.work.flops_per_token(batch["input_ids"].shape[1]) * tokens
+        tokens = batch["input_ids"].numel()
+        of_rows = self.work.flops_per_token(batch["input_ids"].shape[1]) * tokens
+        return of_rows // self.ranks.together
 
     def eval_forward(self, batch: Any, outputs: Any | None = None) -> Any:
         """Return the logits, [B, T, V], and keep the labels of what follows each token."""

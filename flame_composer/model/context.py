@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flame_composer.batch import IGNORE, Batch, labels_after, part_of_rows
+from flame_composer.config.parallelism import LEAST_TOKENS
 from flame_composer.cpu.enable import find
 from flame_composer.errors import InvalidField
 from flame_composer.model.passing import (
@@ -64,7 +65,19 @@ class Context:
         self.part, self.parts = ranks.part, ranks.context
         self.group = ranks.mesh(device)["context"].get_group()
         self.last_label: Tensor | None = None  # of the part that is in the forward pass, [1]
+        self._is_entered = False
+        model.register_forward_pre_hook(self._begin)
         _spread_rows(model, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        """Return this one: a copy of the model is divided over the same ranks."""
+        return self
+
+    def _begin(self, *_: Any) -> None:
+        """Have the model work on whole rows when it is called without `enter`, as to generate."""
+        if not self._is_entered:
+            leave()
+        self._is_entered = False
 
     def tokens_of(self, length: int) -> slice:
         """Return which tokens of a row of this length are this rank's."""
@@ -73,14 +86,14 @@ class Context:
     def enter(self, batch: Batch, offsets: Tensor) -> Part:
         """Return this rank's part of a batch of one row whose documents have these offsets.
 
-        The wrapped functions work on it from now on.
+        The wrapped functions work on it until the model is called without this.
         """
         input_ids, labels = batch["input_ids"], batch.get("labels")
         assert len(input_ids) == 1, "a division is of one row"
         length = input_ids.shape[1]
         tokens = self.tokens_of(length)
         division = divide(offsets, self.group, part=self.part, parts=self.parts, length=length)
-        _now[0] = division
+        _now[0], self._is_entered = division, True
         input_ids = input_ids[:, tokens]
         if labels is None:
             return Part(input_ids, None, False, None, division.offsets)
@@ -110,6 +123,12 @@ def require_divisible(hf_config: PretrainedConfig) -> None:
     if mode != "chunk":
         raise InvalidField(
             "parallelism.context", f"needs model.config.attn_mode=chunk, not {mode}, to pass states"
+        )
+    size = getattr(hf_config, "conv_size", 0)
+    if size > LEAST_TOKENS:
+        raise InvalidField(
+            "parallelism.context",
+            f"must be 1 with model.config.conv_size={size}: parts may have {LEAST_TOKENS} tokens",
         )
 
 
@@ -188,17 +207,17 @@ def _by_name(
     return given
 
 
+_OF_TOKENS = frozenset({"q", "k", "v", "g", "gk", "beta"})  # arguments [1, T, ...] of kernels
+
+
 def _tensors(given: dict[str, Any]) -> list[Tensor]:
     return [each for each in given.values() if isinstance(each, Tensor)]
 
 
 def _tokens(given: dict[str, Any], tokens: slice) -> dict[str, Any]:
-    """Return the arguments for some of the tokens: those [1, T, ...] are cut."""
-    length = given["q"].shape[1]
+    """Return the arguments for some of the tokens."""
     return {
-        name: value[:, tokens]
-        if isinstance(value, Tensor) and value.dim() > 2 and value.shape[1] == length
-        else value
+        name: value[:, tokens] if name in _OF_TOKENS and value is not None else value
         for name, value in given.items()
     }
 

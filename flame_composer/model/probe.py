@@ -7,6 +7,7 @@ from composer.core import Precision, get_precision_context
 from transformers import PreTrainedModel
 
 from flame_composer.batch import IGNORE
+from flame_composer.config.parallelism import LEAST_TOKENS
 from flame_composer.errors import ConfigError, InvalidField, one_line
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.lora import endings_of
@@ -46,7 +47,7 @@ def require_gradients(model: CausalLM, *, context_length: int, precision: str) -
     """
     device = next(model.parameters()).device
     parts = 1 if model.context is None else model.context.parts
-    length = min(-(-NUM_TOKENS // parts) * parts, context_length)
+    length = min(max(-(-NUM_TOKENS // parts), LEAST_TOKENS) * parts, context_length)
     input_ids = torch.arange(length, device=device)[None] % model.config.vocab_size
     labels = input_ids.clone()
     labels[:, 0] = IGNORE

@@ -267,8 +267,11 @@ def wrap(
 ) -> CausalLM:
     """Return the model as Composer trains it. Every rank must call this."""
     context = parallelism.divide_rows(config.parallelism, model)
-    options: Any = {"varlen": config.varlen, "z_loss": config.z_loss}
-    return CausalLM(model, tokenizer, adapter=adapter, context=context, **options)
+    ranks = ranks_of(config.parallelism)
+    divided: Any = {"context": context, "ranks": ranks}
+    return CausalLM(
+        model, tokenizer, varlen=config.varlen, adapter=adapter, z_loss=config.z_loss, **divided
+    )
 
 
 def build_adapters(config: TrainConfig, model: PreTrainedModel, parts: Parts) -> Adapter | None:

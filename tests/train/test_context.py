@@ -16,9 +16,12 @@ from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import InvalidField
+from flame_composer.model.build import build_model
+from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.context import MODELS as CAN_BE_DIVIDED
 from flame_composer.model.hf_config import build_hf_config
 from flame_composer.model.passing import divide, written_by_gates
+from flame_composer.model.ranks import Ranks as Division
 from flame_composer.train.parallelism import check_model
 from tests.data_fixtures import byte_tokenizer
 from tests.divided import MODELS
@@ -292,3 +295,21 @@ def test_only_kernels_that_pass_states_on():
     rule = "parallelism.context: needs model.config.attn_mode=chunk, not fused_recurrent"
     with pytest.raises(InvalidField, match=f"^{re.escape(rule)}"):
         check_model(wrong(), hf_config)
+
+
+def test_ranks_share_the_work_of_their_rows():
+    """So that the utilisation (MFU) that Composer logs, a sum over ranks, is one rank's."""
+    hf_config, tokenizer = build_hf_config(MODELS["gla"], byte_tokenizer(), 512), byte_tokenizer()
+    batch = {"input_ids": torch.zeros(1, 512, dtype=torch.int64)}
+    works = [
+        CausalLM(build_model(hf_config), tokenizer, varlen=True, ranks=ranks).flops_per_batch(batch)
+        for ranks in (Division(), Division(2), Division(1, 2), Division(2, 2))
+    ]
+    assert works == [works[0], works[0] // 2, works[0] // 2, works[0] // 4]
+
+
+def test_no_convolution_looks_back_over_a_whole_part():
+    given = MODELS["gla_conv"] | {"conv_size": 17}
+    rule = "parallelism.context: must be 1 with model.config.conv_size=17"
+    with pytest.raises(InvalidField, match=f"^{re.escape(rule)}"):
+        check_model(wrong(), build_hf_config(given, byte_tokenizer(), 512))
