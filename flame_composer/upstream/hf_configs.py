@@ -128,12 +128,13 @@ def value_of(hf_config: PretrainedConfig, key: str) -> Any:
 def as_known_here(
     content: Mapping[str, Any], config_class: type[PretrainedConfig]
 ) -> dict[str, Any]:
-    """Return a written config with the rotary embedding's keys that this transformers reads.
+    """Return a written config with the keys and values that this transformers reads.
 
-    Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`.
-    Mends: transformers 4 does not know this key, and would take its own default instead.
+    Upstream: transformers 5.24, `PreTrainedConfig.rope_parameters`, `_encode_special_floats`.
+    Mends: transformers 4 does not know this key, and would take its own default instead; numbers
+        that JSON lacks, as in Mamba-2's dt_limit, are written as objects.
     """
-    found = dict(content)
+    found: dict[str, Any] = _with_special_floats(dict(content))
     parameters = found.get(_ROPE)
     known = parameters_of(config_class)
     if not isinstance(parameters, dict) or _ROPE in known or "rope_theta" not in known:
@@ -148,6 +149,21 @@ def as_known_here(
     if scaling.get("rope_type", "default") != "default":
         found.setdefault("rope_scaling", scaling)
     return found
+
+
+_SPECIAL_FLOATS = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
+
+
+def _with_special_floats(value: Any) -> Any:
+    """Return a JSON value in which `{"__float__": "Infinity"}` and the like are numbers."""
+    if isinstance(value, dict):
+        tag = value.get("__float__")
+        if len(value) == 1 and isinstance(tag, str) and tag in _SPECIAL_FLOATS:
+            return _SPECIAL_FLOATS[tag]
+        return {key: _with_special_floats(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_special_floats(each) for each in value]
+    return value
 
 
 def _fields_of_base() -> set[str]:

@@ -683,6 +683,16 @@ def test_keys_that_transformers_5_takes_without_a_word_are_known(caplog):
     assert not caplog.messages
 
 
+def test_an_infinite_limit_is_read_back():
+    """JSON has no such number; transformers 4 and 5 each write one of their own."""
+    given = hf_config({"model_type": "mamba2", "hidden_size": 32, "num_hidden_layers": 1})
+    for limit in ([0.0, math.inf], [0.0, {"__float__": "Infinity"}]):
+        content = json.loads(given.to_json_string()) | {"dt_limit": limit}
+        assert list(read_back_hf_config(content, "config.json").dt_limit) == [0.0, math.inf]
+    written = json.loads(given.to_json_string())
+    assert list(read_back_hf_config(written, "config.json").dt_limit) == [0.0, math.inf]
+
+
 def test_blocks_are_what_fsdp_wraps_and_recomputes():
     wrapped = tiny("gla", num_hidden_layers=2).model
     blocks = [name for name, module in wrapped.named_modules() if wrapped.fsdp_wrap_fn(module)]

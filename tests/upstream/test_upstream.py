@@ -1333,6 +1333,9 @@ def test_as_known_here():
 
     from flame_composer.upstream.hf_configs import as_known_here
 
+    special = {"dt_limit": [0.0, {"__float__": "Infinity"}], "x": {"y": {"__float__": "z"}}}
+    numbers = {"dt_limit": [0.0, float("inf")], "x": {"y": {"__float__": "z"}}}
+    assert as_known_here(special, GPT2Config) == numbers
     scaled = {"rope_type": "linear", "factor": 2.0}
     of_4 = {"rope_theta": 5e5, "rope_scaling": scaled}
     of_5 = {"rope_parameters": {"rope_theta": 5e5, **scaled}}
