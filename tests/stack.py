@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.utils
+import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 FLA = tuple(map(int, importlib.metadata.version("fla-core").split(".")[:2]))
 TRANSFORMERS = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
 TORCH = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
+
+# For tests of genuine kernels: chunk_fwd_kernel_h fails there ('int' object has no attribute 'to')
+interprets = pytest.mark.skipif(
+    FLA >= (0, 6), reason="Triton 3.9's interpreter does not run fla 0.6's kernels of GLA"
+)
 
 # huggingface_hub < 1 keeps a session for each thread
 _old = hasattr(huggingface_hub.utils, "reset_sessions")

@@ -35,7 +35,7 @@ from flame_composer.errors import ConfigError, DataError, StoreError
 from flame_composer.export.card import check_hub, model_card, push_folder, read_run_config
 from flame_composer.model.build import load_pretrained
 from tests.runs import ROOT, Corpus, check, run_script, two_ranks
-from tests.stack import reset_sessions
+from tests.stack import interprets, reset_sessions
 
 
 @pytest.fixture
@@ -96,6 +96,7 @@ assert "flame_composer.model.causal_lm" not in sys.modules
 @pytest.mark.skipif(
     "FLAME_COMPOSER_FAULTS" not in os.environ, reason="interprets kernels: make test-faults"
 )
+@interprets
 def test_an_export_is_a_model_of_fla_and_transformers(exported: Path, tmp_path: Path) -> None:
     """A process without this package's model: fla's own kernels, interpreted. No code comes with
     the folder.

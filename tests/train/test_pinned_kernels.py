@@ -44,6 +44,7 @@ from flame_composer.train.kernels import (
 from flame_composer.upstream.autotuner import choose_by, try_the_smallest_only
 from flame_composer.upstream.ranks import store_of_all_ranks
 from tests.runs import ROOT, Corpus, Ranks, Script, check, meeting, read_log, run_ranks
+from tests.stack import interprets
 
 SLOW = pytest.mark.skipif(
     "FLAME_COMPOSER_FAULTS" not in os.environ, reason="interprets kernels: make test-faults"
@@ -484,6 +485,7 @@ SMALL = (
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @SLOW
+@interprets
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
     corpus: Corpus, tmp_path: Path, ranks: int
@@ -515,6 +517,7 @@ def test_a_killed_run_of_genuine_kernels_goes_on_bit_for_bit(
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @SLOW
+@interprets
 def test_genuine_kernels_and_those_of_a_cpu_train_alike(corpus: Corpus, tmp_path: Path) -> None:
     """Packed documents, microbatches, evaluation, checkpoints either way, and generation."""
     keys = (*SMALL, "eval_interval=2ba", "varlen=true")
