@@ -258,11 +258,13 @@ def test_ranks_and_loader_processes_that_are_killed(
             assert [process.returncode for process in ended] == [1, -signal.SIGKILL]
         else:
             assert [process.returncode for process in ended] == [1, 1]
+            # torch learns of it by a signal or, on a busy machine, from the closed pipe
             loss = (
-                "a loader process was killed by signal: Killed (short of memory? give fewer"
-                " num_workers)"
+                r"error: rank 0: a loader process (was killed by signal: Killed|ended unexpectedly)"
+                r" \(short of memory\? give fewer num_workers\)"
             )
-            assert error_lines(ended[0]) == [f"error: rank 0: {loss}{goes_on}"]
+            (line,) = error_lines(ended[0])
+            assert re.fullmatch(loss + goes_on, line), line
         (line,) = error_lines(ended[0 if victim == "a rank" else 1])
         assert re.fullmatch(lost, line), line
     corpus.train_run(run)
