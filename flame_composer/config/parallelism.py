@@ -112,6 +112,8 @@ class ParallelismConfig:
         key = "parallelism.context" if self.context > 1 else "parallelism.tensor"
         rule = f"tensor x context = {self.tensor} x {self.context} must divide the {devices}"
         require(devices % together == 0, key, f"{rule} devices")
+        if self.context > 1:
+            self._check_context(microbatch_size, context_length)
         places, among, all_places = devices // together, "devices", f"the {devices} devices"
         if together > 1:
             among = "devices / (parallelism.tensor x context)"
@@ -123,8 +125,6 @@ class ParallelismConfig:
             require(global_batch_size % rows == 0, "global_batch_size", rule)
         rule = f"must be a multiple of {all_places}"
         require(global_batch_size % places == 0, "global_batch_size", rule)
-        if self.context > 1:
-            self._check_context(microbatch_size, context_length)
 
     def _check_context(self, microbatch_size: int | str, context_length: int) -> None:
         key, what = "parallelism.context", f"context_length={context_length}"

@@ -31,7 +31,8 @@ class Machine(NamedTuple):
     @property
     def places(self) -> int:
         """The number of ranks of all machines, those that read the same rows counted once."""
-        return self.num_machines * self.ranks // self.together
+        # A sweep checks its trials' data in one process, which stands for all of their ranks
+        return max(1, self.num_machines * self.ranks // self.together)
 
     def place_of(self, local_rank: int) -> int:
         """Return the place of a rank's first row in a global batch.

@@ -30,7 +30,7 @@ class Ranks(NamedTuple):
     @property
     def places(self) -> int:
         """The number of such groups of ranks, which work on different rows."""
-        return dist.get_world_size() // self.together
+        return max(1, dist.get_world_size() // self.together)
 
     @property
     def place(self) -> int:

@@ -16,6 +16,7 @@ from flame_composer.config.parallelism import ParallelismConfig
 from flame_composer.config.sections import ModelConfig
 from flame_composer.config.train import TrainConfig
 from flame_composer.errors import InvalidField
+from flame_composer.loader.machine import Machine
 from flame_composer.model.build import build_model
 from flame_composer.model.causal_lm import CausalLM
 from flame_composer.model.context import MODELS as CAN_BE_DIVIDED
@@ -241,6 +242,7 @@ def wrong(**given: Any) -> TrainConfig:
             " one device",
         ),
         ({"microbatch_size": "auto"}, "microbatch_size: must be 1 with parallelism.context"),
+        ({"microbatch_size": 4}, "microbatch_size: must be 1 with parallelism.context"),
         ({"eval_batch_size": 2}, "eval_batch_size: must be 1 with parallelism.context"),
         (
             {"global_batch_size": 3},
@@ -313,3 +315,9 @@ def test_no_convolution_looks_back_over_a_whole_part():
     rule = "parallelism.context: must be 1 with model.config.conv_size=17"
     with pytest.raises(InvalidField, match=f"^{re.escape(rule)}"):
         check_model(wrong(), build_hf_config(given, byte_tokenizer(), 512))
+
+
+def test_one_process_stands_for_all_that_share_a_row():
+    """As in a sweep, which checks its trials' data before they start."""
+    assert Machine(0, 1, 1, together=2).places == 1
+    assert Machine(1, 2, 4, together=2).places == 4
